@@ -66,10 +66,11 @@ class ServedIndex:
         self._poller = asyncio.create_task(self._load_and_poll(), name="dcar-snapshots")
 
     async def close(self) -> None:
-        """Stop polling, and wait for a load in progress: its thread cannot be stopped."""
+        """Stop polling, wait for a load in progress, whose thread cannot be stopped, and release the snapshot."""
         self._is_closing = True
         await stop(self._poller)
         await asyncio.gather(*self._loads, return_exceptions=True)
+        self.live = None  # the ended tasks refer to this object until a full garbage collection, which is rare here
 
     async def reload(self) -> bool:
         """Serve the published version. Return False if it is live already.

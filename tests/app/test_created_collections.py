@@ -1,6 +1,8 @@
 """Collections that are created, filled and dropped over HTTP."""
 
 import contextlib
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,32 @@ async def test_created_collection_that_cannot_be_loaded_is_logged_and_leaves_the
     assert failures == []
     assert (collections.reason or "").startswith("lamps: ")
     assert [record.levelname for record in caplog.records if "is not served" in record.getMessage()] == ["ERROR"]
+    await collections.close()
+
+
+async def test_dropped_collection_is_released_without_a_garbage_collection(index: Path, tmp_path: Path) -> None:
+    """Until then, its files would stay on the disk."""
+    folder = tmp_path / "created"
+    folder.mkdir()
+    create_collection(folder, "lamps", open_current(index).checkpoint)
+    settings = Settings(index=index, collections_dir=folder, device="cpu", poll_s=0.05)
+    collections = Collections(settings, Metrics(), on_start_failure=None)
+    collections.start()
+
+    async def is_loaded() -> bool:
+        return all(served.live is not None for _, served in collections)
+
+    await until(is_loaded)
+    live = collections["lamps"].live
+    assert live is not None
+    opened_files, live = weakref.ref(live.artifact), None
+    gc.disable()
+    try:
+        drop_collection(list_collections(folder)["lamps"])
+        await collections.sync()
+        assert opened_files() is None
+    finally:
+        gc.enable()
     await collections.close()
 
 
