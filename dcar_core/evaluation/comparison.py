@@ -4,9 +4,11 @@
 - With `tune`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +114,11 @@ def compare(
         return complete({"train": take_shots(all_pairs, shots, seed)}, {"train": CleaningReport()})["train"]
 
     report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
+    cache = FeatureCache(features or out / "features", backbone)
+    _note_copies(splits, reports, cache)
     save_reports(reports, out)
     read = {**splits, **{f"also {name}": other for name, other in others.items()}}
     on_message(describe_reports(read, reports))
-    cache = FeatureCache(features or out / "features", backbone)
     for part in (splits["test"], *others.values()):  # report broken images before hours of training
         FrozenFeatures(part, backbone, cache, progress).pixels()
     runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
@@ -158,6 +161,21 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return mean and sample standard deviation over runs, for each measure."""
     spread = {column: _spread([run[column] for run in runs]) for column in COLUMNS}
     return {key: {column: spread[column][key] for column in COLUMNS} for key in ("mean", "std")}
+
+
+def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], cache: FeatureCache) -> None:
+    """Report images with the same bytes under other names: a leak between splits, and in one split a wrong answer."""
+    for earlier, later in combinations(splits, 2):
+        known = cache.image_hashes(splits[earlier])
+        contents = set(known.values())
+        found = cache.image_hashes(splits[later]).items()
+        copies = [name for name, content in found if content in contents and name not in known]
+        reports[later].add(f"copies of images of {earlier}, so {later} measures nothing new on them", names=copies)
+    for split, data in splits.items():
+        hashes = cache.image_hashes(data)
+        times = Counter(hashes.values())
+        same = [name for name, content in hashes.items() if times[content] > 1]
+        reports[split].add("images with a copy in the same split, which counts as a wrong answer", names=same)
 
 
 def _run_method(

@@ -45,7 +45,7 @@ class FeatureCache:
     def __init__(self, directory: Path | None, backbone: Backbone) -> None:
         self._backbone = backbone
         self._directory = directory / self.backbone_hash[:16] if directory is not None else None
-        self._image_keys: dict[str, str] = {}
+        self._image_hashes: dict[str, dict[str, str]] = {}
 
     @cached_property
     def backbone_hash(self) -> str:
@@ -54,13 +54,15 @@ class FeatureCache:
 
     def image_key(self, data: Dataset) -> str:
         """Return a hash of the names and bytes of a split's images, read once. Raise DataError if one is missing."""
+        lines = (f"{name} {content}\n" for name, content in self.image_hashes(data).items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+    def image_hashes(self, data: Dataset) -> dict[str, str]:
+        """Return the hash of the bytes of each of a split's images, read once. Raise DataError if one is missing."""
         names = digest(str(data.root.path), data.images)
-        if names not in self._image_keys:
-            content = hashlib.sha256()
-            for name in data.images:
-                content.update(f"{name} {hashlib.sha256(data.read(name)).hexdigest()}\n".encode())
-            self._image_keys[names] = content.hexdigest()[:32]
-        return self._image_keys[names]
+        if names not in self._image_hashes:
+            self._image_hashes[names] = {name: hashlib.sha256(data.read(name)).hexdigest() for name in data.images}
+        return self._image_hashes[names]
 
     def tensor(self, kind: str, key: str, compute: Callable[[], Tensor]) -> Tensor:
         """Load an entry to the backbone's device; compute and store it first if it is missing."""

@@ -123,6 +123,25 @@ def test_seeds_start_from_different_weights(
     assert not torch.equal(*starts)
 
 
+def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    learned = next(iter(json.loads((data / "train.json").read_text()).values()))
+    content = json.loads((data / "test.json").read_text())
+    for name in ("first.png", "second.png"):
+        shutil.copyfile(data / learned["file_name"], data / name)
+        content[name] = learned | {"file_name": name, "file_path": name}
+    (data / "test.json").write_text(json.dumps(content))
+    messages: list[str] = []
+    compare(backbone, data, ["clip"], 1, tmp_path / "out", QUICK, progress=False, on_message=messages.append)
+    names = json.loads((tmp_path / "out" / "cleaning.json").read_text())["test"]["names"]
+    assert names == {
+        "copies of images of train, so test measures nothing new on them": ["first.png", "second.png"],
+        "images with a copy in the same split, which counts as a wrong answer": ["first.png", "second.png"],
+    }
+    assert "copies of images of train" in messages[0]
+
+
 def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for split in ("train", "val", "test"):
