@@ -69,3 +69,8 @@ def test_figures_count_the_first_answer_the_first_five_and_all(script: dict[str,
     first, five, gain = script["measure"](scores, [query])[0]
     assert (first, five) == (1, 1)
     assert gain == pytest.approx((1 + 1 / np.log2(5)) / (1 + 1 / np.log2(3)))
+
+
+def test_a_part_of_the_gallery_leaves_the_queries_that_it_answers(script: dict[str, Any]) -> None:
+    queries = [script["Query"]("word", "boat", frozenset({2, 9})), script["Query"]("word", "crab", frozenset({3}))]
+    assert script["among"](queries, [0, 5, 9]) == [script["Query"]("word", "boat", frozenset({2}))]

@@ -1,12 +1,13 @@
 """Measure short queries, as people type them, on both domains: hit@1, hit@5 and nDCG@10.
 
-    python examples/emoji/evaluate_queries.py --queries test
+    python examples/emoji/evaluate_queries.py --queries test [--split test]
     python examples/emoji/evaluate_queries.py --base examples/emoji/build/base --domains twemoji --zero-shot
     python examples/emoji/evaluate_queries.py --zero-shot --captions [--encoder MODEL_FOLDER]
     python examples/emoji/evaluate_queries.py --domains twemoji --checkpoints results/twemoji/runs/dcar+/*
 
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
-- Every image of the style is in the gallery, with all skin tones, and vectors alone rank it.
+- Every image of the style is in the gallery, with all skin tones, and vectors alone rank it. Half of them trained the
+  checkpoint. --split test ranks the images of the test emoji alone, for the queries that these answer.
 - With --captions, the items' captions are ranked in place of their images: what is left to the image tower. With
   --encoder, the sentence encoder of phrases.py ranks them as well.
 - A hit@k is a query with a right answer among the first k. nDCG@10 counts every right answer alike.
@@ -16,7 +17,7 @@ import argparse
 import json
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,13 @@ def read_domain(domain: str) -> tuple[list[dict], list[bytes]]:
     return rows, [files[row["file_name"]] for row in rows]
 
 
+def among(queries: list[Query], chosen: list[int]) -> list[Query]:
+    """Return the queries that some of the chosen rows answer; their answers are places among these rows."""
+    place_of = {row: place for place, row in enumerate(chosen)}
+    answers = [frozenset(place_of[row] for row in query.answers if row in place_of) for query in queries]
+    return [replace(query, answers=own) for query, own in zip(queries, answers, strict=True) if own]
+
+
 def measure(scores: np.ndarray, queries: list[Query]) -> np.ndarray:
     """Return hit@1, hit@5 and nDCG@10 of each query, (Q, 3), for scores (Q, images)."""
     gains = 1 / np.log2(np.arange(2, 12))
@@ -120,6 +128,7 @@ def main() -> None:
     """Encode each domain's gallery and the queries with the base model and with the checkpoint, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", choices=("validation", "test"), default="validation", help="default: %(default)s")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="rank the images of these emoji alone")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both")
     parser.add_argument("--base", type=Path, default=HERE / "base", help="default: %(default)s")
     parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
@@ -135,6 +144,10 @@ def main() -> None:
     for domain in args.domains:
         rows, images = read_domain(domain)
         queries = read_queries(HERE / "queries" / f"{args.queries}.tsv", rows)
+        if args.split is not None:
+            chosen = [row for row, each in enumerate(rows) if each["split"] == args.split]
+            queries = among(queries, chosen)
+            rows, images = [rows[row] for row in chosen], [images[row] for row in chosen]
         models = {"zero-shot": args.base}
         if args.checkpoints:
             models |= {f"{checkpoint.parent.name} {checkpoint.name}": checkpoint for checkpoint in args.checkpoints}
