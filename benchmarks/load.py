@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import json
 import socket
 import time
 from collections import Counter
@@ -170,8 +171,6 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
 
 def text_request(query: str, k: int = 10, **options: Any) -> bytes:
     """Return a POST /search/text."""
-    import json
-
     return post("/search/text", "application/json", json.dumps({"query": query, "k": k} | options).encode())
 
 
@@ -190,68 +189,17 @@ def post(path: str, kind: str, body: bytes) -> bytes:
     return head.encode() + body
 
 
-_WORDS = [
-    "red",
-    "blue",
-    "green",
-    "dark",
-    "bright",
-    "small",
-    "large",
-    "old",
-    "new",
-    "round",
-    "square",
-    "wooden",
-    "metal",
-    "glass",
-    "plastic",
-    "cotton",
-    "shiny",
-    "worn",
-    "dog",
-    "cat",
-    "horse",
-    "bird",
-    "car",
-    "truck",
-    "bicycle",
-    "boat",
-    "house",
-    "tree",
-    "flower",
-    "chair",
-    "table",
-    "lamp",
-    "shoe",
-    "jacket",
-    "bag",
-    "cup",
-    "knife",
-    "phone",
-    "running",
-    "sitting",
-    "standing",
-    "lying",
-    "seen",
-    "from",
-    "behind",
-    "side",
-    "above",
-    "with",
-    "two",
-    "three",
-    "wheels",
-    "buttons",
-    "handles",
-    "windows",
-]
+_WORDS = (
+    "red blue green dark bright small large old new round square wooden metal glass plastic cotton shiny worn dog "
+    "cat horse bird car truck bicycle boat house tree flower chair table lamp shoe jacket bag cup knife phone "
+    "running sitting standing lying seen from behind side above with two three wheels buttons handles windows"
+)
 
 
 def unique_texts(seed: int = 0) -> Iterator[str]:
     """Yield captions of five to ten words without repetition."""
-    rng = np.random.default_rng(seed)
+    rng, words = np.random.default_rng(seed), _WORDS.split()
     i = 0
     while True:
         i += 1
-        yield " ".join([*rng.choice(_WORDS, rng.integers(4, 9)), str(i)])
+        yield " ".join([*rng.choice(words, rng.integers(4, 9)), str(i)])
