@@ -66,9 +66,7 @@ def read_groups(artifact: Artifact, name: str) -> GroupField:
     column = field_values(artifact, name, "group_by")
     if pa.types.is_list(column.type):
         raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
-    encoded = column.combine_chunks().dictionary_encode()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
+    encoded = column.dictionary_encode().combine_chunks()
     values = encoded.dictionary.to_pylist()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
     alone = np.flatnonzero(codes < 0)
