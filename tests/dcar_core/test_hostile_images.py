@@ -46,12 +46,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_hostile_file_is_refused_within_milliseconds(name: str) -> None:
+def test_a_hostile_file_is_refused_within_a_second(name: str) -> None:
     data = REFUSED[name]()
     started = time.thread_time()
     with pytest.raises(ImageError) as caught:
         open_image(data, at_least=560)
-    assert time.thread_time() - started < 2.0  # seconds; decoders took 4 to 14
+    assert time.thread_time() - started < 1.0  # the check takes 0.04 at most, decoders took 4 to 14
     assert caught.value.fault in {ImageFault.HOSTILE, ImageFault.TOO_LARGE, ImageFault.BROKEN}
 
 
