@@ -66,7 +66,7 @@ def random_texts(count: int) -> list[str]:
 
 
 def main() -> None:
-    """Print the three figures of one index."""
+    """Print the figures of one index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("index", type=Path, help="a published index")
     parser.add_argument("--validation", type=Path, required=True, help="data set; its validation pairs are the queries")

@@ -2,7 +2,7 @@
 
 - Request bodies are read by hand (see `bodies`), so their schemas are written here, with the limits of the settings.
 - Every error is `application/problem+json` instead of FastAPI's validation error; each status has an example.
-- Statuses that the middleware sends (401, 408, 429) are added to every operation that it guards.
+- Statuses that the middleware sends (401, 403, 408, 429, 500) are added to every operation that it guards.
 """
 
 from functools import cache, partial

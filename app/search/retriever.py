@@ -1,6 +1,6 @@
 """The query path: from a query to ranked items.
 
-    query -> plan (`ranking`) -> vectors of its parts (`embedding`) -> one vector (`query.compose`) -> rows (`ranking`)
+    query -> plan (`planning`) -> vectors of its parts (`embedding`) -> one vector (`query.compose`) -> rows (`ranking`)
     -> re-ranking and explanations, where requested (`pair_scoring`) -> items
 
 - A search that takes less time than handing it to a thread runs in the event loop; all others run in threads.

@@ -66,7 +66,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
 
     Args:
         at_least: pixels that the shorter side must keep. A JPEG is then decoded at the smallest scale that keeps them,
-            and another large image is averaged down to it unless it is plain RGB.
+            and another large image is averaged down to it unless it is plain RGB and not turned.
 
     Raises:
         ImageError: not an image, truncated, empty, hostile, or of more than max_pixels pixels.

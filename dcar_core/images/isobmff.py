@@ -6,7 +6,8 @@
 - An AV1 decoder allocates what the sequence header says, whatever the container declares. Items are found through
   `iloc` and `infe`, image sequences through the chunk offsets of their tracks. A frame of a video may exceed its
   header; the decoder's own limit of 16,384 x 16,384 pixels remains.
-- Both apply rotations of the container by themselves; EXIF says nothing more about them.
+- Rotations are boxes of the container, so EXIF is not needed for them. libheif applies them, and Pillow reports those
+  of AVIF.
 """
 
 from collections.abc import Iterator, Sequence

@@ -292,5 +292,5 @@ def _difference(before: Floats, after: Floats, ids: list[str]) -> tuple[dict[str
 
 
 def losses(before: Mapping[str, float], after: Mapping[str, float], margin: float) -> list[str]:
-    """Return the recalls that are lower by more than the margin, rounded, since 0.14 - 0.12 is above 0.02 in floats."""
+    """Return the measures that are lower by more than the margin, rounded: 0.14 - 0.12 is above 0.02 in floats."""
     return [name for name in before if round(before[name] - after[name] - margin, 9) > 0]
