@@ -1,6 +1,5 @@
 """Assemble the application.
 
-- A missing index is reported before the model is loaded.
 - The lifespan starts loading in the background and returns: /healthz works at once, /readyz once searches do.
 - Shutdown finishes pending requests, then stops the batcher, the cache and the threads.
 """
@@ -34,7 +33,6 @@ from app.search.reload_listener import ReloadListener
 from app.search.retriever import Retriever
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import DcarError
-from index_jobs.store.versions import require_index
 
 _FORM_OVERHEAD_BYTES = 64 * 2**10  # boundaries, part headers and the fields beside the file
 
@@ -58,8 +56,6 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for index in settings.indexes.values():
-            require_index(index)
         collections = Collections(settings, metrics, on_start_failure=on_start_failure)
         retriever = Retriever(settings, make_cache(settings, metrics), metrics)
         writer = WriteWorker(settings, collections, metrics)
