@@ -62,7 +62,7 @@ def test_a_large_index_of_an_avif_file_is_refused_before_it_is_searched() -> Non
 
 
 @pytest.mark.parametrize("name", ["avif extents", "avif chunks", "avif streams", "avif headers"])
-def test_what_an_avif_makes_the_check_do_is_limited(name: str) -> None:
+def test_the_work_of_checking_an_avif_is_limited(name: str) -> None:
     with pytest.raises(ImageError) as caught:
         inspect(REFUSED[name]())
     assert caught.value.fault == ImageFault.HOSTILE

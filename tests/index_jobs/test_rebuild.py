@@ -173,7 +173,7 @@ def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpo
     assert (first.count, first.failed, first.unread) == (21, 3, 2)
     lines = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
     assert [json.loads(line)["fault"] for line in lines] == ["missing", "not_an_image", "missing"]
-    assert (run(force=True).encoded, run(kind="hnsw").encoded) == (0, 0), "what is still missing costs no encoding"
+    assert (run(force=True).encoded, run(kind="hnsw").encoded) == (0, 0), "missing images cost no encoding"
     again = run(kind="hnsw")
     assert (again.reused, again.unread) == (True, 2)
     assert again.hint.startswith("images that could not be read: 2")
@@ -190,7 +190,7 @@ def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpo
     ours, theirs = open_current(tmp_path / "index"), open_current(tmp_path / "other")
     np.testing.assert_array_equal(ours.vectors(np.arange(23)), theirs.vectors(np.arange(23)))
     assert [ours.item(row) for row in range(23)] == [theirs.item(row) for row in range(23)]
-    assert run(force=True).encoded == 0, "what is no picture costs no encoding"
+    assert run(force=True).encoded == 0, "a file that is no image costs no encoding"
 
 
 def test_failed_images_are_tried_again_by_force(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_one_readable_image_is_enough(tiny_gallery: Path, tmp_path: Path) -> Non
         assert any_readable(gallery, missing(0, 1), time.monotonic() + 60) == left
 
 
-def test_what_was_no_image_must_be_decoded_to_count_as_readable(tiny_gallery: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_no_image_must_be_decoded_to_count_as_readable(tiny_gallery: Path, tmp_path: Path) -> None:
     gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     path = tmp_path / "gallery" / gallery.table["name"][0].as_py()
     failed, whole = FailedImage(0, "", ImageFault.BROKEN), path.read_bytes()

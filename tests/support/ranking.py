@@ -13,7 +13,7 @@ from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 
 class ArtifactStub:
-    """What ranking needs of an artifact, over a FAISS index of some kind."""
+    """The parts of an artifact that ranking uses, over a FAISS index of some kind."""
 
     def __init__(self, vectors: np.ndarray, kind: str = "Flat", lexical: LexicalIndex | None = None, **columns: Any):
         index: Any = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
