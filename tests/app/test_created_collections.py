@@ -96,8 +96,9 @@ async def test_empty_collection_has_no_results_and_checks_requests(index: Path, 
 
 
 async def test_only_collections_of_writers_are_created_and_dropped(index: Path, tmp_path: Path) -> None:
-    lamps = new_key()
-    keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, lamps:{key_hash(lamps)}:write:lamps+index"}
+    lamps, shoes = new_key(), new_key()
+    writers = f"lamps:{key_hash(lamps)}:write:lamps+index, shoes:{key_hash(shoes)}:write:shoes"
+    keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, {writers}"}
     async with opened(index, collections_dir=tmp_path / "created", **WRITES, **keys) as client:
 
         async def send(method: str, name: str, key: str) -> int:
@@ -105,6 +106,7 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
 
         assert [await send("PUT", "lamps", key) for key in (ALICE, "wrong", lamps)] == [403, 401, 200]
         assert [await send("PUT", "other", key) for key in (ALICE, lamps)] == [403, 403]
+        assert await send("PUT", "shoes", shoes) == 403, "its model is of a collection that the key does not open"
         assert_problem(await client.put("/collections/lamps2?model=none", headers=ADMINS), 404, "model")
         assert await send("DELETE", "index", ADMIN) == 409
         assert await send("DELETE", "none", ADMIN) == 404

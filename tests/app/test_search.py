@@ -170,6 +170,7 @@ async def test_items_have_images_and_similar_items(built_index: Path, gallery: P
 
         similar = (await client.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
         SearchResponse.model_validate(similar, strict=True)
+        assert not similar["cached"], "no query was embedded"
         ids = [r["id"] for r in similar["results"]]
         assert len(ids) == 23
         assert "circle/red.png" not in ids
