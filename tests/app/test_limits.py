@@ -57,9 +57,10 @@ async def test_batcher_refuses_what_it_cannot_finish_in_time() -> None:
 
     group = BatchGroup("text", slow)
     await batcher.submit(group, "measures the pace")
+    accepted = 1 + int(0.1 / batcher._seconds_per_query["text"])  # work of about 0.1 s, however busy the machine is
     responses = await asyncio.gather(*(batcher.submit(group, i) for i in range(20)), return_exceptions=True)
     refused = [response for response in responses if isinstance(response, OverloadedError)]
-    assert 12 <= len(refused) <= 17, "about 0.1 s of work is accepted"
+    assert len(refused) == 20 - accepted >= 16
     assert isinstance(await batcher.submit(group, "again"), np.ndarray)
     await batcher.close()
 
