@@ -20,6 +20,7 @@ from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
+from index_jobs.store.manifest import Addition
 from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.service import before_encoding, hold, opened
@@ -235,6 +236,9 @@ def test_an_updated_or_remote_index_is_not_searched_in_the_event_loop(
     assert snapshot.is_quick
     snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="http://milvus:19530")
     assert not snapshot.is_quick, "another machine may be slow"
+    added = Addition(folder="added-2", count=1, kind="Flat", sources=[], roots=[])
+    snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="", additions=[added])
+    assert not snapshot.is_quick, "the build has not measured the additions"
     remove(index, ["circle/red.png"])
     assert not load_snapshot(index, Settings(index=index)).is_quick
 
