@@ -8,6 +8,7 @@
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
 - Every image of the style is in the gallery, with all skin tones, and vectors alone rank it. Half of them trained the
   checkpoint. --split test ranks the images of the test emoji alone, for the queries that these answer.
+- Many single words are tags or names of emoji, which the base model was trained on. --new-texts leaves them out.
 - With --captions, the items' captions are ranked in place of their images: what is left to the image tower. With
   --encoder, the sentence encoder of phrases.py ranks them as well.
 - A hit@k is a query with a right answer among the first k. nDCG@10 counts every right answer alike.
@@ -110,17 +111,26 @@ def measure(scores: np.ndarray, queries: list[Query]) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
+def new_texts(queries: list[Query], rows: list[dict]) -> list[Query]:
+    """Return the queries that are neither a tag nor a name of an emoji, of which the base model's texts are made."""
+    known = {
+        text.casefold() for row in rows for text in (row["category"], *row["attributes"], *row["caption"].split(", "))
+    }
+    return [query for query in queries if query.text.casefold() not in known]
+
+
 def table(results: dict[str, tuple[list[Query], np.ndarray]]) -> str:
     """Return a Markdown table: one row per model, with the kinds' hit@5 after the means of all queries."""
     kinds = list(dict.fromkeys(query.kind for queries, _ in results.values() for query in queries))
     lines = [
-        "| | " + " | ".join([*METRICS, *(f"hit@5 {kind}" for kind in kinds)]) + " |",
-        "| --- " * (1 + len(METRICS) + len(kinds)) + "|",
+        "| | " + " | ".join(["queries", *METRICS, *(f"hit@5 {kind}" for kind in kinds)]) + " |",
+        "| --- " * (2 + len(METRICS) + len(kinds)) + "|",
     ]
     for name, (queries, values) in results.items():
         own = np.array([query.kind for query in queries])
         cells = [*values.mean(0), *(values[own == kind, 1].mean() for kind in kinds)]
-        lines.append(f"| {name} | " + " | ".join(f"{100 * cell:.1f}" for cell in cells) + " |")
+        shares = [f"{100 * cell:.1f}" for cell in cells]
+        lines.append(f"| {name} | " + " | ".join([str(len(queries)), *shares]) + " |")
     return "\n".join(lines)
 
 
@@ -129,6 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", choices=("validation", "test"), default="validation", help="default: %(default)s")
     parser.add_argument("--split", choices=("train", "val", "test"), help="rank the images of these emoji alone")
+    parser.add_argument(
+        "--new-texts", action="store_true", help="without the queries that are a tag or name of an emoji"
+    )
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=DOMAINS, help="default: both")
     parser.add_argument("--base", type=Path, default=HERE / "base", help="default: %(default)s")
     parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
@@ -144,6 +157,8 @@ def main() -> None:
     for domain in args.domains:
         rows, images = read_domain(domain)
         queries = read_queries(HERE / "queries" / f"{args.queries}.tsv", rows)
+        if args.new_texts:
+            queries = new_texts(queries, rows)
         if args.split is not None:
             chosen = [row for row, each in enumerate(rows) if each["split"] == args.split]
             queries = among(queries, chosen)
