@@ -100,7 +100,7 @@ def hf_directory(name: str) -> Path:
 
 
 def random_checkpoint(work: Path, name: str, captions: list[str]) -> Path:
-    """Return a checkpoint of the default method on a random model; made once."""
+    """Return a checkpoint on a random model, by the method that has every part its towers take; made once."""
     checkpoint, base = work / f"{name}-checkpoint", work / f"{name}-base"
     if (checkpoint / "config.json").exists():
         return checkpoint
@@ -118,7 +118,8 @@ def random_checkpoint(work: Path, name: str, captions: list[str]) -> Path:
     (base / MODEL_CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     del model
     backbone = load_backbone(BackboneSource(str(base)))
-    save_checkpoint(seeded_model(backbone, method(default_method(backbone.level)), 0), checkpoint)
+    widest = "dcar+" if backbone.level == "full" else default_method(backbone.level)
+    save_checkpoint(seeded_model(backbone, method(widest), 0), checkpoint)
     return checkpoint
 
 

@@ -33,7 +33,7 @@ from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.util.processes import in_own_process
 
-METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+"
+METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+,block-adapters"
 WORDS = ("red", "blue", "small", "striped", "shiny", "old", "metal", "round", "with", "a", "and", "on", "near", "the")
 HEADS = (
     "method", "trainable", "s per batch", "s per epoch", "peak MB", "preparation, s", "again with the cache, s",

@@ -51,7 +51,7 @@ def train(
         str | None,
         typer.Option(
             help="dcar+, dcar, coop, maple, ... (an unknown name lists all). Default: by the model's level, as "
-            "`dcar models` lists it: dcar+ for full, dcar+-text for text, clip-adapter for adapters."
+            "`dcar models` lists it: block-adapters for full, dcar+-text for text, clip-adapter for adapters."
         ),
     ] = None,
     images: Images = None,
@@ -164,7 +164,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Methods, separated by commas; an unknown name lists all. Default: clip,coop,clip-adapter,maple,dcar,"
-            "dcar+, or the like of them that the model's towers can run."
+            "dcar+,block-adapters, or the like of them that the model's towers can run."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 3,

@@ -62,7 +62,8 @@ class PairScorer:
         """
         if not snapshot.encoder.adapter.uses_token_weights:
             raise UnsupportedQueryError(
-                "This model was trained without token weights, so it cannot re-rank; leave `rerank` out."
+                "This model was trained without token weights, so it cannot re-rank. Leave `rerank` out, or train with "
+                "`--method dcar+`."
             )
         if not ranked:
             return []

@@ -132,7 +132,7 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     command = ["train", "--data", tiny_data, "--model", tiny_model, "--epochs", "1", "--lr", "0", "--out", tmp_path]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 3, result.output
-    assert "adapted (dcar+)" in result.stdout
+    assert "adapted (block-adapters)" in result.stdout
     assert "Was it worth it? No" in result.stdout
     assert "Caveat: 6 validation pairs" in result.stdout
     assert (tmp_path / "trainables.safetensors").is_file()

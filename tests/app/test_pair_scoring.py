@@ -99,7 +99,9 @@ async def test_reranking_without_token_weights_or_images_is_refused(
     rebuild(changing, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     body = {"query": "red", "rerank": True, "k": 24}
     async with opened(tmp_path / "plain") as http:
-        assert "token weights" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
+        detail = assert_problem(await http.post("/search/text", json=body), 409)["detail"]
+        assert "token weights" in detail
+        assert detail.endswith("train with `--method dcar+`.")
         explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
         assert explained["words"] == [{"word": "red", "weight": 1.0}]
         assert "words" not in explained["results"][0]["explanation"]

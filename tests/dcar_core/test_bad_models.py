@@ -179,7 +179,9 @@ def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: s
         require_runnable(METHODS["block-adapters"], "adapters", "RN50", 76)
 
 
-@pytest.mark.parametrize(("level", "method"), [("full", "dcar+"), ("text", "dcar+-text"), ("adapters", "clip-adapter")])
+@pytest.mark.parametrize(
+    ("level", "method"), [("full", "block-adapters"), ("text", "dcar+-text"), ("adapters", "clip-adapter")]
+)
 def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
     assert default_method(level) == method
     for name in (method, *comparable_methods(level)):
