@@ -80,10 +80,14 @@ export function makeDivider() {
   return node;
 }
 
-// Moves the focus from card to card: arrows, Home and End. Returns true if the key was used.
-export function moveByKey(event) {
+// Moves the focus from card to card (arrows, Home, End), or selects the card (x). Returns true if the key was used.
+export function handleCardKey(event) {
   const here = event.target.closest?.(".card .open");
   if (!here || event.ctrlKey || event.metaKey || event.altKey) return false;
+  if (event.key.toLowerCase() === "x") {
+    here.closest(".card").querySelector(".select").click();
+    return true;
+  }
   const links = [...here.closest("ol").querySelectorAll(".open")], at = links.indexOf(here);
   const target = {
     ArrowRight: () => links[at + 1],

@@ -5,26 +5,24 @@
 // - "Back" loads as much of the list as was shown and scrolls there.
 // - Requests start once the collections are loaded; text typed before that waits.
 
-import { EMPTY, formatAddress, hasFilter, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
-import { moveByKey } from "./cards.js";
-import { drawChips } from "./chips.js";
-import { drawPicture, prepareCrop } from "./crop.js";
+import { EMPTY, formatAddress, hasSubject, isPlain, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
+import { handleCardKey } from "./cards.js";
+import { drawControls, prepareControls } from "./controls.js";
+import { prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
 import { drawFacets, prepareFacets } from "./facets.js";
 import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, searchedIn, shownCount } from "./list.js";
+import { followScroll } from "./scrolling.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
 import { knownWords, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
-import { aboutCollection, drawAbout } from "./start.js";
 import { images, prepareUpload } from "./upload.js";
 
 const $ = (id) => document.getElementById(id);
 const query = $("query"), results = $("results"), error = $("error"), collection = $("collection"), beside = $("beside");
 const SLOW_MS = 500;
-const SAVE_MS = 150;
 const LONGEST_WAIT_MS = 2000; // until a service that does not answer yet is asked again
 const SAME_ENTRY_MS = 2000; // typing within this time replaces the entry of the history
 const WIDE = matchMedia("(min-width: 900px)"); // room for a column of filters
-const PHONE = matchMedia("(max-width: 560px), (max-height: 480px)");
 
 let collections = []; // as GET /collections lists them, the default one first
 let state = parseAddress(location.hash);
@@ -56,7 +54,10 @@ function go(change, { replace = false, typed = false } = {}) {
 
 async function show({ typed = false, restored = null } = {}) {
   if (!isReady()) return;
+  if (state.beside && isSearched(state.beside)) state.beside = "";
   drawControls();
+  drawFacets(base(), state);
+  drawSelection(hasSubject(state), nameOf(state.in));
   for (const name of [state.in, state.beside, state.of]) {
     if (name && !about(name)) return fail(`There is no gallery “${name}”.`);
   }
@@ -122,9 +123,6 @@ async function restore(restored, signal) {
   if (!signal.aborted) scrollTo({ top: restored.top, behavior: "instant" });
 }
 
-// The calibrated cut-off and the check of words apply to searches by words alone.
-const isPlain = ({ q, like, unlike, picture, without }) => Boolean(q) && !like.length && !unlike.length && !picture && !without;
-
 function fail(message, code) {
   stop();
   drawn = null;
@@ -133,63 +131,6 @@ function fail(message, code) {
   $("key-form").hidden = code !== 401;
   clearLists();
   closeDetail();
-}
-
-function drawControls() {
-  const names = collections.map(({ name }) => name), others = names.filter((name) => !isSearched(name));
-  if (state.beside && isSearched(state.beside)) state.beside = "";
-  beside.replaceChildren(new Option("nothing", ""), ...others.map((name) => new Option(name, name)));
-  beside.value = state.beside;
-  setText(query, state.q);
-  setText($("without"), state.without);
-  $("explain").checked = state.explain;
-  $("fold").checked = state.fold;
-  $("start").hidden = hasSubject(state) || hasFilter(state);
-  const isOther = collection.dataset.about !== nameOf(state.in);
-  collection.value = collection.dataset.about = nameOf(state.in);
-  if (isOther) describe();
-  drawSwitches();
-  drawSort();
-  drawPicture(state);
-  drawFacets(base(), state);
-  drawParts();
-  drawSelection(hasSubject(state), nameOf(state.in));
-  for (const node of $("examples").children) node.setAttribute("aria-pressed", node.value === state.q);
-  $("forget-key").hidden = !savedKey();
-}
-
-async function describe() {
-  const name = state.in, described = await aboutCollection(base()).catch(() => null);
-  if (!described || !isSearched(name)) return;
-  drawAbout(described);
-  drawSort();
-}
-
-async function drawSwitches() {
-  const name = state.in, { has_words, starts_hybrid, group_field } = await loadCatalogue(base()).catch(() => ({}));
-  if (!isSearched(name)) return;
-  $("words-label").hidden = !has_words;
-  $("words").checked = state.words ? state.words === "1" : starts_hybrid;
-  $("fold-label").hidden = Boolean(group_field);
-}
-
-function drawSort() {
-  const sort = $("sort");
-  if (sort.options.length) sort.options[0].textContent = hasSubject(state) ? "best match" : "gallery order";
-  sort.value = state.sort;
-  $("sort-label").hidden = sort.options.length < 2;
-}
-
-// Sets an input's text; while the user types in it, surrounding spaces stay.
-function setText(input, words) {
-  if (document.activeElement !== input || input.value.trim() !== words) input.value = words;
-}
-
-function drawParts() {
-  const labels = drawChips($("chips"), state, base(), { remove: removePart, changed: drawParts });
-  query.placeholder = labels.length ? "Add words" : "Describe an image";
-  const subject = state.q || labels[0];
-  document.title = subject ? `${subject} · Image search` : "Image search";
 }
 
 function removePart(part) {
@@ -251,6 +192,12 @@ function typed() {
   go(change, { replace: isSame || change.q === state.q, typed: true });
 }
 
+prepareControls({
+  base, nameOf, isSearched,
+  state: () => state,
+  names: () => collections.map(({ name }) => name),
+  remove: removePart,
+});
 prepareList({
   base, nameOf, href,
   minScore: (wanted, name) => (isPlain(wanted) && about(name)?.min_score) || -Infinity,
@@ -313,26 +260,15 @@ addEventListener("popstate", (event) => {
   show({ restored: event.state });
 });
 addEventListener("keydown", (event) => {
-  if (moveByKey(event) || event.ctrlKey || event.metaKey || event.altKey || $("detail").open) return;
+  if (handleCardKey(event) || event.ctrlKey || event.metaKey || event.altKey || $("detail").open) return;
   if (event.key === "/" && !event.target.matches?.("input, textarea, select")) {
     event.preventDefault();
     query.focus();
     query.select();
   }
-  if (event.key.toLowerCase() === "x" && event.target.matches?.(".card .open")) {
-    event.target.closest(".card").querySelector(".select").click();
-  }
 });
 
-let saving = 0, lastTop = 0;
-addEventListener("scroll", () => {
-  clearTimeout(saving);
-  saving = setTimeout(() => !state.show && drawn !== null && !running && savePosition(position()), SAVE_MS);
-  if (Math.abs(scrollY - lastTop) < 8 && scrollY > 160) return;
-  const isAway = PHONE.matches && scrollY > 160 && scrollY > lastTop && !$("form").contains(document.activeElement);
-  document.body.classList.toggle("away", isAway); // the bar comes back when the page is scrolled up
-  lastTop = scrollY;
-}, { passive: true });
+followScroll(() => !state.show && drawn !== null && !running && savePosition(position()));
 
 async function begin() {
   for (let wait = 500; !isReady(); wait = Math.min(2 * wait, LONGEST_WAIT_MS)) {
@@ -361,5 +297,4 @@ async function begin() {
   show({ restored: history.state });
 }
 
-history.scrollRestoration = "manual";
 begin();

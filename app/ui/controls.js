@@ -1,0 +1,74 @@
+// The search form, drawn from the state: galleries, words, options, order, and the parts that are no words.
+
+import { hasFilter, hasSubject } from "./address.js";
+import { drawChips } from "./chips.js";
+import { drawPicture } from "./crop.js";
+import { loadCatalogue, savedKey } from "./service.js";
+import { aboutCollection, drawAbout } from "./start.js";
+
+const $ = (id) => document.getElementById(id);
+const query = $("query"), collection = $("collection"), beside = $("beside");
+let page;
+
+// state: returns the present state. names: returns those of the collections. nameOf, isSearched, base: see search.js.
+// remove: called with the part of the state whose chip was removed.
+export function prepareControls(given) {
+  page = given;
+}
+
+export function drawControls() {
+  const state = page.state(), others = page.names().filter((name) => !page.isSearched(name));
+  beside.replaceChildren(new Option("nothing", ""), ...others.map((name) => new Option(name, name)));
+  beside.value = state.beside;
+  setText(query, state.q);
+  setText($("without"), state.without);
+  $("explain").checked = state.explain;
+  $("fold").checked = state.fold;
+  $("start").hidden = hasSubject(state) || hasFilter(state);
+  const isOther = collection.dataset.about !== page.nameOf(state.in);
+  collection.value = collection.dataset.about = page.nameOf(state.in);
+  if (isOther) drawStart();
+  drawSwitches();
+  drawSort();
+  drawPicture(state);
+  drawParts();
+  for (const node of $("examples").children) node.setAttribute("aria-pressed", node.value === state.q);
+  $("forget-key").hidden = !savedKey();
+}
+
+async function drawStart() {
+  const name = page.state().in, described = await aboutCollection(page.base()).catch(() => null);
+  if (!described || !page.isSearched(name)) return;
+  drawAbout(described);
+  drawSort();
+}
+
+async function drawSwitches() {
+  const name = page.state().in;
+  const { has_words, starts_hybrid, group_field } = await loadCatalogue(page.base()).catch(() => ({}));
+  if (!page.isSearched(name)) return;
+  const { words } = page.state();
+  $("words-label").hidden = !has_words;
+  $("words").checked = words ? words === "1" : starts_hybrid;
+  $("fold-label").hidden = Boolean(group_field);
+}
+
+function drawSort() {
+  const sort = $("sort"), state = page.state();
+  if (sort.options.length) sort.options[0].textContent = hasSubject(state) ? "best match" : "gallery order";
+  sort.value = state.sort;
+  $("sort-label").hidden = sort.options.length < 2;
+}
+
+// Sets an input's text; while the user types in it, surrounding spaces stay.
+function setText(input, words) {
+  if (document.activeElement !== input || input.value.trim() !== words) input.value = words;
+}
+
+function drawParts() {
+  const state = page.state();
+  const labels = drawChips($("chips"), state, page.base(), { remove: page.remove, changed: drawParts });
+  query.placeholder = labels.length ? "Add words" : "Describe an image";
+  const subject = state.q || labels[0];
+  document.title = subject ? `${subject} · Image search` : "Image search";
+}
