@@ -79,17 +79,19 @@ def search(
     excluded_words = normalise(without)
     if without and not excluded_words:
         raise DcarError("--without is empty: give words, or omit it")
+    is_image = has_image_suffix(query) or os.path.isfile(query)  # noqa: PTH113  False for words too long for a name
+    if is_image and hybrid:
+        raise DcarError(f"--hybrid looks up words, and {query} is an image: omit it")
     artifact = open_current(index)
     allowed = match_rows(artifact, filter) if filter else None
     is_cached = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
     artifact.require(encoder.fingerprint)
-    is_image = has_image_suffix(query) or os.path.isfile(query)  # noqa: PTH113  False for words too long for a name
     vector = encoder.encode_images([Path(query)]) if is_image else encoder.encode_text([words])
     parts = [QueryPart(1.0, vector[0])]
     if excluded_words:
         parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
-    words_query = HybridQuery(words, artifact.manifest.words_weight) if hybrid and not is_image else None
+    words_query = HybridQuery(words, artifact.manifest.words_weight) if hybrid else None
     find = partial(rank, artifact, RankQuery(compose(parts), words_query))
     product = artifact.manifest.group_field
     best = rank_groups(find, k, read_groups(artifact, product), allowed) if product else find(k, allowed)
