@@ -24,7 +24,7 @@ class ResultExplanation(BaseModel):
     relevance: for each patch of the image as the model sees it, its contribution to the score, row by row.
     fit: how to lay the square relevance map over the image, as CSS object-fit: cover (centre crop), fill (squeezed) or
         contain (letterboxed).
-    words: the query's words with their exact weights for this image.
+    words: the query's words with their exact weights for this image; absent if the model was trained without.
     """
 
     relevance: list[list[float]]
@@ -76,7 +76,8 @@ class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    words: the query's words, weighted by the text alone. facets: the most frequent values of the requested fields.
+    words: the query's words, weighted by the text alone; all 1 where the model weighs none.
+    facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     """
 

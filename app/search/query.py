@@ -150,10 +150,14 @@ class SearchOptions(BaseModel):
         ),
     ] = ()
     rerank: Annotated[
-        bool, Field(strict=True, description="score the first results again, with exact pair weights")
+        bool,
+        Field(
+            strict=True,
+            description="score the first results again, with exact token weights; 409 if the model has none",
+        ),
     ] = False
     explain: Annotated[
-        bool, Field(strict=True, description="show which words and which parts of an image contribute to a score")
+        bool, Field(strict=True, description="show which parts of an image, and which words, contribute to a score")
     ] = False
 
 

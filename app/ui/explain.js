@@ -48,7 +48,7 @@ export function drawLegend(place, words, hasMaps) {
     lines.unshift(drawn);
     const far = [...words].sort((a, b) => Math.abs(b.weight - 1) - Math.abs(a.weight - 1)).slice(0, 2);
     const says = far.every(({ weight }) => Math.abs(weight - 1) < SAME)
-      ? "This model counts all words alike: it has learned nothing about this gallery."
+      ? "This model counts all words of a search alike."
       : `An average word has 100%: ${far.map(inWords).join(", ")}.`;
     if (words.length > 1) lines.push(line(says));
   }

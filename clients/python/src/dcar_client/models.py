@@ -21,7 +21,7 @@ class ResultExplanation(BaseModel):
     relevance: for each patch of the image as the model sees it, its contribution to the score, row by row.
     fit: how to lay the square relevance map over the image, as CSS object-fit: cover (centre crop), fill (squeezed) or
         contain (letterboxed).
-    words: the query's words with their exact weights for this image.
+    words: the query's words with their exact weights for this image; absent if the model was trained without.
     """
 
     relevance: list[list[float]]
@@ -73,7 +73,8 @@ class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    words: the query's words, weighted by the text alone. facets: the most frequent values of the requested fields.
+    words: the query's words, weighted by the text alone; all 1 where the model weighs none.
+    facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     """
 
@@ -307,9 +308,9 @@ class SearchOptions(TypedDict, total=False):
     facets: list[str]
     """Fields whose values are counted over all items that fulfil `filter` and reach `min_score`."""
     rerank: bool
-    """Score the first results again, with exact pair weights."""
+    """Score the first results again, with exact token weights; 409 if the model has none."""
     explain: bool
-    """Show which words and which parts of an image contribute to a score."""
+    """Show which parts of an image, and which words, contribute to a score."""
 
 
 class TextQuery(SearchOptions, total=False):
