@@ -68,8 +68,8 @@ class Verdict:
 
     def _advice(self) -> str:
         lower, more = self.config.lr / 4, 2 * self.config.epochs
-        # "clip-adapter" needs the fewest pairs and runs on every model.
-        other = "" if self.method == "clip-adapter" else "--method clip-adapter, "
+        # "clip-adapter" runs on every model, but learned less than "block-adapters" from any number of captions.
+        other = "" if self.method in ("clip-adapter", "block-adapters") else "--method clip-adapter, "
         return (
             f"{other}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate --tune`; "
             f"until then, `dcar zero-shot` writes a checkpoint of the untouched model."

@@ -40,7 +40,8 @@ def test_a_model_that_is_no_better_was_not_worth_it(adapted: list[float]) -> Non
     assert not found.is_worth_it
     assert "No: the untouched model is at least as good" in str(found)
     assert "Next: --method clip-adapter, --lr 0.0005, --epochs 40 --patience 0, more training pairs" in str(found)
-    assert "Next: --lr 0.0005" in str(verdict(adapted, [1.0] * 200, method="clip-adapter"))
+    for method in ("clip-adapter", "block-adapters"):
+        assert "Next: --lr 0.0005" in str(verdict(adapted, [1.0] * 200, method=method)), "clip-adapter learns no more"
 
 
 def test_few_validation_pairs_get_a_caveat() -> None:
