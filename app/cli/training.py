@@ -50,7 +50,7 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="dcar+, dcar, coop, maple, ... (an unknown name lists all). Default: by the model's level, as "
+            help="block-adapters, dcar+, dcar, ... (an unknown name lists all). Default: by the model's level, as "
             "`dcar models` lists it: block-adapters for full, dcar+-text for text, clip-adapter for adapters."
         ),
     ] = None,
@@ -71,7 +71,7 @@ def train(
     negatives: Negatives = "auto",
     taxonomy: Taxonomy = None,
 ) -> None:
-    """Adapt CLIP to a domain: learn a few MB of prompts and adapters, keep the best epoch by validation recall.
+    """Adapt CLIP to a domain: learn adapters or prompts of a few MB, keep the best epoch by validation recall.
 
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
     good; the checkpoint is written nevertheless. An interrupted run resumes with the same command.
@@ -153,7 +153,7 @@ def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pre
 
 
 @commands.command(
-    epilog=example("dcar evaluate --data my/catalogue --pretrained openai --methods clip,maple,dcar+ --out results")
+    epilog=example("dcar evaluate --data my/catalogue --pretrained openai --methods clip,block-adapters --out results")
 )
 def evaluate(
     data: Data,
