@@ -57,6 +57,8 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
+    if not encoder.adapter.uses_token_weights:
+        parser.error(f"the model of {args.index} was trained without token weights, so it cannot re-rank")
     pair_weights = PairWeights(encoder)
     pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)
     assert pairs is not None  # --validation is required

@@ -16,7 +16,10 @@ from types import SimpleNamespace
 import pytest
 
 from dcar_core.data import load_splits
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.negatives import LETTER_FUNCTIONS
+from index_jobs.rebuild import rebuild
 from tests.support import commands
 from tests.support.paths import ROOT
 
@@ -102,6 +105,16 @@ def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_
     adapter, lora = (line.split(" | ") for line in done.stdout.splitlines()[2:])
     assert (adapter[2], adapter[6]) == ("0", "shared |")
     assert (lora[2], lora[6]) == ("24", "own |")
+
+
+@pytest.mark.slow
+def test_a_model_without_token_weights_is_not_re_ranked(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The service refuses it too."""
+    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tmp_path / "clip")
+    rebuild(tiny_data, tmp_path / "clip", tmp_path / "index", workers=0, progress=False)
+    done = run("rerank.py", tmp_path / "index", "--validation", tiny_data)
+    assert done.returncode == 2
+    assert "was trained without token weights, so it cannot re-rank" in done.stderr
 
 
 def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
