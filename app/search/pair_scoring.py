@@ -83,9 +83,9 @@ class PairScorer:
         return scored + [each for each in ranked if each.row not in frozen]
 
     async def word_weights(self, snapshot: Snapshot, text: str) -> WordWeights:
-        """Return the words of a query with the weights that the text alone gives them."""
+        """Return the words of a query with the weights that it is encoded with."""
         pairs = await _pair_weights(snapshot)
-        factors = await self._embedder.run_in_model_thread(pairs.predicted_factors, text)
+        factors = await self._embedder.run_in_model_thread(pairs.query_factors, text)
         return pairs.word_factors(text, factors)
 
     async def explain(

@@ -46,10 +46,11 @@ class PairWeights:
         return factors.float().cpu().numpy()
 
     @torch.inference_mode()
-    def predicted_factors(self, text: str) -> Floats:
-        """Return the factors (n,) that the head predicts from the text alone; 1 where the model has no head."""
+    def query_factors(self, text: str) -> Floats:
+        """Return the factors (n,) of a query, predicted from the text alone by the head; 1 where queries use none."""
         tokens = self._model.backbone.tokenize([text], self._model.prompt_tokens)
-        factors = self._model.predicted_weights(tokens)
+        use = self._model.config.reweight.query == "predicted"
+        factors = self._model.predicted_weights(tokens) if use else None
         return np.ones(tokens.shape[1], np.float32) if factors is None else factors[0].float().cpu().numpy()
 
     def word_factors(self, text: str, factors: Floats) -> list[tuple[str, float]]:

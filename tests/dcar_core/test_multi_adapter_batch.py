@@ -163,13 +163,20 @@ def test_pair_weight_options_apply_in_training_and_serving(
     assert (trained - usual).abs().max() > 0.01
 
 
+def test_words_have_the_factors_that_the_query_is_encoded_with(encoders: dict[str, Encoder]) -> None:
+    """Validation may decide against those that the head predicts."""
+    none, predicted = (PairWeights(encoders[name]).query_factors("crying cat") for name in ("a", "b"))
+    assert (none == 1).all()
+    assert not (predicted == 1).all()
+
+
 def test_words_of_several_tokens_have_one_factor(encoders: dict[str, Encoder]) -> None:
     pairs = PairWeights(encoders["a"])
     text = "crying cat 😿 supercalifragilistic"
-    factors = pairs.predicted_factors(text)
+    factors = pairs.query_factors(text)
     words = pairs.word_factors(text, factors)
     assert [word for word, _ in words] == ["crying", "cat", "😿", "supercalifragilistic"]
     assert len(factors) > len(words) + 2, "some word has several tokens"
-    assert pairs.word_factors("", pairs.predicted_factors("")) == []
+    assert pairs.word_factors("", pairs.query_factors("")) == []
     long = "word " * 100
-    assert len(pairs.word_factors(long, pairs.predicted_factors(long))) == 32 - 2 - encoders["a"].model.prompt_tokens
+    assert len(pairs.word_factors(long, pairs.query_factors(long))) == 32 - 2 - encoders["a"].model.prompt_tokens

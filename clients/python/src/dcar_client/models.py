@@ -73,7 +73,7 @@ class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    words: the query's words, weighted by the text alone; all 1 where the model weighs none.
+    words: the query's words with the weights that the search used, from the text alone; all 1 where it used none.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     """
