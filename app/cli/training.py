@@ -92,6 +92,7 @@ def train(
     from dcar_core.training.train_state import delete_state
     from dcar_core.training.verdict import Verdict, split_hits
     from dcar_core.util.bootstrap import compare_hits
+    from dcar_core.util.errors import DivergedError
 
     if method is not None:
         method_config(method)  # refuses an unknown name before a model is loaded
@@ -114,9 +115,15 @@ def train(
             if restart and group.is_leader:
                 delete_state(out)
         cache = FeatureCache(features or out / "features", backbone)
-        result = run(
-            adapted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard, group=group
-        )
+        try:
+            result = run(
+                adapted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard,
+                group=group,
+            )  # fmt: skip
+        except DivergedError:
+            if group.is_leader:
+                delete_state(out)  # it would diverge again, and refuse the lower rate
+            raise
         if not group.is_leader:
             return
         notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}

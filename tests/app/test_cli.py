@@ -142,6 +142,17 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     assert result.exit_code == 0, result.output  # nothing to learn, so nothing to judge
 
 
+def test_a_diverged_training_leaves_no_state_that_refuses_a_lower_rate(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    command = ["train", "--data", tiny_data, "--model", tiny_model, "--method", "prolip", "--epochs", "3"]
+    command += ["--out", tmp_path]
+    result = CliRunner().invoke(app, [*map(str, command), "--lr", "1e30"])
+    assert str(result.exception) == "prolip diverged: the loss is inf in epoch 2; use a lower --lr"
+    result = CliRunner().invoke(app, [*map(str, command), "--lr", "1e-4"])
+    assert result.exit_code in (0, 3), result.output
+
+
 def test_training_takes_the_method_that_the_towers_can_run(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
