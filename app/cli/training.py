@@ -128,7 +128,8 @@ def train(
             return
         notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
         fingerprint = save_checkpoint(adapted, out, training=notes)
-        delete_state(out)
+        if result.history:  # not another method's unfinished run
+            delete_state(out)
         typer.echo(f"{out}: epoch {result.epoch}, {result.seconds:.0f} s, fingerprint {fingerprint[:12]}")
         if not result.history:  # nothing to learn
             return

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from app.cli import app, main
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.towers.text import CausalText
+from dcar_core.training.train_state import STATE_FILE
 from dcar_core.util.errors import DcarError, ImageError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
 from index_jobs.rebuild import rebuild
@@ -138,8 +139,10 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     assert "Was it worth it? No" in result.stdout
     assert "Caveat: 6 validation pairs" in result.stdout
     assert (tmp_path / "trainables.safetensors").is_file()
-    result = CliRunner().invoke(app, [*map(str, command[:-4]), "--method", "clip", "--out", str(tmp_path / "clip")])
+    (tmp_path / STATE_FILE).write_text("of an unfinished run")
+    result = CliRunner().invoke(app, [*map(str, command), "--method", "clip"])
     assert result.exit_code == 0, result.output  # nothing to learn, so nothing to judge
+    assert (tmp_path / STATE_FILE).is_file(), "clip discarded the unfinished run of another method"
 
 
 def test_a_diverged_training_leaves_no_state_that_refuses_a_lower_rate(
