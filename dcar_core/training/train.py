@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dcar_core.data import Dataset
-from dcar_core.model.config import TrainConfig
+from dcar_core.model.config import QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.feature_cache import FeatureCache
@@ -158,9 +158,16 @@ class _TrainingLoop:
 
     def finish_epoch(self) -> dict[str, Any]:
         """Validate, keep the best weights, and return the record. Raise DivergedError if a vector is not finite."""
-        own_choice = choose_query_weights(self.model, self.val_split) if self.group.is_leader else None
-        choice = self.group.broadcast(own_choice)
-        assert choice is not None  # the leader's
+        choice: tuple[QueryWeights, Recall] | DivergedError | None = None
+        if self.group.is_leader:
+            try:
+                choice = choose_query_weights(self.model, self.val_split)
+            except DivergedError as error:
+                choice = error
+        choice = self.group.broadcast(choice)  # the leader's; an error too, for which the others would wait
+        assert choice is not None
+        if isinstance(choice, DivergedError):
+            raise choice
         query, recall = choice
         at = self.progress
         at.epoch += 1

@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import method
+from dcar_core.training.distributed import ProcessGroup
 from dcar_core.training.grad_cache import accumulate_gradients
 from dcar_core.training.train import train
 from dcar_core.training.train_state import STATE_FILE, TrainProgress, TrainStateFile, delete_state
-from dcar_core.util.errors import TrainingError
+from dcar_core.util.errors import DivergedError, TrainingError
 from tests.support.commands import Command, run
 from tests.support.paths import TRAIN_PROCESS
 from tests.support.processes import free_port
+
+T = TypeVar("T")
 
 
 def train_in_process(*arguments: object) -> str:
@@ -245,6 +249,23 @@ def test_parts_and_processes_learn_what_one_process_learns(
     for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
+
+
+def test_the_other_processes_learn_that_the_leader_found_no_finite_vectors(tiny_model: Path, tiny_data: Path) -> None:
+    """The leader alone validates; the others would wait for its result, and end with a broken connection."""
+    sent = list[object]()
+
+    class Leader(ProcessGroup):
+        def broadcast(self, value: T) -> T:
+            sent.append(value)
+            return value
+
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
+    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    config = TrainConfig(epochs=1, batch_size=64, lr=1e25)
+    with pytest.raises(DivergedError, match="its vectors are not finite"):
+        train(model, training, validation, config, progress=False, group=Leader())
+    assert isinstance(sent[-1], DivergedError)
 
 
 def losses(run: Path) -> list[float]:
