@@ -40,7 +40,7 @@ def hold_out_categories(splits: Mapping[str, Dataset], share: float) -> tuple[di
         The splits, of which the test split is whole, and the folded names of the categories left out.
 
     Raises:
-        DataError: too few categories to leave some out and keep some.
+        DataError: too few categories to leave some out and keep some, or no pair of a split is left.
     """
     names = sorted({sample.category for data in splits.values() for sample in data.samples} - {""})
     spellings = {fold_name(name): name for name in reversed(names)}
@@ -56,6 +56,9 @@ def hold_out_categories(splits: Mapping[str, Dataset], share: float) -> tuple[di
         else replace(data, samples=[sample for sample in data.samples if fold_name(sample.category) not in held_out])
         for name, data in splits.items()
     }
+    for name, data in kept.items():
+        if not len(data):
+            raise DataError(f"--unseen-categories {share:g} leaves no {name} pairs; lower it, or add {name} pairs")
     return kept, held_out
 
 

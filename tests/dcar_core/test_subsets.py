@@ -93,6 +93,9 @@ def test_a_category_is_held_out_in_every_spelling_and_in_the_taxonomy(
     kept, held_out = hold_out_categories(splits, 0.5)
     assert len(held_out) == 2
     assert not {fold_name(sample.category) for sample in kept["train"].samples} & held_out
+    gone = [sample for sample in splits["val"].samples if fold_name(sample.category) in held_out]
+    with pytest.raises(DataError, match=r"--unseen-categories 0\.5 leaves no val pairs; lower it, or add val pairs"):
+        hold_out_categories({**splits, "val": replace(splits["val"], samples=gone)}, 0.5)
     names = sorted({sample.category for sample in splits["test"].samples})
     taxonomy = tmp_path / "taxonomy.json"
     taxonomy.write_text(json.dumps({"meta_categories": {"all": names}}))
