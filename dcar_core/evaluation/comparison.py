@@ -109,6 +109,8 @@ def compare(
         add_negatives, functions=backbone_functions(backbone), mode=negatives, taxonomy=taxonomy, held_out=held_out
     )
     all_pairs, splits = splits["train"], complete(splits, reports)
+    if shots:
+        take_shots(all_pairs, 1, 0)  # raises before the first training if no pair has a category
 
     def choose_pairs(shots: int, seed: int) -> Dataset:  # negatives come from the chosen pairs, too
         return complete({"train": take_shots(all_pairs, shots, seed)}, {"train": CleaningReport()})["train"]
