@@ -84,7 +84,8 @@ class FrozenFeatures:
             try:
                 out[row] = self.backbone.preprocess(self.data.read(name))
             except ImageError as error:
-                raise DataError(f"{self.data.split}: {name}: {error}") from error
+                message = f"{self.data.split}: {name}: {error}; replace the image, or leave it out with --skip-broken"
+                raise DataError(message) from error
 
         with ThreadPoolExecutor(min(8, available_cores())) as pool:  # Pillow releases the GIL while it decodes
             rows = range(len(self.names))
