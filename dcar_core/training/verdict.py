@@ -10,7 +10,7 @@ from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference
 from dcar_core.util.retrieval_metrics import compute_ranks
 
-FEW_PAIRS = 100  # fewer validation pairs get a caveat
+FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Verdict:
         return difference.low > 0 or difference.high < 0
 
     def __str__(self) -> str:
-        pairs = self.comparison.queries
+        pairs, images = self.comparison.queries, self.comparison.images
         parts = [
             f"{'R@1 in percent (95 % interval)':32}{'text-to-image':24}{'image-to-text':24}mean",
             _row("untouched model", self.comparison.baseline, ""),
@@ -43,9 +43,10 @@ class Verdict:
         ]
         if not self.is_worth_it:
             parts.append(f"Next: {self._advice()}")
-        if pairs < FEW_PAIRS:
+        if images < FEW_PAIRS:
+            what = "pairs" if images == pairs else "images"
             parts.append(
-                f"Caveat: {pairs} validation pairs decide little; each is {100 / pairs:.1f} points of R@1. Use at "
+                f"Caveat: {images} validation {what} decide little; each is {100 / images:.1f} points of R@1. Use at "
                 f"least {FEW_PAIRS}."
             )
         return "\n".join(parts)

@@ -69,7 +69,7 @@ class PairedDifference:
 
     model, baseline, difference: an estimate for each of `MEASURES`.
     p: two-sided p-value of the difference in mean R@1.
-    queries: number of captions.
+    queries: number of captions. images: number of images.
     """
 
     model: Mapping[str, Estimate]
@@ -77,6 +77,7 @@ class PairedDifference:
     difference: Mapping[str, Estimate]
     p: float
     queries: int
+    images: int
 
 
 def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
@@ -93,6 +94,7 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
         _estimates(values[0] - values[1], difference),
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
+        images=len(model.texts),
     )
 
 

@@ -47,3 +47,10 @@ def test_a_model_that_is_no_better_was_not_worth_it(adapted: list[float]) -> Non
 def test_few_validation_pairs_get_a_caveat() -> None:
     found = str(verdict([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]))
     assert "Caveat: 3 validation pairs decide little; each is 33.3 points of R@1. Use at least 100." in found
+
+
+def test_many_captions_of_few_images_get_the_caveat() -> None:
+    """The bootstrap resamples images: two of them decide little, however many captions they have."""
+    untouched, adapted = (Hits(np.full(2, 300.0), np.full(2, 300 * hit), np.full(2, hit)) for hit in (0.0, 1.0))
+    found = str(Verdict("dcar+", compare_hits(adapted, untouched, resamples=500), TrainConfig()))
+    assert "Caveat: 2 validation images decide little; each is 50.0 points of R@1. Use at least 100." in found
