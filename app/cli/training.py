@@ -79,7 +79,7 @@ def train(
     prepare_hub(model, pretrained)
     from dcar_core.data import describe_reports, load_splits, save_reports
     from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.checkpoint import save_checkpoint
+    from dcar_core.model.checkpoint import require_own_config, save_checkpoint
     from dcar_core.model.dcar import seeded_model
     from dcar_core.model.methods import default_method
     from dcar_core.model.methods import method as method_config
@@ -96,6 +96,7 @@ def train(
 
     if method is not None:
         method_config(method)  # refuses an unknown name before a model is loaded
+    require_own_config(out)
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )

@@ -192,15 +192,22 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     write_json(target / CONFIG, content)
 
 
+def require_own_config(path: Path) -> None:
+    """Raise CheckpointError if a checkpoint in `path` would replace a `config.json` of something else."""
+    if (path / CONFIG).is_file() and not is_checkpoint(path):
+        raise CheckpointError(f"{path / CONFIG} is not of a checkpoint and would be replaced; name another --out")
+
+
 def save_zero_shot(backbone: "Backbone", out: Path) -> str:
     """Write a checkpoint that adds nothing to a model, and return its fingerprint. An older one is replaced.
 
     Raises:
-        CheckpointError: `out` holds a trained checkpoint.
+        CheckpointError: `out` holds a trained checkpoint, or a `config.json` of something else.
     """
     from dcar_core.model.dcar import DCAR
     from dcar_core.model.methods import method
 
+    require_own_config(out)
     if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != "clip":
         raise CheckpointError(f"{out} holds a trained checkpoint of {found}; name another --out")
     return save_checkpoint(DCAR(backbone, method("clip")), out)

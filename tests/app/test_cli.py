@@ -1,6 +1,7 @@
 """The command line as a whole: what a user can fix is one line."""
 
 import json
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -154,6 +155,17 @@ def test_a_diverged_training_leaves_no_state_that_refuses_a_lower_rate(
     assert str(result.exception) == "prolip diverged: the loss is inf in epoch 2; use a lower --lr"
     result = CliRunner().invoke(app, [*map(str, command), "--lr", "1e-4"])
     assert result.exit_code in (0, 3), result.output
+
+
+@pytest.mark.parametrize("command", ["train", "zero-shot"])
+def test_the_config_of_a_model_is_not_replaced(command: str, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """Model directories of the hub have a config.json of their own beside open_clip's."""
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "config.json").write_text('{"model_type": "clip"}')
+    data = ["--data", tiny_data, "--epochs", "1"] if command == "train" else []
+    result = CliRunner().invoke(app, [command, *map(str, data), "--model", str(model), "--out", str(model)])
+    assert str(result.exception).endswith("is not of a checkpoint and would be replaced; name another --out")
+    assert (model / "config.json").read_text() == '{"model_type": "clip"}'
 
 
 def test_training_takes_the_method_that_the_towers_can_run(
