@@ -21,9 +21,9 @@ from app.core.settings import Settings
 from app.core.supervision import stop, supervise
 from app.core.threads import SharedCall, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
-from app.search.snapshots import Snapshot, load_empty_snapshot, load_snapshot
+from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
-from index_jobs.store.versions import current_version, read_manifest, require_index
+from index_jobs.store.versions import current_version, require_index
 from index_jobs.store.writes.collection_folders import list_collections
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,9 @@ class ServedIndex:
             try:
                 is_empty = self.is_created and await asyncio.to_thread(current_version, self.index) is None
                 version = 0 if is_empty else await asyncio.to_thread(require_index, self.index)
-                is_live = self.live is not None and await asyncio.to_thread(_is_live, self.live, self.index, version)
+                is_live = self.live is not None and await asyncio.to_thread(
+                    is_published, self.live, self.index, version
+                )
                 load = load_empty_snapshot if is_empty else load_snapshot
                 loaded = [index.live for _, index in self._collections if index.live is not None]
                 settings = self._collections.settings
@@ -149,16 +151,6 @@ def without_directories(message: str, index: Path) -> str:
     for directory in (index.absolute(), index.resolve()):
         message = message.replace(str(directory), index.resolve().name)
     return _DIRECTORIES.sub("", message)
-
-
-def _is_live(live: Snapshot, index: Path, version: int) -> bool:
-    """Return True if a published version is the live one. The numbers of a rebuilt index start again at 1."""
-    if live.version != version:
-        return False
-    try:
-        return read_manifest(index, version) == live.artifact.manifest
-    except ArtifactError:
-        return True  # the published manifest is broken, the live version is not
 
 
 def _published_version(index: Path) -> int | None:

@@ -17,9 +17,10 @@ from dcar_core import Encoder
 from dcar_core.model.checkpoint import read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.errors import DcarError
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CHECKPOINT
-from index_jobs.store.versions import open_current
+from index_jobs.store.versions import open_current, read_manifest
 from index_jobs.store.writes.collection_folders import EmptyArtifact
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
@@ -109,6 +110,21 @@ def load_empty_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapsh
     """Load the model of a created collection that has no items yet; its version is 0. See `load_snapshot`."""
     encoder, backbone = _find_or_load_encoder(index / CHECKPOINT, None, settings, loaded)
     return _make_snapshot(EmptyArtifact(index, encoder.fingerprint, encoder.dim), encoder, backbone, settings)
+
+
+def is_published(live: Snapshot, index: Path, version: int) -> bool:
+    """Return True if a published version, 0 of a collection without items, is the live one.
+
+    The numbers of a rebuilt index, and of a collection that was dropped and created again, are not new.
+    """
+    if live.version != version:
+        return False
+    try:
+        if version == 0:
+            return bool(read_config(index / CHECKPOINT)["fingerprint"] == live.encoder.fingerprint)
+        return read_manifest(index, version) == live.artifact.manifest
+    except DcarError:
+        return True  # what is published is broken, the live version is not
 
 
 def _make_snapshot(artifact: Artifact, encoder: Encoder, backbone: str, settings: Settings) -> Snapshot:

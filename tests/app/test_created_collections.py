@@ -210,3 +210,22 @@ async def test_collection_that_another_process_has_dropped_is_not_found(
         drop_collection(list_collections(folder)["lamps"])
         assert (await client.put("/collections/lamps", headers=ADMINS)).json()["count"] == 0
         assert [*list_collections(folder)] == ["lamps"]
+
+
+async def test_empty_collection_that_another_process_has_created_again_has_its_new_model(
+    index: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "created"
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+
+        async def embedded(model: str) -> Any:
+            return (await client.post("/v1/embeddings", json={"input": "red", "model": model})).json()["data"]
+
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
+        assert await embedded("lamps") == await embedded("index")
+        drop_collection(list_collections(folder)["lamps"])
+        create_collection(folder, "lamps", other_checkpoint)
+        assert (await client.post("/admin/reload", headers=ADMINS)).status_code == 200
+        assert await embedded("lamps") != await embedded("index")
+        reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+        assert not reloaded["changed"]
