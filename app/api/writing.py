@@ -43,6 +43,7 @@ def item_writing_routes() -> APIRouter:
     async def put_items(request: Request) -> Response:
         """Add items, or replace those with the same ids, by a job."""
         require_writer(request, _name(request))
+        await _follow(request)
         snapshot = snapshot_of(request)
         items = (await read_json(request, PutItems)).items
         _require_unique([item.id for item in items])
@@ -54,6 +55,7 @@ def item_writing_routes() -> APIRouter:
     async def delete_items(request: Request) -> Response:
         """Remove items by a job."""
         require_writer(request, _name(request))
+        await _follow(request)
         _ = state_of(request).collections[_name(request)]
         ids = (await read_json(request, DeleteItems)).ids
         return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
@@ -92,6 +94,7 @@ def collection_writing_routes() -> APIRouter:
         """Drop a collection that was created over HTTP, with all of its items."""
         name, collections = _name(request), state_of(request).collections
         require_writer(request, name)
+        await _follow(request)
         served = collections[name]
         if not served.is_created:
             raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
@@ -112,8 +115,12 @@ def job_routes() -> APIRouter:
     @router.get("/jobs/{job_id}", **operation(JobResponse, 404))
     async def job(request: Request, job_id: str) -> Response:
         """Return the status of a change of items: how far it is, and how it ended."""
-        status = await state_of(request).writer.status(job_id) if state_of(request).settings.writes else None
-        require_writer(request, state_of(request).collections.default if status is None else status["collection"])
+        state = state_of(request)
+        status = await state.writer.status(job_id) if state.settings.writes else None
+        if status is None and state.settings.writes:
+            await state.collections.sync()  # it may be of a collection that another process has created
+            status = await state.writer.status(job_id)
+        require_writer(request, state.collections.default if status is None else status["collection"])
         if status is None:
             raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
         return JsonResponse(status)
@@ -123,6 +130,12 @@ def job_routes() -> APIRouter:
 
 def _name(request: Request) -> str:
     return collection_of(request) or state_of(request).collections.default
+
+
+async def _follow(request: Request) -> None:
+    """Serve the collection named in the path if another process has created it since the last check for new ones."""
+    if _name(request) not in dict(state_of(request).collections):
+        await state_of(request).collections.sync()
 
 
 def _require_unique(ids: list[str]) -> None:

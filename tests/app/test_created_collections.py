@@ -212,6 +212,24 @@ async def test_collection_that_another_process_has_dropped_is_not_found(
         assert [*list_collections(folder)] == ["lamps"]
 
 
+async def test_collection_that_another_process_has_created_is_changed_and_dropped_at_once(
+    index: Path, tmp_path: Path
+) -> None:
+    given = {**WRITES, "collections_dir": tmp_path / "created", "poll_s": 0}
+    async with opened(index, **given) as client, opened(index, **given) as other:
+        for name in ("lamps", "shoes", "bags", "hats"):
+            assert (await client.put(f"/collections/{name}", headers=ADMINS)).status_code == 200
+            if name == "lamps":
+                assert (await put(other, item("a"), path="/collections/lamps/items")).status_code == 202
+            elif name == "shoes":
+                assert (await delete(other, "a", path="/collections/shoes/items")).status_code == 202
+            elif name == "bags":
+                assert (await other.delete("/collections/bags", headers=ADMINS)).status_code == 204
+            else:
+                job = (await delete(client, "a", path="/collections/hats/items")).headers["location"]
+                assert (await other.get(job, headers=ADMINS)).json()["collection"] == "hats"
+
+
 async def test_empty_collection_that_another_process_has_created_again_has_its_new_model(
     index: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
