@@ -29,6 +29,7 @@ from index_jobs.store.writes.collection_folders import list_collections
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
+_CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
 _DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*")  # of an absolute path, but not of a URL
 _LOADING = "The model is being loaded."
 
@@ -66,10 +67,11 @@ class ServedIndex:
         self._poller = asyncio.create_task(self._load_and_poll(), name="dcar-snapshots")
 
     async def close(self) -> None:
-        """Stop polling, wait for a load in progress, whose thread cannot be stopped, and release the snapshot."""
+        """Stop polling, wait a little for a load, whose thread cannot be stopped, and release the snapshot."""
         self._is_closing = True
         await stop(self._poller)
-        await asyncio.gather(*self._loads, return_exceptions=True)
+        if self._loads:
+            await asyncio.wait(self._loads, timeout=_CLOSE_S)
         self.live = None  # the ended tasks refer to this object until a full garbage collection, which is rare here
 
     async def reload(self) -> bool:

@@ -117,3 +117,24 @@ async def test_a_reload_with_a_body_does_not_time_out(index: Path, monkeypatch: 
         rollback(index, 2)
         response = await client.post("/admin/reload", headers=BEARER, json={})
         assert response.json()["changed"], response.text
+
+
+async def test_a_long_load_does_not_keep_the_service(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, release = threading.Event(), threading.Event()
+
+    def hanging(*given: object) -> object:
+        began.set()
+        release.wait(60)
+        raise OSError("too late")
+
+    monkeypatch.setattr("app.search.collections._CLOSE_S", 0.1)
+    async with opened(index, poll_s=0, **KEY) as client:
+        monkeypatch.setattr("app.search.collections.load_snapshot", hanging)
+        rollback(index, 2)
+        load = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+        await asyncio.to_thread(began.wait, 10)
+        load.cancel()
+        started = time.monotonic()
+    took_s = time.monotonic() - started
+    release.set()
+    assert took_s < 10
