@@ -24,7 +24,7 @@ from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisClusterException
+from redis.exceptions import RedisClusterException, RedisError
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def check_url(url: str) -> str:
             client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     except TypeError:
         raise ValueError("has an option that redis-py does not know") from None
-    except RedisClusterException as error:
+    except (RedisClusterException, RedisError) as error:
         raise ValueError(f"has an invalid option: {error}") from None
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if (file := options.get(name)) and not Path(file).is_file():

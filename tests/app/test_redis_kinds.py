@@ -151,6 +151,7 @@ def test_an_invalid_url_is_refused_without_showing_its_password(url: str, hint: 
         ("redis+sentinel://:secretword@localhost/pictures?colour=red", "an option that redis-py does not know"),
         ("rediss://:secretword@localhost?ssl_ca_certs=/nowhere.pem", r"/nowhere\.pem as ssl_ca_certs"),
         ("rediss+sentinel://:secretword@localhost/pictures?ssl_keyfile=/nowhere.pem", "ssl_keyfile"),
+        ("rediss://:secretword@localhost?ssl_cert_reqs=maybe", "invalid option: Invalid SSL .* maybe"),
     ],
 )
 def test_invalid_options_are_refused_before_the_first_command(url: str, hint: str) -> None:
