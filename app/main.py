@@ -28,7 +28,7 @@ from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit
 from app.middleware.request_log import RequestLog
 from app.search.collections import Collections
-from app.search.embedding_cache import make_cache
+from app.search.embedding_cache import MemoryCache, RedisCache, make_cache
 from app.search.reload_listener import ReloadListener
 from app.search.retriever import Retriever
 from app.writes.worker import WriteWorker
@@ -57,10 +57,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         collections = Collections(settings, metrics, on_start_failure=on_start_failure)
-        retriever = Retriever(settings, make_cache(settings, metrics), metrics)
+        cache = make_cache(settings, metrics)
+        retriever = Retriever(settings, cache, metrics)
         writer = WriteWorker(settings, collections, metrics)
         app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
         _watch_indexes(metrics, collections)
+        _watch_redis(metrics, cache, rates)
         async with AsyncExitStack() as stack:  # closes the last one first
             if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
                 stack.push_async_callback(asyncio.to_thread, tracer.close)
@@ -126,6 +128,21 @@ def _make_rates(settings: Settings) -> RateLimiter | None:
         return None
     url = settings.redis_url.get_secret_value() if settings.redis_url else None
     return RateLimiter(settings.rate_limit, redis_url=url, timeout_s=settings.redis_timeout_ms / 1000)
+
+
+def _watch_redis(metrics: Metrics, cache: MemoryCache, rates: RateLimiter | None) -> None:
+    """Register a gauge of the uses of Redis that pause; it is read at each scrape."""
+    if isinstance(cache, RedisCache):
+        breakers = {"read": cache.read_breaker, "write": cache.write_breaker}
+        if rates is not None:
+            breakers["count"] = rates.breaker
+        description = "1 while Redis is not used because it failed."
+        metrics.add_gauge(
+            "dcar_redis_breaker_open",
+            description,
+            ["use"],
+            lambda: [([use], float(breaker.is_open)) for use, breaker in breakers.items()],
+        )
 
 
 def _watch_indexes(metrics: Metrics, collections: Collections) -> None:

@@ -186,17 +186,10 @@ def make_cache(settings: Settings, metrics: Metrics) -> MemoryCache:
     """Make the cache that the settings ask for. It does not connect: Redis may start later than the service."""
     if settings.redis_url is None:
         return MemoryCache(settings.cache_size, metrics)
-    cache = RedisCache(
+    return RedisCache(
         settings.redis_url.get_secret_value(),
         ttl_s=settings.cache_ttl_s,
         timeout_s=settings.redis_timeout_ms / 1000,
         size=settings.cache_size,
         metrics=metrics,
     )
-    metrics.add_gauge(
-        "dcar_redis_breaker_open",
-        "1 while Redis is not used because it failed.",
-        ["use"],
-        lambda: [(["read"], float(cache.read_breaker.is_open)), (["write"], float(cache.write_breaker.is_open))],
-    )
-    return cache

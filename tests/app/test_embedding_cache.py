@@ -73,7 +73,8 @@ def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypat
 
 
 async def test_a_missing_redis_fails_no_search_and_costs_little(built_index: Path) -> None:
-    async with opened(built_index, redis_url="redis://127.0.0.1:1/0", cache_size=0) as client:
+    given = {"redis_url": "redis://127.0.0.1:1/0", "cache_size": 0, "rate_limit": "1000/minute"}
+    async with opened(built_index, **given) as client:
         for _ in range(5):
             response = await client.post("/search/text", json={"query": "red"})
             assert response.status_code == 200
@@ -82,7 +83,8 @@ async def test_a_missing_redis_fails_no_search_and_costs_little(built_index: Pat
         assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
         assert time.perf_counter() - started < 1
         metrics = (await client.get("/metrics")).text
-        assert 'dcar_redis_breaker_open{use="read"} 1.0' in metrics
+        for use in ("read", "write", "count"):
+            assert f'dcar_redis_breaker_open{{use="{use}"}} 1.0' in metrics
         for outcome in ("error", "skipped"):  # not used after three failures
             assert f'dcar_cache_lookups_total{{level="redis",outcome="{outcome}"}} 3.0' in metrics
 
