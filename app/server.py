@@ -119,6 +119,8 @@ class _Server(uvicorn.Server):
         if self._timer is not None:
             self._timer.cancel()  # uvicorn treats a further signal as a demand to drop pending requests
         if self._timer is not None or self._drain_s == 0 or collections is None or collections[None].live is None:
+            if not self.should_exit:
+                logger.info("received a signal: shutting down")
             super().handle_exit(sig, frame)
             return
         collections.is_draining = True

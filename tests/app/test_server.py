@@ -81,6 +81,7 @@ def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
         _, log = process.communicate(timeout=20)
     assert "Traceback" not in log
     assert "POST /search/text" in log
+    assert log.count("received a signal: shutting down") == 1
     assert process.returncode in (0, -signal.SIGTERM)
 
 
