@@ -264,6 +264,7 @@ class Collections:
             found = await asyncio.to_thread(list_collections, self.settings.collections_dir)
             for name in [name for name, index in self if index.is_created and found.get(name) != index.index]:
                 await self._indexes.pop(name).close()
+                logger.info("no longer serving the collection %s: it was dropped", name)
             for name, path in found.items():
                 if name not in self._indexes:
                     created = ServedIndex(path, self, is_created=True)
@@ -273,11 +274,12 @@ class Collections:
                     created.start()
 
     async def reload(self) -> dict[str, bool]:
-        """Serve the published version of every collection. Return which ones changed, by name.
+        """Serve the published version of every collection, created ones included. Return which changed, by name.
 
         Raises:
             DcarError: some cannot be loaded; the others have been reloaded.
         """
+        await self.sync()
         changed: dict[str, bool] = {}
         failures: list[str] = []
         for name, index in self:

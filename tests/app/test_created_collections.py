@@ -230,6 +230,22 @@ async def test_collection_that_another_process_has_created_is_changed_and_droppe
                 assert (await other.get(job, headers=ADMINS)).json()["collection"] == "hats"
 
 
+async def test_reload_follows_collections_that_another_process_has_created_and_dropped(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "created"
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        folder.mkdir()
+        create_collection(folder, "lamps", open_current(index).checkpoint)
+        reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+        assert reloaded["versions"] == {"index": 1, "lamps": 0}
+        drop_collection(list_collections(folder)["lamps"])
+        with caplog.at_level("INFO"):
+            reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+        assert reloaded["versions"] == {"index": 1}
+        assert "no longer serving the collection lamps" in caplog.text
+
+
 async def test_empty_collection_that_another_process_has_created_again_has_its_new_model(
     index: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
