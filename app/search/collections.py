@@ -264,7 +264,7 @@ class Collections:
             found = await asyncio.to_thread(list_collections, self.settings.collections_dir)
             for name in [name for name, index in self if index.is_created and found.get(name) != index.index]:
                 await self._indexes.pop(name).close()
-                logger.info("no longer serving the collection %s: it was dropped", name)
+                logger.info("no longer serving the collection %s: it was dropped, or its directory is gone", name)
             for name, path in found.items():
                 if name not in self._indexes:
                     created = ServedIndex(path, self, is_created=True)

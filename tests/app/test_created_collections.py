@@ -263,3 +263,19 @@ async def test_empty_collection_that_another_process_has_created_again_has_its_n
         assert await embedded("lamps") != await embedded("index")
         reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
         assert not reloaded["changed"]
+
+
+async def test_damaged_description_is_logged_once_and_leaves_the_others_served(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "created"
+    folder.mkdir()
+    for name in ("lamps", "shoes"):
+        create_collection(folder, name, open_current(index).checkpoint)
+    (list_collections(folder)["lamps"] / "collection.json").write_text("{")
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        for _ in range(2):
+            reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+            assert reloaded["versions"] == {"index": 1, "shoes": 0}
+        assert (await client.get("/readyz")).status_code == 200
+    assert caplog.text.count("collection.json cannot be read") == 1

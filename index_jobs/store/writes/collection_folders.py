@@ -5,11 +5,12 @@ FOLDER/<hash>/checkpoint/       the model that its items are encoded with
 FOLDER/<hash>/...               an index directory, once the first items are published; until then `EmptyArtifact`
 """
 
-import contextlib
 import hashlib
 import json
+import logging
 import secrets
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT, Manifest
 from index_jobs.store.segments import Segments
 from index_jobs.store.writes.write_queue import WriteQueue
+
+logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "collection.json"
 _NEW, _OLD = ".new-", ".old-"
@@ -50,12 +53,22 @@ class EmptyArtifact(Artifact):
 
 
 def list_collections(folder: Path) -> dict[str, Path]:
-    """Return the index directories of the created collections by name."""
+    """Return the index directories of the created collections by name. One without a readable name is logged."""
     found = {}
     for path in sorted(folder.glob(f"[0-9a-f]*/{_DESCRIPTION}")):
-        with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+        try:
             found[json.loads(path.read_bytes())["name"]] = path.parent
+        except FileNotFoundError:  # dropped meanwhile
+            continue
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            _report(path, str(error))
     return found
+
+
+@cache
+def _report(path: Path, reason: str) -> None:
+    """Log a damaged description once: it is read every few seconds."""
+    logger.error("the collection in %s is not served: %s cannot be read: %s", path.parent, path.name, reason)
 
 
 def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
