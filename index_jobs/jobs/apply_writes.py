@@ -2,7 +2,7 @@
 
 - The last change of an id in a batch is the one that is made.
 - A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
-  items that the published version has from this job are not added twice.
+  images of the job that the published version has, or could not read, are not tried again.
 - A job with unusable input fails alone: its batch is halved until the job is by itself. Any other error, such as a full
   disk or another writer, leaves the jobs in the queue.
 - A job whose process has died too often fails, so the jobs behind it are applied.
@@ -110,24 +110,25 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
         if not is_new:  # killed just before the end of the first publication
             rollback(index)
     current = None if is_new else open_current(index)
-    version, failed = current.manifest.version if current else None, dict[str, str]()
+    version, failed = (current.manifest.version, _failures(current)) if current else (None, dict[str, str]())
     puts = [
         (job, item)
         for job, item in last.values()
-        if job.kind == "put" and not (current is not None and _is_held(current, job, item))
+        if job.kind == "put"
+        and job.image_name(item) not in failed
+        and not (current is not None and _is_held(current, job, item))
     ]
     deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
     if puts:
         gallery = queue.folder / _LIST
-        _write_list(queue, gallery, puts)
+        _write_list(gallery, puts)
         given = {**options, "max_failed": 1.0, "progress": False, "on_encoded": _Reporter(queue, len(last))}
         if is_new:
             summary: Any = rebuild(gallery, index / CHECKPOINT, index, keep_shards=False, **given)
         else:
             summary = add(index, gallery, replace_existing=True, **given)
         version = summary.version
-        if summary.failed:
-            failed = _failures(open_version(index, summary.version))
+        failed |= _failures(open_version(index, summary.version))
     if deleted and version is not None:
         keep = {name: value for name, value in options.items() if name == "keep"}
         try:
@@ -136,9 +137,7 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
             raise DataError("a collection cannot lose its last item; delete the collection") from None
     for job in jobs:
         lost = [
-            {"id": item["id"], "reason": failed[item["id"]]}
-            for item in job.items
-            if item["id"] in failed and last[item["id"]][0] is job
+            {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
         ]
         if len(lost) == len(job.items):
             queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
@@ -177,22 +176,21 @@ class _Reporter:
 def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
     """True if the version has this item from this job."""
     row = artifact.row_of(item["id"])
-    return row is not None and artifact.image_place(row)[0].endswith(f"/{job.name}/{item['file']}")
+    return row is not None and artifact.image_place(row)[0].endswith(f"/{job.image_name(item)}")
 
 
-def _write_list(queue: WriteQueue, path: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]]) -> None:
+def _write_list(path: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]]) -> None:
     with atomic_writer(path) as file:
         for job, item in puts:
-            name = queue.image(job.name, item).relative_to(queue.folder).as_posix()
             own = {field: item[field] for field in ("id", "caption", "category")}
-            file.write(json.dumps({**item["metadata"], **own, "file_name": name}).encode() + b"\n")
+            file.write(json.dumps({**item["metadata"], **own, "file_name": job.image_name(item)}).encode() + b"\n")
 
 
 def _failures(artifact: Artifact) -> dict[str, str]:
-    """Return the reasons of the images that a version lacks, or its newest addition, by id."""
+    """Return the reasons of the images that a version lacks, or its newest addition, by name."""
     path = artifact.path / (artifact.manifest.additions[-1].folder if artifact.manifest.additions else "") / FAILED
     failures = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {failure["id"]: failure["reason"] for failure in failures}
+    return {failure["name"]: failure["reason"] for failure in failures}
 
 
 def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:

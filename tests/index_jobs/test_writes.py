@@ -137,6 +137,25 @@ def test_repeated_batch_adds_nothing_twice(index: Path, monkeypatch: pytest.Monk
     assert (current_version(index), status(index, job)["index_version"]) == (2, 2)
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_repeated_batch_ends_as_an_undisturbed_one_although_images_are_unreadable(
+    index: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    items = [{"id": each, "caption": each, "category": "", "metadata": {}} for each in ("good", "bad")]
+    images = [(picture("pink"), "png"), (b"no picture", "png")]
+    jobs = [WriteQueue(index).accept("put", items, images)]
+    jobs += [put(index, "worse", data=b"no picture") for _ in range(others)]
+    with monkeypatch.context() as patch:
+        patch.setattr(WriteQueue, "end", lambda *_, **__: None)
+        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job) for job in jobs], {})
+    apply_writes(index)
+    assert current_version(index) == 2
+    found = status(index, jobs[0])
+    assert (found["status"], found["index_version"], [each["id"] for each in found["failed"]]) == ("done", 2, ["bad"])
+    for job in jobs[1:]:
+        assert status(index, job)["reason"].startswith("no image can be read")
+
+
 @pytest.mark.parametrize("error", [LockedError("another job is writing"), OSError(28, "No space left on device")])
 def test_jobs_wait_while_the_index_cannot_be_written(
     index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

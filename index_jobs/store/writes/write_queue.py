@@ -44,6 +44,10 @@ class WriteJob:
     kind: JobKind
     items: list[dict[str, Any]]
 
+    def image_name(self, item: dict[str, Any]) -> str:
+        """Return the name of an item's image below INDEX/writes; that of no file for an item without image."""
+        return f"images/{self.name}/{item.get('file')}"
+
 
 class WriteQueue:
     """The jobs of one index. Several processes may use a queue at once."""
@@ -94,9 +98,6 @@ class WriteQueue:
     def read(self, name: str) -> WriteJob:
         values = json.loads((self._queue / f"{name}.json").read_bytes())
         return WriteJob(name, values["kind"], values["items"])
-
-    def image(self, job: str, item: dict[str, Any]) -> Path:
-        return self.images / job / str(item["file"])
 
     def end(self, job: WriteJob, **outcome: Any) -> None:
         """Record how a job ended, and take it out of the queue."""
