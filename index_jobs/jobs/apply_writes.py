@@ -1,6 +1,7 @@
 """Apply waiting jobs in batches: one version for the items that they put, and one for those that they delete.
 
-- The last change of an id in a batch is the one that is made.
+- The last change of an id in a batch is the one that is made. If its image cannot be read, the batch is halved, so that
+  the change before it is made.
 - A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
   images of the job that the published version has, or could not read, are not tried again.
 - A job with unusable input fails alone: its batch is halved until the job is by itself. Any other error, such as a full
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dcar_core.images import open_image
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from index_jobs.store.artifact import Artifact
@@ -104,6 +106,10 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
 
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
+    for item_id in {item["id"] for job in jobs for item in job.items if last[item["id"]][0] is not job}:
+        job, item = last[item_id]
+        if job.kind == "put" and not _is_readable(queue.folder / job.image_name(item)):
+            raise DataError(f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too")
     is_new = False
     if (index / CHECKPOINT).is_dir() and current_version(index) is None:  # of a created collection
         is_new = not version_numbers(index)
@@ -177,6 +183,14 @@ def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
     """True if the version has this item from this job."""
     row = artifact.row_of(item["id"])
     return row is not None and artifact.image_place(row)[0].endswith(f"/{job.image_name(item)}")
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        open_image(path.read_bytes())
+    except Exception:  # as in `decode`
+        return False
+    return True
 
 
 def _write_list(path: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]]) -> None:

@@ -156,6 +156,22 @@ def test_repeated_batch_ends_as_an_undisturbed_one_although_images_are_unreadabl
         assert status(index, job)["reason"].startswith("no image can be read")
 
 
+def test_unreadable_image_takes_no_earlier_change_of_its_id_away(index: Path) -> None:
+    """As if the jobs had been applied one by one."""
+    gone = min(ids_of(open_current(index)))
+    jobs = [put(index, "a"), delete(index, gone)]
+    items = [{"id": each, "caption": each, "category": "", "metadata": {}} for each in ("a", "b")]
+    jobs.append(WriteQueue(index).accept("put", items, [(b"no picture", "png"), (picture("gold"), "png")]))
+    jobs += [put(index, each, data=b"no picture") for each in ("a", gone)] + [put(index, "c")]
+    apply_writes(index)
+    found = [status(index, job) for job in jobs]
+    assert [each["status"] for each in found] == ["done", "done", "done", "failed", "failed", "done"]
+    assert [each["id"] for each in found[2]["failed"]] == ["a"]
+    assert {"a", "b", "c"} <= ids_of(open_current(index)) - {gone}
+    assert gone not in ids_of(open_current(index))
+    verify_index(index)
+
+
 @pytest.mark.parametrize("error", [LockedError("another job is writing"), OSError(28, "No space left on device")])
 def test_jobs_wait_while_the_index_cannot_be_written(
     index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
