@@ -73,8 +73,10 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         fsync_path(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename is None:
+            error.filename = str(path)  # a write that fails does not say where
         raise
 
 

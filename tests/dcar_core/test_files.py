@@ -51,6 +51,16 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
         pass
 
 
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        write_json(tmp_path / "file", 1)
+    assert full.value.filename == str(tmp_path / "file")
+
+
 def test_writers_that_share_a_file_have_names_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with atomic_writer(path, shared=True) as one, atomic_writer(path, shared=True) as other:

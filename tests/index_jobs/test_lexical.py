@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 import weakref
@@ -21,6 +22,7 @@ from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
 from index_jobs.store.lexical.term_lists import STARTS, TERMS
 from index_jobs.store.versions import open_current
+from tests.support.commands import run
 from tests.support.images import draw
 
 TEXTS = ["ghost: a white spook", "skull", "fish cake", "a red car", "red truck, fire engine", "WX-300 left mirror"]
@@ -227,6 +229,16 @@ def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
         for word in words:
             rows = index.search(word, 100)[1].tolist()
             assert sorted(rows) == [row for row, text in enumerate(rows_text) if word in text.split()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+def test_full_disk_is_an_os_error_from_the_first_file_on(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from index_jobs.store.lexical import lexical_index as each; "
+        "each.write_lexical(pathlib.Path(sys.argv[1]), ['a'])"
+    )
+    done = run("-c", code, tmp_path / "lexical", file_size=0)
+    assert f"OSError: the lexical index {tmp_path / 'lexical'} cannot be written" in done.stderr
 
 
 def test_a_directory_that_cannot_be_written_is_read(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +67,7 @@ def write_lexical(path: Path, texts: Iterable[str]) -> None:
         .add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq")
         .build()
     )
-    lists = _write(_prepare(tantivy.Index(schema, path=str(path))), path, texts, 0, TermListsWriter())
+    lists = _write(lambda: _prepare(tantivy.Index(schema, path=str(path))), path, texts, 0, TermListsWriter())
     lists.write(path)
 
 
@@ -77,19 +77,20 @@ def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]
     tantivy writes new files and never changes one, so the other version stays as it is. Returns the names of the files
     that were replaced by others of the same name, relative to the version.
 
-    Raises:
-        ArtifactError: the index cannot be read.
-        OSError: the disk is full or cannot be written.
+    Raise ArtifactError if the index cannot be read, and OSError if the disk is full or cannot be written.
     """
     earlier = TermLists.open(path)
-    lists = _write(_open(path), path, texts, first_row, TermListsWriter(earlier, first_row))
+    lists = _write(lambda: _open(path), path, texts, first_row, TermListsWriter(earlier, first_row))
     written = _REPLACED | (set() if earlier is None else lists.write(path))
     return {f"{path.name}/{name}" for name in written}
 
 
-def _write(index: Any, path: Path, texts: Iterable[str], first_row: int, lists: TermListsWriter) -> TermListsWriter:
+def _write(
+    opened: Callable[[], Any], path: Path, texts: Iterable[str], first_row: int, lists: TermListsWriter
+) -> TermListsWriter:
     """Replace the rows from `first_row` on in tantivy's index, and append their terms to the lists."""
     try:
+        index = opened()
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         replaced = tantivy.Query.range_query(
             index.schema, _ROW, tantivy.FieldType.Unsigned, lower_bound=first_row, upper_bound=2**62
