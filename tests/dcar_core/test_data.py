@@ -1,7 +1,9 @@
 """Annotations in every accepted form, their repairs, and errors that name the place."""
 
 import csv
+import errno
 import json
+import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +170,25 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
         assert sample.attributes == ("red", "vintage")
     write_splits({"train": found[0]}, tmp_path / "out")
     assert load_split(tmp_path / "out", "train", image_root=tmp_path)[0].samples == found[0].samples
+
+
+def test_splits_are_written_again_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(tmp_path / "train.json", {"a": entry()})
+    data, _ = load_split(tmp_path, "train", image_policy="ignore")
+    sync, left = os.fsync, iter([True, True])  # the file and the directory of the first split
+
+    def sync_or_fail(descriptor: int) -> None:
+        if not next(left, False):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", sync_or_fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_splits({"train": data, "val": data}, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    write_splits({"train": data, "val": data}, tmp_path / "out")
+    assert load_split(tmp_path / "out", "val", image_policy="ignore")[0].samples == data.samples
 
 
 @pytest.mark.parametrize("attributes", [{"colour": "red"}, "red", 3, ["red", 3], None])
