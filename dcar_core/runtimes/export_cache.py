@@ -98,6 +98,8 @@ def _make(key: ExportKey, final: Path, write: Callable[[Path], None]) -> None:
         except (RuntimeUnavailableError, OSError):
             raise
         except Exception as error:  # exporters raise errors of any kind
+            if "iostream error" in str(error):  # all that OpenVINO says of a write that fails
+                raise OSError("an export cannot be written; perhaps the disk is full") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}

@@ -14,6 +14,7 @@ from dcar_core.runtimes.export_cache import ExportKey, default_cache_directory, 
 from dcar_core.serving import adapter_cache, runtime_selection
 from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
+from tests.support.commands import run
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
 
@@ -148,6 +149,17 @@ def test_failed_export_falls_back_to_torch(
     with pytest.raises(RuntimeUnavailableError, match=reason):
         by_name(tiny_checkpoint, tmp_path)
     assert [path.name for path in (tmp_path / "exports").iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
+@pytest.mark.slow
+def test_full_disk_is_not_blamed_on_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dcar_core import Encoder; "
+        "Encoder.load(Path(sys.argv[1]), device='cpu', runtime='openvino', cache=Path(sys.argv[2]))"
+    )
+    done = run("-c", code, tiny_checkpoint, tmp_path / "cache", file_size=100_000)
+    assert f"exports in {tmp_path / 'cache'} cannot be used: an export cannot be written" in done.stderr
 
 
 def test_unwritable_cache_falls_back_to_torch(
