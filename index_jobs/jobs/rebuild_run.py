@@ -242,6 +242,8 @@ def _keep_vectors(job: RebuildJob, own: Path, manifest: Manifest) -> None:
     if not job.options.keep_shards:
         publish.remove_directory(job.out, work)
         return
+    for leftover in own.glob(".*.tmp"):  # of a killed job
+        leftover.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # without the mark, the next rebuild encodes again
         (own / _vectors_mark(manifest)).touch()
     publish.clean_work(job.out, work, lambda path: path == own)

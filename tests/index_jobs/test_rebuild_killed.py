@@ -172,6 +172,16 @@ def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpo
     verify_index(index)
 
 
+def test_shard_of_a_killed_job_is_removed(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    (shard,) = index.glob("work/*/*.npy")
+    leftover = shard.with_name(f".{shard.name}.{'0' * 32}.tmp")
+    leftover.touch()
+    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).encoded == 0
+    assert (leftover.exists(), shard.exists()) == (False, True)
+
+
 def test_full_disk_is_reported_alike_by_every_library(tmp_path: Path) -> None:
     """NumPy says only how much it wrote."""
     told = r"No space left on device.* unchanged, run the same command again"
