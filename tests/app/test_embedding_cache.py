@@ -73,7 +73,7 @@ def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypat
 
 
 async def test_a_missing_redis_fails_no_search_and_costs_little(built_index: Path) -> None:
-    given = {"redis_url": "redis://127.0.0.1:1/0", "cache_size": 0, "rate_limit": "1000/minute"}
+    given: dict[str, Any] = {"redis_url": "redis://127.0.0.1:1/0", "cache_size": 0, "rate_limit": "1000/minute"}
     async with opened(built_index, **given) as client:
         for _ in range(5):
             response = await client.post("/search/text", json={"query": "red"})

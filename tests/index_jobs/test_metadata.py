@@ -325,9 +325,10 @@ def test_captions_beside_a_metadata_file_without_any_are_no_secret(
     assert [record.message for record in caplog.records] == [message] * warnings
 
 
-@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_metadata_file_describes_an_image_in_another_unicode_form(forms: tuple[str, str], tmp_path: Path) -> None:
-    in_table, on_disk = (unicodedata.normalize(form, "Käfer.png") for form in forms)
+@pytest.mark.parametrize("order", [1, -1])
+def test_metadata_file_describes_an_image_in_another_unicode_form(order: int, tmp_path: Path) -> None:
+    forms = [unicodedata.normalize("NFC", "Käfer.png"), unicodedata.normalize("NFD", "Käfer.png")]
+    in_table, on_disk = forms[::order]
     write_file(tmp_path / on_disk, png())
     write_file(tmp_path / "metadata.csv", f"file_name,price\n{in_table},9.5\n".encode())
     assert [row["metadata"]["price"] for row in rows_of(scan(tmp_path)).values()] == [9.5]

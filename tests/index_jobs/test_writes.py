@@ -34,7 +34,9 @@ def picture(color: str, shape: str = "square") -> bytes:
 
 def put(index: Path, *ids: str, data: bytes | None = None, color: str = "pink", **metadata: Any) -> str:
     """Accept a job that puts items with these ids."""
-    items = [{"id": each, "caption": f"a {color} {each}", "category": "new", "metadata": metadata} for each in ids]
+    items: list[dict[str, Any]] = [
+        {"id": each, "caption": f"a {color} {each}", "category": "new", "metadata": metadata} for each in ids
+    ]
     return WriteQueue(index).accept("put", items, [(data or picture(color), "png")] * len(ids))
 
 
@@ -141,7 +143,9 @@ def test_repeated_batch_adds_nothing_twice(index: Path, monkeypatch: pytest.Monk
 def test_repeated_batch_ends_as_an_undisturbed_one_although_images_are_unreadable(
     index: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    items = [{"id": each, "caption": each, "category": "", "metadata": {}} for each in ("good", "bad")]
+    items: list[dict[str, Any]] = [
+        {"id": each, "caption": each, "category": "", "metadata": {}} for each in ("good", "bad")
+    ]
     images = [(picture("pink"), "png"), (b"no picture", "png")]
     jobs = [WriteQueue(index).accept("put", items, images)]
     jobs += [put(index, "worse", data=b"no picture") for _ in range(others)]
@@ -160,7 +164,7 @@ def test_unreadable_image_takes_no_earlier_change_of_its_id_away(index: Path) ->
     """As if the jobs had been applied one by one."""
     gone = min(ids_of(open_current(index)))
     jobs = [put(index, "a"), delete(index, gone)]
-    items = [{"id": each, "caption": each, "category": "", "metadata": {}} for each in ("a", "b")]
+    items: list[dict[str, Any]] = [{"id": each, "caption": each, "category": "", "metadata": {}} for each in ("a", "b")]
     jobs.append(WriteQueue(index).accept("put", items, [(b"no picture", "png"), (picture("gold"), "png")]))
     jobs += [put(index, each, data=b"no picture") for each in ("a", gone)] + [put(index, "c")]
     apply_writes(index)
