@@ -122,5 +122,5 @@ def test_the_tutorial_ends_with_the_table(photos: Path, tiny_model: Path, monkey
         assert len(plain["results"]) == 3
     table = run(f"{evaluate} {SPEED}")
     assert re.search(r"^\| clip \| +\d+\.\d \|", table, re.MULTILINE)
-    assert re.search(r"^\| dcar\+ \| +\d+\.\d ± \d+\.\d \|", table, re.MULTILINE), table
+    assert re.search(r"^\| block-adapters \| +\d+\.\d ± \d+\.\d \|", table, re.MULTILINE), table
     assert (photos.parent / "results" / "report.html").is_file()
