@@ -83,3 +83,9 @@ def test_queries_that_are_a_tag_or_name_can_be_left_out(script: dict[str, Any]) 
         {"category": "crab", "attributes": [], "caption": "crab"},
     ]
     assert script["new_texts"]([boat, crab, sail], rows) == [sail]
+
+
+def test_queries_that_a_training_emoji_answers_can_be_left_out(script: dict[str, Any]) -> None:
+    trained, both, unseen = (script["Query"]("word", "", frozenset(rows)) for rows in ({0}, {0, 1}, {1, 2}))
+    rows = [{"split": "train"}, {"split": "val"}, {"split": "test"}]
+    assert script["held_out"]([trained, both, unseen], rows) == [unseen]

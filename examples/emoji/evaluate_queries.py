@@ -7,7 +7,8 @@
 
 - queries/test.tsv is for the model card alone; choose on queries/validation.tsv.
 - Every image of the style is in the gallery, with all skin tones, and vectors alone rank it. Half of them trained the
-  checkpoint. --split test ranks the images of the test emoji alone, for the queries that these answer.
+  checkpoint. --split test ranks the images of the test emoji alone, for the queries that these answer. --held-out
+  ranks all images, for the queries that no image of a training emoji answers.
 - Many single words are tags or names of emoji, which the base model was trained on. --new-texts leaves them out.
 - With --captions, the items' captions are ranked in place of their images: what is left to the image tower. With
   --encoder, the sentence encoder of phrases.py ranks them as well.
@@ -111,6 +112,11 @@ def measure(scores: np.ndarray, queries: list[Query]) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
+def held_out(queries: list[Query], rows: list[dict]) -> list[Query]:
+    """Return the queries that no image of a training emoji answers."""
+    return [query for query in queries if not any(rows[row]["split"] == "train" for row in query.answers)]
+
+
 def new_texts(queries: list[Query], rows: list[dict]) -> list[Query]:
     """Return the queries that are neither a tag nor a name of an emoji, of which the base model's texts are made."""
     known = {
@@ -139,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", choices=("validation", "test"), default="validation", help="default: %(default)s")
     parser.add_argument("--split", choices=("train", "val", "test"), help="rank the images of these emoji alone")
+    parser.add_argument("--held-out", action="store_true", help="without the queries that a training emoji answers")
     parser.add_argument(
         "--new-texts", action="store_true", help="without the queries that are a tag or name of an emoji"
     )
@@ -157,6 +164,8 @@ def main() -> None:
     for domain in args.domains:
         rows, images = read_domain(domain)
         queries = read_queries(HERE / "queries" / f"{args.queries}.tsv", rows)
+        if args.held_out:
+            queries = held_out(queries, rows)
         if args.new_texts:
             queries = new_texts(queries, rows)
         if args.split is not None:
