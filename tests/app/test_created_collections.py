@@ -23,6 +23,13 @@ from tests.support.service import ADMIN, ALICE, WORDS, bearer, opened, until
 from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 
 
+def create(folder: Path, index: Path, *names: str) -> None:
+    """Create collections without items, as another process would."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        create_collection(folder, name, open_current(index).checkpoint)
+
+
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.slow
 async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: Path) -> None:
@@ -122,9 +129,7 @@ async def test_created_collection_that_cannot_be_loaded_is_logged_and_leaves_the
     index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "created"
-    folder.mkdir()
-    for name in ("lamps", "shoes"):
-        create_collection(folder, name, open_current(index).checkpoint)
+    create(folder, index, "lamps", "shoes")
     (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
     failures = list[DcarError]()  # with which `dcar serve` ends
     settings = Settings(index=index, collections_dir=folder, device="cpu", poll_s=0)
@@ -150,8 +155,7 @@ async def test_created_collection_that_cannot_be_loaded_is_logged_and_leaves_the
 async def test_dropped_collection_is_released_without_a_garbage_collection(index: Path, tmp_path: Path) -> None:
     """Until then, its files would stay on the disk."""
     folder = tmp_path / "created"
-    folder.mkdir()
-    create_collection(folder, "lamps", open_current(index).checkpoint)
+    create(folder, index, "lamps")
     settings = Settings(index=index, collections_dir=folder, device="cpu", poll_s=0.05)
     collections = Collections(settings, Metrics(), on_start_failure=None)
     collections.start()
@@ -177,7 +181,7 @@ async def test_created_collection_that_breaks_makes_readiness_degraded(index: Pa
     folder = tmp_path / "created"
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
         await client.put("/collections/shoes", headers=ADMINS)
-        create_collection(folder, "lamps", open_current(index).checkpoint)
+        create(folder, index, "lamps")
         (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
         await client.app.state.collections.sync()
         ready = await client.get("/readyz")
@@ -235,8 +239,7 @@ async def test_reload_follows_collections_that_another_process_has_created_and_d
 ) -> None:
     folder = tmp_path / "created"
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
-        folder.mkdir()
-        create_collection(folder, "lamps", open_current(index).checkpoint)
+        create(folder, index, "lamps")
         reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
         assert reloaded["versions"] == {"index": 1, "lamps": 0}
         drop_collection(list_collections(folder)["lamps"])
@@ -269,9 +272,7 @@ async def test_damaged_description_is_logged_once_and_leaves_the_others_served(
     index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "created"
-    folder.mkdir()
-    for name in ("lamps", "shoes"):
-        create_collection(folder, name, open_current(index).checkpoint)
+    create(folder, index, "lamps", "shoes")
     (list_collections(folder)["lamps"] / "collection.json").write_text("{")
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
         for _ in range(2):

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from dcar_core.data import load_split
-from dcar_core.images import formats
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
@@ -368,41 +367,6 @@ def test_too_many_bad_rows_are_an_error_not_a_gallery_without_captions(tmp_path:
     annotated_gallery(tmp_path, 4, {"image": "x.jpg"}, {"caption": "nothing"})
     with pytest.raises(DataError, match=r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"):
         scan(tmp_path)
-
-
-@pytest.mark.parametrize(("kind", "place"), [("folder", ""), ("tar", "shard.tar"), ("tar", "")])
-def test_files_of_image_kinds_that_are_not_read_are_counted(
-    kind: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    files = {"a.png": png(), **dict.fromkeys(("b.svg", "c.SVG", "d.mp4", "e.pef", "._f.svg", "notes.txt"), b"")}
-    if kind == "tar":
-        write_tar(tmp_path / "shard.tar", files)
-    else:
-        for name, content in files.items():
-            write_file(tmp_path / name, content)
-    assert len(scan(tmp_path / place)) == 1
-    assert "2 SVG files are skipped: convert them to PNG" in caplog.text
-    assert "1 video file is skipped: extract frames as images" in caplog.text
-    assert "1 RAW file is skipped: convert them to JPEG" in caplog.text
-    assert "notes" not in caplog.text
-
-
-def test_heic_files_are_counted_without_their_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(formats, "IMAGE_SUFFIXES", formats.IMAGE_SUFFIXES - formats.HEIC_SUFFIXES)
-    for name in ("a.png", "b.heic", "c.HIF"):
-        write_file(tmp_path / name, png())
-    assert len(scan(tmp_path)) == 1
-    assert "2 HEIC files are skipped: pip install 'dcar[heic]'" in caplog.text
-
-
-def test_heic_files_are_images_with_their_extra(tmp_path: Path) -> None:
-    pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
-    names = ["a.png", "b.heic", "c.HEIF", "d.hif"]
-    for name in names:
-        write_file(tmp_path / name, png())
-    assert scan(tmp_path).table["name"].to_pylist() == names
 
 
 def test_fields_whose_texts_look_like_numbers_are_named() -> None:
