@@ -19,7 +19,7 @@ from dcar_core.data import SPLITS, CleaningReport, Dataset, load_splits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.text_functions import TextFunctions
 from dcar_core.training.feature_cache import FeatureCache

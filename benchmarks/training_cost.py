@@ -26,7 +26,7 @@ from PIL import Image
 from dcar_core.data import Dataset, load_split
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.serving.encoder import pick_device
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients

@@ -246,7 +246,7 @@ def test_the_http_reference_names_every_route() -> None:
 
 
 def test_every_method_is_described() -> None:
-    from dcar_core.model.methods import METHODS
+    from dcar_core.model.methods.registry import METHODS
 
     page = (ROOT / "docs" / "explanation" / "method.md").read_text(encoding="utf-8")
     assert [name for name in METHODS if f"`{name}`" not in page] == []

@@ -81,8 +81,8 @@ def train(
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import require_own_config, save_checkpoint
     from dcar_core.model.dcar import seeded_model
-    from dcar_core.model.methods import default_method
-    from dcar_core.model.methods import method as method_config
+    from dcar_core.model.methods.registry import default_method
+    from dcar_core.model.methods.registry import method as method_config
     from dcar_core.negatives import add_negatives, backbone_functions
     from dcar_core.serving.encoder import pick_device
     from dcar_core.training.distributed import torchrun_group
@@ -209,7 +209,7 @@ def evaluate(
     prepare_hub(model, pretrained)
     from dcar_core.evaluation import all_tables, compare
     from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.methods import comparable_methods, method
+    from dcar_core.model.methods.registry import comparable_methods, method
     from dcar_core.serving.encoder import pick_device
 
     names = list(dict.fromkeys(name.strip() for name in (methods or "").split(",") if name.strip()))

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, FineTuneConfig, ModelConfig
+from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.files import atomic_writer, write_json
 
@@ -41,7 +40,8 @@ def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str
 
     Settings that no vector depends on (the loss, the category adapter, pair weights) are left out.
     """
-    reweight = {name: value for name, value in config.reweight.to_dict().items() if name not in ("word", "picture")}
+    pair_only = ("token_feature", "image_feature")
+    reweight = {name: value for name, value in config.reweight.to_dict().items() if name not in pair_only}
     serving = {"prompt": config.prompt.to_dict(), "reweight": reweight}
     if config.adapter != AdapterConfig():
         serving["adapter"] = config.adapter.to_dict()
@@ -60,10 +60,10 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
     """
     path.mkdir(parents=True, exist_ok=True)
     if model.changes is not None:
-        from dcar_core.model.fine_tuning import merge
+        from dcar_core.model.methods.weight_changes import merge
 
         merged = merge(model.backbone, model.changes, path)
-        model = type(model)(merged, replace(model.config, fine_tune=FineTuneConfig())).eval()
+        model = type(model)(merged, model.config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
     backbone_hash = model.backbone.content_hash()
     mark = fingerprint(backbone_hash, model.config, trainables)
@@ -161,10 +161,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
         )
     weights = read_trainables(path)
     try:
-        config = ModelConfig.from_dict(content["model"])
-        if config.fine_tune != FineTuneConfig():  # `save_checkpoint` merges such changes
-            raise ValueError("fine_tune belongs to a training, not to a checkpoint")
-        model = DCAR(backbone, config)
+        model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     expected = {name: tuple(p.shape) for name, p in model.trainables()}
@@ -205,7 +202,7 @@ def save_zero_shot(backbone: "Backbone", out: Path) -> str:
         CheckpointError: `out` holds a trained checkpoint, or a `config.json` of something else.
     """
     from dcar_core.model.dcar import DCAR
-    from dcar_core.model.methods import method
+    from dcar_core.model.methods.registry import method
 
     require_own_config(out)
     if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != "clip":

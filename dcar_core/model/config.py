@@ -7,11 +7,10 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 TrainWeights = Literal["none", "pair"]
 QueryWeights = Literal["none", "predicted"]
-WordSide = Literal["context", "alone"]
-PictureSide = Literal["pooled", "patches"]
+TokenFeature = Literal["context", "alone"]
+ImageFeature = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 LossDirection = Literal["both", "image-to-text"]
-FineTuneScope = Literal["none", "attention", "projection", "all"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
 MAX_BLOCK_WIDTH = 4096  # of adapters; a forged config.json must not fill the memory
@@ -20,6 +19,7 @@ GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
 class _Config:
     _omitted: ClassVar[frozenset[str]] = frozenset()
+    _former: ClassVar[Mapping[str, str | None]] = {}  # names in older checkpoints; None: without a meaning now
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; omit options of later versions at their defaults, so that older fingerprints stay."""
@@ -30,6 +30,8 @@ class _Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         usual = vars(cls())
+        current = {name: cls._former.get(name, name) for name in values}
+        values = {new: values[name] for name, new in current.items() if new is not None}
         if unknown := sorted(set(values) - set(usual)):
             raise ValueError(f"{cls.__name__} has no field {unknown}; it has {sorted(usual)}")
         parts = {name: part for name, part in usual.items() if isinstance(part, _Config) and name in values}
@@ -68,8 +70,8 @@ class ReweightConfig(_Config):
     train: the weights that captions get in training: "pair" from their own image, as published, or "none".
     query: the weights of a query, which has no image. "predicted" or "none", as the validation split prefers.
     strength, low, high [ours]: 1 + strength * (w / mean - 1), clipped to [low, high].
-    word: the token's feature in a pair weight, in its caption or alone.
-    picture: the image's feature in a pair weight, pooled or of the patch most like the token (FILIP's).
+    token_feature: of a token in a pair weight, in its caption or alone.
+    image_feature: of the image in a pair weight, pooled or of the patch most like the token (FILIP's).
     """
 
     train: TrainWeights = "pair"
@@ -77,9 +79,10 @@ class ReweightConfig(_Config):
     strength: float = 0.5
     low: float = 0.5
     high: float = 2.0
-    word: WordSide = "context"
-    picture: PictureSide = "pooled"
-    _omitted = frozenset({"word", "picture"})
+    token_feature: TokenFeature = "context"
+    image_feature: ImageFeature = "pooled"
+    _omitted = frozenset({"token_feature", "image_feature"})
+    _former: ClassVar[Mapping[str, str | None]] = {"word": "token_feature", "picture": "image_feature"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,29 +106,11 @@ class AdapterConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuneConfig(_Config):
-    """Learned changes of the backbone's own weights (LoRA, ProLIP, FLYP).
-
-    scope: the attention of both towers, the image tower's projection, or everything.
-    rank: of the changes; 0 learns whole matrices.
-    lr_factor [ours]: multiplies the learning rate, so that one grid of rates fits every method.
-    interpolate: validation chooses a point between the frozen and the trained weights (WiSE-FT).
-    """
-
-    scope: FineTuneScope = "none"
-    rank: int = 0
-    lr_factor: float = 1.0
-    interpolate: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class LossConfig(_Config):
     """L = L_con + category * L_cate + head * L_head + anchor * L_anchor + ... (sections 3 and 4).
 
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
-    consistency: the distance of a batch's features and similarities from the frozen encoders' (PromptSRC).
-    distance: the squared distance of fine-tuned weights from the frozen ones (ProLIP).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
     """
 
@@ -133,10 +118,9 @@ class LossConfig(_Config):
     head: float = 1.0
     alpha: float = 0.5
     anchor: float = 0.0
-    consistency: float = 0.0
-    distance: float = 0.0
     direction: LossDirection = "both"
-    _omitted = frozenset({"direction", "consistency", "distance"})
+    _omitted = frozenset({"direction"})
+    _former: ClassVar[Mapping[str, str | None]] = {"consistency": None, "distance": None}
 
     def __post_init__(self) -> None:
         if self.direction not in get_args(LossDirection):
@@ -186,8 +170,6 @@ class ModelConfig(_Config):
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    fine_tune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    _omitted = frozenset({"fine_tune"})
 
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))

@@ -7,7 +7,7 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
     dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
     block-adapters      these bottlenecks alone
-    lora, prolip, flyp      changes of the backbone's own weights (`fine_tuning`)
+    lora, prolip, flyp      changes of the backbone's own weights (`methods.weight_changes`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
 """
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import AdapterMatrices, Backbone
 from dcar_core.model.config import ModelConfig, PromptConfig
-from dcar_core.model.fine_tuning import WeightChanges
-from dcar_core.model.methods import require_runnable
+from dcar_core.model.methods.method import Method
+from dcar_core.model.methods.registry import METHODS, require_runnable
+from dcar_core.model.methods.weight_changes import WeightChanges
 from dcar_core.model.token_weights import TokenWeightHead
 
 INITIAL_TEXT = "a photo of a"
@@ -97,11 +98,13 @@ class BlockAdapters(nn.Module):
 class DCAR(nn.Module):
     """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalised features (B, E).
 
+    changes: of the backbone's own weights, in a training; a checkpoint holds a merged model.
+
     Raises:
         ModelError: the backbone's towers cannot run the method; the message names one that they can.
     """
 
-    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
+    def __init__(self, backbone: Backbone, config: ModelConfig, changes: WeightChanges | None = None) -> None:
         super().__init__()
         require_runnable(config, backbone.level, backbone.source.model, backbone.context_length - backbone.layout.start)
         self.backbone = backbone
@@ -114,8 +117,13 @@ class DCAR(nn.Module):
         self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
         with_caa = config.loss.category > 0 and not config.adapter.text
         self.caa = FeatureAdapter(backbone.embed_dim) if with_caa else None
-        self.changes = WeightChanges(backbone, config.fine_tune) if config.fine_tune.scope != "none" else None
+        self.changes = changes
         self.to(backbone.device)
+
+    @property
+    def method(self) -> Method:
+        """The registered method, or one of its configuration alone."""
+        return METHODS.get(self.config.method) or Method(config=self.config)
 
     @property
     def prompt_tokens(self) -> int:
@@ -185,6 +193,7 @@ class DCAR(nn.Module):
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
-    """Create a model whose initial trainables follow from the seed."""
+    """Create a model to train, whose initial trainables follow from the seed."""
     torch.manual_seed(seed)
-    return DCAR(backbone, config)
+    create = METHODS[config.method].changes if config.method in METHODS else None
+    return DCAR(backbone, config, None if create is None else create(backbone))

@@ -16,13 +16,17 @@ from dcar_core.model.config import ReweightConfig
 
 def token_text_features(backbone: Backbone, tokens: Tensor, config: ReweightConfig) -> Tensor:
     """(B, n) -> (B, n, E), not normalised, of the frozen text encoder without prompts."""
-    features = backbone.lone_token_features if config.word == "alone" else backbone.text_tower.token_features
+    features = backbone.lone_token_features if config.token_feature == "alone" else backbone.text_tower.token_features
     return features(tokens)
 
 
 def image_features(backbone: Backbone, pixels: Tensor, config: ReweightConfig) -> Tensor:
     """(B, 3, S, S), normalised -> (B, E), or (B, P, E) by patches; not normalised, of the frozen image encoder."""
-    return backbone.image_tower.patch_features(pixels) if config.picture == "patches" else backbone.encode_image(pixels)
+    return (
+        backbone.image_tower.patch_features(pixels)
+        if config.image_feature == "patches"
+        else backbone.encode_image(pixels)
+    )
 
 
 def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
-from dcar_core.model.methods import method
 from dcar_core.runtimes.adapter import Adapter
 from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.runtimes.protocol import ExportRuntime, Runtime
@@ -214,6 +213,7 @@ def _load(
     else:
         from dcar_core.model.backbone import BackboneSource, load_backbone
         from dcar_core.model.dcar import DCAR
+        from dcar_core.model.methods.registry import method
 
         model = DCAR(load_backbone(BackboneSource(name, pretrained), device), method("clip"))
         backbone_hash = model.backbone.content_hash()

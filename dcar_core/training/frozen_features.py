@@ -59,7 +59,8 @@ class FrozenFeatures:
     def pair_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
         """Return token factors (N, n) of the captions, each from its own image."""
         texts = [s.caption for s in self.data.samples]
-        key = digest(self.image_key, texts, self.image_of.tolist(), tokens.shape[1], config.word, config.picture)
+        features = config.token_feature, config.image_feature
+        key = digest(self.image_key, texts, self.image_of.tolist(), tokens.shape[1], *features)
         raw = self.cache.tensor("weights", key, lambda: self._raw_weights(tokens, config))
         return blend(raw, self.backbone.layout.caption_mask(tokens), config)
 
@@ -116,7 +117,7 @@ class FrozenFeatures:
     @torch.no_grad()
     def _raw_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
         blank, parts = self._image_features(self.backbone.preprocess.blank()[None], config)[0], []
-        pooled = self.images() if config.picture == "pooled" else None
+        pooled = self.images() if config.image_feature == "pooled" else None
         for i in self._bar(range(0, len(tokens), TEXT_BATCH), "token weights"):
             words = token_text_features(self.backbone, tokens[i : i + TEXT_BATCH], config)
             rows = self.image_of[i : i + TEXT_BATCH]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dcar_core.model.config import Amp
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
-from dcar_core.training.losses import anchor_loss, category_loss, consistency_loss, contrastive_loss, head_loss
+from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Rows
 
@@ -108,17 +108,18 @@ def _batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, ima
     config, scale = model.config.loss, model.backbone.scale
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
     loss = contrastive_loss(text, image, positives, scale, config.direction)
-    if config.consistency > 0 and data.image_features is not None and data.text_features is not None:
+    further = model.method.batch_loss
+    if further is not None and data.image_features is not None and data.text_features is not None:
         frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
-        loss = loss + config.consistency * consistency_loss(text, image, frozen_text, frozen_image, scale)
+        loss = loss + further(text, image, frozen_text, frozen_image, scale)
     return loss
 
 
 def _penalty(model: DCAR) -> Tensor:
     """Return the term that depends on the weights alone."""
-    if model.changes is None or model.config.loss.distance == 0:
+    if model.changes is None or model.method.penalty is None:
         return model.backbone.scale.new_zeros(())
-    return model.config.loss.distance * model.changes.distance()
+    return model.method.penalty(model.changes)
 
 
 def _forward(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> _PartOutput:

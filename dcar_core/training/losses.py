@@ -57,21 +57,6 @@ def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
     return ((predicted - target) ** 2 * real).sum() / real.sum().clamp(min=1)
 
 
-def consistency_loss(text: Tensor, image: Tensor, frozen_text: Tensor, frozen_image: Tensor, scale: Tensor) -> Tensor:
-    """PromptSRC's distance of a batch from the frozen encoders (L_consistency), with the weights of its own code.
-
-    25 and 10 times the mean absolute difference of text and image features, plus the divergence of the similarities of
-    each image to the captions, as the mean over all of them.
-
-    Args:
-        text, image, frozen_text, frozen_image: L2-normalised features (B, E) of the pairs.
-        scale: 1 / tau.
-    """
-    adapted, frozen = ((scale * i @ t.T).log_softmax(1) for i, t in ((image, text), (frozen_image, frozen_text)))
-    divergence = F.kl_div(adapted, frozen, reduction="sum", log_target=True) / adapted.numel()
-    return 25 * F.l1_loss(text, frozen_text) + 10 * F.l1_loss(image, frozen_image) + divergence
-
-
 def anchor_loss(adapted: Tensor, frozen: Tensor) -> Tensor:
     """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalised."""
     return (1 - (adapted * frozen).sum(-1)).mean()

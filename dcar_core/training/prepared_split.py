@@ -87,7 +87,7 @@ def prepare_split(
     groups: dict[str, int] = {}
     caption_group = np.array([groups.setdefault(normalise(caption), len(groups)) for caption in captions])
     tokens = backbone.tokenize(captions, model.prompt_tokens)
-    has_anchor = for_training and max(config.loss.anchor, config.loss.consistency) > 0
+    has_anchor = for_training and (config.loss.anchor > 0 or model.method.batch_loss is not None)
     has_pair_weights = for_training and config.reweight.train == "pair"
     candidate_features = candidate_weights = None
     if for_training and model.category_adapter() is not None:

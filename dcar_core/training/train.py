@@ -30,7 +30,7 @@ from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.run_log import LOG_FILE, TensorBoard, write_csv
 from dcar_core.training.train_state import TrainProgress, TrainStateFile
-from dcar_core.training.validation import Recall, choose_interpolation, choose_query_weights, evaluate, mean_r1
+from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DivergedError
 
@@ -116,7 +116,7 @@ class _TrainingLoop:
         self.model, self.train_split, self.val_split = model, train_split, val_split
         self.config, self.run, self.group = config, run, group
         self.parameters = [p for _, p in model.trainables() if p.requires_grad]
-        self.lr = config.lr * model.config.fine_tune.lr_factor
+        self.lr = config.lr * model.method.lr_factor
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=config.weight_decay)
         self.precision = MixedPrecision(config.amp, model.backbone.device)
         self.batches = math.ceil(len(train_split) / config.batch_size)
@@ -191,9 +191,10 @@ class _TrainingLoop:
         at = self.progress
         self.model.config = self.model.config.with_query_weights(at.best_query)
         self.model.eval()
-        recall = at.best_recall
-        if self.model.config.fine_tune.interpolate:
-            recall = choose_interpolation(self.model, self.val_split)
+        recall, finish = at.best_recall, self.model.method.finish
+        if finish is not None and self.model.changes is not None:
+            finish(self.model.changes, lambda: mean_r1(evaluate(self.model, self.val_split)))
+            recall = evaluate(self.model, self.val_split)
         return TrainResult(recall, at.best_epoch, at.seconds, at.history)
 
     def _step(self, rows: Rows) -> None:

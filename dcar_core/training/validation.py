@@ -11,7 +11,6 @@ from dcar_core.util.errors import DivergedError
 from dcar_core.util.retrieval_metrics import recall_at_k
 
 Recall = dict[str, float]
-_SHARES = (1.0, 0.75, 0.5, 0.25)  # the first wins a tie
 _BATCH = 128
 
 
@@ -46,21 +45,6 @@ def encode_images(model: DCAR, split: PreparedSplit) -> Floats:
     starts = range(0, len(split.pixels), _BATCH)
     parts = [model.encode_image(model.backbone.normalized(split.pixels[i : i + _BATCH])) for i in starts]
     return torch.cat(parts).cpu().numpy()
-
-
-def choose_interpolation(model: DCAR, split: PreparedSplit) -> Recall:
-    """Shrink the changes of the backbone's weights to the best share by validation recall, and return its recall.
-
-    WiSE-FT (Wortsman et al. 2022): weights between the frozen and the trained ones are often better, and forget less.
-    """
-    assert model.changes is not None
-    recalls, before = dict[float, Recall](), 1.0
-    for share in _SHARES:
-        model.changes.shrink(share / before)
-        recalls[share], before = evaluate(model, split), share
-    best = max(recalls, key=lambda share: mean_r1(recalls[share]))
-    model.changes.shrink(best / before)
-    return recalls[best]
 
 
 def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeights, Recall]:

@@ -10,7 +10,7 @@ from dcar_core.data import Dataset
 from dcar_core.evaluation.analysis import analyse
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.training.prepared_split import prepare_split
 
 

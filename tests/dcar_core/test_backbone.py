@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.util.errors import ModelError
 
 TEXTS = ["a red square", "x", "a much longer caption of a small green circle beside a wall"]

@@ -17,7 +17,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint, read_config
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods import METHODS, comparable_methods, default_method, require_runnable
+from dcar_core.model.methods.registry import METHODS, comparable_methods, default_method, require_runnable
 from dcar_core.model.towers.image import NativeImage
 from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
@@ -135,7 +135,7 @@ def test_tower_that_fails_its_check_is_used_without_prompts(
     assert torch.equal(backbone.encode_text(tokens), stock)
     with pytest.raises(ModelError, match=r"which the towers of .* do not take; use the method clip-adapter"):
         DCAR(backbone, ModelConfig())
-    DCAR(backbone, METHODS["clip-adapter"])
+    DCAR(backbone, METHODS["clip-adapter"].config)
 
 
 def test_image_tower_that_fails_its_check_is_used_without_prompts(
@@ -172,11 +172,11 @@ def test_image_tower_whose_prompts_break_features_is_used_without_them(
 )
 def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: str, instead: str) -> None:
     with pytest.raises(ModelError, match=f"which the image tower of RN50 does not have; use the method {instead}$"):
-        require_runnable(METHODS[method], "text", "RN50", 76)
+        require_runnable(METHODS[method].config, "text", "RN50", 76)
     for name in ("clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"):
-        require_runnable(METHODS[name], "text", "RN50", 76)
+        require_runnable(METHODS[name].config, "text", "RN50", 76)
     with pytest.raises(ModelError, match=r"use the method clip-adapter$"):
-        require_runnable(METHODS["block-adapters"], "adapters", "RN50", 76)
+        require_runnable(METHODS["block-adapters"].config, "adapters", "RN50", 76)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: s
 def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
     assert default_method(level) == method
     for name in (method, *comparable_methods(level)):
-        require_runnable(METHODS[name], level, "a model", 76)
+        require_runnable(METHODS[name].config, level, "a model", 76)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train

@@ -68,7 +68,7 @@ def test_fingerprint_covers_what_serving_uses(tiny_model: Path, tiny_checkpoint:
 def test_fingerprint_covers_vectors_and_nothing_else() -> None:
     weights = {"prompts.text": np.zeros((1, 4, 8), np.float32), "caa.up.bias": np.zeros(8, np.float32)}
     mark = fingerprint("backbone", ModelConfig(), weights)
-    loss, options = LossConfig(category=0.1, anchor=2.0), ReweightConfig(word="alone", picture="patches")
+    loss, options = LossConfig(category=0.1, anchor=2.0), ReweightConfig(token_feature="alone", image_feature="patches")
     adapted = weights | {"caa.up.bias": np.ones(8, np.float32)}
     assert fingerprint("backbone", ModelConfig(loss=loss, reweight=options), adapted) == mark
     others = [
@@ -80,6 +80,18 @@ def test_fingerprint_covers_vectors_and_nothing_else() -> None:
         fingerprint("backbone", ModelConfig(), {"prompts.text": np.zeros((2, 2, 8), np.float32)}),
     ]
     assert len({mark, *others}) == 7
+
+
+def test_options_by_their_former_names_load(tiny_model: Path, tmp_path: Path) -> None:
+    reweight = ReweightConfig(token_feature="alone", image_feature="patches")
+    mark = save_checkpoint(
+        DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=reweight)), tmp_path
+    )
+    content = (tmp_path / "config.json").read_text()
+    content = content.replace("token_feature", "word").replace("image_feature", "picture")
+    (tmp_path / "config.json").write_text(content.replace('"alpha"', '"consistency": 1.0, "distance": 0.0, "alpha"'))
+    model, found = load_checkpoint(tmp_path)
+    assert (model.config.reweight, found) == (reweight, mark)
 
 
 @pytest.mark.slow
@@ -129,7 +141,7 @@ def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, t
             load_checkpoint(tmp_path)
     for key, values, message in (
         ("adapter", {"blocks": 10**15}, "blocks must be 0 to 4096"),
-        ("fine_tune", {"scope": "attention", "rank": 10**15}, "fine_tune belongs to a training"),
+        ("fine_tune", {"scope": "attention", "rank": 10**15}, "ModelConfig has no field"),
     ):
         model = {**content["model"], key: {**content["model"].get(key, {}), **values}}
         (tmp_path / "config.json").write_text(json.dumps({**content, "model": model}))

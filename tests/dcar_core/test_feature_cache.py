@@ -14,7 +14,7 @@ from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import PromptConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split, split_key
 from tests.support.training import move_weights

@@ -12,7 +12,7 @@ from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import Amp, LossConfig, ReweightConfig, TrainWeights
 from dcar_core.model.dcar import DCAR
-from dcar_core.model.methods import METHODS, method
+from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.training import grad_cache
 from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients, batch_loss, resolve_amp
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss

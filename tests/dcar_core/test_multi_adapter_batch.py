@@ -142,7 +142,7 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
     np.testing.assert_allclose([weight for _, weight in words_found], wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", [{"word": "alone"}, {"picture": "patches"}])
+@pytest.mark.parametrize("option", [{"token_feature": "alone"}, {"image_feature": "patches"}])
 def test_pair_weight_options_apply_in_training_and_serving(
     option: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:

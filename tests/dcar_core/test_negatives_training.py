@@ -10,7 +10,7 @@ from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.training.feature_cache import FeatureCache
 from tests.support.commands import dcar

@@ -10,7 +10,7 @@ import torch
 from dcar_core.data import CleaningReport, Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import frozen_features
 from dcar_core.training.grad_cache import batch_loss

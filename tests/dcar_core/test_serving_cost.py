@@ -5,7 +5,7 @@ import pytest
 from dcar_core.evaluation.serving_cost import serving_cost
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import METHODS, method
+from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.training import validation
 from dcar_core.training.grad_cache import accumulate_gradients, batch_loss
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
@@ -78,7 +78,7 @@ def test_weights_of_the_best_validation_epoch_are_kept(tiny_model: Path, tiny_da
 
 
 def test_default_options_do_not_change_the_identity_of_a_run() -> None:
-    assert not {"word", "picture"} & method("dcar").to_dict()["reweight"].keys()
+    assert not {"token_feature", "image_feature"} & method("dcar").to_dict()["reweight"].keys()
     for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):
         assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
 

@@ -15,7 +15,7 @@ from dcar_core.data import load_split
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.training.distributed import ProcessGroup
 from dcar_core.training.grad_cache import accumulate_gradients
 from dcar_core.training.train import train

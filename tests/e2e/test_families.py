@@ -13,7 +13,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import default_method, method
+from dcar_core.model.methods.registry import default_method, method
 from dcar_core.runtimes.equality_proof import Probe
 from dcar_core.runtimes.int8_calibration import calibrate
 from dcar_core.runtimes.registry import RUNTIME_KINDS

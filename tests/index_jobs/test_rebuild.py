@@ -15,7 +15,7 @@ from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary

@@ -10,7 +10,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.training.distributed import torchrun_group
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.train import train

@@ -5,7 +5,7 @@ import torch
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import method
+from dcar_core.model.methods.registry import method
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 
 

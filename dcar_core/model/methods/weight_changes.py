@@ -1,9 +1,7 @@
-"""Learned changes of a backbone's weights: LoRA, the image projection alone (ProLIP), or every weight (FLYP).
+"""Learned changes of a backbone's weights.
 
 - A change is a difference, zero at the start, that is added for the time of one call. The backbone stays as it is, so
   other models may use it.
-- LoRA (Hu et al. 2022) has one low-rank change for each attention matrix of both towers; query, key and value of a
-  joint matrix share the lower factor [ours].
 - Merged, it is a model directory, served like any other model: it shares no backbone with other domains.
 """
 
@@ -17,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from dcar_core.model.config import MODEL_CONFIG, FineTuneConfig
+from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.open_clip_source import read_config
 from dcar_core.model.text.hub_tokenizer import copy_from_hub
 from dcar_core.util.errors import ModelError
@@ -25,32 +23,40 @@ from dcar_core.util.files import atomic_writer, write_json
 from dcar_core.util.memory import WEIGHTS_FILE
 
 _IMAGE = "visual."
-_NAMES = {
-    "attention": re.compile(r"(^|\.)(attn|self_attn|attention|SelfAttention)\..*weight$"),
-    "projection": re.compile(r"^visual\.(proj$|head\.|trunk\.head\.)"),
-    "all": re.compile(r"^(?!logit_)"),
-}
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})
 
 
 class WeightChanges(nn.Module):
-    """Trainable differences to the weights of a scope. Raise ModelError if the towers have no weights of this scope."""
+    """Trainable differences to the weights whose names match a pattern.
 
-    def __init__(self, backbone: Backbone, config: FineTuneConfig) -> None:
+    Args:
+        names: regular expression of names in open_clip's model.
+        rank: of the differences; 0 learns whole ones.
+        matrices: leaves out weights that are not matrices.
+
+    Raises:
+        ModelError: the towers have no such weights.
+    """
+
+    def __init__(self, backbone: Backbone, names: str, *, rank: int = 0, matrices: bool = True) -> None:
         super().__init__()
-        weights = backbone.clip.named_parameters()
-        chosen = {name: p for name, p in weights if _NAMES[config.scope].search(name)}
-        if config.scope != "all":
-            chosen = {name: p for name, p in chosen.items() if p.ndim == 2}
+        chosen = {
+            name: weight
+            for name, weight in backbone.clip.named_parameters()
+            if re.search(names, name) and (weight.ndim == 2 or not matrices)
+        }
         if not chosen:
-            raise ModelError(f"the towers of {backbone.source.model} have no weights of the scope {config.scope}")
-        self.names, self.low, self.rank = list(chosen), nn.ParameterDict(), config.rank
+            raise ModelError(
+                f"the towers of {backbone.source.model} have none of the weights that this method changes; "
+                f"use the method clip-adapter"
+            )
+        self.names, self.low, self.rank = list(chosen), nn.ParameterDict(), rank
         self.high = nn.ParameterDict()  # whole differences, or the upper factors of low-rank ones
         for name, weight in chosen.items():
             rows = weight.shape[0]
-            if config.rank:
-                self.low[_key(name)] = nn.Parameter(torch.randn(config.rank, weight.shape[1]) / config.rank)
-            self.high[_key(name)] = nn.Parameter(torch.zeros((rows, config.rank) if config.rank else weight.shape))
+            if rank:
+                self.low[_key(name)] = nn.Parameter(torch.randn(rank, weight.shape[1]) / rank)
+            self.high[_key(name)] = nn.Parameter(torch.zeros((rows, rank) if rank else weight.shape))
 
     def changed(self, backbone: Backbone, *, image: bool) -> dict[str, Tensor]:
         """Return the changed weights of one tower, by their names in the backbone."""

@@ -1,7 +1,10 @@
-"""Methods that change the backbone's own weights: LoRA, ProLIP and FLYP."""
+"""Methods: LoRA, ProLIP and FLYP, which change the backbone's own weights, PromptSRC, and a new one."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_core.data import load_split
-from dcar_core.model import fine_tuning
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.fine_tuning import merge
-from dcar_core.model.methods import method
+from dcar_core.model.methods import weight_changes
+from dcar_core.model.methods.flyp import interpolate
+from dcar_core.model.methods.promptsrc import consistency_loss
+from dcar_core.model.methods.registry import method
+from dcar_core.model.methods.weight_changes import merge
 from dcar_core.model.open_clip_source import RANDOM
-from dcar_core.training import validation
 from dcar_core.training.grad_cache import batch_loss
-from dcar_core.training.losses import consistency_loss
-from dcar_core.training.prepared_split import PreparedSplit, prepare_split
-from dcar_core.training.validation import choose_interpolation
+from dcar_core.training.prepared_split import prepare_split
 from dcar_core.util.errors import ModelError
+from tests.support.paths import ROOT
 from tests.support.tiny_models import write_tiny_model
 
 FINE_TUNED = ["lora", "prolip", "flyp"]
@@ -101,7 +104,7 @@ def test_a_merged_model_has_the_configuration_of_its_text_encoder(
     if not is_local:
         (directory / encoder / "config.json").rename(directory / "config.json")
         monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(directory / file))
-        monkeypatch.setattr(fine_tuning, "read_config", lambda source: config)
+        monkeypatch.setattr(weight_changes, "read_config", lambda source: config)
         original.source = BackboneSource("xlm-roberta-base-ViT-B-32", RANDOM)
     merged = merge(original, model.changes, tmp_path / "out")
     assert merged.source.directory is not None
@@ -123,7 +126,7 @@ def test_an_earlier_checkpoint_survives_another_training(backbone: Backbone, pix
 def test_a_tower_without_a_projection_is_refused(tiny_model: Path) -> None:
     other = load_backbone(BackboneSource(str(tiny_model)))
     other.clip.visual.proj = None  # type: ignore[union-attr]
-    with pytest.raises(ModelError, match="have no weights of the scope projection"):
+    with pytest.raises(ModelError, match="have none of the weights that this method changes"):
         seeded_model(other, method("prolip"), 0)
 
 
@@ -138,21 +141,13 @@ def test_the_distance_from_the_frozen_weights_is_part_of_the_loss(backbone: Back
     assert float((with_distance - batch_loss(model, data, rows)).detach()) == pytest.approx(difference, rel=1e-3)
 
 
-def test_validation_chooses_between_frozen_and_trained_weights(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_chooses_between_frozen_and_trained_weights(backbone: Backbone) -> None:
     model = changed_model(backbone, "flyp")
     assert model.changes is not None
     name = "visual/proj"
     whole = model.changes.high[name].detach().clone()
     recalls = iter([50.0, 70.0, 60.0, 10.0])  # of the shares 1, 0.75, 0.5, 0.25
-
-    def evaluate(model: DCAR, split: PreparedSplit) -> dict[str, float]:
-        return dict.fromkeys(("t2i_r1", "i2t_r1"), next(recalls))
-
-    monkeypatch.setattr(validation, "evaluate", evaluate)
-    split: PreparedSplit = None  # type: ignore[assignment]
-    assert choose_interpolation(model, split)["t2i_r1"] == 70
+    interpolate(model.changes, lambda: next(recalls))
     torch.testing.assert_close(model.changes.high[name].detach(), 0.75 * whole)
 
 
@@ -168,3 +163,52 @@ def test_consistency_with_the_frozen_encoders() -> None:
     adapted, frozen = ((scale * image @ each.T).softmax(1).double() for each in (other, text))
     divergence = (frozen * (frozen / adapted).log()).mean()
     assert float(consistency_loss(other, image, text, image, scale)) == pytest.approx(float(25 * captions + divergence))
+
+
+_BITFIT = """
+from functools import partial
+from dcar_core.model.methods.method import Method, plain_config
+from dcar_core.model.methods.weight_changes import WeightChanges
+
+def stay_close(text, image, frozen_text, frozen_image, scale):
+    print("loss of the new method")
+    return (image - frozen_image).square().sum()
+
+biases = partial(WeightChanges, names=r"bias$", matrices=False)
+METHODS = (Method(config=plain_config("bitfit"), changes=biases, batch_loss=stay_close),)
+"""
+_TRAIN = """
+import sys
+from pathlib import Path
+from dcar_core.data import load_split
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods.registry import method
+from dcar_core.training.train import train
+
+base, data, out = map(Path, sys.argv[1:])
+model = seeded_model(load_backbone(BackboneSource(str(base))), method("bitfit"), 0)
+training, validation = (load_split(data, split)[0] for split in ("train", "val"))
+train(model, training, validation, TrainConfig(epochs=1, batch_size=6), progress=False)
+save_checkpoint(model, out)
+print(load_checkpoint(out)[0].config.method, "loaded")
+"""
+
+
+@pytest.mark.slow
+def test_a_method_is_added_by_a_file_and_a_line_of_the_registry(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """In a copy of the package: weights that it learns, a loss of its own, and a checkpoint."""
+    package = shutil.copytree(ROOT / "dcar_core", tmp_path / "dcar_core", ignore=shutil.ignore_patterns("__pycache__"))
+    methods = package / "model" / "methods"
+    (methods / "bitfit.py").write_text(_BITFIT)
+    registry = (methods / "registry.py").read_text()
+    (methods / "registry.py").write_text(registry.replace('    "lora",\n', '    "lora",\n    "bitfit",\n'))
+    command = [sys.executable, "-c", _TRAIN, str(tiny_model), str(tiny_data), "checkpoint"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert "loss of the new method" in done.stdout
+    assert "bitfit loaded" in done.stdout

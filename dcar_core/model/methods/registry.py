@@ -1,0 +1,75 @@
+"""The methods by name, and which of them a model can run."""
+
+from importlib import import_module
+
+from dcar_core.model.config import AdapterConfig, ModelConfig
+from dcar_core.model.methods.method import Method
+from dcar_core.util.errors import DcarError, ModelError
+
+MAX_DEPTH = 128  # more blocks than any tower has
+
+_MODULES = (
+    "baselines",
+    "dcar",
+    "dcar_plus",
+    "promptsrc",
+    "lora",
+    "prolip",
+    "flyp",
+)
+
+METHODS: dict[str, Method] = {
+    method.config.method: method for name in _MODULES for method in import_module(f"{__package__}.{name}").METHODS
+}
+
+
+def method(name: str) -> ModelConfig:
+    """Return the configuration of a method. Raise DcarError, which lists all, for an unknown name."""
+    if name not in METHODS:
+        raise DcarError(f"no method is named {name!r}; there are: {', '.join(METHODS)}")
+    return METHODS[name].config
+
+
+def default_method(level: str) -> str:
+    """Return the name of the method that `dcar train` uses by default at a `towers.select.Level`."""
+    return {"full": "block-adapters", "text": "dcar+-text"}.get(level, "clip-adapter")
+
+
+def comparable_methods(level: str) -> list[str]:
+    """Return the names of the methods that `dcar evaluate` compares by default at a `towers.select.Level`."""
+    return {
+        "full": ["clip", "coop", "clip-adapter", "maple", "dcar", "dcar+", "block-adapters"],
+        "text": ["clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"],
+    }.get(level, ["clip", "clip-adapter"])
+
+
+def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
+    """Raise ModelError, which names another method, if the towers of a model cannot run a method.
+
+    context: token positions behind the start tokens.
+    """
+    prompt, has_prompts = config.prompt, config.prompt.length > 0
+    needs_text = any(prompt.depths) or config.reweight.train != "none"
+    needs_rows = prompt.depths[1] > 0 or config.reweight.image_feature == "patches" or config.adapter.blocks > 0
+    if level == "adapters" and needs_text:
+        raise ModelError(
+            f"{config.method} needs prompts or token weights, which the towers of {model} do not take; "
+            f"use the method clip-adapter"
+        )
+    if level != "full" and needs_rows:
+        raise ModelError(
+            f"{config.method} needs image prompts, block adapters or patches, which the image tower of {model} does "
+            f"not have; "
+            f"use the method {_text_variant(config) if level == 'text' else 'clip-adapter'}"
+        )
+    if has_prompts and prompt.length > context - 1:
+        raise ModelError(f"{prompt.length} prompts do not fit into the {context} tokens of {model}")
+    if has_prompts and prompt.depth > MAX_DEPTH:
+        raise ModelError(f"prompts for {prompt.depth} blocks are too many; a tower has at most {MAX_DEPTH}")
+
+
+def _text_variant(config: ModelConfig) -> str:
+    """The method that is most like this one without image prompts."""
+    if config.adapter != AdapterConfig():
+        return "dcar+-text"
+    return "coop" if config.reweight.train == "none" and config.loss.category == 0 else "dcar-text"
