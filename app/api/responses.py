@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.dependencies import collection_of, state_of
 from app.search.collections import Collections
 from app.search.gallery_images import ImageFile
-from app.search.query import ItemPage, Match, SearchResults, WordWeights
+from app.search.query import ItemPage, Match, SearchResults
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
@@ -76,8 +76,6 @@ def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
         body["facets"] = results.facets
         if not results.has_exact_facets:
             body["facets_approximate"] = True
-    if results.words is not None:
-        body["words"] = _word_weights(results.words)
     return body
 
 
@@ -164,7 +162,9 @@ def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[
     if match.explanation is not None:
         result["explanation"] = {"relevance": match.explanation.relevance, "fit": match.explanation.fit}
         if match.explanation.words is not None:
-            result["explanation"]["words"] = _word_weights(match.explanation.words)
+            result["explanation"]["words"] = [
+                {"word": word, "effect": round(effect, 4)} for word, effect in match.explanation.words
+            ]
     return result
 
 
@@ -176,10 +176,6 @@ def _metadata(item: Item) -> dict[str, Any]:
         return metadata
     name = re.split(r"[/\\]", place)[-1]
     return {field: name if value == place else value for field, value in metadata.items()}
-
-
-def _word_weights(words: WordWeights) -> list[dict[str, Any]]:
-    return [{"word": word, "weight": round(weight, 4)} for word, weight in words]
 
 
 def _items_path(request: Request) -> str:

@@ -101,6 +101,11 @@ class Embedder:
         key += "" if crop is None else f":{crop.x:g},{crop.y:g},{crop.width:g},{crop.height:g}"
         return await self._cached(key, encoder.dim, embed)
 
+    async def texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[Floats]:
+        """Return the vectors (E,) of normalised texts. Not cached."""
+        rows = [TextRow(snapshot.encoder, each) for each in texts]
+        return await self._batcher.submit_all(_group(snapshot.encoder, "text"), rows)
+
     async def weighted_text(self, snapshot: Snapshot, text: str, factors: Floats) -> Floats:
         """Return the vectors (C, E) of a text under C weightings of its tokens, factors (C, n). Not cached."""
         rows = [TextRow(snapshot.encoder, text, each) for each in factors]

@@ -2,9 +2,8 @@
 
 - Re-ranking encodes the query once for each candidate, with DCAR's exact weights for the pair, and compares it with the
   vector of the candidate again. A candidate without its image keeps its score and comes after the others.
-- The weight of a word is predicted from the text alone; for one result it is the exact weight of the pair.
-- A relevance map is measured: how much the score falls when a part of the image is blanked. It needs only the encoder,
-  and holds for any kind of query.
+- Explanations are measured, and need only the encoder: how much the score falls when a part of the image is blanked, or
+  when a word of the query is left out.
 - Images are encoded in small chunks, one at a time for all requests, so other queries get their turn.
 - The full model is loaded by the first query that needs it: see `Snapshot.pair_weights`.
 - The feature that the frozen image encoder has for a candidate is computed once and cached: see `Snapshot.frozen`.
@@ -26,7 +25,7 @@ from app.core.threads import run_in_new_thread
 from app.search.collections import without_directories
 from app.search.embedding import Embedder
 from app.search.errors import UnavailableError, UnsupportedQueryError
-from app.search.query import Explanation, ObjectFit, WordWeights
+from app.search.query import Explanation, ObjectFit, WordEffects
 from app.search.ranking.rank import RankedRow
 from app.search.ranking.rows import row_vectors
 from app.search.snapshots import Snapshot, drop_oldest
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PARTS = 6  # of a relevance map, in each direction
+_MAX_WORDS = 32  # of a query, of which the effect is measured
 _CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
 _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
 _NO_IMAGES = "This query needs the images of its results, and none of them is in the gallery any more."
@@ -82,28 +82,39 @@ class PairScorer:
         scored.sort(key=lambda each: -(each.rerank_score or 0.0))
         return scored + [each for each in ranked if each.row not in frozen]
 
-    async def word_weights(self, snapshot: Snapshot, text: str) -> WordWeights:
-        """Return the words of a query with the weights that it is encoded with."""
-        pairs = await _pair_weights(snapshot)
-        factors = await self._embedder.run_in_model_thread(pairs.query_factors, text)
-        return pairs.word_factors(text, factors)
-
     async def explain(
         self, snapshot: Snapshot, text: str, vector: Floats, ranked: Sequence[RankedRow]
     ) -> list[Explanation | None]:
-        """Explain the scores of results by the vector (E,) of the query, and by its words if it has any.
+        """Explain the scores of results by the vector (E,) of the query, and by the words of its text.
 
         Raises:
             UnsupportedQueryError: every image is missing.
-            UnavailableError: the full model cannot be loaded.
         """
+        effects = await self._word_effects(snapshot, text, [each.row for each in ranked])
         # One after the other: other queries get their turn.
-        explanations = [await self._explain_row(snapshot, text, vector, each.row) for each in ranked]
+        explanations = [
+            await self._explain_row(snapshot, vector, each.row, words)
+            for each, words in zip(ranked, effects, strict=True)
+        ]
         if ranked and not any(explanations):
             raise UnsupportedQueryError(_NO_IMAGES)
         return explanations
 
-    async def _explain_row(self, snapshot: Snapshot, text: str, vector: Floats, row: int) -> Explanation | None:
+    async def _word_effects(self, snapshot: Snapshot, text: str, rows: list[int]) -> list[WordEffects | None]:
+        """Return the fall of each row's similarity to the text when a word is left out; None for a single word."""
+        words = text.split()
+        places = range(min(len(words), _MAX_WORDS))
+        if len(words) < 2 or not rows:
+            return [None] * len(rows)
+        shorter = [" ".join(words[:place] + words[place + 1 :]) for place in places]
+        whole, *without = await self._embedder.texts(snapshot, [text, *shorter])
+        images = await asyncio.to_thread(row_vectors, snapshot.artifact, rows)  # [C, E]
+        falls = images @ (whole - np.stack(without)).T  # [C, n]
+        return [[(words[place], float(fall[place])) for place in places] for fall in falls]
+
+    async def _explain_row(
+        self, snapshot: Snapshot, vector: Floats, row: int, words: WordEffects | None
+    ) -> Explanation | None:
         """Return None if the image of the row is missing."""
         pixels = (await self._images(snapshot, [row])).get(row)
         if pixels is None:
@@ -114,14 +125,6 @@ class PairScorer:
         )
         original, *blanked = await self._in_chunks(partial(self._embedder.pixels, snapshot), [pixels, *variants])
         falls = np.array([float(vector @ (original - each)) for each in blanked])
-        words = None
-        if text and snapshot.encoder.adapter.uses_token_weights:
-            pairs = await _pair_weights(snapshot)
-            frozen = (await self._frozen_features(snapshot, [row])).get(row)
-            if frozen is None:
-                return None
-            factors = await self._embedder.run_in_model_thread(pairs.factors, text, frozen[None])
-            words = pairs.word_factors(text, factors[0])
         return Explanation(np.round(falls[part_of_patch], 4).tolist(), _FITS[snapshot.preprocess.resize], words)
 
     async def _frozen_features(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Floats]:

@@ -92,7 +92,7 @@ def no_results(query: Query) -> SearchResults:
             raise ItemNotFoundError(item_id, field)
     return SearchResults(
         version=0, matches=[], is_cached=False, took_ms=0.0, offset=options.offset, next_offset=None,
-        min_score=None if options.min_score == "auto" else options.min_score, words=None,
+        min_score=None if options.min_score == "auto" else options.min_score,
         facets={name: [] for name in options.facets} if options.facets else None,
     )  # fmt: skip
 

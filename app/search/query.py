@@ -25,7 +25,7 @@ from index_jobs.store.artifact import Item
 Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
-WordWeights = list[tuple[str, float]]
+WordEffects = list[tuple[str, float]]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 GroupBy = Annotated[
     str | None,
@@ -199,7 +199,7 @@ class Explanation:
 
     relevance: list[list[float]]
     fit: ObjectFit
-    words: WordWeights | None
+    words: WordEffects | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +226,6 @@ class SearchResults:
     offset: int
     next_offset: int | None
     min_score: float | None
-    words: WordWeights | None
     facets: dict[str, list[dict[str, Any]]] | None
     fields: tuple[str, ...] = ()
     has_exact_facets: bool = True

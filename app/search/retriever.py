@@ -30,7 +30,7 @@ from app.search.errors import BatchQueryError, SearchError
 from app.search.gallery_images import ItemImages
 from app.search.pair_scoring import PairScorer
 from app.search.planning import Plan, make_plan, matches_of, no_results, rank_rows, ranking_key, row_of
-from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, WordWeights, compose
+from app.search.query import Explanation, ItemPage, Match, Query, QueryPart, SearchResults, compose
 from app.search.ranking.facets import count_facets
 from app.search.ranking.groups import group_field
 from app.search.ranking.rank import RankedRow
@@ -165,7 +165,6 @@ class Retriever:
         vector, is_cached = await self._query_vector(snapshot, plan)
         mask = await self._mask(snapshot, options.filter, turn)
         ranked, matches = await self._rank(snapshot, plan, vector, mask)
-        words: WordWeights | None = None
         if plan.rerank_depth > options.offset:
             with self._metrics.timed("rerank"):
                 best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
@@ -174,7 +173,6 @@ class Retriever:
         explanations: list[Explanation | None] = []
         if options.explain:
             with self._metrics.timed("explain"):
-                words = await self._pairs.word_weights(snapshot, query.text) if query.text else None
                 explained = page[: self._settings.explain_results]
                 explanations = await self._pairs.explain(snapshot, query.text, vector, explained)
         if matches is None:
@@ -193,7 +191,6 @@ class Retriever:
             offset=options.offset,
             next_offset=plan.end if has_next else None,
             min_score=plan.min_score,
-            words=words,
             fields=options.fields,
             facets=facets,
             has_exact_facets=has_exact_facets,

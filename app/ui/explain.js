@@ -1,35 +1,29 @@
-// Draws the explanations of the API: word weights, and the contribution of each image part as an overlay.
-
-import { percent } from "./format.js";
+// Draws the explanations of the API: the effect of each word, and the contribution of each image part as an overlay.
 
 const VISIBLE = 0.15; // smallest share of the strongest part that is drawn
 const STRONGEST = 130; // opacity of 255: the image stays recognisable
-const SAME = 0.02; // weights that differ from the average by less say nothing
 
-// words: [{word, weight}]; weight 1 is the average. A heavier word gets a darker background.
+// words: [{word, effect}], the fall of the similarity without the word. The word of the largest fall has the darkest background.
 export function drawWords(place, words) {
+  const most = Math.max(...(words ?? []).map(({ effect }) => effect), 1e-6);
   place.hidden = !words?.length;
-  place.replaceChildren(...(words ?? []).map(drawWord));
+  place.replaceChildren(...(words ?? []).map((each) => drawWord(each, most)));
 }
 
-function drawWord({ word, weight }) {
+function drawWord({ word, effect }, most) {
   const node = document.createElement("span"), number = document.createElement("small");
+  const points = Math.round(100 * effect);
   node.className = "word";
   node.textContent = word;
-  number.textContent = percent(weight);
+  number.textContent = `${points > 0 ? "+" : ""}${points}`.replace("-", "−");
   node.append(number);
-  node.title = `${inWords({ word, weight })}; an average word has 100%`;
-  node.style.setProperty("--heat", Math.min(Math.max(weight - 0.5, 0), 1).toFixed(3));
+  node.title = `“${word}” ${points < 0 ? "lowers" : "raises"} the percentage by ${Math.abs(points)}`;
+  node.style.setProperty("--heat", (Math.max(effect, 0) / most).toFixed(3));
   return node;
 }
 
-function inWords({ word, weight }) {
-  const difference = percent(Math.abs(weight - 1));
-  return `“${word}” counts ${difference === "0%" ? "the same" : `${difference} ${weight > 1 ? "more" : "less"}`}`;
-}
-
-// Draws how to read the explanations. words: those of the query, null without any. hasMaps: overlays are shown.
-export function drawLegend(place, words, hasMaps) {
+// Draws how to read the explanations. hasWords: effects of words are shown. hasMaps: overlays are shown.
+export function drawLegend(place, hasWords, hasMaps) {
   const line = (...parts) => {
     const node = document.createElement("p");
     node.append(...parts);
@@ -41,17 +35,8 @@ export function drawLegend(place, words, hasMaps) {
     return node;
   };
   const lines = [];
+  if (hasWords) lines.push(line("A word's number is what it adds to the percentage: it is left out, and the image compared again."));
   if (hasMaps) lines.push(line(part("up", "this part of the image raises the percentage"), part("down", "this part lowers it")));
-  if (words?.length) {
-    const drawn = Object.assign(document.createElement("div"), { className: "words" });
-    drawWords(drawn, words);
-    lines.unshift(drawn);
-    const far = [...words].sort((a, b) => Math.abs(b.weight - 1) - Math.abs(a.weight - 1)).slice(0, 2);
-    const says = far.every(({ weight }) => Math.abs(weight - 1) < SAME)
-      ? "This model counts all words of a search alike."
-      : `An average word has 100%: ${far.map(inWords).join(", ")}.`;
-    if (words.length > 1) lines.push(line(says));
-  }
   place.hidden = !lines.length;
   place.replaceChildren(...lines);
 }

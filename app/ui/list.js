@@ -49,7 +49,7 @@ export function clearLists() {
   observer.unobserve($("more"));
   nothing.hidden = $("other").hidden = $("results-name").hidden = $("scores").hidden = true;
   document.body.classList.remove("beside");
-  drawLegend($("legend"), null, false);
+  drawLegend($("legend"), false, false);
   $("status").textContent = "";
   list = emptyList();
 }
@@ -61,8 +61,8 @@ export function drawList(found, wanted, known, groups) {
   const isStrange = isUnfamiliar(known, found.results);
   const minScore = isStrange ? Infinity : page.minScore(wanted, wanted.in), enough = isStrange ? NEAR_SPELLING : CONTAINED;
   list = { ...emptyList(), wanted, minScore, enough, scale: scaleOf(found.results), count: found.count, groups };
-  const hasMaps = found.results.some(({ explanation }) => explanation);
-  if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), found.words, hasMaps);
+  const explained = found.results.flatMap(({ explanation }) => explanation ?? []);
+  if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), explained.some(({ words }) => words), explained.length > 0);
   $("lists").style.setProperty("--frame", frameOf(found.results));
   append(found);
   if (hadFocus) results.focus({ preventScroll: true });

@@ -3,7 +3,7 @@
     CACHE/adapters/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
-  needs for re-ranking and explaining alone.
+  needs for re-ranking alone.
 - An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
   processor and threads, and for `auto` the same ranking of runtimes; the entry and the export have checksums.
 - Finally, the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.

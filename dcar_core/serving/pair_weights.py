@@ -1,4 +1,4 @@
-"""Exact pair weights outside of training: for re-ranking and explaining, where query and candidate are both known.
+"""Exact pair weights outside of training: for re-ranking, where query and candidate are both known.
 
 The weight of a token comes from the frozen encoders without prompts (section 2 of the method), so a candidate needs one
 feature beside its vector: the frozen image encoder's. Every candidate of a query is weighted the same way.
@@ -6,7 +6,6 @@ feature beside its vector: the frozen image encoder's. Every candidate of a quer
 
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,16 +43,3 @@ class PairWeights:
         mask = backbone.layout.caption_mask(tokens).expand(len(images), -1)
         factors = blend(pair_weights(features, images, self._blank), mask, config)
         return factors.float().cpu().numpy()
-
-    @torch.inference_mode()
-    def query_factors(self, text: str) -> Floats:
-        """Return the factors (n,) of a query, predicted from the text alone by the head; 1 where queries use none."""
-        tokens = self._model.backbone.tokenize([text], self._model.prompt_tokens)
-        use = self._model.config.reweight.query == "predicted"
-        factors = self._model.predicted_weights(tokens) if use else None
-        return np.ones(tokens.shape[1], np.float32) if factors is None else factors[0].float().cpu().numpy()
-
-    def word_factors(self, text: str, factors: Floats) -> list[tuple[str, float]]:
-        """Return the words of a text as the tokenizer splits it, each with the mean of its tokens' factors (n,)."""
-        tokenizer = self._model.backbone.text_tokenizer(self._model.prompt_tokens)
-        return [(word, float(factors[place].mean())) for word, place in tokenizer.split_words(text)]

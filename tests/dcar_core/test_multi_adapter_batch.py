@@ -137,9 +137,6 @@ def test_pair_weights_are_those_of_training(encoders: dict[str, Encoder]) -> Non
     wanted = np.clip(1 + 0.5 * (raw / raw.mean() - 1), 0.5, 2)
     found = pairs.factors(text, pairs.image_features(pixels))[0]
     np.testing.assert_allclose(found[1:-1], wanted, atol=1e-5)
-    words_found = pairs.word_factors(text, found)
-    assert [word for word, _ in words_found] == ["a", "red", "square"]
-    np.testing.assert_allclose([weight for _, weight in words_found], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("option", [{"token_feature": "alone"}, {"image_feature": "patches"}])
@@ -161,22 +158,3 @@ def test_pair_weight_options_apply_in_training_and_serving(
         np.testing.assert_allclose(found, wanted[: len(found)], atol=1e-4)
     assert usual is not None
     assert (trained - usual).abs().max() > 0.01
-
-
-def test_words_have_the_factors_that_the_query_is_encoded_with(encoders: dict[str, Encoder]) -> None:
-    """Validation may decide against those that the head predicts."""
-    none, predicted = (PairWeights(encoders[name]).query_factors("crying cat") for name in ("a", "b"))
-    assert (none == 1).all()
-    assert not (predicted == 1).all()
-
-
-def test_words_of_several_tokens_have_one_factor(encoders: dict[str, Encoder]) -> None:
-    pairs = PairWeights(encoders["a"])
-    text = "crying cat 😿 supercalifragilistic"
-    factors = pairs.query_factors(text)
-    words = pairs.word_factors(text, factors)
-    assert [word for word, _ in words] == ["crying", "cat", "😿", "supercalifragilistic"]
-    assert len(factors) > len(words) + 2, "some word has several tokens"
-    assert pairs.word_factors("", pairs.query_factors("")) == []
-    long = "word " * 100
-    assert len(pairs.word_factors(long, pairs.query_factors(long))) == 32 - 2 - encoders["a"].model.prompt_tokens

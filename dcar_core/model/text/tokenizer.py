@@ -86,22 +86,6 @@ class TextTokenizer:
         """True if a text would be cut."""
         return len(self.start_ids) + len(self.caption_ids(text)) + 1 > self.limit
 
-    def split_words(self, text: str) -> list[tuple[str, slice]]:
-        """Return the words of a text as the tokenizer splits it, each with the places of its tokens in a row."""
-        encoding, normal = self._encoding(text), self._normal(text)
-        words: list[tuple[str, slice]] = []
-        start, end, place, word = 0, 0, len(self.start_ids), None
-        for token, (left, right), word_id in zip(encoding.ids, encoding.offsets, encoding.word_ids, strict=True):
-            if token in self.special_ids or place == self.limit - 1:
-                continue
-            begins = word_id != word or left > end or normal[left:right][:1].isspace()
-            if begins or not words:
-                start = left
-                words.append(("", slice(place, place)))
-            words[-1] = normal[start:right].strip(), slice(words[-1][1].start, place + 1)
-            end, place, word = right, place + 1, word_id
-        return words
-
     def identity(self) -> str:
         """sha256 over the vocabulary and whatever else decides on ids."""
         content = json.loads(self.tokenizer.to_str())

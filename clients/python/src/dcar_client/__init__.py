@@ -37,7 +37,7 @@ from dcar_client.models import (
     SearchResponse,
     TextQuery,
     Weights,
-    WordWeight,
+    WordEffect,
 )
 
 __all__ = [
@@ -72,5 +72,5 @@ __all__ = [
     "ServiceError",
     "TextQuery",
     "Weights",
-    "WordWeight",
+    "WordEffect",
 ]

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypedDict
 from pydantic import BaseModel
 
 
-class WordWeight(BaseModel):
-    """A word of the query and its weight; 1 is the average."""
+class WordEffect(BaseModel):
+    """A word of the query, and how much the similarity of text and image falls when the word is left out."""
 
     word: str
-    weight: float
+    effect: float
 
 
 class ResultExplanation(BaseModel):
@@ -21,12 +21,12 @@ class ResultExplanation(BaseModel):
     relevance: for each patch of the image as the model sees it, its contribution to the score, row by row.
     fit: how to lay the square relevance map over the image, as CSS object-fit: cover (centre crop), fill (squeezed) or
         contain (letterboxed).
-    words: the query's words with their exact weights for this image; absent if the model was trained without.
+    words: the first 32 words of the query's text; absent if it has fewer than two.
     """
 
     relevance: list[list[float]]
     fit: Literal["cover", "fill", "contain"] = "cover"
-    words: list[WordWeight] | None = None
+    words: list[WordEffect] | None = None
 
 
 class ResultGroup(BaseModel):
@@ -73,7 +73,6 @@ class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    words: the query's words with the weights that the search used, from the text alone; all 1 where it used none.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
     """
@@ -86,7 +85,6 @@ class SearchResponse(BaseModel):
     results: list[Result]
     next_offset: int | None = None
     min_score: float | None = None
-    words: list[WordWeight] | None = None
     facets: dict[str, list[FacetValue]] | None = None
     facets_approximate: bool | None = None
 
