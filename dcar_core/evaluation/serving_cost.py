@@ -15,7 +15,7 @@ def serving_cost(model: DCAR) -> dict[str, Any]:
     if model.changes is not None:
         tensors = list(model.backbone.clip.state_dict().values())
     else:
-        tensors = [p for name, p in model.trainables() if not name.startswith("caa.")]
+        tensors = [p for _, p in model.served()]
     again = "unchanged" if model.image_adapter is None else "matrix product"
     return {
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),

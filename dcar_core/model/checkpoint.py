@@ -64,7 +64,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
 
         merged = merge(model.backbone, model.changes, path)
         model = type(model)(merged, model.config).eval()
-    trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.trainables()}
+    trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
     backbone_hash = model.backbone.content_hash()
     mark = fingerprint(backbone_hash, model.config, trainables)
     source = model.backbone.source
@@ -160,11 +160,12 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
             f"program that did not look at the tokenizer; train again on it, or point config.json to the right one"
         )
     weights = read_trainables(path)
+    weights = {name: weights[name] for name in weights if not name.startswith("caa.")}  # in older checkpoints
     try:
         model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
     except (ModelError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    expected = {name: tuple(p.shape) for name, p in model.trainables()}
+    expected = {name: tuple(p.shape) for name, p in model.served()}
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if expected != found:
         odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))

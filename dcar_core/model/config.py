@@ -89,8 +89,8 @@ class ReweightConfig(_Config):
 class AdapterConfig(_Config):
     """Residual bottlenecks, part of serving.
 
-    text, image: on the features that leave the towers (CLIP-Adapter; dcar+ [ours]). With `text`, L_cate uses the same
-        adapter for its captions, in place of a category adapter that serving drops.
+    text, image: on the features that leave the towers (CLIP-Adapter; dcar+ [ours]). If the text tower is unchanged,
+        L_cate uses the text adapter for its captions, in place of a category adapter that serving drops.
     blocks: inner width of the adapters behind every block of the image tower (Houlsby et al. 2019; dcar+ [ours]); 0 for
         none.
     """

@@ -115,9 +115,10 @@ class DCAR(nn.Module):
         self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
         self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
-        with_caa = config.loss.category > 0 and not config.adapter.text
-        self.caa = FeatureAdapter(backbone.embed_dim) if with_caa else None
         self.changes = changes
+        # A text adapter whose queries are unprompted, as the captions of L_cate are, serves both.
+        is_shared = self.text_adapter is not None and self.text_is_frozen
+        self.caa = FeatureAdapter(backbone.embed_dim) if config.loss.category > 0 and not is_shared else None
         self.to(backbone.device)
 
     @property
@@ -131,8 +132,12 @@ class DCAR(nn.Module):
         return self.config.prompt.length if self.config.prompt.text else 0
 
     def trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that a checkpoint holds: all but the backbone's."""
+        """The parameters that training learns: all but the backbone's."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("backbone."))
+
+    def served(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that a checkpoint holds: the learned ones without the category adapter of the loss."""
+        return ((name, p) for name, p in self.trainables() if not name.startswith("caa."))
 
     def predicted_weights(self, tokens: Tensor) -> Tensor | None:
         """Factors (B, n) from the text alone; None without a head."""
@@ -189,7 +194,7 @@ class DCAR(nn.Module):
         """The adapter of L_cate's captions; None if the loss has no such term."""
         if self.config.loss.category <= 0:
             return None
-        return self.text_adapter or self.caa
+        return self.caa or self.text_adapter
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:

@@ -71,12 +71,12 @@ class FrozenFeatures:
         places = [(i, j) for i, s in enumerate(samples) for j in range(min(width, len(s.negatives)))]
         features = torch.zeros(len(samples), 1 + width, self.backbone.embed_dim, device=device)
         weights = torch.zeros(len(samples), 1 + width, device=device)
-        features[:, 0], weights[:, 0] = self.texts([s.caption for s in samples]), 1 + alpha
+        features[:, 0], weights[:, 0] = self.texts([s.caption for s in samples]), 1
         if places:
             rows, columns = torch.tensor(places, device=device).T
             features[rows, 1 + columns] = self.texts([samples[i].negatives[j] for i, j in places])
-            is_same = [_has_own_category(samples[i], j) for i, j in places]
-            weights[rows, 1 + columns] = 1 + alpha * torch.tensor(is_same, device=device).float()
+            is_other = [_has_other_category(samples[i], j) for i, j in places]
+            weights[rows, 1 + columns] = 1 + alpha * torch.tensor(is_other, device=device).float()
         return features, weights
 
     def _decode(self, out: Pixels) -> None:
@@ -136,7 +136,7 @@ class FrozenFeatures:
         return tqdm(items, label, total, disable=not self.progress, leave=False)
 
 
-def _has_own_category(sample: Sample, negative: int) -> bool:
-    """True if a negative caption is of the sample's own category."""
+def _has_other_category(sample: Sample, negative: int) -> bool:
+    """True if a negative caption is known to be of another category than the sample."""
     category = sample.negative_categories[negative : negative + 1]
-    return any(category) and fold_name(category[0]) == fold_name(sample.category)
+    return any(category) and fold_name(category[0]) != fold_name(sample.category)

@@ -38,10 +38,11 @@ def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tenso
     Args:
         image: (B, E), prompted and normalised.
         captions: (B, 1 + N, E), normalised; the positive comes first.
-        weights: category-matching weights (B, 1 + N): 1 + alpha where a caption is of the image's category,
-            1 where it is not, 0 for padding.
+        weights: category-matching weights (B, 1 + N): 1 + alpha for negatives of another category, 1 for the positive
+            and for negatives of the image's category, 0 for padding.
 
-    Logits are s / tau + log w [ours: the paper's figure shows w, but not where it enters].
+    Logits are s / tau + log w [ours: the paper shows w, but not where it enters]. So the gradient emphasises the
+    differences between subcategories.
     """
     scores = scale * torch.einsum("be,bne->bn", image, captions) + weights.log()
     return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))

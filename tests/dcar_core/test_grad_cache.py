@@ -69,7 +69,8 @@ def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backb
     normal, scale = torch.nn.functional.normalize, backbone.scale
     texts, images, frozen_texts, frozen_images, captions = [], [], [], [], []
     predicted = model.predicted_weights(data.tokens)
-    used = data.pair_weights
+    used, category_adapter = data.pair_weights, model.category_adapter()
+    assert category_adapter is not None
     assert (used is None) == (weights == "none")
     for i, sample in enumerate(described_twice.samples):
         picture = backbone.preprocess(described_twice.read(sample.image))[None]
@@ -80,7 +81,7 @@ def test_loss_equals_the_pairs_one_by_one(weights: TrainWeights, backbone: Backb
         frozen_texts.append(normal(backbone.encode_text(backbone.tokenize([sample.caption])), dim=-1))
         read = normal(backbone.encode_text(backbone.tokenize([sample.caption, *sample.negatives])), dim=-1)
         short = data.candidate_weights.shape[1] - len(read) if data.candidate_weights is not None else 0
-        captions.append(torch.nn.functional.pad(model.adapt_text(read), (0, 0, 0, short)))
+        captions.append(torch.nn.functional.pad(category_adapter(read), (0, 0, 0, short)))
     text, image = torch.cat(texts), torch.cat(images)
     assert data.candidate_weights is not None
     wanted = contrastive_loss(text, image, torch.from_numpy(data.positives(np.arange(len(data)))), scale)

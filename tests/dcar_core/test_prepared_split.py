@@ -98,14 +98,14 @@ def test_category_names_are_case_folded_and_eight_negatives_are_used(backbone: B
     data = replace(training, samples=[one, *training.samples[1:]])
     _, prepared = model_and_data(backbone, data, "dcar")
     assert prepared.candidate_weights is not None
-    assert prepared.candidate_weights[0].tolist() == [1.5] + [1.5, 1.0] * 4
+    assert prepared.candidate_weights[0].tolist() == [1.0] + [1.0, 1.5] * 4
     unknown = replace(training.samples[0], category="", negatives=("one", "two"), negative_categories=("", "face"))
     prepared = prepare_split(
         replace(training, samples=[unknown]), DCAR(backbone, method("dcar")), for_training=True, progress=False
     )
     assert prepared.candidate_weights is not None
-    assert prepared.candidate_weights[0].tolist() == [1.5, 1.0, 1.0], (
-        "two categories that nobody knows are not the same one"
+    assert prepared.candidate_weights[0].tolist() == [1.0, 1.0, 1.5], (
+        "an unknown category is not known to be another one"
     )
     reports = {"train": CleaningReport()}
     report_truncation({"train": data}, reports, backbone, 4)

@@ -58,13 +58,17 @@ def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_dat
     assert before != after  # the adapters are part of what serves, so of the fingerprint
 
 
-def test_category_adapter_is_kept_for_queries(tiny_model: Path) -> None:
+def test_category_adapter_is_kept_for_unprompted_queries(tiny_model: Path) -> None:
     backbone = load_backbone(BackboneSource(str(tiny_model)))
-    published, extended = (seeded_model(backbone, method(name), seed=0) for name in ("dcar", "dcar+"))
+    published, extended, adapters = (
+        seeded_model(backbone, method(name), seed=0) for name in ("dcar", "dcar+", "block-adapters")
+    )
     assert published.category_adapter() is published.caa
     assert published.text_adapter is None
-    assert extended.category_adapter() is extended.text_adapter
-    assert extended.caa is None
+    assert extended.category_adapter() is extended.caa, "its queries are prompted, the captions of the loss are not"
+    assert extended.text_adapter is not None
+    assert adapters.category_adapter() is adapters.text_adapter
+    assert adapters.caa is None
 
 
 def test_weights_of_the_best_validation_epoch_are_kept(tiny_model: Path, tiny_data: Path) -> None:
