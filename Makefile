@@ -1,5 +1,5 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
-# make test       all tests, in JOBS=2 processes, and the ten slowest         (ARGS="-k name" for some)
+# make test       tests of all installed parts, in JOBS=2 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make mutants    changes of critical code that tests notice; 15 minutes      (ARGS="--only filters --each 60")

@@ -23,6 +23,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.dcar import DCAR
+from tests.support import parts
 from tests.support.images import draw
 
 torch.set_num_threads(1)
@@ -58,15 +59,20 @@ os.environ["SSL_CERT_DIR"] = os.environ["XDG_CACHE_HOME"]
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With DCAR_REQUIRE_ALL=1, as in CI, a missing Redis or Chromium fails the test instead of skipping it."""
-    report = yield
-    needs_program = any(item.get_closest_marker(name) for name in ("redis", "browser"))
-    if os.environ.get("DCAR_REQUIRE_ALL") == "1" and report.skipped and needs_program:
-        report.outcome = "failed"
-        report.longrepr = f"skipped although every program is required: {report.longrepr}"
-    return report
+def pytest_report_header() -> str:
+    return parts.header()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    parts.skip_without_parts(items)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell for each missing part how many tests it took, and what brings it."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    for line in parts.summary([report.longrepr[2].removeprefix("Skipped: ") for report in skipped]):
+        terminalreporter.write_line(line)
 
 
 def pytest_collection_finish() -> None:
@@ -135,7 +141,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exports(tiny_checkpoint: Path, run_folder: Path) -> Path:
     """OpenVINO's graphs of the tiny model, exported once for all processes of a run: copy them into a runtime cache."""
-    pytest.importorskip("openvino", reason="needs the extra [openvino]")
     cache = run_folder / "runtime-cache"
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino", cache=cache)  # waits while another exports them
     return cache / "exports"

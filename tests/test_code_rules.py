@@ -9,6 +9,8 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
+from tests.support import parts
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dcar_core", "index_jobs", "app")
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -103,3 +105,19 @@ def test_async_tests_run_on_anyio() -> None:
         assert "asyncio.run" not in map(ast.unparse, calls), (
             f"{path}: write `async def test_...` instead of asyncio.run"
         )
+
+
+def test_optional_parts_of_tests_are_named_in_one_place() -> None:
+    """What a test needs decides whether it runs without extras, and whether CI runs it again with them."""
+    exceptions = {"parts.py", "test_code_rules.py", "test_langchain_standard.py"}
+    skips = re.compile(r"importorskip\(|skip\w*\(.*find_spec|which\(.*\n.*skip\(")
+    assert [path.name for path in TESTS if path.name not in exceptions and skips.search(path.read_text())] == []
+
+
+def test_missing_parts_are_told_in_a_line_each() -> None:
+    reasons = ["needs redis", "needs openvino", "needs redis", "this file system has no files of that size"]
+    assert parts.summary(reasons) == [
+        "skipped 2 tests of Redis: apt-get install redis-server",
+        "skipped 1 test of OpenVINO: make test EXTRAS=dev,openvino",
+        "skipped 1 test: this file system has no files of that size",
+    ]

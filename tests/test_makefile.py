@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.parts import needs
 from tests.support.paths import ROOT
 
 _PROJECT = """[project]
@@ -31,7 +32,7 @@ def build_editable(folder, *_):
 
 
 @pytest.mark.parametrize("found", ["unfinished", "without pip"])
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@needs("make")
 @pytest.mark.slow
 def test_install_goes_on_from_any_virtual_environment(found: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)

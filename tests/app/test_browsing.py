@@ -16,6 +16,7 @@ from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
 from tests.support.images import encoded
+from tests.support.parts import needs
 from tests.support.service import ALICE, BOB, KEYS, ODD_ID, ServiceClient, bearer, opened
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -91,8 +92,10 @@ async def test_thumbnails_are_small_and_upright(photos: Path, cache: dict[str, A
             assert (again.status_code, again.content) == (304, b"")
 
 
+@needs("heic")
 async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_path: Path, cache: dict[str, Any]) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
+    import pillow_heif
+
     (tmp_path / "gallery").mkdir()
     for color in ("red", "blue"):
         path = tmp_path / "gallery" / f"{color}.heic"

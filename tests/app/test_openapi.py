@@ -1,6 +1,5 @@
 """The service against its own OpenAPI document: schemathesis generates valid and invalid requests from it."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,6 @@ import httpx
 import pytest
 
 from tests.support.service import serving
-
-if os.environ.get("DCAR_REQUIRE_ALL") != "1":
-    pytest.importorskip("schemathesis", reason="needs the extra dev: pip install 'dcar[dev]'")
 
 EXAMPLES = 8
 KEY = "correct horse battery"

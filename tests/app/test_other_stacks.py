@@ -23,17 +23,11 @@ from PIL import Image
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_file
 from tests.support.images import png
+from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.service import ALICE, KEYS, ODD_ID, serving
 
 CLIENT = str(ROOT / "clients" / "python" / "src")
-IN_CI = os.environ.get("DCAR_REQUIRE_ALL") == "1"
-
-
-def needs(module: str, *, in_ci: bool = True) -> pytest.MarkDecorator:
-    """Skip without a module, unless CI has to have it."""
-    missing = importlib.util.find_spec(module) is None and not (IN_CI and in_ci)
-    return pytest.mark.skipif(missing, reason=f"{module} is not installed: see docs/how-to/connect-other-tools.md")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +207,7 @@ def test_the_mcp_server_names_a_key_variable_that_is_not_set(
     assert "the environment variable NOT_SET is not set" in capsys.readouterr().err
 
 
-@needs("langchain_core")
+@needs("langchain")
 async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
     from dcar_client.langchain import DcarRetriever
     from langchain_core.runnables import RunnableLambda
@@ -238,7 +232,7 @@ async def test_langchain_retrieves_captions(url: str, client: Client) -> None:
         retriever.invoke("red", colour="red")
 
 
-@needs("llama_index", in_ci=False)
+@needs("llama-index")
 async def test_llama_index_retrieves_captions(url: str, client: Client, gallery: Path) -> None:
     from dcar_client.llama_index import DcarRetriever
     from llama_index.core.schema import QueryBundle

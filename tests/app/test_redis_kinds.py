@@ -1,7 +1,6 @@
 """Each kind of Redis URL against a real server: TLS, sentinel, cluster, socket."""
 
 import asyncio
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from app.core.redis import check_url
 from app.search.embedding_cache import RedisCache, rounded
+from tests.support.parts import needs
 from tests.support.processes import free_port
 from tests.support.redis_server import RedisServer
 
@@ -22,8 +22,6 @@ pytestmark = pytest.mark.redis
 
 @contextmanager
 def running(*options: str) -> Iterator[RedisServer]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed: apt-get install redis-server")
     server = RedisServer(*options)
     server.start()
     try:
@@ -64,12 +62,11 @@ def certificates(folder: Path) -> tuple[Path, Path]:
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     command += ["-keyout", str(key), "-out", str(certificate), "-days", "1", "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
     subprocess.run(command, check=True, capture_output=True)
     return key, certificate
 
 
+@needs("openssl")
 async def test_a_tls_server_is_used_and_its_certificate_checked(tmp_path: Path) -> None:
     key, certificate = certificates(tmp_path)
     options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")

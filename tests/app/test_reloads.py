@@ -14,6 +14,7 @@ from dcar_core.serving import adapter_cache
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
+from tests.support.parts import needs
 from tests.support.service import opened
 
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
@@ -61,10 +62,10 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
     assert running == 0, "closing waits for a load"
 
 
+@needs("openvino")
 @pytest.mark.slow
 async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path: Path) -> None:
     """Start without the model, then update until the first version is deleted."""
-    pytest.importorskip("openvino", reason="needs the extra [openvino]")
     cache = tmp_path / "cache"
 
     for start in range(2):

@@ -1,6 +1,5 @@
 """Traces of a real server, received by an OTLP collector over HTTP."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -12,13 +11,13 @@ import httpx
 import pytest
 
 from tests.support.commands import Command
+from tests.support.parts import needs
 from tests.support.processes import answering, free_port
 
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
-if os.environ.get("DCAR_REQUIRE_ALL") != "1":
-    pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel: pip install 'dcar[otel]'")
+pytestmark = needs("otel")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """With exported graphs the service starts without the model, and loads it when a query needs it."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -15,10 +14,11 @@ from dcar_core import Encoder
 from dcar_core.serving import adapter_cache
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar
+from tests.support.parts import needs
 from tests.support.responses import assert_problem
 from tests.support.service import opened
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the extra [openvino]")
+pytestmark = needs("openvino")
 
 PLAIN = {"query": "a red square", "k": 5}
 DEEP = PLAIN | {"rerank": True, "explain": True}

@@ -21,8 +21,9 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import adapter_cache
 from dcar_core.serving.pair_weights import PairWeights
+from tests.support.parts import needs
 
-pytest.importorskip("openvino", reason="needs the extra [openvino]")
+pytestmark = needs("openvino")
 
 TEXTS = ["a red square", "", "crying cat 😿, it's a naïve long caption that goes on and on beyond the context of 32"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)

@@ -17,6 +17,7 @@ from dcar_core.images.jpeg import MAX_SCANS
 from dcar_core.util.errors import ImageError, ImageFault
 from tests.support import hostile_images as hostile
 from tests.support.images import encoded
+from tests.support.parts import needs
 from tests.support.processes import peak_memory
 
 REFUSED = {
@@ -210,8 +211,10 @@ def test_decoding_takes_no_more_memory_than_estimated(
     assert peak_memory(data, "fast", tmp_path) < 4 * inspect(data).cost + 2 * len(data) + 24 * 2**20
 
 
+@needs("heic")
 def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif")
+    import pillow_heif
+
     values = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     image = Image.fromarray(values).resize((96, 64))
     buffer = io.BytesIO()

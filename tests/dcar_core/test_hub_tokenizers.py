@@ -9,6 +9,7 @@ import pytest
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.text.hub_tokenizer import copy_from_hub, load_hub_tokenizer
 from dcar_core.util.errors import ModelError
+from tests.support.parts import needs
 from tests.support.tiny_models import Kind, write_tiny_model, write_tokenizer
 
 TEXTS = [
@@ -23,6 +24,7 @@ TEXTS = [
 ]
 
 
+@needs("hf")
 @pytest.mark.parametrize(
     ("kind", "clean", "strip_end"),
     [
@@ -34,7 +36,8 @@ TEXTS = [
     ],
 )
 def test_ids_are_those_of_open_clip(kind: Kind, clean: str, strip_end: bool, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="needs the extra [hf]")
+    import transformers
+
     write_tokenizer(kind, tmp_path)
     saved = tmp_path / "saved"  # the files as transformers' class for this kind writes them
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(saved)
@@ -80,8 +83,8 @@ def test_padding_is_found_where_the_settings_do_not_name_it(
     assert load_hub_tokenizer("a/name", tmp_path, 24).pad_id == pad_id
 
 
+@needs("hf")
 def test_a_tokenizer_that_pads_with_a_token_the_tower_reads_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("transformers", reason="needs the extra [hf]")
     model = write_tiny_model("xlm-roberta-base-ViT-B-32", tmp_path / "model")
     (model / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<s>"}))
     with pytest.raises(ModelError, match="the tokenizer pads with token 0, but the text tower masks token 1"):

@@ -14,6 +14,7 @@ from dcar_core.images import ImageRoot, colours, index_tar, inspect, open_image,
 from dcar_core.util.errors import DataError, ImageError
 from tests.support.hostile_images import png_of_size
 from tests.support.images import encoded
+from tests.support.parts import needs
 from tests.support.processes import peak_memory
 
 
@@ -86,10 +87,14 @@ def test_orientation_is_applied() -> None:
     assert open_image(encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)).size == (4, 8)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", pytest.param("HEIF", marks=needs("heic"))]
+)
 def test_upright_size_is_that_of_the_decoded_image(kind: str) -> None:
     if kind == "HEIF":
-        pytest.importorskip("pillow_heif", reason="needs the extra heic").register_heif_opener()
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = {} if kind in ("GIF", "BMP") else {"exif": exif.tobytes()}

@@ -27,6 +27,7 @@ from dcar_core.model.open_clip_source import RANDOM
 from dcar_core.training.grad_cache import batch_loss
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.util.errors import ModelError
+from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.tiny_models import write_tiny_model
 
@@ -90,11 +91,11 @@ def test_a_checkpoint_may_lie_in_the_directory_of_its_model(tiny_model: Path, tm
     load_checkpoint(directory / "out")
 
 
+@needs("hf")
 @pytest.mark.parametrize("is_local", [True, False])
 def test_a_merged_model_has_the_configuration_of_its_text_encoder(
     is_local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("transformers", reason="needs the extra [hf]")
     directory = write_tiny_model("xlm-roberta-base-ViT-B-32", tmp_path / "model")
     config = json.loads((directory / MODEL_CONFIG).read_text())["model_cfg"]
     encoder = config["text_cfg"]["hf_model_name"]

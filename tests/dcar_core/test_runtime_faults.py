@@ -15,8 +15,9 @@ from dcar_core.serving import adapter_cache, runtime_selection
 from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from tests.support.commands import run
+from tests.support.parts import needs
 
-pytest.importorskip("openvino", reason="needs the extra [openvino]")
+pytestmark = needs("openvino")
 
 
 @pytest.fixture(scope="module")

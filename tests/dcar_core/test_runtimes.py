@@ -33,17 +33,14 @@ from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.serving.adapter_extraction import extract
 from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure_candidates
 from dcar_core.util import machine
+from tests.support.parts import needs, uses_parts
 from tests.support.paths import ROOT
 
-PACKAGES = {"openvino": "openvino", "onnx": "onnxruntime", "int8": "nncf"}
 
-
-def require(extra: str | None) -> None:
-    if extra is None or importlib.util.find_spec(PACKAGES[extra]) is not None:
-        return
-    if os.environ.get("DCAR_REQUIRE_ALL") == "1":
-        pytest.fail(f"the extra [{extra}] is not installed although everything is required")
-    pytest.skip(f"needs the extra [{extra}]")
+def named(*names: str) -> list[Any]:
+    """Parameters of a test: names of runtimes, each skipped without its extra."""
+    extras = ((name, RUNTIME_KINDS[name].extra) for name in names)
+    return [pytest.param(name, marks=needs(extra)) if extra else name for name, extra in extras]
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +87,19 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS).wit
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), BLOCKS, DEEP], ids=["plain", "dcar", "blocks", "deep"])
-@pytest.mark.parametrize("name", ["torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"])
+@pytest.mark.parametrize("name", named("torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"))
 def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
     kind = RUNTIME_KINDS[name]
-    require(kind.extra)
     require_instructions(name)
     proof = moved(tiny_model, config, cache).proof(name, Probe.synthetic(32))
     assert proof.holds, str(proof)
     assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
 
 
+@needs("int8")
 @pytest.mark.slow
 def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
-    require("int8")
-    require("openvino")
     require_instructions("openvino-int8")
     case, probe = moved(tiny_model, ModelConfig(), cache), Probe.synthetic(32, 24)
     adapter, where = case.adapter, case.loaded
@@ -124,16 +119,15 @@ def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     assert proof.holds == (min(proof.text, proof.image) >= 0.995)
 
 
+@needs("onnx")
 def test_onnx_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
-    require("onnx")
     require_instructions("onnx-int8")
     proof = moved(tiny_model, ModelConfig(), cache).proof("onnx-int8", Probe.synthetic(32))
     assert min(proof.text, proof.image) > 0.98
 
 
-@pytest.mark.parametrize("name", ["torch", "openvino"])
+@pytest.mark.parametrize("name", named("torch", "openvino"))
 def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
-    require(RUNTIME_KINDS[name].extra)
     first, second = (moved(tiny_model, DEEP, cache, seed) for seed in (1, 2))
     one, other, runtime = first.adapter, second.adapter, open_runtime(name, first.loaded)
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
@@ -152,8 +146,8 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
     assert np.abs(both[0] - runtime.image(pixels[:1], other.image_inputs)[0]).max() > 0.01
 
 
+@needs("openvino")
 def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path) -> None:
-    require("openvino")
     first = moved(tiny_model, ModelConfig(), cache)
     longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
     lengths = [case.adapter.text_prompts.inputs[0].shape[3] for case in (first, longer)]
@@ -205,6 +199,7 @@ def test_many_texts_are_grouped_in_little_time() -> None:
     assert time.process_time() - started < 5  # 0.7 s; 20 s if each step costs all before it
 
 
+@uses_parts
 @pytest.mark.slow
 def test_auto_measures_once(tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if (cache / "exports").is_dir():
@@ -224,6 +219,7 @@ def test_auto_measures_once(tiny_model: Path, cache: Path, tmp_path: Path, monke
     assert load_runtime("auto", adapter, where) is chosen
 
 
+@uses_parts
 @pytest.mark.slow
 def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, cache: Path) -> None:
     plain = Encoder.load(tiny_checkpoint, device="cpu")
@@ -267,7 +263,6 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["torch", "cuda-fp16", "cuda-bf16"])
 def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     wanted = Encoder.load(tiny_checkpoint, device="cpu")
@@ -320,8 +315,8 @@ def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, s
     assert not proof(least - 0.0002).holds
 
 
+@needs("onnx")
 def test_onnx_runtime_leaves_no_identifier_of_the_machine(tmp_path: Path) -> None:
-    require("onnx")
     home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     script = "from dcar_core.runtimes.onnx_graph import library; library()"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | home, check=True)

@@ -18,7 +18,7 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.settings_hash import vector_settings
 from tests.support import tiny_clips
 from tests.support.config_changes import PARTS, WITHOUT_EFFECT, changed_settings
-from tests.support.tiny_clips import VOCABULARY, image_size, shake, small_timm_models, tiny_config
+from tests.support.tiny_clips import VOCABULARY, every_model, image_size, shake, small_timm_models, tiny_config
 from tests.support.tiny_models import kind_of_tokenizer, write_tokenizer
 
 NAMES = sorted(open_clip.list_models())
@@ -119,12 +119,8 @@ def _findings(name: str, config: dict[str, Any], part: str, vocabulary: Path | N
     return result
 
 
-@pytest.mark.parametrize(
-    "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in NAMES]
-)
+@pytest.mark.parametrize("name", every_model(QUICK))
 def test_a_setting_that_changes_a_vector_changes_the_hash(name: str, directory: Path) -> None:
-    if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
-        pytest.importorskip("transformers", reason="needs the extra [hf]")
     towers = [findings(name, part, directory) for part in PARTS]
     assert [tower.hidden for tower in towers] == [set(), set()]
     assert [tower.idle for tower in towers] == [set(), set()]

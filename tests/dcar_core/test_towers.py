@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcar_core.model.towers.select import level_of, level_of_config, reads_padding, select_towers
-from tests.support.tiny_clips import WIDTH, TinyClip, tiny_clip
+from tests.support.tiny_clips import WIDTH, TinyClip, every_model, tiny_clip
 
 NAMES = sorted(open_clip.list_models())
 QUICK = {"RN50", "ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16", "coca_ViT-B-32", "roberta-ViT-B-32", "convnext_base"}
@@ -29,9 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("configs")
 
 
-@pytest.mark.parametrize(
-    "name", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in NAMES]
-)
+@pytest.mark.parametrize("name", every_model(QUICK))
 def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_clip(name, directory)
     text, image = select_towers(model.clip, model.layout, model.caption, model.size)

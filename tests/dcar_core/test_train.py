@@ -1,8 +1,6 @@
 """The training loop: every method, the best epoch, early stops, schedules and logs."""
 
 import csv
-import importlib.util
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import choose_query_weights, encode_captions, encode_images, evaluate, mean_r1
 from dcar_core.util.errors import DataError, DcarError, DivergedError, MissingExtraError
+from tests.support.parts import needs
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 
@@ -267,11 +266,8 @@ def test_log_has_a_line_per_epoch(tiny_model: Path, tiny_data: Path, tmp_path: P
     assert [float(line["t2i_r1"]) for line in logged] == [line["t2i_r1"] for line in found.history]
 
 
+@needs("tensorboard")
 def test_tensorboard_gets_every_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    if importlib.util.find_spec("tensorboardX") is None:
-        if os.environ.get("DCAR_REQUIRE_ALL") == "1":
-            pytest.fail("the tensorboard extra is not installed although everything is required")
-        pytest.skip("the extra is not installed: pip install 'dcar[tensorboard]'")
     run_coop(tiny_model, tiny_data, tmp_path, tensorboard=True)
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"training/loss" in events

@@ -21,6 +21,7 @@ from dcar_core.training.train import train
 from dcar_core.util import machine
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
+from tests.support.parts import needs, uses_parts
 from tests.support.searches import Client
 from tests.support.service import ServiceClient, opened
 from tests.support.tiny_clips import small_timm_models
@@ -62,8 +63,6 @@ def _small_models() -> Iterator[None]:
 def trained(family: str, data: Path, path: Path) -> Path:
     """A checkpoint of the family's shrunk model after two steps, by the method that has every part its towers take."""
     name = FAMILIES[family]
-    if name.startswith("xlm"):
-        pytest.importorskip("transformers", reason="needs the extra [hf]")
     backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
     model = seeded_model(backbone, method("dcar+" if backbone.level == "full" else default_method(backbone.level)), 0)
     training, validation = load_split(data, "train")[0], load_split(data, "val")[0]
@@ -92,7 +91,11 @@ async def searched_deeply(http: ServiceClient) -> list[float]:
     return sorted(result["score"] for result in deep["results"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@uses_parts
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(each, marks=needs("hf")) if name.startswith("xlm") else each for each, name in FAMILIES.items()],
+)
 async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_path: Path) -> None:
     checkpoint = trained(family, tiny_data, tmp_path)
     index = tmp_path / "index"
@@ -121,6 +124,7 @@ def why_missing(runtime: str) -> str | None:
     return f"needs {', '.join(absent)}" if absent else needs and machine.missing_instructions(needs)
 
 
+@uses_parts
 @pytest.mark.parametrize("family", BEST)
 def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path) -> None:
     """One training and one export of each library serve all; int8 for OpenVINO is calibrated on its export."""

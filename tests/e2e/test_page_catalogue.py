@@ -8,11 +8,12 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 from PIL import Image
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 from tests.support.page import Page, until
+from tests.support.parts import needs
 
-ActionChains: Any = pytest.importorskip("selenium.webdriver", reason="needs the extra dev").ActionChains
-Keys: Any = pytest.importorskip("selenium.webdriver.common.keys", reason="needs the extra dev").Keys
 pytestmark = pytest.mark.browser
 
 
@@ -176,8 +177,10 @@ def test_part_of_the_query_image_is_searched(both: Page, site: str, tmp_path: Pa
     assert page.errors() == []
 
 
+@needs("heic")
 def test_heic_image_is_searched_though_the_browser_cannot_show_it(page: Page, site: str, tmp_path: Path) -> None:
-    pillow_heif = pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
+    import pillow_heif
+
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / "phone.heic")
     page.open(site)
     page.one("#file").send_keys(str(tmp_path / "phone.heic"))

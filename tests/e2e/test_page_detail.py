@@ -8,10 +8,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from tests.support.page import Page, until
 
-Keys: Any = pytest.importorskip("selenium.webdriver.common.keys", reason="needs the extra dev").Keys
 pytestmark = pytest.mark.browser
 
 SWIPE = """

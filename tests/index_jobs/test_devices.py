@@ -99,7 +99,6 @@ def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def run(device: str) -> NDArray[np.float32]:
         replicas = load_replicas(tiny_checkpoint, device)

@@ -8,6 +8,7 @@ from dcar_core.images import formats
 from index_jobs.gallery.scan import scan
 from tests.support.files import write_file, write_tar
 from tests.support.images import png
+from tests.support.parts import needs
 
 
 @pytest.mark.parametrize(("kind", "place"), [("folder", ""), ("tar", "shard.tar"), ("tar", "")])
@@ -37,8 +38,8 @@ def test_heic_files_are_counted_without_their_extra(
     assert "2 HEIC files are skipped: pip install 'dcar[heic]'" in caplog.text
 
 
+@needs("heic")
 def test_heic_files_are_images_with_their_extra(tmp_path: Path) -> None:
-    pytest.importorskip("pillow_heif", reason="needs pip install 'dcar[heic]'")
     names = ["a.png", "b.heic", "c.HEIF", "d.hif"]
     for name in names:
         write_file(tmp_path / name, png())

@@ -1,8 +1,6 @@
 """The same job, searches and checks with the vectors in Milvus; here Milvus Lite, which runs in this process."""
 
-import importlib.util
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,10 @@ from index_jobs.store import milvus
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
+from tests.support.parts import needs
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("milvus_lite") is None and os.environ.get("DCAR_REQUIRE_ALL") != "1",
-        reason="needs the extra milvus: pip install 'dcar[milvus]'",
-    ),
+    needs("milvus"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what pymilvus imports
 ]
 

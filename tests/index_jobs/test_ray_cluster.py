@@ -23,6 +23,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current, verify_index
 from tests.support.commands import Command
 from tests.support.images import png
+from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.processes import children_of, is_alive
 
@@ -57,11 +58,10 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
+@needs("ray")
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds Ray's workers in /proc")
 def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    if os.environ.get("DCAR_REQUIRE_ALL") != "1":
-        pytest.importorskip("ray.data", reason="needs the extra: pip install 'dcar[ray]'")
     index = tmp_path / "index"
     settings = ("--batch-size", 2, "--shard-rows", 2, "--workers", 2, "--device", "cpu")
     environment = {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}  # beside other tests, nice workers starve

@@ -21,6 +21,7 @@ from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current, version_numbers
+from tests.support.parts import needs
 
 
 def test_published_vectors_equal_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -215,11 +216,13 @@ def test_failed_images_are_tried_again_by_force(gallery: Path, tiny_checkpoint: 
     assert (repaired.count, repaired.failed, repaired.encoded) == (len(names), 0, 2)
 
 
+@needs("heic")
 def test_images_are_tried_again_once_their_decoder_is_installed(
     gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Phones and converters name HEIC files .jpg."""
-    pillow_heif = pytest.importorskip("pillow_heif")
+    import pillow_heif
+
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(gallery / "phone.heic")
     (gallery / "phone.heic").rename(gallery / "phone.jpg")
 

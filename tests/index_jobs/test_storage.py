@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
+from tests.support.parts import needs
 from tests.support.processes import answering
 
 
@@ -80,12 +80,6 @@ class Listener(ThreadingHTTPServer):
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, type[Server]]]:
     """A folder, its URL, and the server that serves it."""
-    try:
-        import aiohttp  # noqa: F401
-    except ImportError:
-        if os.environ.get("DCAR_REQUIRE_ALL") == "1":
-            raise
-        pytest.skip("needs the extra: pip install 'dcar[http]'")
     root = tmp_path / "served"
     root.mkdir()
     handler = type("Handler", (Server,), {"stumbles": {}, "asked": []})
@@ -232,12 +226,14 @@ def test_network_errors_are_retried(
         ("memory://g/none.tar", "memory://g/none.tar cannot be read"),
         ("memory://g/.hidden/..", "does not exist|is empty"),
         ("nosuch://g", "nosuch://g cannot be read: Protocol not known"),
-        ("http://127.0.0.1:9/g", "http://127.0.0.1:9/g does not exist, or its store cannot be reached"),
+        pytest.param(
+            "http://127.0.0.1:9/g",
+            "http://127.0.0.1:9/g does not exist, or its store cannot be reached",
+            marks=needs("http"),
+        ),
     ],
 )
 def test_a_bad_url_is_an_error_that_names_it(store: Any, place: str, says: str) -> None:
-    if place.startswith("http"):
-        pytest.importorskip("aiohttp", reason="needs the extra: pip install 'dcar[http]'")
     with pytest.raises(DataError, match=says):
         scan(place)
 

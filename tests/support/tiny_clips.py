@@ -11,12 +11,14 @@ from typing import Any
 from unittest import mock
 
 import open_clip
+import pytest
 import timm
 import torch
 from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vitamin import VitCfg, VitConvCfg
 
 from dcar_core.model.text.layout import TextLayout
+from tests.support.parts import needs
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 2, 3, 120
 
@@ -177,3 +179,17 @@ def _write_hf_config(name: str, directory: Path) -> Path:
     content = {"vocab_size": VOCABULARY} | (_ENCODER if "roberta" in kind else {}) | _HF_CONFIGS[kind]
     (path / "config.json").write_text(json.dumps(content))
     return path
+
+
+def every_model(quick: set[str]) -> list[Any]:
+    """Parameters of a test: all names of open_clip; those that are not quick are marked slow."""
+    return [
+        pytest.param(
+            name,
+            marks=[
+                *([] if name in quick else [pytest.mark.slow]),
+                *([needs("hf")] if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"] else []),
+            ],
+        )
+        for name in sorted(open_clip.list_models())
+    ]

@@ -1,0 +1,121 @@
+"""Optional parts that tests use: programs, extras and a GPU.
+
+A test names its parts with `needs`, by a marker (`redis`, `browser`, `gpu`) or by a fixture of `FIXTURES`. Without a
+part it is skipped, and the end of a run has one line for each missing part. With DCAR_REQUIRE_ALL=1, as in CI, it runs
+and fails.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+@dataclass(frozen=True)
+class Part:
+    """An optional part. subject: what its tests are about; remedy: what brings it."""
+
+    subject: str
+    remedy: str
+    modules: tuple[str, ...] = ()
+    programs: tuple[str | None, ...] = ()
+    in_ci: bool = True
+
+    @property
+    def is_present(self) -> bool:
+        return all(map(_is_importable, self.modules)) and all(name and shutil.which(name) for name in self.programs)
+
+
+def _is_importable(module: str) -> bool:
+    return importlib.util.find_spec(module.partition(".")[0]) is not None and bool(importlib.util.find_spec(module))
+
+
+def _extra(subject: str, extra: str, *modules: str) -> Part:
+    return Part(subject, f"make test EXTRAS=dev,{extra}", modules)
+
+
+class _Gpu(Part):
+    @property
+    def is_present(self) -> bool:
+        return torch.cuda.is_available()
+
+
+PARTS = {
+    "redis": Part("Redis", "apt-get install redis-server", programs=("redis-server",)),
+    "openssl": Part("TLS", "apt-get install openssl", programs=("openssl",)),
+    "make": Part("the Makefile", "apt-get install make", programs=("make",)),
+    "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
+    "gpu": _Gpu("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
+    "openvino": _extra("OpenVINO", "openvino", "openvino"),
+    "int8": _extra("OpenVINO in int8", "int8", "openvino", "nncf"),
+    "onnx": _extra("ONNX Runtime", "onnx", "onnx", "onnxruntime"),
+    "hf": _extra("text encoders of transformers", "hf", "transformers"),
+    "heic": _extra("HEIC images", "heic", "pillow_heif"),
+    "http": _extra("galleries at URLs", "http", "aiohttp"),
+    "milvus": _extra("Milvus", "milvus", "milvus_lite"),
+    "otel": _extra("traces", "otel", "opentelemetry.sdk"),
+    "ray": _extra("encoding with Ray", "ray", "ray"),
+    "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),
+    "openai": _extra("OpenAI's client", "stacks", "openai"),
+    "mcp": _extra("MCP", "stacks", "mcp"),
+    "langchain": _extra("LangChain", "stacks", "langchain_core"),
+    "langchain-tests": Part(
+        "LangChain's standard tests", "pip install langchain-tests", ("langchain_tests",), in_ci=False
+    ),
+    "llama-index": Part("LlamaIndex", "pip install llama-index-core", ("llama_index.core",), in_ci=False),
+}
+MARKERS = ("redis", "browser", "gpu")
+FIXTURES = {"exports": "openvino", "redis_server": "redis", "browser": "browser"}
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Skip a test where one of these parts is missing."""
+    assert set(names) <= set(PARTS), names
+    return pytest.mark.needs(*names)
+
+
+uses_parts = pytest.mark.needs()  # does more where optional parts are present, and is never skipped
+
+
+def _parts(item: pytest.Item) -> list[str]:
+    """Return the parts that a test names, and those of its fixtures."""
+    names = [name for marker in item.iter_markers("needs") for name in marker.args]
+    names += [name for name in MARKERS if item.get_closest_marker(name)]
+    return names + [part for fixture, part in FIXTURES.items() if fixture in getattr(item, "fixturenames", ())]
+
+
+def skip_without_parts(items: list[pytest.Item]) -> None:
+    """Mark tests of optional parts with `needs`, and skip those whose part is missing."""
+    is_present = {name: part.is_present for name, part in PARTS.items()}
+    requires_all = os.environ.get("DCAR_REQUIRE_ALL") == "1"
+    for item in items:
+        names = _parts(item)
+        if names and not item.get_closest_marker("needs"):
+            item.add_marker(needs(*names))
+        missing = [name for name in names if not is_present[name] and not (requires_all and PARTS[name].in_ci)]
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"needs {missing[0]}"))
+
+
+def header() -> str:
+    """Name the optional parts that a run uses, and those that it goes without."""
+    present = [name for name, part in PARTS.items() if part.is_present]
+    missing = [name for name in PARTS if name not in present]
+    return f"optional parts: {', '.join(present) or 'none'}; without: {', '.join(missing) or 'none'}"
+
+
+def summary(reasons: list[str]) -> list[str]:
+    """Return a line for each missing part, and one for each other reason to skip."""
+    lines = []
+    for reason, count in Counter(reasons).most_common():
+        part = PARTS.get(reason.removeprefix("needs "))
+        tests = f"skipped {count} {'test' if count == 1 else 'tests'}"
+        lines.append(f"{tests} of {part.subject}: {part.remedy}" if part else f"{tests}: {reason}")
+    return lines
