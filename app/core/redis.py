@@ -10,17 +10,16 @@
 - Nothing is retried here, since every caller has a `CircuitBreaker`. A client connects at its first command.
 """
 
-import asyncio
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
@@ -28,13 +27,19 @@ from redis.exceptions import RedisClusterException, RedisError
 
 logger = logging.getLogger(__name__)
 
-SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 STORE_FAULTS = Exception  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
-_MAX_CONNECTIONS = 32  # more commands wait for a free one
+_MAX_CONNECTIONS = 32  # of one server; more commands wait for a free one
 _PORTS = {"sentinel": 26_379, "cluster": 6379}
+_SEVERAL = re.compile(  # what redis-py has no URL for
+    r"(?P<scheme>rediss?)\+(?P<kind>sentinel|cluster)://(?P<user>[^/?#]*@)?(?P<hosts>[^/?#@]+)"
+    r"(?:/(?P<service>[^/?]*))?(?P<rest>.*)"
+)
+_USAGE = (
+    "must be redis://[user:password@]host[:port][/db], rediss://.., unix:///path, redis+sentinel://host[,host]/service "
+    "or redis+cluster://host[,host]; / # ? @ in a password are written %2F %23 %3F %40"
+)
 
 Client = Redis | RedisCluster
-C = TypeVar("C", Redis, RedisCluster)
 
 
 def connect(url: str, *, timeout_s: float) -> Client:
@@ -46,32 +51,26 @@ def connect(url: str, *, timeout_s: float) -> Client:
     Raises:
         ValueError: the URL is invalid. The message does not repeat it: it may hold a password.
     """
-    return _make_client(url, check_url(url), timeout_s)
-
-
-def check_url(url: str) -> str:
-    """Return the scheme of a usable URL. Raise ValueError if the URL is invalid; the message names the fault."""
-    scheme = url.partition("://")[0].lower()
-    if scheme not in SCHEMES:
-        raise ValueError(f"must begin with {', '.join(f'{each}://' for each in SCHEMES)}")
-    if "+" in scheme:
-        options = _parse_hosts(url, scheme)[2]
-    else:
-        if scheme != "unix":
-            _port(urlsplit(url))
-        options = dict(parse_url(url))
-    try:  # a connection checks its options before it connects
-        client = _make_client(url, scheme, 1.0)
-        if isinstance(client, Redis):
+    limits: dict[str, Any] = {
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    match = _SEVERAL.fullmatch(url)
+    try:
+        client, options = _one_server(url, limits) if match is None else _several(match.groupdict(""), limits)
+        if isinstance(client, Redis):  # a connection checks its options before it connects
             client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-    except TypeError:
-        raise ValueError("has an option that redis-py does not know") from None
     except (RedisClusterException, RedisError) as error:
         raise ValueError(f"has an invalid option: {error}") from None
+    except TypeError:
+        raise ValueError("has an option that redis-py does not know") from None
+    except ValueError:  # its message may quote the URL
+        raise ValueError(_USAGE) from None
     for name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
         if (file := options.get(name)) and not Path(file).is_file():
             raise ValueError(f"names {file} as {name}, but the file does not exist")
-    return scheme
+    return client
 
 
 async def disconnect(client: Client) -> None:
@@ -83,70 +82,26 @@ async def disconnect(client: Client) -> None:
         await pool.sentinel_manager.aclose()
 
 
-def _make_client(url: str, scheme: str, timeout_s: float) -> Client:
-    limits: dict[str, Any] = {
-        "socket_timeout": timeout_s,
-        "socket_connect_timeout": timeout_s,
-        "max_connections": _MAX_CONNECTIONS,
-        "retry": Retry(NoBackoff(), 0),
-    }
-    if "+" not in scheme:
-        return Redis.from_pool(BlockingConnectionPool.from_url(url, timeout=timeout_s, **limits))
-    hosts, service, url_options = _parse_hosts(url, scheme)
-    options = limits | url_options
-    if scheme.endswith("cluster"):
-        nodes = [ClusterNode(host, port) for host, port in hosts]
-        return _limit_commands(RedisCluster(startup_nodes=nodes, **options), options["max_connections"])
+def _one_server(url: str, limits: dict[str, Any]) -> tuple[Redis, dict[str, Any]]:
+    options = {"max_connections": _MAX_CONNECTIONS, "timeout": limits["socket_timeout"], **limits}
+    pool = BlockingConnectionPool.from_url(url, **options)
+    return Redis.from_pool(pool), pool.connection_kwargs
+
+
+def _several(parts: dict[str, str], limits: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
+    """Return the client of a cluster or of a sentinel's master, and its options, from the parts of its URL."""
+    places = [urlsplit(f"//{host}") for host in parts["hosts"].split(",")]
+    hosts = [(place.hostname or "", place.port or _PORTS[parts["kind"]]) for place in places]
+    options: dict[str, Any] = limits | parse_url(f"{parts['scheme']}://{parts['user']}{parts['rest']}")
+    options["ssl"] = options.pop("connection_class", None) is not None
+    if parts["kind"] == "cluster":
+        return RedisCluster(startup_nodes=[ClusterNode(*host) for host in hosts], **options), options
+    if not parts["service"]:
+        raise ValueError
     auth = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     tls = {name: value for name, value in options.items() if name.startswith("ssl")}
     sentinel = Sentinel(hosts, sentinel_kwargs={**limits, **auth, **tls}, **options)  # type: ignore[no-untyped-call]
-    master: Redis = sentinel.master_for(service)
-    return _limit_commands(master, options["max_connections"])
-
-
-def _limit_commands(client: C, limit: int) -> C:
-    """Let commands beyond `limit` wait: the connection pools of sentinels and clusters would refuse them.
-
-    Callers bound this wait together with the command.
-    """
-    slots = asyncio.Semaphore(limit)
-    execute: Callable[..., Awaitable[Any]] = client.execute_command
-
-    async def execute_command(*args: Any, **options: Any) -> Any:
-        async with slots:
-            return await execute(*args, **options)
-
-    client.execute_command = execute_command  # type: ignore[method-assign]
-    return client
-
-
-def _port(parts: SplitResult) -> int | None:
-    try:
-        return parts.port
-    except ValueError:  # its message quotes the "port": the start of a password that contains a slash
-        raise ValueError("must have a number as its port; / # ? @ in a password are written %2F %23 %3F %40") from None
-
-
-def _parse_hosts(url: str, scheme: str) -> tuple[list[tuple[str, int]], str, dict[str, Any]]:
-    """Return the hosts, the service of the sentinels and the options of a URL."""
-    kind = scheme.partition("+")[2]
-    location, _, query = url.partition("://")[2].partition("?")
-    authority, _, path = location.partition("/")
-    user, at, host_list = authority.rpartition("@")
-    hosts = []
-    for entry in host_list.split(","):
-        parts = urlsplit(f"//{entry}")
-        if not parts.hostname:
-            raise ValueError("must name at least one host")
-        hosts.append((parts.hostname, _port(parts) or _PORTS[kind]))
-    service, _, db = path.partition("/")
-    if kind == "sentinel" and not service:
-        raise ValueError("must name the service of the sentinels, as in redis+sentinel://host:26379/mymaster")
-    single = parse_url(f"{scheme.partition('+')[0]}://{user}{at}localhost/{db if kind == 'sentinel' else ''}?{query}")
-    options: dict[str, Any] = {name: value for name, value in single.items() if name not in ("host", "port")}
-    if options.pop("connection_class", None) is SSLConnection:
-        options["ssl"] = True
-    return hosts, service, options
+    return sentinel.master_for(parts["service"]), options
 
 
 class CircuitBreaker:

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 
 from app.core.keys import ApiKey, parse_keys
 from app.core.rate_limit import parse_rate
-from app.core.redis import check_url
+from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
 
@@ -256,7 +256,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
-            check_url(value.get_secret_value())
+            connect(value.get_secret_value(), timeout_s=1)  # which checks it, and connects later
         return value
 
     @field_validator("admin_key")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from app.core.redis import check_url
+from app.core.redis import connect
 from app.search.embedding_cache import RedisCache, rounded
 from tests.support.parts import needs
 from tests.support.processes import free_port
@@ -103,7 +103,6 @@ async def test_a_cluster_is_used() -> None:
             ask = ["redis-cli", "-p", str(server.port), "cluster", "addslotsrange", "0", "16383"]
             subprocess.run(ask, check=True, capture_output=True)
             await assert_cached(f"redis+cluster://127.0.0.1:1,127.0.0.1:{server.port}")
-            await assert_cached(f"redis+cluster://127.0.0.1:{server.port}?max_connections=3")
         finally:
             Path(f"/tmp/nodes-{bus}.conf").unlink(missing_ok=True)
 
@@ -121,27 +120,14 @@ async def test_the_master_of_a_sentinel_is_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "hint"),
     [
-        ("http://localhost", "redis://"),
-        ("localhost:6379", "redis://"),
-        ("redis+sentinel://localhost:26379", "service"),
-        ("redis+cluster://", "host"),
-        ("redis+cluster://a:x", "must have a number as its port"),
-        ("redis://localhost:many", "must have a number as its port"),
-    ],
-)
-def test_an_invalid_url_is_refused_without_showing_its_password(url: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=hint):
-        check_url(url)
-    with pytest.raises(ValueError, match="must") as caught:
-        check_url(url.replace("://", "://:secretword@") if "://" in url else f":secretword@{url}")
-    assert "secretword" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("url", "hint"),
-    [
+        ("http://:secretword@localhost", "must be redis://"),
+        (":secretword@localhost:6379", "must be redis://"),
+        ("redis+sentinel://:secretword@localhost:26379", "must be .* redis.sentinel://host.*/service"),
+        ("redis+cluster://", "must be redis://"),
+        ("redis+cluster://:secretword@a:x", "must be redis://"),
+        ("redis://:secretword@localhost:many", "must be redis://"),
         ("redis://:half/secretword@localhost", "%2F"),
-        ("redis://:secretword@localhost?socket_timeout=soon", "socket_timeout"),
+        ("redis://:secretword@localhost?socket_timeout=soon", "must be redis://"),
         ("redis://:secretword@localhost?colour=red", "an option that redis-py does not know"),
         ("redis+cluster://:secretword@localhost?colour=red", "an option that redis-py does not know"),
         ("redis+cluster://:secretword@localhost?db=3", "invalid option: Argument 'db'"),
@@ -151,8 +137,8 @@ def test_an_invalid_url_is_refused_without_showing_its_password(url: str, hint: 
         ("rediss://:secretword@localhost?ssl_cert_reqs=maybe", "invalid option: Invalid SSL .* maybe"),
     ],
 )
-def test_invalid_options_are_refused_before_the_first_command(url: str, hint: str) -> None:
+def test_an_invalid_url_is_refused_without_showing_its_password(url: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint) as caught:
-        check_url(url)
+        connect(url, timeout_s=1)
     assert "half" not in str(caught.value)
     assert "secretword" not in str(caught.value)
