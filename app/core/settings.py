@@ -177,6 +177,9 @@ class Settings(BaseSettings):
     image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Hosts, or buckets, separated by commas, whose images the service fetches by URL. Unset: none."
     )
+    image_ports: Annotated[tuple[int, ...], NoDecode] = Field(
+        (80, 443), description="Ports of those hosts that a request may name in a URL, separated by commas."
+    )
 
     @property
     def default_collection(self) -> str:
@@ -225,7 +228,7 @@ class Settings(BaseSettings):
             raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
         return origins
 
-    @field_validator("image_formats", "image_roots", "image_hosts", mode="before")
+    @field_validator("image_formats", "image_roots", "image_hosts", "image_ports", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
         return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value

@@ -18,27 +18,30 @@ from app.writes.worker import WriteWorker
 from dcar_core.util.errors import LockedError
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, bearer, opened
+from tests.support.service import ADMIN, bearer, opened, until
 
 HOST = "pictures.example"
 SCOPE: dict[str, Any] = {body_limit._COUNT_BYTES: lambda _: None}
 
 
-def resolve_to(*addresses: str) -> Callable[[str, int], Any]:
-    async def resolve(host: str, port: int) -> list[str]:
-        return list(addresses)
+URL = f"http://{HOST}/a.png?size=2#x"
+
+
+def resolve_to(port: int, *addresses: str) -> Callable[[str, int], Any]:
+    async def resolve(host: str, _: int) -> list[tuple[str, int]]:
+        return [(address, port) for address in addresses]
 
     return resolve
 
 
-def fetcher(index: Path, **given: Any) -> ImageFetcher:
-    settings = Settings(index=index, image_hosts=(HOST,), max_upload_bytes=2048)
-    return ImageFetcher(settings, **{"resolve": resolve_to("127.0.0.1"), "is_allowed": lambda _: True, **given})
+def fetcher(index: Path, port: int, **given: Any) -> ImageFetcher:
+    settings = Settings(index=index, image_hosts=(HOST,), max_upload_bytes=given.pop("max_upload_bytes", 2048))
+    return ImageFetcher(settings, **{"resolve": resolve_to(port, "127.0.0.1"), "is_allowed": lambda _: True, **given})
 
 
 @asynccontextmanager
-async def served(answer: bytes, *, stays_open: bool = False) -> AsyncIterator[tuple[str, list[bytes]]]:
-    """A server that gives every request this answer: its URL, and the requests."""
+async def served(answer: bytes, *, stays_open: bool = False) -> AsyncIterator[tuple[int, list[bytes]]]:
+    """A server that gives every request this answer: its port, and the requests."""
     requests: list[bytes] = []
     writers: list[asyncio.StreamWriter] = []
 
@@ -52,7 +55,7 @@ async def served(answer: bytes, *, stays_open: bool = False) -> AsyncIterator[tu
 
     server = await asyncio.start_server(respond, "127.0.0.1", 0)
     async with server:
-        yield f"http://{HOST}:{server.sockets[0].getsockname()[1]}/a.png?size=2#x", requests
+        yield server.sockets[0].getsockname()[1], requests
         for writer in writers:
             writer.close()
             with suppress(ConnectionError):
@@ -64,14 +67,14 @@ def ok(body: bytes) -> bytes:
 
 
 async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> None:
-    async with opened(built_index, image_hosts=(HOST,)) as client, served(ok(png())) as (url, requests):
-        client.app.state.fetcher = fetcher(built_index, is_allowed=lambda address: address == "127.0.0.1")
-        queries = [{"query": "red"}, {"image": url, "k": 2}]
+    async with opened(built_index, image_hosts=(HOST,)) as client, served(ok(png())) as (port, requests):
+        client.app.state.fetcher = fetcher(built_index, port, is_allowed=lambda address: address == "127.0.0.1")
+        queries = [{"query": "red"}, {"image": URL, "k": 2}]
         answers = (await client.post("/search/batch", json={"queries": queries})).json()["answers"]
         image = (await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": "2"})).json()
         assert answers[1]["results"] == image["results"]
         assert requests[0].startswith(b"GET /a.png?size=2 HTTP/1.1\r\n")
-        assert f"Host: {HOST}:".encode().lower() in requests[0].lower()
+        assert f"Host: {HOST}\r\n".encode() in requests[0]
 
 
 async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Path) -> None:
@@ -84,10 +87,9 @@ async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Pat
         await go.wait()
         yield b"\r\n--b--\r\n"
 
-    async with opened(built_index, max_in_flight_bytes=2**20) as client, served(large) as (url, _):
-        settings = Settings(index=built_index, image_hosts=(HOST,))
-        client.app.state.fetcher = ImageFetcher(settings, resolve_to("127.0.0.1"), lambda _: True)
-        body = {"queries": [{"image": url}]}
+    async with opened(built_index, max_in_flight_bytes=2**20) as client, served(large) as (port, _):
+        client.app.state.fetcher = fetcher(built_index, port, max_upload_bytes=2**20)
+        body = {"queries": [{"image": URL}]}
         assert (await client.post("/search/batch", json=body)).status_code == 200, "a single request always has room"
         uploading = asyncio.create_task(client.post("/search/image", content=upload(), headers=kind))
         await arrived.wait()
@@ -105,16 +107,16 @@ async def test_an_item_is_put_with_an_image_by_its_url(index: Path, monkeypatch:
 
     monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
     given: dict[str, Any] = {"image_hosts": (HOST,), "writes": True, "admin_key": ADMIN}
-    async with opened(index, **given) as client, served(ok(png())) as (url, _):
-        client.app.state.fetcher = fetcher(index, is_allowed=lambda address: address == "127.0.0.1")
+    async with opened(index, **given) as client, served(ok(png())) as (port, _):
+        client.app.state.fetcher = fetcher(index, port, is_allowed=lambda address: address == "127.0.0.1")
 
         async def put(*images: str) -> httpx.Response:
             items = [{"id": str(number), "image": image} for number, image in enumerate(images)]
             return await client.put("/items", json={"items": items}, headers=bearer(ADMIN))
 
-        assert_problem(await put(url, "http://other.example/a.png"), 422, "items.1.image")
-        assert_problem(await put(*[url] * 9), 422, "items")
-        assert (await put(url)).status_code == 202
+        assert_problem(await put(URL, "http://other.example/a.png"), 422, "items.1.image")
+        assert_problem(await put(*[URL] * 9), 422, "items")
+        assert (await put(URL)).status_code == 202
         (stored,) = (index / "writes" / "images").glob("*/*")
         assert stored.read_bytes() == png()
 
@@ -133,14 +135,16 @@ async def test_without_allowed_hosts_no_url_is_fetched(built_index: Path) -> Non
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1",
-     "fd00::1", "::ffff:8.8.8.8", "64:ff9b::7f00:1", "2002:7f00:1::"],
+     "fd00::1", "::ffff:8.8.8.8", "64:ff9b::7f00:1", "2002:7f00:1::", "::8.8.8.8", "::ffff:0:8.8.8.8", "64:ff9b:1::1",
+     "fec0::1", "3fff::1", "5f00::1", "2001:db8::1"],
 )  # fmt: skip
 async def test_nothing_is_sent_to_an_address_that_is_not_public(tmp_path: Path, address: str) -> None:
     assert not is_public(address)
-    async with served(ok(b"x")) as (url, requests):
+    async with served(ok(b"x")) as (port, requests):
         for addresses in ([address], ["8.8.8.8", address], []):
+            resolve = resolve_to(port, *addresses)
             with pytest.raises(Problem, match="not public"):
-                await fetcher(tmp_path, resolve=resolve_to(*addresses), is_allowed=is_public).fetch(SCOPE, url)
+                await fetcher(tmp_path, port, resolve=resolve, is_allowed=is_public).fetch(SCOPE, URL)
         assert not requests
 
 
@@ -152,14 +156,15 @@ def test_public_addresses_are_allowed() -> None:
 @pytest.mark.parametrize(
     "url",
     ["http://other.example/a", f"http://user@{HOST}/a", f"http://{HOST}:99999/a", f"http://{HOST}/a b", "http://[::1",
-     f"http://{HOST}.other.example/", "http:///a", f"http://{HOST}/\r\nX: y", f"https://{HOST}\\@other.example/"],
+     f"http://{HOST}:22/a", f"http://{HOST}.other.example/", "http:///a", f"http://{HOST}/\r\nX: y",
+     f"https://{HOST}\\@other.example/"],
 )  # fmt: skip
 async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str) -> None:
     async def fail(host: str, port: int) -> list[str]:
         raise AssertionError
 
     with pytest.raises(Problem) as caught:
-        await fetcher(tmp_path, resolve=fail).fetch(SCOPE, url)
+        await fetcher(tmp_path, 0, resolve=fail).fetch(SCOPE, url)
     assert caught.value.errors[0][0] == "image"
 
 
@@ -168,26 +173,51 @@ async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str) ->
     [
         (b"HTTP/1.1 302 Found\r\nLocation: http://other.example/\r\nContent-Length: 0\r\n\r\n", 422, "302; redirects"),
         (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", 422, "404"),
-        (ok(b"x" * 2049), 413, "MiB"),
-        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 5000, 413, "MiB"),
+        (ok(b"x" * 20_001), 413, "MiB"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 25_000, 413, "MiB"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", 422, "does not answer"),
         (b"SSH-2.0-server\r\n\r\n", 422, "does not answer"),
         (b"", 422, "does not answer"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 422, "answered 100"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 16_000, 422, "does not answer"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12_000, 422, "does not answer"),
     ],
-    ids=["redirect", "missing", "too large", "endless", "cut off", "no HTTP", "closed"],
+    ids=["redirect", "missing", "too large", "endless", "cut off", "no HTTP", "closed", "interim", "chunks", "heads"],
 )
 async def test_other_answers_than_an_image_name_the_field(
     tmp_path: Path, answer: bytes, status: int, message: str
 ) -> None:
-    async with served(answer) as (url, requests):
+    async with served(answer) as (port, requests):
         with pytest.raises(Problem, match=message) as caught:
-            await fetcher(tmp_path).fetch(SCOPE, url)
+            await fetcher(tmp_path, port, max_upload_bytes=20_000).fetch(SCOPE, URL)
         assert (caught.value.status, caught.value.errors[0][0], len(requests)) == (status, "image", 1)
 
 
 async def test_a_slow_host_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_urls, "_TIMEOUT_S", 0.05)
-    async with served(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", stays_open=True) as (url, _):
+    async with served(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", stays_open=True) as (port, _):
         with pytest.raises(Problem, match="more than") as caught:
-            await fetcher(tmp_path).fetch(SCOPE, url)
+            await fetcher(tmp_path, port).fetch(SCOPE, URL)
     assert caught.value.status == 422
+
+
+async def test_slow_hosts_of_one_caller_leave_places_to_others(tmp_path: Path) -> None:
+    async with served(b"", stays_open=True) as (slow, requests), served(ok(b"image")) as (quick, _):
+
+        async def resolve(host: str, _: int) -> list[tuple[str, int]]:
+            return [("127.0.0.1", quick if host == HOST else slow)]
+
+        settings = Settings(index=tmp_path, image_hosts=(HOST, "slow.example"))
+        both = ImageFetcher(settings, resolve, lambda _: True)
+        callers: list[dict[str, Any]] = [{**SCOPE, "client": (f"192.0.2.{number}", 1)} for number in range(3)]
+        waits = [asyncio.create_task(both.fetch(each, "http://slow.example/")) for each in callers[:2] * 8]
+
+        async def are_waiting() -> bool:
+            return len(requests) == 8
+
+        await until(are_waiting)
+        assert await both.fetch(callers[2], URL) == b"image"
+        for wait in waits:
+            wait.cancel()
+        await asyncio.wait(waits)
+        assert len(requests) == 8
