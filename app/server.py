@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from app.core.logs import log_config
 from app.core.settings import Settings
-from app.core.threads import end_without_threads, use_batch_scheduling
+from app.core.threads import end_without_threads
 from app.core.tracing import start_tracing
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
@@ -83,35 +83,28 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with a drain period and two measures against pauses.
+    """uvicorn's server with a drain period, and without pauses for garbage collection.
 
     - The first signal makes /readyz fail and leaves the service running for drain_s, which gives load balancers time to
       stop sending requests. A second signal ends the wait.
     - Once everything is loaded, the objects of the libraries are frozen: otherwise each full garbage collection stops
-      every request for a third of a second. So are those of the full model, which an explanation may load later.
-    - From then on, with `batch_scheduling`, the event loop does not preempt the model: see `app.core.threads`.
+      every request for a quarter of a second. So are those of the full model, which an explanation may load later.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         super().__init__(server_config(app))
         self._app = app
         self._drain_s = settings.drain_s
-        self._batch_scheduling = settings.batch_scheduling
         self._timer: threading.Timer | None = None
-        self._is_loaded = self._has_full_model = False
+        self._frozen = 0  # 1 with everything loaded, 2 with the full model as well
 
     async def on_tick(self, counter: int) -> bool:
         collections: Collections | None = getattr(self._app.state, "collections", None)
-        if not self._is_loaded and collections is not None and collections.is_ready:
-            gc.freeze()
-            if self._batch_scheduling:
-                use_batch_scheduling()
-            self._is_loaded = True
-        elif self._is_loaded and not self._has_full_model and collections is not None:
-            encoders = [each.live.encoder for _, each in collections if each.live is not None]
-            if any(encoder.backbone is not None for encoder in encoders):  # an explanation has loaded it
+        if collections is not None and collections.is_ready:
+            loaded = 1 + any(each.live and each.live.encoder.backbone is not None for _, each in collections)
+            if loaded > self._frozen:
                 gc.freeze()
-                self._has_full_model = True
+                self._frozen = loaded
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

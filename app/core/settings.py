@@ -68,11 +68,6 @@ class Settings(BaseSettings):
         le=100,
         description="Longest time in milliseconds that a batch waits for more queries, under load only.",
     )
-    batch_scheduling: bool = Field(
-        True,
-        description="Schedule the event loop with SCHED_BATCH on Linux, so that arriving requests do not interrupt the "
-        "model. It raises throughput where both share cores.",
-    )
     max_pending: int = Field(512, ge=1, description="Largest number of searches in progress. More get 503.")
     max_queue_ms: int = Field(
         2000,

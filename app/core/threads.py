@@ -1,13 +1,6 @@
-"""Scheduling of threads on shared cores.
-
-- On Linux a woken thread usually takes its core from the running one. Each arriving request would then interrupt the
-  model, which loses its cache contents and keeps its other threads waiting. With DCAR_BATCH_SCHEDULING the event loop's
-  thread uses SCHED_BATCH: it waits for its turn, a few milliseconds at most.
-- New threads inherit the policy, so threads that compute reset it: see `ComputeThreads`.
-"""
+"""Threads for work that would hold up the event loop."""
 
 import asyncio
-import contextlib
 import logging
 import math
 import os
@@ -23,10 +16,7 @@ T = TypeVar("T")
 
 
 class ComputeThreads(ThreadPoolExecutor):
-    """Threads that compute, with the default policy. `run` waits for a call in one of them."""
-
-    def __init__(self, count: int, name: str) -> None:
-        super().__init__(count, name, lambda: _set_policy("SCHED_OTHER"))
+    """Threads of one kind of work. `run` waits for a call in one of them."""
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self, call, *args)
@@ -103,14 +93,3 @@ class SharedCall(Generic[T]):
         else:
             self._known = (time.monotonic(), result)
             run.set_result(result)
-
-
-def use_batch_scheduling() -> None:
-    """Let this thread wait for a core instead of interrupting another thread. Does nothing outside Linux."""
-    _set_policy("SCHED_BATCH")
-
-
-def _set_policy(name: str) -> None:
-    if hasattr(os, name):
-        with contextlib.suppress(OSError):  # forbidden in some containers
-            os.sched_setscheduler(0, getattr(os, name), os.sched_param(0))

@@ -19,8 +19,6 @@ from fastapi import FastAPI
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.search.collections import Collections
-from app.search.embedding import Embedder
-from app.search.embedding_cache import MemoryCache
 from app.search.snapshots import Snapshot
 from app.server import _Server, serve
 from dcar_core.util.errors import DcarError
@@ -134,15 +132,12 @@ def _server_of(collections: Any, **given: Any) -> _Server:
     return _Server(app, Settings(index=Path("index"), **given))
 
 
-@pytest.mark.parametrize(("batch_scheduling", "policy"), [(True, os.SCHED_BATCH), (False, os.SCHED_OTHER)])
-async def test_loaded_server_freezes_objects_and_yields_to_the_model(
-    tmp_path: Path, batch_scheduling: bool, policy: int
-) -> None:
+async def test_loaded_server_freezes_objects(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "collection.json").write_text('{"name": "created"}')
     settings = Settings(index=Path("index"), collections_dir=tmp_path)
     collections = Collections(settings, Metrics(), on_start_failure=None)
-    server = _server_of(collections, drain_s=0, batch_scheduling=batch_scheduling)
+    server = _server_of(collections, drain_s=0)
     encoder = SimpleNamespace(backbone=None)
     before = gc.get_freeze_count()
     _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
@@ -150,11 +145,9 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(
         collections["created"].reason = "its model is missing"
         await server.on_tick(1)
         assert gc.get_freeze_count() == before
-        assert os.sched_getscheduler(0) == os.SCHED_OTHER
         collections["index"].live = cast(Snapshot, SimpleNamespace(encoder=encoder))
         await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
-        assert os.sched_getscheduler(0) == policy
         before = gc.get_freeze_count()
         of_the_model: list[list[int]] = [[] for _ in range(12_000)]
         await server.on_tick(3)
@@ -162,13 +155,8 @@ async def test_loaded_server_freezes_objects_and_yields_to_the_model(
         encoder.backbone = of_the_model
         await server.on_tick(4)
         assert gc.get_freeze_count() > before + 10_000
-        embedder = Embedder(Settings(index=Path("index")), MemoryCache(1), Metrics())
-        for pool in (embedder._batcher._thread, embedder._decoders):  # their threads start with the first query
-            assert pool.submit(os.sched_getscheduler, 0).result() == os.SCHED_OTHER
-            pool.shutdown()
     finally:
         gc.unfreeze()
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def test_second_signal_ends_the_drain_but_not_pending_requests() -> None:
