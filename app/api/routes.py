@@ -235,6 +235,8 @@ def _service_routes(settings: Settings) -> APIRouter:
         collections.require_all()
         if collections.is_draining:
             raise NotReadyError("The service is shutting down.")
+        if (fault := state_of(request).retriever.fault) is not None:
+            raise NotReadyError(fault)
         live, reason = collections[None].require(), collections.reason
         reason = reason or await collections.gallery_fault.result()
         status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}

@@ -1,4 +1,7 @@
-"""Supervision of background tasks: one that fails is logged, counted and restarted."""
+"""Supervision of background tasks: one that fails is logged, counted and restarted.
+
+A panic of a library in Rust is no Exception, so everything is caught but what ends a task or the process.
+"""
 
 import asyncio
 import logging
@@ -9,6 +12,7 @@ from app.core.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 RESTART_S = 1.0
+ENDS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 
 
 async def supervise(
@@ -16,7 +20,7 @@ async def supervise(
     run: Callable[[], Awaitable[None]],
     metrics: Metrics,
     *,
-    on_failure: Callable[[Exception], None] | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
 ) -> None:
     """Run a background loop until it returns. Restart it after `RESTART_S` whenever it raises.
 
@@ -27,7 +31,9 @@ async def supervise(
     while True:
         try:
             await run()
-        except Exception as error:
+        except ENDS:
+            raise
+        except BaseException as error:
             logger.exception("the %s failed; restarting it in %g s", name, RESTART_S)
             metrics.task_failures.labels(name).inc()
             if on_failure is not None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
-from app.core.supervision import supervise
+from app.core.supervision import ENDS, supervise
 from app.core.threads import ComputeThreads
 from app.search.errors import NotReadyError, OverloadedError, UnavailableError
 from dcar_core.util.arrays import Floats
@@ -30,6 +30,7 @@ from dcar_core.util.errors import DataError
 
 T = TypeVar("T")
 
+_STUCK_S = 30.0  # of a forward pass; one that may load a model has a thread of its own
 _NEWEST_WEIGHT = 0.2  # of the last batch in the smoothed seconds per query
 
 
@@ -117,6 +118,7 @@ class Batcher:
         self._expected_size: dict[Hashable, int] = {}  # group key -> jobs that ran or waited when its last batch ended
         self._last_end = -math.inf  # of the last forward pass
         self._is_closing = False
+        self._pass_began = math.inf
         self._thread = ComputeThreads(1, "dcar-model")
         self._worker: asyncio.Task[None] | None = None
 
@@ -138,6 +140,15 @@ class Batcher:
         """Return the vectors (E,) of several queries, accepted or refused together by the work that waits already."""
         self.require_room()
         return await asyncio.gather(*(self._enqueue(group, payload) for payload in payloads))
+
+    @property
+    def fault(self) -> str | None:
+        """Why queries are not answered; None if they are."""
+        if self._worker is None or self._worker.done():
+            return "The queue of the model has stopped."
+        if time.monotonic() - self._pass_began > _STUCK_S:
+            return f"The model has not answered for {_STUCK_S:g} s."
+        return None
 
     @property
     def is_full(self) -> bool:
@@ -227,10 +238,15 @@ class Batcher:
         group, payloads = batch[0].group, [job.payload for job in batch]
         started = time.monotonic()
         outcomes: list[Floats | Exception]
+        self._pass_began = started
         try:
             outcomes = await self._thread.run(_forward, group.run, payloads)
-        except Exception as error:  # the thread itself failed; every caller must learn of it
-            outcomes = [error] * len(batch)
+        except ENDS:
+            raise
+        except BaseException as error:  # the thread itself failed; every caller must learn of it
+            outcomes = [_as_exception(error)] * len(batch)
+        finally:
+            self._pass_began = math.inf
         self._last_end = time.monotonic()
         for job, outcome in zip(batch, outcomes, strict=True):
             if job.is_cancelled:
@@ -252,15 +268,23 @@ def _forward(run: Callable[[list[Any]], Floats | list[Floats]], payloads: list[A
         vectors = run(payloads)  # [N, E]
         if len(vectors) != len(payloads):
             raise RuntimeError(f"{len(vectors)} embeddings for {len(payloads)} queries")
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust, such as the tokenizer, is no Exception
         if len(payloads) == 1:
-            return [error]
+            return [_as_exception(error)]
         half = len(payloads) // 2
         return _forward(run, payloads[:half]) + _forward(run, payloads[half:])
     return [
         vector.copy() if np.isfinite(vector).all() else DataError("The model has no finite embedding for this query.")
         for vector in vectors
     ]
+
+
+def _as_exception(error: BaseException) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    failure = RuntimeError(f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 class Admission:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import stop, supervise
+from app.core.supervision import ENDS, stop, supervise
 from app.core.threads import SharedCall, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
@@ -105,7 +105,9 @@ class ServedIndex:
                 loaded = [index.live for _, index in self._collections if index.live is not None]
                 settings = self._collections.settings
                 snapshot = None if is_live else await run_in_new_thread(load, self.index, settings, loaded)
-            except Exception as error:
+            except ENDS:
+                raise
+            except BaseException as error:
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
             self.reason, self._failure, self._failed_version = None, None, None
@@ -116,7 +118,7 @@ class ServedIndex:
             logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
             return True
 
-    def _record_failure(self, version: int | None, error: Exception) -> DcarError:
+    def _record_failure(self, version: int | None, error: BaseException) -> DcarError:
         """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
         is_reported = self.live is None and not self.is_created and self._collections.on_start_failure is not None
@@ -135,7 +137,7 @@ class ServedIndex:
                 self._collections.on_start_failure(error)
         await supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
 
-    def _record_poll_failure(self, error: Exception) -> None:
+    def _record_poll_failure(self, error: BaseException) -> None:
         self.reason = f"The check for new versions failed: {type(error).__name__}; the log has the details."
 
     async def _poll(self) -> None:

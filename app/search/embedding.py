@@ -62,6 +62,11 @@ class Embedder:
         for decoders in (self._decoders, self._large_decoder):
             decoders.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def fault(self) -> str | None:
+        """Why queries are not encoded; None if they are."""
+        return self._batcher.fault
+
     def require_room_for(self, snapshot: Snapshot, text: str) -> None:
         """Check that a text is cached, in computation or would be accepted, before any other work for a search."""
         if not self._batcher.is_full or self._cache.is_shared:

@@ -64,6 +64,11 @@ class Retriever:
         self._pairs = PairScorer(self._embedder, self.image_threads)
         self.images = ItemImages(settings, self._embedder, self._admission, self.image_threads)
 
+    @property
+    def fault(self) -> str | None:
+        """Why no search works; None if they do."""
+        return self._embedder.fault
+
     def start(self) -> None:
         """Begin to work. The event loop must be running."""
         self._embedder.start()

@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.search import batching
 from app.search.batching import Batcher, BatchGroup, SharedTasks
 from app.search.errors import NotReadyError, OverloadedError
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
+
+
+class Panic(BaseException):
+    """As libraries in Rust raise it."""
 
 
 class Recorder:
@@ -29,6 +34,8 @@ class Recorder:
         assert self.gate.wait(5)
         if any(payload == "bad" for payload in payloads):
             raise DataError("bad")
+        if "panic" in payloads:
+            raise Panic
         return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
 
 
@@ -96,6 +103,36 @@ async def test_an_invalid_output_fails_its_caller_and_not_the_next(found: list[A
     with pytest.raises((RuntimeError, TypeError)):
         await asyncio.wait_for(batcher.submit(BatchGroup("broken", lambda payloads: found), "first"), 5)
     assert (await asyncio.wait_for(batcher.submit(BatchGroup("text", Recorder()), "after"), 5))[0] == 5
+    await batcher.close()
+
+
+async def test_a_panic_fails_its_query_alone_and_ends_nothing() -> None:
+    recorder, batcher = Recorder(), Batcher(max_batch=4, max_wait_s=0)
+    batcher.start()
+    group = BatchGroup("text", recorder)
+    first = await _held(batcher, group, recorder)
+    rest = await _submit(batcher, group, ["a", "panic", "ccc"])
+    recorder.gate.set()
+    outcomes = await asyncio.gather(first, *rest, return_exceptions=True)
+    assert isinstance(outcomes[2], RuntimeError)
+    assert "Panic" in str(outcomes[2])
+    assert [int(each[0]) for each in (outcomes[1], outcomes[3]) if isinstance(each, np.ndarray)] == [1, 3]
+    assert (await batcher.submit(group, "next"))[0] == 4
+    assert batcher.fault is None
+    await batcher.close()
+    assert batcher.fault == "The queue of the model has stopped."
+
+
+async def test_a_forward_pass_without_end_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, batcher = Recorder(), Batcher(max_batch=4, max_wait_s=0)
+    batcher.start()
+    first = await _held(batcher, BatchGroup("text", recorder), recorder)
+    assert batcher.fault is None
+    monkeypatch.setattr(batching, "_STUCK_S", 0)
+    assert "not answered" in str(batcher.fault)
+    recorder.gate.set()
+    await first
+    assert batcher.fault is None
     await batcher.close()
 
 
