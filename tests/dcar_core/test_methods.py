@@ -1,19 +1,21 @@
-"""Methods: LoRA, ProLIP and FLYP, which change the backbone's own weights, PromptSRC, and a new one."""
+"""Methods: LoRA, ProLIP and FLYP, which change the backbone's own weights, PromptSRC, a new one, and all of them."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcar_core.data import load_split
+from dcar_core.data import Dataset, load_split
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
@@ -21,10 +23,10 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import weight_changes
 from dcar_core.model.methods.flyp import interpolate
 from dcar_core.model.methods.promptsrc import consistency_loss
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.model.methods.weight_changes import merge
 from dcar_core.model.open_clip_source import RANDOM
-from dcar_core.training.grad_cache import batch_loss
+from dcar_core.training.grad_cache import accumulate_gradients, batch_loss
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.util.errors import ModelError
 from tests.support.parts import needs
@@ -213,3 +215,25 @@ def test_a_method_is_added_by_a_file_and_a_line_of_the_registry(
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert "loss of the new method" in done.stdout
     assert "bitfit loaded" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_method_takes_a_step_at_the_widths_of_the_papers_model(training: Dataset, tmp_path: Path) -> None:
+    """ViT-B/32 with four blocks of each tower, as many as get prompts, and random weights."""
+    config = open_clip.get_model_config("ViT-B-32-quickgelu")
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower]["layers"] = 4
+    (tmp_path / MODEL_CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    backbone = load_backbone(BackboneSource(str(tmp_path), RANDOM))
+    pairs = replace(training, samples=training.samples[:2])
+    for name in METHODS:
+        model = seeded_model(backbone, method(name), 0)
+        data = prepare_split(pairs, model, for_training=True, progress=False)
+        if name == "clip":
+            continue
+        assert np.isfinite(accumulate_gradients(model, data, np.arange(2))), name
+        gradients = {part: p.grad for part, p in model.trainables()}
+        for part, gradient in gradients.items():
+            assert gradient is not None, (name, part)
+            assert gradient.isfinite().all(), (name, part)
+        assert sum(float(gradient.norm()) for gradient in gradients.values() if gradient is not None) > 0, name

@@ -1,7 +1,7 @@
 """The extension of DCAR [ours]: deep prompts and token weights with adapters, held to CLIP.
 
-Adapters follow the image tower's blocks and both features; the one on text features is the category adapter, kept for
-queries.
+Adapters follow the image tower's blocks and both features. Without prompts, the one on text features is also the
+category adapter.
 """
 
 from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig
