@@ -1,22 +1,14 @@
-"""Client of one OpenAI-compatible chat endpoint, with retries and bounds.
+"""One OpenAI-compatible chat endpoint, called through the `openai` client, which retries with growing pauses.
 
-- Retried with exponential backoff and jitter: 408, 409, 425, 429, 5xx, timeouts, broken connections, and responses that
-  are truncated, oversized, not JSON, or without choices.
-- Retry-After, in seconds or as a date, holds back every request of the endpoint.
-- A refused key, an unknown model, or an address that never answered ends the run. Any other 4xx fails one image.
+- A refused key, an unknown model, or an address that never answered ends the run. Any other error fails one image.
 - A 403 refuses the key before the first completion, and one image after it. If it reports moderation, it is a refusal.
-- Redirects are not followed, since they could send the key to another host.
+- Redirects are not followed, since they could send the images to another host.
 """
 
 import asyncio
 import contextlib
-import math
-import random
-import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from dcar_core.captioning.filters import REFUSED
@@ -25,19 +17,16 @@ from dcar_core.util.errors import CaptionError, EndpointError, MissingExtraError
 from dcar_core.util.json_text import parse_json
 
 try:
-    import httpx
+    import openai
 except ImportError:  # pragma: no cover - the tests have it
     raise MissingExtraError("captioning", "caption") from None
 
-_RETRIED = frozenset({408, 409, 425, 429})
 _FATAL = {
     401: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY)",
     403: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY) or the image",
     404: "has no such model or address",
 }
-_MAX_PAUSE_S = 30.0
-_MAX_UNUSABLE = 3  # unusable completions before an image fails
-_MAX_RESPONSE = 4 << 20  # bytes, compressed and decompressed
+_MAX_UNUSABLE = 3  # unusable responses before an image fails
 
 
 @dataclass(frozen=True)
@@ -48,32 +37,31 @@ class Completion:
     finish: str
 
 
-class _ResponseError(Exception):
-    """A response without a completion; the message is the fault."""
-
-
 class Endpoint:
     """Client of one model. Close it after use."""
 
     def __init__(self, model: VisionModel, options: CaptionOptions) -> None:
         self.model, self._options = model, options
         self._url = model.url.rstrip("/") + "/chat/completions"
-        self._not_before, self._has_answered, self._has_accepted_key = 0.0, False, False
-        # gzip only: its decompression can be bounded; that of httpx's other encodings cannot.
-        headers = {"accept-encoding": "gzip"} | ({"authorization": f"Bearer {model.key}"} if model.key else {})
+        self._has_answered = self._has_accepted_key = False
         try:
-            self._client = httpx.AsyncClient(
-                headers=headers, timeout=options.timeout_s, limits=httpx.Limits(max_connections=options.concurrency)
+            self._client = openai.AsyncOpenAI(
+                base_url=model.url,
+                api_key=model.key or "none",  # the client takes None from OPENAI_API_KEY, a key for another host
+                organization="",
+                project="",
+                max_retries=options.tries - 1,
+                timeout=options.timeout_s,
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
             )
-            self._client.build_request("POST", self._url)
-        except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:
+        except Exception as error:  # of several libraries: proxies, certificates, URLs
             raise CaptionError(
                 f"{self._url} cannot be requested ({error}); correct the URL, the proxy (HTTP_PROXY, HTTPS_PROXY, "
                 f"ALL_PROXY) or the certificates (SSL_CERT_FILE, SSL_CERT_DIR)"
             ) from error
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._client.close()
 
     async def ask(
         self,
@@ -84,85 +72,61 @@ class Endpoint:
         """Send a chat and return the completion.
 
         Args:
-            usage: receives the tokens of every attempt, failed ones included.
+            usage: receives the tokens of every response, unusable ones included.
             usable: returns False for a completion that must be requested again.
 
         Raises:
             EndpointError: the request was refused, or every attempt failed; this image has failed.
             CaptionError: no request can succeed, because the key, the model or the address is wrong.
         """
-        reason, unusable, tries = "", 0, self._options.tries
-        for attempt in range(tries):
-            while (wait := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            retry_after, content = None, b""
+        options, reason = self._options, ""
+        completion: Completion | None
+        for _ in range(_MAX_UNUSABLE):
             try:
-                async with asyncio.timeout(self._options.timeout_s):  # httpx's timeout restarts with every byte
-                    reply, content = await self._post(messages)
-                self._has_answered = True
-                status = reply.status_code
-                completion = _read(content, usage) if status == 200 else self._read_moderation(status, content)
-                if completion is not None:
-                    self._has_accepted_key = True
-                    if usable(completion):
-                        return completion
-                    reason = f"an unusable completion: {self._shortened(completion.text)!r}"
-                    unusable += 1
-                    if unusable == _MAX_UNUSABLE:
-                        raise EndpointError(reason)
-                else:
-                    reason = f"{status} {self._excerpt(content)}"
-                    self._require_retryable(status, reason)
-                    retry_after = reply.headers.get("retry-after")
-            except _ResponseError as error:
-                reason = f"{error}: {self._excerpt(content)}".rstrip(": ")
-            except (httpx.HTTPError, TimeoutError, ExceptionGroup) as error:
-                # anyio raises a group for a port of a proxy that is none
-                fault = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
-                if isinstance(fault, httpx.ConnectError | OverflowError) and not self._has_answered:
+                async with asyncio.timeout(options.tries * options.timeout_s):  # the client's restart with every byte
+                    response = await self._client.chat.completions.with_raw_response.create(
+                        model=self.model.name,
+                        messages=messages,
+                        max_tokens=options.max_tokens,
+                        temperature=options.temperature,
+                    )
+            except (openai.APIConnectionError, TimeoutError) as error:
+                fault = f"{error} {error.__cause__ or ''}".strip() or "too slow"
+                if not self._has_answered and not isinstance(error, openai.APITimeoutError | TimeoutError):
                     raise CaptionError(
                         f"{self._url} cannot be reached ({fault}); start the model's server or correct the URL, and "
                         f"run the same command again"
                     ) from error
-                reason = f"{type(fault).__name__}: {fault}".rstrip(": ")
-            self._hold_back(retry_after)
-            if attempt + 1 < tries:
-                pause = min(_MAX_PAUSE_S, self._options.backoff_s * 2**attempt)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        raise EndpointError(f"no usable response in {tries} attempts; the last: {reason}")
+                raise EndpointError(f"no response in {options.tries} attempts: {fault}") from error
+            except openai.APIStatusError as error:
+                self._has_answered = True
+                completion = self._refusal(error.status_code, error.response.content)
+            else:
+                self._has_answered = True
+                completion = _read(response.content, usage)
+            if completion is None:
+                reason = f"no completion: {self._excerpt(response.content)}".rstrip(": ")
+                continue
+            self._has_accepted_key = True
+            if usable(completion):
+                return completion
+            reason = f"an unusable completion: {self._shortened(completion.text)!r}"
+        raise EndpointError(reason)
 
-    async def _post(self, messages: list[dict[str, Any]]) -> "tuple[httpx.Response, bytes]":
-        """Send one request; return the response and its decompressed content, cut behind the size limit."""
-        body = {
-            "model": self.model.name,
-            "messages": messages,
-            "max_tokens": self._options.max_tokens,
-            "temperature": self._options.temperature,
-        }
-        async with self._client.stream("POST", self._url, json=body) as reply:
-            content = bytearray()
-            async for part in reply.aiter_raw():
-                content += part
-                if len(content) > _MAX_RESPONSE:
-                    return reply, bytes(content)
-        if reply.headers.get("content-encoding", "").strip().lower() in {"gzip", "x-gzip"}:
-            with contextlib.suppress(zlib.error):
-                return reply, zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(content, _MAX_RESPONSE + 1)
-        return reply, bytes(content)
+    def _refusal(self, status: int, content: bytes) -> Completion:
+        """Return the refusal in a 403 whose error says that moderation flagged the input, as OpenRouter writes it.
 
-    def _require_retryable(self, status: int, reason: str) -> None:
-        if status in _FATAL and not (status == 403 and self._has_accepted_key):
-            raise CaptionError(f"{self._url} {_FATAL[status]}: {reason} (model {self.model.name!r})")
-        if status not in _RETRIED and status < 500:
-            raise EndpointError(reason)
-
-    def _read_moderation(self, status: int, content: bytes) -> Completion | None:
-        """Return the refusal in a 403 whose error says that moderation flagged the input, as OpenRouter writes it."""
+        Raises:
+            CaptionError, EndpointError: any other error response.
+        """
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             error = parse_json(content)["error"]
             if status == 403 and {"reasons", "flagged_input"} & error["metadata"].keys():
                 return Completion(self._shortened(str(error["message"])), REFUSED)
-        return None
+        reason = f"{status} {self._excerpt(content)}"
+        if status in _FATAL and not (status == 403 and self._has_accepted_key):
+            raise CaptionError(f"{self._url} {_FATAL[status]}: {reason} (model {self.model.name!r})")
+        raise EndpointError(reason)
 
     def _excerpt(self, content: bytes) -> str:
         return self._shortened(content.decode("utf-8", "replace"))
@@ -172,22 +136,13 @@ class Endpoint:
         text = text.replace(self.model.key, "***") if self.model.key else text
         return " ".join(text.split())[:200]
 
-    def _hold_back(self, retry_after: str | None) -> None:
-        requested_s = seconds_of(retry_after) or 0.0
-        if requested_s > self._options.longest_wait_s:
-            raise EndpointError(f"asked to wait {requested_s:.0f} s, longer than {self._options.longest_wait_s:.0f} s")
-        self._not_before = max(self._not_before, time.monotonic() + requested_s)
 
-
-def _read(content: bytes, usage: TokenUsage) -> Completion:
-    """Parse a response; add its tokens to `usage` in any case. Raise _ResponseError if it holds no completion."""
+def _read(content: bytes, usage: TokenUsage) -> Completion | None:
+    """Parse a response, and add its tokens to `usage` in any case. Return None if it has no completion."""
     tokens = TokenUsage(1, unknown=1)
     try:
-        if len(content) > _MAX_RESPONSE:
-            raise _ResponseError(f"a response of more than {_MAX_RESPONSE >> 20} MiB")
         response = parse_json(content)
-        reported = response.get("usage")
-        reported = reported if isinstance(reported, dict) else {}
+        reported = response["usage"] if isinstance(response.get("usage"), dict) else {}
         tokens_in, tokens_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
         if isinstance(tokens_in, int) and isinstance(tokens_out, int):
             tokens = TokenUsage(1, tokens_in, tokens_out)
@@ -197,10 +152,8 @@ def _read(content: bytes, usage: TokenUsage) -> Completion:
         if not text.strip() and (refusal := _text_of(message.get("refusal"))):
             text, finish = refusal, REFUSED
         return Completion(text, finish)
-    except ValueError:
-        raise _ResponseError("a response that is not JSON or is truncated") from None
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise _ResponseError("a response without choices") from None
+    except (ValueError, AttributeError, IndexError, KeyError, TypeError):
+        return None
     finally:
         usage.add(tokens)
 
@@ -210,16 +163,3 @@ def _text_of(content: Any) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     return " ".join(text for text in texts if isinstance(text, str))
-
-
-def seconds_of(retry_after: str | None) -> float | None:
-    """Parse a Retry-After header to seconds; None if it is missing or invalid."""
-    if retry_after is None:
-        return None
-    with contextlib.suppress(ValueError):
-        seconds = float(retry_after)
-        return None if math.isnan(seconds) else max(0.0, seconds)
-    try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (OverflowError, TypeError, ValueError):
-        return None

@@ -52,17 +52,17 @@ class CaptionJournal:
     def close(self) -> None:
         self._out.close()
 
-    def answer(self, image: CaptionedImage, asked: str, turn: int) -> Completion | None:
-        return self._answers.get((image.name, image.sha, asked, turn))
+    def answer(self, image: CaptionedImage, role: str, turn: int) -> Completion | None:
+        return self._answers.get((image.name, image.sha, role, turn))
 
-    def answered(self, image: CaptionedImage, asked: str, turn: int, answer: Completion, usage: TokenUsage) -> None:
-        line = {"asked": asked, "turn": turn, "text": answer.text, "finish": answer.finish}
+    def answered(self, image: CaptionedImage, role: str, turn: int, answer: Completion, usage: TokenUsage) -> None:
+        line = {"asked": role, "turn": turn, "text": answer.text, "finish": answer.finish}
         self._record(line | {"usage": list(astuple(usage))}, image)
 
-    def wasted(self, asked: str, usage: TokenUsage) -> None:
+    def record_unusable(self, role: str, usage: TokenUsage) -> None:
         """Record the token usage of unusable responses."""
         if usage.requests:
-            self._record({"asked": asked, "wasted": list(astuple(usage))})
+            self._record({"asked": role, "wasted": list(astuple(usage))})
 
     def rejected(self, image: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
         if (image.name, image.sha, turn) not in self._rejected:

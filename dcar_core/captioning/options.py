@@ -63,8 +63,7 @@ class CaptionOptions:
 
     dataset: a description of the images, used in the questions. context: maximum CLIP tokens of a caption, SOS and EOT
     included; the default leaves room for four prompts. rounds: drafts per image. side: longer side of the image that is
-    sent, in pixels. tries: attempts per request. longest_wait_s: longest accepted Retry-After. give_up_after: number of
-    consecutive failed images that ends the run.
+    sent, in pixels. tries: attempts per request. give_up_after: number of consecutive failed images that ends the run.
     """
 
     dataset: str
@@ -77,8 +76,6 @@ class CaptionOptions:
     concurrency: int = 4
     timeout_s: float = 120.0
     tries: int = 6
-    backoff_s: float = 1.0
-    longest_wait_s: float = 300.0
     give_up_after: int = 8
 
     def settings(self, drafter: VisionModel, judge: VisionModel | None) -> dict[str, Any]:
@@ -140,10 +137,10 @@ class CaptioningResult:
         ):
             if names:
                 lines.append(f"{len(names):7,} {what}: {shorten(names)}")
-        for asked, usage in sorted(self.usage.items()):
+        for role, usage in sorted(self.usage.items()):
             unknown = f", {usage.unknown:,} responses without token counts" if usage.unknown else ""
             lines.append(
-                f"{usage.requests:7,} {asked} responses, {usage.tokens_in:,} + {usage.tokens_out:,} tokens{unknown}"
+                f"{usage.requests:7,} {role} responses, {usage.tokens_in:,} + {usage.tokens_out:,} tokens{unknown}"
             )
         if self.cost is not None:
             lines.append(f"cost {self.cost:.4f}" + (" at least" if any(u.unknown for u in self.usage.values()) else ""))

@@ -113,7 +113,7 @@ class _Run:
 
         Finished images come first, so that their captions are reserved. The captions of deleted images are free again.
         """
-        self.endpoints = {asked: Endpoint(model, self.options) for asked, model in self.models.items()}
+        self.endpoints = {role: Endpoint(model, self.options) for role, model in self.models.items()}
         with tqdm(total=len(names), unit="image", desc="captions", disable=not progress) as bar:
             try:
                 await self._each([name for name in names if name in self._captions], self._reuse_caption, bar)
@@ -224,22 +224,22 @@ class _Run:
 
     async def _ask(
         self,
-        asked: str,
+        role: str,
         image: CaptionedImage,
         turn: int,
         messages: list[dict[str, object]],
         usable: Callable[[Completion], bool] = lambda _: True,
     ) -> Completion:
-        before = self.journal.answer(image, asked, turn)
+        before = self.journal.answer(image, role, turn)
         if before is not None and usable(before):
             return before
         usage = TokenUsage()
         try:
-            answer = await self.endpoints[asked].ask(messages, usage, usable)
+            answer = await self.endpoints[role].ask(messages, usage, usable)
         except EndpointError:
-            self.journal.wasted(asked, usage)
+            self.journal.record_unusable(role, usage)
             raise
-        self.journal.answered(image, asked, turn, answer, usage)
+        self.journal.answered(image, role, turn, answer, usage)
         return answer
 
     def totals(self) -> str:
@@ -254,7 +254,7 @@ class _Run:
     def _cost(self) -> float | None:
         if all(model.price is None for model in self.models.values()):
             return None
-        return sum(usage.cost(self.models[asked].price) for asked, usage in self.journal.usage.items())
+        return sum(usage.cost(self.models[role].price) for role, usage in self.journal.usage.items())
 
     def write(self, names: Sequence[str]) -> None:
         """Write the annotations and the rejected drafts so far. Raise CaptionError if a file cannot be written."""

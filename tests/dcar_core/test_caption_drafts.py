@@ -143,15 +143,6 @@ def test_other_drafts_stay_as_they_are(draft: str) -> None:
     assert tidy_draft(draft) == draft
 
 
-def test_half_of_a_surrogate_pair_in_a_verdict_is_replaced(photos: Path) -> None:
-    """The verdict is JSON inside the response's JSON and is parsed after it."""
-    said = r'{"accept": false, "feedback": "no \ud83d good"}'
-    behave: Behave = lambda asked, n: said if asked.kind == "judge" and n == 0 else good(asked)  # noqa: E731
-    with VisionServer(behave) as server:
-        assert ask(one_picture(photos), server).accepted == 1
-    assert [line["feedback"] for line in rejected(photos)] == ["no � good"]
-
-
 def test_each_image_keeps_its_own_question() -> None:
     def asked(image: str) -> str:
         return question(QUESTION_TEMPLATES, image=image, category="owl", dataset="animals", context=73)

@@ -1,42 +1,27 @@
 """An endpoint that misbehaves in every way: a real HTTP server that speaks the protocol."""
 
-import gzip
 import json
 import time
-import tracemalloc
-from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dcar_core.captioning.endpoint import seconds_of
 from dcar_core.captioning.options import VisionModel
 from dcar_core.util.errors import CaptionError, DataError
 from tests.support.captioning import KEY, ask, captions, one_picture, rejected
 from tests.support.vision_server import Asked, Raw, VisionServer, good, message
 
-BAD: dict[str, Raw | dict[str, Any]] = {
+TRANSIENT = {
     "429": Raw(429, "slow down"),
-    "429 with seconds": Raw(429, headers=(("retry-after", "0.2"),)),
-    "429 with a date": Raw(429, headers=(("retry-after", formatdate(time.time() - 5, usegmt=True)),)),
-    "500": Raw(500, "oh"),
-    "502 as a page": Raw(502, "<html>bad gateway</html>"),
-    "503 with nonsense": Raw(503, headers=(("retry-after", "soon"),)),
-    "529": Raw(529, "overloaded"),
+    "503": Raw(503, headers=(("retry-after", "0.2"),)),
     "too slow": Raw(body=json.dumps(message("late")), wait=1.5),
-    "drop by drop": Raw(body=json.dumps(message("late")), drip=0.1),
     "a closed connection": Raw(silent=True),
     "half an answer": Raw(body=json.dumps(message("half")), cut=True),
-    "truncated JSON": Raw(body=json.dumps(message("half"))[:40]),
-    "an odd charset": Raw(500, "oh", headers=(("content-type", "text/plain; charset=base64"),)),
-    "another odd charset": Raw(500, "oh", headers=(("content-type", "text/plain; charset=zlib"),)),
-    "a charset of host names": Raw(500, "\u00e9" * 70, headers=(("content-type", "text/plain; charset=idna"),)),
-    "no end": Raw(body=" " * (5 << 20) + json.dumps(message("An owl, at last"))),
     "gzip that is none": Raw(body=b"\x1f\x8bhalf", headers=(("content-encoding", "gzip"),)),
-    "half of gzip": Raw(
-        body=gzip.compress(json.dumps(message("An owl")).encode())[:-20], headers=(("content-encoding", "gzip"),)
-    ),
+}
+UNUSABLE: dict[str, Raw | dict[str, Any]] = {
+    "truncated JSON": Raw(body=json.dumps(message("half"))[:40]),
     "no JSON": Raw(body="all fine"),
     "not UTF-8": Raw(body="\udcff".encode("utf-8", "surrogateescape").decode("latin-1")),
     "a list": Raw(body="[]"),
@@ -50,16 +35,17 @@ BAD: dict[str, Raw | dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", list(BAD))
+@pytest.mark.parametrize("how", [*TRANSIENT, *UNUSABLE])
 @pytest.mark.slow
 def test_transient_errors_are_retried(photos: Path, how: str) -> None:
     def behave(asked: Asked, n: int) -> str | Raw | dict[str, Any]:
-        return BAD[how] if n == 0 else good(asked)
+        return (TRANSIENT | UNUSABLE)[how] if n == 0 else good(asked)
 
     with VisionServer(behave) as server:
-        found = ask(one_picture(photos), server, timeout_s=0.5 if how in {"too slow", "drop by drop"} else 20.0)
+        found = ask(one_picture(photos), server, timeout_s=0.5 if how == "too slow" else 20.0)
     assert (found.accepted, found.failed) == (1, {})
     assert server.kinds() == ["draft", "draft", "judge", "judge"]
+    assert found.usage["draft"].requests == (2 if how in UNUSABLE else 1)
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -77,66 +63,16 @@ def test_images_are_captioned_concurrently(photos: Path, most: int) -> None:
 
 
 @pytest.mark.slow
-def test_retry_after_delays_every_request(photos: Path) -> None:
-    def behave(asked: Asked, n: int) -> str | Raw:
-        first = len(server.asked) == 1
-        return Raw(429, headers=(("retry-after", "0.5"),)) if first else good(asked)
-
-    with VisionServer(behave) as server:
-        assert ask(photos, server, judge=False, concurrency=1).accepted == 4
-    started = [asked.at for asked in server.asked]
-    assert started[1] - started[0] >= 0.49
-    assert seconds_of("1.5") == 1.5
-    assert seconds_of(formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=5)
-    assert [seconds_of(x) for x in (None, "soon", "-3", "nan")] == [None, None, 0, None]
-    assert seconds_of(f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT") is None
-    with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", "4000"),))) as server:
-        found = ask(one_picture(photos), server, photos.parent / "other.json")
-    assert list(found.failed.values()) == ["asked to wait 4000 s, longer than 300 s"]
-    assert len(server.asked) == 1
-
-
-def test_retry_after_of_a_last_attempt_delays_the_next_image(photos: Path) -> None:
-    def behave(asked: Asked, n: int) -> str | Raw:
-        first = len(server.asked) == 1
-        return Raw(429, headers=(("retry-after", "0.3"),)) if first else good(asked)
-
-    with VisionServer(behave) as server:
-        found = ask(photos, server, judge=False, concurrency=1, tries=1)
-    assert (found.accepted, len(found.failed)) == (3, 1)
-    assert server.asked[1].at - server.asked[0].at >= 0.29
-
-
-@pytest.mark.parametrize("retry_after", ["0", "nan", "0.01", formatdate(0, usegmt=True)])
-@pytest.mark.slow
-def test_pauses_grow_whatever_retry_after_says(photos: Path, retry_after: str) -> None:
-    with VisionServer(lambda asked, n: Raw(429, headers=(("retry-after", retry_after),))) as server:
-        ask(one_picture(photos), server, tries=3, backoff_s=0.1)
-    first, second, third = (asked.at for asked in server.asked)
-    assert second - first >= 0.05
-    assert third - second >= 0.1
-
-
-def test_compressed_response_is_read_up_to_a_limit(photos: Path) -> None:
-    packed = (("content-encoding", "gzip"),)
-    bomb = gzip.compress(b" " * (200 << 20), compresslevel=1)
-
-    def behave(asked: Asked, n: int) -> Raw:
-        assert asked.headers["accept-encoding"] == "gzip"
-        return Raw(body=bomb if n == 0 else gzip.compress(json.dumps(message(good(asked))).encode()), headers=packed)
-
-    with VisionServer(behave) as server:
-        tracemalloc.start()
-        try:
-            found = ask(one_picture(photos), server, judge=False)
-            most = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-        assert (found.accepted, found.usage["draft"].unknown) == (1, 1)
-        assert most < 50 << 20
-        server.behave = lambda asked, n: Raw(body=bomb, headers=packed)
-        found = ask(photos, server, photos.parent / "other.json", tries=2)
-    assert list(found.failed.values()) == ["no usable response in 2 attempts; the last: a response of more than 4 MiB"]
+def test_an_image_fails_after_its_last_attempt(photos: Path) -> None:
+    with VisionServer(lambda asked, n: Raw(429, "slow down")) as server:
+        found = ask(photos, server, tries=1, judge=False)
+        assert (found.failed["owl/1.png"], len(server.asked)) == ("429 slow down", 4)
+        server.behave = lambda asked, n: good(asked) if asked.picture == server.asked[4].picture else Raw(silent=True)
+        found = ask(photos, server, concurrency=1, tries=1, judge=False)
+        assert found.failed["owl/2.png"].startswith("no response in 1 attempts: Connection error.")
+        server.behave = lambda asked, n: Raw(body=json.dumps(message("late")), drip=0.1)
+        found = ask(photos, server, concurrency=1, tries=1, judge=False, timeout_s=0.3)
+    assert found.failed["owl/2.png"] == "no response in 1 attempts: too slow"
 
 
 @pytest.mark.parametrize(
@@ -218,12 +154,6 @@ def test_messages_never_show_the_key(photos: Path, answer: Raw | str | dict[str,
     assert not any(KEY[:8] in why for why in found.failed.values())
 
 
-def test_white_space_around_a_key_is_removed(photos: Path) -> None:
-    with VisionServer() as server:
-        assert ask(one_picture(photos), server, key=f" {KEY}\r\n").accepted == 1
-    assert {asked.headers["authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
-
-
 @pytest.mark.parametrize("odd", ["\n", "\0", "\u00e9", "\udcff"])
 def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(odd: str) -> None:
     with pytest.raises(DataError, match="characters that are not printable ASCII") as caught:
@@ -238,29 +168,17 @@ def test_half_of_a_surrogate_pair_is_replaced(photos: Path) -> None:
     assert found.accepted == 1
 
 
-def test_refused_request_fails_its_own_image(photos: Path) -> None:
-    first: list[str] = []
-
+@pytest.mark.parametrize("status", [400, 403])
+def test_refused_request_fails_its_own_image(photos: Path, status: int) -> None:
     def behave(asked: Asked, n: int) -> str | Raw:
-        first.append(asked.picture)
-        return Raw(400, "image too odd") if asked.picture == first[0] else good(asked)
+        second = len({each.picture for each in server.asked}) % 2 == 0
+        return Raw(status, "image too odd") if second else good(asked)
 
     with VisionServer(behave) as server:
-        found = ask(photos, server, concurrency=1)
-    assert found.accepted == 3
-    assert found.failed == {"owl/1.png": "400 image too odd"}
-    assert "1 images failed, retried by the same command: owl/1.png (400 image too odd)" in str(found)
-
-
-def test_403_after_a_caption_fails_its_own_image(photos: Path) -> None:
-    def behave(asked: Asked, n: int) -> str | Raw:
-        third = len({each.picture for each in server.asked}) == 3
-        return Raw(403, "requires moderation") if third else good(asked)
-
-    with VisionServer(behave) as server:
-        found = ask(photos, server, concurrency=1)
-    assert found.accepted == 3
-    assert found.failed == {"red_fox/1.png": "403 requires moderation"}
+        found = ask(photos, server, concurrency=1, give_up_after=2)  # scattered failures do not end the run
+    assert found.accepted == 2
+    assert found.failed == dict.fromkeys(["owl/2.png", "red_fox/2.png"], f"{status} image too odd")
+    assert f"2 images failed, retried by the same command: owl/2.png ({status} image too odd)" in str(found)
 
 
 @pytest.mark.parametrize("metadata", [{"reasons": ["violence"]}, {"flagged_input": "A photo of"}])
@@ -299,18 +217,17 @@ def test_consecutive_failures_end_the_run(photos: Path) -> None:
         ask(photos, server, photos.parent / "other.json", concurrency=1, give_up_after=2)
 
 
-def test_address_that_never_answered_ends_the_run_at_once(photos: Path) -> None:
+def test_address_that_never_answered_ends_the_run(photos: Path) -> None:
     with VisionServer(lambda asked, n: good(asked)) as server:
         pass  # it is gone
     with pytest.raises(CaptionError, match=r"/chat/completions cannot be reached .* start the model's server"):
-        ask(photos, server, backoff_s=60)
+        ask(photos, server, tries=1)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("ALL_PROXY", "socks4://127.0.0.1:9"),
-        ("HTTP_PROXY", "127.0.0.1:99999"),
         ("SSL_CERT_FILE", "/none.pem"),
     ],
 )
@@ -320,16 +237,9 @@ def test_proxies_and_certificates_that_cannot_be_used_end_the_run(
     monkeypatch.setenv(name, value)
     monkeypatch.delenv("SSL_CERT_DIR")
     monkeypatch.setenv("NO_PROXY", "")
-    with VisionServer() as server, pytest.raises(CaptionError, match=r"/chat/completions cannot be re(quest|ach)ed \("):
+    with VisionServer() as server, pytest.raises(CaptionError, match=r"/chat/completions cannot be requested \("):
         ask(photos, server)
     assert server.asked == []
-
-
-def test_an_address_that_is_no_host_name_ends_the_run(photos: Path) -> None:
-    with VisionServer() as server:
-        server.url = "http://xn--a:9/v1"
-        with pytest.raises(CaptionError, match=r"^http://xn--a:9/v1/chat/completions cannot be requested .* the URL"):
-            ask(photos, server)
 
 
 def test_key_is_sent_to_its_own_host_only() -> None:
@@ -342,15 +252,3 @@ def test_key_is_sent_to_its_own_host_only() -> None:
     assert drafter.judge(None, None, None, None).price == (1, 2)
     assert drafter.judge(None, "other", None, None).price is None
     assert KEY not in repr(drafter)
-
-
-def test_scattered_failures_do_not_end_the_run(photos: Path) -> None:
-    seen: list[str] = []
-
-    def behave(asked: Asked, n: int) -> str | Raw:
-        seen.extend([asked.picture] if asked.picture not in seen else [])
-        return Raw(400, "image too odd") if seen.index(asked.picture) % 2 == 0 else good(asked)
-
-    with VisionServer(behave) as server:
-        found = ask(photos, server, concurrency=1, give_up_after=2)
-    assert (found.accepted, list(found.failed)) == (2, ["owl/1.png", "red_fox/1.png"])

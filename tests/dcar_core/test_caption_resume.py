@@ -17,16 +17,6 @@ from tests.support.images import draw
 from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good
 
 
-def test_responses_are_kept_after_a_fatal_error(photos: Path) -> None:
-    with VisionServer() as server:
-        ask(photos, server)
-        draw("green", "square").save(photos / "owl" / "0.png")
-        server.behave = lambda asked, n: Raw(401)
-        with pytest.raises(CaptionError):
-            ask(photos, server, concurrency=1)
-    assert len(captions(photos)) == 4
-
-
 def test_replaced_image_is_captioned_anew(photos: Path) -> None:
     with VisionServer() as server:
         ask(photos, server)
@@ -120,17 +110,6 @@ def test_responses_are_kept_if_annotations_cannot_be_written(photos: Path) -> No
         assert len(server.asked) == asked
 
 
-def test_caption_of_an_earlier_run_is_reused(photos: Path) -> None:
-    def behave(asked: Asked, n: int) -> str:
-        return "An owl on grass." if asked.kind == "draft" and asked.turn == 0 else good(asked)
-
-    with VisionServer(behave) as server:
-        ask(one_picture(photos), server)
-        draw("green", "triangle").save(photos / "owl" / "3.png")
-        found = ask(photos, server)
-    assert (found.accepted, found.rejected) == (2, {"another image has the same caption": 1})
-
-
 def no_fantasy(asked: Asked, _: int = 0) -> str:
     """Return one caption for all images of a category, unless another is asked for."""
     return f"Any {asked.category} on grass." if asked.kind == "draft" and asked.turn == 0 else good(asked)
@@ -209,14 +188,3 @@ def test_unreadable_verdict_is_requested_again(photos: Path) -> None:
         server.behave = good
         assert ask(photos, server).accepted == 1
         assert server.kinds() == ["draft", "judge", "draft", "judge"]
-
-
-def test_replaced_image_can_get_its_old_caption(photos: Path) -> None:
-    def behave(asked: Asked, n: int) -> str:
-        return '{"accept": true, "feedback": ""}' if asked.kind == "judge" else "An owl on grass."
-
-    with VisionServer(behave) as server:
-        ask(one_picture(photos), server)
-        draw("green", "triangle").save(photos / "owl" / "1.png")
-        found = ask(photos, server)
-    assert (found.accepted, found.rejected) == (1, {})

@@ -28,7 +28,7 @@ def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:
     draw("red", "square").save(photos / "loose.png")
     (photos / "owl" / "notes.txt").write_text("not a picture")
     with VisionServer() as server:
-        found = ask(photos, server, key=KEY, side=256)
+        found = ask(photos, server, key=f" {KEY}\r\n", side=256)
     assert found.accepted == 5
     assert found.loose == ["loose.png"]
     assert list(found.broken) == ["owl/cut.png"]
@@ -152,7 +152,7 @@ def test_command_writes_annotations_and_a_summary(photos: Path) -> None:
         done = dcar(*command, "--price", "cheap", environment=environment)
         assert done.returncode == 2
         assert "a price is IN,OUT" in done.stderr
-    without = "import sys; sys.modules['httpx'] = None; sys.argv[0] = 'dcar'; from app.cli import main; main()"
+    without = "import sys; sys.modules['openai'] = None; sys.argv[0] = 'dcar'; from app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", without, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: captioning needs an optional dependency: pip install 'dcar[caption]'"

@@ -18,7 +18,7 @@ def ask(
     model = {k: given.pop(k) for k in ("key", "price") if k in given}
     restart = given.pop("restart", False)
     drafter = VisionModel(url=server.url, name="small", **model)
-    usual: dict[str, Any] = {"dataset": "animals", "templates": QUESTION_TEMPLATES, "backoff_s": 0.01}
+    usual: dict[str, Any] = {"dataset": "animals", "templates": QUESTION_TEMPLATES, "tries": 2}
     options = CaptionOptions(**usual | {"timeout_s": 20.0, "concurrency": 2} | given)
     out = out or photos.parent / "captions.json"
     return caption_images(photos, out, drafter, drafter if judge else None, options, restart=restart, progress=False)
