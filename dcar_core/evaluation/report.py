@@ -8,7 +8,6 @@ from pathlib import Path
 from PIL import Image
 
 from dcar_core.data import Dataset
-from dcar_core.evaluation.plots import differences_plot, epochs_plot, recall_plot, shots_plot
 from dcar_core.evaluation.tables import (
     MEASURES_NOTE,
     SIGNIFICANCE_NOTE,
@@ -35,9 +34,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } .best { font-weight: 700; }
-svg { width: 100%; height: auto; fill: currentColor; font-size: 12px; margin: 1rem 0; }
-svg .title { font-size: 14px; font-weight: 600; } svg .small { font-size: 11px; opacity: .75; }
-svg .grid { stroke: currentColor; stroke-opacity: .18; }
+svg { width: 100%; height: auto; fill: currentColor; margin: 1rem 0; }
 figure { display: inline-flex; gap: .4rem; align-items: center; margin: .3rem 1.2rem .3rem 0; }
 figure img { width: 72px; height: 72px; object-fit: contain; background: #fff; border: 1px solid var(--line); }
 figcaption { max-width: 16rem; font-size: 13px; } details { margin: .6rem 0; } summary { cursor: pointer; }
@@ -53,7 +50,7 @@ def write_report(results: Results, test_data: Dataset, out: Path) -> None:
 
 def report_html(results: Results, image_url: Callable[[str], str]) -> str:
     """Return the page. image_url: returns a data URL for the name of an image."""
-    methods, pairs, settings = results["methods"], results["pairs"], results["training"]
+    pairs, settings, plots = results["pairs"], results["training"], _plots(results)
     title = f"Retrieval on {results['data']}"
     tuning = "learning rates tuned on validation with equal budgets" if results["grid"] else "one learning rate"
     body = [
@@ -63,15 +60,13 @@ def report_html(results: Results, image_url: Callable[[str], str]) -> str:
         f"{tuning}. Percent, mean ± standard deviation over seeds; bold is the best mean.</p>",
         _recall_table(results),
         *(f"<p>{escape(name)} is left out: {escape(reason)}</p>" for name, reason in results["diverged"].items()),
-        recall_plot(methods, "t2i", "Text-to-image recall: R@1, R@5, R@10 of each method"),
-        recall_plot(methods, "i2t", "Image-to-text recall: R@1, R@5, R@10 of each method"),
-        differences_plot(methods, f"Difference in mean R@1 to {results['baseline']}, with 95 % intervals"),
+        plots["recall"],
         f"<h2>Significance</h2><p>{SIGNIFICANCE_NOTE}</p>",
         _plain_table(significance_rows(results)),
-        epochs_plot(methods, "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"),
+        plots["epochs"],
         f"<h2>Other measures</h2><p>{escape(MEASURES_NOTE)}</p>",
         _plain_table(measures_rows(results)),
-        shots_plot(methods, results["shots"], "Mean R@1 by training pairs of each category"),
+        plots["shots"],
         "<h2>Settings and cost</h2>",
         _plain_table(settings_rows(results)),
         "<h2>Data</h2>",
@@ -83,6 +78,24 @@ def report_html(results: Results, image_url: Callable[[str], str]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>\n"
     )
+
+
+def _plots(results: Results) -> dict[str, str]:
+    """Return the plots by their place in the page; without matplotlib, a line that says what is missing."""
+    try:
+        from dcar_core.evaluation import plots
+    except ImportError:
+        return {"recall": "<p>Without plots: pip install 'dcar[plots]'</p>", "epochs": "", "shots": ""}
+    methods = results["methods"]
+    difference = f"Difference in mean R@1 to {results['baseline']}, with 95 % intervals"
+    epochs = "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"
+    return {
+        "recall": plots.recall_plot(methods, "t2i", "Text-to-image recall: R@1, R@5, R@10 of each method")
+        + plots.recall_plot(methods, "i2t", "Image-to-text recall: R@1, R@5, R@10 of each method")
+        + plots.differences_plot(methods, difference),
+        "epochs": plots.epochs_plot(methods, epochs),
+        "shots": plots.shots_plot(methods, results["shots"], "Mean R@1 by training pairs of each category"),
+    }
 
 
 def _recall_table(results: Results) -> str:

@@ -3,8 +3,11 @@
 import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from dcar_core.evaluation import compare, summarise
 from dcar_core.evaluation.report import report_html
@@ -92,6 +95,24 @@ def test_the_shots_end_with_all_pairs_and_their_spread() -> None:
 
 def test_the_highest_mean_is_bold() -> None:
     assert report_html(example_results(), str).count('<td class="best">7') == 7  # all of tempting's, from 71.0 on
+
+
+def test_the_report_without_matplotlib_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "dcar_core.evaluation.plots", raising=False)
+    monkeypatch.delattr("dcar_core.evaluation.plots", raising=False)
+    page = report_html(example_results(), str)
+    assert "pip install 'dcar[plots]'" in page
+    assert "<svg" not in page
+
+
+def test_curves_have_a_line_for_each_method() -> None:
+    plots = pytest.importorskip("dcar_core.evaluation.plots", reason="needs matplotlib (the extra `plots`)")
+    methods = [f"method {number}" for number in range(12)]
+    shots = {name: {"1": {"mean": 20.0, "std": 1.5}, "16": {"mean": 30.0, "std": 0.0}} for name in methods}
+    drawn = plots.shots_plot(methods, shots, "title")
+    assert all(drawn.count(f">{text}<") == 1 for text in (*methods, "16", "title"))
+    assert plots.shots_plot(methods, {"method 1": {}}, "title") == ""
 
 
 def test_the_report_escapes_names_from_the_data(
