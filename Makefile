@@ -2,7 +2,7 @@
 # make test       tests of all installed parts, in JOBS=2 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
-# make mutants    changes of critical code that tests notice; 15 minutes      (ARGS="--only filters --each 60")
+# make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.store.filters*" for some)
 # make reference  generated pages of docs, and the client's models
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file
@@ -56,4 +56,8 @@ coverage: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
 
 mutants: install
-	$(BIN)/python scripts/mutants.py $(ARGS)
+	@$(BIN)/python -m mutmut --version >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check --editable '.[mutants]'
+	$(BIN)/python -m mutmut run --max-children $(JOBS) $(ARGS)
+	@$(BIN)/python -m mutmut export-cicd-stats >/dev/null
+	@$(BIN)/python -c 'import json; found = json.load(open("mutants/mutmut-cicd-stats.json")); killed = found["killed"] + found["timeout"]; \
+	tried = killed + found["survived"]; print(f"{killed} of {tried} noticed, {killed / tried:.0%}; list the others with: mutmut results")'

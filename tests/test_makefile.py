@@ -1,9 +1,10 @@
-"""`make install` where a virtual environment is unfinished, or has no pip."""
+"""`make mutants`, and `make install` where a virtual environment is unfinished, or has no pip."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def build_editable(folder, *_):
         wheel.writestr("x-1.dist-info/RECORD", "")
     return "x-1-py3-none-any.whl"
 """
+
+
+def test_modules_and_tests_of_mutants_exist() -> None:
+    mutmut = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutmut"]
+    for name in ("only_mutate", "also_copy", "pytest_add_cli_args_test_selection"):
+        assert [path for path in mutmut[name] if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("found", ["unfinished", "without pip"])
