@@ -10,6 +10,7 @@
 - The columns in LIST_COLUMNS hold several texts: a JSON list, or texts separated by `|`; `attributes` holds a JSON
   list.
 - A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
+- Lines, columns, rows and the unpacked size of a Parquet file are bounded, so that no small file fills the memory.
 """
 
 import csv
@@ -19,15 +20,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, count
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
 Record = dict[str, Any]
 OnBadLine = Callable[[DataError], None]
@@ -35,6 +37,9 @@ RECORD_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMAGE_COLUMNS})  # whatever they look like
 LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
+MAX_LINE, MAX_COLUMNS, MAX_ROWS = 16_000_000, 10_000, 100_000_000  # characters of a line; of a file
+MAX_UNPACKED = 512 << 20  # bytes of a Parquet file in memory, or this many times its size:
+MAX_UNPACKED_RATIO = 200
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -64,9 +69,21 @@ def read_records(
         on_bad_line: receives the error of a line that is skipped; by default it is raised.
 
     Raises:
-        DataError: the file cannot be parsed. The message names the line.
+        DataError: the file cannot be parsed, or exceeds a bound. The message names the line.
     """
+    for number, (line, record) in enumerate(_records(name, open_file, infer_types, used_columns, on_bad_line), 1):
+        if number > MAX_ROWS:
+            raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
+        yield line, record
 
+
+def _records(
+    name: str,
+    open_file: Callable[[], BinaryIO],
+    infer_types: bool,
+    used_columns: Sequence[str] | None,
+    on_bad_line: OnBadLine,
+) -> Iterator[tuple[int, Record]]:
     suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
     if suffix == ".jsonl":
         return _read_jsonl(name, open_file, on_bad_line)
@@ -84,7 +101,7 @@ def read_records(
 def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
     try:
         with io.TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
-            for line, text in enumerate(file, 1):
+            for line, text in enumerate(_lines(name, file), 1):
                 if not text.strip():
                     continue
                 try:
@@ -100,6 +117,17 @@ def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBad
                 on_bad_line(DataError(f"{name}, line {line}: {reason}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+
+
+def _lines(name: str, file: TextIO) -> Iterator[str]:
+    """Yield the lines of a text file. Raise DataError at one that is too long, before the rest of it is read."""
+    for number in count(1):
+        line = file.readline(MAX_LINE + 1)
+        if len(line) > MAX_LINE:
+            raise DataError(f"{name}, line {number}: longer than {MAX_LINE:,} characters; is it one row for each line?")
+        if not line:
+            return
+        yield line
 
 
 def _read_typed_csv(
@@ -126,15 +154,19 @@ def _read_csv_rows(
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
         line = before = 0
         try:
-            header = file.readline()
+            lines = _lines(name, file)
+            header = next(lines, "")
             if named := _SIGN_LINE.fullmatch(header):
-                header, before = file.readline(), 1
+                header, before = next(lines, ""), 1
             delimiter = named[1] if named else _delimiter(header)
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
             reader = csv.DictReader(
-                chain([header], file), restval="", strict=True, delimiter=delimiter, skipinitialspace=True
+                chain([header], lines), restval="", strict=True, delimiter=delimiter, skipinitialspace=True
             )
-            reader.fieldnames = columns = _column_names(reader.fieldnames or ())
+            header_names = reader.fieldnames or ()
+            if len(header_names) > MAX_COLUMNS:
+                raise DataError(f"{name} has {len(header_names):,} columns; at most {MAX_COLUMNS:,} are read")
+            reader.fieldnames = columns = _column_names(header_names)
             _require_unique_columns(columns, name, used_columns)
             line = before + reader.line_num
             for row in reader:
@@ -163,7 +195,8 @@ def _delimiter(header: str) -> str:
 def _column_names(header: Sequence[str]) -> list[str]:
     """Return the names without blanks around them; known ones in lower case, unless the header has that name too."""
     names = [name.strip() for name in header]
-    return [low if (low := name.lower()) in _KNOWN_COLUMNS - set(names) else name for name in names]
+    free = _KNOWN_COLUMNS - set(names)
+    return [low if (low := name.lower()) in free else name for name in names]
 
 
 def _require_unique_columns(columns: Sequence[str], name: str, used_columns: Sequence[str] | None) -> None:
@@ -218,23 +251,63 @@ _OF_CELL: dict[str, Callable[[str], Any]] = {
 def _read_parquet(
     name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Record]]:
+    """Yield the rows. A batch is read with repeated texts in dictionaries first, which tells its size without them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = 0
-    with open_file() as source:
+    row = unpacked = 0
+    with open_file() as source, open_file() as again:
         try:
-            with pq.ParquetFile(source) as file:
-                names = file.schema_arrow.names
-                columns = names if used_columns is None else [column for column in names if column in used_columns]
-                for batch in file.iter_batches(columns=columns):
-                    for record in _batch_records(name, batch, row):
+            metadata, names = pq.read_metadata(source), pq.read_schema(source).names
+            limit = _unpacked_limit(name, metadata)
+            leaves = map(metadata.schema.column, range(metadata.num_columns))
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+            columns = [column for column in names if used_columns is None or column in used_columns]
+            with pq.ParquetFile(source, read_dictionary=texts) as packed, pq.ParquetFile(again) as file:
+                batches = file.iter_batches(columns=columns)
+                for compact in packed.iter_batches(columns=columns):
+                    unpacked += sum(map(_unpacked_size, compact.columns))
+                    if unpacked > limit:
+                        raise _too_large(name, unpacked, limit)
+                    for record in _batch_records(name, next(batches), row):
                         row += 1
                         yield row, record
         except pa.ArrowException as error:
             raise DataError(f"{name} is not a parquet file: {error}") from error
         except OSError as error:
             raise DataError(f"{name} is damaged, or cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _unpacked_limit(name: str, metadata: "pq.FileMetaData") -> int:
+    """Return the most bytes that a file may have in memory. Raise DataError if one of its parts alone has more."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    packed = sum(chunk.total_compressed_size for group in chunks for chunk in group)
+    limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * packed)
+    for group in chunks:
+        size = sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in group)
+        if size > limit:
+            raise _too_large(name, size, limit)
+    return limit
+
+
+def _too_large(name: str, size: int, limit: int) -> DataError:
+    return DataError(f"{name} unpacks to {size:,} bytes or more; for a file of its size {limit:,} are read; split it")
+
+
+def _unpacked_size(values: "pa.Array") -> int:
+    """Return the bytes of an array if it repeated its texts in place of references to a dictionary."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(values.type):
+        lengths = pc.binary_length(values.dictionary).take(values.indices)
+        return pc.sum(lengths).as_py() or 0
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return _unpacked_size(values.flatten())
+    if pa.types.is_struct(values.type):
+        return sum(map(_unpacked_size, values.flatten()))
+    return int(values.nbytes)
 
 
 def _batch_records(name: str, batch: "pa.RecordBatch", rows_before: int) -> list[Record]:
