@@ -40,7 +40,7 @@ def captions(count: int) -> list[str]:
 
 
 def vectors(model: Encoder, count: int) -> Iterator[Floats]:
-    """Yield blocks (m, E) of L2-normalised vectors, `count` in total."""
+    """Yield blocks (m, E) of L2-normalized vectors, `count` in total."""
     files = (data for style in STYLES for data in _image_files(EMOJI / style))
     images = [open_image(data) for data in itertools.islice(files, count)]
     variants = (_variant(images[i % len(images)], i) if i >= len(images) else images[i] for i in range(count))

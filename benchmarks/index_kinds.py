@@ -236,7 +236,7 @@ def main() -> None:
         help="to tune with, and as many to measure; fixed by the first run of --out",
     )
     parser.add_argument("--emoji", action="store_true", help="vectors of a trained encoder in place of clusters")
-    parser.add_argument("--vectors", type=Path, help="your own: a .npy file, float32 (n, E), normalised")
+    parser.add_argument("--vectors", type=Path, help="your own: a .npy file, float32 (n, E), normalized")
     parser.add_argument("--queries", type=Path, help="for --vectors: a .npy file; half of them tune, half measure")
     parser.add_argument("--kind", action="append", help=f"may be repeated; default: {', '.join(KINDS)}")
     parser.add_argument("--peers", action="store_true", help=f"as well, where installed: {', '.join(PEERS)}")

@@ -40,7 +40,7 @@ class Clusters:
         self.shares /= self.shares.sum()
 
     def draw(self, size: int, seed: int) -> Floats:
-        """Return float32 (size, dim), L2-normalised."""
+        """Return float32 (size, dim), L2-normalized."""
         draw = np.random.default_rng([7, seed])
         which = draw.choice(len(self.centres), size, p=self.shares)
         wide = 0.25 * draw.normal(size=(size, SPREAD)).astype(np.float32)

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from dcar_core.captioning.questions import word_limit
-from dcar_core.data.clean import normalise
+from dcar_core.data.clean import fold_text
 from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.negatives.words import find_mentions
 
@@ -71,8 +71,8 @@ class DraftFilter:
         return Rejection(DUPLICATE, "another image has the same caption; describe what is specific to this one.")
 
     def accept(self, draft: str, image: str) -> None:
-        self._accepted[normalise(draft)] = image
+        self._accepted[fold_text(draft)] = image
 
     def owner(self, draft: str) -> str | None:
         """Return the image that has this caption, None if no image has it."""
-        return self._accepted.get(normalise(draft))
+        return self._accepted.get(fold_text(draft))

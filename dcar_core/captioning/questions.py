@@ -83,9 +83,9 @@ def word_limit(context: int) -> int:
     return max(8, int(0.6 * context))
 
 
-def draft_messages(asked: str, image_uri: str, before: tuple[str, str] | None) -> list[dict[str, Any]]:
+def draft_messages(text: str, image_uri: str, before: tuple[str, str] | None) -> list[dict[str, Any]]:
     """Build the chat for a draft. before: the previous draft and the feedback on it."""
-    messages = [_with_image(asked, image_uri)]
+    messages = [_with_image(text, image_uri)]
     if before is not None:
         draft, feedback = before
         messages.append({"role": "assistant", "content": draft})

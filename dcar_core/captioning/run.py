@@ -195,13 +195,13 @@ class _Run:
     async def _request_drafts(self, image: CaptionedImage, uri: str) -> None:
         """Request drafts until one is accepted or the rounds are used up."""
         options, category = self.options, image.category.replace("_", " ")
-        asked = question(
+        text = question(
             options.templates,
             image=image.name, category=category, dataset=options.dataset, context=options.context,
         )  # fmt: skip
         before: tuple[str, str] | None = None
         for turn in range(options.rounds):
-            answer = await self._ask("draft", image, turn, draft_messages(asked, uri, before))
+            answer = await self._ask("draft", image, turn, draft_messages(text, uri, before))
             draft = tidy_draft(answer.text)
             why = self.filters.rejected(draft, image=image.name, category=category, finish=answer.finish)
             if why is None and "judge" in self.models:

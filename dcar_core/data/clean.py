@@ -13,7 +13,7 @@ from dcar_core.data.samples import Sample
 _GLUED = re.compile(r"(?<=[\w)\"'])\.(?=[A-Z][a-z]|[A-Z] )")
 
 
-def normalise(text: str) -> str:
+def fold_text(text: str) -> str:
     """Return the text with case, underscores, spacing and Unicode forms folded, for comparisons."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("_", " ").casefold().split())
 
@@ -26,14 +26,14 @@ def clean_entries(entries: Iterable[Entry], report: CleaningReport) -> Iterator[
     true_texts = defaultdict[str, set[str]](set)  # of an image, over all of its entries
     spellings = defaultdict[str, dict[str, None]](dict)
     for entry in entries:
-        true_texts[entry.image] |= {normalise(tidy_caption(text)) for text in (*entry.captions, *entry.attributes)}
+        true_texts[entry.image] |= {fold_text(tidy_caption(text)) for text in (*entry.captions, *entry.attributes)}
     for entry in entries:
         own = true_texts[entry.image]
         category = " ".join(entry.category.replace("_", " ").split())
-        spellings[normalise(category)][category] = None
+        spellings[fold_text(category)][category] = None
         for raw in entry.captions:
             caption = tidy_caption(raw)
-            normal = normalise(caption)
+            normal = fold_text(caption)
             if not normal:
                 report.add("empty captions, left out", names=[entry.image])
                 continue
@@ -70,7 +70,7 @@ def _negatives(entry: Entry, own: set[str], report: CleaningReport) -> tuple[tup
     kept: dict[str, tuple[str, str]] = {}
     for raw, category in zip(entry.negatives, categories, strict=True):
         text = tidy_caption(raw)
-        normal = normalise(text)
+        normal = fold_text(text)
         if not normal:
             report.add("empty negatives, left out")
         elif normal in own:

@@ -19,7 +19,7 @@ class Entry:
     """One annotated image, before cleaning.
 
     image: its name. path: a longer path, perhaps of another machine, or "".
-    split: "" if the file does not state one; a hash of cut_by then decides the split.
+    split: "" if the file does not state one; a hash of split_key then decides the split.
     notes: repairs of the reader, for the report of the entry's split.
     """
 
@@ -27,7 +27,7 @@ class Entry:
     captions: tuple[str, ...]
     path: str = ""
     split: str = ""
-    cut_by: str = ""
+    split_key: str = ""
     category: str = ""
     negatives: tuple[str, ...] = ()
     negative_categories: tuple[str, ...] = ()

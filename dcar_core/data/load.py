@@ -212,7 +212,7 @@ def note_overlaps(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningR
 
 
 def _is_held_out(entry: Entry) -> bool:
-    return _hashed(entry.cut_by) == "val"
+    return _hashed(entry.split_key) == "val"
 
 
 def annotation_files(path: Path, split: str) -> list[Path]:
@@ -250,7 +250,7 @@ def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
     """Yield each entry with its split: from the file's name, from its column, or by a hash."""
-    entries = _set_cut_by(entries)
+    entries = _set_split_key(entries)
     in_name = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
     if in_name:
         split = _split_named(in_name[1])
@@ -269,7 +269,7 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> It
         )
     if not any(said):
         note = f"entries of {file.name}, which names no splits, split by a hash of the image's name (80/10/10)"
-        yield from (replace(e, split=_hashed(e.cut_by), notes=(*e.notes, note)) for e in entries)
+        yield from (replace(e, split=_hashed(e.split_key), notes=(*e.notes, note)) for e in entries)
         return
     for entry in entries:
         split = _split_named(entry.split)
@@ -282,11 +282,11 @@ def _split_named(name: str) -> str:
     return _ALIASES.get(name.lower(), name.lower())
 
 
-def _set_cut_by(entries: list[Entry]) -> list[Entry]:
-    """Set `cut_by`: the image's name, without the folder that all absolute names have in common."""
+def _set_split_key(entries: list[Entry]) -> list[Entry]:
+    """Set `split_key`: the image's name, without the folder that all absolute names have in common."""
     absolute = [entry.image for entry in entries if entry.image.startswith("/")]
     common = os.path.commonpath([PurePosixPath(image).parent for image in absolute]) if absolute else "/"
-    return [replace(entry, cut_by=entry.image.removeprefix(common).lstrip("/")) for entry in entries]
+    return [replace(entry, split_key=entry.image.removeprefix(common).lstrip("/")) for entry in entries]
 
 
 def _hashed(image: str) -> str:

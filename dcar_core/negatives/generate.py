@@ -3,7 +3,7 @@
 - Category swap: the caption with another category of the same meta-category, most similar first.
 - Attribute swap: another caption of the category, or the caption with one attribute word replaced.
 - Half of each kind; a shortage of one kind is filled with the other [ours]. FDRD has four negatives per pair.
-- A negative never equals a caption, an attribute or another negative of its image, after normalisation and after
+- A negative never equals a caption, an attribute or another negative of its image, after normalization and after
   truncation to the context.
 - Negatives depend on the seed and on the captions of the same category only.
 """
@@ -16,7 +16,7 @@ from random import Random
 from typing import NamedTuple
 
 from dcar_core.data import Sample
-from dcar_core.data.clean import normalise
+from dcar_core.data.clean import fold_text
 from dcar_core.negatives.lexicon import swap_attributes
 from dcar_core.negatives.words import find_mentions, fold_name, replace_name
 
@@ -44,14 +44,14 @@ class NegativeGenerator:
     """
 
     def __init__(
-        self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], cut: ReadTokens, *, count: int, seed: int
+        self, samples: Sequence[Sample], ranked: Mapping[str, list[str]], tokenize: ReadTokens, *, count: int, seed: int
     ) -> None:
-        self.ranked, self.count, self.seed, self._cut = ranked, count, seed, cut
+        self.ranked, self.count, self.seed, self._tokenize = ranked, count, seed, tokenize
         self.unnamed = 0  # captions without their category
         self.unread = 0  # negatives equal to another text of their image after truncation
         captions = list(dict.fromkeys(sample.caption for sample in samples))
-        self._context = len(cut(["a " * 1000])[0])
-        read = zip(captions, map(tuple, cut(captions)), strict=True)
+        self._context = len(tokenize(["a " * 1000])[0])
+        read = zip(captions, map(tuple, tokenize(captions)), strict=True)
         self._full: dict[str, Hashable] = {text: tokens for text, tokens in read if len(tokens) == self._context}
         self._captions: dict[str, list[Sample]] = defaultdict(list)
         self._own: dict[str, set[Hashable]] = defaultdict(set)
@@ -97,7 +97,7 @@ class NegativeGenerator:
             return self._full.get(negative.text)
         if len(negative.text.encode()) + 2 < self._context:  # a token is a byte or more
             return None
-        tokens = tuple(self._cut([negative.text])[0])
+        tokens = tuple(self._tokenize([negative.text])[0])
         return tokens if len(tokens) == self._context else None
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
@@ -122,8 +122,8 @@ class NegativeGenerator:
 
 
 def _same(text: str) -> str:
-    """Normalise a text for comparison."""
-    return normalise(text.replace("-", " ")).rstrip(".! ")
+    """Normalize a text for comparison."""
+    return fold_text(text.replace("-", " ")).rstrip(".! ")
 
 
 def _contained(categories: Sequence[str]) -> dict[str, tuple[str, ...]]:

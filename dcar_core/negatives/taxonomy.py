@@ -22,7 +22,7 @@ from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
 NameVectors = NDArray[np.floating[Any]]
-NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalised
+NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalized
 CLUSTER = 8  # approximate cluster size
 _FORM = (
     '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either may be left out'
@@ -100,11 +100,11 @@ def rank_categories(
         row_of = {key: row for row, key in enumerate(members)}
         for row, key in enumerate(members):
             near = np.round(vectors @ vectors[row], 4)  # rounded, to be equal on every device
-            asked = np.full(len(members), np.inf)
+            place_of = np.full(len(members), np.inf)
             for place, other in enumerate(similar.get(key, ())):
                 if other in row_of:
-                    asked[row_of[other]] = place
-            ranked[key] = [names[members[i]] for i in np.lexsort((by_name, -near, asked)) if i != row]
+                    place_of[row_of[other]] = place
+            ranked[key] = [names[members[i]] for i in np.lexsort((by_name, -near, place_of)) if i != row]
     for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
         said = [names[other] for other in order if other != key]  # the file's order comes first, across groups
         ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
@@ -161,7 +161,7 @@ def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
 
 
 def cluster_names(features: NameVectors) -> list[int]:
-    """Cluster (n, d) normalised rows by spherical k-means with distant starts; no cluster has a single row."""
+    """Cluster (n, d) normalized rows by spherical k-means with distant starts; no cluster has a single row."""
     n = len(features)
     k = max(1, round(n / CLUSTER))
     centres = features[distant_rows(features, k)]
@@ -180,7 +180,7 @@ def cluster_names(features: NameVectors) -> list[int]:
 
 
 def distant_rows(features: NameVectors, k: int) -> list[int]:
-    """Choose k of (n, d) normalised rows: the most typical one, then always the one that is least like those chosen."""
+    """Choose k of (n, d) normalized rows: the most typical one, then always the one that is least like those chosen."""
     chosen = [int(np.argmax(features @ features.mean(0)))]
     near = np.full(len(features), -np.inf)  # the cosine of the nearest chosen row
     while len(chosen) < k:

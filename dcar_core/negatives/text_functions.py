@@ -17,7 +17,7 @@ _PROMPT_TOKENS = 8  # prompt vectors that the context leaves room for
 
 
 class TextFunctions(NamedTuple):
-    """features: of category names, (n, d), L2-normalised. tokens: of texts, as an encoder with prompts reads them."""
+    """features: of category names, (n, d), L2-normalized. tokens: of texts, as an encoder with prompts reads them."""
 
     features: NameFeatures
     tokens: ReadTokens

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dcar_core.data import CleaningReport, Dataset
-from dcar_core.data.clean import normalise
+from dcar_core.data.clean import fold_text
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.feature_cache import FeatureCache, digest
@@ -85,7 +85,7 @@ def prepare_split(
     frozen = FrozenFeatures(data, backbone, cache, progress)
     captions = [sample.caption for sample in data.samples]
     groups: dict[str, int] = {}
-    caption_group = np.array([groups.setdefault(normalise(caption), len(groups)) for caption in captions])
+    caption_group = np.array([groups.setdefault(fold_text(caption), len(groups)) for caption in captions])
     tokens = backbone.tokenize(captions, model.prompt_tokens)
     has_anchor = for_training and (config.loss.anchor > 0 or model.method.batch_loss is not None)
     has_pair_weights = for_training and config.reweight.train == "pair"
@@ -141,6 +141,6 @@ def _true_pairs(data: Dataset, groups: Mapping[str, int], image_of: Rows) -> NDA
         group * images + int(image)
         for sample, image in zip(data.samples, image_of, strict=True)
         for text in (sample.caption, *sample.attributes)
-        if (group := groups.get(normalise(text))) is not None
+        if (group := groups.get(fold_text(text))) is not None
     }
     return np.array(sorted(pairs), np.int64)

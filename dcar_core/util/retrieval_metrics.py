@@ -47,7 +47,7 @@ def recall_at_k(
     """Return retrieval recall in percent.
 
     Args:
-        text: (T, E) and image: (I, E), float32, L2-normalised.
+        text: (T, E) and image: (I, E), float32, L2-normalized.
         image_of_text: (T,) the row of each text's image; an image may have several texts.
 
     Returns:
@@ -75,7 +75,7 @@ def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]]) -> NDA
 
 
 def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: int = 10) -> float:
-    """Return the mean normalised discounted cumulative gain among the first k targets, in percent.
+    """Return the mean normalized discounted cumulative gain among the first k targets, in percent.
 
     Args:
         right: the rows of every right target of each query, all equally right. A wrong target with an equal score

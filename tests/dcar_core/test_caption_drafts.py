@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dcar_core.captioning.questions import QUESTION_TEMPLATES, Judgement, question, read_verdict, tidy_draft
-from tests.support.captioning import ask, captions, one_picture, rejected
+from tests.support.captioning import ask, captions, one_image, rejected
 from tests.support.vision_server import Asked, Behave, VisionServer, good
 
 REFUSED = {
@@ -23,7 +23,7 @@ REFUSED = {
 @pytest.mark.parametrize("draft", list(REFUSED))
 def test_rejected_draft_is_kept_with_its_reason_and_repeated(photos: Path, draft: str) -> None:
     with VisionServer(lambda asked, n: draft if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
-        found = ask(one_picture(photos), server)
+        found = ask(one_image(photos), server)
     assert found.accepted == 1
     [kept] = rejected(photos)
     assert kept["image"] == "owl/1.png"
@@ -53,7 +53,7 @@ def test_judge_decides_within_a_limited_number_of_rounds(photos: Path) -> None:
         return '{"accept": false, "feedback": "It is dusk, not noon."}' if asked.kind == "judge" else good(asked)
 
     with VisionServer(behave) as server:
-        found = ask(one_picture(photos), server, rounds=3)
+        found = ask(one_image(photos), server, rounds=3)
         assert (found.accepted, found.given_up) == (0, ["owl/1.png"])
         assert server.kinds() == ["draft", "judge"] * 3
         assert "It is dusk, not noon." in server.asked[2].text
@@ -90,7 +90,7 @@ def test_verdicts_are_parsed(answer: str, verdict: Judgement | None) -> None:
 def test_missing_verdict_fails_the_image_and_keeps_the_draft(photos: Path) -> None:
     behave: Behave = lambda asked, n: "What a lovely owl" if asked.kind == "judge" else good(asked)  # noqa: E731
     with VisionServer(behave) as server:
-        found = ask(one_picture(photos), server)
+        found = ask(one_image(photos), server)
         assert found.failed == {"owl/1.png": "an unusable completion: 'What a lovely owl'"}
         assert server.kinds() == ["draft", *["judge"] * 3]
         assert found.usage["judge"].requests == 3  # paid for, though of no use

@@ -9,7 +9,7 @@ import pytest
 
 from dcar_core.captioning.options import VisionModel
 from dcar_core.util.errors import CaptionError, DataError
-from tests.support.captioning import KEY, ask, captions, one_picture, rejected
+from tests.support.captioning import KEY, ask, captions, one_image, rejected
 from tests.support.vision_server import Asked, Raw, VisionServer, good, message
 
 TRANSIENT = {
@@ -42,7 +42,7 @@ def test_transient_errors_are_retried(photos: Path, how: str) -> None:
         return (TRANSIENT | UNUSABLE)[how] if n == 0 else good(asked)
 
     with VisionServer(behave) as server:
-        found = ask(one_picture(photos), server, timeout_s=0.5 if how == "too slow" else 20.0)
+        found = ask(one_image(photos), server, timeout_s=0.5 if how == "too slow" else 20.0)
     assert (found.accepted, found.failed) == (1, {})
     assert server.kinds() == ["draft", "draft", "judge", "judge"]
     assert found.usage["draft"].requests == (2 if how in UNUSABLE else 1)
@@ -67,7 +67,7 @@ def test_an_image_fails_after_its_last_attempt(photos: Path) -> None:
     with VisionServer(lambda asked, n: Raw(429, "slow down")) as server:
         found = ask(photos, server, tries=1, judge=False)
         assert (found.failed["owl/1.png"], len(server.asked)) == ("429 slow down", 4)
-        server.behave = lambda asked, n: good(asked) if asked.picture == server.asked[4].picture else Raw(silent=True)
+        server.behave = lambda asked, n: good(asked) if asked.image == server.asked[4].image else Raw(silent=True)
         found = ask(photos, server, concurrency=1, tries=1, judge=False)
         assert found.failed["owl/2.png"].startswith("no response in 1 attempts: Connection error.")
         server.behave = lambda asked, n: Raw(body=json.dumps(message("late")), drip=0.1)
@@ -82,7 +82,7 @@ def test_an_image_fails_after_its_last_attempt(photos: Path) -> None:
 @pytest.mark.slow
 def test_other_response_forms_are_read(photos: Path, content: Any, usage: Any) -> None:
     with VisionServer(lambda asked, n: message(content, usage=usage)) as server:
-        found = ask(one_picture(photos), server, judge=False)
+        found = ask(one_image(photos), server, judge=False)
     assert (found.accepted, len(server.asked), found.usage["draft"].unknown) == (1, 1, 1)
     assert [entry["positive"] for entry in captions(photos).values()] == ["An owl on grass."]
 
@@ -90,7 +90,7 @@ def test_other_response_forms_are_read(photos: Path, content: Any, usage: Any) -
 def test_refusals_are_recognised(photos: Path) -> None:
     refused = {"choices": [{"message": {"content": None, "refusal": "No owl may be described."}}]}
     with VisionServer(lambda asked, n: refused) as server:
-        found = ask(one_picture(photos), server, rounds=1)
+        found = ask(one_image(photos), server, rounds=1)
         assert found.given_up == ["owl/1.png"]
         [kept] = rejected(photos)
         assert (kept["reason"], kept["draft"]) == ("a refusal", "No owl may be described.")
@@ -118,7 +118,7 @@ def test_refusals_are_recognised(photos: Path) -> None:
 )
 def test_rejected_drafts_name_the_finish_reason(photos: Path, answer: dict[str, Any], reason: str) -> None:
     with VisionServer(lambda asked, n: answer if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
-        found = ask(one_picture(photos), server)
+        found = ask(one_image(photos), server)
     assert found.accepted == 1
     assert [line["reason"] for line in rejected(photos)] == [reason]
 
@@ -164,14 +164,14 @@ def test_a_key_that_no_header_can_hold_is_refused_without_showing_it(odd: str) -
 def test_half_of_a_surrogate_pair_is_replaced(photos: Path) -> None:
     """JSON can say it, a file cannot hold it."""
     with VisionServer(lambda asked, n: good(asked) + (" \ud83d" if asked.kind == "draft" else "")) as server:
-        found = ask(one_picture(photos), server)
+        found = ask(one_image(photos), server)
     assert found.accepted == 1
 
 
 @pytest.mark.parametrize("status", [400, 403])
 def test_refused_request_fails_its_own_image(photos: Path, status: int) -> None:
     def behave(asked: Asked, n: int) -> str | Raw:
-        second = len({each.picture for each in server.asked}) % 2 == 0
+        second = len({each.image for each in server.asked}) % 2 == 0
         return Raw(status, "image too odd") if second else good(asked)
 
     with VisionServer(behave) as server:
@@ -188,8 +188,8 @@ def test_images_that_moderation_flags_are_given_up(photos: Path, metadata: dict[
     first: list[str] = []
 
     def behave(asked: Asked, n: int) -> str | Raw:
-        first.append(asked.picture)
-        return flagged if asked.picture == first[0] else good(asked)
+        first.append(asked.image)
+        return flagged if asked.image == first[0] else good(asked)
 
     with VisionServer(behave) as server:
         found = ask(photos, server, concurrency=1, rounds=1, give_up_after=1, key=KEY)
@@ -199,7 +199,7 @@ def test_images_that_moderation_flags_are_given_up(photos: Path, metadata: dict[
         ask(photos, server, concurrency=1, rounds=1, give_up_after=1, key=KEY)
         assert len(server.asked) == count
         server.behave = lambda asked, n: flagged if asked.kind == "judge" else good(asked)
-        found = ask(one_picture(photos), server, photos.parent / "other.json", key=KEY)
+        found = ask(one_image(photos), server, photos.parent / "other.json", key=KEY)
     assert list(found.failed.values()) == ["an unusable completion: 'for *** flagged'"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from dcar_core.util.errors import CaptionError, LockedError
-from tests.support.captioning import ask, captions, one_picture
+from tests.support.captioning import ask, captions, one_image
 from tests.support.commands import Command, dcar
 from tests.support.images import draw
 from tests.support.vision_server import Asked, Behave, Raw, VisionServer, good
@@ -55,7 +55,7 @@ def test_killed_run_resumes_without_repeated_requests(photos: Path) -> None:
     assert before == 6
     assert done.returncode == 0, done.stderr
     assert "4 captions" in done.stdout
-    answered = [(a.kind, a.picture, a.turn) for a in server.asked]
+    answered = [(a.kind, a.image, a.turn) for a in server.asked]
     del answered[5]  # the one that was under way
     assert len(answered) == len(set(answered)) == 8
     assert all(json.loads(line) for line in journal.read_text().splitlines())
@@ -118,7 +118,7 @@ def no_fantasy(asked: Asked, _: int = 0) -> str:
 @pytest.mark.parametrize("to", ["owl/0.png", "birds/owl/1.png"])
 def test_moved_image_keeps_its_caption(photos: Path, to: str) -> None:
     with VisionServer(no_fantasy) as server:
-        ask(one_picture(photos), server)
+        ask(one_image(photos), server)
         (photos / to).parent.mkdir(parents=True, exist_ok=True)
         (photos / "owl" / "1.png").rename(photos / to)
         for _ in range(2):
@@ -129,7 +129,7 @@ def test_moved_image_keeps_its_caption(photos: Path, to: str) -> None:
 
 def test_copies_and_images_of_another_category_are_captioned(photos: Path) -> None:
     with VisionServer(no_fantasy) as server:
-        ask(one_picture(photos), server)
+        ask(one_image(photos), server)
         shutil.copy(photos / "owl" / "1.png", photos / "owl" / "0.png")
         shutil.copy(photos / "owl" / "1.png", photos / "red_fox" / "1.png")
         found = ask(photos, server)
@@ -141,7 +141,7 @@ def test_copies_and_images_of_another_category_are_captioned(photos: Path) -> No
 
 def test_captions_of_deleted_images_can_be_given_again(photos: Path) -> None:
     with VisionServer(no_fantasy) as server:
-        ask(one_picture(photos), server)
+        ask(one_image(photos), server)
         (photos / "owl" / "1.png").unlink()
         draw("green", "triangle").save(photos / "owl" / "0.png")
         found = ask(photos, server)
@@ -154,7 +154,7 @@ def test_captions_of_deleted_images_can_be_given_again(photos: Path) -> None:
 
 def test_caption_of_a_replaced_image_can_go_to_another(photos: Path) -> None:
     with VisionServer(no_fantasy) as server:
-        ask(one_picture(photos), server)
+        ask(one_image(photos), server)
         draw("green", "triangle").save(photos / "owl" / "1.png")
         draw("green", "cross").save(photos / "owl" / "0.png")
         assert ask(photos, server, concurrency=1).accepted == 2
@@ -163,7 +163,7 @@ def test_caption_of_a_replaced_image_can_go_to_another(photos: Path) -> None:
 
 def test_restored_image_keeps_its_caption(photos: Path) -> None:
     """The image's bytes decide between captions of one name, not their order."""
-    first = (one_picture(photos) / "owl" / "1.png").read_bytes()
+    first = (one_image(photos) / "owl" / "1.png").read_bytes()
     with VisionServer(no_fantasy) as server:
         ask(photos, server)
         draw("green", "triangle").save(photos / "owl" / "1.png")
@@ -182,7 +182,7 @@ def test_unreadable_verdict_is_requested_again(photos: Path) -> None:
     behave: Behave = lambda asked, n: Raw(401) if asked.turn else said if asked.kind == "judge" else good(asked)  # noqa: E731
     with VisionServer(behave) as server:
         with pytest.raises(CaptionError):
-            ask(one_picture(photos), server)
+            ask(one_image(photos), server)
         journal = photos.parent / "captions.journal.jsonl"
         journal.write_text(journal.read_text().replace(json.dumps(said), '"Hm."'))
         server.behave = good

@@ -44,8 +44,8 @@ def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:
         assert asked.headers["authorization"] == f"Bearer {KEY}"
         assert "animals" in asked.body["messages"][0]["content"][0]["text"]
         uri = asked.body["messages"][0]["content"][1]["image_url"]["url"]
-        picture = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
-        assert max(picture.size) <= 256
+        image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
+        assert max(image.size) <= 256
     assert not any(KEY in file.read_text() for file in photos.parent.glob("captions*"))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcar_core.data import CleaningReport, Sample
-from dcar_core.data.clean import normalise
+from dcar_core.data.clean import fold_text
 from dcar_core.model.backbone import Backbone
 from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives, backbone_functions
 from dcar_core.util.errors import DataError
@@ -63,9 +63,9 @@ def test_negatives_are_reproducible_and_differ_from_their_caption(tmp_path: Path
     assert one != third
     own: dict[str, set[str]] = {}
     for s in samples:
-        own.setdefault(s.image, set()).add(normalise(s.caption))
+        own.setdefault(s.image, set()).add(fold_text(s.caption))
     for s in one:
-        texts = [normalise(text) for text in s.negatives]
+        texts = [fold_text(text) for text in s.negatives]
         assert len(set(texts)) == len(texts) > 1
         assert not own[s.image] & set(texts)
         assert len(s.negative_categories) == len(texts)

@@ -32,7 +32,7 @@ def rejected(photos: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (photos.parent / "captions.rejected.jsonl").read_text().splitlines()]
 
 
-def one_picture(photos: Path) -> Path:
+def one_image(photos: Path) -> Path:
     """Delete all images but one, so requests have one order."""
     for path in sorted(photos.rglob("*.png"))[1:]:
         path.unlink()

@@ -18,7 +18,7 @@ class Asked:
 
     kind: str
     category: str
-    picture: str
+    image: str
     turn: int
     text: str  # of the last message
     body: dict[str, Any]
@@ -56,7 +56,7 @@ def message(text: Any, finish: str = "stop", **more: Any) -> dict[str, Any]:
 def good(asked: Asked, _: int = 0) -> str:
     if asked.kind == "judge":
         return '{"accept": true, "feedback": ""}'
-    return f"A {asked.category} on grass, number {asked.picture[:6]}."
+    return f"A {asked.category} on grass, number {asked.image[:6]}."
 
 
 class VisionServer:
@@ -112,15 +112,15 @@ class VisionServer:
         last = body["messages"][-1]["content"]
         kind = "judge" if "Answer with JSON" in first[0]["text"] else "draft"
         named = re.search(r'"([^"]+)"', first[0]["text"])
-        picture = hashlib.sha256(first[1]["image_url"]["url"].encode()).hexdigest()
+        image = hashlib.sha256(first[1]["image_url"]["url"].encode()).hexdigest()
         asked = Asked(
-            kind, named[1] if named else "", picture, len(body["messages"]) // 2,
+            kind, named[1] if named else "", image, len(body["messages"]) // 2,
             last if isinstance(last, str) else last[0]["text"], body, dict(handler.headers.items()), time.monotonic(),
         )  # fmt: skip
         with self._lock:
-            n = sum((a.kind, a.picture, a.turn) == (kind, picture, asked.turn) for a in self.asked)
+            n = sum((a.kind, a.image, a.turn) == (kind, image, asked.turn) for a in self.asked)
             if kind == "judge":  # each draft is judged in a chat of its own
-                n = sum((a.kind, a.picture, a.text) == (kind, picture, asked.text) for a in self.asked)
+                n = sum((a.kind, a.image, a.text) == (kind, image, asked.text) for a in self.asked)
             self.asked.append(asked)
         said = self.behave(asked, n)
         raw = said if isinstance(said, Raw) else Raw(body=json.dumps(message(said) if isinstance(said, str) else said))
