@@ -30,6 +30,7 @@ from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate
 from dcar_core.util.errors import DataError, DcarError, DivergedError
 from tests.support.comparisons import QUICK, trainings
+from tests.support.parts import needs
 
 Compared = tuple[Path, dict[str, Any]]
 
@@ -258,8 +259,8 @@ class Page(HTMLParser):
         self.addresses += [value or "" for name, value in attrs if name in {"src", "href", "action", "xlink:href"}]
 
 
+@needs("plots")
 def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs matplotlib (the extra `plots`)")
     out = compared[0]
     results = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)  # no run is repeated
     page = Page()

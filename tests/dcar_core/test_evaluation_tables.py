@@ -1,6 +1,7 @@
 """Tables and report of known results."""
 
 import csv
+import importlib
 import io
 import json
 import sys
@@ -22,6 +23,7 @@ from dcar_core.evaluation.tables import (
 )
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
+from tests.support.parts import needs
 
 QUICK = TrainConfig(epochs=2, batch_size=6)
 
@@ -106,8 +108,9 @@ def test_the_report_without_matplotlib_says_what_is_missing(monkeypatch: pytest.
     assert "<svg" not in page
 
 
+@needs("plots")
 def test_curves_have_a_line_for_each_method() -> None:
-    plots = pytest.importorskip("dcar_core.evaluation.plots", reason="needs matplotlib (the extra `plots`)")
+    plots = importlib.import_module("dcar_core.evaluation.plots")
     methods = [f"method {number}" for number in range(12)]
     shots = {name: {"1": {"mean": 20.0, "std": 1.5}, "16": {"mean": 30.0, "std": 0.0}} for name in methods}
     drawn = plots.shots_plot(methods, shots, "title")
