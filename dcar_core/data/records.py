@@ -283,7 +283,7 @@ def _unpacked_limit(name: str, metadata: "pq.FileMetaData") -> int:
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
     packed = sum(chunk.total_compressed_size for group in chunks for chunk in group)
-    limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * packed)
+    limit: int = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * packed)
     for group in chunks:
         size = sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in group)
         if size > limit:
