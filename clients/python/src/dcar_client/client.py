@@ -1,6 +1,7 @@
 """`Client` and `AsyncClient`: the same methods, synchronous and asynchronous.
 
 - Responses are the models of `dcar_client.models`; every error response is a `ServiceError`.
+- An attempt has a deadline and a response a size, `dcar_client.limits.MAX_RESPONSE_BYTES`.
 - 429 and 503 are retried after the time in `Retry-After`; connections that cannot be opened are retried too.
 """
 
@@ -16,6 +17,7 @@ import httpx
 from dcar_client import calls
 from dcar_client.calls import Call, NewItem, NewQuery, path_segment
 from dcar_client.errors import error_from
+from dcar_client.limits import aread_bounded, deadline, end_at_deadline, read_bounded
 from dcar_client.models import (
     Collection,
     EmbeddingsResponse,
@@ -37,10 +39,11 @@ class Client:
     """Synchronous client of one service. Use it as a context manager, or call `close`.
 
     Args:
-        url: address of the service, such as http://127.0.0.1:8000.
+        url: address of the service, such as http://127.0.0.1:8000. A user and password in it are sent as basic
+            authentication.
         key: an API key, or the admin key for `reload` and changes of items and collections.
         collection: the collection to search; None for the default one.
-        timeout_s: seconds without data after which an attempt fails.
+        timeout_s: seconds after which an attempt fails, connection and whole response included.
         retries: further attempts after 429, 503 or a connection that cannot be opened.
         max_wait_s: the longest wait between attempts; a longer `Retry-After` is an error.
         transport: an httpx transport, for proxies or tests.
@@ -63,8 +66,9 @@ class Client:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._prefix = _prefix(collection)
-        self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s, transport=transport)
-        self._retries, self._max_wait_s, self._sleep = retries, max_wait_s, sleep
+        self._http = httpx.Client(**_address(url, key), timeout=timeout_s, transport=transport)
+        end_at_deadline(self._http)
+        self._timeout_s, self._retries, self._max_wait_s, self._sleep = timeout_s, retries, max_wait_s, sleep
 
     def __enter__(self) -> Self:
         return self
@@ -171,7 +175,7 @@ class Client:
         for attempt in range(self._retries + 1):
             is_last = attempt == self._retries
             try:
-                response = self._http.request(call.method, call.path, **call.arguments)
+                response = self._attempt(call)
             except RETRIED_ERRORS:
                 if is_last:
                     raise
@@ -184,6 +188,12 @@ class Client:
                 raise error_from(response)
             self._sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _attempt(self, call: Call[T]) -> httpx.Response:
+        deadline.set(time.monotonic() + self._timeout_s)
+        with self._http.stream(call.method, call.path, **call.arguments) as response:
+            response._content = read_bounded(response.iter_bytes())
+            return response
 
 
 class AsyncClient:
@@ -205,8 +215,8 @@ class AsyncClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._prefix = _prefix(collection)
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s, transport=transport)
-        self._retries, self._max_wait_s, self._sleep = retries, max_wait_s, sleep
+        self._http = httpx.AsyncClient(**_address(url, key), timeout=timeout_s, transport=transport)
+        self._timeout_s, self._retries, self._max_wait_s, self._sleep = timeout_s, retries, max_wait_s, sleep
 
     async def __aenter__(self) -> Self:
         return self
@@ -315,7 +325,7 @@ class AsyncClient:
         for attempt in range(self._retries + 1):
             is_last = attempt == self._retries
             try:
-                response = await self._http.request(call.method, call.path, **call.arguments)
+                response = await self._attempt(call)
             except RETRIED_ERRORS:
                 if is_last:
                     raise
@@ -329,10 +339,25 @@ class AsyncClient:
             await self._sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
+    async def _attempt(self, call: Call[T]) -> httpx.Response:
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._http.stream(call.method, call.path, **call.arguments) as response,
+            ):
+                response._content = await aread_bounded(response.aiter_bytes())
+                return response
+        except TimeoutError:
+            raise httpx.ReadTimeout("the attempt takes longer than the timeout") from None
+
 
 def _prefix(collection: str | None) -> str:
     return "" if collection is None else f"/collections/{path_segment(collection)}"
 
 
-def _headers(key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _address(url: str, key: str | None) -> dict[str, Any]:
+    """Return arguments of httpx's clients: an address without credentials, which logs may contain, and these apart."""
+    given = httpx.URL(url)
+    auth = (given.username, given.password) if given.userinfo else None
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return {"base_url": given.copy_with(userinfo=b""), "auth": auth, "headers": headers}

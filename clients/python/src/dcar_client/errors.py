@@ -3,13 +3,17 @@
 Exception
 `- ServiceError    the service (or a proxy before it) sent an error, or a body that is not the service's
 
-Without a response, httpx raises `httpx.TransportError`.
+Without a response, httpx raises `httpx.TransportError`. Texts of a response are cleaned before they become part of an
+error: see `dcar_client.limits.clean`.
 """
+
+import contextlib
 
 import httpx
 from pydantic import ValidationError
 
-from dcar_client.models import ProblemResponse
+from dcar_client.limits import clean
+from dcar_client.models import FieldError, ProblemResponse
 
 
 class ServiceError(Exception):
@@ -30,9 +34,15 @@ class ServiceError(Exception):
 
 
 def error_from(response: httpx.Response) -> ServiceError:
-    """Return the error that a response stands for."""
-    try:
-        problem = ProblemResponse.model_validate_json(response.content)
-    except ValidationError:
-        problem = None
-    return ServiceError(response.status_code, problem, response.headers.get("x-request-id"))
+    """Return the error that a response stands for, without the key of its request."""
+    key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
+    problem = None
+    with contextlib.suppress(ValidationError):
+        given = ProblemResponse.model_validate_json(response.content)
+        texts = {name: clean(getattr(given, name), key) for name in ("type", "title", "detail")}
+        faults = given.errors and [
+            FieldError(field=clean(each.field, key), message=clean(each.message, key)) for each in given.errors[:20]
+        ]
+        problem = given.model_copy(update={**texts, "errors": faults})
+    request_id = clean(response.headers.get("x-request-id", ""), key) or None
+    return ServiceError(response.status_code, problem, request_id)

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import httpx
 from pydantic import Field
 
 from dcar_client import AsyncClient, ItemResponse, SearchOptions, SearchResponse, ServiceError
+from dcar_client.limits import clean
 
 try:
     from mcp.server.mcpserver import Image, MCPServer
@@ -61,7 +63,8 @@ class GalleryTools:
     """
 
     def __init__(self, client: AsyncClient, url: str, folder: Path | None = None) -> None:
-        self._client, self._url, self._folder = client, url.rstrip("/"), folder
+        self._client, self._folder = client, folder
+        self._url = str(httpx.URL(url).copy_with(userinfo=b"")).rstrip("/")
 
     async def search_by_words(
         self,
@@ -126,6 +129,8 @@ class GalleryTools:
         response = await _plain(call)
         items = response.results if isinstance(response, SearchResponse) else [response]
         for item in items:
+            if not re.match(r"/[^/\\]", item.image_url):  # of another host
+                raise ToolError(f"the service names an image outside of itself: {clean(item.image_url)}")
             item.image_url = self._url + item.image_url
         content: list[TextContent | ImageContent] = [
             TextContent(type="text", text=response.model_dump_json(exclude_unset=True))

@@ -1,0 +1,151 @@
+"""The Python client and its MCP tools against servers that are hostile or broken."""
+
+import contextlib
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from dcar_client import AsyncClient, Client, ServiceError
+from dcar_client.limits import MAX_RESPONSE_BYTES, MAX_TEXT, OversizedResponseError
+
+from tests.support.parts import needs
+
+KEY = "k" * 32
+RESULT = {"rank": 1, "id": "a", "score": 0.5, "caption": "", "category": "", "image_url": "/items/a/image"}
+
+
+@contextmanager
+def answering_with(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A server that answers each connection by a function; gives its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                answer(connection)
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(10)
+
+
+def drip_headers(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nx-long: ")
+    while True:
+        connection.sendall(b"a")
+        time.sleep(0.1)
+
+
+def drip_body(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
+    while True:
+        connection.sendall(b" ")
+        time.sleep(0.1)
+
+
+def endless(connection: socket.socket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
+    while True:
+        connection.sendall(b" " * 2**20)
+
+
+def bomb(connection: socket.socket) -> None:
+    data = gzip.compress(b" " * 2 * MAX_RESPONSE_BYTES)
+    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+
+
+@pytest.mark.parametrize(
+    ("answer", "timeout_s", "error"),
+    [
+        (drip_headers, 0.5, httpx.ReadTimeout),
+        (drip_body, 0.5, httpx.ReadTimeout),
+        (endless, 60, OversizedResponseError),
+        (bomb, 60, OversizedResponseError),
+    ],
+)
+async def test_an_attempt_ends(answer: Callable[[socket.socket], None], timeout_s: float, error: Any) -> None:
+    with answering_with(answer) as url:
+        with Client(url, timeout_s=timeout_s) as client, pytest.raises(error):
+            client.readiness()
+        async with AsyncClient(url, timeout_s=timeout_s) as client, contextlib.AsyncExitStack():
+            with pytest.raises(error):
+                await client.readiness()
+
+
+def refusal(detail: str) -> httpx.MockTransport:
+    problem = {"type": "about:blank", "title": detail, "status": 422, "detail": detail}
+    faults = {"errors": [{"field": detail, "message": detail}] * 1000}
+    return httpx.MockTransport(
+        lambda request: httpx.Response(422, json=problem | faults, headers={"x-request-id": KEY + "\x1b[0m"})
+    )
+
+
+def test_errors_hold_no_key_no_control_characters_and_little_text() -> None:
+    transport = refusal(f"\x1b[2J\u202e{KEY} " + "long " * 2_000)
+    with Client("http://odd", key=KEY, transport=transport) as client, pytest.raises(ServiceError) as caught:
+        client.readiness()
+    assert caught.value.problem
+    texts = [str(caught.value), caught.value.problem.model_dump_json()]
+    assert not [text for text in texts if KEY in text or "\x1b" in text or "\u202e" in text]
+    assert len(str(caught.value)) < 2 * MAX_TEXT
+    assert len(caught.value.problem.errors or ()) == 20
+
+
+@pytest.mark.parametrize("score", ["NaN", "1e999", "-Infinity"])
+def test_scores_are_finite(score: str) -> None:
+    body = json.dumps({"results": [RESULT], "took_ms": 1.0, "cached": False, "index_version": 1}).replace("0.5", score)
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=body))
+    with Client("http://odd", transport=transport) as client, pytest.raises(ServiceError, match="not a response"):
+        client.search_text("red")
+
+
+def test_a_password_in_the_address_is_sent_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["authorization"])
+        return httpx.Response(200, json={"status": "ok"})
+
+    caplog.set_level("DEBUG")
+    with Client("http://me:secret@far", transport=httpx.MockTransport(respond)) as client:
+        client.health()
+    assert seen == ["Basic bWU6c2VjcmV0"]
+    assert "secret" not in caplog.text
+
+
+@needs("mcp")
+@pytest.mark.parametrize("image_url", ["https://evil.example/a", "//evil.example/a", "/\\evil.example/a"])
+async def test_mcp_results_name_images_of_the_service(image_url: str) -> None:
+    from dcar_client.mcp import GalleryTools
+    from mcp.server.mcpserver.exceptions import ToolError
+
+    url = [image_url]
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        item = {"id": "a", "caption": "", "category": "", "metadata": {}, "image_url": url[0], "index_version": 1}
+        return httpx.Response(200, json=item)
+
+    async with AsyncClient("http://odd", transport=httpx.MockTransport(respond)) as client:
+        tools = GalleryTools(client, "http://me:secret@odd")
+        with pytest.raises(ToolError, match="outside of itself"):
+            await tools.get_item("a")
+        url[0] = "/items/a/image"
+        answer = await tools.get_item("a")
+        assert answer.structured_content["image_url"] == "http://odd/items/a/image"
