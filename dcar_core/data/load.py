@@ -118,8 +118,8 @@ class Annotations:
 
     @cached_property
     def _root(self) -> ImageRoot:
-        beside = self.path if self.path.is_dir() or self.path.suffix.lower() == ".tar" else self.path.parent
-        return ImageRoot(self._image_root or beside)
+        folder = self.path if self.path.is_dir() or self.path.suffix.lower() == ".tar" else self.path.parent
+        return ImageRoot(self._image_root or folder)
 
     def _select(self, split: str, report: CleaningReport) -> list[Entry]:
         """Return the entries of a split; without a val split, a tenth of the training images are val."""
@@ -134,7 +134,7 @@ class Annotations:
                 report.add("pairs taken from the training split, as the data has no val split", len(own))
         if not own and not self._files(source):
             there = [name for name in SPLITS if self._files(name)]
-            has = f"it has {', '.join(there)} alone" if there else self._needed_files()
+            has = f"it only has {', '.join(there)}" if there else self._needed_files()
             raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
             others = ", ".join(name for name in self.splits() if name != split)
@@ -179,7 +179,7 @@ def load_split(
         split: train, val or test.
         image_root: the image root, if it is not `path` (or the file's folder).
         image_policy: "require" every image to be there; "present" leaves out missing images and reports their names;
-            "skip" also leaves out images that cannot be decoded; "ignore" reads the annotations alone.
+            "skip" also leaves out images that cannot be decoded; "ignore" reads only the annotations.
 
     Raises:
         DataError: no annotations, none for this split, too many bad rows, or missing images.

@@ -1,12 +1,12 @@
 """Reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record maps columns to values.
 
-- Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows of commas alone, are skipped.
+- Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows with only commas, are skipped.
 - A column without a name, such as the row numbers of pandas, is left out of a CSV. Blanks around the
   names of columns, and capitals in those that have a meaning here, make no difference.
 - A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it. A first
   line `sep=;` names the delimiter.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
-  and false, and JSON lists of texts; an empty cell is no value.
+  and false, and JSON lists of texts; an empty cell is a missing value.
 - The columns in LIST_COLUMNS hold several texts: a JSON list, or texts separated by `|`; `attributes` holds a JSON
   list.
 - A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
@@ -279,7 +279,7 @@ def _read_parquet(
 
 
 def _unpacked_limit(name: str, metadata: "pq.FileMetaData") -> int:
-    """Return the most bytes that a file may have in memory. Raise DataError if one of its parts alone has more."""
+    """Return the most bytes that a file may have in memory. Raise DataError if a single part has more."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
     packed = sum(chunk.total_compressed_size for group in chunks for chunk in group)
@@ -302,7 +302,7 @@ def _unpacked_size(values: "pa.Array") -> int:
 
     if pa.types.is_dictionary(values.type):
         lengths = pc.binary_length(values.dictionary).take(values.indices)
-        return pc.sum(lengths).as_py() or 0
+        return int(pc.sum(lengths).as_py() or 0)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return _unpacked_size(values.flatten())
     if pa.types.is_struct(values.type):

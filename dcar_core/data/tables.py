@@ -101,7 +101,7 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
         # "1.jpg" is the image of a sample that also has "1.depth.png" or "1.mask.png"
         image = min(images, key=lambda each: each[0].count("."))[1] if images else None
         if len(images) > 1:
-            report.add("tar samples with several images, of which one was taken", names=[str(image)])
+            report.add("tar samples with several images, one of which was taken", names=[str(image)])
         if image is None:
             report.add("tar samples without an image, left out", names=[f"{file.name}/{key}"])
             continue

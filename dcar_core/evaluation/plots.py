@@ -6,7 +6,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def _svg(axes: Axes) -> str:
-    buffer = io.StringIO()
-    axes.get_figure().savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    buffer, figure = io.StringIO(), cast("Figure", axes.figure)
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace("#000000", "currentColor")

@@ -37,7 +37,7 @@ def hold_out_categories(splits: Mapping[str, Dataset], share: float) -> tuple[di
     """Leave a share of the categories out of training and validation, chosen by a hash of their names.
 
     Returns:
-        The splits, of which the test split is whole, and the folded names of the categories left out.
+        The splits, with a whole test split, and the folded names of the categories left out.
 
     Raises:
         DataError: too few categories to leave some out and keep some, or no pair of a split is left.

@@ -22,7 +22,7 @@ MEASURES_NOTE = (
     "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "
     "unseen categories is that of their test pairs among all test images."
 )
-SHOTS_NOTE = "Mean R@1 after training on so many pairs of each category:"
+SHOTS_NOTE = "Mean R@1 after training on this number of pairs of each category:"
 
 Results = dict[str, Any]
 
@@ -56,7 +56,7 @@ def column_means(method: dict[str, Any]) -> list[float | None]:
 def results_markdown(results: Results) -> str:
     """Return results.md: recall, settings, the weakest categories and the most frequent confusions."""
     pairs, settings = results["pairs"], results["training"]
-    loss = "" if results["loss"] == "both" else f" The contrastive loss is {results['loss']} alone."
+    loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
     parts = [
         f"# {results['data']}",
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "

@@ -49,8 +49,8 @@ def add_negatives(
         seed: selects among the possible attribute swaps.
 
     Raises:
-        DataError: an unknown mode, an unusable taxonomy or one beside mode `off`, an empty split, or mode `missing` or
-            `all` for data without categories.
+        DataError: an unknown mode, an unusable taxonomy, a taxonomy with mode `off`, an empty split, or mode `missing`
+            or `all` for data without categories.
     """
     if mode not in get_args(Mode):
         raise DataError(f"--negatives must be {', '.join(get_args(Mode))}, not {mode!r}")
@@ -97,8 +97,8 @@ def _completed(data: Dataset, rows: set[int], generator: NegativeGenerator, repo
         report.add("splits with one category only: no category can be swapped for another")
     else:
         outside = report.names.get("categories missing from the taxonomy, not swapped for others", [])
-        alone = sorted(name for key, name in own.items() if not ranked.get(key) and name not in outside)
-        report.add("categories alone in their meta-category, not swapped for others", names=alone)
+        single = sorted(name for key, name in own.items() if not ranked.get(key) and name not in outside)
+        report.add("single categories of a meta-category, not swapped for others", names=single)
     made = {row: generator.negatives(data.samples[row]) for row in sorted(rows)}
     samples = list(data.samples)
     for row, negatives in made.items():

@@ -1,4 +1,4 @@
-"""Text functions for negatives, of a CLIP or of letters alone: features of names, and tokens after truncation."""
+"""Text functions for negatives, of a CLIP or only of letters: features of names, and tokens after truncation."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple

@@ -23,7 +23,7 @@ os.umask(_UMASK)
 
 
 def apply_umask(mode: int) -> int:
-    """Return the mode that `mkdir` or `open` would use; some libraries write for this user alone."""
+    """Return the mode that `mkdir` or `open` would use; some libraries write only for this user."""
     return mode & ~_UMASK
 
 

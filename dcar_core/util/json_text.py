@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Half of a pair, beside what may look like one: an escaped backslash, and a whole pair.
+# Half of a pair, and what may look like one: an escaped backslash, and a whole pair.
 _HALF = re.compile(r"\\\\|\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>\\u(?i:d[89a-f][0-9a-f]{2}))")
 
 

@@ -98,7 +98,7 @@ def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_split(tmp_path / "gone", "val")
     write_json(tmp_path / "train.json", {"a": {"file_name": "a.png", "positive": "a red car"}})
-    with pytest.raises(DataError, match="no annotations for test: it has train alone"):
+    with pytest.raises(DataError, match="no annotations for test: it only has train"):
         load_split(tmp_path, "test")
     with pytest.raises(DataError, match="has no val pairs; it has train"):  # one pair, and it is needed for training
         load_split(tmp_path, "val")

@@ -48,7 +48,7 @@ def test_image_of_a_sample_is_the_one_without_a_suffix(tmp_path: Path) -> None:
     tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
     data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [sample.image for sample in data.samples] == ["train.tar/0.png"]
-    assert report.names["tar samples with several images, of which one was taken"] == ["0.png"]
+    assert report.names["tar samples with several images, one of which was taken"] == ["0.png"]
 
 
 def test_caption_ends_with_its_line(tmp_path: Path) -> None:

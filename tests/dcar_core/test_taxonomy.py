@@ -24,7 +24,7 @@ def test_categories_keep_the_order_of_the_data(tmp_path: Path) -> None:
     swapped = {s.image: set(s.negative_categories) - {s.category} for s in samples}
     assert swapped == {"1": {"Ragdoll"}, "6": {"Ragdoll"}, "2": {"Sphynx"}, "3": set(), "4": {"Pug"}, "5": {"Beagle"}}
     assert report.names["categories without a meta-category, swapped for one another"] == ["Maine Coon"]
-    assert report.names["categories alone in their meta-category, not swapped for others"] == ["Maine Coon"]
+    assert report.names["single categories of a meta-category, not swapped for others"] == ["Maine Coon"]
     preferred = replace(CATS[1], negatives=("A pug.", "A Beagle."), negative_categories=("pug", "Beagle"))
     ranked = rank_categories([preferred, *CATS], None, letter_features, report)
     assert ranked["ragdoll"][:2] == ["Beagle", "Pug"]  # as often as each other, so by name; before all others
@@ -114,7 +114,7 @@ def test_category_missing_from_the_taxonomy_is_named(tmp_path: Path) -> None:
     )
     samples, report = made(CATS, tmp_path, taxonomy=tree)
     assert report.names["categories missing from the taxonomy, not swapped for others"] == ["Beagle", "Maine Coon"]
-    assert report.names["categories alone in their meta-category, not swapped for others"] == ["Pug"]
+    assert report.names["single categories of a meta-category, not swapped for others"] == ["Pug"]
     assert set(samples[0].negative_categories) == {"Ragdoll", "Lykoi", "Sphynx"}  # the file knows more than the data
 
 
