@@ -24,6 +24,7 @@ from dcar_core.model.methods.method import Method
 from dcar_core.model.methods.registry import METHODS, require_runnable
 from dcar_core.model.methods.weight_changes import WeightChanges
 from dcar_core.model.token_weights import TokenWeightHead
+from dcar_core.model.towers.text import PROMPT_STD
 
 INITIAL_TEXT = "a photo of a"
 
@@ -33,6 +34,7 @@ class DualPrompts(nn.Module):
 
     e_i = Linear(v_i) [ours, as MaPLe couples them] + residual_i [ours; the figure marks both v and e as trained]. The
     layer is one for all depths, and `maple` has the residual too [ours; MaPLe has a layer for each depth and none].
+    E starts near the patches of a blank image [ours], since prompts of random directions first lower recall.
     """
 
     def __init__(self, backbone: Backbone, config: PromptConfig) -> None:
@@ -47,7 +49,13 @@ class DualPrompts(nn.Module):
         self.text = nn.Parameter(start)
         if config.image:
             self.couple = nn.Linear(backbone.text_width, backbone.vision_width)
-            self.residual = nn.Parameter(torch.zeros(config.depth, config.length, backbone.vision_width))
+            nn.init.normal_(self.couple.weight, std=PROMPT_STD)
+            nn.init.zeros_(self.couple.bias)
+            with torch.no_grad():
+                blank = backbone.normalized(backbone.preprocess.blank()[None])
+                rows = backbone.image_tower.blank_rows(blank, config.depth).cpu()  # [depth, W_v]
+            noise = torch.randn(config.depth, config.length, backbone.vision_width)  # equal prompts would learn alike
+            self.residual = nn.Parameter(rows[:, None] + 0.05 * rows.std() * noise)
 
     def text_prompts(self) -> Tensor | None:
         """(depth, k, W_t)"""

@@ -94,6 +94,11 @@ def check_image_prompts(image: object, pixels: Tensor) -> None:
     check_rows(lambda i, both: image.encode(pixels[i], None, tuple(both)), blocks)  # type: ignore[attr-defined]
     with torch.no_grad():
         patches = image.patch_features(pixels)  # type: ignore[attr-defined]
+        starts = image.blank_rows(pixels[:1], 5)  # type: ignore[attr-defined]
+        mean = image.embed(pixels[:1])[0, -(image.patch_grid**2) :].mean(0)  # type: ignore[attr-defined]
+        entering = image.entry_norm(starts[0])  # type: ignore[attr-defined]
+    assert starts.shape == (5, width), "more than the blocks of a shrunk tower"
+    assert torch.cosine_similarity(entering, mean, dim=0) > 0.9
     assert patches.shape == (2, image.patch_grid**2, WIDTH)  # type: ignore[attr-defined]
     assert torch.isfinite(patches).all()
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcar_core.model.towers.prompt_rows import AdapterMatrices, PromptRows
 from dcar_core.model.towers.text import project_by
@@ -25,12 +25,14 @@ class ImageTower:
     blocks: D, the number of its transformer blocks; 0 where `width` is.
     patch_grid: patches per side.
     module: open_clip's module that it runs.
+    entry_norm: between embedding and first block; prompts pass it too.
     """
 
     width: int
     blocks: int
     patch_grid: int
     module: Any
+    entry_norm: nn.Module = nn.Identity()
 
     def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
         """Image features (B, E), not normalised.
@@ -42,7 +44,7 @@ class ImageTower:
         """
         x = self.embed(pixels)
         rows = PromptRows(prompts, x.shape[1], adapters)
-        return self.project(self.pool(self.run(rows.enter(x, self.prepare_prompts), rows)))
+        return self.project(self.pool(self.run(rows.enter(x, self.entry_norm), rows)))
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         """Each patch's feature in the joint space (B, P, E), not normalised, without prompts."""
@@ -69,9 +71,27 @@ class ImageTower:
         """(B, n, W_v) -> (B, P, E)."""
         raise NotImplementedError
 
-    def prepare_prompts(self, prompts: Tensor) -> Tensor:
-        """Apply the norm between embedding and first block."""
-        return prompts
+    def blank_rows(self, blank: Tensor, depth: int) -> Tensor:
+        """Return the mean patch of a blank image (1, 3, S, S) before each of the first blocks: (depth, W_v)."""
+        rows = _RecordedRows()
+        self.run(self.embed(blank), rows)
+        inputs = [*rows.inputs[:depth], *rows.inputs[-1:] * (depth - len(rows.inputs))]
+        found = torch.stack([x[0, -(self.patch_grid**2) :].mean(0) for x in inputs])
+        if isinstance(self.entry_norm, nn.LayerNorm) and self.entry_norm.weight is not None:
+            found[0] = (found[0] - self.entry_norm.bias) / self.entry_norm.weight  # which the norm undoes
+        return found
+
+
+class _RecordedRows(PromptRows):
+    """No prompts; keeps what enters each block."""
+
+    def __init__(self) -> None:
+        super().__init__(None, 0)
+        self.inputs: list[Tensor] = []
+
+    def renew(self, x: Tensor, block: int) -> Tensor:
+        self.inputs.append(x)
+        return x
 
 
 class NativeImage(ImageTower):
@@ -81,12 +101,10 @@ class NativeImage(ImageTower):
         self.module = visual
         self.width, self.blocks = int(visual.conv1.out_channels), len(visual.transformer.resblocks)
         self.patch_grid = int(visual.grid_size[0])
+        self.entry_norm = visual.ln_pre
 
     def embed(self, pixels: Tensor) -> Tensor:
         return self.module._embeds(pixels)  # type: ignore[no-any-return]
-
-    def prepare_prompts(self, prompts: Tensor) -> Tensor:
-        return self.module.ln_pre(prompts)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, rows: PromptRows) -> Tensor:
         return rows.leave(rows.run(x, self.module.transformer.resblocks))
@@ -113,6 +131,7 @@ class TimmImage(ImageTower):
         trunk = visual.trunk
         self.width, self.blocks = int(trunk.embed_dim), len(trunk.blocks)
         self.patch_grid = int(trunk.patch_embed.grid_size[0])
+        self.entry_norm = trunk.norm_pre
         self.has_rope = getattr(trunk, "rope", None) is not None
         self.is_eva = type(trunk).__name__ == "Eva"
 
@@ -120,9 +139,6 @@ class TimmImage(ImageTower):
         trunk = self.module.trunk
         x = trunk._pos_embed(trunk.patch_embed(pixels))
         return trunk.norm_pre(x[0] if self.is_eva else x)  # type: ignore[no-any-return]
-
-    def prepare_prompts(self, prompts: Tensor) -> Tensor:
-        return self.module.trunk.norm_pre(prompts)  # type: ignore[no-any-return]
 
     def run(self, x: Tensor, rows: PromptRows) -> Tensor:
         trunk, blocks = self.module.trunk, self.module.trunk.blocks
