@@ -20,8 +20,8 @@ from app.search.planning import row_of
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
-from dcar_core.runtimes.export_cache import default_cache_directory
 from dcar_core.util.errors import ArtifactError, ImageError
+from dcar_core.util.files import default_cache_directory
 from index_jobs.store.artifact import Artifact
 
 PIECE_BYTES = 64 * 2**10

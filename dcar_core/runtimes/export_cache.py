@@ -1,7 +1,7 @@
 """Exported graphs on disk: made once for a backbone and a library's version, checked at every use.
 
     CACHE/exports/KEY/manifest.json    its key, and the checksum of every file
-    CACHE/exports/KEY/*.xml, *.bin, *.onnx, *.safetensors
+    CACHE/exports/KEY/*.xml, *.bin
 
 - KEY names backbone, inputs of the graphs, library and version, so an upgrade exports again beside the old one.
 - Exports are written aside and renamed under a lock, so a killed process leaves no half of one in place.
@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,18 +22,6 @@ from dcar_core.util.files import apply_umask, sha256_of
 
 MANIFEST = "manifest.json"
 GRAPHS = 4  # version of the graphs: exports of another one are not used
-
-
-def default_cache_directory() -> Path:
-    """Return DCAR_RUNTIME_CACHE, which jobs, commands and the service share; else the user's cache directory."""
-    if named := os.environ.get("DCAR_RUNTIME_CACHE"):
-        return Path(named)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "dcar"
-    try:
-        return Path.home() / ".cache" / "dcar"
-    except RuntimeError:  # the system does not know the user, as in a container
-        return Path(os.devnull) / "dcar"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def calibrate(adapter: Adapter, loaded: LoadedModel, data: Probe) -> Path:
         MissingExtraError: openvino or nncf is not installed.
         RuntimeUnavailableError: the export fails or cannot be written.
     """
-    exact = loaded.export(graph)
+    exact = loaded.export()
     key = loaded.export_key("openvino-int8", graph.version(), calibrated=True)
     inputs = {
         graph.TEXT: list(_text_inputs(adapter, data.texts)),

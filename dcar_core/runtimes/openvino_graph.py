@@ -12,7 +12,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcar_core.runtimes.protocol import ExportRuntime
+from dcar_core.runtimes.protocol import Runtime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dcar_core.runtimes.graph_modules import ImageGraph
     from dcar_core.runtimes.text_graphs import TextGraph
 
-RUNTIME, TEXT, IMAGE = "openvino", "text.xml", "image.xml"
+TEXT, IMAGE = "text.xml", "image.xml"
 
 
 def library() -> Any:
@@ -53,8 +53,11 @@ def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
-class OpenVinoRuntime(ExportRuntime):
-    """Both graphs, compiled. hint: "f32" or "bf16", for graphs that are not int8."""
+class OpenVinoRuntime(Runtime):
+    """Both graphs of an export, compiled; needs neither the model nor PyTorch.
+
+    hint: "f32" or "bf16", for graphs that are not int8.
+    """
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         openvino = library()

@@ -9,7 +9,6 @@ heads, d width of a head, W_t and W_v widths, E joint space, S side in pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,10 +68,3 @@ class Runtime:
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
         """pixels (B, 3, S, S), `Adapter.image_inputs` of one or of B adapters -> features (B, E), not normalised."""
         return self._run_image((pixels, *inputs))
-
-
-class ExportRuntime(Runtime):
-    """A runtime that runs a graph on disk, and needs neither the model nor PyTorch for it."""
-
-    directory: Path
-    threads: int

@@ -7,10 +7,12 @@
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from dcar_core.runtimes import openvino_graph
 from dcar_core.runtimes.export_cache import ExportKey, ensure_export
-from dcar_core.runtimes.protocol import ExportRuntime, Runtime
+from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+from dcar_core.runtimes.protocol import Runtime
 from dcar_core.util import machine
 from dcar_core.util.errors import RuntimeUnavailableError
 
@@ -40,8 +42,6 @@ RUNTIME_KINDS: dict[str, RuntimeKind] = {
         RuntimeKind("torch", "fp32", "any"),
         RuntimeKind("torch-bf16", "bf16", needs="bf16"),
         RuntimeKind("torch-compile", "bf16", needs="bf16"),
-        RuntimeKind("onnx", "fp32", extra="onnx"),
-        RuntimeKind("onnx-int8", "int8", needs="int8", extra="onnx"),
         RuntimeKind("openvino", "fp32", extra="openvino"),
         RuntimeKind("openvino-bf16", "bf16", needs="bf16", extra="openvino"),
         RuntimeKind("openvino-int8", "int8", needs="int8", extra="openvino"),
@@ -56,7 +56,7 @@ AUTO = "auto"
 class LoadedModel:
     """A model in memory, and what names its exports.
 
-    backbone_hash: as `Backbone.content_hash`. cache: the directory of exports and measurements.
+    backbone_hash: as `Backbone.content_hash`. cache: the directory of exports.
     """
 
     model: "DCAR"
@@ -89,23 +89,25 @@ class LoadedModel:
         has_adapters = self.model.block_adapters is not None
         return text_graph(self.backbone, text), ImageGraph(self.backbone, image, has_adapters=has_adapters).eval()
 
-    def export(self, graph: Any) -> Path:
-        """Return the directory of the checked float32 export; make it if there is none.
-
-        graph: the module `openvino_graph` or `onnx_graph`.
-        """
-        key = self.export_key(graph.RUNTIME, graph.version())
-        return ensure_export(key, self.cache, lambda path: graph.write(path, *self.graphs()))
+    def export(self) -> Path:
+        """Return the directory of the checked float32 export; make it if there is none."""
+        key = self.export_key("openvino", openvino_graph.version())
+        return ensure_export(key, self.cache, lambda path: openvino_graph.write(path, *self.graphs()))
 
 
 def require_known(name: str) -> None:
     """Raise an error that lists all names if there is no such runtime."""
+    if name in ("onnx", "onnx-int8"):
+        instead = "openvino-int8" if name == "onnx-int8" else "openvino"
+        raise RuntimeUnavailableError(
+            f"ONNX Runtime is no longer supported; use the runtime {instead} in place of {name}, or {AUTO}"
+        )
     if name != AUTO and name not in RUNTIME_KINDS:
         raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(RUNTIME_KINDS)}")
 
 
 _open: "weakref.WeakKeyDictionary[Backbone, dict[str, Runtime]]" = weakref.WeakKeyDictionary()
-_exports: "weakref.WeakValueDictionary[tuple[str, Path, int], ExportRuntime]" = weakref.WeakValueDictionary()
+_exports: "weakref.WeakValueDictionary[tuple[str, Path, int], OpenVinoRuntime]" = weakref.WeakValueDictionary()
 
 
 def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
@@ -123,29 +125,21 @@ def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
         raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
     _require_instructions(kind)
     inputs = loaded.inputs if kind.extra else "any"
-    key = f"{name} {inputs} {loaded.fingerprint if name == 'openvino-int8' else ''}"
+    key = f"{name} {inputs} {loaded.fingerprint if kind.precision == 'int8' else ''}"
     if key not in opened:
         opened[key] = _open_torch(kind, loaded) if kind.extra is None else _open_on_export(kind, loaded)
     return opened[key]
 
 
-def open_export(name: str, directory: Path, threads: int) -> ExportRuntime:
+def open_export(name: str, directory: Path, threads: int) -> OpenVinoRuntime:
     """Open a runtime on a checked export, or return the one that is open; errors as of `open_runtime`."""
     kind, key = RUNTIME_KINDS[name], (name, directory.resolve(), threads)
     _require_instructions(kind)
     runtime = _exports.get(key)
     if runtime is None:
-        if kind.name.startswith("onnx"):
-            from dcar_core.runtimes.onnx_graph import OnnxRuntime
-
-            runtime = OnnxRuntime(name, directory, threads=threads)
-        else:
-            from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
-
-            has_bf16 = machine.missing_instructions("bf16") is None
-            hint = "bf16" if has_bf16 and kind.precision != "fp32" else "f32"
-            runtime = OpenVinoRuntime(name, directory, hint=hint, threads=threads)
-        _exports[key] = runtime
+        has_bf16 = machine.missing_instructions("bf16") is None
+        hint = "bf16" if has_bf16 and kind.precision != "fp32" else "f32"
+        runtime = _exports[key] = OpenVinoRuntime(name, directory, hint=hint, threads=threads)
     return runtime
 
 
@@ -168,20 +162,14 @@ def _open_torch(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
 def _open_on_export(kind: RuntimeKind, loaded: LoadedModel) -> Runtime:
     import torch
 
-    from dcar_core.runtimes import onnx_graph, openvino_graph
-
-    graph: Any = openvino_graph if kind.extra == "openvino" else onnx_graph
-    if kind.name == "openvino-int8":
-        key = loaded.export_key(kind.name, graph.version(), calibrated=True)
+    if kind.precision != "int8":
+        directory = loaded.export()
+    else:
+        key = loaded.export_key(kind.name, openvino_graph.version(), calibrated=True)
         if not key.directory(loaded.cache).is_dir():
             raise RuntimeUnavailableError(
                 f"the runtime {kind.name} must first be calibrated on your images and captions: "
                 f"dcar benchmark --checkpoint DIR --data PATH"
             )
         directory = ensure_export(key, loaded.cache, None)
-    else:
-        directory = loaded.export(graph)
-    if kind.name == "onnx-int8":
-        exact, key = directory, loaded.export_key(kind.name, graph.version())
-        directory = ensure_export(key, loaded.cache, lambda path: onnx_graph.write_int8(path, exact))
     return open_export(kind.name, directory, torch.get_num_threads())

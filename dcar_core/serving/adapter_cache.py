@@ -5,7 +5,7 @@
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.
 - An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
-  processor and threads, and for `auto` the same ranking of runtimes; the entry and the export have checksums.
+  processor and threads; the entry and the export have checksums.
 - Finally, the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
 - If a check fails, the full model is loaded and the entry is written again.
 """
@@ -33,18 +33,19 @@ from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.runtimes.adapter import Adapter, Bottleneck
 from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
-from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, default_cache_directory, ensure_export
-from dcar_core.runtimes.protocol import ExportRuntime, Runtime, TextPrompts
+from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, ensure_export
+from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+from dcar_core.runtimes.protocol import Runtime, TextPrompts
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
 from dcar_core.util import machine
 from dcar_core.util.errors import DcarError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, default_cache_directory
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 5
+FORMAT = 6
 _LIBRARIES = (
-    "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "onnxruntime", "tokenizers", "ftfy",
+    "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "tokenizers", "ftfy",
 )  # fmt: skip
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {
@@ -84,7 +85,7 @@ def store(request: LoadRequest, adapter: Adapter, loaded: LoadedModel, runtime: 
 
     A cache that cannot be written only makes later starts slower.
     """
-    if not request.may_use_export or not isinstance(runtime, ExportRuntime):
+    if not request.may_use_export or not isinstance(runtime, OpenVinoRuntime):
         return
     probe = Probe.synthetic(adapter.preprocess.size)
     texts, images = reference_vectors(loaded.model, probe)
@@ -92,7 +93,7 @@ def store(request: LoadRequest, adapter: Adapter, loaded: LoadedModel, runtime: 
         return
     arrays = {"probe_texts": texts, "probe_images": images}
     content = {
-        "circumstances": _circumstances(request, loaded.backbone_hash),
+        "circumstances": _circumstances(request),
         "runtime": runtime.name,
         "threads": runtime.threads,
         "export": asdict(ExportKey.from_manifest(runtime.directory)),
@@ -121,7 +122,7 @@ def restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
 
 
 def has_entry(checkpoint: Path, mark: str, device: str) -> bool:
-    """True if `auto` can start from the default cache without measuring. mark: the checkpoint's fingerprint."""
+    """True if `auto` can start from the default cache. mark: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
     return request.may_use_export and request.file(mark).is_file()
 
@@ -140,7 +141,7 @@ def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     arrays: Arrays = load(body)
     content = json.loads(arrays["content"].tobytes())
     torch = sys.modules.get("torch")
-    if content["circumstances"] != _circumstances(request, described["backbone"]["sha256"]) or (
+    if content["circumstances"] != _circumstances(request) or (
         torch is not None and torch.get_num_threads() != content["threads"]
     ):
         return None
@@ -185,8 +186,7 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
     return _DATACLASSES[kind](**{name: _unpack(each, arrays) for name, each in content.items()})
 
 
-def _circumstances(request: LoadRequest, backbone: str) -> dict[str, Any]:
-    rankings = ranking_files(request.cache, backbone) if request.runtime == AUTO else []  # `auto` chose by them
+def _circumstances(request: LoadRequest) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "graphs": GRAPHS,
@@ -194,12 +194,5 @@ def _circumstances(request: LoadRequest, backbone: str) -> dict[str, Any]:
         "processor": machine.processor_id(),
         "cores": machine.available_cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
-        "files": [
-            [str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in [*backbone_files(request.checkpoint), *rankings]
-        ],
+        "files": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(request.checkpoint)],
     }
-
-
-def ranking_files(cache: Path, backbone: str) -> list[Path]:
-    """Return the rankings of runtimes that were measured for a backbone, by its content hash."""
-    return sorted((cache / "rankings").glob(f"{backbone[:16]}_*.json"))

@@ -4,7 +4,7 @@
     encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
     vectors = encoder.encode_text(["crying cat"])  # float32 (1, E)
 
-An `Adapter` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by measuring, runs the towers. The model
+An `Adapter` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by a rule, runs the towers. The model
 itself is loaded if these two are not cached, and when `Encoder.model` is used.
 """
 
@@ -19,12 +19,13 @@ from PIL import Image
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.runtimes.adapter import Adapter
-from dcar_core.runtimes.export_cache import default_cache_directory
-from dcar_core.runtimes.protocol import ExportRuntime, Runtime
+from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import adapter_cache
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ImageError, ModelError
+from dcar_core.util.files import default_cache_directory
 from dcar_core.util.memory import release_pages, trim_heap
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Encoder:
         self.runtime = runtime
         self.fingerprint, self.image_key = adapter.fingerprint, adapter.image_key
         self.dim = adapter.dim
-        has_torch = not isinstance(runtime, ExportRuntime)
+        has_torch = not isinstance(runtime, OpenVinoRuntime)
         self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=has_torch)
         self._loaded = loaded
         self._checkpoints = [] if checkpoint is None else [checkpoint]
@@ -104,9 +105,9 @@ class Encoder:
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
-            runtime: "torch", "auto" (the fastest that is right here, measured once), or another name of
+            runtime: "torch", "auto" (by what is installed and the processor has), or another name of
                 `runtimes.registry.RUNTIME_KINDS`.
-            cache: directory of exports and measurements; default: the user's cache directory.
+            cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number.
 
@@ -196,7 +197,7 @@ class Encoder:
 
     def release(self) -> None:
         """Release memory that only loading needed and that can be read again from its file; see `util.memory`."""
-        places = [self.runtime.directory] if isinstance(self.runtime, ExportRuntime) else []
+        places = [self.runtime.directory] if isinstance(self.runtime, OpenVinoRuntime) else []
         if self.backbone is not None:
             source = self.backbone.source
             places += [Path(source.model), Path(source.pretrained or source.model)]

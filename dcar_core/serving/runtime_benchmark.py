@@ -1,19 +1,20 @@
-"""`dcar benchmark`: every runtime on this machine with the user's own images and captions, and the choice of `auto`.
+"""`dcar benchmark`: every runtime on this machine, with the user's own images and captions.
 
 - Each runtime is measured in its own process, one after the other: memory is its own, and a crash costs one row.
 - The reference is PyTorch in float32, eager, texts padded to the whole context: the plain use of CLIP.
 - int8 is calibrated on the training split (or validation, if there is none) and measured on the test split.
 - A runtime holds if its vectors are near the reference's and its recall@1 on the test split is at most half a point
-  below `torch`'s. Runtimes that hold are ranked for `auto`. A run of only some runtimes removes those that fail from
-  the ranking.
+  below `torch`'s.
 """
 
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,10 @@ import torch
 
 from dcar_core.data import Annotations, Dataset, load_split
 from dcar_core.images import open_image
-from dcar_core.runtimes.equality_proof import Probe, Proof, reference_vectors
-from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, require_known
+from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
+from dcar_core.runtimes.registry import RUNTIME_KINDS, require_known
 from dcar_core.serving.encoder import Encoder
-from dcar_core.serving.runtime_selection import FALLBACK, candidates, load_ranking, rank, reason_of, save_ranking
-from dcar_core.serving.runtime_trial import RuntimeTrial, measure_runtime, median_seconds
+from dcar_core.serving.runtime_selection import preferred_runtimes, reason_of
 from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DataError, ImageError
 from dcar_core.util.processes import in_own_process
@@ -33,7 +33,8 @@ from dcar_core.util.retrieval_metrics import recall_at_k
 
 PROBE_SIZE = 32  # images and captions that are compared one by one, and that speed is measured with
 MAX_RECALL_LOSS = 0.5  # points of recall@1
-EXACT = Proof(1.0, 1.0, 1.0)
+BATCH = 32  # texts together
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,24 @@ class BenchmarkData:
 
     def probe(self) -> Probe:
         return Probe(self.texts[:PROBE_SIZE], self.pixels[:PROBE_SIZE])
+
+
+@dataclass(frozen=True)
+class RuntimeTrial:
+    """One runtime, measured: rates per second, times in milliseconds, medians; lowest cosines against float32."""
+
+    texts_per_s: float
+    text_ms: float
+    images_per_s: float
+    image_ms: float
+    cosine_text: float = 1.0
+    cosine_image: float = 1.0
+    holds: bool = True
+
+    @property
+    def score(self) -> float:
+        """Geometric mean of what a service and an index job need: one text, many texts, many images."""
+        return float((1000 / self.text_ms * self.texts_per_s * self.images_per_s) ** (1 / 3))
 
 
 @dataclass(frozen=True)
@@ -73,11 +92,12 @@ class DecodingSpeed:
 
 @dataclass(frozen=True)
 class RuntimeReport:
-    """All measurements. chosen: the choice of `auto`, "" if it has yet to measure."""
+    """All measurements. fastest: of those that hold, "" if none does. auto: the runtime that `auto` tries first."""
 
     rows: tuple[RuntimeResult, ...]
     decoding: DecodingSpeed
-    chosen: str
+    fastest: str
+    auto: str
     threads: int
     texts: int
     tokens: float
@@ -98,7 +118,7 @@ def benchmark(
 ) -> RuntimeReport:
     """Measure runtimes on at most `limit` captions of a data set's test split.
 
-    runtimes: names, `torch` beside them; default: the candidates of `auto`, and int8. say: gets a line for each step.
+    runtimes: names, `torch` beside them; default: what `auto` may try, and int8. say: gets a line for each step.
 
     Raises:
         DcarError: the model or the data cannot be used, or a runtime's name is unknown.
@@ -106,9 +126,10 @@ def benchmark(
     for name in runtimes:
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
-    is_cpu = encoder.model.backbone.device.type == "cpu"
-    int8 = (name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8" and is_cpu)
-    names = dict.fromkeys(["torch", *(runtimes or [*candidates(encoder.loaded), *int8])])
+    device_type = encoder.model.backbone.device.type
+    usual = preferred_runtimes(device_type)
+    int8 = (name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8" and kind.on == device_type)
+    names = dict.fromkeys(["torch", *(runtimes or [*usual, *int8])])
     test = load_split(data, "test", image_root=images, image_policy="present")[0]
     say(f"reading {min(limit, len(test)):,} captions and their images")
     material, decoding = _read(encoder, test, limit)
@@ -129,26 +150,11 @@ def benchmark(
     judged = [_judge(row, exact) for row in rows]
     adapter = encoder.adapter
     lengths = adapter.layout.lengths(adapter.tokenizer(material.texts)) + encoder.model.prompt_tokens
+    scores = {row.name: row.trial.score for row in judged[1:] if row.trial is not None and row.trial.holds}
     return RuntimeReport(
-        tuple(judged), decoding, _update_ranking(encoder.loaded, judged[1:]), torch.get_num_threads(),
-        len(material.texts), round(float(lengths.mean()), 1), len(material.pixels),
+        tuple(judged), decoding, max(scores, key=lambda name: scores[name], default=""), usual[0],
+        torch.get_num_threads(), len(material.texts), round(float(lengths.mean()), 1), len(material.pixels),
     )  # fmt: skip
-
-
-def _update_ranking(loaded: LoadedModel, rows: Sequence[RuntimeResult]) -> str:
-    """Save a complete ranking, or remove failed runtimes; return the choice of `auto`, "" if it is not known."""
-    if set(candidates(loaded)) <= {row.name for row in rows}:
-        ranking = rank([row.trial for row in rows if row.trial is not None and row.name != "torch-compile"])
-        save_ranking(loaded, ranking, own=True)
-        return ranking.names[0] if ranking.names else FALLBACK
-    before = load_ranking(loaded)
-    if before is None:
-        return ""
-    failed = {row.name for row in rows if row.trial is None or not row.trial.holds}
-    kept = tuple(name for name in before.names if name not in failed) or (FALLBACK,)
-    if kept != before.names:
-        save_ranking(loaded, replace(before, names=kept), own=True)
-    return kept[0]
 
 
 def _read(encoder: Encoder, test: Dataset, limit: int) -> tuple[BenchmarkData, DecodingSpeed]:
@@ -174,8 +180,8 @@ def _pixels(encoder: Encoder, data: Dataset, names: Sequence[str]) -> Pixels:
 
 def _measure_decoding(encoder: Encoder, files: list[bytes]) -> DecodingSpeed:
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
-    exact_s = median_seconds(lambda: [exact(file) for file in files]) / len(files)
-    fast_s = median_seconds(lambda: [fast(file) for file in files]) / len(files)
+    exact_s = _median_seconds(lambda: [exact(file) for file in files]) / len(files)
+    fast_s = _median_seconds(lambda: [fast(file) for file in files]) / len(files)
     pixels = (np.stack([preprocess(file) for file in files]) for preprocess in (exact, fast))
     cosine = np.multiply(*(_encode_pixels(encoder, each) for each in pixels)).sum(1).min()
     width, height = np.median([open_image(file).size for file in files], axis=0).astype(int).tolist()
@@ -197,11 +203,17 @@ def _measure_reference(encoder: Encoder, material: BenchmarkData) -> RuntimeResu
 
     def seconds(encode: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> tuple[float, float]:
         with torch.inference_mode():
-            alone = median_seconds(lambda: encode(batch[:1]).cpu())
-            return alone, median_seconds(lambda: encode(batch).cpu()) / len(batch)
+            alone = _median_seconds(lambda: encode(batch[:1]).cpu())
+            return alone, _median_seconds(lambda: encode(batch).cpu()) / len(batch)
 
     text, image = seconds(model.encode_query, padded), seconds(model.encode_image, pixels)
-    return RuntimeResult("reference", RuntimeTrial.from_seconds("reference", text, image, EXACT))
+    return RuntimeResult("reference", RuntimeTrial(*_rounded(text), *_rounded(image)))
+
+
+def _rounded(seconds: tuple[float, float]) -> tuple[float, float]:
+    """Return rate and milliseconds from the seconds of one alone, and of one among many."""
+    alone, among_many = seconds
+    return round(1 / among_many, 1), round(1000 * alone, 3)
 
 
 def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[[str], None]) -> None:
@@ -232,15 +244,44 @@ def _measure(
     start = time.perf_counter()
     encoder = encoder.with_runtime(name, proven=False)  # the trial proves it
     opened = time.perf_counter() - start
-    trial = measure_runtime(
-        encoder.adapter, encoder.runtime, material.probe(), expected,
-        texts=material.texts[: 8 * PROBE_SIZE], images=PROBE_SIZE,
-    )  # fmt: skip
+    trial = _trial(encoder, material, expected)
     texts = encoder.encode_text(material.texts)
     recall = recall_at_k(texts, _encode_pixels(encoder, material.pixels), material.image_of, (1,))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     rounded = {key: round(value, 2) for key, value in recall.items()}
     return RuntimeResult(name, trial, round(peak), rounded, round(opened, 2))
+
+
+def _trial(encoder: Encoder, material: BenchmarkData, expected: tuple[Floats, Floats]) -> RuntimeTrial:
+    """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it."""
+    probe = material.probe()
+    proof = prove(encoder.adapter, encoder.runtime, probe, expected)
+    texts = list(material.texts[: 8 * PROBE_SIZE])
+    texts = (texts * BATCH)[:BATCH] if len(texts) < BATCH else texts
+    pixels = probe.pixels[[i % len(probe.pixels) for i in range(PROBE_SIZE)]]
+
+    def encode_all() -> None:
+        for i in range(0, len(texts), BATCH):
+            encoder.encode_text(texts[i : i + BATCH], BATCH)
+
+    singles = texts[:: max(1, len(texts) // 8)][:8]
+    one_text = statistics.median(_median_seconds(partial(encoder.encode_text, [text])) for text in singles)
+    one_image = _median_seconds(lambda: encoder.encode_pixels(pixels[:1]))
+    text = one_text, _median_seconds(encode_all) / len(texts)
+    image = one_image, _median_seconds(lambda: encoder.encode_pixels(pixels)) / len(pixels)
+    cosines = round(proof.text, 6), round(proof.image, 6)
+    return RuntimeTrial(*_rounded(text), *_rounded(image), *cosines, proof.holds)
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    """Time some calls; the first one, which prepares a shape, is not counted."""
+    run()
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def _judge(row: RuntimeResult, exact: dict[str, float] | None) -> RuntimeResult:
@@ -278,7 +319,8 @@ def format_report(report: RuntimeReport) -> str:
         f"{report.images:,} images; {report.threads} threads; medians of three",
         f"decoding {decoding.width} x {decoding.height}, one thread: {decoding.exact_ms:.2f} ms exact, "
         f"{decoding.fast_ms:.2f} ms fast, whose embeddings stay within cosine {decoding.cosine:.5f}",
-        f"auto takes {report.chosen}" if report.chosen else "auto has yet to measure: run this without --runtimes",
+        f"fastest here: {report.fastest or 'none'}; auto tries {report.auto} first; --runtime or DCAR_RUNTIME names "
+        "another",
     ]
     return "\n".join(lines)
 

@@ -22,6 +22,18 @@ _UMASK = os.umask(0o077)  # reading the umask requires setting it
 os.umask(_UMASK)
 
 
+def default_cache_directory() -> Path:
+    """Return DCAR_RUNTIME_CACHE, which jobs, commands and the service share; else the user's cache directory."""
+    if named := os.environ.get("DCAR_RUNTIME_CACHE"):
+        return Path(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "dcar"
+    try:
+        return Path.home() / ".cache" / "dcar"
+    except RuntimeError:  # the system does not know the user, as in a container
+        return Path(os.devnull) / "dcar"
+
+
 def apply_umask(mode: int) -> int:
     """Return the mode that `mkdir` or `open` would use; some libraries write only for this user."""
     return mode & ~_UMASK

@@ -10,38 +10,26 @@ from pathlib import Path
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.runtimes.export_cache import ExportKey, default_cache_directory, ensure_export
-from dcar_core.serving import adapter_cache, runtime_selection
+from dcar_core.runtimes.export_cache import ExportKey, ensure_export
+from dcar_core.serving.runtime_selection import preferred_runtimes
 from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
+from dcar_core.util.files import default_cache_directory
 from tests.support.commands import run
 from tests.support.parts import needs
 
 pytestmark = needs("openvino")
 
 
-@pytest.fixture(scope="module")
-def measured(tiny_checkpoint: Path, exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which `auto` remembers OpenVINO as the fastest."""
-    cache = tmp_path_factory.mktemp("measured")
-    shutil.copytree(exports, cache / "exports")
-    Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
-    (path,) = (cache / "rankings").glob("*.json")
-    content = json.loads(path.read_text())
-    content["best_first"] = [NAME, "torch"]
-    path.write_text(json.dumps(content))
-    for entry in adapter_cache.directory_in(cache).glob("*"):  # or a start would look at nothing of this
-        entry.unlink()
-    return cache
+NAME = "openvino" if machine.missing_instructions("bf16") else "openvino-bf16"
+NEXT = preferred_runtimes("cpu")[1]
 
 
 @pytest.fixture
-def chosen(measured: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break. Each load has a backbone of its own, so exports are opened as at a start."""
-    return shutil.copytree(measured, tmp_path / "cache")
-
-
-NAME = "openvino" if machine.missing_instructions("bf16") else "openvino-bf16"
+def chosen(exports: Path, tmp_path: Path) -> Path:
+    """A cache with an export that a test may break. Each load has a backbone of its own, as at a start."""
+    shutil.copytree(exports, tmp_path / "cache" / "exports")
+    return tmp_path / "cache"
 
 
 def auto(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, list[str]]:
@@ -72,15 +60,22 @@ def test_unknown_runtime_is_refused_with_the_known_ones(tiny_checkpoint: Path, t
         by_name(tiny_checkpoint, tmp_path, "tensorrt")
 
 
+@pytest.mark.parametrize(("name", "instead"), [("onnx", "openvino"), ("onnx-int8", "openvino-int8")])
+def test_former_runtime_is_refused_with_its_replacement(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, instead: str
+) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=f"no longer supported; use the runtime {instead} in place of"):
+        by_name(tiny_checkpoint, tmp_path, name)
+
+
 @pytest.mark.slow
 def test_missing_extra_is_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it does when it is not installed
-    monkeypatch.setattr(runtime_selection, "_LIBRARIES", ("torch",))
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == "torch"
-    assert "pip install 'dcar[openvino]'; using torch instead" in warning
+    assert name == NEXT
+    assert f"pip install 'dcar[openvino]'; using {NEXT} instead" in warning
     with pytest.raises(MissingExtraError, match=r"dcar\[openvino\]"):
         by_name(tiny_checkpoint, chosen)
 
@@ -92,7 +87,7 @@ def test_export_of_another_model_or_version_is_refused(
     path = export(chosen) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == "torch"
+    assert name == NEXT
     assert f"made with other {field}" in warning
     with pytest.raises(RuntimeUnavailableError, match=f"other {field}.*delete .* made again"):
         by_name(tiny_checkpoint, chosen)
@@ -114,7 +109,7 @@ def test_corrupted_export_is_refused(
     else:
         manifest.write_text("{")
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == "torch"
+    assert name == NEXT
     assert "corrupted" in warning or "no readable manifest.json" in warning
     with pytest.raises(RuntimeUnavailableError, match=r"delete .* made again"):
         by_name(tiny_checkpoint, chosen)
@@ -123,15 +118,10 @@ def test_corrupted_export_is_refused(
 def test_missing_processor_instructions_are_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor = machine.processor_id()
-    monkeypatch.setattr(machine, "processor_id", lambda: processor)  # as if the ranking came with this machine
     monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({"avx2"}))
     with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
         by_name(tiny_checkpoint, chosen, "openvino-bf16")
-    if NAME == "openvino-bf16":
-        name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-        assert name == "torch"
-        assert "this processor has no bf16 instructions" in warning
+    assert auto(tiny_checkpoint, chosen, caplog) == ("openvino", [])
 
 
 def test_failed_export_falls_back_to_torch(
@@ -170,7 +160,7 @@ def test_unwritable_cache_falls_back_to_torch(
     blocked.write_text("")
     name, warnings = auto(tiny_checkpoint, blocked, caplog)
     assert name.startswith("torch")
-    assert len(warnings) == 2  # no export, and no ranking
+    assert len(warnings) == 1
     with pytest.raises(RuntimeUnavailableError, match=r"cannot be used: .* name another directory"):
         by_name(tiny_checkpoint, blocked)
 
@@ -184,16 +174,16 @@ def test_one_variable_names_the_cache_for_all(tmp_path: Path, monkeypatch: pytes
 
 
 def test_remains_of_a_killed_export_are_deleted(tmp_path: Path) -> None:
-    key = ExportKey("onnx", "a" * 64, "d0t0", "1")
+    key = ExportKey("openvino", "a" * 64, "d0t0", "1")
     left = key.directory(tmp_path).with_name(key.directory(tmp_path).name + ".part-killed")
     left.mkdir(parents=True)
-    (left / "text.onnx").write_bytes(b"half")
+    (left / "text.xml").write_bytes(b"half")
 
     def write(directory: Path) -> None:
-        (directory / "text.onnx").write_bytes(b"whole")
+        (directory / "text.xml").write_bytes(b"whole")
 
     made = ensure_export(key, tmp_path, write)
-    assert (made / "text.onnx").read_bytes() == b"whole"
+    assert (made / "text.xml").read_bytes() == b"whole"
     assert not left.exists()
 
 
@@ -218,7 +208,7 @@ def test_auto_never_takes_a_runtime_with_wrong_vectors(
     right = OpenVinoRuntime.text
     monkeypatch.setattr(OpenVinoRuntime, "text", lambda *given: right(*given)[:, ::-1].copy())
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == "torch"
+    assert name == NEXT
     assert "its vectors are not those of float32 here: cosine" in warning
     with pytest.raises(RuntimeUnavailableError, match=r"its vectors are not those of float32 here.*choose another"):
         by_name(tiny_checkpoint, chosen)
@@ -236,27 +226,12 @@ def test_runtime_that_fails_in_its_first_pass_is_replaced(
 
     monkeypatch.setattr(OpenVinoRuntime, "image", fails)
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == "torch"
-    assert "cannot be used: RuntimeError: Failed to find C compiler.; using torch instead" in warning
+    assert name == NEXT
+    assert f"cannot be used: RuntimeError: Failed to find C compiler.; using {NEXT} instead" in warning
     with pytest.raises(
         RuntimeUnavailableError, match=f"{NAME} cannot be used: RuntimeError: Failed to find C compiler"
     ):
         by_name(tiny_checkpoint, chosen)
-    for path in (chosen / "rankings").glob("*.json"):
-        path.unlink()
-    name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name.startswith("torch")
-    assert "is not tried: the runtime" in warning
-
-
-def test_a_broken_ranking_is_measured_again(
-    tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (path,) = (chosen / "rankings").glob("*.json")
-    path.write_text("[]")
-    _, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert "so the runtimes are measured again" in warning
-    assert json.loads(path.read_text())["best_first"]
 
 
 def test_conversion_sends_no_telemetry() -> None:
@@ -270,7 +245,7 @@ def test_conversion_sends_no_telemetry() -> None:
 
 
 def test_graphs_of_another_version_have_their_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = ExportKey("onnx", "b" * 64, "d0t0", "1.0")
+    key = ExportKey("openvino", "b" * 64, "d0t0", "1.0")
     before = key.directory(tmp_path)
     monkeypatch.setattr("dcar_core.runtimes.export_cache.GRAPHS", 0)
     assert key.directory(tmp_path) != before

@@ -2,10 +2,7 @@
 
 import importlib.util
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,10 +28,9 @@ from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.serving.adapter_extraction import extract
-from dcar_core.serving.runtime_selection import candidates, load_ranking, load_runtime, measure_candidates
+from dcar_core.serving.runtime_selection import preferred_runtimes
 from dcar_core.util import machine
 from tests.support.parts import needs, uses_parts
-from tests.support.paths import ROOT
 
 
 def named(*names: str) -> list[Any]:
@@ -87,7 +83,7 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS).wit
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), BLOCKS, DEEP], ids=["plain", "dcar", "blocks", "deep"])
-@pytest.mark.parametrize("name", named("torch", "torch-bf16", "onnx", "openvino", "openvino-bf16"))
+@pytest.mark.parametrize("name", named("torch", "torch-bf16", "openvino", "openvino-bf16"))
 def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
     kind = RUNTIME_KINDS[name]
     require_instructions(name)
@@ -117,13 +113,6 @@ def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     proof = prove(adapter, runtime, probe, (texts, pictures))
     assert proof.text < text.min() + 0.001
     assert proof.holds == (min(proof.text, proof.image) >= 0.995)
-
-
-@needs("onnx")
-def test_onnx_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
-    require_instructions("onnx-int8")
-    proof = moved(tiny_model, ModelConfig(), cache).proof("onnx-int8", Probe.synthetic(32))
-    assert min(proof.text, proof.image) > 0.98
 
 
 @pytest.mark.parametrize("name", named("torch", "openvino"))
@@ -199,24 +188,22 @@ def test_many_texts_are_grouped_in_little_time() -> None:
     assert time.process_time() - started < 5  # 0.7 s; 20 s if each step costs all before it
 
 
-@uses_parts
-@pytest.mark.slow
-def test_auto_measures_once(tiny_model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (cache / "exports").is_dir():
-        shutil.copytree(cache / "exports", tmp_path / "exports")
-    case = moved(tiny_model, ModelConfig(), tmp_path)
-    adapter, where = case.adapter, case.loaded
-    assert load_ranking(where) is None
-    chosen = load_runtime("auto", adapter, where)
-    ranking = load_ranking(where)
-    assert ranking is not None
-    assert chosen.name == ranking.names[0]
-    assert {trial.name for trial in ranking.trials} == set(candidates(where))
-    assert all(trial.holds and trial.texts_per_s > 0 for trial in ranking.trials)
-    monkeypatch.setattr(
-        "dcar_core.serving.runtime_selection.measure_candidates", None
-    )  # a second measurement would fail
-    assert load_runtime("auto", adapter, where) is chosen
+@pytest.mark.parametrize(
+    ("installed", "instructions", "names"),
+    [
+        (True, "avx512_bf16", ["openvino-bf16", "torch-bf16", "torch"]),
+        (True, "avx2", ["openvino", "torch"]),
+        (False, "avx512_bf16", ["torch-bf16", "torch"]),
+        (False, "avx2", ["torch"]),
+    ],
+)
+def test_auto_decides_by_libraries_and_instructions(
+    installed: bool, instructions: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "installed_versions", lambda names: dict.fromkeys(names, "1") if installed else {})
+    monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({instructions}))
+    assert preferred_runtimes("cpu") == names
+    assert preferred_runtimes("mps") == ["torch"]
 
 
 @uses_parts
@@ -225,6 +212,7 @@ def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, cache: Path) -> Non
     plain = Encoder.load(tiny_checkpoint, device="cpu")
     auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
     assert plain.runtime.name == "torch"
+    assert auto.runtime.name == preferred_runtimes("cpu")[0]
     assert auto.fingerprint == plain.fingerprint
     texts = ["a red square", "a long caption that goes on for a while", ""]
     assert (auto.encode_text(texts) * plain.encode_text(texts)).sum(1).min() > 0.999
@@ -279,18 +267,6 @@ def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name:
         assert (vectors * both(wanted)).sum(1).min() > 0.999
 
 
-def test_ranking_leaves_out_wrong_runtimes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = moved(tiny_model, ModelConfig(), tmp_path)
-    adapter, where = case.adapter, case.loaded
-    runtime = (
-        open_runtime("torch-bf16", where) if not machine.missing_instructions("bf16") else open_runtime("torch", where)
-    )
-    monkeypatch.setattr(runtime, "text", lambda tokens, weights, prefix: np.ones((len(tokens), 32), np.float32))
-    ranking = measure_candidates(adapter, where, Probe.synthetic(32), [runtime.name])
-    assert ranking.names == ()
-    assert not ranking.trials[0].holds
-
-
 def test_nan_vector_fails_the_proof() -> None:
     unit = np.eye(2, 4, dtype=np.float32)
     assert equality_proof._lowest_cosine(unit, unit) == 1.0
@@ -313,11 +289,3 @@ def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, s
 
     assert proof(least + 0.0002).holds
     assert not proof(least - 0.0002).holds
-
-
-@needs("onnx")
-def test_onnx_runtime_leaves_no_identifier_of_the_machine(tmp_path: Path) -> None:
-    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    script = "from dcar_core.runtimes.onnx_graph import library; library()"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | home, check=True)
-    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dcar_core.runtimes.export_cache import default_cache_directory
+from dcar_core.util.files import default_cache_directory
 from index_jobs.store.versions import open_current, verify_index
 from tests.support.commands import UNREAD, dcar, run
 from tests.support.paths import ROOT

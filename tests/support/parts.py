@@ -55,7 +55,6 @@ PARTS = {
     "gpu": _Gpu("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
     "openvino": _extra("OpenVINO", "openvino", "openvino"),
     "int8": _extra("OpenVINO in int8", "int8", "openvino", "nncf"),
-    "onnx": _extra("ONNX Runtime", "onnx", "onnx", "onnxruntime"),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries at URLs", "http", "aiohttp"),
