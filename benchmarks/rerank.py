@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.serving.multi_adapter_batch import TextRow, encode_text_rows
+from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.serving.pair_weights import PairWeights
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import quality_gate
@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    if not encoder.adapter.uses_token_weights:
+    if not encoder.state.uses_token_weights:
         parser.error(f"the model of {args.index} was trained without token weights, so it cannot re-rank")
     pair_weights = PairWeights(encoder)
     pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)

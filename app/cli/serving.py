@@ -69,7 +69,7 @@ def search(
     from app.search.ranking.rank import RankQuery, rank
     from dcar_core import Encoder
     from dcar_core.images import has_image_suffix
-    from dcar_core.serving import adapter_cache
+    from dcar_core.serving import encoder_cache
     from index_jobs.store.filters import match_rows
     from index_jobs.store.versions import open_current
 
@@ -84,7 +84,7 @@ def search(
         raise DcarError(f"--hybrid looks up words, and {query} is an image: omit it")
     artifact = open_current(index)
     allowed = match_rows(artifact, filter) if filter else None
-    is_cached = adapter_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
+    is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
     encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
     artifact.require(encoder.fingerprint)
     vector = encoder.encode_images([Path(query)]) if is_image else encoder.encode_text([words])

@@ -17,13 +17,13 @@ commands = typer.Typer()
 @commands.command(epilog=example("dcar models siglip2", "dcar models --level full --json"))
 def models(
     name: Annotated[str, typer.Argument(help="Part of the names to list, in any case. Default: all.")] = "",
-    level: Annotated[str | None, typer.Option(help="Only models of this level: full, text or adapters.")] = None,
+    level: Annotated[str | None, typer.Option(help="Only models of this level: full, text or features.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
     """List the built-in models: name, level, parameters in millions, image size, context length, languages,
     libraries, and tags for --pretrained.
 
-    Levels: full takes prompts in both towers, text in the text tower alone, adapters in neither. docs/models.md
+    Levels: full takes prompts in both towers, text in the text tower alone, features in neither. docs/models.md
     helps to choose.
     """
     from dcar_core.model.catalogue import list_catalogue

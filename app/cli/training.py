@@ -51,7 +51,7 @@ def train(
         str | None,
         typer.Option(
             help="block-adapters, dcar+, dcar, ... (an unknown name lists all). Default: by the model's level, as "
-            "`dcar models` lists it: block-adapters for full, dcar+-text for text, clip-adapter for adapters."
+            "`dcar models` lists it: block-adapters for full, dcar+-text for text, clip-adapter for features."
         ),
     ] = None,
     images: Images = None,

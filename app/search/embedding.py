@@ -4,7 +4,7 @@
     image -> hash -> cache, or decoder threads -> model thread (batched)
 
 - The event loop only waits: decoding and the model have their own threads.
-- Encoders that share a backbone share its forward passes: see `dcar_core.serving.multi_adapter_batch`.
+- Encoders that share a backbone share its forward passes: see `dcar_core.serving.multi_encoder_batch`.
 """
 
 import sys
@@ -22,7 +22,7 @@ from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect, open_image
 from dcar_core.serving.encoder import Encoder
-from dcar_core.serving.multi_adapter_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.machine import available_cores
 

@@ -60,7 +60,7 @@ class PairScorer:
             UnsupportedQueryError: the model was trained without token weights, or every image is missing.
             UnavailableError: the full model cannot be loaded.
         """
-        if not snapshot.encoder.adapter.uses_token_weights:
+        if not snapshot.encoder.state.uses_token_weights:
             raise UnsupportedQueryError(
                 "This model was trained without token weights, so it cannot re-rank. Leave `rerank` out, or train with "
                 "`--method dcar+`."
@@ -121,7 +121,7 @@ class PairScorer:
             return None
         encoder = snapshot.encoder
         variants, part_of_patch = await asyncio.to_thread(
-            blank_parts, pixels, encoder.preprocess.blank(), encoder.adapter.patch_grid
+            blank_parts, pixels, encoder.preprocess.blank(), encoder.state.patch_grid
         )
         original, *blanked = await self._in_chunks(partial(self._embedder.pixels, snapshot), [pixels, *variants])
         falls = np.array([float(vector @ (original - each)) for each in blanked])

@@ -87,11 +87,11 @@ class Backbone(nn.Module):
         return torch.from_numpy(self.text_tokenizer(prompt_tokens)(texts)).to(self.device)
 
     def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Text features (B, E), not normalised; see `TextTower.encode`."""
+        """Text features (B, E), not normalized; see `TextTower.encode`."""
         return self.text_tower.encode(tokens, prompts, weights)
 
     def lone_token_features(self, tokens: Tensor) -> Tensor:
-        """Features of every token as a text of its own (B, n, E), not normalised, without prompts."""
+        """Features of every token as a text of its own (B, n, E), not normalized, without prompts."""
         unique, place = torch.unique(tokens, return_inverse=True)  # [V], [B, n]
         start = tokens.new_tensor(self.layout.start_ids).expand(len(unique), -1)
         end = torch.full_like(unique, self.layout.end_id)
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
     def encode_image(
         self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None
     ) -> Tensor:
-        """Image features (B, E), not normalised; see `ImageTower.encode`."""
+        """Image features (B, E), not normalized; see `ImageTower.encode`."""
         return self.image_tower.encode(pixels, prompts, adapters)
 
     def content_hash(self) -> str:

@@ -35,7 +35,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
-def fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
+def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
     """Return 64 hex digits that identify one mapping from images and queries to vectors.
 
     Settings that no vector depends on (the loss, the category adapter, pair weights) are left out.
@@ -66,11 +66,11 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
         model = type(model)(merged, model.config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
     backbone_hash = model.backbone.content_hash()
-    mark = fingerprint(backbone_hash, model.config, trainables)
+    fingerprint = compute_fingerprint(backbone_hash, model.config, trainables)
     source = model.backbone.source
     content = {
         "format": FORMAT,
-        "fingerprint": mark,
+        "fingerprint": fingerprint,
         "backbone": {
             "model": _relative(source.model, path),
             "pretrained": _relative(source.pretrained, path),
@@ -82,7 +82,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
     with atomic_writer(path / WEIGHTS) as file:
         file.write(save(trainables, {"format": "pt"}))
     write_json(path / CONFIG, content)
-    return mark
+    return fingerprint
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -171,13 +171,13 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
         odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         raise CheckpointError(f"{path / WEIGHTS} does not fit its config.json: {', '.join(odd)}")
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
-    mark = fingerprint(backbone_hash, model.config, weights)
-    if content["fingerprint"] != mark:
+    fingerprint = compute_fingerprint(backbone_hash, model.config, weights)
+    if content["fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{path / WEIGHTS} and the {CONFIG} beside it come from different trainings; copy both again, "
             f"or train again"
         )
-    return model.eval(), mark
+    return model.eval(), fingerprint
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:

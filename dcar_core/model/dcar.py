@@ -81,7 +81,7 @@ class FeatureAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., E) -> (..., E), normalised."""
+        """(..., E) -> (..., E), normalized."""
         return F.normalize(features + self.up(F.relu(self.down(features))), dim=-1)
 
 
@@ -104,7 +104,7 @@ class BlockAdapters(nn.Module):
 
 
 class DCAR(nn.Module):
-    """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalised features (B, E).
+    """A frozen backbone with its trainables. `encode_text` and `encode_image` return normalized features (B, E).
 
     changes: of the backbone's own weights, in a training; a checkpoint holds a merged model.
 
@@ -165,7 +165,7 @@ class DCAR(nn.Module):
         return self.encode_text(tokens, self.predicted_weights(tokens) if use else None)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """float32 (B, 3, S, S), normalised -> (B, E)."""
+        """float32 (B, 3, S, S), normalized -> (B, E)."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
         adapters = self.block_adapters.matrices() if self.block_adapters is not None else None
         return self.adapt_image(F.normalize(self._run("encode_image", pixels, prompts, adapters), dim=-1))
@@ -179,11 +179,11 @@ class DCAR(nn.Module):
         return encoded
 
     def adapt_text(self, features: Tensor) -> Tensor:
-        """Apply the text adapter: (B, E) -> (B, E), both normalised."""
+        """Apply the text adapter: (B, E) -> (B, E), both normalized."""
         return features if self.text_adapter is None else self.text_adapter(features)
 
     def adapt_image(self, features: Tensor) -> Tensor:
-        """Apply the image adapter: (B, E) -> (B, E), both normalised."""
+        """Apply the image adapter: (B, E) -> (B, E), both normalized."""
         return features if self.image_adapter is None else self.image_adapter(features)
 
     @property

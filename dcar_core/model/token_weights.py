@@ -15,13 +15,13 @@ from dcar_core.model.config import ReweightConfig
 
 
 def token_text_features(backbone: Backbone, tokens: Tensor, config: ReweightConfig) -> Tensor:
-    """(B, n) -> (B, n, E), not normalised, of the frozen text encoder without prompts."""
+    """(B, n) -> (B, n, E), not normalized, of the frozen text encoder without prompts."""
     features = backbone.lone_token_features if config.token_feature == "alone" else backbone.text_tower.token_features
     return features(tokens)
 
 
 def image_features(backbone: Backbone, pixels: Tensor, config: ReweightConfig) -> Tensor:
-    """(B, 3, S, S), normalised -> (B, E), or (B, P, E) by patches; not normalised, of the frozen image encoder."""
+    """(B, 3, S, S), normalized -> (B, E), or (B, P, E) by patches; not normalized, of the frozen image encoder."""
     return (
         backbone.image_tower.patch_features(pixels)
         if config.image_feature == "patches"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.encoder_state import EncoderState
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import RUNTIME_KINDS
 from dcar_core.util.arrays import Floats, Pixels
@@ -77,11 +77,11 @@ def reference_vectors(model: "DCAR", probe: Probe) -> tuple[Floats, Floats]:
         return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 
-def prove(adapter: Adapter, runtime: Runtime, probe: Probe, expected: tuple[Floats, Floats]) -> Proof:
+def prove(state: EncoderState, runtime: Runtime, probe: Probe, expected: tuple[Floats, Floats]) -> Proof:
     """Compare a runtime's vectors with those of `reference_vectors`."""
-    texts = adapter.encode_text(runtime, probe.texts, _BATCH)
+    texts = state.encode_text(runtime, probe.texts, _BATCH)
     images = np.concatenate(
-        [adapter.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
+        [state.encode_pixels(runtime, probe.pixels[i : i + 8]) for i in range(0, len(probe.pixels), 8)]
     )
     threshold = 0.995 if RUNTIME_KINDS[runtime.name].precision == "int8" else 0.999
     return Proof(_lowest_cosine(texts, expected[0]), _lowest_cosine(images, expected[1]), threshold)

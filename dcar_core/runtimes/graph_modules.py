@@ -1,8 +1,8 @@
 """The image tower as a function of tensors, for runtimes that export or convert it; helpers for both towers.
 
-- The arrays of an adapter are inputs, so one export serves every adapter on a backbone with the same
+- The arrays of an encoder are inputs, so one export serves every encoder on a backbone with the same
   `ImageGraph.depth` and `has_adapters`.
-- Pixels enter as uint8 and are normalised inside the graph.
+- Pixels enter as uint8 and are normalized inside the graph.
 
 Letters: B batch, P patches, k prompt vectors, r width of an adapter, R = 1 or B, D blocks, H heads, d width of a head,
 W width, E joint space, S side.
@@ -57,7 +57,7 @@ class AttentionBlock(nn.Module):
 
 
 class ImageGraph(nn.Module):
-    """(pixels, prompts, down, up) -> image features (B, E), not normalised.
+    """(pixels, prompts, down, up) -> image features (B, E), not normalized.
 
     depth: depth of the prompts in an export, 0 for none. has_adapters: True if the blocks in an export have adapters.
     Without an export, any inputs are accepted.
@@ -104,7 +104,7 @@ class ImageGraph(nn.Module):
 
 
 def convert_weights(graph: Graph, dtype: torch.dtype) -> Graph:
-    """Copy a graph with weights of another type; the constants that normalise pixels stay in float32."""
+    """Copy a graph with weights of another type; the constants that normalize pixels stay in float32."""
     copied = copy.deepcopy(graph).to(dtype)
     for name in ("scale", "shift"):
         if hasattr(graph, name):

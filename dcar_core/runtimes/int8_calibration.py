@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.runtimes import openvino_graph as graph
-from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.encoder_state import EncoderState
 from dcar_core.runtimes.equality_proof import Probe
 from dcar_core.runtimes.export_cache import ensure_export
 from dcar_core.runtimes.registry import LoadedModel
@@ -25,7 +25,7 @@ def is_calibrated(loaded: LoadedModel) -> bool:
     return loaded.export_key("openvino-int8", graph.version(), calibrated=True).directory(loaded.cache).is_dir()
 
 
-def calibrate(adapter: Adapter, loaded: LoadedModel, data: Probe) -> Path:
+def calibrate(state: EncoderState, loaded: LoadedModel, data: Probe) -> Path:
     """Make the int8 export of this encoder, unless there is one. SAMPLES of each kind of data are enough.
 
     Raises:
@@ -35,8 +35,8 @@ def calibrate(adapter: Adapter, loaded: LoadedModel, data: Probe) -> Path:
     exact = loaded.export()
     key = loaded.export_key("openvino-int8", graph.version(), calibrated=True)
     inputs = {
-        graph.TEXT: list(_text_inputs(adapter, data.texts)),
-        graph.IMAGE: [(image[None], *adapter.image_inputs) for image in data.pixels[:SAMPLES]],
+        graph.TEXT: list(_text_inputs(state, data.texts)),
+        graph.IMAGE: [(image[None], *state.image_inputs) for image in data.pixels[:SAMPLES]],
     }
     return ensure_export(key, loaded.cache, lambda path: _quantize(path, exact, inputs))
 
@@ -63,10 +63,10 @@ def _quantize(directory: Path, exact: Path, inputs: dict[str, list[tuple[Any, ..
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
-def _text_inputs(adapter: Adapter, texts: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def _text_inputs(state: EncoderState, texts: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Yield the inputs of one caption at a time, so that padding is not measured."""
-    tokens, prompts = adapter.tokens(texts[:SAMPLES]), adapter.text_prompts
-    weights, lengths = adapter.query_weights(tokens), adapter.text_lengths(tokens)
+    tokens, prompts = state.tokens(texts[:SAMPLES]), state.text_prompts
+    weights, lengths = state.query_weights(tokens), state.text_lengths(tokens)
     for i, length in enumerate(lengths):
         part = slice(prompts.skipped, int(length))
         yield prompts.graph_inputs(tokens[i : i + 1, part], weights[i : i + 1, part])

@@ -1,7 +1,7 @@
 """The protocol of a runtime: the two frozen towers, whole batches of arrays in, features out.
 
-A runtime belongs to a backbone and knows no adapter: prompts, adapters of blocks and token weights are inputs,
-bottlenecks come after it.
+A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs,
+feature adapters come after it.
 
 Letters: B batch, n tokens, k prompt vectors, p rows of a prefix, r width of a block's adapter, R = 1 or B, D blocks, H
 heads, d width of a head, W_t and W_v widths, E joint space, S side in pixels.
@@ -62,9 +62,9 @@ class Runtime:
         self._run_text, self._run_image = run_text, run_image
 
     def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
-        """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalised."""
+        """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalized."""
         return self._run_text(prompts.graph_inputs(tokens, weights))
 
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
-        """pixels (B, 3, S, S), `Adapter.image_inputs` of one or of B adapters -> features (B, E), not normalised."""
+        """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> features (B, E), not normalized."""
         return self._run_image((pixels, *inputs))

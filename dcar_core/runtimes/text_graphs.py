@@ -1,8 +1,8 @@
 """The text tower as a function of tensors, for runtimes that export or convert it.
 
 - `PrefixTextGraph`: under a causal mask start tokens and prompts never see the caption, so their keys and values in
-  every block are computed once for an adapter and enter as an input. One graph serves prompts of any number and depth,
-  and rows of several adapters share a batch. Only the end token's row runs through the last block.
+  every block are computed once for an encoder and enter as an input. One graph serves prompts of any number and depth,
+  and rows of several encoders share a batch. Only the end token's row runs through the last block.
 - `PromptTextGraph`: every other tower; prompts enter as rows, so the depth of prompts belongs to an export.
 
 Letters: B batch, n tokens, p rows of a prefix, k prompt vectors, R = 1 or B, D blocks, H heads, d width of a head, L
@@ -36,7 +36,7 @@ class TextGraph(nn.Module):
 
 
 class PrefixTextGraph(TextGraph):
-    """(tokens, weights, keys, values) -> text features (B, E), not normalised."""
+    """(tokens, weights, keys, values) -> text features (B, E), not normalized."""
 
     mask: Tensor  # causal, (L, L)
     input_names = ("tokens", "weights", "keys", "values")
@@ -113,7 +113,7 @@ class PrefixTextGraph(TextGraph):
 
 
 class PromptTextGraph(TextGraph):
-    """(tokens, weights, prompts) -> text features (B, E), not normalised; of tokens alone for a tower without prompts.
+    """(tokens, weights, prompts) -> text features (B, E), not normalized; of tokens alone for a tower without prompts.
 
     depth: depth of the prompts in an export, 0 for none. Without an export, any prompts are accepted.
     """

@@ -1,11 +1,11 @@
-"""`Encoder`, the interface of `dcar_core` for other packages: texts or images in, normalised float32 vectors out.
+"""`Encoder`, the interface of `dcar_core` for other packages: texts or images in, normalized float32 vectors out.
 
     from dcar_core import Encoder
     encoder = Encoder.load("examples/emoji/twemoji/checkpoint")
     vectors = encoder.encode_text(["crying cat"])  # float32 (1, E)
 
-An `Adapter` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by a rule, runs the towers. The model
-itself is loaded if these two are not cached, and when `Encoder.model` is used.
+An `EncoderState` holds the arrays of one checkpoint; a `Runtime`, chosen by name or by a rule, runs the towers. The
+model itself is loaded if these two are not cached, and when `Encoder.model` is used.
 """
 
 import threading
@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 
 from dcar_core.images import ImageSource
-from dcar_core.model.checkpoint import fingerprint, is_checkpoint, load_checkpoint, read_config
-from dcar_core.runtimes.adapter import Adapter
+from dcar_core.model.checkpoint import compute_fingerprint, is_checkpoint, load_checkpoint, read_config
+from dcar_core.runtimes.encoder_state import EncoderState
 from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import LoadedModel, require_known
-from dcar_core.serving import adapter_cache
+from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ImageError, ModelError
 from dcar_core.util.files import default_cache_directory
@@ -38,7 +38,7 @@ class Encoder:
 
     def __init__(
         self,
-        adapter: Adapter,
+        state: EncoderState,
         loaded: LoadedModel | Callable[[Path], LoadedModel],
         runtime: Runtime,
         *,
@@ -46,12 +46,12 @@ class Encoder:
         checkpoint: Path | None = None,
     ) -> None:
         """loaded: the model, or a function that loads it from `checkpoint`."""
-        self.adapter = adapter
+        self.state = state
         self.runtime = runtime
-        self.fingerprint, self.image_key = adapter.fingerprint, adapter.image_key
-        self.dim = adapter.dim
+        self.fingerprint, self.image_key = state.fingerprint, state.image_key
+        self.dim = state.dim
         has_torch = not isinstance(runtime, OpenVinoRuntime)
-        self.preprocess = adapter.preprocess if exact else adapter.preprocess.fast(torch=has_torch)
+        self.preprocess = state.preprocess if exact else state.preprocess.fast(torch=has_torch)
         self._loaded = loaded
         self._checkpoints = [] if checkpoint is None else [checkpoint]
         self._turn = threading.Lock()
@@ -125,32 +125,32 @@ class Encoder:
                 torch.set_num_threads(threads)
             return _load(path, str(source), pretrained, pick_device(device), cache, backbone)
 
-        request = adapter_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
-        if request is not None and (cached := adapter_cache.restore(request)) is not None:
-            adapter, export = cached
-            return cls(adapter, load_model, export, exact=exact, checkpoint=path)
+        request = encoder_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
+        if request is not None and (cached := encoder_cache.restore(request)) is not None:
+            state, export = cached
+            return cls(state, load_model, export, exact=exact, checkpoint=path)
 
-        from dcar_core.serving.adapter_extraction import extract
         from dcar_core.serving.runtime_selection import load_runtime
+        from dcar_core.serving.state_extraction import extract
 
         loaded = load_model(path)
-        adapter = extract(loaded.model, loaded.fingerprint, loaded.backbone_hash)
-        encoder = cls(adapter, loaded, load_runtime(runtime, adapter, loaded), exact=exact)
+        state = extract(loaded.model, loaded.fingerprint, loaded.backbone_hash)
+        encoder = cls(state, loaded, load_runtime(runtime, state, loaded), exact=exact)
         if request is not None:
-            adapter_cache.store(request, adapter, loaded, encoder.runtime)
+            encoder_cache.store(request, state, loaded, encoder.runtime)
         return encoder
 
     def with_runtime(self, name: str, *, proven: bool = True) -> "Encoder":
         """Return the same encoder on another runtime. proven: require that it gives PyTorch's vectors."""
         from dcar_core.serving.runtime_selection import load_runtime
 
-        runtime = load_runtime(name, self.adapter, self.loaded, proven=proven)
-        encoder = Encoder(self.adapter, self.loaded, runtime)
+        runtime = load_runtime(name, self.state, self.loaded, proven=proven)
+        encoder = Encoder(self.state, self.loaded, runtime)
         encoder.preprocess = self.preprocess
         return encoder
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
-        """Encode texts -> float32 (n, E), L2-normalised. Texts beyond the context are cut.
+        """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut.
 
         Raises:
             TypeError: a single text instead of a list, or an element of another type.
@@ -158,10 +158,10 @@ class Encoder:
         is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not is_list or not all(isinstance(each, str) for each in texts):
             raise TypeError("encode_text takes a list of texts, such as [text]")
-        return self.adapter.encode_text(self.runtime, texts, batch_size)
+        return self.state.encode_text(self.runtime, texts, batch_size)
 
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
-        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalised.
+        """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized.
 
         Raises:
             ImageError: an image cannot be read; names it if it was given by its path.
@@ -184,16 +184,16 @@ class Encoder:
             raise (ImageError(f"{image}: {error}") if isinstance(image, str | Path) else error) from None
 
     def encode_pixels(self, pixels: Pixels) -> Floats:
-        """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalised, in one forward pass."""
-        return self.adapter.encode_pixels(self.runtime, pixels)
+        """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalized, in one forward pass."""
+        return self.state.encode_pixels(self.runtime, pixels)
 
     def image_features(self, pixels: Pixels) -> Floats:
         """Encode as `encode_pixels`, before the adapter of image features; `image_key` names what decides on these."""
-        return self.adapter.image_features(self.runtime, pixels)
+        return self.state.image_features(self.runtime, pixels)
 
     def adapt_images(self, features: Floats) -> Floats:
         """Turn `image_features` (n, E) into vectors (n, E)."""
-        return self.adapter.adapt_images(features)
+        return self.state.adapt_images(features)
 
     def release(self) -> None:
         """Release memory that only loading needed and that can be read again from its file; see `util.memory`."""
@@ -209,7 +209,7 @@ def _load(
     path: Path, name: str, pretrained: str | None, device: str, cache: Path, backbone: "Backbone | None"
 ) -> LoadedModel:
     if is_checkpoint(path):
-        model, mark = load_checkpoint(path, device=device, backbone=backbone)
+        model, fingerprint = load_checkpoint(path, device=device, backbone=backbone)
         backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
     else:
         from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -218,8 +218,8 @@ def _load(
 
         model = DCAR(load_backbone(BackboneSource(name, pretrained), device), method("clip"))
         backbone_hash = model.backbone.content_hash()
-        mark = fingerprint(backbone_hash, model.config, {})
-    return LoadedModel(model.eval(), backbone_hash, mark, cache)
+        fingerprint = compute_fingerprint(backbone_hash, model.config, {})
+    return LoadedModel(model.eval(), backbone_hash, fingerprint, cache)
 
 
 def pick_device(device: str) -> str:

@@ -28,7 +28,7 @@ class PairWeights:
 
     @torch.inference_mode()
     def image_features(self, pixels: Pixels) -> Floats:
-        """uint8 (C, 3, S, S), from `preprocess` -> frozen float32 (C, E), or (C, P, E) by patches; not normalised."""
+        """uint8 (C, 3, S, S), from `preprocess` -> frozen float32 (C, E), or (C, P, E) by patches; not normalized."""
         backbone = self._model.backbone
         config = self._model.config.reweight
         return token_weights.image_features(backbone, backbone.normalized(pixels), config).float().cpu().numpy()

@@ -148,8 +148,8 @@ def benchmark(
             rows.append(RuntimeResult(name, reason=reason_of(error)))
     exact = next((row.recall for row in rows if row.name == "torch"), None)
     judged = [_judge(row, exact) for row in rows]
-    adapter = encoder.adapter
-    lengths = adapter.layout.lengths(adapter.tokenizer(material.texts)) + encoder.model.prompt_tokens
+    state = encoder.state
+    lengths = state.layout.lengths(state.tokenizer(material.texts)) + encoder.model.prompt_tokens
     scores = {row.name: row.trial.score for row in judged[1:] if row.trial is not None and row.trial.holds}
     return RuntimeReport(
         tuple(judged), decoding, max(scores, key=lambda name: scores[name], default=""), usual[0],
@@ -228,7 +228,7 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
     step = max(1, len(samples) // SAMPLES)
     part = samples.samples[::step][:SAMPLES]
     pixels = _pixels(encoder, samples, [sample.image for sample in part])
-    calibrate(encoder.adapter, encoder.loaded, Probe(tuple(sample.caption for sample in part), pixels))
+    calibrate(encoder.state, encoder.loaded, Probe(tuple(sample.caption for sample in part), pixels))
 
 
 def _measure(
@@ -255,7 +255,7 @@ def _measure(
 def _trial(encoder: Encoder, material: BenchmarkData, expected: tuple[Floats, Floats]) -> RuntimeTrial:
     """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it."""
     probe = material.probe()
-    proof = prove(encoder.adapter, encoder.runtime, probe, expected)
+    proof = prove(encoder.state, encoder.runtime, probe, expected)
     texts = list(material.texts[: 8 * PROBE_SIZE])
     texts = (texts * BATCH)[:BATCH] if len(texts) < BATCH else texts
     pixels = probe.pixels[[i % len(probe.pixels) for i in range(PROBE_SIZE)]]

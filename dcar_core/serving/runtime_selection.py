@@ -8,7 +8,7 @@ import logging
 
 import numpy as np
 
-from dcar_core.runtimes.adapter import Adapter
+from dcar_core.runtimes.encoder_state import EncoderState
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import AUTO, LoadedModel, open_runtime
@@ -31,7 +31,7 @@ def preferred_runtimes(device: str) -> list[str]:
     return [*(["openvino"] if has_openvino else []), "torch"]
 
 
-def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
+def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
     """Open a runtime by name, or the first that can be used by `auto`, which never fails.
 
     proven: require a runtime chosen by name to give PyTorch's vectors; `auto` always does.
@@ -40,8 +40,8 @@ def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel, *, proven: bo
         RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
     """
     if name != AUTO:
-        runtime = _open(name, adapter, loaded)
-        if proven and not (proof := _prove(runtime, adapter, loaded)).holds:
+        runtime = _open(name, state, loaded)
+        if proven and not (proof := _prove(runtime, state, loaded)).holds:
             raise RuntimeUnavailableError(
                 f"the runtime {name} cannot be used: its vectors are not those of float32 here: {proof}; "
                 f"choose another, such as auto"
@@ -50,8 +50,8 @@ def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel, *, proven: bo
     *fast, last = preferred_runtimes(loaded.backbone.device.type)
     for each, following in zip(fast, [*fast[1:], last], strict=True):
         try:
-            runtime = _open(each, adapter, loaded)
-            if (proof := _prove(runtime, adapter, loaded)).holds:
+            runtime = _open(each, state, loaded)
+            if (proof := _prove(runtime, state, loaded)).holds:
                 return runtime
             reason = f"its vectors are not those of float32 here: {proof}"
         except Exception as error:  # perhaps with a larger batch than the first
@@ -60,7 +60,7 @@ def load_runtime(name: str, adapter: Adapter, loaded: LoadedModel, *, proven: bo
     return open_runtime(last, loaded)
 
 
-def _open(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
+def _open(name: str, state: EncoderState, loaded: LoadedModel) -> Runtime:
     """Open a runtime and run it with one row and with several, because some compile only then, or fail.
 
     Their libraries may raise errors of any kind.
@@ -68,8 +68,8 @@ def _open(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
     try:
         runtime = open_runtime(name, loaded)
         for texts in (["a"], ["a", "a b", "a b c d e"]):
-            adapter.encode_text(runtime, texts, len(texts))
-            adapter.encode_pixels(runtime, np.stack([adapter.preprocess.blank()] * len(texts)))
+            state.encode_text(runtime, texts, len(texts))
+            state.encode_pixels(runtime, np.stack([state.preprocess.blank()] * len(texts)))
     except DcarError:
         raise
     except Exception as error:
@@ -77,9 +77,9 @@ def _open(name: str, adapter: Adapter, loaded: LoadedModel) -> Runtime:
     return runtime
 
 
-def _prove(runtime: Runtime, adapter: Adapter, loaded: LoadedModel) -> Proof:
-    probe = Probe.synthetic(adapter.preprocess.size)
-    return prove(adapter, runtime, probe, reference_vectors(loaded.model, probe))
+def _prove(runtime: Runtime, state: EncoderState, loaded: LoadedModel) -> Proof:
+    probe = Probe.synthetic(state.preprocess.size)
+    return prove(state, runtime, probe, reference_vectors(loaded.model, probe))
 
 
 def reason_of(error: Exception) -> str:

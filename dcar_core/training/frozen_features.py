@@ -46,11 +46,11 @@ class FrozenFeatures:
         return self._pixels
 
     def images(self) -> Tensor:
-        """Return image features (I, E), normalised, without prompts."""
+        """Return image features (I, E), normalized, without prompts."""
         return self.cache.tensor("images", self.image_key, lambda: self._encode_images(self.pixels()))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Return text features (len(texts), E), normalised, without prompts; equal texts are encoded once."""
+        """Return text features (len(texts), E), normalized, without prompts; equal texts are encoded once."""
         unique = list(dict.fromkeys(texts))
         row_of = {text: row for row, text in enumerate(unique)}
         features = self.cache.tensor("texts", digest(unique), lambda: self._encode_texts(unique))

@@ -13,7 +13,7 @@ def contrastive_loss(
     """InfoNCE (L_con) in which a row may have several positives; symmetric by default.
 
     Args:
-        text, image: L2-normalised features (B, E) of the pairs.
+        text, image: L2-normalized features (B, E) of the pairs.
         positives: bool (B, B), true on the diagonal. True where caption i describes image j: it equals one of the
             image's captions or attributes. Such a pair is never a negative.
         scale: 1 / tau, CLIP's frozen temperature.
@@ -36,8 +36,8 @@ def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tenso
     """Cross-entropy of an image over its positive caption and its negatives (L_cate).
 
     Args:
-        image: (B, E), prompted and normalised.
-        captions: (B, 1 + N, E), normalised; the positive comes first.
+        image: (B, E), prompted and normalized.
+        captions: (B, 1 + N, E), normalized; the positive comes first.
         weights: category-matching weights (B, 1 + N): 1 + alpha for negatives of another category, 1 for the positive
             and for negatives of the image's category, 0 for padding.
 
@@ -59,5 +59,5 @@ def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
 
 
 def anchor_loss(adapted: Tensor, frozen: Tensor) -> Tensor:
-    """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalised."""
+    """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalized."""
     return (1 - (adapted * frozen).sum(-1)).mean()

@@ -31,7 +31,7 @@ class PreparedSplit:
     caption_group: int64 (N,), equal for captions that read the same.
     true_pairs: int64, sorted: caption_group * I + image, where the caption equals a caption or attribute of the image.
     pixels: uint8 (I, 3, S, S); None if frozen image features suffice.
-    image_features, text_features: (I, E) and (N, E) of the frozen encoders, normalised; None if not needed.
+    image_features, text_features: (I, E) and (N, E) of the frozen encoders, normalized; None if not needed.
     pair_weights: (N, n) blended factors from each caption's own image, or None.
     candidate_features: (N, 1 + M, E) of the frozen text encoder, the caption first, then its negatives; or None.
     candidate_weights: (N, 1 + M) category-matching weights of the candidates, 0 for padding; or None.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dcar_core.serving import multi_adapter_batch
+from dcar_core.serving import multi_encoder_batch
 from index_jobs.store import filters
 from tests.support.service import opened, until
 
@@ -106,7 +106,7 @@ async def test_explanations_and_reranking_encode_images_in_small_chunks(
 ) -> None:
     from dcar_core.serving.pair_weights import PairWeights
 
-    passes, encode, features = list[int](), multi_adapter_batch.encode_image_rows, PairWeights.image_features
+    passes, encode, features = list[int](), multi_encoder_batch.encode_image_rows, PairWeights.image_features
 
     def record_rows(rows: Any) -> Any:
         passes.append(len(rows))

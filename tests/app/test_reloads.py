@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from app.search.snapshots import load_snapshot
-from dcar_core.serving import adapter_cache
+from dcar_core.serving import encoder_cache
 from index_jobs.jobs.updates import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
@@ -71,7 +71,7 @@ async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path
     for start in range(2):
         async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
             if start == 0:
-                assert list(adapter_cache.directory_in(cache).iterdir())
+                assert list(encoder_cache.directory_in(cache).iterdir())
                 continue
             live = client.app.state.collections[None].live
             assert live.encoder.backbone is None

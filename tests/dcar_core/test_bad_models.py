@@ -128,7 +128,7 @@ def test_tower_that_fails_its_check_is_used_without_prompts(
     monkeypatch.setattr(CausalText, "run", lambda self, *given: right(self, *given) * 1.01)
     monkeypatch.setattr(CausalText, "project", lambda self, x: x[..., :32].flip(-1))
     backbone = load_backbone(BackboneSource(str(tiny_model)))
-    assert backbone.level == "adapters"
+    assert backbone.level == "features"
     assert "the text tower is used without prompts, since its proof failed: ValueError: features" in caplog.text
     tokens, clip = backbone.tokenize(["a dog"]), cast(Any, backbone.clip)
     stock = clip.encode_text(torch.nn.functional.pad(tokens, (0, 32 - tokens.shape[1])))
@@ -176,11 +176,11 @@ def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: s
     for name in ("clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"):
         require_runnable(METHODS[name].config, "text", "RN50", 76)
     with pytest.raises(ModelError, match=r"use the method clip-adapter$"):
-        require_runnable(METHODS["block-adapters"].config, "adapters", "RN50", 76)
+        require_runnable(METHODS["block-adapters"].config, "features", "RN50", 76)
 
 
 @pytest.mark.parametrize(
-    ("level", "method"), [("full", "block-adapters"), ("text", "dcar+-text"), ("adapters", "clip-adapter")]
+    ("level", "method"), [("full", "block-adapters"), ("text", "dcar+-text"), ("features", "clip-adapter")]
 )
 def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
     assert default_method(level) == method

@@ -60,7 +60,7 @@ def test_the_command_prints_json() -> None:
     assert {entry["name"]: entry["level"] for entry in json.loads(done.output)} == {
         name: entry.level for name, entry in entries().items()
     }
-    assert json.loads(CliRunner().invoke(app, ["models", "--level", "adapters", "--json"]).output) == []
+    assert json.loads(CliRunner().invoke(app, ["models", "--level", "features", "--json"]).output) == []
 
 
 def test_the_command_refuses_an_unknown_level_and_a_name_without_match() -> None:

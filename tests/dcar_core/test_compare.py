@@ -69,10 +69,10 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     assert [row["lr"] for row in rows if row["method"] == "clip"] == [""], "as in the other tables: it learns nothing"
     # the saved checkpoint reproduces the reported number
     run = results["methods"]["dcar"]["runs"][1]
-    model, mark = load_checkpoint(out / run["run"], backbone=backbone)
+    model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
     test = prepare_split(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
     assert evaluate(model, test) == run["test"]
-    assert mark == run["fingerprint"]
+    assert fingerprint == run["fingerprint"]
 
 
 def test_the_table_shows_the_query_weights(compared: Compared) -> None:

@@ -12,7 +12,13 @@ from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import backbone_files, copy_checkpoint, fingerprint, load_checkpoint, save_checkpoint
+from dcar_core.model.checkpoint import (
+    backbone_files,
+    compute_fingerprint,
+    copy_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.util.errors import CheckpointError, ImageError, ModelError
@@ -60,38 +66,38 @@ def test_fingerprint_covers_what_serving_uses(tiny_model: Path, tiny_checkpoint:
         len({first.fingerprint, Encoder.load(other_checkpoint).fingerprint, Encoder.load(tiny_model).fingerprint}) == 3
     )
     backbone = load_backbone(BackboneSource(str(tiny_model)))
-    model, mark = load_checkpoint(tiny_checkpoint, backbone=backbone)
+    model, fingerprint = load_checkpoint(tiny_checkpoint, backbone=backbone)
     model.config = ModelConfig(loss=LossConfig(alpha=9.0))
-    assert save_checkpoint(model, tiny_checkpoint.parent / "other_loss") == mark
+    assert save_checkpoint(model, tiny_checkpoint.parent / "other_loss") == fingerprint
 
 
 def test_fingerprint_covers_vectors_and_nothing_else() -> None:
     weights = {"prompts.text": np.zeros((1, 4, 8), np.float32), "caa.up.bias": np.zeros(8, np.float32)}
-    mark = fingerprint("backbone", ModelConfig(), weights)
+    fingerprint = compute_fingerprint("backbone", ModelConfig(), weights)
     loss, options = LossConfig(category=0.1, anchor=2.0), ReweightConfig(token_feature="alone", image_feature="patches")
     adapted = weights | {"caa.up.bias": np.ones(8, np.float32)}
-    assert fingerprint("backbone", ModelConfig(loss=loss, reweight=options), adapted) == mark
+    assert compute_fingerprint("backbone", ModelConfig(loss=loss, reweight=options), adapted) == fingerprint
     others = [
-        fingerprint("another", ModelConfig(), weights),
-        fingerprint("backbone", ModelConfig(prompt=PromptConfig(image=False)), weights),
-        fingerprint("backbone", ModelConfig(reweight=ReweightConfig(high=3.0)), weights),
-        fingerprint("backbone", ModelConfig(adapter=AdapterConfig(text=True)), weights),
-        fingerprint("backbone", ModelConfig(), {"prompts.text": np.ones((1, 4, 8), np.float32)}),
-        fingerprint("backbone", ModelConfig(), {"prompts.text": np.zeros((2, 2, 8), np.float32)}),
+        compute_fingerprint("another", ModelConfig(), weights),
+        compute_fingerprint("backbone", ModelConfig(prompt=PromptConfig(image=False)), weights),
+        compute_fingerprint("backbone", ModelConfig(reweight=ReweightConfig(high=3.0)), weights),
+        compute_fingerprint("backbone", ModelConfig(adapter=AdapterConfig(text=True)), weights),
+        compute_fingerprint("backbone", ModelConfig(), {"prompts.text": np.ones((1, 4, 8), np.float32)}),
+        compute_fingerprint("backbone", ModelConfig(), {"prompts.text": np.zeros((2, 2, 8), np.float32)}),
     ]
-    assert len({mark, *others}) == 7
+    assert len({fingerprint, *others}) == 7
 
 
 def test_options_by_their_former_names_load(tiny_model: Path, tmp_path: Path) -> None:
     reweight = ReweightConfig(token_feature="alone", image_feature="patches")
-    mark = save_checkpoint(
+    fingerprint = save_checkpoint(
         DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=reweight)), tmp_path
     )
     content = (tmp_path / "config.json").read_text()
     content = content.replace("token_feature", "word").replace("image_feature", "picture")
     (tmp_path / "config.json").write_text(content.replace('"alpha"', '"consistency": 1.0, "distance": 0.0, "alpha"'))
     model, found = load_checkpoint(tmp_path)
-    assert (model.config.reweight, found) == (reweight, mark)
+    assert (model.config.reweight, found) == (reweight, fingerprint)
 
 
 @pytest.mark.slow
@@ -100,11 +106,11 @@ def test_checkpoint_can_move_together_with_its_backbone(tiny_model: Path, tmp_pa
     here, there = tmp_path / "here", tmp_path / "there"
     base = Path(shutil.copytree(tiny_model, here / "base"))
     model = DCAR(load_backbone(BackboneSource(str(base))), ModelConfig())
-    mark = save_checkpoint(model, here / "checkpoint")
+    fingerprint = save_checkpoint(model, here / "checkpoint")
     model.backbone.source = BackboneSource("ViT-B-32", str(base / "open_clip_model.safetensors"))
     save_checkpoint(model, here / "named")
     here.rename(there)
-    assert load_checkpoint(there / "checkpoint")[1] == mark
+    assert load_checkpoint(there / "checkpoint")[1] == fingerprint
     assert backbone_files(there / "named") == [(there / "base" / "open_clip_model.safetensors").resolve()]
 
 

@@ -20,15 +20,15 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes import equality_proof
-from dcar_core.runtimes.adapter import Bottleneck
+from dcar_core.runtimes.encoder_state import FeatureAdapterArrays
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.int8_calibration import calibrate
 from dcar_core.runtimes.length_batches import PASS_COST, group_by_length
 from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.torch_runtime import TorchRuntime
-from dcar_core.serving.adapter_extraction import extract
 from dcar_core.serving.runtime_selection import preferred_runtimes
+from dcar_core.serving.state_extraction import extract
 from dcar_core.util import machine
 from tests.support.parts import needs, uses_parts
 
@@ -48,15 +48,15 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class Case:
-    """A model, its adapter, and what runtimes are opened for."""
+    """A model, its state, and what runtimes are opened for."""
 
     def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
         self.model = model
-        self.adapter = extract(model, fingerprint, model.backbone.content_hash())
+        self.state = extract(model, fingerprint, model.backbone.content_hash())
         self.loaded = LoadedModel(model, model.backbone.content_hash(), fingerprint, cache)
 
     def proof(self, name: str, probe: Probe) -> Proof:
-        return prove(self.adapter, open_runtime(name, self.loaded), probe, reference_vectors(self.model, probe))
+        return prove(self.state, open_runtime(name, self.loaded), probe, reference_vectors(self.model, probe))
 
 
 def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> Case:
@@ -98,19 +98,19 @@ def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
     """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
     require_instructions("openvino-int8")
     case, probe = moved(tiny_model, ModelConfig(), cache), Probe.synthetic(32, 24)
-    adapter, where = case.adapter, case.loaded
+    state, where = case.state, case.loaded
     handler = logging.NullHandler()  # stands for one of the service
     logging.getLogger("nncf").addHandler(handler)
-    directory = calibrate(adapter, where, probe)
+    directory = calibrate(state, where, probe)
     assert handler.level == logging.NOTSET
     assert "Fake" in (directory / "text.xml").read_text()
     runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference_vectors(case.model, probe)
-    text = (adapter.encode_text(runtime, probe.texts, 1) * texts).sum(1)
-    picture = (adapter.encode_pixels(runtime, probe.pixels) * pictures).sum(1)
+    text = (state.encode_text(runtime, probe.texts, 1) * texts).sum(1)
+    picture = (state.encode_pixels(runtime, probe.pixels) * pictures).sum(1)
     assert picture.min() > 0.98
     # With AMX, OpenVINO 2026.4 gets single texts of this tiny model wrong (0.8). So the least of them is proved.
     assert np.median(text) > 0.99
-    proof = prove(adapter, runtime, probe, (texts, pictures))
+    proof = prove(state, runtime, probe, (texts, pictures))
     assert proof.text < text.min() + 0.001
     assert proof.holds == (min(proof.text, proof.image) >= 0.995)
 
@@ -118,7 +118,7 @@ def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
 @pytest.mark.parametrize("name", named("torch", "openvino"))
 def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
     first, second = (moved(tiny_model, DEEP, cache, seed) for seed in (1, 2))
-    one, other, runtime = first.adapter, second.adapter, open_runtime(name, first.loaded)
+    one, other, runtime = first.state, second.state, open_runtime(name, first.loaded)
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
     weights = np.ones(tokens.shape, np.float32)
     prompts = TextPrompts.stack([one.text_prompts, other.text_prompts, other.text_prompts])
@@ -139,16 +139,16 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
 def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path) -> None:
     first = moved(tiny_model, ModelConfig(), cache)
     longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
-    lengths = [case.adapter.text_prompts.inputs[0].shape[3] for case in (first, longer)]
+    lengths = [case.state.text_prompts.inputs[0].shape[3] for case in (first, longer)]
     assert lengths == [5, 7], "SOS and the prompts"
     keys = [case.loaded.export_key("openvino", "x") for case in (first, longer)]
     assert keys[0] == keys[1]
     probe = Probe.synthetic(32)
     runtime = open_runtime("openvino", first.loaded)
-    assert prove(longer.adapter, runtime, probe, reference_vectors(longer.model, probe)).holds
+    assert prove(longer.state, runtime, probe, reference_vectors(longer.model, probe)).holds
 
 
-def test_bottlenecks_leave_no_thread_of_blas_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_adapters_leave_no_thread_of_blas_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy's own library is meant; FAISS and SciPy have others."""
     found: list[int] = []
 
@@ -160,10 +160,10 @@ def test_bottlenecks_leave_no_thread_of_blas_waiting(monkeypatch: pytest.MonkeyP
         (library,) = (each for each in ThreadpoolController().lib_controllers if "numpy" in each.filepath)
         return int(library.num_threads)
 
-    monkeypatch.setattr("dcar_core.runtimes.adapter.normalize", noted)
+    monkeypatch.setattr("dcar_core.runtimes.encoder_state.normalize", noted)
     down, up = np.ones((8, 32), np.float32), np.ones((32, 8), np.float32)
     with threadpool_limits(2, "blas"):
-        Bottleneck(down, down[:, 0], up, up[:, 0])(np.ones((4, 32), np.float32))
+        FeatureAdapterArrays(down, down[:, 0], up, up[:, 0])(np.ones((4, 32), np.float32))
         assert threads() == 2
     assert found == [1]
 
@@ -234,18 +234,18 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend=backend, **given))
     case = moved(tiny_model, DEEP, cache)
-    plain, adapter = open_runtime("torch", case.loaded), case.adapter
+    plain, state = open_runtime("torch", case.loaded), case.state
     runtime = TorchRuntime("torch-compile", *case.loaded.graphs(), torch.float32, compiled=True)
     texts = [" ".join("abcdefghijklmnopqrstuvw"[: 1 + i % 20]) for i in range(40)]
     groups = [texts[:n] for n in (1, 2, 3, 7, 32)] + [[text] for text in texts] + [[""], ["", ""]]
     for group in groups:
-        vectors = adapter.encode_text(runtime, group, 32)
-        np.testing.assert_allclose(vectors, adapter.encode_text(plain, group, 32), atol=1e-5)
+        vectors = state.encode_text(runtime, group, 32)
+        np.testing.assert_allclose(vectors, state.encode_text(plain, group, 32), atol=1e-5)
     assert len(graphs) <= 6
     pixels = Probe.synthetic(32, 33).pixels
     for n in (1, 2, 3, 8, 33):
         np.testing.assert_allclose(
-            adapter.encode_pixels(runtime, pixels[:n]), adapter.encode_pixels(plain, pixels[:n]), atol=1e-5
+            state.encode_pixels(runtime, pixels[:n]), state.encode_pixels(plain, pixels[:n]), atol=1e-5
         )
     assert len(graphs) <= 9
 
@@ -283,9 +283,9 @@ def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, s
         off = unit.copy()
         off[-1, :2] = cosine, np.sqrt(1 - cosine**2)
         texts, images = (off, unit) if side == "text" else (unit, off)
-        adapter: Any = SimpleNamespace(encode_text=lambda *_: texts, encode_pixels=lambda *_: images)
+        state: Any = SimpleNamespace(encode_text=lambda *_: texts, encode_pixels=lambda *_: images)
         runtime: Any = SimpleNamespace(name=name)
-        return prove(adapter, runtime, Probe.synthetic(8, 8), (unit, unit))
+        return prove(state, runtime, Probe.synthetic(8, 8), (unit, unit))
 
     assert proof(least + 0.0002).holds
     assert not proof(least - 0.0002).holds

@@ -51,8 +51,8 @@ def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_dat
     train(adapted, load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0], QUICK, progress=False)
     assert not np.allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-4)
     after = save_checkpoint(adapted, tmp_path / "trained")
-    loaded, mark = load_checkpoint(tmp_path / "trained")
-    assert mark == after
+    loaded, fingerprint = load_checkpoint(tmp_path / "trained")
+    assert fingerprint == after
     np.testing.assert_array_equal(encode_captions(loaded, data), encode_captions(adapted, data))
     assert before != after  # the adapters are part of what serves, so of the fingerprint
 

@@ -136,7 +136,7 @@ def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path)
     wanted = exact.encode_text(probe.texts), exact.encode_pixels(probe.pixels)
     for runtime in runtimes:
         if runtime == "openvino-int8":
-            calibrate(exact.adapter, exact.loaded, probe)
+            calibrate(exact.state, exact.loaded, probe)
         near = exact.with_runtime(runtime, proven=False)  # random weights of 32 columns lose more than a real model's
         found = near.encode_text(probe.texts), near.encode_pixels(probe.pixels)
         cosines = [float(np.median((one * other).sum(1))) for one, other in zip(found, wanted, strict=True)]

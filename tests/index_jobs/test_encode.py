@@ -45,7 +45,7 @@ class Counting(Encoder):
     """A real encoder that counts its forward passes and can fail in one."""
 
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
-        super().__init__(encoder.adapter, encoder.loaded, encoder.runtime)
+        super().__init__(encoder.state, encoder.loaded, encoder.runtime)
         self.die_at, self.calls = die_at, 0
 
     def image_features(self, pixels: NDArray[np.uint8]) -> Floats:
@@ -109,7 +109,7 @@ def test_changed_image_or_model_is_encoded_anew(
 
 def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
     runtime = TorchRuntime("torch-bf16", *encoder.loaded.graphs(), torch.bfloat16)
-    other = Encoder(encoder.adapter, encoder.loaded, runtime)
+    other = Encoder(encoder.state, encoder.loaded, runtime)
 
     def run(model: Counting, work: str) -> EncodedGallery:
         return encode_gallery(

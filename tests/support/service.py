@@ -40,9 +40,9 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -
         await asyncio.sleep(0.02)
 
 
-class _PatchedAdapter:
-    def __init__(self, adapter: Any, before: Callable[[list[str]], object]) -> None:
-        self.patched, self._before = adapter, before
+class _PatchedState:
+    def __init__(self, state: Any, before: Callable[[list[str]], object]) -> None:
+        self.patched, self._before = state, before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.patched, name)
@@ -54,12 +54,12 @@ class _PatchedAdapter:
 
 def before_encoding(encoder: Any, call: Callable[[list[str]], object]) -> None:
     """Call a function with the texts of each forward pass, in the model's thread; `restore` undoes it."""
-    encoder.adapter = _PatchedAdapter(encoder.adapter, call)
+    encoder.state = _PatchedState(encoder.state, call)
 
 
 def restore(encoder: Any) -> None:
     """Undo `before_encoding` or `hold`."""
-    encoder.adapter = encoder.adapter.patched
+    encoder.state = encoder.state.patched
 
 
 def hold(encoder: Any) -> tuple[threading.Event, list[str]]:

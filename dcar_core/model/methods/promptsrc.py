@@ -19,7 +19,7 @@ def consistency_loss(text: Tensor, image: Tensor, frozen_text: Tensor, frozen_im
     each image to the captions, as the mean over all of them.
 
     Args:
-        text, image, frozen_text, frozen_image: L2-normalised features (B, E) of the pairs.
+        text, image, frozen_text, frozen_image: L2-normalized features (B, E) of the pairs.
         scale: 1 / tau.
     """
     adapted, frozen = ((scale * i @ t.T).log_softmax(1) for i, t in ((image, text), (frozen_image, frozen_text)))

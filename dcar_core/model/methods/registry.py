@@ -51,7 +51,7 @@ def require_runnable(config: ModelConfig, level: str, model: str, context: int) 
     prompt, has_prompts = config.prompt, config.prompt.length > 0
     needs_text = any(prompt.depths) or config.reweight.train != "none"
     needs_rows = prompt.depths[1] > 0 or config.reweight.image_feature == "patches" or config.adapter.blocks > 0
-    if level == "adapters" and needs_text:
+    if level == "features" and needs_text:
         raise ModelError(
             f"{config.method} needs prompts or token weights, which the towers of {model} do not take; "
             f"use the method clip-adapter"

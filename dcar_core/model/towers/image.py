@@ -35,10 +35,10 @@ class ImageTower:
     entry_norm: nn.Module = nn.Identity()
 
     def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
-        """Image features (B, E), not normalised.
+        """Image features (B, E), not normalized.
 
         Args:
-            pixels: float32 (B, 3, S, S), normalised as `Preprocess.normalize` does.
+            pixels: float32 (B, 3, S, S), normalized as `Preprocess.normalize` does.
             prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
             adapters: behind each block; see `PromptRows`.
         """
@@ -47,7 +47,7 @@ class ImageTower:
         return self.project(self.pool(self.run(rows.enter(x, self.entry_norm), rows)))
 
     def patch_features(self, pixels: Tensor) -> Tensor:
-        """Each patch's feature in the joint space (B, P, E), not normalised, without prompts."""
+        """Each patch's feature in the joint space (B, P, E), not normalized, without prompts."""
         x = self.embed(pixels)
         return self.project_patches(self.run(x, PromptRows(None, x.shape[1])))
 

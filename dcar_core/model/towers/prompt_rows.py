@@ -33,7 +33,7 @@ class PromptRows:
         return x
 
     def adapt(self, x: Tensor, block: int) -> Tensor:
-        """Apply the adapter behind this block, a residual bottleneck on normalised rows."""
+        """Apply the adapter behind this block, a residual bottleneck on normalized rows."""
         if self.adapters is None:
             return x
         down, up = (each[block] for each in self.adapters)  # [r, W] or [B, r, W]

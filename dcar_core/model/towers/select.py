@@ -18,7 +18,7 @@ from dcar_core.model.towers.text import CausalText, CocaText, NativeText, TextTo
 
 logger = logging.getLogger(__name__)
 
-Level = Literal["full", "text", "adapters"]
+Level = Literal["full", "text", "features"]
 
 # Modules of timm whose models are of the classes that `TimmImage` covers.
 _TIMM_MODULES = {"vision_transformer", "vision_transformer_hybrid", "vitamin", "eva"}
@@ -47,16 +47,16 @@ def select_towers(
 
 
 def level_of(text: TextTower, image: ImageTower) -> Level:
-    """Return full (both towers take prompts), text (the text tower alone does) or adapters (neither does)."""
+    """Return full (both towers take prompts), text (the text tower alone does) or features (neither does)."""
     if not text.width:
-        return "adapters"
+        return "features"
     return "full" if image.width else "text"
 
 
 def level_of_config(config: Mapping[str, Any]) -> Level:
     """Return the level of a model from its `model_cfg`, without building it.
 
-    Every text tower of open_clip takes prompts; the level becomes `adapters` only where a proof fails at load.
+    Every text tower of open_clip takes prompts; the level becomes `features` only where a proof fails at load.
     """
     vision = config["vision_cfg"]
     name = vision.get("timm_model_name")

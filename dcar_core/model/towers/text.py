@@ -35,7 +35,7 @@ class TextTower:
         self.module, self.layout = module, replace(layout, reads_padding=reads_padding)
 
     def encode(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Text features (B, E), not normalised.
+        """Text features (B, E), not normalized.
 
         Args:
             tokens: int64 (B, n) with n + k <= L.
@@ -49,7 +49,7 @@ class TextTower:
         return self.project(self.pool(x, tokens, rows))
 
     def token_features(self, tokens: Tensor) -> Tensor:
-        """Contextual features of every token (B, n, E), not normalised, without prompts."""
+        """Contextual features of every token (B, n, E), not normalized, without prompts."""
         x, _, _ = self._states(tokens, None, None)
         return self.project(self.finish_rows(x[:, : tokens.shape[1]]))
 

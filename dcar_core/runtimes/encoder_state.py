@@ -1,13 +1,13 @@
 """The arrays that one checkpoint adds to the backbone it shares. Needs no PyTorch.
 
-texts -> tokens and weights ----> runtime.text  --> normalise --> text bottleneck  --> vectors
-pixels -------------------------> runtime.image --> normalise --> image bottleneck --> vectors
+texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  --> vectors
+pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
-`serving.adapter_extraction` computes an adapter from a model; `serving.adapter_cache` keeps it for later starts.
-Bottlenecks are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further ones
-would wait busily for the next product and take the cores from the towers.
+`serving.state_extraction` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
+Feature adapters are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further
+threads would wait busily for the next product and take the cores from the towers.
 
-Letters: V tokens of the vocabulary, H a bottleneck's inner width; others as in `runtimes.protocol`.
+Letters: V tokens of the vocabulary, H an adapter's inner width; others as in `runtimes.protocol`.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 
 
 @dataclass(frozen=True, eq=False)
-class Bottleneck:
+class FeatureAdapterArrays:
     """`model.dcar.FeatureAdapter` as arrays. down: (H, E), down_bias: (H,), up: (E, H), up_bias: (E,)."""
 
     down: Floats
@@ -35,15 +35,15 @@ class Bottleneck:
     up_bias: Floats
 
     def __call__(self, features: Floats) -> Floats:
-        """(n, E) -> (n, E), normalised."""
+        """(n, E) -> (n, E), normalized."""
         with _numpy_threads().limit(limits=1, user_api="blas"):
             inner = np.maximum(features @ self.down.T + self.down_bias, 0)
             return normalize(features + inner @ self.up.T + self.up_bias)
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
-    """One model's prompts, token weights and bottlenecks, and what else a query needs beside a runtime.
+class EncoderState:
+    """One model's prompts, token weights and feature adapters, and what else a query needs beside a runtime.
 
     fingerprint: of the encoder.
     image_key: hash of what `image_features` depend on: the backbone and `image_inputs`. A training that changes
@@ -67,8 +67,8 @@ class Adapter:
     text_prompts: TextPrompts
     image_inputs: tuple[Floats, ...]
     token_factors: Floats | None
-    text_bottleneck: Bottleneck | None
-    image_bottleneck: Bottleneck | None
+    text_adapter: FeatureAdapterArrays | None
+    image_adapter: FeatureAdapterArrays | None
 
     def tokens(self, texts: Sequence[str]) -> TokenIds:
         """Return int64 (n, L) with start tokens; of the whole context where the tower reads its padding."""
@@ -83,7 +83,7 @@ class Adapter:
         return np.where(self.layout.caption_mask(tokens), self.token_factors[tokens], np.float32(1))
 
     def encode_text(self, runtime: Runtime, texts: Sequence[str], batch_size: int) -> Floats:
-        """Return (n, E), L2-normalised, with at most `batch_size` texts in a forward pass."""
+        """Return (n, E), L2-normalized, with at most `batch_size` texts in a forward pass."""
         tokens = self.tokens(texts)
         prompts = [self.text_prompts] * len(texts)
         return self.finish_text(self.encode_tokens(runtime, tokens, self.query_weights(tokens), prompts, batch_size))
@@ -105,21 +105,21 @@ class Adapter:
         return np.full_like(lengths, tokens.shape[1]) if self.layout.reads_padding else lengths
 
     def encode_pixels(self, runtime: Runtime, pixels: Pixels) -> Floats:
-        """uint8 (n, 3, S, S) -> (n, E), L2-normalised, in one forward pass."""
+        """uint8 (n, 3, S, S) -> (n, E), L2-normalized, in one forward pass."""
         return self.adapt_images(self.image_features(runtime, pixels))
 
     def image_features(self, runtime: Runtime, pixels: Pixels) -> Floats:
-        """uint8 (n, 3, S, S) -> (n, E), L2-normalised, before the bottleneck."""
+        """uint8 (n, 3, S, S) -> (n, E), L2-normalized, before the adapter."""
         return normalize(runtime.image(pixels, self.image_inputs))
 
     def adapt_images(self, features: Floats) -> Floats:
         """Turn the result of `image_features` (n, E) into vectors (n, E)."""
-        return features if self.image_bottleneck is None else self.image_bottleneck(features)
+        return features if self.image_adapter is None else self.image_adapter(features)
 
     def finish_text(self, features: Floats) -> Floats:
         """Turn a text tower's features (n, E) into vectors (n, E)."""
         vectors = normalize(features)
-        return vectors if self.text_bottleneck is None else self.text_bottleneck(vectors)
+        return vectors if self.text_adapter is None else self.text_adapter(vectors)
 
 
 @cache

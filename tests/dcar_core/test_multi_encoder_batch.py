@@ -17,7 +17,7 @@ from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, Rew
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.serving.encoder import Encoder
-from dcar_core.serving.multi_adapter_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.serving.pair_weights import PairWeights
 from dcar_core.training.prepared_split import prepare_split
 

@@ -1,6 +1,6 @@
-"""Cached adapters, each with the name of its export, for later starts without PyTorch.
+"""Cached states of encoders, each with the name of its export, for later starts without PyTorch.
 
-    CACHE/adapters/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
+    CACHE/encoders/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.
@@ -26,12 +26,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
-from dcar_core.model.checkpoint import backbone_files, fingerprint, read_config, read_trainables
+from dcar_core.model.checkpoint import backbone_files, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
-from dcar_core.runtimes.adapter import Adapter, Bottleneck
+from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays
 from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
 from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, ensure_export
 from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
@@ -49,7 +49,8 @@ _LIBRARIES = (
 )  # fmt: skip
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {
-    kind.__name__: kind for kind in (Adapter, Bottleneck, Preprocess, TextLayout, TextPrompts, TextTokenizer)
+    kind.__name__: kind
+    for kind in (EncoderState, FeatureAdapterArrays, Preprocess, TextLayout, TextPrompts, TextTokenizer)
 }
 
 Arrays = dict[str, NDArray[Any]]
@@ -72,24 +73,24 @@ class LoadRequest:
         )
         return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
-    def file(self, mark: str) -> Path:
-        return directory_in(self.cache) / f"{mark[:16]}_{self.runtime}_{self.threads or 'auto'}"
+    def file(self, fingerprint: str) -> Path:
+        return directory_in(self.cache) / f"{fingerprint[:16]}_{self.runtime}_{self.threads or 'auto'}"
 
 
 def directory_in(cache: Path) -> Path:
-    return cache / "adapters"
+    return cache / "encoders"
 
 
-def store(request: LoadRequest, adapter: Adapter, loaded: LoadedModel, runtime: Runtime) -> None:
+def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtime: Runtime) -> None:
     """Write an entry, if the runtime runs an export and gives PyTorch's vectors.
 
     A cache that cannot be written only makes later starts slower.
     """
     if not request.may_use_export or not isinstance(runtime, OpenVinoRuntime):
         return
-    probe = Probe.synthetic(adapter.preprocess.size)
+    probe = Probe.synthetic(state.preprocess.size)
     texts, images = reference_vectors(loaded.model, probe)
-    if not prove(adapter, runtime, probe, (texts, images)).holds:
+    if not prove(state, runtime, probe, (texts, images)).holds:
         return
     arrays = {"probe_texts": texts, "probe_images": images}
     content = {
@@ -97,41 +98,41 @@ def store(request: LoadRequest, adapter: Adapter, loaded: LoadedModel, runtime: 
         "runtime": runtime.name,
         "threads": runtime.threads,
         "export": asdict(ExportKey.from_manifest(runtime.directory)),
-        "adapter": _pack(adapter, arrays),
+        "state": _pack(state, arrays),
     }
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
     body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
-    path = request.file(adapter.fingerprint)
+    path = request.file(state.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(path, shared=True) as file:
             file.write(hashlib.sha256(body).digest() + body)
     except OSError as error:
-        logger.warning("the adapter cannot be cached in %s: %s", path.parent, error.strerror or error)
+        logger.warning("the encoder cannot be cached in %s: %s", path.parent, error.strerror or error)
 
 
-def restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
+def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
     """Load the entry that `store` wrote; None if there is none or a check fails."""
     if not request.may_use_export:
         return None
     try:
         return _restore(request)
     except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        logger.debug("no cached adapter of %s can be used: %s", request.checkpoint, error)
+        logger.debug("no cached state of %s can be used: %s", request.checkpoint, error)
         return None
 
 
-def has_entry(checkpoint: Path, mark: str, device: str) -> bool:
-    """True if `auto` can start from the default cache. mark: the checkpoint's fingerprint."""
+def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
+    """True if `auto` can start from the default cache. fingerprint: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
-    return request.may_use_export and request.file(mark).is_file()
+    return request.may_use_export and request.file(fingerprint).is_file()
 
 
-def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
+def _restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
     described = read_config(request.checkpoint)
     config = ModelConfig.from_dict(described["model"])
-    mark = fingerprint(described["backbone"]["sha256"], config, read_trainables(request.checkpoint))
-    path = request.file(mark)
+    fingerprint = compute_fingerprint(described["backbone"]["sha256"], config, read_trainables(request.checkpoint))
+    path = request.file(fingerprint)
     if not path.is_file():
         return None
     stored = path.read_bytes()
@@ -148,12 +149,12 @@ def _restore(request: LoadRequest) -> tuple[Adapter, Runtime] | None:
     key = ExportKey(**content["export"])
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(ensure_export, key, request.cache, None)  # while the export is compiled
-        adapter: Adapter = _unpack(content["adapter"], arrays)
+        state: EncoderState = _unpack(content["state"], arrays)
         runtime = open_export(content["runtime"], key.directory(request.cache), content["threads"])
         checked.result()
-    probe = Probe.synthetic(adapter.preprocess.size)
-    proof = prove(adapter, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
-    return (adapter, runtime) if proof.holds and adapter.fingerprint == mark else None
+    probe = Probe.synthetic(state.preprocess.size)
+    proof = prove(state, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
+    return (state, runtime) if proof.holds and state.fingerprint == fingerprint else None
 
 
 def _pack(value: Any, arrays: Arrays) -> Any:

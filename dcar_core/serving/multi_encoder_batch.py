@@ -1,9 +1,9 @@
-"""Queries of several adapters in one forward pass over the backbone that they share.
+"""Queries of several encoders in one forward pass over the backbone that they share.
 
 - Prompts and the blocks' adapters are inputs: each row brings its own encoder's, and gets the vector that this encoder
   gives alone.
 - Rows share a pass where these inputs have one shape and one runtime runs them; others follow in a pass of their own.
-- Bottlenecks behind the towers are applied encoder by encoder.
+- Feature adapters behind the towers are applied encoder by encoder.
 
 Letters: B rows, n tokens, E joint space.
 """
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dcar_core.runtimes.adapter import normalize
+from dcar_core.runtimes.encoder_state import normalize
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.arrays import Floats, Pixels
 
@@ -40,39 +40,39 @@ R = TypeVar("R", TextRow, ImageRow)
 
 
 def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
-    """Encode texts -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
-    return _in_groups(rows, lambda encoder: encoder.adapter.text_prompts.shape, _encode_texts)
+    """Encode texts -> float32 (B, E), L2-normalized. All encoders must share one backbone."""
+    return _in_groups(rows, lambda encoder: encoder.state.text_prompts.shape, _encode_texts)
 
 
 def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
-    """Encode images -> float32 (B, E), L2-normalised. All encoders must share one backbone."""
-    return _in_groups(rows, lambda encoder: tuple(x.shape for x in encoder.adapter.image_inputs), _encode_images)
+    """Encode images -> float32 (B, E), L2-normalized. All encoders must share one backbone."""
+    return _in_groups(rows, lambda encoder: tuple(x.shape for x in encoder.state.image_inputs), _encode_images)
 
 
 def _encode_texts(rows: Sequence[TextRow]) -> Floats:
-    adapter = rows[0].encoder.adapter
-    tokens = adapter.tokens([row.text for row in rows])  # [B, n]; prompts of one shape leave the same room
+    state = rows[0].encoder.state
+    tokens = state.tokens([row.text for row in rows])  # [B, n]; prompts of one shape leave the same room
     weights = np.ones(tokens.shape, np.float32)
     for encoder, places in _by_encoder(rows):
-        weights[places] = encoder.adapter.query_weights(tokens[places])
+        weights[places] = encoder.state.query_weights(tokens[places])
     for place, row in enumerate(rows):
         if row.weights is not None:
             weights[place] = 1
             weights[place, : len(row.weights)] = row.weights
-    prompts = [row.encoder.adapter.text_prompts for row in rows]
-    out = adapter.encode_tokens(rows[0].encoder.runtime, tokens, weights, prompts, len(rows))
+    prompts = [row.encoder.state.text_prompts for row in rows]
+    out = state.encode_tokens(rows[0].encoder.runtime, tokens, weights, prompts, len(rows))
     for encoder, places in _by_encoder(rows):
-        out[places] = encoder.adapter.finish_text(out[places])
+        out[places] = encoder.state.finish_text(out[places])
     return out
 
 
 def _encode_images(rows: Sequence[ImageRow]) -> Floats:
-    inputs = [row.encoder.adapter.image_inputs for row in rows]
+    inputs = [row.encoder.state.image_inputs for row in rows]
     is_shared = all(each is inputs[0] for each in inputs)
     joined = inputs[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*inputs, strict=True))
     out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), joined)
     for encoder, places in _by_encoder(rows):
-        out[places] = encoder.adapter.adapt_images(normalize(out[places]))
+        out[places] = encoder.state.adapt_images(normalize(out[places]))
     return out
 
 

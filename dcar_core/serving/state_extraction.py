@@ -1,4 +1,4 @@
-"""From a model to its `Adapter`: everything that is fixed once training ends, computed once."""
+"""From a model to its `EncoderState`: everything that is fixed once training ends, computed once."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dcar_core.model.dcar import DCAR, FeatureAdapter
-from dcar_core.runtimes.adapter import Adapter, Bottleneck
+from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays
 from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.runtimes.text_graphs import text_graph
 from dcar_core.util.arrays import Floats
@@ -16,8 +16,8 @@ _CHUNK = 4096  # tokens of the vocabulary
 
 
 @torch.inference_mode()
-def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> Adapter:
-    """Extract the adapter of a model as it is now. backbone_hash: as `Backbone.content_hash`."""
+def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderState:
+    """Extract the state of a model as it is now. backbone_hash: as `Backbone.content_hash`."""
     backbone, prompts = model.backbone, model.prompts
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
     adapters = () if model.block_adapters is None else model.block_adapters.matrices()
@@ -25,7 +25,7 @@ def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> Adapter:
     image_inputs = tuple(_to_numpy(each.unsqueeze(1)) for each in (image, *adapters) if each is not None)
     image_key = hashlib.sha256(backbone_hash.encode() + b"".join(each.tobytes() for each in image_inputs))
     inputs = tuple(_to_numpy(each) for each in graph.prompt_inputs(text))
-    return Adapter(
+    return EncoderState(
         fingerprint=fingerprint,
         image_key=image_key.hexdigest(),
         dim=backbone.embed_dim,
@@ -37,8 +37,8 @@ def extract(model: DCAR, fingerprint: str, backbone_hash: str) -> Adapter:
         text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
         image_inputs=image_inputs,
         token_factors=_token_factors(model) if model.config.reweight.query == "predicted" else None,
-        text_bottleneck=_bottleneck(model.text_adapter),
-        image_bottleneck=_bottleneck(model.image_adapter),
+        text_adapter=_arrays_of(model.text_adapter),
+        image_adapter=_arrays_of(model.image_adapter),
     )
 
 
@@ -55,11 +55,11 @@ def _token_factors(model: DCAR) -> Floats | None:
     return np.concatenate(parts)
 
 
-def _bottleneck(adapter: FeatureAdapter | None) -> Bottleneck | None:
+def _arrays_of(adapter: FeatureAdapter | None) -> FeatureAdapterArrays | None:
     if adapter is None:
         return None
     down, up = adapter.down, adapter.up
-    return Bottleneck(_to_numpy(down.weight), _to_numpy(down.bias), _to_numpy(up.weight), _to_numpy(up.bias))
+    return FeatureAdapterArrays(_to_numpy(down.weight), _to_numpy(down.bias), _to_numpy(up.weight), _to_numpy(up.bias))
 
 
 def _to_numpy(values: Tensor) -> Floats:

@@ -19,7 +19,7 @@ from dcar_core.model.checkpoint import copy_checkpoint, save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.registry import LoadedModel
-from dcar_core.serving import adapter_cache
+from dcar_core.serving import encoder_cache
 from dcar_core.serving.pair_weights import PairWeights
 from tests.support.parts import needs
 
@@ -53,7 +53,7 @@ def kept(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that a first start has filled."""
     cache = tmp_path_factory.mktemp("kept")
     load(checkpoint, cache)
-    assert len(list(adapter_cache.directory_in(cache).iterdir())) == 1
+    assert len(list(encoder_cache.directory_in(cache).iterdir())) == 1
     return cache
 
 
@@ -140,7 +140,7 @@ def test_auto_starts_from_its_own_entry(checkpoint: Path, kept: Path, tmp_path: 
 def test_entry_is_not_used_after_any_change(
     what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (entry,) = adapter_cache.directory_in(cache).iterdir()
+    (entry,) = encoder_cache.directory_in(cache).iterdir()
     file = model / "open_clip_model.safetensors"
     before = file.stat().st_mtime_ns
     if what == "entry":
@@ -150,7 +150,7 @@ def test_entry_is_not_used_after_any_change(
     elif what == "backbone":
         os.utime(file, ns=(0, before + 1))
     elif what == "version":
-        monkeypatch.setattr(adapter_cache, "FORMAT", -1)
+        monkeypatch.setattr(encoder_cache, "FORMAT", -1)
     else:
         entry.unlink()
     try:
@@ -163,10 +163,10 @@ def test_entry_is_not_used_after_any_change(
 def test_entry_is_not_used_with_another_number_of_threads(
     checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = adapter_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)
-    assert adapter_cache.restore(wanted) is not None
+    wanted = encoder_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)
+    assert encoder_cache.restore(wanted) is not None
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert adapter_cache.restore(wanted) is None
+    assert encoder_cache.restore(wanted) is None
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["corrupted", "exchanged"])
@@ -181,7 +181,7 @@ def test_export_of_other_weights_is_not_used(checkpoint: Path, cache: Path, list
         content = json.loads(manifest.read_text())
         content["files"]["image.bin"] = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest.write_text(json.dumps(content))
-    assert adapter_cache.restore(adapter_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)) is None
+    assert encoder_cache.restore(encoder_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)) is None
 
 
 @pytest.mark.slow
@@ -195,7 +195,7 @@ def test_other_checkpoint_has_its_own_entry(checkpoint: Path, exports: Path, cac
 
 
 def test_unwritable_cache_is_a_warning(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.rmtree(adapter_cache.directory_in(cache))
-    adapter_cache.directory_in(cache).write_text("in the way")
+    shutil.rmtree(encoder_cache.directory_in(cache))
+    encoder_cache.directory_in(cache).write_text("in the way")
     assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)
     assert "cannot be cached" in caplog.text
