@@ -1,6 +1,6 @@
 """Measure models of several families with random weights: rates, memory and start in each runtime; or their equality.
 
-    python benchmarks/models.py [--models ViT-B-32,MobileCLIP2-S0] [--runtimes torch,onnx,openvino,onnx-int8]
+    python benchmarks/models.py [--models ViT-B-32,MobileCLIP2-S0] [--runtimes torch,openvino,openvino-bf16]
     python benchmarks/models.py --equality    # towers against open_clip's own encoders, at real size
 
 - Each row is measured in a process of its own, at its second start, with one thread. Rates are the better of two, per
@@ -37,7 +37,7 @@ from dcar_core.runtimes.registry import RUNTIME_KINDS
 from dcar_core.util import machine
 
 MODELS = ("ViT-B-32", "MobileCLIP2-S0", "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "xlm-roberta-base-ViT-B-32")
-RUNTIMES = ("torch", "onnx", "openvino", "openvino-bf16", "onnx-int8")
+RUNTIMES = ("torch", "torch-bf16", "openvino", "openvino-bf16")
 EQUAL = (
     "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2", "PE-Core-B-16", "PE-Core-T-16-384", "EVA02-B-16", "ViTamin-S",
     "coca_ViT-B-32", "MobileCLIP2-S0",
@@ -148,7 +148,7 @@ def measure(name: str, checkpoint: Path, runtime: str, cache: Path, data: Path, 
     if kind.needs and (reason := machine.missing_instructions(kind.needs)):
         return f"| {name} | {runtime} | {reason.partition('(')[0].strip()} | | | | |"
     command = [sys.executable, "-c", _MEASURE, str(checkpoint), runtime, str(cache), str(data), str(count)]
-    for _ in range(1 if runtime == "torch" else 2):
+    for _ in range(2 if kind.extra else 1):
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if done.returncode:
             return f"| {name} | {runtime} | {done.stderr.strip().splitlines()[-1][:120]} | | | | |"

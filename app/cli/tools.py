@@ -67,11 +67,11 @@ def benchmark(
     limit: Annotated[int, typer.Option(min=1, help="Most captions of the test split to use.")] = 2000,
     cache: Annotated[
         Path | None,
-        typer.Option(envvar="DCAR_RUNTIME_CACHE", help="Cache of exports and measurements. Default: the user's cache."),
+        typer.Option(envvar="DCAR_RUNTIME_CACHE", help="Cache of exports. Default: the user's cache."),
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure every runtime on this machine with real captions and images, and store the best for `--runtime auto`.
+    """Measure every runtime on this machine with real captions and images, and name the fastest for `--runtime`.
 
     Without options it uses the bundled emoji. int8 is calibrated on the training split.
     """

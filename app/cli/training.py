@@ -77,69 +77,23 @@ def train(
     good; the checkpoint is written nevertheless. An interrupted run resumes with the same command.
     """
     prepare_hub(model, pretrained)
-    from dcar_core.data import describe_reports, load_splits, save_reports
-    from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.checkpoint import require_own_config, save_checkpoint
-    from dcar_core.model.dcar import seeded_model
-    from dcar_core.model.methods.registry import default_method
-    from dcar_core.model.methods.registry import method as method_config
-    from dcar_core.negatives import add_negatives, backbone_functions
-    from dcar_core.serving.encoder import pick_device
-    from dcar_core.training.distributed import torchrun_group
-    from dcar_core.training.feature_cache import FeatureCache
-    from dcar_core.training.prepared_split import prepare_split, report_truncation
-    from dcar_core.training.train import train as run
-    from dcar_core.training.train_state import delete_state
-    from dcar_core.training.verdict import Verdict, split_hits
-    from dcar_core.util.bootstrap import compare_hits
-    from dcar_core.util.errors import DivergedError
+    from dcar_core.model.backbone import BackboneSource
+    from dcar_core.training.adapt import adapt
 
-    if method is not None:
-        method_config(method)  # refuses an unknown name before a model is loaded
-    require_own_config(out)
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
-    with torchrun_group(pick_device(device)) as (group, here):
-        splits, reports = load_splits(
-            data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
-        )
-        backbone = load_backbone(BackboneSource(model, pretrained), here)
-        chosen = method_config(method or default_method(backbone.level)).with_loss_direction(loss)
-        adapted = seeded_model(backbone, chosen, seed)
-        splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
-        report_truncation(splits, reports, backbone, adapted.prompt_tokens)
-        if group.is_leader:
-            typer.echo(describe_reports(splits, reports), err=True)
-            save_reports(reports, out)
-        with group.leader_first():
-            if restart and group.is_leader:
-                delete_state(out)
-        cache = FeatureCache(features or out / "features", backbone)
-        try:
-            result = run(
-                adapted, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard,
-                group=group,
-            )  # fmt: skip
-        except DivergedError:
-            if group.is_leader:
-                delete_state(out)  # it would diverge again, and refuse the lower rate
-            raise
-        if not group.is_leader:
-            return
-        notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
-        fingerprint = save_checkpoint(adapted, out, training=notes)
-        if result.history:  # not another method's unfinished run
-            delete_state(out)
-        typer.echo(f"{out}: epoch {result.epoch}, {result.seconds:.0f} s, fingerprint {fingerprint[:12]}")
-        if not result.history:  # nothing to learn
-            return
-        untouched = seeded_model(backbone, method_config("clip"), seed)
-        own, before = (
-            split_hits(each, prepare_split(splits["val"], each, for_training=False, cache=cache))
-            for each in (adapted, untouched)
-        )
-        verdict = Verdict(chosen.method, compare_hits(own, before), config)
+    done = adapt(
+        data, BackboneSource(model, pretrained), out, config, method=method, loss=loss, images=images,
+        skip_broken=skip_broken, negatives=negatives, taxonomy=taxonomy, features=features, tensorboard=tensorboard,
+        restart=restart, device=device, on_data=lambda description: typer.echo(description, err=True),
+    )  # fmt: skip
+    if done is None:
+        return
+    result, verdict = done.result, done.verdict
+    typer.echo(f"{out}: epoch {result.epoch}, {result.seconds:.0f} s, fingerprint {done.fingerprint[:12]}")
+    if verdict is None:
+        return
     typer.echo(str(verdict))
     if not verdict.is_worth_it:
         raise typer.Exit(UNTOUCHED_IS_AS_GOOD)

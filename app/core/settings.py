@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         description="Runtime of the encoder: auto, torch, openvino-bf16, ...; see docs/how-to/choose-a-runtime.md.",
     )
     runtime_cache: Path | None = Field(
-        None, description="Directory for exported models and measurements. Unset: the user's cache directory."
+        None, description="Directory for exported models. Unset: the user's cache directory."
     )
     threads: int | None = Field(None, ge=1, description="Cores for the model. Unset: PyTorch decides.")
     batch_size: int = Field(32, ge=1, le=1024, description="Largest number of queries in one forward pass.")

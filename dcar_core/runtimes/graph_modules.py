@@ -71,7 +71,6 @@ class ImageGraph(nn.Module):
         tower = backbone.image_tower
         self.depth, self.size, self.tower = depth, backbone.preprocess.size, tower
         self.has_adapters = has_adapters
-        self.input_names = ("pixels", *(["prompts"] if depth else []), *(["down", "up"] if has_adapters else []))
         self.encoder: nn.Module = tower.module  # registered, to be converted with it
         std = torch.tensor(backbone.preprocess.std).reshape(1, 3, 1, 1)
         mean = torch.tensor(backbone.preprocess.mean).reshape(1, 3, 1, 1)

@@ -22,7 +22,6 @@ from dcar_core.runtimes.graph_modules import AttentionBlock
 class TextGraph(nn.Module):
     """A text tower's forward pass. skipped: start tokens that its inputs stand for."""
 
-    input_names: tuple[str, ...]
     skipped = 0
     has_weights = True
 
@@ -39,7 +38,6 @@ class PrefixTextGraph(TextGraph):
     """(tokens, weights, keys, values) -> text features (B, E), not normalized."""
 
     mask: Tensor  # causal, (L, L)
-    input_names = ("tokens", "weights", "keys", "values")
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -117,8 +115,6 @@ class PromptTextGraph(TextGraph):
 
     depth: depth of the prompts in an export, 0 for none. Without an export, any prompts are accepted.
     """
-
-    input_names = ("tokens", "weights", "prompts")
 
     def __init__(self, backbone: Backbone, depth: int) -> None:
         super().__init__()

@@ -126,9 +126,9 @@ def benchmark(
     for name in runtimes:
         require_known(name)
     encoder = Encoder.load(checkpoint, pretrained=pretrained, device=device, cache=cache)
-    device_type = encoder.model.backbone.device.type
-    usual = preferred_runtimes(device_type)
-    int8 = (name for name, kind in RUNTIME_KINDS.items() if kind.precision == "int8" and kind.on == device_type)
+    backbone = encoder.model.backbone
+    usual, kinds = preferred_runtimes(backbone), RUNTIME_KINDS.items()
+    int8 = (name for name, kind in kinds if kind.precision == "int8" and kind.on == backbone.device.type)
     names = dict.fromkeys(["torch", *(runtimes or [*usual, *int8])])
     test = load_split(data, "test", image_root=images, image_policy="present")[0]
     say(f"reading {min(limit, len(test)):,} captions and their images")

@@ -8,6 +8,7 @@ import logging
 
 import numpy as np
 
+from dcar_core.model.backbone import Backbone
 from dcar_core.runtimes.encoder_state import EncoderState
 from dcar_core.runtimes.equality_proof import Probe, Proof, prove, reference_vectors
 from dcar_core.runtimes.protocol import Runtime
@@ -17,18 +18,24 @@ from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
 
+WIDE = 512  # of both towers, from which PyTorch is faster in bfloat16 than in float32
 
-def preferred_runtimes(device: str) -> list[str]:
-    """Return what `auto` tries on a device, in this order; nothing that needs data or is not installed.
+
+def preferred_runtimes(backbone: Backbone) -> list[str]:
+    """Return what `auto` tries for a model, in this order; nothing that needs data or is not installed.
 
     docs/explanation/runtimes.md has the measurements behind the rule.
     """
-    if device != "cpu":
-        return ["cuda-fp16", "torch"] if device == "cuda" else ["torch"]
-    has_openvino = "openvino" in machine.installed_versions(["openvino"])
-    if machine.missing_instructions("bf16") is None:
-        return [*(["openvino-bf16"] if has_openvino else []), "torch-bf16", "torch"]
-    return [*(["openvino"] if has_openvino else []), "torch"]
+    device, names = backbone.device.type, ["torch"]
+    if device == "cuda":
+        names.insert(0, "cuda-fp16")
+    elif device == "cpu":
+        has_bf16 = machine.missing_instructions("bf16") is None
+        if has_bf16 and min(backbone.text_width, backbone.vision_width) >= WIDE:
+            names.insert(0, "torch-bf16")
+        if "openvino" in machine.installed_versions(["openvino"]):
+            names.insert(0, "openvino-bf16" if has_bf16 else "openvino")
+    return names
 
 
 def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
@@ -47,7 +54,7 @@ def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven:
                 f"choose another, such as auto"
             )
         return runtime
-    *fast, last = preferred_runtimes(loaded.backbone.device.type)
+    *fast, last = preferred_runtimes(loaded.backbone)
     for each, following in zip(fast, [*fast[1:], last], strict=True):
         try:
             runtime = _open(each, state, loaded)

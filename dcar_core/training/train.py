@@ -1,6 +1,6 @@
 """The training loop, shared by all methods.
 
-    caption + image -> batch -> token weights -> prompted features -> L (see grad_cache) -> trainables
+    caption + image -> batch -> token weights -> prompted features -> L (see objective) -> trainables
 
 - The best epoch by validation recall is kept (mean of R@1 in both directions, queries encoded from their text alone).
   Validation also decides whether queries use the predicted token weights. The test split is never read.
@@ -28,8 +28,7 @@ from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
-from dcar_core.training.run_log import LOG_FILE, TensorBoard, write_csv
-from dcar_core.training.train_state import TrainProgress, TrainStateFile
+from dcar_core.training.train_state import LOG_FILE, TensorBoard, TrainProgress, TrainStateFile, write_csv
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DivergedError

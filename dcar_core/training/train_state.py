@@ -1,13 +1,15 @@
-"""The state of a training run on disk, from which a killed run resumes.
+"""The files of a training run: the state from which a killed run resumes, and the learning curve.
 
 - The file holds everything that the next step depends on: trainables, optimizer, torch's random state, the position in
   the epoch, and the best epoch so far. The order of an epoch's pairs follows from the seed and the epoch alone.
 - It is written to a temporary name, flushed and renamed, so a killed run leaves either the last or the previous state.
 - It loads without executing code (`weights_only`).
+- The curve is log.csv, and TensorBoard event files with the extra `tensorboard`.
 """
 
+import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from torch import Tensor
 from dcar_core.model.config import QueryWeights
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.validation import Recall
-from dcar_core.util.errors import TrainingError
+from dcar_core.util.errors import MissingExtraError, TrainingError
 from dcar_core.util.files import atomic_writer
 
-STATE_FILE = "state.pt"
+STATE_FILE, LOG_FILE = "state.pt", "log.csv"
 _FORMAT = 2
 
 
@@ -113,3 +115,39 @@ class TrainStateFile:
 
 def delete_state(directory: Path) -> None:
     (directory / STATE_FILE).unlink(missing_ok=True)
+
+
+def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    with atomic_writer(directory / LOG_FILE) as file:
+        file.write(text.getvalue().encode())
+
+
+class TensorBoard:
+    """Scalars for `tensorboard --logdir`. Events after `epoch`, left by a killed run, are purged.
+
+    Raises:
+        MissingExtraError: tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: Path, epoch: int) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError("a TensorBoard log", "tensorboard") from error
+        self._writer = SummaryWriter(str(directory), purge_step=epoch + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "epoch" and isinstance(value, int | float):
+                group = "validation" if "_r" in name else "training"
+                self._writer.add_scalar(f"{group}/{name}", value, record["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

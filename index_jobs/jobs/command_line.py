@@ -110,7 +110,7 @@ Runtime = Annotated[
     str,
     typer.Option(
         envvar="DCAR_RUNTIME",
-        help="Encoder runtime: auto (the fastest correct one on this machine), torch, openvino-bf16, and others of "
+        help="Encoder runtime: auto (by what is installed and the processor), torch, openvino-bf16, and others of "
         "docs/how-to/choose-a-runtime.md.",
     ),
 ]

@@ -13,9 +13,10 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import Amp, LossConfig, ReweightConfig, TrainWeights
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import METHODS, method
-from dcar_core.training import grad_cache
-from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients, batch_loss, resolve_amp
+from dcar_core.training import objective
+from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients, resolve_amp
 from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
+from dcar_core.training.objective import batch_loss
 from dcar_core.training.prepared_split import PreparedSplit
 from tests.support.training import model_and_data, move_weights
 
@@ -112,7 +113,7 @@ def test_mixed_precision_is_close_to_full(amp: Amp, backbone: Backbone, training
 def test_losses_are_full_precision_in_a_mixed_pass(
     loss: str, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, seen = getattr(grad_cache, loss), []
+    whole, seen = getattr(objective, loss), []
 
     def spy(*given: Any) -> Tensor:
         seen.append(
@@ -123,7 +124,7 @@ def test_losses_are_full_precision_in_a_mixed_pass(
         )
         return whole(*given)
 
-    monkeypatch.setattr(grad_cache, loss, spy)
+    monkeypatch.setattr(objective, loss, spy)
     model, data = model_and_data(backbone, training, "dcar+")
     accumulate_gradients(model, data, np.arange(len(data)), precision=MixedPrecision("bfloat16", torch.device("cpu")))
     assert seen

@@ -26,7 +26,8 @@ from dcar_core.model.methods.promptsrc import consistency_loss
 from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.model.methods.weight_changes import merge
 from dcar_core.model.open_clip_source import RANDOM
-from dcar_core.training.grad_cache import accumulate_gradients, batch_loss
+from dcar_core.training.grad_cache import accumulate_gradients
+from dcar_core.training.objective import batch_loss
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.util.errors import ModelError
 from tests.support.parts import needs

@@ -13,7 +13,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import frozen_features
-from dcar_core.training.grad_cache import batch_loss
+from dcar_core.training.objective import batch_loss
 from dcar_core.training.prepared_split import prepare_split, report_truncation
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.errors import TrainingError

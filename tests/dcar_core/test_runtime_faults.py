@@ -11,7 +11,6 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.runtimes.export_cache import ExportKey, ensure_export
-from dcar_core.serving.runtime_selection import preferred_runtimes
 from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import default_cache_directory
@@ -22,7 +21,6 @@ pytestmark = needs("openvino")
 
 
 NAME = "openvino" if machine.missing_instructions("bf16") else "openvino-bf16"
-NEXT = preferred_runtimes("cpu")[1]
 
 
 @pytest.fixture
@@ -74,8 +72,8 @@ def test_missing_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)  # what importing it does when it is not installed
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == NEXT
-    assert f"pip install 'dcar[openvino]'; using {NEXT} instead" in warning
+    assert name == "torch"
+    assert "pip install 'dcar[openvino]'; using torch instead" in warning
     with pytest.raises(MissingExtraError, match=r"dcar\[openvino\]"):
         by_name(tiny_checkpoint, chosen)
 
@@ -87,7 +85,7 @@ def test_export_of_another_model_or_version_is_refused(
     path = export(chosen) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == NEXT
+    assert name == "torch"
     assert f"made with other {field}" in warning
     with pytest.raises(RuntimeUnavailableError, match=f"other {field}.*delete .* made again"):
         by_name(tiny_checkpoint, chosen)
@@ -109,7 +107,7 @@ def test_corrupted_export_is_refused(
     else:
         manifest.write_text("{")
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == NEXT
+    assert name == "torch"
     assert "corrupted" in warning or "no readable manifest.json" in warning
     with pytest.raises(RuntimeUnavailableError, match=r"delete .* made again"):
         by_name(tiny_checkpoint, chosen)
@@ -208,7 +206,7 @@ def test_auto_never_takes_a_runtime_with_wrong_vectors(
     right = OpenVinoRuntime.text
     monkeypatch.setattr(OpenVinoRuntime, "text", lambda *given: right(*given)[:, ::-1].copy())
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == NEXT
+    assert name == "torch"
     assert "its vectors are not those of float32 here: cosine" in warning
     with pytest.raises(RuntimeUnavailableError, match=r"its vectors are not those of float32 here.*choose another"):
         by_name(tiny_checkpoint, chosen)
@@ -226,8 +224,8 @@ def test_runtime_that_fails_in_its_first_pass_is_replaced(
 
     monkeypatch.setattr(OpenVinoRuntime, "image", fails)
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
-    assert name == NEXT
-    assert f"cannot be used: RuntimeError: Failed to find C compiler.; using {NEXT} instead" in warning
+    assert name == "torch"
+    assert "cannot be used: RuntimeError: Failed to find C compiler.; using torch instead" in warning
     with pytest.raises(
         RuntimeUnavailableError, match=f"{NAME} cannot be used: RuntimeError: Failed to find C compiler"
     ):

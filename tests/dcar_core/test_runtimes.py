@@ -189,21 +189,24 @@ def test_many_texts_are_grouped_in_little_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "instructions", "names"),
+    ("device", "installed", "instructions", "width", "names"),
     [
-        (True, "avx512_bf16", ["openvino-bf16", "torch-bf16", "torch"]),
-        (True, "avx2", ["openvino", "torch"]),
-        (False, "avx512_bf16", ["torch-bf16", "torch"]),
-        (False, "avx2", ["torch"]),
+        ("cpu", True, "avx512_bf16", 512, ["openvino-bf16", "torch-bf16", "torch"]),
+        ("cpu", True, "avx512_bf16", 192, ["openvino-bf16", "torch"]),
+        ("cpu", True, "avx2", 512, ["openvino", "torch"]),
+        ("cpu", False, "avx512_bf16", 512, ["torch-bf16", "torch"]),
+        ("cpu", False, "avx2", 512, ["torch"]),
+        ("cuda", True, "avx512_bf16", 512, ["cuda-fp16", "torch"]),
+        ("mps", True, "avx512_bf16", 512, ["torch"]),
     ],
 )
-def test_auto_decides_by_libraries_and_instructions(
-    installed: bool, instructions: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+def test_auto_decides_by_device_libraries_instructions_and_width(
+    device: str, installed: bool, instructions: str, width: int, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "installed_versions", lambda names: dict.fromkeys(names, "1") if installed else {})
     monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({instructions}))
-    assert preferred_runtimes("cpu") == names
-    assert preferred_runtimes("mps") == ["torch"]
+    backbone: Any = SimpleNamespace(device=torch.device(device), text_width=width, vision_width=768)
+    assert preferred_runtimes(backbone) == names
 
 
 @uses_parts
@@ -212,7 +215,7 @@ def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, cache: Path) -> Non
     plain = Encoder.load(tiny_checkpoint, device="cpu")
     auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
     assert plain.runtime.name == "torch"
-    assert auto.runtime.name == preferred_runtimes("cpu")[0]
+    assert auto.runtime.name == preferred_runtimes(auto.loaded.backbone)[0]
     assert auto.fingerprint == plain.fingerprint
     texts = ["a red square", "a long caption that goes on for a while", ""]
     assert (auto.encode_text(texts) * plain.encode_text(texts)).sum(1).min() > 0.999

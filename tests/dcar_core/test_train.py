@@ -16,7 +16,8 @@ from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.training import validation
-from dcar_core.training.grad_cache import accumulate_gradients, batch_loss
+from dcar_core.training.grad_cache import accumulate_gradients
+from dcar_core.training.objective import batch_loss
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import choose_query_weights, encode_captions, encode_images, evaluate, mean_r1

@@ -20,12 +20,14 @@ from index_jobs.store.versions import open_current
 
 
 @pytest.fixture
-def faster(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def faster(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """The runtime other than torch that `auto` takes here."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if importlib.util.find_spec("openvino"):
         shutil.copytree(request.getfixturevalue("exports"), tmp_path / "cache" / "dcar" / "exports")
-    first = preferred_runtimes("cpu")[0]
+    first = preferred_runtimes(Encoder.load(tiny_checkpoint, device="cpu").loaded.backbone)[0]
     if first == "torch":
         pytest.skip("this processor and what is installed leave torch alone")
     return first
