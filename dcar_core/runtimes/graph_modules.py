@@ -12,7 +12,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -112,37 +111,13 @@ def convert_weights(graph: Graph, dtype: torch.dtype) -> Graph:
 
 
 @contextmanager
-def tracing(graph: nn.Module) -> Iterator[None]:
-    """Within it, a graph can be traced: without gradients, fused attention and the exporters' warnings."""
-    attentions: list[Any] = [module for module in graph.modules() if isinstance(module, nn.MultiheadAttention)]
-    for attention in attentions:
-        attention.forward = partial(_attend, attention)
+def tracing() -> Iterator[None]:
+    """Within it, a graph can be traced: without gradients, fused attention and the exporter's warnings."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no form in an export
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for attention in attentions:
-            del attention.forward
-
-
-def _attend(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None = None, **_: Any
-) -> tuple[Tensor, None]:
-    """Do what `nn.MultiheadAttention` does, whose own form fixes the number of rows in an ONNX graph."""
-    if not attention.batch_first:
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-    is_joint, bias = attention.in_proj_weight is not None, attention.in_proj_bias
-    weights = attention.in_proj_weight.chunk(3) if is_joint else (
-        attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
-    )  # fmt: skip
-    biases = (None, None, None) if bias is None else bias.chunk(3)
-    q, k, v = (
-        F.linear(x, weight, b).reshape(*x.shape[:2], attention.num_heads, attention.head_dim).transpose(1, 2)
-        for x, weight, b in zip((query, key, value), weights, biases, strict=True)
-    )  # [B, H, n, d]
-    if attn_mask is not None and attn_mask.ndim == 3:
-        attn_mask = attn_mask.reshape(-1, attention.num_heads, *attn_mask.shape[1:])
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
-    out = attention.out_proj(attended)
-    return (out if attention.batch_first else out.transpose(0, 1)), None
+        torch.backends.mha.set_fastpath_enabled(was_enabled)

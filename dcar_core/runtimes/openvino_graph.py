@@ -46,7 +46,7 @@ def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
     graphs: tuple[tuple[str, TextGraph | ImageGraph], ...] = ((TEXT, text), (IMAGE, image))
     for name, graph in graphs:
         inputs, shapes = graph.example()
-        with tracing(graph):
+        with tracing():
             model = openvino.convert_model(
                 graph, example_input=inputs, input=[openvino.PartialShape(shape) for shape in shapes]
             )

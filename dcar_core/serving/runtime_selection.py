@@ -18,7 +18,7 @@ from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
 
-WIDE = 512  # of both towers, from which PyTorch is faster in bfloat16 than in float32
+LARGE = 50_000_000  # parameters, from which PyTorch is faster in bfloat16 than in float32
 
 
 def preferred_runtimes(backbone: Backbone) -> list[str]:
@@ -31,7 +31,7 @@ def preferred_runtimes(backbone: Backbone) -> list[str]:
         names.insert(0, "cuda-fp16")
     elif device == "cpu":
         has_bf16 = machine.missing_instructions("bf16") is None
-        if has_bf16 and min(backbone.text_width, backbone.vision_width) >= WIDE:
+        if has_bf16 and sum(weight.numel() for weight in backbone.parameters()) >= LARGE:
             names.insert(0, "torch-bf16")
         if "openvino" in machine.installed_versions(["openvino"]):
             names.insert(0, "openvino-bf16" if has_bf16 else "openvino")

@@ -1,8 +1,8 @@
 """Choice of the encoders of a gallery: the requested devices and runtime, or the runtime that made existing shards.
 
 - Vectors of two runtimes differ in their last digits, so their shards are kept apart.
-- "auto" takes the fastest runtime, which may be another one on another day. Where a job has begun, "auto" continues
-  with its runtime, so that nothing is encoded twice. A named runtime is always used.
+- "auto" may take another runtime after an installation. Where a job has begun, "auto" continues with its runtime, so
+  that nothing is encoded twice. A named runtime is always used.
 """
 
 import logging
