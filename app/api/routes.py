@@ -53,6 +53,7 @@ from app.api.writing import collection_writing_routes, item_writing_routes, job_
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
+from app.core.threads import run_in_new_thread
 from app.middleware.access import charge, out_of_scope
 from app.search.errors import BatchQueryError, NotReadyError
 from app.search.query import Query, SearchOptions
@@ -253,7 +254,7 @@ def _service_routes(settings: Settings) -> APIRouter:
     )
     async def metrics(request: Request) -> Response:
         """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-        text = await asyncio.to_thread(state_of(request).metrics.render)  # it reads the queues of jobs
+        text = await run_in_new_thread(state_of(request).metrics.render)
         return Response(text, media_type=CONTENT_TYPE)
 
     @router.post("/admin/reload", tags=["service"], **operation(ReloadResponse, 401, 403, 503))

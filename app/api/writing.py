@@ -23,6 +23,7 @@ from app.api.responses import JsonResponse, collection_response
 from app.api.schemas import Collection, JobResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
+from app.core.threads import run_in_new_thread
 from app.middleware.access import charge, out_of_scope
 from app.search.collections import Collections
 from app.search.snapshots import Snapshot
@@ -66,7 +67,7 @@ def item_writing_routes() -> APIRouter:
 def collection_writing_routes() -> APIRouter:
     router = APIRouter(tags=["collections"])
 
-    @router.put("/collections/{collection}", **operation(Collection, 404, 422, 503))
+    @router.put("/collections/{collection}", **operation(Collection, 404, 409, 422, 503))
     async def put_collection(
         request: Request,
         model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
@@ -83,9 +84,11 @@ def collection_writing_routes() -> APIRouter:
                 raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
             if not may_read(request, model or collections.default):
                 raise out_of_scope()
+            if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
+                raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
             checkpoint = collections.find(model, "model").require().artifact.checkpoint
             async with _storing("collection", collections):
-                await asyncio.to_thread(create_collection, folder, name, checkpoint)
+                await run_in_new_thread(create_collection, folder, name, checkpoint)
             await collections.sync()
         return JsonResponse(collection_response(collections, name))
 
@@ -100,7 +103,7 @@ def collection_writing_routes() -> APIRouter:
             raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
         try:
             async with _storing("change", collections, name):
-                await asyncio.to_thread(drop_collection, served.index)
+                await run_in_new_thread(drop_collection, served.index)
         except LockedError:
             raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
         await collections.sync()

@@ -144,6 +144,10 @@ class Settings(BaseSettings):
         None,
         description="Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be.",
     )
+    max_jobs: int = Field(
+        1000, ge=1, description="Largest number of waiting changes of a collection's items. More get 503."
+    )
+    max_collections: int = Field(100, ge=0, description="Largest number of collections that are created over HTTP.")
     rate_limit: str | None = Field(
         None,
         description="Rate limit of each key, or of each address where no keys are set: 20/second, 600/minute. "

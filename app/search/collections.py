@@ -19,7 +19,7 @@ from pathlib import Path
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import ENDS, stop, supervise
-from app.core.threads import SharedCall, run_in_new_thread
+from app.core.threads import ComputeThreads, SharedCall, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError
 from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
@@ -90,15 +90,15 @@ class ServedIndex:
 
     async def _load(self) -> bool:
         async with self._collections.load_lock:
-            is_dropped = self.is_created and not await asyncio.to_thread(self.index.is_dir)
+            is_dropped = self.is_created and not await self._collections.disk.run(self.index.is_dir)
             if self._is_closing or is_dropped:
                 return False
             version: int | None = None
             started = time.perf_counter()
             try:
-                is_empty = self.is_created and await asyncio.to_thread(current_version, self.index) is None
-                version = 0 if is_empty else await asyncio.to_thread(require_index, self.index)
-                is_live = self.live is not None and await asyncio.to_thread(
+                is_empty = self.is_created and await self._collections.disk.run(current_version, self.index) is None
+                version = 0 if is_empty else await self._collections.disk.run(require_index, self.index)
+                is_live = self.live is not None and await self._collections.disk.run(
                     is_published, self.live, self.index, version
                 )
                 load = load_empty_snapshot if is_empty else load_snapshot
@@ -145,7 +145,7 @@ class ServedIndex:
         while poll_s > 0:
             await asyncio.sleep(poll_s)
             with contextlib.suppress(DcarError):  # `_record_failure` has logged it
-                version = await asyncio.to_thread(_published_version, self.index)
+                version = await self._collections.disk.run(_published_version, self.index)
                 if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
                     await self.reload()
 
@@ -170,6 +170,7 @@ class Collections:
 
     Attributes:
         default: name of the default collection.
+        disk: threads that look for published versions; a disk may hang.
         load_lock: held while a version is loaded, so one is loaded at a time.
         on_start_failure: called if the first version of a collection in the settings cannot be loaded.
         gallery_fault: why images cannot be shown, by a sample of each gallery's files; None if they can.
@@ -187,6 +188,7 @@ class Collections:
         self.metrics = metrics
         self.on_start_failure = on_start_failure
         self.load_lock = asyncio.Lock()
+        self.disk = ComputeThreads(4, "dcar-versions")
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
@@ -252,6 +254,7 @@ class Collections:
     async def close(self) -> None:
         await stop(self._watcher)
         await asyncio.gather(*(index.close() for _, index in self))
+        self.disk.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
         while self.settings.poll_s > 0:
@@ -263,7 +266,7 @@ class Collections:
         if self.settings.collections_dir is None:
             return
         async with self._sync_lock:
-            found = await asyncio.to_thread(list_collections, self.settings.collections_dir)
+            found = await self.disk.run(list_collections, self.settings.collections_dir)
             for name in [name for name, index in self if index.is_created and found.get(name) != index.index]:
                 await self._indexes.pop(name).close()
                 logger.info("no longer serving the collection %s: it was dropped, or its directory is gone", name)

@@ -5,10 +5,13 @@
 - Jobs are files beside the index, so a restarted service, or another one on the same index, continues with them.
 - If the process fails, for example because the disk is full or another job is writing, the jobs wait and it is started
   again.
+- Disks may hang: storing jobs, reading their status and looking for them have threads of their own, and metrics show
+  the last count.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -18,7 +21,9 @@ from typing import Any
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import stop, supervise
+from app.core.threads import ComputeThreads
 from app.search.collections import Collections, ServedIndex, without_directories
+from app.search.errors import UnavailableError
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.store.writes.write_queue import JobKind, WriteQueue
 
@@ -27,6 +32,8 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 5.0
 _POLL_S = 30.0  # between looks for jobs that another process has stored
 _STOP_S = 5.0
+_STATUS_S = 10.0  # longest wait for the status of a job
+_MAX_ACCEPTING = 16  # jobs that are being stored; of each, the service holds the whole body
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
 
 
@@ -45,11 +52,16 @@ class WriteWorker:
         self._arrived = asyncio.Event()
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
+        self._storing = ComputeThreads(4, "dcar-store")
+        self._reading = ComputeThreads(2, "dcar-jobs")
+        self._looking = ComputeThreads(1, "dcar-queue")
+        self._accepting = 0
+        self._waiting: dict[str, int] = {}  # jobs of a collection, when they were last counted
         metrics.add_gauge("dcar_jobs_waiting", "Changes of items that have not ended.", ["collection"], self._count)
 
     def _count(self) -> list[tuple[list[str], float]]:
         is_on = self._settings.writes
-        return [([name], float(len(WriteQueue(each.index).waiting()))) for name, each in self._collections if is_on]
+        return [([name], float(self._waiting.get(name, 0))) for name, _ in self._collections if is_on]
 
     def start(self) -> None:
         self._task = asyncio.create_task(supervise("writer", self._run, self._metrics), name="dcar-writer")
@@ -57,27 +69,55 @@ class WriteWorker:
     async def close(self) -> None:
         """Stop the process that applies jobs; they continue after the next start."""
         await stop(self._task)
+        for threads in (self._storing, self._reading, self._looking):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def accept(
         self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
     ) -> dict[str, Any]:
-        """Store a job as `WriteQueue.accept` does, and return its status. Raise OSError if the disk is full."""
+        """Store a job as `WriteQueue.accept` does, and return its status.
+
+        Raises:
+            OSError: the disk is full, or the collection has been dropped.
+            UnavailableError: too many jobs are being stored, or wait.
+        """
         served = self._collections[collection]
-        job = await asyncio.to_thread(WriteQueue(served.index).accept, kind, items, images)
+        if self._accepting >= _MAX_ACCEPTING:
+            raise UnavailableError("Too many changes are being stored.", retry_after_s=2)
+        if self._waiting.get(collection, 0) >= self._settings.max_jobs:
+            raise UnavailableError("Too many changes of this collection wait to be applied.", retry_after_s=30)
+        self._accepting += 1
+        self._waiting[collection] = self._waiting.get(collection, 0) + 1
+        try:
+            job = await self._storing.run(WriteQueue(served.index).accept, kind, items, images)
+        except BaseException:
+            self._waiting[collection] -= 1
+            raise
+        finally:
+            self._accepting -= 1
         self._arrived.set()
         status = await self._status_in(collection, served, job)
-        assert status is not None
+        if status is None:
+            raise FileNotFoundError(errno.ENOENT, "the collection has been dropped", str(served.index))
         return status
 
     async def status(self, job: str) -> dict[str, Any] | None:
-        """Return the status of a job in any collection; None if there is none."""
-        for name, served in self._collections:
-            if (status := await self._status_in(name, served, job)) is not None:
-                return status
+        """Return the status of a job in any collection; None if there is none.
+
+        Raises:
+            UnavailableError: the disk does not respond.
+        """
+        try:
+            async with asyncio.timeout(_STATUS_S):
+                for name, served in self._collections:
+                    if (status := await self._status_in(name, served, job)) is not None:
+                        return status
+        except TimeoutError:
+            raise UnavailableError("The disk of the jobs does not respond.", retry_after_s=5) from None
         return None
 
     async def _status_in(self, name: str, served: ServedIndex, job: str) -> dict[str, Any] | None:
-        status = await asyncio.to_thread(WriteQueue(served.index).status, job)
+        status = await self._reading.run(WriteQueue(served.index).status, job)
         if status is None:
             return None
         if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
@@ -90,11 +130,7 @@ class WriteWorker:
     async def _run(self) -> None:
         while True:
             self._arrived.clear()
-            waiting = [
-                (name, served)
-                for name, served in self._collections
-                if await asyncio.to_thread(WriteQueue(served.index).waiting)
-            ]
+            waiting = [(name, served) for name, served in self._collections if await self._look(name, served)]
             outcomes = [await self._apply(name, served) for name, served in waiting]
             if not all(outcomes):
                 await asyncio.sleep(_RETRY_S)
@@ -102,6 +138,11 @@ class WriteWorker:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):  # `wait_for` can lose a cancellation in Python 3.11
                     await self._arrived.wait()
+
+    async def _look(self, name: str, served: ServedIndex) -> int:
+        """Return the number of waiting jobs of a collection."""
+        self._waiting[name] = len(await self._looking.run(WriteQueue(served.index).waiting))
+        return self._waiting[name]
 
     async def _apply(self, name: str, served: ServedIndex) -> bool:
         """Apply the waiting jobs of a collection, and return False if they have to wait."""
@@ -115,6 +156,7 @@ class WriteWorker:
                 log = logger.info if code == LockedError.exit_code else logger.warning
                 log("the jobs of %s wait: %s", name, reason)
             self._reasons[name] = reason
+        await self._look(name, served)
         with contextlib.suppress(DcarError):  # logged, and shown by /readyz
             await served.reload()
         return code == 0

@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -21,6 +21,8 @@ from app.core.settings import Settings
 from app.search.collections import Collections
 from app.writes import worker
 from app.writes.worker import WriteWorker
+from dcar_core.util.errors import LockedError
+from index_jobs.store.writes.collection_folders import drop_collection
 from index_jobs.store.writes.write_queue import WriteQueue
 from tests.support.commands import Command
 from tests.support.images import png
@@ -28,6 +30,8 @@ from tests.support.processes import children_of, free_port, is_alive
 from tests.support.responses import assert_problem, scrape
 from tests.support.service import ADMIN, opened, until
 from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
+
+ITEMS = "/collections/lamps/items"
 
 
 @pytest.mark.usefixtures("in_process")
@@ -139,16 +143,72 @@ async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatc
         assert (await ended(client, response))["status"] == "done"
 
 
-async def test_waiting_jobs_are_not_counted_in_the_event_loop(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = WriteQueue.waiting
+async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, hung = threading.Event(), list[int]()
 
-    def in_thread(queue: WriteQueue) -> list[str]:
-        assert threading.current_thread() is not threading.main_thread()
-        return waiting(queue)
+    def hang(*_: object) -> str:
+        hung.append(1)
+        assert gate.wait(60)
+        raise OSError(errno.EIO, "the disk")
 
-    monkeypatch.setattr(WriteQueue, "waiting", in_thread)
-    async with opened(index, **WRITES) as client:
-        assert (await scrape(client))["dcar_jobs_waiting", (("collection", "index"),)] == 0
+    for name in ("accept", "waiting", "status"):
+        monkeypatch.setattr(WriteQueue, name, hang)
+    monkeypatch.setattr(worker, "_STATUS_S", 0.1)
+    monkeypatch.setattr("app.search.collections.current_version", hang)
+    async with opened(index, poll_s=0.02, **WRITES) as client:
+        puts = [asyncio.create_task(put(client, item(f"{number}"))) for number in range(20)]
+        refused = [await each for each in puts[16:]]
+        assert {each.status_code for each in refused} == {503}
+        assert_problem(await client.get(f"/jobs/{'0' * 32}", headers=ADMINS), 503)
+        asked: list[Coroutine[Any, Any, httpx.Response]] = [
+            client.post("/search/batch", json={"queries": [{"query": "a circle"}]}),
+            client.post("/v1/embeddings", json={"input": "a circle"}),
+            client.get("/items"),
+            client.get("/readyz"),
+            client.get("/metrics"),
+        ]
+        async with asyncio.timeout(30):
+            assert {each.status_code for each in await asyncio.gather(*asked)} == {200}
+        assert len(hung) >= 5
+        gate.set()
+        assert {(await each).status_code for each in puts[:16]} == {503}
+
+
+async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept = WriteQueue.accept
+
+    def accept_and_drop(queue: WriteQueue, *given: Any) -> str:
+        job = accept(queue, *given)
+        drop_collection(queue.folder.parent)
+        return job
+
+    monkeypatch.setattr(WriteQueue, "accept", accept_and_drop)
+    (tmp_path / "created").mkdir()
+    async with opened(index, collections_dir=tmp_path / "created", **WRITES) as client:
+        for change in (put(client, item("a"), path=ITEMS), delete(client, "a", path=ITEMS)):
+            assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
+            assert_problem(await change, 404, "collection")
+
+
+async def test_waiting_jobs_and_created_collections_have_quotas(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run_apply(*_: object) -> tuple[int, str]:
+        return LockedError.exit_code, "another job is writing"
+
+    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
+    given: dict[str, Any] = {**WRITES, "max_jobs": 2, "collections_dir": tmp_path / "created", "max_collections": 1}
+    (tmp_path / "created").mkdir()
+    async with opened(index, **given) as client:
+        assert [(await put(client, item("a"))).status_code for _ in range(3)] == [202, 202, 503]
+        assert (await scrape(client))["dcar_jobs_waiting", (("collection", "index"),)] == 2
+        names = ("one", "two", "one")
+        created = [await client.put(f"/collections/{name}", headers=ADMINS) for name in names]
+        assert [each.status_code for each in created] == [200, 409, 200]
+        assert (await client.delete("/collections/one", headers=ADMINS)).status_code == 204
+        assert (await client.put("/collections/two", headers=ADMINS)).status_code == 200
 
 
 @contextmanager
