@@ -120,7 +120,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(RequestLog, metrics=metrics, allowed_hosts=settings.allowed_hosts)
 
 
 def _make_rates(settings: Settings) -> RateLimiter | None:

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 accepts connections from other machines.")
     port: int = Field(8000, ge=0, le=65_535, description="Port to listen on. 0 takes a free one.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names, separated by commas, by which requests may address the service on 127.0.0.1, besides "
+        "localhost and addresses: for a proxy on the same machine that passes the name on. * allows all.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines: plain text or JSON objects.")
     tracing: bool = Field(
@@ -227,7 +232,7 @@ class Settings(BaseSettings):
             raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
         return origins
 
-    @field_validator("image_formats", "image_roots", "image_hosts", "image_ports", mode="before")
+    @field_validator("allowed_hosts", "image_formats", "image_roots", "image_hosts", "image_ports", mode="before")
     @classmethod
     def _split_list(cls, value: object) -> object:
         return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
@@ -240,11 +245,11 @@ class Settings(BaseSettings):
             raise ValueError(f"must be some of {', '.join(ImageFormat)}, not {', '.join(unknown) or 'none'}")
         return value
 
-    @field_validator("image_hosts")
+    @field_validator("allowed_hosts", "image_hosts")
     @classmethod
     def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any("/" in host or host.count(":") == 1 for host in value):  # no URL, no port; IPv6 has more colons
-            raise ValueError("must be host names such as pictures.example.org")
+            raise ValueError("must be host names such as pictures.example.org, without ports")
         return tuple(host.lower() for host in value)  # as in a parsed URL
 
     @field_validator("rate_limit")

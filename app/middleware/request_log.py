@@ -1,6 +1,8 @@
 """Outermost ASGI middleware: request ids, the access log, request metrics and HEAD.
 
 - A request without a Host header, or with two, is refused 400: proxies and servers may disagree about it.
+- A request over loopback must name localhost, an address, or a host of DCAR_ALLOWED_HOSTS. Otherwise any web page could
+  read the service of its visitor's machine, by a name that it leads there.
 - HEAD is GET without the body, on every route that has GET.
 - A request that is unfinished when the service shuts down (uvicorn cancels it) is answered 503.
 - An unexpected exception is logged once, with the request id, and answered 500 without details.
@@ -9,7 +11,11 @@
 
 import asyncio
 import logging
+import re
 import time
+from collections.abc import Collection
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote
 
@@ -26,15 +32,17 @@ _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _REQUEST_ID = b"x-request-id"
 _MAX_LOGGED_PATH = 300  # characters
 _COLLECTION = "/collections/{collection}"
+_PORT = re.compile(r":\d*$")
 _CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 
 
 class RequestLog:
-    """Log and count each request, under an id."""
+    """Log and count each request, under an id. allowed_hosts: names of this service; "*" allows all."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, allowed_hosts: Collection[str] = ()) -> None:
         self._app = app
         self._metrics = metrics
+        self._allowed_hosts = frozenset(allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,11 +68,8 @@ class RequestLog:
             await send(message)
 
         try:
-            if _has_one_host(scope):
-                await self._app(inner, receive, observed)
-            else:
-                problem = field_problem("Host", "must be given once", status=400)
-                await problem.response()(inner, receive, observed)
+            problem = self._host_problem(scope)
+            await (self._app if problem is None else problem.response())(inner, receive, observed)
         except asyncio.CancelledError as error:
             if status or "shutdown" not in str(error):
                 raise
@@ -81,6 +86,20 @@ class RequestLog:
         finally:
             self._record(inner, method, status or _CLIENT_CLOSED, time.perf_counter() - began)
             request_id.reset(token)
+
+    def _host_problem(self, scope: Scope) -> Problem | None:
+        hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1:
+            is_old = not hosts and scope["http_version"] == "1.0"
+            return None if is_old else field_problem("Host", "must be given once", status=400)
+        name = _PORT.sub("", hosts[0]).strip("[]").lower()
+        allowed, server = self._allowed_hosts, scope.get("server")
+        if name in allowed or "*" in allowed or server is None or not _is_loopback(server[0]):
+            return None
+        if _is_localhost_or_address(name):
+            return None
+        message = "must be localhost or an address; DCAR_ALLOWED_HOSTS adds the names of this service"
+        return field_problem("Host", message, status=421)
 
     def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         self._metrics.requests.labels(_template(scope), str(status)).observe(seconds)
@@ -100,9 +119,21 @@ class RequestLog:
             logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
 
 
-def _has_one_host(scope: Scope) -> bool:
-    hosts: int = sum(name == b"host" for name, _ in scope["headers"])
-    return hosts == 1 or (hosts == 0 and bool(scope["http_version"] == "1.0"))
+@lru_cache(maxsize=256)
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ip_address(address)
+    except ValueError:  # a Unix socket
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+@lru_cache(maxsize=256)
+def _is_localhost_or_address(name: str) -> bool:
+    try:
+        return name == "localhost" or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def _template(scope: Scope) -> str:

@@ -13,14 +13,17 @@ import pytest
 
 from app.core.keys import key_hash, new_key
 from app.middleware.http_protocol import HEAD_BYTES
+from tests.support.responses import assert_problem
 from tests.support.service import hold, opened, serving
 
 KEY = new_key()
 AUTHORIZATION = b"Authorization: Bearer " + KEY.encode() + b"\r\n"
-CHUNKED = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
-UNAUTHORISED = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
-SEARCH = b"POST /search/text HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + AUTHORIZATION
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = (
+    b"POST /search/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n"
+)
+UNAUTHORISED = b"POST /search/image HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+SEARCH = b"POST /search/text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + AUTHORIZATION
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUPGRADE: %b\r\nHTTP2-Settings: AAMA\r\n"
 
 
@@ -113,7 +116,7 @@ def test_slow_second_head_ends_the_connection(connection: socket.socket) -> None
 
 @pytest.mark.parametrize("piece", [b"X-Y: z\r\n", b"x"], ids=["many headers", "one long header"])
 def test_large_head_is_refused_431(connection: socket.socket, piece: bytes) -> None:
-    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
     left = HEAD_BYTES + 1 - len(head)
     connection.sendall(head + (piece * left)[:left])
     assert read_response(connection).startswith(b"HTTP/1.1 431")
@@ -206,7 +209,7 @@ def test_thousands_of_pipelined_requests_are_answered_one_after_the_other(connec
 
 
 def test_client_that_leaves_its_pipelined_requests_is_no_error(port: int, caplog: pytest.LogCaptureFixture) -> None:
-    document = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"  # over 1 MB
+    document = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"  # over 1 MB
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(document * 20)
@@ -216,7 +219,11 @@ def test_client_that_leaves_its_pipelined_requests_is_no_error(port: int, caplog
 
 
 def test_a_flood_of_tiny_chunks_delays_no_other_connection(port: int) -> None:
-    head = UNAUTHORISED.replace(b"Host: x", b"Host: x\r\nTransfer-Encoding: chunked") + AUTHORIZATION + b"\r\n"
+    head = (
+        UNAUTHORISED.replace(b"Host: localhost", b"Host: localhost\r\nTransfer-Encoding: chunked")
+        + AUTHORIZATION
+        + b"\r\n"
+    )
     is_over = threading.Event()
 
     def flood() -> None:
@@ -259,7 +266,7 @@ def test_offers_to_upgrade_are_ignored(connection: socket.socket, protocol: byte
 def test_body_behind_an_offer_to_upgrade_is_never_run_as_a_request(
     connection: socket.socket, how: str, framing: bytes
 ) -> None:
-    smuggled = b"GET /collections HTTP/1.1\r\nHost: x\r\n" + AUTHORIZATION + b"\r\n"
+    smuggled = b"GET /collections HTTP/1.1\r\nHost: localhost\r\n" + AUTHORIZATION + b"\r\n"
     before, after = SEARCH, OFFER % b"h2c" + framing % (len(smuggled), smuggled)
     head_end = after.index(b"\r\n\r\n") + 4
     if how == "split header":
@@ -273,7 +280,7 @@ def test_body_behind_an_offer_to_upgrade_is_never_run_as_a_request(
 
 
 def test_connect_is_refused(connection: socket.socket) -> None:
-    connection.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n" + HEALTH)
+    connection.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEALTH)
     assert read_until_closed(connection).startswith(b"HTTP/1.1 400")
 
 
@@ -281,7 +288,7 @@ def test_responses_that_are_not_read_end_the_connection(port: int) -> None:
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", port))
-        document = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"  # over 1 MB
+        document = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\n\r\n"  # over 1 MB
         deaf.sendall(document * 20)
         end = time.monotonic() + 10
         while not is_cut_off(deaf, [b"\r\n"]):
@@ -294,7 +301,7 @@ def test_slow_reader_gets_all_of_a_long_response(port: int) -> None:
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         slow.connect(("127.0.0.1", port))
-        slow.sendall(b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        slow.sendall(b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         began, received = time.monotonic(), 0
         while part := slow.recv(65536):
             received += len(part)
@@ -348,10 +355,35 @@ def test_searches_of_clients_that_left_are_skipped(built_index: Path) -> None:
 
 @pytest.mark.parametrize(("version", "hosts"), [(b"1.1", 0), (b"1.1", 2), (b"1.0", 2)])
 def test_request_needs_exactly_one_host(connection: socket.socket, version: bytes, hosts: int) -> None:
-    connection.sendall(b"GET /healthz HTTP/%b\r\n" % version + b"Host: x\r\n" * hosts + b"\r\n")
+    connection.sendall(b"GET /healthz HTTP/%b\r\n" % version + b"Host: localhost\r\n" * hosts + b"\r\n")
     assert read_response(connection).startswith(b"HTTP/1.1 400")
 
 
 def test_http_1_0_needs_no_host(connection: socket.socket) -> None:
     connection.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
     assert read_response(connection).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("LOCALHOST", 200),
+        ("192.0.2.1", 200),
+        ("[::1]:8000", 200),
+        ("shop.example:80", 200),
+        ("rebound.example", 421),
+        ("127.0.0.1.rebound.example", 421),
+        ("localhost.rebound.example:8000", 421),
+        ("", 421),
+    ],
+)
+async def test_over_loopback_only_known_hosts_are_answered(built_index: Path, host: str, status: int) -> None:
+    """Otherwise a web page could lead its own name to 127.0.0.1, and read what is served there."""
+    async with opened(built_index, ready=False, allowed_hosts=("shop.example",)) as client:
+        for address in ("127.0.0.1", "[::1]"):
+            response = await client.get(f"http://{address}/healthz", headers={"Host": host})
+            assert response.status_code == status
+            if status != 200:
+                assert_problem(response, 421, "Host")
+        assert (await client.get("http://192.0.2.1/healthz", headers={"Host": host})).status_code == 200

@@ -160,7 +160,7 @@ async def test_largest_unfinished_upload_is_dropped_when_the_budget_is_full(buil
 async def test_small_bodies_are_accepted_while_uploads_fill_the_budget(built_index: Path) -> None:
     limits = {"max_in_flight_bytes": 2**20, "max_upload_bytes": 2**20}
     with serving(built_index, **limits) as (_, port), contextlib.ExitStack() as stack:
-        head = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        head = b"POST /search/image HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         for _ in range(5):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             connection.sendall(head + b"Content-Length: 1048576\r\n\r\n--b\r\n" + bytes(1_000_000))
@@ -173,7 +173,7 @@ async def test_small_bodies_are_accepted_while_uploads_fill_the_budget(built_ind
 
 def test_announced_bytes_do_not_count_against_the_upload_budget(built_index: Path) -> None:
     with serving(built_index, max_in_flight_bytes=2**20) as (_, port), contextlib.ExitStack() as idle:
-        head = b"POST /search/image HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        head = b"POST /search/image HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
         connections = [idle.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(5)]
         for connection in connections:
             connection.sendall(head + b"Content-Length: 1048576\r\n\r\n--b\r\n")
@@ -249,7 +249,7 @@ def test_images_that_are_not_read_cost_little_memory(
             deaf = stack.enter_context(socket.socket())
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.connect(("127.0.0.1", port))
-            deaf.sendall(b"GET /items/circle%2Fred.png/image HTTP/1.1\r\nHost: x\r\n\r\n")
+            deaf.sendall(b"GET /items/circle%2Fred.png/image HTTP/1.1\r\nHost: localhost\r\n\r\n")
         end = time.monotonic() + 20
         while len(app.state.retriever.image_threads._threads) < 8 and time.monotonic() < end:
             time.sleep(0.02)
