@@ -3,7 +3,7 @@
 # Build arguments (docs/how-to/containers.md):
 # - BASE: a Debian image with Python 3.11 or newer as `python`, and pip. Pin it by digest for reproducible builds.
 # - EXTRAS: extras of pyproject.toml to include: openvino (several times as fast on a CPU), otel, http, s3, ...
-# - LOCK: a lock file with hashes, such as requirements.lock. Without it, the ranges in pyproject.toml apply.
+# - LOCK: a lock file with hashes. If it is empty, the ranges in pyproject.toml apply.
 # - PIP_EXTRA_INDEX_URL: an index of PyTorch's CPU builds; PyPI's torch for Linux is the CUDA build, several GB.
 # - PIP_INDEX_URL: a mirror. PIP_FIND_LINKS, PIP_CONSTRAINT: addresses, or paths that the build can see.
 ARG BASE=python:3.12-slim
@@ -18,7 +18,7 @@ RUN python -c "import sys, tomllib; wanted = tomllib.load(open('pyproject.toml',
 
 FROM ${BASE} AS builder
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
-ARG LOCK=""
+ARG LOCK="requirements.lock"
 ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 RUN python -m venv --without-pip /opt/venv
 COPY --from=requirements /requirements.txt /requirements.txt

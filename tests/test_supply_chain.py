@@ -1,5 +1,6 @@
 """Lock files and the requirements that they fulfil."""
 
+import itertools
 import os
 import re
 import shutil
@@ -53,6 +54,24 @@ def test_torch_is_left_out_of_a_lock_with_its_hashes(tmp_path: Path) -> None:
     for name in ("requirements.lock", "requirements-ci.lock"):
         lines = (tmp_path / name).read_text().splitlines()
         assert lines[2:] == ["tomlkit==1 \\", "    --hash=sha256:tomlkit", "tqdm==1 \\", "    --hash=sha256:tqdm"]
+
+
+FAULTY = {
+    "aiohttp": "3.13.2",  # request smuggling, and memory that a peer can fill
+    "fastapi": "0.120",  # pins a Starlette with faults
+    "h11": "0.15",  # request smuggling by chunks, CVE-2025-43859
+    "protobuf": "6.33.4",  # unbounded recursion, CVE-2025-4565 and later
+    "python-multipart": "0.0.17",  # slow forms, CVE-2024-53981
+    "starlette": "0.49.0",  # slow Range headers, CVE-2025-62727
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_versions_with_known_faults_are_not_allowed(name: str) -> None:
+    lines = itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    floors = [each for each in map(Requirement, lines) if each.name == name]
+    assert floors
+    assert not any(each.specifier.contains(FAULTY[name]) for each in floors)
 
 
 def test_torch_is_recent_enough_to_load_weights_safely() -> None:
