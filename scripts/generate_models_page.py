@@ -1,4 +1,4 @@
-"""Write the tables of docs/models.md from open_clip's configurations.
+"""Write the table of docs/models.md from open_clip's configurations.
 
     python scripts/generate_models_page.py            write the page
     python scripts/generate_models_page.py --check    exit with 1 if it is stale
@@ -23,30 +23,38 @@ sys.path.insert(0, str(ROOT))
 from dcar_core.model.catalogue import FAMILIES, PARAMETERS, CatalogueEntry, list_catalogue  # noqa: E402
 
 MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
-HEAD = ["| model | level | M | pixels | tokens | languages | needs | weights |", "| " + " | ".join(8 * ["---"]) + " |"]
+HEAD = ["| family | models | level | M | pixels | tokens | needs |", "| " + " | ".join(7 * ["---"]) + " |"]
 
 
 def page(text: str) -> str:
-    """Return the page with its tables replaced."""
+    """Return the page with its table replaced."""
     written_by_hand = text.partition(MARK)[0]
     entries = list_catalogue()
     levels = Counter(entry.level for entry in entries)
     counts = ", ".join(f"{count} {level}" for level, count in levels.most_common())
     padded = sum(entry.reads_padding for entry in entries)
-    sections = [MARK, f"## All models\n\n{len(entries)} models: {counts}. {padded} read their padding (*)."]
-    for family in FAMILIES:
-        rows = [_row(entry) for entry in entries if entry.family == family]
-        if rows:
-            sections.append("\n".join([f"### {family}", "", *HEAD, *rows]))
-    return written_by_hand + "\n\n".join(sections) + "\n"
+    head = f"## Families\n\n{len(entries)} models: {counts}. {padded} read their padding (*)."
+    families = [[entry for entry in entries if entry.family == family] for family in FAMILIES]
+    rows = [_row(family) for family in families if family]
+    return written_by_hand + "\n\n".join([MARK, head, "\n".join([*HEAD, *rows])]) + "\n"
 
 
-def _row(entry: CatalogueEntry) -> str:
-    tags = ", ".join(entry.pretrained)
-    needs, tokens = ", ".join(entry.needs), f"{entry.context_length}{'*' if entry.reads_padding else ''}"
-    languages = "" if entry.languages == "English" else entry.languages
-    cells = [entry.name, entry.level, entry.parameters, entry.image_size, tokens, languages, needs, tags]
-    return "| " + " | ".join(map(str, cells)) + " |"
+def _row(family: list[CatalogueEntry]) -> str:
+    """Return the row of a family: the ranges of its models, and one name."""
+    smallest = min(family, key=lambda entry: entry.parameters or 0)
+    names = f"{len(family)}: `{smallest.name}`" + (", ..." if len(family) > 1 else "")
+    levels = ", ".join(sorted({entry.level for entry in family}))
+    tokens = _range([entry.context_length for entry in family]) + ("*" if any(e.reads_padding for e in family) else "")
+    needs = ", ".join(sorted({name for entry in family for name in entry.needs}))
+    title = family[0].family + (" (many languages)" if all(entry.languages == "many" for entry in family) else "")
+    parameters = _range([entry.parameters for entry in family if entry.parameters])
+    pixels = _range([entry.image_size for entry in family])
+    return "| " + " | ".join([title, names, levels, parameters, pixels, tokens, needs]) + " |"
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 def count_parameters(name: str) -> int:

@@ -10,6 +10,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ CLI_INTRO = """# {title}
 SETTINGS_INTRO = """# Settings
 
 Settings of the service. Each one is an environment variable; `dcar serve` also has flags for a few of them, which take
-precedence. An invalid value, or a misspelled name, ends the start with one line that names the variable. An empty
-value counts as unset."""
+precedence. Brackets have the default and the allowed values. An invalid value, or a misspelled name, ends the start
+with one line that names the variable. An empty value counts as unset."""
 
 
 def pages() -> dict[str, str]:
@@ -46,30 +47,46 @@ def pages() -> dict[str, str]:
 
 
 def _cli_page(title: str, purpose: str, group: Any, prefix: str) -> str:
-    """The commands of one group, without those of the groups below it."""
+    """The commands of one group, without those of the groups below it. Options of several commands come last."""
+    commands = {name: each for name, each in sorted(_commands(group).items()) if not hasattr(each, "commands")}
+    lines = {name: [_line(p) for p in _parameters(each)] for name, each in commands.items()}
+    times = Counter(line for each in lines.values() for line in each)
+    shared = [line for line in times if times[line] > 1]
     sections = [GENERATED, CLI_INTRO.format(title=title, purpose=purpose)]
-    for name, command in sorted(_commands(group).items()):
-        if hasattr(command, "commands"):
-            continue
+    for name, command in commands.items():
         sections += [f"## `{prefix} {name}`", _paragraphs(command.help or "")]
-        arguments = [p for p in command.params if p.param_type_name == "argument"]
-        options = [p for p in command.params if p.param_type_name == "option" and not p.hidden and p.name != "help"]
-        rows = [[_argument(p), _default(p), _cell(p)] for p in arguments]
-        rows += [[_option(p), _default(p), _cell(p)] for p in options]
-        if rows:
-            sections.append(_table(["argument or option", "default", ""], rows))
+        own = [f"- {line}" for line in lines[name] if line not in shared]
+        also = [line.partition(" ")[0].rstrip(":,") for line in lines[name] if line in shared]
+        sections += ["\n".join(own)] * bool(own)
+        sections += [f"Also {', '.join(also)}."] * bool(also)
+    if shared:
+        sections += ["## Options of several commands", "\n".join(f"- {line}" for line in sorted(shared))]
     return "\n\n".join(sections) + "\n"
+
+
+def _parameters(command: Any) -> list[Any]:
+    """The arguments of a command, then its options."""
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and not p.hidden and p.name != "help"]
+    return arguments + options
+
+
+def _line(parameter: Any) -> str:
+    """A parameter: its names, its default in brackets, and its help."""
+    names = _argument(parameter) if parameter.param_type_name == "argument" else _option(parameter)
+    default = _default(parameter)
+    return f"{names}{f' ({default})' if default else ''}: {_cell(parameter)}"
 
 
 def settings_page() -> str:
     """The reference of the service's settings as Markdown."""
     schema = Settings.model_json_schema()["properties"]
-    rows = []
+    lines = []
     for name, field in Settings.model_fields.items():
         default = _setting_default(field.get_default(call_default_factory=True))
-        rows.append([f"`DCAR_{name.upper()}`", default, _limits(schema[name]), _escape(field.description or "")])
-    table = _table(["variable", "default", "allowed", ""], rows)
-    return "\n\n".join([GENERATED, SETTINGS_INTRO, table]) + "\n"
+        about = "; ".join(filter(None, [default, _limits(schema[name])]))
+        lines.append(f"- `DCAR_{name.upper()}`{f' ({about})' if about else ''}: {_escape(field.description or '')}")
+    return "\n\n".join([GENERATED, SETTINGS_INTRO, "\n".join(lines)]) + "\n"
 
 
 def _commands(group: Any) -> dict[str, Any]:
@@ -129,12 +146,7 @@ def _limits(schema: dict[str, Any]) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+    return text.replace("<", "&lt;")
 
 
 def main() -> int:

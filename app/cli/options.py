@@ -44,7 +44,7 @@ Pretrained = Annotated[
     str | None,
     typer.Option(help="Weights for a model name: a tag (openai) or a .safetensors / .pt file. Not for a directory."),
 ]
-Images = Annotated[Path | None, typer.Option(help="Root folder of the images. Default: beside the annotations.")]
+Images = Annotated[Path | None, typer.Option(help="Root folder of the images. Default: the folder of the annotations.")]
 SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are missing or broken.")]
 Negatives = Annotated[
     str,
@@ -62,7 +62,7 @@ Taxonomy = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Loss = Annotated[
     LossDirection,
-    typer.Option(help="Contrastive loss: both directions, or image-to-text alone, as in the baselines' own code."),
+    typer.Option(help="Contrastive loss: both directions, or image-to-text only, as in the baselines' own code."),
 ]
 Epochs = Annotated[int, typer.Option(min=1, help="Most epochs to train.")]
 BatchSize = Annotated[int, typer.Option(min=2, help="Pairs per training step.")]

@@ -23,7 +23,7 @@ def models(
     """List the built-in models: name, level, parameters in millions, image size, context length, languages,
     libraries, and tags for --pretrained.
 
-    Levels: full takes prompts in both towers, text in the text tower alone, features in neither. docs/models.md
+    Levels: full takes prompts in both towers, text in the text tower only, features in neither. docs/models.md
     helps to choose.
     """
     from dcar_core.model.catalogue import list_catalogue

@@ -127,7 +127,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Methods, separated by commas; an unknown name lists all. Default: clip,coop,clip-adapter,maple,dcar,"
-            "dcar+,block-adapters, or the like of them that the model's towers can run."
+            "dcar+,block-adapters, or their variants that the model's towers can run."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 3,

@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         le=100,
         description="Longest time in milliseconds that a batch waits for more queries, under load only.",
     )
-    max_pending: int = Field(512, ge=1, description="Largest number of searches in progress. More get 503.")
+    max_pending: int = Field(512, ge=1, description="Largest number of searches in progress. Further requests get 503.")
     max_queue_ms: int = Field(
         2000,
         ge=1,
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         None,
         description="Redis for cached embeddings, rate limits and notices of new indexes: redis://, rediss://, unix:, "
-        "redis+sentinel:// or redis+cluster://. Unset: each process works alone.",
+        "redis+sentinel:// or redis+cluster://. Unset: processes share nothing.",
     )
     redis_timeout_ms: int = Field(
         100,
@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         256 * 2**20,
         ge=1024,
         description="Largest number of bytes held for all requests in progress: of their bodies, and of images "
-        "fetched by URL. More get 503.",
+        "fetched by URL. Further requests get 503.",
     )
     upload_timeout_s: float = Field(
         30, gt=0, description="Seconds for a request body to arrive. After it the response is 408."
@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     api_keys: Annotated[dict[str, ApiKey], NoDecode] = Field(
         {},
         description="Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. "
-        "NAME:HASH:write may change items as well, and NAME:HASH:read:shoes+bags opens these collections alone. Unset: "
+        "NAME:HASH:write may change items as well, and NAME:HASH:read:shoes+bags opens these collections only. Unset: "
         "everybody may search.",
     )
     writes: bool = Field(

@@ -10,18 +10,12 @@ from typer.testing import CliRunner
 from app.cli import app
 from index_jobs.store.versions import open_current
 from tests.support.images import draw
-from tests.support.paths import ROOT
+from tests.support.shown import assert_shown, shown_blocks
 from tests.support.vision_server import VisionServer
 
 MODEL = "--model ViT-B-32-quickgelu --pretrained openai"
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "circle", "triangle", "cross")
-
-
-def commands() -> list[str]:
-    page = (ROOT / "docs" / "how-to" / "write-captions.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    return [line for line in block.replace("\\\n", " ").splitlines() if line.startswith("dcar ")]
 
 
 def test_captions_of_a_vision_model_reach_the_index(
@@ -31,12 +25,16 @@ def test_captions_of_a_vision_model_reach_the_index(
     for number, (shape, color) in enumerate((s, c) for s in SHAPES for c in COLORS):
         (tmp_path / "photos" / shape).mkdir(parents=True, exist_ok=True)
         draw(color, shape).save(tmp_path / "photos" / shape / f"photo {number}.png")
+    (block,) = shown_blocks("docs/how-to/write-captions.md")
+    commands, printed = [line for line in block.lines if line.startswith("dcar ")], ""
     with VisionServer() as server:
-        for command, status in zip(commands(), ([0], [0, 3], [0]), strict=True):  # 3: one epoch made it no better
+        for command, status in zip(commands, ([0], [0, 3], [0]), strict=True):  # 3: one epoch made it no better
             words = command.replace(MODEL, f"--model {tiny_model} --epochs 1")
             words = re.sub(r"--url \S+", f"--url {server.url}", words)
             done = CliRunner().invoke(app, shlex.split(words)[1:], catch_exceptions=False)
             assert done.exit_code in status, (command, done.output)
+            printed += done.stdout
+    assert_shown(block, printed)
     artifact = open_current(tmp_path / "index")
     items = [artifact.item(row) for row in range(artifact.rows)]
     assert len(items) == len(COLORS) * len(SHAPES)

@@ -1,0 +1,204 @@
+"""The commands of the tutorial and of the how-to guides print what the pages show.
+
+- The tutorial runs first, in a fresh directory with 72 drawn pictures. Each guide continues in a copy of it.
+- A tiny model and short trainings take the place of CLIP and of real ones.
+- Requests to the demo are in `test_example.py`, captions of a vision model in `test_write_captions.py`.
+"""
+
+import csv
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from app.cli import app
+from tests.support import commands
+from tests.support.images import draw
+from tests.support.paths import ROOT
+from tests.support.processes import free_port
+from tests.support.shown import Shown, assert_shown, shown_blocks
+
+MODEL = "--model ViT-B-32-quickgelu --pretrained openai"
+TRAIN, EVALUATE = "--epochs 10 --lr 0.005 --batch-size 16", "--epochs 2 --batch-size 64"
+KEY = "dcar_" + "a" * 43
+HASH = hashlib.sha256(KEY.encode()).hexdigest()
+BIRDS = {"barn owl": "square", "kestrel": "circle", "robin": "triangle", "wren": "cross"}
+COLORS = {
+    "red": "at dusk",
+    "green": "on a branch",
+    "blue": "in flight",
+    "orange": "at sunrise",
+    "purple": "on a fence post",
+    "black": "at night",
+}
+GROUNDS = {(255, 255, 255): "in the snow", (160, 160, 160): "in the fog", (250, 240, 120): "in a field"}
+ELSEWHERE = {"search.md", "re-rank-and-explain.md", "write-captions.md"}  # the tests named above
+
+
+def runs(block: Shown) -> bool:
+    """Whether a block is run here. `make` runs this very test, and another one runs `make demo`."""
+    return not block.needs and not block.is_silent and not block.lines[0].startswith("make ")
+
+
+GUIDES = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+WALKED = ["README.md", *(path.relative_to(ROOT).as_posix() for path in GUIDES if path.name not in ELSEWHERE)]
+WALKED = [page for page in WALKED if any(map(runs, shown_blocks(page)))]
+FRESH = {"README.md", "docs/how-to/adapt.md"}  # they train, so they begin with the photos only
+
+
+def draw_photos(folder: Path) -> None:
+    """72 pictures in one folder per category, with pairs.csv in the columns that the tutorial shows."""
+    rows = []
+    for bird, shape in BIRDS.items():
+        (folder / bird).mkdir(parents=True)
+        looks = [(color, ground) for color in COLORS for ground in GROUNDS]
+        for number, (color, ground) in enumerate(looks, 1):
+            pixels = np.array(draw(color, shape))
+            pixels[(pixels == 255).all(-1)] = ground
+            name = f"{bird}/{number:03}.jpg"
+            Image.fromarray(pixels).save(folder / name)
+            rows.append((name, f"a {bird} {COLORS[color]} {GROUNDS[ground]}", bird))
+    header = re.search(r"```csv\n(.+)\n", (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    assert header
+    with (folder / "pairs.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header[1].split(","), *rows])
+
+
+class Reader:
+    """Runs the blocks of a page as a reader does: in the current directory, with a service that keeps running."""
+
+    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._model, self._monkeypatch = model, monkeypatch
+        self._server: commands.Command | None = None
+        self._address = ""
+
+    def read(self, block: Shown) -> None:
+        """Run the commands of a block, and compare what they print with what the page shows."""
+        printed = "".join(self._run(line) for line in block.lines)
+        if not block.is_silent:
+            printed = printed.replace(str(self._model), "ViT-B-32-quickgelu")
+            assert_shown(block, printed.replace(self._address or "no service", "http://127.0.0.1:8000"))
+
+    def close(self) -> None:
+        """Stop the service."""
+        if self._server:
+            self._server.send_signal(signal.SIGTERM)
+            assert self._server.wait(30) in (0, -15)
+            self._server = None
+
+    def _run(self, line: str) -> str:
+        line = line.replace("<sha256>", HASH).replace("KEY=dcar_...", f"KEY={KEY}").removeprefix(".venv/bin/")
+        if line.startswith("export "):
+            for word in shlex.split(line, comments=True)[1:]:
+                self._monkeypatch.setenv(*word.split("=", 1))
+        elif line.startswith("dcar serve"):
+            return self._serve(line)
+        elif line.startswith("dcar "):
+            return self._dcar(line)
+        elif line.startswith("python -m index_jobs.rebuild"):
+            done = commands.run("index_jobs.rebuild", *shlex.split(line)[3:], directory=Path.cwd())
+            assert done.returncode == 0, (line, done.stderr)
+            return done.stdout
+        elif line.startswith("python benchmarks/"):
+            script, *rest = shlex.split(line)[1:]
+            done = commands.run(ROOT / script, *(word for word in rest if "*" not in word))
+            assert done.returncode == 0, (line, done.stderr)
+            return done.stdout
+        elif line.startswith("curl "):
+            line = line.replace("http://127.0.0.1:8000", self._address).replace("$KEY", KEY)
+            return subprocess.run(shlex.split(line), capture_output=True, text=True, check=True).stdout + "\n"
+        else:
+            assert Shown((line,), None, is_json=False).is_silent, f"unknown command {line}"
+        return ""
+
+    def _dcar(self, line: str) -> str:
+        line = line.replace(MODEL, f"--model {self._model}")
+        if line.startswith(("dcar train", "dcar evaluate")):
+            line += f" {TRAIN if line.startswith('dcar train') else EVALUATE}"
+        if line.startswith("dcar quickstart"):
+            self._monkeypatch.setattr("app.cli.quickstart.serve_index", lambda **flags: None)
+            line += f" --no-open --model {self._model}"
+        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+        assert done.exit_code == 0, (line, done.output)
+        return done.stdout
+
+    def _serve(self, line: str) -> str:
+        """Start the service on a free port, and return the first lines of its log."""
+        self.close()
+        port, log = free_port(), Path("serve.log").absolute()
+        words = [*shlex.split(line)[1:], "--port", port]
+        log.write_text("")
+        self._server = commands.Command("app.cli", *words, directory=Path.cwd(), stdout=os.devnull, stderr=log)
+        self._address = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while not self._is_ready():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        lines = log.read_text().splitlines(keepends=True)
+        return "".join(each for each in lines if "listening on" in each or "serving version" in each)
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self._address}/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def walked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a reader at the end of the tutorial, and one more photo."""
+    folder = tmp_path_factory.mktemp("reader")
+    draw_photos(folder / "photos")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        reader = Reader(tiny_model, monkeypatch)
+        try:
+            for block in shown_blocks("docs/tutorial.md"):
+                reader.read(block)
+        finally:
+            reader.close()
+    assert (folder / "results" / "report.html").is_file()
+    (folder / "new-photos" / "wren").mkdir(parents=True)
+    draw("pink", "cross").save(folder / "new-photos" / "wren" / "101.jpg")
+    return folder
+
+
+@pytest.fixture
+def reader(walked: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+    shutil.copytree(walked, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    reader = Reader(tiny_model, monkeypatch)
+    yield reader
+    reader.close()
+
+
+def test_the_tutorial_has_ten_commands_and_prints_what_it_shows(walked: Path) -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\d+)\. ", text, re.MULTILINE) == [str(number) for number in range(1, 11)]
+    assert len(shown_blocks("docs/tutorial.md")) == 10
+    assert "tests/e2e/test_shown.py" in text
+
+
+@pytest.mark.parametrize("page", WALKED)
+def test_the_commands_of_a_guide_print_what_it_shows(reader: Reader, tmp_path: Path, page: str) -> None:
+    if page in FRESH:
+        for name in ("adapted", "index", "index-clip"):
+            shutil.rmtree(tmp_path / name)
+    requests_to_the_demo = page == "README.md"
+    for block in shown_blocks(page):
+        is_request = block.lines[0].startswith("curl ")
+        if (runs(block) or block.is_silent) and not (is_request and requests_to_the_demo):
+            reader.read(block)
