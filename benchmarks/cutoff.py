@@ -23,7 +23,7 @@ import torch
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
 from index_jobs.gallery.scan import scan
-from index_jobs.jobs import quality_gate
+from index_jobs.jobs import gate
 from index_jobs.store.versions import open_current
 
 UNRELATED_TEXTS = (
@@ -74,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)
+    pairs = gate.find_pairs(scan(artifact.manifest.spec.gallery), args.validation)
     assert pairs is not None  # --validation is required
     queries = [(text, artifact.row_of(item_id)) for text, item_id in zip(pairs.texts, pairs.ids, strict=True)]
     rows = np.array([row for _, row in queries if row is not None])

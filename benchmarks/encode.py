@@ -41,7 +41,7 @@ from index_jobs.encoding.decode import worker_count
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.gallery.scan import scan
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 
 DRAWN = 256
 IN_A_TAR = 10_000
@@ -141,7 +141,7 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
             scan(source),
             [encoder],
             folder / f"work{number}",
-            RebuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False),
+            BuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False),
         )
         job = clock.stop() / len(encoded)
         alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
@@ -213,7 +213,7 @@ def memory(arguments: argparse.Namespace, folder: Path) -> None:
             scanned,
             [encoder],
             work,
-            RebuildOptions(
+            BuildOptions(
                 workers=arguments.workers, batch_size=arguments.batch_size, shard_rows=SHARD_ROWS, progress=False
             ),
         )

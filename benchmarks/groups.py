@@ -22,9 +22,9 @@ import numpy as np
 from app.search.ranking.groups import GroupField, rank_groups
 from app.search.ranking.rank import RankQuery, rank
 from dcar_core.util.arrays import Floats, Rows
-from index_jobs.building.build import build_index
-from index_jobs.building.kinds import choose_kinds
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.build import build_index
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.kinds import choose_kinds
 
 DIM, CENTRES, MOST_IMAGES, NOISE, K, SEARCHES = 256, 1000, 9, 0.5, 10, 200
 

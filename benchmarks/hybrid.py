@@ -38,9 +38,9 @@ from app.cli.serving import bundled_checkpoint
 from app.search.ranking.hybrid import HybridQuery
 from app.search.ranking.rank import RankQuery, rank
 from dcar_core.util.arrays import Floats, Rows
-from index_jobs.building.build import build_index
-from index_jobs.building.kinds import choose_kinds
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.build import build_index
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.kinds import choose_kinds
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.lexical.term_lists import STARTS, TERMS

@@ -37,13 +37,16 @@ from index_peers import PEERS
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.processes import in_own_process
-from index_jobs.building.build import build_index
-from index_jobs.building.kinds import choose_kinds, machine_memory
-from index_jobs.building.tuning import NEIGHBOURS, TARGET_RECALL, HeldOutQueries, SearchParameters, Tuner
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.build import build_index
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
+from index_jobs.engines.faiss.tuning import SearchParameters, tune
+from index_jobs.engines.measure import NEIGHBOURS, Benchmark
+from index_jobs.engines.protocol import HeldOutQueries
+from index_jobs.spec import IndexSpec
 from index_jobs.store.segments import Segment, Segments, write_removed
 
-KINDS = ("flat", "SQ8", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq", "pq", "auto")
+KINDS = ("flat", "SQ8", "hnsw", "ivf", "ivf-pq-fp16", "ivf-pq", "pq", "auto")
 QUERIES, TIMED = 1000, 500
 LONGEST_S = 30  # of queries, for slow kinds
 NOISE = 0.002  # of a recall over so many queries
@@ -58,8 +61,8 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
         if kind in PEERS:
             index: Any = PEERS[kind].build(vectors)
             tunable, about = index, {"factory": index.settings, "reason": "a peer"}
-            tuner = Tuner(lambda: blocks(vectors), queries, target=targets[0])
-            parameters = tuner.tune(index, tunable=tunable)["parameters"]
+            benchmark = Benchmark(lambda: blocks(vectors), queries, target=targets[0])
+            parameters = tune(benchmark, index, tunable=tunable)["parameters"]
         else:
             choices = choose_kinds(kind, count, dim, memory=memory)
             built = build_index(
@@ -70,9 +73,8 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
     index.save(path) if kind in PEERS else write_faiss(index, path)
     tuned = {targets[0]: parameters}
     for target in targets[1:]:
-        tuned[target] = Tuner(lambda: blocks(vectors), queries, target=target).tune(index, tunable=tunable)[
-            "parameters"
-        ]
+        benchmark = Benchmark(lambda: blocks(vectors), queries, target=target)
+        tuned[target] = tune(benchmark, index, tunable=tunable)["parameters"]
     size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
     return {"kind": kind, **about, **usage.found, "file_mb": round(size / 1e6, 1), "tuned": list(tuned.items())}
 
@@ -281,7 +283,7 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
     for kind in [*(given.kind or [kind for kind in KINDS if "measured" not in results.get(kind, {})]), *peers]:
         print(f"{kind} ..", file=sys.stderr, flush=True)
         if kind not in results or not material.index(kind).exists():
-            targets = given.target or [TARGET_RECALL]
+            targets = given.target or [IndexSpec.target_recall]
             results[kind] = make(kind, material.index(kind), vectors, queries, memory, targets)
         notes.write_text(json.dumps(results, indent=2))
         if not given.build_only:

@@ -18,7 +18,8 @@ from emoji_vectors import captions, load_encoder
 from emoji_vectors import vectors as drawn_emoji
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
-from index_jobs.building.tuning import HeldOutQueries, find_neighbours
+from index_jobs.engines.measure import find_neighbours
+from index_jobs.engines.protocol import HeldOutQueries
 
 BLOCK = 20_000
 EMOJI_DIM = 256

@@ -2,7 +2,7 @@
 
     pip install hnswlib usearch scann      any of them; one that is missing is skipped
 
-Each class has the names that `index_jobs.building.tuning` sets: the width of a search, and for ScaNN the number of
+Each class has the names that `index_jobs.engines.faiss.tuning` sets: the width of a search, and for ScaNN the number of
 re-ranked candidates as a multiple of ten.
 """
 

@@ -21,7 +21,7 @@ from dcar_core import Encoder
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.serving.pair_weights import PairWeights
 from index_jobs.gallery.scan import scan
-from index_jobs.jobs import quality_gate
+from index_jobs.jobs import gate
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 
@@ -60,7 +60,7 @@ def main() -> None:
     if not encoder.state.uses_token_weights:
         parser.error(f"the model of {args.index} was trained without token weights, so it cannot re-rank")
     pair_weights = PairWeights(encoder)
-    pairs = quality_gate.find_pairs(scan(artifact.manifest.source), args.validation)
+    pairs = gate.find_pairs(scan(artifact.manifest.spec.gallery), args.validation)
     assert pairs is not None  # --validation is required
     queries = list(zip(pairs.texts, map(artifact.row_of, pairs.ids), strict=True))
     depth, allowed = max(args.depth, *RANKS), None

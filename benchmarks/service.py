@@ -158,21 +158,19 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     """Return an index of drawn vectors and captions whose images do not exist; made once."""
     if (out / "CURRENT").exists():
         return out
-    import datetime
-
     import numpy as np
     import pyarrow as pa
 
     from dcar_core import Encoder
     from dcar_core.model.checkpoint import copy_checkpoint
-    from index_jobs.building import kinds
-    from index_jobs.building.build import build_index
+    from index_jobs.engines.protocol import NewIndex
+    from index_jobs.engines.registry import load_engine
     from index_jobs.gallery.scan import scan
+    from index_jobs.spec import IndexSpec
     from index_jobs.store import publish
-    from index_jobs.store.faiss_index import write_faiss
     from index_jobs.store.items import SIZE_COLUMNS, write_items
     from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-    from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, VECTORS, Manifest
+    from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest, utc_now
 
     vectors = draw()
     count, dim = vectors.shape
@@ -186,19 +184,19 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     table = gallery.table
     for name in SIZE_COLUMNS:
         table = table.append_column(name, pa.nulls(count, pa.int32()))
-    built = build_index(lambda: iter([vectors]), count, dim, kinds.choose_kinds("auto", count, dim))
     with publish.open_staging(out) as staging:
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
-        write_faiss(built.index, staging / VECTORS)
+        spec = IndexSpec(
+            gallery=gallery.source, gallery_signature=gallery.content_signature, fingerprint=encoder.fingerprint
+        )
+        new = NewIndex(folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim, queries=None)
+        created = load_engine(spec.engine).create(spec, new)
         write_items(staging / ITEMS, table, np.arange(count))
         write_lexical(staging / LEXICAL, item_texts(table, None))
         manifest = Manifest(
-            version=0, fingerprint=encoder.fingerprint, count=count, dim=dim, kind=built.choice.factory,
-            reason=built.choice.reason, gpu=False, requested_kind="auto", requested_memory=None, target_recall=0.99,
-            source=gallery.source, root=gallery.root, checkpoint=str(checkpoint), checkpoint_signature="random",
-            gallery_signature=gallery.content_signature,
-            created=datetime.datetime.now(datetime.UTC).isoformat(), failed=0, measured=built.measured, files={},
+            spec=spec, dim=dim, count=count, kind=created.kind, reason=created.reason, root=gallery.root,
+            checkpoint=str(checkpoint), created=utc_now(), measured=created.measured,
         )  # fmt: skip
         publish.publish_version(out, staging, manifest)
     return out

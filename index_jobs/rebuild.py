@@ -5,14 +5,26 @@ Nothing heavy is imported here, so `--help` is instant and worker processes star
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from dcar_core.util.command import run_command
-from index_jobs.jobs.command_line import EPILOG, build_command
-from index_jobs.jobs.rebuild_entry import rebuild
+from index_jobs.jobs.cli import EPILOG, build_command
 
-__all__ = ["main", "rebuild"]
+if TYPE_CHECKING:
+    from index_jobs.gallery.scan import Gallery
+    from index_jobs.jobs.summary import RebuildSummary
+
+
+def rebuild(
+    gallery: "str | Path | Sequence[str] | Gallery", checkpoint: Path, out: Path, **options: Any
+) -> "RebuildSummary":
+    """Publish an index of a gallery, encoded with a checkpoint; see `index_jobs.jobs.build.rebuild`."""
+    from index_jobs.jobs import build
+
+    return build.rebuild(gallery, checkpoint, out, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

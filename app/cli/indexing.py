@@ -9,7 +9,7 @@ import typer
 from app.cli.options import Filter, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
-from index_jobs.jobs.command_line import (
+from index_jobs.jobs.cli import (
     EPILOG,
     BatchSize,
     Device,
@@ -20,7 +20,7 @@ from index_jobs.jobs.command_line import (
     Workers,
     build_command,
 )
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions, IndexSpec
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Item
@@ -87,14 +87,14 @@ def add_command(
         bool, typer.Option("--replace", help="Images replace items with the same id, instead of an error.")
     ] = False,
     workers: Workers = None,
-    batch_size: BatchSize = RebuildOptions.batch_size,
-    keep: Keep = RebuildOptions.keep,
-    max_failed: MaxFailed = RebuildOptions.max_failed,
+    batch_size: BatchSize = BuildOptions.batch_size,
+    keep: Keep = BuildOptions.keep,
+    max_failed: MaxFailed = IndexSpec.max_failed,
     device: Device = "auto",
     runtime: Runtime = "auto",
 ) -> None:
     """Publish a version with the images of another gallery added, without a rebuild."""
-    from index_jobs.jobs.updates import add
+    from index_jobs.jobs.update import add
 
     summary = add(
         index, gallery, replace_existing=replace, workers=workers, batch_size=batch_size, keep=keep,
@@ -109,13 +109,13 @@ def add_command(
 def apply_command(
     index: Index,
     workers: Workers = None,
-    batch_size: BatchSize = RebuildOptions.batch_size,
-    keep: Keep = RebuildOptions.keep,
+    batch_size: BatchSize = BuildOptions.batch_size,
+    keep: Keep = BuildOptions.keep,
     device: Device = "auto",
     runtime: Runtime = "auto",
 ) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
-    from index_jobs.jobs.apply_writes import apply_writes
+    from index_jobs.jobs.apply import apply_writes
 
     options = {"workers": workers, "batch_size": batch_size, "keep": keep, "device": device, "runtime": runtime}
     typer.echo(f"{index}: {apply_writes(index, **options):,} jobs applied")
@@ -130,10 +130,10 @@ def relocate_command(
         typer.Option("--from", metavar="FOLDER", help="Folder that was moved there. Default: the gallery's root."),
     ] = None,
     model: Annotated[Path | None, typer.Option(exists=True, help="New directory or file of the backbone.")] = None,
-    keep: Keep = RebuildOptions.keep,
+    keep: Keep = BuildOptions.keep,
 ) -> None:
     """Publish a version whose images or model are looked for at another place; nothing is encoded."""
-    from index_jobs.jobs.relocation import relocate
+    from index_jobs.jobs.relocate import relocate
 
     if gallery is None and model is None:
         raise typer.BadParameter("give --gallery or --model with the new place")
@@ -153,11 +153,11 @@ def remove_command(
     ] = None,
     filter: Filter = None,
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
-    keep: Keep = RebuildOptions.keep,
+    keep: Keep = BuildOptions.keep,
 ) -> None:
     """Publish a version in which some items are never found, without a rebuild."""
     from dcar_core.data.entries import read_text
-    from index_jobs.jobs.updates import remove
+    from index_jobs.jobs.update import remove
 
     lines = read_text(ids_file).split("\n") if ids_file else []
     chosen = [*(ids or []), *(line.strip() for line in lines if line.strip())]

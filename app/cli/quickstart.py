@@ -17,7 +17,7 @@ from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.util.errors import DataError, ModelError
-from index_jobs.jobs.command_line import Runtime
+from index_jobs.jobs.cli import Runtime
 
 commands = typer.Typer()
 

@@ -11,7 +11,7 @@ import typer
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import CheckpointError, DcarError
-from index_jobs.jobs.command_line import Runtime
+from index_jobs.jobs.cli import Runtime
 
 commands = typer.Typer()
 

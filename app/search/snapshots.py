@@ -68,7 +68,7 @@ class Snapshot:
         """True if a plain search takes less time than handing it to a thread, as measured by the index build."""
         manifest = self.artifact.manifest
         latency_ms = manifest.measured.get("latency_ms_p50")
-        is_local = not manifest.milvus
+        is_local = manifest.spec.is_local
         is_as_built = not manifest.additions and not manifest.removed
         is_measured_quick = latency_ms is not None and latency_ms <= _QUICK_MS
         return is_local and is_as_built and is_measured_quick and manifest.count <= _QUICK_ITEMS

@@ -21,14 +21,14 @@ from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusedVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 
 
 def encode_gallery(
     gallery: Gallery,
     replicas: Sequence[Encoder],
     work: Path,
-    options: RebuildOptions,
+    options: BuildOptions,
     cache: PixelCache | None = None,
 ) -> EncodedGallery:
     """Encode every image that has no vector yet.

@@ -31,7 +31,7 @@ from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, is_url, read_images
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 from index_jobs.store.items import SIZE_COLUMNS
 from index_jobs.store.manifest import FAILED
 
@@ -90,7 +90,7 @@ class EncodedGallery:
         return (self.adapt(shard.vectors()) for shard in self.shards)
 
 
-def shard_store(gallery: Gallery, encoder: Encoder, runtime: str, work: Path, options: RebuildOptions) -> ShardStore:
+def shard_store(gallery: Gallery, encoder: Encoder, runtime: str, work: Path, options: BuildOptions) -> ShardStore:
     """Return the store of the shards that a runtime makes of a gallery."""
     return ShardStore(
         work,
@@ -145,7 +145,7 @@ class EncodingState:
         gallery: Gallery,
         encoder: Encoder,
         work: Path,
-        options: RebuildOptions,
+        options: BuildOptions,
         runtime: str,
         *,
         whole_shards: bool = False,
@@ -244,7 +244,7 @@ class EncodingState:
     def _check_failed(self, *, final: bool = False) -> None:
         """Compare the failures with the limit; final: no image follows."""
         gallery, count, total = self._gallery, len(self._failed), len(self._gallery)
-        if count <= self._options.max_failed * total and not (final and count == total):
+        if count <= self._options.spec.max_failed * total and not (final and count == total):
             return
         self.store.path.mkdir(parents=True, exist_ok=True)
         path = self.store.path / FAILED
@@ -253,8 +253,8 @@ class EncodingState:
         examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self._failed)[:3])
         raise DataError(
             f"{'no image' if count == total else 'too few images'} of {gallery.source} can be read: {count:,} of "
-            f"{total:,} failed, at most {self._options.max_failed:.1%} may. {examples}. {path} lists them; repair or "
-            f"remove them, or raise --max-failed"
+            f"{total:,} failed, at most {self._options.spec.max_failed:.1%} may. {examples}. {path} lists them; repair "
+            f"or remove them, or raise --max-failed"
         )
 
     def result(self) -> EncodedGallery:

@@ -32,7 +32,7 @@ from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors
 from index_jobs.gallery.scan import Gallery
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 
 LOCATIONS = "places.arrow"
 _CORES_PER_WORKER = 4  # without a GPU
@@ -50,7 +50,7 @@ class EncodingTask:
     checkpoint: Path
     image_key: str
     runtime: str
-    options: RebuildOptions
+    options: BuildOptions
 
 
 class ShardWorker:
@@ -58,7 +58,7 @@ class ShardWorker:
 
     def __init__(self, task: EncodingTask) -> None:
         self.task, options = task, task.options
-        self.replicas = load_replicas(task.checkpoint, options.device, exact=options.exact, runtime=task.runtime)
+        self.replicas = load_replicas(task.checkpoint, options.device, exact=options.spec.exact, runtime=task.runtime)
         if self.replicas[0].image_key != task.image_key:
             raise DcarError(
                 f"a worker loaded another model from {task.checkpoint}; give every machine the same checkpoint"
@@ -89,7 +89,7 @@ def encode_on_ray(
     gallery: Gallery,
     encoder: Encoder,
     work: Path,
-    options: RebuildOptions,
+    options: BuildOptions,
     *,
     checkpoint: Path,
     runtime: str,

@@ -14,16 +14,16 @@ from dcar_core.util.errors import DcarError
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.gallery.scan import Gallery
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 
 logger = logging.getLogger(__name__)
 
 
-def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: RebuildOptions) -> list[Encoder]:
+def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: BuildOptions) -> list[Encoder]:
     """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards."""
-    replicas = load_replicas(checkpoint, options.device, exact=options.exact, runtime=options.runtime)
+    replicas = load_replicas(checkpoint, options.device, exact=options.spec.exact, runtime=options.spec.runtime)
     fastest = replicas[0].runtime.name
-    begun = runtime_in_use(gallery, replicas[0], fastest, work, options) if options.runtime == AUTO else fastest
+    begun = runtime_in_use(gallery, replicas[0], fastest, work, options) if options.spec.runtime == AUTO else fastest
     if begun == fastest:
         return replicas
     try:
@@ -35,7 +35,7 @@ def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: Reb
     return [others[id(replica)] for replica in replicas]
 
 
-def runtime_in_use(gallery: Gallery, encoder: Encoder, fastest: str, work: Path, options: RebuildOptions) -> str:
+def runtime_in_use(gallery: Gallery, encoder: Encoder, fastest: str, work: Path, options: BuildOptions) -> str:
     """Return the runtime that has shards of this gallery; `fastest` if none has, or if it is among several."""
     for name in (fastest, *RUNTIME_KINDS):
         if shard_store(gallery, encoder, name, work, options).stored_rows():

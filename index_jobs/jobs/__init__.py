@@ -1,4 +1,4 @@
-"""The jobs themselves: rebuild, add and remove, with the quality gate and the score cut-off.
+"""The jobs: build, update (add and remove), apply (changes over HTTP), relocate; the quality gate; their command line.
 
 In: a gallery, a checkpoint and options. Out: a published version and a summary.
 `index_jobs.rebuild` and the CLI import it; it imports every other folder of `index_jobs`.

@@ -12,7 +12,7 @@ from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS, Manifest
 if TYPE_CHECKING:
     from index_jobs.encoding.encoding_state import EncodedGallery
     from index_jobs.jobs.gallery_changes import GalleryChanges
-    from index_jobs.jobs.quality_gate import GateVerdict
+    from index_jobs.jobs.gate import GateVerdict
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RebuildSummary:
     failed: images without a vector. unread: those of them with bytes that could not be read.
     number_texts: fields whose texts look like numbers, so that filters cannot compare them by size, with an example.
     changes: items that came, went and changed since the served version; None if there was none.
-    gate: comparison of the new index with the served one; see `index_jobs.jobs.quality_gate.GateVerdict`.
+    gate: comparison of the new index with the served one; see `index_jobs.jobs.gate.GateVerdict`.
     notified: outcome for each notified service.
     hint: what to do next, or "".
     """

@@ -20,15 +20,15 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, FingerprintError, StoreUnavailableError
 from dcar_core.util.files import sha256_of
+from index_jobs.engines.protocol import ScoredRows
+from index_jobs.engines.registry import load_engine
 from index_jobs.gallery.image_access import ImageAccess as ImageAccess
 from index_jobs.gallery.storage import is_url, join_location, open_image
-from index_jobs.store.faiss_search import ScoredRows
 from index_jobs.store.lexical.fusion import spread_rows
-from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, VECTORS, Manifest
+from index_jobs.store.manifest import ADDITIONS_ENGINE, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
 from index_jobs.store.segments import Segment, Segments, read_removed
 
 if TYPE_CHECKING:
-    from index_jobs.store.faiss_index import VectorIndex
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 _ITEM_COLUMNS = ("id", "caption", "category", "metadata", "width", "height")
@@ -76,20 +76,15 @@ class Artifact(Segments):
         self._items: dict[int, Item] = {}
 
     def _open(self) -> tuple[list[Segment], Rows]:
-        from index_jobs.store.faiss_index import FaissIndex
         from index_jobs.store.items import Items
 
         path, manifest = self.path, self.manifest
-        if manifest.milvus:
-            from index_jobs.store.milvus import MILVUS, MilvusIndex, MilvusLocation
-
-            vectors: VectorIndex = MilvusIndex(MilvusLocation.read(path / MILVUS))
-        else:
-            vectors = FaissIndex.open(path / VECTORS, gpu=manifest.gpu)
+        vectors = load_engine(manifest.spec.engine).open(path, gpu=manifest.gpu)
         segments = [Segment(vectors, Items(path / ITEMS), manifest.root, manifest.roots)]
         for addition in manifest.additions:
             folder = path / addition.folder
-            segments.append(Segment(FaissIndex.open(folder / VECTORS), Items(folder / ITEMS), "", addition.roots))
+            vectors = load_engine(ADDITIONS_ENGINE).open(folder)
+            segments.append(Segment(vectors, Items(folder / ITEMS), "", addition.roots))
         added = [addition.count for addition in manifest.additions]
         total = manifest.count + manifest.removed
         for segment, count in zip(segments, [total - sum(added), *added], strict=True):
@@ -188,8 +183,8 @@ class Artifact(Segments):
             return open_image(*self._image_location(row))
         except OSError as error:
             raise ArtifactError(
-                f"the image of item {self.item(row).id!r} cannot be read from the gallery {self.manifest.source}: "
-                f"{error.strerror or error}"
+                f"the image of item {self.item(row).id!r} cannot be read from the gallery "
+                f"{self.manifest.spec.gallery}: {error.strerror or error}"
             ) from error
 
     def _image_location(self, row: int) -> tuple[str, str, int, int]:
@@ -249,7 +244,7 @@ class Artifact(Segments):
             index = self.path.parent.parent
             raise FingerprintError(
                 f"version {self.manifest.version} of {index} was built by encoder {self.manifest.fingerprint[:12]}, "
-                f"not by {fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {self.manifest.source} "
+                f"not by {fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {self.manifest.spec.gallery} "
                 f"--checkpoint CHECKPOINT_OF_THIS_ENCODER --out {index}"
             )
 

@@ -16,8 +16,8 @@ import pyarrow.compute as pc
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import ArtifactError, DataError
 from dcar_core.util.files import atomic_writer
+from index_jobs.checks import check_file_once
 from index_jobs.store.columns import FieldTypes
-from index_jobs.store.manifest import check_file_once
 
 _BATCH = 65_536
 SIZE_COLUMNS = ["width", "height"]  # of the upright image in pixels, null if unknown; older files lack them

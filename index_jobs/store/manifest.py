@@ -3,39 +3,22 @@
 import datetime
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import canonical_json
+from index_jobs.spec import IndexSpec
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 from index_jobs.store.lexical.term_lists import TERMS
 
-FORMAT = 2
+FORMAT = 3
+ADDITIONS_ENGINE = "faiss"  # of small segments that are added later, whatever the engine of the built one
 CURRENT, VERSIONS = "CURRENT", "versions"
-MANIFEST, VECTORS, ITEMS, REMOVED = "manifest.json", "index.faiss", "items.arrow", "removed.npy"
+MANIFEST, ITEMS, REMOVED = "manifest.json", "items.arrow", "removed.npy"
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
 PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
-
-_checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of change of files
-
-
-def check_file_once(path: Path, check: Callable[[], None]) -> None:
-    """Check the contents of a file that this process has not checked yet; versions share files by hard links.
-
-    `check` raises ValueError for damaged contents. Raise ArtifactError instead, with a remedy.
-    """
-    stat = path.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key in _checked:
-        return
-    try:
-        check()
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}; roll back, or rebuild the index") from error
-    _checked.add(key)
 
 
 def utc_now() -> str:
@@ -64,42 +47,47 @@ class Addition:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Contents and origin of a version."""
+    """Contents and origin of a version. The defaults are those of a collection without items."""
 
-    version: int
-    fingerprint: str  # of the encoder
-    count: int  # items that can be found
+    spec: IndexSpec  # what was asked for
     dim: int
-    kind: str  # FAISS index_factory string
-    reason: str  # why this kind was chosen
-    milvus: str = ""  # URI of the Milvus that stores the vectors, "" for index.faiss
-    gpu: bool  # searched on a GPU if there is one
-    requested_kind: str  # as requested, such as "auto"
-    requested_memory: int | None  # bytes that the index may take, as requested
-    target_recall: float  # at 10, against exact search
-    source: str  # the gallery as it was given
-    root: str  # base of relative image locations
+    version: int = 0
+    count: int = 0  # items that can be found
+    kind: str = ""  # of the built index, as its engine names it
+    reason: str = ""  # why this kind was chosen
+    gpu: bool = False  # searched on a GPU if there is one
+    root: str = ""  # base of relative image locations
     roots: list[str] = field(default_factory=list)  # folders or URLs that hold images at absolute locations
-    checkpoint: str  # the directory that the model was copied from
-    checkpoint_signature: str  # hash over that directory's files
-    gallery_signature: str
-    created: str  # UTC, ISO 8601
-    failed: int  # images that could not be read
-    measured: dict[str, Any]  # recall_at_10, parameters, latencies in ms, bytes, ...
-    files: dict[str, FileInfo]  # by path relative to the version
+    checkpoint: str = ""  # the directory that the model was copied from
+    created: str = ""  # UTC, ISO 8601
+    failed: int = 0  # images that could not be read
+    measured: dict[str, Any] = field(default_factory=dict)  # recall_at_10, parameters, latencies in ms, bytes, ...
+    files: dict[str, FileInfo] = field(default_factory=dict)  # by path relative to the version
     additions: list[Addition] = field(default_factory=list)
     removed: int = 0  # rows that are never found
     rebuild: str = ""  # why a rebuild is recommended, "" while it is not
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
     runtime: str = ""  # runtime that encoded the images; "" in versions older than this field
     replaced: int | None = None  # the previous version; None for the first, or in versions older than this field
-    exact: bool = False  # images decoded bit for bit as open_clip does
-    text_fields: list[str] | None = None  # metadata fields in the lexical index; None for every field with text
-    group_field: str = ""  # metadata field that names the product of an item; "" if each item is its own
     number_texts: dict[str, str] = field(default_factory=dict)  # fields of texts such as "10,50", with an example
     hybrid_weight: float | None = None  # of the words, chosen by validation texts; None: not chosen
     metric: str = "inner_product"
     format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder."""
+        return self.spec.fingerprint
+
+    @property
+    def group_field(self) -> str:
+        """The metadata field that names the product of an item; "" if each item is its own."""
+        return self.spec.group_field
+
+    @property
+    def is_as_built(self) -> bool:
+        """True if nothing was added or removed after the build."""
+        return not self.additions and not self.removed
 
     @property
     def has_lexical(self) -> bool:
@@ -125,21 +113,54 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""
         values = asdict(self)
-        return values | {"checksum": hashlib.sha256(canonical_json(values)).hexdigest()}
+        return values | {"checksum": _checksum(values)}
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
+        """Read a manifest of this format, or of the former one. Raise ArtifactError if it is damaged."""
         try:
             values = json.loads(path.read_bytes())
             checksum = values.pop("checksum", None)
-            if values.get("format") != FORMAT:
+            if values.get("format") not in (FORMAT, FORMAT - 1):
                 raise ArtifactError(f"{path} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
-            if checksum != hashlib.sha256(canonical_json(values)).hexdigest():
+            if checksum != _checksum(values):
                 raise ArtifactError(f"{path} is corrupted: its checksum differs")
+            values = _upgraded(values)
+            spec = IndexSpec(**values.pop("spec"))
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
             additions = [Addition(**addition) for addition in values.pop("additions")]
-            return cls(files=files, additions=additions, **values)
+            return cls(spec=spec, files=files, additions=additions, **values)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(values)).hexdigest()
+
+
+def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a manifest in the present format. In format 2, the fields of the spec stood by themselves.
+
+    Which runtime and which share of failures were asked for is unknown; the defaults of `dcar index build` are assumed.
+    """
+    if values["format"] == FORMAT:
+        return values
+    values = {name: value for name, value in values.items() if name not in ("format", "checkpoint_signature")}
+    milvus = values.pop("milvus", "")
+    spec = {
+        "gallery": values.pop("source"),
+        "fingerprint": values.pop("fingerprint"),
+        "gallery_signature": values.pop("gallery_signature"),
+        "pairs_signature": values.get("cutoff", {}).pop("pairs_signature", ""),
+        "kind": values.pop("requested_kind"),
+        "engine": f"milvus={milvus}" if milvus else IndexSpec.engine,
+        "memory": values.pop("requested_memory"),
+        "target_recall": values.pop("target_recall"),
+        "text_fields": values.pop("text_fields", None),
+        "group_field": values.pop("group_field", ""),
+        "exact": values.pop("exact", False),
+        "runtime": "auto",
+    }
+    return values | {"spec": spec}

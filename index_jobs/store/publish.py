@@ -20,11 +20,11 @@ from pathlib import Path
 from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
-from index_jobs.options import RebuildOptions
-from index_jobs.store import milvus
+from index_jobs.engines.registry import load_engine
+from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
-from index_jobs.store.versions import current_version_or_none, open_version, version_numbers
+from index_jobs.store.versions import current_version_or_none, open_version, read_manifest, version_numbers
 
 LOCK = ".lock"
 _STAGING = ".tmp-"
@@ -70,7 +70,7 @@ def publish_version(
     staging: Path,
     manifest: Manifest,
     *,
-    keep: int = RebuildOptions.keep,
+    keep: int = BuildOptions.keep,
     shared: Mapping[str, FileInfo] | None = None,
 ) -> Manifest:
     """Prepare and commit a staged version; within `open_staging`."""
@@ -105,7 +105,7 @@ def prepare_version(
     return staged
 
 
-def commit_version(index: Path, staged: Artifact, *, keep: int = RebuildOptions.keep) -> Manifest:
+def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.keep) -> Manifest:
     """Make a prepared version the current one, and remove the oldest; within the same `open_staging`.
 
     Args:
@@ -117,9 +117,9 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = RebuildOptions.
     staged.path.rename(index / VERSIONS / str(manifest.version))
     fsync_path(index / VERSIONS)
     _write_current(index, manifest.version)
-    locations = milvus.read_locations(index)
+    engines = _engines(index)  # before versions are removed
     _prune(index, keep, {manifest.version, manifest.replaced})
-    milvus.sync_collections(index, manifest.version, locations)
+    _sync(engines, index, manifest.version)
     return manifest
 
 
@@ -153,7 +153,7 @@ def rollback(index: Path, to: int | None = None) -> int:
             to = _previous_version(index)
         open_version(index, to).verify()
         _write_current(index, to)
-        milvus.sync_collections(index, to)
+        _sync(_engines(index), index, to)
     return to
 
 
@@ -177,6 +177,20 @@ def _lock(index: Path) -> AbstractContextManager[None]:
         index / LOCK,
         f"another job is writing to {index} (it holds {index / LOCK}); wait until it has ended, or give another --out",
     )
+
+
+def _engines(index: Path) -> set[str]:
+    """Return the engines of all versions; a version that cannot be read is left out."""
+    engines = set[str]()
+    for version in version_numbers(index):
+        with contextlib.suppress(ArtifactError):
+            engines.add(read_manifest(index, version).spec.engine)
+    return engines
+
+
+def _sync(engines: set[str], index: Path, version: int) -> None:
+    for engine in sorted(engines):
+        load_engine(engine).sync(index, version)
 
 
 def _write_current(index: Path, version: int) -> None:

@@ -18,12 +18,11 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError
 from dcar_core.util.files import atomic_writer
-from index_jobs.store.faiss_search import ScoredRows, merge_top_k
+from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from index_jobs.store.faiss_index import VectorIndex
     from index_jobs.store.items import Items
 
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 class Segment:
     """Vectors, their items, the base of the items' relative image locations, and the folders of absolute ones."""
 
-    vectors: "VectorIndex"
+    vectors: VectorIndex
     items: "Items"
     root: str
     roots: Sequence[str]

@@ -3,7 +3,7 @@
 INDEX/CURRENT                        one line, the version that is served; replaced atomically
 INDEX/versions/<n>/manifest.json     fingerprint, counts, kind, measurements, checksums of all files
 INDEX/versions/<n>/index.faiss       vectors, memory-mapped
-INDEX/versions/<n>/milvus.json       instead of index.faiss: the Milvus collection with the vectors
+INDEX/versions/<n>/<engine>.json      instead of index.faiss: where another engine stores the vectors
 INDEX/versions/<n>/items.arrow       ids, captions, metadata and image locations, memory-mapped
 INDEX/versions/<n>/lexical/          the words of the items; see `lexical`
 INDEX/versions/<n>/added-<m>/        vectors and items added after the build; see `segments`

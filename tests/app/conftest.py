@@ -13,7 +13,7 @@ from app.search.collections import ServedIndex
 from app.writes.worker import WriteWorker
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
-from index_jobs.jobs.apply_writes import apply_writes
+from index_jobs.jobs.apply import apply_writes
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.api.schemas import SearchResponse
-from index_jobs.jobs.updates import add, remove
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from tests.support.images import draw, png
 from tests.support.responses import assert_problem

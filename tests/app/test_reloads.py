@@ -11,7 +11,7 @@ import pytest
 
 from app.search.snapshots import load_snapshot
 from dcar_core.serving import encoder_cache
-from index_jobs.jobs.updates import remove
+from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.parts import needs

@@ -18,7 +18,7 @@ from app.search.ranking.rank import RankedRow
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
-from index_jobs.jobs.updates import remove
+from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.manifest import Addition
 from index_jobs.store.versions import open_current
@@ -234,17 +234,19 @@ def test_an_updated_or_remote_index_is_not_searched_in_the_event_loop(
     monkeypatch.setattr("app.search.snapshots._QUICK_MS", 1000)
     snapshot = load_snapshot(index, Settings(index=index))
     assert snapshot.is_quick
-    snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="http://milvus:19530")
+    manifest = snapshot.artifact.manifest
+    snapshot.artifact.manifest = replace(manifest, spec=replace(manifest.spec, engine="other=http://host"))
     assert not snapshot.is_quick, "another machine may be slow"
     added = Addition(folder="added-2", count=1, kind="Flat", sources=[], roots=[])
-    snapshot.artifact.manifest = replace(snapshot.artifact.manifest, milvus="", additions=[added])
+    snapshot.artifact.manifest = replace(manifest, additions=[added])
     assert not snapshot.is_quick, "the build has not measured the additions"
     remove(index, ["circle/red.png"])
     assert not load_snapshot(index, Settings(index=index)).is_quick
 
 
 def test_an_index_of_another_encoder_is_refused(index: Path) -> None:
-    manifest = replace(open_current(index).manifest, fingerprint="f" * 64)
+    manifest = open_current(index).manifest
+    manifest = replace(manifest, spec=replace(manifest.spec, fingerprint="f" * 64))
     (index / "versions/1/manifest.json").write_text(json.dumps(manifest.to_dict()))
     with pytest.raises(FingerprintError, match="was built by encoder ffffffffffff, not by"):
         load_snapshot(index, Settings(index=index, device="cpu"))

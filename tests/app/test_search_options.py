@@ -9,7 +9,7 @@ import numpy as np
 
 from app.api.schemas import BatchResponse, ItemsResponse
 from dcar_core import Encoder
-from index_jobs.jobs.updates import remove
+from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current

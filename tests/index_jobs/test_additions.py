@@ -8,8 +8,8 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, FingerprintError
-from index_jobs.jobs import updates
-from index_jobs.jobs.updates import add, remove
+from index_jobs.jobs import update as updates
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
 from index_jobs.store.versions import current_version, open_current, verify_index

@@ -1,6 +1,5 @@
 """Built indexes: recall by measurement, rivals, tuning, and every kind through its file."""
 
-import re
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -11,11 +10,13 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError
-from index_jobs.building.build import build_index, fill_index
-from index_jobs.building.kinds import IndexChoice, choose_kinds, create_index
-from index_jobs.building.tuning import HeldOutQueries, SearchParameters, measure_latency
-from index_jobs.store import gpu_search
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
+from index_jobs.engines.faiss import gpu as gpu_search
+from index_jobs.engines.faiss.build import build_index, fill_index
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index
+from index_jobs.engines.faiss.tuning import SearchParameters
+from index_jobs.engines.measure import measure_latency
+from index_jobs.engines.protocol import HeldOutQueries
 from tests.support.vectors import DIM, blocks, clustered
 
 
@@ -150,31 +151,13 @@ def test_auto_takes_the_faster_kind_where_lists_fit_badly(caplog: pytest.LogCapt
     assert built.measured["latency_ms_p50"] < 1.5 * slower.measured["latency_ms_p50"]
 
 
-def test_a_rival_is_built_as_well_and_the_faster_is_kept(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
-    choices = [
-        IndexChoice("IVF64,SQfp16", "the first"),
-        IndexChoice("IVF64,Flat", "its rival", is_rival=True),
-        IndexChoice("IVF64,SQ8", "never built"),
-        IndexChoice("IVF64,PQ4x4", "too coarse", is_rival=True),
-    ]
-    with caplog.at_level("INFO", logger="index_jobs"):
-        built = build_index(blocks(gallery), len(gallery), DIM, choices)
-    assert "IVF64,SQ8" not in caplog.text
-    assert "below the target" not in caplog.text, "one that loses is no cause for a warning"
-    winner, loser = (0, 1) if built.choice.factory == choices[0].factory else (1, 0)
-    start = f"{choices[winner].reason}; {choices[loser].factory} takes"
-    told = re.fullmatch(rf"{start} (0\.\d\d) ms; IVF64,PQ4x4 reached a recall of 0\.\d+ only", built.choice.reason)
-    assert told is not None, built.choice.reason
-    assert built.measured["latency_ms_p50"] <= float(told[1]) + 0.005
-
-
 def test_lists_are_tried_where_a_graph_is_searched_widely(
     gallery: Floats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The first kind with lists, and no other."""
     choices = [IndexChoice(kind, "test") for kind in ("HNSW8", "IVF16,Flat", "IVF16,SQ8", "HNSW8,SQ8")]
     for widest, built in ((1000, ["HNSW8"]), (1, ["HNSW8", "IVF16,Flat"])):
-        monkeypatch.setattr("index_jobs.building.build._WIDE_GRAPH", widest)
+        monkeypatch.setattr("index_jobs.engines.faiss.build._WIDE_GRAPH", widest)
         caplog.clear()
         with caplog.at_level("INFO", logger="index_jobs"):
             assert build_index(blocks(gallery), len(gallery), DIM, choices).recall >= 0.99
@@ -184,24 +167,8 @@ def test_lists_are_tried_where_a_graph_is_searched_widely(
 def test_a_large_graph_is_built_with_a_wider_search(gallery: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = choose_kinds("hnsw", len(gallery), DIM)[0]
     for large, width in ((len(gallery) + 1, 100), (len(gallery), 200)):
-        monkeypatch.setattr("index_jobs.building.build._LARGE_GRAPH", large)
+        monkeypatch.setattr("index_jobs.engines.faiss.build._LARGE_GRAPH", large)
         assert fill_index(choice, DIM, blocks(gallery), len(gallery)).hnsw.efConstruction == width
-
-
-def test_rival_kind_reuses_the_lists_of_the_first(gallery: Floats) -> None:
-    import faiss
-
-    def centres(index: Any) -> Floats:
-        found: Floats = faiss.extract_index_ivf(index).quantizer.reconstruct_n(0, 64)
-        return found
-
-    first = fill_index(IndexChoice("IVF64,SQfp16", "test"), DIM, blocks(gallery), len(gallery))
-    given = centres(first)
-    rival = fill_index(IndexChoice("IVF64,RaBitQ,Refine(SQ8)", "test"), DIM, blocks(gallery), len(gallery), given)
-    np.testing.assert_array_equal(centres(rival), given)
-    assert rival.ntotal == len(gallery)
-    others = fill_index(IndexChoice("IVF32,Flat", "test"), DIM, blocks(gallery), len(gallery), given)
-    assert faiss.extract_index_ivf(others).nlist == 32
 
 
 def test_latency_is_that_of_one_core(gallery: Floats) -> None:
@@ -352,7 +319,7 @@ def test_one_index_is_in_memory_at_a_time(gallery: Floats, tmp_path: Path, monke
         indexes.add(index)
         return index
 
-    monkeypatch.setattr("index_jobs.building.build.create_index", create)
+    monkeypatch.setattr("index_jobs.engines.faiss.build.create_index", create)
     choices = [IndexChoice(kind, "test") for kind in ("PQ4x4", "IVF16,SQ4", "PQ2x4", "IVF16,PQ4x4")]
     built = build_index(blocks(gallery), len(gallery), DIM, choices, folder=tmp_path)
     assert (alive, waiting) == ([0, 0, 0, 0], [0, 1, 1, 1])

@@ -17,7 +17,7 @@ from index_jobs.encoding.decode import DecodedWindow
 from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.gallery.scan import scan
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions, IndexSpec
 
 
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: P
             scan(gallery_path),
             encoders,
             tmp_path / work,
-            RebuildOptions(batch_size=3, shard_rows=6, max_failed=0.5, progress=False),
+            BuildOptions(batch_size=3, shard_rows=6, spec=IndexSpec(max_failed=0.5), progress=False),
         )
         return np.concatenate(list(encoded.blocks())), encoded.failed
 
@@ -103,7 +103,7 @@ def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path,
     def run(device: str) -> NDArray[np.float32]:
         replicas = load_replicas(tiny_checkpoint, device)
         encoded = encode_gallery(
-            scan(tiny_gallery), replicas, tmp_path / device, RebuildOptions(batch_size=4, shard_rows=8, progress=False)
+            scan(tiny_gallery), replicas, tmp_path / device, BuildOptions(batch_size=4, shard_rows=8, progress=False)
         )
         return np.concatenate(list(encoded.blocks()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dcar_core.util.files import atomic_writer, fsync_tree
-from index_jobs.jobs.updates import remove
+from index_jobs.jobs.update import remove
 from index_jobs.store.versions import open_current
 
 Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path

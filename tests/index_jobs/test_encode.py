@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,11 @@ from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions, IndexSpec
+
+
+def _options(max_failed: float = IndexSpec.max_failed, **options: Any) -> BuildOptions:
+    return BuildOptions.of({"max_failed": max_failed, "progress": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def test_vectors_are_the_encoders_own_in_gallery_order(
 ) -> None:
     gallery = scan(tiny_gallery)
     encoded = encode_gallery(
-        gallery, [encoder], tmp_path, RebuildOptions(workers=workers, batch_size=5, shard_rows=10, progress=False)
+        gallery, [encoder], tmp_path, BuildOptions(workers=workers, batch_size=5, shard_rows=10, progress=False)
     )
     paths = [tiny_gallery / name for name in gallery.table["name"].to_pylist()]
     np.testing.assert_allclose(vectors_of(encoded), encoder.encode_images(paths), atol=1e-5)
@@ -76,7 +81,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(encoder: Encoder, tiny_gallery
 
     def run(model: Counting, work: str) -> EncodedGallery:
         return encode_gallery(
-            gallery, [model], tmp_path / work, RebuildOptions(workers=0, batch_size=4, shard_rows=8, progress=False)
+            gallery, [model], tmp_path / work, BuildOptions(workers=0, batch_size=4, shard_rows=8, progress=False)
         )
 
     undisturbed = run(Counting(encoder), "a")
@@ -96,7 +101,7 @@ def test_changed_image_or_model_is_encoded_anew(
 ) -> None:
     def resumed(model: Encoder = encoder, batch: int = 4) -> int:
         return encode_gallery(
-            scan(gallery_path), [model], tmp_path / "w", RebuildOptions(batch_size=batch, shard_rows=8, progress=False)
+            scan(gallery_path), [model], tmp_path / "w", BuildOptions(batch_size=batch, shard_rows=8, progress=False)
         ).resumed
 
     assert resumed() == 0
@@ -112,9 +117,7 @@ def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path,
     other = Encoder(encoder.state, encoder.loaded, runtime)
 
     def run(model: Counting, work: str) -> EncodedGallery:
-        return encode_gallery(
-            scan(tiny_gallery), [model], tmp_path / work, RebuildOptions(batch_size=4, shard_rows=8, progress=False)
-        )
+        return encode_gallery(scan(tiny_gallery), [model], tmp_path / work, _options(batch_size=4, shard_rows=8))
 
     with pytest.raises(KeyboardInterrupt):
         run(Counting(encoder, die_at=4), "a")
@@ -185,15 +188,16 @@ def break_picture(path: Path, how: str) -> None:
 def test_broken_images_are_listed_and_the_others_keep_their_rows(
     encoder: Encoder, gallery_path: Path, tmp_path: Path
 ) -> None:
-    whole = encode_gallery(
-        scan(gallery_path), [encoder], tmp_path / "a", RebuildOptions(batch_size=4, shard_rows=8, progress=False)
-    )
+    whole = encode_gallery(scan(gallery_path), [encoder], tmp_path / "a", _options(batch_size=4, shard_rows=8))
     broken = {"circle/black.png": "empty", "cross/red.png": "truncated", "square/blue.png": "text"}
     for name, how in broken.items():
         break_picture(gallery_path / name, how)
     gallery = scan(gallery_path)
     encoded = encode_gallery(
-        gallery, [encoder], tmp_path / "b", RebuildOptions(batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
+        gallery,
+        [encoder],
+        tmp_path / "b",
+        _options(0.2, batch_size=4, shard_rows=8),
     )
     names = gallery.table["name"].to_pylist()
     assert {names[failure.row] for failure in encoded.failed} == set(broken)
@@ -202,7 +206,10 @@ def test_broken_images_are_listed_and_the_others_keep_their_rows(
     assert encoded.rows().tolist() == expected
     np.testing.assert_allclose(vectors_of(encoded), vectors_of(whole)[expected], atol=1e-5)
     again = encode_gallery(
-        gallery, [encoder], tmp_path / "b", RebuildOptions(batch_size=4, shard_rows=8, max_failed=0.2, progress=False)
+        gallery,
+        [encoder],
+        tmp_path / "b",
+        _options(0.2, batch_size=4, shard_rows=8),
     )
     assert (again.resumed, again.failed) == (24, encoded.failed)
 
@@ -213,7 +220,10 @@ def test_window_and_shard_without_a_readable_image_are_accepted(
     for path in (gallery_path / "circle").glob("*.png"):
         break_picture(path, "dangling link")
     encoded = encode_gallery(
-        scan(gallery_path), [encoder], tmp_path / "w", RebuildOptions(batch_size=3, shard_rows=6, max_failed=0.5)
+        scan(gallery_path),
+        [encoder],
+        tmp_path / "w",
+        _options(0.5, batch_size=3, shard_rows=6),
     )
     assert encoded.rows().tolist() == list(range(6, 24))
     assert {failure.reason for failure in encoded.failed} == {"no such file"}
@@ -228,7 +238,7 @@ def test_too_many_broken_images_stop_the_job_early(encoder: Encoder, gallery_pat
             scan(gallery_path),
             [model],
             tmp_path / "w",
-            RebuildOptions(batch_size=2, shard_rows=2, max_failed=0.1, progress=False),
+            _options(0.1, batch_size=2, shard_rows=2),
         )
     message = str(caught.value)
     assert "4 of 24 failed, at most 10.0% may" in message
@@ -243,7 +253,7 @@ def test_too_many_broken_images_stop_the_job_early(encoder: Encoder, gallery_pat
             scan(gallery_path),
             [model],
             tmp_path / "w",
-            RebuildOptions(batch_size=2, shard_rows=2, max_failed=0.1, progress=False),
+            _options(0.1, batch_size=2, shard_rows=2),
         )
 
 
@@ -251,7 +261,12 @@ def test_no_readable_image_is_an_error_whatever_max_failed_is(encoder: Encoder, 
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no image of .* can be read: 1 of 1 failed"):
-        encode_gallery(scan(tmp_path / "g"), [encoder], tmp_path / "w", RebuildOptions(max_failed=1.0, progress=False))
+        encode_gallery(
+            scan(tmp_path / "g"),
+            [encoder],
+            tmp_path / "w",
+            _options(1.0),
+        )
 
 
 def flip(path: Path) -> None:
@@ -270,9 +285,7 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path, suffix: str, harm: Callable[[Path], None]
 ) -> None:
     def run() -> EncodedGallery:
-        return encode_gallery(
-            scan(tiny_gallery), [encoder], tmp_path, RebuildOptions(batch_size=4, shard_rows=8, progress=False)
-        )
+        return encode_gallery(scan(tiny_gallery), [encoder], tmp_path, _options(batch_size=4, shard_rows=8))
 
     first = vectors_of(run()).copy()
     (path,) = tmp_path.rglob(f"000001{suffix}")
@@ -295,7 +308,7 @@ def test_progress_shows_rate_and_failures(
     encoder: Encoder, gallery_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_picture(gallery_path / "circle" / "black.png", "empty")
-    encode_gallery(scan(gallery_path), [encoder], tmp_path / "w", RebuildOptions(batch_size=4))
+    encode_gallery(scan(gallery_path), [encoder], tmp_path / "w", BuildOptions(batch_size=4))
     out, err = capsys.readouterr()
     assert out == ""
     assert "24/24" in err
@@ -351,12 +364,12 @@ def test_wrong_settings_are_named(
 ) -> None:
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
-        encode_gallery(scan(tiny_gallery), [encoder], tmp_path, RebuildOptions(**wrong))  # type: ignore[arg-type]
+        encode_gallery(scan(tiny_gallery), [encoder], tmp_path, BuildOptions.of(wrong))
 
 
 def test_a_mended_shard_is_to_do_for_every_worker(encoder: Encoder, gallery_path: Path, tmp_path: Path) -> None:
     """A worker on another machine skips the shards that the store has."""
-    options = RebuildOptions(batch_size=4, shard_rows=8, max_failed=0.5, progress=False)
+    options = _options(0.5, batch_size=4, shard_rows=8)
     image = gallery_path / "circle" / "black.png"
     content = image.read_bytes()
     image.unlink()

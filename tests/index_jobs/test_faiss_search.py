@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
-from index_jobs.building.build import build_index, fill_index
-from index_jobs.building.kinds import IndexChoice
+from index_jobs.engines.faiss import search as faiss_search
+from index_jobs.engines.faiss.build import build_index, fill_index
+from index_jobs.engines.faiss.gpu import MAX_K
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.kinds import IndexChoice
+from index_jobs.engines.protocol import merge_top_k
 from index_jobs.rebuild import rebuild
-from index_jobs.store import faiss_search
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.columns import MAX_FIELDS, FieldTypes
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
-from index_jobs.store.gpu_search import MAX_K
 from index_jobs.store.versions import open_current
 
 DIM, COUNT = 32, 6000
@@ -252,7 +253,7 @@ def test_missing_results_sort_last_whatever_their_score() -> None:
     """faiss gives the lowest float, others nought, which is more than a cosine below it."""
     one = np.array([[-0.5, 0.0]], np.float32), np.array([[3, -1]])
     other = np.array([[-0.7, np.finfo(np.float32).min]], np.float32), np.array([[8, -1]])
-    scores, rows = faiss_search.merge_top_k([one[0], other[0]], [one[1], other[1]], 3)
+    scores, rows = merge_top_k([one[0], other[0]], [one[1], other[1]], 3)
     assert rows.tolist() == [[3, 8, -1]]
     assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dcar_core.util.arrays import Floats
+from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.rebuild import rebuild
-from index_jobs.store.faiss_index import FaissIndex
 from index_jobs.store.lexical import fusion
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, choose_weight, hybrid_gains, text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
@@ -68,7 +68,7 @@ def test_the_weight_follows_what_tells_the_items_apart(
 def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery(
     tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index_jobs.jobs.version_writer._MIN_TEXTS", 4)
+    monkeypatch.setattr("index_jobs.jobs.contents._MIN_TEXTS", 4)
     index, validation = tmp_path / "index", tmp_path / "validation"
     validation.mkdir()
     for path in tiny_data.iterdir():

@@ -13,8 +13,8 @@ import pytest
 
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import sha256_of, write_json
+from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.rebuild import rebuild
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.items import Items
 from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
 from index_jobs.store.manifest import FileInfo, Manifest

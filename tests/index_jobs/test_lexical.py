@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError
-from index_jobs.jobs.updates import add
+from index_jobs.jobs.update import add
 from index_jobs.rebuild import main
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical

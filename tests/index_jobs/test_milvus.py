@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
-from index_jobs.jobs.updates import add, remove
+from index_jobs.engines import milvus
+from index_jobs.engines.protocol import NewIndex
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store import milvus
+from index_jobs.spec import IndexSpec
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
@@ -31,7 +33,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def index(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("index") / "in milvus"
-    rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, out, engine=f"milvus={uri}", progress=False)
     return out
 
 
@@ -63,7 +65,7 @@ def test_rows_continue_across_requests(
     plain: Path, tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(milvus, "_INSERT_ROWS", 7)
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=f"milvus={uri}", progress=False)
     rows = np.arange(24)
     found, truth = (open_current(path).vectors(rows) for path in (tmp_path / "index", plain))
     np.testing.assert_allclose(found, truth, atol=1e-6)
@@ -75,11 +77,11 @@ def test_collection_of_a_damaged_version_is_not_dropped(
 ) -> None:
     """An unknown collection keeps all of them alive."""
     out, client = tmp_path / "index", milvus.connect(uri)
-    rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, out, engine=f"milvus={uri}", progress=False)
     place = milvus.MilvusLocation.read(out / "versions/1/milvus.json")
-    rebuild(tiny_gallery, tiny_checkpoint, out, milvus=uri, progress=False, force=True)
+    rebuild(tiny_gallery, tiny_checkpoint, out, engine=f"milvus={uri}", progress=False, force=True)
     (out / "versions/1/milvus.json").write_text("{")
-    milvus.sync_collections(out, 2)
+    milvus.MilvusEngine(uri).sync(out, 2)
     assert client.has_collection(place.collection)
 
 
@@ -160,7 +162,7 @@ def test_alias_follows_versions_rollback_and_updates(
 
     versions = {}
     for number, checkpoint in enumerate((tiny_checkpoint, other_checkpoint), 1):
-        summary = rebuild(tiny_gallery, checkpoint, out, milvus=uri, margin=1, progress=False)
+        summary = rebuild(tiny_gallery, checkpoint, out, engine=f"milvus={uri}", margin=1, progress=False)
         versions[number] = f"{name}_v{number}_{summary.fingerprint[:16]}"
     assert state() == ([versions[1], versions[2]], versions[2])
     assert rollback(out) == 1
@@ -176,7 +178,7 @@ def test_alias_follows_versions_rollback_and_updates(
     rows = artifact.search(artifact.vectors(np.array([24])), 25)[1][0]
     assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
     assert state()[1] == versions[1]  # an update shares the collection of the previous version
-    rebuild(tiny_gallery, other_checkpoint, out, milvus=uri, margin=1, keep=1, progress=False)
+    rebuild(tiny_gallery, other_checkpoint, out, engine=f"milvus={uri}", margin=1, keep=1, progress=False)
     assert len(state()[0]) == 1
     assert len(verify_index(out)) == 1
     # back to FAISS: nothing is left behind
@@ -187,7 +189,7 @@ def test_alias_follows_versions_rollback_and_updates(
 def test_unreachable_store_is_an_error_of_its_own(
     tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "gone", milvus=uri, progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "gone", engine=f"milvus={uri}", progress=False)
     artifact = open_current(tmp_path / "gone")
     queries = artifact.vectors(np.arange(2))
     milvus.connect(uri).drop_collection(milvus.MilvusLocation.read(artifact.path / milvus.MILVUS).collection)
@@ -218,17 +220,25 @@ class Broken:
 
 @pytest.mark.parametrize("left", range(4))
 @pytest.mark.slow
-def test_outage_at_any_step_is_one_error(index: Path, uri: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_at_any_step_is_one_error(
+    index: Path, uri: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place, client = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
     monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))
     if left < 3:  # has_collection, load_collection, get_collection_stats
         with pytest.raises(StoreUnavailableError, match="connection reset"):
             milvus.MilvusIndex(place)
+    (tmp_path / "a/b").mkdir(parents=True)
     blocks = [np.eye(4, place.dim, dtype=np.float32)]
     with pytest.raises(
         StoreUnavailableError, match="connection reset"
     ):  # has_collection, create_collection, insert, flush
-        milvus.create_collection(uri, index / "other", 1, "f" * 64, "flat", lambda: iter(blocks), place.dim)
+        milvus.MilvusEngine(uri).create(
+            IndexSpec(kind="flat"),
+            NewIndex(
+                folder=tmp_path / "a/b", version=1, blocks=lambda: iter(blocks), count=4, dim=place.dim, queries=None
+            ),
+        )
 
 
 def test_collection_that_is_damaged_or_of_another_encoder_is_refused(index: Path, uri: str) -> None:
@@ -245,7 +255,9 @@ def test_collection_that_is_damaged_or_of_another_encoder_is_refused(index: Path
 
 def test_unsupported_index_kind_is_refused(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can be of kind auto, flat, hnsw, not 'ivf-pq'"):
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, kind="ivf-pq", progress=False)
+        rebuild(
+            tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=f"milvus={uri}", kind="ivf-pq", progress=False
+        )
     assert not list((tmp_path / "index" / "versions").iterdir())
 
 
@@ -253,7 +265,7 @@ def test_token_is_written_nowhere(
     tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(milvus.TOKEN, "user:hidden-word")
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", milvus=uri, progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=f"milvus={uri}", progress=False)
     path = open_current(tmp_path / "index").path
     assert json.loads((path / "milvus.json").read_text())["uri"] == uri
     assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
@@ -265,9 +277,9 @@ def test_unreachable_store_is_an_error_before_encoding(
     def no_work(*given: object, **how: object) -> None:
         raise AssertionError("pictures were encoded for a Milvus that is not there")
 
-    monkeypatch.setattr("index_jobs.jobs.rebuild_run.encode_gallery", no_work)
+    monkeypatch.setattr("index_jobs.jobs.build.encode_gallery", no_work)
     with pytest.raises(ArtifactError, match="cannot be reached"):
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus="http://127.0.0.1:9", progress=False)
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", engine="milvus=http://127.0.0.1:9", progress=False)
 
 
 def test_nothing_is_published_while_the_served_version_cannot_be_reached(
@@ -275,7 +287,7 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
 ) -> None:
     """Without the served version, nobody would notice that most images are gone."""
     index = tmp_path / "index"
-    rebuild(gallery, tiny_checkpoint, index, milvus=uri, progress=False)
+    rebuild(gallery, tiny_checkpoint, index, engine=f"milvus={uri}", progress=False)
     path = open_current(index).path / milvus.MILVUS
     content = path.read_text()
     path.write_text(content.replace(uri, "http://127.0.0.1:9").ljust(len(content)))  # opening checks the size
@@ -290,7 +302,7 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
 
 def test_missing_lite_file_is_not_created_again(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.db"
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", milvus=str(file), progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", engine=f"milvus={file}", progress=False)
     location = milvus.MilvusLocation.read(open_current(tmp_path / "out").path / milvus.MILVUS)
     with pytest.raises(ArtifactError, match=r"n\.db is missing"):
         milvus.MilvusIndex(replace(location, uri=str(tmp_path / "n.db")))

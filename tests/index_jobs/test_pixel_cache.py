@@ -20,8 +20,8 @@ from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
-from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
+from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store.versions import open_current
 
 
@@ -55,7 +55,7 @@ def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, w
         scan(gallery),
         [encoder],
         work,
-        RebuildOptions(workers=workers, batch_size=4, shard_rows=8, max_failed=0.5, progress=False),
+        BuildOptions(workers=workers, batch_size=4, shard_rows=8, spec=IndexSpec(max_failed=0.5), progress=False),
         cache=cache,
     )
 
@@ -175,7 +175,7 @@ def test_rebuild_uses_the_cache_and_lists_duplicates(
 def test_exact_pixels_make_a_new_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def build(exact: bool) -> tuple[int, bool, int]:
         summary = rebuild(gallery, tiny_checkpoint, tmp_path / "i", exact=exact, progress=False)
-        return summary.version, open_current(tmp_path / "i").manifest.exact, summary.encoded
+        return summary.version, open_current(tmp_path / "i").manifest.spec.exact, summary.encoded
 
     assert [build(False), build(True), build(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
     assert build(False) == (3, False, 24), "vectors of exact pixels are not those of others"

@@ -12,11 +12,12 @@ import pytest
 
 from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import write_json
-from index_jobs.jobs.updates import remove
+from index_jobs.checks import check_file_once
+from index_jobs.jobs.update import remove
 from index_jobs.store import artifact as artifact_module
-from index_jobs.store import milvus, publish
+from index_jobs.store import publish
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
-from index_jobs.store.manifest import Addition, Manifest, check_file_once
+from index_jobs.store.manifest import Addition, Manifest
 from index_jobs.store.publish import clean_work, open_staging, report_os_errors, rollback
 from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 from tests.support.versions import publish_copy
@@ -37,17 +38,6 @@ def test_a_refused_writer_does_not_wait(index: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("time.sleep", wait)
         with pytest.raises(DcarError, match="another job is writing"):
             rollback(index)
-
-
-def test_an_external_store_follows_every_change_of_the_current_version(
-    index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(milvus, "read_locations", lambda _: "read before old versions are removed")
-    monkeypatch.setattr(milvus, "sync_collections", lambda *given: calls.append(given))
-    publish_copy(index)
-    rollback(index)
-    assert calls == [(index, 2, "read before old versions are removed"), (index, 1)]
 
 
 def test_a_lost_current_version_rolls_back_to_the_newest(index: Path) -> None:

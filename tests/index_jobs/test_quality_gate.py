@@ -13,9 +13,9 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
-from index_jobs.jobs import quality_gate
+from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RejectedError
-from index_jobs.jobs.updates import remove
+from index_jobs.jobs.update import remove
 from index_jobs.rebuild import main, rebuild
 from index_jobs.store.versions import current_version, open_current
 from tests.support.images import draw
@@ -107,7 +107,7 @@ def test_larger_gallery_does_not_count_as_a_worse_model(
 def test_validation_pairs_are_found_in_the_gallery(
     tiny_data: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
 ) -> None:
-    pairs = quality_gate.find_pairs(scan(tiny_data), tiny_data)
+    pairs = gate.find_pairs(scan(tiny_data), tiny_data)
     assert pairs is not None
     table = {row["id"]: row["caption"] for row in scan(tiny_data).table.to_pylist()}
     assert [table[item_id] for item_id in pairs.ids] == pairs.texts
@@ -116,13 +116,13 @@ def test_validation_pairs_are_found_in_the_gallery(
     assert (summary.gate["source"], summary.gate["pairs"]) == ("validation", 6)
     elsewhere = Path(shutil.copytree(tiny_data, tmp_path / "elsewhere"))
     with pytest.raises(DataError, match=r"none of the 6 validation pairs of .* has its image in the gallery"):
-        quality_gate.find_pairs(scan(tiny_data), elsewhere)
+        gate.find_pairs(scan(tiny_data), elsewhere)
 
 
 def test_removed_items_are_not_shared_with_the_other_index(index: Path) -> None:
     whole = open_current(index)
     remove(index, [whole.item(3).id])
-    shared = quality_gate._shared_rows(whole, open_current(index))
+    shared = gate._shared_rows(whole, open_current(index))
     assert shared is not None
     assert np.flatnonzero(~shared).tolist() == [3]
 
@@ -237,8 +237,8 @@ def test_broken_served_index_is_replaced(
 def test_loss_of_exactly_the_margin_passes() -> None:
     for loss in range(1, 99):
         served, found = {"recall_at_1": (loss + 1) / 100}, {"recall_at_1": (loss - 1) / 100}
-        assert quality_gate.losses(served, found, 0.02) == []
-        assert quality_gate.losses(served, found, 0.0199) == ["recall_at_1"]
+        assert gate.losses(served, found, 0.02) == []
+        assert gate.losses(served, found, 0.0199) == ["recall_at_1"]
 
 
 class Ranked:
@@ -266,11 +266,11 @@ class Ranked:
         return np.zeros((len(rows), k)), np.array(rows)
 
 
-def compare(before: list[int], after: list[int], margin: float = 0.02) -> quality_gate.GateVerdict:
+def compare(before: list[int], after: list[int], margin: float = 0.02) -> gate.GateVerdict:
     served, rebuilt = (cast(Any, Ranked(ranks, 895)) for ranks in (before, after))
     names = [str(number) for number in range(len(before))]
-    pairs = quality_gate.QueryPairs(names, names, list(range(len(names))), "validation")
-    return quality_gate.compare(served, served, rebuilt, rebuilt, pairs, margin)
+    pairs = gate.QueryPairs(names, names, list(range(len(names))), "validation")
+    return gate.compare(served, served, rebuilt, rebuilt, pairs, margin)
 
 
 def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many() -> None:

@@ -18,8 +18,8 @@ from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.encoding.ray_cluster import LOCATIONS, EncodingTask, ShardWorker, _write_locations
 from index_jobs.gallery.scan import scan
-from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
+from index_jobs.spec import BuildOptions
 from index_jobs.store.versions import open_current, verify_index
 from tests.support.commands import Command
 from tests.support.images import png
@@ -89,7 +89,7 @@ def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Pat
         gallery, tiny_checkpoint, tmp_path / "alone", batch_size=2, shard_rows=2, device="cpu", progress=False
     )
     ours, theirs = open_current(index), open_current(tmp_path / "alone")
-    assert ours.manifest.gallery_signature == theirs.manifest.gallery_signature
+    assert ours.manifest.spec.gallery_signature == theirs.manifest.spec.gallery_signature
     assert (ours.manifest.kind, summary["duplicates"]) == (theirs.manifest.kind, alone.duplicates)
     for row in range(IMAGES):
         assert ours.item(row) == theirs.item(row)
@@ -102,7 +102,7 @@ def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Pat
 def test_a_worker_marks_images_at_urls_as_one_machine_does(
     encoder: Encoder, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    memory, options = fsspec.filesystem("memory"), RebuildOptions(progress=False, device="cpu")
+    memory, options = fsspec.filesystem("memory"), BuildOptions(progress=False, device="cpu")
     memory.pipe({"/ray/a.png": png("red"), "/ray/items.csv": b"file_name\na.png\n"})
     gallery = scan("memory://ray/items.csv")
     store = shard_store(gallery, encoder, "torch", tmp_path / "there", options)

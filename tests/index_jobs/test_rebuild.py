@@ -36,7 +36,7 @@ def test_published_vectors_equal_the_encoders(tiny_gallery: Path, tiny_checkpoin
     assert (summary.version, summary.count, summary.failed, summary.reused) == (1, 24, 0, False)
     assert (summary.fingerprint, summary.kind, summary.dim) == (encoder.fingerprint, "Flat", 32)
     assert summary.images_per_second > 0
-    assert (manifest.metric, manifest.source, manifest.measured["query_source"]) == (
+    assert (manifest.metric, manifest.spec.gallery, manifest.measured["query_source"]) == (
         "inner_product", str(tiny_gallery), "captions",
     )  # fmt: skip
     assert (summary.published, summary.gate) == (True, None)  # there was nothing to compare with
@@ -129,7 +129,7 @@ def test_a_text_field_beside_others_may_be_missing(
     """Items that are added later may have it."""
     fields = ["brand", "color"]
     rebuild(gallery, tiny_checkpoint, tmp_path / "index", text_fields=fields, progress=False)
-    assert open_current(tmp_path / "index").manifest.text_fields == fields
+    assert open_current(tmp_path / "index").manifest.spec.text_fields == tuple(fields)
     assert "--text-fields: no item has the field 'brand'" in caplog.text
 
 

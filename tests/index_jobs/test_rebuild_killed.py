@@ -68,7 +68,7 @@ import sys
 from pathlib import Path
 from index_jobs.store.versions import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.jobs.updates import add, remove
+from index_jobs.jobs.update import add, remove
 what, gallery, more, checkpoint, index = sys.argv[1], *map(Path, sys.argv[2:])
 settings = {"workers": 0, "batch_size": 2, "progress": False}
 if what == "rebuild":

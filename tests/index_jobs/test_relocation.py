@@ -10,8 +10,8 @@ from app.cli import app as command_line
 from dcar_core import Encoder
 from dcar_core.util.errors import CheckpointError, DataError, ModelError
 from index_jobs.gallery.image_access import ImageAccess
-from index_jobs.jobs.relocation import relocate
-from index_jobs.jobs.updates import add, remove
+from index_jobs.jobs.relocate import relocate
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
@@ -61,7 +61,7 @@ def test_images_of_additions_and_further_galleries_move_with_their_folder(
     for row in (1, 24, 25):
         assert artifact.image_bytes(row)
     assert artifact.manifest.root == str(gallery)
-    assert artifact.manifest.source == f"{gallery}, second={tmp_path / 'new disk' / 'second'}"
+    assert artifact.manifest.spec.gallery == f"{gallery}, second={tmp_path / 'new disk' / 'second'}"
     assert artifact.manifest.count == 25
     assert len(verify_index(index)) == 3
 
@@ -75,7 +75,7 @@ def test_places_with_an_equals_sign_move(gallery: Path, tiny_checkpoint: Path, t
     rebuild([str(first), f"more={second}"], tiny_checkpoint, index, progress=False)
     moved = disk.rename(tmp_path / "disk=2")
     relocate(index, gallery=str(moved), former=str(disk))
-    assert open_current(index).manifest.source == f"{moved / 'first'}, more={moved / 'second'}"
+    assert open_current(index).manifest.spec.gallery == f"{moved / 'first'}, more={moved / 'second'}"
 
 
 def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> None:

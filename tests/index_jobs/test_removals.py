@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core.util.errors import ArtifactError, DataError
-from index_jobs.jobs.updates import add, remove
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback

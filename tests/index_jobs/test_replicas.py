@@ -14,8 +14,8 @@ from index_jobs.encoding.encoding_state import shard_store
 from index_jobs.encoding.replicas import runtime_in_use
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
+from index_jobs.spec import BuildOptions
 from index_jobs.store.versions import open_current
 
 
@@ -47,7 +47,8 @@ def test_auto_resumes_with_the_runtime_of_the_first_run(
     assert run(runtime="torch").encoded == 24
     name, vectors = published()
     assert name == "torch"
-    assert run(runtime="auto").reused  # whichever made the version
+    assert (run(runtime="auto").encoded, published()[0]) == (0, "torch")
+    assert run(runtime="auto").reused
     assert (run(runtime="auto", kind="IVF2,Flat").encoded, published()[0]) == (0, "torch")
     assert run(runtime=faster, kind="IVF2,Flat").encoded == 24
     name, others = published()
@@ -63,12 +64,12 @@ def test_begun_runtimes_are_preferred_then_faster_ones(
     gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")
 
     def begin(runtime: str) -> None:
-        store = shard_store(gallery, encoder, runtime, tmp_path, RebuildOptions(batch_size=4, shard_rows=8))
+        store = shard_store(gallery, encoder, runtime, tmp_path, BuildOptions(batch_size=4, shard_rows=8))
         hashes, sizes = np.zeros(8, np.uint64), np.zeros((8, 2), np.int32)
         store.save(0, np.zeros((8, encoder.dim), np.float32), [], hashes, hashes, sizes)
 
     def chosen(fastest: str, batch: int = 4) -> str:
-        return runtime_in_use(gallery, encoder, fastest, tmp_path, RebuildOptions(batch_size=batch, shard_rows=8))
+        return runtime_in_use(gallery, encoder, fastest, tmp_path, BuildOptions(batch_size=batch, shard_rows=8))
 
     assert chosen("openvino") == "openvino"
     begin("torch-bf16")

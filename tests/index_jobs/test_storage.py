@@ -30,14 +30,18 @@ from index_jobs.gallery.storage import (
     parent_folder,
     read_images,
 )
-from index_jobs.options import RebuildOptions
 from index_jobs.rebuild import rebuild
+from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.processes import answering
+
+
+def _options(max_failed: float = IndexSpec.max_failed, **options: Any) -> BuildOptions:
+    return BuildOptions.of({"max_failed": max_failed, "progress": False, **options})
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -208,7 +212,7 @@ def test_network_errors_are_retried(
     monkeypatch.setattr("index_jobs.gallery.storage.read_images.__defaults__", ((0.01, 0.01, 0.01),))
     gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    encoded = encode_gallery(gallery, [encoder], tmp_path / "w", RebuildOptions(max_failed=0.5, progress=False))
+    encoded = encode_gallery(gallery, [encoder], tmp_path / "w", _options(0.5))
     assert encoded.rows().tolist() == [0, 1]
     (gone, down) = encoded.failed
     assert gone == FailedImage(2, "no such file", ImageFault.MISSING)

@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 
 from dcar_core.util.arrays import Floats
-from index_jobs.building.build import build_index, fill_index
-from index_jobs.building.kinds import IndexChoice
-from index_jobs.building.tuning import (
-    NEIGHBOURS,
-    HeldOutQueries,
-    SearchParameters,
-    Tuner,
-    find_neighbours,
-    gallery_queries,
-)
+from index_jobs.engines.faiss.build import build_index, fill_index
+from index_jobs.engines.faiss.kinds import IndexChoice
+from index_jobs.engines.faiss.tuning import SearchParameters, tune
+from index_jobs.engines.measure import NEIGHBOURS, Benchmark, find_neighbours, gallery_queries
+from index_jobs.engines.protocol import HeldOutQueries
 from tests.support.vectors import DIM, blocks, clustered
 
 
@@ -60,7 +55,7 @@ def test_a_good_kind_is_not_discarded_for_duplicates() -> None:
 
 def asked_of(vectors: Floats, found: Any) -> float:
     queries = HeldOutQueries(clustered(len(found), seed=3), "captions", np.full(len(found), -1))
-    return float(Tuner(blocks(vectors), queries).measure(Found(found))["recall_at_10"])
+    return float(Benchmark(blocks(vectors), queries, target=0.99).measure(Found(found))["recall_at_10"])
 
 
 def test_results_beyond_the_tenth_neighbour_are_misses() -> None:
@@ -118,7 +113,7 @@ def test_hits_by_score_are_the_same_in_bounded_memory(monkeypatch: pytest.Monkey
     queries = HeldOutQueries(np.repeat(vectors[:1], 60, 0), "captions", np.full(60, -1))
     same = np.flatnonzero((vectors == vectors[0]).all(1))
     found = np.random.default_rng(0).permuted(np.tile(same, (60, 1)), axis=1)[:, :10]
-    monkeypatch.setattr("index_jobs.building.tuning._SCORED_VECTORS", 7)
+    monkeypatch.setattr("index_jobs.engines.measure._SCORED_VECTORS", 7)
     truth = find_neighbours(blocks(mapped), queries)
     assert truth.hits(blocks(mapped), queries, np.arange(60), found).all()
     other = np.flatnonzero((vectors != vectors[0]).any(1))[:10]
@@ -131,12 +126,12 @@ def test_parameters_are_chosen_with_a_reserve_for_other_queries() -> None:
     vectors = rng.normal(size=(3000, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = fill_index(IndexChoice("IVF100,Flat", "test"), 16, blocks(vectors), len(vectors))
-    tuner = Tuner(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.8)
-    tuner.tune(index)
-    assert 0.85 <= tuner._recall(index, tuner._tuning_queries) < 0.87
+    benchmark = Benchmark(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.8)
+    tune(benchmark, index)
+    assert 0.85 <= benchmark.recall(index, benchmark.tuning_queries) < 0.87
     inverted: Any = index
     inverted.nprobe -= 1
-    assert 0.8 <= tuner._recall(index, tuner._tuning_queries) < 0.85, "one list fewer reaches the target alone"
+    assert 0.8 <= benchmark.recall(index, benchmark.tuning_queries) < 0.85, "one list fewer reaches the target alone"
 
 
 @pytest.mark.parametrize("kind", ["IVF300,Flat", "HNSW4", "IVF100,PQ16x4fs,RFlat"])
@@ -147,8 +142,8 @@ def test_tuned_width_is_just_above_the_aim(kind: str) -> None:
     vectors = rng.normal(size=(3000, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = fill_index(IndexChoice(kind, "test"), 32, blocks(vectors), len(vectors))
-    tuner = Tuner(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.95)
-    (name, width), *_ = tuner.tune(index)["parameters"].items()
-    assert tuner._recall(index, tuner._tuning_queries) >= 0.9625
+    benchmark = Benchmark(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.95)
+    (name, width), *_ = tune(benchmark, index)["parameters"].items()
+    assert benchmark.recall(index, benchmark.tuning_queries) >= 0.9625
     SearchParameters(index).set(name, width * 15 // 16 - 1)
-    assert tuner._recall(index, tuner._tuning_queries) < 0.9625
+    assert benchmark.recall(index, benchmark.tuning_queries) < 0.9625

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from app.cli import app
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, LockedError
-from index_jobs.jobs import updates
-from index_jobs.jobs.updates import add, remove
+from index_jobs.engines.faiss import search as faiss_search
+from index_jobs.jobs import update as updates
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store import faiss_search
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, open_version, verify_index
 from tests.support.commands import dcar

@@ -15,7 +15,7 @@ from dcar_core import Encoder
 from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
-from index_jobs.jobs import quality_gate
+from index_jobs.jobs import gate
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.files import write_jsonl
@@ -25,7 +25,7 @@ ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
 
 def named(gallery: Gallery, data: Path) -> dict[str, str]:
     """Return the text of each matched pair by the name of its image in the gallery."""
-    pairs = quality_gate.find_pairs(gallery, data)
+    pairs = gate.find_pairs(gallery, data)
     assert pairs is not None
     names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
     return {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
@@ -36,7 +36,7 @@ def test_missing_validation_images_are_left_out(
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     (data / load_split(data, "val")[0].samples[0].image).unlink()
-    found = quality_gate.find_pairs(scan(data), data)
+    found = gate.find_pairs(scan(data), data)
     assert found is not None
     assert len(found.texts) == 5
     assert "1 validation images of" in caplog.text
@@ -70,7 +70,7 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Pa
     gallery = scan(zipped(tiny_data, tmp_path / "g.zip"))
     assert named(gallery, tiny_data) == expected
     with pytest.raises(DataError, match="an image there is recognised by its name below the gallery"):
-        quality_gate.find_pairs(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
+        gate.find_pairs(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
     lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
     by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
@@ -103,7 +103,7 @@ def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path)
 
 def test_captions_of_several_images_are_no_queries(tmp_path: Path) -> None:
     table = pa.table({"caption": ["a cat", "", "a dog", "a dog"], "id": ["0", "1", "2", "3"]})
-    assert quality_gate.find_pairs(Gallery("", str(tmp_path), table, "", ""), None) == quality_gate.QueryPairs(
+    assert gate.find_pairs(Gallery("", str(tmp_path), table, "", ""), None) == gate.QueryPairs(
         ["a cat"], ["0"], [0], "captions"
     )
 
@@ -116,7 +116,7 @@ def test_captions_are_taken_from_more_text_than_an_array_holds(tmp_path: Path) -
     captions = pa.chunked_array([chunk] * 40 + [last])
     ids = pa.array([str(row) for row in range(len(captions))])
     gallery = Gallery("", str(tmp_path), pa.table({"caption": captions, "id": ids}), "", "")
-    assert quality_gate.find_pairs(gallery, None) == quality_gate.QueryPairs(
+    assert gate.find_pairs(gallery, None) == gate.QueryPairs(
         last.to_pylist(), ids[-10:].to_pylist(), list(range(len(ids) - 10, len(ids))), "captions"
     )
 
@@ -138,7 +138,8 @@ def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoi
     assert found["pairs"] == 6
 
     assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).reused
-    assert rebuild(data, tiny_checkpoint, index, progress=False).reused, "nothing else is asked for"
+    assert not rebuild(data, tiny_checkpoint, index, progress=False).reused, "no calibration is asked for"
+    assert open_current(index).manifest.cutoff == {}
     content = json.loads((data / "val.json").read_text())
     (data / "val.json").write_text(json.dumps(dict(list(content.items())[:4])))
     again = rebuild(data, tiny_checkpoint, index, progress=False, validation=data)
@@ -147,7 +148,7 @@ def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoi
 
 
 def test_other_texts_of_the_same_images_are_another_calibration() -> None:
-    one, other = (quality_gate.QueryPairs([text], ["1"], [1], "validation").signature for text in ("a cat", "a dog"))
+    one, other = (gate.QueryPairs([text], ["1"], [1], "validation").signature for text in ("a cat", "a dog"))
     assert one != other
 
 
@@ -160,7 +161,7 @@ def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> 
     captions = set()
     for place in (tmp_path, tmp_path / "shard.tar"):
         gallery = scan(place)
-        pairs = quality_gate.find_pairs(gallery, tmp_path)
+        pairs = gate.find_pairs(gallery, tmp_path)
         assert pairs is not None
         names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
         found = {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}

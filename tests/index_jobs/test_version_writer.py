@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_jobs.jobs.quality_gate import QueryPairs
-from index_jobs.jobs.version_writer import calibrate_cutoff, caption_queries
+from index_jobs.jobs.contents import calibrate_cutoff, caption_queries
+from index_jobs.jobs.gate import QueryPairs
 
 
 class Written:

@@ -13,9 +13,9 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, LockedError
-from index_jobs.jobs import apply_writes as apply
-from index_jobs.jobs import updates
-from index_jobs.jobs.apply_writes import apply_writes, sweep
+from index_jobs.jobs import apply
+from index_jobs.jobs import update as updates
+from index_jobs.jobs.apply import apply_writes, sweep
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
@@ -282,14 +282,14 @@ MOMENTS = [
     "index_jobs.encoding.shards.ShardStore.save",
     "index_jobs.store.publish.prepare_version",
     "index_jobs.store.publish._write_current",
-    "index_jobs.jobs.updates.remove",
+    "index_jobs.jobs.update.remove",
     "index_jobs.store.writes.write_queue.WriteQueue.end",
-    "index_jobs.jobs.apply_writes.sweep",
+    "index_jobs.jobs.apply.sweep",
 ]
 KILLED_AT = """
 import os, signal, sys, importlib
 from pathlib import Path
-from index_jobs.jobs.apply_writes import apply_writes
+from index_jobs.jobs.apply import apply_writes
 place, after, index = sys.argv[1], sys.argv[2] == "after", Path(sys.argv[3])
 module, _, name = place.rpartition(".")
 try:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.errors import DataError
-from index_jobs.store.faiss_index import FaissIndex
+from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 

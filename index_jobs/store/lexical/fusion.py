@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Floats, Mask, Rows
 
 if TYPE_CHECKING:
-    from index_jobs.store.faiss_search import ScoredRows
+    from index_jobs.engines.protocol import ScoredRows
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example

@@ -18,6 +18,7 @@ import numpy as np
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
+from index_jobs.spec import IndexSpec
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT, Manifest
 from index_jobs.store.segments import Segments
@@ -35,12 +36,7 @@ class EmptyArtifact(Artifact):
     def __init__(self, index: Path, fingerprint: str, dim: int) -> None:
         """Describe the collection in directory `index`, whose model has this fingerprint and vectors (dim,)."""
         self.path, self._items = index, {}
-        self.manifest = Manifest(
-            version=0, fingerprint=fingerprint, count=0, dim=dim, kind="Flat", reason="no items", gpu=False,
-            requested_kind="auto", requested_memory=None, target_recall=1.0, source="", root="",
-            checkpoint=str(self.checkpoint), checkpoint_signature="", gallery_signature="", created="", failed=0,
-            measured={}, files={},
-        )  # fmt: skip
+        self.manifest = Manifest(spec=IndexSpec(fingerprint=fingerprint), dim=dim, kind="Flat")
         Segments.__init__(self, [], np.empty(0, np.int64))
 
     def vectors(self, rows: Rows) -> Floats:

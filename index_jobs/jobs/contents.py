@@ -1,7 +1,6 @@
-"""Contents of a version besides the model: measured vectors in FAISS or Milvus, the items, and the score cut-off."""
+"""Contents of a version besides the model and the vectors: the items, their words, the cut-off, the hybrid weight."""
 
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,53 +11,26 @@ import pyarrow as pa
 
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
-from dcar_core.util.errors import DataError, DcarError
-from dcar_core.util.files import write_json
-from index_jobs.building import kinds
-from index_jobs.building.build import build_index
-from index_jobs.building.kinds import IndexChoice
-from index_jobs.building.tuning import MAX_QUERIES, HeldOutQueries, Tuner, gallery_queries
+from dcar_core.util.errors import DataError
 from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_duplicates, write_failed
-from index_jobs.encoding.shards import ShardStore
+from index_jobs.engines.measure import MAX_QUERIES
+from index_jobs.engines.protocol import HeldOutQueries, VectorIndex
 from index_jobs.gallery.scan import Gallery
-from index_jobs.jobs.quality_gate import PAIRS_SIGNATURE, QueryPairs
-from index_jobs.options import RebuildOptions
-from index_jobs.store import milvus
+from index_jobs.jobs.gate import QueryPairs
+from index_jobs.spec import IndexSpec
 from index_jobs.store.columns import FieldTypes, field_names
-from index_jobs.store.faiss_index import FaissIndex, write_faiss
 from index_jobs.store.items import BUILT_IN_FIELDS, take_rows, write_items
 from index_jobs.store.lexical.fusion import choose_weight, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, write_lexical
-from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL, VECTORS
-from index_jobs.store.publish import next_version
+from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL
 
 logger = logging.getLogger(__name__)
 
 _MIN_TEXTS = 100  # validation texts that choose the weight of the words
 
 
-def choose_kinds(options: RebuildOptions, count: int, dim: int, gpu_memory: int) -> list[IndexChoice]:
-    """Return the kinds that may be built, the best first; see `index_jobs.building.kinds`."""
-    if not options.milvus:
-        return kinds.choose_kinds(options.kind, count, dim, memory=options.memory, gpu_memory=gpu_memory)
-    milvus.require_kind(options.kind)
-    return [IndexChoice(f"milvus {options.kind}", f"requested: {options.kind} in Milvus")]
-
-
-def require_disk_space(out: Path, gallery: Gallery, store: ShardStore, choice: IndexChoice) -> None:
-    """Check that the disk can hold the index, by a lower bound of its size, before images are encoded."""
-    vectors = 4 * store.dim * (len(gallery) - store.stored_rows())
-    needed = vectors + choice.bytes + gallery.table.nbytes
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise DcarError(
-            f"the index {out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors that "
-            f"the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another --out"
-        )
-
-
-def require_fields(gallery: Gallery, options: RebuildOptions) -> None:
+def require_fields(gallery: Gallery, spec: IndexSpec) -> None:
     """Check that items have the fields that searches group by and look words up in.
 
     One of several text fields may be missing, since items that are added later may have it. That is a warning.
@@ -67,16 +39,16 @@ def require_fields(gallery: Gallery, options: RebuildOptions) -> None:
         DataError: no item has the group field, or any of the text fields, or the group field holds lists.
     """
     metadata = gallery.table["metadata"]
-    if name := options.group_field:
+    if name := spec.group_field:
         types = dict.fromkeys(BUILT_IN_FIELDS, pa.string()) | FieldTypes.infer(metadata).types
         if name not in types:
             raise DataError(_no_field("--group-field", [name], types))
         if pa.types.is_list(types[name]):
             raise DataError(f"--group-field: {name!r} has several values per item; name a field with one")
-    if options.text_fields:
+    if spec.text_fields:
         known = field_names(metadata) | {*BUILT_IN_FIELDS}
-        missing = [name for name in options.text_fields if name not in known]
-        if len(missing) == len(options.text_fields):
+        missing = [name for name in spec.text_fields if name not in known]
+        if len(missing) == len(spec.text_fields):
             raise DataError(_no_field("--text-fields", missing, known))
         if missing:
             logger.warning("%s", _no_field("--text-fields", missing, known))
@@ -84,28 +56,6 @@ def require_fields(gallery: Gallery, options: RebuildOptions) -> None:
 
 def _no_field(option: str, names: Sequence[str], known: Iterable[str]) -> str:
     return f"{option}: no item has the field {' or '.join(map(repr, names))}; there are: {', '.join(sorted(known))}"
-
-
-def stage_vectors(
-    staging: Path,
-    out: Path,
-    options: RebuildOptions,
-    encoder: Encoder,
-    encoded: EncodedGallery,
-    choices: Sequence[IndexChoice],
-    queries: HeldOutQueries | None,
-) -> tuple[IndexChoice, dict[str, Any]]:
-    """Write the vectors into the staged version and return the built kind with its measurements."""
-    target, dim, blocks = options.target_recall, encoder.dim, encoded.blocks
-    if not options.milvus:
-        built = build_index(blocks, len(encoded), dim, choices, queries, target=target, folder=staging)
-        write_faiss(built.index, staging / VECTORS)
-        return built.choice, built.measured | {"bytes": (staging / VECTORS).stat().st_size}
-    version = next_version(out)
-    location = milvus.create_collection(options.milvus, out, version, encoder.fingerprint, options.kind, blocks, dim)
-    write_json(staging / milvus.MILVUS, asdict(location))
-    tuner = Tuner(blocks, queries or gallery_queries(blocks, len(encoded)), target=target)
-    return choices[0], tuner.measure(milvus.MilvusIndex(location))
 
 
 def stage_items(
@@ -121,28 +71,27 @@ def stage_items(
 
 
 def calibrate_cutoff(pairs: QueryPairs, encoder: Encoder, encoded: EncodedGallery) -> dict[str, Any]:
-    """Return the manifest's `cutoff`: the meaning of `min_score: "auto"` by validation pairs, and their signature.
+    """Return the manifest's `cutoff`: the meaning of `min_score: "auto"` by validation pairs.
 
-    The score of a pair is that of its text, encoded as a query, and the vector of its image in the gallery. There is no
-    min_score if no image of the pairs has a vector.
+    The score of a pair is that of its text, encoded as a query, and the vector of its image in the gallery. It is
+    empty if no image of the pairs has a vector.
     """
     rows = encoded.rows()
     has_vector = np.isin(pairs.rows, rows)
     texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
     if not texts:
-        return {PAIRS_SIGNATURE: pairs.signature}
+        return {}
     places = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     images, start = np.empty((len(places), encoder.dim), np.float32), 0
     for block in encoded.blocks():  # one block in memory at a time
         inside = (places >= start) & (places < start + len(block))
         images[inside] = block[places[inside] - start]
         start += len(block)
-    cutoff = compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images))
-    return asdict(cutoff) | {PAIRS_SIGNATURE: pairs.signature}
+    return asdict(compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images)))
 
 
 def choose_hybrid_weight(
-    staging: Path, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: Encoder
+    staging: Path, index: VectorIndex, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: Encoder
 ) -> float | None:
     """Return the manifest's `hybrid_weight`; see `index_jobs.store.lexical.fusion`."""
     rows = encoded.rows()
@@ -154,7 +103,6 @@ def choose_hybrid_weight(
     ]
     if len(telling) < _MIN_TEXTS:
         return None
-    index = FaissIndex.open(staging / VECTORS)
     vectors = encoder.encode_text([text for text, _ in telling])
     queries = [(text, vector, row) for (text, row), vector in zip(telling, vectors, strict=True)]
     sample = index.vectors(spread_rows(np.arange(index.count)))

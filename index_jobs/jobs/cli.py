@@ -19,7 +19,7 @@ import typer
 from dcar_core.util.errors import DcarError
 from index_jobs.jobs.notify import SCHEMES
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions, IndexSpec
 
 EPILOG = """\b
 Example:
@@ -123,19 +123,19 @@ def build_command(
     kind: Annotated[
         str,
         typer.Option(
-            help="Kind of index: auto (by count, dimensions, memory and device), flat (exact), pq, hnsw, hnsw-sq8, "
-            "ivf, ivf-sq8, ivf-pq, ivf-pq-fp16, ivf-rabitq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory "
-            "string such as IVF1024,SQ8."
+            help="Kind of index: auto (by count, dimensions, memory and device), flat (exact), hnsw, "
+            "ivf, ivf-pq-fp16, ivf-pq, pq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as "
+            "IVF1024,SQ8."
         ),
-    ] = RebuildOptions.kind,
-    milvus: Annotated[
-        str | None,
+    ] = IndexSpec.kind,
+    engine: Annotated[
+        str,
         typer.Option(
-            metavar="URI",
-            help="Store the vectors in this Milvus instead of a FAISS file (kinds auto, flat, hnsw); a file path is "
-            "Milvus Lite. The token is read from DCAR_MILVUS_TOKEN.",
+            metavar="NAME[=URI]",
+            help="What stores and searches the vectors: faiss, a file of the index, or another engine and its place; "
+            "see docs/explanation/index-kinds.md.",
         ),
-    ] = None,
+    ] = IndexSpec.engine,
     text_fields: Annotated[
         str | None,
         typer.Option(
@@ -149,7 +149,7 @@ def build_command(
         typer.Option(
             metavar="NAME", help="Metadata field that names the product of an item: searches return each product once."
         ),
-    ] = RebuildOptions.group_field,
+    ] = IndexSpec.group_field,
     memory: Annotated[
         int | None,
         typer.Option(
@@ -166,9 +166,9 @@ def build_command(
             metavar="SHARE",
             help="Recall at 10 against exact search that search parameters are tuned to.",
         ),
-    ] = RebuildOptions.target_recall,
+    ] = IndexSpec.target_recall,
     workers: Workers = None,
-    batch_size: BatchSize = RebuildOptions.batch_size,
+    batch_size: BatchSize = BuildOptions.batch_size,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -177,8 +177,8 @@ def build_command(
             "--workers is then the number of its workers.",
         ),
     ] = None,
-    keep: Keep = RebuildOptions.keep,
-    max_failed: MaxFailed = RebuildOptions.max_failed,
+    keep: Keep = BuildOptions.keep,
+    max_failed: MaxFailed = IndexSpec.max_failed,
     max_vanished: Annotated[
         float,
         typer.Option(
@@ -187,8 +187,8 @@ def build_command(
             help="Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
             "published.",
         ),
-    ] = RebuildOptions.max_vanished,
-    device: Device = RebuildOptions.device,
+    ] = BuildOptions.max_vanished,
+    device: Device = BuildOptions.device,
     exact: Annotated[
         bool, typer.Option("--exact", help="Decode every JPEG at full size, bit for bit as open_clip does.")
     ] = False,
@@ -201,7 +201,7 @@ def build_command(
     runtime: Runtime = "auto",
     shard_rows: Annotated[
         int, typer.Option(min=1, help="Images per shard, which is the work that a killed run can lose.")
-    ] = RebuildOptions.shard_rows,
+    ] = BuildOptions.shard_rows,
     validation: Annotated[
         Path | None,
         typer.Option(
@@ -217,7 +217,7 @@ def build_command(
             metavar="SHARE",
             help="Recall at 1 or 10, or nDCG at 100, that the new index may lose and still pass.",
         ),
-    ] = RebuildOptions.margin,
+    ] = BuildOptions.margin,
     force: Annotated[
         bool,
         typer.Option(
@@ -258,12 +258,12 @@ def build_command(
     Running services load the new version by themselves. An interrupted build resumes when the same command is run
     again; an unchanged gallery and checkpoint finish at once. The summary goes to stdout, progress to stderr.
     """
-    from index_jobs.jobs.rebuild_entry import rebuild
+    from index_jobs.jobs.build import rebuild
 
     logging.getLogger("index_jobs").setLevel(logging.WARNING if quiet else logging.INFO)
     try:
         summary = rebuild(
-            galleries, checkpoint, out, kind=kind, milvus=milvus, text_fields=_names(text_fields),
+            galleries, checkpoint, out, kind=kind, engine=engine, text_fields=_names(text_fields),
             group_field=group_field, memory=memory, target_recall=target_recall, workers=workers,
             batch_size=batch_size, ray=ray, keep=keep, max_failed=max_failed, max_vanished=max_vanished, device=device,
             exact=exact, pixel_cache=pixel_cache, runtime=runtime, shard_rows=shard_rows, validation=validation,

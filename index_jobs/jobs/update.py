@@ -21,24 +21,33 @@ import pyarrow as pa
 from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
-from index_jobs.building import kinds
-from index_jobs.building.build import build_index
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.replicas import choose_replicas
+from index_jobs.engines.protocol import NewIndex
+from index_jobs.engines.registry import load_engine
 from index_jobs.gallery.scan import Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import join_location
+from index_jobs.jobs.contents import caption_queries
 from index_jobs.jobs.gallery_changes import count_indexed_files
-from index_jobs.jobs.version_writer import caption_queries
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.columns import FieldTypes, fit_one_field
-from index_jobs.store.faiss_index import write_faiss
 from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, update_lexical
-from index_jobs.store.manifest import FAILED, ITEMS, LEXICAL, REMOVED, VECTORS, Addition, FileInfo, Manifest, utc_now
+from index_jobs.store.manifest import (
+    ADDITIONS_ENGINE,
+    FAILED,
+    ITEMS,
+    LEXICAL,
+    REMOVED,
+    Addition,
+    FileInfo,
+    Manifest,
+    utc_now,
+)
 from index_jobs.store.segments import write_removed
 from index_jobs.store.versions import open_current
 
@@ -48,7 +57,7 @@ WORK = "work-added"
 MAX_ADDITIONS = 8
 REMOVED_SHARE = 0.2
 ADDED_SHARE = 0.2
-ADDED_ROWS = kinds.FLAT_UP_TO  # compared one by one in every search, beside the built index
+ADDED_ROWS = 20_000  # compared one by one in every search, beside the built index
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
 
@@ -72,7 +81,7 @@ class UpdateSummary:
 
 
 def remove(
-    index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = RebuildOptions.keep
+    index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = BuildOptions.keep
 ) -> UpdateSummary:
     """Publish a version in which these items are never found.
 
@@ -119,7 +128,7 @@ def add(
     Args:
         gallery: a folder, tar or list; see `index_jobs.gallery.scan`.
         replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
-        options: keep, workers, batch_size, max_failed, device, runtime and progress of `RebuildOptions`.
+        options: keep, workers, batch_size, max_failed, device, runtime and progress of `BuildOptions`.
 
     Raises:
         DataError: the gallery cannot be used, too many images are broken, an id exists already, or a field would get
@@ -143,7 +152,7 @@ def add(
                 "`dcar index rollback %s` undoes this, and a rebuild indexes files that are new in its gallery",
                 repeated, example, index,
             )  # fmt: skip
-        settings = RebuildOptions(exact=current.manifest.exact, **options)
+        settings = BuildOptions.of({"exact": current.manifest.spec.exact, **options})
         replicas = choose_replicas(scanned, current.checkpoint, index / WORK, settings)
         current.require(replicas[0].fingerprint)
         encoded = encode_gallery(scanned, replicas, index / WORK, settings)
@@ -183,13 +192,13 @@ def _write_addition(
         start += addition.count
     new = absolute_locations(encoded.with_sizes(gallery.table), gallery.root).select(COLUMNS)
     table = pa.concat_tables([*tables, take_rows(new, rows)])
-    built = build_index(
-        lambda: chain(blocks, encoded.blocks()), table.num_rows, manifest.dim,
-        kinds.choose_kinds("auto", table.num_rows, manifest.dim, memory=manifest.requested_memory),
-        caption_queries(table, encoder), target=manifest.target_recall, folder=staging,
+    new_index = NewIndex(
+        folder=staging / folder, version=manifest.version + 1, blocks=lambda: chain(blocks, encoded.blocks()),
+        count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
     )  # fmt: skip
+    engine, spec = load_engine(ADDITIONS_ENGINE), replace(manifest.spec, engine=ADDITIONS_ENGINE, kind="auto")
+    created = engine.create(spec, new_index)
     write_failed(staging / folder / FAILED, gallery, encoded.failed)
-    write_faiss(built.index, staging / folder / VECTORS)
     write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
     removed = removed[removed < merged_from]  # merged additions lose their removed rows
     if len(removed):
@@ -200,7 +209,7 @@ def _write_addition(
     added = Addition(
         folder=folder,
         count=table.num_rows,
-        kind=built.choice.factory,
+        kind=created.kind,
         sources=list(dict.fromkeys(sources)),
         roots=list(dict.fromkeys(roots)),
     )
@@ -212,7 +221,7 @@ def _update_lexical(staging: Path, manifest: Manifest, shared: dict[str, FileInf
     addition = manifest.additions[-1]
     first_row = manifest.count + manifest.removed - addition.count
     items = Items(staging / addition.folder / ITEMS)
-    texts = item_texts(items.table(np.arange(len(items))), manifest.text_fields)
+    texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
     replaced = update_lexical(staging / LEXICAL, texts, first_row)
     return {name: info for name, info in shared.items() if name not in replaced}
 

@@ -4,7 +4,7 @@
   first one is built; while the measured recall stays below the target, the next one is. See `build`.
 - The order follows measured latencies of one query on one core; `benchmarks/index_kinds.py` prints them. A graph is
   fastest on real embeddings, and 16-bit vectors do not lower its recall. Among many near-duplicates its recall is too
-  low. Which small kind with lists is faster depends on the vectors, so two are built and measured (`is_rival`).
+  low.
 - Up to 20,000 vectors, exact search takes two milliseconds and needs no training, so nothing else is considered.
 - Memory estimates are bytes for each vector; the benchmark prints measured ones.
 """
@@ -20,12 +20,11 @@ import faiss
 from dcar_core.util.errors import DataError, MissingExtraError
 
 FLAT_UP_TO = 20_000
-_COMPARED_UP_TO = 5_000_000  # beyond, only lists: at ten million a graph took 50 minutes and missed the target
+_GRAPH_UP_TO = 5_000_000  # beyond, only lists: at ten million a graph took 50 minutes and missed the target
 _GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
 _ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to list
 _COARSE_GRAPH_FROM = 16_384  # from this number of lists on, a graph finds the nearest ones
 
-NAMED = ("auto", "flat", "hnsw", "hnsw-sq8", "ivf", "ivf-sq8", "ivf-pq", "ivf-pq-fp16", "ivf-rabitq", "pq")
 GPU_NAMED = ("gpu-flat", "gpu-ivf", "gpu-cagra")
 
 
@@ -33,15 +32,13 @@ GPU_NAMED = ("gpu-flat", "gpu-ivf", "gpu-cagra")
 class IndexChoice:
     """A FAISS index_factory string and the reason for it.
 
-    gpu: built and searched on a GPU. bytes: estimated size, 0 if unknown. is_rival: measured even if the previous
-    choice reaches the target, and kept if it is faster.
+    gpu: built and searched on a GPU. bytes: estimated size, 0 if unknown.
     """
 
     factory: str
     reason: str
     gpu: bool = False
     bytes: int = 0
-    is_rival: bool = False
 
     @property
     def has_lists(self) -> bool:
@@ -59,33 +56,25 @@ class _Kind:
 _KINDS = {
     "flat": _Kind(lambda n, d: "Flat", lambda d: 4 * d, "exact"),
     "hnsw": _Kind(lambda n, d: "HNSW24,SQfp16", lambda d: 2 * d + _GRAPH_BYTES, "a graph over 16-bit vectors"),
-    "hnsw-sq8": _Kind(lambda n, d: "HNSW24,SQ8", lambda d: d + _GRAPH_BYTES, "a graph over 8-bit vectors"),
-    "ivf": _Kind(lambda n, d: f"{_ivf(n)},Flat", lambda d: 4 * d + _ENTRY_BYTES, "inverted lists of full vectors"),
-    "ivf-sq8": _Kind(lambda n, d: f"{_ivf(n)},SQ8", lambda d: d + _ENTRY_BYTES, "inverted lists of 8-bit vectors"),
-    "ivf-pq": _Kind(
-        lambda n, d: f"{_ivf(n)},PQ{_code_parts(d)}x4fs,Refine(SQ8)",
-        lambda d: d + _code_parts(d) / 2 + _ENTRY_BYTES,
-        "inverted lists of product codes, re-ranked by 8-bit vectors",
-    ),
     "ivf-pq-fp16": _Kind(
         lambda n, d: f"{_ivf(n)},PQ{_half(d)}x4fs,Refine(SQfp16)",
         lambda d: 2 * d + _half(d) / 2 + _ENTRY_BYTES,
         "inverted lists of long product codes, re-ranked by 16-bit vectors",
     ),
-    "ivf-rabitq": _Kind(
-        lambda n, d: f"{_ivf(n)},RaBitQ,Refine(SQ8)",
-        lambda d: d + d / 8 + 8 + _ENTRY_BYTES,
-        "inverted lists of bits, re-ranked by 8-bit vectors",
+    "ivf-pq": _Kind(
+        lambda n, d: f"{_ivf(n)},PQ{_code_parts(d)}x4fs,Refine(SQ8)",
+        lambda d: d + _code_parts(d) / 2 + _ENTRY_BYTES,
+        "inverted lists of product codes, re-ranked by 8-bit vectors",
     ),
+    "ivf": _Kind(lambda n, d: f"{_ivf(n)},Flat", lambda d: 4 * d + _ENTRY_BYTES, "inverted lists of full vectors"),
     "pq": _Kind(
         lambda n, d: f"{_ivf(n)},PQ{_code_parts(d)}",
         lambda d: _code_parts(d) + _ENTRY_BYTES,
         "the only kind that fits; its recall is low",
     ),
 }
-_FASTEST_FIRST = ("hnsw", "ivf-pq-fp16", "ivf-pq", "ivf-rabitq", "ivf", "ivf-sq8", "hnsw-sq8", "pq")
-_GRAPHS = ("hnsw", "hnsw-sq8")
-_RIVAL = "ivf-rabitq"  # measured beside the kind before it
+_FASTEST_FIRST = ("hnsw", "ivf-pq-fp16", "ivf-pq", "ivf")
+NAMED = ("auto", *_KINDS)
 
 
 def choose_kinds(
@@ -110,11 +99,7 @@ def choose_kinds(
             raise MissingExtraError(f"the kind {kind}, with a CUDA device and FAISS built for it,", "gpu")
         factory = {"gpu-flat": "Flat", "gpu-ivf": f"{_ivf(count)},Flat", "gpu-cagra": "CAGRA"}[kind]
         return [IndexChoice(factory, reason, gpu=True)]
-    named = _KINDS.get(kind.lower())
-    if named:
-        choice = IndexChoice(named.factory(count, dim), reason, bytes=int(count * named.bytes(dim)))
-    else:
-        choice = IndexChoice(kind, reason)
+    choice = _choice(kind.lower(), count, dim, reason) if kind.lower() in _KINDS else IndexChoice(kind, reason)
     create_index(choice.factory, dim)
     return [choice]
 
@@ -125,27 +110,28 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
         return [IndexChoice("Flat", reason, gpu=True, bytes=size)]
     if count <= FLAT_UP_TO:
         reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes two milliseconds"
-        return [IndexChoice("Flat", reason, bytes=4 * dim * count)]
-    choices = list[IndexChoice]()
-    too_large = []
-    for name in _FASTEST_FIRST:
-        if (name in _GRAPHS and count > _COMPARED_UP_TO) or (name == "pq" and choices):
+        return [_choice("flat", count, dim, reason)]
+    choices, too_large = list[IndexChoice](), list[str]()
+    for name in (*_FASTEST_FIRST, "pq"):
+        if (name == "hnsw" and count > _GRAPH_UP_TO) or (name == "pq" and choices):
             continue
-        kind = _KINDS[name]
-        size = int(count * kind.bytes(dim))
-        if size > memory:
-            too_large.append(f"{kind.factory(count, dim)} would take {_gib(size)}")
+        choice = _choice(name, count, dim, "")
+        if choice.bytes > memory:
+            too_large.append(f"{choice.factory} would take {_gib(choice.bytes)}")
             continue
-        rest = f"; {', '.join(too_large)}" if too_large else ""
-        reason = f"{_size(count, dim)} take {_gib(size)} of the {_gib(memory)} allowed: {kind.description}{rest}"
-        is_rival = name == _RIVAL and bool(choices) and count <= _COMPARED_UP_TO
-        choices.append(IndexChoice(kind.factory(count, dim), reason, bytes=size, is_rival=is_rival))
+        fits = f"{_size(count, dim)} take {_gib(choice.bytes)} of the {_gib(memory)} allowed"
+        choices.append(_choice(name, count, dim, "; ".join([f"{fits}: {_KINDS[name].description}", *too_large])))
     if not choices:
         raise DataError(
             f"{_size(count, dim)} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split "
             f"the gallery"
         )
     return choices
+
+
+def _choice(name: str, count: int, dim: int, reason: str) -> IndexChoice:
+    kind = _KINDS[name]
+    return IndexChoice(kind.factory(count, dim), reason, bytes=int(count * kind.bytes(dim)))
 
 
 def create_index(factory: str, dim: int) -> object:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.engines.protocol import ScoredRows, merge_top_k
 
 EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
 _TUNED_FOR = 12  # results that tuning covers: ten, and two that show whether there are more, or equal ones
@@ -32,24 +33,12 @@ _BLOCK = 2048  # vectors that are compared at a time
 _BLOCK_BYTES = 3 << 18  # of codes that are compared at a time and stay in the processor's cache
 _SELECTOR_SHARE = 0.25  # from this share on, a kind that scans every row is faster with a selector than row by row
 
-ScoredRows = tuple[Floats, Rows]  # scores (n, k), best first, and rows (n, k), -1 where there are fewer
-
 
 def _faiss() -> Any:
     """Import FAISS at its first use. Its type hints have the C++ signatures only."""
     import faiss
 
     return faiss
-
-
-def merge_top_k(scores: list[Floats], rows: list[Rows], k: int) -> ScoredRows:
-    """Merge several results into the k best, float32 and int64 (n, k); -inf and -1 where there are fewer."""
-    n = len(scores[0])
-    all_scores = np.concatenate([*scores, np.full((n, k), -np.inf, np.float32)], 1)
-    all_rows = np.concatenate([*rows, np.full((n, k), -1, np.int64)], 1)
-    all_scores[all_rows < 0] = -np.inf
-    order = np.argsort(-all_scores, 1, kind="stable")[:, :k]
-    return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)
 
 
 class WideSearch:

@@ -1,13 +1,8 @@
-"""The vector index of a version: a small protocol, and its implementation with FAISS.
-
-- `VectorIndex` is everything that an artifact needs, so another engine can replace FAISS.
-- FAISS files are memory-mapped: processes on one machine share the pages, and an index opens at once.
-- The metric is the inner product of normalised vectors, which is the cosine similarity.
-"""
+"""A FAISS index on disk. It is memory-mapped: processes on one machine share the pages, and it opens at once."""
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import faiss
 import numpy as np
@@ -15,36 +10,12 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.store.faiss_search import RowSelection, ScoredRows, WideSearch, search_selection, unwrap
-from index_jobs.store.gpu_search import MAX_K, GpuSearch, free_gpu_memory
-from index_jobs.store.manifest import check_file_once
+from index_jobs.checks import check_file_once
+from index_jobs.engines.faiss.gpu import MAX_K, GpuSearch, free_gpu_memory
+from index_jobs.engines.faiss.search import RowSelection, WideSearch, search_selection, unwrap
+from index_jobs.engines.protocol import ScoredRows
 
 _WRITE_BYTES = 1 << 20
-
-
-class VectorIndex(Protocol):
-    """Vectors by row number."""
-
-    @property
-    def count(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
-        """Return the k best rows for each query.
-
-        Args:
-            vectors: float32 (n, E).
-            mask: bool (count,), the rows that may be found; None for all.
-            is_narrow: without a mask, search no wider than for a few results; more of the last ones are missed.
-
-        Returns:
-            scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
-        """
-        ...
-
-    def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of rows int64 (m,): float32 (m, E), normalised; approximate for a compressing kind."""
-        ...
 
 
 class FaissIndex:

@@ -1,10 +1,10 @@
-"""Vectors in Milvus instead of a FAISS file, behind the same `VectorIndex`.
+"""The engine `milvus=URI`: vectors in a Milvus.
 
 - Each built version has a collection, named after the index, the version and the encoder's fingerprint, so it cannot be
   mistaken for another model's. `milvus.json` in the version names it.
 - CURRENT decides which version is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
 - Collections of removed versions and killed jobs are dropped after a publication.
-- The primary key is the row number, so items, filters, additions and removals work as with FAISS.
+- The primary key is the row number.
 - The token is read from DCAR_MILVUS_TOKEN and never written. A path as URI is Milvus Lite, in this process.
 """
 
@@ -14,14 +14,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import (
     ArtifactError,
     DataError,
@@ -30,8 +30,10 @@ from dcar_core.util.errors import (
     MissingExtraError,
     StoreUnavailableError,
 )
-from index_jobs.store.faiss_search import ScoredRows, merge_top_k
-from index_jobs.store.manifest import VERSIONS
+from dcar_core.util.files import write_json
+from index_jobs.engines.measure import Benchmark, gallery_queries
+from index_jobs.engines.protocol import CreatedIndex, NewIndex, ScoredRows, merge_top_k
+from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,92 @@ class MilvusLocation:
             return cls(**json.loads(path.read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+class MilvusEngine:
+    """Collections of one Milvus; see `index_jobs.engines.protocol.Engine`."""
+
+    def __init__(self, uri: str) -> None:
+        """uri: of a server, or the path of a Milvus Lite file."""
+        if not uri:
+            raise DataError("the engine milvus needs a place: milvus=http://HOST:19530, or milvus=FILE for Milvus Lite")
+        self._uri = uri
+
+    def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
+        """Check that Milvus has the kind and responds."""
+        if spec.kind not in _TYPES:
+            raise DataError(f"vectors in Milvus can be of kind {', '.join(_TYPES)}, not {spec.kind!r}")
+        connect(self._uri).close()
+        return 0
+
+    def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
+        """Create and fill the collection of a version, and write `milvus.json`."""
+        name = f"{collection_prefix(new.folder.parent.parent)}_v{new.version}_{spec.fingerprint[:_FINGERPRINT]}"
+        client = connect(self._uri)
+        _create_collection(client, name, spec.kind, new.dim)
+        _fill(client, name, new)
+        location = MilvusLocation(self._uri, name, new.count, new.dim, spec.fingerprint)
+        write_json(new.folder / MILVUS, asdict(location))
+        queries = new.queries or gallery_queries(new.blocks, new.count)
+        measured = Benchmark(new.blocks, queries, target=spec.target_recall).measure(MilvusIndex(location))
+        reason = f"requested: {spec.kind} in Milvus"
+        return CreatedIndex(kind=f"milvus {spec.kind}", reason=reason, measured=measured)
+
+    def open(self, folder: Path, *, gpu: bool = False) -> "MilvusIndex":
+        """Connect to the collection that `milvus.json` names."""
+        return MilvusIndex(MilvusLocation.read(folder / MILVUS))
+
+    def sync(self, index: Path, version: int) -> None:
+        """Point the alias to the current version's collection, and drop collections that no version names."""
+        prefix, named, current = collection_prefix(index), set[str](), ""
+        alias, all_read = f"{prefix}_current", True
+        for path in (index / "versions").glob(f"[0-9]*/{MILVUS}"):
+            try:
+                location = MilvusLocation.read(path)
+            except ArtifactError:  # damaged; it may name any collection
+                all_read = False
+                continue
+            named.add(location.collection)
+            if path.parent.name == str(version) and location.uri == self._uri:
+                current = location.collection
+        try:
+            client = connect(self._uri)
+            collections = [entry for entry in client.list_collections() if entry.startswith(f"{prefix}_v")]
+            is_aliased = any(alias in client.list_aliases(entry)["aliases"] for entry in collections)
+            if current:
+                (client.alter_alias if is_aliased else client.create_alias)(current, alias)
+            elif is_aliased:
+                client.drop_alias(alias)
+            for entry in collections:
+                if entry not in named and all_read:
+                    client.drop_collection(entry)
+        except Exception as error:
+            logger.warning("the Milvus at %s could not be updated to version %d: %s", self._uri, version, error)
+
+
+def _create_collection(client: Any, name: str, kind: str, dim: int) -> None:
+    from pymilvus import DataType
+
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field(_ROW, DataType.INT64, is_primary=True)
+    schema.add_field(_VECTOR, DataType.FLOAT_VECTOR, dim=dim)
+    parameters = client.prepare_index_params()
+    parameters.add_index(_VECTOR, metric_type="IP", **_TYPES[kind])
+    with _translate_errors():
+        if client.has_collection(name):  # of a killed job
+            client.drop_collection(name)
+        client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
+
+
+def _fill(client: Any, name: str, new: NewIndex) -> None:
+    row = 0
+    with _translate_errors():
+        for block in new.blocks():
+            for start in range(0, len(block), _INSERT_ROWS):
+                part = np.asarray(block[start : start + _INSERT_ROWS])
+                client.insert(name, [{_ROW: row + place, _VECTOR: vector} for place, vector in enumerate(part)])
+                row += len(part)
+        client.flush(name)
 
 
 class MilvusIndex:
@@ -158,89 +246,6 @@ def _translate_errors() -> Iterator[None]:
         raise
     except Exception as error:
         raise StoreUnavailableError(f"Milvus is unavailable: {error}") from error
-
-
-def create_collection(
-    uri: str, index: Path, version: int, fingerprint: str, kind: str, blocks: Blocks, dim: int
-) -> MilvusLocation:
-    """Create and fill the collection of a version that is about to be published.
-
-    Args:
-        index: the index directory, which collections are named after.
-        kind: auto, flat or hnsw.
-        blocks: vectors, L2-normalised, in row order.
-    """
-    client = connect(uri)
-    from pymilvus import DataType
-
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field(_ROW, DataType.INT64, is_primary=True)
-    schema.add_field(_VECTOR, DataType.FLOAT_VECTOR, dim=dim)
-    parameters = client.prepare_index_params()
-    parameters.add_index(_VECTOR, metric_type="IP", **_TYPES[kind])
-    name = f"{collection_prefix(index)}_v{version}_{fingerprint[:_FINGERPRINT]}"
-    with _translate_errors():
-        if client.has_collection(name):  # of a killed job
-            client.drop_collection(name)
-        client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
-    count = 0
-    for block in blocks():
-        for start in range(0, len(block), _INSERT_ROWS):
-            part = np.asarray(block[start : start + _INSERT_ROWS])
-            with _translate_errors():
-                client.insert(name, [{_ROW: count + number, _VECTOR: vector} for number, vector in enumerate(part)])
-            count += len(part)
-    with _translate_errors():
-        client.flush(name)
-    return MilvusLocation(uri, name, count, dim, fingerprint)
-
-
-def require_kind(kind: str) -> None:
-    if kind not in _TYPES:
-        raise DataError(f"vectors in Milvus can be of kind {', '.join(_TYPES)}, not {kind!r}")
-
-
-def read_locations(index: Path) -> dict[int, MilvusLocation]:
-    """Return the collection of each version that has its vectors in Milvus."""
-    locations = {}
-    for path in _location_files(index):
-        with contextlib.suppress(ArtifactError):  # damaged; `verify` reports it
-            locations[int(path.parent.name)] = MilvusLocation.read(path)
-    return locations
-
-
-def _location_files(index: Path) -> list[Path]:
-    return [path for path in (index / VERSIONS).glob(f"*/{MILVUS}") if path.parent.name.isdecimal()]
-
-
-def sync_collections(index: Path, version: int, before: Mapping[int, MilvusLocation] | None = None) -> None:
-    """Point the alias to the current version's collection, and drop collections that no version names.
-
-    Failures are logged, since CURRENT alone decides which version is served.
-
-    Args:
-        before: the index's locations before versions were removed.
-    """
-    locations, prefix = read_locations(index), collection_prefix(index)
-    named = {location.collection for location in locations.values()}
-    all_read = len(locations) == len(_location_files(index))
-    for uri in {location.uri for location in [*(before or {}).values(), *locations.values()]}:
-        try:
-            client, alias = connect(uri), f"{prefix}_current"
-            collections = [entry for entry in client.list_collections() if entry.startswith(f"{prefix}_v")]
-            aliased = [entry for entry in collections if alias in client.list_aliases(entry)["aliases"]]
-            if version not in locations or locations[version].uri != uri:
-                if aliased:
-                    client.drop_alias(alias)
-            elif aliased:
-                client.alter_alias(locations[version].collection, alias)
-            else:
-                client.create_alias(locations[version].collection, alias)
-            for entry in collections:
-                if entry not in named and all_read:
-                    client.drop_collection(entry)
-        except Exception as error:
-            logger.warning("the Milvus at %s could not be updated to version %d: %s", uri, version, error)
 
 
 def collection_prefix(index: Path) -> str:

@@ -2,8 +2,6 @@
 
 - Shards are streamed: beyond the index itself, memory does not grow with the gallery.
 - Of several choices, the first that reaches the target recall is kept; if none does, the best one, with a warning.
-- A choice marked `is_rival` is built even if the one before it reaches the target, and the faster one is kept. Both
-  share their inverted lists, which take most of the training time.
 - An index that reaches the target only by a wide search is slow, for example where texts lie far from their images. The
   first choice of the other family is then built as well: lists after a graph, or a graph after lists. The faster one is
   kept.
@@ -21,19 +19,15 @@ from typing import Any
 import faiss
 import numpy as np
 
-from dcar_core.util.arrays import Blocks, Floats
+from dcar_core.util.arrays import Blocks
 from dcar_core.util.errors import DataError, MissingExtraError
-from index_jobs.building.kinds import IndexChoice, create_index, list_count
-from index_jobs.building.tuning import (
-    TARGET_RECALL,
-    HeldOutQueries,
-    SearchParameters,
-    Tuner,
-    gallery_queries,
-    sample_vectors,
-)
-from index_jobs.store import gpu_search
-from index_jobs.store.faiss_index import write_faiss
+from index_jobs.engines.faiss import gpu
+from index_jobs.engines.faiss.index import write_faiss
+from index_jobs.engines.faiss.kinds import IndexChoice, create_index, list_count
+from index_jobs.engines.faiss.tuning import SearchParameters, tune
+from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors
+from index_jobs.engines.protocol import HeldOutQueries
+from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +76,7 @@ def build_index(
     choices: Sequence[IndexChoice],
     queries: HeldOutQueries | None = None,
     *,
-    target: float = TARGET_RECALL,
+    target: float = IndexSpec.target_recall,
     folder: Path | None = None,
 ) -> BuiltIndex:
     """Build and tune an index; row numbers are the order of the vectors.
@@ -98,19 +92,18 @@ def build_index(
         DataError: the kind needs more vectors than there are.
     """
     is_exact = [choice.factory for choice in choices] == ["Flat"]
-    tuner = Tuner(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
+    benchmark = Benchmark(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
     best: BuiltIndex | None = None
-    tried, centroids = list[BuiltIndex](), None
+    tried = list[BuiltIndex]()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         file = Path(temporary) / "best.faiss"
         for choice in choices:
             if best is not None and best.recall >= target and not _may_be_faster(choice, best, tried):
                 continue
             if best is not None and best.index is not None:
-                centroids = _list_centroids(best.index)
                 write_faiss(best.index, file)
                 best = replace(best, index=None)
-            built = _build_and_tune(blocks, count, dim, choice, tuner, centroids)
+            built = _build_and_tune(blocks, count, dim, choice, benchmark)
             tried.append(replace(built, index=None))
             if best is None or built.is_better_than(best, target):
                 best = built
@@ -129,13 +122,11 @@ def build_index(
 
 
 def _may_be_faster(choice: IndexChoice, best: BuiltIndex, tried: Sequence[BuiltIndex]) -> bool:
-    """Return True if a choice may be faster than the best so far, which reaches the target.
+    """Return True if the best so far, which reaches the target, searches widely, and no kind of this family was tried.
 
-    If the best one needs a wide search, so would any other choice of its family (lists, or graphs).
+    The families are lists and graphs. If one kind needs a wide search, so would the others of its family.
     """
-    if best.searches_widely:
-        return not any(other.choice.has_lists == choice.has_lists for other in tried)
-    return choice.is_rival and choice.has_lists == best.choice.has_lists
+    return best.searches_widely and not any(other.choice.has_lists == choice.has_lists for other in tried)
 
 
 def _reason(built: BuiltIndex, target: float) -> str:
@@ -144,37 +135,23 @@ def _reason(built: BuiltIndex, target: float) -> str:
     return f"{built.choice.factory} takes {built.measured['latency_ms_p50']:.2f} ms"
 
 
-def _build_and_tune(
-    blocks: Blocks, count: int, dim: int, choice: IndexChoice, tuner: Tuner, centroids: Floats | None
-) -> BuiltIndex:
+def _build_and_tune(blocks: Blocks, count: int, dim: int, choice: IndexChoice, benchmark: Benchmark) -> BuiltIndex:
     start = time.perf_counter()
-    on_gpu = choice.gpu
-    index = fill_on_gpu(choice, dim, blocks, count) if on_gpu else fill_index(choice, dim, blocks, count, centroids)
+    index = (fill_on_gpu if choice.gpu else fill_index)(choice, dim, blocks, count)
     seconds = time.perf_counter() - start
     logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
-    measured = tuner.tune(index, gpu_search.GpuSearch if on_gpu else None)
-    inverted = None if on_gpu else faiss.try_extract_index_ivf(index)
+    measured = tune(benchmark, index, gpu.GpuSearch if choice.gpu else None)
+    inverted = None if choice.gpu else faiss.try_extract_index_ivf(index)
     lists = 0 if inverted is None else int(inverted.nlist)
     return BuiltIndex(index, choice, measured | {"build_seconds": round(seconds, 1)}, lists)
 
 
-def _list_centroids(index: Any) -> Floats | None:
-    inverted: Any = faiss.try_extract_index_ivf(index)
-    return None if inverted is None else inverted.quantizer.reconstruct_n(0, inverted.nlist)
-
-
-def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int, centroids: Floats | None = None) -> Any:
-    """Train and fill an index on the CPU.
-
-    Args:
-        centroids: of the lists of another index of the same vectors, (lists, E); reused if there are as many.
-    """
+def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
+    """Train and fill an index on the CPU."""
     index: Any = create_index(choice.factory, dim)
     inverted = faiss.try_extract_index_ivf(index)
     if inverted is not None:
         inverted.cp.min_points_per_centroid = 1  # no warnings on stderr for a small gallery
-        if centroids is not None and len(centroids) == inverted.nlist:
-            inverted.quantizer.add(centroids)  # training leaves them unchanged
     if hasattr(index, "hnsw"):
         index.hnsw.efConstruction = _LARGE_CONSTRUCTION_WIDTH if count >= _LARGE_GRAPH else _CONSTRUCTION_WIDTH
     SearchParameters(index)  # sets the width of a graph over lists, which adding vectors needs too

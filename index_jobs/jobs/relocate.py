@@ -17,7 +17,7 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import write_json
 from index_jobs.gallery.storage import is_url, parent_folder
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import write_items
@@ -35,7 +35,7 @@ def relocate(
     gallery: str | None = None,
     former: str | None = None,
     model: Path | None = None,
-    keep: int = RebuildOptions.keep,
+    keep: int = BuildOptions.keep,
 ) -> Manifest:
     """Publish a version with another place of its images, its model, or both.
 
@@ -102,7 +102,7 @@ def _move_places(manifest: Manifest, old: str, new: str) -> Manifest:
     ]
     return replace(
         manifest,
-        source=moved_sources(manifest.source),
+        spec=replace(manifest.spec, gallery=moved_sources(manifest.spec.gallery)),
         root=_moved(manifest.root, old, new),
         roots=moved_all(manifest.roots),
         additions=additions,

@@ -30,14 +30,13 @@ from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
-from index_jobs.options import RebuildOptions
+from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import hybrid_gains
 
 logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
-PAIRS_SIGNATURE = "pairs_signature"  # in the manifest's cut-off
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
 _NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages
@@ -200,7 +199,7 @@ def compare(
     rebuilt: Artifact,
     rebuilt_encoder: Encoder,
     pairs: QueryPairs | None,
-    margin: float = RebuildOptions.margin,
+    margin: float = BuildOptions.margin,
 ) -> GateVerdict:
     """Search both indexes; the rebuilt one passes if no measure is lower by more than the margin.
 

@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def apply_writes(index: Path, **options: Any) -> int:
     """Apply every waiting job of an index, those included that arrive meanwhile, and return their number.
 
     Args:
-        options: keep, workers, batch_size, device and runtime of `RebuildOptions`.
+        options: keep, workers, batch_size, device and runtime of `BuildOptions`.
 
     Raises:
         LockedError: another job is writing, or another process applies these jobs.
@@ -101,21 +101,10 @@ def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: di
 
 def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
     """Publish the changes of some jobs, and record their ends. Raise DataError if a change cannot be made."""
-    from index_jobs.jobs.rebuild_entry import rebuild
-    from index_jobs.jobs.updates import NoItemLeftError, add, remove
-
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
-    for item_id in {item["id"] for job in jobs for item in job.items if last[item["id"]][0] is not job}:
-        job, item = last[item_id]
-        if job.kind == "put" and not _is_readable(queue.folder / job.image_name(item)):
-            raise DataError(f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too")
-    is_new = False
-    if (index / CHECKPOINT).is_dir() and current_version(index) is None:  # of a created collection
-        is_new = not version_numbers(index)
-        if not is_new:  # killed just before the end of the first publication
-            rollback(index)
-    current = None if is_new else open_current(index)
+    _require_readable(queue, jobs, last)
+    current = _open_published(index)
     version, failed = (current.manifest.version, _failures(current)) if current else (None, dict[str, str]())
     puts = [
         (job, item)
@@ -124,31 +113,74 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
         and job.image_name(item) not in failed
         and not (current is not None and _is_held(current, job, item))
     ]
-    deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
     if puts:
-        gallery = queue.folder / _LIST
-        _write_list(gallery, puts)
-        given = {**options, "max_failed": 1.0, "progress": False, "on_encoded": _Reporter(queue, len(last))}
-        if is_new:
-            summary: Any = rebuild(gallery, index / CHECKPOINT, index, keep_shards=False, **given)
-        else:
-            summary = add(index, gallery, replace_existing=True, **given)
-        version = summary.version
-        failed |= _failures(open_version(index, summary.version))
+        reporter = _Reporter(queue, len(last))
+        version = _put(queue.folder, index, puts, {**options, "on_encoded": reporter}, is_new=current is None)
+        failed |= _failures(open_version(index, version))
+    deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
     if deleted and version is not None:
-        keep = {name: value for name, value in options.items() if name == "keep"}
-        try:
-            version = remove(index, deleted, missing_ok=True, **keep).version
-        except NoItemLeftError:  # the caller knows of no directory
-            raise DataError("a collection cannot lose its last item; delete the collection") from None
+        version = _delete(index, deleted, options)
     for job in jobs:
-        lost = [
-            {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
-        ]
-        if len(lost) == len(job.items):
-            queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
-        else:
-            queue.end(job, status="done", index_version=version, failed=lost)
+        _end(queue, job, version, failed)
+
+
+def _require_readable(
+    queue: WriteQueue, jobs: Sequence[WriteJob], last: Mapping[str, tuple[WriteJob, dict[str, Any]]]
+) -> None:
+    """Raise DataError if the image of an item's last change is broken, and an earlier job changes the item too."""
+    for job in jobs:
+        for item_id in (item["id"] for item in job.items):
+            changed_by, item = last[item_id]
+            if changed_by is job or changed_by.kind != "put":
+                continue
+            if not _is_readable(queue.folder / changed_by.image_name(item)):
+                raise DataError(
+                    f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too"
+                )
+
+
+def _open_published(index: Path) -> Artifact | None:
+    """Open the published version; None for a created collection that has none yet."""
+    if (index / CHECKPOINT).is_dir() and current_version(index) is None:
+        if not version_numbers(index):
+            return None
+        rollback(index)  # killed just before the end of the first publication
+    return open_current(index)
+
+
+def _put(
+    folder: Path, index: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]], options: dict[str, Any], *, is_new: bool
+) -> int:
+    """Publish items with images, and return the version. folder: of the queue."""
+    from index_jobs.jobs.build import rebuild
+    from index_jobs.jobs.update import add
+
+    gallery, options = folder / _LIST, {**options, "max_failed": 1.0, "progress": False}
+    _write_list(gallery, puts)
+    if is_new:
+        return rebuild(gallery, index / CHECKPOINT, index, keep_shards=False, **options).version
+    return add(index, gallery, replace_existing=True, **options).version
+
+
+def _delete(index: Path, ids: Sequence[str], options: dict[str, Any]) -> int:
+    """Publish a version without some items, and return it."""
+    from index_jobs.jobs.update import NoItemLeftError, remove
+
+    keep = {name: value for name, value in options.items() if name == "keep"}
+    try:
+        return remove(index, ids, missing_ok=True, **keep).version
+    except NoItemLeftError:  # the caller knows of no directory
+        raise DataError("a collection cannot lose its last item; delete the collection") from None
+
+
+def _end(queue: WriteQueue, job: WriteJob, version: int | None, failed: Mapping[str, str]) -> None:
+    """Record the end of a job. failed: the reasons of images that cannot be read, by name."""
+    named = [(item["id"], job.image_name(item)) for item in job.items]
+    lost = [{"id": item_id, "reason": failed[name]} for item_id, name in named if name in failed]
+    if len(lost) == len(job.items):
+        queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
+    else:
+        queue.end(job, status="done", index_version=version, failed=lost)
 
 
 def _require_same_types(jobs: Sequence[WriteJob]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import faiss
 
 from dcar_core.util.arrays import Floats
-from index_jobs.store.faiss_search import ScoredRows
+from index_jobs.engines.protocol import ScoredRows
 
 MAX_K = 2048  # results of a GPU search; larger searches run on the CPU
 
