@@ -1,6 +1,6 @@
 """What a vector engine does, in six verbs: plan, create, open and sync, and of an opened index search and vectors.
 
-- The metric is the inner product of normalised vectors, which is the cosine similarity.
+- The metric is the inner product of normalized vectors, which is the cosine similarity.
 - Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work alike with
   every engine.
 - What an engine keeps of a version is in the version's folder: the vectors, or the name of what stores them elsewhere.
@@ -33,7 +33,7 @@ class NewIndex:
     """An index to create.
 
     folder: of the staged version; also for temporary files. version: its number.
-    blocks: count vectors of length dim, L2-normalised. queries: to measure with; None for vectors of the gallery.
+    blocks: count vectors of length dim, L2-normalized. queries: to measure with; None for vectors of the gallery.
     device: as of `BuildOptions`.
     """
 
@@ -80,7 +80,7 @@ class VectorIndex(Protocol):
         ...
 
     def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of rows int64 (m,): float32 (m, E), normalised; approximate for a compressing kind."""
+        """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind."""
         ...
 
 

@@ -32,7 +32,7 @@ from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import contents, gate
 from index_jobs.jobs.gallery_changes import GalleryChanges, count_changes
 from index_jobs.jobs.notify import notify
-from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarise
+from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
 from index_jobs.jobs.work import WORK, clean_work, discard_vectors, keep_vectors
 from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store import publish
@@ -107,7 +107,7 @@ def rebuild(
         scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
         build = _Build(scanned, checkpoint, out, asked, start)
         if not asked.force and (current := build.find_published()):
-            return summarise(out, current, start=start)
+            return summarize(out, current, start=start)
         return _run(build)
 
 
@@ -146,7 +146,7 @@ def _run(build: _Build) -> RebuildSummary:
         else:
             discard_vectors(out)
     notified = notify(options.notify, out, manifest.version)
-    return summarise(out, manifest, encoded, verdict, changes, start=build.start, notified=notified)
+    return summarize(out, manifest, encoded, verdict, changes, start=build.start, notified=notified)
 
 
 def _open_served(index: Path, *, force: bool) -> Artifact | None:
@@ -220,7 +220,7 @@ def _require_no_worse(
         if not options.keep_shards:
             discard_vectors(build.out)
         kept = replace(served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
-        summary = summarise(build.out, kept, encoded, verdict, start=build.start, published=False)
+        summary = summarize(build.out, kept, encoded, verdict, start=build.start, published=False)
         raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
     return verdict
 

@@ -100,7 +100,7 @@ class RejectedError(GateError):
         self.summary = summary
 
 
-def summarise(
+def summarize(
     index: Path,
     manifest: Manifest,
     encoded: "EncodedGallery | None" = None,

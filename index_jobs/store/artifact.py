@@ -130,7 +130,7 @@ class Artifact(Segments):
         """Return the k best rows for each query.
 
         Args:
-            vectors: float32 (n, E), L2-normalised.
+            vectors: float32 (n, E), L2-normalized.
             allowed: bool (rows,), the rows that may be found; None for all.
             is_narrow: as in `VectorIndex.search`.
 

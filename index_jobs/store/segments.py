@@ -70,7 +70,7 @@ class Segments:
         return merge_top_k(scores, rows, k)
 
     def vectors(self, rows: Rows) -> Floats:
-        """Return the vectors of rows int64 (m,): float32 (m, E), normalised; approximate for a compressing kind.
+        """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
 
         Raises:
             IndexError: the row does not exist.

@@ -82,7 +82,7 @@ def build_index(
     """Build and tune an index; row numbers are the order of the vectors.
 
     Args:
-        blocks: count vectors of length dim, L2-normalised.
+        blocks: count vectors of length dim, L2-normalized.
         choices: what to build, and what to build next while the recall stays below the target.
         queries: held-out queries; None for vectors of the gallery, each without itself.
         target: recall at 10 against exact search.
