@@ -188,7 +188,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
         spec = IndexSpec(
-            gallery=gallery.source, gallery_signature=gallery.content_signature, fingerprint=encoder.fingerprint
+            gallery=gallery.location, gallery_signature=gallery.content_signature, fingerprint=encoder.fingerprint
         )
         new = NewIndex(folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim, queries=None)
         created = load_engine(spec.engine).create(spec, new)

@@ -16,7 +16,7 @@ class IndexSpec:
     The first four fields are of the inputs; a build fills them in. Raise ValueError if a number is out of range.
     """
 
-    gallery: str = ""  # the places as given
+    gallery: str = ""  # its location, or several with commas between them
     gallery_signature: str = ""  # of the names, files and metadata of the images
     fingerprint: str = ""  # of the encoder
     pairs_signature: str = ""  # of the validation pairs; "" without

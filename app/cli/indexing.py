@@ -124,7 +124,7 @@ def apply_command(
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))
 def relocate_command(
     index: Index,
-    gallery: Annotated[str | None, typer.Option(metavar="PLACE", help="New place of the gallery.")] = None,
+    gallery: Annotated[str | None, typer.Option(metavar="LOCATION", help="New location of the gallery.")] = None,
     former: Annotated[
         str | None,
         typer.Option("--from", metavar="FOLDER", help="Folder that was moved there. Default: the gallery's root."),

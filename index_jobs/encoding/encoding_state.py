@@ -252,7 +252,7 @@ class EncodingState:
         names = gallery.table["name"]
         examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self._failed)[:3])
         raise DataError(
-            f"{'no image' if count == total else 'too few images'} of {gallery.source} can be read: {count:,} of "
+            f"{'no image' if count == total else 'too few images'} of {gallery.location} can be read: {count:,} of "
             f"{total:,} failed, at most {self._options.spec.max_failed:.1%} may. {examples}. {path} lists them; repair "
             f"or remove them, or raise --max-failed"
         )

@@ -1,6 +1,6 @@
 """Encoding on Ray Data across machines: the same shards, made by many workers.
 
-- A worker makes complete shards from the windows that one machine would use, and stores them in the same place.
+- A worker makes complete shards from the windows that one machine would use, and stores them in the same folder.
   Resuming, checksums and every later step are the same, so a job can continue with or without Ray.
 - Ray replaces a worker that dies. A shard counts only when it is complete, so an unfinished one is made again.
 - All workers use one runtime, plain PyTorch unless one is named: the fastest runtime here may not run there.
@@ -34,7 +34,7 @@ from index_jobs.encoding.vector_reuse import ReusableVectors
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
 
-LOCATIONS = "places.arrow"
+LOCATIONS = "locations.arrow"
 _CORES_PER_WORKER = 4  # without a GPU
 _MAX_BLOCKS = 10_000  # of shard numbers; Ray restarts a block when a worker dies
 _BLOCK_BYTES = 1_000_000  # of shard numbers; Ray reserves this much

@@ -105,8 +105,8 @@ class ExactNeighbours:
         computed from the vectors themselves, with one block in memory at a time.
         """
         hits: Mask = (results[:, :, None] == self.rows[chosen][:, None, :]).any(2) & (results >= 0)
-        query_numbers, places = np.nonzero(~hits & (results >= 0) & self.tied[chosen][:, None])
-        rows, start = results[query_numbers, places], 0
+        query_numbers, positions = np.nonzero(~hits & (results >= 0) & self.tied[chosen][:, None])
+        rows, start = results[query_numbers, positions], 0
         if not len(rows):
             return hits
         for block in blocks():
@@ -114,7 +114,7 @@ class ExactNeighbours:
             for part in np.split(inside, range(_SCORED_VECTORS, len(inside), _SCORED_VECTORS)):
                 numbers = chosen[query_numbers[part]]
                 scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - start])
-                hits[query_numbers[part], places[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE
+                hits[query_numbers[part], positions[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE
             start += len(block)
         return hits
 

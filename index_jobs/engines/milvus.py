@@ -77,7 +77,9 @@ class MilvusEngine:
     def __init__(self, uri: str) -> None:
         """uri: of a server, or the path of a Milvus Lite file."""
         if not uri:
-            raise DataError("the engine milvus needs a place: milvus=http://HOST:19530, or milvus=FILE for Milvus Lite")
+            raise DataError(
+                "the engine milvus needs a location: milvus=http://HOST:19530, or milvus=FILE for Milvus Lite"
+            )
         self._uri = uri
 
     def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
@@ -152,7 +154,7 @@ def _fill(client: Any, name: str, new: NewIndex) -> None:
         for block in new.blocks():
             for start in range(0, len(block), _INSERT_ROWS):
                 part = np.asarray(block[start : start + _INSERT_ROWS])
-                client.insert(name, [{_ROW: row + place, _VECTOR: vector} for place, vector in enumerate(part)])
+                client.insert(name, [{_ROW: row + number, _VECTOR: vector} for number, vector in enumerate(part)])
                 row += len(part)
         client.flush(name)
 

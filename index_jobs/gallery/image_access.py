@@ -30,14 +30,14 @@ class ImageAccess:
     max_bytes: int = 64 * 2**20
 
     def resolve(self, root: str, location: str, offset: int, size: int, roots: Sequence[str] = ()) -> str:
-        """Return the place to read an image from, with links resolved.
+        """Return the location to read an image from, with links resolved.
 
         Args:
             root, location, offset, size: as for `open_image`.
             roots: further folders or URLs of the index, for absolute locations.
 
         Raises:
-            OSError: the place may not be read, or the file is too large.
+            OSError: the location may not be read, or the file is too large.
         """
         if is_url(location):
             url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
@@ -48,12 +48,12 @@ class ImageAccess:
             return location
         if urlsplit(root).scheme in _LOCAL_SCHEMES:
             root = urlsplit(root).path
-        place = join_location(root, location)
-        if is_url(place):
+        joined = join_location(root, location)
+        if is_url(joined):
             if ".." in location.split("/"):
                 raise PermissionError(errno.EACCES, "outside of the gallery", location)
             return location
-        resolved = Path(os.path.realpath(place))
+        resolved = Path(os.path.realpath(joined))
         bases = [Path(base) for base in (root, *roots) if base and not is_url(base)]
         if not any(resolved.is_relative_to(os.path.realpath(base)) for base in (*bases, *self.roots)):
             raise PermissionError(errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location)

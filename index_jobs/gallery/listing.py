@@ -97,45 +97,47 @@ def _report_skipped(skipped: Counter[str]) -> None:
 def _with_fields_of_name(image: GalleryImage) -> GalleryImage:
     """Describe an image without metadata by its path: the folders are its category, the file name is its title."""
     folders, _, name = image.name.rpartition("/")
-    return replace(image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()})
+    return replace(
+        image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()}
+    )
 
 
-def list_tar(place: str) -> Iterator[GalleryImage]:
+def list_tar(location: str) -> Iterator[GalleryImage]:
     """Return the images of one tar, sorted by name."""
-    root = parent_folder(place)
-    if is_url(place):
-        fs, path = file_system(place)
+    root = parent_folder(location)
+    if is_url(location):
+        fs, path = file_system(location)
         info = fs.info(path)
         size, version = int(info.get("size") or 0), remote_version(info)
     else:
-        stat = Path(place).stat()
+        stat = Path(location).stat()
         size, version = stat.st_size, stat.st_mtime_ns
-    name = place.partition("::")[0].rpartition("/")[2] if is_url(place) else Path(place).name
+    name = location.partition("::")[0].rpartition("/")[2] if is_url(location) else Path(location).name
     skipped = Counter[str]()
     images = _tar_images(root, GalleryImage(name, name, WHOLE_FILE, size, version), None, skipped)
     _report_skipped(skipped)
     return _sorted_by_name(images)
 
 
-def list_rows(place: str) -> Iterator[GalleryImage]:
+def list_rows(listing: str) -> Iterator[GalleryImage]:
     """Yield the images of a list, in its order."""
-    root, column, line, protocols = parent_folder(place), "", 0, set[str]()
-    for line, record in read_gallery_records(place):
+    root, column, line, protocols = parent_folder(listing), "", 0, set[str]()
+    for line, record in read_gallery_records(listing):
         column = column or next((name for name in PATH_COLUMNS if name in record), "")
         if not column:
             columns = ", ".join(record) or "none"
             raise DataError(
-                f"{place} has no column {' or '.join(PATH_COLUMNS)} with the images' paths; it has {columns}"
+                f"{listing} has no column {' or '.join(PATH_COLUMNS)} with the images' paths; it has {columns}"
             )
         value = record.get(column)
         if isinstance(value, dict | bytes):
             raise DataError(
-                f"{place}, row {line}: {column} holds the image itself; write the images to files or into a webdataset "
-                f"tar, and index that"
+                f"{listing}, row {line}: {column} holds the image itself; write the images to files or into a "
+                f"webdataset tar, and index that"
             )
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{place}, row {line}: {column} is empty or not text")
-        location = _row_location(place, line, value)
+            raise DataError(f"{listing}, row {line}: {column} is empty or not text")
+        location = _row_location(listing, line, value)
         size = version = 0
         path = join_location(root, location)
         if not is_url(path):
@@ -150,7 +152,7 @@ def list_rows(place: str) -> Iterator[GalleryImage]:
             protocols.add(protocol)
         yield GalleryImage(location, location, WHOLE_FILE, size, version, record | {"file_name": value})
     if not line:
-        raise DataError(f"the list {place} has no rows")
+        raise DataError(f"the list {listing} has no rows")
 
 
 def _local_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
@@ -213,10 +215,10 @@ def _tar_images(
     root: str, file: GalleryImage, metadata: GalleryMetadata | None, skipped: Counter[str]
 ) -> list[GalleryImage]:
     """Return the images of a tar, with the members of the same stem (.json, .txt, .cls) as their metadata."""
-    place = join_location(root, file.name)
-    with open_location(place) as tar:
-        members = index_tar(place, tar)
-        sidecars = read_sidecars(place, tar, members)
+    location = join_location(root, file.name)
+    with open_location(location) as tar:
+        members = index_tar(location, tar)
+        sidecars = read_sidecars(location, tar, members)
     images = []
     for member, span in members.items():
         path = PurePosixPath(member)
@@ -234,13 +236,13 @@ def _sample_key(member: PurePosixPath) -> str:
     return (member.parent / member.name.split(".", 1)[0]).as_posix()
 
 
-def _row_location(place: str, line: int, value: str) -> str:
+def _row_location(listing: str, line: int, value: str) -> str:
     """Return the location of a row: a URL, absolute, or relative to the list's folder and inside it."""
     if is_url(value) or os.path.isabs(value):  # noqa: PTH117
         return value
     location = os.path.normpath(value.replace("\\", "/")).replace(os.sep, "/")
     if location == ".." or location.startswith("../"):
-        raise DataError(f"{place}, row {line}: {value} leads out of the list's folder; give an absolute path instead")
+        raise DataError(f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path instead")
     return location
 
 

@@ -30,9 +30,9 @@ METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TRAINING_COLUMNS = {*USED_COLUMNS, "id"}  # annotations may number captions, so their ids are not those of items
 
 
-def read_gallery_records(place: str) -> Iterator[tuple[int, Record]]:
+def read_gallery_records(location: str) -> Iterator[tuple[int, Record]]:
     """Yield (number, record) of a list at a path or URL, with typed CSV columns; see `read_records`."""
-    return read_records(place, lambda: open_location(place), infer_types=True)
+    return read_records(location, lambda: open_location(location), infer_types=True)
 
 
 class GalleryMetadata:

@@ -57,11 +57,11 @@ _ID_DIGITS = 20  # of sha256: 80 bits, enough for a billion names
 class Gallery:
     """A scanned gallery, or several as one.
 
-    source: the places as the caller gave them. root: the base of relative locations. roots: the folders or URLs that
-    hold the absolute locations of further galleries.
+    location: of the gallery, or of several with commas between them. root: the base of relative image locations. roots:
+    the folders or URLs that hold the absolute image locations of further galleries.
     """
 
-    source: str
+    location: str
     root: str
     table: pa.Table
     vectors_signature: str
@@ -72,30 +72,30 @@ class Gallery:
         return int(self.table.num_rows)
 
 
-def scan(place: str | Path | Sequence[str]) -> Gallery:
+def scan(gallery: str | Path | Sequence[str]) -> Gallery:
     """Read names, locations and metadata of a gallery without opening any image.
 
     Args:
-        place: a path or URL, or several. NAME=PLACE puts "NAME/" before ids and names. So does the own name of every
-            place but the first, so ids of two galleries never collide.
+        gallery: a path or URL, or several. NAME=LOCATION puts "NAME/" before ids and names. So does the own name of
+            every gallery but the first, so ids of two galleries never collide.
 
     Raises:
         DataError: a gallery is missing, empty, of an unknown kind, repeats an id, has no column of images, or holds
             a compressed tar; or two have one name.
         MissingExtraError: its URL needs a package that is not installed.
     """
-    names, sources, roots, tables = list[str](), list[str](), list[str](), list[pa.Table]()
-    for text in [str(place)] if isinstance(place, str | Path) else map(str, place):
-        name, given = _split_name(text)
-        source = _absolute(given)
-        if source in sources:
-            raise DataError(f"the gallery {given} is given twice")
-        name = name or (_own_name(source, tables) if tables else "")
+    names, locations, roots, tables = list[str](), list[str](), list[str](), list[pa.Table]()
+    for text in [str(gallery)] if isinstance(gallery, str | Path) else map(str, gallery):
+        name, location = _split_name(text)
+        location = _absolute(location)
+        if location in locations:
+            raise DataError(f"the gallery {location} is given twice")
+        name = name or (_own_name(location, tables) if tables else "")
         if name and name in names:
             raise DataError(f"the name {name} is given twice; choose another")
-        root, table = _scan_place(source, given, name)
+        root, table = _scan_one(location, name)
         names.append(name)
-        sources.append(f"{name}={source}" if name else source)
+        locations.append(f"{name}={location}" if name else location)
         roots.append(root)
         tables.append(table)
     is_mixed = len({is_url(root) for root in roots}) > 1  # paths and URLs have no common root
@@ -106,7 +106,7 @@ def scan(place: str | Path | Sequence[str]) -> Gallery:
     _require_addressable_ids(table)
     root = "" if is_mixed else roots[0]
     vectors = _signature(table, _VECTOR_COLUMNS, root if is_url(root) else "")
-    return Gallery(", ".join(sources), root, table, vectors, _signature(table, SCHEMA.names), tuple(roots[first:]))
+    return Gallery(", ".join(locations), root, table, vectors, _signature(table, SCHEMA.names), tuple(roots[first:]))
 
 
 def absolute_locations(table: pa.Table, root: str) -> pa.Table:
@@ -115,15 +115,15 @@ def absolute_locations(table: pa.Table, root: str) -> pa.Table:
     return table.set_column(_LOCATION, SCHEMA.field(_LOCATION), pa.chunked_array(absolute, pa.string()))
 
 
-def _split_name(place: str) -> tuple[str, str]:
-    """Split NAME=PLACE; the name is "" without one."""
-    match = None if os.path.exists(place) else _NAMED.fullmatch(place)  # noqa: PTH110
-    return (match[1], match[2]) if match else ("", place)
+def _split_name(location: str) -> tuple[str, str]:
+    """Split NAME=LOCATION; the name is "" without one."""
+    match = None if os.path.exists(location) else _NAMED.fullmatch(location)  # noqa: PTH110
+    return (match[1], match[2]) if match else ("", location)
 
 
-def _own_name(source: str, earlier: Sequence[pa.Table]) -> str:
-    """Return the last part of a place, with a number if an earlier gallery has names below it."""
-    stem = re.sub(r"[^\w.-]+", "-", PurePosixPath(source.rstrip("/").partition("?")[0]).stem) or "gallery"
+def _own_name(location: str, earlier: Sequence[pa.Table]) -> str:
+    """Return the last part of a location, with a number if an earlier gallery has names below it."""
+    stem = re.sub(r"[^\w.-]+", "-", PurePosixPath(location.rstrip("/").partition("?")[0]).stem) or "gallery"
     names = chain([stem], (f"{stem}-{number}" for number in count(2)))
     return next(
         name for name in names
@@ -131,47 +131,47 @@ def _own_name(source: str, earlier: Sequence[pa.Table]) -> str:
     )  # fmt: skip
 
 
-def _scan_place(source: str, place: str, name: str) -> tuple[str, pa.Table]:
+def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
     """Return the root and the table of one gallery; name: before its ids and names."""
     try:
-        root, images = _list_images(source, place)
+        root, images = _list_images(location)
         table = _table(images, f"{name}/" if name else "")
     except DcarError:
         raise
     except OSError as error:
         file = f" ({error.filename})" if error.filename else ""
-        raise DataError(f"the gallery {place} cannot be read: {error.strerror or error}{file}") from error
+        raise DataError(f"the gallery {location} cannot be read: {error.strerror or error}{file}") from error
     except Exception as error:
-        if not is_url(source):
+        if not is_url(location):
             raise
-        raise DataError(f"the gallery {place} cannot be read: {error or type(error).__name__}") from error
+        raise DataError(f"the gallery {location} cannot be read: {error or type(error).__name__}") from error
     if not table.num_rows:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"the gallery {place} is empty: no file or tar member with one of the suffixes {suffixes}")
+        raise DataError(f"the gallery {location} is empty: no file or tar member with one of the suffixes {suffixes}")
     return root, table
 
 
-def _absolute(place: str) -> str:
-    if not is_url(place):
-        return os.path.abspath(place)  # noqa: PTH100  keeps the names of symbolic links
-    return os.path.abspath(place.removeprefix("file://")) if place.startswith("file://") else place  # noqa: PTH100
+def _absolute(location: str) -> str:
+    if not is_url(location):
+        return os.path.abspath(location)  # noqa: PTH100  keeps the names of symbolic links
+    return os.path.abspath(location.removeprefix("file://")) if location.startswith("file://") else location  # noqa: PTH100
 
 
-def _list_images(source: str, place: str) -> tuple[str, Iterable[GalleryImage]]:
-    suffix, remote = file_suffix(source), is_url(source)
-    if not remote and Path(source).is_dir():
-        return source, listing.list_folder(source)
-    if remote or Path(source).is_file():
+def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
+    suffix, remote = file_suffix(location), is_url(location)
+    if not remote and Path(location).is_dir():
+        return location, listing.list_folder(location)
+    if remote or Path(location).is_file():
         if suffix == ".tar":
-            return parent_folder(source), listing.list_tar(source)
+            return parent_folder(location), listing.list_tar(location)
         if suffix in RECORD_SUFFIXES:
-            return parent_folder(source), listing.list_rows(source)
+            return parent_folder(location), listing.list_rows(location)
     if remote:
-        return source, listing.list_folder(source)
-    if not Path(source).exists():
-        raise DataError(f"the gallery {place} does not exist")
+        return location, listing.list_folder(location)
+    if not Path(location).exists():
+        raise DataError(f"the gallery {location} does not exist")
     kinds = ", ".join(sorted(RECORD_SUFFIXES))
-    raise DataError(f"{place} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
+    raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
 
 
 def _table(images: Iterable[GalleryImage], prefix: str) -> pa.Table:

@@ -1,6 +1,6 @@
 """Reading of a gallery's bytes: files of this machine, or any store that fsspec reads (s3://, gs://, https://, ...).
 
-- A place is a string: a URL if it names a protocol, otherwise a path. The other modules treat both alike.
+- A location is a string: a URL if it names a protocol, otherwise a path. The other modules treat both alike.
 - The images of a window are requested together, so that a network's latency is paid once per window.
 - A request that fails is repeated; an image fails only when it is missing or the retries are used up.
 - fsspec is imported at the first URL, so a decoding worker of a local gallery starts quickly.
@@ -30,7 +30,7 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 
 @dataclass(frozen=True)
 class ImageLocation:
-    """The gallery row of an image, the place of its bytes, and a number that changes when they do.
+    """The gallery row of an image, the location of its bytes, and a number that changes when they do.
 
     root: the URL of the gallery, since two galleries may use the same names. Empty for a gallery on this machine, which
         can then be moved.
@@ -50,9 +50,9 @@ class ImageLocation:
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest())
 
 
-def is_url(place: str) -> bool:
-    """Return whether fsspec reads a place."""
-    return _URL.match(place) is not None
+def is_url(location: str) -> bool:
+    """Return whether fsspec reads a location."""
+    return _URL.match(location) is not None
 
 
 def join_location(root: str, location: str) -> str:
@@ -63,16 +63,16 @@ def join_location(root: str, location: str) -> str:
     return f"{before}{path if path.endswith('://') else path.rstrip('/') + '/'}{location}{after}"
 
 
-def parent_folder(place: str) -> str:
-    if not is_url(place):
-        return str(Path(place).parent)
-    before, path, after = _split_chain(place)
+def parent_folder(location: str) -> str:
+    if not is_url(location):
+        return str(Path(location).parent)
+    before, path, after = _split_chain(location)
     return f"{before}{path.rpartition('/')[0] + '/'}{after}"
 
 
-def file_suffix(place: str) -> str:
+def file_suffix(location: str) -> str:
     """Return the suffix of a file in lower case."""
-    path = _split_chain(place)[1].partition("?")[0] if is_url(place) else place
+    path = _split_chain(location)[1].partition("?")[0] if is_url(location) else location
     return os.path.splitext(path)[1].lower()  # noqa: PTH122
 
 
@@ -92,11 +92,11 @@ def file_system(url: str) -> tuple[Any, str]:
     return fs, path
 
 
-def open_location(place: str) -> BinaryIO:
+def open_location(location: str) -> BinaryIO:
     """Open a file for reading at any position."""
-    if not is_url(place):
-        return _open_file(place)
-    fs, path = file_system(place)
+    if not is_url(location):
+        return _open_file(location)
+    fs, path = file_system(location)
     file: BinaryIO = fs.open(path, "rb")
     return file
 

@@ -214,7 +214,7 @@ class _Reporter:
 def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
     """True if the version has this item from this job."""
     row = artifact.row_of(item["id"])
-    return row is not None and artifact.image_place(row)[0].endswith(f"/{job.image_name(item)}")
+    return row is not None and artifact.image_location(row)[0].endswith(f"/{job.image_name(item)}")
 
 
 def _is_readable(path: Path) -> bool:
@@ -271,7 +271,7 @@ def _shown(artifact: Artifact) -> Iterator[str]:
     start = 0
     for segment in artifact.segments:
         stop = start + len(segment.items)
-        places = segment.items.table(np.flatnonzero(artifact.live[start:stop]))["location"]
+        locations = segment.items.table(np.flatnonzero(artifact.live[start:stop]))["location"]
         start = stop
-        found = pc.extract_regex(places, r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$")
+        found = pc.extract_regex(locations, r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$")
         yield from (each["name"] for each in pc.drop_null(found).to_pylist())

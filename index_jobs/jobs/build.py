@@ -64,7 +64,7 @@ class _Build:
         """What is asked for."""
         return replace(
             self.options.spec,
-            gallery=self.gallery.source,
+            gallery=self.gallery.location,
             gallery_signature=self.gallery.content_signature,
             fingerprint=read_config(self.checkpoint)["fingerprint"],
             pairs_signature=self.pairs.signature if self.options.validation and self.pairs else "",
@@ -172,7 +172,7 @@ def _compare_items(build: _Build, served: Artifact, encoder: Encoder) -> Gallery
     """
     changes = count_changes(served, build.gallery.table)
     if not build.options.force:
-        changes.require_few_removed(served.manifest, build.gallery.source, build.options.max_vanished)
+        changes.require_few_removed(served.manifest, build.gallery.location, build.options.max_vanished)
     if build.pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
         _load_served_encoder(served, "cpu", force=build.options.force)
     return changes

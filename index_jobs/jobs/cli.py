@@ -64,24 +64,24 @@ def parse_service(text: str) -> str:
     return text
 
 
-_PLACE_HELP = (
+_LOCATION_HELP = (
     "a folder (with tars and metadata.jsonl, if any), an uncompressed .tar, or a .jsonl, .csv or .parquet list with a "
     "column file_name, image, path or url. A path, or a URL: s3://, gs://, https://."
 )
 Gallery = Annotated[
     str,
     typer.Option(
-        metavar="[NAME=]PLACE",
-        help=f"Images to add: {_PLACE_HELP} NAME= puts NAME/ before ids and names, so that they differ from others.",
+        metavar="[NAME=]LOCATION",
+        help=f"Images to add: {_LOCATION_HELP} NAME= puts NAME/ before ids and names, so that they differ from others.",
     ),
 ]
 Galleries = Annotated[
     list[str],
     typer.Option(
         "--gallery",
-        metavar="[NAME=]PLACE",
-        help=f"Images to index: {_PLACE_HELP} May be repeated: ids and names in further galleries begin with NAME/, or "
-        "with the place's own name.",
+        metavar="[NAME=]LOCATION",
+        help=f"Images to index: {_LOCATION_HELP} May be repeated: ids and names in further galleries begin with NAME/, "
+        "or with the location's own name.",
     ),
 ]
 Checkpoint = Annotated[
@@ -132,8 +132,8 @@ def build_command(
         str,
         typer.Option(
             metavar="NAME[=URI]",
-            help="What stores and searches the vectors: faiss, a file of the index, or another engine and its place; "
-            "see docs/explanation/index-kinds.md.",
+            help="What stores and searches the vectors: faiss, a file of the index, or another engine and its "
+            "location; see docs/explanation/index-kinds.md.",
         ),
     ] = IndexSpec.engine,
     text_fields: Annotated[

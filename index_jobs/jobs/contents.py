@@ -81,11 +81,11 @@ def calibrate_cutoff(pairs: QueryPairs, encoder: Encoder, encoded: EncodedGaller
     texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
     if not texts:
         return {}
-    places = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
-    images, start = np.empty((len(places), encoder.dim), np.float32), 0
+    positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
+    images, start = np.empty((len(positions), encoder.dim), np.float32), 0
     for block in encoded.blocks():  # one block in memory at a time
-        inside = (places >= start) & (places < start + len(block))
-        images[inside] = block[places[inside] - start]
+        inside = (positions >= start) & (positions < start + len(block))
+        images[inside] = block[positions[inside] - start]
         start += len(block)
     return asdict(compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images)))
 

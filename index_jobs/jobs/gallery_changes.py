@@ -46,10 +46,10 @@ def count_changes(served: Artifact, table: pa.Table) -> GalleryChanges:
     """Compare a gallery's table, or the rows of it that can be indexed, with a served version by their ids."""
     rows = np.flatnonzero(served.live)
     served_ids, ids = served.column("id").filter(served.live), table["id"]
-    places = pc.fill_null(pc.index_in(ids, served_ids), -1).to_numpy()
-    is_kept = places >= 0
+    positions = pc.fill_null(pc.index_in(ids, served_ids), -1).to_numpy()
+    is_kept = positions >= 0
     before = np.concatenate([_hash_rows(segment.items.table()) for segment in served.segments])
-    changed = before[rows[places[is_kept]]] != _hash_rows(table)[is_kept]
+    changed = before[rows[positions[is_kept]]] != _hash_rows(table)[is_kept]
     gone = np.flatnonzero(~pc.is_in(served_ids, ids).to_numpy())
     example = str(served.item(int(rows[gone[0]])).metadata.get("file_name", "")) if len(gone) else ""
     return GalleryChanges(int((~is_kept).sum()), len(gone), int(changed.sum()), example)
@@ -59,11 +59,11 @@ def count_indexed_files(served: Artifact, gallery: Gallery) -> tuple[int, str]:
     """Return how many images of a gallery are files that live items of other ids have, and one of them or ""."""
     tables = [segment.items.table().select(["id", "location"]) for segment in served.segments]
     live = pa.concat_tables(tables).filter(pa.array(served.live))
-    places = absolute_locations(gallery.table, gallery.root)["location"]
-    below_root = pc.replace_substring_regex(places, f"^{re.escape(served.manifest.root)}/", "")
+    locations = absolute_locations(gallery.table, gallery.root)["location"]
+    below_root = pc.replace_substring_regex(locations, f"^{re.escape(served.manifest.root)}/", "")
     is_new = pc.invert(pc.is_in(gallery.table["id"], live["id"]))
-    is_indexed = pc.or_(pc.is_in(places, live["location"]), pc.is_in(below_root, live["location"]))
-    same = places.filter(pc.and_(is_new, is_indexed))
+    is_indexed = pc.or_(pc.is_in(locations, live["location"]), pc.is_in(below_root, live["location"]))
+    same = locations.filter(pc.and_(is_new, is_indexed))
     return len(same), same[0].as_py() if len(same) else ""
 
 

@@ -106,8 +106,8 @@ def _validation_pairs(gallery: Gallery, data: Path) -> QueryPairs:
     pairs = [(text, row) for text, row in located if row is not None]
     if not pairs:
         raise DataError(
-            f"none of the {len(keyed):,} validation pairs of {data} has its image in the gallery {gallery.source}, so "
-            f"the indexes cannot be compared: an image there is recognised by {_recognition(gallery)}; omit "
+            f"none of the {len(keyed):,} validation pairs of {data} has its image in the gallery {gallery.location}, "
+            f"so the indexes cannot be compared: an image there is recognised by {_recognition(gallery)}; omit "
             f"--validation to compare by the gallery's captions"
         )
     if len(pairs) < len(keyed):

@@ -1,4 +1,4 @@
-"""Relocation of a published index whose gallery or model was moved: a new version with other places.
+"""Relocation of a published index whose gallery or model was moved: a new version with other locations.
 
 Nothing is encoded, and all files are shared with the previous version, except items with absolute locations below the
 former folder, and the configuration of a checkpoint whose model was moved.
@@ -37,16 +37,16 @@ def relocate(
     model: Path | None = None,
     keep: int = BuildOptions.keep,
 ) -> Manifest:
-    """Publish a version with another place of its images, its model, or both.
+    """Publish a version with another location of its images, its model, or both.
 
     Args:
-        gallery: the new folder of the images, or the new place of the tar or list.
+        gallery: the new folder of the images, or the new location of the tar or list.
         former: the folder that was moved there; None for the root of the gallery.
         model: the new directory or file of the backbone.
 
     Raises:
-        DataError: most sampled images are missing at the new place, or the model comes from a hub.
-        CheckpointError, ModelError: the model at the new place is another one, or cannot be loaded.
+        DataError: most sampled images are missing at the new location, or the model comes from a hub.
+        CheckpointError, ModelError: the model at the new location is another one, or cannot be loaded.
     """
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
@@ -56,7 +56,7 @@ def relocate(
             if not old:
                 raise DataError(f"name the folder that was moved with --from: {', '.join(manifest.folders)}")
             new = parent_folder(new).rstrip("/") if not is_url(new) and Path(new).is_file() else new
-            manifest = _move_places(manifest, old, new)
+            manifest = _move_locations(manifest, old, new)
             written |= _write_moved_items(current, staging, old, new)
             if manifest.folders == current.manifest.folders and not written:
                 raise DataError(f"no image of {index} is below {old}; they are in {', '.join(manifest.folders)}")
@@ -69,24 +69,24 @@ def relocate(
             current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
         staged = publish.prepare_version(index, staging, manifest, shared=shared)
         if gallery is not None and (fault := staged.find_gallery_fault(new)):
-            raise DataError(f"nothing is published: {fault}; give the new place of {old}")
+            raise DataError(f"nothing is published: {fault}; give the new location of {old}")
         for folder in (each for each in manifest.folders if not is_url(each) and not Path(each).exists()):
             logger.warning("%s is missing as well; relocate it with --from %s", folder, folder)
         return publish.commit_version(index, staged, keep=keep)
 
 
-def _absolute(place: str) -> str:
-    return (place if is_url(place) or not place else str(Path(place).absolute())).rstrip("/")
+def _absolute(location: str) -> str:
+    return (location if is_url(location) or not location else str(Path(location).absolute())).rstrip("/")
 
 
-def _moved(place: str, old: str, new: str) -> str:
-    return new + place[len(old) :] if place == old or place.startswith(old + "/") else place
+def _moved(location: str, old: str, new: str) -> str:
+    return new + location[len(old) :] if location == old or location.startswith(old + "/") else location
 
 
-def _move_places(manifest: Manifest, old: str, new: str) -> Manifest:
+def _move_locations(manifest: Manifest, old: str, new: str) -> Manifest:
     def moved_source(source: str) -> str:
-        name, equals, place = source.partition("=")
-        return _moved(source, old, new) if "/" in name else f"{name}{equals}{_moved(place, old, new)}"
+        name, equals, location = source.partition("=")
+        return _moved(source, old, new) if "/" in name else f"{name}{equals}{_moved(location, old, new)}"
 
     def moved_sources(sources: str) -> str:
         return ", ".join(map(moved_source, sources.split(", ")))
@@ -132,7 +132,7 @@ def _write_config(current: Artifact, staging: Path, model: Path) -> None:
     backbone = config["backbone"]
     local = [key for key in ("model", "pretrained") if backbone[key] and Path(backbone[key]).is_absolute()]
     if not local:
-        raise DataError(f"the model {backbone['model']} comes from a hub, so it has no place to change")
+        raise DataError(f"the model {backbone['model']} comes from a hub, so it has no location to change")
     backbone[local[0] if model.is_dir() else local[-1]] = str(model)
     (staging / CHECKPOINT).mkdir(exist_ok=True)
     write_json(staging / _CONFIG, config)

@@ -204,7 +204,7 @@ def _write_addition(
     if len(removed):
         write_removed(staging / REMOVED, removed)
     merged = manifest.additions[kept:]
-    sources = [source for addition in merged for source in addition.sources] + [gallery.source]
+    sources = [source for addition in merged for source in addition.sources] + [gallery.location]
     roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
     added = Addition(
         folder=folder,
@@ -252,14 +252,14 @@ def _rows_of(artifact: Artifact, ids: Sequence[str]) -> Rows:
     return np.array(rows, np.int64)
 
 
-def _require_same_types(artifact: Artifact, gallery: Gallery, place: str) -> None:
+def _require_same_types(artifact: Artifact, gallery: Gallery, location: str) -> None:
     """Refuse values of another type than a field's: as text, 19.90 is not 19.9."""
     types = artifact.fields
     for name, new_type in FieldTypes.infer(gallery.table["metadata"]).types.items():
         current_type = types.get(name, str(new_type))
         if not fit_one_field(current_type, str(new_type)):
             raise DataError(
-                f"the field {name!r} is {current_type} in the index and {new_type} in {place}: both together would "
+                f"the field {name!r} is {current_type} in the index and {new_type} in {location}: both together would "
                 f"become text, and filters would match other items or none; give values of type {current_type}, rename "
                 f"the field, or rebuild the index from all galleries"
             )
@@ -268,16 +268,16 @@ def _require_same_types(artifact: Artifact, gallery: Gallery, place: str) -> Non
 def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> DataError:
     """Return the error for ids that are in the index; it advises --replace only if their files are the same."""
     columns = zip(*(gallery.table[name].to_pylist() for name in ("id", "location", "offset")), strict=True)
-    places = {item_id: (join_location(gallery.root, place), offset) for item_id, place, offset in columns}
-    indexed = {item_id: current.image_place(current.row_of(item_id) or 0) for item_id in existing}
-    others = [item_id for item_id in existing if places[item_id] != indexed[item_id]]
-    message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.source} have an id that is in the index"
+    locations = {item_id: (join_location(gallery.root, location), offset) for item_id, location, offset in columns}
+    indexed = {item_id: current.image_location(current.row_of(item_id) or 0) for item_id in existing}
+    others = [item_id for item_id in existing if locations[item_id] != indexed[item_id]]
+    message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.location} have an id that is in the index"
     if not others:
         return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
     return DataError(
-        f"{message}, such as {others[0]!r}, which is {indexed[others[0]][0]} there and {places[others[0]][0]} here; "
-        f"--gallery NAME=PLACE adds them beside each other, with NAME/ before the new ids (--replace takes the indexed "
-        f"ones out)"
+        f"{message}, such as {others[0]!r}, which is {indexed[others[0]][0]} there and {locations[others[0]][0]} here; "
+        f"--gallery NAME=LOCATION adds them beside each other, with NAME/ before the new ids (--replace takes the "
+        f"indexed ones out)"
     )
 
 

@@ -153,18 +153,18 @@ class Artifact(Segments):
         """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""
         if (cached := self._items.get(row)) is not None:
             return cached
-        segment, place = self.locate(row)
-        item = Item(*(segment.items.cell(place, column) for column in _ITEM_COLUMNS))
+        segment, position = self.locate(row)
+        item = Item(*(segment.items.cell(position, column) for column in _ITEM_COLUMNS))
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
         self._items[row] = item
         return item
 
-    def image_place(self, row: int) -> tuple[str, int]:
+    def image_location(self, row: int) -> tuple[str, int]:
         """Return the file of a row's image, and the offset in it."""
-        segment, place = self.locate(row)
-        location = join_location(segment.root, segment.items.cell(place, "location"))
-        return location, segment.items.cell(place, "offset")
+        segment, position = self.locate(row)
+        location = join_location(segment.root, segment.items.cell(position, "location"))
+        return location, segment.items.cell(position, "offset")
 
     def image_bytes(self, row: int) -> bytes:
         """Return the file of the row's image; see `open_image`."""
@@ -180,17 +180,17 @@ class Artifact(Segments):
             ArtifactError: the image cannot be read.
         """
         try:
-            return open_image(*self._image_location(row))
+            return open_image(*self._location_parts(row))
         except OSError as error:
             raise ArtifactError(
                 f"the image of item {self.item(row).id!r} cannot be read from the gallery "
                 f"{self.manifest.spec.gallery}: {error.strerror or error}"
             ) from error
 
-    def _image_location(self, row: int) -> tuple[str, str, int, int]:
+    def _location_parts(self, row: int) -> tuple[str, str, int, int]:
         """Return root, location, offset and size of the row's image; OSError if it may not be read."""
-        segment, place = self.locate(row)
-        location, offset, size = (segment.items.cell(place, column) for column in ("location", "offset", "size"))
+        segment, position = self.locate(row)
+        location, offset, size = (segment.items.cell(position, column) for column in ("location", "offset", "size"))
         if self.image_access is not None:
             location = self.image_access.resolve(segment.root, location, offset, size, segment.roots)
         return segment.root, location, offset, size
@@ -206,7 +206,7 @@ class Artifact(Segments):
         """
         prefix = f"{folder}/" if folder else ""
         sampled = [
-            self.image_place(row)
+            self.image_location(row)
             for row in {*np.linspace(0, self.rows - 1, _SAMPLE, dtype=int).tolist()}
             if self.live[row]
         ]
@@ -219,7 +219,7 @@ class Artifact(Segments):
         return f"a folder of the gallery is gone, with images such as {lost}" if lost else None
 
     def image_key(self, row: int) -> str:
-        """Return 32 hexadecimal digits that change with the place, size and time of the row's image file.
+        """Return 32 hexadecimal digits that change with the location, size and time of the row's image file.
 
         The image of a row with a URL counts as new with each version of the index.
 
@@ -228,10 +228,10 @@ class Artifact(Segments):
             ArtifactError: the image may not be read, or its file is missing.
         """
         try:
-            root, location, offset, size = self._image_location(row)
-            place, version = join_location(root, location), f"version {self.manifest.version}"
-            if not is_url(place):
-                status = Path(place).stat()
+            root, location, offset, size = self._location_parts(row)
+            joined, version = join_location(root, location), f"version {self.manifest.version}"
+            if not is_url(joined):
+                status = Path(joined).stat()
                 version = f"{status.st_mtime_ns}-{status.st_size}"
         except OSError as error:
             raise ArtifactError(f"the image of row {row} cannot be read: {error.strerror or error}") from error

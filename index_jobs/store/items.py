@@ -111,11 +111,11 @@ class Items:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return all rows of one field, memory-mapped."""
-        place = self._schema.get_field_index(name if name in BUILT_IN_FIELDS else _FIELD + name)
-        if place < 0:
+        column = self._schema.get_field_index(name if name in BUILT_IN_FIELDS else _FIELD + name)
+        if column < 0:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
-        field_type = self._schema.field(place).type
-        return pa.chunked_array([batch.column(place) for batch in self._batches], field_type)
+        field_type = self._schema.field(column).type
+        return pa.chunked_array([batch.column(column) for batch in self._batches], field_type)
 
     def table(self, rows: Rows | None = None) -> pa.Table:
         """Return all rows, or some, ascending, with the columns that `write_items` needs."""

@@ -42,10 +42,10 @@ def report_os_errors(index: Path) -> Iterator[None]:
         if error.errno is None:  # for example a library that cannot be loaded; a retry would not help
             raise DcarError(f"the index {index} cannot be made: {error}; published versions are unchanged") from error
         path = error.filename2 or error.filename  # of two names, the second was to be written
-        place = f" ({path})" if path else ""
+        written = f" ({path})" if path else ""
         raise DcarError(
-            f"the index {index} cannot be written: {error.strerror or error}{place}; published versions are unchanged, "
-            f"run the same command again to resume"
+            f"the index {index} cannot be written: {error.strerror or error}{written}; published versions are "
+            f"unchanged, run the same command again to resume"
         ) from error
 
 

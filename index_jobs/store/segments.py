@@ -64,9 +64,9 @@ class Segments:
         scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
         for segment, (start, stop) in zip(self.segments, pairwise(self._starts), strict=True):
             segment_mask = None if mask is None else mask[start:stop]
-            segment_scores, places = segment.vectors.search(vectors, k, segment_mask, is_narrow=is_narrow)
+            segment_scores, positions = segment.vectors.search(vectors, k, segment_mask, is_narrow=is_narrow)
             scores.append(segment_scores)
-            rows.append(np.where(places >= 0, places + start, -1))
+            rows.append(np.where(positions >= 0, positions + start, -1))
         return merge_top_k(scores, rows, k)
 
     def vectors(self, rows: Rows) -> Floats:

@@ -73,7 +73,7 @@ def test_a_kind_that_the_engine_lacks_is_refused_before_encoding(
 def test_wrong_names_of_engines_are_refused(published: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown engine 'annoy'; there are: faiss, "):
         load_engine("annoy=somewhere")
-    with pytest.raises(DataError, match="the engine faiss writes a file into the index, so it takes no place"):
+    with pytest.raises(DataError, match="the engine faiss writes a file into the index, so it takes no location"):
         load_engine("faiss=/tmp")
     with pytest.raises(ArtifactError, match=r"index\.faiss is missing"):
         load_engine("faiss").open(tmp_path)

@@ -140,7 +140,7 @@ def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypat
     write_json(index / "versions/1/manifest.json", manifest.to_dict())
     artifact = open_current(index)
     assert artifact.find_gallery_fault() is None
-    paths = [Path(artifact.image_place(row)[0]) for row in range(24)]
+    paths = [Path(artifact.image_location(row)[0]) for row in range(24)]
     for path in paths[:12]:
         path.unlink()
     assert artifact.find_gallery_fault() is None
@@ -160,7 +160,7 @@ def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -
     keys = [artifact.image_key(row) for row in range(24)]
     assert (len({*keys}), {len(key) for key in keys}) == (24, {32})
     assert artifact.image_key(3) == keys[3]
-    path = Path(artifact.image_place(3)[0])
+    path = Path(artifact.image_location(3)[0])
     os.utime(path, ns=(1, 1))
     assert artifact.image_key(3) != keys[3]
     assert artifact.image_key(4) == keys[4]

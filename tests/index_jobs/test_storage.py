@@ -252,7 +252,7 @@ def test_missing_package_is_an_error_before_encoding(tmp_path: Path, monkeypatch
 
 def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
-    assert scan(f"file://{tmp_path}").source == str(tmp_path)
+    assert scan(f"file://{tmp_path}").location == str(tmp_path)
     assert json.loads(scan(f"file://{tmp_path}").table["metadata"][0].as_py()) == {"file_name": "a.png", "title": "a"}
 
 

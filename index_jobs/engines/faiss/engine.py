@@ -16,7 +16,7 @@ class FaissEngine:
 
     def __init__(self, uri: str = "") -> None:
         if uri:
-            raise DataError(f"the engine faiss writes a file into the index, so it takes no place such as {uri!r}")
+            raise DataError(f"the engine faiss writes a file into the index, so it takes no location such as {uri!r}")
 
     def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
         """Return the estimated bytes of the first kind that would be built."""

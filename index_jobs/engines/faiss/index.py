@@ -97,9 +97,9 @@ def _check_contents(index: Any) -> None:
             if size:
                 _require_rows(faiss.rev_swig_ptr(lists.get_ids(number), size), count)
         entries = faiss.vector_to_array(innermost.direct_map.array)
-        numbers, places = entries >> 32, entries & 0xFFFFFFFF
+        numbers, positions = entries >> 32, entries & 0xFFFFFFFF
         _require_rows(numbers, innermost.nlist)
-        if sizes.sum() != count or (places >= sizes[numbers]).any():
+        if sizes.sum() != count or (positions >= sizes[numbers]).any():
             raise ValueError("its lists do not hold its vectors")
 
 

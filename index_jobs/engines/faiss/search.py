@@ -142,7 +142,7 @@ def unwrap(index: Any) -> tuple[Any, float, list[Any]]:
             factor, index = factor * index.k_factor, faiss.downcast_index(index.base_index)
         else:
             chain = index.chain
-            transforms += [faiss.downcast_VectorTransform(chain.at(place)) for place in range(chain.size())]
+            transforms += [faiss.downcast_VectorTransform(chain.at(number)) for number in range(chain.size())]
             index = faiss.downcast_index(index.index)
     return index, factor, transforms
 
@@ -249,13 +249,13 @@ def _search_exactly(index: Any, vectors: Floats, k: int, selected: Rows) -> Scor
     rows = np.empty((len(vectors), 0), np.int64)
     for start in range(0, len(selected), size):
         block = selected[start : start + size]
-        block_scores, places = compare(block)
-        scores, rows = merge_top_k([scores, block_scores], [rows, block[places]], k)
+        block_scores, positions = compare(block)
+        scores, rows = merge_top_k([scores, block_scores], [rows, block[positions]], k)
     return scores, rows
 
 
 def _block_comparison(index: Any, vectors: Floats, k: int) -> tuple[Callable[[Rows], ScoredRows], int]:
-    """Return what finds the k best of a block of rows, as places in it, and the size of a block.
+    """Return what finds the k best of a block of rows, as positions in it, and the size of a block.
 
     Scalar codes are copied and compared, which is faster than decoding them.
     """
@@ -277,7 +277,7 @@ def _block_comparison(index: Any, vectors: Floats, k: int) -> tuple[Callable[[Ro
     def compare_codes(block: Rows) -> ScoredRows:
         part.reset()  # keeps its memory
         part.add_sa_codes(np.take(codes, block, 0, buffer[: len(block)], "clip"))
-        scores, places = part.search(vectors, min(k, len(block)))
-        return scores, places
+        scores, positions = part.search(vectors, min(k, len(block)))
+        return scores, positions
 
     return compare_codes, size

@@ -62,13 +62,13 @@ def hybrid_gains(
     for number, (text, vector, target) in enumerate(queries):
         near = index.search(vector[None], _DEPTH, allowed)[1][0]
         rows = np.union1d(near[near >= 0], lexical.search(text, _DEPTH, allowed)[1])
-        place = int(np.searchsorted(rows, target))
-        if place == len(rows) or rows[place] != target:
+        position = int(np.searchsorted(rows, target))
+        if position == len(rows) or rows[position] != target:
             continue
         cosines, scores = index.vectors(rows) @ vector, lexical.score(text, rows)
         for column, weight in enumerate(weights):
             ranks = cosines + text_bonus(sample_vectors, vector, weight) * scores
-            rank = 1 + int(np.count_nonzero(ranks > ranks[place]))
+            rank = 1 + int(np.count_nonzero(ranks > ranks[position]))
             gains[number, column] = 1 / np.log2(1 + rank) if rank <= _DEPTH else 0.0
     return gains
 

@@ -62,8 +62,8 @@ class TermLists:
         starts = self._starts[rows]
         lengths = self._starts[rows + 1] - starts
         ends = np.cumsum(lengths)
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
-        terms, owners = self._terms[places], np.repeat(np.arange(len(rows)), lengths)
+        positions = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+        terms, owners = self._terms[positions], np.repeat(np.arange(len(rows)), lengths)
         sums = np.zeros(len(rows), np.float32)
         for term, weight in weights:
             sums[owners[terms == crc32(term.encode())]] += np.float32(weight)
