@@ -97,9 +97,7 @@ def _report_skipped(skipped: Counter[str]) -> None:
 def _with_fields_of_name(image: GalleryImage) -> GalleryImage:
     """Describe an image without metadata by its path: the folders are its category, the file name is its title."""
     folders, _, name = image.name.rpartition("/")
-    return replace(
-        image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()}
-    )
+    return replace(image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()})
 
 
 def list_tar(location: str) -> Iterator[GalleryImage]:
@@ -242,7 +240,9 @@ def _row_location(listing: str, line: int, value: str) -> str:
         return value
     location = os.path.normpath(value.replace("\\", "/")).replace(os.sep, "/")
     if location == ".." or location.startswith("../"):
-        raise DataError(f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path instead")
+        raise DataError(
+            f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path instead"
+        )
     return location
 
 

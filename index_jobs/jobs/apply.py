@@ -109,34 +109,33 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
     puts = [
         (job, item)
         for job, item in last.values()
-        if job.kind == "put"
-        and job.image_name(item) not in failed
-        and not (current is not None and _is_held(current, job, item))
+        if job.kind == "put" and job.image_name(item) not in failed and not (current and _is_held(current, job, item))
     ]
     if puts:
-        reporter = _Reporter(queue, len(last))
-        version = _put(queue.folder, index, puts, {**options, "on_encoded": reporter}, is_new=current is None)
+        given = {**options, "max_failed": 1.0, "progress": False, "on_encoded": _Reporter(queue, len(last))}
+        version = _put(queue.folder / _LIST, index, puts, given, is_new=current is None)
         failed |= _failures(open_version(index, version))
     deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
     if deleted and version is not None:
-        version = _delete(index, deleted, options)
+        version = _delete(index, deleted, {name: value for name, value in options.items() if name == "keep"})
     for job in jobs:
-        _end(queue, job, version, failed)
+        lost = [
+            {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
+        ]
+        if len(lost) == len(job.items):
+            queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
+        else:
+            queue.end(job, status="done", index_version=version, failed=lost)
 
 
 def _require_readable(
     queue: WriteQueue, jobs: Sequence[WriteJob], last: Mapping[str, tuple[WriteJob, dict[str, Any]]]
 ) -> None:
     """Raise DataError if the image of an item's last change is broken, and an earlier job changes the item too."""
-    for job in jobs:
-        for item_id in (item["id"] for item in job.items):
-            changed_by, item = last[item_id]
-            if changed_by is job or changed_by.kind != "put":
-                continue
-            if not _is_readable(queue.folder / changed_by.image_name(item)):
-                raise DataError(
-                    f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too"
-                )
+    for item_id in {item["id"] for job in jobs for item in job.items if last[item["id"]][0] is not job}:
+        job, item = last[item_id]
+        if job.kind == "put" and not _is_readable(queue.folder / job.image_name(item)):
+            raise DataError(f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too")
 
 
 def _open_published(index: Path) -> Artifact | None:
@@ -149,13 +148,17 @@ def _open_published(index: Path) -> Artifact | None:
 
 
 def _put(
-    folder: Path, index: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]], options: dict[str, Any], *, is_new: bool
+    gallery: Path,
+    index: Path,
+    puts: Sequence[tuple[WriteJob, dict[str, Any]]],
+    options: dict[str, Any],
+    *,
+    is_new: bool,
 ) -> int:
-    """Publish items with images, and return the version. folder: of the queue."""
+    """Publish items with images, listed in the file `gallery`, and return the version."""
     from index_jobs.jobs.build import rebuild
     from index_jobs.jobs.update import add
 
-    gallery, options = folder / _LIST, {**options, "max_failed": 1.0, "progress": False}
     _write_list(gallery, puts)
     if is_new:
         return rebuild(gallery, index / CHECKPOINT, index, keep_shards=False, **options).version
@@ -166,21 +169,10 @@ def _delete(index: Path, ids: Sequence[str], options: dict[str, Any]) -> int:
     """Publish a version without some items, and return it."""
     from index_jobs.jobs.update import NoItemLeftError, remove
 
-    keep = {name: value for name, value in options.items() if name == "keep"}
     try:
-        return remove(index, ids, missing_ok=True, **keep).version
+        return remove(index, ids, missing_ok=True, **options).version
     except NoItemLeftError:  # the caller knows of no directory
         raise DataError("a collection cannot lose its last item; delete the collection") from None
-
-
-def _end(queue: WriteQueue, job: WriteJob, version: int | None, failed: Mapping[str, str]) -> None:
-    """Record the end of a job. failed: the reasons of images that cannot be read, by name."""
-    named = [(item["id"], job.image_name(item)) for item in job.items]
-    lost = [{"id": item_id, "reason": failed[name]} for item_id, name in named if name in failed]
-    if len(lost) == len(job.items):
-        queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
-    else:
-        queue.end(job, status="done", index_version=version, failed=lost)
 
 
 def _require_same_types(jobs: Sequence[WriteJob]) -> None:
