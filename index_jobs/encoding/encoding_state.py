@@ -37,7 +37,7 @@ from index_jobs.store.manifest import FAILED
 
 logger = logging.getLogger(__name__)
 
-LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` beside the row
+LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` after the row
 _FAULTS_OF_READING = (ImageFault.MISSING, ImageFault.UNREADABLE)
 _READ_AT_ONCE = 32  # images whose bytes are in memory together
 _MAX_RETRY_S = 60.0  # for all images of a kind: a host that never responds must not hold a job for hours
@@ -131,7 +131,7 @@ def _is_image(data: bytes) -> bool:
 
 
 def image_locations(root: str, table: Any, span: range) -> list[ImageLocation]:
-    """Return the locations of some rows of a gallery's root and table, of which the LOCATION_COLUMNS are enough."""
+    """Return the locations of some rows of a gallery. table: needs only the LOCATION_COLUMNS."""
     root = root if is_url(root) else ""
     rows = table.slice(span.start, len(span)).select(LOCATION_COLUMNS).to_pylist()
     return [ImageLocation(*(row, *columns.values(), root)) for row, columns in zip(span, rows, strict=True)]

@@ -38,7 +38,7 @@ LOCATIONS = "locations.arrow"
 _CORES_PER_WORKER = 4  # without a GPU
 _MAX_BLOCKS = 10_000  # of shard numbers; Ray restarts a block when a worker dies
 _BLOCK_BYTES = 1_000_000  # of shard numbers; Ray reserves this much
-_OBJECT_STORE_BYTES = 200_000_000  # of Ray on this machine, which holds shard numbers alone
+_OBJECT_STORE_BYTES = 200_000_000  # of Ray on this machine, which holds only shard numbers
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _ray_session(address: str, workers: int) -> Iterator[None]:
         local["_node_ip_address"] = "127.0.0.1"  # no other machine can reach it
     sys.stdout.flush()
     stdout = os.dup(1)
-    os.dup2(2, 1)  # Ray writes remarks to stdout, which is for the summary alone
+    os.dup2(2, 1)  # Ray writes remarks to stdout, which is for the summary
     try:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)

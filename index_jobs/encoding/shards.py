@@ -6,7 +6,7 @@
 - The vectors of a shard depend on nothing outside its range, so those of a resumed job are those of an uninterrupted
   one.
 - Shards hold the image tower's features; an adapter of features is applied when they are read. A training that changes
-  the adapter alone, or the text side, finds them again, and its gallery takes a matrix product.
+  only the adapter, or only the text side, finds them again, and its gallery takes a matrix product.
 - The directory is named after a hash of everything that the vectors depend on, and one of the gallery. Another model or
   runtime cannot find them; another gallery reuses the vectors of common images (see `vector_reuse`).
 - A failure of reading is tried again by the next job; a failure of the image itself only by force.

@@ -110,7 +110,7 @@ class Engine(Protocol):
     def sync(self, index: Path, version: int) -> None:
         """Follow a publication, a rollback or the removal of versions, once `version` is current.
 
-        A store outside of the folder drops what no version names. A failure is logged, since CURRENT alone decides.
+        A store outside of the folder drops what no version names. A failure is logged: CURRENT decides what is served.
         """
         ...
 

@@ -21,8 +21,8 @@ _REMOTE_SCHEMES = frozenset({"http", "https", "s3", "s3a", "gs", "gcs"})
 class ImageAccess:
     """Limits of one service.
 
-    roots: directories that may be read beside the gallery's root. hosts: hosts, or buckets, that rows with a URL may
-    name. max_bytes: largest image file.
+    roots: directories that may be read in addition to the gallery's root. hosts: hosts, or buckets, that rows with a
+    URL may name. max_bytes: largest image file.
     """
 
     roots: tuple[Path, ...] = ()

@@ -1,4 +1,4 @@
-"""Metadata of images: from lists, from files beside a folder's images, and from tar members.
+"""Metadata of images: from lists, from files next to a folder's images, and from tar members.
 
 `id`, `caption` (or `captions`) and `category` (or `class_name`) have a meaning, as in annotations for training; every
 other field is stored as JSON.
@@ -140,7 +140,7 @@ class GalleryMetadata:
 
 
 def _warn_of_unread_captions(folder: Path, metadata: str) -> None:
-    """Warn about annotations beside a metadata file without captions, which describes the images in their place."""
+    """Warn about annotations next to a metadata file without captions, which replaces them."""
     with suppress(DataError):
         for name in sorted(
             {file.name for split in SPLITS for file in annotation_files(folder, split) if file.suffix != ".tar"}
@@ -151,7 +151,7 @@ def _warn_of_unread_captions(folder: Path, metadata: str) -> None:
 
 
 def _warn_of_unread_tables(folder: Path) -> None:
-    """Warn about tables in a folder whose names are none that is read; files beside an image ("1.jpg.json") are not."""
+    """Warn about tables in a folder whose names are not read; those of one image ("1.jpg.json") are left out."""
     tables = (path for path in folder.iterdir() if path.suffix.lower() in {*RECORD_SUFFIXES, ".json"})
     if names := sorted(path.name for path in tables if path.name.count(".") == 1):
         suffix = PurePosixPath(names[0]).suffix

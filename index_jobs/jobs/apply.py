@@ -4,8 +4,8 @@
   the change before it is made.
 - A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
   images of the job that the published version has, or could not read, are not tried again.
-- A job with unusable input fails alone: its batch is halved until the job is by itself. Any other error, such as a full
-  disk or another writer, leaves the jobs in the queue.
+- Only the job with unusable input fails: its batch is halved until the job is by itself. Any other error, such as a
+  full disk or another writer, leaves the jobs in the queue.
 - A job whose process has died too often fails, so the jobs behind it are applied.
 """
 

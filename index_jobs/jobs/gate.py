@@ -280,7 +280,7 @@ def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:
 def _difference(before: Floats, after: Floats, ids: list[str]) -> tuple[dict[str, float], float]:
     """Return the mean difference of gains with its interval, and the smallest difference that is not chance.
 
-    That is half of the interval, but at least one image that is found by one index alone.
+    That is half of the interval, but at least one image that is found by only one index.
     """
     _, image = np.unique(ids, return_inverse=True)
     texts, sums = np.bincount(image).astype(np.float64), [np.bincount(image, gains) for gains in (after, before)]

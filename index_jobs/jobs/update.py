@@ -57,7 +57,7 @@ WORK = "work-added"
 MAX_ADDITIONS = 8
 REMOVED_SHARE = 0.2
 ADDED_SHARE = 0.2
-ADDED_ROWS = 20_000  # compared one by one in every search, beside the built index
+ADDED_ROWS = 20_000  # compared one by one in every search, in addition to the built index
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
 
@@ -276,7 +276,7 @@ def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> 
         return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
     return DataError(
         f"{message}, such as {others[0]!r}, which is {indexed[others[0]][0]} there and {locations[others[0]][0]} here; "
-        f"--gallery NAME=LOCATION adds them beside each other, with NAME/ before the new ids (--replace takes the "
+        f"--gallery NAME=LOCATION keeps both, with NAME/ before the new ids (--replace takes the "
         f"indexed ones out)"
     )
 

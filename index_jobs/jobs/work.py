@@ -47,7 +47,7 @@ def discard_vectors(out: Path) -> None:
 
 
 def _marker(manifest: Manifest) -> str:
-    """Return the name of the empty file that marks a version's vectors; versions that differ in kind alone share it."""
+    """Return the name of the file that marks a version's vectors; versions that differ only in their kind share it."""
     inputs = [manifest.fingerprint, manifest.spec.gallery_signature, manifest.runtime]
     return f"of-{hashlib.sha256(canonical_json(inputs)).hexdigest()[:16]}"
 

@@ -78,7 +78,7 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
         elif name == "in":
             raise FilterError(field, '"in" takes a list of values')
         else:
-            raise FilterError(field, f"{name[:40]!r} is none of {_OPERATORS}")
+            raise FilterError(field, f"unknown operator {name[:40]!r}; use {_OPERATORS}")
     return mask & _match_ranges(column, ranges, field) if ranges else mask
 
 
@@ -112,7 +112,7 @@ def _match_all(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
 
 def _match_any(artifact: "Artifact", filters: Any) -> Mask:
     if not isinstance(filters, list) or not filters or not all(isinstance(part, dict) for part in filters):
-        raise FilterError(_OR, "takes a list of filters, of which one must hold")
+        raise FilterError(_OR, "takes a list of filters; one of them must hold")
     mask = np.zeros(artifact.rows, np.bool_)
     for part in filters:
         mask |= _match_all(artifact, part)

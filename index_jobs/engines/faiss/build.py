@@ -52,7 +52,7 @@ class BuiltIndex:
 
     @property
     def recall(self) -> float:
-        """Recall of all held-out queries. Half of them alone may miss the target by chance."""
+        """Recall of all held-out queries. Half of them may miss the target by chance."""
         return float(self.measured["recall_at_10"] + self.measured["tuning_recall_at_10"]) / 2
 
     @property

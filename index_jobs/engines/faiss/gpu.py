@@ -2,7 +2,7 @@
 
 - A version on disk holds the CPU form, so it opens on any machine; with a GPU, searches run there.
 - FAISS's GPU indexes are not safe for concurrent readers, so a lock admits one search at a time.
-- Filtered searches and vectors by row use the CPU form, which stays memory-mapped beside the GPU copy.
+- Filtered searches and vectors by row use the CPU form, which stays memory-mapped.
 """
 
 import threading

@@ -42,14 +42,14 @@ class IndexChoice:
 
     @property
     def has_lists(self) -> bool:
-        """True for inverted lists, of which a search visits some."""
+        """True for inverted lists; a search visits some of them."""
         return "IVF" in self.factory
 
 
 @dataclass(frozen=True)
 class _Kind:
     factory: Callable[[int, int], str]  # from count and dimensions
-    bytes: Callable[[int], float]  # of a vector of so many dimensions
+    bytes: Callable[[int], float]  # of a vector, from its dimensions
     description: str
 
 

@@ -53,7 +53,7 @@ def _chunks(text: str) -> Iterator[tuple[list[str], list[str]]]:
 def query_terms(text: str, is_known: Callable[[str], bool]) -> list[str]:
     """Return the distinct terms of a query, without stop words unless it has no others.
 
-    A code that no item has in one piece is left out if items have its parts: the file IMG_0010.jpg is no "img0010".
+    A code that no item has in one piece is left out if items have its parts: the file IMG_0010.jpg is not "img0010".
     """
     terms = dict[str, None]()
     for parts, code in _chunks(text):

@@ -109,7 +109,7 @@ def _write(
         raise OSError(f"the lexical index {path} cannot be written: {error}") from error
     for lock in path.glob(".tantivy-*.lock"):
         lock.unlink()
-    for name in _REPLACED:  # tantivy writes them for this user alone; the service may run as another
+    for name in _REPLACED:  # tantivy writes them for this user only; the service may run as another
         (path / name).chmod(apply_umask(0o666))
     return lists
 
@@ -284,7 +284,7 @@ def _open(path: Path, shown: Path | None = None) -> Any:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raise ArtifactError for what tantivy raises for damaged files: also a panic, which is no Exception."""
+    """Raise ArtifactError for what tantivy raises for damaged files: also a panic, which is not an Exception."""
     try:
         yield
     except BaseException as error:

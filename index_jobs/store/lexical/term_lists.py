@@ -86,7 +86,7 @@ class TermListsWriter:
         self._starts.append(len(self._terms))
 
     def write(self, path: Path) -> set[str]:
-        """Write the files beside a lexical index, and return their names. Raise OSError if the disk is full."""
+        """Write the files into a lexical index's folder, and return their names. Raise OSError if the disk is full."""
         for name, values in ((STARTS, np.array(self._starts, np.int64)), (TERMS, np.array(self._terms, np.uint32))):
             with atomic_writer(path / name) as file:
                 np.save(file, values, allow_pickle=False)
