@@ -64,20 +64,6 @@ def test_items_are_read_from_many_batches(tmp_path: Path, tiny_gallery: Path, mo
     assert found.row_of(ids[7]) is None
 
 
-def test_sizes_of_older_items_files_are_unknown(tmp_path: Path, tiny_gallery: Path) -> None:
-    path = tmp_path / "items.arrow"
-    items.write_items(path, with_sizes(scan(tiny_gallery).table), np.arange(24))
-    assert items.Items(path).cell(3, "width") == 40
-    with pa.memory_map(str(path)) as source:
-        older = pa.ipc.open_file(source).read_all().drop_columns(["width", "height"])
-    with pa.ipc.new_file(tmp_path / "older.arrow", older.schema) as writer:
-        writer.write_table(older)
-    found = items.Items(tmp_path / "older.arrow")
-    assert (found.cell(3, "width"), found.cell(3, "height")) == (None, None)
-    items.write_items(path, found.table(), np.arange(24))  # as an addition is merged
-    assert items.Items(path).cell(3, "width") is None
-
-
 def test_rows_and_queries_out_of_range_are_refused(published: Path) -> None:
     artifact = open_current(published)
     for row in (-1, 24):

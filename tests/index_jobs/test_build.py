@@ -14,7 +14,6 @@ from index_jobs.engines.faiss import gpu as gpu_search
 from index_jobs.engines.faiss.build import build_index, fill_index
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index
-from index_jobs.engines.faiss.tuning import SearchParameters
 from index_jobs.engines.measure import measure_latency
 from index_jobs.engines.protocol import HeldOutQueries
 from tests.support.vectors import DIM, blocks, clustered
@@ -72,28 +71,6 @@ def test_tuned_parameter_is_kept_in_the_file_and_reaches_the_target(gallery: Flo
     write_faiss(built.index, tmp_path / "index.faiss")
     written: Any = faiss.read_index(str(tmp_path / "index.faiss"))
     assert written.nprobe == built.measured["parameters"]["nprobe"]
-
-
-def test_graph_of_list_centres_is_searched_as_widely_as_lists_are_visited(gallery: Floats) -> None:
-    import faiss
-
-    index = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("IVF64_HNSW32,Flat", "test")]).index
-    quantizer: Any = faiss.downcast_index(faiss.extract_index_ivf(index).quantizer)
-    knobs, graph = SearchParameters(index), quantizer.hnsw
-    for lists, wide in ((8, 64), (60, 120)):
-        knobs.set("nprobe", lists)
-        assert (faiss.extract_index_ivf(index).nprobe, graph.efSearch) == (lists, wide)
-
-
-def test_measured_recall_is_that_of_the_queries_given(gallery: Floats) -> None:
-    queries = clustered(80, seed=9)
-    asked = HeldOutQueries(queries, "captions", np.full(80, -1))
-    built = build_index(blocks(gallery), len(gallery), DIM, [IndexChoice("HNSW8", "test")], asked)
-    found = built.index.search(queries, 11)[1][:, :10]
-    truth = exact(queries, gallery, 10)
-    recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)][1::2])
-    assert built.measured["recall_at_10"] == pytest.approx(recall, abs=0.0001)
-    assert built.measured["query_source"] == "captions"
 
 
 def test_kind_below_the_target_is_reported(gallery: Floats, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,16 +195,6 @@ def test_recall_is_measured_on_queries_not_used_for_tuning(gallery: Floats) -> N
     found, truth = index.search(queries[1::2], 11)[1][:, :10], exact(queries[1::2], gallery, 10)
     recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)])
     assert measured["recall_at_10"] == pytest.approx(recall, abs=0.0001)
-
-
-def test_lower_target_searches_less(gallery: Floats) -> None:
-    def nprobe(target: float) -> int:
-        choices = [IndexChoice("IVF64,Flat", "test")]
-        return int(
-            build_index(blocks(gallery), len(gallery), DIM, choices, target=target).measured["parameters"]["nprobe"]
-        )
-
-    assert nprobe(0.7) < nprobe(0.99)
 
 
 def test_unreachable_target_does_not_search_everything(gallery: Floats) -> None:

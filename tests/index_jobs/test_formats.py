@@ -38,6 +38,7 @@ def test_older_versions_are_searched(older: Path, archive: Path) -> None:
     rows = np.arange(3)
     assert artifact.search(artifact.vectors(rows), 1)[1][:, 0].tolist() == [0, 1, 2]
     assert [artifact.item(row).id for row in range(3)] == ["blue", "green", "red"]
+    assert artifact.item(1).width == (20 if archive.stem == "without-spec" else None)
     assert artifact.row_of("green") == 1
     assert match_rows(artifact, {"price": {"gt": 3}}).tolist() == [True, True, False]
     has_lexical = archive.stem != "without-lexical"
