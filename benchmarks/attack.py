@@ -41,7 +41,7 @@ from hostile_files import (
     two_headers,
     two_kinds,
 )
-from load import Tally, closed_loop, image_request, post
+from load import Tally, closed_loop, image_request, open_loop, post
 from serve import bomb, new_images, new_texts
 from service import Server, emoji, serving
 
@@ -142,6 +142,14 @@ async def smuggle(target: Target) -> None:
             target.outcomes["SMUGGLED"] += 1
 
 
+async def overload(target: Target) -> None:
+    """Send more texts than the service can encode, at a fixed rate."""
+    seconds = target.until - time.monotonic()
+    tally = await open_loop(target.port, new_texts(time.time_ns()), rate=600, seconds=seconds)
+    target.outcomes.update({str(status): count for status, count in tally.statuses.items()})
+    target.outcomes["closed"] += tally.broken
+
+
 def endless(head: bytes, piece: bytes) -> Callable[[], Iterator[bytes]]:
     return lambda: itertools.chain([head], itertools.repeat(piece))
 
@@ -196,6 +204,8 @@ def attacks() -> dict[str, Attack]:
         "pipelined requests": again(connections(20, lambda: iter([PROBE * 2000]))),
         "unread responses": connections(100, lambda: iter([large * 20]), is_read=False),
         "smuggling": smuggle,
+        "Host of another site": flood(b"GET /items HTTP/1.1\r\nHost: rebound.example\r\n\r\n"),
+        "600 texts a second": overload,
         "no Host, and two": flood(b"GET /healthz HTTP/1.1\r\n\r\n", PROBE[:-2] + HOST + b"\r\n"),
         "traversal": flood(*(f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" for path in paths)),
         "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),

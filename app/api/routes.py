@@ -50,6 +50,7 @@ from app.api.schemas import (
     SearchResponse,
 )
 from app.api.writing import collection_writing_routes, item_writing_routes, job_routes
+from app.core.keys import opens_everything
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
@@ -231,15 +232,22 @@ def _service_routes(settings: Settings) -> APIRouter:
 
     @router.get("/readyz", tags=["service"], **operation(ReadinessResponse, 503))
     async def readyz(request: Request) -> Response:
-        """Report that searches work in every collection, or the reason why they do not."""
-        collections = state_of(request).collections
-        collections.require_all()
+        """Report that searches work in every collection, or the reason why they do not, to callers who may see all."""
+        collections, settings = state_of(request).collections, state_of(request).settings
+        secret = settings.admin_key.get_secret_value() if settings.admin_key else None
+        may_see_all = opens_everything(settings.api_keys, secret, request.headers)
+        try:
+            collections.require_all()
+        except NotReadyError as error:
+            raise error if may_see_all else NotReadyError("Some collection cannot be searched.") from None
         if collections.is_draining:
             raise NotReadyError("The service is shutting down.")
         if (fault := state_of(request).retriever.fault) is not None:
             raise NotReadyError(fault)
         live, reason = collections[None].require(), collections.reason
         reason = reason or await collections.gallery_fault.result()
+        if reason is not None and not may_see_all:
+            reason = "A key for all collections opens the reason."
         status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
         return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason})
 

@@ -90,3 +90,12 @@ def key_in(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
     return headers.get("x-api-key") or None
+
+
+def opens_everything(keys: Mapping[str, ApiKey], admin_key: str | None, headers: Mapping[str, str]) -> bool:
+    """Return True if no key is needed, or if a request has the key of the admin, or one that opens all collections."""
+    key = key_in(headers)
+    if not keys or key is None:
+        return not keys
+    name = find_key_name(keys, key)
+    return (admin_key is not None and is_key(key, admin_key)) or (name is not None and keys[name].collections is None)

@@ -1,6 +1,7 @@
 """Notices of new index versions over Redis, so a service reloads at once.
 
 - A notice is only a hint for services that use Redis anyway: CURRENT decides which version is served, and is polled.
+- One notice a second is read, so a flood of them costs nothing: each reload finds the newest version, whatever waits.
 - After any failure the listener reconnects; failures are logged at debug level.
 - Redis clusters are not supported here: a service that uses one relies on polling.
 """
@@ -21,6 +22,7 @@ from index_jobs.store.manifest import PUBLISHED_CHANNEL
 logger = logging.getLogger(__name__)
 
 _RECONNECT_S = 5.0
+_PAUSE_S = 1.0
 _TIMEOUT_S = 5.0
 
 
@@ -53,6 +55,7 @@ class ReloadListener:
                         if await channel.get_message(ignore_subscribe_messages=True, timeout=_TIMEOUT_S):
                             with contextlib.suppress(DcarError):  # logged, and shown by /readyz
                                 await self._collections.reload()
+                            await asyncio.sleep(_PAUSE_S)
             except Exception as error:
                 logger.debug("no notices from Redis: %s", error)
             finally:

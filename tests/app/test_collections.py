@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from app.api.schemas import CollectionsResponse
+from app.core.keys import key_hash
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import ModelConfig
@@ -17,7 +18,7 @@ from dcar_core.model.dcar import DCAR
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import opened, until
+from tests.support.service import ADMIN, ALICE, BOB, bearer, opened, until
 
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
@@ -124,6 +125,24 @@ async def test_collections_on_two_backbones_share_no_batch(
         together = await asyncio.gather(*(text(client, *each) for each in asked))
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in other], atol=1e-5)
+
+
+async def test_readiness_names_collections_only_to_keys_that_open_all(built_index: Path, circles: Path) -> None:
+    (circles / "versions/1/items.arrow").write_bytes(b"")
+    keys = f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}:read:{built_index.name}"
+    given: dict[str, Any] = {"collections": {"round": circles}, "api_keys": keys, "admin_key": ADMIN, "poll_s": 0}
+    async with opened(built_index, ready=False, **given) as client:
+
+        async def is_reported() -> bool:
+            return "round: " in (await client.get("/readyz", headers=bearer(ALICE))).json().get("detail", "")
+
+        await until(is_reported)
+        assert "round: " in (await client.get("/readyz", headers=bearer(ADMIN))).json()["detail"]
+        others: list[dict[str, str]] = [{}, bearer(BOB), bearer("wrong")]
+        for headers in others:
+            ready = await client.get("/readyz", headers=headers)
+            assert_problem(ready, 503)
+            assert "round" not in ready.text
 
 
 async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_served(
