@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
+from index_jobs.gallery.storage import REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location
 
 _LOCAL_SCHEMES = frozenset({"file", "local"})
-_REMOTE_SCHEMES = frozenset({"http", "https", "s3", "s3a", "gs", "gcs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class ImageAccess:
             url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
             if ".." not in location.split("/") and any(folder.startswith(each.rstrip("/") + "/") for each in roots):
                 return location
-            if url.scheme not in _REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
+            if url.scheme not in REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
                 raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
             return location
         if urlsplit(root).scheme in _LOCAL_SCHEMES:

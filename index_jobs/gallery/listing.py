@@ -110,7 +110,7 @@ def list_tar(location: str) -> Iterator[GalleryImage]:
     else:
         stat = Path(location).stat()
         size, version = stat.st_size, stat.st_mtime_ns
-    name = location.partition("::")[0].rpartition("/")[2] if is_url(location) else Path(location).name
+    name = location.rpartition("/")[2] if is_url(location) else Path(location).name
     skipped = Counter[str]()
     images = _tar_images(root, GalleryImage(name, name, WHOLE_FILE, size, version), None, skipped)
     _report_skipped(skipped)

@@ -1,4 +1,4 @@
-"""Reading of a gallery's bytes: files of this machine, or any store that fsspec reads (s3://, gs://, https://, ...).
+"""Reading of a gallery's bytes: files of this machine, or the stores that an extra reads through fsspec.
 
 - A location is a string: a URL if it names a protocol, otherwise a path. The other modules treat both alike.
 - The images of a window are requested together, so that a network's latency is paid once per window.
@@ -23,7 +23,12 @@ from dcar_core.util.errors import DataError, ImageError, ImageFault, MissingExtr
 WHOLE_FILE = -1  # the offset of an image that is a file of its own
 _MAX_BYTES = 2**30  # of an image file, which is read whole
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+_EXTRAS = {
+    "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
+    "http": "http", "https": "http",
+}  # fmt: skip
+REMOTE_SCHEMES = frozenset(_EXTRAS)
+_SCHEMES = frozenset({"file", "local", *REMOTE_SCHEMES})
 _PAUSES_S = (0.2, 1.0, 3.0)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # not worth a retry
 
@@ -59,34 +64,35 @@ def join_location(root: str, location: str) -> str:
     """Return a location below a root as a path or URL; an absolute path or a URL stands for itself."""
     if is_url(location) or not is_url(root):
         return location if is_url(location) else os.path.join(root, location)  # noqa: PTH118  called a million times
-    before, path, after = _split_chain(root)
-    return f"{before}{path if path.endswith('://') else path.rstrip('/') + '/'}{location}{after}"
+    return f"{root if root.endswith('://') else root.rstrip('/') + '/'}{location}"
 
 
 def parent_folder(location: str) -> str:
-    if not is_url(location):
-        return str(Path(location).parent)
-    before, path, after = _split_chain(location)
-    return f"{before}{path.rpartition('/')[0] + '/'}{after}"
+    return location.rpartition("/")[0] + "/" if is_url(location) else str(Path(location).parent)
 
 
 def file_suffix(location: str) -> str:
     """Return the suffix of a file in lower case."""
-    path = _split_chain(location)[1].partition("?")[0] if is_url(location) else location
+    path = location.partition("?")[0] if is_url(location) else location
     return os.path.splitext(path)[1].lower()  # noqa: PTH122
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL in fsspec, and the path in it."""
+    """Return the file system of a URL in fsspec, and the path in it.
+
+    Raises:
+        DataError: its scheme is not allowed, or it chains several: fsspec would read archives in it or ask other hosts.
+        MissingExtraError: its scheme needs a package that is not installed.
+    """
     import fsspec
 
+    scheme = url.partition(":")[0]
+    if scheme not in _SCHEMES or "::" in url:
+        raise DataError(f"{url} cannot be read: the schemes of galleries are {', '.join(sorted(_SCHEMES))}")
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        protocol = url.partition(":")[0]
-        if protocol in _EXTRAS:
-            raise MissingExtraError(f"reading {protocol}:// URLs", _EXTRAS[protocol]) from error
-        raise DataError(f"{url} cannot be read: {error}") from error
+        raise MissingExtraError(f"reading {scheme}:// URLs", _EXTRAS[scheme]) from error
     except ValueError as error:
         raise DataError(f"{url} cannot be read: {error}") from error
     return fs, path
@@ -159,6 +165,10 @@ def read_images(
     too_large = ImageError(f"a file of more than {_MAX_BYTES >> 30} GiB", ImageFault.TOO_LARGE)
     for i, location in enumerate(locations):
         path = join_location(root, location.location)
+        if path.startswith("file://"):  # opened as a path, so that a device is refused
+            from fsspec.core import strip_protocol
+
+            path = strip_protocol(path)
         if location.size > _MAX_BYTES:
             results[i] = too_large
             continue
@@ -228,10 +238,3 @@ def _cut_span(data: bytes, span: ImageLocation, path: str) -> bytes | Exception:
     if len(data) >= span.offset + span.size:  # a server without ranges sends the whole file
         return bytes(data[span.offset : span.offset + span.size])
     return ValueError(f"{path} ends inside this image")
-
-
-def _split_chain(url: str) -> tuple[str, str, str]:
-    """Split a chained URL such as zip://a/b::s3://x.zip around the path that names are joined to: a/b."""
-    links = url.split("::")
-    at = next((i for i, link in enumerate(links) if "://" in link), 0)
-    return "".join(f"{link}::" for link in links[:at]), links[at], "".join(f"::{link}" for link in links[at + 1 :])

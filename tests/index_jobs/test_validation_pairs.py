@@ -3,8 +3,9 @@
 import json
 import shutil
 import tarfile
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -58,19 +59,22 @@ def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path
     assert named(scan(linked), data) == expected
 
 
-def zipped(folder: Path, path: Path, below: str = "") -> str:
-    with zipfile.ZipFile(path, "w") as file:
-        for picture in sorted(folder.rglob("*.png")):
-            file.write(picture, below + picture.relative_to(folder).as_posix())
-    return f"zip://::{path}"
+@pytest.fixture
+def store() -> Iterator[Any]:
+    memory = fsspec.filesystem("memory")
+    yield memory
+    memory.rm("/", recursive=True)
 
 
-def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(store: Any, tiny_data: Path, tmp_path: Path) -> None:
     expected = named(scan(tiny_data), tiny_data)
-    gallery = scan(zipped(tiny_data, tmp_path / "g.zip"))
+    pictures = {path.relative_to(tiny_data).as_posix(): path.read_bytes() for path in tiny_data.rglob("*.png")}
+    store.pipe({f"/g/{name}": data for name, data in pictures.items()})
+    store.pipe({f"/deeper/other/{name}": data for name, data in pictures.items()})
+    gallery = scan("memory://g")
     assert named(gallery, tiny_data) == expected
     with pytest.raises(DataError, match="an image there is recognised by its name below the gallery"):
-        gate.find_pairs(scan(zipped(tiny_data, tmp_path / "deeper.zip", "other/")), tiny_data)
+        gate.find_pairs(scan("memory://deeper"), tiny_data)
     lines = [{"file_name": f"{ELSEWHERE[0]}{name}?v=1"} for name in gallery.table["name"].to_pylist()]
     by_url = named(scan(write_jsonl(tmp_path / "list.jsonl", *lines)), tiny_data)
     assert by_url == {f"{ELSEWHERE[0]}{name}?v=1": text for name, text in expected.items()}
@@ -78,19 +82,16 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(tiny_data: Pa
     assert len(named(scan(write_jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
 
 
-def test_validation_pairs_are_found_by_name_in_tars_elsewhere(tiny_data: Path, tmp_path: Path) -> None:
+def test_validation_pairs_are_found_by_name_in_tars_elsewhere(store: Any, tiny_data: Path, tmp_path: Path) -> None:
     expected = named(scan(tiny_data), tiny_data)
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for name in expected:
             tar.add(tiny_data / name, name)
     shutil.copy(tiny_data / "val.json", tmp_path)
-    store = fsspec.filesystem("memory")
     store.pipe("/validation/shard.tar", (tmp_path / "shard.tar").read_bytes())
-    try:
-        found = named(scan("memory://validation"), tmp_path)
-    finally:
-        store.rm("/validation", recursive=True)
-    assert found == {f"shard.tar/{name}": text for name, text in expected.items()}
+    assert named(scan("memory://validation"), tmp_path) == {
+        f"shard.tar/{name}": text for name, text in expected.items()
+    }
 
 
 def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path) -> None:
