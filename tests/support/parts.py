@@ -62,7 +62,7 @@ PARTS = {
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),
-    "plots": Part("plots", "make test EXTRAS=dev,plots", ("matplotlib",), in_ci=False),
+    "plots": _extra("plots", "plots", "matplotlib"),
     "openai": _extra("OpenAI's client", "stacks", "openai"),
     "mcp": _extra("MCP", "stacks", "mcp"),
     "langchain": _extra("LangChain", "stacks", "langchain_core"),
