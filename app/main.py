@@ -15,10 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from app.api import error_handlers, openapi
-from app.api.bodies import JSON_BYTES_PER_CHAR
 from app.api.image_urls import ImageFetcher
-from app.api.pages import make_pages
-from app.api.requests import MAX_PUT_ITEMS
 from app.api.routes import add_routes
 from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
@@ -26,15 +23,14 @@ from app.core.settings import Settings
 from app.core.tracing import Tracer
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit
+from app.middleware.policy import Policies
 from app.middleware.request_log import RequestLog
-from app.search.collections import Collections
-from app.search.embedding_cache import MemoryCache, RedisCache, make_cache
-from app.search.reload_listener import ReloadListener
-from app.search.retriever import Retriever
+from app.service.collections import Collections
+from app.service.embedding_cache import MemoryCache, RedisCache, make_cache
+from app.service.reload_listener import ReloadListener
+from app.service.retriever import Retriever
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import DcarError
-
-_FORM_OVERHEAD_BYTES = 64 * 2**10  # boundaries, part headers and the fields beside the file
 
 
 def create_app(
@@ -51,7 +47,7 @@ def create_app(
             with 503 and the reason, and retries.
         tracer: records spans of the stages of a search.
     """
-    metrics, is_traced = Metrics(tracer), tracer is not None
+    metrics, policies, is_traced = Metrics(tracer), Policies(), tracer is not None
     rates = _make_rates(settings)
 
     @asynccontextmanager
@@ -85,6 +81,7 @@ def create_app(
         title="DCAR image search",
         version=version("dcar"),
         description="Search a gallery of images by text, by image or by one of its own items.",
+        openapi_url=None,  # `pages` has these
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -93,25 +90,13 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
+    app.state.policies = policies
     error_handlers.install(app)
-    add_routes(app, settings)
-    app.include_router(make_pages())
-    _add_middleware(app, settings, metrics, rates)
-    openapi.install(app)
-    return app
-
-
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: RateLimiter | None) -> None:
-    """Add the middleware from the inside out: a request meets the last one first."""
-    app.add_middleware(
-        BodyLimit,
-        limit=lambda path: _body_limit(settings, path),
-        metrics=metrics,
-        in_flight=settings.max_in_flight_bytes,
-        upload_s=settings.upload_timeout_s,
-    )
-    if settings.api_keys or rates is not None:
-        app.add_middleware(Access, settings=settings, rates=rates, metrics=metrics)
+    add_routes(app, policies)
+    openapi.install(app, policies)
+    # From the inside out: a request meets the last one first.
+    app.add_middleware(BodyLimit, settings=settings, metrics=metrics)
+    app.add_middleware(Access, settings=settings, policies=policies, rates=rates, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -121,6 +106,7 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, rates: R
             expose_headers=["Retry-After", "X-Request-ID"],
         )
     app.add_middleware(RequestLog, metrics=metrics, allowed_hosts=settings.allowed_hosts)
+    return app
 
 
 def _make_rates(settings: Settings) -> RateLimiter | None:
@@ -170,15 +156,3 @@ def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
 
 def _operation_id(route: APIRoute) -> str:
     return f"{route.name}_in" if route.path.startswith("/collections/{collection}/") else route.name
-
-
-def _body_limit(settings: Settings, path: str) -> tuple[int, str]:
-    """Return the largest body in bytes, and the field to blame for a larger one."""
-    if path.endswith("/search/image"):
-        return settings.max_upload_bytes + _FORM_OVERHEAD_BYTES, "file"
-    texts = max(_FORM_OVERHEAD_BYTES, 2 * settings.max_query_chars * JSON_BYTES_PER_CHAR + 1024)
-    if path.endswith(("/v1/embeddings", "/search/batch")):  # also images in base64
-        return settings.max_upload_bytes * 4 // 3 + settings.max_queries * texts, "body"
-    if settings.writes and path.endswith("/items"):
-        return settings.max_upload_bytes * 4 // 3 + MAX_PUT_ITEMS * _FORM_OVERHEAD_BYTES, "body"
-    return texts, "body"

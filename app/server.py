@@ -27,7 +27,7 @@ from app.core.threads import end_without_threads
 from app.core.tracing import start_tracing
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
-from app.search.collections import Collections
+from app.service.collections import Collections
 from app.writes.worker import require_writable
 from dcar_core.util.errors import DcarError
 from index_jobs.store.versions import require_index

@@ -19,8 +19,10 @@ from typing import Any
 import faiss
 import numpy as np
 
+from app.search.plan import Plan
+from app.search.query import Query
 from app.search.ranking.groups import GroupField, rank_groups
-from app.search.ranking.rank import RankQuery, rank
+from app.search.ranking.rank import rank
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
@@ -58,13 +60,14 @@ def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
     groups = GroupField(products, list(range(int(products.max()) + 1)), np.bincount(products))
     recalls, times = [], []
     faiss.omp_set_num_threads(1)
+    plan = Plan(Query())
     for vector in queries:
         order = np.argsort(-(vectors @ vector), kind="stable")
         exact_rows, exact_groups = order[:K], products[groups.first_rows(order)[:K]]
         started = time.perf_counter()
-        rows = rank(artifact, RankQuery(vector), K)
+        rows = rank(artifact, vector, plan, K)
         between = time.perf_counter()
-        best = rank_groups(partial(rank, artifact, RankQuery(vector)), K, groups, None)
+        best = rank_groups(partial(rank, artifact, vector, plan), K, groups, None)
         times.append((between - started, time.perf_counter() - between))
         found_rows, found_groups = [each.row for each in rows], products[[each.row for each in best]]
         recalls.append((np.isin(exact_rows, found_rows).mean(), np.isin(exact_groups, found_groups).mean()))

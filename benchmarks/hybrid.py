@@ -35,8 +35,9 @@ from load import connect, text_request
 from service import made_index, serving
 
 from app.cli.serving import bundled_checkpoint
-from app.search.ranking.hybrid import HybridQuery
-from app.search.ranking.rank import RankQuery, rank
+from app.search.plan import Plan
+from app.search.query import Query
+from app.search.ranking.rank import rank
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
@@ -132,10 +133,9 @@ def measure_latency(items: int) -> None:
             taken: list[list[float]] = [[] for _ in WAYS]
             for search in range(SEARCHES):
                 for way, weight in enumerate(WAYS):
-                    hybrid = HybridQuery(queries[way][search], weight) if weight else None
-                    query = RankQuery(vectors[way, search], hybrid)
+                    plan = Plan(Query(query=queries[way][search]), words_weight=weight)
                     started = time.perf_counter()
-                    rank(artifact, query, 13)
+                    rank(artifact, vectors[way, search], plan, 13)
                     taken[way].append(1000 * (time.perf_counter() - started))
             medians = [statistics.median(values) for values in taken]
             cells = [*(f"{value:.2f}" for value in medians), f"{medians[2] / medians[0]:.2f}"]
@@ -208,8 +208,7 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     for weight in weights:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-            hybrid = HybridQuery(text, weight) if weight else None
-            best = rank(artifact, RankQuery(vector, hybrid), 10)
+            best = rank(artifact, vector, Plan(Query(query=text), words_weight=weight), 10)
             scores[number, [each.row for each in best]] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
         name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")

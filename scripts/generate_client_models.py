@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ TARGET = ROOT / "clients" / "python" / "src" / "dcar_client" / "models.py"
 sys.path.insert(0, str(ROOT))
 
 from app.api import schemas  # noqa: E402
-from app.api.requests import TextQuery  # noqa: E402
-from app.search.query import Crop, SearchOptions, Weights  # noqa: E402
+from app.search.query import Crop, Query, Weights  # noqa: E402
 
 HEADER = '''"""Models of the service's requests and responses.
 
@@ -46,12 +46,13 @@ SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "boo
 def generate() -> str:
     """Return the module's text, formatted."""
     responses = [each for each in vars(schemas).values() if _is_model_of(each, schemas.__name__)]
+    query = Query.model_json_schema()
     parts = [HEADER, *map(_response_class, responses)]
     parts += [
         _typed_dict("Weights", Weights.model_json_schema()),
         _typed_dict("Crop", Crop.model_json_schema()),
-        _typed_dict("SearchOptions", SearchOptions.model_json_schema()),
-        _typed_dict("TextQuery", TextQuery.model_json_schema(), base="SearchOptions", inherited=SearchOptions),
+        _typed_dict("SearchOptions", query | {"description": "Options of every kind of search."}, skipped={"query"}),
+        _typed_dict("TextQuery", query, base="SearchOptions", skipped={*Query.model_fields} - {"query"}),
     ]
     command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(TARGET), "-"]
     done = subprocess.run(command, input="\n\n".join(parts), capture_output=True, text=True, check=True, cwd=ROOT)
@@ -76,10 +77,9 @@ def _response_class(model: type[BaseModel]) -> str:
 
 
 def _typed_dict(
-    name: str, schema: dict[str, Any], base: str = "TypedDict", inherited: type[BaseModel] | None = None
+    name: str, schema: dict[str, Any], base: str = "TypedDict", skipped: Collection[str] = frozenset()
 ) -> str:
     """Return a typed dict in which every key is optional, as the service has a default for each."""
-    skipped = set(inherited.model_fields) if inherited is not None else set()
     lines = [f"class {name}({base}, total=False):", _class_docstring(schema)]
     for key, field in schema["properties"].items():
         if key not in skipped:

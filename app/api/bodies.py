@@ -8,25 +8,28 @@
 
 import base64
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from app.api.image_urls import is_image_url
-from app.api.requests import LIST_FIELDS, BatchEntry, BatchQuery, EmbeddingsQuery, ImageForm, TextQuery
+from app.api.requests import (
+    MAX_PUT_ITEMS,
+    BatchEntry,
+    BatchQuery,
+    EmbeddingsQuery,
+    ImageForm,
+)
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import Settings
-from app.search.query import Query, SearchOptions, normalise
+from app.middleware.policy import PART_BYTES, query_bytes
+from app.search.query import normalize, parse_fields
 
-JSON_BYTES_PER_CHAR = 12  # most bytes that one character takes in JSON: a surrogate pair of \uXXXX escapes
-_OMITTED_IF_EMPTY = frozenset({*LIST_FIELDS, "filter", "weights", "crop"})
-_TEXT_FIELDS = frozenset({"query", "without"})  # taken literally; all other form fields are JSON
 # Images make a body large, but not its number of values, each of which costs memory and time of the event loop.
 _LARGE_JSON_BYTES = 2**20
 _MAX_JSON_VALUES = 100_000
@@ -36,35 +39,43 @@ _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", 
 M = TypeVar("M", bound=BaseModel)
 
 
-async def read_text_query(request: Request, settings: Settings) -> Query:
-    """Read the body of POST /search/text."""
-    return _text_query(await read_json(request, TextQuery), settings)
+def form_bytes(settings: Settings) -> int:
+    """Return the largest size of a form with an image."""
+    return settings.max_upload_bytes + PART_BYTES
+
+
+def batch_bytes(settings: Settings) -> int:
+    """Return the largest size of a batch in JSON, whose images in base64 are as large as one upload together."""
+    return settings.max_upload_bytes * 4 // 3 + settings.max_queries * query_bytes(settings)
+
+
+def items_bytes(settings: Settings) -> int:
+    """Return the largest size of a change of items in JSON."""
+    if not settings.writes:
+        return query_bytes(settings)
+    return settings.max_upload_bytes * 4 // 3 + MAX_PUT_ITEMS * PART_BYTES
 
 
 async def read_batch(request: Request, settings: Settings) -> list[BatchEntry]:
-    """Read the body of POST /search/batch. `check_batch` checks the queries one by one."""
+    """Read the body of POST /search/batch."""
     queries = (await read_json(request, BatchQuery)).queries
     if len(queries) > settings.max_queries:
         raise field_problem("queries", f"at most {settings.max_queries}, not {len(queries)}")
     return queries
 
 
-def check_batch(queries: list[BatchEntry], settings: Settings) -> list[Query]:
-    """Check the queries of a batch and decode their images; an error names the number of its query.
+def decode_batch(queries: list[BatchEntry], settings: Settings) -> list[bytes | None]:
+    """Return the image files of the queries of a batch; an error names the number of its query.
 
     Images with a URL are empty; see `app.api.image_urls`.
     """
-    checked = []
+    images: list[bytes | None] = []
     for number, query in enumerate(queries):
-        try:
-            if query.image is None or is_image_url(query.image):
-                image = None if query.image is None else b""  # to be fetched
-            else:
-                image = decode_base64(query.image, settings, "image")
-            checked.append(_text_query(query, settings, image))
-        except Problem as problem:
-            raise problem.within(f"queries.{number}") from None
-    return checked
+        if query.image is None or is_image_url(query.image):
+            images.append(None if query.image is None else b"")
+        else:
+            images.append(decode_base64(query.image, settings, f"queries.{number}.image"))
+    return images
 
 
 async def read_embeddings(request: Request, settings: Settings) -> EmbeddingsQuery:
@@ -76,13 +87,14 @@ async def read_embeddings(request: Request, settings: Settings) -> EmbeddingsQue
 
 
 def embeddings_input(query: EmbeddingsQuery, settings: Settings) -> list[str | bytes]:
-    """Return normalised texts and image files; an error names its input."""
+    """Return normalized texts and image files; an error names its input."""
     inputs: list[str | bytes] = []
     for number, each in enumerate(query.input):
         field = f"input.{number}"
         if isinstance(each, str):
-            text = _normalised(each, settings, field)
-            if not text:
+            if len(each) > settings.max_query_chars:
+                raise field_problem(field, f"at most {settings.max_query_chars} characters, not {len(each)}")
+            if not (text := normalize(each)):
                 raise field_problem(field, "must not be empty")
             inputs.append(text)
             continue
@@ -100,18 +112,14 @@ def check_form_type(request: Request) -> None:
         raise field_problem("Content-Type", message, status=400)
 
 
-async def read_image_query(request: Request, settings: Settings) -> Query:
-    """Read the form of POST /search/image. The parser spools large files to disk."""
+async def read_image_query(request: Request, settings: Settings) -> tuple[ImageForm, bytes]:
+    """Read the form of POST /search/image: the query and the file. The parser spools large files to disk."""
     async with _form(request) as form:
         file = form.get("file")
         if isinstance(file, str):
             raise field_problem("file", "must be a file: send it with a file name")
-        try:
-            options = ImageForm.model_validate(_form_fields(form))
-        except ValidationError as error:
-            raise from_validation(error) from None
-        check_window(options, settings)
-        text, without = _normalised(options.query, settings, "query"), _without(options, settings)
+        texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+        query = validated(ImageForm, parse_fields(texts), settings)
         if not isinstance(file, UploadFile):
             raise field_problem("file", "an image is required, as the form field `file`")
         if file.size is not None and file.size > settings.max_upload_bytes:
@@ -119,7 +127,7 @@ async def read_image_query(request: Request, settings: Settings) -> Query:
         data = await file.read()
     if not data:
         raise field_problem("file", "the file is empty")
-    return Query(options, text, data, without_text=without)
+    return query, data
 
 
 def check_k(k: int, settings: Settings) -> None:
@@ -127,10 +135,12 @@ def check_k(k: int, settings: Settings) -> None:
         raise field_problem("k", f"at most {settings.max_k}, not {k}")
 
 
-def check_window(options: SearchOptions, settings: Settings) -> None:
-    check_k(options.k, settings)
-    if options.offset + options.k > settings.max_window:
-        raise field_problem("offset", f"offset and k together are at most {settings.max_window}")
+def validated(model: type[M], fields: dict[str, Any], settings: Settings) -> M:
+    """Return the model of fields, checked against the limits of the settings. Raise Problem if one is invalid."""
+    try:
+        return model.model_validate(fields, context=settings)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 def _check_content_type(request: Request, expected: str) -> str:
@@ -142,12 +152,13 @@ def _check_content_type(request: Request, expected: str) -> str:
 
 
 async def read_json(request: Request, model: type[M]) -> M:
+    """Read a JSON body, which is checked against the limits of the settings."""
     body = await request.body()
     _check_content_type(request, "application/json")
     if len(body) > _LARGE_JSON_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
         raise field_problem("body", f"at most {_MAX_JSON_VALUES:,} values", status=413)
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(body, context=request.app.state.settings)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -168,30 +179,6 @@ def _too_large(field: str, size: int, settings: Settings) -> Problem:
     return field_problem(field, message, status=413)
 
 
-def _text_query(query: TextQuery, settings: Settings, image: bytes | None = None) -> Query:
-    text = _normalised(query.query, settings, "query")
-    if not text and (query.query or not (query.more_like or image is not None)):
-        subtracted = "less_like" if query.less_like else "without" if query.without else None
-        if subtracted and not query.query:
-            raise field_problem(subtracted, "needs a query or more_like to subtract from")
-        raise field_problem("query", "must not be empty")
-    check_window(query, settings)
-    return Query(query, text, image, without_text=_without(query, settings))
-
-
-def _normalised(text: str, settings: Settings, field: str) -> str:
-    if len(text) > settings.max_query_chars:
-        raise field_problem(field, f"at most {settings.max_query_chars} characters, not {len(text)}")
-    return normalise(text)
-
-
-def _without(options: SearchOptions, settings: Settings) -> str:
-    text = _normalised(options.without, settings, "without")
-    if options.without and not text:
-        raise field_problem("without", "must not be empty; leave it out instead")
-    return text
-
-
 @asynccontextmanager
 async def _form(request: Request) -> AsyncIterator[FormData]:
     try:
@@ -205,32 +192,3 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         yield form
     finally:
         await form.close()
-
-
-def _form_fields(form: FormData) -> dict[str, Any]:
-    """Return form fields in the shape of a JSON body: texts literally, lists also as repeated fields, the rest as JSON.
-
-    Empty lists and objects count as omitted. Unknown fields stay in, so that validation reports a misspelt name.
-    """
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if not isinstance(value, str) or (value == "" and name in _OMITTED_IF_EMPTY):
-            continue
-        if name in LIST_FIELDS:
-            fields.setdefault(name, []).extend(_list_items(value))
-        elif name in _TEXT_FIELDS:
-            fields[name] = value
-        else:
-            try:
-                fields[name] = from_json(value)  # rejects lone surrogates, as JSON bodies do
-            except ValueError:
-                fields[name] = value
-    return fields
-
-
-def _list_items(value: str) -> list[Any]:
-    """Return the items of a JSON list, or the value itself as the only item."""
-    with suppress(ValueError):
-        if isinstance(items := from_json(value), list):
-            return items
-    return [value]

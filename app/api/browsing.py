@@ -1,4 +1,4 @@
-"""Routes for the search page: thumbnails, the gallery without a query, its filters, and known words.
+"""Routes for the search page: thumbnails, the gallery without a query, and its filters.
 
 The routes of this module are not part of the documented API, except for the thumbnails of GET /items/{id}/image.
 """
@@ -12,16 +12,17 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from fastapi import APIRouter, Request
 from fastapi import Query as QueryParam
+from fastapi import Request
 from fastapi.responses import Response
 from pydantic import Field
 
 from app.api.bodies import check_k
-from app.api.dependencies import snapshot_of, state_of
 from app.api.requests import FilterQuery, PageQuery
 from app.api.responses import JsonResponse, image_headers, items_response
+from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import field_problem
+from app.middleware.policy import Policy
 from app.search.query import ItemPage
 from app.search.ranking.facets import count_values, facet_values
 from app.search.ranking.groups import group_field
@@ -31,6 +32,9 @@ from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
 from index_jobs.store.filters import EMPTY_IS_MISSING
+
+routes = Routes()
+_PRIVATE = Policy("read", is_private=True)
 
 _LISTED_FIELDS = 12
 _FACETS = 6
@@ -113,73 +117,59 @@ def _groups_of(snapshot: Snapshot, page: ItemPage, filter: dict[str, Any] | None
     return [{"value": groups.value(row), "count": size} for row, size in zip(rows, sizes, strict=True)]
 
 
-def browsing_routes() -> APIRouter:
-    router = APIRouter(include_in_schema=False)
+@routes.add("GET", "/ui/browse", _PRIVATE)
+async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) -> Response:
+    snapshot, retriever = snapshot_of(request), state_of(request).retriever
+    check_k(query.k, state_of(request).settings)
+    catalogue = _catalogue_of(snapshot)
+    sort = query.sort if snapshot.artifact.rows else ""
+    fields = await asyncio.to_thread(lambda: catalogue.fields) if sort else []
+    if sort and sort.removeprefix("-") not in {field["name"] for field in fields}:
+        raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
+    order = await asyncio.to_thread(catalogue.order, sort) if sort else None
+    page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
+    body = items_response(request, page)
+    if snapshot.artifact.manifest.group_field:
+        groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
+        body["items"] = [{**item, "group": group} for item, group in zip(body["items"], groups, strict=True)]
+    return JsonResponse(body)
 
-    @router.get("/browse")
-    async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) -> Response:
-        snapshot, retriever = snapshot_of(request), state_of(request).retriever
-        check_k(query.k, state_of(request).settings)
-        catalogue = _catalogue_of(snapshot)
-        sort = query.sort if snapshot.artifact.rows else ""
-        fields = await asyncio.to_thread(lambda: catalogue.fields) if sort else []
-        if sort and sort.removeprefix("-") not in {field["name"] for field in fields}:
-            raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
-        order = await asyncio.to_thread(catalogue.order, sort) if sort else None
-        page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
-        body = items_response(request, page)
-        if snapshot.artifact.manifest.group_field:
-            groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
-            body["items"] = [{**item, "group": group} for item, group in zip(body["items"], groups, strict=True)]
-        return JsonResponse(body)
 
-    @router.get("/catalogue")
-    async def catalogue(request: Request) -> Response:
-        """Return the fields of the index, and whether the page can and should search by words as well."""
-        snapshot = snapshot_of(request)
-        artifact = snapshot.artifact
-        settings = state_of(request).settings
-        has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
-        return JsonResponse(
-            {
-                "fields": await asyncio.to_thread(lambda: _catalogue_of(snapshot).fields),
-                "group_field": artifact.manifest.group_field,
-                "has_words": has_words,
-                "starts_hybrid": has_words and settings.page_hybrid,
-                "max_k": min(settings.max_k, settings.max_window),
-            }
-        )
+@routes.add("GET", "/ui/catalogue", _PRIVATE)
+async def catalogue(request: Request) -> Response:
+    """Return the fields of the index, and whether the page can and should search by words as well."""
+    snapshot = snapshot_of(request)
+    artifact = snapshot.artifact
+    settings = state_of(request).settings
+    has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
+    return JsonResponse(
+        {
+            "fields": await asyncio.to_thread(lambda: _catalogue_of(snapshot).fields),
+            "group_field": artifact.manifest.group_field,
+            "has_words": has_words,
+            "hybrid_by_default": has_words and settings.page_hybrid,
+            "max_k": min(settings.max_k, settings.max_window),
+        }
+    )
 
-    @router.get("/facets")
-    async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) -> Response:
-        """Count the values of the fields to filter by.
 
-        Each field is counted without its own part of the filter, so that another of its values can be chosen.
-        """
-        snapshot = snapshot_of(request)
-        given = query.filter or {}
+@routes.add("GET", "/ui/facets", _PRIVATE)
+async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) -> Response:
+    """Count the values of the fields to filter by.
 
-        def count() -> list[dict[str, Any]]:
-            others = {name: {k: v for k, v in given.items() if k != name} for name in _catalogue_of(snapshot).facets}
-            group_by = snapshot.artifact.manifest.group_field
-            return [
-                {"name": name, "values": facet_values(snapshot, name, filter, group_by)}
-                for name, filter in others.items()
-            ]
+    Each field is counted without its own part of the filter, so that another of its values can be chosen.
+    """
+    snapshot = snapshot_of(request)
+    given = query.filter or {}
 
-        return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
+    def count() -> list[dict[str, Any]]:
+        others = {name: {k: v for k, v in given.items() if k != name} for name in _catalogue_of(snapshot).facets}
+        group_by = snapshot.artifact.manifest.group_field
+        return [
+            {"name": name, "values": facet_values(snapshot, name, filter, group_by)} for name, filter in others.items()
+        ]
 
-    @router.get("/words")
-    async def words(request: Request, q: str) -> Response:
-        """Return the share of a query's words that the index has, and the score that outweighs unknown words."""
-        snapshot = snapshot_of(request)
-        text = q[: state_of(request).settings.max_query_chars]
-        lexical = snapshot.artifact.lexical
-        known = 1.0 if lexical is None else await asyncio.to_thread(lexical.known_share, text)
-        cutoff = snapshot.artifact.manifest.cutoff
-        return JsonResponse({"known": known, "strong_score": cutoff.get("strong_score")})
-
-    return router
+    return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
 
 
 async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize) -> Response:

@@ -79,9 +79,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return to_problem(error).response()
     detail, headers = str(error.detail), error.headers
-    if error.status_code == 404:
-        detail = f"There is nothing at {request.url.path[:200]}; see /docs for the routes."
-    elif error.status_code == 405:
+    if error.status_code == 405:
         detail, headers = f"{request.method} is not allowed here.", _allow_head(headers)
     return Problem(error.status_code, detail, headers=headers).response()
 

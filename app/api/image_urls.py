@@ -15,7 +15,6 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from urllib.parse import SplitResult, urlsplit
 from weakref import WeakValueDictionary
@@ -30,7 +29,6 @@ from app.core.settings import Settings
 from app.core.threads import run_in_new_thread
 from app.middleware.access import CALLER
 from app.middleware.body_limit import byte_counter
-from app.search.query import Query
 
 _TIMEOUT_S = 10.0  # of one image, including the time in the queue
 _AT_ONCE = 16
@@ -77,8 +75,10 @@ class ImageFetcher:
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._turns_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def complete(self, scope: Scope, entries: Sequence[BatchEntry], queries: Sequence[Query]) -> list[Query]:
-        """Return the queries of a batch with the images of those whose entry has a URL.
+    async def complete(
+        self, scope: Scope, queries: Sequence[BatchEntry], images: Sequence[bytes | None]
+    ) -> list[bytes | None]:
+        """Return the images of a batch, with those of the queries that have a URL.
 
         Args:
             scope: of the request.
@@ -86,18 +86,17 @@ class ImageFetcher:
         Raises:
             Problem: it names the query and the field.
         """
-        urls = {number: entry.image for number, entry in enumerate(entries) if is_image_url(entry.image)}
+        urls = {number: query.image for number, query in enumerate(queries) if is_image_url(query.image)}
         if len(urls) > MAX_URLS:
             raise field_problem("queries", f"at most {MAX_URLS} images by URL, not {len(urls)}")
         fetches = (self.fetch(scope, url or "") for url in urls.values())
-        fetched = await asyncio.gather(*fetches, return_exceptions=True)
-        completed = list(queries)
-        for number, image in zip(urls, fetched, strict=True):
+        completed = list(images)
+        for number, image in zip(urls, await asyncio.gather(*fetches, return_exceptions=True), strict=True):
             if isinstance(image, Problem):
                 raise image.within(f"queries.{number}")
             if isinstance(image, BaseException):
                 raise image
-            completed[number] = replace(queries[number], image=image)
+            completed[number] = image
         return completed
 
     async def fetch(self, scope: Scope, url: str) -> bytes:

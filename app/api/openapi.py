@@ -2,7 +2,7 @@
 
 - Request bodies are read by hand (see `bodies`), so their schemas are written here, with the limits of the settings.
 - Every error is `application/problem+json` instead of FastAPI's validation error; each status has an example.
-- Statuses that the middleware sends (401, 403, 408, 429, 500) are added to every operation that it guards.
+- The security of an operation follows from its policy.
 """
 
 from functools import cache, partial
@@ -11,16 +11,17 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from app.api.requests import BatchEntry, BatchQuery, DeleteItems, EmbeddingsQuery, ImageForm, PutItems, TextQuery
+from app.api.requests import BatchEntry, BatchQuery, DeleteItems, EmbeddingsQuery, ImageForm, PutItems
+from app.api.routing import PROBLEM_REF
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem, field_problem
 from app.core.settings import Settings
+from app.middleware.policy import Policies
+from app.search.query import Query
 
-_PROBLEM_REF = {"$ref": f"#/components/schemas/{ProblemResponse.__name__}"}
 _MODELS: tuple[type[BaseModel], ...] = (
-    TextQuery, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems, ProblemResponse
+    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems, ProblemResponse
 )  # fmt: skip
-_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _COLLECTION = {
     "name": "collection",
     "in": "path",
@@ -28,7 +29,13 @@ _COLLECTION = {
     "description": "a name from GET /collections",
     "schema": {"type": "string"},
 }
-
+_SECURITY: dict[str, list[dict[str, list[str]]]] = {
+    "open": [],
+    "read": [{}, {"key": []}],
+    "monitor": [{}, {"key": []}, {"admin": []}],
+    "write": [{"admin": []}, {"key": []}],
+    "admin": [{"admin": []}],
+}
 _ERRORS: dict[str, tuple[str, Problem]] = {
     "400": ("The body cannot be parsed.", field_problem("body", "not valid JSON", status=400)),
     "401": (
@@ -72,32 +79,12 @@ _ERRORS: dict[str, tuple[str, Problem]] = {
 }
 
 
-def operation(
-    model: type[Any] | None,
-    *errors: int,
-    body: type[BaseModel] | None = None,
-    media_type: str = "application/json",
-    status: int = 200,
-) -> dict[str, Any]:
-    """Return a route's keyword arguments: its response model, its error statuses and its request body."""
-    arguments: dict[str, Any] = {"responses": {status: {"model": model} if model else {}, **problem_responses(*errors)}}
-    if body is not None:  # `install` adds its schema
-        content = {media_type: {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
-        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
-    return arguments
+def install(app: FastAPI, policies: Policies) -> None:
+    """Complete the document of an application when it is first read."""
+    app.openapi = cache(partial(_document, app, policies))  # type: ignore[method-assign]
 
 
-def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return entries of `responses` for errors; `install` fills in descriptions and examples."""
-    return {status: {"description": "", "content": {MEDIA_TYPE: {"schema": _PROBLEM_REF}}} for status in statuses}
-
-
-def install(app: FastAPI) -> None:
-    """Serve the completed document at /openapi.json."""
-    app.openapi = cache(partial(_document, app))  # type: ignore[method-assign]
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, policies: Policies) -> dict[str, Any]:
     document = FastAPI.openapi(app)
     components = document["components"]
     schemas = components["schemas"]
@@ -112,32 +99,22 @@ def _document(app: FastAPI) -> dict[str, Any]:
         "key": {"type": "http", "scheme": "bearer", "description": key},
         "admin": {"type": "http", "scheme": "bearer", "description": "The admin key."},
     }
+    templates = {getattr(route, "path_format", ""): getattr(route, "path", "") for route in app.routes}
     for path, methods in document["paths"].items():
-        for method, each in methods.items():
-            _complete(path, method, each)
+        for method, operation in methods.items():
+            if "{collection}" in path:  # `collection_of` reads it
+                operation.setdefault("parameters", []).insert(0, _COLLECTION)
+            operation["security"] = _SECURITY[policies.of(templates[path], method.upper()).access]
+            for status, (description, problem) in _ERRORS.items():
+                if status in operation["responses"]:
+                    content = {MEDIA_TYPE: {"schema": PROBLEM_REF, "example": problem.body()}}
+                    operation["responses"][status] = {"description": description, "content": content}
     return document
-
-
-def _complete(path: str, method: str, operation: dict[str, Any]) -> None:
-    responses = operation["responses"]
-    if "{collection}" in path:  # `collection_of` reads it
-        operation.setdefault("parameters", []).insert(0, _COLLECTION)
-    if path not in _OPEN_PATHS:
-        is_write = method in ("put", "delete") or path.startswith("/jobs/")
-        allowed: list[dict[str, list[str]]] = [{"admin": []}, {"key": []}] if is_write else [{}, {"key": []}]
-        operation["security"] = [{"admin": []}] if path.startswith("/admin/") else allowed
-        for status in ("401", "403", "429", "500", *(("408",) if "requestBody" in operation else ())):
-            responses.setdefault(status, {})
-    for status, (description, problem) in _ERRORS.items():
-        if status in responses:
-            content = {MEDIA_TYPE: {"schema": _PROBLEM_REF, "example": problem.body()}}
-            responses[status] = {"description": description, "content": content}
-    operation["responses"] = dict(sorted(responses.items()))
 
 
 def _add_limits(schemas: dict[str, Any], settings: Settings) -> None:
     """Write the limits of the settings, and the file of a form, into the schemas of requests."""
-    for model in (TextQuery, BatchEntry, ImageForm):
+    for model in (Query, BatchEntry, ImageForm):
         properties = schemas[model.__name__]["properties"]
         for name in ("query", "without"):
             properties[name]["maxLength"] = settings.max_query_chars

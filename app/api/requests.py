@@ -1,8 +1,7 @@
 """Request models: they validate requests and document them.
 
-- One set of options (`SearchOptions`) serves every kind of search.
-- Limits that are settings (query length, k, ...) are checked in `bodies` and in the routes, and written into the
-  OpenAPI document.
+- `app.search.query.Query` is the body of text searches, and the base of the others.
+- The OpenAPI document has the limits that are settings (query length, k, ...).
 """
 
 import re
@@ -22,14 +21,13 @@ from pydantic import (
 from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, MAX_QUERIES
-from app.search.query import GroupBy, SearchOptions
+from app.search.query import GroupBy, Query
 
 MAX_PUT_ITEMS = 256
 MAX_DELETED_ITEMS = 10_000
 _MAX_METADATA_BYTES = 64 * 2**10
 _OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
 _ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
-LIST_FIELDS = ("more_like", "less_like", "fields", "facets")  # a form may also repeat the field
 
 
 class PageQuery(BaseModel):
@@ -60,20 +58,10 @@ class ItemsQuery(PageQuery, FilterQuery):
     group_by: GroupBy = None
 
 
-class TextQuery(SearchOptions):
-    """A search by text, by items of the gallery (more_like, less_like), or both."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"query": "crying cat", "k": 10}]})
-
-    query: Annotated[str, Field(description="what the image shows; optional if more_like is given")] = ""
-
-
-class ImageForm(SearchOptions):
+class ImageForm(Query):
     """The fields beside the file in a search by image."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"query": "but red", "k": 10}]})
-
-    query: Annotated[str, Field(description="text to combine with the image")] = ""
 
 
 class EmbeddingsImage(BaseModel):
@@ -110,7 +98,7 @@ class EmbeddingsQuery(BaseModel):
     user: Annotated[str | None, Field(description="ignored")] = None
 
 
-class BatchEntry(TextQuery):
+class BatchEntry(Query):
     """One search of a batch: as a text search, or with an image, or both."""
 
     image: Annotated[

@@ -12,10 +12,10 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from app.api.dependencies import collection_of, state_of
-from app.search.collections import Collections
-from app.search.gallery_images import ImageFile
+from app.api.routing import collection_of, state_of
 from app.search.query import ItemPage, Match, SearchResults
+from app.service.collections import Collections
+from app.service.gallery_images import ImageFile
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
@@ -58,20 +58,29 @@ def image_headers(request: Request, digest: str) -> dict[str, str]:
 
 def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
     """Return the body of a `SearchResponse`; fields that were not requested are absent."""
-    items = _items_path(request)
+    body, items = search_body(results), _items_path(request)
+    for result in body["results"]:
+        result["image_url"] = _image_url(items, result["id"])
+    return body
+
+
+def search_body(results: SearchResults) -> dict[str, Any]:
+    """Return the body of a `SearchResponse` without the URLs of images."""
     body: dict[str, Any] = {
         "index_version": results.version,
         "took_ms": round(results.took_ms, 2),
         "cached": results.is_cached,
+        "nothing_fits": results.nothing_fits,
         "results": [
-            _result(items, rank, match, results.fields)
-            for rank, match in enumerate(results.matches, results.offset + 1)
+            _result(rank, match, results.fields) for rank, match in enumerate(results.matches, results.offset + 1)
         ],
     }
     if results.next_offset is not None:
         body["next_offset"] = results.next_offset
     if results.min_score is not None:
         body["min_score"] = results.min_score
+    if results.cutoff is not None:
+        body["cutoff"] = results.cutoff
     if results.facets is not None:
         body["facets"] = results.facets
         if not results.has_exact_facets:
@@ -134,15 +143,15 @@ def _item(items: str, item: Item) -> dict[str, Any]:
     }
 
 
-def _result(items: str, rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
+def _result(rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
     item = match.item
     result: dict[str, Any] = {
         "rank": rank,
         "id": item.id,
         "score": round(match.score, 6),
+        "level": match.level,
         "caption": item.caption,
         "category": item.category,
-        "image_url": _image_url(items, item.id),
         "width": item.width,
         "height": item.height,
     }

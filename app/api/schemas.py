@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from app.search.query import ObjectFit
+from app.search.query import Level, ObjectFit
 
 
 class WordEffect(BaseModel):
@@ -49,6 +49,8 @@ class FacetValue(BaseModel):
 class Result(BaseModel):
     """One result. score: cosine of query and item, at most 1.
 
+    level: likely if the score reaches `cutoff`, or if the item contains the words of a hybrid query; possible if it is
+        high but no item has the query's words, or if there is no `cutoff`; else unlikely.
     width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
         results are sorted by both scores.
@@ -59,6 +61,7 @@ class Result(BaseModel):
     rank: int = Field(examples=[1])
     id: str = Field(examples=["1f63f"])
     score: float = Field(examples=[0.4213])
+    level: Level = Field("possible", examples=["likely"])
     caption: str = Field(examples=["crying cat"])
     category: str = Field(examples=["cat face"])
     image_url: str = Field(examples=["/items/1f63f/image"])
@@ -75,6 +78,8 @@ class Result(BaseModel):
 class SearchResponse(BaseModel):
     """Results, best first, and the index version that produced them.
 
+    nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
+    cutoff: the score of a likely result; absent if the index was not calibrated, and for other queries than by text.
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
@@ -84,6 +89,8 @@ class SearchResponse(BaseModel):
     took_ms: float = Field(description="milliseconds from the parsed query to the results")
     cached: bool = Field(description="true if the query's embedding came from the cache")
     results: list[Result]
+    nothing_fits: bool = False
+    cutoff: float | None = None
     next_offset: int | None = None
     min_score: float | None = None
     facets: dict[str, list[FacetValue]] | None = None

@@ -10,23 +10,23 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
 from fastapi import Query as QueryParam
+from fastapi import Request
 from fastapi.responses import Response
 
-from app.api.bodies import decode_base64, read_json
-from app.api.dependencies import collection_of, may_read, require_writer, snapshot_of, state_of
+from app.api.bodies import decode_base64, items_bytes, read_json
 from app.api.image_urls import MAX_URLS, is_image_url
-from app.api.openapi import operation
 from app.api.requests import DeleteItems, PutItem, PutItems
 from app.api.responses import JsonResponse, collection_response
+from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
 from app.api.schemas import Collection, JobResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
 from app.middleware.access import charge, out_of_scope
-from app.search.collections import Collections
+from app.middleware.policy import Policy
 from app.search.snapshots import Snapshot
+from app.service.collections import Collections
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ImageError, LockedError
 from index_jobs.store.writes.collection_folders import create_collection, drop_collection
@@ -34,101 +34,87 @@ from index_jobs.store.writes.write_queue import JobKind
 
 logger = logging.getLogger(__name__)
 
-_ERRORS = (400, 404, 413, 415, 422, 503)
+item_writes = Routes("items")
+collection_writes = Routes("collections")
+_ITEMS = Policy("write", body=items_bytes)
 
 
-def item_writing_routes() -> APIRouter:
-    router = APIRouter(tags=["items"])
-
-    @router.put("/items", status_code=202, **operation(JobResponse, *_ERRORS, status=202, body=PutItems))
-    async def put_items(request: Request) -> Response:
-        """Add items, or replace those with the same ids, by a job."""
-        require_writer(request, _name(request))
-        await _follow(request)
-        snapshot = snapshot_of(request)
-        items = (await read_json(request, PutItems)).items
-        _require_unique([item.id for item in items])
-        await charge(request, len(items) - 1)
-        images = await _checked_images(request, snapshot, items)
-        return await _accept(request, "put", [item.model_dump(exclude={"image"}) for item in items], images)
-
-    @router.delete("/items", status_code=202, **operation(JobResponse, *_ERRORS, status=202, body=DeleteItems))
-    async def delete_items(request: Request) -> Response:
-        """Remove items by a job."""
-        require_writer(request, _name(request))
-        await _follow(request)
-        _ = state_of(request).collections[_name(request)]
-        ids = (await read_json(request, DeleteItems)).ids
-        return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
-
-    return router
+@item_writes.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
+async def put_items(request: Request) -> Response:
+    """Add items, or replace those with the same ids, by a job."""
+    await _follow(request)
+    snapshot = snapshot_of(request)
+    items = (await read_json(request, PutItems)).items
+    _require_unique([item.id for item in items])
+    await charge(request, len(items) - 1)
+    images = await _checked_images(request, snapshot, items)
+    return await _accept(request, "put", [item.model_dump(exclude={"image"}) for item in items], images)
 
 
-def collection_writing_routes() -> APIRouter:
-    router = APIRouter(tags=["collections"])
+@item_writes.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=DeleteItems)
+async def delete_items(request: Request) -> Response:
+    """Remove items by a job."""
+    await _follow(request)
+    _ = state_of(request).collections[_name(request)]
+    ids = (await read_json(request, DeleteItems)).ids
+    return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
 
-    @router.put("/collections/{collection}", **operation(Collection, 404, 409, 422, 503))
-    async def put_collection(
-        request: Request,
-        model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
-    ) -> Response:
-        """Create a collection without items, unless there is one of this name."""
-        name, collections = _name(request), state_of(request).collections
-        require_writer(request, name)
-        folder = state_of(request).settings.collections_dir
-        await collections.sync()  # another process may have created or dropped some
-        if name not in dict(collections):
-            if not COLLECTION_NAME.fullmatch(name):
-                raise field_problem("collection", "must be 1 to 64 letters, digits, '.', '_' and '-'")
-            if folder is None:
-                raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
-            if not may_read(request, model or collections.default):
-                raise out_of_scope()
-            if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
-                raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
-            checkpoint = collections.find(model, "model").require().artifact.checkpoint
-            async with _storing("collection", collections):
-                await run_in_new_thread(create_collection, folder, name, checkpoint)
-            await collections.sync()
-        return JsonResponse(collection_response(collections, name))
 
-    @router.delete("/collections/{collection}", status_code=204, **operation(None, 404, 409, 503, status=204))
-    async def delete_collection(request: Request) -> Response:
-        """Drop a collection that was created over HTTP, with all of its items."""
-        name, collections = _name(request), state_of(request).collections
-        require_writer(request, name)
-        await _follow(request)
-        served = collections[name]
-        if not served.is_created:
-            raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
-        try:
-            async with _storing("change", collections, name):
-                await run_in_new_thread(drop_collection, served.index)
-        except LockedError:
-            raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
+@item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404,))
+async def job(request: Request, job_id: str) -> Response:
+    """Return the status of a change of items: how far it is, and how it ended."""
+    state = state_of(request)
+    status = await state.writer.status(job_id)
+    if status is None:
+        await state.collections.sync()  # it may be of a collection that another process has created
+        status = await state.writer.status(job_id)
+    if not may_read(request, state.collections.default if status is None else status["collection"]):
+        raise out_of_scope()
+    if status is None:
+        raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
+    return JsonResponse(status)
+
+
+@collection_writes.add("PUT", "/collections/{collection}", Policy("write"), Collection, errors=(409,))
+async def put_collection(
+    request: Request,
+    model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
+) -> Response:
+    """Create a collection without items, unless there is one of this name."""
+    name, collections = _name(request), state_of(request).collections
+    folder = state_of(request).settings.collections_dir
+    await collections.sync()  # another process may have created or dropped some
+    if name not in dict(collections):
+        if not COLLECTION_NAME.fullmatch(name):
+            raise field_problem("collection", "must be 1 to 64 letters, digits, '.', '_' and '-'")
+        if folder is None:
+            raise Problem(403, "Collections cannot be created; set DCAR_COLLECTIONS_DIR to enable it.")
+        if not may_read(request, model or collections.default):
+            raise out_of_scope()
+        if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
+            raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
+        checkpoint = collections.find(model, "model").require().artifact.checkpoint
+        async with _storing("collection", collections):
+            await run_in_new_thread(create_collection, folder, name, checkpoint)
         await collections.sync()
-        return Response(status_code=204)
-
-    return router
+    return JsonResponse(collection_response(collections, name))
 
 
-def job_routes() -> APIRouter:
-    router = APIRouter(tags=["items"])
-
-    @router.get("/jobs/{job_id}", **operation(JobResponse, 404))
-    async def job(request: Request, job_id: str) -> Response:
-        """Return the status of a change of items: how far it is, and how it ended."""
-        state = state_of(request)
-        status = await state.writer.status(job_id) if state.settings.writes else None
-        if status is None and state.settings.writes:
-            await state.collections.sync()  # it may be of a collection that another process has created
-            status = await state.writer.status(job_id)
-        require_writer(request, state.collections.default if status is None else status["collection"])
-        if status is None:
-            raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
-        return JsonResponse(status)
-
-    return router
+@collection_writes.add("DELETE", "/collections/{collection}", Policy("write"), status=204, errors=(409,))
+async def delete_collection(request: Request) -> Response:
+    """Drop a collection that was created over HTTP, with all of its items."""
+    name, collections = _name(request), state_of(request).collections
+    await _follow(request)
+    served = collections[name]
+    if not served.is_created:
+        raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
+    try:
+        async with _storing("change", collections, name):
+            await run_in_new_thread(drop_collection, served.index)
+    except LockedError:
+        raise Problem(503, "Its jobs are being applied. Try again in 5 s.", headers={"Retry-After": "5"}) from None
+    await collections.sync()
+    return Response(status_code=204)
 
 
 def _name(request: Request) -> str:

@@ -44,17 +44,23 @@ def serve(
     epilog=example(
         'dcar search "red sports car" --index index -k 5',
         """dcar search photo.jpg --index index --filter '{"category": "shoes"}' --json""",
+        """dcar search "red shoe" --index index --option more_like=4f1c0a --option rerank=true""",
     )
 )
 def search(
     query: Annotated[str, typer.Argument(help="Words, or the path of an image.")],
     index: IndexDir,
+    image: Annotated[Path | None, typer.Option(help="An image to combine with the words.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
     without: Annotated[str, typer.Option(help="Words for content that results should not show.")] = "",
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Look up the words in ids, captions, categories and metadata as well.")
     ] = False,
     filter: Filter = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any other search option of the HTTP API; may be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
@@ -63,48 +69,34 @@ def search(
     A line has rank, score (cosine), id, and caption or file name. With --hybrid the words count for the rank as well.
     Of an index with a --group-field, each product is listed once.
     """
-    from app.search.query import QueryPart, Weights, compose, normalise
-    from app.search.ranking.groups import rank_groups, read_groups
-    from app.search.ranking.hybrid import HybridQuery
-    from app.search.ranking.rank import RankQuery, rank
-    from dcar_core import Encoder
+    from app.api.responses import search_body
+    from app.search import Index
+    from app.search.query import normalize, parse_fields
     from dcar_core.images import has_image_suffix
-    from dcar_core.serving import encoder_cache
-    from index_jobs.store.filters import match_rows
-    from index_jobs.store.versions import open_current
 
-    words = normalise(query)
-    if not words:
+    if not normalize(query):
         raise DcarError("the query is empty: give words or the path of an image")
-    excluded_words = normalise(without)
-    if without and not excluded_words:
+    if without and not normalize(without):
         raise DcarError("--without is empty: give words, or omit it")
-    is_image = has_image_suffix(query) or os.path.isfile(query)  # noqa: PTH113  False for words too long for a name
-    if is_image and hybrid:
-        raise DcarError(f"--hybrid looks up words, and {query} is an image: omit it")
-    artifact = open_current(index)
-    allowed = match_rows(artifact, filter) if filter else None
-    is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
-    encoder = Encoder.load(artifact.checkpoint, device=device, runtime="auto" if is_cached else "torch")
-    artifact.require(encoder.fingerprint)
-    vector = encoder.encode_images([Path(query)]) if is_image else encoder.encode_text([words])
-    parts = [QueryPart(1.0, vector[0])]
-    if excluded_words:
-        parts.append(QueryPart(-Weights().without, encoder.encode_text([excluded_words])[0]))
-    words_query = HybridQuery(words, artifact.manifest.words_weight) if hybrid else None
-    find = partial(rank, artifact, RankQuery(compose(parts), words_query))
-    product = artifact.manifest.group_field
-    best = rank_groups(find, k, read_groups(artifact, product), allowed) if product else find(k, allowed)
-    found = [(artifact.item(each.row), each.score) for each in best]
-    results = [
-        {"rank": number, "id": item.id, "score": round(score, 4), "caption": item.caption, "category": item.category,
-         "file_name": item.metadata.get("file_name", "")}
-        for number, (item, score) in enumerate(found, 1)
-    ]  # fmt: skip
+    if has_image_suffix(query) or os.path.isfile(query):  # noqa: PTH113  False for words too long for a name
+        if hybrid:
+            raise DcarError(f"--hybrid looks up words, and {query} is an image: omit it")
+        query, image = "", Path(query)
+    pairs = [each.partition("=") for each in option or []]
+    if wrong := [each for each, (name, sign, _) in zip(option or [], pairs, strict=True) if not (name and sign)]:
+        raise DcarError(f"--option is NAME=VALUE, such as fold=0.9, not {wrong[0]!r}")
+    given = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
+    fields = given | parse_fields((name, value) for name, _, value in pairs)
+    found = Index.open(index, device=device).search(query, image=image, **fields)
+    body = search_body(found)
+    for result, match in zip(body["results"], found, strict=True):
+        result["file_name"] = match.item.metadata.get("file_name", "")
     if as_json:
-        typer.echo(dump_json({"index_version": artifact.manifest.version, "results": results}))
+        typer.echo(dump_json(body))
         return
-    for result in results:
+    if found.nothing_fits:
+        typer.echo("nothing fits well; these are the nearest", err=True)
+    for result in body["results"]:
         title = result["caption"] or result["file_name"]
         typer.echo(f"{result['rank']:3}  {result['score']:.3f}  {result['id']:24}  {title}")
 

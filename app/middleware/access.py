@@ -1,9 +1,8 @@
-"""ASGI middleware that runs before any body is read: API keys and rate limits.
+"""ASGI middleware that runs before any body is read: it finds the policy of the route, checks keys and counts requests.
 
-- Every path needs a key unless it is listed in _OPEN_PATHS, so new routes are protected by default.
-- /metrics and the routes that write accept an API key or the admin key. Routes below /admin check the admin key
-  themselves.
-- A key for some collections opens their paths alone, and the few routes that check the collection themselves.
+- Only paths with a declared policy are passed on; see `app.middleware.policy`.
+- A key for some collections opens their routes, and the few routes that check the collection themselves.
+- Admin routes do not need an API key. The client address proves nothing: behind a proxy it is loopback.
 """
 
 import math
@@ -19,29 +18,34 @@ from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.rate_limit import RateLimiter, network_of
 from app.core.settings import Settings
+from app.middleware.policy import POLICY, UNKNOWN, Policies, Policy
 
-_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz"})
-_DEFAULT_PATHS = ("/search/", "/items", "/browse", "/catalogue", "/facets", "/words")  # of the default collection
-_CHECKED_PATHS = ("/collections", "/v1/embeddings")  # their routes check the collection
 CALLER = "dcar.caller"  # scope key: the name of the request's API key
 API_KEY = "dcar.api_key"  # scope key: the request's API key
 _CHARGE = "dcar.charge"  # scope key: counts more requests for the caller
 
 
 class Access:
-    """Check the key of each request, and count it. rates: None for no rate limit."""
+    """Check and count each request. rates: None for no rate limit."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, rates: RateLimiter | None, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings, policies: Policies, rates: RateLimiter | None, metrics: Metrics
+    ) -> None:
         self._app = app
-        self._keys = settings.api_keys
-        self._admin = settings.admin_key
-        self._default = settings.default_collection
+        self._settings = settings
+        self._policies = policies
         self._rates = rates
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            problem = await self._problem(scope)
+            policy, collection = self._policies.find(scope)
+            scope[POLICY] = policy
+            problem = None
+            if scope["method"] != "OPTIONS":
+                problem = await self._problem(scope, policy or UNKNOWN, collection or self._settings.default_collection)
+            if problem is None and policy is None:
+                problem = Problem(404, f"There is nothing at {scope['path'][:200]}; see /docs for the routes.")
             if problem is not None:
                 await problem.response()(scope, receive, send)
                 return
@@ -49,52 +53,60 @@ class Access:
                 send = partial(_send_private, send)
         await self._app(scope, receive, send)
 
-    async def _problem(self, scope: Scope) -> Problem | None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path in _OPEN_PATHS or path.startswith("/ui/") or scope["method"] == "OPTIONS":
+    async def _problem(self, scope: Scope, policy: Policy, collection: str) -> Problem | None:
+        """Return why a request is refused; None if it is not."""
+        if policy.access == "open":
             return None
-        client = scope.get("client")
-        caller = network_of(client[0]) if client else "unknown"
-        if self._keys and not path.startswith("/admin/"):
-            is_for_admin = path == "/metrics" or path.startswith("/jobs/") or scope["method"] in ("PUT", "DELETE")
-            found = self._find_key(Headers(scope=scope), is_for_admin=is_for_admin)
+        client, headers = scope.get("client"), Headers(scope=scope)
+        caller, key = network_of(client[0]) if client else "unknown", None
+        if self._settings.api_keys and policy.access != "admin":
+            found = self._find_key(headers, accepts_admin=policy.access in ("monitor", "write"))
             if found is None:
-                self._metrics.refused.labels("key").inc()
-                return unauthorised("must be `Bearer` and a known API key")
+                return self._refuse("key", unauthorized("must be `Bearer` and a known API key"))
             caller, key = found
-            if not self._opens(key, path):
-                self._metrics.refused.labels("scope").inc()
-                return out_of_scope()
+            if policy.scope != "checked" and not key.opens(collection if policy.scope == "collection" else ""):
+                return self._refuse("scope", out_of_scope())
             scope[CALLER], scope[API_KEY] = caller, key
-        if self._rates is None or path == "/metrics":
-            return None
-        scope[_CHARGE] = partial(self._charge, self._rates, caller)
-        return await self._charge(self._rates, caller)
+        if self._rates is not None and policy.cost:
+            scope[_CHARGE] = partial(self._charge, self._rates, caller)
+            if (problem := await self._charge(self._rates, caller)) is not None:
+                return problem
+        if policy.access == "write" and not self._settings.writes:
+            return Problem(403, "Writing is disabled; set DCAR_WRITES=true to enable it.")
+        if policy.access == "admin" or (policy.access == "write" and key is None):
+            return self._check_admin(headers)
+        if policy.access == "write" and key is not None and not key.may_write:
+            return out_of_scope()
+        return None
 
-    async def _charge(self, rates: RateLimiter, caller: str, more: int | None = None) -> Problem | None:
-        wait = await rates.charge(caller, more)
+    async def _charge(self, rates: RateLimiter, caller: str, extra: int | None = None) -> Problem | None:
+        wait = await rates.charge(caller, extra)
         if not wait:
             return None
-        self._metrics.refused.labels("rate").inc()
         seconds = max(1, math.ceil(wait))
         detail = f"Too many requests from {caller}. Try again in {seconds} s."
-        return Problem(429, detail, headers={"Retry-After": str(seconds)})
+        return self._refuse("rate", Problem(429, detail, headers={"Retry-After": str(seconds)}))
 
-    def _opens(self, key: ApiKey, path: str) -> bool:
-        if key.collections is None or path.rstrip("/") in _CHECKED_PATHS or path.startswith("/jobs/"):
-            return True
-        if path.startswith("/collections/"):
-            return key.opens(path.split("/")[2])
-        return path.startswith(_DEFAULT_PATHS) and key.opens(self._default)
+    def _check_admin(self, headers: Headers) -> Problem | None:
+        secret, key = self._settings.admin_key, key_in(headers)
+        if secret is None:
+            return Problem(403, "Admin routes are disabled; set DCAR_ADMIN_KEY to enable them.")
+        if key is None or not is_key(key, secret.get_secret_value()):
+            return self._refuse("key", unauthorized("must be `Bearer` and the admin key"))
+        return None
 
-    def _find_key(self, headers: Headers, *, is_for_admin: bool) -> tuple[str, ApiKey] | None:
-        key = key_in(headers)
+    def _find_key(self, headers: Headers, *, accepts_admin: bool) -> tuple[str, ApiKey] | None:
+        key, admin = key_in(headers), self._settings.admin_key
         if key is None:
             return None
-        if is_for_admin and self._admin is not None and is_key(key, self._admin.get_secret_value()):
+        if accepts_admin and admin is not None and is_key(key, admin.get_secret_value()):
             return "admin", ApiKey("", may_write=True)
-        name = find_key_name(self._keys, key)
-        return None if name is None else (name, self._keys[name])
+        name = find_key_name(self._settings.api_keys, key)
+        return None if name is None else (name, self._settings.api_keys[name])
+
+    def _refuse(self, reason: str, problem: Problem) -> Problem:
+        self._metrics.refused.labels(reason).inc()
+        return problem
 
 
 async def _send_private(send: Send, message: Message) -> None:
@@ -114,7 +126,7 @@ async def charge(request: Request, more: int) -> None:
         raise problem
 
 
-def unauthorised(message: str) -> Problem:
+def unauthorized(message: str) -> Problem:
     """Return a 401 that names the header and the scheme."""
     problem = field_problem("Authorization", message, status=401)
     problem.headers["WWW-Authenticate"] = "Bearer"

@@ -2,7 +2,7 @@
 
 - A body that announces too much is refused unread; a chunked one is refused at the first byte over its limit.
 - A body must be complete within `upload_s`. All unfinished bodies together may hold `in_flight` bytes; beyond that the
-  largest one is dropped. The first FREE_BYTES of a body do not count, so text searches never compete with uploads.
+  largest one is dropped. The first UNCOUNTED_BYTES of a body do not count, so text searches never compete with uploads.
 - Bytes that a request fetches count as those of its body: see `byte_counter`.
 - Bytes that arrive after a refusal are discarded by the HTTP protocol.
 - A request whose client disconnects is cancelled, and the batcher skips its work.
@@ -15,8 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.metrics import Metrics
 from app.core.problems import SAFE_HEADERS, Problem
+from app.core.settings import Settings
+from app.middleware.policy import POLICY, UNKNOWN, Policy
 
-FREE_BYTES = 64 * 2**10
+UNCOUNTED_BYTES = 64 * 2**10
 _COUNT_BYTES = "dcar.count_bytes"  # scope key
 _SAFE = [(name.lower().encode(), value.encode()) for name, value in SAFE_HEADERS.items()]
 _WATCH_AFTER_S = 0.05
@@ -52,19 +54,16 @@ def byte_counter(scope: Scope) -> Callable[[int], None]:
 class BodyLimit:
     """Limit the bodies of requests.
 
-    limit: request path -> (largest body in bytes, field to blame for a larger one).
-    in_flight: bytes of all unfinished bodies together, and of what their requests fetch.
-    upload_s: seconds for one body to arrive.
+    The policy of the route gives the largest size. The settings give the bytes of all unfinished bodies together, with
+    what their requests fetch, and the seconds for one body to arrive.
     """
 
-    def __init__(
-        self, app: ASGIApp, limit: Callable[[str], tuple[int, str]], metrics: Metrics, in_flight: int, upload_s: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._app = app
-        self._limit = limit
+        self._settings = settings
         self._metrics = metrics
-        self._in_flight = in_flight
-        self._upload_s = upload_s
+        self._in_flight = settings.max_in_flight_bytes
+        self._upload_s = settings.upload_timeout_s
         self._bodies: set[_Body] = set()  # with a part of the budget
         self._held = 0
 
@@ -72,7 +71,8 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit, field = self._limit(scope["path"])
+        policy: Policy = scope.get(POLICY) or UNKNOWN
+        limit, field = policy.body(self._settings), policy.field
         body = _Body()
         announced, body.is_complete = _announced(scope)
         has_started = False
@@ -131,7 +131,7 @@ class BodyLimit:
 
     def _hold(self, body: _Body) -> None:
         """Count the body's bytes. While the budget is exceeded, refuse the largest unfinished body."""
-        more = max(0, body.received - FREE_BYTES) - body.held
+        more = max(0, body.received - UNCOUNTED_BYTES) - body.held
         if not more:
             return
         self._bodies.add(body)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Collection
 from functools import lru_cache
 from ipaddress import ip_address
-from typing import Any
 from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _REQUEST_ID = b"x-request-id"
 _MAX_LOGGED_PATH = 300  # characters
-_COLLECTION = "/collections/{collection}"
 _PORT = re.compile(r":\d*$")
 _CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 
@@ -137,8 +135,5 @@ def _is_localhost_or_address(name: str) -> bool:
 
 
 def _template(scope: Scope) -> str:
-    route: Any = scope.get("route")
-    template: str = getattr(route, "path", None) or "none"
-    if "collection" in scope.get("path_params", {}) and not template.startswith(_COLLECTION):
-        return _COLLECTION + template  # FastAPI may omit the prefix of an included router
+    template: str = getattr(scope.get("route"), "path", None) or "none"
     return template

@@ -1,5 +1,14 @@
-"""The search engine: queries become ranked matches. Knows nothing of HTTP.
+"""The search engine: a query becomes a plan, a vector, ranked rows and items. Knows nothing of HTTP.
 
-In: a `Query` and a `Snapshot` of the published index. Out: ranked matches, or an error of `search.errors`.
-Imported by `api`, `writes`, `main`, `server` and the CLI; it imports `core`, `dcar_core` and `index_jobs.store`.
+    from app.search import Index
+    index = Index.open("data/index/twemoji")
+    results = index.search("crying cat", k=3)  # each with item, score and level
+
+In: a `Query` and a `Snapshot` of the published index. Out: `SearchResults`, or an error of `search.errors`. Imported by
+`service`, which shares its work among requests, by `api` and by the CLI; it imports `core`, `dcar_core` and
+`index_jobs.store`.
 """
+
+from app.search.index import Index
+
+__all__ = ["Index"]

@@ -4,8 +4,12 @@
 - The engine knows nothing of HTTP: `app.api.error_handlers` maps each class to a response.
 """
 
+import re
+from pathlib import Path
+
 from dcar_core.util.errors import DcarError, ImageError
 
+_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*")  # of an absolute path, but not of a URL
 _MAX_SHOWN = 200  # characters of a name that a caller sent
 
 
@@ -91,3 +95,10 @@ class OverloadedError(UnavailableError):
 
     def __init__(self, retry_after_s: float = 1) -> None:
         super().__init__("The service is busy.", retry_after_s)
+
+
+def without_directories(message: str, index: Path) -> str:
+    """Shorten absolute paths in a message to their last part."""
+    for directory in (index.absolute(), index.resolve()):
+        message = message.replace(str(directory), index.resolve().name)
+    return _DIRECTORIES.sub("", message)

@@ -1,30 +1,29 @@
-"""Queries, the composition of their vectors, and results.
+"""Queries and results.
 
-- The options are pydantic models: JSON bodies, forms and Python callers are checked by the same rules.
-- Limits that are settings (characters, k, ...) are checked in `app.api`.
-- The vector of a query is the weighted sum of its parts: see `compose`. Only the ratios of the weights matter.
+- A query is a pydantic model: JSON bodies, forms and Python callers are checked by the same rules, and its texts are
+  normalized once.
+- Limits that are settings (characters, k, ...) apply where the settings are given as the context of the validation.
 """
 
-import math
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self, overload
 
-import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
+from pydantic_core import from_json
 
 from app.core.settings import DEFAULT_K
-from app.search.errors import InvalidQueryError
 from dcar_core.model.text.cleaning import strip_control_tokens
-from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
 # FailFast reports the first fault of a list: reporting every fault of a hostile one would take seconds.
 Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
+Level = Literal["likely", "possible", "unlikely"]
 WordEffects = list[tuple[str, float]]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 GroupBy = Annotated[
@@ -37,12 +36,14 @@ GroupBy = Annotated[
 ]
 
 
-_MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+_LIST_FIELDS = frozenset({"more_like", "less_like", "fields", "facets"})
+_TEXT_FIELDS = frozenset({"query", "without"})
+_OMITTED_IF_EMPTY = _LIST_FIELDS | {"filter", "weights", "crop"}
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Return the form in which a text is encoded and cached: NFC, single spaces, no invisible or control tokens."""
     if not text.isascii() or not text.isprintable():
         text = "".join(
@@ -52,6 +53,27 @@ def normalise(text: str) -> str:
         )
         text = unicodedata.normalize("NFC", text)  # last: a letter and its mark may only now be neighbours
     return " ".join(strip_control_tokens(text).split())
+
+
+def _check_text(text: str, info: ValidationInfo) -> str:
+    if info.context is not None and len(text) > info.context.max_query_chars:
+        raise ValueError(f"at most {info.context.max_query_chars} characters, not {len(text)}")
+    normalized = normalize(text)
+    if text and not normalized:
+        raise ValueError("must not be empty; leave it out instead")
+    return normalized
+
+
+def _check_k(k: int, info: ValidationInfo) -> int:
+    if info.context is not None and k > info.context.max_k:
+        raise ValueError(f"at most {info.context.max_k}, not {k}")
+    return k
+
+
+def _check_offset(offset: int, info: ValidationInfo) -> int:
+    if info.context is not None and offset + info.data.get("k", 0) > info.context.max_window:
+        raise ValueError(f"offset and k together are at most {info.context.max_window}")
+    return offset
 
 
 class Weights(BaseModel):
@@ -89,14 +111,21 @@ class Crop(BaseModel):
         return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
 
 
-class SearchOptions(BaseModel):
-    """Options of every kind of search."""
+class Query(BaseModel):
+    """A search by text, by items of the gallery (more_like, less_like), by an image beside it, or by all of them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra={"examples": [{"query": "crying cat", "k": 10}]}
+    )
 
-    k: Annotated[int, Field(ge=1, strict=True, description="number of results")] = DEFAULT_K
+    query: Annotated[
+        str, AfterValidator(_check_text), Field(description="what the image shows; optional if more_like is given")
+    ] = ""
+    k: Annotated[int, Field(ge=1, strict=True, description="number of results"), AfterValidator(_check_k)] = DEFAULT_K
     offset: Annotated[
-        int, Field(ge=0, strict=True, description="results to skip: `next_offset` of the previous page")
+        int,
+        Field(ge=0, strict=True, description="results to skip: `next_offset` of the previous page"),
+        AfterValidator(_check_offset),
     ] = 0
     filter: Annotated[
         dict[str, Any] | None,
@@ -116,7 +145,11 @@ class SearchOptions(BaseModel):
     less_like: Annotated[
         Ids, Field(description="ids of items that results should not resemble; these items are left out")
     ] = ()
-    without: Annotated[str, Field(description="what results should not show, such as tears", examples=["tears"])] = ""
+    without: Annotated[
+        str,
+        AfterValidator(_check_text),
+        Field(description="what results should not show, such as tears", examples=["tears"]),
+    ] = ""
     weights: Weights = Weights()
     fields: Annotated[
         Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],
@@ -162,38 +195,6 @@ class SearchOptions(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """One search: by normalised texts, an image file, an item (`item_id`), or the items of its options."""
-
-    options: SearchOptions
-    text: str = ""
-    image: bytes | None = None
-    item_id: str | None = None
-    without_text: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class QueryPart:
-    """A text, an image, or the mean of some items: its weight, negative if it is subtracted, and its vector (E,)."""
-
-    weight: float
-    vector: Floats
-
-
-def compose(parts: Sequence[QueryPart]) -> Floats:
-    """Return the unit vector (E,) of a query. Raise InvalidQueryError if all weights are 0, or the parts cancel out."""
-    scale = max((abs(part.weight) for part in parts), default=0.0)
-    if scale == 0:
-        raise InvalidQueryError("weights", "at least one part of the query must have a weight above 0")
-    weights = [part.weight / scale for part in parts]  # tiny weights would underflow
-    total = sum(weight * part.vector for weight, part in zip(weights, parts, strict=True))
-    length = math.sqrt(np.dot(total, total))
-    if length < _MIN_LENGTH * sum(map(abs, weights)):
-        raise InvalidQueryError("weights", "the parts of this query cancel each other out; change their weights")
-    return np.asarray(total / length, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
 class Explanation:
     """Why a result has its score; see `app.api.schemas.ResultExplanation`."""
 
@@ -208,27 +209,40 @@ class Match:
 
     item: Item
     score: float
-    folded: list[str]
-    rerank_score: float | None
-    explanation: Explanation | None
-    text_score: float | None
-    group: tuple[Any, int] | None
+    level: Level
+    folded: list[str] = field(default_factory=list)
+    rerank_score: float | None = None
+    explanation: Explanation | None = None
+    text_score: float | None = None
+    group: tuple[Any, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class SearchResults:
+class SearchResults(Sequence[Match]):
     """The matches of one query; see `app.api.schemas.SearchResponse`."""
 
     version: int
     matches: list[Match]
-    is_cached: bool
-    took_ms: float
-    offset: int
-    next_offset: int | None
-    min_score: float | None
-    facets: dict[str, list[dict[str, Any]]] | None
+    is_cached: bool = False
+    took_ms: float = 0.0
+    offset: int = 0
+    next_offset: int | None = None
+    min_score: float | None = None
+    cutoff: float | None = None
+    nothing_fits: bool = False
     fields: tuple[str, ...] = ()
+    facets: dict[str, list[dict[str, Any]]] | None = None
     has_exact_facets: bool = True
+
+    def __len__(self) -> int:
+        return len(self.matches)
+
+    @overload
+    def __getitem__(self, place: int) -> Match: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Match]: ...
+    def __getitem__(self, place: int | slice) -> Match | list[Match]:
+        return self.matches[place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,3 +253,24 @@ class ItemPage:
     count: int
     items: list[Item]
     next_offset: int | None
+
+
+def parse_fields(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return the fields of a query that are given as texts: `query` and `without` literally, the others as JSON.
+
+    A list may also be given as repeated fields. Empty lists and objects count as omitted. Unknown fields stay in, so
+    that validation reports a misspelt name.
+    """
+    fields: dict[str, Any] = {}
+    for name, text in texts:
+        if text == "" and name in _OMITTED_IF_EMPTY:
+            continue
+        value: Any = text
+        if name not in _TEXT_FIELDS:
+            with suppress(ValueError):
+                value = from_json(text)  # rejects lone surrogates, as JSON bodies do
+        if name in _LIST_FIELDS:
+            fields.setdefault(name, []).extend(value if isinstance(value, list) else [text])
+        else:
+            fields[name] = value
+    return fields

@@ -18,7 +18,7 @@ from dcar_core.model.checkpoint import read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import DcarError
-from index_jobs.store.artifact import Artifact, ImageAccess
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, read_manifest
 from index_jobs.store.writes.collection_folders import EmptyArtifact
@@ -42,7 +42,7 @@ class Snapshot:
         masks: cached masks of filters, bool (rows,), by the filter in JSON.
         groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
         facets: cached counts of values; see `app.search.ranking.facets`.
-        rankings: cached `RankedRow`s of recent queries, by `app.search.planning.ranking_key`.
+        rankings: cached rankings of recent queries, by `Plan.ranking_key`.
         page_facts: cached facts that only the page needs; see `app.api.browsing`.
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
@@ -90,8 +90,8 @@ def drop_oldest(cache: dict[Any, Any], size: int, kept: Hashable = None) -> None
             cache.pop(key, None)
 
 
-def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
-    """Load the published version of an index and search it once, so the first caller does not wait.
+def open_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
+    """Open the published version of an index, and load its model.
 
     Args:
         loaded: snapshots in memory, whose encoders and backbones are reused.
@@ -99,17 +99,22 @@ def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = 
     Raises:
         DcarError: the index or its checkpoint is missing or broken, or they do not belong together.
     """
-    artifact = open_current(index)
-    artifact.image_access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
+    artifact = open_current(index, image_roots=settings.image_roots, image_hosts=settings.image_hosts)
     encoder, backbone = _find_or_load_encoder(artifact.checkpoint, artifact.manifest.fingerprint, settings, loaded)
     artifact.require(encoder.fingerprint)
     return _make_snapshot(artifact, encoder, backbone, settings)
 
 
+def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
+    """Open a snapshot and search it once, so the first caller does not wait. See `open_snapshot`."""
+    return _warm_up(open_snapshot(index, settings, loaded))
+
+
 def load_empty_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
     """Load the model of a created collection that has no items yet; its version is 0. See `load_snapshot`."""
     encoder, backbone = _find_or_load_encoder(index / CHECKPOINT, None, settings, loaded)
-    return _make_snapshot(EmptyArtifact(index, encoder.fingerprint, encoder.dim), encoder, backbone, settings)
+    artifact = EmptyArtifact(index, encoder.fingerprint, encoder.dim)
+    return _warm_up(_make_snapshot(artifact, encoder, backbone, settings))
 
 
 def is_published(live: Snapshot, index: Path, version: int) -> bool:
@@ -137,15 +142,18 @@ def _make_snapshot(artifact: Artifact, encoder: Encoder, backbone: str, settings
 
         return PairWeights(encoder)
 
-    def warm_up() -> None:
-        encoder.encode_pixels(np.zeros((1, 3, preprocess.size, preprocess.size), np.uint8))
-        artifact.search(encoder.encode_text(["warm up"]), 1)
-
-    _ = artifact.lexical, artifact.sample_vectors  # damage is found now, not by the first caller
-    warm_up()  # lets the runtime convert the weights
-    encoder.release()
-    warm_up()  # reads the pages that queries need back into memory
     return Snapshot(encoder, artifact, preprocess, backbone, pair_weights)
+
+
+def _warm_up(snapshot: Snapshot) -> Snapshot:
+    """Find damage now, let the runtime convert the weights, and read what queries need."""
+    encoder, artifact = snapshot.encoder, snapshot.artifact
+    _ = artifact.lexical, artifact.sample_vectors
+    for _ in range(2):
+        encoder.encode_pixels(np.zeros((1, 3, snapshot.preprocess.size, snapshot.preprocess.size), np.uint8))
+        artifact.search(encoder.encode_text(["warm up"]), 1)
+        encoder.release()
+    return snapshot
 
 
 def _find_or_load_encoder(

@@ -52,9 +52,6 @@ export function formatAddress(state) {
 // True if the state has something to search for; without it the gallery is shown.
 export const hasSubject = (state) => Boolean(state.q || state.picture || state.like.length);
 
-// True for a search by words alone, to which the calibrated cut-off and the check of words apply.
-export const isPlain = ({ q, like, unlike, picture, without }) => Boolean(q) && !like.length && !unlike.length && !picture && !without;
-
 export const hasFilter = (state) => Object.keys(state.filter).length > 0;
 
 // Equal for states that show the same list.

@@ -45,11 +45,11 @@ async function drawStart() {
 
 async function drawSwitches() {
   const name = page.state().in;
-  const { has_words, starts_hybrid, group_field } = await loadCatalogue(page.base()).catch(() => ({}));
+  const { has_words, hybrid_by_default, group_field } = await loadCatalogue(page.base()).catch(() => ({}));
   if (!page.isSearched(name)) return;
   const { words } = page.state();
   $("words-label").hidden = !has_words;
-  $("words").checked = words ? words === "1" : starts_hybrid;
+  $("words").checked = words ? words === "1" : hybrid_by_default;
   $("fold-label").hidden = Boolean(group_field);
 }
 

@@ -9,16 +9,12 @@ import { fieldName, number, percent } from "./format.js";
 import { isSelected, toggleSelected } from "./selection.js";
 import { clearImages, loadPage } from "./service.js";
 
-const FAMILIAR = 0.5; // share of the words that captions have
-const CONTAINED = 0.6; // share of the words, by their rarity, from which on an item fits whatever its image shows
-const NEAR_SPELLING = 0.4; // the same where captions lack the words
-
 const LONGEST = 1.5; // of a frame's sides to each other
 
 const $ = (id) => document.getElementById(id);
 const results = $("results"), nothing = $("nothing");
 
-// base, nameOf: path and name of a collection. minScore, total: cut-off and number of items of a state's collection.
+// base, nameOf: path and name of a collection. total: number of items of a state's collection.
 // href, open, only: address of an item's detail view, and what a click does.
 let page = null;
 let list = emptyList();
@@ -26,7 +22,7 @@ let list = emptyList();
 const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
 
 function emptyList() {
-  return { wanted: EMPTY, results: [], others: [], next: undefined, minScore: -Infinity, scale: scaleOf([]), count: 0, facts: "", groups: "", enough: CONTAINED, fitting: 0, isDivided: false, isGrowing: false };
+  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf([]), count: 0, facts: "", groups: "", fitting: 0, isDivided: false, isGrowing: false };
 }
 
 export function prepareList(given) {
@@ -54,13 +50,11 @@ export function clearLists() {
   list = emptyList();
 }
 
-// found: the first page. known: how familiar the words are, or null. groups: field whose values are shown once each.
-export function drawList(found, wanted, known, groups) {
+// found: the first page. groups: field whose values are shown once each.
+export function drawList(found, wanted, groups) {
   const hadFocus = $("lists").contains(document.activeElement);
   clearLists();
-  const isStrange = isUnfamiliar(known, found.results);
-  const minScore = isStrange ? Infinity : page.minScore(wanted, wanted.in), enough = isStrange ? NEAR_SPELLING : CONTAINED;
-  list = { ...emptyList(), wanted, minScore, enough, scale: scaleOf(found.results), count: found.count, groups };
+  list = { ...emptyList(), wanted, scale: scaleOf(found.results), count: found.count, groups };
   const explained = found.results.flatMap(({ explanation }) => explanation ?? []);
   if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), explained.some(({ words }) => words), explained.length > 0);
   $("lists").style.setProperty("--frame", frameOf(found.results));
@@ -71,20 +65,14 @@ export function drawList(found, wanted, known, groups) {
   if (!found.results.length) {
     showNothing(hasFilter(wanted) ? "No images have all of these filters" : "No images are here", "");
     $("clear-filters").hidden = !hasFilter(wanted);
-  } else if (!list.fitting) {
+  } else if (found.nothing_fits && !wanted.sort) {
     showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
   }
 }
 
-// True if captions lack most of the words and the best score is no strong one either.
-function isUnfamiliar(known, shown) {
-  const best = Math.max(...shown.map(({ score }) => score));
-  return Boolean(known && shown.length) && known.known < FAMILIAR && known.strong_score !== null && best < known.strong_score;
-}
-
-// Returns the number of first results that fit: by their score, or because they have the words.
-function countFitting(shown, { minScore, enough = CONTAINED }) {
-  const end = shown.findIndex(({ score, text_score: contained = 0 }) => score < minScore && contained < enough);
+// Returns the number of first results that fit; all without a cut-off.
+function countFitting(shown, { cutoff }) {
+  const end = cutoff === undefined ? -1 : shown.findIndex(({ level }) => level !== "likely");
   return end < 0 ? shown.length : end;
 }
 
@@ -99,7 +87,7 @@ function append(found) {
   const start = list.results.length, { wanted } = list;
   list.results.push(...found.results);
   list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
-  list.fitting = wanted.sort ? list.results.length : countFitting(list.results, list);
+  list.fitting = wanted.sort ? list.results.length : countFitting(list.results, found);
   const cards = found.results.map((result, i) => card(result, wanted.in, list.scale, start + i >= list.fitting));
   if (!list.isDivided && list.fitting && list.fitting < list.results.length) {
     cards.splice(list.fitting - start, 0, makeDivider());
@@ -178,7 +166,7 @@ export function drawCompared(found, wanted) {
   $("other-status").textContent = found.results ? "" : found.message;
   list.others = found.results ?? [];
   if (!list.others.length) return;
-  const scale = scaleOf(list.others), fitting = countFitting(list.others, { minScore: page.minScore(wanted, wanted.beside) });
+  const scale = scaleOf(list.others), fitting = countFitting(list.others, found);
   $("others").append(...list.others.map((result, i) => card(result, wanted.beside, scale, i >= fitting)));
   markPlaces(results, list.others, wanted.beside);
   markPlaces($("others"), list.results, page.nameOf(wanted.in));

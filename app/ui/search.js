@@ -5,7 +5,7 @@
 // - "Back" loads as much of the list as was shown and scrolls there.
 // - Requests start once the collections are loaded; text typed before that waits.
 
-import { EMPTY, formatAddress, hasSubject, isPlain, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
+import { EMPTY, formatAddress, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
 import { handleCardKey } from "./cards.js";
 import { drawControls, prepareControls } from "./controls.js";
 import { prepareCrop } from "./crop.js";
@@ -14,7 +14,7 @@ import { drawFacets, prepareFacets } from "./facets.js";
 import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, searchedIn, shownCount } from "./list.js";
 import { followScroll } from "./scrolling.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
-import { knownWords, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
+import { listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
 import { images, prepareUpload } from "./upload.js";
 
 const $ = (id) => document.getElementById(id);
@@ -97,12 +97,11 @@ async function load({ typed, restored }) {
       return loadPage(wanted, base(wanted.beside), 0, signal);
     };
     const second = wanted.beside && hasSubject(wanted) ? compared().catch((reason) => reason) : null;
-    const words = isPlain(wanted) ? knownWords(base(wanted.in), wanted.q, signal).catch(() => null) : null;
-    const [found, other, known, { group_field: groups }] = await Promise.all([first, second, words, loadCatalogue(base(wanted.in))]);
+    const [found, other, { group_field: groups }] = await Promise.all([first, second, loadCatalogue(base(wanted.in))]);
     if (signal.aborted) return;
     drawn = listKey(wanted);
     error.hidden = $("key-form").hidden = true;
-    drawList(found, wanted, known, groups);
+    drawList(found, wanted, groups);
     if (other) drawCompared(other, wanted);
     await restore(restored, signal);
   } catch (reason) {
@@ -200,7 +199,6 @@ prepareControls({
 });
 prepareList({
   base, nameOf, href,
-  minScore: (wanted, name) => (isPlain(wanted) && about(name)?.min_score) || -Infinity,
   total: (name) => about(name)?.count ?? 0,
   isBusy: () => running !== null,
   open: (id, name) => go({ show: id, of: isSearched(name) ? "" : name }),
@@ -230,8 +228,8 @@ for (const input of [query, $("without")]) input.addEventListener("input", typed
 $("sort").addEventListener("change", () => go({ sort: $("sort").value }, { replace: true }));
 $("clear-filters").addEventListener("click", () => go({ filter: {} }));
 $("words").addEventListener("change", async () => {
-  const isOn = $("words").checked, { starts_hybrid } = await loadCatalogue(base());
-  go({ words: isOn === starts_hybrid ? "" : isOn ? "1" : "0" }, { replace: true });
+  const isOn = $("words").checked, { hybrid_by_default } = await loadCatalogue(base());
+  go({ words: isOn === hybrid_by_default ? "" : isOn ? "1" : "0" }, { replace: true });
 });
 $("fold").addEventListener("change", () => go({ fold: $("fold").checked }, { replace: true }));
 $("explain").addEventListener("change", () => go({ explain: $("explain").checked }, { replace: true }));

@@ -58,15 +58,15 @@ export async function listCollections() { // 401 also if the key's scope names n
 export async function browse(base, { k = BROWSED, filter = {}, ...options }, signal) {
   const given = { k: await atMost(base, k), ...options, filter: hasFilter({ filter }) ? JSON.stringify(filter) : "" };
   const present = Object.entries(given).filter(([, value]) => value !== "" && value !== undefined);
-  return requestJson(`${base}browse?${new URLSearchParams(present)}`, { signal });
+  return requestJson(`${base}ui/browse?${new URLSearchParams(present)}`, { signal });
 }
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue
 
-// Returns {fields, group_field, has_words, starts_hybrid, max_k}: see `app/api/browsing.py`.
+// Returns {fields, group_field, has_words, hybrid_by_default, max_k}: see `app/api/browsing.py`.
 export function loadCatalogue(base) {
   if (!catalogues.has(base)) {
-    const loading = requestJson(`${base}catalogue`);
+    const loading = requestJson(`${base}ui/catalogue`);
     loading.catch(() => catalogues.delete(base));
     catalogues.set(base, loading);
   }
@@ -79,7 +79,7 @@ const atMost = async (base, k) => Math.min(k, (await loadCatalogue(base)).max_k)
 // Returns [{name, values: [{value, count}]}].
 export async function loadFacets(base, filter) {
   const params = hasFilter({ filter }) ? `?${new URLSearchParams({ filter: JSON.stringify(filter) })}` : "";
-  return (await requestJson(`${base}facets${params}`)).facets;
+  return (await requestJson(`${base}ui/facets${params}`)).facets;
 }
 
 // Returns the items that share a value of a field.
@@ -89,14 +89,11 @@ export async function loadGroup(base, field, value) {
 }
 
 // True if a state's words are looked up as well.
-function isHybrid(state, { has_words, starts_hybrid }) {
-  return Boolean(state.q) && has_words && (state.words ? state.words === "1" : starts_hybrid);
+function isHybrid(state, { has_words, hybrid_by_default }) {
+  return Boolean(state.q) && has_words && (state.words ? state.words === "1" : hybrid_by_default);
 }
 
 export const loadItem = (base, id, signal) => requestJson(`${base}items/${encodeURIComponent(id)}`, { signal });
-
-// Returns {known, strong_score}: see `app/api/browsing.py`.
-export const knownWords = (base, q, signal) => requestJson(`${base}words?${new URLSearchParams({ q })}`, { signal });
 
 // One page of the list that a state describes, as {results, next_offset, count, ...}.
 export async function loadPage(state, base, offset, signal) {

@@ -22,8 +22,8 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
-from app.search.collections import Collections, ServedIndex, without_directories
-from app.search.errors import UnavailableError
+from app.search.errors import UnavailableError, without_directories
+from app.service.collections import Collections, ServedIndex
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.store.writes.write_queue import JobKind, WriteQueue
 

@@ -22,7 +22,7 @@ from dcar_core.util.errors import ArtifactError, FingerprintError, StoreUnavaila
 from dcar_core.util.files import sha256_of
 from index_jobs.engines.protocol import ScoredRows
 from index_jobs.engines.registry import load_engine
-from index_jobs.gallery.image_access import ImageAccess as ImageAccess
+from index_jobs.gallery.image_access import ImageAccess
 from index_jobs.gallery.storage import is_url, join_location, open_image
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.manifest import ADDITIONS_ENGINE, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
@@ -63,13 +63,13 @@ class Artifact(Segments):
 
     image_access: ImageAccess | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, image_access: ImageAccess | None = None) -> None:
         """Open the version in directory `path`; see `index_jobs.store.versions`.
 
         Raises:
             ArtifactError: a file is missing, too short or unreadable, or the files do not fit together.
         """
-        self.path = path
+        self.path, self.image_access = path, image_access
         self.manifest = Manifest.read(path / MANIFEST)
         self._check_sizes()
         super().__init__(*self._open())

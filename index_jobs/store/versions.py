@@ -14,9 +14,11 @@ INDEX/versions/<n>/checkpoint/       the model that encoded the vectors
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
+from index_jobs.gallery.image_access import ImageAccess
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, Manifest
 
@@ -66,12 +68,23 @@ def require_index(index: Path) -> int:
     return version
 
 
-def open_current(index: Path) -> Artifact:
-    """Open the published version. Raise ArtifactError if nothing is published, or the version is incomplete."""
+def open_current(
+    index: Path, *, image_roots: Sequence[Path] | None = None, image_hosts: Sequence[str] = ()
+) -> Artifact:
+    """Open the published version.
+
+    Args:
+        image_roots: directories whose images may be read beside the gallery's own; None for no limits on images.
+        image_hosts: hosts, or buckets, whose images may be read.
+
+    Raises:
+        ArtifactError: nothing is published, or the version is incomplete.
+    """
+    access = None if image_roots is None else ImageAccess(tuple(image_roots), frozenset(image_hosts))
     version = require_index(index)
     while True:
         try:
-            return open_version(index, version)
+            return open_version(index, version, access)
         except ArtifactError:  # a writer may have published another version and removed this one in the meantime
             newest = current_version(index)
             if newest is None or newest == version:
@@ -79,12 +92,12 @@ def open_current(index: Path) -> Artifact:
             version = newest
 
 
-def open_version(index: Path, version: int) -> Artifact:
+def open_version(index: Path, version: int, image_access: ImageAccess | None = None) -> Artifact:
     path = index / VERSIONS / str(version)
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"
         raise ArtifactError(f"{index} has no version {version}; it has {available}")
-    return Artifact(path)
+    return Artifact(path, image_access)
 
 
 def version_numbers(index: Path) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.search.collections import ServedIndex
+from app.service.collections import ServedIndex
 from app.writes.worker import WriteWorker
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from app.search import embedding
+from app.service import compute
 from dcar_core.model.preprocess import Preprocess
 from tests.support.images import png
 from tests.support.responses import assert_problem
@@ -178,7 +178,7 @@ async def test_large_images_are_decoded_one_at_a_time_and_delay_no_others(
                 decoding -= 1
             return decode(preprocess, data)
 
-        monkeypatch.setattr(embedding, "_LARGE_PIXELS", 1000)
+        monkeypatch.setattr(compute, "_LARGE_PIXELS", 1000)
         monkeypatch.setattr(Preprocess, "__call__", slow)
         colours = ("red", "green", "blue", "white", "black")
         large = [

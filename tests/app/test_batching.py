@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.search import batching
-from app.search.batching import Batcher, BatchGroup, SharedTasks
 from app.search.errors import NotReadyError, OverloadedError
+from app.service import batching
+from app.service.batching import Batcher, BatchGroup, SharedTasks
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 

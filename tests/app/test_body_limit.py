@@ -3,15 +3,18 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from app.core.metrics import Metrics
-from app.middleware.body_limit import _WATCH_AFTER_S, FREE_BYTES, BodyLimit, byte_counter
+from app.core.settings import Settings
+from app.middleware.body_limit import _WATCH_AFTER_S, UNCOUNTED_BYTES, BodyLimit, byte_counter
+from app.middleware.policy import POLICY, Policy
 
-LIMIT = 2**20 + 2 * FREE_BYTES
+LIMIT = 2**20 + 2 * UNCOUNTED_BYTES
 Handler = Callable[[Scope, Receive, Send], Any]
 Response = tuple[int, dict[bytes, bytes], bytes]  # status, headers and body
 
@@ -37,7 +40,9 @@ class Served:
         self, handler: Handler = count, *, in_flight: int = 2**30, upload_s: float = 30, limit: int = LIMIT
     ) -> None:
         self.metrics = Metrics()
-        self.app = BodyLimit(handler, lambda path: (limit, path[1:]), self.metrics, in_flight, upload_s)
+        settings = Settings(index=Path(), max_in_flight_bytes=in_flight, upload_timeout_s=upload_s)
+        self.policy = Policy("read", body=lambda _: limit, field="file")
+        self.app = BodyLimit(handler, settings, self.metrics)
 
     def refused(self, reason: str) -> float:
         value: float = self.metrics.refused.labels(reason)._value.get()
@@ -64,7 +69,7 @@ class Served:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await self.app({"type": "http", "path": "/file", "headers": list(headers)}, receive, send)
+        await self.app({"type": "http", POLICY: self.policy, "headers": list(headers)}, receive, send)
         start, bodies = sent[0], b"".join(each["body"] for each in sent[1:])
         assert [each["type"] for each in sent].count("http.response.start") == 1
         return start["status"], dict(start["headers"]), bodies
@@ -145,7 +150,7 @@ async def test_other_protocols_pass() -> None:
 
 
 async def test_the_largest_unfinished_body_gives_way() -> None:
-    """The first FREE_BYTES of each are free, a single body always has room, and a finished one is not dropped."""
+    """The first UNCOUNTED_BYTES of each are free, a single body always has room, and a finished one is not dropped."""
     served, done = Served(in_flight=2**20), asyncio.Event()
 
     async def begin(size: int) -> asyncio.Task[Response]:
@@ -154,7 +159,7 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         return task
 
     first = await begin(LIMIT)
-    free = [await begin(size) for size in (FREE_BYTES, 60_000) for _ in range(10)]
+    free = [await begin(size) for size in (UNCOUNTED_BYTES, 60_000) for _ in range(10)]
     assert served.refused("uploads") == 0
     second = await begin(LIMIT - 1)
     status, headers, body = await first
@@ -171,12 +176,12 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
 
 async def test_exactly_the_budget_is_accepted() -> None:
     served, done = Served(in_flight=2**20), asyncio.Event()
-    half = FREE_BYTES + 2**19
+    half = UNCOUNTED_BYTES + 2**19
     tasks = [asyncio.create_task(served(bytes(half), hangs=done)) for _ in range(2)]
     await asyncio.sleep(0.01)
     assert served.app._held == 2**20
     assert not any(task.done() for task in tasks)
-    tasks.append(asyncio.create_task(served(bytes(FREE_BYTES + 1), hangs=done)))
+    tasks.append(asyncio.create_task(served(bytes(UNCOUNTED_BYTES + 1), hangs=done)))
     await asyncio.sleep(0.01)
     assert sum(task.done() for task in tasks) == 1, "one byte more is too much"
     done.set()

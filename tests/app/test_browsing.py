@@ -64,7 +64,7 @@ def cache(tmp_path: Path) -> dict[str, Any]:
 
 
 async def ids(client: ServiceClient, **query: Any) -> list[str]:
-    response = await client.get("/browse", params=query)
+    response = await client.get("/ui/browse", params=query)
     assert response.status_code == 200, response.text
     return [Path(item["metadata"]["file_name"]).stem for item in response.json()["items"]]
 
@@ -215,14 +215,14 @@ def test_cache_without_a_disk_is_no_error(tmp_path: Path, caplog: pytest.LogCapt
 
 async def test_browsing_filters_and_sorts(photos: Path) -> None:
     async with opened(photos) as client:
-        assert (await client.get("/browse")).json()["count"] == 3
-        assert {"name": "price", "is_number": True} in (await client.get("/catalogue")).json()["fields"]
+        assert (await client.get("/ui/browse")).json()["count"] == 3
+        assert {"name": "price", "is_number": True} in (await client.get("/ui/catalogue")).json()["fields"]
         assert await ids(client, sort="price") == ["print", "phone", "scan"], "an item without a price is last"
         assert await ids(client, sort="-price") == ["phone", "print", "scan"]
         assert await ids(client, sort="price", k=1, offset=1) == ["phone"]
         assert await ids(client, sort="caption", filter=CAKES) == ["print", "scan"]
         for query in ({"sort": "gone"}, {"sort": "attributes"}, {"k": 0}, {"k": 1000}, {"unknown": 1}, {"filter": "{"}):
-            assert (await client.get("/browse", params=query)).status_code == 422
+            assert (await client.get("/ui/browse", params=query)).status_code == 422
 
 
 async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +234,7 @@ async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch:
         return has_texts(catalogue, name)
 
     monkeypatch.setattr(Catalogue, "_has_texts", in_thread)
-    for path in ("/browse?sort=price", "/catalogue"):
+    for path in ("/ui/browse?sort=price", "/ui/catalogue"):
         async with opened(photos) as client:
             assert (await client.get(path)).status_code == 200
     assert sorted(names) == ["caption", "caption", "category", "category"]
@@ -244,7 +244,7 @@ async def test_facets_are_fields_that_few_values_divide(built_index: Path) -> No
     async with opened(built_index) as client:
 
         async def counted(**filter: str) -> dict[str, dict[str, int]]:
-            response = await client.get("/facets", params={"filter": json.dumps(filter)})
+            response = await client.get("/ui/facets", params={"filter": json.dumps(filter)})
             assert response.status_code == 200, response.text
             facets = response.json()["facets"]
             return {facet["name"]: {each["value"]: each["count"] for each in facet["values"]} for facet in facets}
@@ -256,46 +256,31 @@ async def test_facets_are_fields_that_few_values_divide(built_index: Path) -> No
         assert red["color"] == everything["color"], "another value of the same field can be chosen"
         assert set(red["category"].values()) == {1}
         for wrong in ("{", '{"brand": "x"}', "[1]"):
-            assert (await client.get("/facets", params={"filter": wrong})).status_code == 422
+            assert (await client.get("/ui/facets", params={"filter": wrong})).status_code == 422
 
 
 async def test_gallery_shows_each_group_once(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     rebuild(gallery, tiny_checkpoint, tmp_path / "index", group_field="color", workers=0, progress=False)
     async with opened(tmp_path / "index", page_hybrid=True) as client:
-        body = (await client.get("/browse", params={"sort": "caption", "k": 4})).json()
+        body = (await client.get("/ui/browse", params={"sort": "caption", "k": 4})).json()
         assert (body["count"], body["next_offset"]) == (6, 4)
         assert [item["caption"] for item in body["items"]][:2] == ["a black circle", "a blue circle"]
         assert body["items"][0]["group"] == {"value": "black", "count": 4}
         some = {"filter": json.dumps({"category": ["cross", "square"]})}
-        assert {item["group"]["count"] for item in (await client.get("/browse", params=some)).json()["items"]} == {2}
-        facets = (await client.get("/facets")).json()["facets"]
+        assert {item["group"]["count"] for item in (await client.get("/ui/browse", params=some)).json()["items"]} == {2}
+        facets = (await client.get("/ui/facets")).json()["facets"]
         assert [(facet["name"], {each["count"] for each in facet["values"]}) for facet in facets] == [("category", {6})]
-        about = (await client.get("/catalogue")).json()
-        assert about | {"group_field": "color", "has_words": True, "starts_hybrid": True, "max_k": 200} == about
-
-
-async def test_words_of_captions_are_familiar(photos: Path) -> None:
-    async with opened(photos) as client:
-        for text, known in {
-            "blue lamps": 1.0,  # singular or plural
-            "a lamp with an éclair": 1.0,
-            "りんご": 1.0,
-            "weinende Katze": 0.0,
-            "猫": 0.0,
-            "blue gnu": 0.5,
-            "a": 1.0,  # no word that says anything
-        }.items():
-            body = (await client.get("/words", params={"q": text})).json()
-            assert body == {"known": known, "strong_score": None}, text
+        about = (await client.get("/ui/catalogue")).json()
+        assert about | {"group_field": "color", "has_words": True, "hybrid_by_default": True, "max_k": 200} == about
 
 
 async def test_routes_of_the_page_need_the_key(photos: Path) -> None:
     async with opened(photos, **KEYS) as client:
-        paths = ("/browse", "/facets", "/catalogue", "/words?q=red")
+        paths = ("/ui/browse", "/ui/facets", "/ui/catalogue")
         for path in (*paths, f"/items/{'x' * 8}/image?size=192"):
             assert (await client.get(path)).status_code == 401
         documented = (await client.get("/openapi.json")).json()["paths"]
-        assert "/browse" not in documented
+        assert "/ui/browse" not in documented
     scoped = f"alice:{key_hash(ALICE)}:read:{photos.name}, bob:{key_hash(BOB)}:read:another"
     async with opened(photos, api_keys=scoped) as client:
         for path in paths:

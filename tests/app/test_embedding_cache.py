@@ -17,7 +17,7 @@ from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
 from app.core.redis import CircuitBreaker
 from app.core.settings import Settings
-from app.search.embedding_cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
+from app.service.embedding_cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
 from tests.support.redis_server import RedisServer
 from tests.support.service import opened, until
 
@@ -246,7 +246,7 @@ async def test_a_value_from_redis_is_cached_in_the_process(redis_server: RedisSe
 
 
 async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.search.embedding_cache._MAX_WRITES", 2)
+    monkeypatch.setattr("app.service.embedding_cache._MAX_WRITES", 2)
     metrics = Metrics()
     cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, size=10, metrics=metrics)
     for i in range(5):
@@ -280,7 +280,7 @@ async def test_results_are_the_same_with_and_without_redis(built_index: Path, re
         assert (await ask())["results"] == first["results"]
     async with opened(built_index, **given) as client:  # as another process would
         assert (await ask())["cached"] is True
-        cache = client.app.state.retriever._embedder._cache
+        cache = client.app.state.retriever.compute._cache
         breaker = cache.read_breaker
         breaker._pause = cache.write_breaker._pause = 0.2
         redis_server.stop()
@@ -307,7 +307,7 @@ async def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redi
                 assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
                 slowest = max(slowest, time.perf_counter() - started)
             assert slowest < 1
-            assert client.app.state.retriever._embedder._cache.read_breaker.is_open
+            assert client.app.state.retriever.compute._cache.read_breaker.is_open
         finally:
             os.kill(redis_server._process.pid, signal.SIGCONT)
 

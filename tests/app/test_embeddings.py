@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app.api.schemas import EmbeddingsResponse
-from app.search.embedding_cache import rounded
+from app.service.embedding_cache import rounded
 from dcar_core import Encoder
 from tests.support.images import png
 from tests.support.responses import assert_problem

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from app.search.plan import Plan
+from app.search.query import Query
 from app.search.ranking.facets import count_facets, count_values
 from app.search.ranking.groups import group_field, rank_groups
-from app.search.ranking.rank import RankQuery, rank
+from app.search.ranking.rank import rank
 from index_jobs.store.filters import match_column
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
 
@@ -110,8 +112,8 @@ def test_an_empty_category_is_no_value() -> None:
     everything = np.ones(60, np.bool_)
     assert count_values(snapshot.artifact, "category", everything) == [{"value": "cat", "count": 30}]
     groups = group_field(snapshot, "category")
-    query = RankQuery(unit(rng, 8))
-    found = rank_groups(lambda size, mask: rank(snapshot.artifact, query, size, mask), 60, groups, None)
+    vector, plan = unit(rng, 8), Plan(Query())
+    found = rank_groups(lambda size, mask: rank(snapshot.artifact, vector, plan, size, mask), 60, groups, None)
     assert len(found) == 31, "each item without a category stands alone"
 
 

@@ -80,7 +80,7 @@ async def test_a_batch_has_one_count_of_facets_in_the_queue_at_a_time(
         order.append("single")
         return match_rows(artifact, filter)
 
-    monkeypatch.setattr("app.search.retriever.count_facets", count)
+    monkeypatch.setattr("app.search.engine.count_facets", count)
     monkeypatch.setattr(filters, "match_rows", match)
     async with opened(built_index) as client:
         queries = [{"query": f"red {i}", "facets": ["color"]} for i in range(8)]
@@ -116,7 +116,7 @@ async def test_explanations_and_reranking_encode_images_in_small_chunks(
         passes.append(len(pixels))
         return features(self, pixels)
 
-    monkeypatch.setattr("app.search.embedding.encode_image_rows", record_rows)
+    monkeypatch.setattr("app.service.compute.encode_image_rows", record_rows)
     monkeypatch.setattr(PairWeights, "image_features", record_features)
     async with opened(built_index, explain_results=2) as client:
         bodies = [{"query": f"a red square {i}", "k": 10} | options for i in range(4)]

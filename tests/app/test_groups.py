@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.search.engine import rank_rows
 from app.search.errors import InvalidQueryError
-from app.search.planning import Plan, rank_rows
-from app.search.query import Query, SearchOptions
+from app.search.plan import Plan
+from app.search.query import Query
 from app.search.ranking.facets import count_values
 from app.search.ranking.groups import group_field, rank_groups
-from app.search.ranking.rank import RankQuery, rank
+from app.search.ranking.rank import rank
 from app.search.snapshots import drop_oldest
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
 
@@ -29,14 +30,14 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> N
     groups = group_field(snapshot, "product")
     vector = vectors[0]
     for mask in (None, rng.random(count) < 0.5):
-        everything = rank(snapshot.artifact, RankQuery(vector), count, mask)
+        everything = rank(snapshot.artifact, vector, Plan(Query()), count, mask)
         first: dict[Any, int] = {}
         for each in everything:
             first.setdefault(each.row if values[each.row] is None else values[each.row], each.row)
         expected = list(first.values())
 
         def search(size: int, remaining: Any) -> Any:
-            return rank(snapshot.artifact, RankQuery(vector), size, remaining)
+            return rank(snapshot.artifact, vector, Plan(Query()), size, remaining)
 
         for size in (1, 5, 24, len(expected), len(expected) + 5):
             found = rank_groups(search, size, groups, mask)
@@ -70,8 +71,7 @@ def test_products_like_some_items_equal_those_of_all_rows(kind: str, seed: int) 
             for row in sorted(allowed.tolist(), key=lambda row: -scores[row]):
                 if products[row] not in {products[each] for each in liked}:
                     expected.setdefault(products[row], float(scores[row]))
-            query = Query(SearchOptions())
-            plan = Plan(query, liked[:1], liked[1:], None, end=9, rerank_depth=0, hybrid=None, group_by="product")
+            plan = Plan(Query(k=9), excluded_rows={*liked}, group_by="product")
             found = rank_rows(snapshot, plan, vector, mask)
             assert [products[each.row] for each in found] == list(expected)[:10]
             np.testing.assert_allclose([each.score for each in found], list(expected.values())[:10], atol=1e-5)
@@ -92,7 +92,7 @@ def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str
         return search(queries, k, *given, **options)
 
     artifact.search = recording
-    plan = Plan(Query(SearchOptions()), [7], [], None, end=9, rerank_depth=0, hybrid=None, group_by="product")
+    plan = Plan(Query(k=9), excluded_rows={7}, group_by="product")
     found = rank_rows(snapshot_of(artifact), plan, vectors[7], None)
     assert [values[each.row] for each in found if values[each.row] == "a"] == []
     assert len(found) == (0 if names == ["a"] else 10)
@@ -134,7 +134,9 @@ def test_one_huge_group_does_not_hide_the_others() -> None:
     values = ["huge"] * 2950 + [f"p{number}" for number in range(50)]
     snapshot = snapshot_of(ArtifactStub(vectors, product=values))
     groups = group_field(snapshot, "product")
-    found = rank_groups(lambda size, mask: rank(snapshot.artifact, RankQuery(vectors[0]), size, mask), 10, groups, None)
+    found = rank_groups(
+        lambda size, mask: rank(snapshot.artifact, vectors[0], Plan(Query()), size, mask), 10, groups, None
+    )
     assert len({groups.value(each.row) for each in found}) == 10
 
 

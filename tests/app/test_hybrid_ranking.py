@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.search.engine import rank_rows
 from app.search.errors import UnsupportedQueryError
-from app.search.planning import Plan, rank_rows
-from app.search.query import Query, SearchOptions
+from app.search.plan import Plan
+from app.search.query import Query
 from app.search.ranking.groups import group_field, rank_groups
-from app.search.ranking.hybrid import HybridQuery
-from app.search.ranking.rank import RankQuery, rank
+from app.search.ranking.rank import rank
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
@@ -39,20 +39,20 @@ def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, w
     snapshot, vectors, lexical = catalogue
     vector = unit(np.random.default_rng(len(query)), 24)
     allowed = np.random.default_rng(1).random(400) < 0.7
-    hybrid = HybridQuery(query, weight)
+    plan = Plan(Query(query=query), words_weight=weight)
     text_scores = lexical.score(query, np.arange(400))
     scores = vectors @ vector + np.float32(text_bonus(snapshot.artifact.sample_vectors, vector, weight)) * text_scores
     for mask in (None, allowed):
         rows = np.arange(400) if mask is None else np.flatnonzero(mask)
         expected = sorted(zip((-scores[rows]).round(5).tolist(), rows.tolist(), strict=True))
-        ranked = rank(snapshot.artifact, RankQuery(vector, hybrid=hybrid), 400, mask)
+        ranked = rank(snapshot.artifact, vector, plan, 400, mask)
         np.testing.assert_allclose([scores[each.row] for each in ranked], [-score for score, _ in expected], atol=2e-5)
         assert sorted(each.row for each in ranked) == sorted(rows.tolist())
         for each in ranked:
             assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)
             assert each.score == pytest.approx(float(vectors[each.row] @ vector), abs=1e-5)
         for count in (1, 7, 40, 150):
-            page = rank(snapshot.artifact, RankQuery(vector, hybrid=hybrid), count, mask)
+            page = rank(snapshot.artifact, vector, plan, count, mask)
             assert [each.row for each in page] == [each.row for each in ranked[:count]]
 
 
@@ -61,10 +61,10 @@ def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypa
     monkeypatch.setattr("app.search.ranking.hybrid._COMMON_TEXT_ROWS", 20)
     snapshot, vectors, lexical = catalogue
     vector = unit(np.random.default_rng(9), 24)
-    query = RankQuery(vector, HybridQuery("smile", 0.7))
+    plan = Plan(Query(query="smile"), words_weight=0.7)
     text_scores = lexical.score("smile", np.arange(400))
     assert np.count_nonzero(text_scores) > 100
-    ranked = rank(snapshot.artifact, query, 60)
+    ranked = rank(snapshot.artifact, vector, plan, 60)
     scores = vectors @ vector + np.float32(text_bonus(snapshot.artifact.sample_vectors, vector, 0.7)) * text_scores
     assert all(np.diff([scores[each.row] for each in ranked]) <= 1e-5)
     for each in ranked:
@@ -72,23 +72,26 @@ def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypa
     nearest = np.argsort(-(vectors @ vector), kind="stable")[:40]
     assert {row for row in nearest.tolist() if text_scores[row] > 0} <= {each.row for each in ranked}
     for count in (1, 10, 40):
-        assert [each.row for each in rank(snapshot.artifact, query, count)] == [each.row for each in ranked[:count]]
+        assert [each.row for each in rank(snapshot.artifact, vector, plan, count)] == [
+            each.row for each in ranked[:count]
+        ]
 
 
 def test_min_score_of_a_hybrid_search_is_a_cosine(catalogue: Any) -> None:
     snapshot, _, _ = catalogue
     vector = unit(np.random.default_rng(3), 24)
-    ranked = rank(snapshot.artifact, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5), min_score=0.2), 400)
-    everything = rank(snapshot.artifact, RankQuery(vector, hybrid=HybridQuery("ghost", 0.5)), 400)
+    plan = Plan(Query(query="ghost"), words_weight=0.5)
+    ranked = rank(snapshot.artifact, vector, replace(plan, min_score=0.2), 400)
+    everything = rank(snapshot.artifact, vector, plan, 400)
     assert [each.row for each in ranked] == [each.row for each in everything if round(each.score, 6) >= 0.2]
     assert 0 < len(ranked) < 400
 
 
 def test_hybrid_results_are_grouped_and_folded_in_their_order(catalogue: Any) -> None:
     snapshot, vectors, _ = catalogue
-    query = RankQuery(vectors[0], hybrid=HybridQuery("red fish cake", 0.7))
-    everything = [each.row for each in rank(snapshot.artifact, query, 400)]
-    assert everything != [each.row for each in rank(snapshot.artifact, replace(query, hybrid=None), 400)]
+    vector, plan = vectors[0], Plan(Query(query="red fish cake"), words_weight=0.7)
+    everything = [each.row for each in rank(snapshot.artifact, vector, plan, 400)]
+    assert everything != [each.row for each in rank(snapshot.artifact, vector, Plan(Query()), 400)]
 
     products = [f"p{row % 37}" for row in range(400)]
     first: dict[str, int] = {}
@@ -96,12 +99,13 @@ def test_hybrid_results_are_grouped_and_folded_in_their_order(catalogue: Any) ->
         first.setdefault(products[row], row)
     groups = group_field(snapshot_of(ArtifactStub(vectors, product=products)), "product")
     for count in (5, 37):
-        grouped = rank_groups(partial(rank, snapshot.artifact, query), count, groups, None)
+        grouped = rank_groups(partial(rank, snapshot.artifact, vector, plan), count, groups, None)
         assert [each.row for each in grouped] == list(first.values())[:count]
 
     same = {0, *range(100, 140)}
     best = next(row for row in everything if row in same)
-    folded = rank(snapshot.artifact, replace(query, fold=0.999), 30)
+    plan = Plan(Query(query="red fish cake", fold=0.999), words_weight=0.7)
+    folded = rank(snapshot.artifact, vector, plan, 30)
     assert [each.row for each in folded] == [row for row in everything if row not in same - {best}][:30]
     assert {each.row: {*each.folded} for each in folded if each.folded} == {best: same - {best}}
 
@@ -109,7 +113,7 @@ def test_hybrid_results_are_grouped_and_folded_in_their_order(catalogue: Any) ->
 def test_an_index_without_words_says_how_to_get_them() -> None:
     snapshot = snapshot_of(ArtifactStub(unit(np.random.default_rng(0), 60, 8)))
     with pytest.raises(UnsupportedQueryError, match="rebuild"):
-        rank(snapshot.artifact, RankQuery(unit(np.random.default_rng(1), 8), hybrid=HybridQuery("ghost", 0.5)), 5)
+        rank(snapshot.artifact, unit(np.random.default_rng(1), 8), Plan(Query(query="ghost"), words_weight=0.5), 5)
 
 
 @pytest.mark.parametrize("query", ["ghost", "red fish cake", "face smile car"])
@@ -117,14 +121,15 @@ def test_hybrid_products_like_some_items_equal_those_of_all_rows(catalogue: Any,
     snapshot, vectors, lexical = catalogue
     products = [f"p{row % 9}" for row in range(400)]
     grouped = snapshot_of(ArtifactStub(vectors, lexical=lexical, product=products))
-    hybrid = HybridQuery(query, 0.7)
+    words = Plan(Query(query=query), words_weight=0.7)
     for mask in (None, np.random.default_rng(2).random(400) < 0.5):
-        everything = rank(snapshot.artifact, RankQuery(vectors[5], hybrid), 400, mask)
+        everything = rank(snapshot.artifact, vectors[5], words, 400, mask)
         expected: dict[str, int] = {}
         for row in (each.row for each in everything):
             if products[row] not in ("p5", "p6"):
                 expected.setdefault(products[row], row)
         for end in (3, 20):
-            plan = Plan(Query(SearchOptions()), [5], [6], None, end, 0, hybrid, group_by="product")
+            asked = Query(query=query, k=end)
+            plan = Plan(asked, excluded_rows={5, 6}, words_weight=0.7, group_by="product")
             found = rank_rows(grouped, plan, vectors[5], mask)
             assert [each.row for each in found] == list(expected.values())[: end + 1]

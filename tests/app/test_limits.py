@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 import pytest
 
-from app.search.batching import Batcher, BatchGroup
 from app.search.errors import OverloadedError
-from app.search.gallery_images import PIECE_BYTES
+from app.service.batching import Batcher, BatchGroup
+from app.service.gallery_images import PIECE_BYTES
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer
@@ -69,7 +69,7 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
     async with opened(built_index, max_queue_ms=1) as client:
         known = {"query": "a red square", "k": 3}
         assert (await client.post("/search/text", json=known)).status_code == 200
-        batcher = client.app.state.retriever._embedder._batcher
+        batcher = client.app.state.retriever.compute._batcher
         batcher._backlog = 5.0
         for response in (
             await client.post("/search/image", files={"file": png()}),
@@ -102,7 +102,7 @@ async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis
     async with opened(built_index, **given) as client:
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
     async with opened(built_index, **given) as client:  # with an empty local cache
-        client.app.state.retriever._embedder._batcher._backlog = 5.0
+        client.app.state.retriever.compute._batcher._backlog = 5.0
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
         assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.search.ranking.rank import _FOLD_BLOCK, RankedRow, RankQuery, _fold, rank
+from app.search.plan import Plan
+from app.search.query import Query
+from app.search.ranking.rank import _FOLD_BLOCK, RankedRow, _fold, rank
 
 
 def row_by_row(vectors: np.ndarray, found: list[RankedRow], fold: float) -> list[RankedRow]:
@@ -96,24 +98,28 @@ def copies() -> tuple[Any, np.ndarray]:
     return Exact(vectors), expected / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"excluded_rows": {0, 1, 2, 50}}, {"fold": 0.9}, {"min_score": 0.0}], ids=str)
-def test_a_longer_list_begins_with_the_shorter_one(options: dict[str, Any]) -> None:
+PLAIN = Plan(Query())
+PLANS = [PLAIN, Plan(Query(), excluded_rows={0, 1, 2, 50}), Plan(Query(fold=0.9)), Plan(Query(), min_score=0.0)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["plain", "excluded", "fold", "min_score"])
+def test_a_longer_list_begins_with_the_shorter_one(plan: Plan) -> None:
     """Pages then have every item once, however many scores are equal."""
     artifact, vector = copies()
-    rows = [hit.row for hit in rank(artifact, RankQuery(vector, **options), 300)]
+    rows = [hit.row for hit in rank(artifact, vector, plan, 300)]
     assert len(rows) == len(set(rows))
     for count in range(1, 120):
-        assert [hit.row for hit in rank(artifact, RankQuery(vector, **options), count)] == rows[:count]
-    assert not options or len(rows) < 300
-    if not options:
+        assert [hit.row for hit in rank(artifact, vector, plan, count)] == rows[:count]
+    assert plan is PLAIN or len(rows) < 300
+    if plan is PLAIN:
         assert sorted(rows) == list(range(300))
 
 
 def test_only_tied_scores_widen_the_search() -> None:
     artifact, vector = copies()
-    rank(artifact, RankQuery(vector), 10)
+    rank(artifact, vector, PLAIN, 10)
     assert artifact.asked == 88, "11, 22, 44: the sixty copies of one image"
-    rank(artifact, RankQuery(vector), 150)
+    rank(artifact, vector, PLAIN, 150)
     assert artifact.asked == 151
 
 
@@ -121,13 +127,13 @@ def test_identical_vectors_fold_at_a_threshold_of_one() -> None:
     """The product of a float32 vector with itself may be slightly below 1."""
     artifact, vector = copies()
     assert not np.all((artifact.vectors(np.arange(300)) ** 2).sum(1) >= 1)
-    hits = rank(artifact, RankQuery(vector, fold=1.0), 300)
+    hits = rank(artifact, vector, Plan(Query(fold=1.0)), 300)
     assert sorted(len(hit.folded) for hit in hits)[-2:] == [39, 59]
     assert len(hits) == 300 - 98
 
 
 def test_a_displayed_score_works_as_min_score() -> None:
     artifact, vector = copies()
-    for number, hit in enumerate(rank(artifact, RankQuery(vector), 300)[:150], 1):
-        kept = rank(artifact, RankQuery(vector, min_score=round(hit.score, 6)), 300)
+    for number, hit in enumerate(rank(artifact, vector, PLAIN, 300)[:150], 1):
+        kept = rank(artifact, vector, Plan(Query(), min_score=round(hit.score, 6)), 300)
         assert len(kept) >= number

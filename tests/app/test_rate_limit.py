@@ -13,7 +13,7 @@ from app.core.rate_limit import RateLimiter, _seconds_until_room, network_of, pa
 from app.core.redis import connect, disconnect
 from app.core.settings import Settings
 from app.main import create_app
-from app.search.embedding_cache import RedisCache
+from app.service.embedding_cache import RedisCache
 
 
 @pytest.mark.parametrize(

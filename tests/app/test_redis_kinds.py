@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from app.core.redis import connect
-from app.search.embedding_cache import RedisCache, rounded
+from app.service.embedding_cache import RedisCache, rounded
 from tests.support.parts import needs
 from tests.support.processes import free_port
 from tests.support.redis_server import RedisServer

@@ -46,7 +46,7 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
         return whole(*given)  # type: ignore[arg-type]
 
     async with opened(index, poll_s=0, **KEY) as client:
-        monkeypatch.setattr("app.search.collections.load_snapshot", slow)
+        monkeypatch.setattr("app.service.collections.load_snapshot", slow)
         rollback(index, 2)
         first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
         await asyncio.sleep(0.1)
@@ -114,7 +114,7 @@ async def test_a_reload_with_a_body_does_not_time_out(index: Path, monkeypatch: 
         return whole(*given)  # type: ignore[arg-type]
 
     async with opened(index, poll_s=0, upload_timeout_s=0.15, **KEY) as client:
-        monkeypatch.setattr("app.search.collections.load_snapshot", slow)
+        monkeypatch.setattr("app.service.collections.load_snapshot", slow)
         rollback(index, 2)
         response = await client.post("/admin/reload", headers=BEARER, json={})
         assert response.json()["changed"], response.text
@@ -128,9 +128,9 @@ async def test_a_long_load_does_not_keep_the_service(index: Path, monkeypatch: p
         release.wait(60)
         raise OSError("too late")
 
-    monkeypatch.setattr("app.search.collections._CLOSE_S", 0.1)
+    monkeypatch.setattr("app.service.collections._CLOSE_S", 0.1)
     async with opened(index, poll_s=0, **KEY) as client:
-        monkeypatch.setattr("app.search.collections.load_snapshot", hanging)
+        monkeypatch.setattr("app.service.collections.load_snapshot", hanging)
         rollback(index, 2)
         load = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
         await asyncio.to_thread(began.wait, 10)

@@ -12,8 +12,9 @@ import pytest
 from app.api.responses import JsonResponse
 from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
 from app.core.settings import Settings
-from app.search import retriever
-from app.search.planning import Plan, rank_rows
+from app.search import engine
+from app.search.engine import rank_rows
+from app.search.plan import Plan
 from app.search.ranking.rank import RankedRow
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
@@ -83,7 +84,7 @@ async def test_a_repeated_query_is_not_ranked_again(built_index: Path, monkeypat
         ranked.append(plan)
         return rank_rows(snapshot, plan, *rest)
 
-    monkeypatch.setattr(retriever, "rank_rows", counted)
+    monkeypatch.setattr(engine, "rank_rows", counted)
     async with opened(built_index, cache_size=8) as client:
         asked = {"query": "a green triangle", "k": 3}
         others: list[dict[str, Any]] = [
@@ -207,7 +208,7 @@ async def test_a_search_in_the_event_loop_equals_one_in_a_thread(
     async def search_all() -> tuple[list[Any], int]:
         async with opened(built_index, cache_size=0) as client:
             in_threads = 0
-            pool = client.app.state.retriever._search_threads
+            pool = client.app.state.retriever.compute._search_threads
             submit = pool.submit
 
             def counted(*given: Any, **more: Any) -> Any:

@@ -18,9 +18,9 @@ from fastapi import FastAPI
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.search.collections import Collections
 from app.search.snapshots import Snapshot
 from app.server import _Server, serve
+from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.processes import free_port
@@ -86,8 +86,8 @@ def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
 HANGING = """
 import time
 from app import server
-from app.search import embedding
-embedding.inspect = lambda *_: time.sleep(600)
+from app.service import compute
+compute.inspect = lambda *_: time.sleep(600)
 server._FINISH_S = 1
 """
 

@@ -151,7 +151,7 @@ async def test_failed_version_is_retried_later(
     index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, whole = newer_weights, newer_weights.read_bytes()
-    monkeypatch.setattr("app.search.collections._RETRY_S", 0.1)
+    monkeypatch.setattr("app.service.collections._RETRY_S", 0.1)
 
     async with opened(index, poll_s=0.02) as client:
         weights.write_bytes(whole[:100])
@@ -247,7 +247,7 @@ async def test_a_panic_of_a_library_is_an_unexpected_error(
         raise PanicError("a secret detail")
 
     async with opened(built_index) as client:
-        monkeypatch.setattr("app.search.retriever.filter_mask", broken)
+        monkeypatch.setattr("app.search.engine.filter_mask", broken)
         body = {"query": "x", "filter": {"color": "red"}}
         response = await client.post("/search/text", json=body, headers={"x-request-id": "panicking"})
         assert "secret" not in assert_problem(response, 500)["detail"]
@@ -284,4 +284,4 @@ async def test_pages_load_nothing_from_other_sites(built_index: Path) -> None:
         }  # fmt: skip
         operations = [each["operationId"] for path in document["paths"].values() for each in path.values()]
         assert len(set(operations)) == len(operations) == 27
-        assert document["components"]["schemas"]["TextQuery"]["properties"]["k"]["maximum"] == 200
+        assert document["components"]["schemas"]["Query"]["properties"]["k"]["maximum"] == 200

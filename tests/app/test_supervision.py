@@ -11,7 +11,7 @@ import pytest
 from app.core.metrics import Metrics
 from app.core.supervision import stop, supervise
 from app.core.threads import SharedCall
-from app.search.batching import Batcher, BatchGroup
+from app.service.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
@@ -55,7 +55,7 @@ async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
         def fail(_: Path) -> int:
             raise RecursionError("from /a/place/in/the/file/system")
 
-        monkeypatch.setattr("app.search.collections.current_version", fail)
+        monkeypatch.setattr("app.service.collections.current_version", fail)
         await until(lambda: has_status(client, "degraded"))
         reason = (await client.get("/readyz")).json()["reason"]
         assert "check for new versions failed: RecursionError" in reason
@@ -63,7 +63,7 @@ async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
         metrics = await scrape(client)
         assert metrics["dcar_task_failures_total", (("task", "version poller"),)] >= 1
         assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
-        monkeypatch.setattr("app.search.collections.current_version", current_version)
+        monkeypatch.setattr("app.service.collections.current_version", current_version)
         await until(lambda: has_status(client, "ready"))
 
 

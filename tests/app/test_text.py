@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.search.query import normalise
+from app.search.query import normalize
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ from app.search.query import normalise
         ("\x00\n", ""),
     ],
 )
-def test_normalised_texts_have_no_invisible_characters_or_control_tokens(given: str, expected: str) -> None:
-    assert normalise(given) == expected
-    assert normalise(expected) == expected
+def test_normalized_texts_have_no_invisible_characters_or_control_tokens(given: str, expected: str) -> None:
+    assert normalize(given) == expected
+    assert normalize(expected) == expected

@@ -68,7 +68,7 @@ async def test_threads_that_loaded_a_model_end(built_index: Path, monkeypatch: p
         loaders.append(threading.current_thread())
         return make(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("app.search.collections.load_snapshot", loading)
+    monkeypatch.setattr("app.service.collections.load_snapshot", loading)
     monkeypatch.setattr(pair_weights, "PairWeights", making)
     async with opened(built_index, poll_s=0) as client:
         response = await client.post("/search/text", json={"query": "a red square", "rerank": True})

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.search.collections import Collections
+from app.service.collections import Collections
 from app.writes import worker
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import LockedError

@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from app.cli import app as command_line
 from dcar_core import Encoder
 from dcar_core.util.errors import CheckpointError, DataError, ModelError
-from index_jobs.gallery.image_access import ImageAccess
 from index_jobs.jobs.relocate import relocate
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
@@ -26,8 +25,7 @@ def test_a_moved_gallery_is_shown_from_its_new_place(gallery: Path, tiny_checkpo
     assert "16 of 16 sampled images are not in the gallery" in (before.find_gallery_fault() or "")
     done = CliRunner().invoke(command_line, ["index", "relocate", str(index), "--gallery", str(tmp_path / "moved")])
     assert done.output == f"{index}: version 2, images at {tmp_path / 'moved'}\n"
-    artifact = open_current(index)
-    artifact.image_access = ImageAccess()
+    artifact = open_current(index, image_roots=())
     assert artifact.find_gallery_fault() is None
     name = artifact.item(3).metadata["file_name"]
     assert artifact.image_bytes(3) == (tmp_path / "moved" / name).read_bytes()
@@ -56,8 +54,7 @@ def test_images_of_additions_and_further_galleries_move_with_their_folder(
     assert f"{disk / 'third'} is missing as well" in caplog.text
     monkeypatch.chdir(tmp_path)
     relocate(index, gallery="new disk", former="disk")
-    artifact = open_current(index)
-    artifact.image_access = ImageAccess()
+    artifact = open_current(index, image_roots=())
     for row in (1, 24, 25):
         assert artifact.image_bytes(row)
     assert artifact.manifest.root == str(gallery)

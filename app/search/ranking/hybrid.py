@@ -26,14 +26,6 @@ _COMMON_WIDTH = 64  # least number of cosines that common words are looked up am
 
 
 @dataclass(frozen=True, slots=True)
-class HybridQuery:
-    """The words of a query and their weight, above 0 and at most 1."""
-
-    text: str
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
 class Candidates:
     """Rows that may be the best, in any order.
 
@@ -66,9 +58,13 @@ def vector_candidates(
 
 
 def hybrid_candidates(
-    artifact: Artifact, vector: Floats, query: HybridQuery, width: int, mask: Mask | None
+    artifact: Artifact, vector: Floats, text: str, weight: float, width: int, mask: Mask | None
 ) -> Candidates:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
+
+    Args:
+        text: the words of the query.
+        weight: of the words, above 0 and at most 1.
 
     Raises:
         UnsupportedQueryError: the version has no lexical index.
@@ -84,22 +80,22 @@ def hybrid_candidates(
     allowed = mask
     if artifact.manifest.removed:
         allowed = artifact.live if mask is None else mask & artifact.live
-    is_text_complete = lexical.count_matches(query.text) < _TEXT_ROWS
+    is_text_complete = lexical.count_matches(text) < _TEXT_ROWS
     limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
-    text_scores, text_rows = lexical.search(query.text, limit, allowed, by_rare_terms=not is_text_complete)
+    text_scores, text_rows = lexical.search(text, limit, allowed, by_rare_terms=not is_text_complete)
     is_narrow = not is_text_complete and allowed is None and width <= _COMMON_WIDTH
     if not is_text_complete:
         wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()
         width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
     near = vector_candidates(artifact, vector, width, mask, is_narrow=is_narrow)
     is_same = near.rows[:, None] == text_rows  # [near, text]
-    near_scores = is_same @ text_scores if is_text_complete else lexical.score(query.text, near.rows)
+    near_scores = is_same @ text_scores if is_text_complete else lexical.score(text, near.rows)
     is_far = ~is_same.any(0)
     far_rows = text_rows[is_far]
     far_cosines = row_vectors(artifact, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
     return Candidates(
         np.concatenate((near.rows, far_rows)), cosines, scores,
-        cosines + np.float32(text_bonus(artifact.sample_vectors, vector, query.weight)) * scores,
+        cosines + np.float32(text_bonus(artifact.sample_vectors, vector, weight)) * scores,
         near.highest_unseen if is_text_complete else -np.inf, near.highest_unseen_cosine,
     )  # fmt: skip

@@ -5,12 +5,12 @@
 - Rows of equal score, such as equal images, are in the order of the index, so a longer list begins with the shorter.
 """
 
-from collections.abc import Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from app.search.ranking.hybrid import Candidates, HybridQuery, hybrid_candidates, vector_candidates
+from app.search.plan import Plan
+from app.search.ranking.hybrid import Candidates, hybrid_candidates, vector_candidates
 from app.search.ranking.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.store.artifact import Artifact
@@ -39,44 +39,28 @@ class RankedRow:
     text_score: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RankQuery:
-    """Conditions of a ranking.
+def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, mask: Mask | None = None) -> list[RankedRow]:
+    """Return the `count` best rows of a plan among those of a mask, bool (rows,); see `rows.filter_mask`.
 
-    Attributes:
-        vector: (E,), L2-normalised.
-        hybrid: the words of the query, if they count.
-        excluded_rows: rows that are left out.
-        min_score: lowest cosine, compared with scores as responses round them.
-        fold: cosine from which on two items are shown as one.
-    """
-
-    vector: Floats
-    hybrid: HybridQuery | None = None
-    excluded_rows: Set[int] = frozenset()
-    min_score: float | None = None
-    fold: float | None = None
-
-
-def rank(artifact: Artifact, query: RankQuery, count: int, mask: Mask | None = None) -> list[RankedRow]:
-    """Return the `count` best rows among those of a mask, bool (rows,); see `rows.filter_mask`.
+    Args:
+        vector: of the query, (E,), L2-normalized.
 
     Raises:
         UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index keeps none.
     """
-    lowest = -np.inf if query.min_score is None else query.min_score
+    lowest, fold = -np.inf if plan.min_score is None else plan.min_score, plan.query.fold
     total = artifact.rows
-    widest = min(total, _MAX_ROWS_TIED if query.fold is None else _MAX_ROWS_FOLDED)
-    width = min(count + 1 + len(query.excluded_rows), total)
+    widest = min(total, _MAX_ROWS_TIED if fold is None else _MAX_ROWS_FOLDED)
+    width = min(count + 1 + len(plan.excluded_rows), total)
     while True:
-        if query.hybrid is None:
-            found = vector_candidates(artifact, query.vector, width, mask)
+        if plan.words_weight:
+            found = hybrid_candidates(artifact, vector, plan.query.query, plan.words_weight, width, mask)
         else:
-            found = hybrid_candidates(artifact, query.vector, query.hybrid, width, mask)
-        order = _sorted_places(found, query)
-        best = _ranked_rows(found, order if query.fold is not None else order[:count], query)
-        if query.fold is not None:
-            best = _fold(artifact, best, query.fold - _ROUNDING, count)
+            found = vector_candidates(artifact, vector, width, mask)
+        order = _sorted_places(found, plan)
+        best = _ranked_rows(found, order if fold is not None else order[:count], plan)
+        if fold is not None:
+            best = _fold(artifact, best, fold - _ROUNDING, count)
         is_complete = width >= widest or found.highest_unseen == -np.inf or found.highest_unseen_cosine < lowest
         if is_complete:
             return best
@@ -87,19 +71,19 @@ def rank(artifact: Artifact, query: RankQuery, count: int, mask: Mask | None = N
         width = min(2 * width, total)
 
 
-def _sorted_places(found: Candidates, query: RankQuery) -> Rows:
-    """Return the places of the candidates that a query allows, best first."""
+def _sorted_places(found: Candidates, plan: Plan) -> Rows:
+    """Return the places of the candidates that a plan allows, best first."""
     order: Rows = np.lexsort((found.rows, -found.rank_scores))
-    if query.excluded_rows:
-        order = order[~np.isin(found.rows[order], list(query.excluded_rows))]
-    if query.min_score is not None:
-        reached = [round(cosine, 6) >= query.min_score for cosine in found.cosines[order].tolist()]
+    if plan.excluded_rows:
+        order = order[~np.isin(found.rows[order], list(plan.excluded_rows))]
+    if plan.min_score is not None:
+        reached = [round(cosine, 6) >= plan.min_score for cosine in found.cosines[order].tolist()]
         order = order[np.array(reached, np.bool_)]
     return order
 
 
-def _ranked_rows(found: Candidates, places: Rows, query: RankQuery) -> list[RankedRow]:
-    texts = [None] * len(places) if query.hybrid is None else found.text_scores[places].tolist()
+def _ranked_rows(found: Candidates, places: Rows, plan: Plan) -> list[RankedRow]:
+    texts = [None] * len(places) if not plan.words_weight else found.text_scores[places].tolist()
     values = zip(found.rows[places].tolist(), found.cosines[places].tolist(), texts, strict=True)
     return [RankedRow(row, cosine, text_score=text_score) for row, cosine, text_score in values]
 

@@ -52,6 +52,8 @@ class FacetValue(Model):
 class Result(Model):
     """One result. score: cosine of query and item, at most 1.
 
+    level: likely if the score reaches `cutoff`, or if the item contains the words of a hybrid query; possible if it is
+        high but no item has the query's words, or if there is no `cutoff`; else unlikely.
     width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
         results are sorted by both scores.
@@ -62,6 +64,7 @@ class Result(Model):
     rank: int
     id: str
     score: float
+    level: Literal["likely", "possible", "unlikely"] = "possible"
     caption: str
     category: str
     image_url: str
@@ -78,6 +81,8 @@ class Result(Model):
 class SearchResponse(Model):
     """Results, best first, and the index version that produced them.
 
+    nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
+    cutoff: the score of a likely result; absent if the index was not calibrated, and for other queries than by text.
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
@@ -89,6 +94,8 @@ class SearchResponse(Model):
     cached: bool
     """True if the query's embedding came from the cache."""
     results: list[Result]
+    nothing_fits: bool = False
+    cutoff: float | None = None
     next_offset: int | None = None
     min_score: float | None = None
     facets: dict[str, list[FacetValue]] | None = None
@@ -318,7 +325,7 @@ class SearchOptions(TypedDict, total=False):
 
 
 class TextQuery(SearchOptions, total=False):
-    """A search by text, by items of the gallery (more_like, less_like), or both."""
+    """A search by text, by items of the gallery (more_like, less_like), by an image beside it, or by all of them."""
 
     query: str
     """What the image shows; optional if more_like is given."""

@@ -1,6 +1,6 @@
 """Cached embeddings of queries: in this process and, with DCAR_REDIS_URL, in Redis behind it.
 
-- A key holds the fingerprint of the encoder, the kind of query, and a hash of the normalised text or the image bytes.
+- A key holds the fingerprint of the encoder, the kind of query, and a hash of the normalized text or the image bytes.
   A retrained model never reads an old embedding, and no query text is stored.
 - Values are float16. A computed embedding is rounded in the same way before it is used (`rounded`), so a search has the
   same results, to the bit, whether its embedding is computed, cached here or read from Redis.

@@ -15,7 +15,7 @@ from redis.asyncio import RedisCluster
 from app.core.metrics import Metrics
 from app.core.redis import connect, disconnect
 from app.core.supervision import stop, supervise
-from app.search.collections import Collections
+from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import PUBLISHED_CHANNEL
 

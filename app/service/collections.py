@@ -11,7 +11,6 @@
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import ENDS, stop, supervise
 from app.core.threads import ComputeThreads, SharedCall, run_in_new_thread
-from app.search.errors import CollectionNotFoundError, NotReadyError
+from app.search.errors import CollectionNotFoundError, NotReadyError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.versions import current_version, require_index
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
 _CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
-_DIRECTORIES = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"]+/)*")  # of an absolute path, but not of a URL
 _LOADING = "The model is being loaded."
 
 
@@ -148,13 +146,6 @@ class ServedIndex:
                 version = await self._collections.disk.run(_published_version, self.index)
                 if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
                     await self.reload()
-
-
-def without_directories(message: str, index: Path) -> str:
-    """Shorten absolute paths in a message to their last part."""
-    for directory in (index.absolute(), index.resolve()):
-        message = message.replace(str(directory), index.resolve().name)
-    return _DIRECTORIES.sub("", message)
 
 
 def _published_version(index: Path) -> int | None:

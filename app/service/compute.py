@@ -1,39 +1,45 @@
-"""Texts and images to vectors.
+"""The work of all requests: one model thread with a queue, a cache of embeddings, and threads for what blocks.
 
     text  -> cache or model thread (batched)
     image -> hash -> cache, or decoder threads -> model thread (batched)
 
-- The event loop only waits: decoding and the model have their own threads.
+- The event loop only waits. Filters have one thread, so an expensive one delays no search without a filter. Images of
+  the gallery have their own threads: it may be a slow disk or another machine, and no search waits for it.
 - Encoders that share a backbone share its forward passes: see `dcar_core.serving.multi_encoder_batch`.
 """
 
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads
-from app.search.batching import Batcher, BatchGroup, SharedTasks
-from app.search.embedding_cache import MemoryCache, cache_key, rounded
+from app.core.threads import ComputeThreads, run_in_new_thread
+from app.search.compute import Place
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
+from app.service.batching import Batcher, BatchGroup, SharedTasks
+from app.service.embedding_cache import MemoryCache, cache_key, rounded
 from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect, open_image
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
+from dcar_core.util.errors import ArtifactError, ImageError
 from dcar_core.util.machine import available_cores
 
 T = TypeVar("T")
 
 _LARGE_PIXELS = 2**23  # larger images are decoded one at a time, in a thread of their own
+_IMAGE_THREADS = 8
 _MAX_HASHED_INLINE = 64 * 2**10  # bytes that the event loop hashes itself, in about 0.1 ms
 
 
-class Embedder:
-    """Turn texts and images into vectors. One per process."""
+class SharedCompute:
+    """The `Compute` of all searches. One per process."""
 
     def __init__(self, settings: Settings, cache: MemoryCache, metrics: Metrics) -> None:
         self._cache = cache
@@ -47,6 +53,11 @@ class Embedder:
         )
         self.require_room = self._batcher.require_room
         threads = min(4, available_cores())
+        self._search_threads = ComputeThreads(threads, "dcar-search")
+        self._filter_thread = ComputeThreads(1, "dcar-filter")
+        self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
+        self.chunk_turn = asyncio.Semaphore(1)  # together, concurrent requests have one chunk in the model's queue
+        self.timed = metrics.timed
         self._decoders = ComputeThreads(threads, "dcar-decode")
         self._large_decoder = ComputeThreads(1, "dcar-decode-large")
         self._max_pixels = settings.max_pixels
@@ -59,8 +70,10 @@ class Embedder:
         """Finish the accepted work of the model, then release threads and connections. Images are given up."""
         await self._batcher.close()
         await self._cache.close()
-        for decoders in (self._decoders, self._large_decoder):
-            decoders.shutdown(wait=False, cancel_futures=True)
+        self._search_threads.shutdown()
+        self._filter_thread.shutdown(cancel_futures=True)
+        for threads in (self._decoders, self._large_decoder, self.image_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def fault(self) -> str | None:
@@ -76,8 +89,14 @@ class Embedder:
         if key not in self._computations and self._cache.peek(key, counted=False) is None:
             self._batcher.require_room()
 
+    async def query_texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
+        """Return the vectors (E,) of normalized texts, in one forward pass, each with True if it was cached."""
+        if len(texts) == 1:  # the usual case, without the cost of gather
+            return [await self.text(snapshot, texts[0])]
+        return await asyncio.gather(*(self.text(snapshot, text) for text in texts))
+
     async def text(self, snapshot: Snapshot, text: str) -> tuple[Floats, bool]:
-        """Return the vector (E,) of a normalised text, and True if it was cached."""
+        """Return the vector (E,) of a normalized text, and True if it was cached."""
         encoder = snapshot.encoder
 
         async def embed() -> Floats:
@@ -107,7 +126,7 @@ class Embedder:
         return await self._cached(key, encoder.dim, embed)
 
     async def texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[Floats]:
-        """Return the vectors (E,) of normalised texts. Not cached."""
+        """Return the vectors (E,) of normalized texts. Not cached."""
         rows = [TextRow(snapshot.encoder, each) for each in texts]
         return await self._batcher.submit_all(_group(snapshot.encoder, "text"), rows)
 
@@ -137,9 +156,32 @@ class Embedder:
                 return await self._large_decoder.run(convert, decoded)
             return decoded
 
-    async def run_in_model_thread(self, call: Callable[..., Floats], *args: Any) -> Floats:
-        """Queue any other call that needs the model."""
-        return await self._batcher.submit(_CALLS, (call, args))
+    async def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        """Return the images that are still in the gallery, by row and in their order."""
+
+        async def read(row: int) -> Pixels | None:
+            loop = asyncio.get_running_loop()
+            try:
+                data = await loop.run_in_executor(self.image_threads, snapshot.artifact.image_bytes, row)
+                return await self.decode(data, snapshot.encoder.preprocess)
+            except (ArtifactError, ImageError, OSError):
+                return None
+
+        images = zip(rows, await asyncio.gather(*map(read, rows)), strict=True)
+        return {row: pixels for row, pixels in images if pixels is not None}
+
+    async def run(self, place: Place, call: Callable[..., T], *args: Any) -> T:
+        """Return what a call returns that blocks; one that loads a model gets a thread of its own."""
+        match place:
+            case "search":
+                return await self._search_threads.run(call, *args)
+            case "filter":
+                return await self._filter_thread.run(call, *args)
+            case "load":
+                return await run_in_new_thread(call, *args)
+            case "model":
+                result: Any = await self._batcher.submit(_CALLS, (call, args))
+                return result  # type: ignore[no-any-return]
 
     async def _image_key(self, fingerprint: str, data: bytes) -> str:
         if len(data) <= _MAX_HASHED_INLINE:

@@ -13,11 +13,11 @@ from typing import BinaryIO
 
 from app.core.settings import Settings
 from app.core.thumbnail_cache import ThumbnailCache
-from app.search.batching import Admission
-from app.search.embedding import Embedder
 from app.search.errors import ImageUnavailableError
-from app.search.planning import row_of
+from app.search.plan import row_of
 from app.search.snapshots import Snapshot
+from app.service.batching import Admission
+from app.service.compute import SharedCompute
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.errors import ArtifactError, ImageError
@@ -90,10 +90,10 @@ class ImageFile:
 class ItemImages:
     """Opens the images of items, and makes their thumbnails."""
 
-    def __init__(self, settings: Settings, embedder: Embedder, admission: Admission, threads: Executor) -> None:
-        self._embedder = embedder
+    def __init__(self, settings: Settings, compute: SharedCompute, admission: Admission) -> None:
+        self._decode = compute.decode
         self._admission = admission
-        self.threads = threads
+        self.threads = compute.image_threads
         folder = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
         self._thumbnails = ThumbnailCache(folder, settings.thumbnail_cache_bytes)
 
@@ -125,7 +125,7 @@ class ItemImages:
             ImageError: the file cannot be read; the message is the reason.
         """
         async with self._admission(kind="pictures"):
-            await self._embedder.decode(data, snapshot.encoder.preprocess, is_query=True)
+            await self._decode(data, snapshot.encoder.preprocess, is_query=True)
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
@@ -152,7 +152,7 @@ class ItemImages:
                 name, data, source = await loop.run_in_executor(self.threads, read)
                 if source is not None:
                     make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
-                    data = await self._embedder.decode(source, make)
+                    data = await self._decode(source, make)
                     await loop.run_in_executor(self.threads, self._thumbnails.put, name, data)
         except (ArtifactError, ImageError, OSError):
             raise ImageUnavailableError from None

@@ -1,0 +1,155 @@
+"""Plans: a query is checked against a version of an index, and its vector is composed.
+
+- The vector of a query is the weighted sum of its parts; only the ratios of the weights matter.
+"""
+
+import math
+from collections.abc import Hashable, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.core.settings import Settings
+from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
+from app.search.query import Query
+from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Floats
+
+_MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A query, checked against a snapshot.
+
+    Attributes:
+        more_rows, less_rows: items that results should, and should not, resemble.
+        excluded_rows: rows that are left out.
+        min_score: lowest cosine, compared with scores as responses round them.
+        words_weight: weight of the words of the query, 0 if they are not looked up.
+        group_by: field whose values are returned once each; "" for none.
+        rerank_depth: number of first results to score again; 0 without re-ranking.
+        is_judged: True if the calibrated cut-off applies: to queries by text alone.
+    """
+
+    query: Query
+    more_rows: Sequence[int] = ()
+    less_rows: Sequence[int] = ()
+    excluded_rows: Set[int] = frozenset()
+    min_score: float | None = None
+    words_weight: float = 0.0
+    group_by: str = ""
+    rerank_depth: int = 0
+    is_judged: bool = False
+
+    @property
+    def end(self) -> int:
+        """Rank of the last result on the page."""
+        return self.query.offset + self.query.k
+
+    @property
+    def depth(self) -> int:
+        """Number of results to rank: one more than the page needs shows whether there is a next one."""
+        return max(self.end + 1, self.rerank_depth)
+
+    def ranking_key(self, vector: Floats) -> Hashable:
+        """Return the key of the ranking in `Snapshot.rankings`; `engine` names the options that it covers."""
+        return vector.tobytes(), self.query.query, self.words_weight, self.excluded_rows, self.min_score, self.depth
+
+
+def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image: bool = False) -> Plan:
+    """Check a query against a snapshot. A collection without items has any field, but no item.
+
+    Args:
+        has_image: an image belongs to the query.
+
+    Raises:
+        InvalidQueryError: a field does not fit the index or the rest of the query.
+        ItemNotFoundError: the query names an unknown item.
+        UnsupportedQueryError: "auto" is requested as min_score of an index without calibration.
+    """
+    if not (query.query or query.more_like or has_image):
+        subtracted = "less_like" if query.less_like else "without" if query.without else None
+        if subtracted:
+            raise InvalidQueryError(subtracted, "needs a query or more_like to subtract from")
+        raise InvalidQueryError("query", "must not be empty")
+    if query.rerank and not query.query:
+        raise InvalidQueryError("rerank", "needs a text query, whose words it weighs")
+    if query.crop is not None and not has_image:
+        raise InvalidQueryError("crop", "needs an image; leave it out")
+    more_rows = [row_of(snapshot, each, "more_like") for each in query.more_like]
+    less_rows = [row_of(snapshot, each, "less_like") for each in query.less_like]
+    if not snapshot.artifact.rows:
+        return Plan(query, min_score=None if query.min_score == "auto" else query.min_score)
+    known = snapshot.artifact.fields if query.fields else {}
+    for name in query.fields:
+        if name not in known and name != "*":
+            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {', '.join(sorted(known))}")
+    is_judged = not (has_image or query.without or more_rows or less_rows)
+    return Plan(
+        query,
+        more_rows=more_rows,
+        less_rows=less_rows,
+        excluded_rows=frozenset((*more_rows, *less_rows)),
+        min_score=_min_score(snapshot, query, is_judged=is_judged),
+        words_weight=_words_weight(snapshot, query),
+        group_by=_group_by(snapshot, query),
+        rerank_depth=settings.rerank_depth if query.rerank else 0,
+        is_judged=is_judged,
+    )
+
+
+def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:
+    """Return the row of an item, which `field` of the query names. Raise ItemNotFoundError if no item has this id."""
+    row = snapshot.artifact.row_of(item_id)
+    if row is None:
+        raise ItemNotFoundError(item_id, field)
+    return row
+
+
+def compose(parts: Sequence[tuple[float, Floats]]) -> Floats:
+    """Return the unit vector (E,) of a query.
+
+    Args:
+        parts: weights, negative for what is subtracted, and vectors (E,).
+
+    Raises:
+        InvalidQueryError: all weights are 0, or the parts cancel out.
+    """
+    scale = max((abs(weight) for weight, _ in parts), default=0.0)
+    if scale == 0:
+        raise InvalidQueryError("weights", "at least one part of the query must have a weight above 0")
+    weights = [weight / scale for weight, _ in parts]  # tiny weights would underflow
+    total = sum(weight * vector for weight, (_, vector) in zip(weights, parts, strict=True))
+    length = math.sqrt(np.dot(total, total))
+    if length < _MIN_LENGTH * sum(map(abs, weights)):
+        raise InvalidQueryError("weights", "the parts of this query cancel each other out; change their weights")
+    return np.asarray(total / length, np.float32)
+
+
+def _min_score(snapshot: Snapshot, query: Query, *, is_judged: bool) -> float | None:
+    if query.min_score != "auto":
+        return query.min_score
+    if not is_judged:
+        raise InvalidQueryError("min_score", '"auto" is calibrated for text queries alone; give a number')
+    if snapshot.min_score is None:
+        message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
+        raise UnsupportedQueryError(message, field="min_score")
+    return snapshot.min_score
+
+
+def _words_weight(snapshot: Snapshot, query: Query) -> float:
+    weight = snapshot.artifact.manifest.words_weight if query.hybrid is True else float(query.hybrid)
+    if weight and not query.query:
+        raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
+    if weight and query.rerank:
+        raise InvalidQueryError("hybrid", "cannot be combined with rerank, which orders results without the words")
+    return weight
+
+
+def _group_by(snapshot: Snapshot, query: Query) -> str:
+    if query.fold is None:
+        return snapshot.artifact.manifest.group_field if query.group_by is None else query.group_by
+    if query.group_by:
+        raise InvalidQueryError("group_by", "cannot be combined with fold")
+    return ""

@@ -1,0 +1,89 @@
+"""`Index`, the engine in this process: it searches as the service does."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from app.search import Index
+from app.search.errors import InvalidQueryError, ItemNotFoundError
+from dcar_core.util.errors import ImageError
+from tests.support.images import png
+from tests.support.service import opened
+
+
+@pytest.fixture(scope="module")
+def opened_index(built_index: Path) -> Index:
+    return Index.open(built_index, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query": "a red circle"},
+        {"query": "a red circle", "k": 3, "offset": 2, "without": "blue", "weights": {"without": 0.3}},
+        {"query": "red", "filter": {"category": "circle"}, "facets": ["color"], "fields": ["color"]},
+        {"query": "red", "more_like": ["circle/red.png"], "less_like": ["cross/blue.png"], "min_score": 0.1},
+        {"query": "red circle", "hybrid": 0.5, "group_by": "category"},
+        {"query": "red", "fold": 0.9},
+        {"query": "a red square", "rerank": True, "explain": True},
+        {"more_like": ["circle/red.png"]},
+    ],
+    ids=lambda options: " ".join(options),
+)
+async def test_index_searches_as_the_service_does(
+    built_index: Path, opened_index: Index, options: dict[str, Any]
+) -> None:
+    async with opened(built_index) as client:
+        _compare(opened_index.search(**options), await client.post("/search/text", json=options))
+
+
+async def test_index_searches_by_image_as_the_service_does(
+    built_index: Path, opened_index: Index, tmp_path: Path
+) -> None:
+    (tmp_path / "red.png").write_bytes(png("red"))
+    crop = {"x": 0, "y": 0, "width": 0.5, "height": 1}
+    async with opened(built_index) as client:
+        body = {"query": "circle", "crop": '{"x": 0, "y": 0, "width": 0.5, "height": 1}'}
+        answer = await client.post("/search/image", files={"file": png("red")}, data=body)
+        for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
+            _compare(opened_index.search("circle", image=image, crop=crop), answer)
+
+
+def _compare(results: Any, answer: httpx.Response) -> None:
+    """Scores of the service are of cached embeddings, which have the precision of float16."""
+    body = answer.json()
+    assert answer.status_code == 200, body
+    assert len(results) == len(body["results"]) > 0
+    np.testing.assert_allclose([each.score for each in results], [r["score"] for r in body["results"]], atol=2e-3)
+    found = {r["id"]: r for r in body["results"]}
+    assert [each.level for each in results] == [r["level"] for r in body["results"]]
+    assert len({each.item.id for each in results} & found.keys()) >= len(found) - 1, "neighbours may change places"
+    for match in results:
+        other = found.get(match.item.id, {})
+        assert (match.explanation is None) == ("explanation" not in other) or not other
+        assert match.group is None or not other or other["group"] == {"value": match.group[0], "count": match.group[1]}
+    assert results.facets == body.get("facets")
+    assert (results.min_score, results.next_offset) == (body.get("min_score"), body.get("next_offset"))
+
+
+def test_wrong_options_and_images_are_errors_that_name_them(opened_index: Index, tmp_path: Path) -> None:
+    for options, field in (
+        ({}, "query"),
+        ({"query": " "}, "query"),
+        ({"query": "red", "limit": 3}, "limit"),
+        ({"query": "red", "k": 0}, "k"),
+        ({"query": "red", "crop": {"x": 0, "y": 0, "width": 1, "height": 1}}, "crop"),
+        ({"less_like": ["circle/red.png"]}, "less_like"),
+    ):
+        with pytest.raises(InvalidQueryError) as caught:
+            opened_index.search(**options)
+        assert caught.value.field == field
+    with pytest.raises(ItemNotFoundError):
+        opened_index.search(more_like=["nothing"])
+    with pytest.raises(ImageError, match=r"none\.png: No such file"):
+        opened_index.search(image=tmp_path / "none.png")
+    with pytest.raises(ImageError):
+        opened_index.search(image=b"no image")

@@ -1,0 +1,79 @@
+"""Policies: every route declares what it needs, and nothing else is reachable."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import Request
+from fastapi.responses import Response
+
+from app.api import browsing
+from app.api.bodies import read_json
+from app.api.requests import DeleteItems
+from app.api.responses import JsonResponse
+from app.core.settings import Settings
+from app.main import create_app
+from app.middleware.policy import Policies, Policy
+from tests.support.responses import assert_problem
+from tests.support.service import ADMIN, ALICE, KEYS, bearer, opened
+
+PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", "/ui/{name}"}
+
+
+def test_every_route_has_a_policy_and_few_are_open(tmp_path: Path) -> None:
+    app = create_app(Settings(index=tmp_path))
+    policies: Policies = app.state.policies
+    assert policies.undeclared(app.routes) == []
+    templates = {(route.path, method) for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
+    access = {(path, method): policies.of(path, method).access for path, method in templates}
+    assert {path for (path, _), each in access.items() if each == "open"} == PUBLIC
+    changes = {(path, method) for path, method in templates if method in ("PUT", "DELETE", "PATCH")}
+    assert {access[each] for each in changes} == {"write"}
+    assert all(path.startswith(("/ui/", "/collections/{collection}/ui/")) for path, method in templates
+               if policies.of(path, method).is_private and path not in PUBLIC)  # fmt: skip
+
+
+async def test_a_route_without_a_policy_is_not_reachable(built_index: Path) -> None:
+    async with opened(built_index) as client:
+
+        @client.app.get("/bare")
+        async def bare() -> dict[str, str]:
+            return {"secret": "shown"}
+
+        assert client.app.state.policies.undeclared(client.app.routes) == ["/bare"]
+        response = await client.get("/bare")
+        assert_problem(response, 404)
+        assert "nothing at /bare" in response.json()["detail"]
+
+
+@pytest.fixture
+def added() -> Iterator[None]:
+    """A route that a module of routes declares, as any other: with a policy, a body and a response."""
+    before = [*browsing.routes._routes]
+
+    @browsing.routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=DeleteItems, errors=(409,))
+    async def echo(request: Request) -> Response:
+        """Answer with the ids of the request."""
+        return JsonResponse((await read_json(request, DeleteItems)).ids)
+
+    yield
+    browsing.routes._routes[:] = before
+
+
+@pytest.mark.usefixtures("added")
+async def test_a_route_needs_no_other_file_than_its_own(built_index: Path) -> None:
+    body = {"ids": ["a"]}
+    async with opened(built_index, collections={"other": built_index}, writes=True, **KEYS) as client:
+        for path in ("/echo", "/collections/other/echo"):
+            assert_problem(await client.put(path, json=body), 401, "Authorization")
+            assert_problem(await client.put(path, json=body, headers=bearer(ALICE)), 403, "Authorization")
+            assert (await client.put(path, json=body, headers=bearer(ADMIN))).json() == ["a"]
+            assert_problem(await client.put(path, content=bytes(1001), headers=bearer(ADMIN)), 413, "body")
+        documented = (await client.get("/openapi.json")).json()["paths"]
+        for path in ("/echo", "/collections/{collection}/echo"):
+            operation = documented[path]["put"]
+            assert operation["security"] == [{"admin": []}, {"key": []}]
+            assert {"401", "403", "404", "408", "409", "413", "422", "429", "500", "503"} <= operation[
+                "responses"
+            ].keys()
+            assert "application/json" in operation["requestBody"]["content"]
