@@ -124,9 +124,12 @@ def backbone_files(path: Path) -> list[Path]:
 def read_trainables(path: Path) -> Trainables:
     """Read the trained parameters, or raise CheckpointError."""
     try:
-        return load_file(str(path / WEIGHTS))  # type: ignore[no-any-return]
+        trainables: Trainables = load_file(str(path / WEIGHTS))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if broken := sorted(name for name, value in trainables.items() if not np.isfinite(value).all()):
+        raise CheckpointError(f"{path / WEIGHTS} has values that are not finite, in {', '.join(broken)}; train again")
+    return trainables
 
 
 def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | None" = None) -> "tuple[DCAR, str]":

@@ -34,8 +34,19 @@ class _Config:
         values = {new: values[name] for name, new in current.items() if new is not None}
         if unknown := sorted(set(values) - set(usual)):
             raise ValueError(f"{cls.__name__} has no field {unknown}; it has {sorted(usual)}")
+        for name, value in values.items():
+            _require_kind(f"{cls.__name__}.{name}", value, usual[name], get_args(cls.__annotations__[name]))
         parts = {name: part for name, part in usual.items() if isinstance(part, _Config) and name in values}
         return cls(**{**values, **{name: part.from_dict(values[name]) for name, part in parts.items()}})
+
+
+def _require_kind(name: str, value: Any, usual: object, choices: tuple[Any, ...]) -> None:
+    """Raise ValueError unless a value is of the kind of its default, and one of the choices if there are any."""
+    kind = dict if isinstance(usual, _Config) else type(usual)
+    is_of_kind = isinstance(value, int | float if kind is float else kind) and (kind is bool or type(value) is not bool)
+    if not is_of_kind or (choices and value not in choices):
+        wanted = " or ".join(map(str, choices)) or f"of the type {kind.__name__}"
+        raise ValueError(f"{name} must be {wanted}, not {value!r:.80}")
 
 
 @dataclass(frozen=True, kw_only=True)

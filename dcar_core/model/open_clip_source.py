@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.coca_model import MultimodalCfg
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.utils import to_2tuple
@@ -29,7 +30,7 @@ from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
 from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, load_byte_pairs
 from dcar_core.util.console import errors_raised_only
-from dcar_core.util.errors import DcarError, MissingExtraError, ModelError
+from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
 from dcar_core.util.memory import WEIGHTS_FILE, map_weights, read_shapes
 
 RANDOM = "random"
@@ -103,9 +104,12 @@ def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
         tokenizer, identity = load_tokenizer(config, source.directory)
         _require_positions(source, config)
         clip = _create(source, config, device)
+        _require_finite(source, clip)
     except DcarError:
         raise
-    except Exception as error:  # open_clip, torch, safetensors, timm and the hub client each raise their own
+    except BaseException as error:  # open_clip, torch, safetensors, timm and the hub client each raise their own
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise _explained(source, error) from error
     if device == "cpu":
         map_weights(clip, source.weights_file)
@@ -231,7 +235,14 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
         )
 
 
-def _explained(source: BackboneSource, error: Exception) -> ModelError | MissingExtraError:
+def _require_finite(source: BackboneSource, clip: nn.Module) -> None:
+    for name, weight in clip.named_parameters():
+        if not weight.detach().sum(dtype=torch.float32).isfinite():  # without a copy of the weight
+            place = source.weights_file if source.weights_file.is_file() else source.model
+            raise ModelError(f"the weights of {place} are not finite, in {name}; copy them again, or train again")
+
+
+def _explained(source: BackboneSource, error: BaseException) -> ModelError | MissingExtraError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "install transformers" in reason:
         return MissingExtraError(f"the text tower of {source.model}", "hf")
@@ -262,6 +273,14 @@ def _require_allowed(config: Any, source: BackboneSource) -> None:
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
         _require_fields(config.get(part, {}), {field.name for field in fields(kind)}, part, name)
         _require_numbers(config.get(part, {}), part, name)
+        for key, value in config.get(part, {}).items():
+            usual = getattr(kind, key, None)
+            is_list = isinstance(value, list | tuple) and key in {"layers", "image_size"}
+            if value is not None and type(usual) in {int, str} and type(value) is not type(usual) and not is_list:
+                raise ModelError(
+                    f"the configuration of {name} has {key} {value!r:.80} in {part}; it must be of the type "
+                    f"{type(usual).__name__}"
+                )
     text, vision = config["text_cfg"], config["vision_cfg"]
     settings = text.get("tokenizer_kwargs") or {}
     _require_fields(settings, _TOKENIZER_FIELDS, "tokenizer_kwargs", name)

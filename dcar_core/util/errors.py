@@ -112,3 +112,8 @@ class MissingExtraError(DcarError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an optional dependency: pip install 'dcar[{extra}]'")
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether a library in Rust panicked. Its exception is not an Exception, and cannot be imported."""
+    return type(error).__name__ == "PanicException"

@@ -1,5 +1,6 @@
 """Models that cannot be used: one clear line each, before anything is allocated or run."""
 
+import gzip
 import json
 import shutil
 import sys
@@ -11,13 +12,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
+from dcar_core import Encoder
 from dcar_core.model import open_clip_source
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import CONFIG, copy_checkpoint, load_checkpoint, read_config
+from dcar_core.model.checkpoint import CONFIG, WEIGHTS, copy_checkpoint, load_checkpoint, read_config
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import METHODS, comparable_methods, default_method, require_runnable
+from dcar_core.model.text import hub_tokenizer, tokenizer
 from dcar_core.model.towers.image import NativeImage
 from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
@@ -221,6 +225,79 @@ def test_the_configuration_of_a_hub_model_is_checked_alike(monkeypatch: pytest.M
     monkeypatch.setattr(open_clip, "create_model", None)  # nothing may be created
     with pytest.raises(ModelError, match="sets trust_remote_code in tokenizer_kwargs, which a model may not set"):
         load_backbone(BackboneSource("hf-hub:a/model"))
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        ("text_cfg", {"layers": "4"}),
+        ("text_cfg", {"context_length": "32"}),
+        ("vision_cfg", {"width": 64.5}),
+        ("vision_cfg", {"image_size": "32"}),
+    ],
+)
+def test_a_setting_of_a_wrong_type_is_named(model: Path, part: str, values: dict[str, Any]) -> None:
+    ((key, value),) = values.items()
+    with pytest.raises(ModelError, match=f"has {key} {value!r} in {part}; it must be of the type int"):
+        load_backbone(edit(model, part, **values))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "reason"),
+    [
+        ("prompt", {"length": "4"}, "PromptConfig.length must be of the type int, not '4'"),
+        ("prompt", {"text": 1}, "PromptConfig.text must be of the type bool, not 1"),
+        ("adapter", {"blocks": 2.5}, "AdapterConfig.blocks must be of the type int, not 2.5"),
+        ("adapter", {"blocks": True}, "AdapterConfig.blocks must be of the type int, not True"),
+        ("reweight", {"strength": [0.5]}, r"ReweightConfig.strength must be of the type float, not \[0.5\]"),
+        ("reweight", {"query": ["none"]}, r"ReweightConfig.query must be none or predicted, not \['none'\]"),
+        ("loss", None, "ModelConfig.loss must be of the type dict, not None"),
+    ],
+)
+def test_a_checkpoint_whose_settings_have_wrong_types_names_the_field(
+    tiny_checkpoint: Path, tmp_path: Path, part: str, values: dict[str, Any] | None, reason: str
+) -> None:
+    copy_checkpoint(tiny_checkpoint, tmp_path / "wrong")
+    content = read_config(tmp_path / "wrong")
+    content["model"][part] = content["model"][part] | values if values else values
+    (tmp_path / "wrong" / CONFIG).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=reason):
+        load_checkpoint(tmp_path / "wrong")
+
+
+def test_weights_that_are_not_finite_are_reported_as_such(model: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy_checkpoint(tiny_checkpoint, tmp_path / "trained")
+    for file, error in (
+        (model / "open_clip_model.safetensors", ModelError),
+        (tmp_path / "trained" / WEIGHTS, CheckpointError),
+    ):
+        weights = load_file(file)
+        name = max(weights, key=lambda each: weights[each].numel())
+        weights[name].view(-1)[0] = float("nan")
+        save_file(weights, file)
+        with pytest.raises(error, match=f"{file.name} .*not finite, in {name}"):
+            Encoder.load(file.parent, device="cpu", runtime="auto")
+
+
+def test_a_vocabulary_that_unpacks_to_too_much_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_LONGEST_VOCABULARY", 1 << 16)
+    with gzip.open(model / "bpe.txt.gz", "wb") as file:
+        file.write(b"#version\n" + b"a" * (1 << 16))
+    source = edit(model, "text_cfg", tokenizer_kwargs={"bpe_path": "bpe.txt.gz"}, vocab_size=600)
+    with pytest.raises(ModelError, match=r"bpe\.txt\.gz unpacks to more than 65,536 characters"):
+        load_backbone(source)
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_the_model(tmp_path: Path) -> None:
+    """The library gives up on a regular expression that takes exponential time by a panic, which is no Exception."""
+    words = Tokenizer(models.BPE(vocab={"a": 0, "x": 1, "<s>": 2}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
+    words.post_processor = processors.TemplateProcessing("<s> $A <s>", special_tokens=[("<s>", 2)])
+    words.save(str(tmp_path / "tokenizer.json"))
+    loaded = hub_tokenizer.load_hub_tokenizer("a/name", tmp_path, 77)
+    assert loaded(["a"]).tolist() == [[2, 0, 2]]
+    with pytest.raises(ModelError, match=r"the model's tokenizer fails on a text: .*retry-limit"):
+        loaded(["x" * 40])
 
 
 @pytest.mark.parametrize("prompt", [{"length": 2_000_000}, {"depth": 2_000_000}])

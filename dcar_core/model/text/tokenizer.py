@@ -23,10 +23,12 @@ from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
 from dcar_core.model.text.cleaning import NORMALIZERS, clean_text
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.util.arrays import TokenIds
+from dcar_core.util.errors import ModelError, is_panic
 
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
+_LONGEST_VOCABULARY = 1 << 24  # characters; CLIP's has 3 million, and a gzip bomb would fill the memory
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
 
 
@@ -101,7 +103,12 @@ class TextTokenizer:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def _encoding(self, text: str) -> Encoding:
-        return self.tokenizer.encode(self._normal(text), add_special_tokens=False)
+        try:
+            return self.tokenizer.encode(self._normal(text), add_special_tokens=False)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise ModelError(f"the model's tokenizer fails on a text: {error}") from error
 
     def _normal(self, text: str) -> str:
         return NORMALIZERS[self.normalizer](clean_text(text))
@@ -143,7 +150,10 @@ def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], 
     The pieces are one character per byte, the same with the suffix of a word's end, the merges, SOS and EOT.
     """
     with gzip.open(file, "rt", encoding="utf-8") as opened:
-        lines = opened.read().split("\n")[1:]
+        text = opened.read(_LONGEST_VOCABULARY + 1)
+    if len(text) > _LONGEST_VOCABULARY:
+        raise ModelError(f"{file} unpacks to more than {_LONGEST_VOCABULARY:,} characters")
+    lines = text.split("\n")[1:]
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     signs = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
     merges = [tuple(line.split()) for line in lines[: _CLIP_VOCABULARY - 2 - 2 * len(signs)]]  # the last may be empty

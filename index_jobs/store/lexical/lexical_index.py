@@ -27,7 +27,7 @@ import pyarrow as pa
 import tantivy
 
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ArtifactError
+from dcar_core.util.errors import ArtifactError, is_panic
 from dcar_core.util.files import apply_umask
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.term_lists import TermLists, TermListsWriter
@@ -288,7 +288,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, ValueError | TypeError) or type(error).__name__ == "PanicException":
+        if isinstance(error, ValueError | TypeError) or is_panic(error):
             reason = str(error).partition("\n")[0]
             raise ArtifactError(f"{path} cannot be read: {reason}; roll back, or rebuild the index") from error
         raise
