@@ -6,6 +6,7 @@
 """
 
 import asyncio
+from contextvars import ContextVar
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
 
@@ -16,6 +17,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
 
+current_caller = ContextVar("caller", default="")  # of the current request
 _MARGIN_S = 0.05  # added to the computed wait
 
 

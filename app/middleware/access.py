@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.core.keys import ApiKey, find_key_name, is_key, key_in
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
-from app.core.rate_limit import RateLimiter, network_of
+from app.core.rate_limit import RateLimiter, current_caller
 from app.core.settings import Settings
 from app.middleware.policy import POLICY, UNKNOWN, Policies, Policy
 
@@ -57,8 +57,8 @@ class Access:
         """Return why a request is refused; None if it is not."""
         if policy.access == "open":
             return None
-        client, headers = scope.get("client"), Headers(scope=scope)
-        caller, key = network_of(client[0]) if client else "unknown", None
+        headers = Headers(scope=scope)
+        caller, key = current_caller.get(), None
         if self._settings.api_keys and policy.access != "admin":
             found = self._find_key(headers, accepts_admin=policy.access in ("monitor", "write"))
             if found is None:
@@ -67,6 +67,7 @@ class Access:
             if policy.scope != "checked" and not key.opens(collection if policy.scope == "collection" else ""):
                 return self._refuse("scope", out_of_scope())
             scope[CALLER], scope[API_KEY] = caller, key
+            current_caller.set(caller)
         if self._rates is not None and policy.cost:
             scope[_CHARGE] = partial(self._charge, self._rates, caller)
             if (problem := await self._charge(self._rates, caller)) is not None:

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.core.logs import choose_id, request_id
 from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
+from app.core.rate_limit import current_caller, network_of
 from app.middleware.access import CALLER
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class RequestLog:
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
         identifier = choose_id(given)
         token = request_id.set(identifier)
+        client = scope.get("client")
+        current_caller.set(network_of(client[0]) if client else "unknown")
         status = 0
 
         async def observed(message: Message) -> None:

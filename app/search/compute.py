@@ -12,7 +12,8 @@ import numpy as np
 from app.core.metrics import Stage
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
-from dcar_core.images import open_image
+from dcar_core.images import OpenedImage
+from dcar_core.model.preprocess import decode_part
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError
@@ -69,8 +70,9 @@ class Direct:
         return list(snapshot.encoder.encode_text([*texts])) if texts else []
 
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None) -> tuple[Floats, bool]:
-        source = data if crop is None else crop.apply(open_image(data))
-        return snapshot.encoder.encode_pixels(snapshot.preprocess(source)[None])[0], False
+        preprocess, opened = snapshot.preprocess, OpenedImage(data)
+        decoded = preprocess.decode(opened) if crop is None else decode_part(opened, preprocess, crop.box)
+        return snapshot.encoder.encode_pixels(preprocess.finish(decoded)[None])[0], False
 
     async def weighted_text(self, snapshot: Snapshot, text: str, factors: Floats) -> Floats:
         return encode_text_rows([TextRow(snapshot.encoder, text, each) for each in factors])

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, overload
 
-from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
 from pydantic_core import from_json
 
@@ -104,11 +103,10 @@ class Crop(BaseModel):
             raise ValueError("must lie inside the image: x + width and y + height are at most 1")
         return self
 
-    def apply(self, image: Image.Image) -> Image.Image:
-        """Return this part of an upright image, at least one pixel."""
-        left, top = int(self.x * image.width), int(self.y * image.height)
-        right, bottom = round((self.x + self.width) * image.width), round((self.y + self.height) * image.height)
-        return image.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, width and height."""
+        return self.x, self.y, self.width, self.height
 
 
 class Query(BaseModel):

@@ -1,7 +1,7 @@
 """The work of all requests: one model thread with a queue, a cache of embeddings, and threads for what blocks.
 
     text  -> cache or model thread (batched)
-    image -> hash -> cache, or decoder threads -> model thread (batched)
+    image -> hash -> cache, or decoding process -> model thread (batched)
 
 - The event loop only waits. Filters have one thread, so an expensive one delays no search without a filter. Images of
   the gallery have their own threads: it may be a slow disk or another machine, and no search waits for it.
@@ -9,31 +9,34 @@
 """
 
 import asyncio
-import sys
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from app.core.decoders import Decoders
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.threads import ComputeThreads, run_in_new_thread
 from app.search.compute import Place
+from app.search.errors import UnavailableError
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from app.service.batching import Batcher, BatchGroup, SharedTasks
 from app.service.embedding_cache import MemoryCache, cache_key, rounded
-from dcar_core.images import ALL_FORMATS, Container, ImageFormat, inspect, open_image
+from dcar_core.images import ALL_FORMATS, MAX_PIXELS, ImageFormat
+from dcar_core.images.workers import Convert
+from dcar_core.model.preprocess import Preprocess, decode_part
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import ArtifactError, ImageError
+from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.machine import available_cores
 
 T = TypeVar("T")
 
-_LARGE_PIXELS = 2**23  # larger images are decoded one at a time, in a thread of their own
 _IMAGE_THREADS = 8
 _MAX_HASHED_INLINE = 64 * 2**10  # bytes that the event loop hashes itself, in about 0.1 ms
 
@@ -58,13 +61,14 @@ class SharedCompute:
         self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self.chunk_turn = asyncio.Semaphore(1)  # together, concurrent requests have one chunk in the model's queue
         self.timed = metrics.timed
-        self._decoders = ComputeThreads(threads, "dcar-decode")
-        self._large_decoder = ComputeThreads(1, "dcar-decode-large")
+        self._pixel_threads = ComputeThreads(threads, "dcar-pixels")  # hash files, and resize what PyTorch is to resize
+        self._decoders = Decoders(settings.max_pixels)
         self._max_pixels = settings.max_pixels
         self._formats = frozenset(map(ImageFormat, settings.image_formats))
 
     def start(self) -> None:
         self._batcher.start()
+        self._decoders.start()
 
     async def close(self) -> None:
         """Finish the accepted work of the model, then release threads and connections. Images are given up."""
@@ -72,7 +76,8 @@ class SharedCompute:
         await self._cache.close()
         self._search_threads.shutdown()
         self._filter_thread.shutdown(cancel_futures=True)
-        for threads in (self._decoders, self._large_decoder, self.image_threads):
+        self._decoders.close()
+        for threads in (self._pixel_threads, self.image_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -110,15 +115,11 @@ class SharedCompute:
         Raises:
             ImageError: the file cannot be read; the message is the reason.
         """
-        encoder, preprocess = snapshot.encoder, snapshot.preprocess
-
-        def prepare(container: Container) -> Pixels:
-            if crop is None:
-                return preprocess(container)
-            return preprocess(crop.apply(open_image(container, max_pixels=self._max_pixels)))
+        encoder = snapshot.encoder
 
         async def embed() -> Floats:
-            (vector,) = await self.pixels(snapshot, [await self.decode(data, prepare, is_query=True)])
+            pixels = await self._decode_pixels(data, snapshot.preprocess, crop, is_query=True)
+            (vector,) = await self.pixels(snapshot, [pixels])
             return vector
 
         key = await self._image_key(encoder.fingerprint, data)
@@ -140,21 +141,33 @@ class SharedCompute:
         rows = [ImageRow(snapshot.encoder, each) for each in images]
         return await self._batcher.submit_all(_group(snapshot.encoder, "image"), rows)
 
-    async def decode(self, data: bytes, convert: Callable[[Container], T], *, is_query: bool = False) -> T:
-        """Return what `convert`, such as a `Preprocess`, makes of a checked image file.
+    async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
+        """Return what `convert` makes of an image file in a decoding process.
 
         Args:
-            is_query: apply the limits of query images; images of the gallery have none, as the index job read them.
+            is_query: apply the limits of query images; images of the gallery have those of the index job.
 
         Raises:
             ImageError: the file cannot be read.
+            UnavailableError: the decoding process was killed.
         """
-        limits = (self._max_pixels, self._formats) if is_query else (sys.maxsize, ALL_FORMATS)
-        with self._metrics.timed("decode"):
-            decoded: T | Container = await self._decoders.run(_decode_unless_large, data, convert, *limits)
-            if isinstance(decoded, Container):
-                return await self._large_decoder.run(convert, decoded)
-            return decoded
+        limits = (self._max_pixels, self._formats) if is_query else (MAX_PIXELS, ALL_FORMATS)
+        try:
+            with self._metrics.timed("decode"):
+                return await self._decoders.run(convert, data, *limits)
+        except ImageError as error:
+            if error.fault != ImageFault.UNREADABLE:
+                raise
+            raise UnavailableError(f"The image was not decoded: {error}", retry_after_s=1) from None
+
+    async def _decode_pixels(
+        self, data: bytes, preprocess: Preprocess, crop: Crop | None = None, *, is_query: bool = False
+    ) -> Pixels:
+        convert: Convert = preprocess.decode
+        if crop is not None:
+            convert = partial(decode_part, preprocess=preprocess, box=crop.box)
+        decoded: Pixels = await self.decode(data, convert, is_query=is_query)
+        return decoded if preprocess.resizer == "pillow" else await self._pixel_threads.run(preprocess.finish, decoded)
 
     async def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their order."""
@@ -163,7 +176,7 @@ class SharedCompute:
             loop = asyncio.get_running_loop()
             try:
                 data = await loop.run_in_executor(self.image_threads, snapshot.artifact.image_bytes, row)
-                return await self.decode(data, snapshot.encoder.preprocess)
+                return await self._decode_pixels(data, snapshot.encoder.preprocess)
             except (ArtifactError, ImageError, OSError):
                 return None
 
@@ -186,7 +199,7 @@ class SharedCompute:
     async def _image_key(self, fingerprint: str, data: bytes) -> str:
         if len(data) <= _MAX_HASHED_INLINE:
             return cache_key(fingerprint, "image", data)
-        return await self._decoders.run(cache_key, fingerprint, "image", data)
+        return await self._pixel_threads.run(cache_key, fingerprint, "image", data)
 
     async def _cached(self, key: str, dim: int, embed: Callable[[], Awaitable[Floats]]) -> tuple[Floats, bool]:
         """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation."""
@@ -213,12 +226,3 @@ def _group(encoder: Encoder, kind: Literal["text", "image"]) -> BatchGroup:
 
 
 _CALLS = BatchGroup("calls", lambda payloads: [call(*args) for call, args in payloads])
-
-
-def _decode_unless_large(
-    data: bytes, convert: Callable[[Container], T], max_pixels: int, formats: Set[ImageFormat]
-) -> T | Container:
-    """Return the converted image, or the checked file of one that must wait for the thread of large images."""
-    container = inspect(data, formats)
-    container.require_cost(max_pixels)
-    return container if container.cost > _LARGE_PIXELS else convert(container)

@@ -1,7 +1,7 @@
 """Images of items: their files in the gallery, read in pieces, and thumbnails.
 
 - A response holds one piece of a file in memory, however slowly it is read.
-- Thumbnails are made by the threads that decode images, and cached on disk.
+- Thumbnails are made by the processes that decode images, and cached on disk.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from app.service.batching import Admission
 from app.service.compute import SharedCompute
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
-from dcar_core.util.errors import ArtifactError, ImageError
+from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.files import default_cache_directory
 from index_jobs.store.artifact import Artifact
 
@@ -125,12 +125,14 @@ class ItemImages:
             ImageError: the file cannot be read; the message is the reason.
         """
         async with self._admission(kind="pictures"):
-            await self._decode(data, snapshot.encoder.preprocess, is_query=True)
+            await self._decode(data, snapshot.encoder.preprocess.decode, is_query=True)
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
     ) -> tuple[str, bytes]:
         """Return a name that changes with an item's image, and a thumbnail of it, from the cache or made now.
+
+        An image that takes too much memory to decode is returned as it is.
 
         Args:
             side: pixels that its longer side has at most.
@@ -154,7 +156,11 @@ class ItemImages:
                     make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                     data = await self._decode(source, make)
                     await loop.run_in_executor(self.threads, self._thumbnails.put, name, data)
-        except (ArtifactError, ImageError, OSError):
+        except ImageError as error:
+            if error.fault != ImageFault.TOO_LARGE or source is None:
+                raise ImageUnavailableError from None
+            data = source
+        except (ArtifactError, OSError):
             raise ImageUnavailableError from None
         assert data is not None
         return name, data

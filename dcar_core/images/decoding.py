@@ -1,18 +1,20 @@
 """Decoding of image files and Pillow images to RGB, and thumbnails.
 
 - Pillow's own limit stays on for the process. Ours apply to one call: the decoder of the announced format is called
-  directly, after the check of the file's structure and size.
+  directly, and the size is checked between the header and the pixels.
 - Orientation is applied, and transparency is blended with white, as people see images on a page.
 - A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, which skips most of the work.
+- Files of strangers are decoded in processes with limits: see `workers`.
 """
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -23,13 +25,11 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from dcar_core.images.colours import to_rgb
-from dcar_core.images.containers import inspect
-from dcar_core.images.formats import Container, ImageFormat, too_large
-from dcar_core.images.tiff import exif_orientation
+from dcar_core.images.formats import ALL_FORMATS, ImageFormat, sniff_format
 from dcar_core.util.errors import DcarError, ImageError, ImageFault
 
-ImageSource = Image.Image | Container | Path | str | bytes
 MAX_PIXELS = 64_000_000
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # of a colour profile, too: by default Pillow refuses those of 1 MB
 
 _DECODERS: dict[ImageFormat, Callable[[io.BytesIO], ImageFile]] = {
     ImageFormat.JPEG: JpegImageFile,
@@ -40,6 +40,18 @@ _DECODERS: dict[ImageFormat, Callable[[io.BytesIO], ImageFile]] = {
     ImageFormat.TIFF: TiffImageFile,
     ImageFormat.BMP: BmpImageFile,
 }
+# Memory while a file is decoded, at most: the image, the copies of its decoder, and the planes of its codec.
+_BYTES_PER_PIXEL = {
+    ImageFormat.JPEG: 4,
+    ImageFormat.PNG: 5,
+    ImageFormat.GIF: 6,
+    ImageFormat.WEBP: 17,
+    ImageFormat.AVIF: 22,
+    ImageFormat.HEIF: 22,
+    ImageFormat.TIFF: 13,
+    ImageFormat.BMP: 5,
+}
+_COEFFICIENT_BYTES = 6  # per pixel of a progressive JPEG
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,6 +62,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = 5  # orientations from which on width and height change places
+_TURNED_BY_DECODER = frozenset({ImageFormat.HEIF, ImageFormat.TIFF})
 
 ThumbnailFormat = Literal["webp", "jpeg"]
 
@@ -61,6 +74,60 @@ _MAX_UNCHANGED_BYTES = 32 * 2**10
 _UNCHANGED = frozenset({ImageFormat.PNG, ImageFormat.WEBP})  # every browser shows them, and small drawings stay sharp
 
 
+class OpenedImage:
+    """An image file whose header has been read. Its pixels are decoded once, by `open_image`.
+
+    Attributes:
+        width, height: pixels as they are stored, before the orientation is applied.
+    """
+
+    def __init__(self, data: bytes, formats: Set[ImageFormat] = ALL_FORMATS) -> None:
+        """Read the header of an image file of one of these formats.
+
+        Raises:
+            ImageError: empty, not an image, of another format, or without a readable header.
+        """
+        self.data, self.format = data, _accepted_format(data, formats)
+        self.width, self.height = _webp_size(data) if self.format == ImageFormat.WEBP else self.image.size
+
+    @cached_property
+    def image(self) -> ImageFile:
+        """Pillow's image. Raise ImageError if its decoder does not open the file."""
+        with _Broken():
+            return _open(self.format, self.data)
+
+    @property
+    def orientation(self) -> int:
+        """EXIF orientation, 1 to 8, that is still to be applied; of some files it is known after decoding alone."""
+        if self.format in _TURNED_BY_DECODER:
+            return 1
+        exif = Image.Exif()
+        try:
+            exif.load(self.image.info.get("exif", b""))
+            orientation = exif.get(ExifTags.Base.Orientation, 1)
+        except Exception:  # damaged
+            return 1
+        return orientation if orientation in _TURNS else 1
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height when it is upright."""
+        return (self.height, self.width) if self.orientation >= _SIDEWAYS else (self.width, self.height)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that decoding takes, about."""
+        is_progressive = self.format == ImageFormat.JPEG and "progressive" in self.image.info
+        return self.width * self.height * (_BYTES_PER_PIXEL[self.format] + is_progressive * _COEFFICIENT_BYTES)
+
+    def require_size(self, max_pixels: int) -> None:
+        """Raise ImageError for an image of more pixels."""
+        _require_size(self.width, self.height, max_pixels)
+
+
+ImageSource = Image.Image | OpenedImage | Path | str | bytes
+
+
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
     """Return an image as RGB: orientation applied, alpha over white, 16-bit and CMYK converted.
 
@@ -69,53 +136,36 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
             and another large image is averaged down to it unless it is plain RGB and not turned.
 
     Raises:
-        ImageError: not an image, truncated, empty, hostile, or of more than max_pixels pixels.
+        ImageError: not an image, truncated, empty, or of more than max_pixels pixels.
     """
     if isinstance(source, Image.Image):
-        _require_size(source, max_pixels)
+        _require_size(source.width, source.height, max_pixels)
         return to_rgb(ImageOps.exif_transpose(source), at_least)
-    container = source if isinstance(source, Container) else inspect(_bytes_of(source))
-    _require_size(container, max_pixels)
-    try:
-        image = _open(container)
-        _require_size(image, max_pixels)
-        if at_least is not None and isinstance(image, JpegImageFile):
+    opened = source if isinstance(source, OpenedImage) else OpenedImage(_bytes_of(source))
+    opened.require_size(max_pixels)
+    image = opened.image
+    with _Broken():
+        if not isinstance(image, JpegImageFile):
+            image.load()  # EXIF may stand behind the pixels
+        elif at_least is not None:
             image.draft(None, (at_least, at_least))
-        turn = _TURNS.get(_orientation(container, image))
+        turn = _TURNS.get(opened.orientation)
         rgb = to_rgb(image, at_least, is_turned=turn is not None)
         return rgb if turn is None else rgb.transpose(turn)
-    except DcarError:
-        raise
-    except Exception as error:  # decoders raise all kinds of errors on damaged bytes
-        raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
 
 
-def upright_size(container: Container) -> tuple[int, int]:
-    """Return width and height of the upright image; 0 where only decoding would tell. AVIF and HEIF may be turned by
-    their container, which their decoders read without decoding.
-
-    Raises:
-        ImageError: the extra that reads the format is missing.
-    """
-    (width, height), orientation = (container.width, container.height), container.orientation
-    if container.format in (ImageFormat.AVIF, ImageFormat.HEIF):
-        image = _open(container)
-        (width, height), orientation = image.size, _orientation(container, image)
-    return (height, width) if orientation >= _SIDEWAYS else (width, height)
-
-
-def make_thumbnail(container: Container, side: int, thumbnail_format: ThumbnailFormat) -> bytes:
+def make_thumbnail(opened: OpenedImage, side: int, thumbnail_format: ThumbnailFormat) -> bytes:
     """Return an image file whose longer side has at most `side` pixels; a small PNG or WebP stays as it is.
 
     Raises:
         ImageError: the image cannot be decoded.
     """
-    shorter, longer = sorted((container.width, container.height))
+    shorter, longer = sorted((opened.width, opened.height))
     at_least = max(1, 2 * side * shorter // longer) if longer else None
-    image = open_image(container, at_least=at_least)
-    is_small = longer <= side and len(container.data) <= _MAX_UNCHANGED_BYTES
-    if is_small and container.format in _UNCHANGED and container.orientation == 1:
-        return container.data
+    image = open_image(opened, at_least=at_least)
+    is_small = longer <= side and len(opened.data) <= _MAX_UNCHANGED_BYTES
+    if is_small and opened.format in _UNCHANGED and opened.orientation == 1:
+        return opened.data
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, thumbnail_format, **_OPTIONS[thumbnail_format])
@@ -130,6 +180,16 @@ def jpeg_data_uri(image: Image.Image, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+class _Broken:
+    """Turns the errors of decoders, which raise all kinds of them on damaged bytes, into ImageError."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, DcarError | MemoryError):
+            raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
+
+
 def _bytes_of(source: Path | str | bytes) -> bytes:
     if isinstance(source, bytes):
         return source
@@ -141,27 +201,43 @@ def _bytes_of(source: Path | str | bytes) -> bytes:
         raise ImageError(error.strerror or str(error), ImageFault.UNREADABLE) from error
 
 
-def _require_size(image: Image.Image | Container, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise too_large(image.width, image.height, max_pixels)
+def _accepted_format(data: bytes, formats: Set[ImageFormat]) -> ImageFormat:
+    if not data:
+        raise ImageError("the file is empty", ImageFault.EMPTY)
+    image_format = sniff_format(data)
+    if image_format is None:
+        raise ImageError("not an image, or of a format that cannot be read", ImageFault.NOT_AN_IMAGE)
+    if image_format not in formats:
+        accepted = ", ".join(sorted(name.upper() for name in formats))
+        reason = f"{image_format.upper()} images are not accepted here; convert it to one of {accepted}"
+        raise ImageError(reason, ImageFault.UNSUPPORTED)
+    return image_format
 
 
-def _open(container: Container) -> ImageFile:
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return width and height by the header; Pillow's decoder takes the memory of both canvases to tell them."""
+    kind, bits = data[12:16], int.from_bytes(data[21:25], "little")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if kind == b"VP8L":
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+
+
+def _require_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        reason = f"{width} x {height} pixels; at most {max_pixels:,} are accepted"
+        raise ImageError(reason, ImageFault.TOO_LARGE)
+
+
+def _open(image_format: ImageFormat, data: bytes) -> ImageFile:
     """Call the decoder of the format itself: `Image.open` would apply the limit of the process."""
-    data = io.BytesIO(container.data)
-    if container.format in _DECODERS:
-        return _DECODERS[container.format](data)
+    if image_format in _DECODERS:
+        return _DECODERS[image_format](io.BytesIO(data))
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         reason = "HEIC images need an optional dependency: pip install 'dcar[heic]'"
         raise ImageError(reason, ImageFault.MISSING_DECODER) from error
-    image: ImageFile = HeifImageFile(data)
+    image: ImageFile = HeifImageFile(io.BytesIO(data))
     return image
-
-
-def _orientation(container: Container, image: Image.Image) -> int:
-    """Return the EXIF orientation. AVIF states it as boxes, which Pillow translates; libheif applies them itself."""
-    if container.format == ImageFormat.AVIF:
-        return exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
-    return container.orientation

@@ -1,11 +1,8 @@
-"""Image formats: names, file suffixes, first bytes, and the checked file that a decoder receives."""
+"""Image formats: names, file suffixes and first bytes."""
 
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import PurePosixPath
-
-from dcar_core.util.errors import ImageError, ImageFault
 
 
 class ImageFormat(StrEnum):
@@ -40,36 +37,6 @@ _SIGNATURES = {
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _FTYP_BYTES = 256  # enough for the brands of any real file
-_FREE_CHUNKS, _BYTES_PER_CHUNK = 1_000, 1_024  # encoders write data chunks of 8 KB and more
-
-
-@dataclass(frozen=True)
-class Container:
-    """An image file whose structure has been checked.
-
-    data: the file, without the metadata that decoders would parse.
-    width, height: pixels, as the header declares them; 0 where only the decoder knows.
-    bytes_per_pixel: memory while it is decoded, about; of a JPEG at reduced scale.
-    orientation: EXIF orientation, 1 to 8.
-    """
-
-    format: ImageFormat
-    data: bytes
-    width: int
-    height: int
-    bytes_per_pixel: float = 4.0
-    orientation: int = 1
-
-    @property
-    def cost(self) -> int:
-        """Memory while it is decoded, in pixels of four bytes."""
-        return int(self.width * self.height * self.bytes_per_pixel / 4)
-
-    def require_cost(self, max_pixels: int) -> None:
-        """Raise ImageError for more pixels than `max_pixels`, or more memory than so many pixels of four bytes take."""
-        most = int(max_pixels / max(1.0, self.bytes_per_pixel / 4))
-        if self.width * self.height > most:
-            raise too_large(self.width, self.height, most, self.format)
 
 
 def sniff_format(data: bytes) -> ImageFormat | None:
@@ -92,18 +59,3 @@ def sniff_format(data: bytes) -> ImageFormat | None:
 def has_image_suffix(name: str) -> bool:
     """Return whether a file name ends like an image's, in any case."""
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def chunk_limit(size: int) -> int:
-    """Return how many chunks a PNG or WebP file of `size` bytes may have."""
-    return _FREE_CHUNKS + size // _BYTES_PER_CHUNK
-
-
-def hostile(reason: str) -> ImageError:
-    """Return the error for a structure that would cost far more to decode than the file's size suggests."""
-    return ImageError(f"refused: {reason}", ImageFault.HOSTILE)
-
-
-def too_large(width: int, height: int, most: int, image_format: ImageFormat | None = None) -> ImageError:
-    name = f" as {image_format.upper()}" if image_format else ""
-    return ImageError(f"{width} x {height} pixels; at most {most:,} are accepted{name}", ImageFault.TOO_LARGE)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dcar_core.images import MAX_PIXELS, ImageSource, open_image
+from dcar_core.images import MAX_PIXELS, ImageSource, OpenedImage, open_image
 from dcar_core.util.errors import ModelError
 
 # Smallest input of the fast mode's filter, as a multiple of the result's side. At 2 some textures fall to a cosine of
@@ -77,14 +77,30 @@ class Preprocess:
 
     def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
         """Return uint8 (3, S, S). Raise ImageError if the image cannot be read."""
+        return self.finish(self.decode(source))
+
+    def decode(self, source: ImageSource) -> NDArray[np.uint8]:
+        """Do the part that needs no PyTorch, as decoding processes do, and leave the rest to `finish`.
+
+        Returns:
+            uint8 (3, S, S), or (H, W, 3) of an image that PyTorch is to scale.
+        """
         at_least = None if self.exact else math.ceil(_DECODED * self.size)
         image = open_image(source, max_pixels=self.max_pixels, at_least=at_least)
         if self.resizer == "torch" and self.resize != "longest" and min(image.size) < 2 * _REDUCED * self.size:
-            scaled, left, top = self._scaled(image)
-            if scaled[0] * scaled[1] <= _SCALED:
-                pixels = _by_torch(image, scaled, self.interpolation)
-                return np.ascontiguousarray(pixels[:, top : top + self.size, left : left + self.size])
+            (across, down), _, _ = self._scaled(image.size)
+            if across * down <= _SCALED:
+                return np.array(image)
         return np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
+
+    def finish(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return uint8 (3, S, S) of what `decode` returns."""
+        if pixels.shape == (3, self.size, self.size):
+            return pixels
+        height, width, _ = pixels.shape
+        scaled, left, top = self._scaled((width, height))
+        resized = _by_torch(pixels, scaled, self.interpolation)
+        return np.ascontiguousarray(resized[:, top : top + self.size, left : left + self.size])
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (n, 3, S, S) -> float32, zero mean and unit variance by the model's statistics."""
@@ -96,9 +112,9 @@ class Preprocess:
         """Return a white image, uint8 (3, S, S): the reference of the token weights [ours]."""
         return np.full((3, self.size, self.size), 255, np.uint8)
 
-    def _scaled(self, image: Image.Image) -> tuple[tuple[int, int], int, int]:
+    def _scaled(self, size: tuple[int, int]) -> tuple[tuple[int, int], int, int]:
         """Return the size after scaling, and the left top corner of the S x S crop; not for "longest"."""
-        side, (width, height) = self.size, image.size
+        side, (width, height) = self.size, size
         if self.resize == "squash":
             return (side, side), 0, 0
         shortest = min(width, height)
@@ -112,7 +128,7 @@ class Preprocess:
         if self.resize == "squash" or width == height:
             return image if (width, height) == (side, side) else image.resize((side, side), how, None, gap)
         if self.resize == "shortest":
-            scaled, left, top = self._scaled(image)
+            scaled, left, top = self._scaled(image.size)
             if not self.exact or scaled[0] * scaled[1] > _SCALED:
                 across, down = width / scaled[0], height / scaled[1]  # source pixels a pixel of the result
                 box = (left * across, top * down, (left + side) * across, (top + side) * down)
@@ -125,6 +141,20 @@ class Preprocess:
         return page
 
 
+def decode_part(
+    opened: OpenedImage, preprocess: Preprocess, box: tuple[float, float, float, float]
+) -> NDArray[np.uint8]:
+    """Return `preprocess.decode` of a part of the upright image, at least one pixel.
+
+    Args:
+        box: left, top, width and height in fractions of the image's.
+    """
+    image, (x, y, width, height) = open_image(opened, max_pixels=preprocess.max_pixels), box
+    left, top = int(x * image.width), int(y * image.height)
+    right, bottom = round((x + width) * image.width), round((y + height) * image.height)
+    return preprocess.decode(image.crop((left, top, max(left + 1, right), max(top + 1, bottom))))
+
+
 @cache
 def _torch_is_fast() -> bool:
     """True on processors with AVX2, which PyTorch's kernel for bytes needs."""
@@ -133,11 +163,11 @@ def _torch_is_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
 
 
-def _by_torch(image: Image.Image, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
-    """Scale RGB to (width, height) as Pillow does, uint8 (3, height, width), in one thread."""
+def _by_torch(image: NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
+    """Scale RGB (H, W, 3) to (width, height) as Pillow does, uint8 (3, height, width), in one thread."""
     import torch
 
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # [1, 3, H, W], channels last in memory
     resized = torch.nn.functional.interpolate(pixels, size[::-1], mode=interpolation, antialias=True)[0]
     result: NDArray[np.uint8] = resized.numpy()
     return result

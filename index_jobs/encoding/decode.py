@@ -1,41 +1,37 @@
-"""Decode images to pixels ahead of the encoder, in worker processes or in threads of this process.
+"""Decode images to pixels ahead of the encoder, in processes with limits.
 
 - The unit of work is a window: the images of one forward pass. Windows come back in order, and a bounded number of them
   is in flight, so memory does not grow with the gallery.
-- Workers end with the job, even if it is killed.
-- Pillow and PyTorch release the interpreter lock while they decode and resize. On few cores, and for small galleries,
-  threads are therefore faster than processes: by 10 % for JPEGs of 640 pixels, by 30 % for PNGs of 72.
-- A broken image adds a reason to the result and raises no exception.
+- Each thread reads files and has a decoding process: see `dcar_core.images.workers`. These end with the job.
+- A broken image adds a reason to the result and raises no exception, and so does one that ends its process.
 - The pixels of each image are hashed, which finds the same image under two names.
 """
 
 import hashlib
-import multiprocessing
-import os
-import signal
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.images import Container, inspect, upright_size
+from dcar_core.images import MAX_PIXELS, OpenedImage
+from dcar_core.images.workers import DecodeWorker, Limits
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.errors import DcarError, ImageError, ImageFault
+from dcar_core.util.errors import ImageError, ImageFault
 from dcar_core.util.machine import available_cores
-from dcar_core.util.processes import process_context
 from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
 from index_jobs.encoding.shards import FailedImage, Sizes
 from index_jobs.gallery.storage import ImageLocation, read_images
 
-PreprocessImage = Callable[[Container], Pixels]
-SMALL_GALLERY = 2_000  # threads finish a smaller gallery before worker processes have started
+DecodeImage = Callable[[bytes], DecodedImage]
+LIMITS = Limits(memory=24 * MAX_PIXELS, seconds=5, seconds_per_pixel=5e-7)  # of one image of a gallery
 _MAX_THREADS = 4  # threads keep up to this many cores busy
+_IMAGES_PER_WORKER = 100  # a process takes as long to start as to decode these
+_FOR_NOTHING = Preprocess(1, (0.0,) * 3, (1.0,) * 3)
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
 
 
@@ -55,53 +51,72 @@ class DecodedWindow:
 
 
 def worker_count(workers: int | None, images: int) -> int:
-    """Return the number of worker processes; 0 decodes in threads of this process.
+    """Return the number of decoding processes; 0 decodes in threads of this process, without limits.
 
     Args:
-        workers: the requested number. None chooses 0 for a small gallery or few cores, otherwise all cores but one.
+        workers: the requested number. None chooses by the images and the cores, of which more than four keep one free.
     """
     if workers is not None:
         if workers < 0:
             raise ValueError(f"workers must be 0 (in this process) or more, not {workers}")
         return workers
-    return 0 if images < SMALL_GALLERY or available_cores() <= _MAX_THREADS else available_cores() - 1
+    cores = available_cores()
+    return min(cores if cores <= _MAX_THREADS else cores - 1, 1 + images // _IMAGES_PER_WORKER)
 
 
 def decode_windows(
     root: str,
     windows: Iterator[Sequence[ImageLocation]],
-    preprocess: PreprocessImage,
+    preprocess: Preprocess,
     workers: int,
     cache: PixelCache | None = None,
 ) -> Generator[DecodedWindow, None, None]:
     """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
-    pool, parallel = _start_pool(workers)
+    processes = [DecodeWorker() for _ in range(workers)]
+    turns, mine = iter(processes), threading.local()
+
+    def take_worker() -> None:
+        mine.worker = next(turns, None)
+
+    def decode(data: bytes) -> DecodedImage:
+        return decode_image(data, preprocess, mine.worker)
+
+    parallel = workers or min(_MAX_THREADS, available_cores())
+    threads = ThreadPoolExecutor(parallel, "decode", take_worker)
     pending: deque[Future[DecodedWindow]] = deque()
     try:
         for window in windows:
-            pending.append(pool.submit(_decode_window, root, window, preprocess, cache))
+            pending.append(threads.submit(_decode_window, root, window, decode, cache))
             if len(pending) > _WINDOWS_AHEAD + parallel:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DcarError(
-            "a decoding worker died, perhaps out of memory; run the command again with fewer --workers (0 decodes in "
-            "the job's own process); complete shards are kept"
-        ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.close()
+        threads.shutdown(cancel_futures=True)
 
 
-def _start_pool(workers: int) -> tuple[Executor, int]:
-    if workers == 0:
-        threads = min(_MAX_THREADS, available_cores())
-        return ThreadPoolExecutor(threads, thread_name_prefix="decode"), threads
-    return ProcessPoolExecutor(workers, mp_context=process_context(), initializer=_start_worker), workers
+def decode_image(data: bytes, preprocess: Preprocess, worker: DecodeWorker | None) -> DecodedImage:
+    """Return the pixels and the size of an image, decoded by a worker or here. Raise ImageError if it has none."""
+    if worker is None:
+        opened = OpenedImage(data)
+        return DecodedImage(preprocess(opened), *opened.upright_size)
+    pixels, width, height = worker.run(preprocess.decode, data, LIMITS)
+    return DecodedImage(preprocess.finish(pixels), width, height)
+
+
+def is_readable(data: bytes, worker: DecodeWorker) -> bool:
+    """Return whether an image can be decoded."""
+    try:
+        worker.run(_FOR_NOTHING.decode, data, LIMITS)
+    except ImageError:
+        return False
+    return True
 
 
 def _decode_window(
-    root: str, locations: Sequence[ImageLocation], preprocess: PreprocessImage, cache: PixelCache | None
+    root: str, locations: Sequence[ImageLocation], decode: DecodeImage, cache: PixelCache | None
 ) -> DecodedWindow:
     """Read and decode the images of a window, through the cache if there is one."""
     images = cache.get(root, locations) if cache else {}
@@ -109,7 +124,7 @@ def _decode_window(
     decoded: dict[ImageLocation, DecodedImage] = {}
     failed = []
     for location, data in zip(missing, read_images(root, missing), strict=True):
-        result = _decode_image(preprocess, location.row, data)
+        result = _decode_image(decode, location.row, data)
         if isinstance(result, FailedImage):
             failed.append(result)
         else:
@@ -123,7 +138,7 @@ def _decode_window(
     return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(locations))
 
 
-def _decode_image(preprocess: PreprocessImage, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
+def _decode_image(decode: DecodeImage, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
     if isinstance(data, FileNotFoundError):
         return FailedImage(row, "no such file", ImageFault.MISSING)
     if isinstance(data, ImageError):
@@ -132,22 +147,8 @@ def _decode_image(preprocess: PreprocessImage, row: int, data: bytes | Exception
         reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
         return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
     try:
-        container = inspect(data)
-        return DecodedImage(preprocess(container), *upright_size(container))
+        return decode(data)
     except ImageError as error:
         return FailedImage(row, str(error), error.fault)
     except Exception as error:  # an unforeseen decoder error fails one image, not the job
         return FailedImage(row, f"{type(error).__name__}: {error}", ImageFault.BROKEN)
-
-
-def _start_worker() -> None:
-    warnings.simplefilter("ignore")  # Pillow warns about single images
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job handles Ctrl-C
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_job() -> None:  # a killed job cannot stop its workers
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_job, daemon=True).start()

@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,9 +24,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dcar_core import Encoder
-from dcar_core.images import IMAGE_SUFFIXES, open_image
+from dcar_core.images import IMAGE_SUFFIXES
+from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, ImageFault
+from index_jobs.encoding.decode import is_readable
 from index_jobs.encoding.failures import write_failed
 from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
 from index_jobs.encoding.vector_reuse import ReusableVectors, ReusedVectors
@@ -111,23 +114,16 @@ def any_readable(gallery: Gallery, failed: Sequence[FailedImage], deadline: floa
     deadline: by `time.monotonic`; no image is read after it.
     """
     columns = [gallery.table[name] for name in LOCATION_COLUMNS]
-    for start in range(0, len(failed), _READ_AT_ONCE):
-        if time.monotonic() >= deadline:
-            return False
-        batch = failed[start : start + _READ_AT_ONCE]
-        locations = [ImageLocation(each.row, *(column[each.row].as_py() for column in columns)) for each in batch]
-        for failure, data in zip(batch, read_images(gallery.root, locations, pauses=()), strict=True):
-            if isinstance(data, bytes) and (failure.fault in _FAULTS_OF_READING or _is_image(data)):
-                return True
+    with closing(DecodeWorker()) as worker:
+        for start in range(0, len(failed), _READ_AT_ONCE):
+            if time.monotonic() >= deadline:
+                return False
+            batch = failed[start : start + _READ_AT_ONCE]
+            locations = [ImageLocation(each.row, *(column[each.row].as_py() for column in columns)) for each in batch]
+            for failure, data in zip(batch, read_images(gallery.root, locations, pauses=()), strict=True):
+                if isinstance(data, bytes) and (failure.fault in _FAULTS_OF_READING or is_readable(data, worker)):
+                    return True
     return False
-
-
-def _is_image(data: bytes) -> bool:
-    try:
-        open_image(data)
-    except Exception:  # as in `decode`
-        return False
-    return True
 
 
 def image_locations(root: str, table: Any, span: range) -> list[ImageLocation]:

@@ -79,7 +79,8 @@ class ShardWorker:
         store = self.task.store
         locations = image_locations(self.task.root, self.table, store.span(number))
         windows = split_windows(locations, self.task.options.batch_size)
-        decoded = decode_windows(self.task.root, windows, self.replicas[0].preprocess, 0, self.cache)
+        workers = min(_CORES_PER_WORKER, available_cores())
+        decoded = decode_windows(self.task.root, windows, self.replicas[0].preprocess, workers, self.cache)
         with closing(decoded), closing(encode_windows(decoded, self.replicas)) as vectors:
             nothing = ReusableVectors([]).take(np.empty(0, np.int64), store.dim)
             save_shard(store, number, locations, vectors, nothing)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dcar_core.images import open_image
+from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from index_jobs.store.artifact import Artifact
@@ -132,10 +132,12 @@ def _require_readable(
     queue: WriteQueue, jobs: Sequence[WriteJob], last: Mapping[str, tuple[WriteJob, dict[str, Any]]]
 ) -> None:
     """Raise DataError if the image of an item's last change is broken, and an earlier job changes the item too."""
-    for item_id in {item["id"] for job in jobs for item in job.items if last[item["id"]][0] is not job}:
-        job, item = last[item_id]
-        if job.kind == "put" and not _is_readable(queue.folder / job.image_name(item)):
-            raise DataError(f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too")
+    with contextlib.closing(DecodeWorker()) as worker:
+        for item_id in {item["id"] for job in jobs for item in job.items if last[item["id"]][0] is not job}:
+            job, item = last[item_id]
+            if job.kind == "put" and not _is_readable(queue.folder / job.image_name(item), worker):
+                reason = f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too"
+                raise DataError(reason)
 
 
 def _open_published(index: Path) -> Artifact | None:
@@ -209,12 +211,13 @@ def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
     return row is not None and artifact.image_location(row)[0].endswith(f"/{job.image_name(item)}")
 
 
-def _is_readable(path: Path) -> bool:
+def _is_readable(path: Path, worker: DecodeWorker) -> bool:
+    from index_jobs.encoding.decode import is_readable
+
     try:
-        open_image(path.read_bytes())
-    except Exception:  # as in `decode`
+        return is_readable(path.read_bytes(), worker)
+    except OSError:
         return False
-    return True
 
 
 def _write_list(path: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]]) -> None:

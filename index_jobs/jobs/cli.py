@@ -91,8 +91,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Decoding processes; 0 decodes in threads of the job. Default: all cores but one, or 0 for a small "
-        "gallery or up to 4 cores.",
+        help="Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores, of more than 4 "
+        "all but one, and fewer for a small gallery.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]

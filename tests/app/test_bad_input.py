@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import struct
-import threading
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -17,8 +16,6 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from app.service import compute
-from dcar_core.model.preprocess import Preprocess
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import opened
@@ -156,40 +153,6 @@ async def test_huge_image_is_refused_before_decoding(built_index: Path) -> None:
     async with opened(built_index, max_pixels=1000) as client:
         assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
         assert_problem(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
-        for size, status in (((25, 10), 200), ((25, 11), 422)):  # WebP counts four times: its decoder holds four copies
-            data = io.BytesIO()
-            Image.new("RGB", size).save(data, "WEBP")
-            assert (await client.post("/search/image", files={"file": data.getvalue()})).status_code == status
-
-
-async def test_large_images_are_decoded_one_at_a_time_and_delay_no_others(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, decoding, highest = threading.Event(), 0, 0
-    async with opened(built_index) as client:
-        decode = Preprocess.__call__
-
-        def slow(preprocess: Any, data: Any) -> Any:
-            nonlocal decoding, highest
-            if threading.current_thread().name.startswith("dcar-decode-large"):
-                decoding += 1
-                highest = max(highest, decoding)
-                gate.wait(10)
-                decoding -= 1
-            return decode(preprocess, data)
-
-        monkeypatch.setattr(compute, "_LARGE_PIXELS", 1000)
-        monkeypatch.setattr(Preprocess, "__call__", slow)
-        colours = ("red", "green", "blue", "white", "black")
-        large = [
-            asyncio.create_task(client.post("/search/image", files={"file": png(each, size=(25, 41))}))
-            for each in colours
-        ]
-        for each in colours:
-            assert (await client.post("/search/image", files={"file": png(each, size=(20, 20))})).status_code == 200
-        gate.set()
-        assert [response.status_code for response in await asyncio.gather(*large)] == [200] * 5
-        assert highest == 1
 
 
 async def test_forms_without_an_image_name_the_fault(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

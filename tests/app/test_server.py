@@ -15,6 +15,7 @@ from typing import Any, cast
 import httpx
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
@@ -23,6 +24,7 @@ from app.server import _Server, serve
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
+from tests.support.images import encoded
 from tests.support.processes import free_port
 
 
@@ -84,10 +86,11 @@ def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
 
 
 HANGING = """
-import time
 from app import server
-from app.service import compute
-compute.inspect = lambda *_: time.sleep(600)
+from app.core.decoders import DecodeWorker
+from tests.support.conversions import wait
+run = DecodeWorker.run
+DecodeWorker.run = lambda worker, convert, data, limits: run(worker, wait, data, limits)
 server._FINISH_S = 1
 """
 
@@ -108,7 +111,7 @@ def test_an_image_that_is_decoded_without_end_does_not_keep_the_server(
                     if client.get("/readyz").status_code == 200:
                         break
                 time.sleep(0.05)
-            assert client.post("/search/image", files={"file": ("image.png", b"any")}).status_code == 503
+            assert client.post("/search/image", files={"file": encoded(Image.new("L", (4, 4)))}).status_code == 503
     finally:
         process.send_signal(number)
         process.communicate(timeout=20)

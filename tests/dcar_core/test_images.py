@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dcar_core.data.image_lookup import ImageFinder
-from dcar_core.images import ImageRoot, colours, index_tar, inspect, open_image, upright_size
+from dcar_core.images import ImageRoot, OpenedImage, colours, index_tar, open_image
 from dcar_core.util.errors import DataError, ImageError
 from tests.support.hostile_images import png_of_size
 from tests.support.images import encoded
@@ -99,7 +99,7 @@ def test_upright_size_is_that_of_the_decoded_image(kind: str) -> None:
     exif[0x0112] = 6
     turned = {} if kind in ("GIF", "BMP") else {"exif": exif.tobytes()}
     data = encoded(Image.new("RGB", (80, 48)), kind, **turned)
-    assert upright_size(inspect(data)) == open_image(data).size == ((48, 80) if turned else (80, 48))
+    assert OpenedImage(data).upright_size == open_image(data).size == ((48, 80) if turned else (80, 48))
 
 
 @pytest.mark.parametrize(

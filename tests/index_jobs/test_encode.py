@@ -1,7 +1,6 @@
 """Encoding: order, failures, resuming, corrupted shards; always with a real model."""
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -15,16 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
-from dcar_core.images import Container
+from dcar_core.images import OpenedImage
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.torch_runtime import TorchRuntime
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import ArtifactError, DataError, DcarError, ImageFault
+from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows, worker_count
 from index_jobs.encoding.encode import encode_gallery
 from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions, IndexSpec
+from tests.support.conversions import CrashOfWidth49
+from tests.support.processes import children_of
 
 
 def _options(max_failed: float = IndexSpec.max_failed, **options: Any) -> BuildOptions:
@@ -318,44 +320,48 @@ def test_progress_shows_rate_and_failures(
 
 def test_worker_count_follows_gallery_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("index_jobs.encoding.decode.available_cores", lambda: 16)
-    assert worker_count(None, 1999) == 0
+    assert worker_count(None, 99) == 1
+    assert worker_count(None, 500) == 6
     assert worker_count(None, 2000) == 15
     assert worker_count(3, 1) == 3
     monkeypatch.setattr("index_jobs.encoding.decode.available_cores", lambda: 4)
-    assert worker_count(None, 2000) == 0
+    assert worker_count(None, 2000) == 4
     with pytest.raises(ValueError, match="not -1"):
         worker_count(-1, 10)
 
 
-def die(image: Container) -> NDArray[np.uint8]:
-    os._exit(9)
-
-
 @pytest.mark.slow
-def test_dead_worker_is_an_error_not_a_hang(tiny_gallery: Path) -> None:
-    windows = iter([[ImageLocation(0, "circle/red.png", -1, 0)]])
-    with pytest.raises(DcarError, match="a decoding worker died"):
-        list(decode_windows(str(tiny_gallery), windows, die, 1))
+def test_an_image_that_ends_its_worker_fails_alone(tiny_gallery: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_gallery / "circle" / "red.png", tmp_path / "good.png")
+    Image.new("RGB", (49, 3)).save(tmp_path / "bad.png")
+    names = ["good.png", "bad.png", "good.png"]
+    window = [ImageLocation(row, name, -1, 0) for row, name in enumerate(names)]
+    preprocess = CrashOfWidth49(16, (0.5,) * 3, (0.5,) * 3)
+    (result,) = decode_windows(str(tmp_path), iter([window]), preprocess, 1)
+    assert result.failed == ((1, "refused: it ends its decoder", ImageFault.HOSTILE),)
+    expected = Preprocess(16, (0.5,) * 3, (0.5,) * 3)(tmp_path / "good.png")
+    np.testing.assert_array_equal(result.pixels, [expected, expected])
 
 
-def surprise(image: Container) -> NDArray[np.uint8]:
+def surprise(image: OpenedImage) -> NDArray[np.uint8]:
     raise ZeroDivisionError("in a decoder")
 
 
 def test_unexpected_error_in_a_decoder_is_a_failed_image(tiny_gallery: Path) -> None:
     windows = iter([[ImageLocation(5, "circle/red.png", -1, 0)]])
-    (result,) = decode_windows(str(tiny_gallery), windows, surprise, 0)
+    (result,) = decode_windows(str(tiny_gallery), windows, surprise, 0)  # type: ignore[arg-type]
     assert result.failed == ((5, "ZeroDivisionError: in a decoder", ImageFault.BROKEN),)
 
 
 @pytest.mark.slow
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
+    others = {*children_of(os.getpid())}
     windows = ([ImageLocation(row, "circle/red.png", -1, 0)] for row in range(100))
     decoded = decode_windows(str(tiny_gallery), windows, encoder.preprocess, 2)
     next(decoded)
-    assert len(multiprocessing.active_children()) == 2
+    assert len({*children_of(os.getpid())} - others) == 2
     decoded.close()
-    assert multiprocessing.active_children() == []
+    assert {*children_of(os.getpid())} <= others
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_rows": 0}, {"max_failed": 1.5}])

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from dcar_core.images import open_image
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import ImageError, ImageFault
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encoding_state import any_readable
@@ -19,6 +20,8 @@ from index_jobs.encoding.shards import FailedImage, ShardStore
 from index_jobs.gallery import storage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
+
+PREPROCESS = Preprocess(1, (0.5,) * 3, (0.5,) * 3)
 
 
 def encoded(form: str) -> bytes:
@@ -61,7 +64,7 @@ def folder(path: Path) -> ImageLocation:
 )
 def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
     windows = iter([[made(tmp_path / "picture.png")]])
-    ((decoded),) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    ((decoded),) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
     (failure,) = decoded.failed
     assert failure.fault.is_temporary
 
@@ -78,7 +81,7 @@ def test_a_huge_file_is_one_failed_image_and_is_not_read(form: str, tmp_path: Pa
         "listed": ImageLocation(0, "http://127.0.0.1:9/huge.jpg", -1, size),
     }[form]
     windows = iter([[place, ImageLocation(1, "good.png", -1, 0)]])
-    (decoded,) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    (decoded,) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
     assert decoded.failed == (FailedImage(0, "a file of more than 1 GiB", ImageFault.TOO_LARGE),)
     assert len(decoded.pixels) == 1
 
@@ -91,7 +94,7 @@ def test_a_file_beyond_the_memory_is_a_failed_image(tmp_path: Path, monkeypatch:
         except OSError:
             pytest.skip("this file system has no files of that size")
     windows = iter([[ImageLocation(0, "huge.jpg", -1, 0)]])
-    (decoded,) = decode_windows(str(tmp_path), windows, lambda data: np.zeros((3, 1, 1), np.uint8), 0)
+    (decoded,) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
     assert decoded.failed == (FailedImage(0, "too little memory to read it", ImageFault.UNREADABLE),)
 
 

@@ -133,7 +133,7 @@ def test_repeated_batch_adds_nothing_twice(index: Path, monkeypatch: pytest.Monk
     job = put(index, "a", "b")
     with monkeypatch.context() as patch:
         patch.setattr(WriteQueue, "end", lambda *_, **__: None)
-        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job)], {})
+        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job)], {"workers": 0})
     assert (current_version(index), status(index, job)["status"]) == (2, "waiting")
     apply_writes(index)
     assert (current_version(index), status(index, job)["index_version"]) == (2, 2)
@@ -151,7 +151,7 @@ def test_repeated_batch_ends_as_an_undisturbed_one_although_images_are_unreadabl
     jobs += [put(index, "worse", data=b"no picture") for _ in range(others)]
     with monkeypatch.context() as patch:
         patch.setattr(WriteQueue, "end", lambda *_, **__: None)
-        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job) for job in jobs], {})
+        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job) for job in jobs], {"workers": 0})
     apply_writes(index)
     assert current_version(index) == 2
     found = status(index, jobs[0])

@@ -11,11 +11,8 @@ from tests.support.commands import run
 
 PEAK_MEMORY = """
 import re, sys
-from contextlib import suppress
 from pathlib import Path
-from dcar_core.images import open_image
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.util.errors import ImageError
 
 
 def peak():  # of this program; getrusage counts from the parent's
@@ -25,11 +22,7 @@ def peak():  # of this program; getrusage counts from the parent's
 data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
 chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
 before = peak()
-if mode == "refused":
-    with suppress(ImageError):
-        open_image(data, at_least=560)
-else:
-    (chosen if mode == "exact" else chosen.fast())(data)
+(chosen if mode == "exact" else chosen.fast())(data)
 print(peak() - before)
 """
 
@@ -79,7 +72,7 @@ def answering(server: BaseServer) -> Iterator[None]:
 def peak_memory(data: bytes, mode: str, folder: Path) -> int:
     """Return the bytes that a file adds to the peak memory of a process.
 
-    mode: "exact" or "fast" preprocessing, or "refused" for a file that may be refused when it is opened.
+    mode: "exact" or "fast" preprocessing.
     """
     (folder / "image").write_bytes(data)
     done = run("-c", PEAK_MEMORY, folder / "image", mode)

@@ -1,0 +1,309 @@
+"""Decoding of strangers' files in processes with limits on memory and processor seconds.
+
+- A small file can take gigabytes or minutes in a decoder, or crash it. Beyond a limit this image alone fails: the
+  worker refuses the memory (RLIMIT_DATA), or is ended by a timer of its processor time (ITIMER_PROF) and replaced.
+- Where the system has no such limits, a worker is ended after `WALL` times the seconds.
+- Only the header of a file decides how much it may take, and it is read within the same limits.
+- A worker imports Pillow and NumPy, takes 0.15 s to start, and ends with this process: its input is at an end then.
+- Images go through pipes. What comes back is JSON and pixels, never pickle: a decoder may have been taken over.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.images.decoding import MAX_PIXELS, OpenedImage
+from dcar_core.images.formats import ALL_FORMATS, ImageFormat
+from dcar_core.util.errors import ImageError, ImageFault
+
+WALL = 5  # a worker may wait for a core this many times as long as it may compute
+START_S = 10.0  # and this long while it starts
+_LENGTHS = struct.Struct("<QQ")
+_CHECK_S = 0.5  # between two looks at the clock
+_EXIT_S = 5.0
+_PIPE_BYTES = 2**20
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),  # keeps the memory of small images, which halves the time of a JPEG
+    "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
+}
+_IDLE_BYTES = 48 * 2**20  # of a worker without an image, as RLIMIT_DATA counts them
+
+Convert = Callable[[OpenedImage], NDArray[np.uint8] | bytes]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one image may take.
+
+    memory: bytes beside those of the idle process.
+    seconds, seconds_per_pixel: of processor time.
+    expected: an image that is expected to take more bytes is not decoded: `LargeImageError`.
+    """
+
+    memory: int
+    seconds: float = 1.0
+    seconds_per_pixel: float = 1e-7
+    max_pixels: int = MAX_PIXELS
+    formats: Set[ImageFormat] = ALL_FORMATS
+    expected: int | None = None
+
+    def of(self, pixels: int) -> float:
+        """Return the seconds that an image of so many pixels may take."""
+        return self.seconds + self.seconds_per_pixel * pixels
+
+
+class Decoded(NamedTuple):
+    """A converted image, and width and height of its file when upright."""
+
+    result: Any
+    width: int
+    height: int
+
+
+class LargeImageError(Exception):
+    """The image is expected to take more memory than allowed for one that shares it with others."""
+
+
+class DecodeWorker:
+    """One process that decodes one image at a time, for one thread at a time. It starts when it is first needed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._in_use = threading.Lock()
+        self._deadline = float("inf")
+        self._is_late = self._is_closed = False
+        _watch(self)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the process has been started and has not been seen to end."""
+        return self._process is not None
+
+    def start(self) -> None:
+        """Start the process, unless it runs. It is ready a little later."""
+        with self._in_use:
+            self._start()
+
+    def _start(self) -> None:
+        if self._process is None and not self._is_closed:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{_MAIN}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                env=os.environ | _ENVIRONMENT,
+            )
+            _widen(self._process.stdin, self._process.stdout)
+
+    def close(self) -> None:
+        """End the process, whatever it does. A thread that waits for it gets an ImageError."""
+        self._is_closed = True
+        if self._process is not None:
+            self._process.kill()
+        with self._in_use:
+            self._stop()
+
+    def run(self, convert: Convert, data: bytes, limits: Limits) -> Decoded:
+        """Return what `convert`, a picklable function of a module without heavy imports, makes of an image file.
+
+        Raises:
+            ImageError: the file cannot be read, or takes more than its limits.
+            LargeImageError: see `Limits`.
+        """
+        job = pickle.dumps((convert, limits))
+        head = _LENGTHS.pack(len(job), len(data)) + job
+        with self._in_use:
+            for is_last in (False, True):  # a process that ends meanwhile may have been killed from outside
+                self._start()
+                if self._process is None:
+                    break
+                self._is_late = False
+                self._deadline = time.monotonic() + START_S + WALL * limits.of(limits.max_pixels)
+                try:
+                    _write(self._process.stdin, head)
+                    _write(self._process.stdin, data)
+                    return _answer(self._process.stdout)
+                except (OSError, EOFError):
+                    status = self._stop()
+                    self._start()  # the next image need not wait
+                    if self._is_late or status == -getattr(signal, "SIGPROF", 0):
+                        raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE) from None
+                    if is_last and status != -getattr(signal, "SIGKILL", 0):
+                        raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE) from None
+                finally:
+                    self._deadline = float("inf")
+        raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
+
+    def end_if_late(self) -> None:
+        """End the process if it has worked on one image for too long."""
+        process = self._process
+        if process is not None and time.monotonic() > self._deadline:
+            self._is_late = True
+            process.kill()
+
+    def _stop(self) -> int:
+        """Wait for the end of a process that was killed, or whose output has ended, and return its status."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        try:
+            return process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+
+_MAIN = "from dcar_core.images.workers import work; work()"
+_workers: "weakref.WeakSet[DecodeWorker]" = weakref.WeakSet()
+_watching = threading.Lock()
+
+
+def _watch(worker: DecodeWorker) -> None:
+    _workers.add(worker)
+    if _watching.acquire(blocking=False):
+        threading.Thread(target=_end_late_workers, name="decode-watch", daemon=True).start()
+
+
+def _end_late_workers() -> None:
+    while True:
+        time.sleep(_CHECK_S)
+        with contextlib.suppress(RuntimeError):  # another thread has added one
+            for worker in _workers:
+                worker.end_if_late()
+
+
+def _widen(*pipes: IO[bytes] | None) -> None:
+    """Let pipes hold more, so that the processes take turns less often."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # on Linux alone, and within a user's limit
+        import fcntl
+
+        for pipe in pipes:
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[arg-type]
+
+
+def _write(pipe: IO[bytes] | None, data: bytes | memoryview) -> None:
+    assert pipe is not None
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[pipe.write(view) :]
+
+
+def _read(pipe: IO[bytes], buffer: memoryview) -> None:
+    """Fill a buffer. Raise EOFError if the pipe ends before."""
+    while buffer:
+        count = pipe.readinto(buffer)  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        buffer = buffer[count:]
+
+
+def _read_bytes(pipe: IO[bytes], size: int) -> bytearray:
+    data = bytearray(size)
+    _read(pipe, memoryview(data))
+    return data
+
+
+def _answer(pipe: IO[bytes] | None) -> Decoded:
+    assert pipe is not None
+    head, size = _LENGTHS.unpack(_read_bytes(pipe, _LENGTHS.size))
+    answer = json.loads(_read_bytes(pipe, head))
+    if "reason" in answer:
+        raise ImageError(answer["reason"], ImageFault(answer["fault"]))
+    if "size" not in answer:
+        raise LargeImageError
+    if answer["shape"] is None:
+        return Decoded(bytes(_read_bytes(pipe, size)), *answer["size"])
+    pixels = np.empty(answer["shape"], np.uint8)
+    _read(pipe, pixels.data.cast("B"))
+    return Decoded(pixels, *answer["size"])
+
+
+# In the worker
+
+
+def work() -> None:
+    """Decode images from standard input to standard output, until the input ends."""
+    import warnings
+
+    from PIL import AvifImagePlugin
+
+    requests = os.fdopen(0, "rb", buffering=0)
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    for stream in (1, 2):  # decoders write to both
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the parent decides
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            sizes = _LENGTHS.unpack(_read_bytes(requests, _LENGTHS.size))
+            job, data = (_read_bytes(requests, size) for size in sizes)
+            (convert, limits), given = pickle.loads(job), bytes(data)
+            del data
+            _send(answers, *_decode(convert, given, limits))
+
+
+def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
+    nothing, opened = memoryview(b""), None
+    _limit_memory(_IDLE_BYTES + limits.memory)
+    _limit_seconds(limits.seconds)
+    try:
+        opened = OpenedImage(data, limits.formats)
+        opened.require_size(limits.max_pixels)
+        if limits.expected is not None and opened.memory > limits.expected:
+            return {}, nothing
+        _limit_seconds(limits.of(opened.width * opened.height))
+        result = convert(opened)
+        if isinstance(result, bytes):
+            return {"shape": None, "size": opened.upright_size}, memoryview(result)
+        return {"shape": result.shape, "size": opened.upright_size}, result.data.cast("B")
+    except ImageError as error:
+        if error.fault != ImageFault.BROKEN or opened is None or opened.memory <= limits.memory:
+            return {"reason": str(error), "fault": error.fault}, nothing
+        reason = f"{opened.width} x {opened.height} pixels as {opened.format.upper()} take more than"
+        return {"reason": f"{reason} {limits.memory >> 20} MiB to decode", "fault": ImageFault.TOO_LARGE}, nothing
+    except MemoryError:
+        reason = f"refused: decoding it takes more than {limits.memory >> 20} MiB"
+        return {"reason": reason, "fault": ImageFault.HOSTILE}, nothing
+    except Exception as error:
+        return {"reason": f"{type(error).__name__}: {error}", "fault": ImageFault.BROKEN}, nothing
+    finally:
+        _limit_seconds(0)
+
+
+def _send(pipe: IO[bytes], answer: dict[str, Any], payload: memoryview) -> None:
+    head = json.dumps(answer).encode()
+    _write(pipe, _LENGTHS.pack(len(head), len(payload)) + head)
+    _write(pipe, payload)
+
+
+def _limit_memory(size: int) -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _limit_seconds(seconds: float) -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)

@@ -1,0 +1,60 @@
+"""Conversions of images that misbehave, for decoding processes, which import this module."""
+
+import os
+import signal
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dcar_core.images import ImageSource, OpenedImage
+from dcar_core.model.preprocess import Preprocess
+
+
+def sleep(opened: OpenedImage) -> bytes:
+    """Take as many tenths of a second as the image is wide."""
+    time.sleep(opened.width / 10)
+    return b"slept"
+
+
+def wait(opened: OpenedImage) -> bytes:
+    """Never return, and take no processor time."""
+    time.sleep(600)
+    return b""
+
+
+def spin(opened: OpenedImage) -> bytes:
+    """Take processor time without end."""
+    while True:
+        pass
+
+
+def fill(opened: OpenedImage) -> bytes:
+    """Take 200 MB."""
+    return bytes(200 * 2**20)
+
+
+def crash(opened: OpenedImage) -> bytes:
+    """End the process as a fault of a decoder does."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return b""
+
+
+def vanish(opened: OpenedImage) -> bytes:
+    """End the process as the system does when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return b""
+
+
+def fail(opened: OpenedImage) -> bytes:
+    """Raise an error that no decoder is known to raise."""
+    raise ZeroDivisionError("in a decoder")
+
+
+class CrashOfWidth49(Preprocess):
+    """Ends the process with an image that is 49 pixels wide."""
+
+    def decode(self, source: ImageSource) -> NDArray[np.uint8]:
+        if isinstance(source, OpenedImage) and source.width == 49:
+            crash(source)
+        return super().decode(source)
