@@ -5,15 +5,18 @@
 - Each attack runs in a process of its own for `--seconds`, once the server has read what the one before left. Beside
   it one client sends new texts, one sends new images, and one probes /healthz, which needs nothing but the service's
   event loop.
+- The attacker has an address of its own, as quotas are by caller.
 - The table shows the responses to the attack, the latencies of the honest requests, the number of refused ones, and the
-  peak of the server's memory. The first row is the service without an attack. In the second, a process that sends
-  nothing keeps a core busy: on few cores, an attacker costs that much by running on the same machine.
+  peak of the memory of the server and its decoding processes. The first row is the service without an attack. In the
+  second, a process that sends nothing keeps a core busy: on few cores, an attacker costs that much by running on the
+  same machine.
 - Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
   traversal, deep JSON, expensive filters and explanations, and hostile images of every format.
 """
 
 import argparse
 import asyncio
+import base64
 import itertools
 import json
 import multiprocessing
@@ -37,14 +40,16 @@ from hostile_files import (
     many_segments,
     many_tags,
     many_tracks,
+    mutants,
     tile_bomb,
     two_headers,
     two_kinds,
 )
-from load import Tally, closed_loop, image_request, open_loop, post
+from load import Tally, address, closed_loop, image_request, open_loop, post
 from serve import bomb, new_images, new_texts
 from service import Server, emoji, serving
 
+ATTACKER = "127.0.0.2"  # another caller than the honest ones
 HOST = b"Host: 127.0.0.1\r\n"
 PROBE = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
 JSON = b"Content-Type: application/json\r\n"
@@ -68,7 +73,7 @@ class Target:
         """Send pieces over one connection, read until it is closed or the attack is over, and return the response."""
         response = b""
         with suppress(OSError):
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(address.get(), 0))
             try:
                 for piece in pieces:
                     writer.write(piece)
@@ -172,6 +177,8 @@ def attacks() -> dict[str, Attack]:
     chunked_upload = FORM + b"Transfer-Encoding: chunked\r\n\r\n"
     large = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
     contains = {"$or": [{"caption": {"contains": f"{n} no such words"}} for n in range(32)]}
+    picture = base64.b64encode(encoded("PNG", 3_464)).decode()
+    pictures = {"queries": [{"image": picture} for _ in range(32)]}
     explained = {"queries": [{"query": f"cat {n}", "explain": True} for n in range(32)]}
     images = {
         "PNG bomb": bomb(60_000, bytes(10**7)),
@@ -213,6 +220,8 @@ def attacks() -> dict[str, Attack]:
         "expensive filters": flood(text(query="cat", filter=contains)),
         "batches of explanations": flood(post("/search/batch", "application/json", json.dumps(explained).encode())),
         **{name: flood(image_request(data)) for name, data in images.items()},
+        "200 mutated images": flood(*(image_request(data) for data in mutants(200))),
+        "batches of 12 megapixels": flood(post("/search/batch", "application/json", json.dumps(pictures).encode())),
     }
 
 
@@ -259,6 +268,8 @@ def _wait_until_idle(server: Server) -> None:
 
 
 def _run_attack(attack: Attack | None, target: Target, sender: Connection) -> None:
+    address.set(ATTACKER)
+
     async def run() -> None:
         if attack is not None:
             with suppress(TimeoutError):

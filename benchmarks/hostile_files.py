@@ -1,8 +1,10 @@
 """Hostile image files of every format, for `attack.py`."""
 
 import io
+import random
 import struct
 import zlib
+from collections.abc import Iterator
 
 from PIL import Image
 from serve import png_chunk
@@ -108,3 +110,19 @@ def two_kinds(side: int) -> bytes:
     place = data.index(b"mdat") + 4
     index = index.replace(struct.pack(">I", place), struct.pack(">I", place + len(other)))
     return data[: start - 4] + struct.pack(">I", end - start + 4 + len(other)) + index + other + data[end:]
+
+
+def mutants(count: int, seed: int = 0) -> Iterator[bytes]:
+    """Yield files of every format in which bytes were changed, cut out or repeated."""
+    draw = random.Random(seed)
+    files = [encoded(kind, 200) for kind in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP")]
+    for number in range(count):
+        data = bytearray(files[number % len(files)])
+        for _ in range(draw.randint(1, 12)):
+            data[draw.randrange(12, len(data))] = draw.randrange(256)
+        start, end = sorted(draw.sample(range(12, len(data)), 2))
+        if number % 3 == 1:
+            del data[start:end]
+        elif number % 3 == 2:
+            data[start:start] = data[start:end] * draw.randint(1, 1_000_000 // (end - start))
+        yield bytes(data)

@@ -12,12 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 Requests = Callable[[], bytes]
+address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
 
 
 @dataclass
@@ -92,7 +94,9 @@ class _Connection(asyncio.Protocol):
 
 async def connect(port: int) -> _Connection:
     """Open a connection."""
-    _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
+    _, connection = await asyncio.get_running_loop().create_connection(
+        _Connection, "127.0.0.1", port, local_addr=(address.get(), 0)
+    )
     return connection
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,14 @@ class Server:
             return False
 
     def rss_mb(self) -> float:
-        """Return the resident memory in millions of bytes."""
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(text.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+        """Return the resident memory in millions of bytes, with that of the decoding processes."""
+        total, pids = 0, [self.process.pid]
+        for pid in pids:
+            with suppress(OSError, IndexError):  # it has ended
+                total += int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    pids += map(int, (task / "children").read_text().split())
+        return total * 1024 / 1e6
 
     def cpu_s(self) -> float:
         """Return the seconds of processor time so far."""
