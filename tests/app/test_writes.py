@@ -154,7 +154,7 @@ async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkey
     for name in ("accept", "waiting", "status"):
         monkeypatch.setattr(WriteQueue, name, hang)
     monkeypatch.setattr(worker, "_STATUS_S", 0.1)
-    monkeypatch.setattr("app.search.collections.current_version", hang)
+    monkeypatch.setattr("app.service.collections.current_version", hang)
     async with opened(index, poll_s=0.02, **WRITES) as client:
         puts = [asyncio.create_task(put(client, item(f"{number}"))) for number in range(20)]
         refused = [await each for each in puts[16:]]
