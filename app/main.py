@@ -148,9 +148,9 @@ def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
     metrics.add_gauge("dcar_index_recall_at_10", recall, label, read(lambda m: m.measured.get("recall_at_10")))
     metrics.add_gauge(
         "dcar_index_degraded",
-        "1 while a newer published version cannot be served.",
+        "1 while a newer published version cannot be served, or a file of the served one is damaged.",
         label,
-        lambda: [([name], float(s.reason is not None)) for name, s in collections],
+        lambda: [([name], float(s.fault is not None)) for name, s in collections],
     )
 
 

@@ -3,6 +3,7 @@
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
 - A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
+- Its files are then compared with their checksums once. A damaged version stays in service, but degraded.
 - A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
 - The service is ready when every collection is loaded, and stays ready when one cannot follow a new version. A created
   collection that cannot be loaded does not count.
@@ -21,7 +22,9 @@ from app.core.supervision import ENDS, stop, supervise
 from app.core.threads import ComputeThreads, SharedCall, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
+from app.service.integrity import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, require_index
 from index_jobs.store.writes.collection_folders import list_collections
 
@@ -38,6 +41,7 @@ class ServedIndex:
     Attributes:
         live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
+        damage: which file of the live version is damaged, likewise without directories; None if none is known.
         is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
 
@@ -46,12 +50,14 @@ class ServedIndex:
         self.is_created = is_created
         self.live: Snapshot | None = None
         self.reason: str | None = _LOADING
+        self.damage: str | None = None
         self._collections = collections
         self._failure: str | None = None  # the last one, in full
         self._failed_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
         self._loads: set[asyncio.Task[bool]] = set()
+        self._check: asyncio.Task[None] | None = None
         self._is_closing = False
 
     def require(self) -> Snapshot:
@@ -70,6 +76,7 @@ class ServedIndex:
         await stop(self._poller)
         if self._loads:
             await asyncio.wait(self._loads, timeout=_CLOSE_S)
+        await stop(self._check)
         self.live = None  # the ended tasks refer to this object until a full garbage collection, which is rare here
 
     async def reload(self) -> bool:
@@ -111,10 +118,27 @@ class ServedIndex:
             self.reason, self._failure, self._failed_version = None, None, None
             if snapshot is None:
                 return False
-            self.live = snapshot
+            self.live, self.damage = snapshot, None
+            await stop(self._check)
+            self._check = asyncio.create_task(self._find_damage(snapshot.artifact), name="dcar-integrity")
             count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
             logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
             return True
+
+    async def _find_damage(self, artifact: Artifact) -> None:
+        def is_served() -> bool:
+            return self.live is not None and self.live.artifact is artifact and not self._is_closing
+
+        damage = await self._collections.checker.run(find_damage, artifact, is_served)
+        if damage is not None and is_served():
+            self.damage = without_directories(damage, self.index)
+            version = artifact.manifest.version
+            logger.error("version %d of %s is damaged, and its results may be wrong: %s", version, self.index, damage)
+
+    @property
+    def fault(self) -> str | None:
+        """Why the collection is degraded: `reason`, or `damage`; None if it is not."""
+        return self.reason or self.damage
 
     def _record_failure(self, version: int | None, error: BaseException) -> DcarError:
         """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
@@ -162,6 +186,7 @@ class Collections:
     Attributes:
         default: name of the default collection.
         disk: threads that look for published versions; a disk may hang.
+        checker: the thread that compares files with their checksums, one version after the other.
         load_lock: held while a version is loaded, so one is loaded at a time.
         on_start_failure: called if the first version of a collection in the settings cannot be loaded.
         gallery_fault: why images cannot be shown, by a sample of each gallery's files; None if they can.
@@ -180,6 +205,7 @@ class Collections:
         self.on_start_failure = on_start_failure
         self.load_lock = asyncio.Lock()
         self.disk = ComputeThreads(4, "dcar-versions")
+        self.checker = ComputeThreads(1, "dcar-integrity")
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
@@ -224,8 +250,8 @@ class Collections:
 
     @property
     def reason(self) -> str | None:
-        """Why some published version is not served; None if all are."""
-        reasons = [self._with_name(name, index.reason) for name, index in self if index.reason is not None]
+        """Why some published version is not served, or is damaged; None if all are served and none is."""
+        reasons = [self._with_name(name, index.fault) for name, index in self if index.fault is not None]
         return "; ".join(reasons) or None
 
     def _find_gallery_fault(self) -> str | None:
@@ -246,6 +272,7 @@ class Collections:
         await stop(self._watcher)
         await asyncio.gather(*(index.close() for _, index in self))
         self.disk.shutdown(wait=False, cancel_futures=True)
+        self.checker.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
         while self.settings.poll_s > 0:

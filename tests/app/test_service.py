@@ -87,6 +87,25 @@ def newer_weights(index: Path, gallery: Path, other_checkpoint: Path) -> Path:
     return index / "versions/2/checkpoint/trainables.safetensors"
 
 
+async def test_flipped_bits_of_a_served_file_are_reported(index: Path, caplog: pytest.LogCaptureFixture) -> None:
+    vectors = index / "versions/1/index.faiss"
+    data = bytearray(vectors.read_bytes())
+    data[-40] ^= 1
+    vectors.write_bytes(data)
+    async with opened(index, poll_s=0.02, **KEY) as client:
+
+        async def degraded() -> bool:
+            return (await client.get("/readyz")).json()["status"] == "degraded"
+
+        await until(degraded)
+        assert "index.faiss is corrupted" in (await client.get("/readyz", headers=BEARER)).json()["reason"]
+        assert f'dcar_index_degraded{{collection="{index.name}"}} 1.0' in (await client.get("/metrics")).text
+        assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
+        await client.post("/admin/reload", headers=BEARER)
+        assert await degraded()
+    assert "is damaged, and its results may be wrong" in caplog.text
+
+
 async def test_broken_version_keeps_the_old_one_served(
     index: Path, newer_weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
