@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DcarError, FingerprintError, LockedError
+from index_jobs.gallery.image_access import ImageAccess
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.store import items
@@ -317,11 +318,11 @@ def test_reader_follows_when_its_version_is_removed_under_it(index: Path, monkey
     """CURRENT is read, then a writer publishes and removes that version, then the reader opens it."""
     opened = Artifact.__init__
 
-    def late(self: Artifact, path: Path) -> None:
+    def late(self: Artifact, path: Path, *access: ImageAccess) -> None:
         if path.name == "1" and current_version(index) == 1:
             monkeypatch.setattr(Artifact, "__init__", opened)
             publish_copy(index, keep=1)
-        opened(self, path)
+        opened(self, path, *access)
 
     monkeypatch.setattr(Artifact, "__init__", late)
     assert open_current(index).manifest.version == 2
