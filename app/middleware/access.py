@@ -55,7 +55,8 @@ class Access:
 
     async def _problem(self, scope: Scope, policy: Policy, collection: str) -> Problem | None:
         """Return why a request is refused; None if it is not."""
-        if policy.access == "open":
+        needs_key = bool(self._settings.api_keys) or policy.access in ("write", "admin")
+        if policy.access == "open" or not (needs_key or self._rates is not None):
             return None
         headers = Headers(scope=scope)
         caller, key = current_caller.get(), None
