@@ -33,6 +33,7 @@ class Access:
     ) -> None:
         self._app = app
         self._settings = settings
+        self._default_collection = settings.default_collection  # it looks at the disk
         self._policies = policies
         self._rates = rates
         self._metrics = metrics
@@ -43,7 +44,7 @@ class Access:
             scope[POLICY] = policy
             problem = None
             if scope["method"] != "OPTIONS":
-                problem = await self._problem(scope, policy or UNKNOWN, collection or self._settings.default_collection)
+                problem = await self._problem(scope, policy or UNKNOWN, collection or self._default_collection)
             if problem is None and policy is None:
                 problem = Problem(404, f"There is nothing at {scope['path'][:200]}; see /docs for the routes.")
             if problem is not None:
