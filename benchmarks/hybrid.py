@@ -40,12 +40,12 @@ from app.search.query import Query
 from app.search.ranking.rank import rank
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
+from index_jobs.engines.faiss.engine import VECTORS
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.engines.faiss.kinds import choose_kinds
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.lexical.term_lists import STARTS, TERMS
-from index_jobs.store.manifest import VECTORS
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 DIM, CENTRES, WORDS, WORDS_PER_ITEM = 256, 1000, 50_000, 12

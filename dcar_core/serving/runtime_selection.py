@@ -5,6 +5,7 @@
 """
 
 import logging
+from itertools import pairwise
 
 import numpy as np
 
@@ -54,8 +55,8 @@ def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven:
                 f"choose another, such as auto"
             )
         return runtime
-    *fast, last = preferred_runtimes(loaded.backbone)
-    for each, following in zip(fast, [*fast[1:], last], strict=True):
+    names = preferred_runtimes(loaded.backbone)
+    for each, following in pairwise(names):
         try:
             runtime = _open(each, state, loaded)
             if (proof := _prove(runtime, state, loaded)).holds:
@@ -64,7 +65,7 @@ def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven:
         except Exception as error:  # perhaps with a larger batch than the first
             reason = reason_of(error)
         logger.warning("the runtime %s is not used: %s; using %s instead", each, reason, following)
-    return open_runtime(last, loaded)
+    return open_runtime(names[-1], loaded)
 
 
 def _open(name: str, state: EncoderState, loaded: LoadedModel) -> Runtime:

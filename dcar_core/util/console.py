@@ -65,7 +65,11 @@ def prepare_streams() -> None:
     for name, kind in (("stdout", _CheckedStdout), ("stderr", _TolerantStderr)):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  # open to the end
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
+            os.set_inheritable(
+                stream.fileno(), True
+            )  # as standard streams are: processes rely on the first descriptors
+            setattr(sys, name, stream)
         elif not isinstance(stream, _WrappedStream):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")

@@ -251,7 +251,7 @@ def test_images_that_are_not_read_cost_little_memory(
             deaf.connect(("127.0.0.1", port))
             deaf.sendall(b"GET /items/circle%2Fred.png/image HTTP/1.1\r\nHost: localhost\r\n\r\n")
         end = time.monotonic() + 20
-        while len(app.state.retriever.image_threads._threads) < 8 and time.monotonic() < end:
+        while len(app.state.retriever.compute.image_threads._threads) < 8 and time.monotonic() < end:
             time.sleep(0.02)
         time.sleep(0.5)
         _, peak = tracemalloc.get_traced_memory()

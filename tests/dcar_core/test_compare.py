@@ -326,4 +326,4 @@ def test_the_loss_direction_makes_other_runs(backbone: Backbone, tiny_data: Path
     runs = [results["methods"]["coop"]["runs"][0] for results in (both, one)]
     assert runs[0]["run"] != runs[1]["run"]
     assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
-    assert "The contrastive loss is image-to-text alone." in (tmp_path / "results.md").read_text()
+    assert "Only the image-to-text contrastive loss is used." in (tmp_path / "results.md").read_text()

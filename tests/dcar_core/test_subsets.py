@@ -18,8 +18,10 @@ from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 from tests.support.comparisons import QUICK, trainings
+from tests.support.parts import needs
 
 
+@needs("plots")
 def test_shots_unseen_categories_and_other_data_are_measured(
     backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     found = json.loads(dcar("search", "a red circle", "--index", index, "-k", 3, "--json").stdout)
     assert [hit["rank"] for hit in found["results"]] == [1, 2, 3]
     odd = json.loads(dcar("search", "a  red\u200b <|endoftext|> circle", "--index", index, "-k", 3, "--json").stdout)
-    assert odd == found, "words are put into the service's form"
+    assert odd | {"took_ms": 0} == found | {"took_ms": 0}, "words are put into the service's form"
     picture = tiny_gallery / "circle" / "red.png"
     found = json.loads(dcar("search", picture, "--index", index, "-k", 1, "--json").stdout)
     assert found["results"][0]["caption"] == "a red circle"
@@ -105,7 +105,7 @@ def test_serve_answers_and_a_taken_port_is_one_line(walked: tuple[Path, Path]) -
     _, index = walked
     with server("serve", "--index", index, "--collection", f"again={index}") as (url, port):
         found = post(f"{url}/search/text", {"query": "a red circle", "k": 2})
-        assert set(found) == {"index_version", "took_ms", "cached", "results", "next_offset"}
+        assert set(found) == {"index_version", "took_ms", "cached", "results", "next_offset", "nothing_fits"}
         assert not found["cached"]
         assert post(f"{url}/search/text", {"query": "a  red circle", "k": 2})["cached"]
         again = post(f"{url}/collections/again/search/text", {"query": "a red circle", "k": 2})

@@ -321,7 +321,7 @@ def bad_name_column(root: Path) -> Path:
         (bad_row, "line 1: must be an object, not a list"),
         (bad_encoding, "is not UTF-8"),
         (bad_parquet, "is not a parquet file"),
-        (bad_url, "nosuch://example.org/a.png cannot be read: Protocol not known"),
+        (bad_url, "nosuch://example.org/a.png cannot be read: the schemes of galleries are"),
         (bad_escape, "is outside of the list's folder"),
         (bad_ids, r"a\.png and c\.png both have the id '7'"),
         (bad_address, "the id 'shop/7/image' ends in /image, which is a route of the service"),

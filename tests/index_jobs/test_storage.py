@@ -178,6 +178,7 @@ def test_galleries_of_the_same_names_at_two_urls_share_no_vector(
 
 
 @pytest.mark.slow
+@needs("http")
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
     served: tuple[Path, str, type[Server]], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
         theirs.image_bytes(0)
 
 
+@needs("http")
 def test_network_errors_are_retried(
     served: tuple[Path, str, type[Server]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

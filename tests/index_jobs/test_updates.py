@@ -53,12 +53,9 @@ def test_another_user_may_read_every_file(
     "kind",
     [
         "hnsw",
-        "hnsw-sq8",
         "ivf",
-        "ivf-sq8",
         "ivf-pq",
         "ivf-pq-fp16",
-        "ivf-rabitq",
         pytest.param("IVF1,PQ32x4", id="pq"),  # its codes of eight bits need 256 images to train
     ],
 )

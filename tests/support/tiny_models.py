@@ -86,7 +86,8 @@ def write_tiny_model(name: str, directory: Path) -> Path:
         warnings.simplefilter("ignore")
         clip = open_clip.create_model(name, load_weights=False, **config)
     shake(clip)
-    save_file({k: v.clone() for k, v in clip.state_dict().items()}, str(directory / "open_clip_model.safetensors"))
+    state = {name: torch.nan_to_num(value).clone() for name, value in clip.state_dict().items()}  # some are never set
+    save_file(state, str(directory / "open_clip_model.safetensors"))
     if encoder:
         text["hf_model_name"] = Path(encoder).name
     whole = open_clip.get_model_config(name) | config
