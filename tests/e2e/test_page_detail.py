@@ -209,7 +209,7 @@ def test_field_without_a_name_hides_nothing(page: Page, site: str) -> None:
         const whole = window.fetch;
         window.fetch = async (path, options) => {
             const response = await whole(path, options);
-            if (!/^(browse|catalogue|facets)/.test(path)) return response;
+            if (!/^ui.(browse|catalogue|facets)/.test(path)) return response;
             const body = await response.json();
             body.items?.forEach(({metadata}, row) => (metadata[''] = row));
             body.fields?.unshift({name: '', is_number: true});

@@ -59,7 +59,8 @@ def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> 
     loads_once = """
         const whole = window.fetch; let asked = 0;
         window.fetch = async (url, ...more) => {
-            if (url === 'catalogue' && asked === 1) return new Response('{"detail": "It is loaded."}', {status: 503});
+            const loading = '{"detail": "It is loaded."}';
+            if (url === 'ui/catalogue' && asked === 1) return new Response(loading, {status: 503});
             if (url !== 'collections' || ++asked > 1) return whole(url, ...more);
             const {collections: [one]} = await (await whole(url)).json();
             return Response.json({collections: [{...one, index_version: null}]});
