@@ -62,6 +62,11 @@ class _CheckedStdout(_WrappedStream):
 
 def prepare_streams() -> None:
     """Make the streams of a command safe to write to. Called once, by its entry point."""
+    for descriptor in range(3):  # another file would take the place of a closed one, and child processes write to it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name, kind in (("stdout", _CheckedStdout), ("stderr", _TolerantStderr)):
         stream = getattr(sys, name)
         if stream is None:

@@ -227,7 +227,7 @@ def test_images_are_tried_again_once_their_decoder_is_installed(
     (gallery / "phone.heic").rename(gallery / "phone.jpg")
 
     def run(**options: object) -> RebuildSummary:
-        return rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, **options)
+        return rebuild(gallery, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, **options)
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pillow_heif", None)

@@ -70,7 +70,7 @@ def test_every_kind_of_built_index_takes_updates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 0)
-    rebuild(tiny_gallery, tiny_checkpoint, index, kind=kind, progress=False)
+    rebuild(tiny_gallery, tiny_checkpoint, index, kind=kind, force=True, progress=False)  # pq ranks worse
     built = open_current(index)
     assert built.manifest.kind != "Flat"
     ids = [built.item(row).id for row in range(24)]

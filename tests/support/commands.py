@@ -150,6 +150,7 @@ def _execute(
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
     for number, stream in ((1, streams[0]), (2, streams[1])):
         if stream is None:
             os.close(number)
@@ -157,7 +158,6 @@ def _execute(
         opened = stream.fileno() if isinstance(stream, Connection) else os.open(stream, os.O_WRONLY)
         os.dup2(opened, number)
         stream.close() if isinstance(stream, Connection) else os.close(opened)
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
     sys.stdout = _stream(1) if streams[0] is not None else None
     sys.stderr = _stream(2) if streams[1] is not None else None
     code = arguments.pop(0) if program == "-c" else None
