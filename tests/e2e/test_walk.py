@@ -84,7 +84,7 @@ def test_search_from_the_command_line(walked: tuple[Path, Path], tiny_gallery: P
     assert "a red circle" in dcar("search", picture, "--index", index).stdout
     circles = dcar("search", "a red square", "--index", index, "--filter", '{"category": "circle"}', "--json").stdout
     assert {result["category"] for result in json.loads(circles)["results"]} == {"circle"}
-    assert "gone.png: no such file" in dcar("search", "gone.png", "--index", index, check=False).stderr
+    assert "gone.png: No such file" in dcar("search", "gone.png", "--index", index, check=False).stderr
 
 
 def test_versions_are_listed_verified_and_rolled_back(walked: tuple[Path, Path], tiny_gallery: Path) -> None:
