@@ -21,6 +21,7 @@ from index_jobs.gallery.scan import scan
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current, version_numbers
+from tests.support.files import write_file
 from tests.support.parts import needs
 
 
@@ -227,13 +228,16 @@ def test_images_are_tried_again_once_their_decoder_is_installed(
     (gallery / "phone.heic").rename(gallery / "phone.jpg")
 
     def run(**options: object) -> RebuildSummary:
-        return rebuild(gallery, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, **options)
+        return rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, **options)
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pillow_heif", None)
+        write_file(tmp_path / "missing" / "pillow_heif.py", b"raise ImportError")
+        patch.syspath_prepend(str(tmp_path / "missing"))  # decoding processes search the same path
         first = run()
         assert (first.failed, first.unread) == (1, 1)
         assert first.hint.endswith("give --force")
+        assert run(kind="hnsw").encoded == 0
     installed = run(kind="flat")
     assert (installed.count, installed.failed, installed.hint) == (25, 0, "")
 
