@@ -10,12 +10,12 @@
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dcar_core.images import MAX_PIXELS, OpenedImage
 from dcar_core.images.workers import DecodeWorker, Limits
@@ -24,10 +24,11 @@ from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ImageError, ImageFault
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
-from index_jobs.encoding.shards import FailedImage, Sizes
+from index_jobs.encoding.shards import IMAGE, FailedImage, Images
 from index_jobs.gallery.storage import ImageLocation, read_images
 
-DecodeImage = Callable[[bytes], DecodedImage]
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 LIMITS = Limits(memory=24 * MAX_PIXELS, seconds=5, seconds_per_pixel=5e-7)  # of one image of a gallery
 _MAX_THREADS = 4  # threads keep up to this many cores busy
 _IMAGES_PER_WORKER = 100  # a process takes as long to start as to decode these
@@ -39,15 +40,15 @@ _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
 class DecodedWindow:
     """A decoded window.
 
-    pixels: uint8 (m, 3, S, S) of the readable images, in order. failed: the other images.
-    pixel_hashes: uint64 (m,). sizes: of the files. size: number of images in the window.
+    pixels: uint8 (m, 3, S, S) of the readable images, in order. images: their records. failed: the other images.
     """
 
     pixels: Pixels
+    images: Images
     failed: tuple[FailedImage, ...]
-    pixel_hashes: NDArray[np.uint64]
-    sizes: Sizes
-    size: int
+
+    def __len__(self) -> int:
+        return len(self.images) + len(self.failed)
 
 
 def worker_count(workers: int | None, images: int) -> int:
@@ -78,32 +79,30 @@ def decode_windows(
     def take_worker() -> None:
         mine.worker = next(turns, None)
 
-    def decode(data: bytes) -> DecodedImage:
-        return decode_image(data, preprocess, mine.worker)
-
     parallel = workers or min(_MAX_THREADS, available_cores())
     threads = ThreadPoolExecutor(parallel, "decode", take_worker)
-    pending: deque[Future[DecodedWindow]] = deque()
     try:
-        for window in windows:
-            pending.append(threads.submit(_decode_window, root, window, decode, cache))
-            if len(pending) > _WINDOWS_AHEAD + parallel:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from map_ahead(
+            threads, lambda window: _decode_window(root, window, preprocess, mine.worker, cache),
+            windows, _WINDOWS_AHEAD + parallel,
+        )  # fmt: skip
     finally:
         for process in processes:
             process.close()
         threads.shutdown(cancel_futures=True)
 
 
-def decode_image(data: bytes, preprocess: Preprocess, worker: DecodeWorker | None) -> DecodedImage:
-    """Return the pixels and the size of an image, decoded by a worker or here. Raise ImageError if it has none."""
-    if worker is None:
-        opened = OpenedImage(data)
-        return DecodedImage(preprocess(opened), *opened.upright_size)
-    pixels, width, height = worker.run(preprocess.decode, data, LIMITS)
-    return DecodedImage(preprocess.finish(pixels), width, height)
+def map_ahead(
+    threads: ThreadPoolExecutor, function: Callable[[Given], Result], values: Iterable[Given], ahead: int
+) -> Iterator[Result]:
+    """Yield the results of a function in the order of the values; at most so many more are under way."""
+    pending: deque[Future[Result]] = deque()
+    for value in values:
+        pending.append(threads.submit(function, value))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def is_readable(data: bytes, worker: DecodeWorker) -> bool:
@@ -116,29 +115,35 @@ def is_readable(data: bytes, worker: DecodeWorker) -> bool:
 
 
 def _decode_window(
-    root: str, locations: Sequence[ImageLocation], decode: DecodeImage, cache: PixelCache | None
-) -> DecodedWindow:
+    root: str, locations: Sequence[ImageLocation], preprocess: Preprocess, worker: DecodeWorker | None,
+    cache: PixelCache | None,
+) -> DecodedWindow:  # fmt: skip
     """Read and decode the images of a window, through the cache if there is one."""
     images = cache.get(root, locations) if cache else {}
     missing = [location for location in locations if location.row not in images]
     decoded: dict[ImageLocation, DecodedImage] = {}
     failed = []
     for location, data in zip(missing, read_images(root, missing), strict=True):
-        result = _decode_image(decode, location.row, data)
+        result = _decode_image(location.row, data, preprocess, worker)
         if isinstance(result, FailedImage):
             failed.append(result)
         else:
             images[location.row] = decoded[location] = result
     if cache and decoded:
         cache.put(root, decoded)
-    ordered = [images[row] for row in sorted(images)]
-    stacked = np.stack([image.pixels for image in ordered]) if ordered else np.empty((0, 3, 0, 0), np.uint8)
-    hashes = [int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest()) for pixels in stacked]
-    sizes = np.array([image[1:] for image in ordered], np.int32).reshape(-1, 2)
-    return DecodedWindow(stacked, tuple(failed), np.array(hashes, np.uint64), sizes, len(locations))
+    ordered = [location for location in locations if location.row in images]
+    stacked = [images[location.row].pixels for location in ordered]
+    records = np.empty(len(ordered), IMAGE)
+    for i, location in enumerate(ordered):
+        pixels, width, height = images[location.row]
+        pixel_hash = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest())
+        records[i] = (location.row, location.location_hash, pixel_hash, (width, height))
+    return DecodedWindow(np.stack(stacked) if stacked else np.empty((0, 3, 0, 0), np.uint8), records, tuple(failed))
 
 
-def _decode_image(decode: DecodeImage, row: int, data: bytes | Exception) -> DecodedImage | FailedImage:
+def _decode_image(
+    row: int, data: bytes | Exception, preprocess: Preprocess, worker: DecodeWorker | None
+) -> DecodedImage | FailedImage:
     if isinstance(data, FileNotFoundError):
         return FailedImage(row, "no such file", ImageFault.MISSING)
     if isinstance(data, ImageError):
@@ -147,7 +152,11 @@ def _decode_image(decode: DecodeImage, row: int, data: bytes | Exception) -> Dec
         reason = str(data) if isinstance(data, OSError) else f"{type(data).__name__}: {data}"
         return FailedImage(row, getattr(data, "strerror", None) or reason, ImageFault.UNREADABLE)
     try:
-        return decode(data)
+        if worker is None:
+            opened = OpenedImage(data)
+            return DecodedImage(preprocess(opened), *opened.upright_size)
+        pixels, width, height = worker.run(preprocess.decode, data, LIMITS)
+        return DecodedImage(preprocess.finish(pixels), width, height)
     except ImageError as error:
         return FailedImage(row, str(error), error.fault)
     except Exception as error:  # an unforeseen decoder error fails one image, not the job

@@ -1,22 +1,30 @@
-"""Forward passes on one or several devices, with results in the order of the windows.
+"""The encoders of a gallery: their choice, and forward passes on one or several devices in the order of the windows.
 
-- Every GPU of the machine is used unless one is named, and each holds a copy of the model.
-- A GPU has two replicas, so that one window is transferred while another is computed. A CPU computes in the job's own
-  thread.
-- Windows are assigned in turn. They do not depend on the number of devices, so the vectors do not either.
+- Every GPU of the machine is used unless one is named, and each holds a copy of the model. A GPU has two replicas, so
+  that one window is transferred while another is computed. A CPU computes in the job's own thread.
+- Windows do not depend on the number of devices, so the vectors do not either.
+- Vectors of two runtimes differ in their last digits, so their shards are kept apart. "auto" may take another runtime
+  after an installation. Where a job has begun, it continues with its runtime, so that nothing is encoded twice.
 """
 
-from collections import deque
+import logging
+import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from dcar_core import Encoder
+from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
 from dcar_core.util.arrays import Floats
-from index_jobs.encoding.decode import DecodedWindow
+from dcar_core.util.errors import DcarError
+from index_jobs.encoding.decode import DecodedWindow, map_ahead
+from index_jobs.encoding.shards import ShardStore
+from index_jobs.gallery.scan import Gallery
+from index_jobs.spec import BuildOptions
+
+logger = logging.getLogger(__name__)
 
 
 def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
@@ -32,7 +40,7 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
     names = [name.strip() for name in device.split(",")]
     if names == ["auto"] and torch.cuda.is_available():
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if runtime == "auto" and len({name.partition(":")[0] for name in names}) > 1:
+    if runtime == AUTO and len({name.partition(":")[0] for name in names}) > 1:
         runtime = "torch"  # runs on all of them
     encoders = list[Encoder]()
     for name in names:
@@ -44,26 +52,47 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
     return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
 
 
+def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: BuildOptions) -> list[Encoder]:
+    """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards."""
+    spec = options.spec
+    replicas = load_replicas(checkpoint, options.device, exact=spec.exact, runtime=spec.runtime)
+    fastest = replicas[0].runtime.name
+    begun = runtime_in_use(gallery, replicas[0], fastest, work, options) if spec.runtime == AUTO else fastest
+    if begun == fastest:
+        return replicas
+    try:
+        others = load_replicas(checkpoint, options.device, exact=spec.exact, runtime=begun)
+    except DcarError as error:
+        logger.warning("the vectors of %s cannot be continued and are made again with %s: %s", begun, fastest, error)
+        return replicas
+    logger.info("continuing with %s, which made the existing vectors, although %s is faster here", begun, fastest)
+    return others
+
+
+def runtime_in_use(gallery: Gallery, encoder: Encoder, fastest: str, work: Path, options: BuildOptions) -> str:
+    """Return the runtime that has shards of this gallery; `fastest` if none has, or if it is among several."""
+    for name in (fastest, *RUNTIME_KINDS):
+        if ShardStore(gallery, encoder, name, work, options).stored_rows():
+            return name
+    return fastest
+
+
 def encode_windows(
     windows: Iterator[DecodedWindow], replicas: Sequence[Encoder]
 ) -> Generator[tuple[DecodedWindow, Floats], None, None]:
-    """Yield each window with its features, float32 (m, E), in order; at most two windows per replica are in flight."""
+    """Yield each window with its features, float32 (m, E), in order; at most two windows per replica are under way."""
+
+    def encode(encoder: Encoder, window: DecodedWindow) -> tuple[DecodedWindow, Floats]:
+        has_images = len(window.pixels) > 0
+        return window, encoder.image_features(window.pixels) if has_images else np.empty((0, encoder.dim), np.float32)
+
     if len(replicas) == 1:
-        for window in windows:
-            yield window, _encode(replicas[0], window)
+        yield from (encode(replicas[0], window) for window in windows)
         return
-    pending: deque[tuple[DecodedWindow, Future[Floats]]] = deque()
-    with ExitStack() as stack:
-        threads = [stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="forward")) for _ in replicas]
-        for number, window in enumerate(windows):
-            turn = number % len(replicas)
-            pending.append((window, threads[turn].submit(_encode, replicas[turn], window)))
-            if len(pending) >= 2 * len(replicas):
-                first, future = pending.popleft()
-                yield first, future.result()
-        for last, future in pending:
-            yield last, future.result()
+    turns, mine = iter(replicas), threading.local()
 
+    def take_replica() -> None:
+        mine.encoder = next(turns)
 
-def _encode(encoder: Encoder, window: DecodedWindow) -> Floats:
-    return encoder.image_features(window.pixels) if len(window.pixels) else np.empty((0, encoder.dim), np.float32)
+    with ThreadPoolExecutor(len(replicas), "forward", take_replica) as threads:
+        yield from map_ahead(threads, lambda each: encode(mine.encoder, each), windows, 2 * len(replicas) - 1)

@@ -2,34 +2,104 @@
 
 - Windows are fixed parts of a shard, whichever images fail. Every run therefore makes the same forward passes, and the
   vectors of a resumed job are bit for bit those of an uninterrupted one.
-- Images whose vectors another gallery has are in no window: see `vector_reuse`.
+- Complete shards are skipped after their checksums have been verified. Images whose vectors another gallery has are
+  copied first, and in no window.
+- Failed images are tried again if one of their shard can be read now. To find out, each is read at most once: images
+  that could not be read, as from a store that was down, in every run; images whose decoder was missing, once it is
+  installed; all others only with --force, for example after a store has sent error pages, since a list does not show
+  that an image has changed.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
 
 from dcar_core import Encoder
-from dcar_core.util.arrays import Floats
-from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
+from dcar_core.images import IMAGE_SUFFIXES
+from dcar_core.images.workers import DecodeWorker
+from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.errors import DataError, ImageFault
+from dcar_core.util.files import atomic_writer
+from index_jobs.encoding.decode import DecodedWindow, decode_windows, is_readable, worker_count
 from index_jobs.encoding.devices import encode_windows
-from index_jobs.encoding.encoding_state import EncodedGallery, EncodingState
 from index_jobs.encoding.pixel_cache import PixelCache
-from index_jobs.encoding.shards import FailedImage, Shard, ShardStore
-from index_jobs.encoding.vector_reuse import ReusedVectors
+from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation
+from index_jobs.gallery.storage import ImageLocation, is_url, read_images
 from index_jobs.spec import BuildOptions
+from index_jobs.store.items import SIZE_COLUMNS, take_rows
+from index_jobs.store.manifest import FAILED
+
+logger = logging.getLogger(__name__)
+
+LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` after the row
+_FAULTS_OF_READING = (ImageFault.MISSING, ImageFault.UNREADABLE)
+_READ_AT_ONCE = 32  # images whose bytes are in memory together
+_MAX_RETRY_S = 60.0  # for all images of a kind: a host that never responds must not hold a job for hours
+
+EncodedWindows = Iterator[tuple[DecodedWindow, Floats]]
+
+
+@dataclass(frozen=True)
+class EncodedGallery:
+    """A gallery in shards. This run encoded `encoded` images in `seconds`; earlier runs had encoded `resumed`.
+
+    images: records of those with a vector, in gallery order. adapt: turns the features of the shards into vectors.
+    """
+
+    shards: list[Shard]
+    images: Images
+    adapt: Callable[[Floats], Floats]
+    failed: list[FailedImage]
+    encoded: int
+    resumed: int
+    seconds: float
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def unread(self) -> int:
+        """Number of failed images that a later run may be able to read."""
+        return sum(failure.fault.is_temporary for failure in self.failed)
+
+    def rows(self) -> Rows:
+        """Gallery row of every vector, int64 (n,), ascending."""
+        rows: Rows = self.images["row"]
+        return rows
+
+    def with_sizes(self, table: pa.Table) -> pa.Table:
+        """Return the gallery's table with the columns of `SIZE_COLUMNS`, null where a size is unknown."""
+        sizes = np.zeros((table.num_rows, 2), np.int32)
+        sizes[self.images["row"]] = self.images["size"]
+        for name, column in zip(SIZE_COLUMNS, sizes.T, strict=True):
+            table = table.append_column(name, pa.array(column, mask=column <= 0))
+        return table
+
+    def duplicates(self) -> list[tuple[int, int]]:
+        """(gallery row, first row with the same pixels) of every repeated image."""
+        rows = self.rows()
+        _, first, group = np.unique(self.images["pixel_hash"], return_index=True, return_inverse=True)
+        same = first[group]
+        return [(int(rows[i]), int(rows[same[i]])) for i in np.flatnonzero(same != np.arange(len(rows)))]
+
+    def blocks(self) -> Iterator[Floats]:
+        """The vectors, float32 (m, E) at a time."""
+        return (self.adapt(shard.vectors()) for shard in self.shards)
 
 
 def encode_gallery(
-    gallery: Gallery,
-    replicas: Sequence[Encoder],
-    work: Path,
-    options: BuildOptions,
-    cache: PixelCache | None = None,
+    gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions, cache: PixelCache | None = None
 ) -> EncodedGallery:
     """Encode every image that has no vector yet.
 
@@ -43,61 +113,181 @@ def encode_gallery(
         OSError: the disk is full or cannot be written.
     """
     state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
-    windows = (window for number in state.todo for window in split_windows(state.missing(number), options.batch_size))
     workers = worker_count(options.workers, state.remaining)
-    decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers, cache)
-    with closing(decoded), state.progress_bar() as bar:
+    decoded = decode_windows(gallery.root, state.windows(), replicas[0].preprocess, workers, cache)
 
-        def checked() -> Iterator[DecodedWindow]:
-            for window in decoded:
-                state.add_failed(window.failed)  # before the forward pass, so that a hopeless job ends early
-                yield window
+    def checked() -> Iterator[DecodedWindow]:
+        for window in decoded:
+            state.add_failed(window.failed)  # before the forward pass, so that a hopeless job ends early
+            yield window
 
-        def counted() -> Iterator[tuple[DecodedWindow, Floats]]:
-            for window, encoded in vectors:
-                state.advance(bar, window.size)
-                yield window, encoded
+    def counted() -> EncodedWindows:
+        for window, features in encoded:
+            state.advance(len(window))
+            yield window, features
 
-        with closing(encode_windows(checked(), replicas)) as vectors:
-            encoded_windows = counted()
-            for number in state.todo:
-                state.shards[number] = save_shard(
-                    state.store, number, state.locations(number), encoded_windows, state.reused(number)
-                )
+    with state.bar, closing(decoded), closing(encode_windows(checked(), replicas)) as encoded:
+        windows = counted()
+        for number in state.todo:
+            state.shards[number] = save_shard(state.store, number, windows)
     return state.result()
 
 
-def split_windows(locations: Sequence[ImageLocation], batch: int) -> Iterator[Sequence[ImageLocation]]:
+def split_windows(shard: Shard, root: str, table: pa.Table, batch: int) -> Iterator[Sequence[ImageLocation]]:
+    """Return the images of a shard that are still to do, in windows. table: needs only the LOCATION_COLUMNS."""
+    locations = image_locations(root, table, shard.missing)
     return (locations[start : start + batch] for start in range(0, len(locations), batch))
 
 
-def save_shard(
-    store: ShardStore,
-    number: int,
-    locations: Sequence[ImageLocation],
-    windows: Iterator[tuple[DecodedWindow, Floats]],
-    reused: ReusedVectors,
-) -> Shard:
-    """Consume the windows of a shard and write it.
-
-    Args:
-        locations: of all images of the shard.
-        reused: the vectors that exist already; their images are in no window.
-    """
-    vectors, hashes, sizes = [reused.vectors], [reused.pixel_hashes], [reused.sizes]
-    failed = list[FailedImage]()
-    missing = len(locations) - len(reused.indices)
+def save_shard(store: ShardStore, number: int, windows: EncodedWindows) -> Shard:
+    """Consume the windows of a shard and write it."""
+    parts, failed, missing = list[tuple[Images, Floats]](), list[FailedImage](), len(store.load(number).missing)
     while missing:  # keeps no window: the pixels of a shard take 150 MB
         window, encoded = next(windows)
-        vectors.append(encoded)
-        hashes.append(window.pixel_hashes)
-        sizes.append(window.sizes)
+        parts.append((window.images, encoded))
         failed += window.failed
-        missing -= window.size
-    failed_rows = {failure.row for failure in failed}
-    readable = np.array([i for i, location in enumerate(locations) if location.row not in failed_rows], np.int64)
-    order = np.argsort(np.concatenate([reused.indices, np.setdiff1d(readable, reused.indices)]))
-    location_hashes = np.array([locations[i].location_hash for i in readable], np.uint64)
-    joined = np.concatenate(vectors)[order]
-    pixel_hashes, all_sizes = np.concatenate(hashes)[order], np.concatenate(sizes)[order]
-    return store.save(number, joined, failed, pixel_hashes, location_hashes, all_sizes)
+        missing -= len(window)
+    return store.extend(number, parts, failed)
+
+
+def any_readable(gallery: Gallery, failed: Sequence[FailedImage], deadline: float) -> bool:
+    """Return True if any of these images can be read now. Images that failed to decode must decode as well.
+
+    deadline: by `time.monotonic`; no image is read after it.
+    """
+    with closing(DecodeWorker()) as worker:
+        for start in range(0, len(failed), _READ_AT_ONCE):
+            if time.monotonic() >= deadline:
+                return False
+            batch = failed[start : start + _READ_AT_ONCE]
+            locations = image_locations(gallery.root, gallery.table, [failure.row for failure in batch])
+            for failure, data in zip(batch, read_images(gallery.root, locations, pauses=()), strict=True):
+                if isinstance(data, bytes) and (failure.fault in _FAULTS_OF_READING or is_readable(data, worker)):
+                    return True
+    return False
+
+
+def image_locations(root: str, table: pa.Table, rows: Sequence[int]) -> list[ImageLocation]:
+    """Return the locations of some rows of a gallery, ascending. table: needs only the LOCATION_COLUMNS."""
+    root = root if is_url(root) else ""
+    columns = take_rows(table.select(LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
+    return [ImageLocation(*(row, *values.values(), root)) for row, values in zip(rows, columns, strict=True)]
+
+
+class EncodingState:
+    """The encoding of one gallery, here or on a cluster: fill `shards` for every number in `todo`, then call `result`.
+
+    bar: the progress on stderr.
+    """
+
+    def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions, runtime: str) -> None:
+        """Load the shards. runtime: the one that will make the vectors."""
+        self.store = ShardStore(gallery, encoder, runtime, work, options)
+        self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
+        self.shards = {number: self.store.load(number) for number in range(len(self.store))}
+        self._reopen_readable(_FAULTS_OF_READING)
+        if ".heic" in IMAGE_SUFFIXES:
+            self._reopen_readable({ImageFault.MISSING_DECODER})
+        if options.force:
+            self._reopen_readable([fault for fault in ImageFault if not fault.is_temporary])
+        reusable = ReusableVectors(list(self.store.other_galleries()))
+        for number in self._unfinished() if len(reusable) else ():
+            locations = image_locations(gallery.root, gallery.table, self.shards[number].missing)
+            images, vectors = reusable.take(locations, self.store.dim)
+            if len(images):
+                self.shards[number] = self.store.extend(number, [(images, vectors)])
+        self.todo = self._unfinished()
+        self.remaining = sum(len(self.shards[number].missing) for number in self.todo)
+        self.resumed = len(gallery) - self.remaining
+        if self.resumed:
+            logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
+        self._failed = [failure for shard in self.shards.values() for failure in shard.failed]
+        self._check_failed()
+        self._start = time.perf_counter()
+        self.bar: tqdm[NoReturn] = tqdm(
+            total=len(gallery),
+            initial=self.resumed,
+            desc="encode",
+            unit="img",
+            file=sys.stderr,
+            disable=not options.progress or sys.stderr is None,
+            mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 10,  # a log file has a line every ten seconds
+            dynamic_ncols=True,
+        )
+
+    def _unfinished(self) -> list[int]:
+        return [number for number, shard in self.shards.items() if shard.missing]
+
+    def _reopen_readable(self, faults: Collection[ImageFault]) -> None:
+        """Mark images that failed for one of these reasons as to do, if one of their shard can be read now."""
+        deadline = time.monotonic() + _MAX_RETRY_S
+        failed = {n: [failure for failure in s.failed if failure.fault in faults] for n, s in self.shards.items()}
+        if count := sum(map(len, failed.values())):
+            logger.info("retrying %d images that could not be read", count)
+        for number, images in failed.items():
+            if any_readable(self._gallery, images, deadline):
+                shard = self.shards[number]
+                kept = [failure for failure in shard.failed if failure not in images]
+                self.shards[number] = self.store.save(number, shard.images, shard.vectors(), kept)
+
+    def windows(self) -> Iterator[Sequence[ImageLocation]]:
+        """Yield the images that must be encoded, in windows of one shard."""
+        root, table, batch = self._gallery.root, self._gallery.table, self._options.batch_size
+        return (window for number in self.todo for window in split_windows(self.shards[number], root, table, batch))
+
+    def advance(self, images: int) -> None:
+        if self._options.on_encoded is not None:
+            self._options.on_encoded(images)
+        self.bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
+        self.bar.update(images)
+
+    def add_failed(self, failed: Sequence[FailedImage]) -> None:
+        if failed:
+            self._failed += failed
+            self._check_failed()
+
+    def _check_failed(self, *, final: bool = False) -> None:
+        """Compare the failures with the limit; final: no image follows."""
+        gallery, count, total = self._gallery, len(self._failed), len(self._gallery)
+        if count <= self._options.spec.max_failed * total and not (final and count == total):
+            return
+        self.store.path.mkdir(parents=True, exist_ok=True)
+        path = self.store.path / FAILED
+        write_failed(path, gallery, self._failed)
+        names = gallery.table["name"]
+        examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self._failed)[:3])
+        raise DataError(
+            f"{'no image' if count == total else 'too few images'} of {gallery.location} can be read: {count:,} of "
+            f"{total:,} failed, at most {self._options.spec.max_failed:.1%} may. {examples}. {path} lists them; repair "
+            f"or remove them, or raise --max-failed"
+        )
+
+    def result(self) -> EncodedGallery:
+        """Return the encoded gallery, once no shard is left to do."""
+        seconds = time.perf_counter() - self._start
+        self._check_failed(final=True)
+        shards = [self.shards[number] for number in sorted(self.shards)]
+        images = np.concatenate([shard.images for shard in shards])
+        return EncodedGallery(shards, images, self._adapt, sorted(self._failed), self.remaining, self.resumed, seconds)
+
+
+def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:
+    """Write `failed.jsonl`: id, name, reason and fault of each image without a vector, in gallery order."""
+    _write_lines(
+        path, ({**_name(gallery, row), "reason": reason, "fault": fault} for row, reason, fault in sorted(failed))
+    )
+
+
+def write_duplicates(path: Path, gallery: Gallery, duplicates: list[tuple[int, int]]) -> None:
+    """Write `duplicates.jsonl`: each image whose pixels an earlier one has, with that one's id and name."""
+    _write_lines(path, ({**_name(gallery, row), "same_as": _name(gallery, first)} for row, first in duplicates))
+
+
+def _name(gallery: Gallery, row: int) -> dict[str, str]:
+    return {column: gallery.table[column][row].as_py() for column in ("id", "name")}
+
+
+def _write_lines(path: Path, lines: Iterable[Any]) -> None:
+    with atomic_writer(path) as file:
+        for line in lines:
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

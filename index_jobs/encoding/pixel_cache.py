@@ -14,7 +14,6 @@ import sqlite3
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 60  # for another process's write
 _PAGE_BYTES = 32_768  # a few pages per image
-_KEYS_PER_QUERY = 500  # the oldest builds of SQLite accept 999
 _SIZE = struct.Struct("<II")
 
 
@@ -42,50 +40,41 @@ class DecodedImage(NamedTuple):
     height: int
 
 
-@dataclass(frozen=True)
 class PixelCache:
-    """Picklable, so that worker processes share it; a connection lasts for one window. Create it with `open`."""
+    """The cache of one preprocessing. Threads and processes share it; a connection lasts for one window."""
 
-    path: Path
-    side: int
-
-    @classmethod
-    def open(cls, folder: Path, preprocess: Preprocess) -> "PixelCache":
-        """Open the cache of one preprocessing; create `folder` if necessary. Raise DcarError if it cannot be used."""
+    def __init__(self, folder: Path, preprocess: Preprocess) -> None:
+        """Open the cache in `folder`, which is created if necessary. Raise DcarError if it cannot be used."""
         name = hashlib.sha256(canonical_json(preprocess.to_dict())).hexdigest()[:16]
-        cache = cls(folder / f"pixels-{name}.sqlite", preprocess.size)
+        self.path, self._side = folder / f"pixels-{name}.sqlite", preprocess.size
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with cache._connection() as connection:
+            with self._connection() as connection:
                 connection.execute(f"PRAGMA page_size={_PAGE_BYTES}")
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("CREATE TABLE IF NOT EXISTS pixels (key BLOB PRIMARY KEY, value BLOB NOT NULL)")
         except (OSError, sqlite3.Error) as error:
-            raise DcarError(
-                f"the pixel cache {cache.path} cannot be used: {error}; delete it or name another"
-            ) from error
-        return cache
+            reason = f"the pixel cache {self.path} cannot be used: {error}; delete it or name another"
+            raise DcarError(reason) from error
 
     def get(self, root: str, locations: Sequence[ImageLocation]) -> dict[int, DecodedImage]:
         """Return gallery row -> image of the cached ones among these."""
-        rows = {cache_key(root, location): location.row for location in locations}
-        keys, cached, pixels = list(rows), dict[int, DecodedImage](), 3 * self.side**2
+        cached, pixels = dict[int, DecodedImage](), 3 * self._side**2
         try:
             with self._connection() as connection:
-                for start in range(0, len(keys), _KEYS_PER_QUERY):
-                    part = keys[start : start + _KEYS_PER_QUERY]
-                    query = f"SELECT key, value FROM pixels WHERE key IN ({','.join('?' * len(part))})"
-                    for key, value in connection.execute(query, part):
-                        if len(value) == pixels + _SIZE.size:
-                            image = np.frombuffer(value, np.uint8, pixels).reshape(3, self.side, self.side)
-                            cached[rows[key]] = DecodedImage(image, *_SIZE.unpack_from(value, pixels))
+                for location in locations:
+                    key = (_cache_key(root, location),)
+                    found = connection.execute("SELECT value FROM pixels WHERE key = ?", key).fetchone()
+                    if found and len(found[0]) == pixels + _SIZE.size:
+                        image = np.frombuffer(found[0], np.uint8, pixels).reshape(3, self._side, self._side)
+                        cached[location.row] = DecodedImage(image, *_SIZE.unpack_from(found[0], pixels))
         except sqlite3.Error as error:
             logger.warning("the pixel cache %s cannot be read (%s); images are decoded instead", self.path, error)
         return cached
 
     def put(self, root: str, images: Mapping[ImageLocation, DecodedImage]) -> None:
         rows = [
-            (cache_key(root, location), pixels.tobytes() + _SIZE.pack(width, height))
+            (_cache_key(root, location), pixels.tobytes() + _SIZE.pack(width, height))
             for location, (pixels, width, height) in images.items()
         ]
         try:
@@ -101,7 +90,7 @@ class PixelCache:
             yield connection
 
 
-def cache_key(root: str, location: ImageLocation) -> bytes:
+def _cache_key(root: str, location: ImageLocation) -> bytes:
     """Return 16 bytes that identify one version of one image."""
     parts = [root, location.location, location.offset, location.size, location.version]
     return hashlib.blake2b(canonical_json(parts), digest_size=16).digest()

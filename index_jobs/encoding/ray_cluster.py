@@ -13,11 +13,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from dcar_core import Encoder
@@ -26,11 +25,15 @@ from dcar_core.util.files import atomic_writer
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.devices import encode_windows, load_replicas
-from index_jobs.encoding.encode import save_shard, split_windows
-from index_jobs.encoding.encoding_state import LOCATION_COLUMNS, EncodedGallery, EncodingState, image_locations
+from index_jobs.encoding.encode import (
+    LOCATION_COLUMNS,
+    EncodedGallery,
+    EncodingState,
+    save_shard,
+    split_windows,
+)
 from index_jobs.encoding.pixel_cache import PixelCache
-from index_jobs.encoding.shards import Shard, ShardStore
-from index_jobs.encoding.vector_reuse import ReusableVectors
+from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
 
@@ -41,59 +44,35 @@ _BLOCK_BYTES = 1_000_000  # of shard numbers; Ray reserves this much
 _OBJECT_STORE_BYTES = 200_000_000  # of Ray on this machine, which holds only shard numbers
 
 
-@dataclass(frozen=True)
-class EncodingTask:
-    """Everything a worker needs, sent once."""
-
-    store: ShardStore
-    root: str
-    checkpoint: Path
-    image_key: str
-    runtime: str
-    options: BuildOptions
-
-
 class ShardWorker:
     """Loads the model once, then makes shards."""
 
-    def __init__(self, task: EncodingTask) -> None:
-        self.task, options = task, task.options
-        self.replicas = load_replicas(task.checkpoint, options.device, exact=options.spec.exact, runtime=task.runtime)
-        if self.replicas[0].image_key != task.image_key:
-            raise DcarError(
-                f"a worker loaded another model from {task.checkpoint}; give every machine the same checkpoint"
-            )
-        with pa.memory_map(str(task.store.path / LOCATIONS)) as source:
+    def __init__(
+        self, store: ShardStore, root: str, checkpoint: Path, image_key: str, runtime: str, options: BuildOptions
+    ) -> None:
+        self.store, self.root, self.options, folder = store, root, options, options.pixel_cache
+        self.replicas = load_replicas(checkpoint, options.device, exact=options.spec.exact, runtime=runtime)
+        if self.replicas[0].image_key != image_key:
+            raise DcarError(f"a worker loaded another model from {checkpoint}; give every machine the same checkpoint")
+        with pa.memory_map(str(store.path / LOCATIONS)) as source:
             self.table = pa.ipc.open_file(source).read_all()
-        folder = options.pixel_cache
-        self.cache = PixelCache.open(folder, self.replicas[0].preprocess) if folder else None
+        self.cache = PixelCache(folder, self.replicas[0].preprocess) if folder else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make the shards of batch["shard"] and return the batch."""
-        for number in batch["shard"].tolist():
-            if self.task.store.load(number) is None:
-                self._make(number)
-        return batch
-
-    def _make(self, number: int) -> None:
-        store = self.task.store
-        locations = image_locations(self.task.root, self.table, store.span(number))
-        windows = split_windows(locations, self.task.options.batch_size)
         workers = min(_CORES_PER_WORKER, available_cores())
-        decoded = decode_windows(self.task.root, windows, self.replicas[0].preprocess, workers, self.cache)
-        with closing(decoded), closing(encode_windows(decoded, self.replicas)) as vectors:
-            nothing = ReusableVectors([]).take(np.empty(0, np.int64), store.dim)
-            save_shard(store, number, locations, vectors, nothing)
+        for number in batch["shard"].tolist():
+            shard = self.store.load(number)
+            if shard.missing:
+                windows = split_windows(shard, self.root, self.table, self.options.batch_size)
+                decoded = decode_windows(self.root, windows, self.replicas[0].preprocess, workers, self.cache)
+                with closing(decoded), closing(encode_windows(decoded, self.replicas)) as encoded:
+                    save_shard(self.store, number, encoded)
+        return batch
 
 
 def encode_on_ray(
-    gallery: Gallery,
-    encoder: Encoder,
-    work: Path,
-    options: BuildOptions,
-    *,
-    checkpoint: Path,
-    runtime: str,
+    gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions, *, checkpoint: Path, runtime: str
 ) -> EncodedGallery:
     """Encode every image that has no vector yet on the machines of the Ray cluster `options.ray`.
 
@@ -104,33 +83,39 @@ def encode_on_ray(
         checkpoint: the same model, for the workers.
         runtime: the name of the runtime that every worker uses.
     """
-    state = EncodingState(gallery, encoder, work, options, runtime, whole_shards=True)
+    state = EncodingState(gallery, encoder, work, options, runtime)
     if state.todo:
         _write_locations(state.store.path / LOCATIONS, gallery.table)
         options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
-        task = EncodingTask(state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
-        with _ray_session(options.ray or "auto", options.workers or 1), state.progress_bar() as bar:
-            for number in _make_shards(state.todo, task, options.workers):
-                state.shards[number] = shard = _load_shard(state.store, number)
-                state.add_failed(shard.failed)
-                state.advance(bar, shard.stop - shard.start)
+        task = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
+        with _ray_session(options.ray or "auto", options.workers or 1), state.bar:
+            for number in _make_shards(state.todo, task, options):
+                shard, known = state.store.load(number), state.shards[number]
+                if shard.missing:
+                    raise DcarError(
+                        f"a worker has made shard {number}, but {state.store.path} does not have it; every machine of "
+                        f"the cluster must see that directory under this path"
+                    )
+                state.shards[number] = shard
+                state.add_failed([failure for failure in shard.failed if failure not in known.failed])
+                state.advance(len(known.missing))
     return state.result()
 
 
-def _make_shards(todo: list[int], task: EncodingTask, workers: int | None) -> Iterator[int]:
-    """Yield the numbers of shards as they are completed, in any order."""
+def _make_shards(todo: list[int], task: tuple[Any, ...], options: BuildOptions) -> Iterator[int]:
+    """Yield the numbers of shards as workers complete them, in any order. task: the arguments of `ShardWorker`."""
     import ray
     import ray.data
 
     resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0)) if task.options.device in {"auto", "cuda"} else 0
+    gpus = int(resources.get("GPU", 0)) if options.device in {"auto", "cuda"} else 0
     cores = int(resources.get("CPU", 1))
-    size = workers or gpus or max(1, cores // _CORES_PER_WORKER)
+    size = options.workers or gpus or max(1, cores // _CORES_PER_WORKER)
     share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, (cores - 1) // size)}
     blocks = min(len(todo), _MAX_BLOCKS)
     numbers = ray.data.from_items([{"shard": number} for number in todo], override_num_blocks=blocks)
     shards = numbers.map_batches(
-        ShardWorker, fn_constructor_args=(task,), batch_size=1, compute=ray.data.ActorPoolStrategy(size=size), **share
+        ShardWorker, fn_constructor_args=task, batch_size=1, compute=ray.data.ActorPoolStrategy(size=size), **share
     )
     try:
         for batch in shards.iter_batches(batch_size=1, prefetch_batches=0):
@@ -141,16 +126,6 @@ def _make_shards(todo: list[int], task: EncodingTask, workers: int | None) -> It
             f"encoding on Ray failed: {str(cause).strip().splitlines()[-1]}; complete shards are kept, and the same "
             f"command continues where it stopped"
         ) from error
-
-
-def _load_shard(store: ShardStore, number: int) -> Shard:
-    shard = store.load(number)
-    if shard is None:
-        raise DcarError(
-            f"a worker has made shard {number}, but {store.path} does not have it; every machine of the cluster must "
-            f"see that directory under this path"
-        )
-    return shard
 
 
 def _write_locations(path: Path, table: pa.Table) -> None:

@@ -1,36 +1,41 @@
 """Vector shards: the finished part of an encoding job, safe against kills.
 
-- A shard is a fixed range of gallery rows: `<n>.npy`, float32 (m, E), and `<n>.json` with the failed images, the sizes
-  of the others, hashes of their locations and pixels, and the checksum. The JSON is written last, so a shard counts
-  only when it is complete.
+- A shard is a fixed range of gallery rows in one file, `<n>.npz`, that is replaced as a whole: the vectors, a record of
+  each one's image, and the failed images; all other rows are still to do. The archive has a checksum of each part.
 - The vectors of a shard depend on nothing outside its range, so those of a resumed job are those of an uninterrupted
   one.
 - Shards hold the image tower's features; an adapter of features is applied when they are read. A training that changes
   only the adapter, or only the text side, finds them again, and its gallery takes a matrix product.
 - The directory is named after a hash of everything that the vectors depend on, and one of the gallery. Another model or
-  runtime cannot find them; another gallery reuses the vectors of common images (see `vector_reuse`).
+  runtime cannot find them; another gallery takes the vectors of common images: `ReusableVectors`.
 - A failure of reading is tried again by the next job; a failure of the image itself only by force.
 """
 
 import contextlib
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Floats, Rows
+from dcar_core import Encoder
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageFault
-from dcar_core.util.files import atomic_writer, canonical_json, sha256_of, write_json
+from dcar_core.util.files import atomic_writer, canonical_json
+from index_jobs.gallery.scan import Gallery
+from index_jobs.gallery.storage import ImageLocation
+from index_jobs.spec import BuildOptions
 
-FORMAT = 4
+FORMAT = 5
 
-Sizes = NDArray[np.int32]
-"""Width and height of upright images in pixels, int32 (m, 2); 0 if unknown."""
+# An image with a vector: its gallery row, hashes of location and pixels, width and height when upright (0 if unknown).
+IMAGE = np.dtype([("row", "<i8"), ("location_hash", "<u8"), ("pixel_hash", "<u8"), ("size", "<i4", (2,))])
+Images = NDArray[np.void]
+"""Records (m,) of the type IMAGE."""
 
 
 class FailedImage(NamedTuple):
@@ -40,162 +45,139 @@ class FailedImage(NamedTuple):
     reason: str
     fault: ImageFault
 
-    @classmethod
-    def parse(cls, values: Sequence[Any]) -> "FailedImage":
-        """Return the failure of a shard's JSON. Older shards have no fault, so their images are tried again."""
-        row, reason, *fault = values
-        return cls(int(row), str(reason), ImageFault(fault[0]) if fault else ImageFault.UNREADABLE)
-
 
 @dataclass(frozen=True)
 class Shard:
-    """A complete shard: the vectors' file, the gallery rows [start, stop) that it covers, and the failed images.
-
-    pixel_hashes, location_hashes: of each vector's image, uint64 (m,). sizes: likewise; 0 in older shards.
-    """
+    """A shard: the gallery rows that it covers, the images with vectors in their order, and the failed ones."""
 
     path: Path
-    start: int
-    stop: int
+    span: range
+    images: Images
     failed: tuple[FailedImage, ...]
-    pixel_hashes: NDArray[np.uint64]
-    location_hashes: NDArray[np.uint64]
-    sizes: Sizes
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """Gallery rows that are still to do."""
+        done = {*self.images["row"].tolist(), *(failure.row for failure in self.failed)}
+        return [row for row in self.span if row not in done]
 
     @classmethod
-    def read(cls, note: Path) -> "Shard":
-        path, values = note.with_suffix(".npy"), json.loads(note.read_bytes())
-        start, stop = map(int, values["rows"])
-        failed = tuple(FailedImage.parse(failure) for failure in values["failed"])
-        count = stop - start - len(failed)
-        sizes = np.frombuffer(bytes.fromhex(values.get("sizes", "00" * 8 * count)), ">i4").reshape(-1, 2)
-        hashes = _from_hex(values["pixels"]), _from_hex(values["marks"])
-        shard = cls(path, start, stop, failed, *hashes, sizes.astype(np.int32))
-        vectors = shard.vectors()
-        lengths = {len(vectors), len(sizes), *map(len, hashes)}
-        is_valid = vectors.ndim == 2 and vectors.dtype == np.float32 and lengths == {count}
-        if not is_valid or values["sha256"] != sha256_of(path):
-            raise ValueError(f"{path} does not match {note.name}")
-        return shard
-
-    @property
-    def rows(self) -> Rows:
-        """Gallery rows of the vectors, in order, int64 (m,)."""
-        failed = [failure.row for failure in self.failed]
-        return np.setdiff1d(np.arange(self.start, self.stop), failed).astype(np.int64)
-
-    @property
-    def unread(self) -> list[int]:
-        """Gallery rows of the images that another attempt may be able to read."""
-        return [failure.row for failure in self.failed if failure.fault.is_temporary]
+    def read(cls, path: Path) -> "Shard":
+        """Read a shard and verify its checksums. Raise ArtifactError if it is damaged."""
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as parts:
+                images, vectors, span = parts["images"], parts["vectors"], range(*parts["span"].tolist())
+                failed = zip(*(parts[name].tolist() for name in ("failed", "reasons", "faults")), strict=True)
+            failures = tuple(FailedImage(row, reason, ImageFault(fault)) for row, reason, fault in failed)
+            if (images.dtype, vectors.dtype, vectors.ndim) != (IMAGE, np.float32, 2) or len(images) != len(vectors):
+                raise ValueError("its parts do not fit together")
+            return cls(path, span, images, failures)
+        except Exception as error:  # NumPy and zipfile raise many types for a file that they did not write
+            raise ArtifactError(
+                f"the vector shard {path} is corrupted: {error}; delete it and run the same command again: only this "
+                f"shard is encoded again"
+            ) from error
 
     def vectors(self) -> Floats:
-        """float32 (m, E), memory-mapped."""
-        mapped: Floats = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return mapped
+        """Return the vectors of `images`, float32 (m, E), from the file."""
+        with np.load(self.path, allow_pickle=False) as file:
+            vectors: Floats = file["vectors"]
+        return vectors
 
 
 class ShardStore:
     """The shards of one job in `work/<key>/`."""
 
-    def __init__(
-        self,
-        work: Path,
-        *,
-        image_key: str,
-        runtime: str,
-        pixels: Mapping[str, Any],
-        signature: str,
-        count: int,
-        dim: int,
-        batch: int,
-        rows: int,
-    ) -> None:
-        self._encoder_key = _hash_settings(FORMAT, image_key, runtime, pixels, dim)
-        self.path = work / f"{self._encoder_key}-{_hash_settings(signature, count, batch, rows)}"
-        self.count, self.dim, self.shard_rows = count, dim, rows
+    def __init__(self, gallery: Gallery, encoder: Encoder, runtime: str, work: Path, options: BuildOptions) -> None:
+        """Name the folder of the shards that a runtime makes of a gallery."""
+        batch = options.batch_size
+        self.count, self.dim, self.shard_rows = len(gallery), encoder.dim, -(-options.shard_rows // batch) * batch
+        pixels = encoder.preprocess.to_dict()
+        self._encoder_key = _hash_settings(FORMAT, encoder.image_key, runtime, pixels, encoder.dim)
+        gallery_key = _hash_settings(gallery.vectors_signature, self.count, batch, self.shard_rows)
+        self.path = work / f"{self._encoder_key}-{gallery_key}"
 
     def __len__(self) -> int:
         return -(-self.count // self.shard_rows)
 
     def stored_rows(self) -> int:
         """Return the number of gallery rows that have a shard, unverified."""
-        return sum(len(self.span(int(note.stem))) for note in self.path.glob("[0-9]*.json"))
+        return sum(len(self.span(int(path.stem))) for path in self.path.glob("[0-9]*.npz"))
 
     def span(self, number: int) -> range:
         return range(number * self.shard_rows, min(self.count, (number + 1) * self.shard_rows))
 
-    def load(self, number: int) -> Shard | None:
-        """Return a complete shard after verifying its checksum; None if it is still to do."""
-        note, path = self._paths(number)
-        if not note.exists():
-            return None
-        span = self.span(number)
-        try:
-            shard = Shard.read(note)
-            if (shard.start, shard.stop, shard.vectors().shape[1]) != (span.start, span.stop, self.dim):
-                raise ValueError(f"{note.name} is of another job")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"the vector shard {path} is corrupted; delete it and {note.name} and run the same command again: only "
-                f"this shard is encoded again"
-            ) from error
-        return shard
+    def load(self, number: int) -> Shard:
+        """Return a shard after verifying its checksums; one without images if nothing is done."""
+        path = self._path(number)
+        return Shard.read(path) if path.exists() else Shard(path, self.span(number), np.empty(0, IMAGE), ())
 
     def other_folders(self) -> list[Path]:
         """Return the folders of shards that the same encoder made of other galleries, complete or not."""
         return sorted({*self.path.parent.glob(f"{self._encoder_key}-*")} - {self.path})
 
     def other_galleries(self) -> Iterator[Shard]:
-        """Yield the complete shards that the same encoder made of other galleries in the same way."""
-        for folder in self.other_folders():
-            for note in sorted(folder.glob("[0-9]*.json")):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # incomplete
-                    yield Shard.read(note)
+        """Yield the shards that the same encoder made of other galleries in the same way; damaged ones are left out."""
+        for path in (path for folder in self.other_folders() for path in sorted(folder.glob("[0-9]*.npz"))):
+            with contextlib.suppress(ArtifactError):
+                yield Shard.read(path)
 
-    def save(
-        self,
-        number: int,
-        vectors: Floats,
-        failed: Sequence[FailedImage],
-        pixel_hashes: NDArray[np.uint64],
-        location_hashes: NDArray[np.uint64],
-        sizes: Sizes,
-    ) -> Shard:
-        """Write a shard: float32 (m, E) of the rows that did not fail, hashes and sizes as in `Shard`."""
-        note, path = self._paths(number)
-        span = self.span(number)
-        if vectors.shape != (len(span) - len(failed), self.dim):
-            raise ValueError(f"shard {number} has vectors {vectors.shape}, not {(len(span) - len(failed), self.dim)}")
+    def extend(self, number: int, parts: Iterable[tuple[Images, Floats]], failed: Iterable[FailedImage] = ()) -> Shard:
+        """Add images with their vectors, float32 (m, E), and failures to a shard."""
+        shard, nothing = self.load(number), (np.empty(0, IMAGE), np.empty((0, self.dim), np.float32))
+        known = (shard.images, shard.vectors()) if len(shard.images) else nothing
+        images, vectors = map(np.concatenate, zip(known, *parts, strict=True))
+        order = np.argsort(images["row"])
+        return self.save(number, images[order], vectors[order], [*shard.failed, *failed])
+
+    def save(self, number: int, images: Images, vectors: Floats, failed: Sequence[FailedImage]) -> Shard:
+        """Write a shard in place of an earlier one."""
+        path, span = self._path(number), self.span(number)
         self.path.mkdir(parents=True, exist_ok=True)
+        failed = sorted(failed)
+        rows, reasons, faults = zip(*failed, strict=True) if failed else ((), (), ())
+        parts = {
+            "span": np.array([span.start, span.stop]), "images": images, "vectors": vectors.astype(np.float32),
+            "failed": np.array(rows, np.int64), "reasons": np.array(reasons, str), "faults": np.array(faults, str),
+        }  # fmt: skip
         with atomic_writer(path, shared=True) as file:
-            np.save(file, np.ascontiguousarray(vectors, np.float32), allow_pickle=False)
-        values = {
-            "rows": [span.start, span.stop],
-            "failed": [list(failure) for failure in failed],
-            "pixels": _to_hex(pixel_hashes),
-            "marks": _to_hex(location_hashes),
-            "sizes": sizes.astype(">i4").tobytes().hex(),
-            "sha256": sha256_of(path),
-        }
-        write_json(note, values, shared=True)
-        return Shard(path, span.start, span.stop, tuple(failed), pixel_hashes, location_hashes, sizes)
+            np.savez(file, allow_pickle=False, **parts)
+        return Shard(path, span, images, tuple(failed))
 
-    def reopen(self, number: int) -> None:
-        """Mark a complete shard as to do, for every machine that sees the store."""
-        self._paths(number)[0].unlink(missing_ok=True)
-
-    def _paths(self, number: int) -> tuple[Path, Path]:
-        return self.path / f"{number:06}.json", self.path / f"{number:06}.npy"
+    def _path(self, number: int) -> Path:
+        return self.path / f"{number:06}.npz"
 
 
 def _hash_settings(*settings: Any) -> str:
     return hashlib.sha256(canonical_json(list(settings))).hexdigest()[:12]
 
 
-def _to_hex(values: NDArray[np.uint64]) -> str:
-    return values.astype(">u8").tobytes().hex()
+class ReusableVectors:
+    """Vectors that the same encoder has computed for other galleries.
 
+    A changed gallery is a new one with shards of its own. Images that it shares with an earlier gallery, recognised by
+    location (of a gallery at a URL with its root), size and time of change, are copied from there instead of being
+    encoded again.
+    """
 
-def _from_hex(text: str) -> NDArray[np.uint64]:
-    return np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64)
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards, self._starts = shards, np.cumsum([0, *(len(shard.images) for shard in shards)])
+        self._images = np.concatenate([np.empty(0, IMAGE), *(shard.images for shard in shards)])
+        self._hashes, self._positions = np.unique(self._images["location_hash"], return_index=True)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def take(self, locations: Sequence[ImageLocation], dim: int) -> tuple[Images, Floats]:
+        """Return those of some images that have a vector here, and their vectors, float32 (m, E); if there are any."""
+        wanted = np.fromiter((location.location_hash for location in locations), np.uint64, len(locations))
+        near = np.searchsorted(self._hashes, wanted).clip(max=len(self) - 1)
+        found = np.flatnonzero(self._hashes[near] == wanted)
+        positions = self._positions[near[found]]
+        images, vectors = self._images[positions], np.empty((len(found), dim), np.float32)
+        images["row"] = [locations[i].row for i in found.tolist()]
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            vectors[here] = self._shards[number].vectors()[positions[here] - self._starts[number]]
+        return images, vectors

@@ -20,11 +20,9 @@ from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint, read_config
 from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.errors import ArtifactError, CheckpointError, DcarError, ModelError, StoreUnavailableError
-from index_jobs.encoding.devices import load_replicas
-from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.encoding_state import EncodedGallery, shard_store
+from index_jobs.encoding.devices import choose_replicas, load_replicas, runtime_in_use
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery
 from index_jobs.encoding.pixel_cache import PixelCache
-from index_jobs.encoding.replicas import choose_replicas, runtime_in_use
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.engines.protocol import NewIndex
 from index_jobs.engines.registry import load_engine
@@ -120,7 +118,7 @@ def _run(build: _Build) -> RebuildSummary:
         encoder = replicas[0]
         contents.require_fields(gallery, spec)
         least_bytes = load_engine(spec.engine).plan(spec, len(gallery), encoder.dim, options.device)
-        store = shard_store(gallery, encoder, runtime, out / WORK, options)
+        store = ShardStore(gallery, encoder, runtime, out / WORK, options)
         served = _open_served(out, force=options.force)
         changes = None if served is None else _compare_items(build, served, encoder)
         clean_work(out, store, served, keep_reusable=True)
@@ -239,7 +237,7 @@ def _load_replicas(build: _Build, checkpoint: Path) -> tuple[list[Encoder], str]
 
 def _encode(build: _Build, replicas: list[Encoder], runtime: str, checkpoint: Path) -> EncodedGallery:
     options, work = build.options, build.out / WORK
-    cache = PixelCache.open(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
+    cache = PixelCache(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
     if options.ray:
         from index_jobs.encoding.ray_cluster import encode_on_ray
 

@@ -12,15 +12,13 @@ import pyarrow as pa
 from dcar_core import Encoder
 from dcar_core.serving.score_cutoff import compute_cutoff
 from dcar_core.util.errors import DataError
-from index_jobs.encoding.encoding_state import EncodedGallery
-from index_jobs.encoding.failures import write_duplicates, write_failed
+from index_jobs.encoding.encode import EncodedGallery, write_duplicates, write_failed
 from index_jobs.engines.measure import MAX_QUERIES
 from index_jobs.engines.protocol import HeldOutQueries, VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.jobs.gate import QueryPairs
 from index_jobs.spec import IndexSpec
-from index_jobs.store.columns import FieldTypes, field_names
-from index_jobs.store.items import BUILT_IN_FIELDS, take_rows, write_items
+from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, field_names, take_rows, write_items
 from index_jobs.store.lexical.fusion import choose_weight, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, write_lexical
 from index_jobs.store.manifest import DUPLICATES, FAILED, ITEMS, LEXICAL

@@ -10,7 +10,7 @@ from dcar_core.util.errors import GateError, ImageFault
 from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS, Manifest
 
 if TYPE_CHECKING:
-    from index_jobs.encoding.encoding_state import EncodedGallery
+    from index_jobs.encoding.encode import EncodedGallery
     from index_jobs.jobs.gallery_changes import GalleryChanges
     from index_jobs.jobs.gate import GateVerdict
 

@@ -21,10 +21,8 @@ import pyarrow as pa
 from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
-from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.encoding_state import EncodedGallery
-from index_jobs.encoding.failures import write_failed
-from index_jobs.encoding.replicas import choose_replicas
+from index_jobs.encoding.devices import choose_replicas
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_failed
 from index_jobs.engines.protocol import NewIndex
 from index_jobs.engines.registry import load_engine
 from index_jobs.gallery.scan import Gallery, absolute_locations, scan
@@ -33,10 +31,9 @@ from index_jobs.jobs.contents import caption_queries
 from index_jobs.jobs.gallery_changes import count_indexed_files
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.columns import FieldTypes, fit_one_field
-from index_jobs.store.items import COLUMNS, Items, take_rows, write_items
-from index_jobs.store.lexical.lexical_index import item_texts, update_lexical
+from index_jobs.store.artifact import Artifact, write_removed
+from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
+from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
 from index_jobs.store.manifest import (
     ADDITIONS_ENGINE,
     FAILED,
@@ -48,7 +45,6 @@ from index_jobs.store.manifest import (
     Manifest,
     utc_now,
 )
-from index_jobs.store.segments import write_removed
 from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
@@ -222,7 +218,7 @@ def _update_lexical(staging: Path, manifest: Manifest, shared: dict[str, FileInf
     first_row = manifest.count + manifest.removed - addition.count
     items = Items(staging / addition.folder / ITEMS)
     texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
-    replaced = update_lexical(staging / LEXICAL, texts, first_row)
+    replaced = write_lexical(staging / LEXICAL, texts, first_row)
     return {name: info for name, info in shared.items() if name not in replaced}
 
 

@@ -1,9 +1,11 @@
-"""Several devices give the vectors of one; a GPU gives the CPU's within tolerance."""
+"""Several devices give the vectors of one; `auto` goes on with the runtime that began a job."""
 
+import importlib.util
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
+from dcar_core.serving.runtime_selection import preferred_runtimes
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ModelError
 from index_jobs.encoding.decode import DecodedWindow
-from index_jobs.encoding.devices import encode_windows, load_replicas
-from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.devices import encode_windows, load_replicas, runtime_in_use
+from index_jobs.encoding.shards import IMAGE, ShardStore
 from index_jobs.gallery.scan import scan
-from index_jobs.spec import BuildOptions, IndexSpec
+from index_jobs.jobs.summary import RebuildSummary
+from index_jobs.rebuild import rebuild
+from index_jobs.spec import BuildOptions
+from index_jobs.store.versions import open_current
+from tests.support.encoding import encode, vectors_of
 
 
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -27,19 +34,13 @@ def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: P
     assert len(replicas) == 2
     assert replicas[0] is not replicas[1]
 
-    def run(encoders: list[Encoder], work: str) -> tuple[NDArray[np.float32], object]:
-        encoded = encode_gallery(
-            scan(gallery_path),
-            encoders,
-            tmp_path / work,
-            BuildOptions(batch_size=3, shard_rows=6, spec=IndexSpec(max_failed=0.5), progress=False),
-        )
-        return np.concatenate(list(encoded.blocks())), encoded.failed
-
-    one, two = run(replicas[:1], "a"), run(replicas, "b")
-    np.testing.assert_array_equal(one[0], two[0])
-    assert one[1] == two[1]
-    assert len(one[0]) == 23
+    one, two = (
+        encode(gallery_path, encoders, tmp_path / work, batch_size=3, shard_rows=6, max_failed=0.5)
+        for encoders, work in ((replicas[:1], "a"), (replicas, "b"))
+    )
+    np.testing.assert_array_equal(vectors_of(one), vectors_of(two))
+    assert one.failed == two.failed
+    assert len(one) == 23
 
 
 class Barrier(Encoder):
@@ -53,7 +54,7 @@ class Barrier(Encoder):
 
 
 def decoded(pixels: Pixels) -> DecodedWindow:
-    return DecodedWindow(pixels, (), np.zeros(1, np.uint64), np.zeros((1, 2), np.int32), 1)
+    return DecodedWindow(pixels, np.zeros(1, IMAGE), ())
 
 
 def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
@@ -87,26 +88,70 @@ def test_missing_device_is_named(tiny_checkpoint: Path) -> None:
         load_replicas(tiny_checkpoint, "cpu,cuda:99")
 
 
-def test_half_precision_stays_close(tiny_checkpoint: Path) -> None:
-    """Autocast as on a GPU, here on the CPU in its half precision."""
-    encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = encoder.encode_pixels(pixels)
-    full = encoder.encode_pixels(pixels)
-    assert np.abs((half * full).sum(1) - 1).max() < 0.01  # of random weights; half's length is rounded as well
-    assert not np.array_equal(half, full)
-
-
 @pytest.mark.gpu
 def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def run(device: str) -> NDArray[np.float32]:
-        replicas = load_replicas(tiny_checkpoint, device)
-        encoded = encode_gallery(
-            scan(tiny_gallery), replicas, tmp_path / device, BuildOptions(batch_size=4, shard_rows=8, progress=False)
-        )
-        return np.concatenate(list(encoded.blocks()))
+        return vectors_of(encode(tiny_gallery, load_replicas(tiny_checkpoint, device), tmp_path / device))
 
     assert len(load_replicas(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
     on_cpu, on_gpu = run("cpu"), run("auto")
     assert (on_cpu * on_gpu).sum(1).min() > 0.999  # float16 has three bits more than bfloat16
+
+
+@pytest.fixture
+def faster(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The runtime other than torch that `auto` takes here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if importlib.util.find_spec("openvino"):
+        shutil.copytree(request.getfixturevalue("exports"), tmp_path / "cache" / "dcar" / "exports")
+    first = preferred_runtimes(Encoder.load(tiny_checkpoint, device="cpu").loaded.backbone)[0]
+    if first == "torch":
+        pytest.skip("this processor and what is installed leave torch alone")
+    return first
+
+
+@pytest.mark.slow
+def test_auto_resumes_with_the_runtime_of_the_first_run(
+    faster: str, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def run(**options: Any) -> RebuildSummary:
+        return rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", device="cpu", progress=False, **options)
+
+    def published() -> tuple[str, np.ndarray]:
+        artifact = open_current(tmp_path / "index")
+        return artifact.manifest.runtime, artifact.vectors(np.arange(24))
+
+    assert run(runtime="torch").encoded == 24
+    name, vectors = published()
+    assert name == "torch"
+    assert (run(runtime="auto").encoded, published()[0]) == (0, "torch")
+    assert run(runtime="auto").reused
+    assert (run(runtime="auto", kind="IVF2,Flat").encoded, published()[0]) == (0, "torch")
+    assert run(runtime=faster, kind="IVF2,Flat").encoded == 24
+    name, others = published()
+    assert name == faster
+    assert (vectors != others).any(1).all()
+    np.testing.assert_allclose(vectors, others, atol=0.02)
+    assert run(runtime="auto", kind="flat").encoded == 0
+
+
+def test_begun_runtimes_are_preferred_then_faster_ones(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")
+
+    def begin(runtime: str) -> None:
+        store = ShardStore(gallery, encoder, runtime, tmp_path, BuildOptions(batch_size=4, shard_rows=8))
+        store.save(0, np.zeros(8, IMAGE), np.zeros((8, encoder.dim), np.float32), [])
+
+    def chosen(fastest: str, batch: int = 4) -> str:
+        return runtime_in_use(gallery, encoder, fastest, tmp_path, BuildOptions(batch_size=batch, shard_rows=8))
+
+    assert chosen("openvino") == "openvino"
+    begin("torch-bf16")
+    assert chosen("openvino") == "torch-bf16"
+    assert chosen("openvino", batch=8) == "openvino"  # other batches are another job
+    begin("openvino")
+    assert chosen("openvino") == "openvino"

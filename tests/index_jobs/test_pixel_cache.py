@@ -6,6 +6,7 @@ import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,25 +16,13 @@ from dcar_core import Encoder
 from dcar_core.images import ImageSource
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
-from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.encoding_state import EncodedGallery
 from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
-from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.rebuild import rebuild
-from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store.versions import open_current
+from tests.support.encoding import encode, vectors_of
 
-
-@pytest.fixture
-def gallery(tiny_gallery: Path, tmp_path: Path) -> Path:
-    """A copy to break things in."""
-    return Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
-
-
-@pytest.fixture
-def encoder(tiny_checkpoint: Path) -> Encoder:
-    return Encoder.load(tiny_checkpoint, device="cpu")
+OPTIONS: dict[str, Any] = {"workers": 0, "max_failed": 0.5}
 
 
 @pytest.fixture
@@ -50,53 +39,39 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def run(gallery: Path, encoder: Encoder, work: Path, cache: PixelCache | None, workers: int = 0) -> EncodedGallery:
-    return encode_gallery(
-        scan(gallery),
-        [encoder],
-        work,
-        BuildOptions(workers=workers, batch_size=4, shard_rows=8, spec=IndexSpec(max_failed=0.5), progress=False),
-        cache=cache,
-    )
-
-
-def vectors_of(encoded: EncodedGallery) -> np.ndarray:
-    return np.concatenate(list(encoded.blocks()))
-
-
 def test_image_is_decoded_once(
     gallery: Path, encoder: Encoder, other_checkpoint: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     broken = gallery / "circle" / "blue.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
-    plain = run(gallery, encoder, tmp_path / "a", None)
+    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
+    plain = encode(gallery, encoder, tmp_path / "a", **OPTIONS)
     assert len(decoded) == 24
-    first = run(gallery, encoder, tmp_path / "b", cache)
+    first = encode(gallery, encoder, tmp_path / "b", cache, **OPTIONS)
     assert len(decoded) == 48
-    again = run(gallery, encoder, tmp_path / "c", cache)
+    again = encode(gallery, encoder, tmp_path / "c", cache, **OPTIONS)
     assert len(decoded) == 49  # a failure is not kept
     retrained = Encoder.load(other_checkpoint, device="cpu")
-    other = run(gallery, retrained, tmp_path / "d", PixelCache.open(tmp_path / "cache", retrained.preprocess))
+    other = encode(gallery, retrained, tmp_path / "d", PixelCache(tmp_path / "cache", retrained.preprocess), **OPTIONS)
     assert len(decoded) == 50
     np.testing.assert_array_equal(vectors_of(first), vectors_of(plain))
     np.testing.assert_array_equal(vectors_of(again), vectors_of(plain))
-    assert np.concatenate([shard.sizes for shard in again.shards]).tolist() == [[48, 48]] * 23
-    np.testing.assert_array_equal(vectors_of(other), vectors_of(run(gallery, retrained, tmp_path / "e", None)))
+    assert again.images["size"].tolist() == [[48, 48]] * 23
+    np.testing.assert_array_equal(vectors_of(other), vectors_of(encode(gallery, retrained, tmp_path / "e", **OPTIONS)))
     assert plain.failed == first.failed == again.failed
 
 
 def test_only_new_and_changed_images_are_decoded(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
 ) -> None:
-    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
-    run(gallery, encoder, tmp_path / "a", cache)
+    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
+    encode(gallery, encoder, tmp_path / "a", cache, **OPTIONS)
     decoded.clear()
     Image.new("RGB", (48, 48), "pink").save(gallery / "a new one, sorted first.png")
     Image.new("RGB", (48, 48), "gold").save(gallery / "cross" / "red.png")
-    grown = run(gallery, encoder, tmp_path / "b", cache)
+    grown = encode(gallery, encoder, tmp_path / "b", cache, **OPTIONS)
     assert len(decoded) == 2
-    np.testing.assert_array_equal(vectors_of(grown), vectors_of(run(gallery, encoder, tmp_path / "c", None)))
+    np.testing.assert_array_equal(vectors_of(grown), vectors_of(encode(gallery, encoder, tmp_path / "c", **OPTIONS)))
 
 
 def test_another_preprocessing_has_its_own_cache(
@@ -104,17 +79,17 @@ def test_another_preprocessing_has_its_own_cache(
 ) -> None:
     exact = Encoder.load(tiny_checkpoint, device="cpu", exact=True)
     for model, work in ((encoder, "a"), (exact, "b")):
-        run(gallery, model, tmp_path / work, PixelCache.open(tmp_path / "cache", model.preprocess))
+        encode(gallery, model, tmp_path / work, PixelCache(tmp_path / "cache", model.preprocess), **OPTIONS)
     assert len(decoded) == 48
     assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
 
 
 @pytest.mark.slow
 def test_worker_processes_share_the_cache(gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]) -> None:
-    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
-    first = run(gallery, encoder, tmp_path / "a", cache, workers=2)
+    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
+    first = encode(gallery, encoder, tmp_path / "a", cache, workers=2)
     assert decoded == []  # the workers did it
-    again = run(gallery, encoder, tmp_path / "b", cache)
+    again = encode(gallery, encoder, tmp_path / "b", cache, **OPTIONS)
     assert decoded == []
     np.testing.assert_array_equal(vectors_of(first), vectors_of(again))
 
@@ -122,22 +97,22 @@ def test_worker_processes_share_the_cache(gallery: Path, encoder: Encoder, tmp_p
 def test_entry_of_the_wrong_length_is_decoded_again(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
 ) -> None:
-    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
-    run(gallery, encoder, tmp_path / "a", cache)
+    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
+    encode(gallery, encoder, tmp_path / "a", cache, **OPTIONS)
     with closing(sqlite3.connect(cache.path)) as connection, connection:
         connection.execute("UPDATE pixels SET value = x'00' WHERE rowid = 1")
-    assert len(run(gallery, encoder, tmp_path / "b", cache)) == 24
+    assert len(encode(gallery, encoder, tmp_path / "b", cache, **OPTIONS)) == 24
     assert len(decoded) == 25
 
 
 def test_damaged_cache_is_bypassed_with_a_warning(
     gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
     with sqlite3.connect(cache.path) as connection:
         connection.execute("DROP TABLE pixels")
     connection.close()
-    assert len(run(gallery, encoder, tmp_path / "a", cache)) == 24
+    assert len(encode(gallery, encoder, tmp_path / "a", cache, **OPTIONS)) == 24
     assert len(decoded) == 24
     assert "cannot be read (no such table: pixels); images are decoded instead" in caplog.text
     assert "cannot be written" in caplog.text
@@ -146,12 +121,12 @@ def test_damaged_cache_is_bypassed_with_a_warning(
 def test_unusable_cache_is_an_error_before_encoding(encoder: Encoder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DcarError, match=r"the pixel cache .* cannot be used"):
-        PixelCache.open(tmp_path / "file", encoder.preprocess)
-    cache = PixelCache.open(tmp_path / "cache", encoder.preprocess)
+        PixelCache(tmp_path / "file", encoder.preprocess)
+    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(b"no database at all, but long enough to be looked at" * 100)
     with pytest.raises(DcarError, match=r"file is not a database; delete it or name another"):
-        PixelCache.open(tmp_path / "cache", encoder.preprocess)
+        PixelCache(tmp_path / "cache", encoder.preprocess)
     assert cache.path.exists()
 
 
@@ -182,7 +157,7 @@ def test_exact_pixels_make_a_new_version(gallery: Path, tiny_checkpoint: Path, t
 
 
 def test_image_of_another_place_or_version_is_not_cached(tmp_path: Path) -> None:
-    cache = PixelCache.open(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
+    cache = PixelCache(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
     place, pixel = ImageLocation(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     cache.put("/root", {place: DecodedImage(pixel, 40, 30)})
     found = cache.get("/root", [replace(place, row=5)])[5]

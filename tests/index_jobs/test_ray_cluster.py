@@ -15,8 +15,8 @@ from PIL import Image
 from dcar_core import Encoder
 from dcar_core.util.errors import MissingExtraError
 from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.encoding_state import shard_store
-from index_jobs.encoding.ray_cluster import LOCATIONS, EncodingTask, ShardWorker, _write_locations
+from index_jobs.encoding.ray_cluster import LOCATIONS, ShardWorker, _write_locations
+from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
 from index_jobs.spec import BuildOptions
@@ -70,13 +70,13 @@ def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Pat
         *settings, environment=environment,
     )  # fmt: skip
     limit = time.monotonic() + 200
-    while len(list(index.glob("work/*/*.json"))) < 3:
+    while len(list(index.glob("work/*/*.npz"))) < 3:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < limit
         time.sleep(0.02)
     victim = workers_of(process.pid)[0]
     os.kill(victim, signal.SIGKILL)
-    done = len(list(index.glob("work/*/*.json")))
+    done = len(list(index.glob("work/*/*.npz")))
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert done < IMAGES / 2 - 5, "the job was over before a worker could be killed"
@@ -105,14 +105,13 @@ def test_a_worker_marks_images_at_urls_as_one_machine_does(
     memory, options = fsspec.filesystem("memory"), BuildOptions(progress=False, device="cpu")
     memory.pipe({"/ray/a.png": png("red"), "/ray/items.csv": b"file_name\na.png\n"})
     gallery = scan("memory://ray/items.csv")
-    store = shard_store(gallery, encoder, "torch", tmp_path / "there", options)
+    store = ShardStore(gallery, encoder, "torch", tmp_path / "there", options)
     _write_locations(store.path / LOCATIONS, gallery.table)
-    task = EncodingTask(store, gallery.root, tiny_checkpoint, encoder.image_key, "torch", options)
-    ShardWorker(task)({"shard": np.array([0])})
+    worker = ShardWorker(store, gallery.root, tiny_checkpoint, encoder.image_key, "torch", options)
+    worker({"shard": np.array([0])})
     made, (alone,) = store.load(0), encode_gallery(gallery, [encoder], tmp_path / "here", options).shards
     memory.rm("/ray", recursive=True)
-    assert made is not None
-    assert made.location_hashes.tolist() == alone.location_hashes.tolist()
+    np.testing.assert_array_equal(made.images, alone.images)
 
 
 def test_missing_ray_names_its_extra(

@@ -184,13 +184,13 @@ def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpo
     away[3].rename(gallery / names[3])
     assert run(kind="hnsw").reused, "nobody looks into a gallery for a job that has nothing to do"
     second = run(kind="hnsw", force=True)
-    assert (second.count, second.unread, second.encoded, second.resumed) == (22, 1, 8, 16)
+    assert (second.count, second.unread, second.encoded, second.resumed) == (22, 1, 1, 23)
     away[20].rename(gallery / names[20])
     third = run(force=True)
     assert (third.count, third.failed, third.unread, third.hint) == (23, 1, 0, "")
-    assert (third.encoded, third.resumed) == (8, 16)
+    assert (third.encoded, third.resumed) == (1, 23)
     ours, theirs = open_current(tmp_path / "index"), open_current(tmp_path / "other")
-    np.testing.assert_array_equal(ours.vectors(np.arange(23)), theirs.vectors(np.arange(23)))
+    np.testing.assert_allclose(ours.vectors(np.arange(23)), theirs.vectors(np.arange(23)), atol=1e-6)
     assert [ours.item(row) for row in range(23)] == [theirs.item(row) for row in range(23)]
     assert run(force=True).encoded == 0, "a file that is no image costs no encoding"
 
@@ -214,7 +214,7 @@ def test_failed_images_are_tried_again_by_force(gallery: Path, tiny_checkpoint: 
         repaired = run(force=True)
     finally:
         memory.rm("/forced", recursive=True)
-    assert (repaired.count, repaired.failed, repaired.encoded) == (len(names), 0, 2)
+    assert (repaired.count, repaired.failed, repaired.encoded) == (len(names), 0, 1)
 
 
 @needs("heic")

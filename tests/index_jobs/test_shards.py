@@ -1,7 +1,6 @@
 """Kinds of failures in shards: broken images and failed reads."""
 
 import io
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -11,15 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core.images import open_image
+from dcar_core import Encoder
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.util.errors import ImageError, ImageFault
+from dcar_core.util.errors import ImageFault
 from index_jobs.encoding.decode import decode_windows
-from index_jobs.encoding.encoding_state import any_readable
-from index_jobs.encoding.shards import FailedImage, ShardStore
+from index_jobs.encoding.encode import any_readable
+from index_jobs.encoding.shards import IMAGE, FailedImage, ShardStore
 from index_jobs.gallery import storage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
+from index_jobs.spec import BuildOptions
 
 PREPROCESS = Preprocess(1, (0.5,) * 3, (0.5,) * 3)
 
@@ -28,19 +28,6 @@ def encoded(form: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(buffer, form)
     return buffer.getvalue()
-
-
-@pytest.mark.parametrize("data", [b"", b"no picture", encoded("PNG")[:300], encoded("JPEG")[:300], encoded("GIF")[:40]])
-def test_files_that_are_no_images_fail_permanently(data: bytes) -> None:
-    with pytest.raises(ImageError) as caught:
-        open_image(data)
-    assert not caught.value.fault.is_temporary
-
-
-def test_images_that_are_too_large_fail_permanently() -> None:
-    with pytest.raises(ImageError) as caught:
-        open_image(encoded("PNG"), max_pixels=100)
-    assert not caught.value.fault.is_temporary
 
 
 def cut(path: Path) -> ImageLocation:
@@ -98,21 +85,21 @@ def test_a_file_beyond_the_memory_is_a_failed_image(tmp_path: Path, monkeypatch:
     assert decoded.failed == (FailedImage(0, "too little memory to read it", ImageFault.UNREADABLE),)
 
 
-def test_reopened_shard_counts_as_incomplete(tmp_path: Path) -> None:
-    store = ShardStore(tmp_path, image_key="f", runtime="torch", pixels={}, signature="s", count=3, dim=2, batch=2,
-                       rows=2)  # fmt: skip
-    one, size = np.zeros(1, np.uint64), np.array([[40, 30]], np.int32)
-    store.save(0, np.zeros((1, 2), np.float32), [FailedImage(1, "no such file", ImageFault.MISSING)], one, one, size)
-    store.save(1, np.zeros((1, 2), np.float32), [], one, one, size)
+def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(
+    encoder: Encoder, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    store = ShardStore(scan(tiny_gallery), encoder, "torch", tmp_path, BuildOptions(batch_size=20, shard_rows=20))
+    assert (len(store), store.load(0).missing, store.load(1).missing) == (2, [*range(20)], [*range(20, 24)])
+    images = np.array([(9, 2**63 + 7, 2**64 - 1, (40, 30)), (3, 1, 2, (0, 0))], IMAGE)
+    vectors = np.stack([np.full(encoder.dim, row, np.float32) for row in (9, 3)])
+    store.extend(0, [(images[:1], vectors[:1])], missing(*range(10, 20)))
+    store.extend(0, [(images[1:], vectors[1:])], missing(5))
     shard = store.load(0)
-    assert shard is not None
-    assert shard.unread == [1]
-    assert shard.sizes.tolist() == [[40, 30]]
-    assert shard.failed == (FailedImage(1, "no such file", ImageFault.MISSING),)
-    store.reopen(0)
-    assert store.load(0) is None
-    assert store.load(1) is not None
-    assert store.stored_rows() == 1
+    assert (shard.span, shard.failed) == (range(20), tuple(missing(5, *range(10, 20))))
+    assert shard.missing == [0, 1, 2, 4, 6, 7, 8]
+    np.testing.assert_array_equal(shard.images, images[::-1])
+    np.testing.assert_array_equal(shard.vectors(), vectors[::-1])
+    assert store.stored_rows() == 20
 
 
 def missing(*rows: int) -> list[FailedImage]:
@@ -143,21 +130,3 @@ def test_probing_for_readable_images_is_limited_in_time(tiny_gallery: Path) -> N
     gallery = scan(tiny_gallery)
     assert any_readable(gallery, missing(0, 1), time.monotonic() + 60)
     assert not any_readable(gallery, missing(0, 1), time.monotonic())
-
-
-def test_failures_of_older_shards_are_retried_and_sizes_unknown(tmp_path: Path) -> None:
-    """Older shards say the reason of a failure alone, and no sizes."""
-    store = ShardStore(tmp_path, image_key="f", runtime="torch", pixels={}, signature="s", count=2, dim=2, batch=2,
-                       rows=2)  # fmt: skip
-    one, size = np.zeros(1, np.uint64), np.array([[40, 30]], np.int32)
-    failure = FailedImage(1, "not an image", ImageFault.NOT_AN_IMAGE)
-    store.save(0, np.zeros((1, 2), np.float32), [failure], one, one, size)
-    note = store.path / "000000.json"
-    values = json.loads(note.read_text())
-    del values["sizes"]
-    values["failed"] = [failure[:2] for failure in values["failed"]]
-    note.write_text(json.dumps(values))
-    shard = store.load(0)
-    assert shard is not None
-    assert shard.unread == [1]
-    assert shard.sizes.tolist() == [[0, 0]]
