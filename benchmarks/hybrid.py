@@ -44,8 +44,7 @@ from index_jobs.engines.faiss.engine import VECTORS
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.engines.faiss.kinds import choose_kinds
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
-from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
-from index_jobs.store.lexical.term_lists import STARTS, TERMS
+from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 DIM, CENTRES, WORDS, WORDS_PER_ITEM = 256, 1000, 50_000, 12

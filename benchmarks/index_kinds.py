@@ -44,7 +44,8 @@ from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark
 from index_jobs.engines.protocol import HeldOutQueries
 from index_jobs.spec import IndexSpec
-from index_jobs.store.segments import Segment, Segments, write_removed
+from index_jobs.store.artifact import Artifact, Segment, write_removed
+from index_jobs.store.manifest import Manifest
 
 KINDS = ("flat", "SQ8", "hnsw", "ivf", "ivf-pq-fp16", "ivf-pq", "pq", "auto")
 QUERIES, TIMED = 1000, 500
@@ -164,7 +165,7 @@ def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floa
         write_faiss(build_index(lambda: blocks(added), *added.shape, choices).index, file)
         write_removed(Path(temporary) / "removed.npy", removed)
         segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
-        updated = Segments(segments, removed)
+        updated = Artifact(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)
         seconds = time.perf_counter() - start
         found = timed(lambda query: updated.search(query, NEIGHBOURS, None), queries, truth)
     return {"update_s": round(seconds, 2), "updated": f"{found['p50_ms']} ms, {found['recall_at_10']}"}

@@ -29,8 +29,7 @@ from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ImageError, LockedError
-from index_jobs.store.writes.collection_folders import create_collection, drop_collection
-from index_jobs.store.writes.write_queue import JobKind
+from index_jobs.store.writes import JobKind, create_collection, drop_collection
 
 logger = logging.getLogger(__name__)
 

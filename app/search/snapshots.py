@@ -21,7 +21,7 @@ from dcar_core.util.errors import DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, read_manifest
-from index_jobs.store.writes.collection_folders import EmptyArtifact
+from index_jobs.store.writes import empty_artifact
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
     from dcar_core.serving.pair_weights import PairWeights
@@ -113,7 +113,7 @@ def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = 
 def load_empty_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = ()) -> Snapshot:
     """Load the model of a created collection that has no items yet; its version is 0. See `load_snapshot`."""
     encoder, backbone = _find_or_load_encoder(index / CHECKPOINT, None, settings, loaded)
-    artifact = EmptyArtifact(index, encoder.fingerprint, encoder.dim)
+    artifact = empty_artifact(index, encoder.fingerprint, encoder.dim)
     return _warm_up(_make_snapshot(artifact, encoder, backbone, settings))
 
 

@@ -26,7 +26,7 @@ from app.service.integrity import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, require_index
-from index_jobs.store.writes.collection_folders import list_collections
+from index_jobs.store.writes import list_collections
 
 logger = logging.getLogger(__name__)
 

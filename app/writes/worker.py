@@ -25,7 +25,7 @@ from app.core.threads import ComputeThreads
 from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util.errors import DcarError, LockedError
-from index_jobs.store.writes.write_queue import JobKind, WriteQueue
+from index_jobs.store.writes import JobKind, WriteQueue
 
 logger = logging.getLogger(__name__)
 

@@ -25,11 +25,11 @@ from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.columns import FieldTypes, fit_one_field
+from index_jobs.store.items import FieldTypes, fit_one_field
 from index_jobs.store.manifest import CHECKPOINT, FAILED
 from index_jobs.store.publish import report_os_errors, rollback
 from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
-from index_jobs.store.writes.write_queue import WriteJob, WriteQueue
+from index_jobs.store.writes import WriteJob, WriteQueue
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,9 @@
 
 - A version never changes after publication, so readers need no lock. A removed version stays usable while it is open,
   on systems that keep open files, as Linux and macOS do.
+- A built version is one segment. Later additions are segments of their own, and removed items are a list of rows, so an
+  update shares all other files with the previous version.
+- Rows are numbered through all segments. A removed row keeps its number and is never found, by a search or by its id.
 - Opening checks that every file has its full length; `Artifact.verify` also reads and hashes them.
 - Many threads may share an artifact.
 """
@@ -9,27 +12,26 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ArtifactError, FingerprintError, StoreUnavailableError
-from dcar_core.util.files import sha256_of
-from index_jobs.engines.protocol import ScoredRows
+from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
+from dcar_core.util.files import atomic_writer, sha256_of
+from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
 from index_jobs.engines.registry import load_engine
-from index_jobs.gallery.image_access import ImageAccess
-from index_jobs.gallery.storage import is_url, join_location, open_image
+from index_jobs.gallery.storage import ImageAccess, is_url, join_location, open_image
+from index_jobs.store.items import Items, cast_column, common_type
 from index_jobs.store.lexical.fusion import spread_rows
+from index_jobs.store.lexical.lexical_index import LexicalIndex
 from index_jobs.store.manifest import ADDITIONS_ENGINE, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
-from index_jobs.store.segments import Segment, Segments, read_removed
-
-if TYPE_CHECKING:
-    from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 _ITEM_COLUMNS = ("id", "caption", "category", "metadata", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
@@ -58,27 +60,42 @@ class Item:
         return value
 
 
-class Artifact(Segments):
-    """One opened version. image_access: limits on the images that are read; None for no limit."""
+@dataclass(frozen=True)
+class Segment:
+    """Vectors, their items, the base of the items' relative image locations, and the folders of absolute ones."""
 
-    image_access: ImageAccess | None = None
+    vectors: VectorIndex
+    items: Items
+    root: str
+    roots: Sequence[str]
 
-    def __init__(self, path: Path, image_access: ImageAccess | None = None) -> None:
+
+class Artifact:
+    """One opened version.
+
+    rows: their number, removed ones included; row numbers are 0..rows - 1. image_access: limits on the images that are
+    read; None for no limit.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, segments: Sequence[Segment], removed: Rows,
+        image_access: ImageAccess | None = None,
+    ) -> None:  # fmt: skip
+        """Take the opened parts of a version; `open` opens them."""
+        self.path, self.manifest, self.segments, self.image_access = path, manifest, segments, image_access
+        self._removed, self._items = removed, dict[int, Item]()
+        stops = np.cumsum([0, *(segment.vectors.count for segment in segments)]).tolist()
+        self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
+
+    @classmethod
+    def open(cls, path: Path, image_access: ImageAccess | None = None) -> "Artifact":
         """Open the version in directory `path`; see `index_jobs.store.versions`.
 
         Raises:
             ArtifactError: a file is missing, too short or unreadable, or the files do not fit together.
         """
-        self.path, self.image_access = path, image_access
-        self.manifest = Manifest.read(path / MANIFEST)
-        self._check_sizes()
-        super().__init__(*self._open())
-        self._items: dict[int, Item] = {}
-
-    def _open(self) -> tuple[list[Segment], Rows]:
-        from index_jobs.store.items import Items
-
-        path, manifest = self.path, self.manifest
+        manifest = Manifest.read(path / MANIFEST)
+        _check_sizes(path, manifest)
         vectors = load_engine(manifest.spec.engine).open(path, gpu=manifest.gpu)
         segments = [Segment(vectors, Items(path / ITEMS), manifest.root, manifest.roots)]
         for addition in manifest.additions:
@@ -94,16 +111,22 @@ class Artifact(Segments):
                     f"{path} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
                     f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
                 )
-        removed = read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
+        removed = _read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
         if len(removed) != manifest.removed or (len(removed) and not 0 <= removed.min() <= removed.max() < total):
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
-        return segments, removed
+        return cls(path, manifest, segments, removed, image_access)
 
     @cached_property
-    def lexical(self) -> "LexicalIndex | None":
-        """The words of the items; None in older versions. Raise ArtifactError if the index cannot be read."""
-        from index_jobs.store.lexical.lexical_index import LexicalIndex
+    def live(self) -> Mask:
+        """bool (rows,), read-only: false where the item was removed."""
+        mask = np.ones(self.rows, np.bool_)
+        mask[self._removed] = False
+        mask.flags.writeable = False
+        return mask
 
+    @cached_property
+    def lexical(self) -> LexicalIndex | None:
+        """The words of the items; None in older versions. Raise ArtifactError if the index cannot be read."""
         if not self.manifest.has_lexical:
             return None
         lexical = LexicalIndex(self.path / LEXICAL)
@@ -139,15 +162,77 @@ class Artifact(Segments):
 
         Raises:
             ArtifactError: the vectors have another length than those of the index.
-            ValueError: k is less than 1, or allowed has not one truth value for each row.
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        if allowed is not None and allowed.shape != (self.rows,):
-            raise ValueError(f"allowed has {allowed.shape} truth values, but there are {self.rows} rows")
-        return super().search(vectors, k, allowed, is_narrow=is_narrow)
+        if len(self._removed):
+            allowed = self.live if allowed is None else allowed & self.live
+        if len(self.segments) == 1:
+            return self.segments[0].vectors.search(vectors, k, allowed, is_narrow=is_narrow)
+        scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
+        for segment, span in zip(self.segments, self._spans, strict=True):
+            mask = None if allowed is None else allowed[span.start : span.stop]
+            segment_scores, positions = segment.vectors.search(vectors, k, mask, is_narrow=is_narrow)
+            scores.append(segment_scores)
+            rows.append(np.where(positions >= 0, positions + span.start, -1))
+        return merge_top_k(scores, rows, k)
+
+    def vectors(self, rows: Rows) -> Floats:
+        """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
+
+        Raises:
+            IndexError: the row does not exist.
+            ArtifactError: this kind of index cannot reconstruct vectors.
+        """
+        for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
+            self.locate(int(row))  # raises
+        vectors = np.empty((len(rows), self.manifest.dim), np.float32)
+        for segment, span in zip(self.segments, self._spans, strict=True):
+            inside = (rows >= span.start) & (rows < span.stop)
+            if inside.any():
+                vectors[inside] = segment.vectors.vectors(rows[inside] - span.start)
+        return vectors
+
+    def locate(self, row: int) -> tuple[Segment, int]:
+        """Return the segment of a row, and its number there. Raise IndexError if the row is unknown or removed."""
+        if 0 <= row < self.rows and len(self._removed) and not self.live[row]:
+            raise IndexError(f"row {row} was removed")
+        for segment, span in zip(self.segments, self._spans, strict=True):
+            if span.start <= row < span.stop:
+                return segment, row - span.start
+        raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
+
+    def row_of(self, item_id: str) -> int | None:
+        """Return the live row of an id, or None; newer segments first, since an item may have been replaced."""
+        for segment, span in zip(reversed(self.segments), reversed(self._spans), strict=True):
+            row = segment.items.row_of(item_id)
+            if row is not None and (not len(self._removed) or self.live[row + span.start]):
+                return int(row + span.start)
+        return None
+
+    @cached_property
+    def _types(self) -> dict[str, pa.DataType]:
+        types = dict[str, pa.DataType]()
+        for segment in self.segments:
+            for name, field_type in segment.items.fields.items():
+                types[name] = common_type(types.get(name, field_type), field_type)
+        return types
+
+    @cached_property
+    def fields(self) -> dict[str, str]:
+        """Arrow types of the fields that `column` accepts: id, caption, category and the metadata fields."""
+        return {name: str(field_type) for name, field_type in self._types.items()}
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """Return one field of every row, null where an item lacks it. Raise DataError if no segment has the field."""
+        if name not in self._types:
+            raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
+        target = self._types[name]
+        chunks = []
+        for items in (segment.items for segment in self.segments):
+            column = items.column(name) if name in items.fields else pa.chunked_array([pa.nulls(len(items), target)])
+            chunks += (column if column.type == target else cast_column(column, target)).chunks
+        return pa.chunked_array(chunks, target)
 
     def item(self, row: int) -> Item:
         """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""
@@ -205,12 +290,10 @@ class Artifact(Segments):
             folder: the folder whose images are looked at.
         """
         prefix = f"{folder}/" if folder else ""
-        sampled = [
-            self.image_location(row)
-            for row in {*np.linspace(0, self.rows - 1, _SAMPLE, dtype=int).tolist()}
-            if self.live[row]
-        ]
-        paths = [path for path, _ in sampled if not is_url(path) and f"{path}/".startswith(prefix)]
+        live = np.flatnonzero(self.live)
+        sample = live[np.linspace(0, len(live) - 1, min(len(live), _SAMPLE), dtype=int)]
+        sampled = [self.image_location(row)[0] for row in sample.tolist()]
+        paths = [path for path in sampled if not is_url(path) and f"{path}/".startswith(prefix)]
         missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
         if 2 * len(missing) > len(paths):
             return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
@@ -250,7 +333,7 @@ class Artifact(Segments):
 
     def verify(self, *, skip: Collection[str] = (), hash_of: Callable[[Path], str] | None = None) -> None:
         """Compare the checksums of files, except the skipped ones. Raise ArtifactError at the first that differs."""
-        self._check_sizes()
+        _check_sizes(self.path, self.manifest)
         for name, info in self.manifest.files.items():
             if name in skip:
                 continue
@@ -263,14 +346,28 @@ class Artifact(Segments):
                     f"{self.path / name} is corrupted: its checksum differs; roll back, or rebuild the index"
                 )
 
-    def _check_sizes(self) -> None:
-        for name, info in self.manifest.files.items():
-            path = self.path / name
-            try:
-                size = path.stat().st_size
-            except OSError:
-                raise ArtifactError(f"{path} is missing; roll back, or rebuild the index") from None
-            if size != info.size:
-                raise ArtifactError(
-                    f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
-                )
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    for name, info in manifest.files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise ArtifactError(f"{path} is missing; roll back, or rebuild the index") from None
+        if size != info.size:
+            raise ArtifactError(
+                f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
+            )
+
+
+def write_removed(path: Path, rows: Rows) -> None:
+    with atomic_writer(path) as file:
+        np.save(file, rows.astype(np.int64), allow_pickle=False)
+
+
+def _read_removed(path: Path) -> Rows:
+    try:
+        rows: Rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    return rows.reshape(-1).astype(np.int64)

@@ -11,6 +11,7 @@ field that holds a list meets a condition if one of its members does.
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
 _MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
+_MAX_FLOAT = int(sys.float_info.max)
 EMPTY_IS_MISSING = frozenset({"caption", "category"})
 _TYPE_NAMES = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
 
@@ -101,12 +103,9 @@ def _match_all(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
         if field == _OR:
             mask &= _match_any(artifact, condition)
             continue
-        try:
-            column = artifact.column(field)
-        except DataError:
-            fields = ", ".join(sorted(artifact.fields))
-            raise FilterError(field, f"no item has this field; there are: {fields}") from None
-        mask &= match_column(column, condition, field)
+        if field not in artifact.fields:
+            raise FilterError(field, f"no item has this field; there are: {', '.join(sorted(artifact.fields))}")
+        mask &= match_column(artifact.column(field), condition, field)
     return mask
 
 
@@ -126,9 +125,7 @@ def _match_values(column: pa.ChunkedArray, values: list[Any], field: str) -> Mas
         targets = [int(value) for value in targets if _INT64.start <= value < _INT64.stop and value == int(value)]
     mask = np.zeros(len(column), np.bool_)
     if None in values:
-        mask |= _to_mask(column.is_null())
-        if field in EMPTY_IS_MISSING:
-            mask |= _to_mask(pc.equal(column, ""))
+        mask = _to_mask(column.is_null()) | ~_is_present(column, field)
     if member_type == pa.float64() and 0 in targets:
         targets += [0.0, -0.0]  # equal numbers that is_in tells apart
     if targets:
@@ -169,15 +166,10 @@ def _is_present(members: pa.ChunkedArray, field: str) -> Mask:
 
 def _integer_bound(name: str, bound: float) -> tuple[str, int]:
     """Return an equal condition with an integer bound; beyond 2^53 one float stands for several integers."""
-    if math.isnan(bound):
-        return "gt", _INT64.stop - 1  # matches nothing
-    is_lower = name in {"gt", "gte"}
     if _INT64.start <= bound < _INT64.stop:
         return name, math.floor(bound) if name in {"gt", "lte"} else math.ceil(bound)
-    matches_everything = (bound < 0) == is_lower
-    if matches_everything:
-        return ("gte", _INT64.start) if is_lower else ("lte", _INT64.stop - 1)
-    return ("gt", _INT64.stop - 1) if is_lower else ("lt", _INT64.start)
+    is_met_by_all = bound < 0 if name in {"gt", "gte"} else bound > 0  # by none if it is NaN
+    return "gte" if is_met_by_all else "lt", _INT64.start
 
 
 def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
@@ -190,17 +182,9 @@ def _checked_value(value: Any, member_type: pa.DataType, field: str) -> Any:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits:
         raise FilterError(field, f"values are {_TYPE_NAMES[str(member_type)]}, not {json.dumps(value)[:40]}")
-    if isinstance(value, str):
-        return replace_surrogates(value)
-    is_huge = isinstance(value, int) and value not in _INT64
-    return _as_float(value) if member_type == pa.float64() or (member_type == pa.int64() and is_huge) else value
-
-
-def _as_float(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf if number > 0 else -math.inf
+    if isinstance(value, int) and member_type == pa.float64():
+        return float(max(-_MAX_FLOAT, min(value, _MAX_FLOAT)))
+    return replace_surrogates(value) if isinstance(value, str) else value
 
 
 def _member_type(column: pa.ChunkedArray) -> pa.DataType:

@@ -11,7 +11,6 @@ from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import canonical_json
 from index_jobs.spec import IndexSpec
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
-from index_jobs.store.lexical.term_lists import TERMS
 
 FORMAT = 3
 ADDITIONS_ENGINE = "faiss"  # of small segments that are added later, whatever the engine of the built one
@@ -107,8 +106,8 @@ class Manifest:
 
     @property
     def has_term_lists(self) -> bool:
-        """False for versions whose hybrid searches take longer; see `index_jobs.store.lexical.term_lists`."""
-        return f"{LEXICAL}/{TERMS}" in self.files
+        """False for versions whose hybrid searches take longer; see `index_jobs.store.lexical.lexical_index`."""
+        return f"{LEXICAL}/terms.npy" in self.files
 
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""

@@ -24,7 +24,7 @@ from index_jobs.engines.registry import load_engine
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
-from index_jobs.store.versions import current_version_or_none, open_version, read_manifest, version_numbers
+from index_jobs.store.versions import current_version_or_none, list_versions, open_version, version_numbers
 
 LOCK = ".lock"
 _STAGING = ".tmp-"
@@ -100,7 +100,7 @@ def prepare_version(
     manifest = replace(manifest, version=next_version(index), files=files, replaced=current_version_or_none(index))
     write_json(staging / MANIFEST, manifest.to_dict())
     fsync_tree(staging)
-    staged = Artifact(staging)
+    staged = Artifact.open(staging)
     staged.verify(skip=shared)
     return staged
 
@@ -109,7 +109,7 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     """Make a prepared version the current one, and remove the oldest; within the same `open_staging`.
 
     Args:
-        keep: versions to keep, the new one included.
+        keep: versions to keep: the new one and the one that it replaces first, then the newest.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -117,8 +117,10 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     staged.path.rename(index / VERSIONS / str(manifest.version))
     fsync_path(index / VERSIONS)
     _write_current(index, manifest.version)
-    engines = _engines(index)  # before versions are removed
-    _prune(index, keep, {manifest.version, manifest.replaced})
+    engines = {each.spec.engine for each in list_versions(index)}  # before versions are removed
+    numbers, protected = version_numbers(index), {manifest.version, manifest.replaced}
+    for number in sorted(numbers, key=lambda number: (number in protected, number), reverse=True)[keep:]:
+        remove_directory(index, index / VERSIONS / str(number))
     _sync(engines, index, manifest.version)
     return manifest
 
@@ -146,29 +148,24 @@ def rollback(index: Path, to: int | None = None) -> int:
         LockedError: another writer is at work.
         DcarError: CURRENT cannot be written.
     """
-    if not index.is_dir():
+    if not version_numbers(index):
         raise ArtifactError(f"{index} holds no published index")
     with report_os_errors(index), _lock(index):
         if to is None:
             to = _previous_version(index)
         open_version(index, to).verify()
         _write_current(index, to)
-        _sync(_engines(index), index, to)
+        _sync({manifest.spec.engine for manifest in list_versions(index)}, index, to)
     return to
 
 
 def _previous_version(index: Path) -> int:
-    current, numbers = current_version_or_none(index), version_numbers(index)
-    earlier = [number for number in numbers if current is None or number < current]
-    if not numbers:
-        raise ArtifactError(f"{index} holds no published index")
+    current = current_version_or_none(index)
+    earlier = [number for number in version_numbers(index) if current is None or number < current]
     if not earlier:
         raise ArtifactError(f"{index} has no version earlier than {current} to roll back to")
-    with contextlib.suppress(ArtifactError):
-        replaced = Manifest.read(index / VERSIONS / str(current) / MANIFEST).replaced
-        if replaced in earlier:
-            return replaced
-    return earlier[-1]
+    replaced = [manifest.replaced for manifest in list_versions(index) if manifest.version == current]
+    return replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
 
 
 def _lock(index: Path) -> AbstractContextManager[None]:
@@ -177,15 +174,6 @@ def _lock(index: Path) -> AbstractContextManager[None]:
         index / LOCK,
         f"another job is writing to {index} (it holds {index / LOCK}); wait until it has ended, or give another --out",
     )
-
-
-def _engines(index: Path) -> set[str]:
-    """Return the engines of all versions; a version that cannot be read is left out."""
-    engines = set[str]()
-    for version in version_numbers(index):
-        with contextlib.suppress(ArtifactError):
-            engines.add(read_manifest(index, version).spec.engine)
-    return engines
 
 
 def _sync(engines: set[str], index: Path, version: int) -> None:
@@ -215,11 +203,3 @@ def clean_work(index: Path, work: Path, keep: Callable[[Path], bool]) -> None:
     for folder in sorted(work.iterdir()) if work.is_dir() else ():
         if folder.is_dir() and not keep(folder):
             remove_directory(index, folder)
-
-
-def _prune(index: Path, keep: int, protected: set[int | None]) -> None:
-    """Keep this many versions: the protected ones first, then the newest."""
-    numbers = version_numbers(index)
-    ranked = sorted(numbers, key=lambda number: (number in protected, number), reverse=True)
-    for number in ranked[keep:]:
-        remove_directory(index, index / VERSIONS / str(number))

@@ -6,7 +6,7 @@ INDEX/versions/<n>/index.faiss       vectors, memory-mapped
 INDEX/versions/<n>/<engine>.json      instead of index.faiss: where another engine stores the vectors
 INDEX/versions/<n>/items.arrow       ids, captions, metadata and image locations, memory-mapped
 INDEX/versions/<n>/lexical/          the words of the items; see `lexical`
-INDEX/versions/<n>/added-<m>/        vectors and items added after the build; see `segments`
+INDEX/versions/<n>/added-<m>/        vectors and items added after the build; see `artifact`
 INDEX/versions/<n>/removed.npy       rows of items removed after the build
 INDEX/versions/<n>/failed.jsonl      images that could not be read, with reasons
 INDEX/versions/<n>/duplicates.jsonl  images with the same pixels as an earlier one
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
-from index_jobs.gallery.image_access import ImageAccess
+from index_jobs.gallery.storage import ImageAccess
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, Manifest
 
@@ -97,7 +97,7 @@ def open_version(index: Path, version: int, image_access: ImageAccess | None = N
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"
         raise ArtifactError(f"{index} has no version {version}; it has {available}")
-    return Artifact(path, image_access)
+    return Artifact.open(path, image_access)
 
 
 def version_numbers(index: Path) -> list[int]:

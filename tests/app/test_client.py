@@ -14,7 +14,7 @@ from app.core.keys import key_hash, new_key
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import LockedError
 from index_jobs.rebuild import rebuild
-from index_jobs.store.writes.write_queue import WriteQueue
+from index_jobs.store.writes import WriteQueue
 from tests.support.images import png
 from tests.support.processes import free_port
 from tests.support.service import ODD_ID, serving

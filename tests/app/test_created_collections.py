@@ -16,7 +16,7 @@ from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current
-from index_jobs.store.writes.collection_folders import create_collection, drop_collection, list_collections
+from index_jobs.store.writes import create_collection, drop_collection, list_collections
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, WORDS, bearer, opened, until

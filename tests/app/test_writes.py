@@ -23,8 +23,7 @@ from app.service.collections import Collections
 from app.writes import worker
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import LockedError
-from index_jobs.store.writes.collection_folders import drop_collection
-from index_jobs.store.writes.write_queue import WriteQueue
+from index_jobs.store.writes import WriteQueue, drop_collection
 from tests.support.commands import Command
 from tests.support.images import png
 from tests.support.processes import children_of, free_port, is_alive
@@ -119,7 +118,7 @@ async def test_full_disk_refuses_a_job_as_a_whole(
 
     async with opened(index, **WRITES) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("index_jobs.store.writes.write_queue.write_json", fail)
+            patch.setattr("index_jobs.store.writes.write_json", fail)
             response = await put(client, item("a"))
         assert_problem(response, 503)
         assert response.headers["retry-after"] == "10"

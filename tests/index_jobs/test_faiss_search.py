@@ -22,7 +22,7 @@ from index_jobs.engines.faiss.kinds import IndexChoice
 from index_jobs.engines.protocol import merge_top_k
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.columns import MAX_FIELDS, FieldTypes
+from index_jobs.store.items import MAX_FIELDS, FieldTypes
 from index_jobs.store.versions import open_current
 
 DIM, COUNT = 32, 6000
@@ -279,13 +279,10 @@ def test_column_selects_the_searched_rows(artifact: Artifact) -> None:
 
 
 def test_wrong_rows_and_fields_are_named(artifact: Artifact) -> None:
-    query = artifact.vectors(np.array([0]))
     with pytest.raises(
         DataError, match="no item has the field 'colour'; there are: caption, category, color, file_nam"
     ):
         artifact.column("colour")
-    with pytest.raises(ValueError, match=r"allowed has \(3,\) truth values, but there are 24 rows"):
-        artifact.search(query, 1, np.array([True, False, True]))
     with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):
         artifact.vectors(np.array([1, 24]))
 

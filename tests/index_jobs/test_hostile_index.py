@@ -16,7 +16,7 @@ from dcar_core.util.files import sha256_of, write_json
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.rebuild import rebuild
 from index_jobs.store.items import Items
-from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
+from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.manifest import FileInfo, Manifest
 from index_jobs.store.versions import open_current
 
@@ -127,11 +127,11 @@ def test_another_metric_is_an_error(tmp_path: Path) -> None:
 def test_lexical_rows_that_do_not_exist_are_an_error(index: Path, tmp_path: Path) -> None:
     write_lexical(tmp_path / "lexical", ["a ghost", "a skull"])
     assert len(LexicalIndex(tmp_path / "lexical")) == 2
-    update_lexical(tmp_path / "lexical", ["a cake"], first_row=9)
+    write_lexical(tmp_path / "lexical", ["a cake"], first_row=9)
     with pytest.raises(ArtifactError, match="lexical cannot be read: its row numbers are not those from 0 to 2"):
         LexicalIndex(tmp_path / "lexical")
     version = index / "versions" / "1"
-    update_lexical(version / "lexical", ["one more"], first_row=24)
+    write_lexical(version / "lexical", ["one more"], first_row=24)
     recompute(version, *(version / "lexical").iterdir())
     artifact = open_current(index)
     with pytest.raises(ArtifactError, match="lexical has 25 rows, but the index 24"):

@@ -19,8 +19,7 @@ from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import main
 from index_jobs.store.lexical.analysis import index_terms, query_terms
-from index_jobs.store.lexical.lexical_index import LexicalIndex, update_lexical, write_lexical
-from index_jobs.store.lexical.term_lists import STARTS, TERMS
+from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
 from index_jobs.store.versions import open_current
 from tests.support.commands import run
 from tests.support.images import draw
@@ -114,14 +113,6 @@ def test_scores_of_given_rows_equal_those_of_a_search(lexical: LexicalIndex) -> 
     np.testing.assert_allclose(lexical.score("red fire car", order), expected[order], rtol=1e-6)
 
 
-def test_a_search_that_is_repeated_is_not_made_again(lexical: LexicalIndex) -> None:
-    first = lexical.search("red car", 2)
-    assert lexical.search("red car", 2) is first
-    assert len(lexical.search("red car", 1)[1]) == 1
-    none = lexical.search("red car", 2, np.zeros(len(lexical), np.bool_))
-    assert not len(none[1]), "rows of a filter are looked up each time"
-
-
 def test_an_index_that_is_no_longer_used_is_released_at_once(tmp_path: Path) -> None:
     write_lexical(tmp_path / "lexical", TEXTS)
     index = LexicalIndex(tmp_path / "lexical")
@@ -166,7 +157,7 @@ def test_an_index_without_lists_of_terms_is_read_and_updated(tmp_path: Path) -> 
     write_lexical(path, TEXTS)
     for name in (STARTS, TERMS):
         (path / name).unlink()
-    update_lexical(path, ["a blue car"], first_row=len(TEXTS))
+    write_lexical(path, ["a blue car"], first_row=len(TEXTS))
     scores = LexicalIndex(path).score("blue car", np.arange(len(TEXTS) + 1))
     assert np.flatnonzero(scores).tolist() == [3, 6]
     assert not (path / TERMS).exists()
@@ -216,7 +207,7 @@ def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
     for name in before:
         (second / name).hardlink_to(first / name)
     added = [" ".join(generator.choices(words, k=6)) for _ in range(30)]
-    replaced = update_lexical(second, added, first_row=50)  # replaces the last ten
+    replaced = write_lexical(second, added, first_row=50)  # replaces the last ten
     assert contents(first) == before
     unchanged = {path.name for path in second.iterdir()} & {*before} - {Path(name).name for name in replaced}
     assert all((second / name).read_bytes() == before[name] for name in unchanged)
@@ -314,15 +305,8 @@ def test_chosen_metadata_fields_are_looked_up(tiny_checkpoint: Path, tmp_path: P
         assert lexical is not None
         return [len(lexical.search(each, 9)[1]) for each in words]
 
-    command = [
-        "--gallery",
-        str(tmp_path / "gallery"),
-        "--checkpoint",
-        str(tiny_checkpoint),
-        "--out",
-        str(index),
-        "--quiet",
-    ]
+    places = {"--gallery": tmp_path / "gallery", "--checkpoint": tiny_checkpoint, "--out": index}
+    command = [*(str(part) for pair in places.items() for part in pair), "--quiet"]
     assert main([*command, "--text-fields", "code,brand", "--group-field", "code"]) == 0
     assert found("wx300", "mirror", "velvet") == [1, 1, 0]
     assert open_current(index).manifest.group_field == "code"

@@ -20,8 +20,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
-from index_jobs.store.writes.collection_folders import create_collection, drop_collection, list_collections
-from index_jobs.store.writes.write_queue import WriteQueue
+from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections
 from tests.support.commands import Command, dcar, run
 from tests.support.images import draw
 
@@ -278,12 +277,12 @@ def test_images_that_no_version_shows_are_removed(index: Path) -> None:
 
 
 MOMENTS = [
-    "index_jobs.store.writes.write_queue.WriteQueue.set_progress",
+    "index_jobs.store.writes.WriteQueue.set_progress",
     "index_jobs.encoding.shards.ShardStore.save",
     "index_jobs.store.publish.prepare_version",
     "index_jobs.store.publish._write_current",
     "index_jobs.jobs.update.remove",
-    "index_jobs.store.writes.write_queue.WriteQueue.end",
+    "index_jobs.store.writes.WriteQueue.end",
     "index_jobs.jobs.apply.sweep",
 ]
 KILLED_AT = """

@@ -5,8 +5,11 @@
 - A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
   frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
 - A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
-- The best rows come from tantivy, the scores of chosen rows from `term_lists`. For a query that matches terms one edit
-  away, and in versions older than the lists, tantivy scores chosen rows too, which takes longer.
+- The best rows come from tantivy, the scores of chosen rows from lists of the terms of each row: `terms.npy`, uint32,
+  the CRC-32 of each term, and `term_starts.npy`, int64 (rows + 1,), where those of a row begin. A row scores too high
+  if one of its terms has the CRC of another term of the query, by a chance of one in some hundred millions.
+- For a query that matches terms one edit away, and in versions older than the lists, tantivy scores chosen rows too,
+  which takes longer.
 - Readers open the files through links in a temporary directory, because tantivy locks a directory by writing to it, and
   versions may be mounted read-only.
 """
@@ -15,22 +18,24 @@ import json
 import math
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from array import array
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import tantivy
+from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, is_panic
-from dcar_core.util.files import apply_umask
+from dcar_core.util.files import apply_umask, atomic_writer
 from index_jobs.store.lexical.analysis import index_terms, query_terms
-from index_jobs.store.lexical.term_lists import TermLists, TermListsWriter
 
 _ROW, _TERMS = "row", "terms"
 _ANALYZER = "terms"
@@ -38,9 +43,13 @@ _HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
 _FUZZY_FROM = 4  # characters of a term that may match others one edit away
 _FUZZY_SCORE = 0.5
 _COMMON_SHARE = 0.05  # of the items, from which on a term is common
-_CACHED_QUERIES = 1000  # with their results, about 6 kB each
+_CACHED_QUERIES = 1000
 _REPLACED = {"meta.json", ".managed.json"}  # by every commit
 _SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
+TERMS, STARTS = "terms.npy", "term_starts.npy"
+_K1, _B = 1.2, 0.75  # tantivy's
+# Numbers of terms that tantivy tells apart, which it calls field norms.
+_LENGTHS = np.array([*range(40), *(24 + (m << e) for e in range(1, 28) for m in range(8, 16))])
 
 
 def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]:
@@ -54,43 +63,22 @@ def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]
             yield "\n".join(value for value in values if isinstance(value, str))
 
 
-def write_lexical(path: Path, texts: Iterable[str]) -> None:
-    """Write the index of texts, one for each row from 0 on, into an empty or missing directory.
+def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> set[str]:
+    """Write the texts of the rows from `first_row` on, which replace those that the directory has.
 
-    Raises:
-        OSError: the disk is full or cannot be written.
-    """
-    path.mkdir(exist_ok=True)
-    schema = (
-        tantivy.SchemaBuilder()
-        .add_unsigned_field(_ROW, indexed=True, fast=True)
-        .add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq")
-        .build()
-    )
-    lists = _write(lambda: _prepare(tantivy.Index(schema, path=str(path))), path, texts, 0, TermListsWriter())
-    lists.write(path)
-
-
-def update_lexical(path: Path, texts: Iterable[str], first_row: int) -> set[str]:
-    """Replace the rows from `first_row` on, in a directory whose files may be hard links to those of another version.
-
-    tantivy writes new files and never changes one, so the other version stays as it is. Returns the names of the files
-    that were replaced by others of the same name, relative to the version.
+    The files of an existing index may be hard links to those of another version: tantivy writes new files and never
+    changes one, so the other version stays as it is. Returns the names of the files that were replaced by others of the
+    same name, relative to the version.
 
     Raise ArtifactError if the index cannot be read, and OSError if the disk is full or cannot be written.
     """
-    earlier = TermLists.open(path)
-    lists = _write(lambda: _open(path), path, texts, first_row, TermListsWriter(earlier, first_row))
-    written = _REPLACED | (set() if earlier is None else lists.write(path))
-    return {f"{path.name}/{name}" for name in written}
-
-
-def _write(
-    opened: Callable[[], Any], path: Path, texts: Iterable[str], first_row: int, lists: TermListsWriter
-) -> TermListsWriter:
-    """Replace the rows from `first_row` on in tantivy's index, and append their terms to the lists."""
+    is_new = not (path / "meta.json").exists()
+    path.mkdir(exist_ok=True)
+    earlier = _TermLists.open(path)
+    starts = array("q", [0] if earlier is None else earlier.starts[: first_row + 1].tolist())
+    crcs = array("I", b"" if earlier is None else earlier.terms[: starts[-1]].tobytes())
     try:
-        index = opened()
+        index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path)
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         replaced = tantivy.Query.range_query(
             index.schema, _ROW, tantivy.FieldType.Unsigned, lower_bound=first_row, upper_bound=2**62
@@ -98,7 +86,8 @@ def _write(
         writer.delete_documents_by_query(replaced)
         for row, text in enumerate(texts, first_row):
             terms = dict.fromkeys(index_terms(text))
-            lists.append(terms)
+            crcs.extend(crc32(term.encode()) for term in terms)
+            starts.append(len(crcs))
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
             document.add_text(_TERMS, " ".join(terms))
@@ -111,7 +100,16 @@ def _write(
         lock.unlink()
     for name in _REPLACED:  # tantivy writes them for this user only; the service may run as another
         (path / name).chmod(apply_umask(0o666))
-    return lists
+    if is_new or earlier is not None:  # an older index stays without lists
+        for name, values in ((STARTS, np.array(starts, np.int64)), (TERMS, np.array(crcs, np.uint32))):
+            with atomic_writer(path / name) as file:
+                np.save(file, values, allow_pickle=False)
+    return {f"{path.name}/{name}" for name in (*_REPLACED, STARTS, TERMS)}
+
+
+def _schema() -> Any:
+    builder = tantivy.SchemaBuilder().add_unsigned_field(_ROW, indexed=True, fast=True)
+    return builder.add_text_field(_TERMS, tokenizer_name=_ANALYZER, index_option="freq").build()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,23 +143,16 @@ class LexicalIndex:
                 (Path(links) / file.name).symlink_to(file.resolve())
             index = _open(Path(links), shown=path)
             self._searcher = index.searcher()
-        self.path = path
-        self._check()
-        self._schema = index.schema
+        self.path, self._schema, last = path, index.schema, len(self) - 1
+        with _readable(path):  # a million row numbers take some 10 ms
+            found = self._searcher.aggregate(tantivy.Query.all_query(), {"rows": {"stats": {"field": _ROW}}})["rows"]
+            if last >= 0 and (found["count"], found["min"], found["max"]) != (last + 1, 0, last):
+                raise ValueError(f"its row numbers are not those from 0 to {last}")
         proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
         self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
-        self._search_cached = lru_cache(_CACHED_QUERIES)(lambda text, k, by_rare: proxy._search(text, k, by_rare))
-        self._lists = TermLists.open(path)
+        self._lists = _TermLists.open(path)
         if self._lists is not None and len(self._lists) != len(self):
             raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
-
-    def _check(self) -> None:
-        """Require the row numbers from 0 on. A million take some 10 ms."""
-        statistics, last = {"rows": {"stats": {"field": _ROW}}}, len(self) - 1
-        with _readable(self.path):
-            rows = self._searcher.aggregate(tantivy.Query.all_query(), statistics)["rows"]
-            if last >= 0 and (rows["count"], rows["min"], rows["max"]) != (last + 1, 0, last):
-                raise ValueError(f"its row numbers are not those from 0 to {last}")
 
     def __len__(self) -> int:
         count: int = self._searcher.num_docs
@@ -177,14 +168,8 @@ class LexicalIndex:
                 That takes a tenth of the time; a row that only contains common terms is missed.
 
         Returns:
-            scores float32 (m,), best first, and rows int64 (m,), with m at most k. Without `allowed` they are cached:
-            do not change them.
+            scores float32 (m,), best first, and rows int64 (m,), with m at most k.
         """
-        if allowed is None:
-            return self._search_cached(text, k, by_rare_terms)
-        return self._search(text, k, by_rare_terms, allowed)
-
-    def _search(self, text: str, k: int, by_rare_terms: bool, allowed: Mask | None = None) -> tuple[Floats, Rows]:
         query = self._parse(text)
         if query.whole is None:
             return np.empty(0, np.float32), np.empty(0, np.int64)
@@ -222,7 +207,6 @@ class LexicalIndex:
         return frequency
 
     def _parse_new(self, text: str) -> _ParsedQuery:
-
         def any_of(parts: list[Any]) -> Any:
             return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts]) if parts else None
 
@@ -250,16 +234,13 @@ class LexicalIndex:
             return self._lists.score(query.weights, rows) / np.float32(query.best_score or 1)
         scores = np.zeros(len(rows), np.float32)
         if query.whole is not None and len(rows):
-            among = self._among(query.whole, rows)
+            chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
+            parts = (tantivy.Query.const_score_query(chosen, 0.0), query.whole)
+            among = tantivy.Query.boolean_query([(tantivy.Occur.Must, part) for part in parts])
             found_scores, found_rows = self._hits(among, len(rows), query.best_score)
             order = np.argsort(rows)
             scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
         return scores
-
-    def _among(self, query: Any, rows: Rows) -> Any:
-        chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
-        must = tantivy.Occur.Must
-        return tantivy.Query.boolean_query([(must, tantivy.Query.const_score_query(chosen, 0.0)), (must, query)])
 
     def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
         with _readable(self.path):
@@ -269,6 +250,54 @@ class LexicalIndex:
             if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
                 raise ValueError(f"a row number is not in 0..{len(self) - 1}")
         return np.array(scores, np.float32) / np.float32(best), rows
+
+
+class _TermLists:
+    """The opened lists of a version, memory-mapped."""
+
+    def __init__(self, starts: Rows, terms: NDArray[np.uint32]) -> None:
+        self.starts, self.terms = starts, terms
+        self._mean_length = len(terms) / max(len(starts) - 1, 1)
+
+    @classmethod
+    def open(cls, path: Path) -> "_TermLists | None":
+        """Open the lists of a lexical index; None in older versions. Raise ArtifactError if they cannot be read."""
+        if not (path / TERMS).exists():
+            return None
+        try:
+            starts, terms = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in (STARTS, TERMS))
+        except Exception as error:  # NumPy raises many types for a header that it did not write
+            raise ArtifactError(f"{path} cannot be read: {error}") from error
+        kinds = (starts.dtype, starts.ndim, terms.dtype, terms.ndim)
+        if (
+            kinds != (np.int64, 1, np.uint32, 1)
+            or not len(starts)
+            or (starts[0], starts[-1]) != (0, len(terms))
+            or (np.diff(starts) < 0).any()
+        ):
+            raise ArtifactError(f"{path} cannot be read: its lists of terms do not fit together")
+        return cls(np.asarray(starts), np.asarray(terms))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def score(self, weights: Iterable[tuple[str, float]], rows: Rows) -> Floats:
+        """Return the BM25 of each of these rows as tantivy computes it, float32 (m,).
+
+        Args:
+            weights: distinct terms with their inverse document frequencies.
+        """
+        starts = self.starts[rows]
+        lengths = self.starts[rows + 1] - starts
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
+        terms, owners = self.terms[positions], np.repeat(np.arange(len(rows)), lengths)
+        sums = np.zeros(len(rows), np.float32)
+        for term, weight in weights:
+            sums[owners[terms == crc32(term.encode())]] += np.float32(weight)
+        rounded = _LENGTHS[np.searchsorted(_LENGTHS, lengths, side="right") - 1]
+        scores = sums * (1 + _K1) / (1 + _K1 * (1 - _B + _B * rounded / self._mean_length))
+        return scores.astype(np.float32)
 
 
 def _best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:

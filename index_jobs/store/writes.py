@@ -1,18 +1,24 @@
-"""The queue of one index: jobs survive a crash from the moment they are accepted until they have ended.
+"""Changes that were accepted over HTTP: the queue of an index, and the collections that were created.
 
 INDEX/writes/queue/<job>.json   an accepted job that has not ended; writing this file accepts it
 INDEX/writes/ended/<job>.json   how a job ended; kept for a week
 INDEX/writes/images/<job>/      its image files, which stay there for the index
 INDEX/writes/progress.json      the jobs that are being applied, the number of starts, and of encoded images
 INDEX/writes/.lock              held by the process that applies jobs
+FOLDER/<hash>/collection.json   the name of a created collection; that of its folder is a hash of it
+FOLDER/<hash>/checkpoint/       the model that its items are encoded with
+FOLDER/<hash>/...               an index directory, once the first items are published; until then `empty_artifact`
 
+- Jobs survive a crash from the moment they are accepted until they have ended; `index_jobs.jobs.apply` applies them.
 - A job's name is the time of its acceptance and a random number, so jobs are applied in their order. The time is later
   than those of the queued jobs even if the clock was set back.
 - Image files are numbered: nothing that a caller sends becomes a path.
 """
 
 import contextlib
+import hashlib
 import json
+import logging
 import re
 import secrets
 import shutil
@@ -20,14 +26,25 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from dcar_core.util.files import fsync_path, write_json
+import numpy as np
+
+from dcar_core.model.checkpoint import copy_checkpoint
+from dcar_core.util.files import fsync_path, fsync_tree, write_json
 from dcar_core.util.processes import hold_lock
+from index_jobs.spec import IndexSpec
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.manifest import CHECKPOINT, Manifest
+
+logger = logging.getLogger(__name__)
 
 WRITES = "writes"
 _JOB = re.compile(r"[0-9a-f]{32}")
+_DESCRIPTION = "collection.json"
+_NEW, _OLD = ".new-", ".old-"
 
 JobKind = Literal["put", "delete"]
 
@@ -43,6 +60,7 @@ class WriteJob:
     name: str
     kind: JobKind
     items: list[dict[str, Any]]
+    accepted: str
 
     def image_name(self, item: dict[str, Any]) -> str:
         """Return the name of an item's image below INDEX/writes; that of no file for an item without image."""
@@ -90,22 +108,18 @@ class WriteQueue:
 
     def waiting(self) -> list[str]:
         """Return the names of the jobs that have not ended, in order."""
-        with contextlib.suppress(FileNotFoundError):
-            names = sorted(path.stem for path in self._queue.iterdir() if _JOB.fullmatch(path.stem))
-            return [name for name in names if not (self.ended / f"{name}.json").exists()]
-        return []
+        names = sorted(path.stem for path in self._queue.glob("*.json") if _JOB.fullmatch(path.stem))
+        return [name for name in names if not (self.ended / f"{name}.json").exists()]
 
     def read(self, name: str) -> WriteJob:
         values = json.loads((self._queue / f"{name}.json").read_bytes())
-        return WriteJob(name, values["kind"], values["items"])
+        return WriteJob(name, values["kind"], values["items"], values["accepted"])
 
     def end(self, job: WriteJob, **outcome: Any) -> None:
         """Record how a job ended, and take it out of the queue."""
-        queued = self._queue / f"{job.name}.json"
-        accepted = json.loads(queued.read_bytes())["accepted"]
-        status = {"kind": job.kind, "items": len(job.items), "accepted": accepted, "ended": _now()}
-        write_json(self.ended / queued.name, status | outcome)
-        queued.unlink()
+        status = {"kind": job.kind, "items": len(job.items), "accepted": job.accepted, "ended": _now()}
+        write_json(self.ended / f"{job.name}.json", status | outcome)
+        (self._queue / f"{job.name}.json").unlink()
 
     def status(self, name: str) -> dict[str, Any] | None:
         """Return `kind`, `items`, `accepted`, `status` and what else is known of a job; None if there is none."""
@@ -116,9 +130,8 @@ class WriteQueue:
                 ended: dict[str, Any] = json.loads((self.ended / f"{name}.json").read_bytes())
                 return ended
             with contextlib.suppress(FileNotFoundError):
-                values = json.loads((self._queue / f"{name}.json").read_bytes())
-                progress = self.progress()
-                found = {"kind": values["kind"], "items": len(values["items"]), "accepted": values["accepted"]}
+                job, progress = self.read(name), self.progress()
+                found = {"kind": job.kind, "items": len(job.items), "accepted": job.accepted}
                 if name not in progress.get("jobs", ()):
                     return {**found, "status": "waiting"}
                 return {**found, "status": "running", "progress": {each: progress[each] for each in ("done", "total")}}
@@ -126,11 +139,10 @@ class WriteQueue:
 
     def progress(self) -> dict[str, Any]:
         """Return `jobs`, `starts`, `done` and `total` of the batch that is being applied, {} without one."""
-        try:
+        with contextlib.suppress(FileNotFoundError, ValueError):
             values: dict[str, Any] = json.loads(self._progress.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return values
+            return values
+        return {}
 
     def set_progress(self, jobs: Sequence[str], starts: int, done: int, total: int) -> None:
         write_json(self._progress, {"jobs": [*jobs], "starts": starts, "done": done, "total": total})
@@ -154,3 +166,57 @@ class WriteQueue:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def empty_artifact(index: Path, fingerprint: str, dim: int) -> Artifact:
+    """Return version 0 of a created collection, without rows; its model has this fingerprint and vectors (dim,)."""
+    manifest = Manifest(spec=IndexSpec(fingerprint=fingerprint), dim=dim, kind="Flat")
+    return Artifact(index, manifest, [], np.empty(0, np.int64))
+
+
+def list_collections(folder: Path) -> dict[str, Path]:
+    """Return the index directories of the created collections by name. One without a readable name is logged."""
+    found = {}
+    for path in sorted(folder.glob(f"[0-9a-f]*/{_DESCRIPTION}")):
+        try:
+            found[json.loads(path.read_bytes())["name"]] = path.parent
+        except FileNotFoundError:  # dropped meanwhile
+            continue
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            _report(path, str(error))
+    return found
+
+
+@cache
+def _report(path: Path, reason: str) -> None:
+    """Log a damaged description once: it is read every few seconds."""
+    logger.error("the collection in %s is not served: %s cannot be read: %s", path.parent, path.name, reason)
+
+
+def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
+    """Create a collection without items, unless there is one of this name.
+
+    Args:
+        checkpoint: is copied.
+    """
+    target = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
+    staging = folder / f"{_NEW}{secrets.token_hex(8)}"
+    try:
+        copy_checkpoint(checkpoint, staging / CHECKPOINT)
+        write_json(staging / _DESCRIPTION, {"name": name})
+        fsync_tree(staging)
+        staging.rename(target)
+        fsync_path(folder)
+    except OSError:
+        if not target.exists():  # otherwise another request has created it
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def drop_collection(index: Path) -> None:
+    """Remove a created collection with its versions and images. Raise LockedError if its jobs are being applied."""
+    with WriteQueue(index).lock():
+        index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))  # a killed removal leaves no half of it
+    for leftover in index.parent.glob(f"{_OLD}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
