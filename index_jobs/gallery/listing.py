@@ -12,9 +12,9 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import Any
+from contextlib import suppress
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.records import IMAGE_COLUMNS, Record
@@ -24,6 +24,7 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import METADATA_FILES, GalleryMetadata, read_gallery_records, read_sidecars
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
+    file_state,
     file_suffix,
     file_system,
     is_url,
@@ -37,84 +38,65 @@ logger = logging.getLogger(__name__)
 
 PATH_COLUMNS = (*IMAGE_COLUMNS, "url")
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_SKIPPED_KINDS = {
-    **dict.fromkeys(HEIC_SUFFIXES, "HEIC"),
-    **dict.fromkeys((".svg", ".svgz"), "SVG"),
-    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef"), "RAW"),
-    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp"), "video"),
-    **dict.fromkeys((".psd", ".jp2", ".jxl", ".ico"), "other image"),
-}
-_HINTS = {
-    "HEIC": "pip install 'dcar[heic]'",
-    "SVG": "convert them to PNG",
-    "RAW": "convert them to JPEG",
-    "video": "extract frames as images",
-    "other image": "convert them to JPEG or PNG",
+_SKIPPED_KINDS = {  # by their suffixes, with what helps
+    "HEIC": (HEIC_SUFFIXES, "pip install 'dcar[heic]'"),
+    "SVG": ({".svg", ".svgz"}, "convert them to PNG"),
+    "RAW": ({".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2", ".pef"}, "convert them to JPEG"),
+    "video": ({".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".wmv", ".3gp"}, "extract frames as images"),
+    "other image": ({".psd", ".jp2", ".jxl", ".ico"}, "convert them to JPEG or PNG"),
 }
 
 
-@dataclass(frozen=True, slots=True)
-class GalleryImage:
-    """An image of a gallery.
+class GalleryImage(NamedTuple):
+    """An image of a gallery, with columns of its table.
 
-    version: changes when the file does: its time of change in ns, or a hash of its store's information; 0 if unknown.
+    mtime_ns: changes when the file does: its time of change, or a hash of its store's information; 0 if unknown.
     """
 
     name: str
     location: str
     offset: int
     size: int
-    version: int
-    fields: Record = field(default_factory=dict)
+    mtime_ns: int
+    fields: Record = {}  # noqa: RUF012  never changed
 
 
 def list_folder(root: str) -> Iterator[GalleryImage]:
     """Return the images of a folder, and of the tars in it, sorted by name."""
     skipped = Counter[str]()
     files = list(_remote_files(root, skipped) if is_url(root) else _local_files(root, skipped))  # tars included
-    metadata = GalleryMetadata.of_folder(root, (file.name for file in files))
-    if metadata is None and not is_url(root):
-        metadata = GalleryMetadata.from_annotations(root)
+    metadata = GalleryMetadata.of_folder(root, [file.name for file in files])
     images: list[GalleryImage] = []
     for file in files:
         if file_suffix(file.name) == ".tar":
             images += _tar_images(root, file, metadata, skipped)
         elif has_image_suffix(file.name):
-            found = metadata.find(file.name) if metadata else {}
-            images.append(replace(file, fields=found) if found else _with_fields_of_name(file))
+            fields = (metadata.find(file.name) if metadata else {}) or _fields_of_name(file.name)
+            images.append(file._replace(fields=fields))
     if metadata and images:
         metadata.report_unused()
-    _report_skipped(skipped)
-    return _sorted_by_name(images)
+    return _sorted_by_name(images, skipped)
 
 
-def _report_skipped(skipped: Counter[str]) -> None:
-    for kind, count in skipped.most_common():
-        noun, verb = ("file", "is") if count == 1 else ("files", "are")
-        logger.warning("%d %s %s %s skipped: %s", count, kind, noun, verb, _HINTS[kind])
-
-
-def _with_fields_of_name(image: GalleryImage) -> GalleryImage:
+def _fields_of_name(name: str) -> Record:
     """Describe an image without metadata by its path: the folders are its category, the file name is its title."""
-    folders, _, name = image.name.rpartition("/")
-    return replace(image, fields={"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()})
+    folders, _, file = name.rpartition("/")
+    return {"category": folders, "title": file.rpartition(".")[0].replace("_", " ").strip()}
 
 
 def list_tar(location: str) -> Iterator[GalleryImage]:
     """Return the images of one tar, sorted by name."""
-    root = parent_folder(location)
-    if is_url(location):
-        fs, path = file_system(location)
-        info = fs.info(path)
-        size, version = int(info.get("size") or 0), remote_version(info)
-    else:
-        stat = Path(location).stat()
-        size, version = stat.st_size, stat.st_mtime_ns
-    name = location.rpartition("/")[2] if is_url(location) else Path(location).name
-    skipped = Counter[str]()
-    images = _tar_images(root, GalleryImage(name, name, WHOLE_FILE, size, version), None, skipped)
-    _report_skipped(skipped)
-    return _sorted_by_name(images)
+    name, skipped = PurePosixPath(location).name, Counter[str]()
+    tar = GalleryImage(name, name, WHOLE_FILE, *file_state(location))
+    return _sorted_by_name(_tar_images(parent_folder(location), tar, None, skipped), skipped)
+
+
+def _sorted_by_name(images: Iterable[GalleryImage], skipped: Counter[str]) -> Iterator[GalleryImage]:
+    """Report the files that were skipped, and return the images."""
+    for kind, count in skipped.most_common():
+        noun, verb = ("file", "is") if count == 1 else ("files", "are")
+        logger.warning("%d %s %s %s skipped: %s", count, kind, noun, verb, _SKIPPED_KINDS[kind][1])
+    return iter(sorted(images, key=lambda image: image.name))
 
 
 def list_rows(listing: str) -> Iterator[GalleryImage]:
@@ -139,12 +121,11 @@ def list_rows(listing: str) -> Iterator[GalleryImage]:
         size = version = 0
         path = join_location(root, location)
         if not is_url(path):
-            location = _existing_form(root, location)
-            try:
-                stat = os.stat(join_location(root, location))  # noqa: PTH116
-                size, version = stat.st_size, stat.st_mtime_ns
-            except (OSError, ValueError):
-                pass  # reported with the images that cannot be read
+            # Lists of other systems may use another Unicode form of the file's name.
+            forms = (form for form in unicode_forms(location) if os.path.exists(join_location(root, form)))  # noqa: PTH110
+            location = location if location.isascii() else next(forms, location)
+            with suppress(OSError, ValueError):  # reported with the images that cannot be read
+                size, version = file_state(join_location(root, location))
         elif (protocol := path.partition(":")[0]) not in protocols:
             file_system(path)  # an unknown protocol is an error now, not after hours
             protocols.add(protocol)
@@ -168,12 +149,12 @@ def _local_files(root: str, skipped: Counter[str]) -> Iterator[GalleryImage]:
             if not _is_read(root, relative, skipped):
                 continue
             try:
-                stat = os.stat(os.path.join(directory, name))  # noqa: PTH116, PTH118  called for millions
-                yield GalleryImage(relative, relative, WHOLE_FILE, stat.st_size, stat.st_mtime_ns)
+                state = file_state(f"{directory}/{name}")
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):
                     raise
-                yield GalleryImage(relative, relative, WHOLE_FILE, 0, 0)  # a broken link counts as an unreadable image
+                state = 0, 0  # a broken link counts as an unreadable image
+            yield GalleryImage(relative, relative, WHOLE_FILE, *state)
     if linked_folders:
         logger.warning("%d links to folders are not followed, such as %s", len(linked_folders), linked_folders[0])
 
@@ -204,8 +185,8 @@ def _is_image(name: str, skipped: Counter[str]) -> bool:
     """Return whether a file is an image; count files of image kinds that are not read."""
     if has_image_suffix(name):
         return True
-    if kind := _SKIPPED_KINDS.get(file_suffix(name)):
-        skipped[kind] += 1
+    suffix = file_suffix(name)
+    skipped.update(kind for kind, (suffixes, _) in _SKIPPED_KINDS.items() if suffix in suffixes)
     return False
 
 
@@ -224,14 +205,10 @@ def _tar_images(
             continue
         name = f"{file.name}/{member}"
         from_folder = metadata.find(name, member, path.name) if metadata else {}
-        fields = {**sidecars.get(_sample_key(path), {}), **from_folder}
-        images.append(GalleryImage(name, file.name, span.offset, span.size, file.version, fields))
+        sample = (path.parent / path.name.split(".", 1)[0]).as_posix()  # webdataset's key
+        fields = {**sidecars.get(sample, {}), **from_folder}
+        images.append(GalleryImage(name, file.name, span.offset, span.size, file.mtime_ns, fields))
     return images
-
-
-def _sample_key(member: PurePosixPath) -> str:
-    """Return webdataset's key: everything before the first dot of the last part."""
-    return (member.parent / member.name.split(".", 1)[0]).as_posix()
 
 
 def _row_location(listing: str, line: int, value: str) -> str:
@@ -244,15 +221,3 @@ def _row_location(listing: str, line: int, value: str) -> str:
             f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path instead"
         )
     return location
-
-
-def _existing_form(root: str, location: str) -> str:
-    """Return the location in the Unicode form of the file's name: lists of other systems may use another one."""
-    if location.isascii():
-        return location
-    forms = (form for form in unicode_forms(location) if os.path.exists(join_location(root, form)))  # noqa: PTH110
-    return next(forms, location)
-
-
-def _sorted_by_name(images: Iterable[GalleryImage]) -> Iterator[GalleryImage]:
-    return iter(sorted(images, key=lambda image: image.name))

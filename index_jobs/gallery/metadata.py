@@ -7,7 +7,7 @@ other field is stored as JSON.
 import datetime
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
@@ -46,20 +46,17 @@ class GalleryMetadata:
     @classmethod
     def read(cls, path: str) -> "GalleryMetadata":
         """Read a metadata file, by `file_name`."""
-        records: dict[str, Record] = {}
-        lines: dict[str, int] = {}
+        records: dict[str, tuple[int, Record]] = {}
         for line, record in read_gallery_records(path):
             name = record.get("file_name")
             if "file_name" not in record:
                 raise DataError(f"{path}, row {line}: no column file_name; it has {', '.join(record) or 'none'}")
             if not isinstance(name, str) or not name.strip():
                 raise DataError(f"{path}, row {line}: file_name is empty or not text")
-            name = name.replace("\\", "/").removeprefix("./")
-            if name in lines:
-                raise DataError(f"{path}: rows {lines[name]} and {line} both describe {name}; keep one")
-            lines[name] = line
-            records[name] = record
-        return cls(path, records)
+            first, _ = records.setdefault(_plain_name(name), (line, record))
+            if first != line:
+                raise DataError(f"{path}: rows {first} and {line} both describe {_plain_name(name)}; keep one")
+        return cls(path, {name: record for name, (_, record) in records.items()})
 
     @classmethod
     def from_annotations(cls, folder: str) -> "GalleryMetadata | None":
@@ -104,19 +101,22 @@ class GalleryMetadata:
         return cls(", ".join(paths), records)
 
     @classmethod
-    def of_folder(cls, folder: str, names: Iterable[str]) -> "GalleryMetadata | None":
-        """Read the folder's metadata file, if there is one among the names of its files."""
-        present = set(names)
-        files = [name for name in METADATA_FILES if name in present]
+    def of_folder(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
+        """Read a folder's metadata file, if there is one among the names of its files, or else its annotations."""
+        files = [name for name in METADATA_FILES if name in names]
         if len(files) > 1:
             raise DataError(f"{join_location(folder, files[0])} and {files[1]} both exist; keep one")
         if not files:
-            return None
+            return None if is_url(folder) else cls.from_annotations(folder)
         metadata = cls.read(join_location(folder, files[0]))
-        if not is_url(folder) and not any(
-            record.get("caption") or record.get("captions") for record in metadata._records.values()
-        ):
-            _warn_of_unread_captions(Path(folder), files[0])
+        has_captions = any(record.get("caption") or record.get("captions") for record in metadata._records.values())
+        if not is_url(folder) and not has_captions:
+            with suppress(DataError):
+                found = {file for split in SPLITS for file in annotation_files(Path(folder), split)}
+                for name in sorted(file.name for file in found if file.suffix != ".tar"):
+                    logger.warning(
+                        "the captions of %s are not read, as %s describes the images: add them there", name, files[0]
+                    )
         return metadata
 
     def find(self, *names: str) -> Record:
@@ -139,15 +139,8 @@ class GalleryMetadata:
             logger.warning("%d rows of %s name no image here, such as %s", len(unused), self.path, unused[0])
 
 
-def _warn_of_unread_captions(folder: Path, metadata: str) -> None:
-    """Warn about annotations next to a metadata file without captions, which replaces them."""
-    with suppress(DataError):
-        for name in sorted(
-            {file.name for split in SPLITS for file in annotation_files(folder, split) if file.suffix != ".tar"}
-        ):
-            logger.warning(
-                "the captions of %s are not read, as %s describes the images: add them there", name, metadata
-            )
+def _plain_name(name: str) -> str:
+    return name.replace("\\", "/").removeprefix("./")
 
 
 def _warn_of_unread_tables(folder: Path) -> None:
@@ -168,7 +161,7 @@ def _add_other_columns(table: str, records: Mapping[str, Record], annotations: A
     try:
         for _, row in read_records(table, lambda: open_location(table), infer_types=True, on_bad_line=lambda _: None):
             name = next((row[column] for column in IMAGE_COLUMNS if row.get(column)), "")
-            name = str(name).replace("\\", "/").removeprefix("./")
+            name = _plain_name(str(name))
             record = records.get(name) or records.get(annotations.finder.find(name) or "", {})
             for column in row.keys() - _TRAINING_COLUMNS:
                 record.setdefault(column, row[column])

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),  # or another number that changes with the file; 0 if unknown
     ]
 )
-_ROUTE_ENDINGS = ("image", "similar")  # /items/{id}/image is a route of its own
+_ROUTES = ("image", "similar")  # /items/{id}/image is a route of its own
 _MAX_ID_LENGTH = 1024
 _VECTOR_COLUMNS = ["id", "name", "location", "offset", "size", "mtime_ns"]
 _LOCATION = SCHEMA.get_field_index("location")
@@ -135,76 +135,57 @@ def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
     """Return the root and the table of one gallery; name: before its ids and names."""
     try:
         root, images = _list_images(location)
-        table = _table(images, f"{name}/" if name else "")
+        rows = (_row(image, f"{name}/" if name else "") for image in images)
+        batches = [pa.RecordBatch.from_pylist(part, SCHEMA) for part in iter(lambda: [*islice(rows, _TABLE_ROWS)], [])]
     except DcarError:
         raise
-    except OSError as error:
-        file = f" ({error.filename})" if error.filename else ""
-        raise DataError(f"the gallery {location} cannot be read: {error.strerror or error}{file}") from error
     except Exception as error:
-        if not is_url(location):
+        if not isinstance(error, OSError) and not is_url(location):
             raise
-        raise DataError(f"the gallery {location} cannot be read: {error or type(error).__name__}") from error
-    if not table.num_rows:
+        file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"the gallery {location} cannot be read: {reason}{file}") from error
+    if not batches:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise DataError(f"the gallery {location} is empty: no file or tar member with one of the suffixes {suffixes}")
-    return root, table
+    return root, pa.Table.from_batches(batches, SCHEMA)
 
 
 def _absolute(location: str) -> str:
-    if not is_url(location):
-        return os.path.abspath(location)  # noqa: PTH100  keeps the names of symbolic links
-    return os.path.abspath(location.removeprefix("file://")) if location.startswith("file://") else location  # noqa: PTH100
+    local = location.removeprefix("file://")
+    return location if is_url(local) else os.path.abspath(local)  # noqa: PTH100  keeps the names of symbolic links
 
 
 def _list_images(location: str) -> tuple[str, Iterable[GalleryImage]]:
     suffix, remote = file_suffix(location), is_url(location)
-    if not remote and Path(location).is_dir():
-        return location, listing.list_folder(location)
-    if remote or Path(location).is_file():
-        if suffix == ".tar":
-            return parent_folder(location), listing.list_tar(location)
-        if suffix in RECORD_SUFFIXES:
-            return parent_folder(location), listing.list_rows(location)
-    if remote:
-        return location, listing.list_folder(location)
-    if not Path(location).exists():
+    if not remote and not Path(location).exists():
         raise DataError(f"the gallery {location} does not exist")
+    is_file = remote or Path(location).is_file()
+    if is_file and suffix == ".tar":
+        return parent_folder(location), listing.list_tar(location)
+    if is_file and suffix in RECORD_SUFFIXES:
+        return parent_folder(location), listing.list_rows(location)
+    if remote or Path(location).is_dir():
+        return location, listing.list_folder(location)
     kinds = ", ".join(sorted(RECORD_SUFFIXES))
     raise DataError(f"{location} is not a gallery; give a folder, an uncompressed .tar or a list ({kinds})")
-
-
-def _table(images: Iterable[GalleryImage], prefix: str) -> pa.Table:
-    batches, rows = [], []
-    for image in images:
-        rows.append(_row(image, prefix))
-        if len(rows) == _TABLE_ROWS:
-            batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
-            rows = []
-    batches.append(pa.RecordBatch.from_pylist(rows, SCHEMA))
-    return pa.Table.from_batches(batches, SCHEMA)
 
 
 def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
     name = prefix + image.name
     try:
         digest = hashlib.sha256(name.encode()).hexdigest()
+        stated_id, caption, category, metadata = split_fields(image.fields)
     except UnicodeEncodeError:
         raise DataError(f"the name {image.name!r} is not UTF-8; rename the file") from None
-    try:
-        stated_id, caption, category, metadata = split_fields(image.fields)
     except RecursionError:
         raise DataError(f"the metadata of {image.name} are nested too deeply; flatten them") from None
-    return {
+    return image._asdict() | {
         "id": prefix + stated_id if stated_id else digest[:_ID_DIGITS],
         "caption": caption,
         "category": category,
-        "location": image.location,
-        "offset": image.offset,
-        "size": image.size,
         "metadata": canonical_json({"file_name": name} | metadata).decode(),
         "name": name,
-        "mtime_ns": image.version,
     }
 
 
@@ -226,18 +207,15 @@ def _require_unique_ids(table: pa.Table) -> None:
 def _require_addressable_ids(table: pa.Table) -> None:
     """Refuse ids that cannot be part of a URL of the service."""
     ids = table["id"]
-    for word in _ROUTE_ENDINGS:
-        _require_none(ids, pc.ends_with(ids, "/" + word), f"ends in /{word}, which is a route of the service")
-    _require_none(
-        ids, pc.match_substring_regex(ids, "[\\x00-\\x1f\\x7f]"), "has a line break or another control character"
-    )
-    _require_none(ids, pc.is_in(ids, pa.array([".", ".."])), "has a meaning of its own in a URL")
-    _require_none(ids, pc.greater(pc.utf8_length(ids), _MAX_ID_LENGTH), f"is longer than {_MAX_ID_LENGTH} characters")
-
-
-def _require_none(ids: pa.ChunkedArray, bad: pa.ChunkedArray, reason: str) -> None:
-    if pc.any(bad).as_py():
-        raise DataError(f"the id {ids.filter(bad)[0].as_py()[:80]!r} {reason}; give another")
+    faults = [
+        *((pc.ends_with(ids, f"/{each}"), f"ends in /{each}, which is a route of the service") for each in _ROUTES),
+        (pc.match_substring_regex(ids, "[\\x00-\\x1f\\x7f]"), "has a line break or another control character"),
+        (pc.is_in(ids, pa.array([".", ".."])), "has a meaning of its own in a URL"),
+        (pc.greater(pc.utf8_length(ids), _MAX_ID_LENGTH), f"is longer than {_MAX_ID_LENGTH} characters"),
+    ]
+    for is_bad, reason in faults:
+        if pc.any(is_bad).as_py():
+            raise DataError(f"the id {ids.filter(is_bad)[0].as_py()[:80]!r} {reason}; give another")
 
 
 def _signature(table: pa.Table, columns: list[str], root: str = "") -> str:

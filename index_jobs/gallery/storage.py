@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from dcar_core.util.errors import DataError, ImageError, ImageFault, MissingExtraError
 
@@ -27,8 +28,9 @@ _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
     "http": "http", "https": "http",
 }  # fmt: skip
-REMOTE_SCHEMES = frozenset(_EXTRAS)
-_SCHEMES = frozenset({"file", "local", *REMOTE_SCHEMES})
+_REMOTE_SCHEMES = frozenset(_EXTRAS)
+_LOCAL_SCHEMES = frozenset({"file", "local"})
+_SCHEMES = _LOCAL_SCHEMES | _REMOTE_SCHEMES
 _PAUSES_S = (0.2, 1.0, 3.0)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # not worth a retry
 
@@ -107,6 +109,16 @@ def open_location(location: str) -> BinaryIO:
     return file
 
 
+def file_state(location: str) -> tuple[int, int]:
+    """Return the size of a file in bytes, and a number that changes when it does; see `remote_version`."""
+    if not is_url(location):
+        status = os.stat(location)  # noqa: PTH116  called for millions
+        return status.st_size, status.st_mtime_ns
+    fs, path = file_system(location)
+    info = fs.info(path)
+    return int(info.get("size") or 0), remote_version(info)
+
+
 def _open_file(path: str) -> BinaryIO:
     """Open a regular file: a pipe would block, and a device may have no end."""
 
@@ -118,7 +130,10 @@ def _open_file(path: str) -> BinaryIO:
             raise OSError(errno.EINVAL, "neither a file nor a link to one", path)
         return descriptor
 
-    return open(path, "rb", opener=open_regular)
+    try:
+        return open(path, "rb", opener=open_regular)
+    except ValueError as error:  # NUL, or a character that the file system's encoding lacks
+        raise OSError(f"not a path: {error}") from None
 
 
 def remote_version(info: Mapping[str, Any]) -> int:
@@ -141,15 +156,60 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
         OSError: the file cannot be read, or the tar ends before the span does.
     """
     path, span = join_location(root, location), ImageLocation(0, location, offset, size)
-    if is_url(path):
-        (data,) = read_images(root, [span], pauses=())
-        if isinstance(data, bytes):
-            return io.BytesIO(data), len(data)
-        raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
-    try:
+    if not is_url(path):
         return _open_span(path, span)
-    except ValueError as error:
-        raise OSError(f"not a path: {error}") from None
+    (data,) = read_images(root, [span], pauses=())
+    if isinstance(data, bytes):
+        return io.BytesIO(data), len(data)
+    raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAccess:
+    """Limits of a service on the images that it reads from a gallery.
+
+    A gallery can change after indexing: a file becomes a link to another one, and a list may name any path or URL. The
+    index records the gallery's root, and a service reads nothing beyond it unless its operator allows more.
+
+    roots: directories that may be read in addition to the gallery's root. hosts: hosts, or buckets, that rows with a
+    URL may name. max_bytes: largest image file.
+    """
+
+    roots: tuple[Path, ...] = ()
+    hosts: frozenset[str] = frozenset()
+    max_bytes: int = 64 * 2**20
+
+    def resolve(self, root: str, location: str, offset: int, size: int, roots: Sequence[str] = ()) -> str:
+        """Return the location to read an image from, with links resolved.
+
+        Args:
+            root, location, offset, size: as for `open_image`.
+            roots: further folders or URLs of the index, for absolute locations.
+
+        Raises:
+            OSError: the location may not be read, or the file is too large.
+        """
+        if is_url(location):
+            url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
+            if ".." not in location.split("/") and any(folder.startswith(each.rstrip("/") + "/") for each in roots):
+                return location
+            if url.scheme not in _REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
+                raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
+            return location
+        if urlsplit(root).scheme in _LOCAL_SCHEMES:
+            root = urlsplit(root).path
+        joined = join_location(root, location)
+        if is_url(joined):
+            if ".." in location.split("/"):
+                raise PermissionError(errno.EACCES, "outside of the gallery", location)
+            return location
+        resolved = Path(os.path.realpath(joined))
+        bases = [Path(base) for base in (root, *roots) if base and not is_url(base)]
+        if not any(resolved.is_relative_to(os.path.realpath(base)) for base in (*bases, *self.roots)):
+            raise PermissionError(errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location)
+        if (resolved.stat().st_size if offset == WHOLE_FILE else size) > self.max_bytes:
+            raise OSError(errno.EFBIG, "the image file is too large", location)
+        return str(resolved)
 
 
 def read_images(
@@ -160,40 +220,36 @@ def read_images(
     Args:
         pauses: seconds before each retry of a URL.
     """
-    results: list[bytes | Exception] = [b""] * len(locations)
+    results: dict[int, bytes | Exception] = {}
     remote: dict[int, str] = {}
-    too_large = ImageError(f"a file of more than {_MAX_BYTES >> 30} GiB", ImageFault.TOO_LARGE)
     for i, location in enumerate(locations):
-        path = join_location(root, location.location)
-        if path.startswith("file://"):  # opened as a path, so that a device is refused
-            from fsspec.core import strip_protocol
-
-            path = strip_protocol(path)
-        if location.size > _MAX_BYTES:
-            results[i] = too_large
-            continue
-        if is_url(path):
+        path = join_location(root, location.location).removeprefix("file://")  # as a path, so that a device is refused
+        if is_url(path) and location.size <= _MAX_BYTES:
             remote[i] = path
-            continue
-        try:
-            file, size = _open_span(path, location)
-            with file:
-                results[i] = file.read(size) if size <= _MAX_BYTES else too_large
-        except OSError as error:
-            results[i] = error
-        except MemoryError:
-            results[i] = OSError(errno.ENOMEM, "too little memory to read it", path)
-        except ValueError as error:  # NUL, or a character that the file system's encoding lacks
-            results[i] = OSError(f"not a path: {error}")
+        else:
+            results[i] = _read_file(path, location)
     for pause in (0.0, *pauses):
         if not remote:
             break
         time.sleep(pause)
-        for i, data in _fetch(remote, locations).items():
-            results[i] = data
+        results |= _fetch(remote, locations)
         remote = {i: url for i, url in remote.items() if isinstance(results[i], Exception)}
         remote = {i: url for i, url in remote.items() if not isinstance(results[i], _PERMANENT)}
-    return results
+    return [results[i] for i in range(len(locations))]
+
+
+def _read_file(path: str, location: ImageLocation) -> bytes | Exception:
+    too_large = ImageError(f"a file of more than {_MAX_BYTES >> 30} GiB", ImageFault.TOO_LARGE)
+    if location.size > _MAX_BYTES:
+        return too_large
+    try:
+        file, size = _open_span(path, location)
+        with file:
+            return file.read(size) if size <= _MAX_BYTES else too_large
+    except OSError as error:
+        return error
+    except MemoryError:
+        return OSError(errno.ENOMEM, "too little memory to read it", path)
 
 
 def _open_span(path: str, location: ImageLocation) -> tuple[BinaryIO, int]:

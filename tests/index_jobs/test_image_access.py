@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from index_jobs.gallery.image_access import ImageAccess
-from index_jobs.gallery.storage import WHOLE_FILE
+from index_jobs.gallery.storage import WHOLE_FILE, ImageAccess
 
 
 def resolve(access: ImageAccess, root: str | Path, location: str, offset: int = WHOLE_FILE, size: int = 0) -> str:

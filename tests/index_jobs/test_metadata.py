@@ -16,8 +16,8 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
-from index_jobs.store.columns import FieldTypes
 from index_jobs.store.filters import match_rows
+from index_jobs.store.items import FieldTypes
 from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_tar
 from tests.support.galleries import rows_of

@@ -1,6 +1,7 @@
 """Galleries of every form, and errors about broken ones."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -12,12 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from dcar_core.data import load_split
+from dcar_core.images import formats
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import WHOLE_FILE, open_image
-from tests.support.files import write_file, write_jsonl, write_tar
+from tests.support.files import jsonl, tar_bytes, write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
+from tests.support.parts import needs
 
 
 def test_folder_is_scanned_recursively_sorted_and_joined_with_metadata(tiny_gallery: Path) -> None:
@@ -170,178 +173,88 @@ def test_unmatched_metadata_rows_are_logged(tmp_path: Path, caplog: pytest.LogCa
     assert "/metadata.jsonl name no image here, such as gone.png" in caplog.text
 
 
-def bad_empty(root: Path) -> Path:
-    write_file(root / "notes.txt", b"x")
-    return root
+def parquet(**columns: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
 
 
-def bad_metadata_only(root: Path) -> Path:
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
-    return root
-
-
-def bad_missing(root: Path) -> Path:
-    return root / "nowhere"
-
-
-def bad_kind(root: Path) -> Path:
-    return write_file(root / "a.png", png())
-
-
-def bad_column(root: Path) -> Path:
-    return write_jsonl(root / "l.jsonl", {"filename": "a.png", "caption": "a"})
-
-
-def bad_empty_list(root: Path) -> Path:
-    return write_file(root / "l.csv", b"file_name,caption\n")
-
-
-def bad_embedded(root: Path) -> Path:
-    pictures = pa.array([{"bytes": png(), "path": "a.png"}])
-    pq.write_table(pa.table({"image": pictures}), root / "l.parquet")
-    return root / "l.parquet"
-
-
-def bad_blank(root: Path) -> Path:
-    return write_file(root / "l.csv", b"file_name,caption\n,x\n")
-
-
-def bad_json(root: Path) -> Path:
-    return write_file(root / "l.jsonl", b'{"path": "a.png"}\n{"path": \n')
-
-
-def bad_row(root: Path) -> Path:
-    return write_jsonl(root / "l.jsonl", ["a.png"])
-
-
-def bad_encoding(root: Path) -> Path:
-    return write_file(root / "l.csv", b"file_name\n\xff\xfe.png\n")
-
-
-def bad_parquet(root: Path) -> Path:
-    return write_file(root / "l.parquet", b"not parquet")
-
-
-def bad_url(root: Path) -> Path:
-    return write_jsonl(root / "l.jsonl", {"path": "nosuch://example.org/a.png"})
-
-
-def bad_escape(root: Path) -> Path:
-    return write_jsonl(root / "l.jsonl", {"path": "x/../../a.png"})
-
-
-def bad_ids(root: Path) -> Path:
-    return write_jsonl(root / "l.jsonl", {"path": "a.png", "id": 7}, {"path": "b.png"}, {"path": "c.png", "id": "7"})
-
-
-def bad_repeat(root: Path) -> Path:
-    return write_jsonl(root / "l.jsonl", {"path": "a.png"}, {"path": "./a.png"})
-
-
-def bad_gzip(root: Path) -> Path:
-    write_tar(root / "g.tar.gz", {"a.png": png()}, "w:gz")
-    return root
-
-
-def bad_hidden_gzip(root: Path) -> Path:
-    return write_tar(root / "g.tar", {"a.png": png()}, "w:gz")
-
-
-def bad_cut_tar(root: Path) -> Path:
-    path = write_tar(root / "g.tar", {"a.png": png(), "b.png": bytes(4000)})
-    path.write_bytes(path.read_bytes()[:2500])
-    return path
-
-
-def bad_sidecar(root: Path) -> Path:
-    return write_tar(root / "g.tar", {"a.png": png(), "a.json": b"{"})
-
-
-def bad_join(root: Path) -> Path:
-    write_file(root / "sub" / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file_name": "other/a.png"})
-    return root
-
-
-def bad_address(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "shop/7/image"})
-    return root
-
-
-def bad_dots(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": ".."})
-    return root
-
-
-def bad_line(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "new\nline"})
-    return root
-
-
-def bad_long(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png", "id": "x" * 1025})
-    return root
-
-
-def bad_twice(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "./a.png"})
-    return root
-
-
-def bad_two_files(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_file(root / "metadata.csv", b"file_name\na.png\n")
-    write_jsonl(root / "metadata.jsonl", {"file_name": "a.png"})
-    return root
-
-
-def bad_name_column(root: Path) -> Path:
-    write_file(root / "a.png", png())
-    write_jsonl(root / "metadata.jsonl", {"file": "a.png"})
-    return root
+def described(**fields: str) -> dict[str, bytes]:
+    return {"a.png": png(), "metadata.jsonl": jsonl({"file_name": "a.png", **fields})}
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("files", "place", "says"),
     [
-        (bad_empty, "is empty: no file or tar member with one of the suffixes"),
-        (bad_metadata_only, "is empty"),
-        (bad_missing, "nowhere does not exist"),
-        (bad_kind, "is not a gallery; give a folder"),
-        (bad_column, "no column file_name or image or path or url with the images' paths; it has filename, caption"),
-        (bad_empty_list, "has no rows"),
-        (bad_embedded, "row 1: image holds the image itself; write the images to files"),
-        (bad_blank, "row 2: file_name is empty"),
-        (bad_json, "line 2: not JSON"),
-        (bad_row, "line 1: must be an object, not a list"),
-        (bad_encoding, "is not UTF-8"),
-        (bad_parquet, "is not a parquet file"),
-        (bad_url, "nosuch://example.org/a.png cannot be read: the schemes of galleries are"),
-        (bad_escape, "is outside of the list's folder"),
-        (bad_ids, r"a\.png and c\.png both have the id '7'"),
-        (bad_address, "the id 'shop/7/image' ends in /image, which is a route of the service"),
-        (bad_line, r"the id 'new\\nline' has a line break or another control character; give another"),
-        (bad_dots, r"the id '\.\.' has a meaning of its own in a URL; give another"),
-        (bad_long, r"the id 'x{80}' is longer than 1024 characters; give another"),
-        (bad_repeat, r"a\.png is listed twice; keep one row"),
-        (bad_gzip, "is a compressed tar.*decompress it first"),
-        (bad_hidden_gzip, "is not an uncompressed tar"),
-        (bad_cut_tar, "is not an uncompressed tar"),
-        (bad_sidecar, r"a\.json: its \.json cannot be read"),
-        (bad_join, "no row of .*metadata.jsonl names an image of this gallery"),
-        (bad_twice, "rows 1 and 2 both describe a.png"),
-        (bad_two_files, "both exist; keep one"),
-        (bad_name_column, "row 1: no column file_name; it has file"),
+        ({"notes.txt": b"x"}, "", "is empty: no file or tar member with one of the suffixes"),
+        ({"metadata.jsonl": jsonl({"file_name": "a.png"})}, "", "is empty"),
+        ({}, "nowhere", "nowhere does not exist"),
+        ({"a.png": png()}, "a.png", "is not a gallery; give a folder"),
+        (
+            {"l.jsonl": jsonl({"filename": "a.png", "caption": "a"})},
+            "l.jsonl",
+            "no column file_name or image or path or url with the images' paths; it has filename, caption",
+        ),
+        ({"l.csv": b"file_name,caption\n"}, "l.csv", "has no rows"),
+        (
+            {"l.parquet": parquet(image=[{"bytes": png(), "path": "a.png"}])},
+            "l.parquet",
+            "row 1: image holds the image itself; write the images to files",
+        ),
+        ({"l.csv": b"file_name,caption\n,x\n"}, "l.csv", "row 2: file_name is empty"),
+        ({"l.jsonl": b'{"path": "a.png"}\n{"path": \n'}, "l.jsonl", "line 2: not JSON"),
+        ({"l.jsonl": jsonl(["a.png"])}, "l.jsonl", "line 1: must be an object, not a list"),
+        ({"l.csv": b"file_name\n\xff\xfe.png\n"}, "l.csv", "is not UTF-8"),
+        ({"l.parquet": b"not parquet"}, "l.parquet", "is not a parquet file"),
+        (
+            {"l.jsonl": jsonl({"path": "nosuch://example.org/a.png"})},
+            "l.jsonl",
+            "nosuch://example.org/a.png cannot be read: the schemes of galleries are",
+        ),
+        ({"l.jsonl": jsonl({"path": "x/../../a.png"})}, "l.jsonl", "is outside of the list's folder"),
+        (
+            {"l.jsonl": jsonl({"path": "a.png", "id": 7}, {"path": "b.png"}, {"path": "c.png", "id": "7"})},
+            "l.jsonl",
+            r"a\.png and c\.png both have the id '7'",
+        ),
+        (
+            {"l.jsonl": jsonl({"path": "a.png"}, {"path": "./a.png"})},
+            "l.jsonl",
+            r"a\.png is listed twice; keep one",
+        ),
+        (described(id="shop/7/image"), "", "the id 'shop/7/image' ends in /image, which is a route of the service"),
+        (described(id="a\nb"), "", r"the id 'a\\nb' has a line break or another control character; give another"),
+        (described(id=".."), "", r"the id '\.\.' has a meaning of its own in a URL; give another"),
+        (described(id="x" * 1025), "", r"the id 'x{80}' is longer than 1024 characters; give another"),
+        ({"g.tar.gz": tar_bytes({"a.png": png()}, "w:gz")}, "", "is a compressed tar.*decompress it first"),
+        ({"g.tar": tar_bytes({"a.png": png()}, "w:gz")}, "g.tar", "is not an uncompressed tar"),
+        (
+            {"g.tar": tar_bytes({"a.png": png(), "b.png": bytes(4000)})[:2500]},
+            "g.tar",
+            "is not an uncompressed tar",
+        ),
+        ({"g.tar": tar_bytes({"a.png": png(), "a.json": b"{"})}, "g.tar", r"a\.json: its \.json cannot be read"),
+        (
+            {"sub/a.png": png(), "metadata.jsonl": jsonl({"file_name": "other/a.png"})},
+            "",
+            "no row of .*metadata.jsonl names an image of this gallery",
+        ),
+        (
+            {"a.png": png(), "metadata.jsonl": jsonl({"file_name": "a.png"}, {"file_name": "./a.png"})},
+            "",
+            "rows 1 and 2 both describe a.png",
+        ),
+        (described() | {"metadata.csv": b"file_name\na.png\n"}, "", "both exist; keep one"),
+        ({"a.png": png(), "metadata.jsonl": jsonl({"file": "a"})}, "", "row 1: no column file_name; it has file"),
     ],
 )
-def test_bad_gallery_is_an_error_that_says_what_to_do(make: Any, says: str, tmp_path: Path) -> None:
+def test_bad_gallery_is_an_error_that_says_what_to_do(
+    files: dict[str, bytes], place: str, says: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        write_file(tmp_path / name, content)
     with pytest.raises(DataError, match=says):
-        scan(make(tmp_path))
+        scan(tmp_path / place)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file names are text here")
@@ -364,3 +277,38 @@ def test_rows_of_commas_alone_are_ignored(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     found = scan(write_file(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(("kind", "place"), [("folder", ""), ("tar", "shard.tar"), ("tar", "")])
+def test_files_of_image_kinds_that_are_not_read_are_counted(
+    kind: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"a.png": png(), **dict.fromkeys(("b.svg", "c.SVG", "d.mp4", "e.pef", "._f.svg", "notes.txt"), b"")}
+    if kind == "tar":
+        write_tar(tmp_path / "shard.tar", files)
+    else:
+        for name, content in files.items():
+            write_file(tmp_path / name, content)
+    assert len(scan(tmp_path / place)) == 1
+    assert "2 SVG files are skipped: convert them to PNG" in caplog.text
+    assert "1 video file is skipped: extract frames as images" in caplog.text
+    assert "1 RAW file is skipped: convert them to JPEG" in caplog.text
+    assert "notes" not in caplog.text
+
+
+def test_heic_files_are_counted_without_their_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(formats, "IMAGE_SUFFIXES", formats.IMAGE_SUFFIXES - formats.HEIC_SUFFIXES)
+    for name in ("a.png", "b.heic", "c.HIF"):
+        write_file(tmp_path / name, png())
+    assert len(scan(tmp_path)) == 1
+    assert "2 HEIC files are skipped: pip install 'dcar[heic]'" in caplog.text
+
+
+@needs("heic")
+def test_heic_files_are_images_with_their_extra(tmp_path: Path) -> None:
+    names = ["a.png", "b.heic", "c.HEIF", "d.hif"]
+    for name in names:
+        write_file(tmp_path / name, png())
+    assert scan(tmp_path).table["name"].to_pylist() == names

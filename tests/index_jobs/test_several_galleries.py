@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dcar_core.util.errors import DataError, GalleryShrunkError
-from index_jobs.gallery.image_access import ImageAccess
 from index_jobs.gallery.scan import scan
+from index_jobs.gallery.storage import ImageAccess
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import main, rebuild
 from index_jobs.store.artifact import Artifact

@@ -19,16 +19,27 @@ def write_json(path: Path, content: object) -> Path:
     return write_file(path, json.dumps(content).encode())
 
 
+def jsonl(*rows: Any) -> bytes:
+    """Return one JSON document per line."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def write_jsonl(path: Path, *rows: Any) -> Path:
     """Write one JSON document per line, creating parent folders."""
-    return write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return write_file(path, jsonl(*rows))
 
 
-def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    """Write a tar of these members, in this order."""
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+def tar_bytes(members: dict[str, bytes], mode: str = "w") -> bytes:
+    """Return a tar of these members, in this order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    return path
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
+    """Write a tar of these members, in this order."""
+    return write_file(path, tar_bytes(members, mode))
