@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.util.files import atomic_writer, fsync_tree
+from dcar_core.util.files import fsync_tree
 from index_jobs.jobs.update import remove
 from index_jobs.store.versions import open_current
 
@@ -34,13 +34,6 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, recording(getattr(os, name)))
     return recorded
-
-
-def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, events: list[Event]) -> None:
-    with atomic_writer(tmp_path / "file") as file:
-        file.write(b"content")
-        temporary = file.name
-    assert events == [("sync", temporary), ("rename", str(tmp_path / "file")), ("sync", str(tmp_path))]
 
 
 def test_a_version_is_on_the_disk_before_current_names_it(index: Path, events: list[Event]) -> None:

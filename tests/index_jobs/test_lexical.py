@@ -105,14 +105,6 @@ def test_no_match_gives_no_rows(lexical: LexicalIndex) -> None:
         assert len(scores) == len(rows) == 0
 
 
-def test_scores_of_given_rows_equal_those_of_a_search(lexical: LexicalIndex) -> None:
-    scores, rows = lexical.search("red fire car", len(TEXTS))
-    expected = np.zeros(len(TEXTS), np.float32)
-    expected[rows] = scores
-    order = np.array([5, 3, 0, 4, 2, 1])
-    np.testing.assert_allclose(lexical.score("red fire car", order), expected[order], rtol=1e-6)
-
-
 def test_an_index_that_is_no_longer_used_is_released_at_once(tmp_path: Path) -> None:
     write_lexical(tmp_path / "lexical", TEXTS)
     index = LexicalIndex(tmp_path / "lexical")

@@ -19,7 +19,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import FieldTypes
 from index_jobs.store.versions import open_current
-from tests.support.files import write_file, write_tar
+from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
 
@@ -72,17 +72,21 @@ def test_captions_and_categories_have_the_column_names_of_training(tmp_path: Pat
     assert [rows[name]["caption"] for name in ("a.png", "b.png", "c.png")] == ["one, or", "one", ""]
     assert [rows[name]["category"] for name in ("a.png", "b.png", "c.png")] == ["x", "y", ""]
     assert rows["a.png"]["metadata"]["captions"] == ["one, or", "two"]
-    records = [{"path": "a.png", "captions": ["", "two"]}, {"path": "b.png", "caption": "own", "captions": ["other"]}]
-    rows = rows_of(scan(write_file(tmp_path / "l.jsonl", "\n".join(map(json.dumps, records)).encode())))
-    assert [rows[name]["caption"] for name in ("a.png", "b.png")] == ["two", "own"]
+    captions = ({"captions": ["", "two"]}, {"caption": "own", "captions": ["other"]}, {"caption": ["one", "two"]})
+    records = [{"path": f"{number}.png", **fields} for number, fields in enumerate(captions)]
+    rows = rows_of(scan(write_jsonl(tmp_path / "l.jsonl", *records)))
+    assert [row["caption"] for row in rows.values()] == ["two", "own", "one"]
+    assert rows["2.png"]["metadata"]["captions"] == ["one", "two"]
 
 
-def test_decimals_are_numbers_and_times_are_iso(tmp_path: Path) -> None:
+def test_values_that_json_lacks_become_numbers_null_or_text(tmp_path: Path) -> None:
     when = datetime.datetime(2024, 1, 2, 8)
-    table = {"path": ["a.png"], "price": [Decimal("9.50")], "when": [when], "day": [when.date()]}
+    values = {"price": Decimal("9.50"), "score": float("nan"), "when": when, "day": when.date(), "tags": ["x"]}
+    table = {"path": ["a.png"], "caption": [None], **{name: [value] for name, value in values.items()}}
     pq.write_table(pa.table(table), tmp_path / "l.parquet")
-    metadata = rows_of(scan(tmp_path / "l.parquet"))["a.png"]["metadata"]
-    assert (metadata["price"], metadata["when"], metadata["day"]) == (9.5, "2024-01-02T08:00:00", "2024-01-02")
+    row = rows_of(scan(tmp_path / "l.parquet"))["a.png"]
+    expected = {"price": 9.5, "score": None, "when": "2024-01-02T08:00:00", "day": "2024-01-02", "tags": ["x"]}
+    assert (row["caption"], row["metadata"]) == ("", {"file_name": "a.png", "path": "a.png"} | expected)
 
 
 def test_paths_of_other_systems_are_read(tmp_path: Path) -> None:

@@ -137,30 +137,6 @@ def test_lists_keep_their_order_ids_and_columns(tmp_path: Path, kind: str, colum
     assert [json.loads(row["metadata"])["colour"] for row in table] == ["x", "y"]
 
 
-def test_values_that_json_lacks_become_null_or_text(tmp_path: Path) -> None:
-    import datetime
-
-    write_file(tmp_path / "a.png", png())
-    row = {
-        "file_name": "a.png",
-        "score": float("nan"),
-        "day": datetime.date(2024, 5, 1),
-        "tags": ["x"],
-        "caption": None,
-    }
-    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "list.parquet")
-    (found,) = rows_of(scan(tmp_path / "list.parquet")).values()
-    assert found["metadata"] == {"file_name": "a.png", "score": None, "day": "2024-05-01", "tags": ["x"]}
-    assert found["caption"] == ""
-
-
-def test_all_captions_of_an_image_are_kept(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    (found,) = rows_of(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png", "caption": ["one", "two"]}))).values()
-    assert found["caption"] == "one"
-    assert found["metadata"]["captions"] == ["one", "two"]
-
-
 def test_missing_image_of_a_list_is_left_for_the_failure_list(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     assert len(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png"}, {"path": "gone.png"}))) == 2

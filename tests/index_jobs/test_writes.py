@@ -195,18 +195,6 @@ def test_jobs_wait_while_the_index_cannot_be_written(
     assert status(index, job)["status"] == "done"
 
 
-def test_progress_is_read_once_for_all_waiting_jobs(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs, reads, read = [put(index, each) for each in "abc"], list[WriteQueue](), WriteQueue.progress
-
-    def progress(queue: WriteQueue) -> dict[str, Any]:
-        reads.append(queue)
-        return read(queue)
-
-    monkeypatch.setattr(WriteQueue, "progress", progress)
-    assert apply._next_batch(WriteQueue(index)) == jobs
-    assert len(reads) == 1
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 @pytest.mark.parametrize("most", [10_000, 200_000])
 def test_full_disk_leaves_the_jobs_waiting(index: Path, most: int) -> None:
