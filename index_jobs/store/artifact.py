@@ -28,7 +28,7 @@ from dcar_core.util.files import atomic_writer, sha256_of
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
 from index_jobs.engines.registry import load_engine
 from index_jobs.gallery.storage import ImageAccess, is_url, join_location, open_image
-from index_jobs.store.items import Items, cast_column, common_type
+from index_jobs.store.items import Items, common_type, typed_array
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
 from index_jobs.store.manifest import ADDITIONS_ENGINE, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
@@ -228,10 +228,10 @@ class Artifact:
         if name not in self._types:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
         target = self._types[name]
-        chunks = []
+        chunks = list[pa.Array]()
         for items in (segment.items for segment in self.segments):
             column = items.column(name) if name in items.fields else pa.chunked_array([pa.nulls(len(items), target)])
-            chunks += (column if column.type == target else cast_column(column, target)).chunks
+            chunks += column.chunks if column.type == target else [typed_array(column.to_pylist(), target)]
         return pa.chunked_array(chunks, target)
 
     def item(self, row: int) -> Item:

@@ -82,14 +82,6 @@ class FieldTypes:
         number_texts = {name: examples[name] for name in kept if examples.get(name)}
         return cls({name: types[name] for name in sorted(kept)}, number_texts)
 
-    def arrays(self, metadata: pa.ChunkedArray) -> dict[str, pa.Array]:
-        """Return the columns of a part of the gallery, null where a field is missing."""
-        records = list(_records(metadata))
-        return {
-            name: pa.array([_cast(record.get(name), field_type) for record in records], field_type)
-            for name, field_type in self.types.items()
-        }
-
 
 def field_names(metadata: pa.ChunkedArray) -> set[str]:
     """Return the names of all fields, those without a column included."""
@@ -127,16 +119,13 @@ def fit_one_field(first: str, second: str) -> bool:
     return first == second or {first, second} == {"int64", "double"}
 
 
-def cast_column(column: pa.ChunkedArray, target: pa.DataType) -> pa.ChunkedArray:
-    return pa.chunked_array([[_cast(value, target) for value in chunk.to_pylist()] for chunk in column.chunks], target)
-
-
-def _cast(value: Any, target: pa.DataType) -> Any:
-    if value is None or (target != _TEXT and not (target == pa.float64() and isinstance(value, int))):
-        return value
-    if target == pa.float64():
-        return float(value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def typed_array(values: list[Any], target: pa.DataType) -> pa.Array:
+    """Return values of types that a type holds, null where they are None."""
+    if target == _TEXT:
+        values = [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+    elif target == pa.float64():
+        values = [None if value is None else float(value) for value in values]
+    return pa.array(values, target)
 
 
 def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
@@ -167,10 +156,11 @@ def write_items(path: Path, table: pa.Table, rows: Rows) -> FieldTypes:
     with atomic_writer(path) as file, pa.ipc.new_file(file, schema) as writer:
         for start in range(0, len(rows), _BATCH):
             batch = take_rows(columns, rows[start : start + _BATCH]).combine_chunks()
-            values = fields.arrays(batch["metadata"])
+            records = list(_records(batch["metadata"]))
             batch = batch.append_column(_BY_ID, pa.array(by_id[start : start + _BATCH]))
-            for name in fields.types:
-                batch = batch.append_column(_FIELD + name, values[name])
+            for name, field_type in fields.types.items():
+                values = [record.get(name) for record in records]
+                batch = batch.append_column(_FIELD + name, typed_array(values, field_type))
             writer.write_table(batch, max_chunksize=_BATCH)
     return fields
 

@@ -1,5 +1,6 @@
 """Searches among some of the rows, for every kind, and the columns that choose them."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from index_jobs.engines.faiss.kinds import IndexChoice
 from index_jobs.engines.protocol import merge_top_k
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.items import MAX_FIELDS, FieldTypes
+from index_jobs.store.items import MAX_FIELDS, FieldTypes, typed_array
 from index_jobs.store.versions import open_current
 
 DIM, COUNT = 32, 6000
@@ -293,9 +294,9 @@ def test_columns_have_the_narrowest_type_that_holds_all_values() -> None:
         '{"price": 2.5, "year": null, "sold": false, "tags": [], "mixed": "x", "huge": 100000000000000000000}',
         "{}",
     ]
-    metadata = pa.chunked_array([lines[:1], lines[1:]])
-    fields = FieldTypes.infer(metadata)
-    found = {name: (str(array.type), array.to_pylist()) for name, array in fields.arrays(metadata).items()}
+    types, rows = FieldTypes.infer(pa.chunked_array([lines[:1], lines[1:]])).types, [*map(json.loads, lines)]
+    arrays = {name: typed_array([row.get(name) for row in rows], kind) for name, kind in types.items()}
+    found = {name: (str(array.type), array.to_pylist()) for name, array in arrays.items()}
     assert found == {
         "huge": ("string", ["1", "100000000000000000000", None]),
         "mixed": ("string", ["1", "x", None]),

@@ -72,11 +72,14 @@ def test_captions_and_categories_have_the_column_names_of_training(tmp_path: Pat
     assert [rows[name]["caption"] for name in ("a.png", "b.png", "c.png")] == ["one, or", "one", ""]
     assert [rows[name]["category"] for name in ("a.png", "b.png", "c.png")] == ["x", "y", ""]
     assert rows["a.png"]["metadata"]["captions"] == ["one, or", "two"]
-    captions = ({"captions": ["", "two"]}, {"caption": "own", "captions": ["other"]}, {"caption": ["one", "two"]})
-    records = [{"path": f"{number}.png", **fields} for number, fields in enumerate(captions)]
+    records = (
+        {"path": "a.png", "captions": ["", "two"]},
+        {"path": "b.png", "caption": "own", "captions": ["other"]},
+        {"path": "c.png", "caption": ["one", "two"]},
+    )
     rows = rows_of(scan(write_jsonl(tmp_path / "l.jsonl", *records)))
     assert [row["caption"] for row in rows.values()] == ["two", "own", "one"]
-    assert rows["2.png"]["metadata"]["captions"] == ["one", "two"]
+    assert rows["c.png"]["metadata"]["captions"] == ["one", "two"]
 
 
 def test_values_that_json_lacks_become_numbers_null_or_text(tmp_path: Path) -> None:
