@@ -26,6 +26,7 @@ _STOP_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "is", "it",
     "of", "on", "or", "that", "the", "to", "with",
 })  # fmt: skip
+_BLOCK = re.compile(r".{1,256}(?!\S)|.{1,256}", re.DOTALL)  # ends with a word if it can
 _MAX_TERM = 64  # characters
 _MAX_QUERY_TERMS = 64
 
@@ -37,10 +38,7 @@ def index_terms(text: str) -> list[str]:
 
 def _chunks(text: str) -> Iterator[tuple[list[str], list[str]]]:
     """Yield the terms of the parts of each chunk, and that of the whole if it is a code."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    if not folded.isascii():
-        folded = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", folded)))
-    for match in _CHUNK.finditer(folded):
+    for match in _CHUNK.finditer("".join(map(_fold, _BLOCK.findall(text)))):
         chunk = match.group()
         if _CJK_START.match(chunk):
             yield [*chunk, *(chunk[i : i + 2] for i in range(len(chunk) - 1))], []
@@ -48,6 +46,14 @@ def _chunks(text: str) -> Iterator[tuple[list[str], list[str]]]:
         parts = _PART.findall(chunk)
         is_code = len(parts) > 1 and any(part.isdecimal() for part in parts)
         yield [_singular(part)[:_MAX_TERM] for part in parts], ["".join(parts)[:_MAX_TERM]] if is_code else []
+
+
+def _fold(block: str) -> str:
+    """Fold case, width and accents, in a time that grows with the square of the marks after one letter."""
+    folded = unicodedata.normalize("NFKC", block).casefold()
+    if not folded.isascii():
+        folded = unicodedata.normalize("NFC", _ACCENTS.sub("", unicodedata.normalize("NFD", folded)))
+    return folded
 
 
 def query_terms(text: str, is_known: Callable[[str], bool]) -> list[str]:
