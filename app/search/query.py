@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, overload
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K
 from dcar_core.model.text.cleaning import strip_control_tokens
@@ -38,6 +38,7 @@ GroupBy = Annotated[
 _LIST_FIELDS = frozenset({"more_like", "less_like", "fields", "facets"})
 _TEXT_FIELDS = frozenset({"query", "without"})
 _OMITTED_IF_EMPTY = _LIST_FIELDS | {"filter", "weights", "crop"}
+_MAX_FILTER_BYTES = 64 * 2**10  # as JSON; the body of a text search holds no more
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
@@ -73,6 +74,12 @@ def _check_offset(offset: int, info: ValidationInfo) -> int:
     if info.context is not None and offset + info.data.get("k", 0) > info.context.max_window:
         raise ValueError(f"offset and k together are at most {info.context.max_window}")
     return offset
+
+
+def _check_filter(filter: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+    if info.context is not None and filter and len(to_json(filter)) > _MAX_FILTER_BYTES:
+        raise ValueError(f"takes at most {_MAX_FILTER_BYTES // 2**10} KiB as JSON")
+    return filter
 
 
 class Weights(BaseModel):
@@ -132,6 +139,7 @@ class Query(BaseModel):
             '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}',
             examples=[{"category": ["cat face"], "base": True}],
         ),
+        AfterValidator(_check_filter),
     ] = None
     min_score: Annotated[
         Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None,

@@ -39,7 +39,7 @@ class Snapshot:
         backbone: SHA-256 of the backbone.
         pair_weights: returns the weights for re-ranking and explanations. The first call may load the model, which
             takes seconds: do not call it in the event loop.
-        masks: cached masks of filters, bool (rows,), by the filter in JSON.
+        masks: cached masks of filters, bool (rows,), by `rows.mask_key`.
         groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
         facets: cached counts of values; see `app.search.ranking.facets`.
         rankings: cached rankings of recent queries, by `Plan.ranking_key`.

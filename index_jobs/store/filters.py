@@ -30,6 +30,7 @@ _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_e
 _OR = "$or"
 _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
 _MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
+_MAX_SUBSTRING = 1000  # characters of "contains", which becomes a regular expression
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
 _MAX_FLOAT = int(sys.float_info.max)
@@ -139,6 +140,8 @@ def _match_substring(column: pa.ChunkedArray, text: Any, field: str) -> Mask:
     """Match a substring, without regard to case."""
     if not isinstance(text, str) or _member_type(column) != pa.string():
         raise FilterError(field, '"contains" takes a text, and a field of texts')
+    if len(text) > _MAX_SUBSTRING:
+        raise FilterError(field, f'"contains" takes at most {_MAX_SUBSTRING} characters, not {len(text)}')
     members, parents = _members(column)
     is_match = _to_mask(pc.match_substring(members, replace_surrogates(text), ignore_case=True))
     return _any_member(is_match & _is_present(members, field), parents, len(column))

@@ -107,6 +107,26 @@ async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis
         assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
 
 
+async def test_caches_of_a_version_are_bounded_in_bytes(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(built_index) as client:
+        snapshot = client.app.state.collections[None].live
+
+        async def search(number: int) -> None:
+            filter = {"caption": {"not": [f"{number}" + "\U0001f600" * 10_000]}}
+            body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
+            assert (await client.post("/search/text", json=body)).is_success
+
+        for number in range(20):
+            await search(number)
+        assert len(snapshot.masks) == 16
+        assert len(snapshot.facets) == 40
+        assert sum(len(str(key)) for cache in (snapshot.masks, snapshot.facets) for key in cache) < 10_000
+        monkeypatch.setattr("app.search.ranking.rows._MAX_MASK_BYTES", 2 * snapshot.artifact.rows)
+        monkeypatch.setattr("app.search.ranking.facets._MAX_CACHED_CHARS", 10)
+        await search(21)
+        assert (len(snapshot.masks), len(snapshot.facets)) == (2, 40)
+
+
 async def test_slow_upload_is_refused_408(built_index: Path) -> None:
     async with opened(built_index, upload_timeout_s=0.2) as client:
 

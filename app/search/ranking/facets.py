@@ -20,6 +20,7 @@ from index_jobs.store.artifact import Artifact
 MAX_VALUES = 100  # of one field; the most frequent
 _MAX_SCORED = 10_000  # rows that are compared with a min_score
 _MAX_CACHED = 64  # facets of one version
+_MAX_CACHED_CHARS = 64 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
 
@@ -66,8 +67,10 @@ def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, g
     if facet is None:
         mask = filter_mask(snapshot, filter) if filter else snapshot.artifact.live
         groups = group_field(snapshot, group_by) if group_by else None
-        facet = facets[key] = count_values(snapshot.artifact, name, mask, groups)
-        drop_oldest(facets, _MAX_CACHED)
+        facet = count_values(snapshot.artifact, name, mask, groups)
+        if len(str(facet)) <= _MAX_CACHED_CHARS:
+            facets[key] = facet
+            drop_oldest(facets, _MAX_CACHED)
     return facet
 
 

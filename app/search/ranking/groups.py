@@ -18,7 +18,8 @@ from app.search.snapshots import Snapshot, drop_oldest
 from dcar_core.util.arrays import Mask, Rows
 from index_jobs.store.artifact import Artifact
 
-_MAX_CACHED = 8  # fields of one version; one of different texts takes about 80 bytes an item
+_MAX_CACHED = 8  # fields of one version
+_MAX_CACHED_BYTES = 512 * 2**20  # of all of them; one of different texts takes about 80 bytes an item
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
 
 
@@ -84,7 +85,8 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
     groups = snapshot.groups.get(name)
     if groups is None:
         groups = snapshot.groups[name] = read_groups(snapshot.artifact, name)
-        drop_oldest(snapshot.groups, _MAX_CACHED, kept=snapshot.artifact.manifest.group_field)
+        count = max(1, min(_MAX_CACHED, _MAX_CACHED_BYTES // (80 * len(groups.codes))))
+        drop_oldest(snapshot.groups, count, kept=snapshot.artifact.manifest.group_field)
     return groups
 
 

@@ -1,5 +1,6 @@
 """Rows of a snapshot: the masks of filters, vectors, and the values of fields."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -14,12 +15,13 @@ from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableErro
 from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 
-_MAX_MASKS = 16  # cached for one version; a byte an item each
+_MAX_MASKS = 16  # cached for one version
+_MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
 
 
 def mask_key(filter: dict[str, Any]) -> str:
     """Return the key of a filter in `Snapshot.masks`."""
-    return json.dumps(filter, sort_keys=True)
+    return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
 
 
 def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
@@ -35,7 +37,7 @@ def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
             mask = masks[key] = filters.match_rows(snapshot.artifact, filter)
         except filters.FilterError as error:
             raise InvalidQueryError(f"filter.{error.field}", error.message) from None
-        drop_oldest(masks, _MAX_MASKS)
+        drop_oldest(masks, max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // len(mask))))
     return mask
 
 
