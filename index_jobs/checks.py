@@ -1,10 +1,12 @@
-"""Checks of a file's contents, once for each process."""
+"""Checks of a file's contents, once for each process, and limits of an item's texts."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
 
+MAX_METADATA_BYTES = 64 * 2**10  # of one item, as canonical JSON
+MAX_CAPTION_CHARS = 10_000
 _checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of change of files
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from app.api.bodies import check_k
 from app.api.requests import FilterQuery, PageQuery
-from app.api.responses import JsonResponse, image_headers, items_response
+from app.api.responses import JsonResponse, image_headers, item_chars, items_response, make_response
 from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import field_problem
 from app.middleware.policy import Policy
@@ -128,11 +128,17 @@ async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) 
         raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
     order = await asyncio.to_thread(catalogue.order, sort) if sort else None
     page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
-    body = items_response(request, page)
+    groups = list[dict[str, Any]]()
     if snapshot.artifact.manifest.group_field:
         groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
-        body["items"] = [{**item, "group": group} for item, group in zip(body["items"], groups, strict=True)]
-    return JsonResponse(body)
+
+    def make() -> dict[str, Any]:
+        body = items_response(request, page)
+        for item, group in zip(body["items"], groups, strict=False):
+            item["group"] = group
+        return body
+
+    return await make_response(make, item_chars(page.items))
 
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)

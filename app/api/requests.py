@@ -22,10 +22,11 @@ from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K, MAX_QUERIES
 from app.search.query import GroupBy, Query
+from dcar_core.util.files import canonical_json
+from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 
 MAX_PUT_ITEMS = 256
 MAX_DELETED_ITEMS = 10_000
-_MAX_METADATA_BYTES = 64 * 2**10
 _OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
 _ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
 
@@ -129,10 +130,9 @@ def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name in _OWN_FIELDS or not name.strip():
             raise ValueError(f"must not have the field {name!r}")
-    text = to_json(given, inf_nan_mode="null")
-    if len(text) > _MAX_METADATA_BYTES:
-        raise ValueError(f"takes at most {_MAX_METADATA_BYTES // 2**10} KiB as JSON")
-    values: dict[str, Any] = from_json(text)
+    values: dict[str, Any] = from_json(to_json(given, inf_nan_mode="null"))
+    if len(canonical_json(values)) > MAX_METADATA_BYTES:
+        raise ValueError(f"takes at most {MAX_METADATA_BYTES // 2**10} KiB as JSON")
     return values
 
 
@@ -149,7 +149,7 @@ class PutItem(BaseModel):
         str,
         Field(min_length=1, description="the file in base64, a data URI, or a URL of an allowed host"),
     ]
-    caption: Annotated[str, Field(max_length=10_000)] = ""
+    caption: Annotated[str, Field(max_length=MAX_CAPTION_CHARS)] = ""
     category: Annotated[str, Field(max_length=1000)] = ""
     metadata: Annotated[
         dict[str, Any], AfterValidator(_check_metadata), Field(description="any other fields; a field keeps its type")

@@ -1,8 +1,9 @@
 """Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
 
+import asyncio
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Any, Literal
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from app.api.routing import collection_of, state_of
+from app.core.problems import field_problem
 from app.search.query import ItemPage, Match, SearchResults
 from app.service.collections import Collections
 from app.service.gallery_images import ImageFile
@@ -20,6 +22,8 @@ from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
 _IMAGE_MAX_AGE_S = 3600
+_MAX_CHARS = 16 * 2**20  # of texts in a response; a page of the largest items takes 14 MiB
+_QUICK_CHARS = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
 
 
@@ -30,6 +34,32 @@ class JsonResponse(Response):
 
     def render(self, content: Any) -> bytes:
         return to_json(content, inf_nan_mode="null")
+
+
+async def make_response(make: Callable[[], Any], texts: int, field: str = "k") -> JsonResponse:
+    """Return what `make` returns as JSON, made in a thread if it is long.
+
+    Args:
+        texts: characters of the items' texts.
+        field: of the request, which is at fault if they are too many.
+    """
+    if texts > _MAX_CHARS:
+        message = f"the texts and metadata take {texts / 2**20:.0f} MiB, at most {_MAX_CHARS // 2**20}; "
+        raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
+    if texts <= _QUICK_CHARS:
+        return JsonResponse(make())
+    return await asyncio.to_thread(lambda: JsonResponse(make()))
+
+
+def item_chars(items: Iterable[Item], *, with_metadata: bool = True) -> int:
+    """Return the length of the captions of items, and of their metadata as JSON."""
+    return sum(len(item.caption) + (item.metadata_bytes if with_metadata else 0) for item in items)
+
+
+def result_chars(results: SearchResults) -> int:
+    """Return the length of the texts of results, with all of the metadata that fields are taken from."""
+    facets = len(str(results.facets)) if results.facets else 0
+    return facets + item_chars((match.item for match in results.matches), with_metadata=bool(results.fields))
 
 
 class ImageResponse(Response):

@@ -5,7 +5,7 @@
 """
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
@@ -33,8 +33,11 @@ from app.api.responses import (
     collection_response,
     embeddings_response,
     image_headers,
+    item_chars,
     item_response,
     items_response,
+    make_response,
+    result_chars,
     search_response,
 )
 from app.api.routing import DirectRoute, ItemId, Routes, may_read, snapshot_of, state_of
@@ -87,7 +90,8 @@ async def search_text(request: Request) -> Response:
 
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
-    return JsonResponse(search_response(request, await state_of(request).retriever.search(snapshot, query, image)))
+    results = await state_of(request).retriever.search(snapshot, query, image)
+    return await make_response(lambda: search_response(request, results), result_chars(results))
 
 
 @search.add(
@@ -116,8 +120,12 @@ async def search_batch(request: Request) -> Response:
     images = await asyncio.to_thread(decode_batch, queries, state_of(request).settings)
     images = await state_of(request).fetcher.complete(request.scope, queries, images)
     results = await state_of(request).retriever.search_batch(snapshot, [*zip(queries, images, strict=True)])
-    responses = [search_response(request, each) for each in results]
-    return JsonResponse({"index_version": results[0].version, "answers": responses})
+
+    def make() -> dict[str, Any]:
+        answers = [search_response(request, each) for each in results]
+        return {"index_version": results[0].version, "answers": answers}
+
+    return await make_response(make, sum(map(result_chars, results)), "queries")
 
 
 @gallery.add("GET", "/items", Policy("read"), ItemsResponse)
@@ -127,7 +135,7 @@ async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) ->
     page = await state_of(request).retriever.items(
         snapshot_of(request), query.filter, query.offset, query.k, group_by=query.group_by
     )
-    return JsonResponse(items_response(request, page))
+    return await make_response(lambda: items_response(request, page), item_chars(page.items))
 
 
 @gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), SearchResponse, errors=(409,))

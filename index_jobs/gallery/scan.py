@@ -26,6 +26,7 @@ from dcar_core.data.records import RECORD_SUFFIXES
 from dcar_core.images import IMAGE_SUFFIXES
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
+from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 from index_jobs.gallery import listing
 from index_jobs.gallery.listing import GalleryImage
 from index_jobs.gallery.metadata import split_fields
@@ -180,6 +181,16 @@ def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
         raise DataError(f"the name {image.name!r} is not UTF-8; rename the file") from None
     except RecursionError:
         raise DataError(f"the metadata of {image.name} are nested too deeply; flatten them") from None
+    size = len(canonical_json(metadata))
+    if size > MAX_METADATA_BYTES:
+        longest = max(metadata, key=lambda field: len(canonical_json(metadata[field])))
+        raise DataError(
+            f"the metadata of {image.name} take {size / 2**10:.0f} KiB as JSON, at most {MAX_METADATA_BYTES // 2**10}; "
+            f"the longest field is {longest!r}"
+        )
+    for field, text in (("caption", caption), ("category", category)):
+        if len(text) > MAX_CAPTION_CHARS:
+            raise DataError(f"the {field} of {image.name} has {len(text):,} characters, at most {MAX_CAPTION_CHARS:,}")
     return image._asdict() | {
         "id": prefix + stated_id if stated_id else digest[:_ID_DIGITS],
         "caption": caption,

@@ -33,7 +33,7 @@ from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
 from index_jobs.store.manifest import ADDITIONS_ENGINE, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
 
-_ITEM_COLUMNS = ("id", "caption", "category", "metadata", "width", "height")
+_ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
 _SAMPLE = 16  # images whose presence stands for the gallery's
 
@@ -42,22 +42,27 @@ _SAMPLE = 16  # images whose presence stands for the gallery's
 class Item:
     """One image of the gallery. Missing texts are "".
 
-    fields: the metadata as JSON, parsed on demand. width, height: of the upright image in pixels; None if the index
-    does not know them.
+    fields: the metadata as JSON, which stay in the mapped file until they are parsed. width, height: of the upright
+    image in pixels; None if the index does not know them.
     """
 
     id: str
     caption: str
     category: str
-    fields: str
     width: int | None
     height: int | None
+    fields: pa.StringScalar
 
     @property
     def metadata(self) -> dict[str, Any]:
         """Fields without a column of their own."""
-        value: dict[str, Any] = json.loads(self.fields)
+        value: dict[str, Any] = json.loads(self.fields.as_py())
         return value
+
+    @property
+    def metadata_bytes(self) -> int:
+        """Length of the metadata as JSON."""
+        return int(self.fields.as_buffer().size)
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,8 @@ class Artifact:
         if (cached := self._items.get(row)) is not None:
             return cached
         segment, position = self.locate(row)
-        item = Item(*(segment.items.cell(position, column) for column in _ITEM_COLUMNS))
+        cells = [segment.items.cell(position, column) for column in _ITEM_COLUMNS]
+        item = Item(*[*cells, segment.items.scalar(position, "metadata")])
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
         self._items[row] = item

@@ -220,9 +220,13 @@ class Items:
         return table if rows is None else take_rows(table, rows)
 
     def cell(self, row: int, column: str) -> Any:
+        return self.scalar(row, column).as_py()
+
+    def scalar(self, row: int, column: str) -> pa.Scalar:
+        """Return a cell whose value stays in the mapped file until `as_py`."""
         if not 0 <= row < self._count:
             raise IndexError(f"row {row} is not in 0..{self._count - 1}")
-        return self._cells[column][row // _BATCH][row % _BATCH].as_py()
+        return self._cells[column][row // _BATCH][row % _BATCH]
 
     def row_of(self, item_id: str) -> int | None:
         """Return the row of an id, or None, by binary search over UTF-8 bytes, which is Arrow's sort order."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from app.api.schemas import BatchResponse, ItemsResponse
 from dcar_core import Encoder
@@ -278,6 +279,25 @@ async def test_results_have_the_requested_fields(built_index: Path, artifact: Ar
         form = {"fields": '["file_name"]', "k": "1"}
         found = (await http.post("/search/image", files={"file": png()}, data=form)).json()["results"]
         assert found[0]["metadata"].keys() == {"file_name"}
+
+
+async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(built_index) as http:
+        query = {"query": "red", "k": 20, "fields": ["*"]}
+        batch = {"queries": [query, {"query": "blue", "facets": ["category"]}]}
+        whole = (await http.post("/search/text", json=query)).json()["results"]
+        monkeypatch.setattr("app.api.responses._QUICK_CHARS", 0)  # made in a thread
+        assert (await http.post("/search/text", json=query)).json()["results"] == whole
+        assert (await http.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
+        listed = (await http.get("/items", params={"k": 20})).json()
+        assert (await http.get("/ui/browse", params={"k": 20})).json() == listed
+        monkeypatch.setattr("app.api.responses._MAX_CHARS", 500)
+        assert_problem(await http.post("/search/text", json=query), 422, "k")
+        assert_problem(await http.post("/search/batch", json=batch), 422, "queries")
+        for path in ("/items", "/ui/browse"):
+            assert_problem(await http.get(path, params={"k": 20}), 422, "k")
+        short = query | {"k": 2}
+        assert (await http.post("/search/text", json=short)).json()["results"] == whole[:2]
 
 
 async def test_items_are_listed_page_by_page(built_index: Path, artifact: Artifact) -> None:

@@ -224,6 +224,16 @@ def lines(*rows: str) -> Any:
             r"a\.png.* nested too deeply|line 1: not JSON",
         ),
         ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, line 3 is not CSV"),
+        (
+            "l.jsonl",
+            lines(f'{{"path": "a.png", "n": {list(range(20_000))}, "price": 1}}'),
+            r"the metadata of a\.png take 106 KiB as JSON, at most 64; the longest field is 'n'",
+        ),
+        (
+            "l.jsonl",
+            lines(f'{{"path": "a.png", "caption": "{"x" * 10_001}"}}'),
+            r"the caption of a\.png has 10,001 characters, at most 10,000",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(name: str, make: Any, says: str, tmp_path: Path) -> None:
