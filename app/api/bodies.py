@@ -34,6 +34,7 @@ from app.search.query import normalize, parse_fields
 _LARGE_JSON_BYTES = 2**20
 _MAX_JSON_VALUES = 100_000
 _MAX_FIELD_BYTES = 16 * 2**10
+_MAX_EXPLAINED = 32  # results in one batch: on two cores about as many seconds as a search may take
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
 M = TypeVar("M", bound=BaseModel)
@@ -61,6 +62,10 @@ async def read_batch(request: Request, settings: Settings) -> list[BatchEntry]:
     queries = (await read_json(request, BatchQuery)).queries
     if len(queries) > settings.max_queries:
         raise field_problem("queries", f"at most {settings.max_queries}, not {len(queries)}")
+    explained = sum(min(query.k, settings.explain_results) for query in queries if query.explain)
+    if explained > max(_MAX_EXPLAINED, settings.explain_results):
+        message = f"at most {_MAX_EXPLAINED} results with `explain` in a batch, not {explained}; lower k or send fewer"
+        raise field_problem("queries", message)
     return queries
 
 

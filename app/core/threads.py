@@ -8,7 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from app.core.logs import request_id
+from app.core.rate_limit import current_caller
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +25,51 @@ class ComputeThreads(ThreadPoolExecutor):
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self, call, *args)
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    call: Callable[[], Any]
+    done: Future[Any] = field(default_factory=Future)
+    caller: str = field(default_factory=current_caller.get)
+    request: str | None = field(default_factory=request_id.get)
+
+
+class FairThread(ComputeThreads):
+    """A thread whose next call is of the caller, and then of the request, that has had it for the least time.
+
+    Times count until neither has a call in progress.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(1, name)
+        self._waiting: list[_Call] = []
+        self._spent: dict[tuple[str, str | None], float] = {}  # seconds of (caller, request), and of (caller, None)
+
+    async def run(self, call: Callable[..., T], *args: object) -> T:
+        waiting = _Call(partial(call, *args))
+        self._waiting.append(waiting)
+        self.submit(self._run_next)
+        result: T = await asyncio.wrap_future(waiting.done)
+        return result
+
+    def _run_next(self) -> None:
+        following = min(self._waiting, key=self._spent_by)
+        self._waiting.remove(following)
+        started = time.monotonic()
+        if following.done.set_running_or_notify_cancel():
+            try:
+                following.done.set_result(following.call())
+            except BaseException as error:
+                following.done.set_exception(error)
+        kept = {(each.caller, request) for each in (*self._waiting, following) for request in (each.request, None)}
+        self._spent = {key: self._spent.get(key, 0.0) for key in kept}
+        for request in (following.request, None):
+            self._spent[following.caller, request] += time.monotonic() - started
+
+    def _spent_by(self, waiting: _Call) -> tuple[float, float]:
+        owners = (waiting.caller, None), (waiting.caller, waiting.request)
+        return self._spent.get(owners[0], 0.0), self._spent.get(owners[1], 0.0)
 
 
 async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:

@@ -5,7 +5,6 @@
 """
 
 import time
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -38,20 +37,18 @@ async def search(
     query: Query,
     image: bytes | None,
     settings: Settings,
-    filter_turn: AbstractAsyncContextManager[Any] | None = None,
 ) -> SearchResults:
     """Return the matches of a query.
 
     Args:
         image: the file of an image that belongs to the query.
         settings: limits of re-ranking, explanations, paging and the cache of rankings.
-        filter_turn: shared by the queries of one request, so that it queues one filter, or count of facets, at a time.
 
     Raises:
         ImageError: the image cannot be read; the message is the reason.
         SearchError: the search failed.
     """
-    started, turn = time.perf_counter(), filter_turn or nullcontext()
+    started = time.perf_counter()
     plan = make_plan(snapshot, query, settings, has_image=image is not None)
     if not snapshot.artifact.rows:
         if image is not None:
@@ -59,7 +56,7 @@ async def search(
         none: dict[str, list[dict[str, Any]]] = {name: [] for name in query.facets}
         return SearchResults(0, [], offset=query.offset, min_score=plan.min_score, facets=none or None)
     vector, is_cached = await _query_vector(compute, snapshot, plan, image)
-    mask = await find_mask(compute, snapshot, query.filter, turn)
+    mask = await find_mask(compute, snapshot, query.filter)
     ranked, levels, matches = await _rank(compute, snapshot, plan, vector, mask, settings)
     explanations: list[Explanation | None] = []
     if plan.rerank_depth > query.offset:
@@ -76,8 +73,7 @@ async def search(
     facets, has_exact_facets = None, True
     if query.facets:
         count = partial(count_facets, snapshot, query.facets, vector, query.filter)
-        async with turn:
-            facets, has_exact_facets = await compute.run("filter", count, plan.min_score, plan.group_by)
+        facets, has_exact_facets = await compute.run("filter", count, plan.min_score, plan.group_by)
     has_next = len(ranked) > plan.end and plan.end + query.k <= settings.max_window
     return SearchResults(
         version=snapshot.version,
@@ -95,16 +91,13 @@ async def search(
     )
 
 
-async def find_mask(
-    compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None, turn: AbstractAsyncContextManager[Any]
-) -> Mask | None:
+async def find_mask(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> Mask | None:
     """Return the rows that fulfil a filter; None if there is no filter or no row."""
     if not filter or not snapshot.artifact.rows:
         return None
     mask = snapshot.masks.get(mask_key(filter))
     if mask is None:
-        async with turn:
-            mask = await compute.run("filter", filter_mask, snapshot, filter)
+        mask = await compute.run("filter", filter_mask, snapshot, filter)
     return mask
 
 

@@ -3,8 +3,9 @@
     text  -> cache or model thread (batched)
     image -> hash -> cache, or decoding process -> model thread (batched)
 
-- The event loop only waits. Filters have one thread, so an expensive one delays no search without a filter. Images of
-  the gallery have their own threads: it may be a slow disk or another machine, and no search waits for it.
+- The event loop only waits. Filters have one thread, shared out between callers, so an expensive one delays no search
+  without a filter. Images of the gallery have their own threads: it may be a slow disk or another machine, and no
+  search waits for it.
 - Encoders that share a backbone share its forward passes: see `dcar_core.serving.multi_encoder_batch`.
 """
 
@@ -19,7 +20,7 @@ import numpy as np
 from app.core.decoders import Decoders
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads, run_in_new_thread
+from app.core.threads import ComputeThreads, FairThread, run_in_new_thread
 from app.search.compute import Place
 from app.search.errors import UnavailableError
 from app.search.query import Crop
@@ -57,7 +58,7 @@ class SharedCompute:
         self.require_room = self._batcher.require_room
         threads = min(4, available_cores())
         self._search_threads = ComputeThreads(threads, "dcar-search")
-        self._filter_thread = ComputeThreads(1, "dcar-filter")
+        self._filter_thread = FairThread("dcar-filter")
         self.image_threads = ThreadPoolExecutor(_IMAGE_THREADS, "dcar-image")
         self.chunk_turn = asyncio.Semaphore(1)  # together, concurrent requests have one chunk in the model's queue
         self.timed = metrics.timed

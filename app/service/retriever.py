@@ -7,7 +7,6 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,11 +60,10 @@ class Retriever:
         """Return the matches of queries with their images. Raise BatchQueryError if one search failed."""
         has_long_queries = any(query.rerank or query.explain for query, _ in queries)
         slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # all at once they would fill the queue
-        turn = asyncio.Lock()
 
         async def search(query: Query, image: bytes | None) -> SearchResults:
             async with slots:
-                return await engine.search(self.compute, snapshot, query, image, self._settings, turn)
+                return await engine.search(self.compute, snapshot, query, image, self._settings)
 
         async with self._admission(len(queries)):
             outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
@@ -115,7 +113,7 @@ class Retriever:
             return ItemPage(snapshot.version, len(rows), items, next_offset)
 
         async with self._admission():
-            mask = await engine.find_mask(self.compute, snapshot, filter, nullcontext())
+            mask = await engine.find_mask(self.compute, snapshot, filter)
             return await self.compute.run("search", list_items, mask)
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:

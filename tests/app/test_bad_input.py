@@ -170,6 +170,19 @@ async def test_forms_without_an_image_name_the_fault(built_index: Path, monkeypa
         assert refused.headers["retry-after"] == "10"
 
 
+async def test_queries_of_a_batch_have_the_limits_of_single_searches(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        explained = [{"query": f"red {n}", "k": 8, "explain": True} for n in range(5)]
+        for queries, field in (
+            ([{"query": "red"}, {"query": "x", "filter": {"caption": ["x" * 65_536]}}], "queries.1.filter"),
+            ([{"query": "red"}, {"query": "x" * 1001}], "queries.1.query"),
+            ([{"query": "red", "filter": {"caption": {"contains": "x" * 1001}}}], "queries.0.filter.caption"),
+            (explained, "queries"),
+        ):
+            assert_problem(await client.post("/search/batch", json={"queries": queries}), 422, field)
+        assert (await client.post("/search/batch", json={"queries": explained[:2]})).is_success
+
+
 @pytest.mark.parametrize("path", ["/search/batch", "/search/text"])
 async def test_thousands_of_faults_are_summarised(built_index: Path, path: str) -> None:
     async with opened(built_index) as client:

@@ -2,11 +2,14 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.core.rate_limit import current_caller
+from app.core.threads import FairThread
 from dcar_core.serving import multi_encoder_batch
 from index_jobs.store import filters
 from tests.support.service import opened, until
@@ -38,7 +41,7 @@ async def test_searches_without_a_filter_do_not_wait_for_filters(
         assert {(await task).status_code for task in [*filtered, listed]} == {200}
 
 
-async def test_a_batch_has_one_filter_in_the_queue_at_a_time(
+async def test_filters_of_a_batch_give_way_to_that_of_another_request(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
@@ -66,7 +69,7 @@ async def test_a_batch_has_one_filter_in_the_queue_at_a_time(
         assert (await batch).status_code == 200
 
 
-async def test_a_batch_has_one_count_of_facets_in_the_queue_at_a_time(
+async def test_facets_of_a_batch_give_way_to_the_filter_of_another_request(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
@@ -98,6 +101,32 @@ async def test_a_batch_has_one_count_of_facets_in_the_queue_at_a_time(
         assert (await batch).status_code == 200
         assert order.index("single") <= 2, "the facets of at most two queries of the batch came first"
         assert order.count("facets") == 8
+
+
+async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
+    thread, order, gate = FairThread("dcar-test"), list[str](), threading.Event()
+
+    def work(caller: str, seconds: float) -> None:
+        assert gate.wait(60)
+        time.sleep(seconds)
+        order.append(caller)
+
+    async def call(caller: str, seconds: float) -> None:
+        current_caller.set(caller)
+        await thread.run(work, caller, seconds)
+
+    greedy = [asyncio.create_task(call("greedy", 0.02)) for _ in range(8)]
+    await asyncio.sleep(0.05)
+    modest = [asyncio.create_task(call("modest", 0.001)) for _ in range(8)]
+    given_up = asyncio.create_task(call("given up", 0))
+    await asyncio.sleep(0.05)
+    given_up.cancel()
+    gate.set()
+    await asyncio.gather(*greedy, *modest)
+    assert order == ["greedy", *["modest"] * 8, *["greedy"] * 7]
+    with pytest.raises(ZeroDivisionError):
+        await thread.run(lambda: 1 // 0)
+    thread.shutdown()
 
 
 @pytest.mark.parametrize("options", [{"explain": True}, {"rerank": True}], ids=str)
