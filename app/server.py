@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _FINISH_S = 10  # for pending requests at shutdown
 _THREADS_S = 3  # for threads, after that
+_LISTENERS = 1 if sys.platform == "win32" else 8  # uvloop accepts one connection of each in a turn of the event loop
 _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
 
 
@@ -61,7 +62,7 @@ def serve(settings: Settings) -> None:
         logger.info("listening on %s", base_url(*listener.getsockname()[:2]))
         server = _Server(app, settings)
         try:
-            server.run(sockets=[listener])
+            server.run(sockets=[listener, *(listener.dup() for _ in range(_LISTENERS - 1))])
         except KeyboardInterrupt:  # uvicorn raises it again after a clean shutdown
             logger.info("stopped")
     if failures:
