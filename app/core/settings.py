@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     )
     max_pending: int = Field(512, ge=1, description="Largest number of searches in progress. Further requests get 503.")
     max_queue_ms: int = Field(
-        2000,
+        500,
         ge=1,
         description="Longest expected wait for the model in milliseconds. Searches beyond it get 503 at once.",
     )

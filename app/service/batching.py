@@ -5,7 +5,8 @@
   batcher starts at once; under load it waits a few milliseconds for the callers of the last batch to return.
 - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
 - Cancelled work is skipped. `close` finishes the accepted work.
-- A query whose expected wait is longer than `max_queue_s` is refused at once.
+- A query whose expected wait is longer than `max_queue_s` is refused at once. Those of a batch, and an image that is
+  decoded first, are accepted or refused `together`, by the first.
 """
 
 import asyncio
@@ -13,8 +14,9 @@ import contextlib
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +34,17 @@ T = TypeVar("T")
 
 _STUCK_S = 30.0  # of a forward pass; one that may load a model has a thread of its own
 _NEWEST_WEIGHT = 0.2  # of the last batch in the smoothed seconds per query
+_accepted = ContextVar[list[bool] | None]("accepted", default=None)  # not empty: one of the queries together is
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Accept or refuse all queries of the tasks begun within as one."""
+    token = _accepted.set([] if (outer := _accepted.get()) is None else outer)
+    try:
+        yield
+    finally:
+        _accepted.reset(token)
 
 
 @dataclass(slots=True)
@@ -133,8 +146,12 @@ class Batcher:
             UnavailableError: see `require_room`.
             Exception: raised by the group's `run` for this payload alone.
         """
+        return await self.begin(group, payload)
+
+    def begin(self, group: BatchGroup, payload: Any) -> asyncio.Future[Floats]:
+        """Put a query into the queue, as `submit` does, and return its future."""
         self.require_room()
-        return await self._enqueue(group, payload)
+        return self._enqueue(group, payload)
 
     async def submit_all(self, group: BatchGroup, payloads: Sequence[Any]) -> list[Floats]:
         """Return the vectors (E,) of several queries, accepted or refused together by the work that waits already."""
@@ -150,12 +167,8 @@ class Batcher:
             return f"The model has not answered for {_STUCK_S:g} s."
         return None
 
-    @property
-    def is_full(self) -> bool:
-        return self._backlog > self._max_queue
-
     def require_room(self) -> None:
-        """Check that a new query would be accepted.
+        """Check that a new query is accepted.
 
         Raises:
             NotReadyError: the service is shutting down.
@@ -163,9 +176,12 @@ class Batcher:
         """
         if self._is_closing:
             raise NotReadyError("The service is shutting down.")
-        if self.is_full:
+        accepted = _accepted.get()
+        if self._backlog > self._max_queue and not accepted:
             self._metrics.refused.labels("queue_time").inc()
             raise OverloadedError(self._backlog)
+        if accepted is not None:
+            accepted.append(True)
 
     async def close(self) -> None:
         """Finish the accepted work, then end the thread."""

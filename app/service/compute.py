@@ -25,7 +25,7 @@ from app.search.compute import Place
 from app.search.errors import UnavailableError
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
-from app.service.batching import Batcher, BatchGroup, SharedTasks
+from app.service.batching import Batcher, BatchGroup, SharedTasks, together
 from app.service.embedding_cache import MemoryCache, cache_key, rounded
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS, ImageFormat
 from dcar_core.images.workers import Convert
@@ -86,15 +86,6 @@ class SharedCompute:
         """Why queries are not encoded; None if they are."""
         return self._batcher.fault
 
-    def require_room_for(self, snapshot: Snapshot, text: str) -> None:
-        """Check that a text is cached, in computation or would be accepted, before any other work for a search."""
-        if not self._batcher.is_full or self._cache.is_shared:
-            return
-        encoder = snapshot.encoder
-        key = cache_key(encoder.fingerprint, "text", text.encode())
-        if key not in self._computations and self._cache.peek(key, counted=False) is None:
-            self._batcher.require_room()
-
     async def query_texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
         """Return the vectors (E,) of normalized texts, in one forward pass, each with True if it was cached."""
         if len(texts) == 1:  # the usual case, without the cost of gather
@@ -105,10 +96,11 @@ class SharedCompute:
         """Return the vector (E,) of a normalized text, and True if it was cached."""
         encoder = snapshot.encoder
 
-        async def embed() -> Floats:
-            return await self._batcher.submit(_group(encoder, "text"), TextRow(encoder, text))
+        def embed() -> asyncio.Future[Floats]:
+            return self._batcher.begin(_group(encoder, "text"), TextRow(encoder, text))
 
-        return await self._cached(cache_key(encoder.fingerprint, "text", text.encode()), encoder.dim, embed)
+        key = cache_key(encoder.fingerprint, "text", text.encode())
+        return await self._cached(key, encoder.dim, embed, at_once=not self._cache.is_shared)
 
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
         """Return the vector (E,) of an image file, or of a part of it, and True if it was cached.
@@ -202,19 +194,28 @@ class SharedCompute:
             return cache_key(fingerprint, "image", data)
         return await self._pixel_threads.run(cache_key, fingerprint, "image", data)
 
-    async def _cached(self, key: str, dim: int, embed: Callable[[], Awaitable[Floats]]) -> tuple[Floats, bool]:
-        """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation."""
+    async def _cached(
+        self, key: str, dim: int, embed: Callable[[], Awaitable[Floats]], *, at_once: bool = False
+    ) -> tuple[Floats, bool]:
+        """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation.
+
+        Args:
+            at_once: call `embed` before anything else runs, so that other requests find its query in the queue.
+        """
         vector = self._cache.peek(key)
         if vector is not None:
             return vector, True
+        begun = embed() if at_once and key not in self._computations else None
 
         async def find_or_embed() -> tuple[Floats, bool]:
             with self._metrics.timed("cache"):
                 vector = await self._cache.get(key, dim)
             if vector is not None:
                 return vector, True
-            self._batcher.require_room()  # before an image is decoded
-            vector = await embed()
+            with together():
+                if begun is None:
+                    self._batcher.require_room()  # before an image is decoded
+                vector = await (begun or embed())
             self._cache.put(key, vector)
             return rounded(vector), False
 

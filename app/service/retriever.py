@@ -19,7 +19,7 @@ from app.search.plan import row_of
 from app.search.query import ItemPage, Query, SearchResults
 from app.search.ranking.groups import group_field
 from app.search.snapshots import Snapshot
-from app.service.batching import Admission
+from app.service.batching import Admission, together
 from app.service.compute import SharedCompute
 from app.service.embedding_cache import MemoryCache
 from app.service.gallery_images import ItemImages
@@ -48,9 +48,6 @@ class Retriever:
 
     async def search(self, snapshot: Snapshot, query: Query, image: bytes | None = None) -> SearchResults:
         """Return the matches of a query; see `engine.search`."""
-        for text in (query.query, query.without):
-            if text:
-                self.compute.require_room_for(snapshot, text)
         async with self._admission():
             return await engine.search(self.compute, snapshot, query, image, self._settings)
 
@@ -66,17 +63,19 @@ class Retriever:
                 return await engine.search(self.compute, snapshot, query, image, self._settings)
 
         async with self._admission(len(queries)):
-            outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
+            with together():
+                outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
         return _all_or_error(outcomes)
 
     async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
         """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none."""
         async with self._admission(len(inputs)):
             embed = self.compute
-            outcomes = await asyncio.gather(
-                *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
-                return_exceptions=True,
-            )
+            with together():
+                outcomes = await asyncio.gather(
+                    *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
+                    return_exceptions=True,
+                )
         return [vector for vector, _ in _all_or_error(outcomes)]
 
     async def item(self, snapshot: Snapshot, item_id: str) -> Item:

@@ -96,6 +96,33 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
         assert [(await each).status_code for each in (first, second)] == [200, 200], "pending computations are shared"
 
 
+async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(built_index, max_queue_ms=500, cache_size=0) as client:
+        compute = client.app.state.retriever.compute
+        batcher = compute._batcher
+        key = id(client.app.state.collections[None].live.encoder.runtime), "text"
+        batcher._seconds_per_query[key] = 0.2  # the queue is full after three texts
+        texts = [f"red {number}" for number in range(8)]
+        assert (await client.post("/search/batch", json={"queries": [{"query": text} for text in texts]})).is_success
+        batcher._seconds_per_query[key] = 0.2
+        assert (await client.post("/v1/embeddings", json={"input": texts})).is_success
+        batcher._seconds_per_query[key] = 0.2
+        alone = await asyncio.gather(*(client.post("/search/text", json={"query": text}) for text in texts))
+        assert sorted(response.status_code for response in alone) == [200] * 3 + [503] * 5
+        decode = compute.decode
+
+        async def fill_meanwhile(*given: Any, **options: Any) -> Any:
+            batcher._backlog = 5.0
+            return await decode(*given, **options)
+
+        monkeypatch.setattr(compute, "decode", fill_meanwhile)
+        assert (await client.post("/search/image", files={"file": png()})).is_success, "it was accepted before"
+        batcher._backlog = 5.0
+        assert (await client.post("/search/image", files={"file": png()})).status_code == 503
+
+
 @pytest.mark.redis
 async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis_server: RedisServer) -> None:
     given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "max_queue_ms": 1}
