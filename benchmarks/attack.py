@@ -1,6 +1,7 @@
 """Attack a running service of the bundled example, and measure honest requests meanwhile.
 
     python benchmarks/attack.py
+    python benchmarks/attack.py --short    # some attacks, for one second each
 
 - Each attack runs in a process of its own for `--seconds`, once the server has read what the one before left. Beside
   it one client sends new texts, one sends new images, and one probes /healthz, which needs nothing but the service's
@@ -11,7 +12,9 @@
   second, a process that sends nothing keeps a core busy: on few cores, an attacker costs that much by running on the
   same machine.
 - Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
-  traversal, deep JSON, expensive filters and explanations, and hostile images of every format.
+  traversal, deep and long JSON, expensive filters, facets, pages and explanations, and hostile images of every format.
+- Exits with 1 if a request was answered 500, if a smuggled one was answered, if the attacker or an honest caller was
+  left without an answer, or if memory exceeded `MEMORY_MB`.
 """
 
 import argparse
@@ -54,6 +57,12 @@ HOST = b"Host: 127.0.0.1\r\n"
 PROBE = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
 JSON = b"Content-Type: application/json\r\n"
 FORM = b"POST /search/image HTTP/1.1\r\n" + HOST + b"Content-Type: multipart/form-data; boundary=b\r\n"
+MEMORY_MB = 2000  # of the server and its decoding processes; docker-compose.yml sets 2 GiB
+SHORT = {
+    "unfinished uploads", "tiny chunks", "smuggling", "600 texts a second", "nested JSON", "long filters",
+    "slow filters", "long contains", "whole pages", "batches of explanations", "writes without a key",
+    "200 mutated images", "batches of 12 megapixels",
+}  # fmt: skip
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 
 
@@ -163,6 +172,12 @@ def text(**body: object) -> bytes:
     return post("/search/text", "application/json", json.dumps(body).encode())
 
 
+def batch(**query: object) -> bytes:
+    """Return a batch of 32 queries that differ in their texts."""
+    queries = [query | ({"query": f"{query['query']} {n}"} if "query" in query else {}) for n in range(32)]
+    return post("/search/batch", "application/json", json.dumps({"queries": queries}, ensure_ascii=False).encode())
+
+
 def attacks() -> dict[str, Attack]:
     """Return every attack by name."""
     paths = [
@@ -178,8 +193,23 @@ def attacks() -> dict[str, Attack]:
     large = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
     contains = {"$or": [{"caption": {"contains": f"{n} no such words"}} for n in range(32)]}
     picture = base64.b64encode(encoded("PNG", 3_464)).decode()
-    pictures = {"queries": [{"image": picture} for _ in range(32)]}
-    explained = {"queries": [{"query": f"cat {n}", "explain": True} for n in range(32)]}
+    slow = itertools.count()
+
+    def slow_filters() -> bytes:
+        words = [{"caption": {"contains": f"{next(slow)} no such words"}} for _ in range(64)]
+        return batch(query="cat", filter={"$or": words})
+
+    batches = {
+        "batches of explanations": batch(query="a cat", explain=True),
+        "long filters": batch(query="cat", filter={"caption": ["\U0001f600" * 62_000]}, facets=["category"]),
+        "long contains": batch(query="cat", filter={"caption": {"contains": "x" * 700_000}}),
+        "whole pages": batch(query="cat", k=200, fields=["*"]),
+        "all facets": batch(query="cat", min_score=-1, facets=["id", "caption", "category"]),
+        "batches of 12 megapixels": batch(image=picture),
+        "nested JSON": post("/search/batch", "application/json", b'{"queries":' + b'{"a":[' * 4_000_000),
+        "many strings": post("/search/batch", "application/json", b'{"queries":["' + b'x","' * 90_000 + b'"]}'),
+        "writes without a key": post("/items", "application/json", bytes(20_000)).replace(b"POST", b"PUT", 1),
+    }
     images = {
         "PNG bomb": bomb(60_000, bytes(10**7)),
         "JPEG bomb": encoded("JPEG", 9_000),
@@ -218,10 +248,10 @@ def attacks() -> dict[str, Attack]:
         "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),
         "nested entities": flood(text(query="&" + "amp;" * 249)),
         "expensive filters": flood(text(query="cat", filter=contains)),
-        "batches of explanations": flood(post("/search/batch", "application/json", json.dumps(explained).encode())),
+        "slow filters": flood(*(slow_filters() for _ in range(20)), connections=8),
+        **{name: flood(request) for name, request in batches.items()},
         **{name: flood(image_request(data)) for name, data in images.items()},
         "200 mutated images": flood(*(image_request(data) for data in mutants(200))),
-        "batches of 12 megapixels": flood(post("/search/batch", "application/json", json.dumps(pictures).encode())),
     }
 
 
@@ -234,6 +264,13 @@ class Honest:
     probes: Tally
     peak: float
 
+    def faults(self) -> list[str]:
+        """Return what must not happen to honest requests beside any attack."""
+        tallies = (self.texts, self.images, self.probes)
+        lost, failed = (sum(each.broken for each in tallies), sum(each.statuses[500] for each in tallies))
+        found = {f"{lost} lost": lost, f"{failed} failed": failed, f"{self.peak:.0f} MB": self.peak > MEMORY_MB}
+        return [name for name, is_found in found.items() if is_found]
+
     def cells(self) -> str:
         shown = (self.texts, self.images, self.probes)
         refused = sum(sum(each.statuses.values()) - each.statuses[200] + each.broken for each in shown)
@@ -242,8 +279,8 @@ class Honest:
         return f"{usual:7.0f} ms | {worst} | {refused:7} | {self.peak:7.0f} MB"
 
 
-def measure(server: Server, attack: Attack | None, seconds: float) -> str:
-    """Run one attack beside honest requests; return the cells of its row."""
+def measure(server: Server, attack: Attack | None, seconds: float) -> tuple[str, list[str]]:
+    """Run one attack beside honest requests; return the cells of its row, and what must not happen."""
     _wait_until_idle(server)
     target = Target(server.port, time.monotonic() + seconds)
     fork = multiprocessing.get_context("fork")
@@ -256,7 +293,8 @@ def measure(server: Server, attack: Attack | None, seconds: float) -> str:
     process.kill()
     process.join()
     described = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(outcomes.items()) if count)
-    return f"{described or '-':40} | {honest.cells()}"
+    faults = [name for name in ("500", "SMUGGLED", "attacker hangs") if outcomes[name]] + honest.faults()
+    return f"{described or '-':40} | {honest.cells()}", faults
 
 
 def _wait_until_idle(server: Server) -> None:
@@ -318,10 +356,14 @@ def main() -> None:
     parser.add_argument("--index", type=Path, help="attack this index instead")
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each attack")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="run these attacks alone")
+    parser.add_argument("--short", action="store_true", help="run some attacks, for one second each")
     given = parser.parse_args()
+    if given.short:
+        given.only, given.seconds = SHORT, 1.0
     rows: dict[str, Attack | None] = {"(none)": None, "(a busy core)": spin, **attacks(), "(none) again": None}
     if unknown := set(given.only or ()) - rows.keys():
         parser.error(f"--only names no attack: {', '.join(sorted(unknown))}; there are: {', '.join(rows)}")
+    failed = list[str]()
     with serving(given.index or emoji(given.work)) as server:
         asyncio.run(_explain_once(server.port))
         print(
@@ -329,9 +371,13 @@ def main() -> None:
         )
         for name, attack in rows.items():
             if given.only is None or name in given.only or name.startswith("("):
-                print(f"{name:28} | {measure(server, attack, given.seconds)}", flush=True)
+                row, faults = measure(server, attack, given.seconds)
+                print(f"{name:28} | {row}", flush=True)
+                failed += [f"{name}: {fault}" for fault in faults]
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         print(f"highest memory of all: {int(status.split('VmHWM:')[1].split()[0]) * 1024 / 1e6:.0f} MB")
+    if failed:
+        raise SystemExit("got through: " + "; ".join(failed))
 
 
 if __name__ == "__main__":
