@@ -54,7 +54,8 @@ class Plan:
 
     def ranking_key(self, vector: Floats) -> Hashable:
         """Return the key of the ranking in `Snapshot.rankings`; `engine` names the options that it covers."""
-        return vector.tobytes(), self.query.query, self.words_weight, self.excluded_rows, self.min_score, self.depth
+        options = self.words_weight, self.excluded_rows, self.min_score, self.depth, self.is_judged
+        return vector.tobytes(), self.query.query, options
 
 
 def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image: bool = False) -> Plan:

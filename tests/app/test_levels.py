@@ -74,3 +74,10 @@ async def test_responses_tell_levels_and_the_cutoff(tiny_data: Path, tiny_checkp
         assert {each["level"] for each in by_image["results"]} == {"possible"}
         assert "cutoff" not in by_image
         assert not by_image["nothing_fits"]
+        equal = {
+            "query": "a blue circle",
+            "without": "red",
+            "weights": {"without": 0},
+        }  # as the text alone
+        assert "cutoff" not in (await client.post("/search/text", json=equal)).json()
+        assert "cutoff" in (await client.post("/search/text", json={"query": "a blue circle"})).json()
