@@ -22,7 +22,7 @@ from PIL import Image
 from service import ROOT, vit_checkpoint
 from tqdm import tqdm
 
-from dcar_core.serving.runtime_benchmark import RuntimeReport, benchmark, format_report
+from dcar_core.serving.runtime_benchmark import RuntimeReport, benchmark
 
 EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
 SIZE = (500, 400)
@@ -64,23 +64,22 @@ def photo(picture: bytes, seed: int) -> Image.Image:
 
 def ratios(report: RuntimeReport) -> str:
     """Return Markdown: each runtime against the reference of the same run."""
-    reference = report.rows[0].trial
-    assert reference is not None
+    reference = report.rows[0].speeds
     lines = [
         "| runtime | texts/s | one text | images/s | memory | cosine text, image | decoding / encoder |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in report.rows:
-        if row.trial is None:
+        if not (found := row.speeds):
             lines.append(f"| {row.name} | {row.reason} | | | | | |")
             continue
-        found, memory = row.trial, f"{row.memory:,.0f} MB" if row.memory else ""
-        decoding = report.decoding.fast_ms * found.images_per_s / 1000 / report.threads
+        texts, images, memory = found["texts_per_s"], found["images_per_s"], row.cost.get("memory")
         lines.append(
-            f"| {row.name} | {found.texts_per_s:.0f} ({found.texts_per_s / reference.texts_per_s:.1f} x) "
-            f"| {found.text_ms:.1f} ms ({reference.text_ms / found.text_ms:.1f} x) "
-            f"| {found.images_per_s:.0f} ({found.images_per_s / reference.images_per_s:.1f} x) | {memory} "
-            f"| {found.cosine_text:.4f}, {found.cosine_image:.4f} | {decoding:.0%} |"
+            f"| {row.name} | {texts:.0f} ({texts / reference['texts_per_s']:.1f} x) "
+            f"| {found['text_ms']:.1f} ms ({reference['text_ms'] / found['text_ms']:.1f} x) "
+            f"| {images:.0f} ({images / reference['images_per_s']:.1f} x) | {f'{memory:,.0f} MB' if memory else ''} "
+            f"| {row.accuracy['cosine_text']:.4f}, {row.accuracy['cosine_image']:.4f} "
+            f"| {report.decoding.fast_ms * images / 1000 / report.threads:.0%} |"
         )
     return "\n".join(lines)
 
@@ -98,7 +97,7 @@ def main() -> None:
         str(checkpoint), catalogue(given.work, given.pictures), cache=given.work / "runtimes",
         runtimes=[name for name in given.runtimes.split(",") if name], say=lambda line: print(line, flush=True),
     )  # fmt: skip
-    print(format_report(report), ratios(report), sep="\n\n")
+    print(report, ratios(report), sep="\n\n")
     if given.out is not None:
         given.out.write_text(json.dumps(asdict(report), indent=2) + "\n")
 

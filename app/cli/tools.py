@@ -76,14 +76,13 @@ def benchmark(
     Without options it uses the bundled emoji. int8 is calibrated on the training split.
     """
     from dcar_core.serving.runtime_benchmark import benchmark as run
-    from dcar_core.serving.runtime_benchmark import format_report
 
     names = [name.strip() for name in runtimes.split(",") if name.strip()]
     report = run(
         checkpoint, data, runtimes=names, pretrained=pretrained, images=images, cache=cache, device=device,
         limit=limit, say=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
-    typer.echo(format_report(report))
+    typer.echo(report)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(asdict(report), indent=2) + "\n")

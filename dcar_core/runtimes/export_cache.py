@@ -11,13 +11,13 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from dcar_core.util.errors import RuntimeUnavailableError
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 from dcar_core.util.files import apply_umask, sha256_of
 
 MANIFEST = "manifest.json"
@@ -38,18 +38,17 @@ class ExportKey:
     inputs: str
     library: str
     fingerprint: str = ""
+    graphs: int = GRAPHS
 
     def directory(self, cache: Path) -> Path:
-        parts = [self.backbone[:16], self.inputs, self.runtime, self.library.replace(" ", "-"), f"g{GRAPHS}"]
+        parts = [self.backbone[:16], self.inputs, self.runtime, self.library.replace(" ", "-"), f"g{self.graphs}"]
         return cache / "exports" / "_".join([*parts, self.fingerprint[:16]] if self.fingerprint else parts)
 
-    def to_dict(self) -> dict[str, object]:
-        return {"graphs": GRAPHS} | asdict(self)
 
-    @classmethod
-    def from_manifest(cls, directory: Path) -> "ExportKey":
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return cls(**{name: manifest[name] for name in cls.__dataclass_fields__})
+def key_of_export(directory: Path) -> dict[str, object]:
+    """Return the fields of an export's key, from its manifest."""
+    content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name != "files"}
 
 
 def ensure_export(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) -> Path:
@@ -80,19 +79,18 @@ def ensure_export(key: ExportKey, cache: Path, write: Callable[[Path], None] | N
 def _make(key: ExportKey, final: Path, write: Callable[[Path], None]) -> None:
     aside = Path(tempfile.mkdtemp(prefix=final.name + ".part-", dir=final.parent))
     try:
-        try:
-            write(aside)
-        except (RuntimeUnavailableError, OSError):
-            raise
-        except Exception as error:  # exporters raise errors of any kind
-            if "iostream error" in str(error):  # all that OpenVINO says of a write that fails
-                raise OSError("an export cannot be written; perhaps the disk is full") from error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
+        write(aside)
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps({**key.to_dict(), "files": files}, indent=2) + "\n")
+        (aside / MANIFEST).write_text(json.dumps({**asdict(key), "files": files}, indent=2) + "\n")
         aside.chmod(apply_umask(0o777))  # an export made by a job also serves the service, run by another user
         aside.rename(final)
+    except (DcarError, OSError):
+        raise
+    except Exception as error:  # exporters raise errors of any kind
+        if "iostream error" in str(error):  # all that OpenVINO says of a write that fails
+            raise OSError("an export cannot be written; perhaps the disk is full") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeUnavailableError(f"this model cannot be exported for {key.runtime}: {reason}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -101,11 +99,11 @@ def _check(key: ExportKey, final: Path) -> None:
     remedy = f"delete {final} and it is made again"
     try:
         manifest = json.loads((final / MANIFEST).read_text(encoding="utf-8"))
-        files: Mapping[str, str] = manifest["files"]
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
-        raise RuntimeUnavailableError(f"the export in {final} has no readable {MANIFEST}; {remedy}") from None
-    if other := [name for name, expected in key.to_dict().items() if manifest.get(name) != expected]:
+        other = [name for name, expected in asdict(key).items() if manifest[name] != expected]
+        corrupted = [name for name, checksum in manifest["files"].items() if sha256_of(final / name) != checksum]
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise RuntimeUnavailableError(f"the export in {final} is incomplete ({error!r}); {remedy}") from None
+    if other:
         raise RuntimeUnavailableError(f"the export in {final} was made with other {', '.join(other)}; {remedy}")
-    for name, checksum in files.items():
-        if not (final / name).is_file() or sha256_of(final / name) != checksum:
-            raise RuntimeUnavailableError(f"{final / name} is corrupted: its checksum differs; {remedy}")
+    if corrupted:
+        raise RuntimeUnavailableError(f"{final} is corrupted: {', '.join(corrupted)} changed; {remedy}")

@@ -19,7 +19,7 @@ from PIL import Image
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import compute_fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.runtimes.encoder_state import EncoderState
-from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
 from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import encoder_cache
@@ -130,7 +130,7 @@ class Encoder:
             state, export = cached
             return cls(state, load_model, export, exact=exact, checkpoint=path)
 
-        from dcar_core.serving.runtime_selection import load_runtime
+        from dcar_core.runtimes.selection import load_runtime
         from dcar_core.serving.state_extraction import extract
 
         loaded = load_model(path)
@@ -142,7 +142,7 @@ class Encoder:
 
     def with_runtime(self, name: str, *, proven: bool = True) -> "Encoder":
         """Return the same encoder on another runtime. proven: require that it gives PyTorch's vectors."""
-        from dcar_core.serving.runtime_selection import load_runtime
+        from dcar_core.runtimes.selection import load_runtime
 
         runtime = load_runtime(name, self.state, self.loaded, proven=proven)
         encoder = Encoder(self.state, self.loaded, runtime)

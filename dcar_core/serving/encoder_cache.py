@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays
-from dcar_core.runtimes.equality_proof import Probe, prove, reference_vectors
-from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, ensure_export
-from dcar_core.runtimes.openvino_graph import OpenVinoRuntime
+from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, ensure_export, key_of_export
+from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
 from dcar_core.runtimes.protocol import Runtime, TextPrompts
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
+from dcar_core.runtimes.selection import Probe, prove, reference_vectors
 from dcar_core.util import machine
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer, default_cache_directory
@@ -82,22 +82,19 @@ def directory_in(cache: Path) -> Path:
 
 
 def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtime: Runtime) -> None:
-    """Write an entry, if the runtime runs an export and gives PyTorch's vectors.
+    """Write an entry, if the runtime, whose vectors have been proven, runs an export.
 
     A cache that cannot be written only makes later starts slower.
     """
     if not request.may_use_export or not isinstance(runtime, OpenVinoRuntime):
         return
-    probe = Probe.synthetic(state.preprocess.size)
-    texts, images = reference_vectors(loaded.model, probe)
-    if not prove(state, runtime, probe, (texts, images)).holds:
-        return
+    texts, images = reference_vectors(loaded.model, Probe.synthetic(state.preprocess.size))
     arrays = {"probe_texts": texts, "probe_images": images}
     content = {
         "circumstances": _circumstances(request),
         "runtime": runtime.name,
         "threads": runtime.threads,
-        "export": asdict(ExportKey.from_manifest(runtime.directory)),
+        "export": key_of_export(runtime.directory),
         "state": _pack(state, arrays),
     }
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)

@@ -72,7 +72,7 @@ def counted(runtime: Runtime, name: str) -> Iterator[list[int]]:
 def test_mixed_text_rows_equal_each_encoder_alone(
     encoders: dict[str, Encoder], names: list[str], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcar_core.runtimes.length_batches.PASS_COST", 10_000)  # so length alone does not split a batch
+    monkeypatch.setattr("dcar_core.runtimes.encoder_state.PASS_COST", 10_000)  # so length alone does not split a batch
     rows = [TextRow(encoders[name], text) for text in TEXTS for name in names]
     with counted(rows[0].encoder.runtime, "text") as sizes:
         mixed = encode_text_rows(rows)

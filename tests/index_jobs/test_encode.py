@@ -15,7 +15,7 @@ from PIL import Image
 from dcar_core import Encoder
 from dcar_core.images import OpenedImage
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.runtimes.torch_runtime import TorchRuntime
+from dcar_core.runtimes.graphs import TorchRuntime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows, worker_count

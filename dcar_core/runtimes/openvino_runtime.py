@@ -1,11 +1,17 @@
 """OpenVINO: both graphs converted once, then compiled for this processor in float32, bfloat16 or int8.
 
-- float32 and bfloat16 share one export: the type is a hint at compilation. int8 has its own, see `int8_calibration`.
+- float32 and bfloat16 share one export: the type is a hint at compilation.
+- int8 has its own: NNCF measures the ranges of activations on the user's captions and images. Prompts move them, so
+  such an export belongs to one encoder and carries its fingerprint.
 - Shapes are dynamic; a few kernels are built when a shape comes for the first time.
 """
 
+import contextlib
+import logging
 import sys
 import threading
+import warnings
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version as version_of
@@ -17,8 +23,7 @@ from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.runtimes.graph_modules import ImageGraph
-    from dcar_core.runtimes.text_graphs import TextGraph
+    from dcar_core.runtimes.graphs import ImageGraph, TextGraph
 
 TEXT, IMAGE = "text.xml", "image.xml"
 
@@ -40,7 +45,7 @@ def version() -> str:
 
 def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
     """Convert and save both graphs, weights in float32."""
-    from dcar_core.runtimes.graph_modules import tracing
+    from dcar_core.runtimes.graphs import tracing
 
     openvino = library()
     graphs: tuple[tuple[str, TextGraph | ImageGraph], ...] = ((TEXT, text), (IMAGE, image))
@@ -53,6 +58,27 @@ def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
         openvino.save_model(model, directory / name, compress_to_fp16=False)
 
 
+def write_int8(directory: Path, exact: Path, inputs: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
+    """Quantize the graphs of an exact export by the ranges that these inputs of each give. Needs nncf."""
+    openvino = library()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # for its progress bars
+        warnings.simplefilter("ignore")
+        try:
+            import nncf
+        except ImportError:
+            raise MissingExtraError("calibrating int8", "int8") from None
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level also mutes handlers not its own
+        for name, samples in inputs.items():
+            model = nncf.quantize(
+                openvino.Core().read_model(exact / name),
+                nncf.Dataset(samples),
+                model_type=nncf.ModelType.TRANSFORMER,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(samples),
+            )
+            openvino.save_model(model, directory / name, compress_to_fp16=False)
+
+
 class OpenVinoRuntime(Runtime):
     """Both graphs of an export, compiled; needs neither the model nor PyTorch.
 
@@ -60,7 +86,7 @@ class OpenVinoRuntime(Runtime):
     """
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
-        openvino = library()
+        core = library().Core()
         self.directory, self.threads = directory, threads
         config = {
             "INFERENCE_PRECISION_HINT": hint,
@@ -68,7 +94,6 @@ class OpenVinoRuntime(Runtime):
             "NUM_STREAMS": "1",
             "INFERENCE_NUM_THREADS": str(threads),
         }
-        core = openvino.Core()
         try:
             with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
                 graphs = list(pool.map(lambda n: core.compile_model(directory / n, "CPU", config), (TEXT, IMAGE)))

@@ -1,0 +1,264 @@
+"""Both towers as functions of tensors, which PyTorch runs and OpenVINO converts, and PyTorch as a runtime.
+
+- The arrays of an encoder are inputs, so one export serves every encoder on a backbone whose prompts have one depth.
+- `PrefixTextGraph`: under a causal mask start tokens and prompts never see the caption, so their keys and values in
+  every block are computed once for an encoder and enter as an input. One graph serves prompts of any number and depth,
+  and rows of several encoders share a batch. Only the end token's row runs through the last block.
+- `PromptTextGraph`: every other tower; prompts enter as rows, so the depth of prompts belongs to an export.
+
+Letters: B batch, n tokens, p rows of a prefix, k prompt vectors, r width of an adapter, R = 1 or B, D blocks, H heads,
+d width of a head, L context length, W, W_t and W_v widths, E joint space, S side in pixels.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dcar_core.model.backbone import Backbone
+from dcar_core.model.towers.text import CausalText, project_by
+from dcar_core.runtimes.protocol import Runtime
+from dcar_core.util.arrays import Floats
+
+Example = tuple[tuple[Tensor, ...], list[list[int]]]  # inputs to trace a graph with; shapes, -1 for what may change
+
+
+class AttentionBlock(nn.Module):
+    """A pre-norm transformer block on open_clip's own weights, with attention written out."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2, self.mlp = block.ln_1, block.ln_2, block.mlp
+        self.ls_1, self.ls_2 = block.ls_1, block.ls_2
+        self.attention = block.attn
+        self.heads = int(block.attn.num_heads)
+
+    @staticmethod
+    def fits(block: Any) -> bool:
+        """True if a block has PyTorch's own attention with joint weights."""
+        attention = getattr(block, "attn", None)
+        return isinstance(attention, nn.MultiheadAttention) and attention.in_proj_weight is not None
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, n, W) -> three of (B, H, n, d)."""
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        parts = F.linear(self.ln_1(x), weight, bias)  # [B, n, 3 W]
+        parts = parts.reshape(*x.shape[:2], 3, self.heads, x.shape[2] // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of the rows x (B, m, W) by their q, and the MLP -> (B, m, W)."""
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, m, d]
+        out = self.attention.out_proj(attended.transpose(1, 2).flatten(2))
+        x = x + self.ls_1(out)
+        return x + self.ls_2(self.mlp(self.ln_2(x)))  # type: ignore[no-any-return]
+
+
+class ImageGraph(nn.Module):
+    """(pixels, prompts, down, up) -> image features (B, E), not normalized. Pixels are normalized inside.
+
+    depth: depth of the prompts in an export, 0 for none. has_adapters: True if the blocks in an export have adapters.
+    Without an export, any inputs are accepted.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, backbone: Backbone, depth: int, *, has_adapters: bool) -> None:
+        super().__init__()
+        tower = backbone.image_tower
+        self.depth, self.size, self.tower = depth, backbone.preprocess.size, tower
+        self.has_adapters = has_adapters
+        self.encoder: nn.Module = tower.module  # registered, to be converted with it
+        std = torch.tensor(backbone.preprocess.std).reshape(1, 3, 1, 1)
+        mean = torch.tensor(backbone.preprocess.mean).reshape(1, 3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+        self.to(backbone.device)
+
+    def forward(self, pixels: Tensor, *inputs: Tensor) -> Tensor:
+        """
+        Args:
+            pixels: uint8 (B, 3, S, S).
+            inputs: prompts (depth, R, k, W_v), then both matrices (D, R, r, W_v) of adapters, each if there are some.
+        """
+        prompts = inputs[0] if len(inputs) in (1, 3) else None
+        adapters = (inputs[-2], inputs[-1]) if len(inputs) in (2, 3) else None
+        x = pixels.float() * self.scale + self.shift  # in float32 until here: bfloat16 has 8 bits
+        return self.tower.encode(x.to(next(self.encoder.parameters()).dtype), prompts, adapters)
+
+    def example(self) -> Example:
+        counts = [*([self.depth] if self.depth else []), *([self.tower.blocks] * 2 if self.has_adapters else [])]
+        pixels = torch.zeros(2, 3, self.size, self.size, dtype=torch.uint8)
+        inputs = (torch.zeros(count, 1, 2, self.tower.width) for count in counts)
+        shapes = [[-1, 3, self.size, self.size], *([count, -1, -1, self.tower.width] for count in counts)]
+        return (pixels, *inputs), shapes
+
+
+class PrefixTextGraph(nn.Module):
+    """(tokens, weights, keys, values) -> text features (B, E), not normalized. skipped: its start tokens."""
+
+    mask: Tensor  # causal, (L, L)
+    has_weights = True
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        text = backbone.text_tower.module
+        self.start_ids, self.end_id = backbone.layout.start_ids, backbone.layout.end_id
+        self.skipped = len(self.start_ids)
+        self.embedding, self.ln_final = text.token_embedding, text.ln_final
+        self.blocks: Any = nn.ModuleList(AttentionBlock(block) for block in text.transformer.resblocks)
+        self.projection, self.positions = text.text_projection, text.positional_embedding
+        self.register_buffer("mask", text.attn_mask.clone(), persistent=False)
+
+    @staticmethod
+    def fits(backbone: Backbone) -> bool:
+        tower = backbone.text_tower
+        has_prefix = isinstance(tower, CausalText) and tower.layout.start > 0
+        return has_prefix and all(map(AttentionBlock.fits, tower.module.transformer.resblocks))
+
+    @torch.inference_mode()
+    def prompt_inputs(self, prompts: Tensor | None) -> tuple[Tensor, ...]:
+        """Prompts (depth, k, W_t) -> keys and values, each (D, 1, H, p, d)."""
+        start = self.embedding.weight[list(self.start_ids)][None]  # [1, start, W_t]
+        x = start if prompts is None else torch.cat([start, prompts[:1].to(start)], 1)
+        length = x.shape[1]
+        x = x + self.positions[:length]
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            if prompts is not None and 0 < i < len(prompts):
+                x = torch.cat([x[:, : self.skipped], prompts[i : i + 1].to(start)], 1)
+            q, k, v = block.qkv(x)
+            keys.append(k)
+            values.append(v)
+            x = block.finish(x, q, k, v, self.mask[:length, :length])
+        return torch.stack(keys), torch.stack(values)
+
+    def forward(self, tokens: Tensor, weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """
+        Args:
+            tokens: int64 (B, n) without start tokens.
+            weights: (B, n) factors of the token embeddings.
+            keys, values: (D, R, H, p, d) from `prompt_inputs`.
+        """
+        batch, n = tokens.shape
+        p = keys.shape[3]
+        last = ((tokens == self.end_id).long().cumsum(-1) == 0).long().sum(-1)  # the first end token
+        x = self.embedding(tokens) * weights.unsqueeze(-1) + self.positions[p : p + n]  # [B, n, W_t]
+        mask = self.mask[p : p + n, : p + n]
+        rows = torch.arange(batch, device=tokens.device)
+        for i, block in enumerate(self.blocks):
+            q, k, v = block.qkv(x)
+            k = torch.cat([keys[i].expand(batch, -1, -1, -1), k], 2)  # [B, H, p + n, d]
+            v = torch.cat([values[i].expand(batch, -1, -1, -1), v], 2)
+            if i == len(self.blocks) - 1:
+                x, q, mask = x[rows, last].unsqueeze(1), q[rows, :, last].unsqueeze(2), mask[last][:, None, None]
+            x = block.finish(x, q, k, v, mask)
+        return project_by(self.projection, self.ln_final(x[:, 0]))
+
+    def example(self) -> Example:
+        keys, values = self.prompt_inputs(None)
+        d, _, heads, _, width = keys.shape
+        tokens = torch.tensor([[1, 2, 3, 4, self.end_id]]).repeat(2, 1)
+        shapes = [[-1, -1], [-1, -1], [d, -1, heads, -1, width], [d, -1, heads, -1, width]]
+        return (tokens, torch.ones(tokens.shape), keys.repeat(1, 1, 1, 3, 1), values.repeat(1, 1, 1, 3, 1)), shapes
+
+
+class PromptTextGraph(nn.Module):
+    """(tokens, weights, prompts) -> text features (B, E), not normalized; of tokens alone for a tower without prompts.
+
+    depth: depth of the prompts in an export, 0 for none. Without an export, any prompts are accepted.
+    """
+
+    skipped = 0
+
+    def __init__(self, backbone: Backbone, depth: int) -> None:
+        super().__init__()
+        self.tower, self.depth = backbone.text_tower, depth
+        self.encoder: nn.Module = self.tower.module  # registered, to be converted with it
+        self.has_weights = self.tower.width > 0
+
+    def prompt_inputs(self, prompts: Tensor | None) -> tuple[Tensor, ...]:
+        """Prompts (depth, k, W_t) -> (depth, 1, k, W_t), or nothing."""
+        return () if prompts is None else (prompts.unsqueeze(1),)
+
+    def forward(self, tokens: Tensor, weights: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            tokens: int64 (B, n); of the context without the prompts where the tower reads its padding.
+            weights: (B, n) factors of the token embeddings.
+            prompts: (depth, R, k, W_t).
+        """
+        return self.tower.encode(tokens, prompts, weights)
+
+    def example(self) -> Example:
+        layout, k = self.tower.layout, 2 if self.depth else 0
+        length = layout.padded_length(k) or layout.start + 6
+        ids = [*layout.start_ids, 5, 6, 7, layout.end_id]
+        tokens = torch.tensor([ids + [layout.pad_id] * (length - len(ids))]).repeat(2, 1)
+        if not self.has_weights:
+            return (tokens,), [[-1, length]]
+        inputs, shapes = (tokens, torch.ones(tokens.shape)), [[-1, -1], [-1, -1]]
+        if not self.depth:
+            return inputs, shapes
+        width = self.tower.width
+        return (*inputs, torch.zeros(self.depth, 1, k, width)), [*shapes, [self.depth, -1, -1, width]]
+
+
+TextGraph = PrefixTextGraph | PromptTextGraph
+
+
+def text_graph(backbone: Backbone, depth: int) -> TextGraph:
+    """The text graph that fits a backbone, in eval mode. depth: of the text prompts, 0 for none."""
+    return (
+        PrefixTextGraph(backbone).eval() if PrefixTextGraph.fits(backbone) else PromptTextGraph(backbone, depth).eval()
+    )
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Within it, a graph can be traced: without gradients, fused attention and the exporter's warnings."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its operator has no form in an export
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
+
+
+class TorchRuntime(Runtime):
+    """Both graphs in PyTorch: as they are, with weights of another type, or compiled.
+
+    One compilation, of seconds or a minute, serves every batch and length, except those of size 1, for which PyTorch
+    compiles other graphs. CUDA graphs are not used: each shape would need one, and only the thread that recorded a
+    graph can run it.
+    """
+
+    def __init__(
+        self, name: str, text: TextGraph, image: ImageGraph, dtype: torch.dtype, *, compiled: bool = False
+    ) -> None:
+        device, scale, shift = image.scale.device, image.scale, image.shift
+        if dtype != torch.float32:
+            text, image = copy.deepcopy(text).to(dtype).eval(), copy.deepcopy(image).to(dtype).eval()
+            image.scale, image.shift = scale, shift
+        if compiled:
+            text.compile(dynamic=True)
+            image.compile(dynamic=True)
+        super().__init__(name, *(partial(_run, graph, device, dtype) for graph in (text, image)))
+
+
+@torch.inference_mode()
+def _run(graph: nn.Module, device: torch.device, dtype: torch.dtype, inputs: tuple[Any, ...]) -> Floats:
+    """inputs: token ids or pixels, then whatever takes the type of the weights."""
+    first, *rest = (torch.from_numpy(each).to(device, non_blocking=True) for each in inputs)
+    features: Floats = graph(first, *(each.to(dtype) for each in rest)).float().cpu().numpy()
+    return features
