@@ -22,14 +22,13 @@ def check_command(
     context: Annotated[int, typer.Option(min=0, help="Count captions of more CLIP tokens; 0 counts none.")] = 77,
 ) -> None:
     """Print the contents of a data set, its repairs and omissions; fails if images are missing or broken."""
-    from dcar_core.data import check_dataset
+    from dcar_core.data import UNUSABLE, check_dataset, describe_reports
 
     unusable = 0
     for path in paths:
-        typer.echo(f"{path}")
-        for split in check_dataset(path, image_root=images, decode_images=not annotations_only, context=context):
-            typer.echo(split)
-            unusable += len(split.missing) + len(split.broken)
+        checked = check_dataset(path, image_root=images, decode_images=not annotations_only, context=context)
+        typer.echo(f"{path}\n{describe_reports(*checked)}")
+        unusable += sum(report.counts[phrase] for report in checked[1].values() for phrase in UNUSABLE)
     if unusable:
         typer.echo(
             f"{unusable:,} images cannot be used: set --images to their folder, repair them, or train with "

@@ -6,15 +6,22 @@ In: annotations (the formats of docs/reference/data-formats.md) and images. Out:
 Every folder above `model` may import it; it imports `model`, `images` and `util`.
 """
 
-from dcar_core.data.dataset_check import check_dataset
-from dcar_core.data.load import MISSING_IMAGES, Annotations, ImagePolicy, load_split, load_splits
+from dcar_core.data.load import (
+    MISSING_IMAGES,
+    UNUSABLE,
+    Annotations,
+    ImagePolicy,
+    check_dataset,
+    load_split,
+    load_splits,
+)
 from dcar_core.data.report import CleaningReport, describe_reports, save_reports
-from dcar_core.data.samples import SPLITS, Dataset, Sample
-from dcar_core.data.write import write_splits
+from dcar_core.data.samples import SPLITS, Dataset, Sample, write_splits
 
 __all__ = [
     "MISSING_IMAGES",
     "SPLITS",
+    "UNUSABLE",
     "Annotations",
     "CleaningReport",
     "Dataset",

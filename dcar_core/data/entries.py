@@ -1,7 +1,7 @@
-"""The annotated image that every reader yields, checks of its fields, and the limit of rows that may be bad."""
+"""The annotated image that every reader yields, the fields of a row, and the limit of rows that may be bad."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,9 @@ class RowLimit:
         """Read one row in the block; a `DataError` skips it."""
         try:
             yield
+            self._good += 1
         except DataError as error:
             self.skip(error)
-        else:
-            self._good += 1
 
     def finish(self) -> None:
         """Report the skipped rows.
@@ -85,54 +84,68 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
 
 
-def required_text(entry: Mapping[str, Any], name: str, where: str) -> str:
+def make_entry(
+    row: Mapping[str, Any], where: str, image: str, path: str, captions: Sequence[str], **more: Any
+) -> Entry:
+    """Make an entry of a row, whose fields have the names of tables or of FDRD.
+
+    captions: fields, of which the first that has any counts; an empty caption is left to the cleaning.
+    more: fields of `Entry` that the row does not hold.
+
+    Raises:
+        DataError: a field does not hold text, or there is no caption.
+    """
+    present = [name for name in captions if row.get(name) is not None]
+    if not present:
+        raise DataError(f"{where}: field {captions[0]!r} is missing; it has {', '.join(map(str, row)) or 'none'}")
+    read = (_texts(row, where, name) for name in present)
+    filled = (texts for texts in read if any(text.strip() for text in texts))
+    attributes = row.get("attributes")  # galleries use it in many ways
+    fields: dict[str, Any] = {
+        "captions": next(filled, None) or _texts(row, where, present[0]) or ("",),
+        "category": label_text(row, where, "category", "class_name"),
+        "meta_category": label_text(row, where, "meta_category"),
+        "negatives": _texts(row, where, "negatives") or _texts(row, where, "negative"),
+        "negative_categories": _texts(row, where, "negative_categories") or _texts(row, where, "negative_class"),
+        "attributes": tuple(attributes) if _is_texts(attributes) else (),
+    }
+    return Entry(image=image, path=path, **fields | more)
+
+
+def required_text(row: Mapping[str, Any], where: str, name: str) -> str:
     """Return a field that must hold text. Raise DataError if it is missing, empty, or not text."""
-    value = entry.get(name)
-    if value is not None and not isinstance(value, str):
-        raise DataError(f"{where}: field {name!r} must be text, not {json.dumps(value, default=str)[:60]}")
-    if not value or not value.strip():
+    value = row.get(name)
+    if value is None or value == "" or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: field {name!r} is missing or empty")
+    if not isinstance(value, str):
+        raise _wrong(where, name, "text", value)
     return value
 
 
-def label_text(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> str:
+def label_text(row: Mapping[str, Any], where: str, *names: str) -> str:
     """Return the first filled field as text, such as the number 0, or "". Raise DataError for anything else."""
     for name in names:
-        value = entry.get(name)
+        value = row.get(name)
         if isinstance(value, list | dict | bytes):
-            raise DataError(f"{where}: field {name!r} must be one text, not {json.dumps(value, default=str)[:60]}")
+            raise _wrong(where, name, "one text", value)
         if value is not None and value == value and str(value).strip():
             return str(value)
     return ""
 
 
-def text_list(value: object, where: str, name: str) -> tuple[str, ...]:
+def _texts(row: Mapping[str, Any], where: str, name: str) -> tuple[str, ...]:
     """Return the texts of a field with nothing, one text, or a list of texts. Raise DataError for anything else."""
-    if value is None or value == "":
-        return ()
-    if isinstance(value, str):
-        return (value,)
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return (value,) if value else ()
+    if _is_texts(value):
         return tuple(value)
-    raise DataError(
-        f"{where}: field {name!r} must be text or a list of texts, not {json.dumps(value, default=str)[:60]}"
-    )
+    raise _wrong(where, name, "text or a list of texts", value)
 
 
-def attribute_texts(value: object) -> tuple[str, ...]:
-    """Return the texts of a list of texts. Return () for anything else: galleries use "attributes" in many ways."""
-    return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else ()
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def caption_texts(entry: Mapping[str, Any], names: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """Return the captions of the first of these fields that has any; an empty caption is left to the cleaning.
-
-    Raises:
-        DataError: no field is present, or it does not hold text.
-    """
-    present = [name for name in names if entry.get(name) is not None]
-    if not present:
-        raise DataError(f"{where}: field {names[0]!r} is missing; it has {', '.join(map(str, entry)) or 'none'}")
-    read = (text_list(entry[name], where, name) for name in present)
-    filled = (texts for texts in read if any(text.strip() for text in texts))
-    return next(filled, None) or text_list(entry[present[0]], where, present[0]) or ("",)
+def _wrong(where: str, name: str, wanted: str, value: object) -> DataError:
+    return DataError(f"{where}: field {name!r} must be {wanted}, not {json.dumps(value, default=str)[:60]}")

@@ -14,22 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dcar_core.data.entries import (
-    Entry,
-    RowLimit,
-    attribute_texts,
-    caption_texts,
-    label_text,
-    read_text,
-    required_text,
-    text_list,
-)
+from dcar_core.data.entries import Entry, RowLimit, label_text, make_entry, read_text, required_text
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import has_image_suffix
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
 _PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
+_FIELDS = ("positive", "negative", "negative_class", "meta_category", "attributes")
 _NUMBER = re.compile(r"[_\-/ ]*\d+$")
 _VIDEO = re.compile(r"^v_(\w+)_g\d+_c\d+$")  # UCF101's frames
 
@@ -79,25 +71,16 @@ def _make_entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
         notes.append("absolute paths of another machine, replaced by the image root")
     name = entry.get("file_name")
     if not name:
-        name = PurePosixPath(required_text(entry, "file_path", where)).name
+        name = PurePosixPath(required_text(entry, where, "file_path")).name
         notes.append("missing file names, taken from the path")
     if not has_image_suffix(str(name)):
         notes.append("file names without a suffix")
-    category = label_text(entry, ("class_name",), where)
+    category = label_text(entry, where, "class_name")
     if not category:
         category = category_of_key(key)
         notes.append("categories derived from the key" if category else "entries without a category")
-    return Entry(
-        image=str(name),
-        path=path,
-        captions=caption_texts(entry, ("positive",), where),
-        category=category,
-        negatives=text_list(entry.get("negative"), where, "negative"),
-        negative_categories=text_list(entry.get("negative_class"), where, "negative_class"),
-        meta_category=label_text(entry, ("meta_category",), where),
-        attributes=attribute_texts(entry.get("attributes")),
-        notes=tuple(notes),
-    )
+    fields = {field: entry[field] for field in _FIELDS if field in entry}
+    return make_entry(fields, where, str(name), path, ["positive"], category=category, notes=tuple(notes))
 
 
 def category_of_key(key: str) -> str:

@@ -8,7 +8,7 @@
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -74,15 +74,11 @@ def _candidates(image: str, path: str) -> Iterator[str]:
     if image and not image.startswith("/"):
         yield image
     if not has_image_suffix(image):
-        suffix_of_path = PurePosixPath(path).suffix
-        yield from (image + suffix for suffix in dict.fromkeys((suffix_of_path, *_SUFFIXES)) if suffix)
-    path = path or image
-    parts = PurePosixPath(path).parts
-    if path in {"", "."}:
-        return
-    yield path
-    for start in range(1, len(parts)):
-        yield "/".join(parts[start:])
+        yield from (image + suffix for suffix in (PurePosixPath(path).suffix, *_SUFFIXES) if suffix)
+    parts = PurePosixPath(path or image).parts
+    if parts:
+        yield path or image
+        yield from ("/".join(parts[start:]) for start in range(1, len(parts)))
 
 
 def locate_images(
@@ -103,7 +99,17 @@ def locate_images(
             change = f"{entry.image} as {name}"
             report.add("images found under a name that differs from the annotated one", names=[change])
         found.append(replace(entry, image=name))
-    broken = _unreadable(list(dict.fromkeys(entry.image for entry in found)), finder.root) if decode else {}
+
+    def fault(name: str) -> str:
+        try:
+            open_image(finder.root.read(name))
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    names = list(dict.fromkeys(entry.image for entry in found)) if decode else []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        broken = {name: why for name, why in zip(names, pool.map(fault, names), strict=True) if why}
     usable = [entry for entry in found if entry.image not in broken]
     return usable, list(missing), [f"{name} ({why})" for name, why in broken.items()]
 
@@ -113,23 +119,9 @@ def name_without_lookup(entry: Entry, shared: Set[str]) -> str:
 
     It has the suffix of its path if it lacks one, and is the whole path if others share the name.
     """
-    suffix = PurePosixPath(entry.path).suffix
-    if PurePosixPath(entry.path).name in shared:
+    path = PurePosixPath(entry.path)
+    if path.name in shared:
         return entry.path
     if has_image_suffix(entry.image) or not has_image_suffix(entry.path):
         return PurePosixPath(entry.image).name if entry.image.startswith("/") else entry.image
-    return entry.image + suffix
-
-
-def _unreadable(names: Sequence[str], root: ImageRoot) -> dict[str, str]:
-    """Decode every image and return name -> reason of the unreadable ones."""
-
-    def reason(name: str) -> str | None:
-        try:
-            open_image(root.read(name))
-        except ImageError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return {name: why for name, why in zip(names, pool.map(reason, names), strict=True) if why is not None}
+    return entry.image + path.suffix

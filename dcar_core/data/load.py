@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
@@ -30,10 +30,12 @@ from dcar_core.util.errors import DataError
 
 ImagePolicy = Literal["require", "present", "skip", "ignore"]
 MISSING_IMAGES = "images missing, left out"
+UNUSABLE = ("images missing", "images broken")  # of a check
 _ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _NAMES = {split: (split, *(alias for alias, meant in _ALIASES.items() if meant == split)) for split in SPLITS}
 _IN_NAME = re.compile(rf"(?:^|[_\-.])({'|'.join([*SPLITS, *_ALIASES])})(?:$|[_\-.]\d+$)", re.IGNORECASE)
 _TABLES = (".jsonl", ".csv", ".parquet")
+_READERS = {".json": read_fdrd, **dict.fromkeys(_TABLES, read_table), ".tar": read_tar}
 _FORMS = (
     "pairs.csv, .jsonl or .parquet with the columns image and caption, pairs.json or train.json (FDRD's form), "
     "train.jsonl, .csv, .parquet or .tar, or a gallery's metadata file or tars"
@@ -63,8 +65,7 @@ class Annotations:
         found = {split: entries for split in SPLITS if (entries := self._entries_of(split))}
         has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
         if not found:
-            needed = "" if any(map(self._files, SPLITS)) else f": {self._needed_files()}"
-            raise DataError(f"{self.path} has no pairs for {', '.join(SPLITS)}{needed}")
+            raise self._no_pairs(", ".join(SPLITS), [])
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
     def load(self, split: str, image_policy: ImagePolicy = "require") -> tuple[Dataset, CleaningReport]:
@@ -91,16 +92,11 @@ class Annotations:
             raise NoPairsError(f"{self.path} has no {split} pairs that can be used:\n{report}")
         return Dataset(split, samples, self._root), report
 
-    def unusable_images(self, split: str) -> tuple[list[str], list[str], CleaningReport]:
-        """Decode the images of a split.
-
-        Returns:
-            Names of missing images, "name (reason)" of broken ones, and a report of how others were found.
-        """
-        report = CleaningReport()
-        entries = self._select(split, CleaningReport())
-        _, missing, broken = locate_images(entries, self.finder, report, decode=True)
-        return missing, broken, report
+    def check_images(self, split: str, report: CleaningReport) -> None:
+        """Decode the images of a split, and report how they were found, and which ones are missing or broken."""
+        _, missing, broken = locate_images(self._select(split, CleaningReport()), self.finder, report, decode=True)
+        for phrase, names in zip(UNUSABLE, (missing, broken), strict=True):
+            report.add(phrase, names=names)
 
     @cached_property
     def finder(self) -> ImageFinder:
@@ -132,20 +128,18 @@ class Annotations:
                 report.add("pairs held out for validation, as the data has no val split", count - len(own))
             else:
                 report.add("pairs taken from the training split, as the data has no val split", len(own))
-        if not own and not self._files(source):
-            there = [name for name in SPLITS if self._files(name)]
-            has = f"it only has {', '.join(there)}" if there else self._needed_files()
-            raise DataError(f"{self.path} has no annotations for {split}: {has}")
         if not own:
-            others = ", ".join(name for name in self.splits() if name != split)
-            hint = "If a hash of the images' names splits few images, a split can be empty: add a column `split`"
-            raise DataError(f"{self.path} has no {split} pairs; it has {others}. {hint}")
+            raise self._no_pairs(split, [name for name in SPLITS if self._entries_of(name)])
         return own
 
-    def _needed_files(self) -> str:
+    def _no_pairs(self, splits: str, there: Sequence[str]) -> DataError:
+        if there:
+            hint = "small data split by a hash of the images' names can lack one: add a column `split`"
+            return DataError(f"{self.path} has no {splits} pairs; it has {', '.join(there)}; {hint}")
         packed = [file.name for pattern in ("*.tar.*", "*.tgz") for file in self.path.glob(pattern)]
         unpack = f"; unpack {shorten(packed)} first" if packed else ""
-        return f"it needs {_FORMS}{unpack}. `dcar data caption` writes captions with a vision model"
+        needed = f"it needs {_FORMS}{unpack}. `dcar data caption` writes captions with a vision model"
+        return DataError(f"{self.path} has no {splits} pairs; {needed}")
 
     def _files(self, split: str) -> list[Path]:
         """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""
@@ -160,7 +154,10 @@ class Annotations:
         for file in self._files(split):
             if file not in self._read_files:
                 file_report = CleaningReport()
-                entries = list(_with_splits(file, list(_read(file, file_report)), file_report))
+                read = _READERS.get(file.suffix.lower())
+                if read is None:
+                    raise DataError(f"{file}: annotations are read from {', '.join(_READERS)} files")
+                entries = list(_with_splits(file, list(read(file, file_report)), file_report))
                 self._read_files[file] = entries, file_report
             entries, file_report = self._read_files[file]
             found += (entry for entry in entries if entry.split == split)
@@ -196,19 +193,48 @@ def load_splits(
 ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
     """Return several splits, None for all, and their reports; see `load_split`."""
     annotations = Annotations(path, image_root)
-    read = {split: annotations.load(split, image_policy) for split in splits or annotations.splits()}
+    return _load_all(annotations, splits or annotations.splits(), image_policy)
+
+
+def _load_all(
+    annotations: Annotations, splits: Sequence[str], image_policy: ImagePolicy
+) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
+    """Load splits, and report images that an earlier one has too: results on them do not carry over to new images."""
+    read = {split: annotations.load(split, image_policy) for split in splits}
     datasets = {split: data for split, (data, _) in read.items()}
     reports = {split: report for split, (_, report) in read.items()}
-    note_overlaps(datasets, reports)
+    for earlier, later in combinations(datasets, 2):
+        known = set(datasets[earlier].images)
+        both = [image for image in datasets[later].images if image in known]
+        reports[later].add(f"images that {earlier} has too, so {later} measures nothing new", names=both)
     return datasets, reports
 
 
-def note_overlaps(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport]) -> None:
-    """Report images that an earlier split has too: results on them do not carry over to new images."""
-    for earlier, later in combinations(splits, 2):
-        known = {sample.image for sample in splits[earlier].samples}
-        both = dict.fromkeys(sample.image for sample in splits[later].samples if sample.image in known)
-        reports[later].add(f"images that {earlier} has too, so {later} measures nothing new", names=list(both))
+def check_dataset(
+    path: Path, *, image_root: Path | None = None, decode_images: bool = True, context: int = 0
+) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
+    """Return every split of a data set, with images that are missing or broken named in its report.
+
+    Args:
+        context: count captions of more CLIP tokens, SOS and EOT included; 0 counts none.
+
+    Raises:
+        DataError: there are no annotations, or they cannot be read.
+    """
+    annotations = Annotations(path, image_root)
+    datasets, reports = _load_all(annotations, annotations.splits(), "ignore")
+    for split, data in datasets.items():
+        report = reports[split]
+        report.add("splits with one category only: no category can be swapped for another", len(data.categories) == 1)
+        report.add("pairs without a category", sum(not sample.category for sample in data.samples))
+        if context:
+            from dcar_core.model.text.tokenizer import count_clip_tokens
+
+            lengths = count_clip_tokens([sample.caption for sample in data.samples])
+            report.add(f"captions longer than the context's {context} tokens, cut", sum(n > context for n in lengths))
+        if decode_images:
+            annotations.check_images(split, report)
+    return datasets, reports
 
 
 def _is_held_out(entry: Entry) -> bool:
@@ -235,17 +261,6 @@ def annotation_files(path: Path, split: str) -> list[Path]:
 
 def _table(path: Path, name: str) -> list[Path]:
     return [file for suffix in _TABLES if (file := path / f"{name}{suffix}").is_file()][:1]
-
-
-def _read(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    suffix = file.suffix.lower()
-    if suffix == ".json":
-        return read_fdrd(file, report)
-    if suffix in _TABLES:
-        return read_table(file, report)
-    if suffix == ".tar":
-        return read_tar(file, report)
-    raise DataError(f"{file}: annotations are read from .json, .jsonl, .csv, .parquet and .tar files")
 
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:

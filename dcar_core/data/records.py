@@ -15,7 +15,6 @@
 
 import csv
 import io
-import json
 import math
 import re
 from collections import Counter
@@ -71,31 +70,23 @@ def read_records(
     Raises:
         DataError: the file cannot be parsed, or exceeds a bound. The message names the line.
     """
-    for number, (line, record) in enumerate(_records(name, open_file, infer_types, used_columns, on_bad_line), 1):
+    suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
+    rows: Iterator[tuple[int, Record]]
+    if suffix == ".jsonl":
+        rows = _read_jsonl(name, open_file, on_bad_line)
+    elif suffix == ".csv" and infer_types:
+        rows = _read_typed_csv(name, open_file, on_bad_line)
+    elif suffix == ".csv":
+        rows = (
+            (line, {column: _OF_COLUMN.get(column, str)(cell) for column, cell in row.items()})
+            for line, row in _read_csv_rows(name, open_file, used_columns, on_bad_line)
+        )
+    else:
+        rows = _read_parquet(name, open_file, used_columns)
+    for number, row in enumerate(rows, 1):
         if number > MAX_ROWS:
             raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
-        yield line, record
-
-
-def _records(
-    name: str,
-    open_file: Callable[[], BinaryIO],
-    infer_types: bool,
-    used_columns: Sequence[str] | None,
-    on_bad_line: OnBadLine,
-) -> Iterator[tuple[int, Record]]:
-    suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
-    if suffix == ".jsonl":
-        return _read_jsonl(name, open_file, on_bad_line)
-    if suffix == ".csv" and infer_types:
-        return _read_typed_csv(name, open_file, on_bad_line)
-    if suffix == ".csv":
-        rows = _read_csv_rows(name, open_file, used_columns, on_bad_line)
-        return (
-            (line, {column: _OF_COLUMN[column](cell) if column in _OF_COLUMN else cell for column, cell in row.items()})
-            for line, row in rows
-        )
-    return _read_parquet(name, open_file, used_columns)
+        yield row
 
 
 def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
@@ -106,15 +97,14 @@ def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBad
                     continue
                 try:
                     record = parse_json(text)
-                    if isinstance(record, dict):
-                        yield line, record
-                        continue
-                    reason = f"must be an object, not a {type(record).__name__}"
-                except json.JSONDecodeError as error:
-                    reason = f"not JSON ({error.msg} at column {error.colno})"
-                except ValueError as error:  # a number of thousands of digits, or nested too deeply
-                    reason = f"not JSON that can be read ({error})"
-                on_bad_line(DataError(f"{name}, line {line}: {reason}"))
+                except ValueError as error:
+                    on_bad_line(DataError(f"{name}, line {line}: not JSON ({getattr(error, 'msg', error)})"))
+                    continue
+                if isinstance(record, dict):
+                    yield line, record
+                else:
+                    kind = type(record).__name__
+                    on_bad_line(DataError(f"{name}, line {line}: must be an object, not a {kind}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
 
@@ -158,7 +148,8 @@ def _read_csv_rows(
             header = next(lines, "")
             if named := _SIGN_LINE.fullmatch(header):
                 header, before = next(lines, ""), 1
-            delimiter = named[1] if named else _delimiter(header)
+            delimiter = next((sign for sign in ",;\t" if sign in header), ",")
+            delimiter = named[1] if named else delimiter
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
             reader = csv.DictReader(
                 chain([header], lines), restval="", strict=True, delimiter=delimiter, skipinitialspace=True
@@ -185,11 +176,6 @@ def _read_csv_rows(
         except UnicodeDecodeError as error:
             hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
             raise DataError(f"{name} is not UTF-8 ({error.reason}); {hint}") from error
-
-
-def _delimiter(header: str) -> str:
-    """Return the delimiter of a CSV: the comma, or another one if the header has no comma."""
-    return "," if "," in header else next((sign for sign in ";\t" if sign in header), ",")
 
 
 def _column_names(header: Sequence[str]) -> list[str]:
@@ -251,25 +237,24 @@ _OF_CELL: dict[str, Callable[[str], Any]] = {
 def _read_parquet(
     name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None
 ) -> Iterator[tuple[int, Record]]:
-    """Yield the rows. A batch is read with repeated texts in dictionaries first, which tells its size without them."""
+    """Yield the rows. A batch has repeated texts in dictionaries, which tells its size without them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = unpacked = 0
-    with open_file() as source, open_file() as again:
+    with open_file() as source:
         try:
             metadata, names = pq.read_metadata(source), pq.read_schema(source).names
             limit = _unpacked_limit(name, metadata)
             leaves = map(metadata.schema.column, range(metadata.num_columns))
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             columns = [column for column in names if used_columns is None or column in used_columns]
-            with pq.ParquetFile(source, read_dictionary=texts) as packed, pq.ParquetFile(again) as file:
-                batches = file.iter_batches(columns=columns)
-                for compact in packed.iter_batches(columns=columns):
-                    unpacked += sum(map(_unpacked_size, compact.columns))
+            with pq.ParquetFile(source, read_dictionary=texts) as file:
+                for batch in file.iter_batches(columns=columns):
+                    unpacked += sum(map(_unpacked_size, batch.columns))
                     if unpacked > limit:
                         raise _too_large(name, unpacked, limit)
-                    for record in _batch_records(name, next(batches), row):
+                    for record in _batch_records(name, batch, row):
                         row += 1
                         yield row, record
         except pa.ArrowException as error:
@@ -313,13 +298,12 @@ def _unpacked_size(values: "pa.Array") -> int:
 def _batch_records(name: str, batch: "pa.RecordBatch", rows_before: int) -> list[Record]:
     try:
         records: list[Record] = batch.to_pylist()
+        return records
     except Exception:  # Python has no year 10000 and no nanoseconds; the loop finds the value
-        for row in range(len(batch)):
-            for column, values in zip(batch.schema.names, batch.columns, strict=True):
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            for row, value in enumerate(values, rows_before + 1):
                 try:
-                    values[row].as_py()
+                    value.as_py()
                 except Exception as error:
-                    place = f"{name}, row {rows_before + row + 1}"
-                    raise DataError(f"{place}: {column} cannot be read: {error}") from error
+                    raise DataError(f"{name}, row {row}: {column} cannot be read: {error}") from error
         raise
-    return records

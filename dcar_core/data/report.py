@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+REPORT_FILE = "cleaning.json"
 _SHOWN = 5
 
 
@@ -31,19 +31,12 @@ class CleaningReport:
         for phrase, names in other.names.items():
             self.names.setdefault(phrase, []).extend(names)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return {"counts": {phrase: number}, "names": {phrase: [every name]}} for a JSON file."""
-        return {"counts": dict(self.counts.most_common()), "names": self.names}
-
     def __str__(self) -> str:
-        if not self.counts:
-            return "nothing to repair"
-        lines = (f"{number:7,} {phrase}{self._examples(phrase)}" for phrase, number in self.counts.most_common())
-        return "\n".join(lines)
-
-    def _examples(self, phrase: str) -> str:
-        names = self.names.get(phrase, [])
-        return f": {shorten(names)}" if names else ""
+        lines = []
+        for phrase, number in self.counts.most_common():
+            names = self.names.get(phrase)
+            lines.append(f"{number:7,} {phrase}" + (f": {shorten(names)}" if names else ""))
+        return "\n".join(lines) or "nothing to repair"
 
 
 def shorten(names: Sequence[str]) -> str:
@@ -52,15 +45,14 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
-REPORT_FILE = "cleaning.json"
-
-
-def describe_reports(sizes: Mapping[str, Sized], reports: Mapping[str, CleaningReport]) -> str:
-    return "\n".join(f"{split}: {len(sizes[split]):,} pairs\n{report}" for split, report in reports.items())
+def describe_reports(splits: Mapping[str, object], reports: Mapping[str, CleaningReport]) -> str:
+    return "\n".join(f"{name}: {splits[name]}\n{report}" for name, report in reports.items())
 
 
 def save_reports(reports: Mapping[str, CleaningReport], directory: Path) -> None:
-    """Write every split's report, with all names, to cleaning.json."""
+    """Write {split: {"counts": {phrase: number}, "names": {phrase: [every name]}}} to cleaning.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    content = {split: report.to_dict() for split, report in reports.items()}
+    content = {
+        split: {"counts": dict(report.counts.most_common()), "names": report.names} for split, report in reports.items()
+    }
     (directory / REPORT_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,10 +1,14 @@
-"""One image-caption pair, and the pairs of a split."""
+"""One image-caption pair, the pairs of a split, and their writing as JSONL tables that the readers accept."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, ImageError
+from dcar_core.util.files import atomic_writer
 
 SPLITS = ("train", "val", "test")
 
@@ -39,6 +43,15 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def __str__(self) -> str:
+        count = len(self.categories)
+        categories = f"{count or 'no'} {'category' if count == 1 else 'categories'}"
+        return f"{len(self):,} pairs, {len(self.images):,} images, {categories}"
+
+    @property
+    def categories(self) -> set[str]:
+        return {sample.category for sample in self.samples} - {""}
+
     @cached_property
     def images(self) -> list[str]:
         """Every image once, in the order of the pairs."""
@@ -50,3 +63,26 @@ class Dataset:
             return self.root.read(image)
         except ImageError as error:
             raise DataError(f"{self.split}: {error}; point --images to the folder or tar that holds it") from error
+
+
+def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
+    """Write a JSONL file for each split, or none if that fails; image names stay relative to the image root.
+
+    Raises:
+        DataError: the directory already holds annotations.
+    """
+    for pattern in ("*.json", "*.jsonl", "*.csv", "*.parquet", "*.tar"):
+        existing = sorted(directory.glob(pattern))
+        if existing:
+            raise DataError(f"{directory} already holds {existing[0].name}; give --out an empty or a new directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, data in splits.items():
+            rows = ({name: value for name, value in vars(sample).items() if value} for sample in data.samples)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            with atomic_writer(directory / f"{name}.jsonl") as file:
+                file.write(text.encode())
+    except BaseException:
+        for name in splits:  # the same command would refuse them
+            (directory / f"{name}.jsonl").unlink(missing_ok=True)
+        raise

@@ -9,11 +9,11 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dcar_core.data.entries import Entry, RowLimit, attribute_texts, caption_texts, label_text, required_text, text_list
+from dcar_core.data.entries import Entry, RowLimit, label_text, make_entry, required_text
 from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, read_records
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import ImageRoot, has_image_suffix
@@ -42,7 +42,11 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
         if suffix != ".jsonl":
             for columns in (IMAGE_COLUMNS, *(() if may_lack_caption else (_CAPTION_COLUMNS,))):
                 if set(columns).isdisjoint(row):
-                    has = f"it has {', '.join(_columns(file, row)) or 'none'}"
+                    if suffix == ".parquet":  # a row has the columns that are used
+                        import pyarrow.parquet as pq
+
+                        row = dict.fromkeys(pq.read_schema(file).names)
+                    has = f"it has {', '.join(row) or 'none'}"
                     raise DataError(f"{file} has no column {' or '.join(columns)}, which every row needs; {has}")
         if may_lack_caption and row.get("caption") is None and row.get("captions") is None:
             row["caption"] = ""
@@ -54,33 +58,10 @@ def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
     limit.finish()
 
 
-def _columns(file: Path, row: Mapping[str, Any]) -> Iterable[str]:
-    """Return all columns of a table; a row of a Parquet file has those that are used."""
-    if file.suffix.lower() != ".parquet":
-        return row
-    import pyarrow.parquet as pq
-
-    names: list[str] = pq.read_schema(file).names
-    return names
-
-
 def _make_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
-    name = required_text({"image": image}, "image", where).replace("\\", "/").removeprefix("./")
-    return Entry(
-        image=name,
-        path=name if name.startswith("/") or name[1:3] == ":/" else "",
-        captions=caption_texts(row, _CAPTION_COLUMNS, where),
-        split=label_text(row, ("split",), where).strip(),
-        category=label_text(row, ("category", "class_name"), where),
-        negatives=_first_list(row, "negatives", "negative", where),
-        negative_categories=_first_list(row, "negative_categories", "negative_class", where),
-        meta_category=label_text(row, ("meta_category",), where),
-        attributes=attribute_texts(row.get("attributes")),
-    )
-
-
-def _first_list(row: Mapping[str, Any], name: str, other: str, where: str) -> tuple[str, ...]:
-    return text_list(row.get(name), where, name) or text_list(row.get(other), where, other)
+    name = required_text({"image": image}, where, "image").replace("\\", "/").removeprefix("./")
+    path = name if name.startswith("/") or name[1:3] == ":/" else ""
+    return make_entry(row, where, name, path, _CAPTION_COLUMNS, split=label_text(row, where, "split").strip())
 
 
 def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
@@ -117,7 +98,7 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
 def _sample_row(tar: ImageRoot, members: Mapping[str, str], where: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for extension in (each for each in SIDECARS if each in members):
-        if extension != "cls" or not label_text(row, ("category", "class_name"), where):
+        if extension != "cls" or not label_text(row, where, "category", "class_name"):
             row |= parse_sidecar(where, extension, tar.read(members[extension]))
     return row
 

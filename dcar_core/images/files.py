@@ -42,30 +42,21 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                     members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
                 elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):
                     members[last.removeprefix("./")] = target
-            _require_end(path, tar, last)
+            if _has_more_data(tar):
+                raise DataError(
+                    f"{path} has data after {last}, the last member that can be read (it ends at byte {tar.offset:,}): "
+                    f"it is damaged, or two tars were concatenated; create it again"
+                )
             return members
     except tarfile.TarError as error:
         raise DataError(f"{path} is not an uncompressed tar ({error}); decompress it first") from error
 
 
-def _require_end(path: Path | str, tar: tarfile.TarFile, last: str) -> None:
-    """Refuse a tar with anything but zeros behind its members: tarfile takes a damaged header for the end."""
+def _has_more_data(tar: tarfile.TarFile) -> bool:
+    """Return whether there is anything but zeros behind the members: tarfile takes a damaged header for the end."""
     assert tar.fileobj is not None
-    position = end = tar.offset
-    tar.fileobj.seek(end)
-    while block := tar.fileobj.read(_BLOCK_BYTES):
-        if rest := block.lstrip(b"\0"):
-            position += len(block) - len(rest)
-            if position < end + tarfile.BLOCKSIZE:
-                raise DataError(
-                    f"{path} is damaged or truncated at byte {end:,}, after {last}, and cannot be read beyond it; copy "
-                    f"or create it again"
-                )
-            raise DataError(
-                f"{path} ends at byte {end:,}, after {last}, but has more data at byte {position:,}, as two "
-                f"concatenated tars do; unpack it with `tar -xi` and create it again, or use the two separately"
-            )
-        position += len(block)
+    tar.fileobj.seek(tar.offset)
+    return any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(_BLOCK_BYTES), b""))  # type: ignore[union-attr]
 
 
 class ImageRoot:

@@ -17,8 +17,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
-import weakref
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -33,9 +31,7 @@ from dcar_core.util.errors import ImageError, ImageFault
 WALL = 5  # a worker may wait for a core this many times as long as it may compute
 START_S = 10.0  # and this long while it starts
 _LENGTHS = struct.Struct("<QQ")
-_CHECK_S = 0.5  # between two looks at the clock
 _EXIT_S = 5.0
-_PIPE_BYTES = 2**20
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),  # keeps the memory of small images, which halves the time of a JPEG
@@ -85,9 +81,7 @@ class DecodeWorker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._in_use = threading.Lock()
-        self._deadline = float("inf")
         self._is_late = self._is_closed = False
-        _watch(self)
 
     @property
     def is_started(self) -> bool:
@@ -108,7 +102,6 @@ class DecodeWorker:
                 bufsize=0,
                 env=os.environ | _ENVIRONMENT,
             )
-            _widen(self._process.stdin, self._process.stdout)
 
     def close(self) -> None:
         """End the process, whatever it does. A thread that waits for it gets an ImageError."""
@@ -133,7 +126,9 @@ class DecodeWorker:
                 if self._process is None:
                     break
                 self._is_late = False
-                self._deadline = time.monotonic() + START_S + WALL * limits.of(limits.max_pixels)
+                clock = threading.Timer(START_S + WALL * limits.of(limits.max_pixels), self._end_late, [self._process])
+                clock.daemon = True
+                clock.start()
                 try:
                     _write(self._process.stdin, head)
                     _write(self._process.stdin, data)
@@ -146,15 +141,12 @@ class DecodeWorker:
                     if is_last and status != -getattr(signal, "SIGKILL", 0):
                         raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE) from None
                 finally:
-                    self._deadline = float("inf")
+                    clock.cancel()
         raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
 
-    def end_if_late(self) -> None:
-        """End the process if it has worked on one image for too long."""
-        process = self._process
-        if process is not None and time.monotonic() > self._deadline:
-            self._is_late = True
-            process.kill()
+    def _end_late(self, process: subprocess.Popen[bytes]) -> None:
+        self._is_late = True
+        process.kill()
 
     def _stop(self) -> int:
         """Wait for the end of a process that was killed, or whose output has ended, and return its status."""
@@ -172,31 +164,6 @@ class DecodeWorker:
 
 
 _MAIN = "from dcar_core.images.workers import work; work()"
-_workers: "weakref.WeakSet[DecodeWorker]" = weakref.WeakSet()
-_watching = threading.Lock()
-
-
-def _watch(worker: DecodeWorker) -> None:
-    _workers.add(worker)
-    if _watching.acquire(blocking=False):
-        threading.Thread(target=_end_late_workers, name="decode-watch", daemon=True).start()
-
-
-def _end_late_workers() -> None:
-    while True:
-        time.sleep(_CHECK_S)
-        with contextlib.suppress(RuntimeError):  # another thread has added one
-            for worker in _workers:
-                worker.end_if_late()
-
-
-def _widen(*pipes: IO[bytes] | None) -> None:
-    """Let pipes hold more, so that the processes take turns less often."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # on Linux alone, and within a user's limit
-        import fcntl
-
-        for pipe in pipes:
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # type: ignore[arg-type]
 
 
 def _write(pipe: IO[bytes] | None, data: bytes | memoryview) -> None:

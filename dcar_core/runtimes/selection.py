@@ -79,10 +79,11 @@ def reference_vectors(model: "DCAR", probe: Probe) -> tuple[Floats, Floats]:
 
     backbone = model.backbone
     with torch.inference_mode():
-        tokens = backbone.tokenize(probe.texts, model.prompt_tokens).split(_BATCH)
-        pixels = backbone.normalized(probe.pixels).split(_BATCH)
-        texts, images = map(model.encode_query, tokens), map(model.encode_image, pixels)
-        return torch.cat(list(texts)).cpu().numpy(), torch.cat(list(images)).cpu().numpy()
+        tokens = backbone.tokenize(probe.texts, model.prompt_tokens)
+        texts = [model.encode_query(tokens[i : i + _BATCH]) for i in range(0, len(tokens), _BATCH)]
+        parts = (probe.pixels[i : i + _BATCH] for i in range(0, len(probe.pixels), _BATCH))
+        images = [model.encode_image(backbone.normalized(part)) for part in parts]
+        return torch.cat(texts).cpu().numpy(), torch.cat(images).cpu().numpy()
 
 
 def prove(state: EncoderState, runtime: Runtime, probe: Probe, expected: tuple[Floats, Floats]) -> Proof:
@@ -90,8 +91,8 @@ def prove(state: EncoderState, runtime: Runtime, probe: Probe, expected: tuple[F
     texts = state.encode_text(runtime, probe.texts, _BATCH)
     parts = (probe.pixels[i : i + 8] for i in range(0, len(probe.pixels), 8))
     images = np.concatenate([state.encode_pixels(runtime, part) for part in parts])
-    cosines = (_lowest_cosine(*both) for both in zip((texts, images), expected, strict=True))
-    return Proof(*cosines, 0.995 if RUNTIME_KINDS[runtime.name].precision == "int8" else 0.999)
+    threshold = 0.995 if RUNTIME_KINDS[runtime.name].precision == "int8" else 0.999
+    return Proof(_lowest_cosine(texts, expected[0]), _lowest_cosine(images, expected[1]), threshold)
 
 
 def _lowest_cosine(vectors: Floats, expected: Floats) -> float:

@@ -189,9 +189,11 @@ def _pixels(encoder: Encoder, data: Dataset, names: Sequence[str]) -> Pixels:
 
 
 def _measure_decoding(encoder: Encoder, files: list[bytes]) -> DecodingSpeed:
-    both = encoder.model.backbone.preprocess, encoder.preprocess  # exact, fast
-    exact_s, fast_s = (_median_seconds(lambda p=each: list(map(p, files))) / len(files) for each in both)
-    cosine = np.multiply(*(_encode_pixels(encoder, np.stack(list(map(each, files)))) for each in both)).sum(1).min()
+    exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
+    exact_s = _median_seconds(lambda: [exact(file) for file in files]) / len(files)
+    fast_s = _median_seconds(lambda: [fast(file) for file in files]) / len(files)
+    pixels = (np.stack([preprocess(file) for file in files]) for preprocess in (exact, fast))
+    cosine = np.multiply(*(_encode_pixels(encoder, each) for each in pixels)).sum(1).min()
     width, height = np.median([open_image(file).size for file in files], axis=0).astype(int).tolist()
     return DecodingSpeed(round(1000 * exact_s, 3), round(1000 * fast_s, 3), round(float(cosine), 6), width, height)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.data import check_dataset
+from dcar_core.data import UNUSABLE, check_dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.util.errors import DataError
@@ -15,9 +15,9 @@ from tests.support.commands import dcar
 
 
 def test_sound_data_set_has_no_faults(tiny_data: Path) -> None:
-    splits = check_dataset(tiny_data)
-    assert [(s.data.split, len(s.data)) for s in splits] == [("train", 12), ("val", 6), ("test", 6)]
-    assert not any(s.missing or s.broken for s in splits)
+    splits, reports = check_dataset(tiny_data)
+    assert {name: len(data) for name, data in splits.items()} == {"train": 12, "val": 6, "test": 6}
+    assert not any(report.counts[phrase] for report in reports.values() for phrase in UNUSABLE)
 
 
 def test_command_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:
@@ -51,12 +51,12 @@ def test_command_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:
 def test_caption_of_exactly_the_context_is_not_cut(tmp_path: Path) -> None:
     rows = [{"image": f"{words}.jpg", "caption": "a " * words, "split": "train"} for words in (5, 6)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for split in check_dataset(tmp_path, decode_images=False, context=7):
-        assert split.report.counts["captions longer than the context's 7 tokens, cut"] == 1
+    for report in check_dataset(tmp_path, decode_images=False, context=7)[1].values():
+        assert report.counts["captions longer than the context's 7 tokens, cut"] == 1
 
 
 def test_directory_without_pairs_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no pairs for train, val, test: it needs"):
+    with pytest.raises(DataError, match="has no train, val, test pairs; it needs"):
         check_dataset(tmp_path)
 
 

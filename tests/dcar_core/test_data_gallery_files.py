@@ -81,7 +81,7 @@ def test_annotations_take_precedence_over_a_gallerys_metadata(tmp_path: Path) ->
     assert {sample.image for sample in (*training.samples, *validation.samples)} == {
         row["file_name"] for row in ROWS[:30]
     }
-    with pytest.raises(DataError, match="no annotations for test: it only has train"):
+    with pytest.raises(DataError, match="has no test pairs; it has train"):
         load_split(tmp_path, "test")
 
 

@@ -211,16 +211,10 @@ TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (TAR[:3082] + b"?" + TAR[3083:], r"t\.tar is damaged or truncated at byte 3,072, after pic1\.p"),
-        (TAR[: 3072 + 300], r"t\.tar is damaged or truncated at byte 3,072, after pic1\.p"),
-        (
-            TAR[:3072] + bytes(512) + TAR[3584:],
-            r"t\.tar ends at byte 3,072, after pic1\.p, but has more data at byte 3,584",
-        ),
-        (
-            TAR + tar_bytes("more.p"),
-            r"t\.tar ends at byte 7,680, after pic4\.p, but has more data at byte 10,240",
-        ),
+        (TAR[:3082] + b"?" + TAR[3083:], r"t\.tar has data after pic1\.p, .* byte 3,072"),
+        (TAR[: 3072 + 300], r"t\.tar has data after pic1\.p, .* byte 3,072"),
+        (TAR[:3072] + bytes(512) + TAR[3584:], r"t\.tar has data after pic1\.p, .* byte 3,072"),
+        (TAR + tar_bytes("more.p"), r"t\.tar has data after pic4\.p, .* byte 7,680.* two tars were concatenated"),
         (TAR[:4000], "unexpected end of data"),
     ],
 )
