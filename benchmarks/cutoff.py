@@ -80,9 +80,9 @@ def main() -> None:
     rows = np.array([row for _, row in queries if row is not None])
     texts = encoder.encode_text([text for text, row in queries if row is not None])  # [N, E]
     calibrated = compute_cutoff(np.einsum("ne,ne->n", texts, artifact.vectors(rows)))
-    min_score, count = calibrated.min_score, artifact.manifest.count
-    print(f"{args.index}: cut-off {min_score:.3f} from {calibrated.pairs} validation pairs")
-    print(f"  true queries kept, by halves      {100 * (calibrated.kept or 0):.1f} %")
+    min_score, count = calibrated["min_score"], artifact.manifest.count
+    print(f"{args.index}: cut-off {min_score:.3f} from {calibrated['pairs']} validation pairs")
+    print(f"  true queries kept, by halves      {100 * (calibrated['kept'] or 0):.1f} %")
     for name, nonsense in (("unrelated things", UNRELATED_TEXTS), ("random letters", random_texts(RANDOM_TEXTS))):
         best, _ = artifact.search(encoder.encode_text(list(nonsense)), 1)
         rejected = 100 * float((best[:, 0] < min_score).mean())
@@ -100,7 +100,7 @@ def main() -> None:
     for name, told in queries_told.items():
         best, _ = artifact.search(encoder.encode_text(list(told)), 1)
         unfamiliar = np.array([lexical.known_share(text) < FAMILIAR for text in told])
-        share = (best[:, 0] < min_score) | (unfamiliar & (best[:, 0] < calibrated.strong_score))
+        share = (best[:, 0] < min_score) | (unfamiliar & (best[:, 0] < calibrated["strong_score"]))
         print(f"  {len(told)} queries told: {name:20}{100 * share.mean():.1f} %")
     scores, _ = artifact.search(texts, count)
     remaining = (scores >= min_score).sum(1)

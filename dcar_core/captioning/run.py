@@ -18,14 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from dcar_core.captioning.endpoint import Completion, Endpoint
-from dcar_core.captioning.filters import JUDGED, REFUSED, DraftFilter, Rejection
-from dcar_core.captioning.images import folder_category, list_images
+from dcar_core.captioning.filters import REFUSED, Rejection, rejection
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, TokenUsage, VisionModel
 from dcar_core.captioning.questions import Judgement, draft_messages, judge_messages, question, read_verdict, tidy_draft
-from dcar_core.images import open_image
+from dcar_core.data import SPLITS
+from dcar_core.data.clean import fold_text
+from dcar_core.images import has_image_suffix, open_image
 from dcar_core.images.decoding import jpeg_data_uri
-from dcar_core.util.errors import CaptionError, DataError, DcarError, EndpointError, ImageError
+from dcar_core.negatives.words import fold_name
+from dcar_core.util.errors import CaptionError, DataError, EndpointError, ImageError
 from dcar_core.util.files import atomic_writer, write_json
 from dcar_core.util.processes import hold_lock
 
@@ -56,7 +58,7 @@ def caption_images(
         raise DataError(f"{out}: the annotations are JSON; give --out a name that ends in .json")
     if out.exists() and not journal_file.exists():
         raise DataError(f"{out} exists and was not written by this command; give another --out")
-    names, loose = list_images(images)
+    names, loose = _list_images(images)
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), f"another run is writing to {out}"):
         if restart:
@@ -66,11 +68,8 @@ def caption_images(
         run = _Run(images, models, options, journal, CaptioningResult(out, loose=loose))
         try:
             asyncio.run(run.process(names, progress))
-        except BaseExceptionGroup as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise (error if isinstance(error, DcarError) else group) from None
+        except ExceptionGroup as group:  # of the tasks, the first of which failed and ended the others
+            raise group.exceptions[0] from None
         finally:
             journal.close()
             run.write(names)
@@ -81,8 +80,23 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.stem}.{what}.jsonl")
 
 
-def _data_uri(content: bytes, side: int) -> str:
-    return jpeg_data_uri(open_image(content, at_least=side), side)
+def _list_images(images: Path) -> tuple[list[str], list[str]]:
+    """List the images in category folders, and the images outside of them; a folder `_` is not a category."""
+    if not images.is_dir():
+        raise DataError(f"{images} is not a directory; --images takes one with a folder for each category")
+    files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
+    shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
+    inside = [name for name in shown if "/" in name and fold_name(folder_category(name)[0])]
+    if not inside:
+        raise DataError(f"{images} has no images in folders; use one folder per category")
+    return inside, sorted(set(shown) - set(inside))
+
+
+def folder_category(name: str) -> tuple[str, str]:
+    """Return the folder of an image (its category) and the folder above (its meta-category, or "")."""
+    folders = name.split("/")[:-1]
+    meta = folders[-2] if len(folders) > 1 and folders[-2] not in SPLITS else ""
+    return folders[-1], meta
 
 
 def _verdict(answer: Completion) -> Judgement | None:
@@ -101,7 +115,7 @@ class _Run:
         self.images, self.models, self.options, self.journal = images, models, options, journal
         self.outcome = outcome
         self.endpoints: dict[str, Endpoint] = {}
-        self.filters = DraftFilter(options.context)
+        self._owners: dict[str, str] = {}  # folded caption -> its image
         self._captions = {name: caption for (name, _), caption in journal.finished.items()}
         self._of_bytes = {
             (sha, folder_category(image)[0]): caption for (image, sha), caption in journal.finished.items() if caption
@@ -144,7 +158,7 @@ class _Run:
             del self._captions[name]
             return False
         if caption:
-            self.filters.accept(caption, name)
+            self._owners[fold_text(caption)] = name
         self._count(image)
         return True
 
@@ -153,8 +167,8 @@ class _Run:
             name.encode()  # the journal and the annotations are UTF-8
             image, content = await self._read(name)
             caption = self._of_bytes.get((image.sha, image.category))  # of the image's former name
-            is_moved = bool(caption) and self.filters.owner(caption or "") is None
-            uri = "" if is_moved else await asyncio.to_thread(_data_uri, content, self.options.side)
+            is_moved = caption is not None and fold_text(caption) not in self._owners
+            uri = "" if is_moved else await asyncio.to_thread(self._data_uri, content)
         except (ImageError, OSError, UnicodeEncodeError) as error:
             is_name = isinstance(error, UnicodeEncodeError)
             self.outcome.broken[name] = "its name is not UTF-8; rename the file" if is_name else str(error)
@@ -181,8 +195,11 @@ class _Run:
         content = await asyncio.to_thread((self.images / name).read_bytes)
         return CaptionedImage(name, folder_category(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
 
+    def _data_uri(self, content: bytes) -> str:
+        return jpeg_data_uri(open_image(content, at_least=self.options.side), self.options.side)
+
     def _accept(self, image: CaptionedImage, caption: str) -> None:
-        self.filters.accept(caption, image.name)
+        self._owners[fold_text(caption)] = image.name
         self.journal.finish(image, caption)
 
     def _count(self, image: CaptionedImage) -> None:
@@ -203,9 +220,10 @@ class _Run:
         for turn in range(options.rounds):
             answer = await self._ask("draft", image, turn, draft_messages(text, uri, before))
             draft = tidy_draft(answer.text)
-            why = self.filters.rejected(draft, image=image.name, category=category, finish=answer.finish)
-            if why is None and "judge" in self.models:
-                why = await self._judged(image, turn, draft, uri, category)
+            why = rejection(draft, category=category, finish=answer.finish, context=options.context)
+            why = why or self._duplicate(draft, image)
+            if why is None and "judge" in self.models:  # meanwhile another image may have got the caption
+                why = await self._judged(image, turn, draft, uri, category) or self._duplicate(draft, image)
             if why is None:
                 self._accept(image, draft)
                 return
@@ -218,9 +236,15 @@ class _Run:
         answer = await self._ask("judge", image, turn, messages, usable=lambda answer: _verdict(answer) is not None)
         verdict = _verdict(answer)
         assert verdict is not None  # guaranteed by `usable`
-        if not verdict.accept:
-            return Rejection(JUDGED, verdict.feedback or "it does not match the image.")
-        return self.filters.duplicate(draft, image.name)  # another image may have got it in the meantime
+        if verdict.accept:
+            return None
+        return Rejection("rejected by the judge", verdict.feedback or "it does not match the image.")
+
+    def _duplicate(self, draft: str, image: CaptionedImage) -> Rejection | None:
+        if self._owners.get(fold_text(draft), image.name) == image.name:
+            return None
+        reason = "another image has the same caption"
+        return Rejection(reason, f"{reason}; describe what is specific to this one.")
 
     async def _ask(
         self,

@@ -1,7 +1,7 @@
 """Decoding of image files and Pillow images to RGB, and thumbnails.
 
 - Pillow's own limit stays on for the process. Ours apply to one call: the decoder of the announced format is called
-  directly, and the size is checked between the header and the pixels.
+  directly, as `Image.open` applies it, and the size is checked between the header and the pixels.
 - Orientation is applied, and transparency is blended with white, as people see images on a page.
 - A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, which skips most of the work.
 - Files of strangers are decoded in processes with limits: see `workers`.
@@ -9,7 +9,8 @@
 
 import base64
 import io
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -31,25 +32,16 @@ from dcar_core.util.errors import DcarError, ImageError, ImageFault
 MAX_PIXELS = 64_000_000
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # of a colour profile, too: by default Pillow refuses those of 1 MB
 
-_DECODERS: dict[ImageFormat, Callable[[io.BytesIO], ImageFile]] = {
-    ImageFormat.JPEG: JpegImageFile,
-    ImageFormat.PNG: PngImageFile,
-    ImageFormat.GIF: GifImageFile,
-    ImageFormat.WEBP: WebPImageFile,
-    ImageFormat.AVIF: AvifImageFile,
-    ImageFormat.TIFF: TiffImageFile,
-    ImageFormat.BMP: BmpImageFile,
-}
-# Memory while a file is decoded, at most: the image, the copies of its decoder, and the planes of its codec.
-_BYTES_PER_PIXEL = {
-    ImageFormat.JPEG: 4,
-    ImageFormat.PNG: 5,
-    ImageFormat.GIF: 6,
-    ImageFormat.WEBP: 17,
-    ImageFormat.AVIF: 22,
-    ImageFormat.HEIF: 22,
-    ImageFormat.TIFF: 13,
-    ImageFormat.BMP: 5,
+# Pillow's decoder, and bytes per pixel while it decodes, at most: the image, its copies, and the planes of the codec.
+_DECODERS: dict[ImageFormat, tuple[Callable[[io.BytesIO], ImageFile], int]] = {
+    ImageFormat.JPEG: (JpegImageFile, 4),
+    ImageFormat.PNG: (PngImageFile, 5),
+    ImageFormat.GIF: (GifImageFile, 6),
+    ImageFormat.WEBP: (WebPImageFile, 17),
+    ImageFormat.AVIF: (AvifImageFile, 22),
+    ImageFormat.HEIF: (lambda file: _open_heif(file), 22),
+    ImageFormat.TIFF: (TiffImageFile, 13),
+    ImageFormat.BMP: (BmpImageFile, 5),
 }
 _COEFFICIENT_BYTES = 6  # per pixel of a progressive JPEG
 _TURNS = {
@@ -93,8 +85,8 @@ class OpenedImage:
     @cached_property
     def image(self) -> ImageFile:
         """Pillow's image. Raise ImageError if its decoder does not open the file."""
-        with _Broken():
-            return _open(self.format, self.data)
+        with _broken():
+            return _DECODERS[self.format][0](io.BytesIO(self.data))
 
     @property
     def orientation(self) -> int:
@@ -118,11 +110,7 @@ class OpenedImage:
     def memory(self) -> int:
         """Bytes that decoding takes, about."""
         is_progressive = self.format == ImageFormat.JPEG and "progressive" in self.image.info
-        return self.width * self.height * (_BYTES_PER_PIXEL[self.format] + is_progressive * _COEFFICIENT_BYTES)
-
-    def require_size(self, max_pixels: int) -> None:
-        """Raise ImageError for an image of more pixels."""
-        _require_size(self.width, self.height, max_pixels)
+        return self.width * self.height * (_DECODERS[self.format][1] + is_progressive * _COEFFICIENT_BYTES)
 
 
 ImageSource = Image.Image | OpenedImage | Path | str | bytes
@@ -139,12 +127,12 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
         ImageError: not an image, truncated, empty, or of more than max_pixels pixels.
     """
     if isinstance(source, Image.Image):
-        _require_size(source.width, source.height, max_pixels)
+        require_size(source, max_pixels)
         return to_rgb(ImageOps.exif_transpose(source), at_least)
     opened = source if isinstance(source, OpenedImage) else OpenedImage(_bytes_of(source))
-    opened.require_size(max_pixels)
+    require_size(opened, max_pixels)
     image = opened.image
-    with _Broken():
+    with _broken():
         if not isinstance(image, JpegImageFile):
             image.load()  # EXIF may stand behind the pixels
         elif at_least is not None:
@@ -180,14 +168,15 @@ def jpeg_data_uri(image: Image.Image, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-class _Broken:
-    """Turns the errors of decoders, which raise all kinds of them on damaged bytes, into ImageError."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, DcarError | MemoryError):
-            raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
+@contextmanager
+def _broken() -> Iterator[None]:
+    """Turn the errors of decoders, which raise all kinds of them on damaged bytes, into ImageError."""
+    try:
+        yield
+    except (DcarError, MemoryError):
+        raise
+    except Exception as error:
+        raise ImageError(f"broken or truncated: {error or type(error).__name__}") from error
 
 
 def _bytes_of(source: Path | str | bytes) -> bytes:
@@ -224,20 +213,18 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
 
 
-def _require_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        reason = f"{width} x {height} pixels; at most {max_pixels:,} are accepted"
+def require_size(image: Image.Image | OpenedImage, max_pixels: int) -> None:
+    """Raise ImageError for an image of more pixels."""
+    if image.width * image.height > max_pixels:
+        reason = f"{image.width} x {image.height} pixels; at most {max_pixels:,} are accepted"
         raise ImageError(reason, ImageFault.TOO_LARGE)
 
 
-def _open(image_format: ImageFormat, data: bytes) -> ImageFile:
-    """Call the decoder of the format itself: `Image.open` would apply the limit of the process."""
-    if image_format in _DECODERS:
-        return _DECODERS[image_format](io.BytesIO(data))
+def _open_heif(file: io.BytesIO) -> ImageFile:
     try:
         from pillow_heif import HeifImageFile
     except ImportError as error:
         reason = "HEIC images need an optional dependency: pip install 'dcar[heic]'"
         raise ImageError(reason, ImageFault.MISSING_DECODER) from error
-    image: ImageFile = HeifImageFile(io.BytesIO(data))
+    image: ImageFile = HeifImageFile(file)
     return image

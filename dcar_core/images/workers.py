@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.images.decoding import MAX_PIXELS, OpenedImage
+from dcar_core.images.decoding import MAX_PIXELS, OpenedImage, require_size
 from dcar_core.images.formats import ALL_FORMATS, ImageFormat
 from dcar_core.util.errors import ImageError, ImageFault
 
@@ -236,7 +236,7 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
     _limit_seconds(limits.seconds)
     try:
         opened = OpenedImage(data, limits.formats)
-        opened.require_size(limits.max_pixels)
+        require_size(opened, limits.max_pixels)
         if limits.expected is not None and opened.memory > limits.expected:
             return {}, nothing
         _limit_seconds(limits.of(opened.width * opened.height))

@@ -8,7 +8,7 @@ heads, d width of a head, W_t and W_v widths, E joint space, S side in pixels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,11 +44,13 @@ class TextPrompts:
     @staticmethod
     def stack(prompts: Sequence["TextPrompts"]) -> "TextPrompts":
         """Join the prompts of each row of a batch; all must have one shape."""
-        first = prompts[0]
-        if all(each is first for each in prompts):
-            return first
-        inputs = tuple(np.concatenate(parts, 1) for parts in zip(*(each.inputs for each in prompts), strict=True))
-        return TextPrompts(inputs, first.skipped, first.has_weights)
+        return replace(prompts[0], inputs=join_inputs([each.inputs for each in prompts]))
+
+
+def join_inputs(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
+    """Join the inputs of each row of a batch along axis 1, unless all rows have the same."""
+    is_shared = all(each is rows[0] for each in rows)
+    return rows[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
 
 
 class Runtime:

@@ -108,41 +108,34 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
         logger.warning("the encoder cannot be cached in %s: %s", path.parent, error.strerror or error)
 
 
-def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
-    """Load the entry that `store` wrote; None if there is none or a check fails."""
-    if not request.may_use_export:
-        return None
-    try:
-        return _restore(request)
-    except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        logger.debug("no cached state of %s can be used: %s", request.checkpoint, error)
-        return None
-
-
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start from the default cache. fingerprint: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
     return request.may_use_export and request.file(fingerprint).is_file()
 
 
-def _restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
+def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
+    """Load the entry that `store` wrote; None if there is none or a check fails."""
+    try:
+        return _restore(request) if request.may_use_export else None
+    except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.debug("no cached state of %s can be used: %s", request.checkpoint, error)
+        return None
+
+
+def _restore(request: LoadRequest) -> tuple[EncoderState, Runtime]:
     described = read_config(request.checkpoint)
     config = ModelConfig.from_dict(described["model"])
     fingerprint = compute_fingerprint(described["backbone"]["sha256"], config, read_trainables(request.checkpoint))
-    path = request.file(fingerprint)
-    if not path.is_file():
-        return None
-    stored = path.read_bytes()
+    stored = request.file(fingerprint).read_bytes()
     checksum, body = stored[:32], stored[32:]
-    if hashlib.sha256(body).digest() != checksum:
-        raise ValueError(f"{path} is corrupted")
     arrays: Arrays = load(body)
     content = json.loads(arrays["content"].tobytes())
     torch = sys.modules.get("torch")
-    if content["circumstances"] != _circumstances(request) or (
-        torch is not None and torch.get_num_threads() != content["threads"]
-    ):
-        return None
+    threads = content["threads"] if torch is None else torch.get_num_threads()
+    found = hashlib.sha256(body).digest(), content["circumstances"], content["threads"]
+    if found != (checksum, _circumstances(request), threads):
+        raise ValueError("it is corrupted, or was made under other circumstances")
     key = ExportKey(**content["export"])
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(ensure_export, key, request.cache, None)  # while the export is compiled
@@ -151,7 +144,9 @@ def _restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
         checked.result()
     probe = Probe.synthetic(state.preprocess.size)
     proof = prove(state, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
-    return (state, runtime) if proof.holds and state.fingerprint == fingerprint else None
+    if not proof.holds or state.fingerprint != fingerprint:
+        raise ValueError(f"its vectors are others: {proof}")
+    return state, runtime
 
 
 def _pack(value: Any, arrays: Arrays) -> Any:
@@ -165,7 +160,7 @@ def _pack(value: Any, arrays: Arrays) -> Any:
         return {"tokenizer": name}
     if isinstance(value, tuple | frozenset):
         return {type(value).__name__: [_pack(each, arrays) for each in value]}
-    if type(value) in _DATACLASSES.values():
+    if isinstance(value, tuple(_DATACLASSES.values())):
         return {type(value).__name__: {each.name: _pack(getattr(value, each.name), arrays) for each in fields(value)}}
     return value
 
@@ -179,8 +174,7 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
     if kind == "tokenizer":
         return Tokenizer.from_buffer(arrays[content].tobytes())
     if kind in ("tuple", "frozenset"):
-        values = [_unpack(each, arrays) for each in content]
-        return tuple(values) if kind == "tuple" else frozenset(values)
+        return {"tuple": tuple, "frozenset": frozenset}[kind](_unpack(each, arrays) for each in content)
     return _DATACLASSES[kind](**{name: _unpack(each, arrays) for name, each in content.items()})
 
 

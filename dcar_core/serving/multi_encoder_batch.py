@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from dcar_core.runtimes.encoder_state import normalize
+from dcar_core.runtimes.protocol import join_inputs
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.arrays import Floats, Pixels
 
@@ -68,9 +69,7 @@ def _encode_texts(rows: Sequence[TextRow]) -> Floats:
 
 def _encode_images(rows: Sequence[ImageRow]) -> Floats:
     inputs = [row.encoder.state.image_inputs for row in rows]
-    is_shared = all(each is inputs[0] for each in inputs)
-    joined = inputs[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*inputs, strict=True))
-    out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), joined)
+    out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), join_inputs(inputs))
     for encoder, places in _by_encoder(rows):
         out[places] = encoder.state.adapt_images(normalize(out[places]))
     return out

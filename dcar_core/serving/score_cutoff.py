@@ -5,7 +5,7 @@ cautious, because true pairs must not be lost: a query about something that is n
 above it. `benchmarks/cutoff.py` measures how many.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,31 +15,16 @@ MISSED = 0.05  # share of the true pairs below the cut-off [ours]
 STRONG = 0.95  # share of the true pairs below a strong score [ours]
 
 
-@dataclass(frozen=True)
-class Cutoff:
-    """A cut-off and its evidence.
+def compute_cutoff(scores: Floats) -> dict[str, Any]:
+    """Compute the cut-off for the scores (N,) of N >= 1 pairs.
 
-    strong_score: the score that one true pair in twenty reaches, and hardly any pair that does not belong together.
-    kept: share (0 to 1) of pairs that reach a cut-off chosen from the other half of them; None with a single pair.
-    pairs: how many there were.
+    Returns:
+        min_score, the cut-off; strong_score, which one true pair in twenty reaches; kept, the share of pairs that reach
+        a cut-off chosen from the other half of them, None with a single pair; pairs, their number.
     """
-
-    min_score: float
-    strong_score: float
-    kept: float | None
-    pairs: int
-
-
-def compute_cutoff(scores: Floats) -> Cutoff:
-    """Compute the cut-off for the scores (N,) of N >= 1 pairs."""
-    order = np.random.default_rng(0).permutation(len(scores))
-    halves = np.array_split(scores[order], 2)
-    kept = None
-    if len(scores) > 1:
-        judged = zip(halves, reversed(halves), strict=True)
-        kept = round(sum(int((half >= _quantile(other)).sum()) for half, other in judged) / len(scores), 4)
-    return Cutoff(round(_quantile(scores), 6), round(_quantile(scores, STRONG), 6), kept, len(scores))
-
-
-def _quantile(scores: Floats, share: float = MISSED) -> float:
-    return float(np.quantile(scores.astype(np.float64), share))
+    scores = scores.astype(np.float64)
+    one, other = np.array_split(np.random.default_rng(0).permutation(scores), 2)
+    reached = [half >= np.quantile(rest, MISSED) for half, rest in ((one, other), (other, one)) if len(rest)]
+    min_score, strong_score = (round(float(np.quantile(scores, share)), 6) for share in (MISSED, STRONG))
+    kept = round(float(np.concatenate(reached).mean()), 4) if len(scores) > 1 else None
+    return {"min_score": min_score, "strong_score": strong_score, "kept": kept, "pairs": len(scores)}

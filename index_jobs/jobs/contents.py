@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def calibrate_cutoff(pairs: QueryPairs, encoder: Encoder, encoded: EncodedGaller
         inside = (positions >= start) & (positions < start + len(block))
         images[inside] = block[positions[inside] - start]
         start += len(block)
-    return asdict(compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images)))
+    return compute_cutoff(np.einsum("ne,ne->n", encoder.encode_text(texts), images))
 
 
 def choose_hybrid_weight(
