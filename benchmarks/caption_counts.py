@@ -21,7 +21,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
-from dcar_core.negatives.text_functions import TextFunctions
+from dcar_core.negatives.complete import TextFunctions
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train

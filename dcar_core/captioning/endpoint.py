@@ -7,12 +7,13 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from dcar_core.captioning.filters import REFUSED
-from dcar_core.captioning.options import CaptionOptions, TokenUsage, VisionModel
+from dcar_core.captioning.options import CaptionOptions, VisionModel
 from dcar_core.util.errors import CaptionError, EndpointError, MissingExtraError
 from dcar_core.util.json_text import parse_json
 
@@ -26,6 +27,9 @@ _FATAL = {
     403: "refuses the key (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY) or the image",
     404: "has no such model or address",
 }
+# Responses, their tokens, and responses without token counts.
+USAGE = ("requests", "tokens_in", "tokens_out", "unknown")
+Usage = Counter[str]
 _MAX_UNUSABLE = 3  # unusable responses before an image fails
 
 
@@ -66,7 +70,7 @@ class Endpoint:
     async def ask(
         self,
         messages: list[dict[str, Any]],
-        usage: TokenUsage,
+        usage: Usage,
         usable: Callable[[Completion], bool] = lambda _: True,
     ) -> Completion:
         """Send a chat and return the completion.
@@ -137,15 +141,15 @@ class Endpoint:
         return " ".join(text.split())[:200]
 
 
-def _read(content: bytes, usage: TokenUsage) -> Completion | None:
+def _read(content: bytes, usage: Usage) -> Completion | None:
     """Parse a response, and add its tokens to `usage` in any case. Return None if it has no completion."""
-    tokens = TokenUsage(1, unknown=1)
+    tokens = {"requests": 1, "unknown": 1}
     try:
         response = parse_json(content)
         reported = response["usage"] if isinstance(response.get("usage"), dict) else {}
         tokens_in, tokens_out = reported.get("prompt_tokens"), reported.get("completion_tokens")
         if isinstance(tokens_in, int) and isinstance(tokens_out, int):
-            tokens = TokenUsage(1, tokens_in, tokens_out)
+            tokens = {"requests": 1, "tokens_in": tokens_in, "tokens_out": tokens_out}
         choice = response["choices"][0]
         message = choice["message"]
         text, finish = _text_of(message.get("content")), str(choice.get("finish_reason") or "")
@@ -155,7 +159,7 @@ def _read(content: bytes, usage: TokenUsage) -> Completion | None:
     except (ValueError, AttributeError, IndexError, KeyError, TypeError):
         return None
     finally:
-        usage.add(tokens)
+        usage.update(tokens)
 
 
 def _text_of(content: Any) -> str:

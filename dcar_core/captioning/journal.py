@@ -8,14 +8,13 @@
 import errno
 import json
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dcar_core.captioning.endpoint import Completion
+from dcar_core.captioning.endpoint import USAGE, Completion, Usage
 from dcar_core.captioning.filters import Rejection
-from dcar_core.captioning.options import TokenUsage
 from dcar_core.util.errors import CaptionError
 
 VERSION = 1
@@ -39,9 +38,9 @@ class CaptionJournal:
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self.file = file
         self.finished: dict[tuple[str, str], str] = {}  # (name, hash) -> caption, "" if given up
-        self.usage: dict[str, TokenUsage] = {}
+        self.usage = defaultdict[str, Usage](Counter)
+        self.rejected: dict[tuple[str, str, int], dict[str, Any]] = {}  # by image and turn
         self._answers: dict[tuple[str, str, str, int], Completion] = {}
-        self._rejected: dict[tuple[str, str, int], dict[str, Any]] = {}
         if file.is_file() and file.stat().st_size > 0:
             self._load(settings)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,36 +54,34 @@ class CaptionJournal:
     def answer(self, image: CaptionedImage, role: str, turn: int) -> Completion | None:
         return self._answers.get((image.name, image.sha, role, turn))
 
-    def answered(self, image: CaptionedImage, role: str, turn: int, answer: Completion, usage: TokenUsage) -> None:
-        line = {"asked": role, "turn": turn, "text": answer.text, "finish": answer.finish}
-        self._record(line | {"usage": list(astuple(usage))}, image)
+    def record(
+        self, image: CaptionedImage, role: str, turn: int, answer: Completion | None, usage: Usage
+    ) -> Completion | None:
+        """Record a response, or None for unusable ones, and the tokens of all that were requested for it."""
+        spent = [usage[name] for name in USAGE]
+        if answer is not None:
+            line = {"asked": role, "turn": turn, "text": answer.text, "finish": answer.finish, "usage": spent}
+            self._record(line, image)
+        elif usage:
+            self._record({"asked": role, "wasted": spent}, image)
+        return answer
 
-    def record_unusable(self, role: str, usage: TokenUsage) -> None:
-        """Record the token usage of unusable responses."""
-        if usage.requests:
-            self._record({"asked": role, "wasted": list(astuple(usage))})
-
-    def rejected(self, image: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
-        if (image.name, image.sha, turn) not in self._rejected:
+    def reject(self, image: CaptionedImage, turn: int, draft: str, why: Rejection) -> None:
+        if (image.name, image.sha, turn) not in self.rejected:
             line = {"rejected": why.reason, "turn": turn, "draft": draft, "feedback": why.feedback}
             self._record(line | {"category": image.category}, image)
 
     def finish(self, image: CaptionedImage, caption: str) -> None:
         self._record({"finished": caption}, image)
 
-    @property
-    def rejected_drafts(self) -> int:
-        return len(self._rejected)
-
     def rejections(self) -> Iterator[dict[str, Any]]:
         """Iterate over rejected drafts with reasons, in the order of the images."""
-        for _, line in sorted(self._rejected.items()):
+        for _, line in sorted(self.rejected.items()):
             named = {name: line[name] for name in ("image", "category", "draft", "feedback")}
             yield named | {"reason": line["rejected"]}
 
-    def _record(self, line: dict[str, Any], image: CaptionedImage | None = None) -> None:
-        if image is not None:
-            line = {"image": image.name, "sha": image.sha, **line}
+    def _record(self, line: dict[str, Any], image: CaptionedImage) -> None:
+        line = {"image": image.name, "sha": image.sha, **line}
         self._write(line)
         self._apply(line)
 
@@ -102,19 +99,17 @@ class CaptionJournal:
 
     def _apply(self, line: dict[str, Any]) -> None:
         image = (line.get("image", ""), line.get("sha", ""))
-        if "wasted" in line:
-            self.usage.setdefault(line["asked"], TokenUsage()).add(TokenUsage(*line["wasted"]))
-        elif "asked" in line:
+        if "asked" in line:
+            self.usage[line["asked"]].update(dict(zip(USAGE, line.get("usage") or line["wasted"], strict=True)))
+        if "text" in line:
             self._answers[(*image, line["asked"], line["turn"])] = Completion(line["text"], line["finish"])
-            self.usage.setdefault(line["asked"], TokenUsage()).add(TokenUsage(*line["usage"]))
         elif "rejected" in line:
-            self._rejected[(*image, line["turn"])] = line
+            self.rejected[(*image, line["turn"])] = line
         elif "finished" in line:
             self.finished[image] = line["finished"]
 
     def _load(self, settings: dict[str, Any]) -> None:
-        content = self.file.read_bytes()
-        whole, newline, torn = content.rpartition(b"\n")
+        whole, newline, torn = self.file.read_bytes().rpartition(b"\n")
         if torn:
             os.truncate(self.file, len(whole) + len(newline))
         try:
@@ -122,13 +117,15 @@ class CaptionJournal:
             before = lines[0]["settings"] if lines else settings
             for line in lines[1:]:
                 self._apply(line)
-            other = [name for name in settings if before.get(name) != settings[name]]
+            other = [
+                f"{name} (was {before.get(name)!r:.80})" for name in settings if before.get(name) != settings[name]
+            ]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise CaptionError(
                 f"{self.file} is not a captioning journal ({error}); move it, or give --restart"
             ) from error
         if other:
-            changed = ", ".join(f"{name} (was {before.get(name)!r:.80})" for name in other)
             raise CaptionError(
-                f"{self.file} was made with other settings: {changed}; use those, or give another --out or --restart"
+                f"{self.file} was made with other settings: {', '.join(other)}; use those, or give another --out or "
+                f"--restart"
             )

@@ -37,10 +37,8 @@ class VisionModel:
         if self.key is not None:
             object.__setattr__(self, "key", self.key.strip())
             if not (self.key.isascii() and self.key.isprintable()):
-                raise DataError(
-                    "a key of the endpoint (DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY) has characters that are not "
-                    "printable ASCII; set it again"
-                )
+                names = "DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY"
+                raise DataError(f"a key ({names}) has characters that are not printable ASCII; set it again")
 
     def judge(
         self, url: str | None, name: str | None, key: str | None, price: tuple[float, float] | None
@@ -87,25 +85,6 @@ class CaptionOptions:
 
 
 @dataclass
-class TokenUsage:
-    """Number of responses and their tokens. unknown: responses without token counts."""
-
-    requests: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    unknown: int = 0
-
-    def add(self, other: "TokenUsage") -> None:
-        self.requests += other.requests
-        self.tokens_in += other.tokens_in
-        self.tokens_out += other.tokens_out
-        self.unknown += other.unknown
-
-    def cost(self, price: tuple[float, float] | None) -> float:
-        return (self.tokens_in * price[0] + self.tokens_out * price[1]) / 1e6 if price is not None else 0.0
-
-
-@dataclass
 class CaptioningResult:
     """Outcome of a run.
 
@@ -120,7 +99,7 @@ class CaptioningResult:
     failed: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     loose: list[str] = field(default_factory=list)
-    usage: dict[str, TokenUsage] = field(default_factory=dict)  # "draft", "judge"
+    usage: dict[str, Counter[str]] = field(default_factory=dict)  # of "draft" and "judge"; see `endpoint.USAGE`
     cost: float | None = None
 
     def __str__(self) -> str:
@@ -138,10 +117,10 @@ class CaptioningResult:
             if names:
                 lines.append(f"{len(names):7,} {what}: {shorten(names)}")
         for role, usage in sorted(self.usage.items()):
-            unknown = f", {usage.unknown:,} responses without token counts" if usage.unknown else ""
-            lines.append(
-                f"{usage.requests:7,} {role} responses, {usage.tokens_in:,} + {usage.tokens_out:,} tokens{unknown}"
-            )
+            unknown = f", {usage['unknown']:,} responses without token counts" if usage["unknown"] else ""
+            tokens = f"{usage['tokens_in']:,} + {usage['tokens_out']:,} tokens{unknown}"
+            lines.append(f"{usage['requests']:7,} {role} responses, {tokens}")
         if self.cost is not None:
-            lines.append(f"cost {self.cost:.4f}" + (" at least" if any(u.unknown for u in self.usage.values()) else ""))
+            is_least = any(usage["unknown"] for usage in self.usage.values())
+            lines.append(f"cost {self.cost:.4f}" + (" at least" if is_least else ""))
         return "\n".join(lines)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dcar_core.captioning.endpoint import Completion, Endpoint
 from dcar_core.captioning.filters import REFUSED, Rejection, rejection
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
-from dcar_core.captioning.options import CaptioningResult, CaptionOptions, TokenUsage, VisionModel
+from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
 from dcar_core.captioning.questions import Judgement, draft_messages, judge_messages, question, read_verdict, tidy_draft
 from dcar_core.data import SPLITS
 from dcar_core.data.clean import fold_text
@@ -227,7 +227,7 @@ class _Run:
             if why is None:
                 self._accept(image, draft)
                 return
-            self.journal.rejected(image, turn, draft, why)
+            self.journal.reject(image, turn, draft, why)
             before = (draft or "(nothing)", why.feedback)
         self.journal.finish(image, "")
 
@@ -257,28 +257,26 @@ class _Run:
         before = self.journal.answer(image, role, turn)
         if before is not None and usable(before):
             return before
-        usage = TokenUsage()
+        usage, answer = Counter[str](), None
         try:
             answer = await self.endpoints[role].ask(messages, usage, usable)
-        except EndpointError:
-            self.journal.record_unusable(role, usage)
-            raise
-        self.journal.answered(image, role, turn, answer, usage)
-        return answer
+            return answer
+        finally:
+            self.journal.record(image, role, turn, answer, usage)
 
     def totals(self) -> str:
         """Format accepted and rejected drafts, tokens and cost, earlier runs included."""
-        tokens = sum(usage.tokens_in + usage.tokens_out for usage in self.journal.usage.values())
-        cost = self._cost()
-        rejected = self.journal.rejected_drafts
-        return f"{self.outcome.accepted:,} accepted, {rejected:,} drafts rejected, {tokens:,} tokens" + (
-            f", cost {cost:.4f}" if cost is not None else ""
-        )
+        tokens = sum(usage["tokens_in"] + usage["tokens_out"] for usage in self.journal.usage.values())
+        cost, rejected = self._cost(), len(self.journal.rejected)
+        cost_text = f", cost {cost:.4f}" if cost is not None else ""
+        return f"{self.outcome.accepted:,} accepted, {rejected:,} drafts rejected, {tokens:,} tokens{cost_text}"
 
     def _cost(self) -> float | None:
         if all(model.price is None for model in self.models.values()):
             return None
-        return sum(usage.cost(self.models[role].price) for role, usage in self.journal.usage.items())
+        prices = {role: model.price or (0.0, 0.0) for role, model in self.models.items()}
+        used = self.journal.usage.items()
+        return sum(prices[r][0] * usage["tokens_in"] + prices[r][1] * usage["tokens_out"] for r, usage in used) / 1e6
 
     def write(self, names: Sequence[str]) -> None:
         """Write the annotations and the rejected drafts so far. Raise CaptionError if a file cannot be written."""
@@ -295,9 +293,8 @@ class _Run:
             with atomic_writer(_beside(out, "rejected")) as file:
                 file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rejections)
         except OSError as error:
-            raise CaptionError(
-                f"{out} cannot be written: {error.strerror}; responses are kept; run the same command to resume"
-            ) from error
+            hint = "responses are kept; run the same command to resume"
+            raise CaptionError(f"{out} cannot be written: {error.strerror}; {hint}") from error
         self.outcome.rejected = Counter(line["reason"] for line in rejections)
         self.outcome.given_up.sort()
         self.outcome.usage, self.outcome.cost = self.journal.usage, self._cost()

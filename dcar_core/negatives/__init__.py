@@ -6,7 +6,6 @@ In: samples with captions and categories. Out: the same samples with negative ca
 `training`, `captioning`, `evaluation` and the CLI import it; it imports `data`, `model` and `util`.
 """
 
-from dcar_core.negatives.complete import add_negatives
-from dcar_core.negatives.text_functions import LETTER_FUNCTIONS, backbone_functions
+from dcar_core.negatives.complete import LETTER_FUNCTIONS, add_negatives, backbone_functions
 
 __all__ = ["LETTER_FUNCTIONS", "add_negatives", "backbone_functions"]

@@ -7,25 +7,58 @@
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import numpy as np
 
 from dcar_core.data import CleaningReport, Dataset
-from dcar_core.negatives.generate import ATTRIBUTE, CAPTION, CATEGORY, NegativeGenerator
-from dcar_core.negatives.taxonomy import load_taxonomy, rank_categories
-from dcar_core.negatives.text_functions import TextFunctions
+from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.negatives.generate import NegativeGenerator, ReadTokens
+from dcar_core.negatives.taxonomy import NameFeatures, letter_features, load_taxonomy, rank_categories
 from dcar_core.negatives.words import fold_name
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
+
+if TYPE_CHECKING:  # torch takes seconds, and letters need none
+    from dcar_core.model.backbone import Backbone
 
 Mode = Literal["auto", "missing", "all", "off"]
 COUNT = 4
-_KINDS = {
-    CATEGORY: "negatives made: the caption with another category",
-    CAPTION: "negatives made: another caption of the category",
-    ATTRIBUTE: "negatives made: the caption with another attribute",
-}
+_PROMPT_TOKENS = 8  # prompt vectors that the context leaves room for
+
+
+class TextFunctions(NamedTuple):
+    """features: of category names, (n, d), L2-normalized. tokens: of texts, as an encoder with prompts reads them."""
+
+    features: NameFeatures
+    tokens: ReadTokens
+
+
+def _clip_tokens(texts: Sequence[str]) -> list[list[int]]:
+    clip = TextTokenizer.for_clip()
+    return clip.with_limit(clip.limit - _PROMPT_TOKENS).encode(texts)
+
+
+LETTER_FUNCTIONS = TextFunctions(letter_features, _clip_tokens)
+
+
+def backbone_functions(backbone: "Backbone") -> TextFunctions:
+    """Return the text functions of a loaded CLIP, without prompts."""
+    import torch
+    import torch.nn.functional as F
+
+    @torch.no_grad()
+    def features(names: Sequence[str]) -> Floats:
+        parts = []
+        for i in range(0, len(names), 256):
+            tokens = backbone.tokenize([f"a photo of a {name}" for name in names[i : i + 256]])
+            parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    return TextFunctions(features, backbone.text_tokenizer(_PROMPT_TOKENS).encode)
 
 
 def add_negatives(
@@ -110,7 +143,7 @@ def _completed(data: Dataset, rows: set[int], generator: NegativeGenerator, repo
             )
     report.add("pairs for which negatives were made", sum(bool(negatives) for negatives in made.values()))
     for kind, number in Counter(n.kind for negatives in made.values() for n in negatives).items():
-        report.add(_KINDS[kind], number)
+        report.add(f"negatives made: {kind}", number)
     report.add("captions that do not name their category, so that it could not be swapped", generator.unnamed)
     report.add("negatives that differ only where the context has ended, left out", generator.unread)
     empty = [samples[row].image for row, negatives in made.items() if not negatives]

@@ -21,7 +21,9 @@ from dcar_core.negatives.lexicon import swap_attributes
 from dcar_core.negatives.words import find_mentions, fold_name, replace_name
 
 OTHERS_TRIED = 16
-CATEGORY, CAPTION, ATTRIBUTE = "category", "caption", "attribute"
+CATEGORY = "the caption with another category"
+CAPTION = "another caption of the category"
+ATTRIBUTE = "the caption with another attribute"
 
 
 class Negative(NamedTuple):
@@ -76,10 +78,7 @@ class NegativeGenerator:
     def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable]) -> list[Negative]:
         """Take the first `number` negatives that are not in `taken`, and add them to it."""
         found: list[Negative] = []
-        while len(found) < number:
-            negative = next(negatives, None)
-            if negative is None:
-                break
+        while len(found) < number and (negative := next(negatives, None)) is not None:
             same = _same(negative.text)
             if same in taken:
                 continue

@@ -45,13 +45,16 @@ def load_taxonomy(file: Path) -> Taxonomy:
     """Read a taxonomy file. Raise DataError if it is missing, is not valid, or puts a category into two groups."""
     try:
         content = parse_json(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise DataError(f"the taxonomy {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"the taxonomy {file} is not JSON: {error}") from error
-    if not isinstance(content, dict) or not content or set(content) - {"meta_categories", "similar"}:
+    except (OSError, ValueError) as error:
+        raise DataError(f"the taxonomy {file} cannot be read as JSON: {error}") from error
+    parts = ("meta_categories", "similar")
+    if not isinstance(content, dict) or not content or set(content) - set(parts):
         raise DataError(f"the taxonomy {file} must look like {_FORM}")
-    groups, similar = (_lists(file, name, content.get(name, {})) for name in ("meta_categories", "similar"))
+    groups, similar = (content.get(part, {}) for part in parts)
+    for part, value in content.items():
+        lists = value.values() if isinstance(value, dict) else [None]
+        if not all(isinstance(names, list) and all(map(_is_name, names)) for names in lists):
+            raise DataError(f"the taxonomy {file}: {part!r} must map names to lists of category names; like {_FORM}")
     names: dict[str, str] = {}
     of: dict[str, str] = {}
     for group, members in groups.items():
@@ -66,13 +69,8 @@ def load_taxonomy(file: Path) -> Taxonomy:
     return Taxonomy(of, {fold_name(c): tuple(map(fold_name, others)) for c, others in similar.items()}, names)
 
 
-def _lists(file: Path, part: str, value: object) -> dict[str, list[str]]:
-    if not isinstance(value, dict):
-        raise DataError(f"the taxonomy {file}: {part!r} must be an object, name -> list; like {_FORM}")
-    for name, members in value.items():
-        if not isinstance(members, list) or not all(isinstance(m, str) and m.strip() for m in members):
-            raise DataError(f"the taxonomy {file}: {part!r}, {name!r} must be a list of category names")
-    return value
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def rank_categories(
@@ -91,8 +89,7 @@ def rank_categories(
     similar = dict(taxonomy.similar) if taxonomy is not None else {}
     for key, order in _preferred(samples).items():
         similar.setdefault(key, order)
-    if taxonomy is not None:
-        names = {**taxonomy.names, **names}
+    names = {**(taxonomy.names if taxonomy is not None else {}), **names}
     ranked: dict[str, list[str]] = {}
     for members in groups.values():
         vectors = features([names[key] for key in members])

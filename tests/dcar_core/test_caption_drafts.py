@@ -93,7 +93,7 @@ def test_missing_verdict_fails_the_image_and_keeps_the_draft(photos: Path) -> No
         found = ask(one_image(photos), server)
         assert found.failed == {"owl/1.png": "an unusable completion: 'What a lovely owl'"}
         assert server.kinds() == ["draft", *["judge"] * 3]
-        assert found.usage["judge"].requests == 3  # paid for, though of no use
+        assert found.usage["judge"]["requests"] == 3  # paid for, though of no use
         server.behave = good
         found = ask(photos, server)
         assert (found.accepted, found.failed) == (1, {})

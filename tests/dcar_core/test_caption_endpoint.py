@@ -45,7 +45,7 @@ def test_transient_errors_are_retried(photos: Path, how: str) -> None:
         found = ask(one_image(photos), server, timeout_s=0.5 if how == "too slow" else 20.0)
     assert (found.accepted, found.failed) == (1, {})
     assert server.kinds() == ["draft", "draft", "judge", "judge"]
-    assert found.usage["draft"].requests == (2 if how in UNUSABLE else 1)
+    assert found.usage["draft"]["requests"] == (2 if how in UNUSABLE else 1)
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -83,7 +83,7 @@ def test_an_image_fails_after_its_last_attempt(photos: Path) -> None:
 def test_other_response_forms_are_read(photos: Path, content: Any, usage: Any) -> None:
     with VisionServer(lambda asked, n: message(content, usage=usage)) as server:
         found = ask(one_image(photos), server, judge=False)
-    assert (found.accepted, len(server.asked), found.usage["draft"].unknown) == (1, 1, 1)
+    assert (found.accepted, len(server.asked), found.usage["draft"]["unknown"]) == (1, 1, 1)
     assert [entry["positive"] for entry in captions(photos).values()] == ["An owl on grass."]
 
 

@@ -99,7 +99,11 @@ def test_unusable_directories_are_refused(photos: Path) -> None:
 def test_tokens_and_cost_are_estimated(photos: Path) -> None:
     with VisionServer() as server:
         found = ask(photos, server, price=(1000.0, 5000.0))
-        assert (found.usage["draft"].requests, found.usage["draft"].tokens_in, found.usage["judge"].tokens_out) == (
+        assert (
+            found.usage["draft"]["requests"],
+            found.usage["draft"]["tokens_in"],
+            found.usage["judge"]["tokens_out"],
+        ) == (
             4,
             400,
             80,
@@ -111,7 +115,7 @@ def test_tokens_and_cost_are_estimated(photos: Path) -> None:
     silent: Behave = lambda asked, n: {k: v for k, v in message(good(asked)).items() if k != "usage"}  # noqa: E731
     with VisionServer(silent) as server:
         found = ask(photos, server, photos.parent / "silent.json", price=(1.0, 1.0))
-    assert found.usage["draft"].unknown == 4
+    assert found.usage["draft"]["unknown"] == 4
     assert "4 draft responses, 0 + 0 tokens, 4 responses without token counts" in str(found)
     assert "cost 0.0000 at least" in str(found)
 

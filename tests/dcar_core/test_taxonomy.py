@@ -87,12 +87,12 @@ def test_similar_categories_are_those_asked_for_then_the_nearest_by_name() -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "must look like"),
         ("{}", "must look like"),
         ('{"groups": {}}', "must look like"),
-        ('{"meta_categories": []}', "'meta_categories' must be an object"),
-        ('{"similar": {"cat": "dog"}}', "'similar', 'cat' must be a list"),
+        ('{"meta_categories": []}', "'meta_categories' must map names to lists"),
+        ('{"similar": {"cat": "dog"}}', "'similar' must map names to lists"),
         ('{"meta_categories": {"a": ["Maine_Coon"], "b": ["maine coon"]}}', "'maine coon' in both 'a' and 'b'"),
         (
             '{"meta_categories": {"boats": ["canoe"]}}',
