@@ -1,19 +1,21 @@
-"""The arrays that one checkpoint adds to the backbone it shares. Needs no PyTorch.
+"""A runtime, which runs the two frozen towers, and the arrays that one checkpoint adds to them. Needs no PyTorch.
 
 texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  --> vectors
 pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
+A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs.
 `serving.state_extraction` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
 Feature adapters are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further
 threads would wait busily for the next product and take the cores from the towers.
 
-Letters: V tokens of the vocabulary, H an adapter's inner width; others as in `runtimes.protocol`.
+Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `runtimes.graphs`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -21,17 +23,72 @@ from threadpoolctl import ThreadpoolController
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
-from dcar_core.runtimes.protocol import Runtime, TextPrompts
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 
 # Cost of a forward pass before its first token, in tokens: reading every weight once. Measured on a ViT-B/32: with AMX,
 # where a token costs little, 128 is up to a fifth faster than 32; without it, 16 to 64 made hardly a difference.
 PASS_COST = 128
 
+RunGraph = Callable[[tuple[Any, ...]], Floats]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextPrompts:
+    """Start tokens and prompts before a caption, as inputs of a text graph; axis 1 of each is R.
+
+    inputs: keys and values (D, R, H, p, d) of a causal tower's start tokens and prompts; or prompts (depth, R, k, W_t);
+        or nothing.
+    skipped: start tokens that the inputs stand for; the graph gets captions without them.
+    has_weights: False where the tower takes no token weights.
+    """
+
+    inputs: tuple[Floats, ...]
+    skipped: int
+    has_weights: bool
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], ...]:
+        """Equal for prompts that may share a batch."""
+        return tuple((each.shape[0], *each.shape[2:]) for each in self.inputs)
+
+    def graph_inputs(self, tokens: TokenIds, weights: Floats) -> tuple[TokenIds | Floats, ...]:
+        """The inputs of a text graph in their order."""
+        return (tokens, weights, *self.inputs) if self.has_weights else (tokens,)
+
+    @staticmethod
+    def stack(prompts: Sequence["TextPrompts"]) -> "TextPrompts":
+        """Join the prompts of each row of a batch; all must have one shape."""
+        return replace(prompts[0], inputs=join_inputs([each.inputs for each in prompts]))
+
+
+def join_inputs(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
+    """Join the inputs of each row of a batch along axis 1, unless all rows have the same."""
+    is_shared = all(each is rows[0] for each in rows)
+    return rows[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
+
+
+class Runtime:
+    """Both towers. Several threads may use it at once; a library that cannot run twice at once lets them take turns.
+
+    run_text, run_image: run a tower's graph over its inputs.
+    """
+
+    def __init__(self, name: str, run_text: RunGraph, run_image: RunGraph) -> None:
+        self.name = name
+        self._run_text, self._run_image = run_text, run_image
+
+    def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
+        """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalized."""
+        return self._run_text(prompts.graph_inputs(tokens, weights))
+
+    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
+        """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> features (B, E), not normalized."""
+        return self._run_image((pixels, *inputs))
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureAdapterArrays:
-    """`model.dcar.FeatureAdapter` as arrays. down: (H, E), down_bias: (H,), up: (E, H), up_bias: (E,)."""
+    """`model.dcar.FeatureAdapter` as arrays. down: (A, E), down_bias: (A,), up: (E, A), up_bias: (E,)."""
 
     down: Floats
     down_bias: Floats

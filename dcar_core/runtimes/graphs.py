@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.towers.text import CausalText, project_by
-from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.encoder_state import Runtime
 from dcar_core.util.arrays import Floats
 
 Example = tuple[tuple[Tensor, ...], list[list[int]]]  # inputs to trace a graph with; shapes, -1 for what may change

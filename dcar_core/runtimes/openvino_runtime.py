@@ -18,7 +18,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.encoder_state import Runtime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 

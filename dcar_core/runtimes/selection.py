@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcar_core.runtimes.encoder_state import EncoderState
-from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.encoder_state import EncoderState, Runtime
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels

@@ -18,9 +18,8 @@ from PIL import Image
 
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import compute_fingerprint, is_checkpoint, load_checkpoint, read_config
-from dcar_core.runtimes.encoder_state import EncoderState
+from dcar_core.runtimes.encoder_state import EncoderState, Runtime
 from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
-from dcar_core.runtimes.protocol import Runtime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels

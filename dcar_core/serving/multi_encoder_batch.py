@@ -14,8 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dcar_core.runtimes.encoder_state import normalize
-from dcar_core.runtimes.protocol import join_inputs
+from dcar_core.runtimes.encoder_state import join_inputs, normalize
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.arrays import Floats, Pixels
 

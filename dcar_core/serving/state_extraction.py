@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dcar_core.model.dcar import DCAR, FeatureAdapter
-from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays
+from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, TextPrompts
 from dcar_core.runtimes.graphs import text_graph
-from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.util.arrays import Floats
 
 _CHUNK = 4096  # tokens of the vocabulary

@@ -99,15 +99,8 @@ def test_unusable_directories_are_refused(photos: Path) -> None:
 def test_tokens_and_cost_are_estimated(photos: Path) -> None:
     with VisionServer() as server:
         found = ask(photos, server, price=(1000.0, 5000.0))
-        assert (
-            found.usage["draft"]["requests"],
-            found.usage["draft"]["tokens_in"],
-            found.usage["judge"]["tokens_out"],
-        ) == (
-            4,
-            400,
-            80,
-        )
+        usage = found.usage
+        assert (usage["draft"]["requests"], usage["draft"]["tokens_in"], usage["judge"]["tokens_out"]) == (4, 400, 80)
         assert found.cost == pytest.approx(8 * (100 * 1000 + 20 * 5000) / 1e6)
         assert ask(photos, server, price=(1000.0, 5000.0)).cost == found.cost  # earlier spending counts
         assert "cost 1.6000" in str(found)

@@ -15,7 +15,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.protocol import Runtime
+from dcar_core.runtimes.encoder_state import Runtime
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.serving.pair_weights import PairWeights

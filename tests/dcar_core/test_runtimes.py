@@ -18,9 +18,8 @@ from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.encoder_state import PASS_COST, FeatureAdapterArrays, group_by_length
+from dcar_core.runtimes.encoder_state import PASS_COST, FeatureAdapterArrays, TextPrompts, group_by_length
 from dcar_core.runtimes.graphs import TorchRuntime
-from dcar_core.runtimes.protocol import TextPrompts
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.selection import Probe, Proof, preferred_runtimes, prove, reference_vectors
 from dcar_core.serving.state_extraction import extract
