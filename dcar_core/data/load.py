@@ -264,44 +264,35 @@ def _table(path: Path, name: str) -> list[Path]:
 
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
-    """Yield each entry with its split: from the file's name, from its column, or by a hash."""
-    entries = _set_split_key(entries)
+    """Yield each entry with its split: from the file's name, from its column, or by a hash of the image's name.
+
+    Of absolute names, the folder that all have in common does not count for the hash.
+    """
+    absolute = [entry.image for entry in entries if entry.image.startswith("/")]
+    common = os.path.commonpath([PurePosixPath(image).parent for image in absolute]) if absolute else "/"
     in_name = file.stem.lower() != "pairs" and _IN_NAME.search(file.stem)
-    if in_name:
-        split = _split_named(in_name[1])
-        other = [entry for entry in entries if entry.split and _split_named(entry.split) != split]
-        if other:
-            raise DataError(
-                f"{file}: {len(other):,} rows state another split, such as {other[0].image!r} "
-                f"({other[0].split}); call the file pairs{file.suffix} for the column to decide, or leave it out"
-            )
-        yield from (replace(entry, split=split) for entry in entries)
-        return
-    said = [bool(entry.split) for entry in entries]
-    if any(said) and not all(said):
-        raise DataError(
-            f"{file}: {said.count(False):,} rows have no split, such as {entries[said.index(False)].image!r}"
-        )
-    if not any(said):
-        note = f"entries of {file.name}, which names no splits, split by a hash of the image's name (80/10/10)"
-        yield from (replace(e, split=_hashed(e.split_key), notes=(*e.notes, note)) for e in entries)
-        return
+    named = _split_named(in_name[1]) if in_name else ""
+    without = [entry for entry in entries if not entry.split]
+    if without and len(without) < len(entries) and not named:
+        raise DataError(f"{file}: {len(without):,} rows have no split, such as {without[0].image!r}")
     for entry in entries:
-        split = _split_named(entry.split)
-        if split not in SPLITS:
+        key, notes, split = entry.image.removeprefix(common).lstrip("/"), entry.notes, _split_named(entry.split)
+        if split not in {"", named} and named:
+            raise DataError(
+                f"{file} has rows of another split, such as {entry.image!r} ({entry.split}); call the file "
+                f"pairs{file.suffix} for the column to decide, or leave it out"
+            )
+        if not split and not named:
+            split = _hashed(key)
+            how = "which names no splits, split by a hash of the image's name (80/10/10)"
+            notes = (*notes, f"entries of {file.name}, {how}")
+        elif not named and split not in SPLITS:
             report.add(f"pairs of the split {entry.split!r}, left out")
-        yield replace(entry, split=split)
+        yield replace(entry, split=named or split, split_key=key, notes=notes)
 
 
 def _split_named(name: str) -> str:
     return _ALIASES.get(name.lower(), name.lower())
-
-
-def _set_split_key(entries: list[Entry]) -> list[Entry]:
-    """Set `split_key`: the image's name, without the folder that all absolute names have in common."""
-    absolute = [entry.image for entry in entries if entry.image.startswith("/")]
-    common = os.path.commonpath([PurePosixPath(image).parent for image in absolute]) if absolute else "/"
-    return [replace(entry, split_key=entry.image.removeprefix(common).lstrip("/")) for entry in entries]
 
 
 def _hashed(image: str) -> str:

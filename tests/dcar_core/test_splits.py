@@ -35,24 +35,27 @@ def test_missing_image_is_not_taken_from_another_folder(tmp_path: Path) -> None:
     for splits in (("train",), ("train", "test")):
         with pytest.raises(DataError, match=r"train: 1 of 2 images are not in .*: cats/1\.png"):
             load_splits(tmp_path, splits)
-    train = check_dataset(tmp_path)[0]
-    assert train.missing == ["cats/1.png"]
+
+    def missing(path: Path) -> list[str]:
+        return check_dataset(path)[1]["train"].names["images missing"]
+
+    assert missing(tmp_path) == ["cats/1.png"]
     # nor is any of them what lies there without a folder
     pictures(tmp_path, "1.png")
-    assert check_dataset(tmp_path)[0].missing == ["cats/1.png"]
+    assert missing(tmp_path) == ["cats/1.png"]
     # nor where only the folder tells that it is another
     table(tmp_path / "alone" / "train.jsonl", [row("cats/1.png")])
     pictures(tmp_path / "alone", "cats/2.png", "dogs/1.png")
-    assert check_dataset(tmp_path / "alone")[0].missing == ["cats/1.png"]
+    assert missing(tmp_path / "alone") == ["cats/1.png"]
 
 
 def test_image_found_elsewhere_is_reported(tmp_path: Path) -> None:
     pictures(tmp_path, "pets/a.png", "cat/0.png")
     table(tmp_path / "train.jsonl", [row("images/a.png"), row("data/cat/0.png")])
-    (train,) = check_dataset(tmp_path)
-    told = train.report.names["images found under a name that differs from the annotated one"]
+    report = check_dataset(tmp_path)[1]["train"]
+    told = report.names["images found under a name that differs from the annotated one"]
     assert told == ["images/a.png as pets/a.png", "data/cat/0.png as cat/0.png"]
-    assert not train.missing
+    assert "images missing" not in report.counts
 
 
 @pytest.mark.parametrize("fdrd", [False, True])
@@ -63,8 +66,8 @@ def test_images_of_one_name_in_several_folders_are_distinct(fdrd: bool, tmp_path
         (tmp_path / "train.json").write_text(json.dumps(entries))
     else:
         table(tmp_path / "train.jsonl", [row(place, caption="a pet") for place in places])
-    (train,) = check_dataset(tmp_path, decode_images=False)
-    assert [sample.image for sample in train.data.samples] == places
+    train = check_dataset(tmp_path, decode_images=False)[0]["train"]
+    assert [sample.image for sample in train.samples] == places
     pictures(tmp_path, *(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)))
     assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == [
         place.removeprefix("/home/me/data/") for place in places
@@ -90,12 +93,12 @@ def test_images_in_two_splits_are_reported(tmp_path: Path) -> None:
     _, reports = load_splits(tmp_path)
     assert reports["val"].names["images that train has too, so val measures nothing new"] == ["img/b.png"]
     assert reports["test"].names["images that train has too, so test measures nothing new"] == ["img/a.png"]
-    assert "images that train has too" in str(check_dataset(tmp_path)[1])
+    assert "images that train has too" in str(check_dataset(tmp_path)[1]["val"])
 
 
 def test_a_column_that_contradicts_the_files_name_is_an_error(tmp_path: Path) -> None:
     table(tmp_path / "train.jsonl", [row("a.png", split="train"), row("b.png", split="valid")])
-    with pytest.raises(DataError, match=r"1 rows state another split, such as 'b\.png' \(valid\)"):
+    with pytest.raises(DataError, match=r"rows of another split, such as 'b\.png' \(valid\)"):
         load_split(tmp_path, "train", image_policy="ignore")
     table(tmp_path / "train.jsonl", [row("a.png", split="Training")])
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 1
@@ -113,7 +116,7 @@ def test_validation_split_has_several_names(name: str, tmp_path: Path) -> None:
 
 def test_empty_split_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     file = table(tmp_path / "pairs.jsonl", [row("a.png")])
-    with pytest.raises(DataError, match="a split can be empty: add a column `split`"):
+    with pytest.raises(DataError, match="can lack one: add a column `split`"):
         load_splits(file, ("train", "val", "test"), image_policy="ignore")
 
 
