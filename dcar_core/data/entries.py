@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dcar_core.data.report import CleaningReport
 from dcar_core.util.errors import DataError
@@ -143,7 +143,7 @@ def _texts(row: Mapping[str, Any], where: str, name: str) -> tuple[str, ...]:
     raise _wrong(where, name, "text or a list of texts", value)
 
 
-def _is_texts(value: object) -> bool:
+def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

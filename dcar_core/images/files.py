@@ -56,7 +56,7 @@ def _has_more_data(tar: tarfile.TarFile) -> bool:
     """Return whether there is anything but zeros behind the members: tarfile takes a damaged header for the end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
-    return any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(_BLOCK_BYTES), b""))  # type: ignore[union-attr]
+    return any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(_BLOCK_BYTES), b""))
 
 
 class ImageRoot:

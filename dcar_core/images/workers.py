@@ -153,14 +153,12 @@ class DecodeWorker:
         process, self._process = self._process, None
         if process is None:
             return 0
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        try:
-            return process.wait(_EXIT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        with process:  # closes its pipes
+            try:
+                process.wait(_EXIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        return process.returncode
 
 
 _MAIN = "from dcar_core.images.workers import work; work()"

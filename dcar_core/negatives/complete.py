@@ -75,7 +75,7 @@ def add_negatives(
     """Return the splits with negatives according to `mode`, and count them in the reports.
 
     Args:
-        functions: the features rank and cluster categories; the tokens tell which negatives read alike.
+        functions: the features rank categories; the tokens tell which negatives read alike.
         taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
         held_out: folded names of categories that only negatives of the test split may name.
         count: maximum negatives per pair.

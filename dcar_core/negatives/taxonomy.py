@@ -1,7 +1,6 @@
 """Similarity of categories: meta-categories, and a ranking inside each.
 
-- The meta-category comes from the taxonomy file, else from the data, else from clusters of CLIP text features of the
-  names [ours].
+- The meta-category comes from the taxonomy file, else from the data; without either, all categories are one [ours].
 - Inside a meta-category the order is that of the taxonomy file, then the frequency in the data's own negatives, then
   the cosine of the features.
 """
@@ -23,7 +22,7 @@ from dcar_core.util.json_text import parse_json
 
 NameVectors = NDArray[np.floating[Any]]
 NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalized
-CLUSTER = 8  # approximate cluster size
+MOST_RANKED = 100  # of a meta-category
 _FORM = (
     '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either may be left out'
 )
@@ -85,7 +84,7 @@ def rank_categories(
     names: dict[str, str] = {}
     for sample in samples:
         names.setdefault(fold_name(sample.category), sample.category)
-    groups = _groups(samples, names, taxonomy, features, report)
+    groups = _groups(samples, names, taxonomy, report)
     similar = dict(taxonomy.similar) if taxonomy is not None else {}
     for key, order in _preferred(samples).items():
         similar.setdefault(key, order)
@@ -101,7 +100,8 @@ def rank_categories(
             for place, other in enumerate(similar.get(key, ())):
                 if other in row_of:
                     place_of[row_of[other]] = place
-            ranked[key] = [names[members[i]] for i in np.lexsort((by_name, -near, place_of)) if i != row]
+            order = np.lexsort((by_name, -near, place_of))[: MOST_RANKED + 1]
+            ranked[key] = [names[members[i]] for i in order if i != row]
     for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
         said = [names[other] for other in order if other != key]  # the file's order comes first, across groups
         ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
@@ -112,7 +112,6 @@ def _groups(
     samples: Sequence[Sample],
     names: Mapping[str, str],
     taxonomy: Taxonomy | None,
-    features: NameFeatures,
     report: CleaningReport,
 ) -> dict[str, list[str]]:
     """Map each group to its folded categories, in a stable order; categories without a group are left out."""
@@ -134,10 +133,7 @@ def _groups(
         if sample.meta_category:
             said[fold_name(sample.category)][sample.meta_category] += 1
     if not said:
-        keys = sorted(names)
-        for key, cluster in zip(keys, cluster_names(features([names[key] for key in keys])), strict=True):
-            groups[str(cluster)].append(key)
-        return groups
+        return {"": sorted(names)} if names else {}
     report.add("categories with several meta-categories, the most frequent taken",
                names=sorted(names[key] for key, metas in said.items() if len(metas) > 1))  # fmt: skip
     report.add("categories without a meta-category, swapped for one another",
@@ -157,35 +153,6 @@ def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
     return {key: tuple(sorted(c, key=lambda other: (-c[other], other))) for key, c in found.items() if c}
 
 
-def cluster_names(features: NameVectors) -> list[int]:
-    """Cluster (n, d) normalized rows by spherical k-means with distant starts; no cluster has a single row."""
-    n = len(features)
-    k = max(1, round(n / CLUSTER))
-    centres = features[distant_rows(features, k)]
-    of = np.zeros(n, np.int64)
-    for _ in range(30):
-        before, of = of, np.argmax(np.round(features @ centres.T, 6), axis=1)
-        if np.array_equal(before, of):
-            break
-        centres = np.stack([_unit(features[of == c].sum(0)) if (of == c).any() else centres[c] for c in range(k)])
-    for row in range(n):
-        if k > 1 and (of == of[row]).sum() == 1:
-            near = features @ features[row]
-            near[row] = -np.inf
-            of[row] = of[int(np.argmax(near))]
-    return [int(cluster) for cluster in of]
-
-
-def distant_rows(features: NameVectors, k: int) -> list[int]:
-    """Choose k of (n, d) normalized rows: the most typical one, then always the one that is least like those chosen."""
-    chosen = [int(np.argmax(features @ features.mean(0)))]
-    near = np.full(len(features), -np.inf)  # the cosine of the nearest chosen row
-    while len(chosen) < k:
-        near = np.maximum(near, np.round(features @ features[chosen[-1]], 6))
-        chosen.append(int(np.argmin(near)))
-    return chosen
-
-
 def letter_features(names: Sequence[str]) -> NameVectors:
     """Return hashed letter-trigram features (n, 512) of names, for use without a CLIP."""
     found = np.zeros((len(names), 512))
@@ -193,9 +160,4 @@ def letter_features(names: Sequence[str]) -> NameVectors:
         text = f"  {fold_name(name)} "
         for i in range(len(text) - 2):
             found[row, zlib.crc32(text[i : i + 3].encode()) % 512] += 1
-    return np.stack([_unit(row) for row in found]) if len(found) else found
-
-
-def _unit(vector: NameVectors) -> NameVectors:
-    length = float(np.linalg.norm(vector))
-    return vector / length if length else vector
+    return found / np.linalg.norm(found, axis=1, keepdims=True)

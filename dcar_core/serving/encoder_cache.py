@@ -159,7 +159,7 @@ def _pack(value: Any, arrays: Arrays) -> Any:
         return {"tokenizer": name}
     if isinstance(value, tuple | frozenset):
         return {type(value).__name__: [_pack(each, arrays) for each in value]}
-    if isinstance(value, tuple(_DATACLASSES.values())):
+    if type(value) in _DATACLASSES.values():
         return {type(value).__name__: {each.name: _pack(getattr(value, each.name), arrays) for each in fields(value)}}
     return value
 

@@ -1,4 +1,4 @@
-"""Annotations in every accepted form, and their repairs."""
+"""FDRD's annotations, and repairs of the annotations of every form."""
 
 import csv
 import errno
@@ -7,33 +7,40 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
-from dcar_core.data import Annotations, CleaningReport, check_dataset, load, load_split, load_splits, write_splits
+from dcar_core.data import (
+    Annotations,
+    CleaningReport,
+    Dataset,
+    check_dataset,
+    load,
+    load_split,
+    load_splits,
+    write_splits,
+)
 from dcar_core.data.entries import SKIPPED_ROWS, Entry
 from dcar_core.data.tables import read_table
 from dcar_core.util.errors import DataError
-from tests.support.files import write_json
+from tests.support.files import write_json, write_jsonl
 from tests.support.images import write_image
 
 
 def entry(**change: object) -> dict[str, object]:
-    return {
-        "file_name": "a.png",
-        "file_path": "YOUR_IMAGE_PATH",
-        "positive": "a red car",
-        "negative": ["a van"],
-        "class_name": "car",
-    } | change
+    usual = {"file_name": "a.png", "file_path": "YOUR_IMAGE_PATH", "class_name": "car"}
+    return usual | {"positive": "a red car", "negative": ["a van"]} | change
 
 
 def older(number: str, **change: object) -> dict[str, object]:
     """As the first released files have it."""
     path = f"/home/somebody/DATA/pets/images/{number}.jpg"
     return {"file_name": number, "file_path": path, "positive": f"a cat, {number}", "negative": []} | change
+
+
+def read(path: Path, split: str = "train") -> tuple[Dataset, CleaningReport]:
+    return load_split(path, split, image_policy="ignore")
 
 
 def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
@@ -43,13 +50,9 @@ def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
         "707-320_0001": older("0001", positive="An airplane.The sky is blue."),
         "monkshood_image_06": older("monkshood_image_06", positive="A monks_hood.", class_name="monks_hood"),
     }
-    data, report = load_split(write_json(tmp_path / "pets_train.json", content), "train", image_policy="ignore")
-    assert [s.image for s in data.samples] == [
-        "Maine_Coon_12.jpg",
-        "Maine_Coon_13.jpg",
-        "0001.jpg",
-        "monkshood_image_06.jpg",
-    ]
+    data, report = read(write_json(tmp_path / "pets_train.json", content))
+    images = ["Maine_Coon_12.jpg", "Maine_Coon_13.jpg", "0001.jpg", "monkshood_image_06.jpg"]
+    assert [s.image for s in data.samples] == images
     assert [s.category for s in data.samples] == ["Maine Coon", "Maine Coon", "707-320", "monks hood"]
     assert data.samples[0].negatives == ("a dog", "a bird")
     assert [s.caption for s in data.samples[1:3]] == ["a cat", "An airplane. The sky is blue."]
@@ -66,91 +69,45 @@ def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_negative_that_is_true_of_the_image_is_left_out(tmp_path: Path) -> None:
-    rows = [
-        {
-            "image": "1.png",
-            "caption": "A red car.",
-            "negatives": ["A blue van.", "A fast car.", "red"],
-            "attributes": ["Red"],
-            "category": "car",
-        },
-        {"image": "1.png", "caption": "A fast car.", "category": "car"},
-        {"image": "2.png", "caption": "A blue van.", "category": "van"},
-    ]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data, report = load_split(tmp_path, "train", image_policy="ignore")
-    assert data.samples[0].negatives == ("A blue van.",)
-    assert report.counts["negatives equal to a caption or an attribute of their image, left out"] == 2
-
-
-def test_a_negative_that_equals_its_repaired_positive_is_left_out(tmp_path: Path) -> None:
-    content = {"a": entry(positive="This is a cat.The cat sits.", negative=["This is a cat.The cat sits.", "a dog"])}
-    data, _ = load_split(write_json(tmp_path / "train.json", content), "train", image_policy="ignore")
-    assert data.samples[0].negatives == ("a dog",)
-
-
 def test_newer_fdrd_annotations_are_read(tmp_path: Path) -> None:
     content = {
         "a.jpg": entry(file_name="a.jpg", class_name="Apply_Eye_Makeup", negative=[]),
         "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
         "v_BoxingSpeedBag_g01_c02.jpg": {k: v for k, v in entry(file_name="c.jpg").items() if k != "class_name"},
     }
-    data, report = load_split(write_json(tmp_path / "train.json", content), "train", image_policy="ignore")
+    data, report = read(write_json(tmp_path / "train.json", content))
     assert [s.category for s in data.samples] == ["Apply Eye Makeup", "b", "Boxing Speed Bag"]
     assert report.counts["placeholder paths, replaced by the image root"] == 3
     assert report.counts["pairs without a negative"] == 2
     assert report.counts["captions that another image has too (positives of each other in training)"] == 2
 
 
+def test_negative_that_is_true_of_the_image_is_left_out(tmp_path: Path) -> None:
+    negatives = ["A blue van.", "A fast car.", "red", "This is red.The car."]
+    first = {"image": "1.png", "caption": "This is red.The car.", "negatives": negatives, "attributes": ["Red"]}
+    others = {"image": "1.png", "caption": "A fast car."}, {"image": "2.png", "caption": "A blue van."}
+    write_jsonl(tmp_path / "train.jsonl", first, *others)
+    data, report = read(tmp_path)
+    assert data.samples[0].negatives == ("A blue van.",)
+    assert report.counts["negatives equal to a caption or an attribute of their image, left out"] == 3
+
+
 def test_negative_categories_of_another_number_are_left_out(tmp_path: Path) -> None:
-    """Ambiguous negatives are dropped."""
     write_json(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
-    data, report = load_split(tmp_path, "train", image_policy="ignore")
+    data, report = read(tmp_path)
     assert (data.samples[0].negatives, data.samples[0].negative_categories) == (("a van", "a bus"), ())
     assert report.counts["entries whose negatives and negative categories differ in number, categories left out"] == 1
 
 
 def test_repeated_keys_and_several_captions_are_kept(tmp_path: Path) -> None:
-    one, two = (
-        json.dumps(entry(positive="one")),
-        json.dumps(entry(positive=["two", "Two", "", "three"], negative="One")),
-    )
-    (tmp_path / "train.json").write_text(f'{{"k": {one}, "k": {two}}}', encoding="utf-8-sig")
-    data, report = load_split(tmp_path, "train", image_policy="ignore")
-    assert [s.caption for s in data.samples] == ["one", "two", "three"]
-    assert {s.image for s in data.samples} == {"a.png"}
+    two = entry(positive=["two", "Two", "", "three"], negative="One")
+    content = f'{{"k": {json.dumps(entry(positive="one"))}, "k": {json.dumps(two)}}}'
+    (tmp_path / "train.json").write_text(content, encoding="utf-8-sig")
+    data, report = read(tmp_path)
+    assert [(s.image, s.caption) for s in data.samples] == [("a.png", text) for text in ("one", "two", "three")]
     assert report.counts["keys that occur twice, both entries kept"] == 1
     assert report.counts["pairs that occur twice, left out once"] == 1
     assert report.names["empty captions, left out"] == ["a.png"]
-
-
-def test_jsonl_and_csv_give_the_same_pairs(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"image": "a.png", "caption": "a", "split": "train", "category": "x", "negatives": ["b", "c"]},
-        {"image": "a.png", "caption": "a, again", "split": "training", "category": "x"},
-        {"image": "b.png", "caption": "b", "split": "validation", "negatives": ["d"], "negative_categories": ["y"]},
-        {"image": "c.png", "caption": "c", "split": "extra"},
-    ]
-    (tmp_path / "j").mkdir()
-    (tmp_path / "j" / "pairs.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    (tmp_path / "c").mkdir()
-    with (tmp_path / "c" / "pairs.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ["image", "caption", "split", "category", "negatives", "negative_categories"])
-        table.writeheader()
-        bars = rows[0] | {"negatives": "b | c"}
-        table.writerows([bars, rows[1], rows[2] | {"negatives": '["d"]', "negative_categories": "y"}, rows[3]])
-    for split in ("train", "val"):
-        one, report = load_split(tmp_path / "j", split, image_policy="ignore")
-        other, _ = load_split(tmp_path / "c", split, image_policy="ignore")
-        assert one.samples == other.samples
-    assert [s.caption for s in load_split(tmp_path / "j", "train", image_policy="ignore")[0].samples] == [
-        "a",
-        "a, again",
-    ]
-    assert one.samples[0].negative_categories == ("y",)
-    assert report.counts["pairs of the split 'extra', left out"] == 1
-    assert Annotations(tmp_path / "c").splits() == ["train", "val"]
 
 
 def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
@@ -158,9 +115,8 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
     more = {"meta_category": "vehicles", "negative_class": ["van", "truck"], "negative": ["a red van", "a red truck"]}
     more["attributes"] = ["red", "vintage"]
     write_json(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
-    write_json(
-        tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
-    )
+    row = {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
+    write_jsonl(tmp_path / "rows" / "train.jsonl", row)
     found = [load_split(tmp_path / form, "train", image_root=tmp_path)[0] for form in ("fdrd", "rows")]
     for data in found:
         (sample,) = data.samples
@@ -174,7 +130,7 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
 
 def test_splits_are_written_again_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_json(tmp_path / "train.json", {"a": entry()})
-    data, _ = load_split(tmp_path, "train", image_policy="ignore")
+    data, _ = read(tmp_path)
     sync, left = os.fsync, iter([True, True])  # the file and the directory of the first split
 
     def sync_or_fail(descriptor: int) -> None:
@@ -188,45 +144,33 @@ def test_splits_are_written_again_after_a_full_disk(tmp_path: Path, monkeypatch:
             write_splits({"train": data, "val": data}, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     write_splits({"train": data, "val": data}, tmp_path / "out")
-    assert load_split(tmp_path / "out", "val", image_policy="ignore")[0].samples == data.samples
+    assert read(tmp_path / "out", "val")[0].samples == data.samples
 
 
-@pytest.mark.parametrize("attributes", [{"colour": "red"}, "red", 3, ["red", 3], None])
-def test_attributes_of_another_form_are_ignored(attributes: object, tmp_path: Path) -> None:
-    write_json(tmp_path / "train.json", {"a": entry(attributes=attributes)})
-    data, report = load_split(tmp_path, "train", image_policy="ignore")
-    assert [sample.attributes for sample in data.samples] == [()]
-    assert SKIPPED_ROWS not in report.counts
-
-
-def test_attributes_of_a_csv_are_a_json_list(tmp_path: Path) -> None:
-    rows = [("a", "red | fast"), ("b", "[3]"), ("c", '["red", "two | doors"]')]
-    with (tmp_path / "train.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "caption", "attributes"), *((f"{n}.png", n, cell) for n, cell in rows)])
-    data, report = load_split(tmp_path, "train", image_policy="ignore")
-    assert [sample.attributes for sample in data.samples] == [(), (), ("red", "two | doors")]
-    assert SKIPPED_ROWS not in report.counts
-
-
-def test_missing_columns_are_named(tmp_path: Path) -> None:
-    table = tmp_path / "pairs.csv"
-    table.write_text("Picture,Text\na.png,a\n")
-    with pytest.raises(DataError, match=r"has no column file_name or image or path, .*; it has Picture, Text"):
-        load_split(table, "train", image_policy="ignore")
-    table.write_text("image;caption;split\na.png;a;train\n")
-    assert load_split(table, "train", image_policy="ignore")[0].samples[0].caption == "a"
-    table.write_text("path,caption,split\na.png,a,train\n")
-    assert load_split(table, "train", image_policy="ignore")[0].samples[0].image == "a.png"
+def test_attributes_are_a_list_of_texts_or_ignored(tmp_path: Path) -> None:
+    others: list[object] = [{"colour": "red"}, "red", 3, ["red", 3], None]
+    write_json(
+        tmp_path / "train.json", {f"{n}": entry(file_name=f"{n}.png", attributes=a) for n, a in enumerate(others)}
+    )
+    rows = [("a.png", "a", "red | fast"), ("b.png", "b", "[3]"), ("c.png", "c", '["red", "two | doors"]')]
+    with (tmp_path / "test.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption", "attributes"), *rows])
+    write_json(tmp_path / "val.json", {"a": entry()})
+    for split, wanted in (("train", [()] * 5), ("test", [(), (), ("red", "two | doors")])):
+        data, report = read(tmp_path, split)
+        assert [sample.attributes for sample in data.samples] == wanted
+        assert SKIPPED_ROWS not in report.counts
 
 
 def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "Stück.png")
-    rows = [
-        {"image": unicodedata.normalize("NFD", "Stück.png"), "caption": "a piece", "category": "Part"},
-        {"image": "Stück.png", "caption": "one more", "category": "part"},
-    ]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "val.jsonl").write_text(json.dumps(rows[0]))
+    decomposed = unicodedata.normalize("NFD", "Stück.png")
+    rows = (
+        {"image": decomposed, "caption": "a piece", "category": "Part"},
+        {"image": "Stück.png", "caption": "one more"},
+    )
+    write_jsonl(tmp_path / "train.jsonl", rows[0], rows[1] | {"category": "part"})
+    write_jsonl(tmp_path / "val.jsonl", rows[0])
     data, report = load_split(tmp_path, "train")
     assert [sample.image for sample in data.samples] == ["Stück.png"] * 2
     what = "categories written in several ways, which results and filters keep apart"
@@ -234,43 +178,41 @@ def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> Non
 
 
 def test_file_without_splits_is_divided_by_image(tmp_path: Path) -> None:
-    rows = [{"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two")]
-    file = tmp_path / "mine.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    parts = {split: load_split(file, split, image_policy="ignore") for split in ("train", "val", "test")}
-    images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
+    rows = ({"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two"))
+    file = write_jsonl(tmp_path / "mine.jsonl", *rows)
+    splits, reports = load_splits(file, image_policy="ignore")
+    images = {split: set(data.images) for split, data in splits.items()}
     assert sum(map(len, images.values())) == 300  # no image is in two splits
     assert len(images["train"]) > 210
     assert min(len(images["val"]), len(images["test"])) > 10
-    assert [n for what, n in parts["val"][1].counts.items() if "split by a hash" in what] == [2 * len(images["val"])]
+    assert [n for what, n in reports["val"].counts.items() if "split by a hash" in what] == [2 * len(images["val"])]
 
 
 def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None:
     train = {f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}") for i in range(200) for j in range(2)}
     write_json(tmp_path / "pets_train.json", train)
     write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
-    parts = {split: load_split(tmp_path, split, image_policy="ignore") for split in ("train", "val", "test")}
-    images = {split: {s.image for s in data.samples} for split, (data, _) in parts.items()}
-    assert Annotations(tmp_path).splits() == ["train", "val", "test"]
+    splits, reports = load_splits(tmp_path, image_policy="ignore")
+    images = {split: set(data.images) for split, data in splits.items()}
+    assert list(splits) == Annotations(tmp_path).splits() == ["train", "val", "test"]
     assert not images["train"] & images["val"]
     assert len(images["train"] | images["val"]) == 200
     assert 10 < len(images["val"]) < 40
     assert images["test"] == {"x.jpg"}
     held = 2 * len(images["val"])
-    assert parts["train"][1].counts["pairs held out for validation, as the data has no val split"] == held
+    assert reports["train"].counts["pairs held out for validation, as the data has no val split"] == held
     write_json(tmp_path / "val.json", {"a": entry(file_name="y.jpg")})
-    assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 400
+    assert len(read(tmp_path)[0]) == 400
 
 
 def test_split_is_the_name_of_its_file(tmp_path: Path) -> None:
     file = write_json(tmp_path / "cars_test.json", {"a": entry()})
-    assert len(load_split(file, "test", image_policy="ignore")[0]) == 1
-    assert len(load_split(tmp_path, "test", image_policy="ignore")[0]) == 1
+    assert len(read(file, "test")[0]) == len(read(tmp_path, "test")[0]) == 1
     with pytest.raises(DataError, match=r"has no val pairs; it has test"):
-        load_split(file, "val", image_policy="ignore")
+        read(file, "val")
     write_json(tmp_path / "pets_test.json", {"a": entry()})
     with pytest.raises(DataError, match=r"several files for test \(cars_test.json, pets_test.json\)"):
-        load_split(tmp_path, "test", image_policy="ignore")
+        read(tmp_path, "test")
 
 
 @pytest.mark.parametrize("place", ["Maine_Coon_12.jpg", "pets/images/Maine_Coon_12.jpg", "deep/er/Maine_Coon_12.jpg"])
@@ -309,15 +251,14 @@ def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Pa
 
 
 def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = (json.dumps({"image": f"{n}.png", "caption": f"number {n}"}) for n in range(100))
-    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    write_jsonl(tmp_path / "pairs.jsonl", *({"image": f"{n}.png", "caption": f"number {n}"} for n in range(100)))
     reads = list[Path]()
 
-    def read(file: Path, report: CleaningReport) -> Iterator[Entry]:
+    def noted(file: Path, report: CleaningReport) -> Iterator[Entry]:
         reads.append(file)
         return read_table(file, report)
 
-    monkeypatch.setitem(load._READERS, ".jsonl", read)
+    monkeypatch.setitem(load._READERS, ".jsonl", noted)
     assert sum(map(len, check_dataset(tmp_path, decode_images=False)[0].values())) == 100
     assert load_splits(tmp_path, image_policy="ignore")[0].keys() == {"train", "val", "test"}
     assert reads == [tmp_path / "pairs.jsonl"] * 2

@@ -1,70 +1,147 @@
-"""Pairs from CSV, JSONL and tars: nothing of a file is left out in silence."""
+"""Pairs from CSV, JSONL, Parquet and tars: nothing of a file is left out in silence, and none fills the memory."""
 
-import io
+import csv
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar_core.data import load_split, load_splits
+from dcar_core.data import Annotations, Sample, load_split, load_splits, records
+from dcar_core.data.records import read_records
 from dcar_core.util.errors import DataError
-from tests.support.images import write_image
+from index_jobs.gallery.scan import scan
+from tests.support.files import write_jsonl, write_tar
+from tests.support.images import png
+
+ROWS: list[dict[str, Any]] = [
+    {"file_name": f"{n}.png", "caption": f"image {n}", "category": "even" if n % 2 == 0 else "odd"} for n in range(40)
+]
 
 
-def tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+def samples(path: Path, split: str = "train") -> list[Sample]:
+    return load_split(path, split, image_policy="ignore")[0].samples
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
+    """Write a table in the format of its suffix."""
+    if path.suffix == ".jsonl":
+        write_jsonl(path, *rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    for row in ROWS:
+        (tmp_path / row["file_name"]).write_bytes(png())
+    return tmp_path
 
 
 def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
-    png = write_image(tmp_path / "x" / "red.png").read_bytes()
-    tar(tmp_path / "train-0000.tar", {"0.png": png, "0.txt": b"a red square\nall red", "1.png": png, "2.txt": b"no"})
-    row = json.dumps({"caption": "red", "category": "square", "negatives": ["blue"]}).encode()
-    tar(tmp_path / "train-0001.tar", {"./0.png": png, "./0.json": row})
-    tar(tmp_path / "val.tar", {"v/0.png": png, "v/0.txt": b"for validation", "v/0.cls": b"square\n"})
+    image = png()
+    lines = "a red\u2028square\r\nall\x85red\n".encode()  # two lines: a caption may have other signs that end one
+    first = {
+        "0.depth.png": b"depth",
+        "0.png": image,
+        "0.mask.png": b"mask",
+        "0.txt": lines,
+        "1.png": image,
+        "2.txt": b"-",
+    }
+    write_tar(tmp_path / "train-0000.tar", first)
+    row = json.dumps({"caption": "red", "class_name": "square", "negatives": ["blue"]}).encode()
+    write_tar(tmp_path / "train-0001.tar", {"./0.png": image, "./0.json": row, "./0.cls": b"17"})
+    write_tar(tmp_path / "val.tar", {"v/0.png": image, "v/0.txt": b"for validation", "v/0.cls": b"square\n"})
     data, report = load_split(tmp_path, "train", image_policy="skip")
     assert [(s.image, s.caption) for s in data.samples] == [
         ("train-0000.tar/0.png", "a red square"),
         ("train-0000.tar/0.png", "all red"),
         ("train-0001.tar/0.png", "red"),
     ]
-    assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",))
-    assert data.read(data.samples[2].image) == png
+    assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",)), "the name, not its number"
+    assert data.read(data.samples[2].image) == image
     assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
     assert report.names["tar samples without an image, left out"] == ["train-0000.tar/2"]
+    assert report.names["tar samples with several images, one of which was taken"] == ["0.png"]
     (validation,) = load_split(tmp_path, "val")[0].samples
     assert (validation.caption, validation.category) == ("for validation", "square")
     assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
 
 
-def test_image_of_a_sample_is_the_one_without_a_suffix(tmp_path: Path) -> None:
-    png = write_image(tmp_path / "x" / "red.png").read_bytes()
-    tar(tmp_path / "train.tar", {"0.depth.png": b"depth", "0.png": png, "0.mask.png": b"mask", "0.txt": b"red"})
-    data, report = load_split(tmp_path, "train", image_policy="skip")
-    assert [sample.image for sample in data.samples] == ["train.tar/0.png"]
-    assert report.names["tar samples with several images, one of which was taken"] == ["0.png"]
+@pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet", "tars"])
+def test_what_describes_a_gallery_is_a_data_set(form: str, gallery: Path) -> None:
+    if form != "tars":
+        write_rows(gallery / f"metadata{form}")
+    else:
+        for shard in range(2):
+            members = {}
+            for row in ROWS[shard::2]:
+                image = row["file_name"]
+                (gallery / image).unlink()
+                members |= {image: png(), image.replace("png", "json"): json.dumps({**row, "file_name": None}).encode()}
+            write_tar(gallery / f"shard-{shard:04}.tar", members)
+    datasets, _ = load_splits(gallery)
+    assert list(datasets) == ["train", "val", "test"]
+    captions = {sample.caption for data in datasets.values() for sample in data.samples}
+    assert captions == set(scan(gallery).table["caption"].to_pylist())
 
 
-def test_caption_ends_with_its_line(tmp_path: Path) -> None:
-    png = write_image(tmp_path / "x" / "red.png").read_bytes()
-    text = "a red\u2028square\r\nall\x85red\n".encode()
-    tar(tmp_path / "train.tar", {"0.png": png, "0.txt": text})
-    assert len(load_split(tmp_path, "train")[0].samples) == 2
+def test_annotations_take_precedence_over_a_gallerys_metadata(gallery: Path) -> None:
+    write_rows(gallery / "metadata.jsonl")
+    write_rows(gallery / "train.parquet", ROWS[:30])
+    images = {sample.image for split in ("train", "val") for sample in samples(gallery, split)}
+    assert images == {row["file_name"] for row in ROWS[:30]}
+    with pytest.raises(DataError, match="has no test pairs; it has train"):
+        load_split(gallery, "test")
 
 
-def test_captions_are_read_where_the_caption_is_empty(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_without_a_caption_are_counted(suffix: str, gallery: Path) -> None:
+    rows = [{**row, "caption": None} if n % 4 == 0 else row for n, row in enumerate(ROWS)]
+    write_rows(gallery / f"metadata{suffix}", rows)
+    _, reports = load_splits(gallery)
+    assert sum(report.counts["empty captions, left out"] for report in reports.values()) == 10
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_every_form_gives_the_same_pairs(suffix: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png", "caption": "a", "split": "train", "category": "007", "negatives": ["b", "c"]},
+        {"image": "a.png", "caption": "a, again", "split": "training", "category": "007", "negatives": None},
+        {"image": "b.png", "caption": "b", "split": "validation", "category": None, "negatives": ["d"]},
+        {"image": "c.png", "caption": "c", "split": "extra", "category": None, "negatives": None},
+    ]
+    if suffix == ".csv":
+        rows = [row | {"negatives": cell} for row, cell in zip(rows, ("b | c", "", '["d"]', ""), strict=True)]
+    write_rows(tmp_path / f"pairs{suffix}", rows)
+    assert samples(tmp_path) == [Sample("a.png", "a", "007", "", ("b", "c")), Sample("a.png", "a, again", "007")]
+    data, report = load_split(tmp_path, "val", image_policy="ignore")
+    assert data.samples == [Sample("b.png", "b", negatives=("d",))]
+    assert report.counts["pairs of the split 'extra', left out"] == 1
+    assert Annotations(tmp_path).splits() == ["train", "val"]
+
+
+def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("image,caption,captions\na.png,,x|y\nb.png,z,\n")
-    (tmp_path / "val.jsonl").write_text(json.dumps({"image": "a.png", "caption": " ", "captions": ["x", "y"]}) + "\n")
-    for split, wanted in (("train", ["x", "y", "z"]), ("val", ["x", "y"])):
+    write_jsonl(tmp_path / "val.jsonl", {"image": "a.png", "caption": " ", "captions": ["x", "y"]})
+    row = {"image": "a.png", "caption": "z"}
+    write_jsonl(tmp_path / "test.jsonl", row | {"captions": 5}, row | {"image": "b.png", "captions": [{}], "note": [1]})
+    for split, wanted in (("train", ["x", "y", "z"]), ("val", ["x", "y"]), ("test", ["z", "z"])):
         data, report = load_split(tmp_path, split, image_policy="ignore")
         assert [sample.caption for sample in data.samples] == wanted
-        assert set(report.counts) == {"pairs without a negative"}
+        assert report.counts.keys() <= {"pairs without a negative", f"captions that another image has too {POSITIVES}"}
+
+
+POSITIVES = "(positives of each other in training)"
 
 
 @pytest.mark.parametrize(
@@ -78,37 +155,50 @@ def test_captions_are_read_where_the_caption_is_empty(tmp_path: Path) -> None:
 def test_unclosed_quote_swallows_no_rows(tmp_path: Path, rows: str, message: str) -> None:
     (tmp_path / "train.csv").write_text("image,caption\n" + rows)
     with pytest.raises(DataError, match=message):
-        load_split(tmp_path, "train", image_policy="ignore")
+        samples(tmp_path)
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_text("image,caption,caption\na.png,x,y\n")
-    with pytest.raises(DataError, match="two columns named 'caption'"):
-        load_split(tmp_path, "train", image_policy="ignore")
-    (tmp_path / "train.csv").write_text("image,caption,note,note\na.png,x,y,z\n")  # never read
-    assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 1
+def test_columns_of_a_csv_are_told_apart(tmp_path: Path) -> None:
+    table = tmp_path / "train.csv"
+    for content, message in (
+        ("image,caption,caption\na.png,x,y\n", "two columns named 'caption'"),
+        ("Picture,Text\na.png,a\n", r"has no column file_name or image or path, .*; it has Picture, Text"),
+        ("image,text\na.png,an apple\n", r"has no column caption or captions, .*; it has image, text"),
+    ):
+        table.write_text(content)
+        with pytest.raises(DataError, match=message):
+            samples(table)
+    for content in (
+        "image,caption,note,note\na.png,x,y,z\n",  # these are never read
+        "image;caption;split\na.png;x;train\n",
+        "path,caption,split\na.png,x,train\n",
+        "image,caption,split\na.png,x,train\n,,\n,,\n",
+    ):
+        table.write_text(content)
+        assert [(sample.image, sample.caption) for sample in samples(table)] == [("a.png", "x")]
 
 
-def test_unused_columns_can_hold_anything(tmp_path: Path) -> None:
-    row = {"image": "a.png", "caption": "a cat"}
-    rows = [row | {"captions": 5}, row | {"image": "b.png", "captions": [{}], "note": [1]}]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(load_split(tmp_path, "train", image_policy="ignore")[0].samples) == 2
-
-
-def test_images_inside_of_a_parquet_file_are_named(tmp_path: Path) -> None:
-    pq.write_table(
-        pa.table({"image": [{"bytes": b"x", "path": "a.png"}], "caption": ["red"]}), tmp_path / "train.parquet"
-    )
-    with pytest.raises(DataError, match=r"train.parquet holds the images themselves; write them to files"):
-        load_split(tmp_path, "train")
-
-
-def test_class_name_is_preferred_to_its_number(tmp_path: Path) -> None:
-    png = write_image(tmp_path / "x" / "red.png").read_bytes()
-    row = json.dumps({"caption": "red", "class_name": "square"}).encode()
-    tar(tmp_path / "train.tar", {"0.png": png, "0.json": row, "0.cls": b"17"})
-    assert load_split(tmp_path, "train")[0].samples[0].category == "square"
+def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    file, good = tmp_path / "train.parquet", pa.table({"image": ["a.png"], "caption": ["a"]})
+    pq.write_table(good, file)
+    damaged = file.read_bytes()
+    for content, message in (
+        (b"not parquet", r"train\.parquet is not a parquet file"),
+        (damaged[:4] + b"\xff" * 36 + damaged[40:], r"train\.parquet is damaged, or cannot be read: .+"),
+        ({"caption": ["a"]}, "no column file_name or image or path, which every row needs; it has caption"),
+        ({"img": ["a.png"], "text": ["a"]}, "path, which every row needs; it has img, text"),
+        ({"image": [{"bytes": b"x", "path": "a.png"}], "caption": ["a"]}, r"holds the images themselves; write them"),
+        (
+            {"image": ["a.png"], "caption": ["a"], "category": [b"cat"]},
+            "row 1: field 'category' must be one text, not \"b'cat'\"",
+        ),
+    ):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            pq.write_table(pa.table(content), file)
+        with pytest.raises(DataError, match=message):
+            load_split(tmp_path, "train")
 
 
 def test_compressed_tars_are_named(tmp_path: Path) -> None:
@@ -119,21 +209,55 @@ def test_compressed_tars_are_named(tmp_path: Path) -> None:
 
 
 def test_a_bad_row_is_left_out_and_named(tmp_path: Path) -> None:
-    rows = [json.dumps({"image": f"{n}.png", "caption": f"number {n}"}) for n in range(20)]
-    (tmp_path / "train.jsonl").write_text("\n".join([*rows, '{"image": "x.png"}', "{"]))
+    write_jsonl(tmp_path / "train.jsonl", *ROWS, {"image": "x.png"})
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write("{")
     splits, reports = load_splits(tmp_path, image_policy="ignore")
-    assert sum(map(len, splits.values())) == 20
+    assert sum(map(len, splits.values())) == 40
     first, second = reports["train"].names["rows that cannot be used, left out"]
-    assert first.startswith("line 21: field 'caption' is missing")
-    assert second.startswith("line 22: not JSON")
+    assert first.startswith("line 41: field 'caption' is missing")
+    assert second.startswith("line 42: not JSON")
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_tables_of_every_form_hold_pairs(suffix: str, tmp_path: Path) -> None:
-    rows = [{"image": "a.png", "caption": "a red car", "category": "007"}]
-    if suffix == ".csv":
-        (tmp_path / "train.csv").write_text("image,caption,category\na.png,a red car,007\n")
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    data, _ = load_split(tmp_path, "train", image_policy="ignore")
-    assert [(s.image, s.caption, s.category) for s in data.samples] == [("a.png", "a red car", "007")]
+def count(file: Path) -> int:
+    return sum(1 for _ in read_records(str(file), lambda: file.open("rb"), infer_types=True))
+
+
+def test_text_files_without_bounds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line, columns = "x" * (records.MAX_LINE + 1), ",".join(f"c{number}" for number in range(200_000))
+    for name, content, message in (
+        ("l.jsonl", '{"image": "a.png"}\n' + line, r"l\.jsonl, line 2: longer than 16,000,000 characters"),
+        ("l.csv", "image,caption\n" + line, r"l\.csv, line 2: longer than 16,000,000 characters"),
+        ("l.csv", f"image,{columns}\na.png\n", "has 200,001 columns; at most 10,000 are read"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            count(tmp_path / name)
+    monkeypatch.setattr(records, "MAX_ROWS", 2)
+    (tmp_path / "l.csv").write_text("image\na.png\nb.png\n")
+    assert count(tmp_path / "l.csv") == 2
+    (tmp_path / "l.csv").write_text("image\na.png\nb.png\nc.png\n")
+    with pytest.raises(DataError, match="more than 2 rows; split it"):
+        count(tmp_path / "l.csv")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["x" * 50_000] * 1000),
+        pa.array([["x" * 50_000]] * 1000),
+        pa.array([{"text": "x" * 50_000}] * 1000),
+        pa.array([str(number).zfill(50_000) for number in range(1000)]),
+    ],
+    ids=["texts", "lists", "objects", "different texts"],
+)
+def test_a_parquet_file_that_unpacks_to_far_more_is_refused(
+    column: pa.Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"image": ["a.png"] * 1000, "caption": column}), file, compression="zstd")
+    assert file.stat().st_size < 100_000
+    assert count(file) == 1000
+    monkeypatch.setattr(records, "MAX_UNPACKED", 40 << 20)
+    with pytest.raises(DataError, match=r"list\.parquet unpacks to [\d,]+ bytes or more; .* 41,943,040 are read"):
+        count(file)
