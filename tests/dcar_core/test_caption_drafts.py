@@ -100,47 +100,36 @@ def test_missing_verdict_fails_the_image_and_keeps_the_draft(photos: Path) -> No
         assert server.kinds()[4:] == ["judge"]
 
 
-def test_drafts_are_cleaned() -> None:
-    assert tidy_draft('<think>an owl?</think>\n**Caption:** "An owl\n on a  branch."') == "An owl on a branch."
-    assert tidy_draft("An owl? Or two?\n</think>\n\nAn owl.") == "An owl."
-    assert tidy_draft("<think>an owl?</think> Two. <think>no</think>An owl.") == "An owl."
-    assert tidy_draft("<think>An owl?") == ""
-    assert tidy_draft("Here is a caption for the picture: An owl.") == "An owl."
-    assert tidy_draft("\u201cAn owl.\u201d") == "An owl."
-    assert tidy_draft('An owl and a sign: "open".') == 'An owl and a sign: "open".'
-    assert tidy_draft('"An owl and a sign: "open"."') == 'An owl and a sign: "open".'
-    assert tidy_draft("'A barn owl's nest'") == "A barn owl's nest"
-    assert tidy_draft('""') == ""
+LEADS = ("Sure: ", "Sure! Here is the caption: ", "Of course! Here\u2019s the caption:\n\n", "Certainly. The caption: ",
+         "Image caption: ", "**The image caption:** ", "Here is a caption for the picture: ")  # fmt: skip
+KEPT = (
+    '"Barn owl" beside a sign that says "Farm"',
+    "\u201cBarn owl\u201d beside a sign that says \u201cFarm\u201d",
+    "'Barn owl' beside a sign that says 'Farm'",
+    '"Barn owl" on the farm of the Smiths\'',
+    "Of course a beagle has ears: long ones.",
+    ":) on a sign",
+    'An owl and a sign: "open".',
+)
 
 
 @pytest.mark.parametrize(
-    "lead",
+    ("answer", "draft"),
     [
-        "Sure: ",
-        "Sure! Here is the caption: ",
-        "Of course! Here\u2019s the caption:\n\n",
-        "Certainly. The caption: ",
-        "Image caption: ",
-        "**The image caption:** ",
+        ('<think>an owl?</think>\n**Caption:** "An owl\n on a  branch."', "An owl on a branch."),
+        ("An owl? Or two?\n</think>\n\nAn owl.", "An owl."),
+        ("<think>an owl?</think> Two. <think>no</think>An owl.", "An owl."),
+        ("<think>An owl?", ""),
+        ("\u201cAn owl.\u201d", "An owl."),
+        ('"An owl and a sign: "open"."', 'An owl and a sign: "open".'),
+        ("'A barn owl's nest'", "A barn owl's nest"),
+        ('""', ""),
+        *((f"{lead}A beagle on grass.", "A beagle on grass.") for lead in LEADS),
+        *((draft, draft) for draft in KEPT),
     ],
 )
-def test_lead_ins_are_removed(lead: str) -> None:
-    assert tidy_draft(f"{lead}A beagle on grass.") == "A beagle on grass."
-
-
-@pytest.mark.parametrize(
-    "draft",
-    [
-        '"Barn owl" beside a sign that says "Farm"',
-        "\u201cBarn owl\u201d beside a sign that says \u201cFarm\u201d",
-        "'Barn owl' beside a sign that says 'Farm'",
-        '"Barn owl" on the farm of the Smiths\'',
-        "Of course a beagle has ears: long ones.",
-        ":) on a sign",
-    ],
-)
-def test_other_drafts_stay_as_they_are(draft: str) -> None:
-    assert tidy_draft(draft) == draft
+def test_drafts_are_cleaned(answer: str, draft: str) -> None:
+    assert tidy_draft(answer) == draft
 
 
 def test_each_image_keeps_its_own_question() -> None:

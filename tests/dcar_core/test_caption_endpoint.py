@@ -20,6 +20,7 @@ TRANSIENT = {
     "half an answer": Raw(body=json.dumps(message("half")), cut=True),
     "gzip that is none": Raw(body=b"\x1f\x8bhalf", headers=(("content-encoding", "gzip"),)),
 }
+REFUSAL = {"choices": [{"message": {"content": None, "refusal": "No owl may be described."}}]}
 UNUSABLE: dict[str, Raw | dict[str, Any]] = {
     "truncated JSON": Raw(body=json.dumps(message("half"))[:40]),
     "no JSON": Raw(body="all fine"),
@@ -87,18 +88,6 @@ def test_other_response_forms_are_read(photos: Path, content: Any, usage: Any) -
     assert [entry["positive"] for entry in captions(photos).values()] == ["An owl on grass."]
 
 
-def test_refusals_are_recognised(photos: Path) -> None:
-    refused = {"choices": [{"message": {"content": None, "refusal": "No owl may be described."}}]}
-    with VisionServer(lambda asked, n: refused) as server:
-        found = ask(one_image(photos), server, rounds=1)
-        assert found.given_up == ["owl/1.png"]
-        [kept] = rejected(photos)
-        assert (kept["reason"], kept["draft"]) == ("a refusal", "No owl may be described.")
-        server.behave = lambda asked, n: good(asked) if asked.kind == "draft" else refused
-        found = ask(photos, server, photos.parent / "other.json")
-    assert list(found.failed.values()) == ["an unusable completion: 'No owl may be described.'"]  # no verdict
-
-
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -106,21 +95,17 @@ def test_refusals_are_recognised(photos: Path) -> None:
         (message("<think>The owl is", "length"), "cut off by the endpoint's limit"),
         (message(None, "content_filter"), "a refusal"),
         (message(None), "empty"),
-        (
-            {
-                "choices": [
-                    {"message": {"content": None, "refusal": "I can't help with that."}, "finish_reason": "stop"}
-                ]
-            },
-            "a refusal",
-        ),
+        (REFUSAL, "a refusal"),
     ],
 )
 def test_rejected_drafts_name_the_finish_reason(photos: Path, answer: dict[str, Any], reason: str) -> None:
     with VisionServer(lambda asked, n: answer if asked.kind == "draft" and asked.turn == 0 else good(asked)) as server:
         found = ask(one_image(photos), server)
-    assert found.accepted == 1
-    assert [line["reason"] for line in rejected(photos)] == [reason]
+        assert found.accepted == 1
+        assert [line["reason"] for line in rejected(photos)] == [reason]
+        server.behave = lambda asked, n: good(asked) if asked.kind == "draft" else REFUSAL
+        found = ask(photos, server, photos.parent / "other.json")
+    assert list(found.failed.values()) == ["an unusable completion: 'No owl may be described.'"]  # no verdict
 
 
 @pytest.mark.parametrize(

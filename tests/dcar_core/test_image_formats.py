@@ -114,9 +114,11 @@ def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.Monke
     values = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
     image = Image.fromarray(values).resize((96, 64))
     buffer = io.BytesIO()
-    pillow_heif.from_pillow(image).save(buffer, quality=90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pillow_heif.from_pillow(image.rotate(90, expand=True)).save(buffer, quality=90, exif=exif.tobytes())
     data = buffer.getvalue()
-    assert OpenedImage(data).format == ImageFormat.HEIF
+    assert (OpenedImage(data).format, OpenedImage(data).upright_size) == (ImageFormat.HEIF, image.size)
     assert np.abs(np.asarray(open_image(data)).astype(int) - np.asarray(image)).mean() < 8
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match=r"pip install 'dcar\[heic\]'") as caught:
