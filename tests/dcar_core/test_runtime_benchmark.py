@@ -4,11 +4,9 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dcar_core.data import load_split
-from dcar_core.runtimes.selection import Proof, _lowest_cosine
 from dcar_core.serving import runtime_benchmark as module
 from dcar_core.serving.runtime_benchmark import RuntimeReport, RuntimeResult, benchmark
 from dcar_core.util.errors import DataError
@@ -59,14 +57,6 @@ def test_a_broken_image_is_named(tiny_checkpoint: Path, tiny_data: Path, tmp_pat
     (data / first).write_bytes(b"")
     with pytest.raises(DataError, match=f"^test: {re.escape(first)}: the file is empty$"):
         benchmark(str(tiny_checkpoint), data, runtimes=["torch"], cache=tmp_path, device="cpu")
-
-
-def test_one_wrong_vector_fails_the_proof() -> None:
-    wanted = np.array([[1, 0], [1, 0]], np.float32)
-    assert _lowest_cosine(np.array([[1, 0], [0.6, 0.8]], np.float32), wanted) == pytest.approx(0.6)
-    broken = np.array([[1, 0], [np.nan, 0]], np.float32)
-    assert not Proof(1.0, _lowest_cosine(broken, wanted), 0.999).holds
-    assert not Proof(_lowest_cosine(broken, wanted), 1.0, 0.999).holds
 
 
 def test_error_of_a_library_fails_one_row(

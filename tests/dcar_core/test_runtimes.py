@@ -275,3 +275,4 @@ def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, s
 
     assert proof(least + 0.0002).holds
     assert not proof(least - 0.0002).holds
+    assert not proof(np.nan).holds
