@@ -83,30 +83,30 @@ def read_records(
         )
     else:
         rows = _read_parquet(name, open_file, used_columns)
-    for number, row in enumerate(rows, 1):
-        if number > MAX_ROWS:
-            raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
-        yield row
+    try:
+        for number, row in enumerate(rows, 1):
+            if number > MAX_ROWS:
+                raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
+            yield row
+    except UnicodeDecodeError as error:
+        hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
+        raise DataError(f"{name} is not UTF-8 ({error.reason}); {hint}") from error
 
 
 def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
-    try:
-        with io.TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
-            for line, text in enumerate(_lines(name, file), 1):
-                if not text.strip():
-                    continue
-                try:
-                    record = parse_json(text)
-                except ValueError as error:
-                    on_bad_line(DataError(f"{name}, line {line}: not JSON ({getattr(error, 'msg', error)})"))
-                    continue
-                if isinstance(record, dict):
-                    yield line, record
-                else:
-                    kind = type(record).__name__
-                    on_bad_line(DataError(f"{name}, line {line}: must be an object, not a {kind}"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from error
+    with io.TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
+        for line, text in enumerate(_lines(name, file), 1):
+            if not text.strip():
+                continue
+            try:
+                record = parse_json(text)
+            except ValueError as error:
+                on_bad_line(DataError(f"{name}, line {line}: not JSON ({getattr(error, 'msg', error)})"))
+                continue
+            if isinstance(record, dict):
+                yield line, record
+            else:
+                on_bad_line(DataError(f"{name}, line {line}: must be an object, not a {type(record).__name__}"))
 
 
 def _lines(name: str, file: TextIO) -> Iterator[str]:
@@ -154,11 +154,7 @@ def _read_csv_rows(
             reader = csv.DictReader(
                 chain([header], lines), restval="", strict=True, delimiter=delimiter, skipinitialspace=True
             )
-            header_names = reader.fieldnames or ()
-            if len(header_names) > MAX_COLUMNS:
-                raise DataError(f"{name} has {len(header_names):,} columns; at most {MAX_COLUMNS:,} are read")
-            reader.fieldnames = columns = _column_names(header_names)
-            _require_unique_columns(columns, name, used_columns)
+            reader.fieldnames = _column_names(name, reader.fieldnames or (), used_columns)
             line = before + reader.line_num
             for row in reader:
                 line = before + reader.line_num
@@ -173,23 +169,19 @@ def _read_csv_rows(
         except csv.Error as error:
             hint = "is a quote not closed, not doubled inside a text, or followed by a space?"
             raise DataError(f"{name}, line {line + 1} is not CSV: {error}; {hint}") from error
-        except UnicodeDecodeError as error:
-            hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
-            raise DataError(f"{name} is not UTF-8 ({error.reason}); {hint}") from error
 
 
-def _column_names(header: Sequence[str]) -> list[str]:
+def _column_names(name: str, header: Sequence[str], used_columns: Sequence[str] | None) -> list[str]:
     """Return the names without blanks around them; known ones in lower case, unless the header has that name too."""
-    names = [name.strip() for name in header]
+    names = [column.strip() for column in header]
+    if len(names) > MAX_COLUMNS:
+        raise DataError(f"{name} has {len(names):,} columns; at most {MAX_COLUMNS:,} are read")
     free = _KNOWN_COLUMNS - set(names)
-    return [low if (low := name.lower()) in free else name for name in names]
-
-
-def _require_unique_columns(columns: Sequence[str], name: str, used_columns: Sequence[str] | None) -> None:
-    used = [column for column in columns if column and (used_columns is None or column in used_columns)]
-    repeated = next((column for column, count in Counter(used).items() if count > 1), None)
-    if repeated is not None:
-        raise DataError(f"{name} has two columns named {repeated!r}; rename one of them")
+    columns = [low if (low := column.lower()) in free else column for column in names]
+    used = Counter(column for column in columns if column and (used_columns is None or column in used_columns))
+    for column in used - Counter(set(used)):
+        raise DataError(f"{name} has two columns named {column!r}; rename one of them")
+    return columns
 
 
 def _type_of_cell(cell: str) -> str:
