@@ -87,13 +87,10 @@ def read_text(file: Path) -> str:
 def make_entry(
     row: Mapping[str, Any], where: str, image: str, path: str, captions: Sequence[str], **more: Any
 ) -> Entry:
-    """Make an entry of a row, whose fields have the names of tables or of FDRD.
+    """Make an entry of a row, whose fields have the names of tables or of FDRD. Raise DataError if it lacks a caption.
 
     captions: fields, of which the first that has any counts; an empty caption is left to the cleaning.
     more: fields of `Entry` that the row does not hold.
-
-    Raises:
-        DataError: a field does not hold text, or there is no caption.
     """
     present = [name for name in captions if row.get(name) is not None]
     if not present:
