@@ -75,9 +75,8 @@ class Endpoint:
     ) -> Completion:
         """Send a chat and return the completion.
 
-        Args:
-            usage: receives the tokens of every response, unusable ones included.
-            usable: returns False for a completion that must be requested again.
+        usage: receives the tokens of every response, unusable ones included.
+        usable: returns False for a completion that must be requested again.
 
         Raises:
             EndpointError: the request was refused, or every attempt failed; this image has failed.
@@ -120,8 +119,7 @@ class Endpoint:
     def _refusal(self, status: int, content: bytes) -> Completion:
         """Return the refusal in a 403 whose error says that moderation flagged the input, as OpenRouter writes it.
 
-        Raises:
-            CaptionError, EndpointError: any other error response.
+        Raise CaptionError or EndpointError for any other error response.
         """
         with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
             error = parse_json(content)["error"]

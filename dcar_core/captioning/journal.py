@@ -31,8 +31,7 @@ class CaptionedImage(NamedTuple):
 class CaptionJournal:
     """Append-only journal; `finished` and `usage` include earlier runs.
 
-    Raises:
-        CaptionError: the file belongs to a run with other settings, is not a journal, or cannot be written.
+    Raise CaptionError for a file of other settings, for one that is no journal, and for one that cannot be written.
     """
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:

@@ -61,12 +61,7 @@ class RowLimit:
             self.skip(error)
 
     def finish(self) -> None:
-        """Report the skipped rows.
-
-        Raises:
-            BadRowsError: more than MAX_BAD_ROWS of the rows were skipped.
-            DataError: all rows were skipped, so the file may not hold annotations at all.
-        """
+        """Report the skipped rows. Raise BadRowsError for more than MAX_BAD_ROWS of all, DataError for all of them."""
         rows = self._good + len(self._bad)
         if len(self._bad) > MAX_BAD_ROWS * rows:
             counts = f"{len(self._bad):,} of {rows:,} rows cannot be used"

@@ -2,11 +2,9 @@
 
     key -> {"file_name", "file_path", "positive", "negative": [...], "class_name"?}
 
-- Older files give absolute paths of another machine, file names without a suffix and four negatives; some give no
-  class_name.
+- Older files give absolute paths of another machine, file names without a suffix and four negatives.
 - Newer files (`inter_*`) give the placeholder YOUR_IMAGE_PATH, file names with a suffix, class names and no negatives.
-- Every repair is reported. Beyond FDRD, `positive` may be a list, and `negative_class`, `meta_category` and
-  `attributes` are read.
+- Beyond FDRD, `positive` may be a list, and `negative_class`, `meta_category` and `attributes` are read.
 """
 
 import re
@@ -35,11 +33,7 @@ class _Object(dict[str, Any]):
 
 
 def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    """Yield the entries of one file; a repeated key gives two. A bad entry is skipped and reported.
-
-    Raises:
-        DataError: not JSON, another shape, or too many bad entries.
-    """
+    """Yield the entries of one file; a repeated key gives two. Raise DataError if too many of them are bad."""
     try:
         content = parse_json(read_text(file), _Object)
     except ValueError as error:

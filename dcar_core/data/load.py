@@ -57,11 +57,7 @@ class Annotations:
         self._read_files: dict[Path, tuple[list[Entry], CleaningReport]] = {}
 
     def splits(self) -> list[str]:
-        """Return the splits that the data set has; a val split held out from training counts.
-
-        Raises:
-            DataError: there are none, or the annotations cannot be read.
-        """
+        """Return the splits that there are; a val split held out from training counts. Raise DataError for none."""
         found = {split: entries for split in SPLITS if (entries := self._entries_of(split))}
         has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
         if not found:
@@ -215,11 +211,7 @@ def check_dataset(
 ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
     """Return every split of a data set, with images that are missing or broken named in its report.
 
-    Args:
-        context: count captions of more CLIP tokens, SOS and EOT included; 0 counts none.
-
-    Raises:
-        DataError: there are no annotations, or they cannot be read.
+    context: count captions of more CLIP tokens, SOS and EOT included; 0 counts none.
     """
     annotations = Annotations(path, image_root)
     datasets, reports = _load_all(annotations, annotations.splits(), "ignore")

@@ -1,14 +1,9 @@
 """Reader of .jsonl, .csv and .parquet files, for data sets and galleries: a record maps columns to values.
 
-- Files are UTF-8, with or without a byte-order mark. Empty lines, and CSV rows with only commas, are skipped.
-- A column without a name, such as the row numbers of pandas, is left out of a CSV. Blanks around the
-  names of columns, and capitals in those that have a meaning here, make no difference.
-- A CSV whose header has semicolons or tabs, and no comma, is separated by them, as many spreadsheets save it. A first
-  line `sep=;` names the delimiter.
+docs/reference/data-formats.md has the rules of columns, delimiters and types.
+
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is a missing value.
-- The columns in LIST_COLUMNS hold several texts: a JSON list, or texts separated by `|`; `attributes` holds a JSON
-  list.
 - A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
 - Lines, columns, rows and the unpacked size of a Parquet file are bounded, so that no small file fills the memory.
 """
@@ -63,8 +58,7 @@ def read_records(
     Args:
         name: the path or URL for messages; its suffix decides the format.
         open_file: opens the file; called twice for a CSV with `infer_types`.
-        used_columns: the columns to read of a parquet file, and those that must not occur twice in a CSV header; None
-            for all.
+        used_columns: those to read of a parquet file, and that must not occur twice in a CSV header; None for all.
         on_bad_line: receives the error of a line that is skipped; by default it is raised.
 
     Raises:

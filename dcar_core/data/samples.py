@@ -66,11 +66,7 @@ class Dataset:
 
 
 def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
-    """Write a JSONL file for each split, or none if that fails; image names stay relative to the image root.
-
-    Raises:
-        DataError: the directory already holds annotations.
-    """
+    """Write a JSONL file for each split, or none if that fails; image names stay relative to the image root."""
     for pattern in ("*.json", "*.jsonl", "*.csv", "*.parquet", "*.tar"):
         existing = sorted(directory.glob(pattern))
         if existing:

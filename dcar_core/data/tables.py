@@ -1,11 +1,7 @@
-"""Readers of tables (JSONL, CSV, Parquet) and of webdataset tars with captions.
+"""Readers of tables (JSONL, CSV, Parquet) and of webdataset tars with captions; see docs/reference/data-formats.md.
 
-- A row has `image` and `caption` (or `captions`, a list) and may have split, category, meta_category, negatives,
-  negative_categories and, as a list, attributes. `file_name`, which comes first, and `path` also name the image,
-  `class_name` the category.
-- In a CSV cell, several negatives are a JSON list or are separated by `|`: "a red van | a blue car".
-- Tar members that share a key are one sample: 0001.jpg with 0001.txt (one caption per line) or 0001.json (a row), and
-  0001.cls (a category).
+Tar members that share a key are one sample: 0001.jpg with 0001.txt (one caption per line) or 0001.json (a row), and
+0001.cls (a category).
 """
 
 import re
@@ -65,11 +61,7 @@ def _make_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
 
 
 def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    """Yield the samples of one webdataset shard. Images are named "shard.tar/member".
-
-    Raises:
-        DataError: not an uncompressed tar, or too many samples that cannot be used.
-    """
+    """Yield the samples of one webdataset shard, whose images are named "shard.tar/member"."""
     tar = ImageRoot(file)
     samples: dict[str, dict[str, str]] = {}
     for name in tar.shards[file.name][1]:

@@ -67,18 +67,13 @@ _UNCHANGED = frozenset({ImageFormat.PNG, ImageFormat.WEBP})  # every browser sho
 
 
 class OpenedImage:
-    """An image file whose header has been read. Its pixels are decoded once, by `open_image`.
+    """An image file whose header has been read. `open_image` decodes its pixels once.
 
-    Attributes:
-        width, height: pixels as they are stored, before the orientation is applied.
+    width, height: pixels as they are stored, before the orientation is applied.
     """
 
     def __init__(self, data: bytes, formats: Set[ImageFormat] = ALL_FORMATS) -> None:
-        """Read the header of an image file of one of these formats.
-
-        Raises:
-            ImageError: empty, not an image, of another format, or without a readable header.
-        """
+        """Read the header of a file of one of these formats. Raise ImageError for another one, and without a header."""
         self.data, self.format = data, _accepted_format(data, formats)
         self.width, self.height = _webp_size(data) if self.format == ImageFormat.WEBP else self.image.size
 
@@ -143,11 +138,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
 
 
 def make_thumbnail(opened: OpenedImage, side: int, thumbnail_format: ThumbnailFormat) -> bytes:
-    """Return an image file whose longer side has at most `side` pixels; a small PNG or WebP stays as it is.
-
-    Raises:
-        ImageError: the image cannot be decoded.
-    """
+    """Return an image file whose longer side has at most `side` pixels; a small PNG or WebP stays as it is."""
     shorter, longer = sorted((opened.width, opened.height))
     at_least = max(1, 2 * side * shorter // longer) if longer else None
     image = open_image(opened, at_least=at_least)

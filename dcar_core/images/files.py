@@ -22,10 +22,7 @@ class TarSpan:
 
 
 def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, TarSpan]:
-    """Return member name -> span for the regular files of an uncompressed tar.
-
-    Args:
-        file: the opened tar, when `path` is a URL.
+    """Return member name -> span for the regular files of an uncompressed tar. file: the opened tar of a URL.
 
     Raises:
         DataError: not a tar, a compressed tar, one with sparse files, or one with more data behind its last member.

@@ -114,9 +114,7 @@ class DecodeWorker:
     def run(self, convert: Convert, data: bytes, limits: Limits) -> Decoded:
         """Return what `convert`, a picklable function of a module without heavy imports, makes of an image file.
 
-        Raises:
-            ImageError: the file cannot be read, or takes more than its limits.
-            LargeImageError: see `Limits`.
+        Raise ImageError if it cannot be read, or takes more than its limits; LargeImageError: see `Limits`.
         """
         job = pickle.dumps((convert, limits))
         head = _LENGTHS.pack(len(job), len(data)) + job

@@ -106,14 +106,12 @@ class FeatureAdapterArrays:
 class EncoderState:
     """One model's prompts, token weights and feature adapters, and what else a query needs beside a runtime.
 
-    fingerprint: of the encoder.
-    image_key: hash of what `image_features` depend on: the backbone and `image_inputs`. A training that changes
-        neither leaves the features of a gallery valid.
+    image_key: hash of what `image_features` depend on: the backbone and `image_inputs`.
     dim: E. patch_grid: of the image tower, patches per side.
     uses_token_weights: True if the model was trained with token weights.
     tokenizer: its limit leaves room for the prompts.
-    image_inputs: inputs of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v),
-        and the matrices of the blocks' adapters, two of (D, 1, r, W_v).
+    image_inputs: of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v), and the
+        matrices of the blocks' adapters, two of (D, 1, r, W_v).
     token_factors: (V,), a query's weight of each token; None where all are 1.
     """
 

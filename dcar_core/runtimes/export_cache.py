@@ -54,8 +54,7 @@ def key_of_export(directory: Path) -> dict[str, object]:
 def ensure_export(key: ExportKey, cache: Path, write: Callable[[Path], None] | None) -> Path:
     """Return the directory of a checked export; make it with `write(directory)`, if given, where there is none.
 
-    Raises:
-        RuntimeUnavailableError: it is corrupted, has another key, or cannot be made or written.
+    Raise RuntimeUnavailableError if it is corrupted, has another key, or cannot be made or written.
     """
     final = key.directory(cache)
     try:

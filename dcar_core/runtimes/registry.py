@@ -89,12 +89,7 @@ class LoadedModel:
         return ensure_export(self.export_key(), self.cache, lambda path: openvino.write(path, *self.graphs()))
 
     def calibrate(self, state: EncoderState, texts: Sequence[str], pixels: Pixels) -> Path:
-        """Make the int8 export of this encoder, unless there is one, with at most INT8_SAMPLES of each kind.
-
-        Raises:
-            MissingExtraError: openvino or nncf is not installed.
-            RuntimeUnavailableError: the export fails or cannot be written.
-        """
+        """Make the int8 export of this encoder, unless there is one, with at most INT8_SAMPLES of each kind."""
         exact, tokens, prompts = self.export(), state.tokens(texts[:INT8_SAMPLES]), state.text_prompts
         weights, captions = state.query_weights(tokens), []
         for row, length in enumerate(state.text_lengths(tokens)):  # one at a time, so that padding is not measured
@@ -118,9 +113,7 @@ def require_known(name: str) -> None:
 def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
     """Open a runtime by name, or return the one that is open for this backbone.
 
-    Raises:
-        RuntimeUnavailableError: it cannot be used here; the message is the reason.
-        MissingExtraError: an optional dependency is not installed.
+    Raise RuntimeUnavailableError, with the reason, or MissingExtraError if it cannot be used here.
     """
     import torch
 

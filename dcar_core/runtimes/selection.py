@@ -120,9 +120,7 @@ def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven:
     """Open a runtime by name, or the first that can be used by `auto`, which never fails.
 
     proven: require a runtime chosen by name to give PyTorch's vectors; `auto` always does.
-
-    Raises:
-        RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
+    Raise RuntimeUnavailableError or MissingExtraError if the named runtime cannot be used here.
     """
     if name != AUTO:
         return _open(name, state, loaded, proven=proven)

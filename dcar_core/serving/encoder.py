@@ -57,11 +57,7 @@ class Encoder:
 
     @property
     def loaded(self) -> LoadedModel:
-        """The model and what belongs to it; the first call may have to load it, which takes seconds.
-
-        Raises:
-            CheckpointError, ModelError: it cannot be loaded any more.
-        """
+        """The model and what belongs to it; the first call may have to load it, which takes seconds."""
         with self._turn:
             if not isinstance(self._loaded, LoadedModel):
                 self._loaded = self._loaded(next(filter(is_checkpoint, self._checkpoints), self._checkpoints[0]))
@@ -149,11 +145,7 @@ class Encoder:
         return encoder
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
-        """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut.
-
-        Raises:
-            TypeError: a single text instead of a list, or an element of another type.
-        """
+        """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut."""
         is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not is_list or not all(isinstance(each, str) for each in texts):
             raise TypeError("encode_text takes a list of texts, such as [text]")
@@ -162,9 +154,7 @@ class Encoder:
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
         """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized.
 
-        Raises:
-            ImageError: an image cannot be read; names it if it was given by its path.
-            TypeError: one image instead of a list.
+        Raise ImageError if one cannot be read, with its name if it was given by its path.
         """
         if isinstance(images, str | bytes | Path | Image.Image):
             raise TypeError("encode_images takes a list of images, such as [image]")

@@ -3,9 +3,7 @@
 - Prompts and the blocks' adapters are inputs: each row brings its own encoder's, and gets the vector that this encoder
   gives alone.
 - Rows share a pass where these inputs have one shape and one runtime runs them; others follow in a pass of their own.
-- Feature adapters behind the towers are applied encoder by encoder.
-
-Letters: B rows, n tokens, E joint space.
+- Feature adapters behind the towers are applied encoder by encoder. Shapes: B rows, n tokens, E joint space.
 """
 
 from collections.abc import Callable, Hashable, Sequence

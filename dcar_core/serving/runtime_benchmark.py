@@ -137,9 +137,6 @@ def benchmark(
     """Measure runtimes on at most `limit` captions of a data set's test split.
 
     runtimes: names, `torch` beside them; default: what `auto` may try, and int8. say: gets a line for each step.
-
-    Raises:
-        DcarError: the model or the data cannot be used, or a runtime's name is unknown.
     """
     for name in runtimes:
         require_known(name)
