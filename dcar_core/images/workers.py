@@ -99,7 +99,6 @@ class DecodeWorker:
                 [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{_MAIN}"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                bufsize=0,
                 env=os.environ | _ENVIRONMENT,
             )
 
@@ -128,8 +127,7 @@ class DecodeWorker:
                 clock.daemon = True
                 clock.start()
                 try:
-                    _write(self._process.stdin, head)
-                    _write(self._process.stdin, data)
+                    _write(self._process.stdin, head, data)
                     return _answer(self._process.stdout)
                 except (OSError, EOFError):
                     status = self._stop()
@@ -151,7 +149,7 @@ class DecodeWorker:
         process, self._process = self._process, None
         if process is None:
             return 0
-        with process:  # closes its pipes
+        with contextlib.suppress(OSError), process:  # closes its pipes, into one of which nothing more can be written
             try:
                 process.wait(_EXIT_S)
             except subprocess.TimeoutExpired:
@@ -162,41 +160,30 @@ class DecodeWorker:
 _MAIN = "from dcar_core.images.workers import work; work()"
 
 
-def _write(pipe: IO[bytes] | None, data: bytes | memoryview) -> None:
+def _write(pipe: IO[bytes] | None, *parts: bytes | memoryview) -> None:
     assert pipe is not None
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[pipe.write(view) :]
+    for part in parts:
+        pipe.write(part)
+    pipe.flush()
 
 
-def _read(pipe: IO[bytes], buffer: memoryview) -> None:
-    """Fill a buffer. Raise EOFError if the pipe ends before."""
-    while buffer:
-        count = pipe.readinto(buffer)  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError
-        buffer = buffer[count:]
-
-
-def _read_bytes(pipe: IO[bytes], size: int) -> bytearray:
+def _read(pipe: IO[bytes] | None, size: int) -> bytearray:
     data = bytearray(size)
-    _read(pipe, memoryview(data))
+    if pipe.readinto(data) != size:  # type: ignore[union-attr]
+        raise EOFError
     return data
 
 
 def _answer(pipe: IO[bytes] | None) -> Decoded:
-    assert pipe is not None
-    head, size = _LENGTHS.unpack(_read_bytes(pipe, _LENGTHS.size))
-    answer = json.loads(_read_bytes(pipe, head))
+    head, size = _LENGTHS.unpack(_read(pipe, _LENGTHS.size))
+    answer = json.loads(_read(pipe, head))
     if "reason" in answer:
         raise ImageError(answer["reason"], ImageFault(answer["fault"]))
     if "size" not in answer:
         raise LargeImageError
-    if answer["shape"] is None:
-        return Decoded(bytes(_read_bytes(pipe, size)), *answer["size"])
-    pixels = np.empty(answer["shape"], np.uint8)
-    _read(pipe, pixels.data.cast("B"))
-    return Decoded(pixels, *answer["size"])
+    content, shape = _read(pipe, size), answer["shape"]
+    result = bytes(content) if shape is None else np.frombuffer(content, np.uint8).reshape(shape)
+    return Decoded(result, *answer["size"])
 
 
 # In the worker
@@ -208,8 +195,7 @@ def work() -> None:
 
     from PIL import AvifImagePlugin
 
-    requests = os.fdopen(0, "rb", buffering=0)
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # decoders write to both
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the parent decides
@@ -219,11 +205,11 @@ def work() -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(EOFError, OSError):
         while True:
-            sizes = _LENGTHS.unpack(_read_bytes(requests, _LENGTHS.size))
-            job, data = (_read_bytes(requests, size) for size in sizes)
-            (convert, limits), given = pickle.loads(job), bytes(data)
-            del data
-            _send(answers, *_decode(convert, given, limits))
+            job_size, data_size = _LENGTHS.unpack(_read(requests, _LENGTHS.size))
+            convert, limits = pickle.loads(_read(requests, job_size))
+            answer, payload = _decode(convert, requests.read(data_size), limits)
+            head = json.dumps(answer).encode()
+            _write(answers, _LENGTHS.pack(len(head), len(payload)) + head, payload)
 
 
 def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
@@ -252,12 +238,6 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
         return {"reason": f"{type(error).__name__}: {error}", "fault": ImageFault.BROKEN}, nothing
     finally:
         _limit_seconds(0)
-
-
-def _send(pipe: IO[bytes], answer: dict[str, Any], payload: memoryview) -> None:
-    head = json.dumps(answer).encode()
-    _write(pipe, _LENGTHS.pack(len(head), len(payload)) + head)
-    _write(pipe, payload)
 
 
 def _limit_memory(size: int) -> None:

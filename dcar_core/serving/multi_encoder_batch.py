@@ -6,9 +6,8 @@
 - Feature adapters behind the towers are applied encoder by encoder. Shapes: B rows, n tokens, E joint space.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
@@ -34,58 +33,48 @@ class ImageRow:
     pixels: Pixels
 
 
-R = TypeVar("R", TextRow, ImageRow)
-
-
 def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
     """Encode texts -> float32 (B, E), L2-normalized. All encoders must share one backbone."""
-    return _in_groups(rows, lambda encoder: encoder.state.text_prompts.shape, _encode_texts)
+    encoders = [row.encoder for row in rows]
+    out = np.empty((len(rows), encoders[0].dim), np.float32)
+    for places in _grouped(encoders, lambda encoder: (id(encoder.runtime), encoder.state.text_prompts.shape)):
+        out[places] = _text_features([rows[place] for place in places])
+    for places in _grouped(encoders, id):
+        out[places] = encoders[places[0]].state.finish_text(out[places])
+    return out
 
 
 def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
     """Encode images -> float32 (B, E), L2-normalized. All encoders must share one backbone."""
-    return _in_groups(rows, lambda encoder: tuple(x.shape for x in encoder.state.image_inputs), _encode_images)
+    encoders = [row.encoder for row in rows]
+    out = np.empty((len(rows), encoders[0].dim), np.float32)
+    shapes = {id(encoder): tuple(each.shape for each in encoder.state.image_inputs) for encoder in encoders}
+    for places in _grouped(encoders, lambda encoder: (id(encoder.runtime), shapes[id(encoder)])):
+        inputs = join_inputs([encoders[place].state.image_inputs for place in places])
+        out[places] = encoders[places[0]].runtime.image(np.stack([rows[place].pixels for place in places]), inputs)
+    for places in _grouped(encoders, id):
+        out[places] = encoders[places[0]].state.adapt_images(normalize(out[places]))
+    return out
 
 
-def _encode_texts(rows: Sequence[TextRow]) -> Floats:
-    state = rows[0].encoder.state
+def _text_features(rows: Sequence[TextRow]) -> Floats:
+    encoders = [row.encoder for row in rows]
+    state = encoders[0].state
     tokens = state.tokens([row.text for row in rows])  # [B, n]; prompts of one shape leave the same room
     weights = np.ones(tokens.shape, np.float32)
-    for encoder, places in _by_encoder(rows):
-        weights[places] = encoder.state.query_weights(tokens[places])
+    for places in _grouped(encoders, id):
+        weights[places] = encoders[places[0]].state.query_weights(tokens[places])
     for place, row in enumerate(rows):
         if row.weights is not None:
             weights[place] = 1
             weights[place, : len(row.weights)] = row.weights
-    prompts = [row.encoder.state.text_prompts for row in rows]
-    out = state.encode_tokens(rows[0].encoder.runtime, tokens, weights, prompts, len(rows))
-    for encoder, places in _by_encoder(rows):
-        out[places] = encoder.state.finish_text(out[places])
-    return out
+    prompts = [encoder.state.text_prompts for encoder in encoders]
+    return state.encode_tokens(encoders[0].runtime, tokens, weights, prompts, len(rows))
 
 
-def _encode_images(rows: Sequence[ImageRow]) -> Floats:
-    inputs = [row.encoder.state.image_inputs for row in rows]
-    out = rows[0].encoder.runtime.image(np.stack([row.pixels for row in rows]), join_inputs(inputs))
-    for encoder, places in _by_encoder(rows):
-        out[places] = encoder.state.adapt_images(normalize(out[places]))
-    return out
-
-
-def _by_encoder(rows: Sequence[R]) -> list[tuple[Encoder, list[int]]]:
-    places: dict[int, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(id(row.encoder), []).append(place)
-    return [(rows[group[0]].encoder, group) for group in places.values()]
-
-
-def _in_groups(
-    rows: Sequence[R], shape_of: Callable[[Encoder], Hashable], encode: Callable[[Sequence[R]], Floats]
-) -> Floats:
-    groups: dict[Hashable, list[int]] = {}
-    for encoder, places in _by_encoder(rows):
-        groups.setdefault((id(encoder.runtime), shape_of(encoder)), []).extend(places)
-    out = np.empty((len(rows), rows[0].encoder.dim), np.float32)
-    for places in groups.values():
-        out[places] = encode([rows[place] for place in places])
-    return out
+def _grouped(encoders: Sequence[Encoder], key: Callable[[Encoder], Hashable]) -> Iterable[list[int]]:
+    """Return the places of the encoders that have the same key."""
+    places: dict[Hashable, list[int]] = {}
+    for place, encoder in enumerate(encoders):
+        places.setdefault(key(encoder), []).append(place)
+    return places.values()

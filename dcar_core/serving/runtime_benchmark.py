@@ -44,18 +44,6 @@ _COLUMNS = (  # heading, field, width, decimal places
 
 
 @dataclass(frozen=True)
-class BenchmarkData:
-    """Captions (n) and their images, uint8 (m, 3, S, S); image_of: the image of each caption."""
-
-    texts: tuple[str, ...]
-    pixels: Pixels
-    image_of: Rows
-
-    def probe(self) -> Probe:
-        return Probe(self.texts[:PROBE_SIZE], self.pixels[:PROBE_SIZE])
-
-
-@dataclass(frozen=True)
 class RuntimeResult:
     """One line of the table. reason: why the runtime is not used, "" if it holds.
 
@@ -151,16 +139,17 @@ def benchmark(
     row_of = {name: row for row, name in enumerate(test.images)}
     image_of = np.array([row_of[sample.image] for sample in test.samples])
     texts = tuple(sample.caption for sample in test.samples)
-    material = BenchmarkData(texts, _pixels(encoder, test, test.images), image_of)
+    material = Probe(texts, _pixels(encoder, test, test.images))
+    probe = Probe(texts[:PROBE_SIZE], material.pixels[:PROBE_SIZE])
     decoding = _measure_decoding(encoder, [test.read(name) for name in test.images[: 4 * PROBE_SIZE]])
-    rows = [_measure_reference(encoder, material.probe())]
-    expected = reference_vectors(encoder.model, material.probe())
+    rows = [_measure_reference(encoder, probe)]
+    expected = reference_vectors(encoder.model, probe)
     for name in dict.fromkeys(["torch", *(runtimes or [*usual, *int8])]):
         say(f"measuring {name}")
         try:
             if name == "openvino-int8" and not encoder.loaded.is_calibrated():
                 _calibrate(encoder, data, images, say)
-            rows.append(in_own_process(_measure, load, name, material, expected))
+            rows.append(in_own_process(_measure, load, name, material, image_of, probe, expected))
         except BrokenProcessPool:
             rows.append(RuntimeResult(name, "its process died, perhaps out of memory"))
         except Exception as error:  # a library's error of any kind costs its row, not the others
@@ -224,20 +213,27 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
 
 
 def _measure(
-    load: Callable[[], Encoder], name: str, material: BenchmarkData, expected: tuple[Floats, Floats]
+    load: Callable[[], Encoder],
+    name: str,
+    material: Probe,
+    image_of: Rows,
+    probe: Probe,
+    expected: tuple[Floats, Floats],
 ) -> RuntimeResult:
-    """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it."""
+    """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it.
+
+    image_of: the image of each caption of the material, for its recall.
+    """
     encoder = load()
     start = time.perf_counter()
     encoder = encoder.with_runtime(name, proven=False)
     opened = time.perf_counter() - start
-    probe = material.probe()
     proof = prove(encoder.state, encoder.runtime, probe, expected)
     texts = (list(material.texts) * BATCH)[: max(BATCH, min(8 * PROBE_SIZE, len(material.texts)))]
     pixels = probe.pixels[[i % len(probe.pixels) for i in range(PROBE_SIZE)]]
     speeds = _speeds(partial(encoder.encode_text, batch_size=BATCH), texts, encoder.encode_pixels, pixels)
     vectors = encoder.encode_text(material.texts), _encode_pixels(encoder, material.pixels)
-    recall = recall_at_k(*vectors, material.image_of, (1,))
+    recall = recall_at_k(*vectors, image_of, (1,))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
     accuracy = {"cosine_text": round(proof.text, 6), "cosine_image": round(proof.image, 6)}
     accuracy |= {key: round(value, 2) for key, value in recall.items()}
