@@ -17,8 +17,10 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import cache
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from dcar_core.util.errors import ImageError, ImageFault
 WALL = 5  # a worker may wait for a core this many times as long as it may compute
 START_S = 10.0  # and this long while it starts
 _LENGTHS = struct.Struct("<QQ")
+_CHECK_S = 0.5  # between two looks at the clock
 _EXIT_S = 5.0
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -81,7 +84,8 @@ class DecodeWorker:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._in_use = threading.Lock()
-        self._is_late = self._is_closed = False
+        self._is_closed = False
+        _start_clock()
 
     @property
     def is_started(self) -> bool:
@@ -120,29 +124,23 @@ class DecodeWorker:
         with self._in_use:
             for is_last in (False, True):  # a process that ends meanwhile may have been killed from outside
                 self._start()
-                if self._process is None:
+                process = self._process
+                if process is None:
                     break
-                self._is_late = False
-                clock = threading.Timer(START_S + WALL * limits.of(limits.max_pixels), self._end_late, [self._process])
-                clock.daemon = True
-                clock.start()
+                _deadlines[process] = deadline = time.monotonic() + START_S + WALL * limits.of(limits.max_pixels)
                 try:
-                    _write(self._process.stdin, head, data)
-                    return _answer(self._process.stdout)
+                    _write(process.stdin, head, data)
+                    return _answer(process.stdout)
                 except (OSError, EOFError):
                     status = self._stop()
                     self._start()  # the next image need not wait
-                    if self._is_late or status == -getattr(signal, "SIGPROF", 0):
+                    if time.monotonic() > deadline or status == -getattr(signal, "SIGPROF", 0):
                         raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE) from None
                     if is_last and status != -getattr(signal, "SIGKILL", 0):
                         raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE) from None
                 finally:
-                    clock.cancel()
+                    del _deadlines[process]
         raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
-
-    def _end_late(self, process: subprocess.Popen[bytes]) -> None:
-        self._is_late = True
-        process.kill()
 
     def _stop(self) -> int:
         """Wait for the end of a process that was killed, or whose output has ended, and return its status."""
@@ -158,6 +156,20 @@ class DecodeWorker:
 
 
 _MAIN = "from dcar_core.images.workers import work; work()"
+_deadlines: dict[subprocess.Popen[bytes], float] = {}  # of the processes at work
+
+
+@cache
+def _start_clock() -> None:
+    threading.Thread(target=_end_late_processes, name="decode-watch", daemon=True).start()
+
+
+def _end_late_processes() -> None:
+    while True:
+        time.sleep(_CHECK_S)
+        for process, deadline in list(_deadlines.items()):
+            if time.monotonic() > deadline:
+                process.kill()
 
 
 def _write(pipe: IO[bytes] | None, *parts: bytes | memoryview) -> None:

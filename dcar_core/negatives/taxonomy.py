@@ -100,8 +100,8 @@ def rank_categories(
             for place, other in enumerate(similar.get(key, ())):
                 if other in row_of:
                     place_of[row_of[other]] = place
-            order = np.lexsort((by_name, -near, place_of))[: MOST_RANKED + 1]
-            ranked[key] = [names[members[i]] for i in order if i != row]
+            nearest = np.lexsort((by_name, -near, place_of))[: MOST_RANKED + 1]
+            ranked[key] = [names[members[i]] for i in nearest if i != row]
     for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
         said = [names[other] for other in order if other != key]  # the file's order comes first, across groups
         ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
@@ -160,4 +160,5 @@ def letter_features(names: Sequence[str]) -> NameVectors:
         text = f"  {fold_name(name)} "
         for i in range(len(text) - 2):
             found[row, zlib.crc32(text[i : i + 3].encode()) % 512] += 1
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    unit: NameVectors = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return unit

@@ -83,7 +83,7 @@ def test_what_describes_a_gallery_is_a_data_set(form: str, gallery: Path) -> Non
         write_rows(gallery / f"metadata{form}")
     else:
         for shard in range(2):
-            members = {}
+            members: dict[str, bytes] = {}
             for row in ROWS[shard::2]:
                 image = row["file_name"]
                 (gallery / image).unlink()
