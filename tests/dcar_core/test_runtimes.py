@@ -24,7 +24,7 @@ from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.selection import Probe, Proof, preferred_runtimes, prove, reference_vectors
 from dcar_core.serving.state_extraction import extract
 from dcar_core.util import machine
-from tests.support.parts import needs, uses_parts
+from tests.support.parts import needs
 
 
 def named(*names: str) -> list[Any]:
@@ -196,20 +196,6 @@ def test_auto_decides_by_device_libraries_instructions_and_size(
     weights = [torch.empty(1_000_000, millions, device="meta")]
     backbone: Any = SimpleNamespace(device=torch.device(device), parameters=lambda: weights)
     assert preferred_runtimes(backbone) == names
-
-
-@uses_parts
-@pytest.mark.slow
-def test_encoder_loads_with_a_runtime(tiny_checkpoint: Path, cache: Path) -> None:
-    plain = Encoder.load(tiny_checkpoint, device="cpu")
-    auto = Encoder.load(tiny_checkpoint, device="cpu", runtime="auto", cache=cache)
-    assert plain.runtime.name == "torch"
-    assert auto.runtime.name == preferred_runtimes(auto.loaded.backbone)[0]
-    assert auto.fingerprint == plain.fingerprint
-    texts = ["a red square", "a long caption that goes on for a while", ""]
-    assert (auto.encode_text(texts) * plain.encode_text(texts)).sum(1).min() > 0.999
-    pixels = Probe.synthetic(32).pixels
-    assert (auto.encode_pixels(pixels) * plain.encode_pixels(pixels)).sum(1).min() > 0.999
 
 
 @pytest.mark.slow
