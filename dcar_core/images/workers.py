@@ -2,7 +2,7 @@
 
 - A small file can take gigabytes or minutes in a decoder, or crash it. Beyond a limit this image alone fails: the
   worker refuses the memory (RLIMIT_DATA), or is ended by a timer of its processor time (ITIMER_PROF) and replaced.
-- Where the system has no such limits, a worker is ended after `WALL` times the seconds.
+- A worker that hangs is ended after `WALL` times the seconds.
 - Only the header of a file decides how much it may take, and it is read within the same limits.
 - A worker imports Pillow and NumPy, takes 0.15 s to start, and ends with this process: its input is at an end then.
 - Images go through pipes. What comes back is JSON and pixels, never pickle: a decoder may have been taken over.
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import signal
 import struct
 import subprocess
@@ -134,9 +135,9 @@ class DecodeWorker:
                 except (OSError, EOFError):
                     status = self._stop()
                     self._start()  # the next image need not wait
-                    if time.monotonic() > deadline or status == -getattr(signal, "SIGPROF", 0):
+                    if time.monotonic() > deadline or status == -signal.SIGPROF:
                         raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE) from None
-                    if is_last and status != -getattr(signal, "SIGKILL", 0):
+                    if is_last and status != -signal.SIGKILL:
                         raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE) from None
                 finally:
                     del _deadlines[process]
@@ -210,9 +211,8 @@ def work() -> None:
     requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # decoders write to both
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # the parent decides
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides
+        signal.signal(name, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(EOFError, OSError):
@@ -226,14 +226,16 @@ def work() -> None:
 
 def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, Any], memoryview]:
     nothing, opened = memoryview(b""), None
-    _limit_memory(_IDLE_BYTES + limits.memory)
-    _limit_seconds(limits.seconds)
+    with contextlib.suppress(ValueError, OSError):  # a lower limit of the user
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (_IDLE_BYTES + limits.memory, hard))
+    signal.setitimer(signal.ITIMER_PROF, limits.seconds)
     try:
         opened = OpenedImage(data, limits.formats)
         require_size(opened, limits.max_pixels)
         if limits.expected is not None and opened.memory > limits.expected:
             return {}, nothing
-        _limit_seconds(limits.of(opened.width * opened.height))
+        signal.setitimer(signal.ITIMER_PROF, limits.of(opened.width * opened.height))
         result = convert(opened)
         if isinstance(result, bytes):
             return {"shape": None, "size": opened.upright_size}, memoryview(result)
@@ -249,16 +251,4 @@ def _decode(convert: Convert, data: bytes, limits: Limits) -> tuple[dict[str, An
     except Exception as error:
         return {"reason": f"{type(error).__name__}: {error}", "fault": ImageFault.BROKEN}, nothing
     finally:
-        _limit_seconds(0)
-
-
-def _limit_memory(size: int) -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-
-def _limit_seconds(seconds: float) -> None:
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, 0)
