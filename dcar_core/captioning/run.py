@@ -11,9 +11,8 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -116,7 +115,7 @@ class _Run:
         self.outcome = outcome
         self.endpoints: dict[str, Endpoint] = {}
         self._owners: dict[str, str] = {}  # folded caption -> its image
-        self._captions = {name: caption for (name, _), caption in journal.finished.items()}
+        self._captions: dict[str, str] = {}
         self._of_bytes = {
             (sha, folder_category(image)[0]): caption for (image, sha), caption in journal.finished.items() if caption
         }
@@ -127,72 +126,70 @@ class _Run:
 
         Finished images come first, so that their captions are reserved. The captions of deleted images are free again.
         """
+        known = {name for name, _ in self.journal.finished}
+        left = [name for name in names if name not in known or not self._reuse_caption(name)]
+        waiting = iter(left)
         self.endpoints = {role: Endpoint(model, self.options) for role, model in self.models.items()}
-        with tqdm(total=len(names), unit="image", desc="captions", disable=not progress) as bar:
+
+        async def worker() -> None:
+            for name in waiting:
+                await self._image(name)
+                bar.update()
+                bar.set_postfix_str(self.totals(), refresh=False)
+
+        done = len(names) - len(left)
+        with tqdm(desc="captions", total=len(names), initial=done, unit="image", disable=not progress) as bar:
             try:
-                await self._each([name for name in names if name in self._captions], self._reuse_caption, bar)
-                await self._each([name for name in names if name not in self._captions], self._image, bar)
+                async with asyncio.TaskGroup() as tasks:
+                    for _ in range(self.options.concurrency):
+                        tasks.create_task(worker())
             finally:
                 for endpoint in self.endpoints.values():
                     await endpoint.close()
 
-    async def _each(self, names: Sequence[str], do: Callable[[str], Awaitable[bool]], bar: Any) -> None:
-        """Run `do` on every name; it returns True when the image is finished."""
-        left = iter(names)
-
-        async def worker() -> None:
-            for name in left:
-                bar.update(await do(name))
-                bar.set_postfix_str(self.totals(), refresh=False)
-
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(self.options.concurrency):
-                tasks.create_task(worker())
-
-    async def _reuse_caption(self, name: str) -> bool:
-        """Reuse the caption of an earlier run, unless the image is unreadable or has changed."""
+    def _reuse_caption(self, name: str) -> bool:
+        """Reuse the caption of an earlier run. Return False for an image that is unreadable or has changed."""
         try:
-            image, _ = await self._read(name)
+            image, _ = self._read(name)
             caption = self.journal.finished[name, image.sha]
         except (OSError, KeyError):
-            del self._captions[name]
             return False
         if caption:
             self._owners[fold_text(caption)] = name
         self._count(image)
         return True
 
-    async def _image(self, name: str) -> bool:
+    async def _image(self, name: str) -> None:
         try:
             name.encode()  # the journal and the annotations are UTF-8
-            image, content = await self._read(name)
-            caption = self._of_bytes.get((image.sha, image.category))  # of the image's former name
-            is_moved = caption is not None and fold_text(caption) not in self._owners
-            uri = "" if is_moved else await asyncio.to_thread(self._data_uri, content)
+            image, content = await asyncio.to_thread(self._read, name)
+            caption = self._of_bytes.get((image.sha, image.category), "")  # of the image's former name
+            if fold_text(caption) in self._owners:
+                caption = ""
+            uri = "" if caption else await asyncio.to_thread(self._data_uri, content)
         except (ImageError, OSError, UnicodeEncodeError) as error:
             is_name = isinstance(error, UnicodeEncodeError)
             self.outcome.broken[name] = "its name is not UTF-8; rename the file" if is_name else str(error)
-            return True
-        try:
-            if caption and is_moved:
-                self._accept(image, caption)
-            else:
+            return
+        if caption:
+            self._accept(image, caption)
+        else:
+            try:
                 await self._request_drafts(image, uri)
-        except EndpointError as error:
-            self.outcome.failed[name] = str(error)
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= self.options.give_up_after:
-                raise CaptionError(
-                    f"{self._failed_in_a_row} consecutive images failed; the last, {name}: {error}. Responses are "
-                    f"kept; run the same command to resume"
-                ) from error
-            return True
+            except EndpointError as error:
+                self.outcome.failed[name] = str(error)
+                self._failed_in_a_row += 1
+                if self._failed_in_a_row >= self.options.give_up_after:
+                    raise CaptionError(
+                        f"{self._failed_in_a_row} consecutive images failed; the last, {name}: {error}. Responses are "
+                        f"kept; run the same command to resume"
+                    ) from error
+                return
         self._failed_in_a_row = 0
         self._count(image)
-        return True
 
-    async def _read(self, name: str) -> tuple[CaptionedImage, bytes]:
-        content = await asyncio.to_thread((self.images / name).read_bytes)
+    def _read(self, name: str) -> tuple[CaptionedImage, bytes]:
+        content = (self.images / name).read_bytes()
         return CaptionedImage(name, folder_category(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
 
     def _data_uri(self, content: bytes) -> str:

@@ -116,11 +116,23 @@ def test_what_this_process_would_say_is_said(worker: DecodeWorker) -> None:
 
 
 @needs_limits
-def test_time_and_memory_are_limited(worker: DecodeWorker) -> None:
-    assert refusal(worker, conversions.spin) == (ImageFault.HOSTILE, "refused: decoding it takes too long")
+@pytest.mark.parametrize(
+    ("convert", "fault", "says"),
+    [
+        (conversions.spin, ImageFault.HOSTILE, "refused: decoding it takes too long"),
+        (conversions.fill, ImageFault.HOSTILE, "refused: decoding it takes more than 64 MiB"),
+        (conversions.crash, ImageFault.HOSTILE, "refused: it ends its decoder"),
+        (conversions.fail, ImageFault.BROKEN, "ZeroDivisionError: in a decoder"),
+        (conversions.vanish, ImageFault.UNREADABLE, "its decoder was killed, perhaps out of memory; try again"),
+    ],
+)
+def test_a_conversion_that_misbehaves_fails_one_image(
+    worker: DecodeWorker, convert: Callable[[OpenedImage], bytes], fault: ImageFault, says: str
+) -> None:
     before = process_of(worker)
-    assert refusal(worker, conversions.fill) == (ImageFault.HOSTILE, "refused: decoding it takes more than 64 MiB")
-    assert process_of(worker) == before
+    assert refusal(worker, convert) == (fault, says)
+    assert (process_of(worker) == before) == (convert in {conversions.fill, conversions.fail})
+    assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
 
 
 def test_a_process_that_hangs_is_ended_by_the_clock(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,15 +144,8 @@ def test_a_process_that_hangs_is_ended_by_the_clock(worker: DecodeWorker, monkey
     assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
 
 
-def test_a_crash_and_an_unknown_error_fail_one_image(worker: DecodeWorker) -> None:
-    assert refusal(worker, conversions.crash) == (ImageFault.HOSTILE, "refused: it ends its decoder")
-    assert refusal(worker, conversions.fail) == (ImageFault.BROKEN, "ZeroDivisionError: in a decoder")
-    assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
-
-
-def test_an_image_whose_process_is_killed_may_be_tried_again(worker: DecodeWorker) -> None:
-    assert refusal(worker, conversions.vanish)[0] == ImageFault.UNREADABLE
-    os.kill(process_of(worker), signal.SIGKILL)  # while it is idle
+def test_an_idle_process_that_was_killed_is_replaced(worker: DecodeWorker) -> None:
+    os.kill(process_of(worker), signal.SIGKILL)
     assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
 
 
