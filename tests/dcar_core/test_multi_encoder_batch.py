@@ -52,7 +52,12 @@ def encoders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 def counted(runtime: Runtime, name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the runtime's passes from now on."""
     sizes, run = list[int](), getattr(runtime, name)
-    monkeypatch.setattr(runtime, name, lambda first, *rest: (sizes.append(len(first)), run(first, *rest))[1])
+
+    def noted(first: np.ndarray, *rest: object) -> np.ndarray:
+        sizes.append(len(first))
+        return run(first, *rest)
+
+    monkeypatch.setattr(runtime, name, noted)
     return sizes
 
 
