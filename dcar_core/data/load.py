@@ -40,7 +40,6 @@ _FORMS = (
     "pairs.csv, .jsonl or .parquet with the columns image and caption, pairs.json or train.json (FDRD's form), "
     "train.jsonl, .csv, .parquet or .tar, or a gallery's metadata file or tars"
 )
-_UPPER_BOUNDS = (("train", 0.8), ("val", 0.9), ("test", 1.0))  # of a hash in [0, 1)
 
 
 class NoPairsError(DataError):
@@ -239,20 +238,19 @@ def annotation_files(path: Path, split: str) -> list[Path]:
         return [path]
     named = list[Path]()
     for name in _NAMES[split]:
-        for suffix in (".json", *_TABLES):
-            if (path / f"{name}{suffix}").is_file():
-                return [path / f"{name}{suffix}"]
+        if table := _table(path, name, (".json", *_TABLES)):
+            return table
         shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{name}([_\-.]\d+)?", p.stem))
         if shards:
             return shards
         named += sorted(path.glob(f"*_{name}.json"))
     if len(named) > 1:
         raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in named])}); name one of them")
-    return named or _table(path, "pairs") or [file for file in (path / "pairs.json",) if file.is_file()]
+    return named or _table(path, "pairs", (*_TABLES, ".json"))
 
 
-def _table(path: Path, name: str) -> list[Path]:
-    return [file for suffix in _TABLES if (file := path / f"{name}{suffix}").is_file()][:1]
+def _table(path: Path, name: str, suffixes: Sequence[str] = _TABLES) -> list[Path]:
+    return [file for suffix in suffixes if (file := path / f"{name}{suffix}").is_file()][:1]
 
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
@@ -289,4 +287,4 @@ def _split_named(name: str) -> str:
 
 def _hashed(image: str) -> str:
     share = int.from_bytes(hashlib.sha256(image.encode()).digest()[:4]) / 2**32
-    return next(split for split, bound in _UPPER_BOUNDS if share < bound)
+    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
