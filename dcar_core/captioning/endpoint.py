@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dcar_core.captioning.filters import REFUSED
 from dcar_core.captioning.options import CaptionOptions, VisionModel
+from dcar_core.captioning.questions import REFUSED
 from dcar_core.util.errors import CaptionError, EndpointError, MissingExtraError
 from dcar_core.util.json_text import parse_json
 

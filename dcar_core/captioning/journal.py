@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dcar_core.captioning.endpoint import USAGE, Completion, Usage
-from dcar_core.captioning.filters import Rejection
+from dcar_core.captioning.questions import Rejection
 from dcar_core.util.errors import CaptionError
 
 VERSION = 1

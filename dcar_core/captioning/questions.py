@@ -1,8 +1,8 @@
-"""Prompts for the captioning models, and parsers of their responses (the paper's Figure 3, own wording).
+"""Prompts for the captioning models, and parsers and checks of their responses (the paper's Figure 3, own wording).
 
 - The question names the data set and the category, and asks for main object, scene and background.
 - The judge sees image and draft, and returns a verdict with feedback.
-- A rejected draft is requested again with that feedback.
+- Checks reject a draft before the judge is paid to look at it. A rejected draft is requested again with the feedback.
 """
 
 import json
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dcar_core.model.text.tokenizer import count_clip_tokens
+from dcar_core.negatives.words import find_mentions
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import replace_surrogates
 
@@ -41,6 +43,25 @@ _QUOTED = re.compile(
 )
 _WORD = re.compile(r"^[^\w{]*(?:verdict\W+)?(accept(?:ed)?|yes|reject(?:ed)?|no)\b[\s:,.\-]*", re.IGNORECASE)
 _FIELDS = frozenset({"category", "dataset", "words"})
+
+REFUSAL = "a refusal"
+REFUSED = "refusal"  # finish reason of a completion whose `refusal` field is set
+_REFUSAL = re.compile(
+    r"\b(i('m| am) (very |so )?sorry|i (can(no|')t|can not|am unable|'m unable|won't|will not|do not|don't) "
+    r"(\w+ )?(see|view|assist|help|provide|process|describe|identify|comply|access|caption|fulfil|able)|"
+    r"i('m| am) (not able|unable)|as an? (ai|artificial)\b|language model|unable to (view|see|process|access|describe)|"
+    r"no (image|picture|photo) (is|was|has been|seems)|can(no|')t (assist|help|comply)|"
+    r"(image|picture) (did not|didn't|failed to) load|please (provide|upload|share) (the|an?) (image|picture|photo)|"
+    r"against (my|our) (guidelines|policy))",
+    re.IGNORECASE,
+)
+
+
+class Rejection(NamedTuple):
+    """The reason of a rejection, for the statistics, and the feedback for the model."""
+
+    reason: str
+    feedback: str
 
 
 class Judgement(NamedTuple):
@@ -138,3 +159,23 @@ def read_verdict(answer: str) -> Judgement | None:
     if word is None:
         return None
     return Judgement(word[1].casefold()[0] in "ay", " ".join(text[word.end() :].split()))
+
+
+def rejection(draft: str, *, category: str, finish: str, context: int) -> Rejection | None:
+    """Return why a draft is rejected, or None if it is usable. context: the maximum number of CLIP tokens."""
+    words = word_limit(context)
+    if finish == "content_filter":
+        return Rejection(REFUSAL, "it was withheld by a content filter; describe only harmless content.")
+    if finish == REFUSED or _REFUSAL.search(draft.replace("\u2019", "'")):
+        return Rejection(REFUSAL, "it is not a description of the image.")
+    if finish == "length":
+        return Rejection("cut off by the endpoint's limit", f"it was cut off; use at most {words} words.")
+    if not re.search(r"[^\W\d_]", draft):
+        return Rejection("empty", "it has no words.")
+    (tokens,) = count_clip_tokens([draft])
+    if tokens > context:
+        feedback = f"it is too long; use at most {words * context // tokens} words."
+        return Rejection("longer than the context", feedback)
+    if not find_mentions(draft, category):
+        return Rejection("does not name the category", f'it does not contain the words "{category}".')
+    return None

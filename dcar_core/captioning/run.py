@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dcar_core.captioning import questions
 from dcar_core.captioning.endpoint import Completion, Endpoint
-from dcar_core.captioning.filters import REFUSED, Rejection, rejection
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
-from dcar_core.captioning.questions import Judgement, draft_messages, judge_messages, question, read_verdict, tidy_draft
+from dcar_core.captioning.questions import REFUSED, Judgement, Rejection
 from dcar_core.data import SPLITS
 from dcar_core.data.clean import fold_text
 from dcar_core.images import has_image_suffix, open_image
@@ -99,7 +99,7 @@ def folder_category(name: str) -> tuple[str, str]:
 
 
 def _verdict(answer: Completion) -> Judgement | None:
-    return read_verdict(answer.text) if answer.finish != REFUSED else None
+    return questions.read_verdict(answer.text) if answer.finish != REFUSED else None
 
 
 class _Run:
@@ -209,15 +209,15 @@ class _Run:
     async def _request_drafts(self, image: CaptionedImage, uri: str) -> None:
         """Request drafts until one is accepted or the rounds are used up."""
         options, category = self.options, image.category.replace("_", " ")
-        text = question(
+        text = questions.question(
             options.templates,
             image=image.name, category=category, dataset=options.dataset, context=options.context,
         )  # fmt: skip
         before: tuple[str, str] | None = None
         for turn in range(options.rounds):
-            answer = await self._ask("draft", image, turn, draft_messages(text, uri, before))
-            draft = tidy_draft(answer.text)
-            why = rejection(draft, category=category, finish=answer.finish, context=options.context)
+            answer = await self._ask("draft", image, turn, questions.draft_messages(text, uri, before))
+            draft = questions.tidy_draft(answer.text)
+            why = questions.rejection(draft, category=category, finish=answer.finish, context=options.context)
             why = why or self._duplicate(draft, image)
             if why is None and "judge" in self.models:  # meanwhile another image may have got the caption
                 why = await self._judged(image, turn, draft, uri, category) or self._duplicate(draft, image)
@@ -229,7 +229,7 @@ class _Run:
         self.journal.finish(image, "")
 
     async def _judged(self, image: CaptionedImage, turn: int, draft: str, uri: str, category: str) -> Rejection | None:
-        messages = judge_messages(draft, uri, category=category, dataset=self.options.dataset)
+        messages = questions.judge_messages(draft, uri, category=category, dataset=self.options.dataset)
         answer = await self._ask("judge", image, turn, messages, usable=lambda answer: _verdict(answer) is not None)
         verdict = _verdict(answer)
         assert verdict is not None  # guaranteed by `usable`
