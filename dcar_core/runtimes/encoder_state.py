@@ -195,7 +195,7 @@ def group_by_length(lengths: Rows, batch_size: int) -> list[Rows]:
         size = row - edges[-1]
         if size == batch_size or size * (length - ascending[row - 1]) > PASS_COST:
             edges.append(row)
-    return [order[start:stop] for start, stop in pairwise([*edges, len(order)])]
+    return [order[start:stop] for start, stop in pairwise(sorted({*edges, len(order)}))]
 
 
 def normalize(vectors: Floats) -> Floats:
