@@ -4,7 +4,7 @@ texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  
 pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
 A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs.
-`serving.state_extraction` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
+`graphs.extract_state` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
 Feature adapters are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further
 threads would wait busily for the next product and take the cores from the towers.
 

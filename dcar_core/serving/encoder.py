@@ -125,11 +125,11 @@ class Encoder:
             state, export = cached
             return cls(state, load_model, export, exact=exact, checkpoint=path)
 
+        from dcar_core.runtimes.graphs import extract_state
         from dcar_core.runtimes.selection import load_runtime
-        from dcar_core.serving.state_extraction import extract
 
         loaded = load_model(path)
-        state = extract(loaded.model, loaded.fingerprint, loaded.backbone_hash)
+        state = extract_state(loaded.model, loaded.fingerprint, loaded.backbone_hash)
         encoder = cls(state, loaded, load_runtime(runtime, state, loaded), exact=exact)
         if request is not None:
             encoder_cache.store(request, state, loaded, encoder.runtime)

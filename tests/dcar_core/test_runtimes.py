@@ -19,10 +19,9 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.encoder_state import PASS_COST, FeatureAdapterArrays, TextPrompts, group_by_length
-from dcar_core.runtimes.graphs import TorchRuntime
+from dcar_core.runtimes.graphs import TorchRuntime, extract_state
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.selection import Probe, Proof, preferred_runtimes, prove, reference_vectors
-from dcar_core.serving.state_extraction import extract
 from dcar_core.util import machine
 from tests.support.parts import needs
 
@@ -46,7 +45,7 @@ class Case:
 
     def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
         self.model = model
-        self.state = extract(model, fingerprint, model.backbone.content_hash())
+        self.state = extract_state(model, fingerprint, model.backbone.content_hash())
         self.loaded = LoadedModel(model, model.backbone.content_hash(), fingerprint, cache)
 
     def proof(self, name: str, probe: Probe) -> Proof:
