@@ -79,22 +79,10 @@ def test_negatives_are_reproducible_and_differ_from_their_caption(tmp_path: Path
     assert [s.negatives for s in found] == [s.negatives for s in one], "wherever the pictures lie"
 
 
-def test_no_negative_may_still_be_true(tmp_path: Path) -> None:
-    both = [*CATS, sample("8", "A Sphynx beside a Ragdoll.", "Sphynx"), sample("8", "Two cats on red.", "Sphynx")]
-    found = made(both, tmp_path, count=8)[0]
-    assert {"Maine Coon", "Beagle", "Pug"} <= set(found[6].negative_categories)
-    assert "Ragdoll" not in found[6].negative_categories, "it is in the picture as well"
-    assert "Two cats on red." not in found[6].negatives, "it is of the same picture"
-
-
 def test_half_are_category_swaps_and_names_keep_their_colour(tmp_path: Path) -> None:
-    birds = [
-        sample("1", "A red kite over two small houses.", "red kite"),
-        sample("2", "A barn owl in a tree.", "barn owl"),
-        sample("3", "A blue jay on snow.", "blue jay"),
-        sample("4", "A crow in the rain.", "crow"),
-    ]
-    first = made(birds, tmp_path)[0][0]
+    captions = {"red kite": "A red kite over two small houses.", "barn owl": "A barn owl in a tree.",
+                "blue jay": "A blue jay on snow.", "crow": "A crow in the rain."}  # fmt: skip
+    first = made([sample(name, text, name) for name, text in captions.items()], tmp_path)[0][0]
     assert [of != "red kite" for of in first.negative_categories] == [True, True, False, False]
     assert all("red kite" in text for text, of in zip(first.negatives, first.negative_categories, strict=True)
                if of == "red kite" and text.startswith("A ") and "over" in text)  # fmt: skip
@@ -144,13 +132,10 @@ def test_captions_that_do_not_name_their_category_are_counted(tmp_path: Path) ->
 
 def test_swap_beyond_the_context_is_no_negative(backbone: Backbone, tmp_path: Path) -> None:
     late = sample("9", "a " * 40 + "red Sphynx", "Sphynx")  # the tiny model reads 32 tokens
-    reports = {"train": CleaningReport()}
-    found = add_negatives({"train": split([*CATS, late], tmp_path)}, reports, backbone_functions(backbone))[
-        "train"
-    ].samples[-1]
-    assert set(found.negative_categories) == {"Sphynx"}
-    assert all(not text.startswith("a a") for text in found.negatives)
-    assert reports["train"].counts["negatives that differ only where the context has ended, left out"] >= 2
+    samples, report = made([*CATS, late], tmp_path, functions=backbone_functions(backbone))
+    assert set(samples[-1].negative_categories) == {"Sphynx"}
+    assert all(not text.startswith("a a") for text in samples[-1].negatives)
+    assert report.counts["negatives that differ only where the context has ended, left out"] >= 2
 
 
 def test_no_negative_equals_a_caption_of_its_image(backbone: Backbone, tmp_path: Path) -> None:
@@ -161,35 +146,34 @@ def test_no_negative_equals_a_caption_of_its_image(backbone: Backbone, tmp_path:
         *(sample(image, long + thing, "Sphynx") for image, thing in (("2", "sun"), ("3", "sea"))),
         sample("4", "A Sphynx on a chair.", "Sphynx"),
     ]
-    reports = {"train": CleaningReport()}
-    done = add_negatives({"train": split(known, tmp_path)}, reports, backbone_functions(backbone))["train"].samples
+    done, report = made(known, tmp_path, functions=backbone_functions(backbone))
     assert not any(text.startswith("Sphynx a a") for text in done[0].negatives), "its other caption reads the same"
     assert sum(text.startswith("Sphynx a a") for text in done[-1].negatives) == 1, "one of three that are alike"
-    assert reports["train"].counts["negatives that differ only where the context has ended, left out"] >= 4
+    assert report.counts["negatives that differ only where the context has ended, left out"] >= 4
 
 
 def test_a_test_category_is_never_seen_in_training(tmp_path: Path) -> None:
     reports = {name: CleaningReport() for name in ("train", "test")}
-    done = add_negatives(
-        {"train": split(CATS[:3], tmp_path), "test": split(CATS[3:5], tmp_path, "test")},
-        reports,
-        LETTER_FUNCTIONS,
-    )
+    splits = {"train": split(CATS[:3], tmp_path), "test": split(CATS[3:5], tmp_path, "test")}
+    done = add_negatives(splits, reports, LETTER_FUNCTIONS)
     seen = {c for s in done["train"].samples for c in s.negative_categories}
     assert seen == {"Sphynx", "Ragdoll", "Maine Coon"}
     assert {c for s in done["test"].samples for c in s.negative_categories} > {"Beagle", "Pug"}
 
 
-def test_caption_that_may_be_true_is_no_negative(tmp_path: Path) -> None:
+def test_no_negative_may_still_be_true(tmp_path: Path) -> None:
+    both = [*CATS, sample("8", "A Sphynx beside a Ragdoll.", "Sphynx"), sample("8", "Two cats on red.", "Sphynx")]
+    found = made(both, tmp_path, count=8)[0]
+    assert {"Maine Coon", "Beagle", "Pug"} <= set(found[6].negative_categories)
+    assert "Ragdoll" not in found[6].negative_categories, "it is in the picture as well"
+    assert "Two cats on red." not in found[6].negatives, "it is of the same picture"
     samples = [
-        sample("1", "A Ragdoll beside a Sphynx.", "Ragdoll"),
         sample("2", "A red panda in a tree.", "red panda"),
         sample("3", "A British Shorthair.", "Shorthair"),  # the name of another category, which its own is a part of
         sample("4", "A sleeping cat.", "British Shorthair"),
         sample("5", "An old Sphynx.", "Sphynx"),
     ]
     texts = [s.negatives for s in made(samples, tmp_path)[0]]
-    assert "A Sphynx beside a Sphynx." not in texts[0]
-    assert not [text for text in texts[1] if text.endswith(" panda in a tree.")]
-    assert texts[1]
-    assert not [text for text in texts[2] if text.startswith("A British")]
+    assert texts[0]
+    assert not [text for text in texts[0] if text.endswith(" panda in a tree.")]
+    assert not [text for text in texts[1] if text.startswith("A British")]

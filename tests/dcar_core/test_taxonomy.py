@@ -8,12 +8,12 @@ import pytest
 
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.model.backbone import Backbone
-from dcar_core.negatives import add_negatives, backbone_functions
+from dcar_core.negatives import backbone_functions
 from dcar_core.negatives.taxonomy import letter_features, load_taxonomy, rank_categories
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json
-from tests.support.negatives import CATS, FELINE, made, sample, split
+from tests.support.negatives import CATS, FELINE, made, sample
 
 
 def test_categories_keep_the_order_of_the_data(tmp_path: Path) -> None:
@@ -26,11 +26,8 @@ def test_categories_keep_the_order_of_the_data(tmp_path: Path) -> None:
     preferred = replace(CATS[1], negatives=("A pug.", "A Beagle."), negative_categories=("pug", "Beagle"))
     ranked = rank_categories([preferred, *CATS], None, letter_features, report)
     assert ranked["ragdoll"][:2] == ["Beagle", "Pug"]  # as often as each other, so by name; before all others
-    both = [
-        replace(CATS[0], meta_category="cat"),
-        replace(CATS[5], meta_category="dog"),
-        replace(CATS[1], meta_category="cat"),
-    ]
+    groups = ((0, "cat"), (5, "dog"), (1, "cat"))
+    both = [replace(CATS[place], meta_category=group) for place, group in groups]
     rank_categories(both, None, letter_features, report)
     assert report.names["categories with several meta-categories, the most frequent taken"] == ["Sphynx"]
 
@@ -42,8 +39,8 @@ def test_names_are_ranked_by_clip(backbone: Backbone, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1)
     orders = []
     for samples in (CATS, CATS[::-1]):
-        done = add_negatives({"train": split(samples, tmp_path)}, {"train": CleaningReport()}, functions)["train"]
-        orders.append({s.image: [c for c in s.negative_categories if c != s.category] for s in done.samples})
+        done, _ = made(samples, tmp_path, functions=functions)
+        orders.append({s.image: [c for c in s.negative_categories if c != s.category] for s in done})
     assert orders[0] == orders[1]
     assert all(orders[0].values())
 

@@ -6,6 +6,7 @@ from typing import Any
 from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.images import ImageRoot
 from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives
+from dcar_core.negatives.complete import TextFunctions
 
 FELINE = {"cat": ["Sphynx", "Ragdoll", "Maine Coon"], "dog": ["Beagle", "Pug"]}
 
@@ -29,8 +30,8 @@ def split(samples: list[Sample], tmp_path: Path, name: str = "train") -> Dataset
 
 
 def made(
-    samples: list[Sample], tmp_path: Path, mode: str = "auto", **given: Any
+    samples: list[Sample], tmp_path: Path, mode: str = "auto", functions: TextFunctions = LETTER_FUNCTIONS, **given: Any
 ) -> tuple[list[Sample], CleaningReport]:
     report = CleaningReport()
-    done = add_negatives({"train": split(samples, tmp_path)}, {"train": report}, LETTER_FUNCTIONS, mode=mode, **given)
+    done = add_negatives({"train": split(samples, tmp_path)}, {"train": report}, functions, mode=mode, **given)
     return done["train"].samples, report
