@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.serving.runtime_selection import preferred_runtimes
+from dcar_core.runtimes.selection import preferred_runtimes
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ModelError
 from index_jobs.encoding.decode import DecodedWindow
