@@ -43,7 +43,7 @@ def test_transient_errors_are_retried(photos: Path, how: str) -> None:
         return (TRANSIENT | UNUSABLE)[how] if n == 0 else good(asked)
 
     with VisionServer(behave) as server:
-        found = ask(one_image(photos), server, timeout_s=0.5 if how == "too slow" else 20.0)
+        found = ask(one_image(photos), server, tries=4, timeout_s=0.5 if how == "too slow" else 20.0)
     assert (found.accepted, found.failed) == (1, {})
     assert server.kinds() == ["draft", "draft", "judge", "judge"]
     assert found.usage["draft"]["requests"] == (2 if how in UNUSABLE else 1)
