@@ -248,6 +248,7 @@ def attacks() -> dict[str, Attack]:
         "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),
         "nested entities": flood(text(query="&" + "amp;" * 249)),
         "expensive filters": flood(text(query="cat", filter=contains)),
+        "bodies of 26 MB": flood(batch(image="A" * 800_000), connections=16),
         "slow filters": flood(*(slow_filters() for _ in range(20)), connections=8),
         **{name: flood(request) for name, request in batches.items()},
         **{name: flood(image_request(data)) for name, data in images.items()},

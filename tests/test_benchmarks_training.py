@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,9 @@ def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
     with pytest.raises(SystemExit, match="2"):
         attack.main()
     assert "--only names no attack: smugling; there are: (none), (a busy core), smuggling" in capsys.readouterr().err
+    good, lost = attack.Tally(statuses=Counter({200: 9, 503: 1})), attack.Tally(statuses=Counter({500: 2}), broken=1)
+    assert attack.Honest(good, good, good, 1999).faults() == []
+    assert attack.Honest(good, lost, good, 2001).faults() == ["1 lost", "2 failed", "2001 MB"]
     monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes", "0.1"])
     with pytest.raises(SystemExit, match="2"):
         soak.main()
