@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dcar_core.util.command import run_command
+from dcar_core.util.console import run_command
 from index_jobs.jobs.cli import EPILOG, build_command
 
 if TYPE_CHECKING:

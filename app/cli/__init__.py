@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from app.cli import datasets, indexing, quickstart, serving, tools, training
-from dcar_core.util.command import run_command
+from dcar_core.util.console import run_command
 
 app = typer.Typer(
     name="dcar",

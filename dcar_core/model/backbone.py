@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcar_core.model.open_clip_source import RANDOM, BackboneSource, OpenClipModel, load_open_clip
+from dcar_core.model.open_clip_source import RANDOM, BackboneSource, load_open_clip
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.settings_hash import vector_settings
-from dcar_core.model.text.layout import TextLayout
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.model.towers.prompt_rows import AdapterMatrices
-from dcar_core.model.towers.select import Level, level_of, select_towers
+from dcar_core.model.towers.select import level_of, select_towers
 from dcar_core.util.arrays import Pixels
 
 __all__ = ["RANDOM", "AdapterMatrices", "Backbone", "BackboneSource", "load_backbone"]
@@ -34,26 +32,24 @@ _SENTENCE = "a red sports car parked in front of a house"
 class Backbone(nn.Module):
     """Frozen towers, tokenizer and preprocessing. Build with `load_backbone`.
 
-    text_width, vision_width: W_t and W_v; 0 where the tower takes no prompts.
+    embed_dim: E. text_width, vision_width: W_t and W_v; 0 where the tower takes no prompts.
     """
 
-    def __init__(self, model: OpenClipModel, source: BackboneSource) -> None:
+    def __init__(
+        self, source: BackboneSource, clip: nn.Module, tokenizer: TextTokenizer, embed_dim: int, settings: bytes
+    ) -> None:
         super().__init__()
-        self.clip = model.clip.eval().requires_grad_(False)
-        self.source = source
-        self.tokenizer = model.tokenizer
-        self.embed_dim = model.embed_dim
+        self.clip = clip.requires_grad_(False)
+        self.source, self.tokenizer, self.embed_dim, self._settings = source, tokenizer, embed_dim, settings
         self.preprocess = Preprocess.from_open_clip(self.visual.preprocess_cfg)
-        self._settings, self._tokenizer_identity = model.settings, model.tokenizer_identity
-        caption = self.tokenizer.caption_ids(_SENTENCE)
         self.text_tower, self.image_tower = select_towers(
-            self.clip, self.tokenizer.layout, caption, self.preprocess.size
+            self.clip, tokenizer.layout, tokenizer.caption_ids(_SENTENCE), self.preprocess.size
         )
-        self.layout: TextLayout = self.text_tower.layout
+        self.layout = self.text_tower.layout
         self.context_length = self.layout.context_length
         self.text_width, self.vision_width = self.text_tower.width, self.image_tower.width
         self.patch_grid = self.image_tower.patch_grid
-        self.level: Level = level_of(self.text_tower, self.image_tower)
+        self.level = level_of(self.text_tower, self.image_tower)
 
     @property
     def visual(self) -> Any:
@@ -111,7 +107,7 @@ class Backbone(nn.Module):
     def content_hash(self) -> str:
         """sha256 over every weight and whatever else decides on vectors, as 64 hex digits."""
         digest = hashlib.sha256(json.dumps(self.preprocess.to_dict(), sort_keys=True).encode())
-        digest.update(vector_settings(self.clip, self._settings, self._tokenizer_identity))
+        digest.update(self._settings)
         for name, value in sorted(self.clip.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().numpy().data)
@@ -125,4 +121,4 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
         ModelError: an unknown name, weights that cannot be fetched or do not fit, a configuration that is not allowed.
         MissingExtraError: it needs transformers, which is not installed.
     """
-    return Backbone(load_open_clip(source, device), source)
+    return Backbone(source, *load_open_clip(source, device))

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +41,14 @@ def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Map
 
     Settings that no vector depends on (the loss, the category adapter, pair weights) are left out.
     """
-    pair_only = ("token_feature", "image_feature")
-    reweight = {name: value for name, value in config.reweight.to_dict().items() if name not in pair_only}
-    serving = {"prompt": config.prompt.to_dict(), "reweight": reweight}
+    reweight = replace(config.reweight, token_feature="context", image_feature="pooled")  # the defaults, left out
+    serving = {"prompt": config.prompt.to_dict(), "reweight": reweight.to_dict()}
     if config.adapter != AdapterConfig():
         serving["adapter"] = config.adapter.to_dict()
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
     for name in sorted(n for n in trainables if not n.startswith("caa.")):
-        value = np.ascontiguousarray(trainables[name], np.float32)
         digest.update(f"{name} {trainables[name].shape}".encode())
-        digest.update(value.tobytes())
+        digest.update(np.ascontiguousarray(trainables[name], np.float32).tobytes())
     return digest.hexdigest()
 
 
@@ -65,23 +64,13 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
         merged = merge(model.backbone, model.changes, path)
         model = type(model)(merged, model.config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
-    backbone_hash = model.backbone.content_hash()
+    source, backbone_hash = model.backbone.source, model.backbone.content_hash()
     fingerprint = compute_fingerprint(backbone_hash, model.config, trainables)
-    source = model.backbone.source
-    content = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "backbone": {
-            "model": _relative(source.model, path),
-            "pretrained": _relative(source.pretrained, path),
-            "sha256": backbone_hash,
-        },
-        "model": model.config.to_dict(),
-        "training": training or {},
-    }
+    places = {"model": _relative(source.model, path), "pretrained": _relative(source.pretrained, path)}
     with atomic_writer(path / WEIGHTS) as file:
         file.write(save(trainables, {"format": "pt"}))
-    write_json(path / CONFIG, content)
+    content = {"format": FORMAT, "fingerprint": fingerprint, "backbone": {**places, "sha256": backbone_hash}}
+    write_json(path / CONFIG, {**content, "model": model.config.to_dict(), "training": training or {}})
     return fingerprint
 
 
@@ -100,14 +89,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path / CONFIG} does not have format {FORMAT}; train again, or use the version that wrote it"
         )
-    described = content.get("backbone")
-    if not (
-        isinstance(content.get("model"), dict)
-        and isinstance(content.get("fingerprint"), str)
-        and isinstance(described, dict)
-        and all(isinstance(described.get(key), str) for key in ("model", "sha256"))
-        and isinstance(described.get("pretrained", 0), str | None)
-    ):
+    kinds = {"model": dict, "backbone": dict, "fingerprint": str}
+    of_backbone = {"model": str, "sha256": str, "pretrained": str | None}
+    if not (_has(content, kinds) and _has(content["backbone"], of_backbone)):
         raise CheckpointError(f"{path / CONFIG} lacks the model, the backbone or the fingerprint; copy the whole file")
     return content
 
@@ -147,14 +131,14 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     content = read_config(path)
     described = content["backbone"]
     if backbone is None:
-        source = BackboneSource(_absolute(described["model"], path) or "", _absolute(described["pretrained"], path))
-        for key, place in (("model", source.model), ("pretrained", source.pretrained)):
+        places = {key: _absolute(described[key], path) for key in ("model", "pretrained")}
+        for key, place in places.items():
             if place and Path(place).is_absolute() and not Path(place).exists():
                 raise ModelError(
                     f"{place}, the backbone of {path}, does not exist; if it was moved, name its new place: for an "
                     f"index by `dcar index relocate INDEX --model PLACE`, else as backbone.{key} in {path / CONFIG}"
                 )
-        backbone = load_backbone(source, device)
+        backbone = load_backbone(BackboneSource(str(places["model"]), places["pretrained"]), device)
     backbone_hash = backbone.content_hash()
     if backbone_hash != described["sha256"]:
         raise CheckpointError(
@@ -162,8 +146,9 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
             f"({backbone_hash[:12]}), by its weights, tokenizer or preprocessing, or by an older version of this "
             f"program that did not look at the tokenizer; train again on it, or point config.json to the right one"
         )
-    weights = read_trainables(path)
-    weights = {name: weights[name] for name in weights if not name.startswith("caa.")}  # in older checkpoints
+    weights = {
+        name: value for name, value in read_trainables(path).items() if not name.startswith("caa.")
+    }  # older ones
     try:
         model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
     except (ModelError, ValueError, KeyError, TypeError) as error:
@@ -212,6 +197,10 @@ def save_zero_shot(backbone: "Backbone", out: Path) -> str:
     if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != "clip":
         raise CheckpointError(f"{out} holds a trained checkpoint of {found}; name another --out")
     return save_checkpoint(DCAR(backbone, method("clip")), out)
+
+
+def _has(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
+    return all(name in values and isinstance(values[name], kind) for name, kind in kinds.items())
 
 
 def _relative(value: str | None, base: Path) -> str | None:

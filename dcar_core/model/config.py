@@ -1,9 +1,12 @@
 """Configuration as frozen data with a dict round trip. Nothing here reads the environment."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from dataclasses import field, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 TrainWeights = Literal["none", "pair"]
 QueryWeights = Literal["none", "predicted"]
@@ -13,13 +16,26 @@ Amp = Literal["auto", "off", "bfloat16", "float16"]
 LossDirection = Literal["both", "image-to-text"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
-MAX_BLOCK_WIDTH = 4096  # of adapters; a forged config.json must not fill the memory
 GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Positive = Annotated[int, Field(ge=1)]
+_Number = float | int  # an integer stays one: fingerprints and the names of runs cover its text
 
+
+@dataclass(frozen=True)
 class _Config:
     _omitted: ClassVar[frozenset[str]] = frozenset()
     _former: ClassVar[Mapping[str, str | None]] = {}  # names in older checkpoints; None: without a meaning now
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, given: Any) -> Any:
+        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, dict):
+            return given
+        current = {name: cls._former.get(name, name) for name in values}
+        return {new: values[name] for name, new in current.items() if new is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; omit options of later versions at their defaults, so that older fingerprints stay."""
@@ -29,27 +45,15 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        usual = vars(cls())
-        current = {name: cls._former.get(name, name) for name in values}
-        values = {new: values[name] for name, new in current.items() if new is not None}
-        if unknown := sorted(set(values) - set(usual)):
-            raise ValueError(f"{cls.__name__} has no field {unknown}; it has {sorted(usual)}")
-        for name, value in values.items():
-            _require_kind(f"{cls.__name__}.{name}", value, usual[name], get_args(cls.__annotations__[name]))
-        parts = {name: part for name, part in usual.items() if isinstance(part, _Config) and name in values}
-        return cls(**{**values, **{name: part.from_dict(values[name]) for name, part in parts.items()}})
+        """Build the configuration of a `to_dict`. Raise ValueError, which names the field, for a wrong value."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            raise ValueError(f"{cls.__name__}: {'; '.join(faults)}") from None
 
 
-def _require_kind(name: str, value: Any, usual: object, choices: tuple[Any, ...]) -> None:
-    """Raise ValueError unless a value is of the kind of its default, and one of the choices if there are any."""
-    kind = dict if isinstance(usual, _Config) else type(usual)
-    is_of_kind = isinstance(value, int | float if kind is float else kind) and (kind is bool or type(value) is not bool)
-    if not is_of_kind or (choices and value not in choices):
-        wanted = " or ".join(map(str, choices)) or f"of the type {kind.__name__}"
-        raise ValueError(f"{name} must be {wanted}, not {value!r:.80}")
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class PromptConfig(_Config):
     """The dual prompts (section 1 of the method).
 
@@ -58,14 +62,10 @@ class PromptConfig(_Config):
     text, image: which towers are prompted. Text alone is CoOp.
     """
 
-    length: int = 4
-    depth: int = 1
+    length: Annotated[int, Field(ge=0)] = 4
+    depth: _Positive = 1
     text: bool = True
     image: bool = True
-
-    def __post_init__(self) -> None:
-        if self.length < 0 or self.depth < 1:
-            raise ValueError(f"length must be at least 0 and depth at least 1, not {self.length} and {self.depth}")
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class PromptConfig(_Config):
         return depth * self.text, depth * self.image
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ReweightConfig(_Config):
     """Dynamic token re-weighting (section 2).
 
@@ -87,16 +87,16 @@ class ReweightConfig(_Config):
 
     train: TrainWeights = "pair"
     query: QueryWeights = "none"
-    strength: float = 0.5
-    low: float = 0.5
-    high: float = 2.0
+    strength: _Number = 0.5
+    low: _Number = 0.5
+    high: _Number = 2.0
     token_feature: TokenFeature = "context"
     image_feature: ImageFeature = "pooled"
     _omitted = frozenset({"token_feature", "image_feature"})
     _former: ClassVar[Mapping[str, str | None]] = {"word": "token_feature", "picture": "image_feature"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class AdapterConfig(_Config):
     """Residual bottlenecks, part of serving.
 
@@ -108,15 +108,11 @@ class AdapterConfig(_Config):
 
     text: bool = False
     image: bool = False
-    blocks: int = 0
+    blocks: Annotated[int, Field(ge=0, le=4096)] = 0  # a forged config.json must not fill the memory
     _omitted = frozenset({"blocks"})
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.blocks <= MAX_BLOCK_WIDTH:
-            raise ValueError(f"blocks must be 0 to {MAX_BLOCK_WIDTH}, not {self.blocks}")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class LossConfig(_Config):
     """L = L_con + category * L_cate + head * L_head + anchor * L_anchor + ... (sections 3 and 4).
 
@@ -125,20 +121,16 @@ class LossConfig(_Config):
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
     """
 
-    category: float = 0.5
-    head: float = 1.0
-    alpha: float = 0.5
-    anchor: float = 0.0
+    category: _Number = 0.5
+    head: _Number = 1.0
+    alpha: _Number = 0.5
+    anchor: _Number = 0.0
     direction: LossDirection = "both"
     _omitted = frozenset({"direction"})
     _former: ClassVar[Mapping[str, str | None]] = {"consistency": None, "distance": None}
 
-    def __post_init__(self) -> None:
-        if self.direction not in get_args(LossDirection):
-            raise ValueError(f"direction must be {' or '.join(get_args(LossDirection))}, not {self.direction!r}")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class TrainConfig(_Config):
     """One training run.
 
@@ -148,31 +140,18 @@ class TrainConfig(_Config):
     amp: mixed precision; "auto" uses it on a GPU that supports it.
     """
 
-    epochs: int = 20
-    batch_size: int = 64
-    lr: float = 2e-3
+    epochs: _Positive = 20
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    lr: Annotated[float, Field(ge=0)] = 2e-3
     weight_decay: float = 1e-2
     warmup: float = 0.1
     patience: int = 0
-    seed: int = 0
-    accumulate: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    accumulate: _Positive = 1
     amp: Amp = "auto"
 
-    def __post_init__(self) -> None:
-        if self.accumulate < 1 or self.epochs < 1 or self.batch_size < 2:
-            raise ValueError(
-                f"epochs and accumulate must be at least 1 and batch_size 2, not {self.epochs}, {self.accumulate} and "
-                f"{self.batch_size}"
-            )
-        if not (0 <= self.lr < math.inf) or not 0 <= self.seed < 2**63:
-            raise ValueError(
-                f"lr must be finite and at least 0, and seed an integer in [0, 2 ** 63), not {self.lr} and {self.seed}"
-            )
-        if self.amp not in get_args(Amp):
-            raise ValueError(f"amp must be {', '.join(get_args(Amp))}, not {self.amp!r}")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class ModelConfig(_Config):
     """Everything that rebuilds a method on a backbone."""
 

@@ -1,6 +1,6 @@
 """Models from open_clip: a built-in name, a directory or an `hf-hub:` repository. The only importer of open_clip.
 
-- A configuration may set only the fields that `_require_allowed` lists, wherever it comes from: it can name no code, no
+- A configuration may set only the fields that `_faults` lists, wherever it comes from: it can name no code, no
   file outside its directory, and no setting that makes a library fetch or run something else.
 - Weights must be present and fit exactly; random weights must be requested. open_clip would resize tables of positions:
   that is left to published weights, which are named by a tag or a repository.
@@ -9,11 +9,12 @@
 
 import difflib
 import json
+import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,15 @@ from open_clip.utils import to_2tuple
 from torch import nn
 
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.settings_hash import CLIP_VOCABULARY
+from dcar_core.model.settings_hash import CLIP_VOCABULARY, vector_settings
 from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
 from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, load_byte_pairs
-from dcar_core.util.console import errors_raised_only
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
 from dcar_core.util.memory import WEIGHTS_FILE, map_weights, read_shapes
 
 RANDOM = "random"
 HUB = "hf-hub:"
-OLDEST_TIMM = "1.0.20"
 
 _MODEL_FIELDS = {
     "embed_dim", "vision_cfg", "text_cfg", "multimodal_cfg", "quick_gelu", "custom_text", "init_logit_scale",
@@ -73,21 +72,6 @@ class BackboneSource:
         return self.directory / WEIGHTS_FILE if self.directory else Path(self.pretrained or "")
 
 
-@dataclass(frozen=True)
-class OpenClipModel:
-    """A loaded model.
-
-    embed_dim: E. settings: of the towers, as far as they differ from open_clip's defaults and decide on vectors.
-    tokenizer_identity: what decides on token ids.
-    """
-
-    clip: nn.Module
-    tokenizer: TextTokenizer
-    embed_dim: int
-    settings: Mapping[str, Any]
-    tokenizer_identity: Mapping[str, Any]
-
-
 def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:
     """Return the configuration and the pretrained tags of every built-in model, by name."""
     return {
@@ -96,14 +80,18 @@ def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:
     }
 
 
-def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
-    """Load a model and its tokenizer; errors as of `backbone.load_backbone`."""
+def load_open_clip(source: BackboneSource, device: str) -> tuple[nn.Module, TextTokenizer, int, bytes]:
+    """Load a model and its tokenizer; errors as of `backbone.load_backbone`.
+
+    Returns:
+        The model in eval mode, its tokenizer, E, and what else decides on vectors: see `settings_hash`.
+    """
     _require_known(source)
     try:
         config = read_config(source)
         tokenizer, identity = load_tokenizer(config, source.directory)
         _require_positions(source, config)
-        clip = _create(source, config, device)
+        clip = _create(source, config, device).eval()
         _require_finite(source, clip)
     except DcarError:
         raise
@@ -113,21 +101,19 @@ def load_open_clip(source: BackboneSource, device: str) -> OpenClipModel:
         raise _explained(source, error) from error
     if device == "cpu":
         map_weights(clip, source.weights_file)
-    return OpenClipModel(clip.eval(), tokenizer, int(config["embed_dim"]), tower_settings(config), identity)
+    return clip, tokenizer, int(config["embed_dim"]), vector_settings(clip, tower_settings(config), identity)
 
 
 def read_config(source: BackboneSource) -> dict[str, Any]:
     """Read and check a model's `model_cfg`."""
-    directory = source.directory
+    content, directory = {}, source.directory
     if directory is not None:
         content = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
             raise ModelError(f"{directory / MODEL_CONFIG} has no model_cfg; copy the file from the model's source")
-        _require_fields(content.get("preprocess_cfg", {}), _PREPROCESS_FIELDS, "preprocess_cfg", source.model)
-        config = content["model_cfg"]
-    else:
-        config = open_clip.get_model_config(source.model)
-    _require_allowed(config, source)
+    config = content["model_cfg"] if content else open_clip.get_model_config(source.model)
+    for fault in _faults(config, content.get("preprocess_cfg", {}), directory):
+        raise ModelError(f"the configuration of {source.model} {fault}")
     text = config["text_cfg"]
     if directory is not None and (name := text.get("hf_model_name")) and (directory / name / "config.json").is_file():
         text["hf_model_name"] = str(directory / name)
@@ -168,20 +154,20 @@ def tower_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_known(source: BackboneSource) -> None:
     name, pretrained, directory = source.model, source.pretrained, source.directory
-    is_hub = name.startswith(HUB)
+    is_builtin = directory is None and not name.startswith(HUB)
     if directory is not None and not (directory / MODEL_CONFIG).is_file():
         raise ModelError(f"{directory} is not a model directory: it has no {MODEL_CONFIG}")
-    if directory is None and not is_hub and (Path(name).is_absolute() or name.startswith(".")):
+    if is_builtin and (Path(name).is_absolute() or name.startswith(".")):
         raise ModelError(f"there is no model directory {name}: restore it, or give its new path")
-    if directory is None and not is_hub and name not in open_clip.list_models():
+    if is_builtin and name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), 3, 0.5)
         hint = f"; near it are {', '.join(near)}" if near else ""
         raise ModelError(f"no model is named {name!r}{hint}; `dcar models` lists them, or give a model's directory")
-    if pretrained and pretrained != RANDOM and (directory is not None or is_hub):
+    if pretrained and pretrained != RANDOM and not is_builtin:
         raise ModelError(f"{name} has weights of its own; leave out --pretrained {pretrained}")
     if pretrained and Path(pretrained).suffix in {".pkl", ".pickle"}:
         raise ModelError(f"{pretrained} is a pickle, which can run code; use .safetensors or a .pt state dict")
-    if directory is None and not is_hub and not pretrained:
+    if is_builtin and not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is known"
         raise ModelError(
             f"{name} alone is an architecture with random weights; give --pretrained a tag ({tags}) or a "
@@ -221,7 +207,7 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
         towers["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in towers["text_cfg"]:
         towers["text_cfg"]["hf_model_pretrained"] = False
-    with errors_raised_only(), warnings.catch_warnings():
+    with _errors_raised_only(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         return open_clip.create_model(  # type: ignore[no-any-return]
@@ -235,6 +221,20 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
         )
 
 
+@contextmanager
+def _errors_raised_only() -> Iterator[None]:
+    """Drop what open_clip logs as an error: it goes to the root logger, and the exception says the same."""
+
+    def is_no_error(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR
+
+    logging.getLogger().addFilter(is_no_error)  # records of other loggers do not pass it
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(is_no_error)
+
+
 def _require_finite(source: BackboneSource, clip: nn.Module) -> None:
     for name, weight in clip.named_parameters():
         if not weight.detach().sum(dtype=torch.float32).isfinite():  # without a copy of the weight
@@ -246,11 +246,6 @@ def _explained(source: BackboneSource, error: BaseException) -> ModelError | Mis
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "install transformers" in reason:
         return MissingExtraError(f"the text tower of {source.model}", "hf")
-    if "Unknown model" in reason or ("timm" in reason.lower() and "download" not in reason):
-        return ModelError(
-            f"timm {version('timm')} does not know the image tower of {source.model} ({reason}); "
-            f"install timm {OLDEST_TIMM} or newer"
-        )
     if source.pretrained in open_clip.list_pretrained_tags_by_model(source.model):
         return ModelError(
             f"the weights {source.pretrained!r} of {source.model} could not be fetched ({reason}). Either give a local "
@@ -262,53 +257,46 @@ def _explained(source: BackboneSource, error: BaseException) -> ModelError | Mis
     return ModelError(f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}")
 
 
-def _require_allowed(config: Any, source: BackboneSource) -> None:
-    name = source.model
+def _faults(config: Any, preprocess: Any, directory: Path | None) -> Iterator[str]:
+    """Yield what a configuration may not have, as the end of a sentence."""
     if not isinstance(config, dict) or not all(isinstance(config.get(t), dict) for t in ("vision_cfg", "text_cfg")):
-        raise ModelError(f"the configuration of {name} has no vision_cfg and text_cfg; copy it from the model's source")
-    _require_fields(config, _MODEL_FIELDS, "model_cfg", name)
-    _require_numbers(config, "model_cfg", name)
-    if type(width := config.get("embed_dim")) is not int or width < 1:
-        raise ModelError(f"the configuration of {name} has embed_dim {width!r:.80}; it must be a whole number above 0")
-    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
-        _require_fields(config.get(part, {}), {field.name for field in fields(kind)}, part, name)
-        _require_numbers(config.get(part, {}), part, name)
-        for key, value in config.get(part, {}).items():
-            usual = getattr(kind, key, None)
-            is_list = isinstance(value, list | tuple) and key in {"layers", "image_size"}
-            if value is not None and type(usual) in {int, str} and type(value) is not type(usual) and not is_list:
-                raise ModelError(
-                    f"the configuration of {name} has {key} {value!r:.80} in {part}; it must be of the type "
-                    f"{type(usual).__name__}"
-                )
+        yield "has no vision_cfg and text_cfg; copy it from the model's source"
     text, vision = config["text_cfg"], config["vision_cfg"]
     settings = text.get("tokenizer_kwargs") or {}
-    _require_fields(settings, _TOKENIZER_FIELDS, "tokenizer_kwargs", name)
+    yield from _faults_of("preprocess_cfg", preprocess, dict.fromkeys(_PREPROCESS_FIELDS))
+    yield from _faults_of("model_cfg", config, dict.fromkeys(_MODEL_FIELDS))
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", MultimodalCfg)):
+        yield from _faults_of(part, config.get(part, {}), {field.name: field.default for field in fields(kind)})
+    yield from _faults_of("tokenizer_kwargs", settings, dict.fromkeys(_TOKENIZER_FIELDS))
+    if type(width := config.get("embed_dim")) is not int or width < 1:
+        yield f"has embed_dim {width!r:.80}; it must be a whole number above 0"
     if settings.get("clean", "lower") not in NORMALIZERS:
-        raise ModelError(f"the configuration of {name} sets clean {settings['clean']!r}; known are {list(NORMALIZERS)}")
+        yield f"sets clean {settings['clean']!r}; known are {list(NORMALIZERS)}"
     if text.get("tokenizer_mode"):
-        raise ModelError(f"the configuration of {name} sets tokenizer_mode, which is not supported")
-    for part, key in ((text, "hf_tokenizer_name"), (text, "hf_model_name"), (vision, "timm_model_name")):
+        yield "sets tokenizer_mode, which is not supported"
+    for part, key, slashes in (
+        (text, "hf_tokenizer_name", 1),
+        (text, "hf_model_name", 1),
+        (vision, "timm_model_name", 0),
+    ):
         value = part.get(key)
-        slashes = 0 if key == "timm_model_name" else 1
         if value and not (isinstance(value, str) and _HUB_NAME.fullmatch(value) and value.count("/") <= slashes):
-            raise ModelError(f"the configuration of {name} has {key} {value!r}, which is not the name of a model")
+            yield f"has {key} {value!r}, which is not the name of a model"
     path = settings.get("bpe_path")
-    if path is not None and (source.directory is None or Path(path).name != path):
-        raise ModelError(f"the configuration of {name} has bpe_path {path!r}; it must be a file in the model directory")
+    if path is not None and (directory is None or Path(path).name != path):
+        yield f"has bpe_path {path!r}; it must be a file in the model directory"
 
 
-def _require_fields(values: Any, allowed: set[str], part: str, name: str) -> None:
+def _faults_of(part: str, values: Any, usual: Mapping[str, Any]) -> Iterator[str]:
+    """Yield faults of one part. usual: the allowed fields with their defaults."""
     if not isinstance(values, dict):
-        raise ModelError(f"the configuration of {name} has a {part} that is not an object")
-    if unknown := sorted(set(values) - allowed):
-        raise ModelError(
-            f"the configuration of {name} sets {', '.join(unknown)} in {part}, which a model may not set; remove it"
-        )
-
-
-def _require_numbers(values: Mapping[str, Any], part: str, name: str) -> None:
+        yield f"has a {part} that is not an object"
+    if unknown := sorted(values.keys() - usual.keys()):
+        yield f"sets {', '.join(unknown)} in {part}, which a model may not set; remove it"
     for key, value in values.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not -_LARGEST < number < _LARGEST:
-                raise ModelError(f"the configuration of {name} has {key} {number} in {part}, which is too large")
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+        if not all(-_LARGEST < number < _LARGEST for number in numbers):
+            yield f"has {key} {value!r:.80} in {part}, which is too large"
+        kind, is_list = type(usual[key]), isinstance(value, list | tuple) and key in {"layers", "image_size"}
+        if value is not None and kind in {int, str} and type(value) is not kind and not is_list:
+            yield f"has {key} {value!r:.80} in {part}; it must be of the type {kind.__name__}"

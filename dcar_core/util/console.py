@@ -1,6 +1,6 @@
-"""Standard streams that survive being closed, full, or of another encoding, without what libraries log twice.
+"""Entry points of commands: errors that the user can fix as one line on stderr, and standard streams that survive.
 
-Imports only the standard library.
+They may be closed, full, or of another encoding.
 """
 
 import contextlib
@@ -8,79 +8,43 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from dcar_core.util.errors import DcarError
+from dcar_core.util.files import DISK_ERRORS
+
+_INTERRUPTED = 130
+_RESUME = "run the same command again to resume a job or a training"
 
 
-class _WrappedStream:
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command line and return its exit status.
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-class _TolerantStderr(_WrappedStream):
-    """stderr that ignores write errors, such as those of a progress bar on a full disk."""
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
-
-
-class _CheckedStdout(_WrappedStream):
-    """stdout that turns a write error into one clear error. A pipe without a reader is an ordinary end."""
-
-    def write(self, text: str) -> int:
-        if text == "":  # libraries test a stream this way and ignore every error
-            return 0
-        with self._translated_errors():
-            return self._stream.write(text)
-
-    def flush(self) -> None:
-        with self._translated_errors():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _translated_errors(self) -> Iterator[None]:
+    Errors of `DcarError` and files that cannot be used become one line; any other exception is a bug and passes.
+    """
+    _prepare_streams()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LogFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    try:
         try:
-            yield
-        except OSError as error:
-            with contextlib.suppress(OSError):  # Python flushes once more when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise DcarError(f"the output cannot be written: {error.strerror or error}") from None
-
-
-def prepare_streams() -> None:
-    """Make the streams of a command safe to write to. Called once, by its entry point."""
-    for descriptor in range(3):  # another file would take the place of a closed one, and child processes write to it
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    for name, kind in (("stdout", _CheckedStdout), ("stderr", _TolerantStderr)):
-        stream = getattr(sys, name)
-        if stream is None:
-            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
-            os.set_inheritable(
-                stream.fileno(), True
-            )  # as standard streams are: processes rely on the first descriptors
-            setattr(sys, name, stream)
-        elif not isinstance(stream, _WrappedStream):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
-            setattr(sys, name, kind(stream))
-    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
-        sys.stderr.write("WARNING: file names are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
+            command()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            _report(f"interrupted; {_RESUME}")
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except DcarError as error:
+        _report(str(error))
+        return error.exit_code
+    except OSError as error:
+        if not error.strerror or (error.filename is None and error.errno not in DISK_ERRORS):
+            raise
+        _report(_describe(error))
+        return 1
+    return 0
 
 
 def dump_json(value: Any) -> str:
@@ -89,15 +53,77 @@ def dump_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not unicode)
 
 
-@contextlib.contextmanager
-def errors_raised_only() -> Iterator[None]:
-    """Drop what open_clip logs as an error: it goes to the root logger, and the exception says the same."""
+class _LogFormatter(logging.Formatter):
+    """Formats progress as the bare message, and warnings and errors with their level."""
 
-    def is_no_error(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
 
-    logging.getLogger().addFilter(is_no_error)  # records of other loggers do not pass it
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(is_no_error)
+
+class _Stream:
+    """A standard stream that passes its write errors to a function."""
+
+    def __init__(self, stream: TextIO, on_error: Callable[[TextIO, OSError], None]) -> None:
+        self._stream, self._on_error = stream, on_error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if text != "":  # libraries test a stream with an empty text and ignore every error
+            self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, operation: Callable[[], object]) -> None:
+        try:
+            operation()
+        except OSError as error:
+            self._on_error(self._stream, error)
+
+
+def _ignore(_: TextIO, __: OSError) -> None:
+    """Lose what is written to stderr, such as a progress bar on a full disk."""
+
+
+def _explain(stream: TextIO, error: OSError) -> None:
+    """Raise one clear error for stdout. A pipe without a reader is an ordinary end."""
+    with contextlib.suppress(OSError):  # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if isinstance(error, BrokenPipeError):
+        raise error
+    raise DcarError(f"the output cannot be written: {error.strerror or error}") from None
+
+
+def _prepare_streams() -> None:
+    """Make the streams of a command safe to write to."""
+    for descriptor in range(3):  # another file would take the place of a closed one, and child processes write to it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, on_error in (("stdout", _explain), ("stderr", _ignore)):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
+            os.set_inheritable(stream.fileno(), True)  # as standard streams are, on which child processes rely
+            setattr(sys, name, stream)
+        elif not isinstance(stream, _Stream):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Stream(stream, on_error))
+    if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
+        sys.stderr.write("WARNING: file names are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
+
+
+def _describe(error: OSError) -> str:
+    path = error.filename2 or error.filename
+    message = f"{path}: {error.strerror}" if path else str(error.strerror)
+    return f"{message}; completed files are unchanged, {_RESUME}" if error.errno in DISK_ERRORS else message
+
+
+def _report(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
