@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from dcar_core.data import load_splits
-from dcar_core.evaluation.serving_cost import serving_cost
+from dcar_core.evaluation.analysis import serving_cost
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig

@@ -4,7 +4,7 @@ In: a data set, a model and the names of methods. Out: results as JSON, CSV, Mar
 The CLI imports it; it may import every other folder of `dcar_core`.
 """
 
-from dcar_core.evaluation.comparison import compare, summarise
-from dcar_core.evaluation.tables import all_tables
+from dcar_core.evaluation.comparison import compare
+from dcar_core.evaluation.tables import all_tables, summarise
 
 __all__ = ["all_tables", "compare", "summarise"]

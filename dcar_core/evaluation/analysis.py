@@ -1,4 +1,4 @@
-"""Analysis of a model on a split: recall, hard negatives, recall by category, and confused categories."""
+"""Analysis of a model: recall, hard negatives, recall by category and confused categories, and the cost of serving."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -10,9 +10,16 @@ from dcar_core.data import Dataset
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import encode_captions, encode_images
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.bootstrap import Hits
-from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, ndcg, recall_of_ranks
+from dcar_core.util.retrieval_metrics import (
+    Ranks,
+    best_targets,
+    compute_ranks,
+    hard_negative_accuracy,
+    ndcg,
+    recall_of_ranks,
+)
 
 MAX_CONFUSIONS, MAX_EXAMPLES = 8, 3
 _BATCH = 256  # negatives that are encoded at a time
@@ -28,20 +35,35 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
-    image_of = split.image_of
-    ranks = compute_ranks(text, image, image_of)
+    ranks = compute_ranks(text, image, split.image_of)
     images_of, texts_of = split.right_answers()
-    accuracy = hard_negative_accuracy(image[image_of], text, _encode_negatives(model, data))
     return {
         "recall": recall_of_ranks(ranks),
-        "hard_negative_accuracy": None if np.isnan(accuracy) else accuracy,
-        "categories": _recall_by_category(data, image_of, ranks.text < 1, ranks.image < 1),
-        "confusions": _confusions(data, image_of, best_targets(text, image)),
-        "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, image_of)).items()},
+        "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, _encode_negatives(model, data)),
+        "categories": _recall_by_category(data, split.image_of, ranks),
+        "confusions": _confusions(data, split.image_of, best_targets(text, image)),
+        "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, split.image_of)).items()},
         "measures": {
             "nDCG@10 text-to-image": ndcg(text, image, images_of),
             "nDCG@10 image-to-text": ndcg(image, text, texts_of),
         },
+    }
+
+
+def serving_cost(model: DCAR) -> dict[str, Any]:
+    """Return the cost of one more domain.
+
+    Returns:
+        bytes: of the parameters that serving needs. backbone: "shared" with other domains or "own".
+        gallery: after a training, "unchanged", "matrix product" over its frozen features, or "encode again".
+    """
+    own = model.changes is not None
+    weights = model.backbone.clip.state_dict().values() if own else [parameter for _, parameter in model.served()]
+    again = "unchanged" if model.image_adapter is None else "matrix product"
+    return {
+        "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+        "backbone": "own" if own else "shared",
+        "gallery": again if model.image_is_frozen else "encode again",
     }
 
 
@@ -59,20 +81,18 @@ def _encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
     return [vectors[[row_of[text] for text in texts]] for texts in negatives]
 
 
-def _recall_by_category(
-    data: Dataset, image_of: Rows, text_hits: Mask, image_hits: Mask
-) -> dict[str, dict[str, float]]:
+def _recall_by_category(data: Dataset, image_of: Rows, ranks: Ranks) -> dict[str, dict[str, float]]:
     rows_of: dict[str, list[int]] = defaultdict(list)
     for row, sample in enumerate(data.samples):
-        if sample.category:
-            rows_of[sample.category].append(row)
+        rows_of[sample.category].append(row)
     return {
         name: {
             "pairs": len(rows),
-            "t2i_r1": 100 * float(text_hits[rows].mean()),
-            "i2t_r1": 100 * float(image_hits[np.unique(image_of[rows])].mean()),
+            "t2i_r1": 100 * float((ranks.text[rows] < 1).mean()),
+            "i2t_r1": 100 * float((ranks.image[np.unique(image_of[rows])] < 1).mean()),
         }
         for name, rows in sorted(rows_of.items())
+        if name
     }
 
 

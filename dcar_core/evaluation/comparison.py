@@ -2,11 +2,12 @@
 
 - Choices are made on validation; each run reads the test split once, at its end.
 - With `tune`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
+- Intervals are those of the paired bootstrap over queries. The hits of a method's seeds are averaged by query first.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -24,12 +25,11 @@ from dcar_core.data import (
     load_splits,
     save_reports,
 )
+from dcar_core.evaluation.analysis import serving_cost
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
-from dcar_core.evaluation.serving_cost import serving_cost
-from dcar_core.evaluation.significance import add_significance
 from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
-from dcar_core.evaluation.tables import COLUMNS
+from dcar_core.evaluation.tables import Results, best_method, spread, summarise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
@@ -37,12 +37,13 @@ from dcar_core.model.methods.registry import method, require_runnable
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.frozen_features import FrozenFeatures
-from dcar_core.training.prepared_split import report_truncation
+from dcar_core.training.prepared_split import FrozenFeatures, report_truncation
 from dcar_core.training.validation import mean_r1
-from dcar_core.util.bootstrap import Hits
+from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
+
+ABLATIONS = ("dual", "block-adapters")  # parts of dcar and dcar+ under names of their own
 
 
 def compare(
@@ -66,7 +67,7 @@ def compare(
     features: Path | None = None,
     progress: bool = True,
     on_message: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Results:
     """Train and test every method with every seed; write results.json, .csv, .md and report.html to `out`.
 
     Args:
@@ -82,8 +83,8 @@ def compare(
 
     Returns:
         The content of results.json: for each method, the recall of each seed in percent, their mean and standard
-        deviation, and the intervals of `significance.add_significance`. A method that diverged with any seed is in
-        `diverged` with the reason, instead of in `methods`.
+        deviation, and the intervals of `add_significance`. A method that diverged with any seed is in `diverged` with
+        the reason, instead of in `methods`.
 
     Raises:
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
@@ -124,7 +125,7 @@ def compare(
     for part in (splits["test"], *others.values()):  # report broken images before hours of training
         FrozenFeatures(part, backbone, cache, progress).pixels()
     runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
-    results: dict[str, Any] = {
+    results: Results = {
         "data": data.resolve().name,
         "pairs": {name: len(split) for name, split in read.items()},
         "cleaning": {name: dict(report.counts) for name, report in reports.items()},
@@ -137,11 +138,10 @@ def compare(
         "methods": {},
         "diverged": {},
     }
-    out.mkdir(parents=True, exist_ok=True)
     hits: dict[str, list[Hits]] = {}
     for name, chosen in configs.items():
         try:
-            result = _run_method(runner, chosen, seeds, tuple(grid) if tune else None, bool(held_out))
+            result = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
             results["shots"][name] = _run_shots(runner, chosen, result["runs"], shots, choose_pairs)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
@@ -159,33 +159,42 @@ def compare(
     return results
 
 
-def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return mean and sample standard deviation over runs, for each measure."""
-    spread = {column: _spread([run[column] for run in runs]) for column in COLUMNS}
-    return {key: {column: spread[column][key] for column in COLUMNS} for key in ("mean", "std")}
+def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> None:
+    """Set `baseline`, and each method's `intervals` and `difference` to it, as [value, low, high] in percent.
+
+    hits: the hits of each seed, by method.
+    """
+    baseline = results["baseline"] = best_baseline(results)
+    means = {name: Hits.mean(runs) for name, runs in hits.items()}
+    for name, result in results["methods"].items():
+        found = compare_hits(means[name], means[baseline or name])
+        result["intervals"] = {measure: list(astuple(each)) for measure, each in found.model.items()}
+        difference = {measure: list(astuple(each)) for measure, each in found.difference.items()}
+        result["difference"] = None if baseline in (None, name) else {**difference, "p": found.p}
+
+
+def best_baseline(results: Results) -> str | None:
+    """Return the best method on validation that is neither DCAR nor a part of it; else the best part, else None."""
+    others = [name for name in results["methods"] if not name.startswith("dcar")]
+    names = [name for name in others if name not in ABLATIONS] or others
+    return best_method(results, names) if names else None
 
 
 def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], cache: FeatureCache) -> None:
     """Report images with the same bytes under other names: a leak between splits, and in one split a wrong answer."""
+    hashes = {split: cache.image_hashes(data) for split, data in splits.items()}
     for earlier, later in combinations(splits, 2):
-        known = cache.image_hashes(splits[earlier])
-        contents = set(known.values())
-        found = cache.image_hashes(splits[later]).items()
-        copies = [name for name, content in found if content in contents and name not in known]
+        known = {*hashes[earlier].values()}
+        copies = [name for name, content in hashes[later].items() if content in known and name not in hashes[earlier]]
         reports[later].add(f"copies of images of {earlier}, so {later} measures nothing new on them", names=copies)
-    for split, data in splits.items():
-        hashes = cache.image_hashes(data)
-        times = Counter(hashes.values())
-        same = [name for name, content in hashes.items() if times[content] > 1]
+    for split, own in hashes.items():
+        times = Counter(own.values())
+        same = [name for name, content in own.items() if times[content] > 1]
         reports[split].add("images with a copy in the same split, which counts as a wrong answer", names=same)
 
 
 def _run_method(
-    runner: MethodRunner,
-    config: ModelConfig,
-    seeds: int,
-    grid: tuple[float, ...] | None,
-    by_familiarity: bool,
+    runner: MethodRunner, config: ModelConfig, seeds: int, grid: Sequence[float], by_familiarity: bool
 ) -> dict[str, Any]:
     """Tune, train and test one method. Raise DivergedError if a run diverges.
 
@@ -204,9 +213,9 @@ def _run_method(
         "lr": lr if has_trainables else None,
         "tuning": tuning,
         "trainable": runs[0]["trainable"],
-        "hard_negative_accuracy": _spread(accuracy) if accuracy else None,
+        "hard_negative_accuracy": spread(accuracy) if accuracy else None,
         "serving": serving_cost(model),
-        "measures": {name: _spread([run["measures"][name] for run in runs]) for name in runs[0]["measures"]},
+        "measures": {name: spread([run["measures"][name] for run in runs]) for name in runs[0]["measures"]},
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }
@@ -224,16 +233,11 @@ def _run_shots(
     runs: those on all pairs, whose seeds and learning rate are used again. Zero-shot has one result for every number.
     choose_pairs: returns the training pairs for a number and a seed.
     """
-    found = {}
-    for count in shots:
-        tests = [run["test"] for run in runs]
-        if runs[0]["trainable"]:
-            few = [choose_pairs(count, run["seed"]) for run in runs]
-            parts = [replace(runner, splits={**runner.splits, "train": part}) for part in few]
-            tests = [p.test(config, run["seed"], run["lr"])["test"] for p, run in zip(parts, runs, strict=True)]
-        found[str(count)] = _spread([mean_r1(test) for test in tests])
-    return found
 
+    def test(count: int, run: dict[str, Any]) -> dict[str, float]:
+        if not run["trainable"]:
+            return dict(run["test"])
+        few = replace(runner, splits={**runner.splits, "train": choose_pairs(count, run["seed"])})
+        return dict(few.test(config, run["seed"], run["lr"])["test"])
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
+    return {str(count): spread([mean_r1(test(count, run)) for run in runs]) for count in shots}

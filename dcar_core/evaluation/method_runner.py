@@ -8,7 +8,7 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import METHODS
 from dcar_core.training.feature_cache import FeatureCache, digest
-from dcar_core.training.grad_cache import resolve_amp
+from dcar_core.training.objective import resolve_amp
 from dcar_core.training.prepared_split import prepare_split, split_key
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
@@ -61,12 +61,10 @@ class MethodRunner:
             directory.mkdir(parents=True, exist_ok=True)
             self.on_message(f"{method.method}, seed {seed}, learning rate {lr:g}")
             model = seeded_model(self.backbone, method, seed)
+            data = self.splits["train"], self.splits["val"]
             record: dict[str, Any] = {"seed": seed, "lr": lr, "run": str(directory.relative_to(self.out))}
             try:
-                result = train(
-                    model, self.splits["train"], self.splits["val"], config, progress=self.progress, run=directory,
-                    cache=self.cache,
-                )  # fmt: skip
+                result = train(model, *data, config, progress=self.progress, run=directory, cache=self.cache)
             except DivergedError as error:
                 record |= {"diverged": str(error)}
             else:
@@ -96,8 +94,8 @@ class MethodRunner:
         missing = {file: data for file, data in files.items() if not _is_complete(file)}
         if missing:
             is_merged = METHODS[method.method].changes is not None  # another backbone, with other features
-            device, shared = str(self.backbone.device), None if is_merged else self.backbone
-            model, _ = load_checkpoint(directory, device=device, backbone=shared)
+            shared = None if is_merged else self.backbone
+            model, _ = load_checkpoint(directory, device=str(self.backbone.device), backbone=shared)
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache
             for file, data in missing.items():
                 split = prepare_split(data, model, for_training=False, progress=self.progress, cache=cache)
@@ -108,7 +106,7 @@ class MethodRunner:
                 test["measures"][f"{name} {direction} R@1"] = found["recall"][column]
         return record | {"test": test.pop("recall"), **test}
 
-    def tune(self, method: ModelConfig, grid: tuple[float, ...]) -> tuple[float, dict[str, float | None]]:
+    def tune(self, method: ModelConfig, grid: Sequence[float]) -> tuple[float, dict[str, float | None]]:
         """Return the learning rate with the best validation recall at seed 0.
 
         Returns:

@@ -47,18 +47,14 @@ def hold_out_categories(splits: Mapping[str, Dataset], share: float) -> tuple[di
     ordered = sorted(spellings, key=lambda key: hashlib.sha256(spellings[key].encode()).digest())
     held_out = frozenset(ordered[: round(share * len(ordered))])
     if not 0 < len(held_out) < len(ordered):
-        raise DataError(
-            f"--unseen-categories {share:g} leaves {len(held_out)} of {len(ordered)} categories out; change it"
-        )
-    kept = {
-        name: data
-        if name == "test"
-        else replace(data, samples=[sample for sample in data.samples if fold_name(sample.category) not in held_out])
-        for name, data in splits.items()
-    }
-    for name, data in kept.items():
-        if not len(data):
+        counts = f"{len(held_out)} of {len(ordered)}"
+        raise DataError(f"--unseen-categories {share:g} leaves {counts} categories out; change it")
+    kept = dict(splits)
+    for name in [name for name in splits if name != "test"]:
+        samples = [sample for sample in splits[name].samples if fold_name(sample.category) not in held_out]
+        if not samples:
             raise DataError(f"--unseen-categories {share:g} leaves no {name} pairs; lower it, or add {name} pairs")
+        kept[name] = replace(splits[name], samples=samples)
     return kept, held_out
 
 
@@ -70,9 +66,7 @@ def recall_by_familiarity(categories: Mapping[str, dict[str, float]], trained: C
     seen = {name for name in categories if name and fold_name(name) in trained}
     measures = {}
     for label, names in (("seen", seen), ("unseen", categories.keys() - seen - {""})):
-        weights = [categories[name]["pairs"] for name in names]
-        if weights:
-            measures[f"{label} categories R@1"] = float(
-                np.average([mean_r1(categories[name]) for name in names], weights=weights)
-            )
+        if names:
+            recalls, weights = zip(*((mean_r1(categories[n]), categories[n]["pairs"]) for n in names), strict=True)
+            measures[f"{label} categories R@1"] = float(np.average(recalls, weights=weights))
     return measures

@@ -1,169 +1,154 @@
-"""Results as Markdown and CSV tables. All figures are percentages."""
+"""Results as tables: sections of every report, in Markdown for results.md and the terminal, and results.csv.
+
+All figures are percentages. In every table, the headings come first.
+"""
 
 import csv
 import io
-import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dcar_core.training.validation import mean_r1
+from dcar_core.util.bootstrap import Estimate
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
-HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10")
-HARD_NEGATIVES = "above its hard negatives"
+HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above its hard negatives")
 MIN_CATEGORY_PAIRS = 3  # R@1 of fewer pairs is noise
 WEAKEST_CATEGORIES = 10
-SIGNIFICANCE_NOTE = (
+_BOOTSTRAP_NOTE = (
     "Paired bootstrap over the test images with their captions, hits averaged over seeds; the baseline is the best one "
     "on validation. It measures the error of the test queries, the spread above that of training."
 )
-
-MEASURES_NOTE = (
+_MEASURES_NOTE = (
     "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "
     "unseen categories is that of their test pairs among all test images."
 )
-SHOTS_NOTE = "Mean R@1 after training on this number of pairs of each category:"
 
 Results = dict[str, Any]
+Rows = list[list[str]]
+Section = tuple[str, list[str], Rows]
 
 
 def all_tables(results: Results) -> str:
-    """Return every table as Markdown, for a terminal, below a line with their unit."""
+    """Return the tables of methods as Markdown, for a terminal, below a line with their unit."""
     tables = (recall_rows, significance_rows, measures_rows, shots_rows, settings_rows)
-    texts = (_markdown(rows) for table in tables if (rows := table(results)))
-    return "\n".join([f"Percent; {_spread_of(results)}.", *texts])
-
-
-def recall_rows(results: Results) -> list[list[str]]:
-    """Return recall and hard-negative accuracy of each method: mean ± standard deviation over seeds.
-
-    As in every table here, headings come first. Diverged methods come last.
-    """
-    rows = [["method", *HEADINGS, HARD_NEGATIVES]]
-    for name, method in results["methods"].items():
-        stds = [*(method["std"][column] for column in COLUMNS), (method["hard_negative_accuracy"] or {}).get("std")]
-        has_spread = len(method["runs"]) > 1
-        cells = zip(column_means(method), stds, strict=True)
-        rows.append([name, *(_mean_and_std(mean, std, has_spread) for mean, std in cells)])
-    return rows + [[name, *["diverged"] * len(COLUMNS), "-"] for name in results["diverged"]]
-
-
-def column_means(method: dict[str, Any]) -> list[float | None]:
-    """Return a method's mean in each column of `recall_rows`; None for hard negatives if the data have none."""
-    return [*(method["mean"][column] for column in COLUMNS), (method["hard_negative_accuracy"] or {}).get("mean")]
+    return "\n".join([f"Percent; {_spread_of(results)}.", *(_markdown(rows) for t in tables if (rows := t(results)))])
 
 
 def results_markdown(results: Results) -> str:
-    """Return results.md: recall, settings, the weakest categories and the most frequent confusions."""
-    pairs, settings = results["pairs"], results["training"]
-    loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
-    parts = [
-        f"# {results['data']}",
-        f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
-        f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}; "
-        f"{_spread_of(results)}, percent.{loss}",
-        _markdown(recall_rows(results)),
-        "## Significance",
-        SIGNIFICANCE_NOTE,
-        _markdown(significance_rows(results)),
-        *(f"{name} is left out: {reason}" for name, reason in results["diverged"].items()),
-        "## Other measures",
-        MEASURES_NOTE,
-        _markdown(measures_rows(results)),
-        *([SHOTS_NOTE, _markdown(shots)] if (shots := shots_rows(results)) else []),
-        "## Settings and cost",
-        _markdown(settings_rows(results)),
-        "## Data",
-        _markdown(data_rows(results)),
-    ]
-    best = best_method(results)
-    categories = mean_categories(results, best)
-    if categories:
-        large = {name: c for name, c in categories.items() if c["pairs"] >= MIN_CATEGORY_PAIRS} or categories
-        weakest = sorted(large.items(), key=lambda item: (item[1]["t2i_r1"] + item[1]["i2t_r1"], item[0]))
-        rows = [["category", "pairs", "text-to-image R@1", "image-to-text R@1"]]
-        rows += [
-            [name, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"]
-            for name, c in weakest[:WEAKEST_CATEGORIES]
-        ]
-        parts += [f"## Weakest categories of {best}", _markdown(rows)]
-    confusions = results["methods"][best]["runs"][0]["confusions"]
-    if confusions:
-        rows = [["category of the caption", "category of the first image", "captions"]]
-        rows += [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
-        parts += [f"## Most confused categories of {best}", _markdown(rows)]
+    """Return results.md."""
+    parts = [f"# {results['data']}"]
+    for heading, notes, rows in sections(results):
+        parts += [f"## {heading}", *notes, _markdown(rows)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def _spread_of(results: Results) -> str:
-    seeds = max(len(method["runs"]) for method in results["methods"].values())
-    return f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation"
+def sections(results: Results) -> list[Section]:
+    """Return the sections of results.md and report.html that have something to show: heading, notes and table."""
+    pairs, settings, best = results["pairs"], results["training"], best_method(results)
+    tuning = ", learning rates tuned on validation with equal budgets" if results["grid"] else ""
+    loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
+    summary = (
+        f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
+        f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}{tuning}; "
+        f"{_spread_of(results)}, percent.{loss}"
+    )
+    diverged = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
+    found: list[Section] = [
+        ("Recall", [summary, *diverged], recall_rows(results)),
+        ("Significance", [_BOOTSTRAP_NOTE], significance_rows(results)),
+        ("Other measures", [_MEASURES_NOTE], measures_rows(results)),
+        ("Few pairs", ["Mean R@1 after training on this number of pairs of each category."], shots_rows(results)),
+        ("Settings and cost", [], settings_rows(results)),
+        ("Data", [], data_rows(results)),
+        (f"Weakest categories of {best}", [], category_rows(results, best)),
+        (f"Most confused categories of {best}", [], confusion_rows(results, best)),
+    ]
+    return [section for section in found if section[2]]
 
 
-def significance_rows(results: Results) -> list[list[str]]:
+def recall_rows(results: Results) -> Rows:
+    """Return recall and hard-negative accuracy of each method. Diverged methods come last."""
+    rows = [["method", *HEADINGS]]
+    for name, method in results["methods"].items():
+        spreads = [{key: method[key][column] for key in ("mean", "std")} for column in COLUMNS]
+        rows.append([name, *_cells(method, [*spreads, method["hard_negative_accuracy"]])])
+    return rows + [[name, *["diverged"] * len(COLUMNS), "-"] for name in results["diverged"]]
+
+
+def significance_rows(results: Results) -> Rows:
     """Return mean R@1 with its interval, and the difference to the best baseline with its p-value."""
     rows = [["method", "mean R@1 (95 % interval)"]]
-    baseline = results["baseline"]
-    if baseline is not None:
-        rows[0] += [f"difference to {baseline} (95 % interval)", "p"]
+    if results["baseline"] is not None:
+        rows[0] += [f"difference to {results['baseline']} (95 % interval)", "p"]
     for name, method in results["methods"].items():
-        value, low, high = method["intervals"]["mean_r1"]
-        row, difference = [name, f"{value:.1f} ({low:.1f} to {high:.1f})"], method["difference"]
+        row, difference = [name, f"{Estimate(*method['intervals']['mean_r1'])}"], method["difference"]
         if difference is not None:
-            value, low, high = difference["mean_r1"]
-            row += [f"{value:+.1f} ({low:+.1f} to {high:+.1f})", f"{difference['p']:.4f}"]
+            row += [f"{Estimate(*difference['mean_r1']):+}", f"{difference['p']:.4f}"]
         rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return rows
 
 
-def measures_rows(results: Results) -> list[list[str]]:
-    """Return the other measures of each method: mean ± standard deviation over seeds."""
-    names = list(next(iter(results["methods"].values()))["measures"])
-    rows = [["method", *names]]
-    for name, method in results["methods"].items():
-        has_spread = len(method["runs"]) > 1
-        cells = [method["measures"][measure] for measure in names]
-        rows.append([name, *(_mean_and_std(cell["mean"], cell["std"], has_spread) for cell in cells)])
-    return rows
+def measures_rows(results: Results) -> Rows:
+    """Return the other measures of each method."""
+    methods = results["methods"]
+    names = list(next(iter(methods.values()))["measures"])
+    return [["method", *names]] + [
+        [name, *_cells(method, [method["measures"][measure] for measure in names])] for name, method in methods.items()
+    ]
 
 
-def data_rows(results: Results) -> list[list[str]]:
-    """Return what was found while the splits were read, with the number of cases."""
-    found = [(split, phrase, n) for split, counts in results["cleaning"].items() for phrase, n in counts.items()]
-    return [["split", "cases", "finding"], *([split, f"{n:,}", phrase] for split, phrase, n in found)]
-
-
-def shots_rows(results: Results) -> list[list[str]]:
+def shots_rows(results: Results) -> Rows:
     """Return mean R@1 after training on few pairs per category, the last column on all; nothing if not measured."""
     counts = list(next(iter(results["shots"].values()), {}))
     if not counts:
         return []
     rows = [["method", *counts, "all"]]
     for name, method in results["methods"].items():
-        cells, has_spread = results["shots"][name], len(method["runs"]) > 1
-        spreads = [_mean_and_std(cells[count]["mean"], cells[count]["std"], has_spread) for count in counts]
-        whole = [mean_r1(run["test"]) for run in method["runs"]]
-        deviation = statistics.stdev(whole) if has_spread else 0.0
-        rows.append([name, *spreads, _mean_and_std(statistics.mean(whole), deviation, has_spread)])
+        whole = spread([mean_r1(run["test"]) for run in method["runs"]])
+        rows.append([name, *_cells(method, [*(results["shots"][name][count] for count in counts), whole])])
     return rows
 
 
-def settings_rows(results: Results) -> list[list[str]]:
+def settings_rows(results: Results) -> Rows:
     """Return, for each method, its parameters, cost of serving, query weights, seconds, and tuned learning rate."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
     rows = [["method", "trainable", "bytes per domain", "backbone", "gallery after training"]]
-    rows[0] += ["query weights", "seconds per run", "learning rate"]
-    rows[0] += [f"validation R@1 at {lr}" for lr in grid]
+    rows[0] += ["query weights", "seconds per run", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]
     for name, method in results["methods"].items():
-        chosen = f"{method['lr']:g}" if method["lr"] is not None else "-"
+        cost, tuning = method["serving"], method["tuning"]
         seconds = sum(run["seconds"] for run in method["runs"]) / len(method["runs"])
-        tuning = method["tuning"]
         scores = [tuning.get(lr) if tuning else None for lr in grid]
         cells = [f"{score:.1f}" if score is not None else "diverged" if tuning else "-" for score in scores]
-        cost = method["serving"]
-        row = [name, f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"]]
-        rows.append([*row, query_weights(method), f"{seconds:.0f}", chosen, *cells])
+        rows.append([
+            name, f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"],
+            query_weights(method), f"{seconds:.0f}", "-" if method["lr"] is None else f"{method['lr']:g}", *cells,
+        ])  # fmt: skip
     return rows
+
+
+def data_rows(results: Results) -> Rows:
+    """Return what was found while the splits were read, with the number of cases."""
+    found = [(split, phrase, n) for split, counts in results["cleaning"].items() for phrase, n in counts.items()]
+    return [["split", "cases", "finding"], *([split, f"{n:,}", phrase] for split, phrase, n in found)]
+
+
+def category_rows(results: Results, name: str) -> Rows:
+    """Return R@1 by category, the weakest ones of a method; nothing without categories."""
+    categories = mean_categories(results, name)
+    large = {each: c for each, c in categories.items() if c["pairs"] >= MIN_CATEGORY_PAIRS} or categories
+    weakest = sorted(large.items(), key=lambda item: (mean_r1(item[1]), item[0]))[:WEAKEST_CATEGORIES]
+    rows = [[each, str(c["pairs"]), f"{c['t2i_r1']:.1f}", f"{c['i2t_r1']:.1f}"] for each, c in weakest]
+    return [["category", "pairs", "text-to-image R@1", "image-to-text R@1"], *rows] if rows else []
+
+
+def confusion_rows(results: Results, name: str) -> Rows:
+    """Return the most frequent confusions of a method's first seed; nothing if there are none."""
+    confusions = results["methods"][name]["runs"][0]["confusions"]
+    rows = [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
+    return [["category of the caption", "category of the first image", "captions"], *rows] if rows else []
 
 
 def query_weights(method: dict[str, Any]) -> str:
@@ -173,15 +158,10 @@ def query_weights(method: dict[str, Any]) -> str:
     return f"predicted in {predicted} of {len(runs)}" if 0 < predicted < len(runs) else str(runs[0]["query"])
 
 
-def best_method(results: Results, names: Sequence[str] | None = None) -> str:
+def best_method(results: Results, names: Iterable[str] | None = None) -> str:
     """Return the method (of `names`, or of all) with the best validation recall, as a user would choose it."""
     methods = results["methods"]
-
-    def validation(name: str) -> float:
-        runs = methods[name]["runs"]
-        return float(sum(run["val"]["t2i_r1"] + run["val"]["i2t_r1"] for run in runs) / len(runs))
-
-    return max(list(methods) if names is None else names, key=validation)
+    return max(names or methods, key=lambda name: np.mean([mean_r1(run["val"]) for run in methods[name]["runs"]]))
 
 
 def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
@@ -197,29 +177,41 @@ def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
 def results_csv(results: Results) -> str:
     """Return results.csv: one line for each run."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds", *COLUMNS, "hard_negative_accuracy"]
-    )
+    names = ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds", *COLUMNS]
+    writer = csv.DictWriter(text, [*names, "hard_negative_accuracy"], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for name, method in results["methods"].items():
         for run in method["runs"]:
             accuracy = run["hard_negative_accuracy"]
+            figures = {column: f"{run['test'][column]:.3f}" for column in COLUMNS}
+            figures["hard_negative_accuracy"] = "" if accuracy is None else f"{accuracy:.3f}"
             lr = "" if method["lr"] is None else run["lr"]
-            writer.writerow(
-                [name, run["seed"], lr, run["trainable"], run["query"], run["epoch"], run["seconds"]]
-                + [f"{run['test'][column]:.3f}" for column in COLUMNS]
-                + ["" if accuracy is None else f"{accuracy:.3f}"]
-            )
+            writer.writerow({**run, **figures, "method": name, "lr": lr, "query_weights": run["query"]})
     return text.getvalue()
 
 
-def _mean_and_std(mean: float | None, std: float | None, has_spread: bool) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.1f} ± {std:.1f}" if has_spread else f"{mean:.1f}"
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean and sample standard deviation."""
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0}
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return mean and sample standard deviation over runs, for each measure."""
+    spreads = {column: spread([run[column] for run in runs]) for column in COLUMNS}
+    return {key: {column: spreads[column][key] for column in COLUMNS} for key in ("mean", "std")}
+
+
+def _spread_of(results: Results) -> str:
+    seeds = max(len(method["runs"]) for method in results["methods"].values())
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, mean ± standard deviation"
+
+
+def _cells(method: dict[str, Any], spreads: Iterable[dict[str, float] | None]) -> list[str]:
+    """Return mean ± standard deviation over a method's seeds; a single seed has no deviation."""
+    form = "{mean:.1f} ± {std:.1f}" if len(method["runs"]) > 1 else "{mean:.1f}"
+    return ["-" if each is None else form.format(**each) for each in spreads]
+
+
+def _markdown(rows: Rows) -> str:
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"

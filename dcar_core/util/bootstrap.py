@@ -34,33 +34,26 @@ class Hits:
     @classmethod
     def from_ranks(cls, ranks: Ranks, image_of_text: Rows) -> "Hits":
         image = np.searchsorted(ranks.described, image_of_text)
-        count = len(ranks.described)
-        return cls(
-            np.bincount(image, minlength=count).astype(np.float64),
-            np.bincount(image, weights=ranks.text < 1, minlength=count).astype(np.float64),
-            (ranks.image < 1).astype(np.float64),
-        )
+        texts, hits = (np.bincount(image, weights).astype(np.float64) for weights in (None, ranks.text < 1))
+        return cls(texts, hits, (ranks.image < 1).astype(np.float64))
 
     @classmethod
     def mean(cls, runs: Sequence["Hits"]) -> "Hits":
         """Return the mean over runs on the same queries."""
-        return cls(
-            runs[0].texts,
-            np.mean([run.text_hits for run in runs], axis=0),
-            np.mean([run.image_hits for run in runs], axis=0),
-        )
+        text_hits = np.mean([run.text_hits for run in runs], axis=0)
+        return cls(runs[0].texts, text_hits, np.mean([run.image_hits for run in runs], axis=0))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure in percent (or percentage points) with the ends of its 95 % interval."""
+    """A figure in percent (or percentage points) with the ends of its 95 % interval; f"{it:+}" shows the signs."""
 
     value: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.value:.1f} ({self.low:.1f} to {self.high:.1f})"
+    def __format__(self, sign: str) -> str:
+        return f"{self.value:{sign}.1f} ({self.low:{sign}.1f} to {self.high:{sign}.1f})"
 
 
 @dataclass(frozen=True)
@@ -84,40 +77,33 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
     """Compare two models on the same queries. Raise ValueError if the hits are of different queries."""
     if not np.array_equal(model.texts, baseline.texts):
         raise ValueError(f"hits of {len(model.texts)} and {len(baseline.texts)} images are not of the same queries")
-    samples = _resample((model, baseline), resamples, seed)  # [2, R, 3]
-    values = [_recalls(hits, np.ones((1, len(hits.texts))))[0] for hits in (model, baseline)]
-    difference = samples[0] - samples[1]
-    tail = min((difference[:, 2] <= 0).sum(), (difference[:, 2] >= 0).sum())
+    images, rng = len(model.texts), np.random.default_rng(seed)
+    figures = [_recalls((model, baseline), np.ones((1, images), np.int64))]  # without resampling, and in each resample
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        figures.append(_recalls((model, baseline), rng.multinomial(images, np.full(images, 1 / images), size=size)))
+    own, other = np.concatenate(figures, axis=1)  # [1 + R, 3]
+    difference = own - other
+    tail = min((difference[1:, 2] <= 0).sum(), (difference[1:, 2] >= 0).sum())
     return PairedDifference(
-        _estimates(values[0], samples[0]),
-        _estimates(values[1], samples[1]),
-        _estimates(values[0] - values[1], difference),
+        _estimates(own),
+        _estimates(other),
+        _estimates(difference),
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
-        images=len(model.texts),
+        images=images,
     )
 
 
-def _resample(models: Sequence[Hits], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Return (M, R, 3): the measures of each model in each resample, in percent."""
-    images = len(models[0].texts)
-    rng = np.random.default_rng(seed)
-    parts = []
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        counts = rng.multinomial(images, np.full(images, 1 / images), size=size)  # [r, I]
-        parts.append(np.stack([_recalls(hits, counts) for hits in models]))
-    return np.concatenate(parts, axis=1)
+def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return (M, r, 3): text-to-image, image-to-text and mean R@1 with each image taken `counts` (r, I) times."""
+    text = [100 * (counts @ hits.text_hits) / (counts @ hits.texts) for hits in models]
+    image = [100 * (counts @ hits.image_hits) / counts.sum(1) for hits in models]
+    return np.stack([text, image, np.add(text, image) / 2], axis=2)
 
 
-def _recalls(hits: Hits, counts: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return (r, 3): text-to-image, image-to-text and mean R@1 with each image taken `counts` (r, I) times."""
-    text = 100 * (counts @ hits.text_hits) / (counts @ hits.texts)
-    image = 100 * (counts @ hits.image_hits) / counts.sum(1)
-    return np.stack([text, image, (text + image) / 2], axis=1)
-
-
-def _estimates(values: NDArray[np.float64], samples: NDArray[np.float64]) -> dict[str, Estimate]:
+def _estimates(figures: NDArray[np.float64]) -> dict[str, Estimate]:
+    """Return the estimates of (1 + R, 3) figures: the values, and those of all resamples."""
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
-    return {name: Estimate(float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate(MEASURES)}
+    ends = np.quantile(figures[1:], [tail, 1 - tail], axis=0)
+    return {name: Estimate(*map(float, (figures[0, i], *ends[:, i]))) for i, name in enumerate(MEASURES)}

@@ -29,13 +29,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@cache
-def instruction_sets() -> frozenset[str]:
-    """Return the processor's instruction sets; empty if the system does not list them."""
-    return frozenset(_cpuinfo("flags", "features").split())
-
-
-@cache
 def processor_id() -> str:
     """Return the model and kinds of instructions of the processor, a key for measurements made on it."""
     kinds = sorted(kind for kind in _NEEDED if missing_instructions(kind) is None)
@@ -44,13 +37,13 @@ def processor_id() -> str:
 
 def missing_instructions(kind: str) -> str | None:
     """Return the reason why this processor cannot compute in "bf16" or "int8" natively; None if it can."""
-    needed = _NEEDED[kind]
-    if any(group & instruction_sets() for group in needed):
+    needed, found = _NEEDED[kind], _cpuinfo("flags", "features").split()
+    if any(group.intersection(found) for group in needed):
         return None
-    names = ", ".join(sorted(needed[0] | needed[1]))
-    return f"this processor has no {kind} instructions ({names})"
+    return f"this processor has no {kind} instructions ({', '.join(sorted(needed[0] | needed[1]))})"
 
 
+@cache
 def _cpuinfo(*names: str) -> str:
     """Return the first line of /proc/cpuinfo with one of these names; empty if there is none."""
     try:

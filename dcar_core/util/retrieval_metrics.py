@@ -5,7 +5,7 @@
   TIE_TOLERANCE are therefore ties.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +33,9 @@ class Ranks:
 def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64]) -> Ranks:
     """Return the ranks in both directions; arguments as in `recall_at_k`."""
     t2i = _ranks(text, image, [np.array([i]) for i in image_of_text])
-    texts_of: list[list[int]] = [[] for _ in range(len(image))]
-    for t, i in enumerate(image_of_text):
-        texts_of[i].append(t)
-    described = np.array([i for i, texts in enumerate(texts_of) if texts], np.int64)
-    i2t = _ranks(image[described], text, [np.array(texts_of[i]) for i in described])
-    return Ranks(t2i, i2t, described)
+    described, counts = np.unique(image_of_text, return_counts=True)
+    texts_of = np.split(np.argsort(image_of_text, kind="stable"), np.cumsum(counts)[:-1])
+    return Ranks(t2i, _ranks(image[described], text, texts_of), described)
 
 
 def recall_at_k(
@@ -66,11 +63,9 @@ def recall_of_ranks(ranks: Ranks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, f
 def _ranks(query: Floats, target: Floats, truth: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return for each query the number of wrong targets that do not score clearly below its best true one."""
     ranks = np.empty(len(query), np.int64)
-    for start in range(0, len(query), _CHUNK):
-        scores = query[start : start + _CHUNK] @ target.T
-        for row, own in enumerate(truth[start : start + _CHUNK]):
-            below = scores[row] < scores[row, own].max() - TIE_TOLERANCE  # False for NaN
-            ranks[start + row] = (~below).sum() - (~below[own]).sum()
+    for i, (scores, own) in enumerate(zip(_scores(query, target), truth, strict=True)):
+        below = scores < scores[own].max() - TIE_TOLERANCE  # False for NaN
+        ranks[i] = (~below).sum() - (~below[own]).sum()
     return ranks
 
 
@@ -82,27 +77,30 @@ def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: i
             ranks above them.
     """
     discounts, gains = 1 / np.log2(np.arange(2, k + 2)), list[float]()
-    for start in range(0, len(query), _CHUNK):
-        scores = query[start : start + _CHUNK] @ target.T
-        for row, own in zip(scores, right[start : start + _CHUNK], strict=True):
-            best = np.sort(row[own])[::-1][:k]
-            wrong = np.delete(row, own)
-            places = np.arange(len(best)) + (~(wrong < best[:, None] - TIE_TOLERANCE)).sum(1)
-            gains.append(discounts[places[places < k]].sum() / discounts[: len(own)].sum())
+    for scores, own in zip(_scores(query, target), right, strict=True):
+        best = np.sort(scores[own])[::-1][:k]
+        wrong = np.delete(scores, own)
+        places = np.arange(len(best)) + (~(wrong < best[:, None] - TIE_TOLERANCE)).sum(1)
+        gains.append(discounts[places[places < k]].sum() / discounts[: len(own)].sum())
     return 100 * float(np.mean(gains))
 
 
 def best_targets(query: Floats, target: Floats) -> NDArray[np.int64]:
     """Return (Q,) the row of the best target of each query."""
-    parts = [(query[i : i + _CHUNK] @ target.T).argmax(1) for i in range(0, len(query), _CHUNK)]
-    return np.concatenate(parts)
+    return np.array([scores.argmax() for scores in _scores(query, target)])
 
 
-def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float:
+def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float | None:
     """Return the percentage of images whose caption scores above all of its negatives, among images that have some."""
     hits = [
-        bool(image[i] @ positive[i] - TIE_TOLERANCE > (negatives[i] @ image[i]).max())
-        for i in range(len(image))
-        if len(negatives[i])
+        bool(own @ caption - TIE_TOLERANCE > (wrong @ own).max())
+        for own, caption, wrong in zip(image, positive, negatives, strict=True)
+        if len(wrong)
     ]
-    return 100 * sum(hits) / len(hits) if hits else float("nan")
+    return 100 * sum(hits) / len(hits) if hits else None
+
+
+def _scores(query: Floats, target: Floats) -> Iterator[Floats]:
+    """Yield the scores of each query with all targets."""
+    for start in range(0, len(query), _CHUNK):
+        yield from query[start : start + _CHUNK] @ target.T

@@ -34,7 +34,7 @@ def test_equal_models_differ_by_nothing() -> None:
 
 def test_a_model_that_is_better_on_every_query_is_so_in_every_resample() -> None:
     found = compare_hits(hits([1.0] * 50), hits([0.0] * 50), resamples=999)
-    assert str(found.difference["t2i_r1"]) == "100.0 (100.0 to 100.0)"
+    assert f"{found.difference['t2i_r1']}" == "100.0 (100.0 to 100.0)"
     assert found.p == pytest.approx(2 / 1000)
 
 

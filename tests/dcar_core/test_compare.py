@@ -18,7 +18,7 @@ from PIL import Image
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
-from dcar_core.evaluation.tables import COLUMNS, query_weights
+from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import PromptConfig
@@ -67,6 +67,8 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
         ("clip", "0"), ("clip-adapter", "0"), ("clip-adapter", "1"), ("dcar", "0"), ("dcar", "1"),
     ]  # fmt: skip
     assert [row["lr"] for row in rows if row["method"] == "clip"] == [""], "as in the other tables: it learns nothing"
+    chosen = [row["query_weights"] for row in rows if row["method"] == "dcar"]
+    assert chosen == [run["query"] for run in results["methods"]["dcar"]["runs"]]
     # the saved checkpoint reproduces the reported number
     run = results["methods"]["dcar"]["runs"][1]
     model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
@@ -75,53 +77,26 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     assert fingerprint == run["fingerprint"]
 
 
-def test_the_table_shows_the_query_weights(compared: Compared) -> None:
-    out, results = compared
-    assert {run["query"] for run in results["methods"]["clip"]["runs"]} == {"none"}
-    runs = [{**run, "query": query} for run in results["methods"]["clip"]["runs"] for query in ("none", "predicted")]
-    assert query_weights({"runs": runs}) == "predicted in 1 of 2"
-    assert query_weights({"runs": runs[1:]}) == "predicted"
-    with (out / "results.csv").open() as lines:
-        chosen = [row["query_weights"] for row in csv.DictReader(lines) if row["method"] == "dcar"]
-    assert chosen == [run["query"] for run in results["methods"]["dcar"]["runs"]]
-    for file in ("results.md", "report.html"):
-        assert "query weights" in (out / file).read_text()
-
-
-def test_training_and_tuning_read_no_test_split(
+def test_training_and_tuning_read_no_test_split_and_seeds_differ(
     backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import dcar_core.evaluation.method_runner as module
 
     seen: list[tuple[str, str]] = []
-    whole = train
+    starts: list[torch.Tensor] = []
 
     def noted(model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any) -> TrainResult:
         seen.append((training.split, validation.split))
-        return whole(model, training, validation, *given, **more)
-
-    monkeypatch.setattr(module, "train", noted)
-    compare(backbone, tiny_data, ["coop"], 1, tmp_path, QUICK, progress=False, tune=True, grid=(1e-4, 1e-2))
-    assert seen == [("train", "val")] * 2
-    assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
-
-
-def test_seeds_start_from_different_weights(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import dcar_core.evaluation.method_runner as module
-
-    starts: list[torch.Tensor] = []
-    whole = train
-
-    def noted(model: DCAR, *given: Any, **more: Any) -> TrainResult:
         starts.append(torch.cat([p.detach().flatten() for _, p in model.trainables()]))
-        return whole(model, *given, **more)
+        return train(model, training, validation, *given, **more)
 
     monkeypatch.setattr(module, "train", noted)
-    compare(backbone, tiny_data, ["dual"], 2, tmp_path, replace(QUICK, epochs=1), progress=False)
-    assert len(starts) == 2
-    assert not torch.equal(*starts)
+    grid, quick = (1e-4, 1e-2), replace(QUICK, epochs=1)
+    compare(backbone, tiny_data, ["dual"], 2, tmp_path, quick, progress=False, tune=True, grid=grid)
+    assert seen == [("train", "val")] * 3  # two rates with seed 0, and the better one with seed 1
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
+    assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
 
 
 def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
@@ -163,18 +138,10 @@ def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: P
         run()
     with pytest.raises(DataError, match=r"the taxonomy .*gone\.json cannot be read"):
         run(skip_broken=True, taxonomy=tmp_path / "gone.json")
-    cleaning = run(skip_broken=True)["cleaning"]["train"]
+    cleaning = run(skip_broken=True, loss="image-to-text")["cleaning"]["train"]
     assert cleaning["images missing, left out"] == 1
     assert cleaning["captions cut to the 28 tokens that fit"] == 1
-
-
-def test_a_seed_gives_the_same_result_in_another_directory(
-    compared: Compared, backbone: Backbone, tiny_data: Path, tmp_path: Path
-) -> None:
-    again = compare(backbone, tiny_data, ["dcar"], 1, tmp_path, QUICK, progress=False)
-    first, second = (found["methods"]["dcar"]["runs"][0] for found in (compared[1], again))
-    assert first["fingerprint"] == second["fingerprint"]
-    assert first["test"] == second["test"]
+    assert "Only the image-to-text contrastive loss is used." in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_a_finished_run_is_not_repeated(
@@ -188,6 +155,9 @@ def test_a_finished_run_is_not_repeated(
     assert again == results
     compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, progress=False, on_message=messages.append)
     assert trainings(messages) == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
+    elsewhere = compare(backbone, tiny_data, ["dcar"], 1, tmp_path / "elsewhere", QUICK, progress=False)
+    first, second = (found["methods"]["dcar"]["runs"][0] for found in (results, elsewhere))
+    assert (first["fingerprint"], first["test"]) == (second["fingerprint"], second["test"])  # by its seed
     compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, on_message=messages.append)
     assert len(trainings(messages)) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
@@ -197,7 +167,8 @@ def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, ti
     splits = {split: load_split(tiny_data, split)[0] for split in ("train", "val", "test")}
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
-    assert runs.directory(method("coop"), 0, 1e-3) != runs.directory(shorter, 0, 1e-3)
+    one_way = method("coop").with_loss_direction("image-to-text")
+    assert len({runs.directory(config, 0, 1e-3) for config in (method("coop"), shorter, one_way)}) == 3
     automatic, exact, half = (replace(runs, config=replace(QUICK, amp=amp)) for amp in ("auto", "off", "bfloat16"))
     assert automatic.directory(method("coop"), 0, 1e-3) == exact.directory(method("coop"), 0, 1e-3)  # on a CPU
     assert automatic.directory(method("coop"), 0, 1e-3) != half.directory(method("coop"), 0, 1e-3)
@@ -270,6 +241,7 @@ def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, ti
     text = (out / "report.html").read_text()
     page.feed(text)
     assert page.tags.count("svg") == 4  # recall in both directions, differences, training curves
+    assert "query weights" in text
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.addresses  # the example images
     for address in (each for each in page.addresses if not each.startswith("#")):
@@ -317,13 +289,3 @@ def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data:
     del content["hits"]
     record.write_text(json.dumps(content))
     assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False) == first
-
-
-def test_the_loss_direction_makes_other_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    quick = replace(QUICK, epochs=1)
-    both = compare(backbone, tiny_data, ["coop"], 1, tmp_path, quick, progress=False)
-    one = compare(backbone, tiny_data, ["coop"], 1, tmp_path, quick, progress=False, loss="image-to-text")
-    runs = [results["methods"]["coop"]["runs"][0] for results in (both, one)]
-    assert runs[0]["run"] != runs[1]["run"]
-    assert runs[0]["fingerprint"] != runs[1]["fingerprint"]
-    assert "Only the image-to-text contrastive loss is used." in (tmp_path / "results.md").read_text()

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from dcar_core.evaluation import compare, summarise
+from dcar_core.evaluation.comparison import best_baseline
 from dcar_core.evaluation.report import report_html
-from dcar_core.evaluation.significance import best_baseline
 from dcar_core.evaluation.tables import (
     COLUMNS,
     best_method,
     mean_categories,
+    query_weights,
     results_csv,
     results_markdown,
     shots_rows,
@@ -81,9 +82,14 @@ def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
     assert [line for line in lines if line.startswith("| ")][2:] == [  # categories of few pairs are left out
         "| weak | 4 | 30.0 | 40.0 |", "| known | 3 | 90.0 | 80.0 |",
     ]  # fmt: skip
-    page = report_html(results, str).partition("<h2>R@1 by category</h2>")[2]
-    assert "<td>weak</td><td>4</td><td>35.0</td><td>66.0</td>" in page
-    assert page.index("<td>rare</td>") < page.index("<td>weak</td>") < page.index("<td>known</td>")
+    page = report_html(results, str).partition("<h2>Weakest categories of chosen</h2>")[2]
+    assert "<td>weak</td><td>4</td><td>30.0</td><td>40.0</td>" in page
+
+
+def test_query_weights_are_those_of_the_runs() -> None:
+    runs = [{"query": "none"}, {"query": "predicted"}]
+    assert query_weights({"runs": runs}) == "predicted in 1 of 2"
+    assert query_weights({"runs": runs[1:]}) == "predicted"
 
 
 def test_the_shots_end_with_all_pairs_and_their_spread() -> None:
@@ -111,11 +117,13 @@ def test_the_report_without_matplotlib_says_what_is_missing(monkeypatch: pytest.
 @needs("plots")
 def test_curves_have_a_line_for_each_method() -> None:
     plots = importlib.import_module("dcar_core.evaluation.plots")
-    methods = [f"method {number}" for number in range(12)]
-    shots = {name: {"1": {"mean": 20.0, "std": 1.5}, "16": {"mean": 30.0, "std": 0.0}} for name in methods}
-    drawn = plots.shots_plot(methods, shots, "title")
-    assert all(drawn.count(f">{text}<") == 1 for text in (*methods, "16", "title"))
-    assert plots.shots_plot(methods, {"method 1": {}}, "title") == ""
+    results, names = example_results(), [f"method {number}" for number in range(12)]
+    results["methods"] = dict.fromkeys(names, results["methods"]["chosen"])
+    results["shots"] = {name: {"1": {"mean": 20.0, "std": 1.5}, "16": {"mean": 30.0, "std": 0.0}} for name in names}
+    drawn = plots.draw_plots(results)
+    assert all(drawn["Few pairs"].count(f">{text}<") == 1 for text in (*names, "16"))
+    assert drawn["Recall"].count("<svg") == 2
+    assert drawn["Significance"] == drawn["Other measures"] == "", "without a baseline, and without epochs"
 
 
 def test_the_report_escapes_names_from_the_data(
