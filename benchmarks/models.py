@@ -31,7 +31,7 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import default_method, method
-from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.select import select_towers
 from dcar_core.runtimes.registry import RUNTIME_KINDS
 from dcar_core.util import machine

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dcar_core.data import Dataset, load_split
 from dcar_core.images import open_image
-from dcar_core.training.losses import contrastive_loss
+from dcar_core.training.objective import contrastive_loss
 
 MEAN = STD = (0.5, 0.5, 0.5)
 VOCABULARY = ROOT / "examples" / "emoji" / "base" / "bpe.txt.gz"  # CLIP's most frequent merges

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,11 +39,9 @@ class ProcessGroup:
         """Concatenate (sizes[rank], E) of every process to (sum(sizes), E) in rank order, without gradients."""
         if self.size == 1:
             return local
-        padded = local.new_zeros(max(sizes), *local.shape[1:])
-        padded[: len(local)] = local
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        start, whole = sum(sizes[: self.rank]), local.new_zeros(sum(sizes), *local.shape[1:])
+        whole[start : start + len(local)] = local
+        return self.sum(whole)
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all processes, in place."""
@@ -52,22 +50,19 @@ class ProcessGroup:
         return value
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes, in one message."""
-        if self.size == 1:
-            return
-        parameters = list(parameters)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for parameter, total in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
-            parameter.grad = total.view_as(parameter).clone()
+        """Replace every gradient by its sum over all processes."""
+        for parameter in parameters if self.size > 1 else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.sum(parameter.grad)
 
     def broadcast(self, value: T) -> T:
         """Return the leader's value in every process."""
         if self.size == 1:
             return value
-        box: list[Any] = [value]
+        box = [value]
         dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[no-any-return]
+        return box[0]
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -2,8 +2,8 @@
 
 - An entry's key covers everything it depends on: the backbone's content hash, the image bytes and the texts.
   Entries never go stale, because changed images or weights have another key.
-- Each entry is one file, written to a temporary name and renamed. Concurrent processes write the same bytes. A damaged
-  entry is computed again.
+- Each entry is one file of NumPy's, written atomically. Concurrent processes write the same bytes. A damaged entry is
+  computed again.
 - Temporary files of a killed run are removed after a day. Deleting the directory is always safe.
 - Without a directory, every value is computed when requested and not stored.
 """
@@ -12,24 +12,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.errors import DataError
-from dcar_core.util.files import DISK_ERRORS, apply_umask
-
-T = TypeVar("T")
+from dcar_core.util.files import atomic_writer
 
 _STALE_AFTER_S = 24 * 3600  # no entry takes longer to compute
 
@@ -68,13 +65,13 @@ class FeatureCache:
         """Load an entry to the backbone's device; compute and store it first if it is missing."""
         if self._directory is None:
             return compute()
-        path = self._directory / f"{kind}-{key}.safetensors"
 
-        def read() -> Tensor:
-            loaded: dict[str, Tensor] = load_file(str(path), device=str(self._backbone.device))
-            return loaded[kind]
+        def write(file: BinaryIO) -> None:
+            values = compute().cpu().numpy()
+            _allocate(file, values.shape, values.dtype)[:] = values
 
-        return _read_or_make(path, read, lambda part: save_file({kind: compute().cpu().contiguous()}, str(part)))
+        values = _read_or_make(self._directory / f"{kind}-{key}.npy", write)
+        return torch.from_numpy(values).to(self._backbone.device)
 
     def array(self, kind: str, key: str, shape: tuple[int, ...], fill: Callable[[Pixels], None]) -> Pixels:
         """Load a uint8 array of `shape`, memory-mapped; allocate it and call `fill` first if it is missing."""
@@ -83,55 +80,28 @@ class FeatureCache:
             fill(out)
             return out
         path = self._directory / f"{kind}-{key}.npy"
-
-        def write(part: Path) -> None:
-            out = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-            _allocate(part)
-            fill(out)
-            out.flush()
-
-        return _read_or_make(path, lambda: np.load(path, mmap_mode="r"), write)
+        pixels: Pixels = _read_or_make(path, lambda file: fill(_allocate(file, shape, np.uint8)), mmap_mode="r")
+        return pixels
 
 
-def _read_or_make(path: Path, read: Callable[[], T], write: Callable[[Path], None]) -> T:
+def _allocate(file: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Map an array of NumPy's format, all on disk: on a full one, a write into mapped memory would kill the process."""
+    out = np.lib.format.open_memmap(file.name, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, Path(file.name).stat().st_size)
+    return out
+
+
+def _read_or_make(path: Path, write: Callable[[BinaryIO], None], mmap_mode: Literal["r"] | None = None) -> Any:
     """Read an entry; make it first if it is missing, and again if it is damaged."""
     if path.is_file():
-        with suppress(SafetensorError, ValueError, EOFError):
-            return read()
-    with _written_atomically(path) as part:
-        write(part)
-    return read()
-
-
-@contextmanager
-def _written_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path and rename it to `path` if the block succeeds."""
+        with suppress(ValueError, EOFError):
+            return np.load(path, mmap_mode)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob("*.part"):
+    for leftover in path.parent.glob(".*.tmp"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _STALE_AFTER_S:
                 leftover.unlink()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.chmod(apply_umask(0o666))
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_ERRORS:
-            raise
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"cannot write features to {path.parent}: {reason}; free some space, or choose another directory with "
-            f"--features"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _allocate(path: Path) -> None:
-    """Reserve the whole file on disk: on a full disk, a write into mapped memory would kill the process."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with atomic_writer(path, shared=True) as file:
+        write(file)
+    return np.load(path, mmap_mode)

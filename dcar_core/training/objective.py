@@ -1,44 +1,96 @@
-"""The objective of a batch: the loss terms of a method over its pairs.
+"""The objective of a batch, and its gradients.
 
     L = L_con + lambda L_cate + mu L_head + nu L_anchor      (section 4 of the method)
 
-`batch_terms` compares every pair with every other; the other terms are means, to which each part of a batch adds its
-share.
+- InfoNCE compares every pair of the batch with every other, so a batch in parts must not become several small batches.
+- GradCache (Gao et al. 2021): compute the features of all parts, then the gradient of the loss with respect to the
+  features, then backpropagate part by part through the encoders.
+- The other terms are means, to which each part adds its share.
+- The result does not depend on the number of parts and processes. More than one part costs a second forward pass.
 """
 
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dcar_core.model.config import Amp, LossDirection
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
+from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Rows
 
 
-@dataclass(frozen=True)
-class PartOutput:
-    """Features (b, E) of one part, and its share of all loss terms except L_con."""
+def resolve_amp(amp: Amp, device: torch.device) -> Amp:
+    """Return the precision that "auto" means: bfloat16 or float16 on a GPU, and float32 ("off") elsewhere."""
+    if amp != "auto":
+        return amp
+    if device.type != "cuda":
+        return "off"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
-    text: Tensor
-    image: Tensor
-    other_losses: Tensor
+
+class MixedPrecision:
+    """Automatic mixed precision on a device."""
+
+    def __init__(self, amp: Amp, device: torch.device) -> None:
+        self.name = resolve_amp(amp, device)
+        dtype = getattr(torch, self.name, None)
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=self.name != "off")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "float16")
 
 
-def batch_loss(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
-    """Return L over the pairs `rows` in one pass: the reference for `accumulate_gradients`."""
-    output = encode_part(model, data, rows, rows)
-    return batch_terms(model, data, rows, output.text, output.image) + output.other_losses + penalty_term(model)
+def accumulate_gradients(
+    model: DCAR,
+    data: PreparedSplit,
+    rows: Rows,
+    *,
+    parts: int = 1,
+    group: ProcessGroup = SINGLE_PROCESS,
+    precision: MixedPrecision | None = None,
+) -> float:
+    """Set the trainables' (scaled) gradients of L over the pairs `rows`; return L."""
+    precision = precision or MixedPrecision("off", model.backbone.device)
+    shares = [np.array_split(share, parts) for share in np.array_split(rows, group.size)]
+    local_parts = [part for part in shares[group.rank] if len(part)]
+    keeps_graph = len(local_parts) == 1
+
+    def forward(part: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        with precision.autocast():
+            return encode_part(model, data, part, rows)
+
+    with torch.set_grad_enabled(keeps_graph):
+        outputs = [forward(part) for part in local_parts]
+    sizes = [sum(map(len, share)) for share in shares]
+    empty = torch.empty(0, model.backbone.embed_dim, device=model.backbone.device)
+    text, image = (
+        group.gather(torch.cat([empty, *(output[i].detach() for output in outputs)]), sizes).requires_grad_()
+        for i in (0, 1)
+    )
+    contrastive = batch_terms(model, data, rows, text, image)
+    text_grad, image_grad = torch.autograd.grad(contrastive, (text, image))
+    start, other_losses = sum(sizes[: group.rank]), empty.new_zeros(())
+    for i, part in enumerate(local_parts):
+        own_text, own_image, own_losses = outputs[i] if keeps_graph else forward(part)
+        own = slice(start, start + len(part))
+        # The gradient of this sum equals that of L, because the feature gradients are those of L_con.
+        surrogate = (own_text * text_grad[own]).sum() + (own_image * image_grad[own]).sum() + own_losses
+        precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
+        other_losses, start = other_losses + own_losses.detach(), start + len(part)
+    penalty = penalty_term(model)
+    if penalty.requires_grad and group.is_leader:
+        precision.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
+    group.sum_gradients(p for _, p in model.trainables() if p.requires_grad)
+    return float(contrastive.detach() + group.sum(other_losses) + penalty.detach())
 
 
 def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    config, scale = model.config.loss, model.backbone.scale
+    scale, further = model.backbone.scale, model.method.batch_loss
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
-    loss = contrastive_loss(text, image, positives, scale, config.direction)
-    further = model.method.batch_loss
+    loss = contrastive_loss(text, image, positives, scale, model.config.loss.direction)
     if further is not None and data.image_features is not None and data.text_features is not None:
         frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
         loss = loss + further(text, image, frozen_text, frozen_image, scale)
@@ -52,9 +104,9 @@ def penalty_term(model: DCAR) -> Tensor:
     return model.method.penalty(model.changes)
 
 
-def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> PartOutput:
-    """Encode `part`, and compute its share of the loss terms that are means over the whole `batch`."""
-    config, scale = model.config, model.backbone.scale
+def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return text and image features (b, E) of `part`, and its share of the terms that are means over `batch`."""
+    loss, scale = model.config.loss, model.backbone.scale
     share = len(part) / len(batch)
     layout, tokens = model.backbone.layout, data.tokens[part]
     length = int(layout.lengths(tokens).max())
@@ -62,11 +114,10 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> Pa
     target_weights = data.pair_weights[part, :length] if data.pair_weights is not None else None
     predicted = model.predicted_weights(tokens)
     if model.text_is_frozen and data.text_features is not None:
-        text = model.adapt_text(data.text_features[part])
+        text = model.adapt_text(data.text_features[part]).float()
     else:
-        text = model.encode_text(tokens, target_weights)
-    image = _encode_images(model, data, part)
-    text, image = text.float(), image.float()
+        text = model.encode_text(tokens, target_weights).float()
+    image = _encode_images(model, data, part).float()
     adapter, candidates, losses = model.category_adapter(), None, scale.new_zeros(())
     if adapter is not None and data.candidate_features is not None:
         candidates = adapter(data.candidate_features[part]).float()
@@ -74,24 +125,79 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> Pa
     with torch.autocast(image.device.type, enabled=False):
         if candidates is not None and data.candidate_weights is not None:
             category = category_loss(image, candidates, data.candidate_weights[part], scale)
-            losses = losses + share * config.loss.category * category
+            losses = losses + share * loss.category * category
         if predicted is not None and target_weights is not None:
             mask = layout.caption_mask(tokens)
             token_share = mask.sum() / layout.caption_mask(data.tokens[batch]).sum().clamp(min=1)
-            losses = losses + token_share * config.loss.head * head_loss(predicted.float(), target_weights, mask)
-        if config.loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
+            losses = losses + token_share * loss.head * head_loss(predicted.float(), target_weights, mask)
+        if loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
             image_anchor = anchor_loss(image, data.image_features[data.image_of[part]])
-            anchor = image_anchor + anchor_loss(text, data.text_features[part])
-            losses = losses + share * config.loss.anchor * anchor
-    return PartOutput(text, image, losses)
+            losses = losses + share * loss.anchor * (image_anchor + anchor_loss(text, data.text_features[part]))
+    return text, image, losses
 
 
 def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:
     """Return image features (b, E); each image is encoded once."""
     images, inverse = np.unique(data.image_of[part], return_inverse=True)
-    if data.pixels is None:
+    if data.pixels is not None:
+        features = model.encode_image(model.backbone.normalized(data.pixels[images]))
+    else:
         assert data.image_features is not None  # `prepare_split` makes one or the other
         features = model.adapt_image(data.image_features[images])
-    else:
-        features = model.encode_image(model.backbone.normalized(data.pixels[images]))
     return features[torch.from_numpy(inverse)]
+
+
+def contrastive_loss(
+    text: Tensor, image: Tensor, positives: Tensor, scale: Tensor, direction: LossDirection = "both"
+) -> Tensor:
+    """InfoNCE (L_con) in which a row may have several positives; symmetric by default.
+
+    Args:
+        text, image: L2-normalized features (B, E) of the pairs.
+        positives: bool (B, B), true on the diagonal. True where caption i describes image j: it equals one of the
+            image's captions or attributes. Such a pair is never a negative.
+        scale: 1 / tau, CLIP's frozen temperature.
+        direction: "image-to-text" classifies each image over the captions of the batch, and no caption over images.
+
+    Each row's target is distributed evenly over its positives.
+    """
+    logits = scale * text @ image.T  # [B texts, B images]
+    target = positives.float()
+    rows = target / target.sum(1, keepdim=True)
+    columns = target / target.sum(0, keepdim=True)
+    image_to_text = -(columns * logits.log_softmax(0)).sum(0).mean()
+    if direction == "image-to-text":
+        return image_to_text
+    text_to_image = -(rows * logits.log_softmax(1)).sum(1).mean()
+    return (text_to_image + image_to_text) / 2
+
+
+def category_loss(image: Tensor, captions: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+    """Cross-entropy of an image over its positive caption and its negatives (L_cate).
+
+    Args:
+        image: (B, E), prompted and normalized.
+        captions: (B, 1 + N, E), normalized; the positive comes first.
+        weights: category-matching weights (B, 1 + N): 1 + alpha for negatives of another category, 1 for the positive
+            and for negatives of the image's category, 0 for padding.
+
+    Logits are s / tau + log w [ours: the paper shows w, but not where it enters]. So the gradient emphasises the
+    differences between subcategories.
+    """
+    scores = scale * torch.einsum("be,bne->bn", image, captions) + weights.log()
+    return F.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.long))
+
+
+def head_loss(predicted: Tensor, target: Tensor, real: Tensor) -> Tensor:
+    """Mean squared error of the predicted token weights (L_head [ours]) over real tokens.
+
+    Args:
+        predicted, target: (B, n).
+        real: bool (B, n), true for the caption's own tokens.
+    """
+    return ((predicted - target) ** 2 * real).sum() / real.sum().clamp(min=1)
+
+
+def anchor_loss(adapted: Tensor, frozen: Tensor) -> Tensor:
+    """Mean of 1 - cosine between adapted and frozen features (L_anchor [ours]); both (B, E), L2-normalized."""
+    return (1 - (adapted * frozen).sum(-1)).mean()

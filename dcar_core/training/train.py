@@ -12,7 +12,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from dcar_core.model.config import QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients
+from dcar_core.training.objective import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
-from dcar_core.training.train_state import LOG_FILE, TensorBoard, TrainProgress, TrainStateFile, write_csv
+from dcar_core.training.train_state import LOG_FILE, load_state, save_state, tensorboard_log, write_csv
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DivergedError
@@ -47,6 +47,29 @@ class TrainResult:
     history: list[dict[str, Any]]
 
 
+@dataclass
+class _Progress:
+    """The position of a run.
+
+    history: one record for each finished epoch. best_epoch: the number of the best one.
+    step, losses: finished batches of the current epoch.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history)
+
+    @property
+    def best(self) -> dict[str, Any]:
+        return self.history[self.best_epoch - 1]
+
+
 def train(
     model: DCAR,
     training: Dataset,
@@ -54,7 +77,6 @@ def train(
     config: TrainConfig,
     *,
     progress: bool = True,
-    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     run: Path | None = None,
     cache: FeatureCache | None = None,
     tensorboard: bool = False,
@@ -63,7 +85,6 @@ def train(
     """Train in place. The model ends at its best epoch, in eval mode.
 
     Args:
-        on_epoch: called with the record of each epoch that this call finishes.
         run: directory for state.pt, log.csv and tensorboard/; None writes nothing. The caller removes the state with
             `train_state.delete_state` once the result is saved.
 
@@ -82,26 +103,26 @@ def train(
             (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
     loop = _TrainingLoop(model, train_split, val_split, config, run, group)
-    loop.restore()
-    has_board = tensorboard and group.is_leader
-    board = TensorBoard(run / "tensorboard", loop.progress.epoch) if run is not None and has_board else None
-    with tqdm(total=loop.total_steps, initial=loop.finished_steps, desc=f"training {model.config.method}",
-              unit="batch", disable=not shows_progress) as bar:  # fmt: skip
+    board = run / "tensorboard" if run is not None and tensorboard and group.is_leader else None
+    with (
+        tensorboard_log(board, loop.progress.epoch) as log,
+        tqdm(total=loop.total_steps, initial=loop.finished_steps, desc=f"training {model.config.method}",
+             unit="batch", disable=not shows_progress) as bar,
+    ):  # fmt: skip
         while not loop.is_finished:
             loop.run_epoch(on_step=bar.update)
             record = loop.finish_epoch()
-            if group.is_leader:
-                if board is not None:
-                    board.write(record)
-                on_epoch(record)
+            log(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}", val_r1=f"{mean_r1(record):.1f}")
-    if board is not None:
-        board.close()
     return loop.keep_best_epoch()
 
 
 class _TrainingLoop:
-    """Epochs of optimisation steps, validation after each, and the state from which a run resumes."""
+    """Epochs of optimisation steps, validation after each, and the state from which a run resumes.
+
+    The state holds everything that the next step depends on. The order of an epoch's pairs follows from the seed and
+    the epoch alone.
+    """
 
     def __init__(
         self,
@@ -120,18 +141,19 @@ class _TrainingLoop:
         self.precision = MixedPrecision(config.amp, model.backbone.device)
         self.batches = math.ceil(len(train_split) / config.batch_size)
         self.total_steps = self.batches * config.epochs
-        exact = replace(config, amp=self.precision.name)
-        identity = _run_identity(model, train_split, val_split, exact) if run is not None else {}
-        self.state = TrainStateFile(run, identity)
-        self.progress, self.best_weights = TrainProgress(), _copy_trainables(model)
-        self.started = self.saved = time.monotonic()
-
-    def restore(self) -> None:
-        """Resume from the state file, if there is one."""
-        restored = self.state.restore(self.model, self.optimizer, self.precision.scaler)
-        if restored is not None:
-            self.progress, self.best_weights = restored
-        self.started = time.monotonic() - self.progress.seconds
+        self.progress, self.best_weights = _Progress(), self._copy_trainables()
+        if run is not None:
+            # Everything that determines a run; a state with any other value belongs to another run.
+            self.identity = {
+                "backbone": model.backbone.content_hash(),
+                "method": model.config.with_query_weights("none").to_dict(),
+                "training data": train_split.key,
+                "validation data": val_split.key,
+                **replace(config, amp=self.precision.name).to_dict(),
+            }
+            self._restore(run)
+        self.saved = time.monotonic()
+        self.started = self.saved - self.progress.seconds
 
     @property
     def finished_steps(self) -> int:
@@ -152,7 +174,7 @@ class _TrainingLoop:
         for rows in np.array_split(order, self.batches)[self.progress.step :]:
             self._step(np.sort(rows))
             on_step()
-            if self.group.is_leader and time.monotonic() - self.saved > SAVE_EVERY_S:
+            if time.monotonic() - self.saved > SAVE_EVERY_S:
                 self._save()
 
     def finish_epoch(self) -> dict[str, Any]:
@@ -168,33 +190,27 @@ class _TrainingLoop:
         if isinstance(choice, DivergedError):
             raise choice
         query, recall = choice
-        at = self.progress
-        at.epoch += 1
-        at.seconds = time.monotonic() - self.started
-        loss = float(np.mean(at.losses))
-        record = {"epoch": at.epoch, "loss": loss, "query": query, **recall, "seconds": at.seconds}
+        at, seconds, loss = self.progress, time.monotonic() - self.started, float(np.mean(self.progress.losses))
+        record = {"epoch": at.epoch + 1, "loss": loss, "query": query, **recall, "seconds": seconds}
         at.history.append(record)
         at.step, at.losses = 0, []
-        if mean_r1(recall) > at.best:
-            at.best, at.best_epoch, at.best_recall, at.best_query = mean_r1(recall), at.epoch, recall, query
-            self.best_weights = _copy_trainables(self.model)
-        if self.group.is_leader:
-            self._save()
-            if self.run is not None:
-                write_csv(self.run, at.history)
+        if at.best_epoch == 0 or mean_r1(recall) > mean_r1(at.best):
+            at.best_epoch, self.best_weights = at.epoch, self._copy_trainables()
+        self._save()
+        if self.run is not None and self.group.is_leader:
+            write_csv(self.run, at.history)
         return record
 
     def keep_best_epoch(self) -> TrainResult:
         """Load the weights of the best epoch into the model, and return the result."""
-        self.model.load_state_dict(self.best_weights, strict=False)
-        at = self.progress
-        self.model.config = self.model.config.with_query_weights(at.best_query)
-        self.model.eval()
-        recall, finish = at.best_recall, self.model.method.finish
-        if finish is not None and self.model.changes is not None:
-            finish(self.model.changes, lambda: mean_r1(evaluate(self.model, self.val_split)))
-            recall = evaluate(self.model, self.val_split)
-        return TrainResult(recall, at.best_epoch, at.seconds, at.history)
+        at, model = self.progress, self.model.eval()
+        model.load_state_dict(self.best_weights, strict=False)
+        model.config = model.config.with_query_weights(at.best["query"])
+        recall, finish = {name: value for name, value in at.best.items() if "_r" in name}, model.method.finish
+        if finish is not None and model.changes is not None:
+            finish(model.changes, lambda: mean_r1(evaluate(model, self.val_split)))
+            recall = evaluate(model, self.val_split)
+        return TrainResult(recall, at.best_epoch, at.history[-1]["seconds"], at.history)
 
     def _step(self, rows: Rows) -> None:
         for options in self.optimizer.param_groups:
@@ -220,20 +236,30 @@ class _TrainingLoop:
     def _save(self) -> None:
         self.saved = time.monotonic()
         self.progress.seconds = self.saved - self.started
-        self.state.save(self.model, self.optimizer, self.precision.scaler, self.progress, self.best_weights)
+        if self.run is None or not self.group.is_leader:
+            return
+        content = {
+            "trainables": {name: p.detach() for name, p in self.model.trainables()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "progress": asdict(self.progress),
+            "best_weights": self.best_weights,
+        }
+        save_state(self.run, self.identity, content)
 
+    def _restore(self, run: Path) -> None:
+        content = load_state(run, self.identity, self.model.backbone.device)
+        if content is not None:
+            self.model.load_state_dict(content["trainables"], strict=False)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.precision.scaler.load_state_dict(content["scaler"])
+            torch.set_rng_state(content["random"].cpu())
+            self.progress = _Progress(**{each.name: content["progress"][each.name] for each in fields(_Progress)})
+            self.best_weights = content["best_weights"]
 
-def _run_identity(
-    model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig
-) -> dict[str, Any]:
-    """Return everything that determines a run; a state with any other value belongs to another run."""
-    return {
-        "backbone": model.backbone.content_hash(),
-        "method": model.config.with_query_weights("none").to_dict(),
-        "training data": train_split.key,
-        "validation data": val_split.key,
-        **config.to_dict(),
-    }
+    def _copy_trainables(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model.trainables()}
 
 
 def _lr_factor(step: int, total: int, warmup: float) -> float:
@@ -242,7 +268,3 @@ def _lr_factor(step: int, total: int, warmup: float) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
-
-
-def _copy_trainables(model: DCAR) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.trainables()}

@@ -1,116 +1,56 @@
 """The files of a training run: the state from which a killed run resumes, and the learning curve.
 
-- The file holds everything that the next step depends on: trainables, optimizer, torch's random state, the position in
-  the epoch, and the best epoch so far. The order of an epoch's pairs follows from the seed and the epoch alone.
-- It is written to a temporary name, flushed and renamed, so a killed run leaves either the last or the previous state.
-- It loads without executing code (`weights_only`).
+- The state is written to a temporary name, flushed and renamed, so a killed run leaves either the last or the previous
+  one. It loads without executing code (`weights_only`).
 - The curve is log.csv, and TensorBoard event files with the extra `tensorboard`.
 """
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dcar_core.model.config import QueryWeights
-from dcar_core.model.dcar import DCAR
-from dcar_core.training.validation import Recall
 from dcar_core.util.errors import MissingExtraError, TrainingError
 from dcar_core.util.files import atomic_writer
 
 STATE_FILE, LOG_FILE = "state.pt", "log.csv"
-_FORMAT = 2
+_FORMAT: dict[str, Any] = {"state format": 2}
 
 
-@dataclass
-class TrainProgress:
-    """The position of a run and its best epoch.
+def save_state(directory: Path, identity: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+    """Write the state of a run. identity: the settings, data and weights that determine it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()  # torch.save reports a full disk as an internal error, so write the file ourselves
+    torch.save({"identity": {**_FORMAT, **identity}, **content}, buffer)
+    with atomic_writer(directory / STATE_FILE) as file:
+        file.write(buffer.getbuffer())
 
-    epoch: number of finished epochs. step, losses: finished batches of the current epoch.
-    history: one record for each finished epoch.
+
+def load_state(directory: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any] | None:
+    """Return what `save_state` wrote; None without a state.
+
+    Raises:
+        TrainingError: the file belongs to a run with other settings, data or weights; the message names them.
     """
-
-    epoch: int = 0
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    best: float = -1.0
-    best_epoch: int = 0
-    best_recall: Recall = field(default_factory=dict)
-    best_query: QueryWeights = "none"
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-class TrainStateFile:
-    """The state file of one run; without a directory nothing is saved.
-
-    identity: the settings, data and weights that determine the run.
-    """
-
-    def __init__(self, directory: Path | None, identity: Mapping[str, Any]) -> None:
-        self._path = directory / STATE_FILE if directory is not None else None
-        self._identity = {"state format": _FORMAT, **identity}
-
-    def save(
-        self,
-        model: DCAR,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        progress: TrainProgress,
-        best_weights: Mapping[str, Tensor],
-    ) -> None:
-        if self._path is None:
-            return
-        content = {
-            "identity": self._identity,
-            "trainables": {name: p.detach() for name, p in model.trainables()},
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "progress": asdict(progress),
-            "best_weights": dict(best_weights),
-        }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()  # torch.save reports a full disk as an internal error, so write the file ourselves
-        torch.save(content, buffer)
-        with atomic_writer(self._path) as file:
-            file.write(buffer.getbuffer())
-
-    def restore(
-        self, model: DCAR, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> tuple[TrainProgress, dict[str, Tensor]] | None:
-        """Restore model, optimizer, scaler and random state in place.
-
-        Returns:
-            The progress and the weights of the best epoch; None without a state.
-
-        Raises:
-            TrainingError: the file belongs to a run with other settings, data or weights; the message names them.
-        """
-        if self._path is None or not self._path.is_file():
-            return None
-        try:
-            content = torch.load(self._path, map_location=model.backbone.device, weights_only=True)
-            identity = content["identity"]
-        except Exception as error:  # torch raises many types for a file that it did not write
-            raise TrainingError(f"{self._path} is not a training state ({type(error).__name__}); delete it") from error
-        if identity != self._identity:
-            keys = sorted(identity.keys() | self._identity.keys())
-            different = [key for key in keys if identity.get(key) != self._identity.get(key)]
-            raise TrainingError(
-                f"{self._path.parent} holds an unfinished run with another {', '.join(different)}; finish it with the "
-                f"same command, choose another --out, or discard it with --restart"
-            )
-        model.load_state_dict(content["trainables"], strict=False)
-        optimizer.load_state_dict(content["optimizer"])
-        scaler.load_state_dict(content["scaler"])
-        torch.set_rng_state(content["random"].cpu())
-        return TrainProgress(**content["progress"]), dict(content["best_weights"])
+    path = directory / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = dict(torch.load(path, map_location=device, weights_only=True))
+        found, wanted = content.pop("identity"), {**_FORMAT, **identity}
+    except Exception as error:  # torch raises many types for a file that it did not write
+        raise TrainingError(f"{path} is not a training state ({type(error).__name__}); delete it") from error
+    different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    if different:
+        raise TrainingError(
+            f"{directory} holds an unfinished run with another {', '.join(different)}; finish it with the same "
+            f"command, choose another --out, or discard it with --restart"
+        )
+    return content
 
 
 def delete_state(directory: Path) -> None:
@@ -119,7 +59,6 @@ def delete_state(directory: Path) -> None:
 
 def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
-    directory.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
     writer.writeheader()
@@ -128,26 +67,29 @@ def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
         file.write(text.getvalue().encode())
 
 
-class TensorBoard:
-    """Scalars for `tensorboard --logdir`. Events after `epoch`, left by a killed run, are purged.
+@contextmanager
+def tensorboard_log(directory: Path | None, epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that writes an epoch's record for `tensorboard --logdir`; without a directory, nothing.
+
+    Events after `epoch`, left by a killed run, are purged.
 
     Raises:
         MissingExtraError: tensorboardX is not installed.
     """
+    if directory is None:
+        yield lambda record: None
+        return
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("a TensorBoard log", "tensorboard") from error
 
-    def __init__(self, directory: Path, epoch: int) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError("a TensorBoard log", "tensorboard") from error
-        self._writer = SummaryWriter(str(directory), purge_step=epoch + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
+    def write(record: Mapping[str, Any]) -> None:
         for name, value in record.items():
             if name != "epoch" and isinstance(value, int | float):
                 group = "validation" if "_r" in name else "training"
-                self._writer.add_scalar(f"{group}/{name}", value, record["epoch"])
-        self._writer.flush()
+                writer.add_scalar(f"{group}/{name}", value, record["epoch"])
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    with SummaryWriter(str(directory), purge_step=epoch + 1) as writer:
+        yield write

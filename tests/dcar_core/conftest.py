@@ -31,6 +31,12 @@ def training(tiny_data: Path) -> Dataset:
 
 
 @pytest.fixture
+def pairs(training: Dataset, tiny_data: Path) -> tuple[Dataset, Dataset]:
+    """Return the splits for training and validation."""
+    return training, load_split(tiny_data, "val")[0]
+
+
+@pytest.fixture
 def described_twice(training: Dataset) -> Dataset:
     """Return images with several captions of different lengths, interleaved."""
     again = [replace(s, caption=f"{s.caption} on a white page, seen from the front") for s in training.samples[3::-1]]

@@ -14,11 +14,17 @@ from dcar_core.model.config import Amp, LossConfig, ReweightConfig, TrainWeights
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.training import objective
-from dcar_core.training.grad_cache import MixedPrecision, accumulate_gradients, resolve_amp
-from dcar_core.training.losses import anchor_loss, category_loss, contrastive_loss, head_loss
-from dcar_core.training.objective import batch_loss
+from dcar_core.training.objective import (
+    MixedPrecision,
+    accumulate_gradients,
+    anchor_loss,
+    category_loss,
+    contrastive_loss,
+    head_loss,
+    resolve_amp,
+)
 from dcar_core.training.prepared_split import PreparedSplit
-from tests.support.training import model_and_data, move_weights
+from tests.support.training import batch_loss, model_and_data, move_weights
 
 
 def gradients(model: DCAR) -> dict[str, Tensor]:

@@ -12,12 +12,11 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.token_weights import blend, pair_weights
-from dcar_core.training import frozen_features
-from dcar_core.training.objective import batch_loss
+from dcar_core.training import prepared_split as module
 from dcar_core.training.prepared_split import prepare_split, report_truncation
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.errors import TrainingError
-from tests.support.training import model_and_data
+from tests.support.training import batch_loss, model_and_data
 
 
 @pytest.mark.parametrize("name", ["dcar", "dcar-alone", "dcar-patches"])
@@ -25,7 +24,7 @@ def test_token_weights_are_of_each_caption_with_its_own_image(
     name: str, backbone: Backbone, described_twice: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compute weights from the texts and images that the options name, relative to a white image."""
-    monkeypatch.setattr(frozen_features, "TEXT_BATCH", 4)
+    monkeypatch.setattr(module, "TEXT_BATCH", 4)
     model, data = model_and_data(backbone, described_twice, name)
     words = backbone.lone_token_features if name == "dcar-alone" else backbone.text_tower.token_features
     pictures = backbone.image_tower.patch_features if name == "dcar-patches" else backbone.encode_image
@@ -57,15 +56,15 @@ def test_frozen_towers_use_cached_features(name: str, backbone: Backbone, traini
 def test_images_are_encoded_once_for_all_captions(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen_features, "TEXT_BATCH", 2)
+    monkeypatch.setattr(module, "TEXT_BATCH", 2)
     seen: list[int] = []
-    whole = frozen_features.FrozenFeatures._encode_images
+    whole = module.FrozenFeatures._encode_images
 
     def noted(given: Any, images: Any) -> Any:
         seen.append(len(images))
         return whole(given, images)
 
-    monkeypatch.setattr(frozen_features.FrozenFeatures, "_encode_images", noted)
+    monkeypatch.setattr(module.FrozenFeatures, "_encode_images", noted)
     prepare_split(training, seeded_model(backbone, method("dcar"), 0), for_training=True, progress=False)
     assert len(training) > 2
     assert len(seen) == 1

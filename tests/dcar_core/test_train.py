@@ -4,38 +4,47 @@ import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dcar_core.data import load_split
-from dcar_core.model.backbone import BackboneSource, load_backbone
+import dcar_core.training.train as module
+from dcar_core.data import Dataset, load_split
+from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.training import validation
-from dcar_core.training.grad_cache import accumulate_gradients
-from dcar_core.training.objective import batch_loss
+from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import choose_query_weights, encode_captions, encode_images, evaluate, mean_r1
 from dcar_core.util.errors import DataError, DcarError, DivergedError, MissingExtraError
 from tests.support.parts import needs
+from tests.support.training import batch_loss
 
+Pairs = tuple[Dataset, Dataset]
 QUICK = TrainConfig(epochs=2, batch_size=6)
+
+
+def new_model(backbone: Backbone, name: str) -> DCAR:
+    return seeded_model(backbone, method(name), seed=0)
+
+
+def prepared(data: Dataset, model: DCAR, *, for_training: bool = False) -> PreparedSplit:
+    return prepare_split(data, model, for_training=for_training, progress=False)
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 @pytest.mark.slow
-def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, tiny_model: Path, tiny_data: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
+def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, backbone: Backbone, pairs: Pairs) -> None:
     before = backbone.content_hash()
-    model = seeded_model(backbone, method(name), seed=0)
+    model = new_model(backbone, name)
     start = {n: p.detach().clone() for n, p in model.trainables()}
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    found = train(model, training, validation, QUICK, progress=False)
+    found = train(model, *pairs, QUICK, progress=False)
     assert backbone.content_hash() == before
     assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("backbone."))
     assert bool(start) == (name != "clip")
@@ -43,13 +52,12 @@ def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, tiny_m
     assert len(found.history) == (0 if name == "clip" else 2)
 
 
-def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-    plain, adapted = (seeded_model(backbone, method(name), seed=0).eval() for name in ("clip", "clip-adapter"))
-    data = prepare_split(load_split(tiny_data, "val")[0], plain, for_training=False, progress=False)
+def test_adapters_start_as_plain_clip_and_serve_after(backbone: Backbone, pairs: Pairs, tmp_path: Path) -> None:
+    plain, adapted = (new_model(backbone, name).eval() for name in ("clip", "clip-adapter"))
+    data = prepared(pairs[1], plain)
     np.testing.assert_allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-6)
     before = save_checkpoint(adapted, tmp_path / "start")
-    train(adapted, load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0], QUICK, progress=False)
+    train(adapted, *pairs, QUICK, progress=False)
     assert not np.allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-4)
     after = save_checkpoint(adapted, tmp_path / "trained")
     loaded, fingerprint = load_checkpoint(tmp_path / "trained")
@@ -58,11 +66,8 @@ def test_adapters_start_as_plain_clip_and_serve_after(tiny_model: Path, tiny_dat
     assert before != after  # the adapters are part of what serves, so of the fingerprint
 
 
-def test_category_adapter_is_kept_for_unprompted_queries(tiny_model: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-    published, extended, adapters = (
-        seeded_model(backbone, method(name), seed=0) for name in ("dcar", "dcar+", "block-adapters")
-    )
+def test_category_adapter_is_kept_for_unprompted_queries(backbone: Backbone) -> None:
+    published, extended, adapters = (new_model(backbone, name) for name in ("dcar", "dcar+", "block-adapters"))
     assert published.category_adapter() is published.caa
     assert published.text_adapter is None
     assert extended.category_adapter() is extended.caa, "its queries are prompted, the captions of the loss are not"
@@ -71,13 +76,11 @@ def test_category_adapter_is_kept_for_unprompted_queries(tiny_model: Path) -> No
     assert adapters.caa is None
 
 
-def test_weights_of_the_best_validation_epoch_are_kept(tiny_model: Path, tiny_data: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    model = seeded_model(backbone, method("coop"), seed=0)
-    found = train(model, training, validation, replace(QUICK, epochs=4, lr=0.05), progress=False)
-    assert found.best == evaluate(model, prepare_split(validation, model, for_training=False, progress=False))
-    assert found.best != evaluate(model, prepare_split(training, model, for_training=False, progress=False))
+def test_weights_of_the_best_validation_epoch_are_kept(backbone: Backbone, pairs: Pairs) -> None:
+    model = new_model(backbone, "coop")
+    found = train(model, *pairs, replace(QUICK, epochs=4, lr=0.05), progress=False)
+    on_training, on_validation = (evaluate(model, prepared(data, model)) for data in pairs)
+    assert found.best == on_validation != on_training
     assert mean_r1(found.best) == max((line["t2i_r1"] + line["i2t_r1"]) / 2 for line in found.history)
 
 
@@ -88,50 +91,39 @@ def test_default_options_do_not_change_the_identity_of_a_run() -> None:
 
 
 @pytest.mark.slow
-def test_training_learns_its_pairs(tiny_model: Path, tiny_data: Path) -> None:
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar-deep"), seed=0)
-    training = load_split(tiny_data, "train")[0]
-    data = prepare_split(training, model, for_training=True, progress=False)
-    rows = np.arange(len(data))
-    before = float(batch_loss(model, data, rows).detach())
+def test_training_learns_its_pairs(backbone: Backbone, training: Dataset) -> None:
+    model = new_model(backbone, "dcar-deep")
+    data = prepared(training, model, for_training=True)
+    before = float(batch_loss(model, data, np.arange(len(data))).detach())
     train(model, training, training, TrainConfig(epochs=40, batch_size=12, lr=1e-2), progress=False)
-    assert float(batch_loss(model, data, rows).detach()) < 0.7 * before
+    assert float(batch_loss(model, data, np.arange(len(data))).detach()) < 0.7 * before
 
 
-def test_nan_loss_stops_the_run(tiny_model: Path, tiny_data: Path) -> None:
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    with pytest.raises(DivergedError, match=r"clip-adapter diverged: the loss is nan in epoch \d; use a lower --lr"):
-        train(model, training, validation, TrainConfig(epochs=3, batch_size=6, lr=1e30), progress=False)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (TrainConfig(epochs=3, batch_size=6, lr=1e30), r"the loss is nan in epoch \d"),
+        # The loss of the only step was a number; what the step made of the model is none.
+        (TrainConfig(epochs=1, batch_size=64, lr=1e25), "its vectors are not finite"),
+    ],
+)
+def test_a_diverged_run_is_no_result(config: TrainConfig, reason: str, backbone: Backbone, pairs: Pairs) -> None:
+    with pytest.raises(DivergedError, match=f"clip-adapter diverged: {reason}; use a lower --lr"):
+        train(new_model(backbone, "clip-adapter"), *pairs, config, progress=False)
 
 
-def test_nan_weights_after_the_last_step_are_no_result(tiny_model: Path, tiny_data: Path) -> None:
-    """The loss of the only step was a number; what the step made of the model is none."""
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    with pytest.raises(DivergedError, match="clip-adapter diverged: its vectors are not finite; use a lower --lr"):
-        train(model, training, validation, TrainConfig(epochs=1, batch_size=64, lr=1e25), progress=False)
-
-
-def test_training_stops_early_and_keeps_the_best_epoch(tiny_model: Path, tiny_data: Path) -> None:
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+def test_training_stops_early_and_keeps_the_best_epoch(backbone: Backbone, pairs: Pairs) -> None:
     config = TrainConfig(epochs=50, batch_size=6, lr=1e-6, patience=2)  # too little for any recall to change
-    found = train(model, training, validation, config, progress=False)
+    found = train(new_model(backbone, "clip-adapter"), *pairs, config, progress=False)
     assert [line["epoch"] for line in found.history] == [1, 2, 3]
     assert found.epoch == 1
     assert found.best == {key: found.history[0][key] for key in found.best}
 
 
-def test_result_is_the_best_validation_epoch(
-    tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_is_the_best_validation_epoch(backbone: Backbone, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its weights and its queries, whatever later epochs were; and it is the validation split that is asked."""
-    import dcar_core.training.train as module
-
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    asked = prepare_split(validation, model, for_training=False, progress=False)
+    model = new_model(backbone, "dcar")
+    asked = prepared(pairs[1], model)
     said: list[tuple[float, QueryWeights]] = [(10, "none"), (50, "predicted"), (40, "none")]
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -144,7 +136,7 @@ def test_result_is_the_best_validation_epoch(
         return query, {"t2i_r1": score, "i2t_r1": score}
 
     monkeypatch.setattr(module, "choose_query_weights", chosen)
-    found = train(model, training, validation, TrainConfig(epochs=3, batch_size=6), progress=False)
+    found = train(model, *pairs, TrainConfig(epochs=3, batch_size=6), progress=False)
     assert (found.epoch, found.best["t2i_r1"], model.config.reweight.query) == (2, 50, "predicted")
     assert all(torch.equal(seen[1][name], p) for name, p in model.trainables())
     assert any(not torch.equal(seen[2][name], p) for name, p in model.trainables())
@@ -152,17 +144,15 @@ def test_result_is_the_best_validation_epoch(
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_learning_rate_schedule_and_gradient_clipping(
-    amp: Amp, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    amp: Amp, backbone: Backbone, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients scaled up for float16 are clipped by their true length."""
-    import dcar_core.training.train as module
-
     steps: list[tuple[float, float, float]] = []
     losses: list[float] = []
-    whole, gradients = torch.optim.AdamW.step, accumulate_gradients
+    whole = torch.optim.AdamW.step
 
-    def steeper(model: DCAR, *given: object, **more: object) -> float:
-        losses.append(loss := gradients(model, *given, **more))  # type: ignore[arg-type]
+    def steeper(model: DCAR, *given: Any, **more: Any) -> float:
+        losses.append(loss := accumulate_gradients(model, *given, **more))
         for _, parameter in model.trainables():
             assert parameter.grad is not None
             parameter.grad *= 1e4
@@ -176,9 +166,8 @@ def test_learning_rate_schedule_and_gradient_clipping(
 
     monkeypatch.setattr(module, "accumulate_gradients", steeper)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
     config = TrainConfig(epochs=2, batch_size=4, lr=1e-3, warmup=0.5, weight_decay=0.3, amp=amp)  # six steps
-    found = train(model, load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0], config, progress=False)
+    found = train(new_model(backbone, "coop"), *pairs, config, progress=False)
     assert [line["loss"] for line in found.history] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
     assert [rate for rate, *_ in steps] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.25e-3])
     assert [length for _, length, _ in steps] == pytest.approx([1.0] * 6, rel=1e-3)
@@ -186,22 +175,18 @@ def test_learning_rate_schedule_and_gradient_clipping(
 
 
 def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
-    tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dcar_core.training.train as module
-
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    backbone, whole = load_backbone(BackboneSource(str(tiny_model))), accumulate_gradients
     orders: list[list[int]] = []
 
-    def noted(model: DCAR, data: PreparedSplit, rows: np.ndarray, **given: object) -> float:
+    def noted(model: DCAR, data: PreparedSplit, rows: np.ndarray, **given: Any) -> float:
         orders.append(rows.tolist())
-        return whole(model, data, rows, **given)  # type: ignore[arg-type]
+        return accumulate_gradients(model, data, rows, **given)
 
     monkeypatch.setattr(module, "accumulate_gradients", noted)
     for seed in (0, 0, 1):
-        train(seeded_model(backbone, method("coop"), seed), training, validation,
-              TrainConfig(epochs=2, batch_size=6, seed=seed), progress=False)  # fmt: skip
+        model = seeded_model(backbone, method("coop"), seed)
+        train(model, *pairs, TrainConfig(epochs=2, batch_size=6, seed=seed), progress=False)
     epochs = [orders[i : i + 2] for i in range(0, 12, 2)]
     assert all(sorted(a + b) == list(range(12)) for a, b in epochs)
     first, second, again, _, other, _ = epochs
@@ -212,10 +197,10 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
 
 @pytest.mark.parametrize(("better", "wanted"), [("none", "none"), ("predicted", "predicted"), ("neither", "none")])
 def test_query_weights_are_chosen_by_validation(
-    better: str, wanted: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    better: str, wanted: str, backbone: Backbone, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("dcar"), seed=0)
-    data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    model = new_model(backbone, "dcar")
+    data = prepared(pairs[1], model)
     pictures = np.eye(len(data), dtype=np.float32)
 
     def captions(model: DCAR, data: PreparedSplit) -> np.ndarray:
@@ -231,87 +216,77 @@ def test_query_weights_are_chosen_by_validation(
         choose_query_weights(model, data)
 
 
-def test_validation_counts_both_ways_alike() -> None:
-    assert mean_r1({"t2i_r1": 10.0, "i2t_r1": 40.0}) == 25
-
-
 @pytest.mark.parametrize("name", ["dcar", "clip-adapter"])
 def test_split_is_encoded_like_its_queries_and_images_one_by_one(
-    name: str, tiny_model: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(validation, "_BATCH", 5)
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method(name), seed=0)
+    model = new_model(backbone, name)
     if model.head is not None:
         model.config = model.config.with_query_weights("predicted")
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    split = load_split(tiny_data, "train")[0]
-    data = prepare_split(split, model, for_training=False, progress=False)
+    data = prepared(training, model)
     text, image = encode_captions(model, data), encode_images(model, data)
-    backbone = model.backbone
     with torch.no_grad():
-        for row, sample in enumerate(split.samples):
+        for row, sample in enumerate(training.samples):
             alone = model.encode_query(backbone.tokenize([sample.caption], model.prompt_tokens))
-            pixels = backbone.preprocess.normalize(backbone.preprocess(split.read(sample.image))[None])
+            pixels = backbone.preprocess.normalize(backbone.preprocess(training.read(sample.image))[None])
             picture = model.encode_image(torch.from_numpy(pixels))
             np.testing.assert_allclose(text[row], alone[0], atol=1e-5)
             np.testing.assert_allclose(image[data.image_of[row]], picture[0], atol=1e-5)
 
 
-def test_log_has_a_line_per_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    found = run_coop(tiny_model, tiny_data, tmp_path)
+def run_coop(backbone: Backbone, pairs: Pairs, run: Path, *, tensorboard: bool = False) -> TrainResult:
+    return train(new_model(backbone, "coop"), *pairs, QUICK, progress=False, run=run, tensorboard=tensorboard)
+
+
+def test_log_has_a_line_per_epoch(backbone: Backbone, pairs: Pairs, tmp_path: Path) -> None:
+    found = run_coop(backbone, pairs, tmp_path)
     with (tmp_path / "log.csv").open() as lines:
         logged = list(csv.DictReader(lines))
-    assert [float(line["loss"]) for line in logged] == [line["loss"] for line in found.history]
-    assert [float(line["t2i_r1"]) for line in logged] == [line["t2i_r1"] for line in found.history]
+    for column in ("loss", "t2i_r1"):
+        assert [float(line[column]) for line in logged] == [line[column] for line in found.history]
 
 
 @needs("tensorboard")
-def test_tensorboard_gets_every_epoch(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    run_coop(tiny_model, tiny_data, tmp_path, tensorboard=True)
+def test_tensorboard_gets_every_epoch(backbone: Backbone, pairs: Pairs, tmp_path: Path) -> None:
+    run_coop(backbone, pairs, tmp_path, tensorboard=True)
     events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
     assert b"training/loss" in events
     assert b"validation/t2i_r1" in events
 
 
 def test_missing_tensorboard_names_its_extra(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(MissingExtraError, match=r"dcar\[tensorboard\]"):
-        run_coop(tiny_model, tiny_data, tmp_path, tensorboard=True)
+        run_coop(backbone, pairs, tmp_path, tensorboard=True)
 
 
-def run_coop(tiny_model: Path, tiny_data: Path, run: Path, *, tensorboard: bool = False) -> TrainResult:
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
-    return train(model, training, validation, QUICK, progress=False, run=run, tensorboard=tensorboard)
-
-
-def test_evaluation_does_not_use_the_paired_image(tiny_model: Path, tiny_data: Path) -> None:
+def test_evaluation_does_not_use_the_paired_image(backbone: Backbone, pairs: Pairs) -> None:
     """Shuffling the images of the split changes no caption's vector."""
-    config = ModelConfig().with_query_weights("predicted")
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), config, seed=0)
-    data = prepare_split(load_split(tiny_data, "val")[0], model, for_training=False, progress=False)
+    model = seeded_model(backbone, ModelConfig().with_query_weights("predicted"), seed=0)
+    data = prepared(pairs[1], model)
     assert data.pixels is not None
     other = replace(data, pixels=data.pixels[::-1].copy())
     np.testing.assert_array_equal(encode_captions(model, data), encode_captions(model, other))
     assert data.pair_weights is None
 
 
-def test_unknown_method_and_missing_images_are_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_unknown_method_and_missing_images_are_refused(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(DcarError, match=r"no method is named 'dcarr'; there are: clip, coop"):
         method("dcarr")
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), seed=0)
     elsewhere = load_split(tiny_data, "train", image_root=tmp_path, image_policy="ignore")[0]
     with pytest.raises(DataError, match=r"train: no file .*--images"):
-        prepare_split(elsewhere, model, for_training=False, progress=False)
+        prepared(elsewhere, new_model(backbone, "coop"))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": float("inf")}, {"lr": float("nan")}, {"lr": -1e-3}, {"seed": -1}, {"seed": 2**63}]
+    ("field", "value"), [("lr", float("inf")), ("lr", float("nan")), ("lr", -1e-3), ("seed", -1), ("seed", 2**63)]
 )
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="lr must be finite and at least 0, and seed an integer"):
-        TrainConfig.from_dict(wrong)
+def test_impossible_settings_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"TrainConfig: {field}: Input should be"):
+        TrainConfig.from_dict({field: value})

@@ -4,28 +4,30 @@ import csv
 import os
 import signal
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dcar_core.data import load_split
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.config import TrainConfig
+import dcar_core.training.train as module
+from dcar_core.data import Dataset
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
+from dcar_core.model.config import Amp, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.distributed import ProcessGroup
-from dcar_core.training.grad_cache import accumulate_gradients
+from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.train import train
-from dcar_core.training.train_state import STATE_FILE, TrainProgress, TrainStateFile, delete_state
+from dcar_core.training.train_state import STATE_FILE, delete_state
 from dcar_core.util.errors import DivergedError, TrainingError
 from tests.support.commands import Command, run
 from tests.support.paths import TRAIN_PROCESS
 from tests.support.processes import free_port
 
 T = TypeVar("T")
+Pairs = tuple[Dataset, Dataset]
 
 
 def train_in_process(*arguments: object) -> str:
@@ -66,33 +68,29 @@ def test_killed_training_ends_with_the_same_weights(
         assert [row["epoch"] for row in csv.DictReader(lines)] == list("123456")
 
 
+@pytest.mark.parametrize("amp", ["off", "float16"])
 def test_an_interruption_within_an_epoch_changes_nothing(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    amp: Amp, backbone: Backbone, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after each single batch of the first epochs, with a state saved there."""
-    import dcar_core.training.train as module
-
-    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
-    config = TrainConfig(epochs=2, batch_size=5, lr=5e-3)
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
+    config = TrainConfig(epochs=2, batch_size=5, lr=5e-3, amp=amp)
     straight = seeded_model(backbone, method("dcar"), 0)
-    train(straight, training, validation, config, progress=False)
+    train(straight, *pairs, config, progress=False)
     monkeypatch.setattr(module, "SAVE_EVERY_S", -1)
-    real = accumulate_gradients
     done = 0
 
-    def interrupted(*args: object, **kwargs: object) -> float:
+    def interrupted(*args: Any, **kwargs: Any) -> float:
         nonlocal done
         done += 1
         if done % 2 == 0:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return accumulate_gradients(*args, **kwargs)
 
     monkeypatch.setattr(module, "accumulate_gradients", interrupted)
     for _ in range(20):
         model = seeded_model(backbone, method("dcar"), 0)
         try:
-            found = train(model, training, validation, config, progress=False, run=tmp_path)
+            found = train(model, *pairs, config, progress=False, run=tmp_path)
             break
         except KeyboardInterrupt:
             continue
@@ -103,13 +101,9 @@ def test_an_interruption_within_an_epoch_changes_nothing(
 
 
 def test_resumed_run_keeps_its_best_epoch(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of three is the best; the run is stopped in the third."""
-    import dcar_core.training.train as module
-
-    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
-    backbone, real = load_backbone(BackboneSource(str(tiny_model))), accumulate_gradients
     seen: list[dict[str, Tensor]] = []
     batches = 0
 
@@ -118,46 +112,43 @@ def test_resumed_run_keeps_its_best_epoch(
         score = 50.0 if len(seen) == 1 else 10.0
         return "none", {"t2i_r1": score, "i2t_r1": score}
 
-    def interrupted(*args: object, **kwargs: object) -> float:
+    def interrupted(*args: Any, **kwargs: Any) -> float:
         nonlocal batches
         batches += 1
         if batches == 5:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return accumulate_gradients(*args, **kwargs)
 
     monkeypatch.setattr(module, "choose_query_weights", chosen)
     monkeypatch.setattr(module, "accumulate_gradients", interrupted)
     config = TrainConfig(epochs=3, batch_size=6)
     with pytest.raises(KeyboardInterrupt):
-        train(seeded_model(backbone, method("coop"), 0), training, validation, config, progress=False, run=tmp_path)
+        train(seeded_model(backbone, method("coop"), 0), *pairs, config, progress=False, run=tmp_path)
     model = seeded_model(backbone, method("coop"), 0)
-    found = train(model, training, validation, config, progress=False, run=tmp_path)
+    found = train(model, *pairs, config, progress=False, run=tmp_path)
     assert (found.epoch, len(found.history), found.best["t2i_r1"]) == (1, 3, 50)
     assert all(torch.equal(seen[0][name], p) for name, p in model.trainables())
 
 
-def test_a_state_of_another_run_is_refused(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    training, validation = (load_split(tiny_data, split)[0] for split in ("train", "val"))
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-
-    def run(**settings: float) -> None:
+def test_a_state_of_another_run_is_refused(backbone: Backbone, tiny_model: Path, pairs: Pairs, tmp_path: Path) -> None:
+    def run(name: str = "coop", data: Pairs = pairs, backbone: Backbone = backbone, **settings: float) -> None:
         config = TrainConfig.from_dict({"epochs": 1, "batch_size": 6, **settings})
-        train(seeded_model(backbone, method("coop"), 0), training, validation, config, progress=False, run=tmp_path)
+        train(seeded_model(backbone, method(name), 0), *data, config, progress=False, run=tmp_path)
 
     run()
-    with pytest.raises(TrainingError, match=r"unfinished run with another lr; .*--restart"):
-        run(lr=1e-3)
     retrained = load_backbone(BackboneSource(str(tiny_model)))
     with torch.no_grad():
         retrained.visual.proj.mul_(1.001)
-    for other in (
-        (seeded_model(backbone, method("dual"), 0), training, validation),
-        (seeded_model(retrained, method("coop"), 0), training, validation),
-        (seeded_model(backbone, method("coop"), 0), validation, validation),
-        (seeded_model(backbone, method("coop"), 0), training, training),
-    ):
-        with pytest.raises(TrainingError, match=r"another (method|backbone|training data|validation data); "):
-            train(*other, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
+    others: dict[str, dict[str, Any]] = {
+        "lr": {"lr": 1e-3},
+        "method": {"name": "dual"},
+        "backbone": {"backbone": retrained},
+        "training data": {"data": (pairs[1], pairs[1])},
+        "validation data": {"data": (pairs[0], pairs[0])},
+    }
+    for named, other in others.items():
+        with pytest.raises(TrainingError, match=f"unfinished run with another {named}; .*--restart"):
+            run(**other)
     delete_state(tmp_path)
     run(lr=1e-3)
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
@@ -175,54 +166,12 @@ class _Payload:
         return Path.touch, (self.path,)
 
 
-def test_a_state_runs_no_code(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_state_runs_no_code(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
     torch.save({"identity": {}, "extra": _Payload(tmp_path / "ran")}, tmp_path / STATE_FILE)
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("coop"), 0)
-    split = load_split(tiny_data, "train")[0]
+    model = seeded_model(backbone, method("coop"), 0)
     with pytest.raises(TrainingError, match=r"not a training state \(UnpicklingError\); delete it"):
-        train(model, split, split, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
+        train(model, training, training, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
     assert not (tmp_path / "ran").exists()
-
-
-def test_everything_that_the_next_step_depends_on_is_restored(tiny_model: Path, tmp_path: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-
-    def begun(seed: int) -> tuple[DCAR, torch.optim.Optimizer, torch.amp.GradScaler]:
-        model = seeded_model(backbone, method("coop"), seed)
-        parameters = [parameter for _, parameter in model.trainables()]
-        optimizer, scaler = torch.optim.Adam(parameters, lr=seed), torch.amp.GradScaler("cpu", init_scale=2.0**seed)
-        scaler.scale(torch.stack([parameter.sum() for parameter in parameters]).sum()).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return model, optimizer, scaler
-
-    file, progress = TrainStateFile(tmp_path / "a" / "b", {"lr": 1, "seed": 2}), TrainProgress(epoch=3, losses=[0.5])
-    assert file.restore(*begun(1)) is None
-    assert (TrainProgress().epoch, TrainProgress().step, TrainProgress().seconds) == (0, 0, 0)
-    model, optimizer, scaler = begun(3)
-    torch.manual_seed(7)
-    for _ in range(2):
-        file.save(model, optimizer, scaler, progress, {"best": torch.ones(2)})
-    following = torch.rand(3)
-    other, its_optimizer, its_scaler = begun(4)
-    restored = file.restore(other, its_optimizer, its_scaler)
-    assert restored is not None
-    assert torch.equal(torch.rand(3), following)
-    assert restored[0] == progress
-    assert torch.equal(restored[1]["best"], torch.ones(2))
-    assert its_scaler.get_scale() == 8
-    assert all(torch.equal(one, two) for (_, one), (_, two) in zip(model.trainables(), other.trainables(), strict=True))
-    ours, theirs = optimizer.state_dict(), its_optimizer.state_dict()
-    assert theirs["param_groups"] == ours["param_groups"]
-    assert torch.equal(theirs["state"][0]["exp_avg"], ours["state"][0]["exp_avg"])
-    for identity, named in (({"lr": 1}, "seed"), ({"lr": 2, "seed": 2}, "lr"), ({"lr": 1, "seed": 2, "z": 0}, "z")):
-        with pytest.raises(TrainingError, match=f"holds an unfinished run with another {named}; finish it"):
-            TrainStateFile(tmp_path / "a" / "b", identity).restore(*begun(1))
-    nowhere = TrainStateFile(None, {})
-    nowhere.save(model, optimizer, scaler, progress, {})
-    assert nowhere.restore(model, optimizer, scaler) is None
-    for _ in range(2):
-        delete_state(tmp_path / "a" / "b")
-    assert file.restore(*begun(1)) is None
 
 
 @pytest.mark.slow
@@ -251,7 +200,7 @@ def test_parts_and_processes_learn_what_one_process_learns(
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
 
 
-def test_the_other_processes_learn_that_the_leader_found_no_finite_vectors(tiny_model: Path, tiny_data: Path) -> None:
+def test_the_other_processes_learn_that_the_leader_found_no_finite_vectors(backbone: Backbone, pairs: Pairs) -> None:
     """The leader alone validates; the others would wait for its result, and end with a broken connection."""
     sent = list[object]()
 
@@ -260,11 +209,10 @@ def test_the_other_processes_learn_that_the_leader_found_no_finite_vectors(tiny_
             sent.append(value)
             return value
 
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("clip-adapter"), seed=0)
-    training, validation = load_split(tiny_data, "train")[0], load_split(tiny_data, "val")[0]
+    model = seeded_model(backbone, method("clip-adapter"), seed=0)
     config = TrainConfig(epochs=1, batch_size=64, lr=1e25)
     with pytest.raises(DivergedError, match="its vectors are not finite"):
-        train(model, training, validation, config, progress=False, group=Leader())
+        train(model, *pairs, config, progress=False, group=Leader())
     assert isinstance(sent[-1], DivergedError)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dcar_core.model.config import TrainConfig
-from dcar_core.training.verdict import Verdict
+from dcar_core.training.adapt import Verdict
 from dcar_core.util.bootstrap import Hits, compare_hits
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -14,6 +15,7 @@ from dcar_core.model.methods.registry import method
 from dcar_core.training.distributed import torchrun_group
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.train import train
+from dcar_core.training.train_state import write_csv
 
 torch.set_num_threads(1)
 model_path, data, out, name, *rest = sys.argv[1:]
@@ -23,10 +25,12 @@ with torchrun_group("cpu") as (group, device):
     training, validation = (load_split(Path(data), split)[0] for split in ("train", "val"))
     cache = FeatureCache(Path(out) / "features", model.backbone)
 
-    def tell(line: dict[str, object]) -> None:
-        sys.stdout.write(f"epoch {line['epoch']}\n")
+    def tell(directory: Path, history: list[dict[str, object]]) -> None:
+        write_csv(directory, history)
+        sys.stdout.write(f"epoch {len(history)}\n")
         sys.stdout.flush()
 
-    train(model, training, validation, config, progress=False, run=Path(out), cache=cache, on_epoch=tell, group=group)
+    with mock.patch("dcar_core.training.train.write_csv", tell):
+        train(model, training, validation, config, progress=False, run=Path(out), cache=cache, group=group)
     if group.is_leader:
         save_checkpoint(model, Path(out))

@@ -1,12 +1,15 @@
-"""Models with changed weights, and the data prepared for them."""
+"""Models with changed weights, the data prepared for them, and the loss in one pass."""
 
 import torch
+from torch import Tensor
 
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
+from dcar_core.training.objective import batch_terms, encode_part, penalty_term
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
+from dcar_core.util.arrays import Rows
 
 
 def model_and_data(backbone: Backbone, data: Dataset, name: str) -> tuple[DCAR, PreparedSplit]:
@@ -20,3 +23,9 @@ def move_weights(model: DCAR, data: Dataset) -> tuple[DCAR, PreparedSplit]:
         for _, parameter in model.trainables():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model, prepare_split(data, model, for_training=True, progress=False)
+
+
+def batch_loss(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
+    """Return L over the pairs `rows` in one pass: the reference for `accumulate_gradients`."""
+    text, image, others = encode_part(model, data, rows, rows)
+    return batch_terms(model, data, rows, text, image) + others + penalty_term(model)
