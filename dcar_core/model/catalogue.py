@@ -29,8 +29,8 @@ _FAMILIES = {
     "RoBERTa and mT5": "roberta|mt5",
     "ConvNeXt": "convnext",
     "ResNet": "RN",
-    "Other timm towers": "swin|vit_",
     "ViT": "ViT",
+    "Other timm towers": "",
 }
 _MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
 PARAMETERS = Path(__file__).with_name("parameters.json")  # millions by name
@@ -71,7 +71,7 @@ def _entry(name: str, config: Mapping[str, Any], tags: list[str], parameters: in
     needs = {"timm": "timm_model_name" in vision, "transformers": "hf_model_name" in text}
     return CatalogueEntry(
         name=name,
-        family=next((family for family, pattern in _FAMILIES.items() if re.search(pattern, name)), "Other timm towers"),
+        family=next(family for family, pattern in _FAMILIES.items() if re.search(pattern, name)),
         level=level_of_config(config),
         parameters=parameters,
         languages="many" if _MULTILINGUAL.search(name) else "English",

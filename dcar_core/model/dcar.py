@@ -172,9 +172,7 @@ class DCAR(nn.Module):
 
     def _run(self, name: str, *inputs: Tensor | AdapterMatrices | None) -> Tensor:
         """Call a method of the backbone, with the changed weights if there are some."""
-        if self.changes is None:
-            return self.backbone(name, *inputs)  # type: ignore[no-any-return]
-        changed = self.changes.changed(self.backbone, image=name == "encode_image")
+        changed = self.changes.changed(self.backbone, image=name == "encode_image") if self.changes is not None else {}
         encoded: Tensor = torch.func.functional_call(self.backbone, changed, (name, *inputs))
         return encoded
 

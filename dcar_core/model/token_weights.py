@@ -22,11 +22,8 @@ def token_text_features(backbone: Backbone, tokens: Tensor, config: ReweightConf
 
 def image_features(backbone: Backbone, pixels: Tensor, config: ReweightConfig) -> Tensor:
     """(B, 3, S, S), normalized -> (B, E), or (B, P, E) by patches; not normalized, of the frozen image encoder."""
-    return (
-        backbone.image_tower.patch_features(pixels)
-        if config.image_feature == "patches"
-        else backbone.encode_image(pixels)
-    )
+    by_patches = config.image_feature == "patches"
+    return backbone.image_tower.patch_features(pixels) if by_patches else backbone.encode_image(pixels)
 
 
 def pair_weights(token_features: Tensor, image: Tensor, blank: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.text.layout import TextLayout
-from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 
 # Cost of a forward pass before its first token, in tokens: reading every weight once. Measured on a ViT-B/32: with AMX,

@@ -29,8 +29,7 @@ from tokenizers import Tokenizer
 from dcar_core.model.checkpoint import backbone_files, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.model.text.layout import TextLayout
-from dcar_core.model.text.tokenizer import TextTokenizer
+from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
 from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, ensure_export, key_of_export
 from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime

@@ -55,15 +55,12 @@ def test_the_command_filters_by_name_and_level() -> None:
     assert all(line.endswith("tokens  English  timm  dfndr2b") for line in lines)
 
 
-def test_the_command_prints_json() -> None:
+def test_the_command_prints_json_and_refuses_what_matches_nothing() -> None:
     done = CliRunner().invoke(app, ["models", "--json"])
     assert {entry["name"]: entry["level"] for entry in json.loads(done.output)} == {
         name: entry.level for name, entry in entries().items()
     }
     assert json.loads(CliRunner().invoke(app, ["models", "--level", "features", "--json"]).output) == []
-
-
-def test_the_command_refuses_an_unknown_level_and_a_name_without_match() -> None:
     assert CliRunner().invoke(app, ["models", "--level", "half"]).exit_code == 2
     assert isinstance(CliRunner().invoke(app, ["models", "no such model"]).exception, ModelError)
 

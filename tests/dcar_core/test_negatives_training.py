@@ -54,16 +54,8 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
         entry["positive"] = "a " * number
     write_json(data / "train.json", content)
     for name, cut in (("clip", 0), ("coop", 2)):
-        found = compare(
-            backbone,
-            data,
-            [name],
-            1,
-            tmp_path / name,
-            TrainConfig(epochs=1, batch_size=6),
-            images=tiny_data,
-            progress=False,
-        )
+        quick = TrainConfig(epochs=1, batch_size=6)
+        found = compare(backbone, data, [name], 1, tmp_path / name, quick, images=tiny_data, progress=False)
         what = f"captions cut to the {32 - (4 if cut else 0)} tokens that fit"
         assert found["cleaning"]["train"].get(what, 0) == cut
 
@@ -72,17 +64,13 @@ def test_data_with_its_own_negatives_keeps_its_runs(backbone: Backbone, tiny_dat
     """The identity of a finished run does not change when no negatives are made."""
     splits, reports = load_splits(tiny_data, ("train", "val", "test"))
     counts = {name: dict(report.counts) for name, report in reports.items()}
-    same = add_negatives(splits, reports, backbone_functions(backbone))
-    assert same == splits
+    assert add_negatives(splits, reports, backbone_functions(backbone)) == splits
     assert counts == {name: dict(report.counts) for name, report in reports.items()}
     cache, quick = FeatureCache(None, backbone), TrainConfig(epochs=1, batch_size=6)
-    before, after = (
-        MethodRunner(backbone, given, tmp_path, quick, cache).directory(method("dcar"), 0, 1e-3)
-        for given in (splits, same)
-    )
-    assert before == after
     other = add_negatives(splits, reports, backbone_functions(backbone), mode="all")
-    assert MethodRunner(backbone, other, tmp_path, quick, cache).directory(method("dcar"), 0, 1e-3) != before
+    runs = (MethodRunner(backbone, given, tmp_path, quick, cache) for given in (splits, other))
+    before, after = (run.directory(method("dcar"), 0, 1e-3) for run in runs)
+    assert before != after
 
 
 def test_report_of_a_sound_data_set_is_empty(tiny_data: Path) -> None:

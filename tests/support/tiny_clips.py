@@ -17,7 +17,7 @@ import torch
 from timm.models.vision_transformer_hybrid import ConvStem
 from timm.models.vitamin import VitCfg, VitConvCfg
 
-from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.text.tokenizer import TextLayout
 from tests.support.parts import needs
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 2, 3, 120

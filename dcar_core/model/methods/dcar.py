@@ -1,12 +1,17 @@
 """DCAR as the paper's figure shows it: dual prompts, token weights from the pair, a category adapter in the loss.
 
-Its options, its ablations, and a form for image towers that take no prompts.
+Its options and ablations, forms for image towers that take no prompts, and its extension `dcar+` [ours]: deep prompts
+and token weights with adapters, held to CLIP.
 """
 
 from dataclasses import replace
 
-from dcar_core.model.config import LossConfig, ModelConfig, PromptConfig, ReweightConfig
-from dcar_core.model.methods.method import NO_WEIGHTS, Method, plain_config
+from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.model.methods.method import NO_PROMPTS, NO_WEIGHTS, Method, plain_config
+
+# behind the image tower's blocks and on both features; without prompts, the one on texts is the category adapter, too
+_ADAPTERS = AdapterConfig(text=True, image=True, blocks=32)
+_ANCHORED = LossConfig(anchor=1.0)
 
 _CONFIGS = (
     ModelConfig(method="dcar"),
@@ -21,5 +26,16 @@ _CONFIGS = (
     ModelConfig(method="dcar-deep", prompt=PromptConfig(depth=4)),
     # without image prompts [ours]
     ModelConfig(method="dcar-text", prompt=PromptConfig(image=False)),
-)
+    ModelConfig(method="dcar+", prompt=PromptConfig(depth=4), adapter=_ADAPTERS, loss=_ANCHORED),
+    # the ablation without prompts and token weights: the text tower stays as it is
+    ModelConfig(
+        method="block-adapters", prompt=NO_PROMPTS, reweight=NO_WEIGHTS, adapter=_ADAPTERS,
+        loss=replace(_ANCHORED, head=0),
+    ),
+    # for image towers that take neither prompts nor block adapters
+    ModelConfig(
+        method="dcar+-text", prompt=PromptConfig(depth=4, image=False), adapter=replace(_ADAPTERS, blocks=0),
+        loss=_ANCHORED,
+    ),
+)  # fmt: skip
 METHODS = tuple(Method(config=config) for config in _CONFIGS)

@@ -8,15 +8,7 @@ from dcar_core.util.errors import DcarError, ModelError
 
 MAX_DEPTH = 128  # more blocks than any tower has
 
-_MODULES = (
-    "baselines",
-    "dcar",
-    "dcar_plus",
-    "promptsrc",
-    "lora",
-    "prolip",
-    "flyp",
-)
+_MODULES = ("baselines", "dcar", "promptsrc", "lora", "prolip", "flyp")
 
 METHODS: dict[str, Method] = {
     method.config.method: method for name in _MODULES for method in import_module(f"{__package__}.{name}").METHODS
@@ -52,16 +44,12 @@ def require_runnable(config: ModelConfig, level: str, model: str, context: int) 
     needs_text = any(prompt.depths) or config.reweight.train != "none"
     needs_rows = prompt.depths[1] > 0 or config.reweight.image_feature == "patches" or config.adapter.blocks > 0
     if level == "features" and needs_text:
-        raise ModelError(
-            f"{config.method} needs prompts or token weights, which the towers of {model} do not take; "
-            f"use the method clip-adapter"
-        )
+        needed, tower, other = "prompts or token weights", f"the towers of {model} do not take", "clip-adapter"
+        raise ModelError(f"{config.method} needs {needed}, which {tower}; use the method {other}")
     if level != "full" and needs_rows:
-        raise ModelError(
-            f"{config.method} needs image prompts, block adapters or patches, which the image tower of {model} does "
-            f"not have; "
-            f"use the method {_text_variant(config) if level == 'text' else 'clip-adapter'}"
-        )
+        needed, tower = "image prompts, block adapters or patches", f"the image tower of {model} does not have"
+        other = _text_variant(config) if level == "text" else "clip-adapter"
+        raise ModelError(f"{config.method} needs {needed}, which {tower}; use the method {other}")
     if has_prompts and prompt.length > context - 1:
         raise ModelError(f"{prompt.length} prompts do not fit into the {context} tokens of {model}")
     if has_prompts and prompt.depth > MAX_DEPTH:

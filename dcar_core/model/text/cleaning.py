@@ -46,18 +46,10 @@ def collapse_spaces(text: str) -> str:
     return " ".join(text.split())
 
 
-def lower(text: str) -> str:
-    return collapse_spaces(text).lower()
-
-
-def canonicalize(text: str) -> str:
-    """Lower case, no punctuation, single spaces, as SigLIP was trained."""
-    return collapse_spaces(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower())
-
-
 # By the names of open_clip's `tokenizer_kwargs.clean`.
 NORMALIZERS: dict[str, Callable[[str], str]] = {
-    "lower": lower,
+    "lower": lambda text: collapse_spaces(text).lower(),
     "whitespace": collapse_spaces,
-    "canonicalize": canonicalize,
+    # as SigLIP was trained
+    "canonicalize": lambda text: collapse_spaces(text.replace("_", " ").translate(_WITHOUT_PUNCTUATION).lower()),
 }

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -81,8 +80,11 @@ def _from_files(file: Path, settings_file: Path | None) -> tuple[Tokenizer, list
     if settings.get("padding_side", "right") != "right":
         raise ModelError("a tokenizer that pads on the left is not supported")
     start, end = _ends(tokenizer)
-    tokens = {kind: _token(settings.get(f"{kind}_token")) for kind in ("bos", "eos", "pad")}
-    ids = {kind: None if token is None else tokenizer.token_to_id(token) for kind, token in tokens.items()}
+    tokens = {kind: settings.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}  # a text, or an object with it
+    ids = {
+        kind: tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+        for kind, token in tokens.items()
+    }
     # Settings beside the file overrule its template, as transformers has it for Gemma's tokenizer.
     if settings.get("add_eos_token") and not end and ids["eos"] is not None:
         end = [ids["eos"]]
@@ -113,8 +115,3 @@ def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         if whole[start : start + len(plain)] == plain:
             return whole[:start], whole[start + len(plain) :]
     raise ModelError("the tokenizer adds control tokens within a text, which is not supported")
-
-
-def _token(value: Any) -> str | None:
-    """A control token as the settings have it: its text, or an object with its text."""
-    return value.get("content") if isinstance(value, dict) else value

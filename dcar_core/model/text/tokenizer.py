@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from dcar_core.model.text.cleaning import NORMALIZERS, clean_text
-from dcar_core.model.text.layout import TextLayout
 from dcar_core.util.arrays import TokenIds
 from dcar_core.util.errors import ModelError, is_panic
 
@@ -30,6 +29,45 @@ _WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
 _LONGEST_VOCABULARY = 1 << 24  # characters; CLIP's has 3 million, and a gzip bomb would fill the memory
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
+
+
+@dataclass(frozen=True)
+class TextLayout:
+    """One tokenized text: start tokens, caption, end token, padding.
+
+    Every method takes NumPy arrays and PyTorch tensors alike, so that runtimes without PyTorch follow the same rule. A
+    text ends at its first end token: the largest id marks the end in CLIP's vocabulary alone.
+
+    context_length: L, the most positions, prompts included.
+    start_ids: tokens before the caption; prompts follow them.
+    reads_padding: the tower attends to padding or reads the last row, so it needs texts of the whole context.
+    """
+
+    context_length: int
+    start_ids: tuple[int, ...]
+    end_id: int
+    pad_id: int
+    reads_padding: bool = False
+
+    @property
+    def start(self) -> int:
+        """Position of the first prompt or caption token."""
+        return len(self.start_ids)
+
+    def lengths(self, tokens: Any) -> Any:
+        """(B, n) -> (B,): tokens up to the end token, which is included."""
+        before_end = (tokens == self.end_id).cumsum(-1) == 0
+        return (before_end.sum(-1) + 1).clip(max=tokens.shape[-1])
+
+    def caption_mask(self, tokens: Any) -> Any:
+        """(B, n) -> bool (B, n): the caption's own tokens, without start, end and padding."""
+        before_end = (tokens == self.end_id).cumsum(-1) == 0
+        position = (tokens == tokens).cumsum(-1) - 1
+        return before_end & (position >= self.start)
+
+    def padded_length(self, prompt_tokens: int) -> int | None:
+        """Length that texts must have beside this many prompts; None where they may be trimmed."""
+        return self.context_length - prompt_tokens if self.reads_padding else None
 
 
 @dataclass(frozen=True)
@@ -80,8 +118,13 @@ class TextTokenizer:
 
     def caption_ids(self, text: str) -> list[int]:
         """Return the ids of a text alone, without start and end and however many there are."""
-        # One at a time: a text takes microseconds, and the library's threads would compete with the model's.
-        ids: list[int] = self._encoding(text).ids
+        normal = NORMALIZERS[self.normalizer](clean_text(text))
+        try:  # one at a time: a text takes microseconds, and the library's threads would compete with the model's
+            ids: list[int] = self.tokenizer.encode(normal, add_special_tokens=False).ids
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise ModelError(f"the model's tokenizer fails on a text: {error}") from error
         return [each for each in ids if each not in self.special_ids] if self.special_ids else ids
 
     def exceeds_limit(self, text: str) -> bool:
@@ -101,17 +144,6 @@ class TextTokenizer:
             self.normalizer, list(self.start_ids), self.end_id, self.pad_id, sorted(self.special_ids),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
-
-    def _encoding(self, text: str) -> Encoding:
-        try:
-            return self.tokenizer.encode(self._normal(text), add_special_tokens=False)
-        except BaseException as error:
-            if not is_panic(error):
-                raise
-            raise ModelError(f"the model's tokenizer fails on a text: {error}") from error
-
-    def _normal(self, text: str) -> str:
-        return NORMALIZERS[self.normalizer](clean_text(text))
 
 
 def _set_values(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.prompt_rows import PromptRows
 from dcar_core.model.towers.text import TextTower
 from dcar_core.util.errors import ModelError

@@ -5,13 +5,13 @@ model then keeps what needs no access to the inside: feature adapters.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.hf_text import HfText
 from dcar_core.model.towers.image import ImageTower, NativeImage, TimmImage, WholeImage
 from dcar_core.model.towers.text import CausalText, CocaText, NativeText, TextTower, WholeText
@@ -37,10 +37,10 @@ def select_towers(
     """
     text, image = text_tower(clip, layout), image_tower(clip, size)
     with torch.no_grad():
-        if text.width and (fault := _fault(lambda: _check_text(clip, text, caption))):
+        if text.width and (fault := _fault(_check_text, clip, text, caption)):
             logger.warning("the text tower is used without prompts, since its proof failed: %s", fault)
             text = WholeText(clip, layout)
-        if image.width and (fault := _fault(lambda: _check_image(clip, image, size))):
+        if image.width and (fault := _fault(_check_image, clip, image, size)):
             logger.warning("the image tower is used without prompts, since its proof failed: %s", fault)
             image = WholeImage(clip, size)
     return text, image
@@ -100,9 +100,9 @@ def image_tower(clip: Any, size: int) -> ImageTower:
     return WholeImage(clip, size)
 
 
-def _fault(check: Any) -> str | None:
+def _fault(check: Callable[..., None], *given: Any) -> str | None:
     try:
-        check()
+        check(*given)
     except Exception as error:  # a library that changed may raise anything
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

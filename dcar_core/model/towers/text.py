@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcar_core.model.text.layout import TextLayout
+from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.prompt_rows import PromptRows
 
 PROMPT_STD = 0.02  # of CLIP's token embeddings
