@@ -37,7 +37,7 @@ from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
 
-LOCATIONS = "locations.arrow"
+_LOCATIONS = "locations.arrow"
 _CORES_PER_WORKER = 4  # without a GPU
 _MAX_BLOCKS = 10_000  # of shard numbers; Ray restarts a block when a worker dies
 _BLOCK_BYTES = 1_000_000  # of shard numbers; Ray reserves this much
@@ -54,7 +54,7 @@ class ShardWorker:
         self.replicas = load_replicas(checkpoint, options.device, exact=options.spec.exact, runtime=runtime)
         if self.replicas[0].image_key != image_key:
             raise DcarError(f"a worker loaded another model from {checkpoint}; give every machine the same checkpoint")
-        with pa.memory_map(str(store.path / LOCATIONS)) as source:
+        with pa.memory_map(str(store.path / _LOCATIONS)) as source:
             self.table = pa.ipc.open_file(source).read_all()
         self.cache = PixelCache(folder, self.replicas[0].preprocess) if folder else None
 
@@ -85,7 +85,7 @@ def encode_on_ray(
     """
     state = EncodingState(gallery, encoder, work, options, runtime)
     if state.todo:
-        _write_locations(state.store.path / LOCATIONS, gallery.table)
+        write_locations(state.store, gallery.table)
         options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
         task = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
         with _ray_session(options.ray or "auto", options.workers or 1), state.bar:
@@ -128,10 +128,11 @@ def _make_shards(todo: list[int], task: tuple[Any, ...], options: BuildOptions) 
         ) from error
 
 
-def _write_locations(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_locations(store: ShardStore, table: pa.Table) -> None:
+    """Write the file that workers read the images' locations from."""
+    store.path.mkdir(parents=True, exist_ok=True)
     locations = table.select(LOCATION_COLUMNS)
-    with atomic_writer(path) as file, pa.ipc.new_file(file, locations.schema) as writer:
+    with atomic_writer(store.path / _LOCATIONS) as file, pa.ipc.new_file(file, locations.schema) as writer:
         writer.write_table(locations)
 
 

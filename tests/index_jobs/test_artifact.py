@@ -107,9 +107,11 @@ def test_threads_share_an_artifact(published: Path) -> None:
 
 def test_removed_version_stays_usable_while_open(index: Path) -> None:
     artifact = open_current(index)
-    vector = artifact.vectors(np.array([3]))
+    vector, lexical = artifact.vectors(np.array([3])), artifact.lexical
     shutil.rmtree(artifact.path)
     assert artifact.search(vector, 1)[1].tolist() == [[3]]
+    assert lexical is not None
+    assert lexical.search("red cross", 1)[1].tolist() == lexical.search("cross red", 1)[1].tolist() != []
     assert artifact.row_of(artifact.item(3).id) == 3
 
 

@@ -259,15 +259,6 @@ def test_no_lock_file_comes_back_while_the_locks_are_removed(tmp_path: Path, mon
     assert not list(path.glob("*.lock"))
 
 
-def test_a_removed_directory_stays_readable_while_it_is_open(tmp_path: Path) -> None:
-    path = tmp_path / "lexical"
-    write_lexical(path, TEXTS)
-    lexical = LexicalIndex(path)
-    for file in path.iterdir():
-        file.unlink()
-    assert lexical.search("skull", 1)[1].tolist() == [1]
-
-
 def test_a_file_that_tantivy_makes_while_the_links_are_removed_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

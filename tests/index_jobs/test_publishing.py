@@ -83,7 +83,7 @@ def test_shared_files_are_not_read_again(index: Path, monkeypatch: pytest.Monkey
 def test_the_number_of_removed_rows_must_be_that_of_the_manifest(index: Path) -> None:
     remove(index, [open_current(index).item(row).id for row in (3, 7)])
     path = open_current(index).path / "removed.npy"
-    for rows in ([], [3], [3, 7, 9]):
+    for rows in ([], [3], [3, 7, 9], [-1, 3], [3, 24]):
         np.save(path, np.array(rows, np.int64))
         manifest = Manifest.read(path.parent / "manifest.json")
         info = replace(manifest.files["removed.npy"], size=path.stat().st_size)

@@ -15,7 +15,7 @@ from PIL import Image
 from dcar_core import Encoder
 from dcar_core.util.errors import MissingExtraError
 from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.ray_cluster import LOCATIONS, ShardWorker, _write_locations
+from index_jobs.encoding.ray_cluster import ShardWorker, write_locations
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
@@ -106,7 +106,7 @@ def test_a_worker_marks_images_at_urls_as_one_machine_does(
     memory.pipe({"/ray/a.png": png("red"), "/ray/items.csv": b"file_name\na.png\n"})
     gallery = scan("memory://ray/items.csv")
     store = ShardStore(gallery, encoder, "torch", tmp_path / "there", options)
-    _write_locations(store.path / LOCATIONS, gallery.table)
+    write_locations(store, gallery.table)
     worker = ShardWorker(store, gallery.root, tiny_checkpoint, encoder.image_key, "torch", options)
     worker({"shard": np.array([0])})
     made, (alone,) = store.load(0), encode_gallery(gallery, [encoder], tmp_path / "here", options).shards

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
-from dcar_core.util.errors import ArtifactError, DataError
+from dcar_core.util.errors import DataError
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
@@ -59,14 +59,6 @@ def test_files_of_ids_may_come_from_another_system(index: Path, tmp_path: Path) 
         CliRunner().invoke(
             app, ["index", "remove", str(index), "--ids-file", str(ids), "--missing-ok"], catch_exceptions=False
         )
-
-
-@pytest.mark.parametrize("row", [-1, 24])
-def test_removed_rows_that_do_not_exist_are_refused(index: Path, row: int) -> None:
-    remove(index, [open_current(index).item(0).id])
-    np.save(open_current(index).path / "removed.npy", np.array([row]))
-    with pytest.raises(ArtifactError, match=r"removed\.npy does not fit the manifest; roll back"):
-        open_current(index)
 
 
 def test_rebuild_restores_items_removed_by_hand(index: Path, tiny_gallery: Path, tiny_checkpoint: Path) -> None:

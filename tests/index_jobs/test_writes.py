@@ -31,12 +31,12 @@ def picture(color: str, shape: str = "square") -> bytes:
     return buffer.getvalue()
 
 
-def put(index: Path, *ids: str, data: bytes | None = None, color: str = "pink", **metadata: Any) -> str:
-    """Accept a job that puts items with these ids."""
+def put(index: Path, *ids: str, data: list[bytes] | None = None, color: str = "pink", **metadata: Any) -> str:
+    """Accept a job that puts items with these ids. data: their image files, by default of a square."""
     items: list[dict[str, Any]] = [
         {"id": each, "caption": f"a {color} {each}", "category": "new", "metadata": metadata} for each in ids
     ]
-    return WriteQueue(index).accept("put", items, [(data or picture(color), "png")] * len(ids))
+    return WriteQueue(index).accept("put", items, [(each, "png") for each in data or [picture(color)] * len(ids)])
 
 
 def delete(index: Path, *ids: str) -> str:
@@ -112,7 +112,7 @@ def test_jobs_keep_their_order_although_the_clock_is_set_back(index: Path, monke
 def test_bad_job_ends_alone(index: Path) -> None:
     jobs = [
         put(index, "a", price=1),
-        put(index, "b", data=b"no picture"),
+        put(index, "b", data=[b"no picture"]),
         put(index, "c", price="cheap"),
         delete(index, *ids_of(open_current(index))),
     ]
@@ -127,30 +127,16 @@ def test_bad_job_ends_alone(index: Path) -> None:
     assert status(index, last)["reason"] == "a collection cannot lose its last item; delete the collection"
 
 
-def test_repeated_batch_adds_nothing_twice(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a kill between the publication and the record of the job's end."""
-    job = put(index, "a", "b")
-    with monkeypatch.context() as patch:
-        patch.setattr(WriteQueue, "end", lambda *_, **__: None)
-        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job)], {"workers": 0})
-    assert (current_version(index), status(index, job)["status"]) == (2, "waiting")
-    apply_writes(index)
-    assert (current_version(index), status(index, job)["index_version"]) == (2, 2)
-
-
 @pytest.mark.parametrize("others", [0, 1])
-def test_repeated_batch_ends_as_an_undisturbed_one_although_images_are_unreadable(
-    index: Path, monkeypatch: pytest.MonkeyPatch, others: int
-) -> None:
-    items: list[dict[str, Any]] = [
-        {"id": each, "caption": each, "category": "", "metadata": {}} for each in ("good", "bad")
-    ]
-    images = [(picture("pink"), "png"), (b"no picture", "png")]
-    jobs = [WriteQueue(index).accept("put", items, images)]
-    jobs += [put(index, "worse", data=b"no picture") for _ in range(others)]
+def test_repeated_batch_ends_as_an_undisturbed_one(index: Path, monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    """As after a kill between the publication and the record of the jobs' ends."""
+    queue, jobs = WriteQueue(index), [put(index, "good", "bad", data=[picture("pink"), b"no picture"])]
+    jobs += [put(index, "worse", data=[b"no picture"]) for _ in range(others)]
+    queue.set_progress(jobs, 1, 0, 2 + others)
     with monkeypatch.context() as patch:
         patch.setattr(WriteQueue, "end", lambda *_, **__: None)
-        apply._publish(WriteQueue(index), index, [WriteQueue(index).read(job) for job in jobs], {"workers": 0})
+        apply._publish(queue, index, [queue.read(job) for job in jobs], {"workers": 0})
+    assert (current_version(index), status(index, jobs[0])["status"]) == (2, "running")
     apply_writes(index)
     assert current_version(index) == 2
     found = status(index, jobs[0])
@@ -163,9 +149,8 @@ def test_unreadable_image_takes_no_earlier_change_of_its_id_away(index: Path) ->
     """As if the jobs had been applied one by one."""
     gone = min(ids_of(open_current(index)))
     jobs = [put(index, "a"), delete(index, gone)]
-    items: list[dict[str, Any]] = [{"id": each, "caption": each, "category": "", "metadata": {}} for each in ("a", "b")]
-    jobs.append(WriteQueue(index).accept("put", items, [(b"no picture", "png"), (picture("gold"), "png")]))
-    jobs += [put(index, each, data=b"no picture") for each in ("a", gone)] + [put(index, "c")]
+    jobs.append(put(index, "a", "b", data=[b"no picture", picture("gold")]))
+    jobs += [put(index, each, data=[b"no picture"]) for each in ("a", gone)] + [put(index, "c")]
     apply_writes(index)
     found = [status(index, job) for job in jobs]
     assert [each["status"] for each in found] == ["done", "done", "done", "failed", "failed", "done"]
