@@ -183,8 +183,8 @@ def test_jobs_wait_while_the_index_cannot_be_written(
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 @pytest.mark.parametrize("most", [10_000, 200_000])
 def test_full_disk_leaves_the_jobs_waiting(index: Path, most: int) -> None:
-    """First the list of images cannot be written, then the words of the new version."""
-    jobs = [put(index, "a", text="long " * 20_000), delete(index, "unknown")]
+    """First the list of images cannot be written, then the items of the new version."""
+    jobs = [put(index, "a", "b", "c", text="long " * 12_000), delete(index, "unknown")]
     done = run("app.cli", "index", "apply", index, "--device", "cpu", file_size=most)
     assert (done.returncode, current_version(index)) == (1, 1)
     assert "cannot be written: File too large" in done.stderr
