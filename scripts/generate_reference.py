@@ -85,7 +85,8 @@ def settings_page() -> str:
     for name, field in Settings.model_fields.items():
         default = _setting_default(field.get_default(call_default_factory=True))
         about = "; ".join(filter(None, [default, _limits(schema[name])]))
-        lines.append(f"- `DCAR_{name.upper()}`{f' ({about})' if about else ''}: {_escape(field.description or '')}")
+        text = " ".join((field.description or "").split())
+        lines.append(f"- `DCAR_{name.upper()}`{f' ({about})' if about else ''}: {_escape(text)}")
     return "\n\n".join([GENERATED, SETTINGS_INTRO, "\n".join(lines)]) + "\n"
 
 

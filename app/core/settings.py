@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from app.core.keys import ApiKey, parse_keys
@@ -32,158 +32,187 @@ _OTHER_VARIABLES = re.compile(
 )
 
 
+def _split(value: object) -> object:
+    return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
+
+
+def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in value if name not in set(ImageFormat)]
+    if unknown or not value:
+        raise ValueError(f"must be some of {', '.join(ImageFormat)}, not {', '.join(unknown) or 'none'}")
+    return value
+
+
+def _check_hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    if any("/" in host or host.count(":") == 1 for host in value):  # no URL, no port; IPv6 has more colons
+        raise ValueError("must be host names such as pictures.example.org, without ports")
+    return tuple(host.lower() for host in value)  # as in a parsed URL
+
+
+def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in value):
+        raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
+    return value
+
+
+def _check_rate(value: str) -> str:
+    parse_rate(value)
+    return value
+
+
+def _check_redis_url(value: SecretStr) -> SecretStr:
+    connect(value.get_secret_value(), timeout_s=1)  # which checks it, and connects later
+    return value
+
+
+def _check_admin_key(value: SecretStr) -> SecretStr:
+    key = value.get_secret_value().strip()
+    if len(key) < 8 or not key.isascii() or not key.isprintable():  # a header cannot carry other characters
+        raise ValueError("must be at least 8 characters of ASCII")
+    name, sign, digest = key.partition(":")
+    if sign and (name == "sha256") != bool(re.fullmatch("[0-9A-Fa-f]{64}", digest)):  # as `dcar key` prints it
+        raise ValueError("must be the key itself, or sha256: and the 64 hexadecimal digits of its hash")
+    return SecretStr(key)
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Hosts = Annotated[Names, AfterValidator(_check_hosts)]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(lambda origin: origin.rstrip("/"))], ...],
+    NoDecode,
+    BeforeValidator(_split),
+    AfterValidator(_check_origins),
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"],
+    BeforeValidator(lambda given: given.lower() if isinstance(given, str) else given),
+]
+Keys = Annotated[
+    dict[str, ApiKey],
+    NoDecode,
+    BeforeValidator(lambda given: parse_keys(given) if isinstance(given, str) else given),
+]
+
+
 class Settings(BaseSettings):
     """Settings of the service. Every field is also an environment variable: `index` is DCAR_INDEX, and so on."""
 
-    model_config = SettingsConfigDict(env_prefix="DCAR_", frozen=True, env_ignore_empty=True)
-
-    index: Path = Field(description="Directory of the published index: the --out of `dcar index build`.")
-    collections: dict[str, Path] = Field(
-        {}, description='More indexes by name, as JSON: {"openmoji": "data/index/openmoji"}.'
-    )
-    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 accepts connections from other machines.")
-    port: int = Field(8000, ge=0, le=65_535, description="Port to listen on. 0 takes a free one.")
-    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Names, separated by commas, by which requests may address the service on 127.0.0.1, besides "
-        "localhost and addresses: for a proxy on the same machine that passes the name on. * allows all.",
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level to log.")
-    log_format: Literal["text", "json"] = Field("text", description="Format of log lines: plain text or JSON objects.")
-    tracing: bool = Field(
-        False, description="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `otel`."
-    )
-    drain_s: float = Field(
-        0, ge=0, description="Seconds between the signal to stop, when /readyz turns to 503, and the end of serving."
+    model_config = SettingsConfigDict(
+        env_prefix="DCAR_", frozen=True, env_ignore_empty=True, use_attribute_docstrings=True
     )
 
-    device: str = Field("auto", description="Device of the model: auto, cpu, cuda, cuda:1, ...")
-    runtime: str = Field(
-        "auto",
-        description="Runtime of the encoder: auto, torch, openvino-bf16, ...; see docs/how-to/choose-a-runtime.md.",
-    )
-    runtime_cache: Path | None = Field(
-        None, description="Directory for exported models. Unset: the user's cache directory."
-    )
-    threads: int | None = Field(None, ge=1, description="Cores for the model. Unset: PyTorch decides.")
-    batch_size: int = Field(32, ge=1, le=1024, description="Largest number of queries in one forward pass.")
-    batch_wait_ms: float = Field(
-        2.0,
-        ge=0,
-        le=100,
-        description="Longest time in milliseconds that a batch waits for more queries, under load only.",
-    )
-    max_pending: int = Field(512, ge=1, description="Largest number of searches in progress. Further requests get 503.")
-    max_queue_ms: int = Field(
-        500,
-        ge=1,
-        description="Longest expected wait for the model in milliseconds. Searches beyond it get 503 at once.",
-    )
-    deadline_ms: int = Field(
-        10_000, ge=1, description="Time limit of a search in milliseconds. After it the response is 503."
-    )
+    index: Path
+    """Directory of the published index: the --out of `dcar index build`."""
+    collections: dict[str, Path] = {}
+    """More indexes by name, as JSON: {"openmoji": "data/index/openmoji"}."""
+    host: str = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 accepts connections from other machines."""
+    port: int = Field(8000, ge=0, le=65_535)
+    """Port to listen on. 0 takes a free one."""
+    allowed_hosts: Hosts = ()
+    """Names, separated by commas, by which requests may address the service on 127.0.0.1, besides localhost and
+    addresses: for a proxy on the same machine that passes the name on. * allows all."""
+    log_level: LogLevel = "info"
+    """Least severe level to log."""
+    log_format: Literal["text", "json"] = "text"
+    """Format of log lines: plain text or JSON objects."""
+    tracing: bool = False
+    """Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `otel`."""
+    drain_s: float = Field(0, ge=0)
+    """Seconds between the signal to stop, when /readyz turns to 503, and the end of serving."""
 
-    redis_url: SecretStr | None = Field(
-        None,
-        description="Redis for cached embeddings, rate limits and notices of new indexes: redis://, rediss://, unix:, "
-        "redis+sentinel:// or redis+cluster://. Unset: processes share nothing.",
-    )
-    redis_timeout_ms: int = Field(
-        100,
-        ge=1,
-        description="Time limit of a Redis command in milliseconds. A slower response is treated as a failure.",
-    )
-    cache_size: int = Field(
-        10_000,
-        ge=0,
-        description="Number of query embeddings cached in the process, and of rankings cached for each version, of "
-        "these at most 1,000. 0 caches none.",
-    )
-    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1, description="Lifetime in seconds of an embedding in Redis.")
+    device: str = "auto"
+    """Device of the model: auto, cpu, cuda, cuda:1, ..."""
+    runtime: str = "auto"
+    """Runtime of the encoder: auto, torch, openvino-bf16, ...; see docs/how-to/choose-a-runtime.md."""
+    runtime_cache: Path | None = None
+    """Directory for exported models. Unset: the user's cache directory."""
+    threads: int | None = Field(None, ge=1)
+    """Cores for the model. Unset: PyTorch decides."""
+    batch_size: int = Field(32, ge=1, le=1024)
+    """Largest number of queries in one forward pass."""
+    batch_wait_ms: float = Field(2.0, ge=0, le=100)
+    """Longest time in milliseconds that a batch waits for more queries, under load only."""
+    max_pending: int = Field(512, ge=1)
+    """Largest number of searches in progress. Further requests get 503."""
+    max_queue_ms: int = Field(500, ge=1)
+    """Longest expected wait for the model in milliseconds. Searches beyond it get 503 at once."""
+    deadline_ms: int = Field(10_000, ge=1)
+    """Time limit of a search in milliseconds. After it the response is 503."""
 
-    max_upload_bytes: int = Field(20 * 2**20, ge=1024, description="Largest image file in bytes. Larger ones get 413.")
-    max_in_flight_bytes: int = Field(
-        256 * 2**20,
-        ge=1024,
-        description="Largest number of bytes held for all requests in progress: of their bodies, and of images "
-        "fetched by URL. Further requests get 503.",
-    )
-    upload_timeout_s: float = Field(
-        30, gt=0, description="Seconds for a request body to arrive. After it the response is 408."
-    )
-    max_pixels: int = Field(
-        64_000_000, ge=1, description="Largest number of pixels in a query image, checked before it is decoded."
-    )
-    image_formats: Annotated[tuple[str, ...], NoDecode] = Field(
-        tuple(sorted(image_format.value for image_format in WEB_FORMATS)),
-        description="Formats of query images, separated by commas. tiff and bmp are accepted only if named here; heif "
-        "needs the extra heic.",
-    )
-    max_query_chars: int = Field(1000, ge=1, description="Largest number of characters in a text query.")
-    max_k: int = Field(200, ge=DEFAULT_K, description="Largest number of results on a page.")
-    max_window: int = Field(1000, ge=DEFAULT_K, description="Deepest result that paging reaches: offset + k.")
-    max_queries: int = Field(
-        32, ge=1, le=MAX_QUERIES, description="Largest number of searches in a batch, or of inputs to /v1/embeddings."
-    )
-    rerank_depth: int = Field(20, ge=1, le=200, description="Number of first results that `rerank` scores again.")
-    explain_results: int = Field(8, ge=1, le=200, description="Number of results on a page that `explain` explains.")
+    redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = None
+    """Redis for cached embeddings, rate limits and notices of new indexes: redis://, rediss://, unix:,
+    redis+sentinel:// or redis+cluster://. Unset: processes share nothing."""
+    redis_timeout_ms: int = Field(100, ge=1)
+    """Time limit of a Redis command in milliseconds. A slower response is treated as a failure."""
+    cache_size: int = Field(10_000, ge=0)
+    """Number of query embeddings cached in the process, and of rankings cached for each version, of these at most
+    1,000. 0 caches none."""
+    cache_ttl_s: int = Field(7 * 24 * 3600, ge=1)
+    """Lifetime in seconds of an embedding in Redis."""
 
-    poll_s: float = Field(
-        2.0, ge=0, description="Seconds between two checks for a newly published index version. 0 disables them."
+    max_upload_bytes: int = Field(20 * 2**20, ge=1024)
+    """Largest image file in bytes. Larger ones get 413."""
+    max_in_flight_bytes: int = Field(256 * 2**20, ge=1024)
+    """Largest number of bytes held for all requests in progress: of their bodies, and of images fetched by URL. Further
+    requests get 503."""
+    upload_timeout_s: float = Field(30, gt=0)
+    """Seconds for a request body to arrive. After it the response is 408."""
+    max_pixels: int = Field(64_000_000, ge=1)
+    """Largest number of pixels in a query image, checked before it is decoded."""
+    image_formats: Annotated[Names, AfterValidator(_check_formats)] = tuple(
+        sorted(image_format.value for image_format in WEB_FORMATS)
     )
-    admin_key: SecretStr | None = Field(
-        None, description="Key of the /admin routes, in plain text or as sha256:HASH. Unset: they are disabled."
-    )
-    api_keys: Annotated[dict[str, ApiKey], NoDecode] = Field(
-        {},
-        description="Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. "
-        "NAME:HASH:write may change items as well, and NAME:HASH:read:shoes+bags opens these collections only. Unset: "
-        "everybody may search.",
-    )
-    writes: bool = Field(
-        False,
-        description="Accept changes of items over HTTP, with the admin key or a key that may write. The service then "
-        "needs to write to the index directories.",
-    )
-    collections_dir: Path | None = Field(
-        None,
-        description="Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be.",
-    )
-    max_jobs: int = Field(
-        1000, ge=1, description="Largest number of waiting changes of a collection's items. More get 503."
-    )
-    max_collections: int = Field(100, ge=0, description="Largest number of collections that are created over HTTP.")
-    rate_limit: str | None = Field(
-        None,
-        description="Rate limit of each key, or of each address where no keys are set: 20/second, 600/minute. "
-        "Unset: no limit.",
-    )
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        (),
-        description="Other sites whose pages may search, separated by commas: https://shop.example. * allows all; "
-        "unset allows none.",
-    )
+    """Formats of query images, separated by commas. tiff and bmp are accepted only if named here; heif needs the extra
+    heic."""
+    max_query_chars: int = Field(1000, ge=1)
+    """Largest number of characters in a text query."""
+    max_k: int = Field(200, ge=DEFAULT_K)
+    """Largest number of results on a page."""
+    max_window: int = Field(1000, ge=DEFAULT_K)
+    """Deepest result that paging reaches: offset + k."""
+    max_queries: int = Field(32, ge=1, le=MAX_QUERIES)
+    """Largest number of searches in a batch, or of inputs to /v1/embeddings."""
+    rerank_depth: int = Field(20, ge=1, le=200)
+    """Number of first results that `rerank` scores again."""
+    explain_results: int = Field(8, ge=1, le=200)
+    """Number of results on a page that `explain` explains."""
 
-    page_hybrid: bool = Field(
-        False, description="Start the search page with `Words too` on, which looks up the words of a search as well."
-    )
-    thumbnail_cache: Path | None = Field(
-        None, description="Directory of cached thumbnails. Unset: below DCAR_RUNTIME_CACHE, else the user's cache."
-    )
-    thumbnail_cache_bytes: int = Field(
-        512 * 2**20, ge=0, description="Largest size of the cached thumbnails in bytes. 0 caches none."
-    )
-    image_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (),
-        description="Directories, separated by commas, from which images are served besides the gallery's own: for "
-        "lists with absolute paths, and for links that lead out of the gallery.",
-    )
-    image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Hosts, or buckets, separated by commas, whose images the service fetches by URL. Unset: none."
-    )
-    image_ports: Annotated[tuple[int, ...], NoDecode] = Field(
-        (80, 443), description="Ports of those hosts that a request may name in a URL, separated by commas."
-    )
+    poll_s: float = Field(2.0, ge=0)
+    """Seconds between two checks for a newly published index version. 0 disables them."""
+    admin_key: Annotated[SecretStr, AfterValidator(_check_admin_key)] | None = None
+    """Key of the /admin routes, in plain text or as sha256:HASH. Unset: they are disabled."""
+    api_keys: Keys = {}
+    """Keys that may search, as NAME:HASH pairs separated by commas; `dcar key NAME` makes one. NAME:HASH:write may
+    change items as well, and NAME:HASH:read:shoes+bags opens these collections only. Unset: everybody may search."""
+    writes: bool = False
+    """Accept changes of items over HTTP, with the admin key or a key that may write. The service then needs to write to
+    the index directories."""
+    collections_dir: Path | None = None
+    """Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be."""
+    max_jobs: int = Field(1000, ge=1)
+    """Largest number of waiting changes of a collection's items. More get 503."""
+    max_collections: int = Field(100, ge=0)
+    """Largest number of collections that are created over HTTP."""
+    rate_limit: Annotated[str, AfterValidator(_check_rate)] | None = None
+    """Rate limit of each key, or of each address where no keys are set: 20/second, 600/minute. Unset: no limit."""
+    cors_origins: Origins = ()
+    """Other sites whose pages may search, separated by commas: https://shop.example. * allows all; unset allows
+    none."""
+
+    page_hybrid: bool = False
+    """Start the search page with `Words too` on, which looks up the words of a search as well."""
+    thumbnail_cache: Path | None = None
+    """Directory of cached thumbnails. Unset: below DCAR_RUNTIME_CACHE, else the user's cache."""
+    thumbnail_cache_bytes: int = Field(512 * 2**20, ge=0)
+    """Largest size of the cached thumbnails in bytes. 0 caches none."""
+    image_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)] = ()
+    """Directories, separated by commas, from which images are served besides the gallery's own: for lists with absolute
+    paths, and for links that lead out of the gallery."""
+    image_hosts: Hosts = ()
+    """Hosts, or buckets, separated by commas, whose images the service fetches by URL. Unset: none."""
+    image_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (80, 443)
+    """Ports of those hosts that a request may name in a URL, separated by commas."""
 
     @property
     def default_collection(self) -> str:
@@ -206,16 +235,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r} is the name of the default collection, after its directory; choose another")
         return value
 
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _lower_case(cls, value: object) -> object:
-        return value.lower() if isinstance(value, str) else value
-
-    @field_validator("api_keys", mode="before")
-    @classmethod
-    def _parse_keys(cls, value: object) -> object:
-        return parse_keys(value) if isinstance(value, str) else value
-
     @field_validator("writes")
     @classmethod
     def _require_writer(cls, value: bool, info: ValidationInfo) -> bool:
@@ -223,61 +242,6 @@ class Settings(BaseSettings):
         if value and not info.data.get("admin_key") and not any(key.may_write for key in keys.values()):
             raise ValueError("needs DCAR_ADMIN_KEY, or a key in DCAR_API_KEYS that may write")
         return value
-
-    @field_validator("cors_origins", mode="before")
-    @classmethod
-    def _parse_origins(cls, value: object) -> object:
-        origins = tuple(o.rstrip("/") for o in value.replace(",", " ").split()) if isinstance(value, str) else value
-        if isinstance(origins, tuple) and not all(o == "*" or _ORIGIN.fullmatch(o) for o in origins):
-            raise ValueError("must be origins such as https://shop.example, without path or wildcards, or *")
-        return origins
-
-    @field_validator("allowed_hosts", "image_formats", "image_roots", "image_hosts", "image_ports", mode="before")
-    @classmethod
-    def _split_list(cls, value: object) -> object:
-        return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
-
-    @field_validator("image_formats")
-    @classmethod
-    def _check_formats(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in value if name not in set(ImageFormat)]
-        if unknown or not value:
-            raise ValueError(f"must be some of {', '.join(ImageFormat)}, not {', '.join(unknown) or 'none'}")
-        return value
-
-    @field_validator("allowed_hosts", "image_hosts")
-    @classmethod
-    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any("/" in host or host.count(":") == 1 for host in value):  # no URL, no port; IPv6 has more colons
-            raise ValueError("must be host names such as pictures.example.org, without ports")
-        return tuple(host.lower() for host in value)  # as in a parsed URL
-
-    @field_validator("rate_limit")
-    @classmethod
-    def _check_rate(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_rate(value)
-        return value
-
-    @field_validator("redis_url")
-    @classmethod
-    def _check_redis_url(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            connect(value.get_secret_value(), timeout_s=1)  # which checks it, and connects later
-        return value
-
-    @field_validator("admin_key")
-    @classmethod
-    def _check_admin_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is None:
-            return None
-        key = value.get_secret_value().strip()
-        if len(key) < 8 or not key.isascii() or not key.isprintable():  # a header cannot carry other characters
-            raise ValueError("must be at least 8 characters of ASCII")
-        name, sign, digest = key.partition(":")
-        if sign and (name == "sha256") != bool(re.fullmatch("[0-9A-Fa-f]{64}", digest)):  # as `dcar key` prints it
-            raise ValueError("must be the key itself, or sha256: and the 64 hexadecimal digits of its hash")
-        return SecretStr(key)
 
 
 def load_settings(**flags: Any) -> Settings:
