@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from app.cli import datasets, indexing, quickstart, serving, tools, training
 from dcar_core.util.console import run_command
@@ -33,7 +34,7 @@ def _print_version(requested: bool) -> None:
 @app.callback()
 def _every_command(
     show: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

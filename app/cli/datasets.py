@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from app.cli.options import Device, Images, Negatives, Pretrained, Taxonomy, example
 
@@ -14,12 +15,10 @@ commands = typer.Typer(help="Check annotations, add negative captions, or captio
 
 @commands.command("check", epilog=example("dcar data check my/catalogue"))
 def check_command(
-    paths: Annotated[
-        list[Path], typer.Argument(help="Data sets: directories, or annotation files.", metavar="PATH...")
-    ],
+    paths: Annotated[list[Path], Argument(help="Data sets: directories, or annotation files.", metavar="PATH...")],
     images: Images = None,
-    annotations_only: Annotated[bool, typer.Option(help="Do not open the images.")] = False,
-    context: Annotated[int, typer.Option(min=0, help="Count captions of more CLIP tokens; 0 counts none.")] = 77,
+    annotations_only: Annotated[bool, Option(help="Do not open the images.")] = False,
+    context: Annotated[int, Option(min=0, help="Count captions of more CLIP tokens; 0 counts none.")] = 77,
 ) -> None:
     """Print the contents of a data set, its repairs and omissions; fails if images are missing or broken."""
     from dcar_core.data import UNUSABLE, check_dataset, describe_reports
@@ -40,18 +39,18 @@ def check_command(
 
 @commands.command("negatives", epilog=example("dcar data negatives my/catalogue --out with-negatives"))
 def negatives_command(
-    path: Annotated[Path, typer.Argument(help="Data set: a directory, or an annotation file.")],
-    out: Annotated[Path | None, typer.Option(help="New directory for the annotations with negatives.")] = None,
+    path: Annotated[Path, Argument(help="Data set: a directory, or an annotation file.")],
+    out: Annotated[Path | None, Option(help="New directory for the annotations with negatives.")] = None,
     negatives: Negatives = "missing",
     taxonomy: Taxonomy = None,
     model: Annotated[
         str | None,
-        typer.Option(help="CLIP model that compares category names, as in training. Default: compare their letters."),
+        Option(help="CLIP model that compares category names, as in training. Default: compare their letters."),
     ] = None,
     pretrained: Pretrained = None,
-    count: Annotated[int, typer.Option(min=1, max=8, help="Most negatives for each caption.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of the attribute swaps.")] = 0,
-    show: Annotated[int, typer.Option(min=0, help="Captions of each split to print.")] = 3,
+    count: Annotated[int, Option(min=1, max=8, help="Most negatives for each caption.")] = 4,
+    seed: Annotated[int, Option(help="Seed of the attribute swaps.")] = 0,
+    show: Annotated[int, Option(min=0, help="Captions of each split to print.")] = 3,
     device: Device = "auto",
 ) -> None:
     """Generate negative captions as `dcar train` does, print some, and write them for review and training."""
@@ -84,31 +83,28 @@ def negatives_command(
     ),
 )
 def caption_command(
-    images: Annotated[Path, typer.Option(help="Folder with one folder of images for each category.")],
-    out: Annotated[Path, typer.Option(help="Annotations to write, such as photos/pairs.json.")],
-    url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
-    model: Annotated[str, typer.Option(help="Vision model at the endpoint that writes the drafts.")],
-    judge_model: Annotated[str | None, typer.Option(help="Model that judges the drafts. Default: --model.")] = None,
-    judge_url: Annotated[str | None, typer.Option(help="Endpoint of the judge. Default: --url.")] = None,
-    judge: Annotated[bool, typer.Option(help="Judge the drafts.")] = True,
-    dataset: Annotated[
-        str, typer.Option(help="Subject of the images, for the questions. Default: the folder's name.")
-    ] = "",
+    images: Annotated[Path, Option(help="Folder with one folder of images for each category.")],
+    out: Annotated[Path, Option(help="Annotations to write, such as photos/pairs.json.")],
+    url: Annotated[str, Option(help="OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1.")],
+    model: Annotated[str, Option(help="Vision model at the endpoint that writes the drafts.")],
+    judge_model: Annotated[str | None, Option(help="Model that judges the drafts. Default: --model.")] = None,
+    judge_url: Annotated[str | None, Option(help="Endpoint of the judge. Default: --url.")] = None,
+    judge: Annotated[bool, Option(help="Judge the drafts.")] = True,
+    dataset: Annotated[str, Option(help="Subject of the images, for the questions. Default: the folder's name.")] = "",
     templates: Annotated[
-        Path | None,
-        typer.Option(help="File of questions, one per line, with {category} and optionally {dataset}, {words}."),
+        Path | None, Option(help="File of questions, one per line, with {category} and optionally {dataset}, {words}.")
     ] = None,
-    context: Annotated[int, typer.Option(min=16, help="Most CLIP tokens in a caption.")] = 73,
-    rounds: Annotated[int, typer.Option(min=1, help="Most drafts for an image.")] = 3,
-    concurrency: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 4,
-    side: Annotated[int, typer.Option(min=64, help="Longer side of the uploaded image, in pixels.")] = 768,
-    max_tokens: Annotated[int, typer.Option(min=16, help="Most tokens in a response.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.2,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a response.")] = 120,
-    tries: Annotated[int, typer.Option(min=1, help="Attempts for one request.")] = 6,
-    price: Annotated[str, typer.Option(help="IN,OUT price of a million tokens, to print the cost.")] = "",
-    judge_price: Annotated[str, typer.Option(help="Price of the judge. Default: --price for the same model.")] = "",
-    restart: Annotated[bool, typer.Option(help="Discard earlier responses.")] = False,
+    context: Annotated[int, Option(min=16, help="Most CLIP tokens in a caption.")] = 73,
+    rounds: Annotated[int, Option(min=1, help="Most drafts for an image.")] = 3,
+    concurrency: Annotated[int, Option(min=1, help="Images captioned at a time.")] = 4,
+    side: Annotated[int, Option(min=64, help="Longer side of the uploaded image, in pixels.")] = 768,
+    max_tokens: Annotated[int, Option(min=16, help="Most tokens in a response.")] = 200,
+    temperature: Annotated[float, Option(min=0, help="Sampling temperature.")] = 0.2,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds to wait for a response.")] = 120,
+    tries: Annotated[int, Option(min=1, help="Attempts for one request.")] = 6,
+    price: Annotated[str, Option(help="IN,OUT price of a million tokens, to print the cost.")] = "",
+    judge_price: Annotated[str, Option(help="Price of the judge. Default: --price for the same model.")] = "",
+    restart: Annotated[bool, Option(help="Discard earlier responses.")] = False,
 ) -> None:
     """Caption images with a vision model, and write annotations for training.
 

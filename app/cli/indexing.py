@@ -5,30 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from app.cli.options import Filter, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
-from index_jobs.jobs.cli import (
-    EPILOG,
-    BatchSize,
-    Device,
-    Gallery,
-    Keep,
-    MaxFailed,
-    Runtime,
-    Workers,
-    build_command,
-)
+from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import BuildOptions, IndexSpec
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Item
 
 commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
-Index = Annotated[Path, typer.Argument(help="Directory of a published index.")]
+Index = Annotated[Path, Argument(help="Directory of a published index.")]
 
-commands.command("build", epilog=EPILOG)(build_command)
+commands.command("build", epilog=job_cli.EPILOG)(job_cli.build_command)
 
 
 @commands.command("list", epilog=example("dcar index list index"))
@@ -71,7 +62,7 @@ def verify_command(index: Index) -> None:
 @commands.command("rollback", epilog=example("dcar index rollback index", "dcar index rollback index --to 3"))
 def rollback_command(
     index: Index,
-    to: Annotated[int | None, typer.Option(help="Version. Default: the one that the current version replaced.")] = None,
+    to: Annotated[int | None, Option(help="Version. Default: the one that the current version replaced.")] = None,
 ) -> None:
     """Make an earlier version the current one."""
     from index_jobs.store.publish import rollback
@@ -82,16 +73,14 @@ def rollback_command(
 @commands.command("add", epilog=example("dcar index add index --gallery new-photos"))
 def add_command(
     index: Index,
-    gallery: Gallery,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Images replace items with the same id, instead of an error.")
-    ] = False,
-    workers: Workers = None,
-    batch_size: BatchSize = BuildOptions.batch_size,
-    keep: Keep = BuildOptions.keep,
-    max_failed: MaxFailed = IndexSpec.max_failed,
-    device: Device = "auto",
-    runtime: Runtime = "auto",
+    gallery: job_cli.Gallery,
+    replace: Annotated[bool, Option("--replace", help="Replace items with the same id, instead of an error.")] = False,
+    workers: job_cli.Workers = None,
+    batch_size: job_cli.BatchSize = BuildOptions.batch_size,
+    keep: job_cli.Keep = BuildOptions.keep,
+    max_failed: job_cli.MaxFailed = IndexSpec.max_failed,
+    device: job_cli.Device = "auto",
+    runtime: job_cli.Runtime = "auto",
 ) -> None:
     """Publish a version with the images of another gallery added, without a rebuild."""
     from index_jobs.jobs.update import add
@@ -108,11 +97,11 @@ def add_command(
 @commands.command("apply", epilog=example("dcar index apply index"))
 def apply_command(
     index: Index,
-    workers: Workers = None,
-    batch_size: BatchSize = BuildOptions.batch_size,
-    keep: Keep = BuildOptions.keep,
-    device: Device = "auto",
-    runtime: Runtime = "auto",
+    workers: job_cli.Workers = None,
+    batch_size: job_cli.BatchSize = BuildOptions.batch_size,
+    keep: job_cli.Keep = BuildOptions.keep,
+    device: job_cli.Device = "auto",
+    runtime: job_cli.Runtime = "auto",
 ) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
     from index_jobs.jobs.apply import apply_writes
@@ -124,13 +113,12 @@ def apply_command(
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))
 def relocate_command(
     index: Index,
-    gallery: Annotated[str | None, typer.Option(metavar="LOCATION", help="New location of the gallery.")] = None,
+    gallery: Annotated[str | None, Option(metavar="LOCATION", help="New location of the gallery.")] = None,
     former: Annotated[
-        str | None,
-        typer.Option("--from", metavar="FOLDER", help="Folder that was moved there. Default: the gallery's root."),
+        str | None, Option("--from", metavar="FOLDER", help="Folder that was moved there. Default: the gallery's root.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(exists=True, help="New directory or file of the backbone.")] = None,
-    keep: Keep = BuildOptions.keep,
+    model: Annotated[Path | None, Option(exists=True, help="New directory or file of the backbone.")] = None,
+    keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
     """Publish a version whose images or model are looked for at another place; nothing is encoded."""
     from index_jobs.jobs.relocate import relocate
@@ -147,13 +135,11 @@ def relocate_command(
 )
 def remove_command(
     index: Index,
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids of items, as in search results.")] = None,
-    ids_file: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="UTF-8 file with one id a line.")
-    ] = None,
+    ids: Annotated[list[str] | None, Argument(help="Ids of items, as in search results.")] = None,
+    ids_file: Annotated[Path | None, Option(exists=True, dir_okay=False, help="UTF-8 file with one id a line.")] = None,
     filter: Filter = None,
-    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
-    keep: Keep = BuildOptions.keep,
+    missing_ok: Annotated[bool, Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
+    keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
     """Publish a version in which some items are never found, without a rebuild."""
     from dcar_core.data.entries import read_text

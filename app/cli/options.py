@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from dcar_core.model.config import LossDirection
 
@@ -31,60 +32,42 @@ def parse_filter(text: str) -> dict[str, Any]:
     return value
 
 
-Data = Annotated[
-    Path,
-    typer.Option(
-        help="Directory with train.json, val.json, test.json, or a table; see docs/reference/data-formats.md."
-    ),
-]
-ModelName = Annotated[
-    str, typer.Option("--model", help="An open_clip model such as ViT-B-32-quickgelu, or a model directory.")
-]
+Data = Annotated[Path, Option(help="Directory with train.json, ..., or a table; see docs/reference/data-formats.md.")]
+ModelName = Annotated[str, Option("--model", help="An open_clip model such as ViT-B-32-quickgelu, or a directory.")]
 Pretrained = Annotated[
-    str | None,
-    typer.Option(help="Weights for a model name: a tag (openai) or a .safetensors / .pt file. Not for a directory."),
+    str | None, Option(help="Weights of a named model: a tag (openai), or a .safetensors or .pt file.")
 ]
-Images = Annotated[Path | None, typer.Option(help="Root folder of the images. Default: the folder of the annotations.")]
-SkipBroken = Annotated[bool, typer.Option("--skip-broken", help="Leave out images that are missing or broken.")]
+Images = Annotated[Path | None, Option(help="Root folder of the images. Default: the folder of the annotations.")]
+SkipBroken = Annotated[bool, Option("--skip-broken", help="Leave out images that are missing or broken.")]
 Negatives = Annotated[
     str,
-    typer.Option(
+    Option(
         help="Generate negative captions: auto (if most pairs of a split have none), missing (for pairs without any), "
         "all (also replacing existing ones), off."
     ),
 ]
 Taxonomy = Annotated[
-    Path | None,
-    typer.Option(
-        help="JSON that groups similar categories, for generated negatives; see docs/reference/data-formats.md."
-    ),
+    Path | None, Option(help="JSON that groups similar categories; see docs/reference/data-formats.md.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Loss = Annotated[
-    LossDirection,
-    typer.Option(help="Contrastive loss: both directions, or image-to-text only, as in the baselines' own code."),
-]
-Epochs = Annotated[int, typer.Option(min=1, help="Most epochs to train.")]
-BatchSize = Annotated[int, typer.Option(min=2, help="Pairs per training step.")]
-Patience = Annotated[
-    int, typer.Option(min=0, help="Stop after this many epochs without a better validation recall; 0 never stops.")
-]
-Accumulate = Annotated[
-    int, typer.Option(min=1, help="Split a batch into this many parts, for a small device; the result is the same.")
-]
-Amp = Annotated[str, typer.Option(help="Mixed precision: auto (if a GPU supports it), off, bfloat16 or float16.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Loss = Annotated[LossDirection, Option(help="Contrastive loss: in both directions, or image-to-text only.")]
+Epochs = Annotated[int, Option(min=1, help="Most epochs to train.")]
+BatchSize = Annotated[int, Option(min=2, help="Pairs per training step.")]
+Patience = Annotated[int, Option(min=0, help="Stop after so many epochs without better validation recall; 0: never.")]
+Accumulate = Annotated[int, Option(min=1, help="Split a batch into parts, for a small device; the result is the same.")]
+Amp = Annotated[str, Option(help="Mixed precision: auto (if a GPU supports it), off, bfloat16 or float16.")]
 Features = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         envvar="DCAR_FEATURES", help="Cache of frozen features, which several runs can share. Default: OUT/features."
     ),
 ]
-LearningRate = Annotated[float, typer.Option("--lr", min=0, help="Learning rate.")]
-IndexDir = Annotated[Path, typer.Option("--index", help="Directory of a published index.")]
+LearningRate = Annotated[float, Option("--lr", min=0, help="Learning rate.")]
+IndexDir = Annotated[Path, Option("--index", help="Directory of a published index.")]
 Filter = Annotated[
     dict[str, Any] | None,
-    typer.Option(
+    Option(
         parser=parse_filter, metavar="JSON", help='Only items that match a filter, such as \'{"category": "shoes"}\'.'
     ),
 ]
-Out = Annotated[Path, typer.Option(help="Directory to write to; created if missing.")]
+Out = Annotated[Path, Option(help="Directory to write to; created if missing.")]

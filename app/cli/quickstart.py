@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
@@ -26,14 +27,14 @@ _BUNDLED = EXAMPLES / "base"
 
 @commands.command(epilog=example("dcar quickstart photos", "dcar quickstart photos --model ViT-L-14 --port 9000"))
 def quickstart(
-    gallery: Annotated[Path, typer.Argument(help="Folder of images, an uncompressed tar, or a list.")],
+    gallery: Annotated[Path, Argument(help="Folder of images, an uncompressed tar, or a list.")],
     model: ModelName = "ViT-B-32-quickgelu",
     pretrained: Pretrained = "openai",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    data: Annotated[Path, typer.Option(help="Directory for the checkpoint and the index.")] = Path("data"),
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    data: Annotated[Path, Option(help="Directory for the checkpoint and the index.")] = Path("data"),
     runtime: Runtime = "auto",
-    page: Annotated[bool, typer.Option("--open/--no-open", help="Open the search page in a browser.")] = True,
+    page: Annotated[bool, Option("--open/--no-open", help="Open the search page in a browser.")] = True,
 ) -> None:
     """Index a folder of images with an unadapted model, and serve it with a search page.
 
@@ -78,10 +79,8 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
     is_directory = Path(model).is_dir()
     weights = Path(model if is_directory else pretrained or "").resolve()
     is_local = is_directory or weights.is_file()
-    names = [model, pretrained or "own"]
-    if is_local:
-        names = [*([] if is_directory else [model]), weights.name, _short_hash(weights)]
-    out = folder / "-".join(names).replace("/", "-").replace(":", "-")
+    name = f"{weights.name}-{_short_hash(weights)}" if is_local else f"{model}-{pretrained or 'own'}"
+    out = folder / name.replace("/", "-").replace(":", "-")
     source = ["--model", model, *(["--pretrained", pretrained] if pretrained else [])]
     if is_checkpoint(out) and not is_local:
         return out, source

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
 from dcar_core.util.console import dump_json
@@ -20,15 +21,12 @@ commands = typer.Typer()
     epilog=example("dcar serve --index index --port 8000", "dcar serve --index shoes --collection bags=bags-index")
 )
 def serve(
-    index: Annotated[Path | None, typer.Option(help="Directory of a published index [DCAR_INDEX].")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on [DCAR_HOST].")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one [DCAR_PORT].")] = None,
-    runtime: Annotated[
-        str | None, typer.Option(help="Encoder runtime: auto, torch, openvino-bf16, ... [DCAR_RUNTIME]")
-    ] = None,
+    index: Annotated[Path | None, Option(help="Directory of a published index [DCAR_INDEX].")] = None,
+    host: Annotated[str | None, Option(help="Address to listen on [DCAR_HOST].")] = None,
+    port: Annotated[int | None, Option(min=0, max=65535, help="Port; 0 chooses a free one [DCAR_PORT].")] = None,
+    runtime: Annotated[str | None, Option(help="Encoder runtime, such as auto or torch [DCAR_RUNTIME].")] = None,
     collection: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Another index, under /collections/NAME/; may be repeated."),
+        list[str] | None, Option(metavar="NAME=DIR", help="Another index, under /collections/NAME/; may be repeated.")
     ] = None,
 ) -> None:
     """Serve an index over HTTP, with a search page at / and the API's documentation at /docs.
@@ -37,7 +35,8 @@ def serve(
     """
     if index is None and not os.environ.get("DCAR_INDEX"):
         raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
-    serve_index(index=index, host=host, port=port, runtime=runtime, collections=_parse_collections(collection or []))
+    collections = {name: Path(path) for name, path in _pairs("--collection", "NAME=DIR", collection)} or None
+    serve_index(index=index, host=host, port=port, runtime=runtime, collections=collections)
 
 
 @commands.command(
@@ -48,20 +47,17 @@ def serve(
     )
 )
 def search(
-    query: Annotated[str, typer.Argument(help="Words, or the path of an image.")],
+    query: Annotated[str, Argument(help="Words, or the path of an image.")],
     index: IndexDir,
-    image: Annotated[Path | None, typer.Option(help="An image to combine with the words.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, max=1000, help="Number of results.")] = 10,
-    without: Annotated[str, typer.Option(help="Words for content that results should not show.")] = "",
-    hybrid: Annotated[
-        bool, typer.Option("--hybrid", help="Look up the words in ids, captions, categories and metadata as well.")
-    ] = False,
+    image: Annotated[Path | None, Option(help="An image to combine with the words.")] = None,
+    k: Annotated[int, Option("-k", min=1, max=1000, help="Number of results.")] = 10,
+    without: Annotated[str, Option(help="Words for content that results should not show.")] = "",
+    hybrid: Annotated[bool, Option("--hybrid", help="Look up the words in ids, texts and metadata as well.")] = False,
     filter: Filter = None,
     option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Any other search option of the HTTP API; may be repeated."),
+        list[str] | None, Option(metavar="NAME=VALUE", help="Any other search option of the HTTP API; may be repeated.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
     device: Device = "auto",
 ) -> None:
     """Search an index once, without a service.
@@ -71,22 +67,13 @@ def search(
     """
     from app.api.responses import search_body
     from app.search import Index
-    from app.search.query import normalize, parse_fields
+    from app.search.query import parse_fields
     from dcar_core.images import has_image_suffix
 
-    if not normalize(query):
-        raise DcarError("the query is empty: give words or the path of an image")
-    if without and not normalize(without):
-        raise DcarError("--without is empty: give words, or omit it")
     if has_image_suffix(query) or os.path.isfile(query):  # noqa: PTH113  False for words too long for a name
-        if hybrid:
-            raise DcarError(f"--hybrid looks up words, and {query} is an image: omit it")
         query, image = "", Path(query)
-    pairs = [each.partition("=") for each in option or []]
-    if wrong := [each for each, (name, sign, _) in zip(option or [], pairs, strict=True) if not (name and sign)]:
-        raise DcarError(f"--option is NAME=VALUE, such as fold=0.9, not {wrong[0]!r}")
     given = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
-    fields = given | parse_fields((name, value) for name, _, value in pairs)
+    fields = given | parse_fields(_pairs("--option", "NAME=VALUE, such as fold=0.9", option))
     found = Index.open(index, device=device).search(query, image=image, **fields)
     body = search_body(found)
     for result, match in zip(body["results"], found, strict=True):
@@ -103,10 +90,10 @@ def search(
 
 @commands.command(epilog=example("dcar demo", "dcar demo --port 9000 --domain openmoji"))
 def demo(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    domain: Annotated[str, typer.Option(help="Default collection: twemoji or openmoji.")] = "twemoji",
-    data: Annotated[Path, typer.Option(help="Directory for the demo's indexes.")] = Path("data"),
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    domain: Annotated[str, Option(help="Default collection: twemoji or openmoji.")] = "twemoji",
+    data: Annotated[Path, Option(help="Directory for the demo's indexes.")] = Path("data"),
     runtime: Runtime = "auto",
 ) -> None:
     """Index the bundled emoji galleries (once) and serve them as collections over one backbone.
@@ -164,12 +151,15 @@ def _hints(url: str, others: list[str]) -> str:
     return f"Try:\n{pages}{texts}{image}Stop with Ctrl-C.\n"
 
 
-def _parse_collections(options: list[str]) -> dict[str, Path] | None:
-    """Return the collections by name; None leaves them to the environment."""
-    pairs = [option.partition("=") for option in options]
-    if wrong := [option for option, (name, _, path) in zip(options, pairs, strict=True) if not (name and path)]:
-        raise DcarError(f"--collection is NAME=DIR, not {wrong[0]!r}")
-    return {name: Path(path) for name, _, path in pairs} or None
+def _pairs(option: str, form: str, values: list[str] | None) -> list[tuple[str, str]]:
+    """Return the names and values of an option that may be repeated."""
+    pairs = []
+    for each in values or []:
+        name, sign, value = each.partition("=")
+        if not (name and sign):
+            raise DcarError(f"{option} is {form}, not {each!r}")
+        pairs.append((name, value))
+    return pairs
 
 
 def serve_index(**flags: object) -> None:

@@ -1,38 +1,22 @@
 """`dcar train`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
+from typer import Option
 
+from app.cli import options
 from app.cli.hub import prepare_hub
-from app.cli.options import (
-    Accumulate,
-    Amp,
-    BatchSize,
-    Data,
-    Device,
-    Epochs,
-    Features,
-    Images,
-    LearningRate,
-    Loss,
-    ModelName,
-    Negatives,
-    Out,
-    Patience,
-    Pretrained,
-    SkipBroken,
-    Taxonomy,
-    example,
-)
+from app.cli.options import example
 from dcar_core.model.config import GRID, TrainConfig
 
 commands = typer.Typer()
 
 DEFAULT_GRID = ",".join(f"{lr:g}" for lr in GRID)
+N = TypeVar("N", int, float)
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
@@ -43,33 +27,33 @@ UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
     )
 )
 def train(
-    data: Data,
-    out: Out,
-    model: ModelName = "ViT-B-32-quickgelu",
-    pretrained: Pretrained = None,
+    data: options.Data,
+    out: options.Out,
+    model: options.ModelName = "ViT-B-32-quickgelu",
+    pretrained: options.Pretrained = None,
     method: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="block-adapters, dcar+, dcar, ... (an unknown name lists all). Default: by the model's level, as "
             "`dcar models` lists it: block-adapters for full, dcar+-text for text, clip-adapter for features."
         ),
     ] = None,
-    images: Images = None,
-    epochs: Epochs = TrainConfig.epochs,
-    batch_size: BatchSize = TrainConfig.batch_size,
-    lr: LearningRate = TrainConfig.lr,
-    loss: Loss = "both",
-    patience: Patience = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
-    accumulate: Accumulate = TrainConfig.accumulate,
-    amp: Amp = "auto",
-    features: Features = None,
-    tensorboard: Annotated[bool, typer.Option(help="Also write OUT/tensorboard (extra: tensorboard).")] = False,
-    restart: Annotated[bool, typer.Option(help="Discard the state of an interrupted run.")] = False,
-    device: Device = "auto",
-    skip_broken: SkipBroken = False,
-    negatives: Negatives = "auto",
-    taxonomy: Taxonomy = None,
+    images: options.Images = None,
+    epochs: options.Epochs = TrainConfig.epochs,
+    batch_size: options.BatchSize = TrainConfig.batch_size,
+    lr: options.LearningRate = TrainConfig.lr,
+    loss: options.Loss = "both",
+    patience: options.Patience = 5,
+    seed: Annotated[int, Option(min=0, help="Seed of the run.")] = 0,
+    accumulate: options.Accumulate = TrainConfig.accumulate,
+    amp: options.Amp = "auto",
+    features: options.Features = None,
+    tensorboard: Annotated[bool, Option(help="Also write OUT/tensorboard (extra: tensorboard).")] = False,
+    restart: Annotated[bool, Option(help="Discard the state of an interrupted run.")] = False,
+    device: options.Device = "auto",
+    skip_broken: options.SkipBroken = False,
+    negatives: options.Negatives = "auto",
+    taxonomy: options.Taxonomy = None,
 ) -> None:
     """Adapt CLIP to a domain: learn adapters or prompts of a few MB, keep the best epoch by validation recall.
 
@@ -102,7 +86,9 @@ def train(
 @commands.command(
     "zero-shot", epilog=example("dcar zero-shot --model ViT-B-32-quickgelu --pretrained openai --out clip")
 )
-def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pretrained = None) -> None:
+def zero_shot(
+    out: options.Out, model: options.ModelName = "ViT-B-32-quickgelu", pretrained: options.Pretrained = None
+) -> None:
     """Write a checkpoint of the unadapted model, to index and search without training, or to compare with.
 
     It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
@@ -119,42 +105,38 @@ def zero_shot(out: Out, model: ModelName = "ViT-B-32-quickgelu", pretrained: Pre
     epilog=example("dcar evaluate --data my/catalogue --pretrained openai --methods clip,block-adapters --out results")
 )
 def evaluate(
-    data: Data,
-    out: Out,
-    model: ModelName = "ViT-B-32-quickgelu",
-    pretrained: Pretrained = None,
+    data: options.Data,
+    out: options.Out,
+    model: options.ModelName = "ViT-B-32-quickgelu",
+    pretrained: options.Pretrained = None,
     methods: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Methods, separated by commas; an unknown name lists all. Default: clip,coop,clip-adapter,maple,dcar,"
             "dcar+,block-adapters, or their variants that the model's towers can run."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each method.")] = 3,
-    images: Images = None,
-    epochs: Epochs = TrainConfig.epochs,
-    batch_size: BatchSize = TrainConfig.batch_size,
-    lr: LearningRate = TrainConfig.lr,
-    loss: Loss = "both",
-    shots: Annotated[
-        str, typer.Option(help="Also train on this many pairs of each category, such as 1,2,4,8,16, for curves.")
-    ] = "",
+    seeds: Annotated[int, Option(min=1, help="Seeds for each method.")] = 3,
+    images: options.Images = None,
+    epochs: options.Epochs = TrainConfig.epochs,
+    batch_size: options.BatchSize = TrainConfig.batch_size,
+    lr: options.LearningRate = TrainConfig.lr,
+    loss: options.Loss = "both",
+    shots: Annotated[str, Option(help="Also train on so many pairs of each category, such as 1,2,4,8,16.")] = "",
     unseen_categories: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
+        float, Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
     ] = 0.0,
-    also: Annotated[
-        list[Path] | None, typer.Option(help="Another data set to measure the trained models on; may be repeated.")
-    ] = None,
-    tune: Annotated[bool, typer.Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
-    grid: Annotated[str, typer.Option(help="Learning rates that --tune tries.")] = DEFAULT_GRID,
-    patience: Patience = 5,
-    accumulate: Accumulate = TrainConfig.accumulate,
-    amp: Amp = "auto",
-    features: Features = None,
-    device: Device = "auto",
-    skip_broken: SkipBroken = False,
-    negatives: Negatives = "auto",
-    taxonomy: Taxonomy = None,
+    also: Annotated[list[Path] | None, Option(help="Another data set to measure on; may be repeated.")] = None,
+    tune: Annotated[bool, Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
+    grid: Annotated[str, Option(help="Learning rates that --tune tries.")] = DEFAULT_GRID,
+    patience: options.Patience = 5,
+    accumulate: options.Accumulate = TrainConfig.accumulate,
+    amp: options.Amp = "auto",
+    features: options.Features = None,
+    device: options.Device = "auto",
+    skip_broken: options.SkipBroken = False,
+    negatives: options.Negatives = "auto",
+    taxonomy: options.Taxonomy = None,
 ) -> None:
     """Train and test several methods with several seeds; print a table, and write results.* and report.html to --out.
 
@@ -170,9 +152,11 @@ def evaluate(
     for name in names:
         method(name)  # refuses an unknown name before a model is loaded
     config = _config(epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, accumulate=accumulate, amp=amp)
-    rates = _parse_rates(grid)
+    rates = _numbers("--grid", grid, float)
     if tune and lr != TrainConfig.lr:
         raise typer.BadParameter("--tune chooses the learning rate; leave out --lr, or name the rates by --grid")
+    if tune and not rates:
+        raise typer.BadParameter("--grid has no learning rate")
     if not tune and grid != DEFAULT_GRID:
         raise typer.BadParameter("--grid names the learning rates of --tune; give both, or one rate by --lr")
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
@@ -181,8 +165,8 @@ def evaluate(
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
     results = compare(
         backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
-        taxonomy=taxonomy, loss=loss, shots=_parse_shots(shots), unseen_categories=unseen_categories,
-        also=also or (), tune=tune, grid=rates, features=features,
+        taxonomy=taxonomy, loss=loss, shots=sorted({*_numbers("--shots", shots, int)}),
+        unseen_categories=unseen_categories, also=also or (), tune=tune, grid=rates, features=features,
         on_message=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(all_tables(results))
@@ -196,17 +180,12 @@ def _config(**settings: Any) -> TrainConfig:
         raise typer.BadParameter(str(error)) from None
 
 
-def _parse_rates(grid: str) -> list[float]:
-    rates: list[float] = []
-    with suppress(ValueError):
-        rates = [float(part) for part in grid.split(",") if part.strip()]
-    if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise typer.BadParameter(f"--grid must be learning rates above 0, separated by commas, not {grid!r}")
-    return rates
-
-
-def _parse_shots(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--shots must be numbers above 0, separated by commas, not {text!r}")
-    return sorted({int(part) for part in parts})
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
+    """Return the numbers of an option, which commas separate."""
+    try:
+        numbers = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = [kind("0")]
+    if not all(0 < number < math.inf for number in numbers):
+        raise typer.BadParameter(f"{option} must be numbers above 0, separated by commas, not {text!r}")
+    return numbers

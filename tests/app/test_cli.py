@@ -109,7 +109,7 @@ def test_an_image_without_a_suffix_is_searched_by_its_content(
     found = json.loads(CliRunner().invoke(app, ["search", str(picture), *options], catch_exceptions=False).stdout)
     assert (found["results"][0]["caption"], found["results"][0]["score"] > 0.999) == ("a red circle", True)
     hybrid = CliRunner().invoke(app, ["search", str(picture), *options, "--hybrid"])
-    assert str(hybrid.exception) == f"--hybrid looks up words, and {picture} is an image: omit it"
+    assert str(hybrid.exception) == "hybrid: needs a text query, whose words it looks up"
     refused = CliRunner().invoke(app, ["search", str(note), *options])
     assert isinstance(refused.exception, ImageError)
     assert str(refused.exception).startswith(f"{note}: ")
