@@ -7,7 +7,6 @@
 
 import asyncio
 import contextlib
-import errno
 import gc
 import logging
 import logging.config
@@ -22,9 +21,9 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from app.core.logs import log_config
+from app.core.metrics import start_tracing
 from app.core.settings import Settings
 from app.core.threads import end_without_threads
-from app.core.tracing import start_tracing
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.service.collections import Collections
@@ -84,12 +83,10 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with a drain period, and without pauses for garbage collection.
+    """uvicorn's server with a drain period, which a second signal ends, and without pauses for garbage collection.
 
-    - The first signal makes /readyz fail and leaves the service running for drain_s, which gives load balancers time to
-      stop sending requests. A second signal ends the wait.
-    - Once everything is loaded, the objects of the libraries are frozen: otherwise each full garbage collection stops
-      every request for a quarter of a second. So are those of the full model, which an explanation may load later.
+    Once everything is loaded, the objects of the libraries are frozen: otherwise each full garbage collection stops
+    every request for a quarter of a second. So are those of the full model, which an explanation may load later.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -140,20 +137,16 @@ def base_url(host: str, port: int) -> str:
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket. Raise DcarError if the address or the port is not available."""
+    listener = None
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError:
-        raise DcarError(f"{host} is not an address of this machine; try --host 127.0.0.1") from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)  # now, so that a second server fails to bind
     except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise DcarError(f"{host} is not an address of this machine; try --host 127.0.0.1") from None
-        if isinstance(error, PermissionError):
-            raise DcarError(f"port {port} needs root privileges; choose one above 1023 with --port") from None
-        raise DcarError(f"port {port} on {host} is taken or not available; choose another with --port") from None
+        if listener is not None:
+            listener.close()
+        reason = f"cannot listen on port {port} of {host}: {error.strerror}"
+        raise DcarError(f"{reason}; choose others with --port and --host") from None
     return listener

@@ -5,23 +5,20 @@
 """
 
 import contextvars
-import itertools
 import logging
-import os
 import re
+import uuid
 from typing import Any
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
 
-_PROCESS = os.urandom(8).hex()
-_counter = itertools.count()
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _PACKAGES = ("app", "dcar_core", "index_jobs")
 
 
 def choose_id(sent: str | None) -> str:
     """Return the id of a request: the one that the caller sent if it is well-formed, else a new one."""
-    return sent if sent is not None and _WELL_FORMED.fullmatch(sent) else f"{_PROCESS}{next(_counter):016x}"
+    return sent if sent is not None and _WELL_FORMED.fullmatch(sent) else uuid.uuid4().hex
 
 
 class _AddRequestId(logging.Filter):

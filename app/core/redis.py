@@ -1,12 +1,7 @@
 """Redis clients from DCAR_REDIS_URL: one server, the master of a sentinel, or a cluster; each with TLS under `rediss`.
 
-    redis://[user:password@]host[:6379][/db]             one server; rediss:// with TLS
-    unix:///path/to/socket[?db=0]                         one server on this machine
-    redis+sentinel://[user:password@]host[:26379][,host2[:port]..]/service[/db]
-    redis+cluster://[user:password@]host[:6379][,host2[:port]..]
-
-- Options of redis-py follow as a query string: `?ssl_ca_certs=/etc/ca.pem&ssl_certfile=..&ssl_keyfile=..`. Sentinels
-  share the TLS options of their master and have their own `sentinel_username` and `sentinel_password`.
+- `_USAGE` lists the forms of a URL. Options of redis-py follow as a query string, such as `?ssl_ca_certs=/etc/ca.pem`.
+- Sentinels share the TLS options of their master and have their own `sentinel_username` and `sentinel_password`.
 - Nothing is retried here, since every caller has a `CircuitBreaker`. A client connects at its first command.
 """
 

@@ -8,6 +8,7 @@
 import logging
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from dcar_core.images import sniff_format
@@ -26,8 +27,7 @@ class ThumbnailCache:
         self._directory = directory
         self._limit = limit
         self._lock = threading.Lock()
-        self._size: int | None = None  # bytes in the directory when they were last counted
-        self._added = 0  # bytes since then
+        self._left = 0.0  # bytes that may be added before the files are counted again
         self._has_warned = False
 
     def get(self, name: str) -> bytes | None:
@@ -60,25 +60,21 @@ class ThumbnailCache:
 
     def _count(self, added: int) -> None:
         with self._lock:
-            self._added += added
-            if self._size is None or self._added > self._limit * _RECOUNT or self._size + self._added > self._limit:
-                self._size, self._added = self._remove_old(), 0
+            self._left -= added
+            if self._left < 0:
+                self._left = min(self._limit * _RECOUNT, self._limit - self._remove_old())
 
     def _remove_old(self) -> int:
         """Return the bytes in the directory, after files are removed if they exceed the limit."""
         files = []
         for path in self._directory.glob("??/*"):
-            try:
-                stat = path.stat()
-            except OSError:  # another process has removed it
-                continue
-            files.append((stat.st_mtime_ns, stat.st_size, path))
+            with suppress(OSError):  # another process has removed it
+                files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         total = sum(size for _, size, _ in files)
-        if total <= self._limit:
-            return total
+        remaining = total if total <= self._limit else self._limit * _KEPT
         for _, size, path in sorted(files):
+            if total <= remaining:
+                break
             path.unlink(missing_ok=True)
             total -= size
-            if total <= self._limit * _KEPT:
-                break
         return total
