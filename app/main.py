@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -17,20 +16,20 @@ from starlette.middleware.cors import CORSMiddleware
 from app.api import error_handlers, openapi
 from app.api.image_urls import ImageFetcher
 from app.api.routes import add_routes
-from app.core.metrics import Metrics
+from app.api.routing import GuardedRoute, refuse_unknown
+from app.core.metrics import Metrics, Tracer
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
-from app.core.tracing import Tracer
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit
-from app.middleware.policy import Policies
 from app.middleware.request_log import RequestLog
-from app.service.collections import Collections
+from app.service.collections import Collections, ServedIndex
 from app.service.embedding_cache import MemoryCache, RedisCache, make_cache
 from app.service.reload_listener import ReloadListener
 from app.service.retriever import Retriever
 from app.writes.worker import WriteWorker
 from dcar_core.util.errors import DcarError
+from index_jobs.store.manifest import Manifest
 
 
 def create_app(
@@ -47,8 +46,11 @@ def create_app(
             with 503 and the reason, and retries.
         tracer: records spans of the stages of a search.
     """
-    metrics, policies, is_traced = Metrics(tracer), Policies(), tracer is not None
-    rates = _make_rates(settings)
+    metrics, is_traced = Metrics(tracer), tracer is not None
+    redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
+    rates = None
+    if settings.rate_limit is not None:
+        rates = RateLimiter(settings.rate_limit, redis_url=redis_url, timeout_s=settings.redis_timeout_ms / 1000)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,8 +59,7 @@ def create_app(
         retriever = Retriever(settings, cache, metrics)
         writer = WriteWorker(settings, collections, metrics)
         app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
-        _watch_indexes(metrics, collections)
-        _watch_redis(metrics, cache, rates)
+        _add_gauges(metrics, collections, cache, rates)
         async with AsyncExitStack() as stack:  # closes the last one first
             if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
                 stack.push_async_callback(asyncio.to_thread, tracer.close)
@@ -71,8 +72,8 @@ def create_app(
             if settings.writes:
                 writer.start()
                 stack.push_async_callback(writer.close)
-            if settings.redis_url is not None:
-                listener = ReloadListener(settings.redis_url.get_secret_value(), collections, metrics)
+            if redis_url is not None:
+                listener = ReloadListener(redis_url, collections, metrics)
                 listener.start()
                 stack.push_async_callback(listener.close)
             yield
@@ -90,13 +91,11 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
-    app.state.policies = policies
+    app.state.access, app.state.bodies = Access(settings, rates), BodyLimit(settings)
+    app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
     error_handlers.install(app)
-    add_routes(app, policies)
-    openapi.install(app, policies)
-    # From the inside out: a request meets the last one first.
-    app.add_middleware(BodyLimit, settings=settings, metrics=metrics)
-    app.add_middleware(Access, settings=settings, policies=policies, rates=rates, metrics=metrics)
+    add_routes(app)
+    openapi.install(app)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -109,49 +108,33 @@ def create_app(
     return app
 
 
-def _make_rates(settings: Settings) -> RateLimiter | None:
-    if settings.rate_limit is None:
-        return None
-    url = settings.redis_url.get_secret_value() if settings.redis_url else None
-    return RateLimiter(settings.rate_limit, redis_url=url, timeout_s=settings.redis_timeout_ms / 1000)
+def _add_gauges(metrics: Metrics, collections: Collections, cache: MemoryCache, rates: RateLimiter | None) -> None:
+    """Register gauges of the served indexes and of Redis; they are read at each scrape."""
 
+    def add(name: str, description: str, read: Callable[[ServedIndex], float | None]) -> None:
+        def values() -> list[tuple[str, float]]:
+            return [(name, float(value)) for name, served in collections if (value := read(served)) is not None]
 
-def _watch_redis(metrics: Metrics, cache: MemoryCache, rates: RateLimiter | None) -> None:
-    """Register a gauge of the uses of Redis that pause; it is read at each scrape."""
+        metrics.add_gauge(name, description, "collection", values)
+
+    def add_of_manifest(name: str, description: str, read: Callable[[Manifest], float | None]) -> None:
+        add(name, description, lambda served: read(served.live.artifact.manifest) if served.live else None)
+
+    add_of_manifest("dcar_index_version", "Served version.", lambda manifest: manifest.version)
+    add_of_manifest("dcar_index_items", "Items in the served version.", lambda manifest: manifest.count)
+    recall = "Recall at 10 against exact search, as measured at build time."
+    add_of_manifest("dcar_index_recall_at_10", recall, lambda manifest: manifest.measured.get("recall_at_10"))
+    degraded = "1 while a newer published version cannot be served, or a file of the served one is damaged."
+    add("dcar_index_degraded", degraded, lambda served: served.fault is not None)
     if isinstance(cache, RedisCache):
         breakers = {"read": cache.read_breaker, "write": cache.write_breaker}
-        if rates is not None:
-            breakers["count"] = rates.breaker
-        description = "1 while Redis is not used because it failed."
+        breakers |= {} if rates is None else {"count": rates.breaker}
         metrics.add_gauge(
             "dcar_redis_breaker_open",
-            description,
-            ["use"],
-            lambda: [([use], float(breaker.is_open)) for use, breaker in breakers.items()],
+            "1 while Redis is not used because it failed.",
+            "use",
+            lambda: [(use, float(breaker.is_open)) for use, breaker in breakers.items()],
         )
-
-
-def _watch_indexes(metrics: Metrics, collections: Collections) -> None:
-    """Register gauges about the served indexes; they are read at each scrape."""
-
-    def read(value: Callable[[Any], Any]) -> Callable[[], list[tuple[list[str], float]]]:
-        def current() -> list[tuple[list[str], float]]:
-            values = [(name, value(s.live.artifact.manifest)) for name, s in collections if s.live]
-            return [([name], float(each)) for name, each in values if each is not None]
-
-        return current
-
-    label = ["collection"]
-    metrics.add_gauge("dcar_index_version", "Served version.", label, read(lambda m: m.version))
-    metrics.add_gauge("dcar_index_items", "Items in the served version.", label, read(lambda m: m.count))
-    recall = "Recall at 10 against exact search, as measured at build time."
-    metrics.add_gauge("dcar_index_recall_at_10", recall, label, read(lambda m: m.measured.get("recall_at_10")))
-    metrics.add_gauge(
-        "dcar_index_degraded",
-        "1 while a newer published version cannot be served, or a file of the served one is damaged.",
-        label,
-        lambda: [([name], float(s.fault is not None)) for name, s in collections],
-    )
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -6,33 +6,21 @@
 
 import logging
 import math
-from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from app.core.problems import Problem, field_problem, from_validation
-from app.search.errors import (
-    BatchQueryError,
-    CollectionNotFoundError,
-    ImageUnavailableError,
-    InvalidQueryError,
-    ItemNotFoundError,
-    SearchError,
-    UnavailableError,
-    UnsupportedQueryError,
-)
+from app.search import errors
 from dcar_core.util.errors import DataError, ImageError, StoreUnavailableError
 
 logger = logging.getLogger(__name__)
 
 
 def install(app: FastAPI) -> None:
-    kinds = (Problem, SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError, HTTPException)
-    for kind in kinds:
+    for kind in (Problem, errors.SearchError, RequestValidationError, ImageError, DataError, StoreUnavailableError):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
 
@@ -44,23 +32,23 @@ def to_problem(error: Exception) -> Problem:
             return error
         case RequestValidationError():
             return from_validation(error)
-        case BatchQueryError():
+        case errors.BatchQueryError():
             cause = error.cause
             problem = field_problem("image", str(cause)) if isinstance(cause, ImageError) else to_problem(cause)
             return problem.within(f"queries.{error.number}")
-        case InvalidQueryError():
+        case errors.InvalidQueryError():
             return field_problem(error.field, error.message)
-        case ItemNotFoundError():
+        case errors.ItemNotFoundError():
             status = 404 if error.field == "id" else 422
             return Problem(status, str(error), errors=[(error.field, f"unknown: {error.shown_id}")])
-        case CollectionNotFoundError():
+        case errors.CollectionNotFoundError():
             detail = f"{str(error).rstrip('.')}; GET /collections lists the served ones."
             return Problem(404, detail, errors=[(error.field, detail)])
-        case ImageUnavailableError():
+        case errors.ImageUnavailableError():
             return Problem(404, str(error))
-        case UnsupportedQueryError():
+        case errors.UnsupportedQueryError():
             return Problem(409, str(error), errors=[] if error.field is None else [(error.field, str(error))])
-        case UnavailableError():
+        case errors.UnavailableError():
             seconds = max(1, math.ceil(error.retry_after_s))
             detail = f"{str(error).rstrip('.')}. Try again in {seconds} s."
             return Problem(503, detail, headers={"Retry-After": str(seconds)})
@@ -76,18 +64,10 @@ def to_problem(error: Exception) -> Problem:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        return to_problem(error).response()
-    detail, headers = str(error.detail), error.headers
-    if error.status_code == 405:
-        detail, headers = f"{request.method} is not allowed here.", _allow_head(headers)
-    return Problem(error.status_code, detail, headers=headers).response()
-
-
-def _allow_head(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """Add HEAD to an Allow header that has GET."""
-    allowed = (headers or {}).get("Allow", "")
-    return {"Allow": f"{allowed}, HEAD" if "GET" in allowed and "HEAD" not in allowed else allowed}
+    problem = to_problem(error)
+    if problem.refused is not None:
+        request.app.state.metrics.refused.labels(problem.refused).inc()
+    return problem.response()
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

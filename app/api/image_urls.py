@@ -1,6 +1,6 @@
-"""Images of queries and new items that a request names by URL.
+"""Images of queries and new items that JSON holds in base64 or names by URL.
 
-- Images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`, and from the ports in `DCAR_IMAGE_PORTS`.
+- By URL, images are fetched only from the hosts in `DCAR_IMAGE_HOSTS`, and from the ports in `DCAR_IMAGE_PORTS`.
 - A host name is resolved once. If one of its addresses is not public, the image is refused. The connection goes to a
   checked address and not to the name, whose address may change after the check.
 - Redirects are not followed. Size, time, and the number of simultaneous requests of the service and of each caller are
@@ -11,10 +11,11 @@
 """
 
 import asyncio
+import base64
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property, partial
 from urllib.parse import SplitResult, urlsplit
 from weakref import WeakValueDictionary
@@ -22,7 +23,6 @@ from weakref import WeakValueDictionary
 import httptools
 from starlette.types import Scope
 
-from app.api.requests import BatchEntry
 from app.core.problems import Problem, field_problem
 from app.core.rate_limit import network_of
 from app.core.settings import Settings
@@ -30,6 +30,7 @@ from app.core.threads import run_in_new_thread
 from app.middleware.access import CALLER
 from app.middleware.body_limit import byte_counter
 
+PIECE = 2**20  # bytes looked at, or characters of base64, before other threads may have their turn
 _TIMEOUT_S = 10.0  # of one image, including the time in the queue
 _AT_ONCE = 16
 _AT_ONCE_EACH = 4  # of one caller
@@ -43,8 +44,23 @@ _DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
 Resolve = Callable[[str, int], Awaitable[list[tuple[str, int]]]]  # host, port -> its addresses and ports
 
 
-def is_image_url(image: str | None) -> bool:
-    return image is not None and image.startswith(("http://", "https://"))
+def decode_base64(image: str, max_bytes: int, field: str) -> bytes:
+    """Return the file in a base64 text or data URI; an error names the field."""
+    text = image.rpartition(",")[2]
+    try:
+        parts = [base64.b64decode(text[start : start + PIECE], validate=True) for start in range(0, len(text), PIECE)]
+        data = b"".join(parts)
+    except ValueError:
+        raise field_problem(field, "must be base64, or a data URI with base64") from None
+    require_size(len(data), max_bytes, field)
+    return data
+
+
+def require_size(size: int, max_bytes: int, field: str) -> None:
+    """Raise Problem if an image file is too large."""
+    if size > max_bytes:
+        message = f"at most {max_bytes / 2**20:.3g} MiB, not {size / 2**20:.3g}"
+        raise field_problem(field, message, status=413)
 
 
 def is_public(address: str) -> bool:
@@ -75,29 +91,31 @@ class ImageFetcher:
         self._turns = asyncio.Semaphore(_AT_ONCE)
         self._turns_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    async def complete(
-        self, scope: Scope, queries: Sequence[BatchEntry], images: Sequence[bytes | None]
-    ) -> list[bytes | None]:
-        """Return the images of a batch, with those of the queries that have a URL.
+    async def read(self, scope: Scope, images: Mapping[str, str]) -> dict[str, bytes]:
+        """Return the files of the images of a request, by their places in it. Raise Problem with the place of a fault.
 
         Args:
-            scope: of the request.
-
-        Raises:
-            Problem: it names the query and the field.
+            images: in base64, as data URIs or URLs.
         """
-        urls = {number: query.image for number, query in enumerate(queries) if is_image_url(query.image)}
+        urls = {place: image for place, image in images.items() if image.startswith(("http://", "https://"))}
         if len(urls) > MAX_URLS:
-            raise field_problem("queries", f"at most {MAX_URLS} images by URL, not {len(urls)}")
-        fetches = (self.fetch(scope, url or "") for url in urls.values())
-        completed = list(images)
-        for number, image in zip(urls, await asyncio.gather(*fetches, return_exceptions=True), strict=True):
-            if isinstance(image, Problem):
-                raise image.within(f"queries.{number}")
+            field = next(iter(urls)).partition(".")[0]
+            raise field_problem(field, f"at most {MAX_URLS} images by URL, not {len(urls)}")
+
+        def decode() -> dict[str, bytes]:
+            return {
+                place: decode_base64(image, self._max_bytes, f"{place}.image")
+                for place, image in images.items()
+                if place not in urls
+            }
+
+        files = await asyncio.to_thread(decode)
+        fetches = (self.fetch(scope, url) for url in urls.values())
+        for place, image in zip(urls, await asyncio.gather(*fetches, return_exceptions=True), strict=True):
             if isinstance(image, BaseException):
-                raise image
-            completed[number] = image
-        return completed
+                raise image.within(place) if isinstance(image, Problem) else image
+            files[place] = image
+        return files
 
     async def fetch(self, scope: Scope, url: str) -> bytes:
         """Return the file at a URL. Raise Problem with the field "image" if it may not be fetched, or cannot be."""
@@ -159,8 +177,7 @@ class ImageFetcher:
                 raise field_problem("image", f"the host answered {response.status}; redirects are not followed")
             count(len(response.body) - counted)
             counted = len(response.body)
-            if counted > self._max_bytes:
-                raise field_problem("image", f"at most {self._max_bytes / 2**20:.3g} MiB", status=413)
+            require_size(counted, self._max_bytes, "image")
             if received > _OVERHEAD_BYTES + 2 * counted:
                 raise ConnectionError("almost nothing but heads and sizes of chunks")
         return bytes(response.body)

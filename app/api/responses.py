@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
-from app.search.query import ItemPage, Match, SearchResults
+from app.search.query import Explanation, ItemPage, Match, SearchResults
 from app.service.collections import Collections
 from app.service.gallery_images import ImageFile
 from dcar_core.util.arrays import Floats
@@ -86,6 +86,15 @@ def image_headers(request: Request, digest: str) -> dict[str, str]:
     return {"Cache-Control": f"{scope}, max-age={_IMAGE_MAX_AGE_S}", "ETag": f'"{digest}"'}
 
 
+def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
+    """Return the response to a client that has what the ETag names."""
+    return (
+        Response(status_code=304, headers=headers)
+        if headers["ETag"] in request.headers.get("if-none-match", "")
+        else None
+    )
+
+
 def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
     """Return the body of a `SearchResponse`; fields that were not requested are absent."""
     body, items = search_body(results), _items_path(request)
@@ -96,26 +105,25 @@ def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
 
 def search_body(results: SearchResults) -> dict[str, Any]:
     """Return the body of a `SearchResponse` without the URLs of images."""
-    body: dict[str, Any] = {
+    ranked = enumerate(results.matches, results.offset + 1)
+    return {
         "index_version": results.version,
         "took_ms": round(results.took_ms, 2),
         "cached": results.is_cached,
         "nothing_fits": results.nothing_fits,
-        "results": [
-            _result(rank, match, results.fields) for rank, match in enumerate(results.matches, results.offset + 1)
-        ],
+        "results": [_result(rank, match, results.fields) for rank, match in ranked],
+        **_present(
+            next_offset=results.next_offset,
+            min_score=results.min_score,
+            cutoff=results.cutoff,
+            facets=results.facets,
+            facets_approximate=True if results.facets is not None and not results.has_exact_facets else None,
+        ),
     }
-    if results.next_offset is not None:
-        body["next_offset"] = results.next_offset
-    if results.min_score is not None:
-        body["min_score"] = results.min_score
-    if results.cutoff is not None:
-        body["cutoff"] = results.cutoff
-    if results.facets is not None:
-        body["facets"] = results.facets
-        if not results.has_exact_facets:
-            body["facets_approximate"] = True
-    return body
+
+
+def _present(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def embeddings_response(
@@ -150,15 +158,9 @@ def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
 
 def items_response(request: Request, page: ItemPage) -> dict[str, Any]:
     """Return the body of an `ItemsResponse`."""
-    items = _items_path(request)
-    body: dict[str, Any] = {
-        "index_version": page.version,
-        "count": page.count,
-        "items": [_item(items, item) for item in page.items],
-    }
-    if page.next_offset is not None:
-        body["next_offset"] = page.next_offset
-    return body
+    items = [_item(_items_path(request), item) for item in page.items]
+    body = {"index_version": page.version, "count": page.count, "items": items}
+    return body | _present(next_offset=page.next_offset)
 
 
 def _item(items: str, item: Item) -> dict[str, Any]:
@@ -174,8 +176,10 @@ def _item(items: str, item: Item) -> dict[str, Any]:
 
 
 def _result(rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
-    item = match.item
-    result: dict[str, Any] = {
+    item, metadata = match.item, _metadata(match.item) if fields else {}
+    if "*" not in fields:
+        metadata = {name: metadata[name] for name in fields if name in metadata}
+    return {
         "rank": rank,
         "id": item.id,
         "score": round(match.score, 6),
@@ -184,27 +188,22 @@ def _result(rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
         "category": item.category,
         "width": item.width,
         "height": item.height,
+        **_present(
+            metadata=metadata if fields else None,
+            rerank_score=None if match.rerank_score is None else round(match.rerank_score, 6),
+            text_score=None if match.text_score is None else round(match.text_score, 6),
+            group=match.group and {"value": match.group[0], "count": match.group[1]},
+            folded=match.folded or None,
+            explanation=match.explanation and _explanation(match.explanation),
+        ),
     }
-    if fields:
-        metadata = _metadata(item)
-        result["metadata"] = (
-            metadata if "*" in fields else {name: metadata[name] for name in fields if name in metadata}
-        )
-    if match.rerank_score is not None:
-        result["rerank_score"] = round(match.rerank_score, 6)
-    if match.text_score is not None:
-        result["text_score"] = round(match.text_score, 6)
-    if match.group is not None:
-        result["group"] = {"value": match.group[0], "count": match.group[1]}
-    if match.folded:
-        result["folded"] = match.folded
-    if match.explanation is not None:
-        result["explanation"] = {"relevance": match.explanation.relevance, "fit": match.explanation.fit}
-        if match.explanation.words is not None:
-            result["explanation"]["words"] = [
-                {"word": word, "effect": round(effect, 4)} for word, effect in match.explanation.words
-            ]
-    return result
+
+
+def _explanation(explanation: Explanation) -> dict[str, Any]:
+    body: dict[str, Any] = {"relevance": explanation.relevance, "fit": explanation.fit}
+    if explanation.words is not None:
+        body["words"] = [{"word": word, "effect": round(effect, 4)} for word, effect in explanation.words]
+    return body
 
 
 def _metadata(item: Item) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The routes of searches, items and the service, and the list of all.
 
-- Each endpoint reads a query (see `bodies`), calls the retriever and returns a response (see `responses`).
+- Each endpoint reads a query (see `requests`), calls the retriever and returns a response (see `responses`).
 - Ids are percent-encoded in URLs and looked up in the index; no part of a URL is ever used as a file path.
 """
 
@@ -11,22 +11,23 @@ from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
-from app.api import browsing, pages
-from app.api.bodies import (
+from app.api import page, schemas
+from app.api.image_urls import decode_base64
+from app.api.page import ThumbnailSize, thumbnail_response
+from app.api.requests import (
+    BatchQuery,
+    EmbeddingsQuery,
+    ImageForm,
+    ItemsQuery,
+    PageQuery,
     batch_bytes,
     check_form_type,
     check_k,
-    decode_batch,
-    embeddings_input,
     form_bytes,
-    read_batch,
-    read_embeddings,
     read_image_query,
     read_json,
     validated,
 )
-from app.api.browsing import ThumbnailSize, thumbnail_response
-from app.api.requests import BatchQuery, EmbeddingsQuery, ImageForm, ItemsQuery, PageQuery
 from app.api.responses import (
     ImageResponse,
     JsonResponse,
@@ -37,28 +38,16 @@ from app.api.responses import (
     item_response,
     items_response,
     make_response,
+    not_modified,
     result_chars,
     search_response,
 )
-from app.api.routing import DirectRoute, ItemId, Routes, may_read, snapshot_of, state_of
-from app.api.schemas import (
-    BatchResponse,
-    CollectionsResponse,
-    EmbeddingsResponse,
-    HealthResponse,
-    ItemResponse,
-    ItemsResponse,
-    ReadinessResponse,
-    ReloadResponse,
-    SearchResponse,
-)
+from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
 from app.api.writing import collection_writes, item_writes
-from app.core.keys import opens_everything
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.threads import run_in_new_thread
-from app.middleware.access import charge, out_of_scope
-from app.middleware.policy import OPEN, Policies, Policy
+from app.middleware.access import OPEN, Policy, out_of_scope
 from app.search.errors import BatchQueryError, NotReadyError
 from app.search.plan import row_of
 from app.search.query import Query
@@ -67,6 +56,7 @@ from dcar_core.util.errors import DcarError, ImageError
 
 _UPLOAD = Policy("read", body=form_bytes, field="file")
 _BATCH = Policy("read", body=batch_bytes)
+_FORM = "multipart/form-data"
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 search = Routes("search")
@@ -75,15 +65,13 @@ embedding = Routes("embeddings")
 service = Routes("service")
 
 
-def add_routes(app: FastAPI, policies: Policies) -> None:
+def add_routes(app: FastAPI) -> None:
     """Add all routes to an application. Those of text searches are first, so that they are found first."""
-    for routes in (search, gallery, item_writes, browsing.routes, embedding, service, collection_writes, pages.routes):
-        routes.add_to(app, policies)
+    for routes in (search, gallery, item_writes, embedding, service, collection_writes, page.routes):
+        routes.add_to(app)
 
 
-@search.add(
-    "POST", "/search/text", Policy("read"), SearchResponse, accepts=Query, errors=(409,), route_class=DirectRoute
-)
+@search.add("POST", "/search/text", Policy("read"), schemas.SearchResponse, accepts=Query, errors=(409,))
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     return await _search(request, snapshot_of(request), await read_json(request, Query))
@@ -95,13 +83,7 @@ async def _search(request: Request, snapshot: Snapshot, query: Query, image: byt
 
 
 @search.add(
-    "POST",
-    "/search/image",
-    _UPLOAD,
-    SearchResponse,
-    accepts=ImageForm,
-    media_type="multipart/form-data",
-    errors=(409,),
+    "POST", "/search/image", _UPLOAD, schemas.SearchResponse, accepts=ImageForm, media_type=_FORM, errors=(409,)
 )
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
@@ -111,15 +93,18 @@ async def search_image(request: Request) -> Response:
     return await _search(request, snapshot, *await read_image_query(request, state_of(request).settings))
 
 
-@search.add("POST", "/search/batch", _BATCH, BatchResponse, accepts=BatchQuery, errors=(409,))
+@search.add("POST", "/search/batch", _BATCH, schemas.BatchResponse, accepts=BatchQuery, errors=(409,))
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
     snapshot = snapshot_of(request)
-    queries = await read_batch(request, state_of(request).settings)
-    await charge(request, len(queries) - 1)
-    images = await asyncio.to_thread(decode_batch, queries, state_of(request).settings)
-    images = await state_of(request).fetcher.complete(request.scope, queries, images)
-    results = await state_of(request).retriever.search_batch(snapshot, [*zip(queries, images, strict=True)])
+    queries = {
+        f"queries.{number}": query for number, query in enumerate((await read_json(request, BatchQuery)).queries)
+    }
+    await state_of(request).access.charge(len(queries) - 1)
+    given = {place: query.image for place, query in queries.items() if query.image is not None}
+    images = await state_of(request).fetcher.read(request.scope, given)
+    searches = [(query, images.get(place)) for place, query in queries.items()]
+    results = await state_of(request).retriever.search_batch(snapshot, searches)
 
     def make() -> dict[str, Any]:
         answers = [search_response(request, each) for each in results]
@@ -128,7 +113,7 @@ async def search_batch(request: Request) -> Response:
     return await make_response(make, sum(map(result_chars, results)), "queries")
 
 
-@gallery.add("GET", "/items", Policy("read"), ItemsResponse)
+@gallery.add("GET", "/items", Policy("read"), schemas.ItemsResponse)
 async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
     """List the gallery's items page by page, in index order; of a group the first one."""
     check_k(query.k, state_of(request).settings)
@@ -138,7 +123,7 @@ async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) ->
     return await make_response(lambda: items_response(request, page), item_chars(page.items))
 
 
-@gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), SearchResponse, errors=(409,))
+@gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), schemas.SearchResponse, errors=(409,))
 async def similar(request: Request, item_id: ItemId, page: Annotated[PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
     snapshot = snapshot_of(request)
@@ -167,13 +152,12 @@ async def picture(
     images = state_of(request).retriever.images
     image = await images.open(snapshot_of(request), item_id)
     headers = image_headers(request, image.digest)
-    if headers["ETag"] in request.headers.get("if-none-match", ""):
+    if response := not_modified(request, headers):
         image.close()
-        return Response(status_code=304, headers=headers)
-    return ImageResponse(image, images.threads, headers)
+    return response or ImageResponse(image, images.threads, headers)
 
 
-@gallery.add("GET", "/items/{item_id:path}", Policy("read"), ItemResponse)
+@gallery.add("GET", "/items/{item_id:path}", Policy("read"), schemas.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     snapshot = snapshot_of(request)
@@ -185,7 +169,7 @@ async def item(request: Request, item_id: ItemId) -> Response:
     "POST",
     "/v1/embeddings",
     Policy("read", "checked", body=batch_bytes),
-    EmbeddingsResponse,
+    schemas.EmbeddingsResponse,
     accepts=EmbeddingsQuery,
     errors=(404, 503),
 )
@@ -193,15 +177,15 @@ async def embeddings(request: Request) -> Response:
     """Return the vectors of texts and images, in the shape of OpenAI's API."""
     retriever, collections = state_of(request).retriever, state_of(request).collections
     retriever.require_room()
-    query = await read_embeddings(request, state_of(request).settings)
+    query = await read_json(request, EmbeddingsQuery)
     if not may_read(request, query.model or collections.default):
         raise out_of_scope()
     snapshot = collections.find(query.model, "model").require()
     encoder = snapshot.encoder
     if query.dimensions not in (None, encoder.dim):
         raise field_problem("dimensions", f"must be {encoder.dim} for this model, not {query.dimensions}")
-    await charge(request, len(query.input) - 1)
-    inputs = await asyncio.to_thread(embeddings_input, query, state_of(request).settings)
+    await state_of(request).access.charge(len(query.input) - 1)
+    inputs = await asyncio.to_thread(_inputs, query, state_of(request).settings.max_upload_bytes)
     try:
         vectors = await retriever.embed(snapshot, inputs)
     except BatchQueryError as error:
@@ -212,7 +196,14 @@ async def embeddings(request: Request) -> Response:
     return JsonResponse(embeddings_response(name, encoder.fingerprint, vectors, query.encoding_format))
 
 
-@service.add("GET", "/collections", Policy("read", "checked"), CollectionsResponse)
+def _inputs(query: EmbeddingsQuery, max_bytes: int) -> list[str | bytes]:
+    return [
+        each if isinstance(each, str) else decode_base64(each.image, max_bytes, f"input.{number}.image")
+        for number, each in enumerate(query.input)
+    ]
+
+
+@service.add("GET", "/collections", Policy("read", "checked"), schemas.CollectionsResponse)
 async def list_collections(request: Request) -> Response:
     """List the served collections that the key opens."""
     collections = state_of(request).collections
@@ -220,18 +211,17 @@ async def list_collections(request: Request) -> Response:
     return JsonResponse({"collections": entries})
 
 
-@service.add("GET", "/healthz", OPEN, HealthResponse)
+@service.add("GET", "/healthz", OPEN, schemas.HealthResponse)
 async def healthz() -> Response:
     """Report that the process is alive, whether or not an index is loaded."""
     return JsonResponse({"status": "ok"})
 
 
-@service.add("GET", "/readyz", OPEN, ReadinessResponse, errors=(503,))
+@service.add("GET", "/readyz", OPEN, schemas.ReadinessResponse, errors=(503,))
 async def readyz(request: Request) -> Response:
     """Report that searches work in every collection, or the reason why they do not, to callers who may see all."""
-    collections, settings = state_of(request).collections, state_of(request).settings
-    secret = settings.admin_key.get_secret_value() if settings.admin_key else None
-    may_see_all = opens_everything(settings.api_keys, secret, request.headers)
+    collections = state_of(request).collections
+    may_see_all = state_of(request).access.opens_everything(request.headers)
     try:
         collections.require_all()
     except NotReadyError as error:
@@ -241,7 +231,7 @@ async def readyz(request: Request) -> Response:
     if (fault := state_of(request).retriever.fault) is not None:
         raise NotReadyError(fault)
     live, reason = collections[None].require(), collections.reason
-    reason = reason or await collections.gallery_fault.result()
+    reason = reason or await collections.gallery_fault()
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."
     status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
@@ -260,7 +250,7 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type=CONTENT_TYPE)
 
 
-@service.add("POST", "/admin/reload", Policy("admin", "service"), ReloadResponse, errors=(503,))
+@service.add("POST", "/admin/reload", Policy("admin", "service"), schemas.ReloadResponse, errors=(503,))
 async def reload(request: Request) -> Response:
     """Serve the published version of every collection now, without waiting for the next poll."""
     collections = state_of(request).collections

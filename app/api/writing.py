@@ -4,7 +4,6 @@
 - An accepted request is answered 202 once its job is stored on disk. The index changes later.
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,17 +13,14 @@ from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api.bodies import decode_base64, items_bytes, read_json
-from app.api.image_urls import MAX_URLS, is_image_url
-from app.api.requests import DeleteItems, PutItem, PutItems
+from app.api.requests import DeleteItems, PutItem, PutItems, items_bytes, read_json
 from app.api.responses import JsonResponse, collection_response
 from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
 from app.api.schemas import Collection, JobResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
-from app.middleware.access import charge, out_of_scope
-from app.middleware.policy import Policy
+from app.middleware.access import Policy, out_of_scope
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
@@ -45,7 +41,7 @@ async def put_items(request: Request) -> Response:
     snapshot = snapshot_of(request)
     items = (await read_json(request, PutItems)).items
     _require_unique([item.id for item in items])
-    await charge(request, len(items) - 1)
+    await state_of(request).access.charge(len(items) - 1)
     images = await _checked_images(request, snapshot, items)
     return await _accept(request, "put", [item.model_dump(exclude={"image"}) for item in items], images)
 
@@ -59,7 +55,7 @@ async def delete_items(request: Request) -> Response:
     return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
 
 
-@item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404,))
+@item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
 async def job(request: Request, job_id: str) -> Response:
     """Return the status of a change of items: how far it is, and how it ended."""
     state = state_of(request)
@@ -134,25 +130,15 @@ def _require_unique(ids: list[str]) -> None:
 
 async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[tuple[bytes, str]]:
     """Return the image files of items and their suffixes; an error names the item."""
-    state, images = state_of(request), list[tuple[bytes, str]]()
-    urls = sum(is_image_url(item.image) for item in items)
-    if urls > MAX_URLS:
-        raise field_problem("items", f"at most {MAX_URLS} images by URL, not {urls}")
-    for number, item in enumerate(items):
-        field = f"items.{number}.image"
+    state = state_of(request)
+    given = {f"items.{number}": item.image for number, item in enumerate(items)}
+    files = await state.fetcher.read(request.scope, given)
+    for place in given:
         try:
-            if is_image_url(item.image):
-                data = await state.fetcher.fetch(request.scope, item.image)
-            else:
-                data = await asyncio.to_thread(decode_base64, item.image, state.settings, "image")
-        except Problem as problem:
-            raise problem.within(f"items.{number}") from None
-        try:
-            await state.retriever.images.check(snapshot, data)
+            await state.retriever.images.check(snapshot, files[place])
         except ImageError as error:
-            raise field_problem(field, str(error)) from None
-        images.append((data, str(sniff_format(data))))
-    return images
+            raise field_problem(f"{place}.image", str(error)) from None
+    return [(files[place], str(sniff_format(files[place]))) for place in given]
 
 
 async def _accept(

@@ -3,8 +3,8 @@
 - A key has 256 random bits, so a plain SHA-256 cannot be reversed and no slow hash is needed.
 - Hashes are compared in constant time and with every known key, so the response time reveals nothing.
 - `dcar key NAME` makes a key for the caller and the line `NAME:HASH` for DCAR_API_KEYS.
-- A scope follows the hash: `NAME:HASH:read` or `NAME:HASH:write`, and perhaps collections, `NAME:HASH:read:shoes+bags`.
-  A key without a scope reads every collection. A key that may write may also read.
+- A scope may follow the hash, as in `NAME:HASH:write:shoes+bags`. A key without one reads every collection, and a key
+  that may write may also read.
 """
 
 import hashlib
@@ -90,12 +90,3 @@ def key_in(headers: Mapping[str, str]) -> str | None:
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
     return headers.get("x-api-key") or None
-
-
-def opens_everything(keys: Mapping[str, ApiKey], admin_key: str | None, headers: Mapping[str, str]) -> bool:
-    """Return True if no key is needed, or if a request has the key of the admin, or one that opens all collections."""
-    key = key_in(headers)
-    if not keys or key is None:
-        return not keys
-    name = find_key_name(keys, key)
-    return (admin_key is not None and is_key(key, admin_key)) or (name is not None and keys[name].collections is None)

@@ -1,13 +1,18 @@
-"""Prometheus metrics of the service, served at GET /metrics.
+"""Prometheus metrics of the service, served at GET /metrics, and OpenTelemetry traces (DCAR_TRACING).
 
 - One registry per application, so several applications can live in one process, as in tests.
 - Values that only their owner knows (index version, open circuit breakers) are read at each scrape: see `add_gauge`.
+- Traces have a span for each request, which FastAPI makes once a tracer provider is set, and within it a span for each
+  stage of a search. OpenTelemetry's own variables say where spans go: OTEL_EXPORTER_OTLP_ENDPOINT, ...
+- Without the setting OpenTelemetry is not imported.
 - Label values come from fixed sets (stages, routes, outcomes), never from what a caller sends.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -15,15 +20,36 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from app.core.tracing import Tracer
+from dcar_core.util.errors import MissingExtraError
 
 Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
 PendingKind = Literal["searches", "pictures"]
-ReadGauge = Callable[[], Iterable[tuple[list[str], float]]]  # (label values, value) pairs
+ReadGauge = Callable[[], Iterable[tuple[str, float]]]  # (label, value) pairs
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_CLOSE_TIMEOUT_S = 3.0
+
+
+class Tracer:
+    """Make the spans of the stages. `current` gives the trace context of a task, and `close` sends the last spans."""
+
+    def __init__(self, tracer: Any, current: Callable[[], Any], close: Callable[[], None]) -> None:
+        self._tracer = tracer
+        self.current = current
+        self.close = close
+
+    def span(self, stage: str) -> Any:
+        return self._tracer.start_as_current_span(stage)
+
+    def past_span(self, stage: str, context: Any, started: float, ended: float, **attributes: int) -> None:
+        """Add the span of a finished stage. Times are of time.monotonic."""
+        offset = time.time() - time.monotonic()
+        span = self._tracer.start_span(
+            stage, context=context, start_time=int((offset + started) * 1e9), attributes=attributes
+        )
+        span.end(int((offset + ended) * 1e9))
 
 
 class Metrics:
@@ -83,9 +109,9 @@ class Metrics:
                 self.tracer.past_span("queue", context, arrived, started)
                 self.tracer.past_span("encode", context, started, ended, **{"dcar.batch_size": len(jobs)})
 
-    def add_gauge(self, name: str, description: str, labels: list[str], read: ReadGauge) -> None:
+    def add_gauge(self, name: str, description: str, label: str, read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""
-        self.registry.register(_ReadAtScrape(name, description, labels, read))
+        self.registry.register(_ReadAtScrape(name, description, label, read))
 
     def render(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
@@ -93,14 +119,34 @@ class Metrics:
 
 
 class _ReadAtScrape(Collector):
-    def __init__(self, name: str, description: str, labels: list[str], read: ReadGauge) -> None:
-        self._name = name
-        self._description = description
-        self._labels = labels
-        self._read = read
+    def __init__(self, name: str, description: str, label: str, read: ReadGauge) -> None:
+        self._name, self._description, self._label, self._read = name, description, label, read
 
     def collect(self) -> Iterable[Metric]:
-        family = GaugeMetricFamily(self._name, self._description, labels=self._labels)
-        for values, value in self._read():
-            family.add_metric(values, value)
+        family = GaugeMetricFamily(self._name, self._description, labels=[self._label])
+        for label, value in self._read():
+            family.add_metric([label], value)
         yield family
+
+
+def start_tracing() -> Tracer:
+    """Set the tracer provider of the process. Raise MissingExtraError if the SDK of OpenTelemetry is not installed."""
+    try:
+        from opentelemetry import context, trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        raise MissingExtraError("tracing", "otel") from None
+    defaults = Resource({SERVICE_NAME: "dcar", SERVICE_VERSION: version("dcar")})
+    provider = TracerProvider(resource=defaults.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+
+    def close() -> None:
+        shutdown = threading.Thread(target=provider.shutdown, daemon=True)  # a collector may accept and never respond
+        shutdown.start()
+        shutdown.join(_CLOSE_TIMEOUT_S)
+
+    return Tracer(provider.get_tracer("dcar"), context.get_current, close)

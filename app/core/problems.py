@@ -6,6 +6,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -15,45 +16,37 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 MEDIA_TYPE = "application/problem+json"
-SAFE_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110's; Python before 3.13 has older ones
 _UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]|bool")  # in pydantic's location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
 _MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
 
 
+@dataclass(eq=False)
 class Problem(Exception):  # noqa: N818 - the name in RFC 9457
     """An error response.
 
-    Args:
+    Attributes:
         status: HTTP status code.
         detail: one sentence for the caller: the fault and the remedy.
         errors: (field, message) pairs of faulty fields.
         headers: extra response headers, such as Retry-After.
+        refused: the reason to count if the request is refused to protect the service.
     """
 
-    def __init__(
-        self,
-        status: int,
-        detail: str,
-        *,
-        errors: Sequence[tuple[str, str]] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.errors = tuple(errors)
-        self.headers = dict(headers or {})
+    status: int
+    detail: str
+    errors: Sequence[tuple[str, str]] = ()
+    headers: dict[str, str] = field(default_factory=dict)
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        return self.detail
 
     def within(self, place: str) -> "Problem":
         """Return the same problem for a part of a request: its fields are named below `place`."""
-        errors = [(f"{place}.{field}", message) for field, message in self.errors]
-        return Problem(self.status, f"{place}: {self.detail}", errors=errors, headers=self.headers)
+        errors = [(f"{place}.{name}", message) for name, message in self.errors]
+        return replace(self, detail=f"{place}: {self.detail}", errors=errors)
 
     def body(self) -> dict[str, Any]:
         """Return the document of RFC 9457. Its type is `about:blank` when the status code says everything."""
@@ -65,18 +58,16 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
         }
         if self.errors:
             document["type"] = "urn:dcar:problem:invalid-field"
-            document["errors"] = [{"field": field, "message": message} for field, message in self.errors]
+            document["errors"] = [{"field": name, "message": message} for name, message in self.errors]
         return document
 
     def response(self) -> Response:
-        """Return the response. It sets the security headers itself: some problems are sent outside the middleware."""
-        headers = {**SAFE_HEADERS, **self.headers}
-        return Response(to_json(self.body()), self.status, headers=headers, media_type=MEDIA_TYPE)
+        return Response(to_json(self.body()), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
-def field_problem(field: str, message: str, *, status: int = 422) -> Problem:
-    """Return a problem with one field; its detail repeats the message."""
-    return Problem(status, f"{field}: {message}", errors=[(field, message)])
+def field_problem(name: str, message: str, *, status: int = 422, **options: Any) -> Problem:
+    """Return a problem with one field; its detail repeats the message. options: other arguments of `Problem`."""
+    return Problem(status, f"{name}: {message}", errors=[(name, message)], **options)
 
 
 def from_validation(error: ValidationError | RequestValidationError) -> Problem:
@@ -90,7 +81,7 @@ def from_validation(error: ValidationError | RequestValidationError) -> Problem:
     if any(entry["type"] == "json_invalid" for entry in entries):
         return field_problem("body", "not valid JSON", status=400)
     faults = [(_field_name(entry), _message(entry["msg"])) for entry in entries[:_MAX_FAULTS]]
-    detail = "; ".join(f"{field}: {message}" for field, message in faults)
+    detail = "; ".join(f"{name}: {message}" for name, message in faults)
     if len(entries) > _MAX_FAULTS:
         detail += f"; and {len(entries) - _MAX_FAULTS:,} more"
     return Problem(422, detail, errors=faults)

@@ -22,12 +22,7 @@ async def supervise(
     *,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> None:
-    """Run a background loop until it returns. Restart it after `RESTART_S` whenever it raises.
-
-    Args:
-        name: of the task, for the log and the metric.
-        on_failure: called with each error.
-    """
+    """Run a background loop until it returns. Restart it after `RESTART_S` whenever it raises; `name` is logged."""
     while True:
         try:
             await run()

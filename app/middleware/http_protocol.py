@@ -74,7 +74,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._inner = HttpToolsProtocol(config, server_state, {**app_state, _STATE_KEY: self}, **options)
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's parser
-        self._head_timer, self._write_timer, self._close_timer = _Timer(), _Timer(), _Timer()
+        self._timers: dict[str, asyncio.TimerHandle] = {}  # "head", "write", "close"
         self._buffer, self._received = bytearray(READ_BYTES), bytearray()
         self._pending = 0  # requests that are being answered
         self._heads = 0  # that uvicorn has seen
@@ -93,8 +93,8 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._expect_head()
 
     def connection_lost(self, error: Exception | None) -> None:
-        for timer in (self._head_timer, self._write_timer, self._close_timer):
-            timer.stop()
+        for name in [*self._timers]:
+            self._stop(name)
         self._inner.connection_lost(error)
         if self._cycle is not None:  # of pipelined requests, uvicorn notifies only the last
             self._cycle.disconnected = True
@@ -104,11 +104,11 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._inner.eof_received()
 
     def pause_writing(self) -> None:
-        self._write_timer.start(WRITE_S, self._transport.abort)
+        self._start("write", WRITE_S, self._transport.abort)
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
-        self._write_timer.stop()
+        self._stop("write")
         self._inner.resume_writing()
 
     def get_buffer(self, sizehint: int) -> bytearray:
@@ -167,7 +167,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
     def request_started(self, cycle: Any) -> None:
         self._cycle = cycle
         self._pending += 1
-        self._head_timer.stop()
+        self._stop("head")
 
     def request_finished(self) -> None:
         self._pending -= 1
@@ -186,7 +186,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._has_trailers = self._has_trailers or not self._in_head
 
     def on_headers_complete(self) -> None:
-        self._head_timer.stop()
+        self._stop("head")
         self._in_head = False
         self._heads += not self._parser.should_upgrade()
         self._unframed = 0
@@ -199,30 +199,24 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._unframed = 0
 
     def _expect_head(self) -> None:
-        self._head_timer.start(HEAD_S, self._refuse, b"408 Request Timeout")
+        self._start("head", HEAD_S, self._refuse, b"408 Request Timeout")
 
     def _refuse(self, status: bytes) -> None:
         if not self._heads:  # else a response may be half written
             self._transport.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
         self._close()
 
+    def _start(self, timer: str, seconds: float, action: Callable[..., object], *args: object) -> None:
+        self._stop(timer)
+        self._timers[timer] = asyncio.get_running_loop().call_later(seconds, action, *args)
+
+    def _stop(self, timer: str) -> None:
+        if (handle := self._timers.pop(timer, None)) is not None:
+            handle.cancel()
+
     def _close(self) -> None:
         self._transport.close()  # after all is written, which needs a client that reads
-        self._close_timer.start(WRITE_S, self._transport.abort)
-
-
-class _Timer:
-    def __init__(self) -> None:
-        self._handle: asyncio.TimerHandle | None = None
-
-    def start(self, seconds: float, action: Callable[..., object], *args: object) -> None:
-        self.stop()
-        self._handle = asyncio.get_running_loop().call_later(seconds, action, *args)
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
+        self._start("close", WRITE_S, self._transport.abort)
 
 
 def _hide_upgrade(data: bytes) -> bytes:

@@ -1,10 +1,11 @@
-"""Outermost ASGI middleware: request ids, the access log, request metrics and HEAD.
+"""Outermost ASGI middleware: request ids, the access log, request metrics, headers of every response, and HEAD.
 
 - A request without a Host header, or with two, is refused 400: proxies and servers may disagree about it.
 - A request over loopback must name localhost, an address, or a host of DCAR_ALLOWED_HOSTS. Otherwise any web page could
   read the service of its visitor's machine, by a name that it leads there.
 - HEAD is GET without the body, on every route that has GET.
 - A request that is unfinished when the service shuts down (uvicorn cancels it) is answered 503.
+- Every response has safe headers, unless it has its own. One that needed a key is not stored by shared caches.
 - An unexpected exception is logged once, with the request id, and answered 500 without details.
 - Metrics name the route's template; paths that match no route count as "none".
 """
@@ -18,6 +19,7 @@ from functools import lru_cache
 from ipaddress import ip_address
 from urllib.parse import quote
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.logs import choose_id, request_id
@@ -29,8 +31,12 @@ from app.middleware.access import CALLER
 logger = logging.getLogger(__name__)
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
-_REQUEST_ID = b"x-request-id"
 _MAX_LOGGED_PATH = 300  # characters
+_SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
 _PORT = re.compile(r":\d*$")
 _CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 
@@ -50,8 +56,7 @@ class RequestLog:
         began = time.perf_counter()
         method = scope["method"]
         inner = {**scope, "method": "GET"} if method == "HEAD" else scope
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == _REQUEST_ID), None)
-        identifier = choose_id(given)
+        identifier = choose_id(Headers(scope=scope).get("x-request-id"))
         token = request_id.set(identifier)
         client = scope.get("client")
         current_caller.set(network_of(client[0]) if client else "unknown")
@@ -61,7 +66,14 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (_REQUEST_ID, identifier.encode())]}
+                headers = MutableHeaders(raw=list(message["headers"]))
+                headers["X-Request-ID"] = identifier
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+                if CALLER in inner and inner["method"] == "GET":
+                    headers.setdefault("Cache-Control", "private")
+                    headers.add_vary_header("Authorization, X-API-Key")
+                message = {**message, "headers": headers.raw}
             elif method == "HEAD":
                 if message.get("more_body", False):
                     return
@@ -95,15 +107,15 @@ class RequestLog:
             return None if is_old else field_problem("Host", "must be given once", status=400)
         name = _PORT.sub("", hosts[0]).strip("[]").lower()
         allowed, server = self._allowed_hosts, scope.get("server")
-        if name in allowed or "*" in allowed or server is None or not _is_loopback(server[0]):
-            return None
-        if _is_localhost_or_address(name):
+        is_known = name in allowed or "*" in allowed or _is_localhost_or_address(name)
+        if is_known or server is None or not _is_loopback(server[0]):
             return None
         message = "must be localhost or an address; DCAR_ALLOWED_HOSTS adds the names of this service"
         return field_problem("Host", message, status=421)
 
     def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
-        self._metrics.requests.labels(_template(scope), str(status)).observe(seconds)
+        template: str = getattr(scope.get("route"), "path", None) or "none"
+        self._metrics.requests.labels(template, str(status)).observe(seconds)
         if status == 200 and scope["path"] in _PROBES:
             return  # probes arrive every few seconds
         if logger.isEnabledFor(logging.INFO):
@@ -135,8 +147,3 @@ def _is_localhost_or_address(name: str) -> bool:
         return name == "localhost" or bool(ip_address(name))
     except ValueError:
         return False
-
-
-def _template(scope: Scope) -> str:
-    template: str = getattr(scope.get("route"), "path", None) or "none"
-    return template

@@ -55,7 +55,8 @@ def normalize(text: str) -> str:
     return " ".join(strip_control_tokens(text).split())
 
 
-def _check_text(text: str, info: ValidationInfo) -> str:
+def check_text(text: str, info: ValidationInfo) -> str:
+    """Return a text in its normalized form. Raise ValueError if it is too long, or has no words."""
     if info.context is not None and len(text) > info.context.max_query_chars:
         raise ValueError(f"at most {info.context.max_query_chars} characters, not {len(text)}")
     normalized = normalize(text)
@@ -124,7 +125,7 @@ class Query(BaseModel):
     )
 
     query: Annotated[
-        str, AfterValidator(_check_text), Field(description="what the image shows; optional if more_like is given")
+        str, AfterValidator(check_text), Field(description="what the image shows; optional if more_like is given")
     ] = ""
     k: Annotated[int, Field(ge=1, strict=True, description="number of results"), AfterValidator(_check_k)] = DEFAULT_K
     offset: Annotated[
@@ -153,7 +154,7 @@ class Query(BaseModel):
     ] = ()
     without: Annotated[
         str,
-        AfterValidator(_check_text),
+        AfterValidator(check_text),
         Field(description="what results should not show, such as tears", examples=["tears"]),
     ] = ""
     weights: Weights = Weights()

@@ -43,7 +43,7 @@ class Snapshot:
         groups: cached `GroupField`s of `app.search.ranking.groups`, by the name of the field.
         facets: cached counts of values; see `app.search.ranking.facets`.
         rankings: cached rankings of recent queries, by `Plan.ranking_key`.
-        page_facts: cached facts that only the page needs; see `app.api.browsing`.
+        page_facts: cached facts that only the page needs; see `app.api.page`.
         frozen: features of the frozen image encoder by row, cached by re-ranking.
     """
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import ENDS, stop, supervise
-from app.core.threads import ComputeThreads, SharedCall, run_in_new_thread
+from app.core.threads import ComputeThreads, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, NotReadyError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
 from app.service.integrity import find_damage
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 30.0
 _CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
+_LOOK_S = 1.0  # for a look at the gallery
 _LOADING = "The model is being loaded."
 
 
@@ -189,7 +190,6 @@ class Collections:
         checker: the thread that compares files with their checksums, one version after the other.
         load_lock: held while a version is loaded, so one is loaded at a time.
         on_start_failure: called if the first version of a collection in the settings cannot be loaded.
-        gallery_fault: why images cannot be shown, by a sample of each gallery's files; None if they can.
         is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
 
@@ -212,7 +212,7 @@ class Collections:
         self._sync_lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
-        self.gallery_fault = SharedCall[str | None](self._find_gallery_fault, "the gallery does not respond")
+        self._look: asyncio.Task[str | None] | None = None  # at the files of the galleries
         self.is_draining = False
 
     def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
@@ -253,6 +253,14 @@ class Collections:
         """Why some published version is not served, or is damaged; None if all are served and none is."""
         reasons = [self._with_name(name, index.fault) for name, index in self if index.fault is not None]
         return "; ".join(reasons) or None
+
+    async def gallery_fault(self) -> str | None:
+        """Return why images cannot be shown, by a sample of each gallery's files; None if they can."""
+        if self._look is None or self._look.done():  # callers share one look, which may hang on a network disk
+            self._look = asyncio.create_task(run_in_new_thread(self._find_gallery_fault))
+        look = self._look
+        done, _ = await asyncio.wait([look], timeout=_LOOK_S)
+        return look.result() if done else "the gallery does not respond"
 
     def _find_gallery_fault(self) -> str | None:
         for name, index in self:

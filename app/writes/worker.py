@@ -57,11 +57,11 @@ class WriteWorker:
         self._looking = ComputeThreads(1, "dcar-queue")
         self._accepting = 0
         self._waiting: dict[str, int] = {}  # jobs of a collection, when they were last counted
-        metrics.add_gauge("dcar_jobs_waiting", "Changes of items that have not ended.", ["collection"], self._count)
+        metrics.add_gauge("dcar_jobs_waiting", "Changes of items that have not ended.", "collection", self._count)
 
-    def _count(self) -> list[tuple[list[str], float]]:
+    def _count(self) -> list[tuple[str, float]]:
         is_on = self._settings.writes
-        return [([name], float(self._waiting.get(name, 0))) for name, _ in self._collections if is_on]
+        return [(name, float(self._waiting.get(name, 0))) for name, _ in self._collections if is_on]
 
     def start(self) -> None:
         self._task = asyncio.create_task(supervise("writer", self._run, self._metrics), name="dcar-writer")

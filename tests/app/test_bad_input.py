@@ -67,6 +67,8 @@ TEXTS: list[tuple[bytes, int, str]] = [
     (b'{"query": "x", "k": "10"}', 422, "k"),
     (b'{"query": "x", "k": true}', 422, "k"),
     (b'{"query": "x", "limit": 3}', 422, "limit"),
+    (b'{"query": "x", "min_scor": 1}', 422, "min_scor"),
+    (b'{"query": "x", "min_score": 2}', 422, "min_score"),
     (b'{"query": "x", "bool": 3}', 422, "bool"),
     (b'{"query": "x", "hybrid": "yes"}', 422, "hybrid"),
     (b"[]", 422, "body"),
@@ -126,10 +128,9 @@ async def test_invalid_images_and_forms_name_the_field(built_index: Path) -> Non
         for k in ("0", "-1", "201", "many", "1.5", ""):
             response = await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
             assert_problem(response, 422, "k")
+        assert_problem(await client.post("/search/image", files={"file": png()}, data={"filtre": "1"}), 422, "filtre")
         assert_problem(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
         assert_problem(await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file")
-        two = [("file", ("a.png", png())), ("file", ("b.png", png()))]
-        assert_problem(await client.post("/search/image", files=two), 400)
         assert_problem(await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415)
         assert_problem(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
         assert_problem(await client.post("/search/image"), 415, "Content-Type")
@@ -157,7 +158,6 @@ async def test_huge_image_is_refused_before_decoding(built_index: Path) -> None:
 
 async def test_forms_without_an_image_name_the_fault(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with opened(built_index) as client:
-        assert_problem(await client.post("/search/image", files={"file": (None, "a text")}), 422, "file")
         two = [("file", png()), ("file", png())]
         assert "many files" in assert_problem(await client.post("/search/image", files=two), 400, "body")["detail"]
         assert_problem(
@@ -204,15 +204,7 @@ async def test_thousands_of_faults_are_summarised(built_index: Path, path: str) 
 
 async def test_unknown_items_routes_and_methods_are_problems(built_index: Path) -> None:
     async with opened(built_index) as client:
-        for item in (
-            "nothing",
-            "..%2f..%2fetc%2fpasswd",
-            "%00",
-            "circle",
-            "a" * 1000,
-            "%F0%9F%98%80",
-            "..%5C..%5Cx",
-        ):
+        for item in ("nothing", "..%2f..%2fetc%2fpasswd", "%00", "circle", "a" * 1000, "%F0%9F%98%80", "..%5C..%5Cx"):
             for suffix in ("", "/image", "/similar"):
                 assert_problem(await client.get(f"/items/{item}{suffix}"), 404, "id")
         assert_problem(await client.get("/items/" + "a" * 2000), 422, "item_id")
@@ -225,28 +217,13 @@ async def test_unknown_items_routes_and_methods_are_problems(built_index: Path) 
             "/search/text/",
         ):
             assert_problem(await client.get(path, follow_redirects=False), 404)
-        for method, path in (
-            ("GET", "/search/text"),
-            ("PUT", "/search/image"),
-            ("POST", "/healthz"),
-            ("DELETE", "/"),
-        ):
+        for method, path in (("GET", "/search/text"), ("PUT", "/search/image"), ("POST", "/healthz"), ("DELETE", "/")):
             response = await client.request(method, path)
             assert_problem(response, 405)
             assert "allow" in response.headers
         for k in ("0", "x", "201", "-5"):
             assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
         assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
-
-
-async def test_misspelt_fields_are_refused(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        for field in ("min_scor", "filtre", "K"):
-            response = await client.post("/search/image", files={"file": png()}, data={field: "1"})
-            assert_problem(response, 422, field)
-            assert_problem(await client.post("/search/text", json={"query": "red", field: 1}), 422, field)
-        low = assert_problem(await client.post("/search/text", json={"query": "red", "min_score": 2}), 422, "min_score")
-        assert {each["field"] for each in low["errors"]} == {"min_score"}
 
 
 async def test_large_body_is_refused_while_it_arrives(built_index: Path) -> None:
@@ -293,14 +270,3 @@ async def test_client_that_disconnects_while_sending_is_not_an_error(built_index
             }  # fmt: skip
             await client.app(scope, receive, send)
             assert answered[0]["status"] == 400
-
-
-@pytest.mark.slow
-async def test_formats_are_accepted_by_setting(built_index: Path) -> None:
-    data = io.BytesIO()
-    Image.new("RGB", (25, 40)).save(data, "TIFF")
-    async with opened(built_index) as client:
-        problem = assert_problem(await client.post("/search/image", files={"file": data.getvalue()}), 422, "file")
-        assert "TIFF images are not accepted here" in problem["errors"][0]["message"]
-    async with opened(built_index, image_formats=("png", "tiff")) as client:
-        assert (await client.post("/search/image", files={"file": data.getvalue()})).status_code == 200

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.api.browsing import Catalogue
+from app.api.page import Catalogue
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
@@ -86,6 +86,7 @@ async def test_thumbnails_are_small_and_upright(photos: Path, cache: dict[str, A
             assert (image.size, image.mode) == (size, "RGB"), name
             assert len(response.content) < 1_000_000 / 24, "24 photos take less than 1 MB"
             fallback = await client.get(url)
+            assert fallback.status_code == 200, fallback.text
             assert fallback.headers["content-type"] == "image/jpeg"
             assert fallback.headers["etag"] != response.headers["etag"]
             again = await client.get(url, headers={**WEBP, "If-None-Match": response.headers["etag"]})
@@ -108,6 +109,7 @@ async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_pat
         assert (best["metadata"]["file_name"], best["score"] > 0.999) == ("blue.heic", True)
         for headers, kind in ((WEBP, "webp"), ({}, "jpeg")):
             thumbnail = await client.get(f"{best['image_url']}?size=192", headers=headers)
+            assert thumbnail.status_code == 200, thumbnail.text
             assert thumbnail.headers["content-type"] == f"image/{kind}"
             image = Image.open(io.BytesIO(thumbnail.content)).convert("RGB")
             assert image.size == (192, 144)
@@ -133,6 +135,7 @@ async def test_cmyk_and_tiff_are_query_images_where_they_are_allowed(photos: Pat
 async def test_small_drawings_are_sent_as_they_are(built_index: Path, cache: dict[str, Any]) -> None:
     async with opened(built_index, **cache) as client:
         thumbnail = await client.get("/items/circle%2Fred.png/image?size=192", headers=WEBP)
+        assert thumbnail.status_code == 200, thumbnail.text
         assert thumbnail.headers["content-type"] == "image/png"
         assert (await client.get("/items/%C3%A9t%C3%A9%20%231%3F%2F100%252F.png/image?size=192")).status_code == 200
         assert ODD_ID

@@ -55,11 +55,7 @@ async def test_filters_of_a_batch_give_way_to_that_of_another_request(
     async with opened(built_index) as client:
         queries = [{"query": "red", "filter": {"caption": {"contains": f"batch {i}"}}} for i in range(8)]
         batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
-
-        async def has_begun() -> bool:
-            return bool(order)
-
-        await until(has_begun)
+        await until(lambda: bool(order))
         single = {"query": "red", "filter": {"caption": {"contains": "single"}}}
         other = asyncio.create_task(client.post("/search/text", json=single))
         await asyncio.sleep(0.2)
@@ -88,11 +84,7 @@ async def test_facets_of_a_batch_give_way_to_the_filter_of_another_request(
     async with opened(built_index) as client:
         queries = [{"query": f"red {i}", "facets": ["color"]} for i in range(8)]
         batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
-
-        async def has_begun() -> bool:
-            return bool(order)
-
-        await until(has_begun)
+        await until(lambda: bool(order))
         await asyncio.sleep(0.2)  # all queries of the batch have been ranked
         single = asyncio.create_task(client.post("/search/text", json={"query": "red", "filter": {"color": "red"}}))
         await asyncio.sleep(0.2)

@@ -211,11 +211,7 @@ async def test_slow_hosts_of_one_caller_leave_places_to_others(tmp_path: Path) -
         both = ImageFetcher(settings, resolve, lambda _: True)
         callers: list[dict[str, Any]] = [{**SCOPE, "client": (f"192.0.2.{number}", 1)} for number in range(3)]
         waits = [asyncio.create_task(both.fetch(each, "http://slow.example/")) for each in callers[:2] * 8]
-
-        async def are_waiting() -> bool:
-            return len(requests) == 8
-
-        await until(are_waiting)
+        await until(lambda: len(requests) == 8)
         assert await both.fetch(callers[2], URL) == b"image"
         for wait in waits:
             wait.cancel()

@@ -12,14 +12,11 @@ import httpx
 import pytest
 
 from app.core.logs import choose_id
-from tests.support.commands import Command
 from tests.support.images import png
-from tests.support.processes import free_port
-from tests.support.responses import scrape
-from tests.support.service import before_encoding, opened, restore
+from tests.support.responses import assert_problem, scrape
+from tests.support.service import SERVE, before_encoding, opened, restore, serving_process
 
 REQUEST_LOG = "app.middleware.request_log"
-SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 
 
 async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path) -> None:
@@ -88,49 +85,24 @@ def test_malformed_request_ids_are_replaced() -> None:
         assert choose_id(wrong) != wrong
 
 
-def _server(index: Path, port: int, script: str = SERVE, **given: str) -> Command:
-    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
-    return Command("-c", script, environment=environment)
-
-
-def _until_ready(client: httpx.Client) -> None:
-    end = time.monotonic() + 150
-    while time.monotonic() < end:
-        try:
-            if client.get("/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)  # each request is a line in a pipe that is not read yet
-    raise AssertionError("it does not become ready")
-
-
 @pytest.mark.slow
 def test_a_request_that_outlasts_the_shutdown_gets_503(built_index: Path) -> None:
     """uvicorn cancels requests after ten seconds, one second here."""
-    port = free_port()
-    process = _server(built_index, port, f"import app.server as s; s._FINISH_S = 1; {SERVE}")
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            _until_ready(client)
+    script = f"import app.server as s; s._FINISH_S = 1; {SERVE}"
+    with serving_process(built_index, script) as (process, client, log):
 
-            def dripping() -> Any:
-                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
-                assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200  # it has read the beginning
-                process.send_signal(signal.SIGTERM)
-                for _ in range(100):
-                    yield b"x"
-                    time.sleep(0.05)
+        def dripping() -> Any:
+            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
+            assert httpx.get(client.base_url.join("/healthz")).status_code == 200  # it has read the beginning
+            process.send_signal(signal.SIGTERM)
+            for _ in range(100):
+                yield b"x"
+                time.sleep(0.05)
 
-            kind = {"Content-Type": "multipart/form-data; boundary=b"}
-            response = client.post("/search/image", content=dripping(), headers=kind)
-            assert response.status_code == 503
-            assert "shutting down" in response.json()["detail"]
-            assert response.headers["x-content-type-options"] == "nosniff"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, text = process.communicate(timeout=20)
-    assert "Traceback" not in text
+        kind = {"Content-Type": "multipart/form-data; boundary=b"}
+        assert_problem(response := client.post("/search/image", content=dripping(), headers=kind), 503)
+        assert "shutting down" in response.json()["detail"]
+    assert "Traceback" not in "".join(log)
 
 
 async def test_a_long_path_is_shortened_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -145,38 +117,31 @@ async def test_a_long_path_is_shortened_in_the_log(built_index: Path, caplog: py
 @pytest.mark.slow
 def test_a_shutdown_finishes_requests_and_logs_json(built_index: Path) -> None:
     """After SIGTERM /readyz turns to 503 first; requests are still served and an upload is finished."""
-    port = free_port()
     warned = "s.create_app = lambda *a, **k: warnings.warn('of a library') or create(*a, **k)"
     script = f"import warnings, app.server as s; create = s.create_app; {warned}; {SERVE}"
-    process = _server(built_index, port, script, DCAR_LOG_FORMAT="json", DCAR_DRAIN_S="0.5")
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            _until_ready(client)
-            image = png()
+    settings = {"DCAR_LOG_FORMAT": "json", "DCAR_DRAIN_S": "0.5"}
+    with serving_process(built_index, script, **settings) as (process, client, log):
 
-            def slowly() -> Any:
-                yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + image
-                assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200  # it has read the beginning
+        def slowly() -> Any:
+            yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n' + png()
+            with httpx.Client(base_url=client.base_url) as other:
+                assert other.get("/healthz").status_code == 200  # it has read the beginning
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.2)
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}") as other:
-                    ready = other.get("/readyz")
-                    assert ready.status_code == 503
-                    assert "shutting down" in ready.json()["detail"]
-                    assert other.post("/search/text", json={"query": "red"}).status_code == 200
-                time.sleep(0.8)
-                with pytest.raises(httpx.ConnectError):
-                    httpx.get(f"http://127.0.0.1:{port}/readyz")
-                yield b"\r\n--b--\r\n"
+                ready = other.get("/readyz")
+                assert_problem(ready, 503)
+                assert "shutting down" in ready.json()["detail"]
+                assert other.post("/search/text", json={"query": "red"}).status_code == 200
+            time.sleep(0.8)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(client.base_url.join("/readyz"))
+            yield b"\r\n--b--\r\n"
 
-            kind = {"Content-Type": "multipart/form-data; boundary=b", "X-Request-ID": "the-last"}
-            assert client.post("/search/image", content=slowly(), headers=kind).status_code == 200
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, text = process.communicate(timeout=20)
-    lines = [json.loads(line) for line in text.splitlines()]
+        kind = {"Content-Type": "multipart/form-data; boundary=b", "X-Request-ID": "the-last"}
+        assert client.post("/search/image", content=slowly(), headers=kind).status_code == 200
+    lines = [json.loads(line) for line in log]
     assert all({"time", "level", "logger", "message", "request_id"} <= line.keys() for line in lines)
     last = next(line for line in lines if line["request_id"] == "the-last" and line["logger"] == REQUEST_LOG)
     assert (last["path"], last["status"], last["method"]) == ("/search/image", 200, "POST")
     assert last["ms"] > 500
-    assert "of a library" not in text
+    assert "of a library" not in "".join(log)

@@ -7,13 +7,12 @@ import pytest
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api import browsing
-from app.api.bodies import read_json
-from app.api.requests import DeleteItems
+from app.api import page
+from app.api.requests import DeleteItems, read_json
 from app.api.responses import JsonResponse
 from app.core.settings import Settings
 from app.main import create_app
-from app.middleware.policy import Policies, Policy
+from app.middleware.access import Policy
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, bearer, opened
 
@@ -22,26 +21,27 @@ PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", 
 
 def test_every_route_has_a_policy_and_few_are_open(tmp_path: Path) -> None:
     app = create_app(Settings(index=tmp_path))
-    policies: Policies = app.state.policies
-    assert policies.undeclared(app.routes) == []
-    templates = {(route.path, method) for route in app.routes for method in route.methods - {"HEAD"}}  # type: ignore[attr-defined]
-    access = {(path, method): policies.of(path, method).access for path, method in templates}
-    assert {path for (path, _), each in access.items() if each == "open"} == PUBLIC
-    changes = {(path, method) for path, method in templates if method in ("PUT", "DELETE", "PATCH")}
-    assert {access[each] for each in changes} == {"write"}
-    assert all(path.startswith(("/ui/", "/collections/{collection}/ui/")) for path, method in templates
-               if policies.of(path, method).is_private and path not in PUBLIC)  # fmt: skip
+    policies: dict[tuple[str, str], Policy] = {
+        (route.path, method): route.policy  # type: ignore[attr-defined]
+        for route in app.routes
+        for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
+    }
+    assert {path for (path, _), policy in policies.items() if policy.access == "open"} == PUBLIC
+    changes = [policy for (_, method), policy in policies.items() if method in ("PUT", "DELETE", "PATCH")]
+    assert {policy.access for policy in changes} == {"write"}
+    private = {path for (path, _), policy in policies.items() if policy.is_private and path not in PUBLIC}
+    assert all(path.startswith(("/ui/", "/collections/{collection}/ui/")) for path in private)
 
 
 async def test_a_route_without_a_policy_is_not_reachable(built_index: Path) -> None:
-    async with opened(built_index) as client:
+    async with opened(built_index, **KEYS) as client:
 
         @client.app.get("/bare")
         async def bare() -> dict[str, str]:
             return {"secret": "shown"}
 
-        assert client.app.state.policies.undeclared(client.app.routes) == ["/bare"]
-        response = await client.get("/bare")
+        assert_problem(await client.get("/bare"), 401, "Authorization")
+        response = await client.get("/bare", headers=bearer(ALICE))
         assert_problem(response, 404)
         assert "nothing at /bare" in response.json()["detail"]
 
@@ -49,15 +49,15 @@ async def test_a_route_without_a_policy_is_not_reachable(built_index: Path) -> N
 @pytest.fixture
 def added() -> Iterator[None]:
     """A route that a module of routes declares, as any other: with a policy, a body and a response."""
-    before = [*browsing.routes._routes]
+    before = [*page.routes._routes]
 
-    @browsing.routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=DeleteItems, errors=(409,))
+    @page.routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=DeleteItems, errors=(409,))
     async def echo(request: Request) -> Response:
         """Answer with the ids of the request."""
         return JsonResponse((await read_json(request, DeleteItems)).ids)
 
     yield
-    browsing.routes._routes[:] = before
+    page.routes._routes[:] = before
 
 
 @pytest.mark.usefixtures("added")

@@ -1,18 +1,12 @@
 """The server process: start, shutdown, and what keeps it from pauses."""
 
 import gc
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import httpx
 import pytest
 from fastapi import FastAPI
 from PIL import Image
@@ -26,6 +20,7 @@ from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.images import encoded
 from tests.support.processes import free_port
+from tests.support.service import SERVE, serving_process
 
 
 def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
@@ -35,53 +30,25 @@ def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_i
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(DcarError, match=f"port {port} .* is taken") as caught:
+        with pytest.raises(DcarError, match=f"port {port} of 127.0.0.1: Address already in use") as caught:
             serve(Settings(index=built_index, port=port))
     assert "\n" not in str(caught.value)
     with pytest.raises(DcarError, match=r"192\.0\.2\.1"):
         serve(Settings(index=built_index, host="192.0.2.1"))
 
 
-SERVE = "import sys; from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
-
-
-def _started(index: Path, port: int, **given: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"} | given
-    return subprocess.Popen([sys.executable, "-c", SERVE], env=environment, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
-def test_server_process_starts_serves_and_stops(built_index: Path) -> None:
-    port = free_port()
-    process = _started(built_index, port)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            end = time.monotonic() + 150
-            answered_while_loading = False
-            while True:
-                assert time.monotonic() < end
-                try:
-                    assert client.get("/healthz").status_code == 200
-                    status = client.get("/readyz").status_code
-                except httpx.TransportError:
-                    time.sleep(0.05)
-                    continue
-                if status == 200:
-                    break
-                answered_while_loading = True
-                time.sleep(0.05)
-            assert answered_while_loading
-            assert client.post("/search/text", json={"query": "red", "k": 2}).json()["results"][0]["rank"] == 1
-            big = client.post("/search/image", files={"file": ("big.png", bytes(100 * 2**20))})
-            assert big.status_code == 413
-            assert "server" not in big.headers
-            assert client.get("/nothing").status_code == 404
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=20)
-    assert "Traceback" not in log
-    assert "POST /search/text" in log
-    assert log.count("received a signal: shutting down") == 1
+def test_server_process_serves_and_stops(built_index: Path) -> None:
+    with serving_process(built_index) as (process, client, log):
+        assert client.post("/search/text", json={"query": "red", "k": 2}).json()["results"][0]["rank"] == 1
+        big = client.post("/search/image", files={"file": ("big.png", bytes(100 * 2**20))})
+        assert big.status_code == 413
+        assert "server" not in big.headers
+        assert client.get("/nothing").status_code == 404
+    text = "\n".join(log)
+    assert "Traceback" not in text
+    assert "POST /search/text" in text
+    assert text.count("received a signal: shutting down") == 1
     assert process.returncode in (0, -signal.SIGTERM)
 
 
@@ -100,22 +67,10 @@ server._FINISH_S = 1
 def test_an_image_that_is_decoded_without_end_does_not_keep_the_server(
     built_index: Path, number: signal.Signals, status: int
 ) -> None:
-    port = free_port()
-    environment = {"DCAR_INDEX": str(built_index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu"}
-    process = Command("-c", HANGING + SERVE, environment=environment | {"DCAR_DEADLINE_MS": "500"})
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            end = time.monotonic() + 150
-            while time.monotonic() < end:
-                with suppress(httpx.TransportError):
-                    if client.get("/readyz").status_code == 200:
-                        break
-                time.sleep(0.05)
-            assert client.post("/search/image", files={"file": encoded(Image.new("L", (4, 4)))}).status_code == 503
-    finally:
+    with serving_process(built_index, HANGING + SERVE, DCAR_DEADLINE_MS="500") as (process, client, _):
+        assert client.post("/search/image", files={"file": encoded(Image.new("L", (4, 4)))}).status_code == 503
         process.send_signal(number)
-        process.communicate(timeout=20)
-    assert process.returncode == status
+        assert process.wait(20) == status
 
 
 @pytest.mark.slow

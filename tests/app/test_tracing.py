@@ -1,20 +1,16 @@
 """Traces of a real server, received by an OTLP collector over HTTP."""
 
-import signal
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.support.commands import Command
 from tests.support.parts import needs
-from tests.support.processes import answering, free_port
+from tests.support.processes import answering
+from tests.support.service import serving_process
 
-SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 pytestmark = needs("otel")
@@ -50,32 +46,10 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 @pytest.mark.slow
 def test_stages_are_spans_in_the_trace_of_the_caller(built_index: Path, collector: tuple[str, list[Any]]) -> None:
     url, spans = collector
-    port = free_port()
-    environment = {
-        "DCAR_INDEX": str(built_index),
-        "DCAR_PORT": str(port),
-        "DCAR_DEVICE": "cpu",
-        "DCAR_TRACING": "true",
-        "OTEL_EXPORTER_OTLP_ENDPOINT": url,
-    }
-    process = Command("-c", SERVE, environment=environment)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            end = time.monotonic() + 150
-            while True:
-                assert time.monotonic() < end
-                try:
-                    if client.get("/readyz").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.1)
-            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-            assert client.post("/search/text", json={"query": "red"}, headers=headers).status_code == 200
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=20)
-    assert "Traceback" not in log
+    with serving_process(built_index, DCAR_TRACING="true", OTEL_EXPORTER_OTLP_ENDPOINT=url) as (_, client, log):
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        assert client.post("/search/text", json={"query": "red"}, headers=headers).status_code == 200
+    assert "Traceback" not in "".join(log)
     ours = {span.name: span for span in spans if span.trace_id.hex() == TRACE}
     request = next(span for span in ours.values() if span.parent_span_id.hex() == PARENT)
     assert "/search/text" in request.name

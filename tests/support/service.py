@@ -1,11 +1,13 @@
 """The application over a real index, in this process through ASGI or on a port."""
 
 import asyncio
+import signal
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from app.core.settings import Settings
 from app.main import create_app
 from app.search.errors import NotReadyError
 from app.server import server_config
+from tests.support.commands import Command
+from tests.support.processes import free_port
 
 ALICE, BOB, ADMIN = new_key(), new_key(), "correct horse battery"
 KEYS: dict[str, Any] = {
@@ -25,6 +29,7 @@ KEYS: dict[str, Any] = {
     "admin_key": f"sha256:{key_hash(ADMIN)}",
 }
 WORDS = {"query": "red"}
+SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 ODD_ID = "été #1?/100%2F.png"
 
 
@@ -32,10 +37,10 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -> None:
+async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 60) -> None:
     """Wait for something that happens in the background."""
     end = time.monotonic() + seconds
-    while not await condition():
+    while not (await found if isawaitable(found := condition()) else found):
         assert time.monotonic() < end, "it did not happen in time"
         await asyncio.sleep(0.02)
 
@@ -98,12 +103,8 @@ async def opened(index: Path, *, ready: bool = True, **given: Any) -> AsyncItera
         ServiceClient(transport=transport, base_url="http://testserver") as client,
     ):
         client.app = app
-
-        async def is_ready() -> bool:
-            return _is_ready(app)
-
         if ready:
-            await until(is_ready)
+            await until(lambda: _is_ready(app))
         yield client
 
 
@@ -128,6 +129,28 @@ def serving(index: Path, **given: Any) -> Iterator[tuple[FastAPI, int]]:
         finally:
             server.should_exit = True
             thread.join(20)
+
+
+@contextmanager
+def serving_process(
+    index: Path, script: str = SERVE, **settings: str
+) -> Iterator[tuple[Command, httpx.Client, list[str]]]:
+    """The service in a process of its own, a client of it, and its log, which has all lines once it has ended."""
+    port, log = free_port(), list[str]()
+    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu", **settings}
+    process = Command("-c", script, environment=environment)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            end, is_ready = time.monotonic() + 150, False
+            while not is_ready:
+                assert time.monotonic() < end, "it does not become ready"
+                time.sleep(0.1)  # each request is a line in a pipe that is not read yet
+                with suppress(httpx.TransportError):
+                    is_ready = client.get("/readyz").status_code == 200
+            yield process, client, log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        log += process.communicate(timeout=20)[1].splitlines()
 
 
 def _is_ready(app: FastAPI) -> bool:

@@ -1,12 +1,18 @@
-"""Routes for the search page: thumbnails, the gallery without a query, and its filters.
+"""The search page and the API documentation: their files, and the private routes that the search page calls.
 
-The routes of this module are not part of the documented API, except for the thumbnails of GET /items/{id}/image.
+- Files come from the package, and nothing is loaded from other sites. They are read once; a requested name is looked up
+  in that table and never joined to a path.
+- No page has an inline script or style, so the content security policy forbids them.
+- The other routes are the gallery without a query, and its filters. They are not part of the documented API.
 """
 
 import asyncio
+import hashlib
 import threading
 from enum import IntEnum
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.resources import files
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,12 +23,11 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from app.api.bodies import check_k
-from app.api.requests import FilterQuery, PageQuery
-from app.api.responses import JsonResponse, image_headers, item_chars, items_response, make_response
+from app.api.requests import FilterQuery, PageQuery, check_k
+from app.api.responses import JsonResponse, image_headers, item_chars, items_response, make_response, not_modified
 from app.api.routing import Routes, snapshot_of, state_of
-from app.core.problems import field_problem
-from app.middleware.policy import Policy
+from app.core.problems import Problem, field_problem
+from app.middleware.access import Policy
 from app.search.query import ItemPage
 from app.search.ranking.facets import count_values, facet_values
 from app.search.ranking.groups import group_field
@@ -40,6 +45,23 @@ _LISTED_FIELDS = 12
 _FACETS = 6
 _FACET_VALUES = 100  # a field with more values is not offered as a filter
 _NUMBERS = frozenset({"int64", "double"})
+
+_PUBLIC = Policy("open", "service", cost=0, is_private=True)
+_UI = files("app") / "ui"
+_MEDIA_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+}
+_CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+_DOCS_CONTENT_POLICY = _CONTENT_POLICY.replace(
+    "style-src 'self'", "style-src 'self' 'unsafe-inline'"
+)  # Swagger UI sets inline styles
 
 
 class ThumbnailSize(IntEnum):
@@ -82,11 +104,9 @@ class Catalogue:
     def fields(self) -> list[dict[str, Any]]:
         """Fields to sort by. The caption and the category are left out where no item has one."""
         types = {name: kind for name, kind in self._artifact.fields.items() if kind in {*_NUMBERS, "string"}}
-        missing = {name for name in EMPTY_IS_MISSING & types.keys() if not self._has_texts(name)}
-        offered = types.keys() - missing - {"id"}
-        names = [name for name in ("caption", "category", *sorted(types)) if name in offered]
-        unique = list(dict.fromkeys(names))[:_LISTED_FIELDS]
-        return [{"name": name, "is_number": types[name] in _NUMBERS} for name in unique]
+        names = types.keys() - {"id"} - {name for name in EMPTY_IS_MISSING & types.keys() if not self._has_texts(name)}
+        ordered = sorted(names, key=lambda name: (name != "caption", name != "category", name))
+        return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
 
     def _has_texts(self, name: str) -> bool:
         return any(pc.any(pc.not_equal(chunk, "")).as_py() for chunk in self._artifact.column(name).chunks)
@@ -183,6 +203,55 @@ async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
     name, data = await state_of(request).retriever.images.thumbnail(snapshot_of(request), item_id, size, kind)
     headers = image_headers(request, name) | {"Vary": "Accept"}
-    if headers["ETag"] in request.headers.get("if-none-match", ""):
-        return Response(status_code=304, headers=headers)
-    return Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
+    response = Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
+    return not_modified(request, headers) or response
+
+
+@routes.add("GET", "/", _PUBLIC)
+async def index(request: Request) -> Response:
+    return _file(request, "index.html", _CONTENT_POLICY)
+
+
+@routes.add("GET", "/docs", _PUBLIC)
+async def docs(request: Request) -> Response:
+    return _file(request, "docs.html", _DOCS_CONTENT_POLICY)
+
+
+@routes.add("GET", "/openapi.json", _PUBLIC)
+async def openapi(request: Request) -> Response:
+    root = request.scope.get("root_path", "").rstrip("/")
+    return JsonResponse(request.app.openapi() | ({"servers": [{"url": root}]} if root else {}))
+
+
+@routes.add("GET", "/favicon.ico", _PUBLIC)
+async def favicon(request: Request) -> Response:
+    return _file(request, "icon.svg")
+
+
+@routes.add("GET", "/ui/{name}", _PUBLIC)
+async def file(request: Request, name: str) -> Response:
+    return _file(request, name)
+
+
+def _file(request: Request, name: str, content_policy: str | None = None) -> Response:
+    if name not in _files():
+        raise Problem(404, "There is no such file.")
+    data, media_type, etag = _files()[name]
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    if content_policy is not None:
+        headers["Content-Security-Policy"] = content_policy
+    return not_modified(request, headers) or Response(data, media_type=media_type, headers=headers)
+
+
+@cache
+def _files() -> dict[str, tuple[bytes, str, str]]:
+    """Return the data, the media type and the ETag of each file by its name."""
+    found, swagger = {}, _UI / "vendor" / "swagger-ui"
+    for each in (*_UI.iterdir(), swagger / "swagger-ui-bundle.js", swagger / "swagger-ui.css"):
+        media_type = _MEDIA_TYPES.get(PurePath(each.name).suffix)
+        if media_type is not None:
+            data = each.read_bytes()
+            charset = "" if media_type == "image/png" else "; charset=utf-8"
+            etag = f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
+            found[each.name] = data, media_type + charset, etag
+    return found
