@@ -7,6 +7,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -20,14 +21,15 @@ from app.api.routing import GuardedRoute, refuse_unknown
 from app.core.metrics import Metrics, Tracer
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
+from app.core.supervision import stop, supervise
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit
 from app.middleware.request_log import RequestLog
 from app.service.collections import Collections, ServedIndex
-from app.service.embedding_cache import MemoryCache, RedisCache, make_cache
-from app.service.reload_listener import ReloadListener
+from app.service.embedding_cache import EmbeddingCache
+from app.service.reload_listener import listen
 from app.service.retriever import Retriever
-from app.writes.worker import WriteWorker
+from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import Manifest
 
@@ -55,11 +57,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         collections = Collections(settings, metrics, on_start_failure=on_start_failure)
-        cache = make_cache(settings, metrics)
-        retriever = Retriever(settings, cache, metrics)
+        retriever = Retriever(settings, metrics)
         writer = WriteWorker(settings, collections, metrics)
         app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
-        _add_gauges(metrics, collections, cache, rates)
+        _add_gauges(metrics, collections, retriever.compute.cache, rates)
         async with AsyncExitStack() as stack:  # closes the last one first
             if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
                 stack.push_async_callback(asyncio.to_thread, tracer.close)
@@ -73,9 +74,8 @@ def create_app(
                 writer.start()
                 stack.push_async_callback(writer.close)
             if redis_url is not None:
-                listener = ReloadListener(redis_url, collections, metrics)
-                listener.start()
-                stack.push_async_callback(listener.close)
+                supervised = supervise("reload listener", partial(listen, redis_url, collections), metrics)
+                stack.push_async_callback(stop, asyncio.create_task(supervised, name="dcar-reload-listener"))
             yield
 
     app = FastAPI(
@@ -108,7 +108,7 @@ def create_app(
     return app
 
 
-def _add_gauges(metrics: Metrics, collections: Collections, cache: MemoryCache, rates: RateLimiter | None) -> None:
+def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCache, rates: RateLimiter | None) -> None:
     """Register gauges of the served indexes and of Redis; they are read at each scrape."""
 
     def add(name: str, description: str, read: Callable[[ServedIndex], float | None]) -> None:
@@ -126,7 +126,7 @@ def _add_gauges(metrics: Metrics, collections: Collections, cache: MemoryCache, 
     add_of_manifest("dcar_index_recall_at_10", recall, lambda manifest: manifest.measured.get("recall_at_10"))
     degraded = "1 while a newer published version cannot be served, or a file of the served one is damaged."
     add("dcar_index_degraded", degraded, lambda served: served.fault is not None)
-    if isinstance(cache, RedisCache):
+    if cache.is_shared:
         breakers = {"read": cache.read_breaker, "write": cache.write_breaker}
         breakers |= {} if rates is None else {"count": rates.breaker}
         metrics.add_gauge(

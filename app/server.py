@@ -27,7 +27,7 @@ from app.core.threads import end_without_threads
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.service.collections import Collections
-from app.writes.worker import require_writable
+from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
 from index_jobs.store.versions import require_index
 
@@ -98,7 +98,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         collections: Collections | None = getattr(self._app.state, "collections", None)
-        if collections is not None and collections.is_ready:
+        if collections is not None and collections.missing is None:
             loaded = 1 + any(each.live and each.live.encoder.backbone is not None for _, each in collections)
             if loaded > self._frozen:
                 gc.freeze()

@@ -21,8 +21,8 @@ import numpy as np
 
 from app.search.plan import Plan
 from app.search.query import Query
-from app.search.ranking.groups import GroupField, rank_groups
-from app.search.ranking.rank import rank
+from app.search.rank import rank
+from app.search.rows import GroupField, rank_groups
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss

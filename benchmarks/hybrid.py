@@ -37,7 +37,7 @@ from service import made_index, serving
 from app.cli.serving import bundled_checkpoint
 from app.search.plan import Plan
 from app.search.query import Query
-from app.search.ranking.rank import rank
+from app.search.rank import rank
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.engine import VECTORS

@@ -28,14 +28,13 @@ from app.api.responses import JsonResponse, image_headers, item_chars, items_res
 from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import Problem, field_problem
 from app.middleware.access import Policy
-from app.search.query import ItemPage
-from app.search.ranking.facets import count_values, facet_values
-from app.search.ranking.groups import group_field
-from app.search.ranking.rows import filter_mask
+from app.search.facets import count_facets, count_values
+from app.search.rows import filter_mask, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.arrays import Rows
+from index_jobs.store.artifact import Item
 from index_jobs.store.filters import EMPTY_IS_MISSING
 
 routes = Routes()
@@ -129,12 +128,11 @@ def _catalogue_of(snapshot: Snapshot) -> Catalogue:
     return catalogue
 
 
-def _groups_of(snapshot: Snapshot, page: ItemPage, filter: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
     groups = group_field(snapshot, snapshot.artifact.manifest.group_field)
-    rows = [row for item in page.items if (row := snapshot.artifact.row_of(item.id)) is not None]
-    sizes = groups.sizes(rows, filter_mask(snapshot, filter) if filter else None)
-    return [{"value": groups.value(row), "count": size} for row, size in zip(rows, sizes, strict=True)]
+    rows = [row for item in page if (row := snapshot.artifact.row_of(item.id)) is not None]
+    return groups.shown(rows, filter_mask(snapshot, filter) if filter else None)
 
 
 @routes.add("GET", "/ui/browse", _PRIVATE)
@@ -147,18 +145,18 @@ async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) 
     if sort and sort.removeprefix("-") not in {field["name"] for field in fields}:
         raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
     order = await asyncio.to_thread(catalogue.order, sort) if sort else None
-    page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
+    count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
     groups = list[dict[str, Any]]()
     if snapshot.artifact.manifest.group_field:
         groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
 
     def make() -> dict[str, Any]:
-        body = items_response(request, page)
+        body = items_response(request, snapshot.version, query.offset + query.k, count, page)
         for item, group in zip(body["items"], groups, strict=False):
             item["group"] = group
         return body
 
-    return await make_response(make, item_chars(page.items))
+    return await make_response(make, item_chars(page))
 
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
@@ -191,9 +189,8 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
     def count() -> list[dict[str, Any]]:
         others = {name: {k: v for k, v in given.items() if k != name} for name in _catalogue_of(snapshot).facets}
         group_by = snapshot.artifact.manifest.group_field
-        return [
-            {"name": name, "values": facet_values(snapshot, name, filter, group_by)} for name, filter in others.items()
-        ]
+        counted = {name: count_facets(snapshot, [name], filter, group_by)[0] for name, filter in others.items()}
+        return [{"name": name, "values": facets[name]} for name, facets in counted.items()]
 
     return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
 
@@ -201,7 +198,7 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize) -> Response:
     """Return a thumbnail of an item, as WebP for clients that name it in `Accept`, else as JPEG."""
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    name, data = await state_of(request).retriever.images.thumbnail(snapshot_of(request), item_id, size, kind)
+    name, data = await state_of(request).retriever.thumbnail(snapshot_of(request), item_id, size, kind)
     headers = image_headers(request, name) | {"Vary": "Accept"}
     response = Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
     return not_modified(request, headers) or response

@@ -15,9 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
-from app.search.query import Explanation, ItemPage, Match, SearchResults
+from app.search.query import Match, SearchResults
 from app.service.collections import Collections
-from app.service.gallery_images import ImageFile
+from app.service.files import ImageFile
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
@@ -156,11 +156,11 @@ def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
     return {"index_version": version, **_item(_items_path(request), item)}
 
 
-def items_response(request: Request, page: ItemPage) -> dict[str, Any]:
-    """Return the body of an `ItemsResponse`."""
-    items = [_item(_items_path(request), item) for item in page.items]
-    body = {"index_version": page.version, "count": page.count, "items": items}
-    return body | _present(next_offset=page.next_offset)
+def items_response(request: Request, version: int, end: int, count: int, page: Sequence[Item]) -> dict[str, Any]:
+    """Return the body of an `ItemsResponse` with a page of `count` items. end: the number of the next one."""
+    items = [_item(_items_path(request), item) for item in page]
+    body = {"index_version": version, "count": count, "items": items}
+    return body | _present(next_offset=end if count > end else None)
 
 
 def _item(items: str, item: Item) -> dict[str, Any]:
@@ -192,18 +192,11 @@ def _result(rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
             metadata=metadata if fields else None,
             rerank_score=None if match.rerank_score is None else round(match.rerank_score, 6),
             text_score=None if match.text_score is None else round(match.text_score, 6),
-            group=match.group and {"value": match.group[0], "count": match.group[1]},
+            group=match.group,
             folded=match.folded or None,
-            explanation=match.explanation and _explanation(match.explanation),
+            explanation=match.explanation,
         ),
     }
-
-
-def _explanation(explanation: Explanation) -> dict[str, Any]:
-    body: dict[str, Any] = {"relevance": explanation.relevance, "fit": explanation.fit}
-    if explanation.words is not None:
-        body["words"] = [{"word": word, "effect": round(effect, 4)} for word, effect in explanation.words]
-    return body
 
 
 def _metadata(item: Item) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.threads import run_in_new_thread
 from app.middleware.access import OPEN, Policy, out_of_scope
-from app.search.errors import BatchQueryError, NotReadyError
+from app.search.errors import BatchQueryError, UnavailableError
 from app.search.plan import row_of
 from app.search.query import Query
 from app.search.snapshots import Snapshot
@@ -117,10 +117,12 @@ async def search_batch(request: Request) -> Response:
 async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
     """List the gallery's items page by page, in index order; of a group the first one."""
     check_k(query.k, state_of(request).settings)
-    page = await state_of(request).retriever.items(
-        snapshot_of(request), query.filter, query.offset, query.k, group_by=query.group_by
+    snapshot = snapshot_of(request)
+    count, page = await state_of(request).retriever.items(
+        snapshot, query.filter, query.offset, query.k, group_by=query.group_by
     )
-    return await make_response(lambda: items_response(request, page), item_chars(page.items))
+    end = query.offset + query.k
+    return await make_response(lambda: items_response(request, snapshot.version, end, count, page), item_chars(page))
 
 
 @gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), schemas.SearchResponse, errors=(409,))
@@ -149,19 +151,20 @@ async def picture(
     """Return the image file of an item as stored in the gallery, or a thumbnail of it."""
     if size is not None:
         return await thumbnail_response(request, item_id, size)
-    images = state_of(request).retriever.images
-    image = await images.open(snapshot_of(request), item_id)
+    retriever = state_of(request).retriever
+    image = await retriever.open_image(snapshot_of(request), item_id)
     headers = image_headers(request, image.digest)
     if response := not_modified(request, headers):
         image.close()
-    return response or ImageResponse(image, images.threads, headers)
+    return response or ImageResponse(image, retriever.image_threads, headers)
 
 
 @gallery.add("GET", "/items/{item_id:path}", Policy("read"), schemas.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     snapshot = snapshot_of(request)
-    found = await state_of(request).retriever.item(snapshot, item_id)
+    row = row_of(snapshot, item_id)
+    found = await state_of(request).retriever.compute.run("search", snapshot.artifact.item, row)
     return JsonResponse(item_response(request, snapshot.version, found))
 
 
@@ -222,14 +225,12 @@ async def readyz(request: Request) -> Response:
     """Report that searches work in every collection, or the reason why they do not, to callers who may see all."""
     collections = state_of(request).collections
     may_see_all = state_of(request).access.opens_everything(request.headers)
-    try:
-        collections.require_all()
-    except NotReadyError as error:
-        raise error if may_see_all else NotReadyError("Some collection cannot be searched.") from None
+    if (missing := collections.missing) is not None:
+        raise UnavailableError(missing if may_see_all else "Some collection cannot be searched.")
     if collections.is_draining:
-        raise NotReadyError("The service is shutting down.")
+        raise UnavailableError("The service is shutting down.")
     if (fault := state_of(request).retriever.fault) is not None:
-        raise NotReadyError(fault)
+        raise UnavailableError(fault)
     live, reason = collections[None].require(), collections.reason
     reason = reason or await collections.gallery_fault()
     if reason is not None and not may_see_all:

@@ -26,7 +26,7 @@ from app.middleware.body_limit import BodyLimit
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from app.service.retriever import Retriever
-from app.writes.worker import WriteWorker
+from app.service.write_worker import WriteWorker
 
 COLLECTION = "/collections/{collection}"
 ItemId = Annotated[str, Path(description="the id of an item, as results give it", max_length=1024)]
@@ -141,7 +141,7 @@ def snapshot_of(request: Request) -> Snapshot:
 
     Raises:
         CollectionNotFoundError: the collection is unknown.
-        NotReadyError: it is not loaded yet.
+        UnavailableError: it is not loaded yet.
     """
     return state_of(request).collections[collection_of(request)].require()
 

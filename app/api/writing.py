@@ -135,7 +135,7 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
     files = await state.fetcher.read(request.scope, given)
     for place in given:
         try:
-            await state.retriever.images.check(snapshot, files[place])
+            await state.retriever.check_image(snapshot, files[place])
         except ImageError as error:
             raise field_problem(f"{place}.image", str(error)) from None
     return [(files[place], str(sniff_format(files[place]))) for place in given]

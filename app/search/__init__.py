@@ -9,6 +9,6 @@ In: a `Query` and a `Snapshot` of the published index. Out: `SearchResults`, or 
 `index_jobs.store`.
 """
 
-from app.search.index import Index
+from app.search.engine import Index
 
 __all__ = ["Index"]

@@ -1,34 +1,31 @@
 """The path of every search: a query becomes a plan, a vector, ranked rows and items.
 
 - A search uses one `Snapshot` from beginning to end, whatever is published meanwhile.
-- It awaits nothing but its `Compute`. With `Direct` it needs no event loop: see `app.search.index`.
+- It awaits nothing but its `Compute`. The base class waits for nothing, so `Index` needs no event loop.
 """
 
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from app.core.settings import Settings
 from app.search import pair_scoring
 from app.search.compute import Compute
+from app.search.errors import InvalidQueryError
+from app.search.facets import Facet, count_facets
 from app.search.plan import Plan, compose, make_plan
-from app.search.query import Explanation, Match, Query, SearchResults
-from app.search.ranking.facets import count_facets
-from app.search.ranking.groups import group_field, rank_groups
-from app.search.ranking.levels import Levels, find_levels
-from app.search.ranking.rank import RankedRow, rank
-from app.search.ranking.rows import filter_mask, mask_key, row_vectors
-from app.search.snapshots import Snapshot, drop_oldest
+from app.search.query import Match, Query, SearchResults
+from app.search.rank import judge, rank
+from app.search.rows import filter_mask, group_field, mask_key, rank_groups, row_vectors
+from app.search.snapshots import Snapshot, open_snapshot
+from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Mask
-
-_QUICK_DEPTH = 50  # results of a search that may run in the event loop, or be cached
-_MAX_RANKINGS = 1000  # cached for one version, about 8 kB each
-_CACHED_OPTIONS = frozenset(
-    {"query", "k", "offset", "hybrid", "min_score", "more_like", "less_like"}  # in `Plan.ranking_key`
-    | {"without", "weights", "crop", "fields", "facets", "rerank", "explain"}  # in the vector, or not in the ranking
-)
+from dcar_core.util.errors import ImageError
+from index_jobs.store.versions import open_current
 
 
 async def search(
@@ -42,49 +39,36 @@ async def search(
 
     Args:
         image: the file of an image that belongs to the query.
-        settings: limits of re-ranking, explanations, paging and the cache of rankings.
+        settings: limits of re-ranking, explanations and paging.
 
     Raises:
         ImageError: the image cannot be read; the message is the reason.
         SearchError: the search failed.
     """
     started = time.perf_counter()
+    facets: dict[str, Facet] | None = None
     plan = make_plan(snapshot, query, settings, has_image=image is not None)
     if not snapshot.artifact.rows:
         if image is not None:
             await compute.image(snapshot, image, query.crop)  # a broken one is an error
-        none: dict[str, list[dict[str, Any]]] = {name: [] for name in query.facets}
-        return SearchResults(0, [], offset=query.offset, min_score=plan.min_score, facets=none or None)
+        facets = {name: [] for name in query.facets} or None
+        return SearchResults(0, [], offset=query.offset, min_score=plan.min_score, facets=facets)
     vector, is_cached = await _query_vector(compute, snapshot, plan, image)
     mask = await find_mask(compute, snapshot, query.filter)
-    ranked, levels, matches = await _rank(compute, snapshot, plan, vector, mask, settings)
-    explanations: list[Explanation | None] = []
-    if plan.rerank_depth > query.offset:
-        with compute.timed("rerank"):
-            best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
-            ranked = await pair_scoring.rerank(compute, snapshot, query.query, best) + rest
-    page = ranked[query.offset : plan.end]
-    if query.explain:
-        with compute.timed("explain"):
-            explained = page[: settings.explain_results]
-            explanations = await pair_scoring.explain(compute, snapshot, query.query, vector, explained)
-    if matches is None:
-        matches = await compute.run("search", _matches, snapshot, plan, page, levels, mask, explanations)
-    facets, has_exact_facets = None, True
+    key = plan.page_key(vector)
+    results: SearchResults | None = snapshot.pages.get(key)
+    if results is None:
+        results = await _find(compute, snapshot, plan, vector, mask, settings)
+        if key is not None:
+            snapshot.pages.keep(key, results)
+    has_exact_facets = True
     if query.facets:
-        count = partial(count_facets, snapshot, query.facets, vector, query.filter)
-        facets, has_exact_facets = await compute.run("filter", count, plan.min_score, plan.group_by)
-    has_next = len(ranked) > plan.end and plan.end + query.k <= settings.max_window
-    return SearchResults(
-        version=snapshot.version,
-        matches=matches,
+        given = query.facets, query.filter, plan.group_by, vector, plan.min_score
+        facets, has_exact_facets = await compute.run("filter", count_facets, snapshot, *given)
+    return replace(
+        results,
         is_cached=is_cached,
         took_ms=(time.perf_counter() - started) * 1000,
-        offset=query.offset,
-        next_offset=plan.end if has_next else None,
-        min_score=plan.min_score,
-        cutoff=levels.cutoff,
-        nothing_fits=levels.none_fits(ranked),
         fields=query.fields,
         facets=facets,
         has_exact_facets=has_exact_facets,
@@ -121,42 +105,45 @@ async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image:
     return compose(parts), is_cached and bool(query.query or image)
 
 
-async def _rank(
+async def _find(
     compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None, settings: Settings
-) -> tuple[list[RankedRow], Levels, list[Match] | None]:
-    """Return the ranked rows up to the next page, the limits of their levels, and the matches of this page.
-
-    The matches are None if re-ranking or explanations are still to change them. Only short rankings without groups are
-    cached, of queries without other options than `_CACHED_OPTIONS`. A search that takes less time than handing it to a
-    thread runs here.
-    """
+) -> SearchResults:
     query = plan.query
-    is_final = not (plan.rerank_depth or query.explain)
-    is_plain = not plan.group_by and query.model_fields_set <= _CACHED_OPTIONS
-    is_short = plan.end <= _QUICK_DEPTH and is_plain
-    is_quick = is_short and snapshot.is_quick and not plan.words_weight
-    key = plan.ranking_key(vector) if is_short else None
-    cached = snapshot.rankings.get(key)
-
-    def find() -> tuple[list[RankedRow], Levels, list[Match] | None]:
-        if cached is None:
-            _use_one_faiss_thread()
-            ranked = rank_rows(snapshot, plan, vector, mask)
-            levels = find_levels(snapshot.artifact, plan, ranked)
-        else:
-            ranked, levels = cached
-        page = ranked[query.offset : plan.end]
-        return ranked, levels, _matches(snapshot, plan, page, levels, mask) if is_final else None
-
     with compute.timed("search"):
-        found = find() if is_quick or cached is not None else await compute.run("search", find)
-    if key is not None and cached is None:
-        snapshot.rankings[key] = found[:2]
-        drop_oldest(snapshot.rankings, min(settings.cache_size, _MAX_RANKINGS))
-    return found
+        ranked, cutoff = await compute.run("search", _rank_page, snapshot, plan, vector, mask)
+    if plan.rerank_depth > query.offset:
+        with compute.timed("rerank"):
+            best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
+            ranked = await pair_scoring.rerank(compute, snapshot, query.query, best) + rest
+        await compute.run("search", _describe, snapshot, plan, ranked, mask)
+    page = ranked[query.offset : plan.end]
+    if query.explain:
+        with compute.timed("explain"):
+            await pair_scoring.explain(compute, snapshot, query.query, vector, page[: settings.explain_results])
+    has_next = len(ranked) > plan.end and plan.end + query.k <= settings.max_window
+    return SearchResults(
+        snapshot.version,
+        page,
+        offset=query.offset,
+        next_offset=plan.end if has_next else None,
+        min_score=plan.min_score,
+        cutoff=cutoff,
+        nothing_fits=cutoff is not None and all(match.level != "likely" for match in ranked),
+    )
 
 
-def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> list[RankedRow]:
+def _rank_page(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> tuple[list[Match], float | None]:
+    """Return the ranked matches up to the next page, those of the page with items, and the score of a likely one."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)  # of this thread: one query gains nothing, and the encoder needs the cores
+    ranked = rank_rows(snapshot, plan, vector, mask)
+    cutoff = judge(snapshot.artifact, plan, ranked)
+    _describe(snapshot, plan, ranked, mask)
+    return ranked, cutoff
+
+
+def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> list[Match]:
     """Return the ranked rows, or the best row of each group, up to the next page."""
     if not plan.group_by:
         return rank(snapshot.artifact, vector, plan, plan.depth, mask)
@@ -167,37 +154,76 @@ def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None)
     return rank_groups(partial(rank, snapshot.artifact, vector, plan), plan.depth, groups, mask)
 
 
-def _matches(
-    snapshot: Snapshot,
-    plan: Plan,
-    page: list[RankedRow],
-    levels: Levels,
-    mask: Mask | None,
-    explanations: list[Explanation | None] | None = None,
-) -> list[Match]:
-    """Return the results of a page; explanations belong to the first of them."""
-    item, rows = snapshot.artifact.item, [each.row for each in page]
-    groups: list[tuple[Any, int]] = []
+def _describe(snapshot: Snapshot, plan: Plan, ranked: list[Match], mask: Mask | None) -> None:
+    """Add items and groups to the matches of the page."""
+    item, page = snapshot.artifact.item, ranked[plan.query.offset : plan.end]
+    for match in page:
+        match.item, match.folded = item(match.row), [item(row).id for row in match.near]
     if plan.group_by:
-        field = group_field(snapshot, plan.group_by)
-        groups = [(field.value(row), size) for row, size in zip(rows, field.sizes(rows, mask), strict=True)]
-    return [
-        Match(
-            item=item(each.row),
-            score=each.score,
-            level=levels.of(each),
-            folded=[item(row).id for row in each.folded],
-            rerank_score=each.rerank_score,
-            explanation=explanation,
-            text_score=each.text_score,
-            group=group,
-        )
-        for each, explanation, group in zip_longest(page, explanations or [], groups)
-    ]
+        groups = group_field(snapshot, plan.group_by).shown([match.row for match in page], mask)
+        for match, group in zip(page, groups, strict=True):
+            match.group = group
 
 
-def _use_one_faiss_thread() -> None:
-    """One query gains nothing from more threads, which would take cores from the encoder. The setting is per thread."""
-    import faiss
+class Index:
+    """One version of an index, with its model, opened in this process. Many threads may share it.
 
-    faiss.omp_set_num_threads(1)
+    Attributes:
+        snapshot: the version; see `Snapshot`.
+    """
+
+    def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
+        self.snapshot = snapshot
+        self._settings = settings
+
+    @classmethod
+    def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "") -> "Index":
+        """Open the current version of an index.
+
+        Args:
+            path: directory of the published index.
+            device: auto, cpu, cuda, cuda:1 or mps.
+            runtime: of the encoder; see `Encoder.load`. Default: the one that was measured as the fastest here, or
+                PyTorch.
+
+        Raises:
+            DcarError: the index or its checkpoint is missing or broken.
+        """
+        if not runtime:
+            artifact = open_current(Path(path))
+            is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
+            runtime = "auto" if is_cached else "torch"
+        settings = Settings.model_construct(index=Path(path), device=device, runtime=runtime)  # not of the environment
+        return cls(open_snapshot(settings.index, settings), settings)
+
+    def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResults:
+        """Return the matches of a text, an image, items of the gallery, or all of them.
+
+        Args:
+            query: what the image shows.
+            image: an image file, or its bytes.
+            options: the other fields of `Query`: k, filter, more_like, without, hybrid, rerank, ...
+
+        Raises:
+            ImageError: the image cannot be read.
+            SearchError: the search failed; an `InvalidQueryError` names the field.
+        """
+        try:
+            checked = Query(query=query, **options)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            field = ".".join(str(place) for place in fault["loc"]) or "query"
+            raise InvalidQueryError(field, fault["msg"].removeprefix("Value error, ")) from None
+        try:
+            data = Path(image).read_bytes() if isinstance(image, str | Path) else image
+            steps = search(Compute(), self.snapshot, checked, data, self._settings)
+            steps.send(None)  # it waits for nothing, so it needs no event loop
+        except StopIteration as end:
+            results: SearchResults = end.value
+            return results
+        except (OSError, ImageError) as error:
+            if isinstance(image, str | Path):
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise ImageError(f"{image}: {reason}") from error
+            raise
+        raise RuntimeError("the search waits for something")

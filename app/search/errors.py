@@ -36,11 +36,7 @@ class BatchQueryError(SearchError):
 
 
 class ItemNotFoundError(SearchError):
-    """The index has no item of this id.
-
-    Attributes:
-        field: the field of the query that names the item, or "id" when the item itself was requested.
-    """
+    """The index has no item of this id. field: the field of the query that names it, or "id" of a request for it."""
 
     def __init__(self, item_id: str, field: str) -> None:
         self.shown_id = repr(item_id[:_MAX_SHOWN])
@@ -49,11 +45,7 @@ class ItemNotFoundError(SearchError):
 
 
 class CollectionNotFoundError(SearchError):
-    """No collection of this name is served.
-
-    Attributes:
-        field: the field of the request that names the collection.
-    """
+    """No collection of this name is served. field: the field of the request that names it."""
 
     def __init__(self, name: str, field: str) -> None:
         super().__init__(f"There is no collection {name[:_MAX_SHOWN]!r}.")
@@ -76,25 +68,11 @@ class UnsupportedQueryError(SearchError):
 
 
 class UnavailableError(SearchError):
-    """The service is temporarily unavailable; a retry may succeed after `retry_after_s`."""
+    """The service is busy, not ready or shutting down; a retry may succeed after `retry_after_s`."""
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float = 2) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class NotReadyError(UnavailableError):
-    """No index is loaded yet, or the service is shutting down."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason, retry_after_s=2)
-
-
-class OverloadedError(UnavailableError):
-    """The queue is full."""
-
-    def __init__(self, retry_after_s: float = 1) -> None:
-        super().__init__("The service is busy.", retry_after_s)
 
 
 def without_directories(message: str, index: Path) -> str:

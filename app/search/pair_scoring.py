@@ -5,26 +5,24 @@
 - Explanations are measured, and need only the encoder: how much the score falls when a part of the image is blanked, or
   when a word of the query is left out.
 - Images are encoded in small chunks, one at a time for all requests, so other queries get their turn.
-- The full model is loaded by the first query that needs it: see `Snapshot.pair_weights`.
-- The feature that the frozen image encoder has for a candidate is computed once and cached: see `Snapshot.frozen`.
+- The first query that needs the full model loads it. The frozen image encoder's feature of a candidate is cached.
 """
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
 from itertools import pairwise, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.search.compute import Compute
 from app.search.errors import UnavailableError, UnsupportedQueryError, without_directories
-from app.search.query import Explanation, ObjectFit, WordEffects
-from app.search.ranking.rank import RankedRow
-from app.search.ranking.rows import row_vectors
-from app.search.snapshots import Snapshot, drop_oldest
+from app.search.query import Match, ObjectFit
+from app.search.rows import row_vectors
+from app.search.snapshots import Snapshot
+from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import DcarError
 
@@ -41,8 +39,8 @@ _NO_IMAGES = "This query needs the images of its results, and none of them is in
 _MAX_FROZEN_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions
 
 
-async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequence[RankedRow]) -> list[RankedRow]:
-    """Return the same rows, scored and sorted by the exact pair weights.
+async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequence[Match]) -> list[Match]:
+    """Return the same matches, scored and sorted by the exact pair weights.
 
     Raises:
         UnsupportedQueryError: the model was trained without token weights, or every image is missing.
@@ -56,57 +54,50 @@ async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequen
     if not ranked:
         return []
     pairs = await _pair_weights(compute, snapshot)
-    frozen = await _frozen_features(compute, snapshot, [each.row for each in ranked])
-    candidates = [each for each in ranked if each.row in frozen]
-    if not candidates:
+    frozen = await _frozen_features(compute, snapshot, pairs, [match.row for match in ranked])
+    if not frozen:
         raise UnsupportedQueryError(_NO_IMAGES)
-    features = np.stack(list(frozen.values()))
-    factors = await compute.run("model", pairs.factors, text, features)  # [C, n]
-    texts = await compute.weighted_text(snapshot, text, factors)  # [C, E]
-    rows = [each.row for each in candidates]
-    images = await compute.run("search", row_vectors, snapshot.artifact, rows)  # [C, E]
-    scores = np.einsum("ce,ce->c", texts, images)
-    scored = [replace(each, rerank_score=float(score)) for each, score in zip(candidates, scores, strict=True)]
-    scored.sort(key=lambda each: -(each.rerank_score or 0.0))
-    return scored + [each for each in ranked if each.row not in frozen]
+    factors = await compute.run("model", pairs.factors, text, np.stack(list(frozen.values())))  # [C, n]
+    texts = np.stack(await compute.texts([TextRow(snapshot.encoder, text, each) for each in factors]))  # [C, E]
+    images = await compute.run("search", row_vectors, snapshot.artifact, list(frozen))  # [C, E]
+    scores = dict(zip(frozen, np.einsum("ce,ce->c", texts, images).tolist(), strict=True))
+    for match in ranked:
+        match.rerank_score = scores.get(match.row)
+    return sorted(ranked, key=lambda match: -scores.get(match.row, -math.inf))
 
 
-async def explain(
-    compute: Compute, snapshot: Snapshot, text: str, vector: Floats, ranked: Sequence[RankedRow]
-) -> list[Explanation | None]:
-    """Explain the scores of results by the vector (E,) of the query, and by the words of its text.
+async def explain(compute: Compute, snapshot: Snapshot, text: str, vector: Floats, page: Sequence[Match]) -> None:
+    """Explain the scores of matches by the vector (E,) of the query, and by the words of its text.
 
-    Raises:
-        UnsupportedQueryError: every image is missing.
+    Raise UnsupportedQueryError if every image is missing.
     """
-    effects = await _word_effects(compute, snapshot, text, [each.row for each in ranked])
-    # One after the other: other queries get their turn.
-    explanations = [
-        await _explain_row(compute, snapshot, vector, each.row, words)
-        for each, words in zip(ranked, effects, strict=True)
-    ]
-    if ranked and not any(explanations):
+    effects = await _word_effects(compute, snapshot, text, [match.row for match in page])
+    for match, words in zip(page, effects, strict=True):  # one after the other: other queries get their turn
+        relevance = await _relevance(compute, snapshot, vector, match.row)
+        if relevance is not None:
+            match.explanation = {"relevance": relevance, "fit": _FITS[snapshot.preprocess.resize], **words}
+    if page and not any(match.explanation for match in page):
         raise UnsupportedQueryError(_NO_IMAGES)
-    return explanations
 
 
-async def _word_effects(compute: Compute, snapshot: Snapshot, text: str, rows: list[int]) -> list[WordEffects | None]:
-    """Return the fall of each row's similarity to the text when a word is left out; None for a single word."""
+async def _word_effects(compute: Compute, snapshot: Snapshot, text: str, rows: list[int]) -> list[dict[str, Any]]:
+    """Return the fall of each row's similarity to the text when a word is left out; nothing for a single word."""
     words = text.split()
     places = range(min(len(words), _MAX_WORDS))
     if len(words) < 2 or not rows:
-        return [None] * len(rows)
+        return [{} for _ in rows]
     shorter = [" ".join(words[:place] + words[place + 1 :]) for place in places]
-    whole, *without = await compute.texts(snapshot, [text, *shorter])
+    whole, *without = await compute.texts([TextRow(snapshot.encoder, each) for each in (text, *shorter)])
     images = await compute.run("search", row_vectors, snapshot.artifact, rows)  # [C, E]
     falls = images @ (whole - np.stack(without)).T  # [C, n]
-    return [[(words[place], float(fall[place])) for place in places] for fall in falls]
+    return [
+        {"words": [{"word": word, "effect": effect} for word, effect in zip(words, fall, strict=False)]}
+        for fall in falls.astype(float).round(4).tolist()
+    ]
 
 
-async def _explain_row(
-    compute: Compute, snapshot: Snapshot, vector: Floats, row: int, words: WordEffects | None
-) -> Explanation | None:
-    """Return None if the image of the row is missing."""
+async def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: int) -> list[list[float]] | None:
+    """Return the fall of the score when a part is blanked, for each patch; None if the image is missing."""
     pixels = (await compute.gallery_pixels(snapshot, [row])).get(row)
     if pixels is None:
         return None
@@ -114,25 +105,31 @@ async def _explain_row(
     variants, part_of_patch = await compute.run(
         "search", blank_parts, pixels, encoder.preprocess.blank(), encoder.state.patch_grid
     )
-    original, *blanked = await _in_chunks(compute, partial(compute.pixels, snapshot), [pixels, *variants])
+
+    def encode(chunk: list[Pixels]) -> Awaitable[Iterable[Floats]]:
+        return compute.pixels([ImageRow(encoder, each) for each in chunk])
+
+    original, *blanked = await _in_chunks(compute, encode, [pixels, *variants])
     falls = np.array([float(vector @ (original - each)) for each in blanked])
-    return Explanation(np.round(falls[part_of_patch], 4).tolist(), _FITS[snapshot.preprocess.resize], words)
+    relevance: list[list[float]] = np.round(falls[part_of_patch], 4).tolist()
+    return relevance
 
 
-async def _frozen_features(compute: Compute, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Floats]:
+async def _frozen_features(
+    compute: Compute, snapshot: Snapshot, pairs: "PairWeights", rows: Sequence[int]
+) -> dict[int, Floats]:
     """Return the frozen features of the rows whose images exist, by row and in their order."""
     cache = snapshot.frozen
     features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
     images = await compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
-    if images:
-        features_of = (await _pair_weights(compute, snapshot)).image_features
-        computed = await _in_chunks(
-            compute, lambda chunk: compute.run("model", features_of, np.stack(chunk)), list(images.values())
-        )
-        new = dict(zip(images, computed, strict=True))
-        features |= new
-        cache.update(new)
-        drop_oldest(cache, _MAX_FROZEN_BYTES // computed[0].nbytes)
+
+    def encode(chunk: list[Pixels]) -> Awaitable[Iterable[Floats]]:
+        return compute.run("model", pairs.image_features, np.stack(chunk))
+
+    computed = await _in_chunks(compute, encode, list(images.values()))
+    for row, feature in zip(images, computed, strict=True):
+        features[row], cache.size = feature, _MAX_FROZEN_BYTES // feature.nbytes
+        cache.keep(row, feature)
     return {row: features[row] for row in rows if row in features}
 
 
@@ -148,7 +145,7 @@ async def _in_chunks(
 
 async def _pair_weights(compute: Compute, snapshot: Snapshot) -> "PairWeights":
     try:
-        return await compute.run("load", snapshot.pair_weights)  # may load the model
+        return await compute.run("load", lambda: snapshot.pair_weights)  # may load the model
     except DcarError as error:
         index = snapshot.artifact.path.parents[1]
         logger.error("cannot load the full model of %s: %s", index, error)

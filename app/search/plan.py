@@ -16,6 +16,11 @@ from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats
 
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+_MAX_CACHED_DEPTH = 50  # results up to the end of a page that is cached
+_CACHED_OPTIONS = frozenset(
+    {"query", "k", "offset", "hybrid", "min_score", "more_like", "less_like"}  # in `Plan.page_key`
+    | {"without", "weights", "crop", "fields", "facets", "rerank", "explain"}  # in the vector, or not in the page
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,14 @@ class Plan:
         """Number of results to rank: one more than the page needs shows whether there is a next one."""
         return max(self.end + 1, self.rerank_depth)
 
-    def ranking_key(self, vector: Floats) -> Hashable:
-        """Return the key of the ranking in `Snapshot.rankings`; `engine` names the options that it covers."""
-        options = self.words_weight, self.excluded_rows, self.min_score, self.depth, self.is_judged
-        return vector.tobytes(), self.query.query, options
+    def page_key(self, vector: Floats) -> Hashable:
+        """Return the key of the page in `Snapshot.pages`; None for one that is not cached."""
+        query = self.query
+        is_plain = query.model_fields_set <= _CACHED_OPTIONS and not (self.group_by or query.rerank or query.explain)
+        if not is_plain or self.end > _MAX_CACHED_DEPTH:
+            return None
+        ranking = self.words_weight, self.excluded_rows, self.min_score, self.is_judged
+        return vector.tobytes(), query.query, query.offset, query.k, ranking
 
 
 def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image: bool = False) -> Plan:
@@ -65,9 +74,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
         has_image: an image belongs to the query.
 
     Raises:
-        InvalidQueryError: a field does not fit the index or the rest of the query.
-        ItemNotFoundError: the query names an unknown item.
-        UnsupportedQueryError: "auto" is requested as min_score of an index without calibration.
+        SearchError: a field does not fit the index, or the rest of the query.
     """
     if not (query.query or query.more_like or has_image):
         subtracted = "less_like" if query.less_like else "without" if query.without else None
@@ -86,15 +93,28 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
     for name in query.fields:
         if name not in known and name != "*":
             raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {', '.join(sorted(known))}")
-    is_judged = not (has_image or query.without or more_rows or less_rows)
+    manifest, is_judged = snapshot.artifact.manifest, not (has_image or query.without or more_rows or less_rows)
+    min_score = snapshot.min_score if query.min_score == "auto" else query.min_score
+    if query.min_score == "auto" and not is_judged:
+        raise InvalidQueryError("min_score", '"auto" is calibrated for text queries alone; give a number')
+    if query.min_score == "auto" and min_score is None:
+        message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
+        raise UnsupportedQueryError(message, field="min_score")
+    words_weight = manifest.words_weight if query.hybrid is True else float(query.hybrid)
+    if words_weight and not query.query:
+        raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
+    if words_weight and query.rerank:
+        raise InvalidQueryError("hybrid", "cannot be combined with rerank, which orders results without the words")
+    if query.fold is not None and query.group_by:
+        raise InvalidQueryError("group_by", "cannot be combined with fold")
     return Plan(
         query,
         more_rows=more_rows,
         less_rows=less_rows,
         excluded_rows=frozenset((*more_rows, *less_rows)),
-        min_score=_min_score(snapshot, query, is_judged=is_judged),
-        words_weight=_words_weight(snapshot, query),
-        group_by=_group_by(snapshot, query),
+        min_score=min_score,
+        words_weight=words_weight,
+        group_by=manifest.group_field if query.group_by is None and query.fold is None else query.group_by or "",
         rerank_depth=settings.rerank_depth if query.rerank else 0,
         is_judged=is_judged,
     )
@@ -126,31 +146,3 @@ def compose(parts: Sequence[tuple[float, Floats]]) -> Floats:
     if length < _MIN_LENGTH * sum(map(abs, weights)):
         raise InvalidQueryError("weights", "the parts of this query cancel each other out; change their weights")
     return np.asarray(total / length, np.float32)
-
-
-def _min_score(snapshot: Snapshot, query: Query, *, is_judged: bool) -> float | None:
-    if query.min_score != "auto":
-        return query.min_score
-    if not is_judged:
-        raise InvalidQueryError("min_score", '"auto" is calibrated for text queries alone; give a number')
-    if snapshot.min_score is None:
-        message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
-        raise UnsupportedQueryError(message, field="min_score")
-    return snapshot.min_score
-
-
-def _words_weight(snapshot: Snapshot, query: Query) -> float:
-    weight = snapshot.artifact.manifest.words_weight if query.hybrid is True else float(query.hybrid)
-    if weight and not query.query:
-        raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
-    if weight and query.rerank:
-        raise InvalidQueryError("hybrid", "cannot be combined with rerank, which orders results without the words")
-    return weight
-
-
-def _group_by(snapshot: Snapshot, query: Query) -> str:
-    if query.fold is None:
-        return snapshot.artifact.manifest.group_field if query.group_by is None else query.group_by
-    if query.group_by:
-        raise InvalidQueryError("group_by", "cannot be combined with fold")
-    return ""

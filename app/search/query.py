@@ -6,10 +6,10 @@
 """
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self, overload
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
 from pydantic_core import from_json, to_json
@@ -18,13 +18,12 @@ from app.core.settings import DEFAULT_K
 from dcar_core.model.text.cleaning import strip_control_tokens
 from index_jobs.store.artifact import Item
 
-# FailFast reports the first fault of a list: reporting every fault of a hostile one would take seconds.
-Ids = Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=32), FailFast()]
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
 Level = Literal["likely", "possible", "unlikely"]
-WordEffects = list[tuple[str, float]]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Name = Annotated[str, Field(max_length=1024)]
+# FailFast reports the first fault of a list: reporting every fault of a hostile one would take seconds.
+Ids = Annotated[tuple[Name, ...], Field(max_length=32), FailFast()]
 GroupBy = Annotated[
     str | None,
     Field(
@@ -33,7 +32,6 @@ GroupBy = Annotated[
         'field that the index was built with, and "" returns every item',
     ),
 ]
-
 
 _LIST_FIELDS = frozenset({"more_like", "less_like", "fields", "facets"})
 _TEXT_FIELDS = frozenset({"query", "without"})
@@ -63,6 +61,9 @@ def check_text(text: str, info: ValidationInfo) -> str:
     if text and not normalized:
         raise ValueError("must not be empty; leave it out instead")
     return normalized
+
+
+Text = Annotated[str, AfterValidator(check_text)]
 
 
 def _check_k(k: int, info: ValidationInfo) -> int:
@@ -100,10 +101,10 @@ class Crop(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    x: Annotated[float, Field(strict=True, ge=0, lt=1)]
-    y: Annotated[float, Field(strict=True, ge=0, lt=1)]
-    width: Annotated[float, Field(strict=True, gt=0, le=1)]
-    height: Annotated[float, Field(strict=True, gt=0, le=1)]
+    x: float = Field(strict=True, ge=0, lt=1)
+    y: float = Field(strict=True, ge=0, lt=1)
+    width: float = Field(strict=True, gt=0, le=1)
+    height: float = Field(strict=True, gt=0, le=1)
 
     @model_validator(mode="after")
     def _check_edges(self) -> Self:
@@ -124,108 +125,79 @@ class Query(BaseModel):
         extra="forbid", frozen=True, json_schema_extra={"examples": [{"query": "crying cat", "k": 10}]}
     )
 
-    query: Annotated[
-        str, AfterValidator(check_text), Field(description="what the image shows; optional if more_like is given")
-    ] = ""
-    k: Annotated[int, Field(ge=1, strict=True, description="number of results"), AfterValidator(_check_k)] = DEFAULT_K
-    offset: Annotated[
-        int,
-        Field(ge=0, strict=True, description="results to skip: `next_offset` of the previous page"),
-        AfterValidator(_check_offset),
-    ] = 0
-    filter: Annotated[
-        dict[str, Any] | None,
-        Field(
-            description="conditions on id, caption, category and metadata fields: a value, a list of values, or "
-            '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}',
-            examples=[{"category": ["cat face"], "base": True}],
-        ),
-        AfterValidator(_check_filter),
-    ] = None
-    min_score: Annotated[
-        Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None,
-        Field(description='lowest score of a result; "auto" uses the calibrated cut-off, for text queries alone'),
-    ] = None
-    more_like: Annotated[
-        Ids, Field(description="ids of items that results should resemble; these items are left out")
-    ] = ()
-    less_like: Annotated[
-        Ids, Field(description="ids of items that results should not resemble; these items are left out")
-    ] = ()
-    without: Annotated[
-        str,
-        AfterValidator(check_text),
-        Field(description="what results should not show, such as tears", examples=["tears"]),
-    ] = ""
-    weights: Weights = Weights()
-    fields: Annotated[
-        Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=64), FailFast()],
-        Field(description='metadata fields to return with each result, ["*"] for all', examples=[["*"]]),
-    ] = ()
-    crop: Annotated[Crop | None, Field(description="search with this part of the image; for image queries alone")] = (
-        None
+    query: Text = Field("", description="what the image shows; optional if more_like is given")
+    k: Annotated[int, AfterValidator(_check_k)] = Field(DEFAULT_K, ge=1, strict=True, description="number of results")
+    offset: Annotated[int, AfterValidator(_check_offset)] = Field(
+        0, ge=0, strict=True, description="results to skip: `next_offset` of the previous page"
     )
-    fold: Annotated[
-        float | None,
-        Field(
-            strict=True,
-            gt=0,
-            le=1,
-            description="show items with at least this cosine as one result; the others are listed under `folded`",
-        ),
-    ] = None
-    hybrid: Annotated[
-        Annotated[bool, Field(strict=True)] | Share,
-        Field(
-            description="look up the words of the query as well, in ids, captions, categories and metadata: true, or "
-            "the weight of the words from 0 to 1"
-        ),
-    ] = False
+    filter: Annotated[dict[str, Any] | None, AfterValidator(_check_filter)] = Field(
+        None,
+        description="conditions on id, caption, category and metadata fields: a value, a list of values, or "
+        '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}',
+        examples=[{"category": ["cat face"], "base": True}],
+    )
+    min_score: Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None = Field(
+        None, description='lowest score of a result; "auto" uses the calibrated cut-off, for text queries alone'
+    )
+    more_like: Ids = Field((), description="ids of items that results should resemble; these items are left out")
+    less_like: Ids = Field((), description="ids of items that results should not resemble; these items are left out")
+    without: Text = Field("", description="what results should not show, such as tears", examples=["tears"])
+    weights: Weights = Weights()
+    fields: Annotated[tuple[Name, ...], FailFast()] = Field(
+        (), max_length=64, description='metadata fields to return with each result, ["*"] for all', examples=[["*"]]
+    )
+    crop: Crop | None = Field(None, description="search with this part of the image; for image queries alone")
+    fold: float | None = Field(
+        None,
+        strict=True,
+        gt=0,
+        le=1,
+        description="show items with at least this cosine as one result; the others are listed under `folded`",
+    )
+    hybrid: Annotated[bool, Field(strict=True)] | Annotated[float, Field(strict=True, ge=0, le=1)] = Field(
+        False,
+        description="look up the words of the query as well, in ids, captions, categories and metadata: true, or "
+        "the weight of the words from 0 to 1",
+    )
     group_by: GroupBy = None
-    facets: Annotated[
-        Annotated[tuple[Annotated[str, Field(max_length=1024)], ...], Field(max_length=8), FailFast()],
-        Field(
-            description="fields whose values are counted over all items that fulfil `filter` and reach `min_score`",
-            examples=[["category"]],
-        ),
-    ] = ()
-    rerank: Annotated[
-        bool,
-        Field(
-            strict=True,
-            description="score the first results again, with exact token weights; 409 if the model has none",
-        ),
-    ] = False
-    explain: Annotated[
-        bool, Field(strict=True, description="show which parts of an image, and which words, contribute to a score")
-    ] = False
+    facets: Annotated[tuple[Name, ...], FailFast()] = Field(
+        (),
+        max_length=8,
+        description="fields whose values are counted over all items that fulfil `filter` and reach `min_score`",
+        examples=[["category"]],
+    )
+    rerank: bool = Field(
+        False,
+        strict=True,
+        description="score the first results again, with exact token weights; 409 if the model has none",
+    )
+    explain: bool = Field(
+        False, strict=True, description="show which parts of an image, and which words, contribute to a score"
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Why a result has its score; see `app.api.schemas.ResultExplanation`."""
-
-    relevance: list[list[float]]
-    fit: ObjectFit
-    words: WordEffects | None
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Match:
-    """One result; see `app.api.schemas.Result`. group: the value that it stands for, and the number of its items."""
+    """One result; see `app.api.schemas.Result`.
 
-    item: Item
+    row: of the item in the index. near: rows of the near-duplicates that it stands for.
+    item, folded, group: of the results on the page alone.
+    """
+
+    row: int
     score: float
-    level: Level
-    folded: list[str] = field(default_factory=list)
-    rerank_score: float | None = None
-    explanation: Explanation | None = None
     text_score: float | None = None
-    group: tuple[Any, int] | None = None
+    near: Sequence[int] = ()
+    level: Level = "possible"
+    rerank_score: float | None = None
+    item: Item = field(init=False, repr=False, compare=False)
+    folded: Sequence[str] = ()
+    group: dict[str, Any] | None = None
+    explanation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class SearchResults(Sequence[Match]):
+class SearchResults:
     """The matches of one query; see `app.api.schemas.SearchResponse`."""
 
     version: int
@@ -244,22 +216,11 @@ class SearchResults(Sequence[Match]):
     def __len__(self) -> int:
         return len(self.matches)
 
-    @overload
-    def __getitem__(self, place: int) -> Match: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Match]: ...
-    def __getitem__(self, place: int | slice) -> Match | list[Match]:
+    def __iter__(self) -> Iterator[Match]:
+        return iter(self.matches)
+
+    def __getitem__(self, place: int) -> Match:
         return self.matches[place]
-
-
-@dataclass(frozen=True, slots=True)
-class ItemPage:
-    """One page of items; `count` is the number of all, `next_offset` is None after the last page."""
-
-    version: int
-    count: int
-    items: list[Item]
-    next_offset: int | None
 
 
 def parse_fields(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import ENDS, stop, supervise
 from app.core.threads import ComputeThreads, run_in_new_thread
-from app.search.errors import CollectionNotFoundError, NotReadyError, without_directories
-from app.search.snapshots import Snapshot, is_published, load_empty_snapshot, load_snapshot
-from app.service.integrity import find_damage
+from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
+from app.search.snapshots import Snapshot, is_published, load_snapshot
+from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, require_index
@@ -53,7 +53,6 @@ class ServedIndex:
         self.reason: str | None = _LOADING
         self.damage: str | None = None
         self._collections = collections
-        self._failure: str | None = None  # the last one, in full
         self._failed_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
@@ -62,14 +61,15 @@ class ServedIndex:
         self._is_closing = False
 
     def require(self) -> Snapshot:
-        """Return the live snapshot. Raise NotReadyError if none is loaded."""
+        """Return the live snapshot. Raise UnavailableError if none is loaded."""
         if self.live is None:
-            raise NotReadyError(self.reason or _LOADING)
+            raise UnavailableError(self.reason or _LOADING)
         return self.live
 
     def start(self) -> None:
         """Load the first version and begin to poll, in the background."""
-        self._poller = asyncio.create_task(self._load_and_poll(), name="dcar-snapshots")
+        poll = supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
+        self._poller = asyncio.create_task(poll, name="dcar-snapshots")
 
     async def close(self) -> None:
         """Stop polling, wait a little for a load, whose thread cannot be stopped, and release the snapshot."""
@@ -78,7 +78,7 @@ class ServedIndex:
         if self._loads:
             await asyncio.wait(self._loads, timeout=_CLOSE_S)
         await stop(self._check)
-        self.live = None  # the ended tasks refer to this object until a full garbage collection, which is rare here
+        self.live = self._check = None  # an ended task refers to both until a full garbage collection, which is rare
 
     async def reload(self) -> bool:
         """Serve the published version. Return False if it is live already.
@@ -95,28 +95,25 @@ class ServedIndex:
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
-        async with self._collections.load_lock:
-            is_dropped = self.is_created and not await self._collections.disk.run(self.index.is_dir)
+        collections, disk = self._collections, self._collections.disk
+        async with collections.load_lock:
+            is_dropped = self.is_created and not await disk.run(self.index.is_dir)
             if self._is_closing or is_dropped:
                 return False
-            version: int | None = None
-            started = time.perf_counter()
+            version, snapshot, started = None, None, time.perf_counter()
             try:
-                is_empty = self.is_created and await self._collections.disk.run(current_version, self.index) is None
-                version = 0 if is_empty else await self._collections.disk.run(require_index, self.index)
-                is_live = self.live is not None and await self._collections.disk.run(
-                    is_published, self.live, self.index, version
-                )
-                load = load_empty_snapshot if is_empty else load_snapshot
-                loaded = [index.live for _, index in self._collections if index.live is not None]
-                settings = self._collections.settings
-                snapshot = None if is_live else await run_in_new_thread(load, self.index, settings, loaded)
+                is_empty = self.is_created and await disk.run(current_version, self.index) is None
+                version = 0 if is_empty else await disk.run(require_index, self.index)
+                if self.live is None or not await disk.run(is_published, self.live, self.index, version):
+                    loaded = [index.live for _, index in collections if index.live is not None]
+                    given = self.index, collections.settings, loaded, is_empty
+                    snapshot = await run_in_new_thread(load_snapshot, *given)
             except ENDS:
                 raise
             except BaseException as error:
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
-            self.reason, self._failure, self._failed_version = None, None, None
+            self.reason, self._failed_version = None, None
             if snapshot is None:
                 return False
             self.live, self.damage = snapshot, None
@@ -131,7 +128,7 @@ class ServedIndex:
             return self.live is not None and self.live.artifact is artifact and not self._is_closing
 
         damage = await self._collections.checker.run(find_damage, artifact, is_served)
-        if damage is not None and is_served():
+        if damage is not None:
             self.damage = without_directories(damage, self.index)
             version = artifact.manifest.version
             logger.error("version %d of %s is damaged, and its results may be wrong: %s", version, self.index, damage)
@@ -142,43 +139,30 @@ class ServedIndex:
         return self.reason or self.damage
 
     def _record_failure(self, version: int | None, error: BaseException) -> DcarError:
-        """Note why a version is not served. Log it once, and not at all if `on_start_failure` reports it."""
+        """Note why a version is not served; log it once, or report it if the service cannot start."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
-        is_reported = self.live is None and not self.is_created and self._collections.on_start_failure is not None
-        if str(failure) != self._failure and not is_reported:
+        reason = without_directories(str(failure), self.index)
+        if self.live is None and not self.is_created and self._collections.on_start_failure is not None:
+            self._collections.on_start_failure(failure)
+        elif reason != self.reason:
             logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
-        self._failure = str(failure)
-        self.reason = without_directories(self._failure, self.index)
-        self._failed_version, self._retry_at = version, time.monotonic() + _RETRY_S
+        self.reason, self._failed_version, self._retry_at = reason, version, time.monotonic() + _RETRY_S
         return failure
-
-    async def _load_and_poll(self) -> None:
-        try:
-            await self.reload()
-        except DcarError as error:
-            if self._collections.on_start_failure is not None and not self.is_created:
-                self._collections.on_start_failure(error)
-        await supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
 
     def _record_poll_failure(self, error: BaseException) -> None:
         self.reason = f"The check for new versions failed: {type(error).__name__}; the log has the details."
 
     async def _poll(self) -> None:
-        poll_s = self._collections.settings.poll_s
-        while poll_s > 0:
-            await asyncio.sleep(poll_s)
-            with contextlib.suppress(DcarError):  # `_record_failure` has logged it
-                version = await self._collections.disk.run(_published_version, self.index)
-                if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
+        while True:
+            version = None  # `reload` reports why it cannot be read
+            with contextlib.suppress(ArtifactError):
+                version = await self._collections.disk.run(current_version, self.index)
+            if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
+                with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
-
-
-def _published_version(index: Path) -> int | None:
-    """Return the published version, or None if it cannot be read; `reload` reports why."""
-    try:
-        return current_version(index)
-    except ArtifactError:
-        return None
+            if self._collections.settings.poll_s == 0:
+                return
+            await asyncio.sleep(self._collections.settings.poll_s)
 
 
 class Collections:
@@ -194,11 +178,7 @@ class Collections:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        metrics: Metrics,
-        *,
-        on_start_failure: Callable[[DcarError], None] | None,
+        self, settings: Settings, metrics: Metrics, *, on_start_failure: Callable[[DcarError], None] | None = None
     ) -> None:
         self.settings = settings
         self.metrics = metrics
@@ -219,34 +199,22 @@ class Collections:
         return iter([*self._indexes.items()])
 
     def __getitem__(self, name: str | None) -> ServedIndex:
-        """Return a collection; None means the default. Raise CollectionNotFoundError if no collection has this name."""
-        return self.find(name, "collection")
+        return self.find(name)
 
-    def find(self, name: str | None, field: str) -> ServedIndex:
-        """Return the collection that a field of the request names, as `[name]` does."""
+    def find(self, name: str | None, field: str = "collection") -> ServedIndex:
+        """Return the collection that a field names, None for the default. Raise CollectionNotFoundError."""
         index = self._indexes.get(self.default if name is None else name)
         if index is None:
             raise CollectionNotFoundError(str(name), field)
         return index
 
-    def require_all(self) -> None:
-        """Check that every collection can be searched, except created ones that cannot be loaded.
-
-        Raises:
-            NotReadyError: one cannot; the message is its reason.
-        """
-        for name, index in self._awaited():
-            raise NotReadyError(self._with_name(name, index.reason or _LOADING))
-
     @property
-    def is_ready(self) -> bool:
-        """Whether `require_all` passes."""
-        return not any(self._awaited())
-
-    def _awaited(self) -> Iterator[tuple[str, ServedIndex]]:
+    def missing(self) -> str | None:
+        """Why a collection cannot be searched; None if all can, except created ones that cannot be loaded."""
         for name, index in self:
             if index.live is None and (not index.is_created or index.reason == _LOADING):
-                yield name, index
+                return self._with_name(name, index.reason or _LOADING)
+        return None
 
     @property
     def reason(self) -> str | None:

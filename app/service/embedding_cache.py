@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.metrics import Metrics
-from app.core.redis import STORE_FAULTS, CircuitBreaker, connect, disconnect
-from app.core.settings import Settings
+from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
 from dcar_core.util.arrays import Floats
 
 _DTYPE = np.dtype("<f2")
@@ -45,28 +44,37 @@ def _widened(half: NDArray[np.float16]) -> Floats:
     return vector
 
 
-class MemoryCache:
-    """Embeddings in this process; the least recently used entries beyond `size` are dropped.
+class EmbeddingCache:
+    """The `size` most recently used embeddings in this process and, given its URL, those in Redis behind them.
 
-    Attributes:
-        is_shared: True if other processes write to it, so `get` may find what `peek` does not.
+    Redis bounds its own memory: set `maxmemory` with `maxmemory-policy allkeys-lru`. Entries live for `ttl_s`, and
+    each read and write may take `timeout_s`.
     """
 
-    is_shared = False
-
-    def __init__(self, size: int, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        metrics: Metrics | None = None,
+        *,
+        redis_url: str | None = None,
+        ttl_s: int = 0,
+        timeout_s: float = 0.1,
+    ) -> None:
         self._size = size
         self._metrics = metrics or Metrics()
         self._entries: OrderedDict[str, NDArray[np.float16]] = OrderedDict()
+        self.is_shared = redis_url is not None  # so `get` may find what `peek` does not
+        self._redis = None if redis_url is None else connect(redis_url, timeout_s=timeout_s)  # connects when used
+        self._ttl = ttl_s
+        self._timeout = timeout_s
+        self.read_breaker = CircuitBreaker(purpose="cached embeddings")
+        self.write_breaker = CircuitBreaker(purpose="caching new embeddings")
+        self._writes: set[asyncio.Task[None]] = set()
 
-    def peek(self, key: str, *, counted: bool = True) -> Floats | None:
-        """Return the vector, float32 (E,), if this process has it.
-
-        Args:
-            counted: count a hit or a miss in the metrics. Do it once a query.
-        """
+    def peek(self, key: str) -> Floats | None:
+        """Return the vector, float32 (E,), if this process has it."""
         entry = self._entries.get(key)
-        if counted and self._size:
+        if self._size:
             self._metrics.lookups.labels("memory", "miss" if entry is None else "hit").inc()
         if entry is None:
             return None
@@ -74,18 +82,38 @@ class MemoryCache:
         return _widened(entry)
 
     async def get(self, key: str, dim: int) -> Floats | None:
-        """Return the vector, float32 (dim,), from any level; None if it is missing, unusable or late.
-
-        Call it after `peek`, which has counted the lookup in this process.
-        """
-        return self.peek(key, counted=False)
+        """Return the vector, float32 (dim,), from Redis; None if it is missing, unusable or late."""
+        if self._redis is None:
+            return None
+        half, outcome = None, "skipped"
+        if self.read_breaker.allows():
+            try:
+                async with asyncio.timeout(self._timeout):
+                    value = await self._redis.get(key)
+            except STORE_FAULTS as error:
+                self.read_breaker.failed(error)
+                outcome = "error"
+            else:
+                self.read_breaker.succeeded()
+                half = None if value is None else _unpack(key, value, dim)
+                outcome = "hit" if half is not None else "miss" if value is None else "wrong"
+        self._metrics.lookups.labels("redis", outcome).inc()
+        if half is None:
+            return None
+        self._keep(key, half)
+        return _widened(half)
 
     def put(self, key: str, vector: Floats) -> None:
-        """Cache the vector, soon and if possible."""
+        """Cache the vector, in Redis soon and if possible."""
         self._keep(key, vector.astype(_DTYPE))
-
-    async def close(self) -> None:
-        """Finish pending writes and release connections."""
+        if self._redis is None:
+            return
+        if len(self._writes) >= _MAX_WRITES or not self.write_breaker.allows():
+            self._metrics.writes.labels("skipped").inc()
+            return
+        task = asyncio.create_task(self._write(self._redis, key, _pack(key, vector)))
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)
 
     def _keep(self, key: str, half: NDArray[np.float16]) -> None:
         """Cache a vector that is rounded already: rounding twice could change a bit."""
@@ -94,64 +122,10 @@ class MemoryCache:
         while len(self._entries) > self._size:
             self._entries.popitem(last=False)
 
-
-class RedisCache(MemoryCache):
-    """Embeddings in Redis, behind those in this process; shared by all services of the same model.
-
-    Redis bounds its own memory: set `maxmemory` with `maxmemory-policy allkeys-lru`.
-
-    Args:
-        ttl_s: lifetime of an entry.
-        timeout_s: of each read and write.
-        size: number of entries in this process.
-    """
-
-    is_shared = True
-
-    def __init__(
-        self, url: str, *, ttl_s: int, timeout_s: float = 0.1, size: int = 0, metrics: Metrics | None = None
-    ) -> None:
-        super().__init__(size, metrics)
-        self._ttl = ttl_s
-        self._timeout = timeout_s
-        self.read_breaker = CircuitBreaker(purpose="cached embeddings")
-        self.write_breaker = CircuitBreaker(purpose="caching new embeddings")
-        self._redis = connect(url, timeout_s=timeout_s)
-        self._writes: set[asyncio.Task[None]] = set()
-
-    async def get(self, key: str, dim: int) -> Floats | None:
-        if not self.read_breaker.allows():
-            self._metrics.lookups.labels("redis", "skipped").inc()
-            return None
+    async def _write(self, redis: Client, key: str, value: bytes) -> None:
         try:
             async with asyncio.timeout(self._timeout):
-                value = await self._redis.get(key)
-        except STORE_FAULTS as error:
-            self.read_breaker.failed(error)
-            self._metrics.lookups.labels("redis", "error").inc()
-            return None
-        self.read_breaker.succeeded()
-        half = None if value is None else _unpack(key, value, dim)
-        if half is None:
-            self._metrics.lookups.labels("redis", "miss" if value is None else "wrong").inc()
-            return None
-        self._metrics.lookups.labels("redis", "hit").inc()
-        self._keep(key, half)
-        return _widened(half)
-
-    def put(self, key: str, vector: Floats) -> None:
-        super().put(key, vector)
-        if len(self._writes) >= _MAX_WRITES or not self.write_breaker.allows():
-            self._metrics.writes.labels("skipped").inc()
-            return
-        task = asyncio.create_task(self._write(key, _pack(key, vector)))
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
-
-    async def _write(self, key: str, value: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._redis.set(key, value, ex=self._ttl)
+                await redis.set(key, value, ex=self._ttl)
         except STORE_FAULTS as error:
             self.write_breaker.failed(error)
             self._metrics.writes.labels("error").inc()
@@ -160,9 +134,11 @@ class RedisCache(MemoryCache):
             self._metrics.writes.labels("ok").inc()
 
     async def close(self) -> None:
+        """Finish pending writes, and release the connections."""
         if self._writes:
             await asyncio.wait(self._writes, timeout=_CLOSE_TIMEOUT_S)
-        await disconnect(self._redis)
+        if self._redis is not None:
+            await disconnect(self._redis)
 
 
 def _pack(key: str, vector: Floats) -> bytes:
@@ -180,16 +156,3 @@ def _unpack(key: str, packed: object, dim: int) -> NDArray[np.float16] | None:
         return None
     half = np.frombuffer(value, _DTYPE)
     return half if np.isfinite(half).all() and half.any() else None
-
-
-def make_cache(settings: Settings, metrics: Metrics) -> MemoryCache:
-    """Make the cache that the settings ask for. It does not connect: Redis may start later than the service."""
-    if settings.redis_url is None:
-        return MemoryCache(settings.cache_size, metrics)
-    return RedisCache(
-        settings.redis_url.get_secret_value(),
-        ttl_s=settings.cache_ttl_s,
-        timeout_s=settings.redis_timeout_ms / 1000,
-        size=settings.cache_size,
-        metrics=metrics,
-    )

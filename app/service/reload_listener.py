@@ -12,9 +12,7 @@ import logging
 
 from redis.asyncio import RedisCluster
 
-from app.core.metrics import Metrics
 from app.core.redis import connect, disconnect
-from app.core.supervision import stop, supervise
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import PUBLISHED_CHANNEL
@@ -26,39 +24,23 @@ _PAUSE_S = 1.0
 _TIMEOUT_S = 5.0
 
 
-class ReloadListener:
+async def listen(url: str, collections: Collections) -> None:
     """Reload all collections at each notice."""
-
-    def __init__(self, url: str, collections: Collections, metrics: Metrics) -> None:
-        self._url = url
-        self._metrics = metrics
-        self._collections = collections
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(
-            supervise("reload listener", self._listen, self._metrics), name="dcar-reload-listener"
-        )
-
-    async def close(self) -> None:
-        await stop(self._task)
-
-    async def _listen(self) -> None:
-        while True:
-            client = connect(self._url, timeout_s=_TIMEOUT_S)
-            if isinstance(client, RedisCluster):
-                return
-            try:
-                async with client.pubsub() as channel:
-                    await channel.subscribe(PUBLISHED_CHANNEL)
-                    while True:
-                        if await channel.get_message(ignore_subscribe_messages=True, timeout=_TIMEOUT_S):
-                            with contextlib.suppress(DcarError):  # logged, and shown by /readyz
-                                await self._collections.reload()
-                            await asyncio.sleep(_PAUSE_S)
-            except Exception as error:
-                logger.debug("no notices from Redis: %s", error)
-            finally:
-                with contextlib.suppress(Exception):
-                    await disconnect(client)
-            await asyncio.sleep(_RECONNECT_S)
+    while True:
+        client = connect(url, timeout_s=_TIMEOUT_S)
+        if isinstance(client, RedisCluster):
+            return
+        try:
+            async with client.pubsub() as channel:
+                await channel.subscribe(PUBLISHED_CHANNEL)
+                while True:
+                    if await channel.get_message(ignore_subscribe_messages=True, timeout=_TIMEOUT_S):
+                        with contextlib.suppress(DcarError):  # logged, and shown by /readyz
+                            await collections.reload()
+                        await asyncio.sleep(_PAUSE_S)
+        except Exception as error:
+            logger.debug("no notices from Redis: %s", error)
+        finally:
+            with contextlib.suppress(Exception):
+                await disconnect(client)
+        await asyncio.sleep(_RECONNECT_S)

@@ -2,29 +2,33 @@
 
 - At most `max_pending` searches are in progress; more are refused at once, like those the batcher has no room for. Each
   search has a deadline, and cancelled work is skipped.
-- Images of items have the same limits.
+- Images of items have the same limits. Their thumbnails are made by the processes that decode images, and cached.
 """
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.core.thumbnail_cache import ThumbnailCache
 from app.search import engine
-from app.search.errors import BatchQueryError, SearchError
+from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError
 from app.search.plan import row_of
-from app.search.query import ItemPage, Query, SearchResults
-from app.search.ranking.groups import group_field
+from app.search.query import Query, SearchResults
+from app.search.rows import group_field
 from app.search.snapshots import Snapshot
 from app.service.batching import Admission, together
 from app.service.compute import SharedCompute
-from app.service.embedding_cache import MemoryCache
-from app.service.gallery_images import ItemImages
+from app.service.files import ImageFile
+from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ImageError
+from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
+from dcar_core.util.files import default_cache_directory
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
@@ -33,18 +37,20 @@ T = TypeVar("T")
 class Retriever:
     """Search snapshots. One per process."""
 
-    def __init__(self, settings: Settings, cache: MemoryCache, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._admission = Admission(settings, metrics)
-        self.compute = SharedCompute(settings, cache, metrics)
+        self.compute = SharedCompute(settings, metrics)
         self.start, self.close = self.compute.start, self.compute.close
-        self.require_room = self.compute.require_room
-        self.images = ItemImages(settings, self.compute, self._admission)
+        self.require_room = self.compute.batcher.require_room
+        self.image_threads = self.compute.image_threads
+        folder = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
+        self._thumbnails = ThumbnailCache(folder, settings.thumbnail_cache_bytes)
 
     @property
     def fault(self) -> str | None:
         """Why no search works; None if they do."""
-        return self.compute.fault
+        return self.compute.batcher.fault
 
     async def search(self, snapshot: Snapshot, query: Query, image: bytes | None = None) -> SearchResults:
         """Return the matches of a query; see `engine.search`."""
@@ -78,10 +84,6 @@ class Retriever:
                 )
         return [vector for vector, _ in _all_or_error(outcomes)]
 
-    async def item(self, snapshot: Snapshot, item_id: str) -> Item:
-        """Return an item. Raise ItemNotFoundError if no item has this id."""
-        return await self.compute.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
-
     async def items(
         self,
         snapshot: Snapshot,
@@ -90,35 +92,84 @@ class Retriever:
         count: int,
         order: Rows | None = None,
         group_by: str | None = None,
-    ) -> ItemPage:
-        """Return a page of the items that fulfil a filter, the first one of each group.
+    ) -> tuple[int, list[Item]]:
+        """Return the number of items that fulfil a filter, the first one of each group, and a page of them.
 
         Args:
             order: all rows in the wanted order; None for the order of the index.
             group_by: "" for every item, None for the index's own field.
-
-        Raises:
-            InvalidQueryError: the filter or `group_by` does not fit the index.
         """
         name = snapshot.artifact.manifest.group_field if group_by is None else group_by
 
-        def list_items(mask: Mask | None) -> ItemPage:
+        def list_items(mask: Mask | None) -> tuple[int, list[Item]]:
             chosen = snapshot.artifact.live if mask is None else mask
             rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
             if name and len(rows):
                 rows = group_field(snapshot, name).first_rows(rows)
-            items = [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
-            next_offset = offset + count if len(rows) > offset + count else None
-            return ItemPage(snapshot.version, len(rows), items, next_offset)
+            return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
 
         async with self._admission():
             mask = await engine.find_mask(self.compute, snapshot, filter)
             return await self.compute.run("search", list_items, mask)
 
+    async def open_image(self, snapshot: Snapshot, item_id: str) -> ImageFile:
+        """Open the image of an item, which the caller closes. Raise ItemNotFoundError or ImageUnavailableError."""
+        row = row_of(snapshot, item_id)
+        async with self._admission(kind="pictures"):
+            opening = self.image_threads.submit(ImageFile, snapshot.artifact, row)
+            try:
+                return await asyncio.wrap_future(opening)
+            except asyncio.CancelledError:  # the thread continues and opens the file
+                opening.add_done_callback(_close)
+                raise
+
+    async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
+        """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
+        async with self._admission(kind="pictures"):
+            await self.compute.decode(data, snapshot.encoder.preprocess.decode, is_query=True)
+
+    async def thumbnail(
+        self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
+    ) -> tuple[str, bytes]:
+        """Return a name that changes with an item's image, and a thumbnail of it, from the cache or made now.
+
+        An image that takes too much memory to decode is returned as it is. Errors are those of `open_image`.
+
+        Args:
+            side: pixels that its longer side has at most.
+        """
+        row, artifact = row_of(snapshot, item_id), snapshot.artifact
+
+        def read() -> tuple[str, bytes | None, bytes]:
+            name = f"{artifact.image_key(row)}_{side}.{thumbnail_format}"
+            data = self._thumbnails.get(name)
+            return name, data, b"" if data else artifact.image_bytes(row)
+
+        try:
+            async with self._admission(kind="pictures"):
+                name, data, source = await self.image_threads.run(read)
+                if data is None:
+                    try:
+                        make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
+                        data = await self.compute.decode(source, make)
+                        await self.image_threads.run(self._thumbnails.put, name, data)
+                    except ImageError as error:
+                        if error.fault != ImageFault.TOO_LARGE:
+                            raise
+                        data = source
+                return name, data
+        except (ArtifactError, ImageError, OSError):
+            raise ImageUnavailableError from None
+
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
         """Call a function that looks at all rows of a snapshot; one is called at a time."""
         async with self._admission():
             return await self.compute.run("filter", call, *args)
+
+
+def _close(opening: Future[ImageFile]) -> None:
+    if not (opening.cancelled() or opening.exception()):
+        opening.result().close()
 
 
 def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.service.collections import ServedIndex
-from app.writes.worker import WriteWorker
+from app.service.write_worker import WriteWorker
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
 from index_jobs.jobs.apply import apply_writes

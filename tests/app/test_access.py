@@ -13,7 +13,7 @@ from app.core.rate_limit import RateLimiter, _seconds_until_room, network_of, pa
 from app.core.redis import connect, disconnect
 from app.core.settings import Settings, load_settings
 from app.main import create_app
-from app.service.embedding_cache import RedisCache
+from app.service.embedding_cache import EmbeddingCache
 from dcar_core.util.errors import DcarError
 from tests.support.redis_server import RedisServer
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened, until
@@ -332,7 +332,7 @@ async def test_every_use_of_a_hanging_redis_times_out() -> None:
         await asyncio.wait_for(client.get("key"), 10)
     await disconnect(client)
     patient = f"{url}?socket_timeout=60&socket_connect_timeout=60"
-    cache = RedisCache(patient, ttl_s=60, timeout_s=0.1)
+    cache = EmbeddingCache(0, redis_url=patient, ttl_s=60, timeout_s=0.1)
     assert await asyncio.wait_for(cache.get("key", 32), 10) is None
     limiter = RateLimiter("1/hour", redis_url=patient, timeout_s=0.1)
     assert await asyncio.wait_for(limiter.charge("alice"), 10) == 0

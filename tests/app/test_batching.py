@@ -3,12 +3,13 @@
 import asyncio
 import threading
 import time
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
-from app.search.errors import NotReadyError, OverloadedError
+from app.search.errors import UnavailableError
 from app.service import batching
 from app.service.batching import Batcher, BatchGroup, SharedTasks
 from dcar_core.util.arrays import Floats
@@ -39,233 +40,192 @@ class Recorder:
         return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
 
 
-async def _held(batcher: Batcher, group: BatchGroup, recorder: Recorder) -> asyncio.Task[Floats]:
-    """Keep the model thread busy, so following queries queue up."""
-    recorder.gate.clear()
-    task = asyncio.create_task(batcher.submit(group, "first"))
-    while not recorder.batches:
-        await asyncio.sleep(0.001)
-    return task
+class Bench(NamedTuple):
+    """A batcher at work, one group of queries, and the recorder that answers them."""
+
+    batcher: Batcher
+    group: BatchGroup
+    recorder: Recorder
+
+    async def one(self, payload: str, group: BatchGroup | None = None) -> Floats:
+        (vector,) = await self.batcher.submit(group or self.group, [payload])
+        return vector
+
+    async def held(self) -> asyncio.Task[Floats]:
+        """Keep the model thread busy, so following queries queue up."""
+        self.recorder.gate.clear()
+        task = asyncio.create_task(self.one("first"))
+        while not self.recorder.batches:
+            await asyncio.sleep(0.001)
+        return task
+
+    async def submit(self, *payloads: str, group: BatchGroup | None = None) -> list[asyncio.Task[Floats]]:
+        tasks = [asyncio.create_task(self.one(payload, group)) for payload in payloads]
+        await asyncio.sleep(0)
+        return tasks
 
 
-async def _submit(batcher: Batcher, group: BatchGroup, payloads: list[str]) -> list[asyncio.Task[Floats]]:
-    tasks = [asyncio.create_task(batcher.submit(group, payload)) for payload in payloads]
-    await asyncio.sleep(0)
-    return tasks
+@pytest.fixture
+async def bench() -> AsyncIterator[Callable[..., Bench]]:
+    """Return a function that starts a batcher; given `pass_s`, each pass takes so long."""
+    made: list[Bench] = []
+
+    def make(pass_s: float = 0, **given: Any) -> Bench:
+        recorder = Recorder()
+
+        def run(payloads: list[Any]) -> Floats:
+            time.sleep(pass_s)
+            return recorder(payloads)
+
+        batcher = Batcher(**{"max_batch": 8, "max_wait_s": 0, **given})
+        batcher.start()
+        made.append(Bench(batcher, BatchGroup("text", run), recorder))
+        return made[-1]
+
+    yield make
+    for each in made:
+        await each.batcher.close()
 
 
-async def test_queries_that_arrive_during_a_forward_pass_form_the_next_batch() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=3, max_wait_s=0)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    first = await _held(batcher, group, recorder)
-    rest = await _submit(batcher, group, ["a", "bb", "ccc", "dddd"])
-    recorder.gate.set()
-    assert [int(v[0]) for v in await asyncio.gather(first, *rest)] == [5, 1, 2, 3, 4]
-    assert recorder.batches == [["first"], ["a", "bb", "ccc"], ["dddd"]]
-    assert len(recorder.threads) == 1
-    await batcher.close()
+async def test_queries_of_a_group_that_arrive_during_a_forward_pass_form_the_next_batch(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench(max_batch=3)
+    images, first, tasks = BatchGroup("image", made.recorder), await made.held(), []
+    for group, payload in [(None, "a"), (images, "i1"), (None, "bb"), (images, "i2"), (None, "ccc"), (None, "dddd")]:
+        tasks += await made.submit(payload, group=group)
+    made.recorder.gate.set()
+    assert [int(v[0]) for v in await asyncio.gather(first, *tasks)] == [5, 1, 2, 2, 2, 3, 4]
+    assert made.recorder.batches == [["first"], ["a", "bb", "ccc"], ["i1", "i2"], ["dddd"]]
+    assert len(made.recorder.threads) == 1
 
 
-async def test_groups_do_not_share_batches_and_keep_their_order() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
-    batcher.start()
-    text, image = BatchGroup("text", recorder), BatchGroup("image", recorder)
-    first = await _held(batcher, text, recorder)
-    tasks = []
-    for group, payload in [(text, "t1"), (image, "i1"), (text, "t2"), (image, "i2")]:
-        tasks += await _submit(batcher, group, [payload])
-    recorder.gate.set()
-    await asyncio.gather(first, *tasks)
-    assert recorder.batches[1:] == [["t1", "t2"], ["i1", "i2"]]
-    await batcher.close()
-
-
-@pytest.mark.parametrize("poison", ["bad", "nan"])
-async def test_a_bad_query_fails_alone(poison: str) -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    first = await _held(batcher, group, recorder)
-    rest = await _submit(batcher, group, ["a", "bb", poison, "dddd", "eeeee"])
-    recorder.gate.set()
+@pytest.mark.parametrize(("poison", "error"), [("bad", DataError), ("nan", DataError), ("panic", RuntimeError)])
+async def test_a_bad_query_fails_alone(bench: Callable[..., Bench], poison: str, error: type[Exception]) -> None:
+    made = bench()
+    first = await made.held()
+    rest = await made.submit("a", "bb", poison, "dddd", "eeeee")
+    made.recorder.gate.set()
     await first
     outcomes = await asyncio.gather(*rest, return_exceptions=True)
-    assert isinstance(outcomes.pop(2), DataError)
+    assert isinstance(outcomes.pop(2), error)
     assert [int(v[0]) for v in outcomes if isinstance(v, np.ndarray)] == [1, 2, 4, 5]
-    await batcher.close()
+    assert (await made.one("next"))[0] == 4
+    assert made.batcher.fault is None
+    await made.batcher.close()
+    assert made.batcher.fault == "The queue of the model has stopped."
 
 
 @pytest.mark.parametrize("found", [[], [None]], ids=["too few", "no vector"])
-async def test_an_invalid_output_fails_its_caller_and_not_the_next(found: list[Any]) -> None:
-    batcher = Batcher(max_batch=8, max_wait_s=0)
-    batcher.start()
+async def test_an_invalid_output_fails_its_caller_and_not_the_next(
+    bench: Callable[..., Bench], found: list[Any]
+) -> None:
+    made = bench()
     with pytest.raises((RuntimeError, TypeError)):
-        await asyncio.wait_for(batcher.submit(BatchGroup("broken", lambda payloads: found), "first"), 5)
-    assert (await asyncio.wait_for(batcher.submit(BatchGroup("text", Recorder()), "after"), 5))[0] == 5
-    await batcher.close()
+        await asyncio.wait_for(made.batcher.submit(BatchGroup("broken", lambda payloads: found), ["first"]), 5)
+    assert (await asyncio.wait_for(made.one("after"), 5))[0] == 5
 
 
-async def test_a_panic_fails_its_query_alone_and_ends_nothing() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=4, max_wait_s=0)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    first = await _held(batcher, group, recorder)
-    rest = await _submit(batcher, group, ["a", "panic", "ccc"])
-    recorder.gate.set()
-    outcomes = await asyncio.gather(first, *rest, return_exceptions=True)
-    assert isinstance(outcomes[2], RuntimeError)
-    assert "Panic" in str(outcomes[2])
-    assert [int(each[0]) for each in (outcomes[1], outcomes[3]) if isinstance(each, np.ndarray)] == [1, 3]
-    assert (await batcher.submit(group, "next"))[0] == 4
-    assert batcher.fault is None
-    await batcher.close()
-    assert batcher.fault == "The queue of the model has stopped."
-
-
-async def test_a_forward_pass_without_end_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=4, max_wait_s=0)
-    batcher.start()
-    first = await _held(batcher, BatchGroup("text", recorder), recorder)
-    assert batcher.fault is None
+async def test_a_forward_pass_without_end_is_a_fault(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bench()
+    first = await made.held()
+    assert made.batcher.fault is None
     monkeypatch.setattr(batching, "_STUCK_S", 0)
-    assert "not answered" in str(batcher.fault)
-    recorder.gate.set()
+    assert "not answered" in str(made.batcher.fault)
+    made.recorder.gate.set()
     await first
-    assert batcher.fault is None
-    await batcher.close()
+    assert made.batcher.fault is None
 
 
-async def test_a_cancelled_query_takes_no_place_in_a_batch() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    first = await _held(batcher, group, recorder)
-    queued, stays, behind = await _submit(batcher, group, ["gone", "stays", "gone as well"])
-    queued.cancel()
-    behind.cancel()
-    first.cancel()  # its batch is running
+async def test_cancelled_queries_take_no_place_in_a_batch_or_the_backlog(bench: Callable[..., Bench]) -> None:
+    made = bench(max_queue_s=0.5)
+    first = await made.held()
+    gone, stays, behind = await made.submit("gone", "stays", "gone as well")
+    made.batcher._seconds_per_query[made.group] = 1.0
+    (waits,) = await made.submit("waits")
+    for refused in (["another"], ["and", "others"]):
+        with pytest.raises(UnavailableError):
+            await made.batcher.submit(made.group, refused)
+    for each in (gone, behind, waits, first):  # the batch of the first one is running
+        each.cancel()
     await asyncio.sleep(0)
-    recorder.gate.set()
+    made.recorder.gate.set()
     assert (await stays)[0] == 5
-    assert recorder.batches == [["first"], ["stays"]]
-    await batcher.close()
+    assert made.recorder.batches == [["first"], ["stays"]]
+    assert (await made.one("again"))[0] == 5, "cancelled work must not count"
 
 
-async def test_cancelled_queries_do_not_count_as_backlog() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0, max_queue_s=0.5)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    first = await _held(batcher, group, recorder)
-    batcher._seconds_per_query["text"] = 1.0  # seconds a query
-    (waits,) = await _submit(batcher, group, ["waits"])
-    for refused in (batcher.submit(group, "another"), batcher.submit_all(group, ["and", "others"])):
-        with pytest.raises(OverloadedError):
-            await refused
-    waits.cancel()
-    recorder.gate.set()
-    await first
-    assert (await batcher.submit(group, "again"))[0] == 5, "cancelled work must not count"
-    await batcher.close()
-
-
-async def test_the_cost_of_a_query_is_its_share_of_a_batch() -> None:
-    def slowly(payloads: list[str]) -> Floats:
-        time.sleep(0.2)
-        return np.ones((len(payloads), 2), np.float32)
-
-    batcher = Batcher(max_batch=32, max_wait_s=0, max_queue_s=0.5)
-    batcher.start()
-    group = BatchGroup("text", slowly)
-    await batcher.submit_all(group, ["part"] * 20)  # a hundredth of a second each
-    await asyncio.gather(*(batcher.submit(group, "another") for _ in range(20)))
-    await batcher.close()
-
-
-async def test_close_finishes_accepted_queries_and_refuses_new_ones() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=1, max_wait_s=0)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    first = await _held(batcher, group, recorder)
-    rest = await _submit(batcher, group, ["a", "bb"])
-    closing = asyncio.create_task(batcher.close())
+async def test_close_finishes_accepted_queries_and_refuses_new_ones(bench: Callable[..., Bench]) -> None:
+    made = bench(max_batch=1)
+    first = await made.held()
+    rest = await made.submit("a", "bb")
+    closing = asyncio.create_task(made.batcher.close())
     await asyncio.sleep(0)
-    with pytest.raises(NotReadyError):
-        await batcher.submit(group, "late")
-    recorder.gate.set()
+    with pytest.raises(UnavailableError):
+        await made.one("late")
+    made.recorder.gate.set()
     await closing
     assert [int((await task)[0]) for task in (first, *rest)] == [5, 1, 2]
 
 
-async def test_a_busy_batcher_waits_for_more_queries_and_an_idle_one_starts_at_once() -> None:
-    recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0.5)
-    batcher.start()
-    group = BatchGroup("text", recorder)
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    await batcher.submit(group, "alone")
-    assert loop.time() - began < 0.25
-    first = await _held(batcher, group, recorder)
-    pair = await _submit(batcher, group, ["a", "bb"])
-    recorder.gate.set()
+async def test_a_busy_batcher_waits_for_more_queries_and_an_idle_one_starts_at_once(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench(max_wait_s=0.5)
+    began = time.monotonic()
+    await made.one("alone")
+    assert time.monotonic() - began < 0.25
+    first = await made.held()
+    pair = await made.submit("a", "bb")
+    made.recorder.gate.set()
     await asyncio.gather(first, *pair)
-    early = await _submit(batcher, group, ["early"])
+    early = await made.submit("early")
     await asyncio.sleep(0.05)
-    late = await _submit(batcher, group, ["late"])
+    late = await made.submit("late")
     await asyncio.gather(*early, *late)
-    assert recorder.batches[-1] == ["early", "late"]
-    await batcher.close()
+    assert made.recorder.batches[-1] == ["early", "late"]
 
 
 @pytest.mark.slow
-async def test_two_sets_of_callers_that_would_alternate_share_one_batch() -> None:
+async def test_two_sets_of_callers_that_would_alternate_share_one_batch(bench: Callable[..., Bench]) -> None:
     """The next batch waits for the callers of the last one, and starts as soon as all of them are back."""
-    # A pass takes longer than the wait, which counts from the end of the pass.
-    recorder, batcher = Recorder(), Batcher(max_batch=8, max_wait_s=0.2)
-    batcher.start()
-
-    def slow(payloads: list[Any]) -> Floats:
-        time.sleep(0.25)
-        return recorder(payloads)
-
-    group = BatchGroup("text", slow)
+    made = bench(0.25, max_wait_s=0.2)  # a pass takes longer than the wait, which counts from the end of the pass
 
     async def caller(name: str) -> None:
         for _ in range(5):
-            await batcher.submit(group, name)
+            await made.one(name)
 
     callers = [asyncio.create_task(caller(name)) for name in "abcd"]
     await asyncio.sleep(0.38)  # during the second pass
     callers += [asyncio.create_task(caller(name)) for name in "efg"]
     await asyncio.gather(*callers)
-    assert [len(batch) for batch in recorder.batches[2:5]] == [7, 7, 7]
-    loop, took = asyncio.get_running_loop(), []
+    assert [len(batch) for batch in made.recorder.batches[2:5]] == [7, 7, 7]
+    took = []
     for name in ("alone", "again", "still"):  # only the first one waits for the others
-        began = loop.time()
-        await batcher.submit(group, name)
-        took.append(loop.time() - began)
+        began = time.monotonic()
+        await made.one(name)
+        took.append(time.monotonic() - began)
     assert took[0] > 0.36 > max(took[1:])
-    await batcher.close()
 
 
-async def test_the_queries_of_one_request_are_accepted_together() -> None:
-    """An idle service accepts a request of any size, however slow single queries were."""
-
-    def slowly(payloads: list[str]) -> Floats:
-        time.sleep(0.1)
-        return np.ones((len(payloads), 2), np.float32)
-
-    batcher = Batcher(max_batch=32, max_wait_s=0, max_queue_s=0.5)
-    batcher.start()
-    group = BatchGroup("image", slowly)
-    await batcher.submit(group, "alone")  # its measured cost is a tenth of a second
-    parts = asyncio.create_task(batcher.submit_all(group, ["part"] * 20))
-    await asyncio.sleep(0)
-    with pytest.raises(OverloadedError):  # two seconds of work are expected
-        await batcher.submit(group, "another")
+async def test_an_idle_batcher_accepts_the_queries_of_one_request_however_slow_single_ones_were(
+    bench: Callable[..., Bench],
+) -> None:
+    made = bench(0.1, max_batch=32, max_queue_s=0.5)
+    await made.one("alone")  # its measured cost is a tenth of a second
+    parts = made.batcher.submit(made.group, ["part"] * 20)
+    with pytest.raises(UnavailableError):  # two seconds of work are expected
+        await made.one("another")
     assert len(await parts) == 20
-    assert len(await batcher.submit_all(group, ["part"] * 20)) == 20
-    await batcher.close()
+    assert len(await made.batcher.submit(made.group, ["part"] * 20)) == 20
+
+
+async def test_the_cost_of_a_query_is_its_share_of_a_batch(bench: Callable[..., Bench]) -> None:
+    made = bench(0.2, max_batch=32, max_queue_s=0.5)
+    await made.batcher.submit(made.group, ["part"] * 20)  # a hundredth of a second each
+    await asyncio.gather(*(made.one("another") for _ in range(20)))
 
 
 async def test_callers_with_one_key_share_a_computation_and_its_failure() -> None:
@@ -313,7 +273,7 @@ async def test_a_shared_task_is_cancelled_when_its_last_waiter_leaves() -> None:
     await asyncio.sleep(0)
     four = asyncio.create_task(shared_tasks.run("a", compute))  # does not join the cancelled task
     await asyncio.sleep(0.01)
-    assert "a" in shared_tasks, "the fourth can be joined, although the third has ended since it started"
+    assert "a" in shared_tasks._tasks, "the fourth can be joined, although the third has ended since it started"
     assert await four == 7
     assert ended == ["cancelled"]
     assert not shared_tasks._tasks

@@ -11,7 +11,7 @@ from dcar_client import AsyncClient, Client, ServiceError, models
 from pydantic import BaseModel
 
 from app.core.keys import key_hash, new_key
-from app.writes.worker import WriteWorker
+from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import LockedError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.writes import WriteQueue

@@ -1,6 +1,5 @@
 """Collections that are created, filled and dropped over HTTP."""
 
-import contextlib
 import gc
 import weakref
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 from app.core.keys import key_hash, new_key
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.search.errors import NotReadyError
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import CHECKPOINT
@@ -127,33 +125,6 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403
 
 
-async def test_created_collection_that_cannot_be_loaded_is_logged_and_leaves_the_service_ready(
-    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "created"
-    create(folder, index, "lamps", "shoes")
-    (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
-    failures = list[DcarError]()  # with which `dcar serve` ends
-    settings = Settings(index=index, collections_dir=folder, device="cpu", poll_s=0)
-    collections = Collections(settings, Metrics(), on_start_failure=failures.append)
-    with pytest.raises(NotReadyError):
-        collections.require_all()
-    collections.start()
-
-    async def is_loaded() -> bool:
-        with contextlib.suppress(NotReadyError):
-            collections.require_all()
-            return True
-        return False
-
-    await until(is_loaded)
-    assert collections["shoes"].live is not None
-    assert failures == []
-    assert (collections.reason or "").startswith("lamps: ")
-    assert [record.levelname for record in caplog.records if "is not served" in record.getMessage()] == ["ERROR"]
-    await collections.close()
-
-
 async def test_dropped_collection_is_released_without_a_garbage_collection(index: Path, tmp_path: Path) -> None:
     """Until then, its files would stay on the disk."""
     folder = tmp_path / "created"
@@ -183,18 +154,24 @@ async def test_dropped_collection_is_released_without_a_garbage_collection(index
     await collections.close()
 
 
-async def test_created_collection_that_breaks_makes_readiness_degraded(index: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "created"
-    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
-        await client.put("/collections/shoes", headers=ADMINS)
-        create(folder, index, "lamps")
-        (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
+async def test_created_collection_that_cannot_be_loaded_is_logged_and_degrades_readiness_alone(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, failures = tmp_path / "created", list[DcarError]()  # with which `dcar serve` ends
+    create(folder, index, "shoes", "lamps")
+    (list_collections(folder)["lamps"] / CHECKPOINT / "config.json").write_bytes(b"{")
+    async with opened(index, collections_dir=folder, on_start_failure=failures.append, poll_s=0, **WRITES) as client:
+        create(folder, index, "later")
+        (list_collections(folder)["later"] / CHECKPOINT / "config.json").write_bytes(b"{")
         await client.app.state.collections.sync()
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
-        assert ready.json()["reason"].startswith("lamps: ")
-        assert_problem(await client.post("/collections/lamps/search/text", json=WORDS), 503)
-        assert (await client.post("/collections/shoes/search/text", json=WORDS)).status_code == 200
+        assert all(f"{name}: " in ready.json()["reason"] for name in ("lamps", "later"))
+        for name, status in (("shoes", 200), ("lamps", 503), ("later", 503)):
+            answer = await client.post(f"/collections/{name}/search/text", json=WORDS)
+            assert answer.status_code == status
+    assert failures == []
+    assert [record.levelname for record in caplog.records if "is not served" in record.getMessage()] == ["ERROR"] * 2
 
 
 @pytest.mark.parametrize("request_of", ["drop", "put", "delete", "model"])
@@ -240,21 +217,6 @@ async def test_collection_that_another_process_has_created_is_changed_and_droppe
                 assert (await other.get(job, headers=ADMINS)).json()["collection"] == "hats"
 
 
-async def test_reload_follows_collections_that_another_process_has_created_and_dropped(
-    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "created"
-    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
-        create(folder, index, "lamps")
-        reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
-        assert reloaded["versions"] == {"index": 1, "lamps": 0}
-        drop_collection(list_collections(folder)["lamps"])
-        with caplog.at_level("INFO"):
-            reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
-        assert reloaded["versions"] == {"index": 1}
-        assert "no longer serving the collection lamps" in caplog.text
-
-
 async def test_empty_collection_that_another_process_has_created_again_has_its_new_model(
     index: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -274,15 +236,20 @@ async def test_empty_collection_that_another_process_has_created_again_has_its_n
         assert not reloaded["changed"]
 
 
-async def test_damaged_description_is_logged_once_and_leaves_the_others_served(
+async def test_reload_follows_collections_of_another_process_and_logs_damaged_ones_once(
     index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "created"
-    create(folder, index, "lamps", "shoes")
-    (list_collections(folder)["lamps"] / "collection.json").write_text("{")
+    create(folder, index, "shoes")
+    (list_collections(folder)["shoes"] / "collection.json").write_text("{")
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
-        for _ in range(2):
-            reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
-            assert reloaded["versions"] == {"index": 1, "shoes": 0}
+        create(folder, index, "lamps")
+        for expected in ({"index": 1, "lamps": 0}, {"index": 1}):
+            with caplog.at_level("INFO"):
+                reloaded = (await client.post("/admin/reload", headers=ADMINS)).json()
+            assert reloaded["versions"] == expected
+            if "lamps" in expected:
+                drop_collection(list_collections(folder)["lamps"])
         assert (await client.get("/readyz")).status_code == 200
+    assert "no longer serving the collection lamps" in caplog.text
     assert caplog.text.count("collection.json cannot be read") == 1

@@ -65,11 +65,6 @@ async def test_an_invalid_crop_is_refused_by_name(started: ServiceClient, crop: 
     assert_problem(await started.post("/search/image", files=files, data={"crop": json.dumps(crop)}), 422, field)
 
 
-async def test_a_crop_needs_an_image(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        assert_problem(await client.post("/search/text", json={"query": "red", "crop": LEFT}), 422, "crop")
-
-
 async def test_a_batch_searches_with_texts_and_images(built_index: Path) -> None:
     image = base64.b64encode(file_of(two_halves())).decode()
     queries: list[dict[str, Any]] = [

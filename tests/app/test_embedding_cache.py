@@ -5,9 +5,11 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -16,8 +18,7 @@ import redis.asyncio
 from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
 from app.core.redis import CircuitBreaker
-from app.core.settings import Settings
-from app.service.embedding_cache import MemoryCache, RedisCache, _pack, cache_key, make_cache, rounded
+from app.service.embedding_cache import EmbeddingCache, _pack, cache_key, rounded
 from tests.support.redis_server import RedisServer
 from tests.support.service import opened, until
 
@@ -29,32 +30,35 @@ def count(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
+@pytest.fixture
+def caches(redis_server: RedisServer) -> Callable[..., EmbeddingCache]:
+    """Return a function that makes caches in front of one Redis."""
+
+    def make(**given: Any) -> EmbeddingCache:
+        return EmbeddingCache(**{"size": 0, "redis_url": redis_server.url, "ttl_s": 60, "timeout_s": 1, **given})
+
+    return make
+
+
 def test_keys_differ_by_encoder_kind_and_content() -> None:
-    keys = {
-        cache_key(fingerprint, kind, content)
-        for fingerprint in ("a" * 64, "b" * 64)
-        for kind in ("text", "image")
-        for content in (b"x", b"y")
-    }
+    kinds: tuple[Literal["text", "image"], ...] = ("text", "image")
+    keys = {cache_key(*each) for each in product(("a" * 64, "b" * 64), kinds, (b"secret words", b"y"))}
     assert len(keys) == 8
-    assert not any("secret words" in cache_key("a" * 64, "text", b"secret words") for _ in "1")
+    assert not any("secret words" in key for key in keys)
 
 
-async def test_the_least_recently_used_entry_is_dropped() -> None:
-    cache = MemoryCache(2)
+def test_the_least_recently_used_entry_is_dropped() -> None:
+    cache = EmbeddingCache(2)
     cache.put("a", VECTOR)
     cache.put("b", VECTOR + 1)
-    assert await cache.get("a", 32) is not None
+    assert cache.peek("a") is not None
     cache.put("c", VECTOR)
-    assert await cache.get("b", 32) is None
-    assert len(cache._entries) == 2
-    kept = await cache.get("a", 32)
-    assert kept is not None
-    np.testing.assert_array_equal(kept, ROUNDED)
-    kept[0] = 5
-    again = await cache.get("a", 32)
-    assert again is not None
-    np.testing.assert_array_equal(again, ROUNDED, "a caller cannot change a cached vector")
+    assert cache.peek("b") is None
+    for _ in range(2):
+        kept = cache.peek("a")
+        assert kept is not None
+        np.testing.assert_array_equal(kept, ROUNDED)
+        kept[0] = 5  # a caller cannot change a cached vector
 
 
 def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,73 +76,63 @@ def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypat
     assert breaker.allows()
 
 
-async def test_a_missing_redis_fails_no_search_and_costs_little(built_index: Path) -> None:
-    given: dict[str, Any] = {"redis_url": "redis://127.0.0.1:1/0", "cache_size": 0, "rate_limit": "1000/minute"}
-    async with opened(built_index, **given) as client:
-        for _ in range(5):
-            response = await client.post("/search/text", json={"query": "red"})
-            assert response.status_code == 200
-            assert response.json()["cached"] is False
-        started = time.perf_counter()
-        assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
-        assert time.perf_counter() - started < 1
-        metrics = (await client.get("/metrics")).text
-        for use in ("read", "write", "count"):
+@pytest.mark.parametrize("fault", ["missing", pytest.param("hanging", marks=pytest.mark.redis)])
+async def test_a_faulty_redis_fails_no_search_and_costs_little(
+    built_index: Path, fault: str, request: pytest.FixtureRequest
+) -> None:
+    url, server = "redis://127.0.0.1:1/0", None
+    if fault == "hanging":
+        server = request.getfixturevalue("redis_server")
+        url = server.url
+    async with opened(built_index, redis_url=url, cache_size=0, rate_limit="1000/minute") as client:
+        if server is not None:
+            os.kill(server._process.pid, signal.SIGSTOP)
+        try:
+            for _ in range(6):
+                started = time.perf_counter()
+                response = await client.post("/search/text", json={"query": "red"})
+                assert (response.status_code, response.json()["cached"]) == (200, False)
+            assert time.perf_counter() - started < 1
+            metrics = (await client.get("/metrics")).text
+        finally:
+            if server is not None:
+                os.kill(server._process.pid, signal.SIGCONT)
+        for use in ("read", "count") if server else ("read", "write", "count"):  # hanging writes may still wait
             assert f'dcar_redis_breaker_open{{use="{use}"}} 1.0' in metrics
         for outcome in ("error", "skipped"):  # not used after three failures
             assert f'dcar_cache_lookups_total{{level="redis",outcome="{outcome}"}} 3.0' in metrics
 
 
 @pytest.mark.redis
-@pytest.mark.slow
-async def test_values_are_read_back_exactly_and_expire(redis_server: RedisServer) -> None:
-    cache = RedisCache(redis_server.url, ttl_s=1, timeout_s=1)
-    cache.put("key", VECTOR)
-
-    async def stored() -> bool:
-        return await cache.get("key", 32) is not None
-
-    await until(stored)
-    value = await cache.get("key", 32)
-    assert value is not None
-    np.testing.assert_array_equal(value, ROUNDED)
-
-    async def expired() -> bool:
-        return await cache.get("key", 32) is None
-
-    await until(expired)
-    assert not cache.read_breaker.is_open
-    await cache.close()
+async def test_values_are_read_back_exactly_and_cached_in_the_process(caches: Callable[..., EmbeddingCache]) -> None:
+    writing, reading = caches(), caches(size=10)
+    writing.put("key", VECTOR)
+    await writing.close()  # waits for pending writes
+    assert reading.peek("key") is None
+    for value in (await reading.get("key", 32), reading.peek("key")):
+        assert value is not None
+        np.testing.assert_array_equal(value, ROUNDED)
+    await reading.close()
 
 
 @pytest.mark.redis
-async def test_close_waits_for_pending_writes(built_index: Path, redis_server: RedisServer) -> None:
-    given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "cache_ttl_s": 60}
-    ending, other = (make_cache(Settings(index=built_index, **given), Metrics()) for _ in range(2))
-    ending.put("key", VECTOR)
-    await ending.close()
-    assert isinstance(other, RedisCache)
-    assert 0 < await other._redis.ttl("key") <= 60
-    await other.close()
-
-
-@pytest.mark.redis
-async def test_corrupted_values_are_not_used(redis_server: RedisServer) -> None:
+async def test_corrupted_values_are_not_used(caches: Callable[..., EmbeddingCache]) -> None:
     metrics = Metrics()
-    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
-    await cache._write("other", _pack("other", VECTOR))
-    true: Any = await cache._redis.get("other")
+    cache, store = caches(metrics=metrics), cast(redis.asyncio.Redis, caches()._redis)
+    true = _pack("other", VECTOR)
+    await store.set("other", true)
     bent = bytes([*true[:-1], true[-1] ^ 1])
     nan, nothing = (_pack("key", np.full(32, fill, np.float32)) for fill in (np.nan, 0))
     for value in (b"", b"x", true[:-1], true * 2, bent, nan, nothing, true):
-        await cache._redis.set("key", value)
+        await store.set("key", value)
         assert await cache.get("key", 32) is None
     assert await cache.get("other", 32) is not None
     assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="wrong") == 8
-    await cache._redis.delete("key")
-    await cache._redis.lpush("key", "a list")
+    await store.delete("key")
+    await store.lpush("key", "a list")
     assert await cache.get("key", 32) is None
     assert count(metrics, "dcar_cache_lookups_total", level="redis", outcome="error") == 1
+    await store.aclose()
     await cache.close()
 
 
@@ -170,7 +164,7 @@ async def test_an_invalid_redis_reply_fails_no_search(reply: bytes) -> None:
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     for options in ("", "?protocol=2"):
-        cache = RedisCache(f"redis://127.0.0.1:{port}/0{options}", ttl_s=60)
+        cache = EmbeddingCache(0, redis_url=f"redis://127.0.0.1:{port}/0{options}", ttl_s=60)
         for _ in range(4):
             assert await cache.get("key", 32) is None
             cache.put("key", VECTOR)
@@ -205,50 +199,27 @@ async def test_each_query_is_counted_once(built_index: Path) -> None:
         assert counted() == (2, 2), "an empty query is not looked up"
 
 
-def test_a_peek_can_stay_uncounted() -> None:
-    metrics = Metrics()
-    cache = MemoryCache(2, metrics)
-    assert cache.peek("key", counted=False) is None
-    cache.put("key", VECTOR)
-    assert cache.peek("key", counted=False) is not None
-    assert metrics.registry.get_sample_value("dcar_cache_lookups_total", {"level": "memory", "outcome": "miss"}) is None
-    assert cache.peek("key") is not None
-    assert count(metrics, "dcar_cache_lookups_total", level="memory", outcome="hit") == 1
-
-
 @pytest.mark.redis
-async def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
+async def test_a_full_redis_is_still_read(caches: Callable[..., EmbeddingCache]) -> None:
     metrics = Metrics()
-    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, metrics=metrics)
-    await cache._write("key", _pack("key", VECTOR))
-    await cache._redis.config_set("maxmemory", "1")
+    cache, store = caches(metrics=metrics), cast(redis.asyncio.Redis, caches()._redis)
+    await store.set("key", _pack("key", VECTOR))
+    await store.config_set("maxmemory", "1")
     for i in range(5):
         cache.put(f"more {i}", VECTOR)
         await asyncio.gather(*cache._writes)
-    assert cache.write_breaker.is_open
-    assert not cache.read_breaker.is_open
+    assert (cache.write_breaker.is_open, cache.read_breaker.is_open) == (True, False)
     assert await cache.get("key", 32) is not None
-    assert count(metrics, "dcar_cache_writes_total", outcome="error") == 3
-    assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 2
-    await cache.close()
-
-
-@pytest.mark.redis
-async def test_a_value_from_redis_is_cached_in_the_process(redis_server: RedisServer) -> None:
-    cache = RedisCache(redis_server.url, ttl_s=60, timeout_s=1, size=10)
-    await cache._write("key", _pack("key", VECTOR))
-    assert cache.peek("key") is None
-    assert await cache.get("key", 32) is not None
-    known = cache.peek("key")
-    assert known is not None
-    np.testing.assert_array_equal(known, ROUNDED)
+    for outcome, expected in (("error", 3), ("skipped", 2)):
+        assert count(metrics, "dcar_cache_writes_total", outcome=outcome) == expected
+    await store.aclose()
     await cache.close()
 
 
 async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.service.embedding_cache._MAX_WRITES", 2)
     metrics = Metrics()
-    cache = RedisCache("redis://127.0.0.1:1/0", ttl_s=60, size=10, metrics=metrics)
+    cache = EmbeddingCache(10, metrics, redis_url="redis://127.0.0.1:1/0", ttl_s=60)
     for i in range(5):
         cache.put(f"key {i}", VECTOR)
         known = cache.peek(f"key {i}")
@@ -262,7 +233,12 @@ async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypat
 @pytest.mark.slow
 @pytest.mark.redis
 async def test_results_are_the_same_with_and_without_redis(built_index: Path, redis_server: RedisServer) -> None:
-    given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 500, "cache_size": 0}
+    given: dict[str, Any] = {
+        "redis_url": redis_server.url,
+        "redis_timeout_ms": 500,
+        "cache_size": 0,
+        "cache_ttl_s": 100,
+    }
     async with opened(built_index, **given) as client:
 
         async def ask() -> Any:
@@ -278,9 +254,12 @@ async def test_results_are_the_same_with_and_without_redis(built_index: Path, re
 
         await until(cached)
         assert (await ask())["results"] == first["results"]
+        store = client.app.state.retriever.compute.cache._redis
+        (key,) = await store.keys("dcar:*")
+        assert 0 < await store.ttl(key) <= 100
     async with opened(built_index, **given) as client:  # as another process would
         assert (await ask())["cached"] is True
-        cache = client.app.state.retriever.compute._cache
+        cache = client.app.state.retriever.compute.cache
         breaker = cache.read_breaker
         breaker._pause = cache.write_breaker._pause = 0.2
         redis_server.stop()
@@ -292,35 +271,3 @@ async def test_results_are_the_same_with_and_without_redis(built_index: Path, re
         redis_server.start()
         await until(cached)
         assert not breaker.is_open
-
-
-@pytest.mark.redis
-async def test_a_hanging_redis_delays_a_search_by_little(built_index: Path, redis_server: RedisServer) -> None:
-    async with opened(built_index, redis_url=redis_server.url, redis_timeout_ms=100) as client:
-        await client.post("/search/text", json={"query": "warm"})
-        assert redis_server._process is not None
-        os.kill(redis_server._process.pid, signal.SIGSTOP)
-        try:
-            slowest = 0.0
-            for i in range(6):
-                started = time.perf_counter()
-                assert (await client.post("/search/text", json={"query": f"q{i}"})).status_code == 200
-                slowest = max(slowest, time.perf_counter() - started)
-            assert slowest < 1
-            assert client.app.state.retriever.compute._cache.read_breaker.is_open
-        finally:
-            os.kill(redis_server._process.pid, signal.SIGCONT)
-
-
-async def test_entries_have_the_lifetime_of_the_settings(built_index: Path, redis_server: RedisServer) -> None:
-    async with opened(built_index, redis_url=redis_server.url, cache_ttl_s=100) as client:
-        await client.post("/search/text", json={"query": "red"})
-        store = redis.asyncio.Redis.from_url(redis_server.url)
-
-        async def written() -> bool:
-            return bool(await store.keys("dcar:*"))
-
-        await until(written)
-        (key,) = await store.keys("dcar:*")
-        assert 0 < await store.ttl(key) <= 100
-        await store.aclose()

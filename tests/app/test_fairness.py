@@ -18,7 +18,6 @@ from tests.support.service import opened, until
 async def test_searches_without_a_filter_do_not_wait_for_filters(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.search.snapshots._QUICK_MS", -1)  # every search uses a thread
     gate, match_rows = threading.Event(), filters.match_rows
 
     def slow(artifact: Any, filter: Any) -> Any:
@@ -41,58 +40,42 @@ async def test_searches_without_a_filter_do_not_wait_for_filters(
         assert {(await task).status_code for task in [*filtered, listed]} == {200}
 
 
-async def test_filters_of_a_batch_give_way_to_that_of_another_request(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("option", ["filter", "facets"])
+async def test_filters_and_facets_of_a_batch_give_way_to_the_filter_of_another_request(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
 
-    def record(artifact: Any, filter: Any) -> Any:
-        order.append(filter["caption"]["contains"])
-        assert gate.wait(60)
-        return match_rows(artifact, filter)
-
-    monkeypatch.setattr(filters, "match_rows", record)
-    async with opened(built_index) as client:
-        queries = [{"query": "red", "filter": {"caption": {"contains": f"batch {i}"}}} for i in range(8)]
-        batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
-        await until(lambda: bool(order))
-        single = {"query": "red", "filter": {"caption": {"contains": "single"}}}
-        other = asyncio.create_task(client.post("/search/text", json=single))
-        await asyncio.sleep(0.2)
-        gate.set()
-        assert (await other).status_code == 200
-        assert order.index("single") <= 2, "at most two filters of the batch came first"
-        assert (await batch).status_code == 200
-
-
-async def test_facets_of_a_batch_give_way_to_the_filter_of_another_request(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
-
-    def count(*_: Any) -> tuple[dict[str, Any], bool]:
-        order.append("facets")
-        assert gate.wait(60)
-        return {}, True
+    def wait(name: str) -> None:
+        order.append(name)
+        assert name == "single" or gate.wait(60)
 
     def match(artifact: Any, filter: Any) -> Any:
-        order.append("single")
+        wait(filter["caption"]["contains"])
         return match_rows(artifact, filter)
+
+    def count(*_: Any) -> tuple[dict[str, Any], bool]:
+        wait("batch")
+        return {}, True
 
     monkeypatch.setattr("app.search.engine.count_facets", count)
     monkeypatch.setattr(filters, "match_rows", match)
     async with opened(built_index) as client:
-        queries = [{"query": f"red {i}", "facets": ["color"]} for i in range(8)]
+        options: dict[str, Any] = {
+            "facets": lambda number: ["color"],
+            "filter": lambda number: {"caption": {"contains": "batch"}, "color": {"not": f"{number}"}},
+        }
+        queries = [{"query": f"red {number}", option: options[option](number)} for number in range(8)]
         batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
         await until(lambda: bool(order))
-        await asyncio.sleep(0.2)  # all queries of the batch have been ranked
-        single = asyncio.create_task(client.post("/search/text", json={"query": "red", "filter": {"color": "red"}}))
+        await asyncio.sleep(0.2)  # all queries of the batch have been encoded
+        single = {"query": "red", "filter": {"caption": {"contains": "single"}}}
+        other = asyncio.create_task(client.post("/search/text", json=single))
         await asyncio.sleep(0.2)
         gate.set()
-        assert (await single).status_code == 200
-        assert (await batch).status_code == 200
-        assert order.index("single") <= 2, "the facets of at most two queries of the batch came first"
-        assert order.count("facets") == 8
+        assert [(await each).status_code for each in (other, batch)] == [200, 200]
+        assert order.index("single") <= 2, "at most two queries of the batch came first"
+        assert order.count("batch") == 8
 
 
 async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ from app.search.engine import rank_rows
 from app.search.errors import UnsupportedQueryError
 from app.search.plan import Plan
 from app.search.query import Query
-from app.search.ranking.groups import group_field, rank_groups
-from app.search.ranking.rank import rank
+from app.search.rank import rank
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
-from tests.support.ranking import ArtifactStub, snapshot_of, unit
+from tests.support.ranking import ArtifactStub, first_of_each, snapshot_of, unit
 
 WORDS = ["ghost", "spook", "fish", "cake", "red", "blue", "truck", "car", "face", "smile"]
 
@@ -57,8 +55,8 @@ def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, w
 
 
 def test_common_words_are_ranked_among_the_nearest_rows(catalogue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.search.ranking.hybrid._TEXT_ROWS", 20)
-    monkeypatch.setattr("app.search.ranking.hybrid._COMMON_TEXT_ROWS", 20)
+    monkeypatch.setattr("app.search.rank._TEXT_ROWS", 20)
+    monkeypatch.setattr("app.search.rank._COMMON_TEXT_ROWS", 20)
     snapshot, vectors, lexical = catalogue
     vector = unit(np.random.default_rng(9), 24)
     plan = Plan(Query(query="smile"), words_weight=0.7)
@@ -87,27 +85,16 @@ def test_min_score_of_a_hybrid_search_is_a_cosine(catalogue: Any) -> None:
     assert 0 < len(ranked) < 400
 
 
-def test_hybrid_results_are_grouped_and_folded_in_their_order(catalogue: Any) -> None:
+def test_hybrid_results_are_folded_in_their_order(catalogue: Any) -> None:
     snapshot, vectors, _ = catalogue
     vector, plan = vectors[0], Plan(Query(query="red fish cake"), words_weight=0.7)
     everything = [each.row for each in rank(snapshot.artifact, vector, plan, 400)]
     assert everything != [each.row for each in rank(snapshot.artifact, vector, Plan(Query()), 400)]
-
-    products = [f"p{row % 37}" for row in range(400)]
-    first: dict[str, int] = {}
-    for row in everything:
-        first.setdefault(products[row], row)
-    groups = group_field(snapshot_of(ArtifactStub(vectors, product=products)), "product")
-    for count in (5, 37):
-        grouped = rank_groups(partial(rank, snapshot.artifact, vector, plan), count, groups, None)
-        assert [each.row for each in grouped] == list(first.values())[:count]
-
     same = {0, *range(100, 140)}
     best = next(row for row in everything if row in same)
-    plan = Plan(Query(query="red fish cake", fold=0.999), words_weight=0.7)
-    folded = rank(snapshot.artifact, vector, plan, 30)
+    folded = rank(snapshot.artifact, vector, replace(plan, query=Query(query="red fish cake", fold=0.999)), 30)
     assert [each.row for each in folded] == [row for row in everything if row not in same - {best}][:30]
-    assert {each.row: {*each.folded} for each in folded if each.folded} == {best: same - {best}}
+    assert {each.row: {*each.near} for each in folded if each.near} == {best: same - {best}}
 
 
 def test_an_index_without_words_says_how_to_get_them() -> None:
@@ -117,19 +104,16 @@ def test_an_index_without_words_says_how_to_get_them() -> None:
 
 
 @pytest.mark.parametrize("query", ["ghost", "red fish cake", "face smile car"])
-def test_hybrid_products_like_some_items_equal_those_of_all_rows(catalogue: Any, query: str) -> None:
+@pytest.mark.parametrize("excluded", [frozenset[int](), frozenset({5, 6})], ids=["all", "like some items"])
+def test_hybrid_products_equal_those_of_all_rows(catalogue: Any, query: str, excluded: frozenset[int]) -> None:
     snapshot, vectors, lexical = catalogue
-    products = [f"p{row % 9}" for row in range(400)]
+    products = [f"p{row % 37}" for row in range(400)]
     grouped = snapshot_of(ArtifactStub(vectors, lexical=lexical, product=products))
     words = Plan(Query(query=query), words_weight=0.7)
     for mask in (None, np.random.default_rng(2).random(400) < 0.5):
-        everything = rank(snapshot.artifact, vectors[5], words, 400, mask)
-        expected: dict[str, int] = {}
-        for row in (each.row for each in everything):
-            if products[row] not in ("p5", "p6"):
-                expected.setdefault(products[row], row)
-        for end in (3, 20):
-            asked = Query(query=query, k=end)
-            plan = Plan(asked, excluded_rows={5, 6}, words_weight=0.7, group_by="product")
-            found = rank_rows(grouped, plan, vectors[5], mask)
-            assert [each.row for each in found] == list(expected.values())[: end + 1]
+        everything = [each.row for each in rank(snapshot.artifact, vectors[5], words, 400, mask)]
+        others = [row for row in everything if products[row] not in {products[each] for each in excluded}]
+        expected = first_of_each(others, products)
+        for end in (3, 20, 40):
+            plan = replace(words, query=Query(query=query, k=end), excluded_rows=excluded, group_by="product")
+            assert [each.row for each in rank_rows(grouped, plan, vectors[5], mask)] == expected[: end + 1]

@@ -14,7 +14,7 @@ from app.api.image_urls import ImageFetcher, is_public
 from app.core.problems import Problem
 from app.core.settings import Settings
 from app.middleware import body_limit
-from app.writes.worker import WriteWorker
+from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import LockedError
 from tests.support.images import png
 from tests.support.responses import assert_problem

@@ -64,7 +64,7 @@ def _compare(results: Any, answer: httpx.Response) -> None:
     for match in results:
         other = found.get(match.item.id, {})
         assert (match.explanation is None) == ("explanation" not in other) or not other
-        assert match.group is None or not other or other["group"] == {"value": match.group[0], "count": match.group[1]}
+        assert match.group is None or not other or other["group"] == match.group
     assert results.facets == body.get("facets")
     assert (results.min_score, results.next_offset) == (body.get("min_score"), body.get("next_offset"))
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.search.errors import OverloadedError
+from app.search.errors import UnavailableError
 from app.service.batching import Batcher, BatchGroup
-from app.service.gallery_images import PIECE_BYTES
+from app.service.files import PIECE_BYTES
+from dcar_core.serving.multi_encoder_batch import encode_text_rows
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer
@@ -50,12 +51,16 @@ async def test_batcher_refuses_what_it_cannot_finish_in_time() -> None:
         return np.ones((len(payloads), 2), np.float32)
 
     group = BatchGroup("text", slow)
-    await batcher.submit(group, "measures the pace")
-    accepted = 1 + int(0.1 / batcher._seconds_per_query["text"])  # work of about 0.1 s, however busy the machine is
-    responses = await asyncio.gather(*(batcher.submit(group, i) for i in range(20)), return_exceptions=True)
-    refused = [response for response in responses if isinstance(response, OverloadedError)]
+    await batcher.submit(group, ["measures the pace"])
+    accepted = 1 + int(0.1 / batcher._seconds_per_query[group])  # work of about 0.1 s, however busy the machine is
+
+    async def ask(number: int) -> Any:
+        return await batcher.submit(group, [number])
+
+    responses = await asyncio.gather(*map(ask, range(20)), return_exceptions=True)
+    refused = [response for response in responses if isinstance(response, UnavailableError)]
     assert len(refused) == 20 - accepted >= 16
-    assert isinstance(await batcher.submit(group, "again"), np.ndarray)
+    assert len(await batcher.submit(group, ["again"])) == 1
     await batcher.close()
 
 
@@ -63,7 +68,7 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
     async with opened(built_index, max_queue_ms=1) as client:
         known = {"query": "a red square", "k": 3}
         assert (await client.post("/search/text", json=known)).status_code == 200
-        batcher = client.app.state.retriever.compute._batcher
+        batcher = client.app.state.retriever.compute.batcher
         batcher._backlog = 5.0
         for response in (
             await client.post("/search/image", files={"file": png()}),
@@ -91,8 +96,8 @@ async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
 ) -> None:
     async with opened(built_index, max_queue_ms=500, cache_size=0) as client:
         compute = client.app.state.retriever.compute
-        batcher = compute._batcher
-        key = id(client.app.state.collections[None].live.encoder.runtime), "text"
+        batcher = compute.batcher
+        key = BatchGroup(id(client.app.state.collections[None].live.encoder.runtime), encode_text_rows)
         batcher._seconds_per_query[key] = 0.2  # the queue is full after three texts
         texts = [f"red {number}" for number in range(8)]
         assert (await client.post("/search/batch", json={"queries": [{"query": text} for text in texts]})).is_success
@@ -119,29 +124,26 @@ async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis
     async with opened(built_index, **given) as client:
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
     async with opened(built_index, **given) as client:  # with an empty local cache
-        client.app.state.retriever.compute._batcher._backlog = 5.0
+        client.app.state.retriever.compute.batcher._backlog = 5.0
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
         assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
 
 
-async def test_caches_of_a_version_are_bounded_in_bytes(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_small", [True, False], ids=["small", "large"])
+async def test_caches_of_a_version_are_bounded_in_bytes(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
+) -> None:
+    if not is_small:
+        monkeypatch.setattr("app.search.snapshots._MAX_MASK_BYTES", 2 * 24)
+        monkeypatch.setattr("app.search.facets._MAX_CACHED_CHARS", 10)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
-
-        async def search(number: int) -> None:
+        for number in range(20):
             filter = {"caption": {"not": [f"{number}" + "\U0001f600" * 10_000]}}
             body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
             assert (await client.post("/search/text", json=body)).is_success
-
-        for number in range(20):
-            await search(number)
-        assert len(snapshot.masks) == 16
-        assert len(snapshot.facets) == 40
+        assert (len(snapshot.masks), len(snapshot.facets)) == ((16, 40) if is_small else (2, 0))
         assert sum(len(str(key)) for cache in (snapshot.masks, snapshot.facets) for key in cache) < 10_000
-        monkeypatch.setattr("app.search.ranking.rows._MAX_MASK_BYTES", 2 * snapshot.artifact.rows)
-        monkeypatch.setattr("app.search.ranking.facets._MAX_CACHED_CHARS", 10)
-        await search(21)
-        assert (len(snapshot.masks), len(snapshot.facets)) == (2, 40)
 
 
 async def test_large_image_is_hashed_and_read_in_threads(

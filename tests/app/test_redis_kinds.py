@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from app.core.redis import connect
-from app.service.embedding_cache import RedisCache, rounded
+from app.service.embedding_cache import EmbeddingCache, rounded
 from tests.support.parts import needs
 from tests.support.processes import free_port
 from tests.support.redis_server import RedisServer
@@ -32,7 +32,7 @@ def running(*options: str) -> Iterator[RedisServer]:
 
 async def assert_cached(url: str, seconds: float = 10) -> None:
     """Assert that an embedding written through this URL is read back once the servers are up, and then many at once."""
-    cache = RedisCache(url, ttl_s=60, timeout_s=2)
+    cache = EmbeddingCache(0, redis_url=url, ttl_s=60, timeout_s=2)
     end = time.monotonic() + seconds
     try:
         while True:

@@ -1,7 +1,6 @@
 """A rebuild notifies the running service; polling is off in these tests."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,7 @@ import pytest
 from index_jobs.jobs.notify import notify
 from index_jobs.rebuild import rebuild
 from tests.support.redis_server import RedisServer
-from tests.support.service import ServiceClient, opened, serving, until
-
-
-def serves(client: ServiceClient, version: int) -> Callable[[], Awaitable[bool]]:
-    async def check() -> bool:
-        return bool((await client.get("/readyz")).json()["index_version"] == version)
-
-    return check
+from tests.support.service import opened, serving, until, until_ready
 
 
 @pytest.mark.redis
@@ -24,7 +16,6 @@ async def test_a_rebuild_notifies_the_service_over_redis(
     index: Path, gallery: Path, tiny_checkpoint: Path, redis_server: RedisServer
 ) -> None:
     async with opened(index, redis_url=redis_server.url, poll_s=0) as client:
-        assert await serves(client, 1)()
 
         async def is_received() -> bool:
             """Notify again until the service has subscribed."""
@@ -35,7 +26,7 @@ async def test_a_rebuild_notifies_the_service_over_redis(
         options = {"force": True, "notify": [redis_server.url], "progress": False, "workers": 0}
         summary = await asyncio.to_thread(lambda: rebuild(gallery, tiny_checkpoint, index, **options))
         assert list(summary.notified.values()) == ["received by 1"]
-        await until(serves(client, 2))
+        await until_ready(client, index_version=2)
         await asyncio.to_thread(redis_server.stop)
         assert (await client.get("/readyz")).status_code == 200
 

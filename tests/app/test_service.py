@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +13,10 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import before_encoding, opened, restore, until
+from tests.support.service import before_encoding, opened, restore, until, until_ready
 
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
-
-
-@pytest.mark.slow
-async def test_swapping_versions_drops_no_request(
-    index: Path, gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path
-) -> None:
-    rebuild(gallery, other_checkpoint, index, workers=0, progress=False)  # version 2, another encoder
-    rebuild(gallery, tiny_checkpoint, index, workers=0, progress=False, force=True)  # version 3, the first again
-    rollback(index, 1)
-
-    async with opened(index, poll_s=0, cache_size=100, **KEY) as client:
-        single: dict[int, list[dict[str, Any]]] = {}
-        for version in (1, 2, 3):
-            rollback(index, version)
-            reloaded = await client.post("/admin/reload", headers=BEARER)
-            ReloadResponse.model_validate(reloaded.json(), strict=True)
-            assert reloaded.json() == {
-                "index_version": version,
-                "versions": {index.name: version},
-                "changed": version != 1,
-            }
-            single[version] = (await client.post("/search/text", json={"query": "red", "k": 24})).json()["results"]
-        assert single[1] == single[3]
-        assert [r["score"] for r in single[1]] != [r["score"] for r in single[2]]
-
-        done = False
-        seen: set[int] = set()
-
-        async def load() -> None:
-            while not done:
-                response = await client.post("/search/text", json={"query": "red", "k": 24})
-                assert response.status_code == 200, response.text
-                body = response.json()
-                seen.add(body["index_version"])
-                assert body["results"] == single[body["index_version"]], "each response comes from one version"
-                await asyncio.sleep(0.02)  # leaves time for the thread that loads the version
-
-        clients = [asyncio.create_task(load()) for _ in range(8)]
-        for version in (2, 1, 3, 2, 1, 2):
-            rollback(index, version)
-            assert (await client.post("/admin/reload", headers=BEARER)).json()["index_version"] == version
-            await asyncio.sleep(0.02)
-        done = True
-        await asyncio.gather(*clients)
-        assert seen >= {1, 2, 3}
 
 
 @pytest.mark.slow
@@ -70,11 +24,7 @@ async def test_new_version_is_picked_up(index: Path, gallery: Path, other_checkp
     async with opened(index, poll_s=0.02) as client:
         before = client.app.state.collections[None].live.encoder.fingerprint
         await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
-
-        async def swapped() -> bool:
-            return (await client.get("/readyz")).json()["index_version"] == 2
-
-        await until(swapped)
+        await until_ready(client, index_version=2)
         live = client.app.state.collections[None].live
         assert live.encoder.fingerprint == live.artifact.manifest.fingerprint != before
 
@@ -87,39 +37,33 @@ def newer_weights(index: Path, gallery: Path, other_checkpoint: Path) -> Path:
     return index / "versions/2/checkpoint/trainables.safetensors"
 
 
+def publish(index: Path, version: str) -> None:
+    (index / "CURRENT").write_text(f"{version}\n")
+
+
 async def test_flipped_bits_of_a_served_file_are_reported(index: Path, caplog: pytest.LogCaptureFixture) -> None:
     vectors = index / "versions/1/index.faiss"
     data = bytearray(vectors.read_bytes())
     data[-40] ^= 1
     vectors.write_bytes(data)
     async with opened(index, poll_s=0.02, **KEY) as client:
-
-        async def degraded() -> bool:
-            return (await client.get("/readyz")).json()["status"] == "degraded"
-
-        await until(degraded)
+        await until_ready(client, status="degraded")
         assert "index.faiss is corrupted" in (await client.get("/readyz", headers=BEARER)).json()["reason"]
         assert f'dcar_index_degraded{{collection="{index.name}"}} 1.0' in (await client.get("/metrics")).text
         assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
         await client.post("/admin/reload", headers=BEARER)
-        assert await degraded()
+        assert (await client.get("/readyz")).json()["status"] == "degraded"
     assert "is damaged, and its results may be wrong" in caplog.text
 
 
 async def test_broken_version_keeps_the_old_one_served(
     index: Path, newer_weights: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights, whole = newer_weights, newer_weights.read_bytes()
-
+    whole = newer_weights.read_bytes()
     async with opened(index, poll_s=0.02, **KEY) as client:
-        weights.write_bytes(whole[:100])
-        (index / "CURRENT").write_text("2\n")
-
-        async def degraded() -> bool:
-            return (await client.get("/readyz")).json()["status"] == "degraded"
-
-        await until(degraded)
-        ready = (await client.get("/readyz")).json()
+        newer_weights.write_bytes(whole[:100])
+        publish(index, "2")
+        ready = await until_ready(client, status="degraded")
         assert ready["index_version"] == 1
         assert "trainables.safetensors" in ready["reason"]
         refused = await client.post("/admin/reload", headers=BEARER)
@@ -127,64 +71,35 @@ async def test_broken_version_keeps_the_old_one_served(
         assert "trainables.safetensors" in refused.json()["detail"]
         assert int(refused.headers["retry-after"]) > 0
         assert (await client.post("/search/text", json={"query": "x"})).json()["index_version"] == 1
-        weights.write_bytes(whole)
-        assert (await client.post("/admin/reload", headers=BEARER)).json() == {
-            "index_version": 2,
-            "versions": {index.name: 2},
-            "changed": True,
-        }
-        assert (await client.get("/readyz")).json()["status"] == "ready"
-        (index / "CURRENT").write_text("junk\n")
-        await until(degraded)
-        (index / "CURRENT").write_text("2\n")
-
-        async def ready_again() -> bool:
-            return (await client.get("/readyz")).json()["status"] == "ready"
-
-        await until(ready_again)
+        newer_weights.write_bytes(whole)
+        reloaded = (await client.post("/admin/reload", headers=BEARER)).json()
+        ReloadResponse.model_validate(reloaded, strict=True)
+        assert reloaded == {"index_version": 2, "versions": {index.name: 2}, "changed": True}
+        await until_ready(client, status="ready")
+        publish(index, "junk")
+        await until_ready(client, status="degraded")
+        publish(index, "2")
+        await until_ready(client, status="ready")
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_repaired_version_is_loaded_at_once_when_published_again(index: Path, newer_weights: Path) -> None:
-    weights, whole = newer_weights, newer_weights.read_bytes()
-
-    async with opened(index, poll_s=0.02) as client:
-
-        def readiness(name: str, value: object) -> Callable[[], Awaitable[bool]]:
-            async def reached() -> bool:
-                return (await client.get("/readyz")).json()[name] == value
-
-            return reached
-
-        weights.write_bytes(whole[:100])
-        (index / "CURRENT").write_text("2\n")
-        await until(readiness("status", "degraded"))
-        (index / "CURRENT").write_text("1\n")
-        await until(readiness("status", "ready"))
-        weights.write_bytes(whole)
-        (index / "CURRENT").write_text("2\n")
-        await until(readiness("index_version", 2))
-
-
-async def test_failed_version_is_retried_later(
-    index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_published_again", [True, False], ids=["published again", "retried"])
+async def test_repaired_version_is_loaded_when_published_again_or_later(
+    index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch, is_published_again: bool
 ) -> None:
-    weights, whole = newer_weights, newer_weights.read_bytes()
-    monkeypatch.setattr("app.service.collections._RETRY_S", 0.1)
-
+    whole = newer_weights.read_bytes()
+    if not is_published_again:
+        monkeypatch.setattr("app.service.collections._RETRY_S", 0.1)
     async with opened(index, poll_s=0.02) as client:
-        weights.write_bytes(whole[:100])
-        (index / "CURRENT").write_text("2\n")
-
-        async def degraded() -> bool:
-            return (await client.get("/readyz")).json()["status"] == "degraded"
-
-        async def served() -> bool:
-            return (await client.get("/readyz")).json()["index_version"] == 2
-
-        await until(degraded)
-        weights.write_bytes(whole)
-        await until(served)
+        newer_weights.write_bytes(whole[:100])
+        publish(index, "2")
+        await until_ready(client, status="degraded")
+        if is_published_again:
+            publish(index, "1")
+            await until_ready(client, status="ready")
+        newer_weights.write_bytes(whole)
+        publish(index, "2")
+        await until_ready(client, index_version=2)
 
 
 async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -> None:
@@ -195,7 +110,6 @@ async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -
         assert early.status_code == 503
         assert early.headers["retry-after"]
         assert early.headers["content-type"] == "application/problem+json"
-        snapshots = client.app.state.collections[None]
 
         async def failed() -> bool:
             return "items.arrow" in (await client.get("/readyz")).json()["detail"]
@@ -203,7 +117,7 @@ async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -
         await until(failed)
         assert (await client.get("/readyz")).status_code == 503
         assert (await client.get("/items/x")).status_code == 503
-        assert snapshots.live is None
+        assert client.app.state.collections[None].live is None
 
 
 async def test_admin_routes_need_the_admin_key(built_index: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from app.core.keys import key_hash, new_key
 from app.core.settings import load_settings
-from app.writes import worker
+from app.service import write_worker
 from dcar_core.util.errors import DcarError
 from tests.support.images import encoded
 from tests.support.responses import assert_problem
@@ -143,6 +143,6 @@ async def test_image_that_only_queries_may_have_is_refused(index: Path, in_proce
 
 def test_index_that_cannot_be_written_is_an_error_at_the_start(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    worker.require_writable(load_settings(index=index))
+    write_worker.require_writable(load_settings(index=index))
     with pytest.raises(DcarError, match="cannot be written, which DCAR_WRITES needs"):
-        worker.require_writable(load_settings(index=index, **WRITES))
+        write_worker.require_writable(load_settings(index=index, **WRITES))

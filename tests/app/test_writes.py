@@ -19,9 +19,9 @@ from filelock import FileLock
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.service import write_worker
 from app.service.collections import Collections
-from app.writes import worker
-from app.writes.worker import WriteWorker
+from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import LockedError
 from index_jobs.store.writes import WriteQueue, drop_collection
 from tests.support.commands import Command
@@ -101,7 +101,7 @@ async def test_waiting_jobs_are_applied_after_a_restart(index: Path) -> None:
 async def test_two_services_of_one_index_apply_each_others_jobs(
     index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "_RETRY_S", 0.05)
+    monkeypatch.setattr(write_worker, "_RETRY_S", 0.05)
     async with opened(index, poll_s=0.05, **WRITES) as one, opened(index, poll_s=0.05, **WRITES) as other:
         accepted = await asyncio.gather(*(put(client, item(f"{i}")) for i, client in enumerate((one, other) * 4)))
         for client in (one, other):
@@ -129,7 +129,7 @@ async def test_full_disk_refuses_a_job_as_a_whole(
 
 @pytest.mark.usefixtures("in_process")
 async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_RETRY_S", 0.05)
+    monkeypatch.setattr(write_worker, "_RETRY_S", 0.05)
     async with opened(index, **WRITES) as client:
         with FileLock(index / ".lock"):
             response = await put(client, item("a"))
@@ -153,9 +153,9 @@ async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkey
 
     for name in ("accept", "waiting", "status"):
         monkeypatch.setattr(WriteQueue, name, hang)
-    monkeypatch.setattr(worker, "_STATUS_S", 0.1)
-    monkeypatch.setattr("app.service.collections.current_version", hang)
+    monkeypatch.setattr(write_worker, "_STATUS_S", 0.1)
     async with opened(index, poll_s=0.02, **WRITES) as client:
+        monkeypatch.setattr("app.service.collections.current_version", hang)
         puts = [asyncio.create_task(put(client, item(f"{number}"))) for number in range(20)]
         refused = [await each for each in islice(asyncio.as_completed(puts), 4)]
         assert {each.status_code for each in refused} == {503}

@@ -1,4 +1,4 @@
-"""An artifact of random vectors for tests of the ranking."""
+"""An artifact of random vectors for tests of the ranking, and plain computations over all of its rows."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from app.search.snapshots import Recent
 from dcar_core.util.errors import DataError
 from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.store.lexical.lexical_index import LexicalIndex
@@ -24,18 +25,14 @@ class ArtifactStub:
             index.make_direct_map()
         if kind.startswith("HNSW"):
             index.hnsw.efSearch = len(vectors)
-        self._faiss, self.rows, self.lexical = FaissIndex(index), len(vectors), lexical
+        faiss_index = FaissIndex(index)
+        self.search, self.vectors = faiss_index.search, faiss_index.vectors
+        self.rows, self.lexical = len(vectors), lexical
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
-        self.manifest = SimpleNamespace(removed=0, group_field="field0")
+        self.manifest: Any = SimpleNamespace(removed=0, kind=kind, additions=[])
         self._columns = columns
         self.sample_vectors = vectors[:50]
-
-    def search(self, vectors: np.ndarray, k: int, allowed: Any = None, *, is_narrow: bool = False) -> Any:
-        return self._faiss.search(vectors, k, allowed, is_narrow=is_narrow)
-
-    def vectors(self, rows: np.ndarray) -> np.ndarray:
-        return self._faiss.vectors(rows)
 
     def column(self, name: str) -> pa.ChunkedArray:
         if name not in self._columns:
@@ -46,11 +43,19 @@ class ArtifactStub:
         return pa.chunked_array([pa.array(values[:half], kind), pa.array(values[half:], kind)])
 
 
-def snapshot_of(artifact: ArtifactStub) -> Any:
-    return SimpleNamespace(artifact=artifact, groups={})
+def snapshot_of(artifact: Any) -> Any:
+    return SimpleNamespace(artifact=artifact, groups=Recent[str, Any](8))
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
     vectors = rng.standard_normal(shape).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors
+
+
+def first_of_each(rows: list[int], values: list[Any]) -> list[int]:
+    """Return the first row of each value; one without a value is a group of its own."""
+    first: dict[Any, int] = {}
+    for row in rows:
+        first.setdefault(row if values[row] is None else values[row], row)
+    return list(first.values())

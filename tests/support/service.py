@@ -18,8 +18,8 @@ from fastapi import FastAPI
 from app.core.keys import key_hash, new_key
 from app.core.settings import Settings
 from app.main import create_app
-from app.search.errors import NotReadyError
 from app.server import server_config
+from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.processes import free_port
 
@@ -43,6 +43,18 @@ async def until(condition: Callable[[], Awaitable[bool] | bool], seconds: float 
     while not (await found if isawaitable(found := condition()) else found):
         assert time.monotonic() < end, "it did not happen in time"
         await asyncio.sleep(0.02)
+
+
+async def until_ready(client: httpx.AsyncClient, **expected: Any) -> dict[str, Any]:
+    """Wait until /readyz has these values, and return its body."""
+    body: dict[str, Any] = {}
+
+    async def is_reached() -> bool:
+        body.update((await client.get("/readyz")).json())
+        return {name: body.get(name) for name in expected} == expected
+
+    await until(is_reached)
+    return body
 
 
 class _PatchedState:
@@ -94,9 +106,11 @@ class ServiceClient(httpx.AsyncClient):
 
 
 @asynccontextmanager
-async def opened(index: Path, *, ready: bool = True, **given: Any) -> AsyncIterator[ServiceClient]:
+async def opened(
+    index: Path, *, ready: bool = True, on_start_failure: Callable[[DcarError], None] | None = None, **given: Any
+) -> AsyncIterator[ServiceClient]:
     """The application, started; its state is at `client.app`."""
-    app = create_app(Settings(index=index, device="cpu", **given))
+    app = create_app(Settings(index=index, device="cpu", **given), on_start_failure=on_start_failure)
     transport = _Transport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -155,8 +169,4 @@ def serving_process(
 
 def _is_ready(app: FastAPI) -> bool:
     """True if /readyz would say so; a request for each look costs much in sum."""
-    try:
-        app.state.collections.require_all()
-    except NotReadyError:
-        return False
-    return True
+    return app.state.collections.missing is None

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,12 +57,14 @@ class WriteWorker:
         self._reading = ComputeThreads(2, "dcar-jobs")
         self._looking = ComputeThreads(1, "dcar-queue")
         self._accepting = 0
-        self._waiting: dict[str, int] = {}  # jobs of a collection, when they were last counted
-        metrics.add_gauge("dcar_jobs_waiting", "Changes of items that have not ended.", "collection", self._count)
-
-    def _count(self) -> list[tuple[str, float]]:
-        is_on = self._settings.writes
-        return [(name, float(self._waiting.get(name, 0))) for name, _ in self._collections if is_on]
+        self._waiting = Counter[str]()  # jobs of a collection, when they were last counted
+        names = collections if settings.writes else ()
+        metrics.add_gauge(
+            "dcar_jobs_waiting",
+            "Changes of items that have not ended.",
+            "collection",
+            lambda: [(name, float(self._waiting[name])) for name, _ in names],
+        )
 
     def start(self) -> None:
         self._task = asyncio.create_task(supervise("writer", self._run, self._metrics), name="dcar-writer")
@@ -84,10 +87,10 @@ class WriteWorker:
         served = self._collections[collection]
         if self._accepting >= _MAX_ACCEPTING:
             raise UnavailableError("Too many changes are being stored.", retry_after_s=2)
-        if self._waiting.get(collection, 0) >= self._settings.max_jobs:
+        if self._waiting[collection] >= self._settings.max_jobs:
             raise UnavailableError("Too many changes of this collection wait to be applied.", retry_after_s=30)
         self._accepting += 1
-        self._waiting[collection] = self._waiting.get(collection, 0) + 1
+        self._waiting[collection] += 1
         try:
             job = await self._storing.run(WriteQueue(served.index).accept, kind, items, images)
         except BaseException:
@@ -102,11 +105,7 @@ class WriteWorker:
         return status
 
     async def status(self, job: str) -> dict[str, Any] | None:
-        """Return the status of a job in any collection; None if there is none.
-
-        Raises:
-            UnavailableError: the disk does not respond.
-        """
+        """Return the status of a job in any collection; None if there is none. The disk may be unavailable."""
         try:
             async with asyncio.timeout(_STATUS_S):
                 for name, served in self._collections:
@@ -130,7 +129,7 @@ class WriteWorker:
     async def _run(self) -> None:
         while True:
             self._arrived.clear()
-            waiting = [(name, served) for name, served in self._collections if await self._look(name, served)]
+            waiting = [(name, served) for name, served in self._collections if await self._count(name, served)]
             outcomes = [await self._apply(name, served) for name, served in waiting]
             if not all(outcomes):
                 await asyncio.sleep(_RETRY_S)
@@ -139,8 +138,7 @@ class WriteWorker:
                 async with asyncio.timeout(_POLL_S):  # `wait_for` can lose a cancellation in Python 3.11
                     await self._arrived.wait()
 
-    async def _look(self, name: str, served: ServedIndex) -> int:
-        """Return the number of waiting jobs of a collection."""
+    async def _count(self, name: str, served: ServedIndex) -> int:
         self._waiting[name] = len(await self._looking.run(WriteQueue(served.index).waiting))
         return self._waiting[name]
 
@@ -156,7 +154,7 @@ class WriteWorker:
                 log = logger.info if code == LockedError.exit_code else logger.warning
                 log("the jobs of %s wait: %s", name, reason)
             self._reasons[name] = reason
-        await self._look(name, served)
+        await self._count(name, served)
         with contextlib.suppress(DcarError):  # logged, and shown by /readyz
             await served.reload()
         return code == 0
@@ -174,13 +172,11 @@ class WriteWorker:
             os.setpriority(os.PRIO_PROCESS, process.pid, _PRIORITY)
         try:
             _, errors = await process.communicate()
-        except asyncio.CancelledError:
-            with contextlib.suppress(ProcessLookupError):
+        finally:
+            with contextlib.suppress(ProcessLookupError, TimeoutError):  # unless it has ended
                 process.terminate()
-            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _STOP_S)
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            raise
         assert process.returncode is not None
         return process.returncode, errors.decode(errors="replace")

@@ -11,15 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.search.ranking.groups import GroupField, group_field
-from app.search.ranking.rows import field_values, filter_mask, mask_key
-from app.search.snapshots import Snapshot, drop_oldest
+from app.search.rows import GroupField, field_values, filter_mask, group_field, mask_key
+from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
 _MAX_SCORED = 10_000  # rows that are compared with a min_score
-_MAX_CACHED = 64  # facets of one version
 _MAX_CACHED_CHARS = 64 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
@@ -30,23 +28,34 @@ Facet = list[dict[str, Any]]
 def count_facets(
     snapshot: Snapshot,
     names: Sequence[str],
-    vector: Floats,
     filter: dict[str, Any] | None,
-    min_score: float | None,
     group_by: str,
+    vector: Floats | None = None,
+    min_score: float | None = None,
 ) -> tuple[dict[str, Facet], bool]:
-    """Return the facets of a query, and False if they are approximate.
+    """Return the facets of the rows that fulfil a filter, and False if they are approximate. They are cached.
 
-    Counts with a `min_score` see the best `_MAX_SCORED` rows only, as the index finds them.
+    Args:
+        vector: of the query, (E,). With a `min_score`, those of the best `_MAX_SCORED` rows count that reach it, as the
+            index finds them.
 
     Raises:
-        InvalidQueryError: there is no such field.
+        InvalidQueryError: there is no such field, or the filter does not fit the index.
     """
     artifact = snapshot.artifact
-    if min_score is None:
-        return {name: facet_values(snapshot, name, filter, group_by) for name in names}, True
     mask = filter_mask(snapshot, filter) if filter else None
     groups = group_field(snapshot, group_by) if group_by else None
+    if vector is None or min_score is None:
+        facets: dict[str, Facet] = {}
+        for name in names:
+            key = name, mask_key(filter) if filter else "", group_by
+            facet = snapshot.facets.get(key)
+            if facet is None:
+                facet = count_values(artifact, name, artifact.live if mask is None else mask, groups)
+                if len(str(facet)) <= _MAX_CACHED_CHARS:
+                    snapshot.facets.keep(key, facet)
+            facets[name] = facet
+        return facets, True
     scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), mask)
     reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
     scored = np.zeros(artifact.rows, np.bool_)
@@ -54,24 +63,6 @@ def count_facets(
     kinds = {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)}
     is_exact = len(reached) < _MAX_SCORED and kinds == {"Flat"}
     return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
-
-
-def facet_values(snapshot: Snapshot, name: str, filter: dict[str, Any] | None, group_by: str) -> Facet:
-    """Return the values of a field among the rows that fulfil a filter; see `count_values`. Facets are cached.
-
-    Raises:
-        InvalidQueryError: there is no such field.
-    """
-    facets, key = snapshot.facets, (name, mask_key(filter) if filter else "", group_by)
-    facet = facets.get(key)
-    if facet is None:
-        mask = filter_mask(snapshot, filter) if filter else snapshot.artifact.live
-        groups = group_field(snapshot, group_by) if group_by else None
-        facet = count_values(snapshot.artifact, name, mask, groups)
-        if len(str(facet)) <= _MAX_CACHED_CHARS:
-            facets[key] = facet
-            drop_oldest(facets, _MAX_CACHED)
-    return facet
 
 
 def count_values(
@@ -82,9 +73,6 @@ def count_values(
     Args:
         mask: rows that are counted, bool (rows,).
         groups: count groups instead of rows.
-
-    Raises:
-        InvalidQueryError: there is no such field.
     """
     rows = np.flatnonzero(mask)
     chosen = field_values(artifact, name, "facets").filter(pa.array(mask))

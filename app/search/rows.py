@@ -1,0 +1,130 @@
+"""Rows of a snapshot: the masks of filters, vectors, the values of fields, and groups of rows that share a value.
+
+- A group is for example the images of one product. A row without a value is a group of its own.
+- Each group is ranked by its best row. The search goes on among rows of other groups until there are enough.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from app.search.errors import InvalidQueryError, UnsupportedQueryError
+from app.search.query import Match
+from app.search.snapshots import Snapshot
+from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
+from index_jobs.store import filters
+from index_jobs.store.artifact import Artifact
+
+_ROWS_PER_GROUP = 4  # rows requested at first for each group
+
+
+def mask_key(filter: dict[str, Any]) -> str:
+    """Return the key of a filter in `Snapshot.masks`."""
+    return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
+
+
+def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
+    """Return the rows that fulfil a filter, bool (rows,). Raise InvalidQueryError if it does not fit the index."""
+    try:
+        return snapshot.masks.find(mask_key(filter), lambda: filters.match_rows(snapshot.artifact, filter))
+    except filters.FilterError as error:
+        raise InvalidQueryError(f"filter.{error.field}", error.message) from None
+
+
+def row_vectors(artifact: Artifact, rows: Rows | list[int]) -> Floats:
+    """Return the stored vectors, float32 (m, E). Raise UnsupportedQueryError if this kind of index keeps none."""
+    try:
+        return artifact.vectors(np.asarray(rows, np.int64))
+    except StoreUnavailableError:
+        raise
+    except ArtifactError as error:
+        message = f"This query needs the vectors of items, and the index does not keep them: {error}"
+        raise UnsupportedQueryError(message) from None
+
+
+def field_values(artifact: Artifact, name: str, option: str) -> pa.ChunkedArray:
+    """Return a field of every row, null where an item has none; an empty caption or category counts as missing.
+
+    Raise InvalidQueryError if there is no such field; `option` is the part of the query that names it.
+    """
+    try:
+        column = artifact.column(name)
+    except DataError as error:
+        raise InvalidQueryError(option, str(error)) from None
+    return pc.if_else(pc.equal(column, ""), None, column) if name in filters.EMPTY_IS_MISSING else column
+
+
+@dataclass(frozen=True, slots=True)
+class GroupField:
+    """The groups of all rows.
+
+    Attributes:
+        codes: number of each row's group, int64 (rows,).
+        values: value of each numbered group; rows without a value have higher numbers.
+        counts: number of live rows of each numbered group.
+    """
+
+    codes: Rows
+    values: list[Any]
+    counts: Rows
+
+    def shown(self, rows: list[int], mask: Mask | None) -> list[dict[str, Any]]:
+        """Return the value of each row's group, None without one, and its number of rows in a mask, None for all."""
+        counts = self.counts if mask is None else np.bincount(self.codes[mask], minlength=len(self.values))
+        alone = {"value": None, "count": 1}
+        return [
+            {"value": self.values[code], "count": int(counts[code])} if code < len(self.values) else alone
+            for code in self.codes[rows].tolist()
+        ]
+
+    def first_rows(self, rows: Rows) -> Rows:
+        """Return the first row of each group, in the order of the given rows."""
+        _, places = np.unique(self.codes[rows], return_index=True)
+        return rows[np.sort(places)]
+
+    def outside(self, codes: Rows, mask: Mask | None) -> Mask:
+        """Return the rows of a mask, None for all rows, that are in none of the numbered groups, bool (rows,)."""
+        others = ~np.isin(self.codes, codes)
+        return others if mask is None else others & mask
+
+
+def group_field(snapshot: Snapshot, name: str) -> GroupField:
+    """Return a field's groups. Raise InvalidQueryError if there is no such field, or if it holds lists."""
+
+    def read() -> GroupField:
+        column = field_values(snapshot.artifact, name, "group_by")
+        if pa.types.is_list(column.type):
+            raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
+        encoded = column.dictionary_encode().combine_chunks()
+        values = encoded.dictionary.to_pylist()
+        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        alone = np.flatnonzero(codes < 0)
+        codes[alone] = len(values) + alone
+        counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
+        return GroupField(codes, values, counts)
+
+    groups: GroupField = snapshot.groups.find(name, read)
+    return groups
+
+
+def rank_groups(
+    search: Callable[[int, Mask | None], list[Match]], count: int, groups: GroupField, mask: Mask | None
+) -> list[Match]:
+    """Return the best row of each of the `count` best groups. search: returns so many of the best rows of a mask."""
+    best: dict[int, Match] = {}
+    remaining = mask
+    while len(best) < count:
+        rows = search(_ROWS_PER_GROUP * (count - len(best)), remaining)
+        for ranked in rows:
+            best.setdefault(int(groups.codes[ranked.row]), ranked)
+        if not rows:
+            break
+        remaining = groups.outside(np.fromiter(best, np.int64), mask)
+    return list(best.values())[:count]
