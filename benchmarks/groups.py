@@ -25,7 +25,7 @@ from app.search.rank import rank
 from app.search.rows import GroupField, rank_groups
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
-from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.engines.faiss.kinds import choose_kinds
 
 DIM, CENTRES, MOST_IMAGES, NOISE, K, SEARCHES = 256, 1000, 9, 0.5, 10, 200
@@ -52,9 +52,9 @@ def make_products(items: int) -> tuple[Floats, Rows, Floats]:
 def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
     """Return the row of a kind."""
     count, dim = vectors.shape
-    built = build_index(lambda: iter([vectors]), count, dim, choose_kinds(kind, count, dim))
     with tempfile.TemporaryDirectory() as folder:
-        write_faiss(built.index, Path(folder) / "index")
+        choices = choose_kinds(kind, count, dim)
+        built = build_index(Path(folder) / "index", lambda: iter([vectors]), count, dim, choices)
         index = FaissIndex.open(Path(folder) / "index")
     artifact: Any = SimpleNamespace(search=index.search, vectors=index.vectors, rows=index.count)
     groups = GroupField(products, list(range(int(products.max()) + 1)), np.bincount(products))

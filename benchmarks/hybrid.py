@@ -40,8 +40,7 @@ from app.search.query import Query
 from app.search.rank import rank
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
-from index_jobs.engines.faiss.engine import VECTORS
-from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.index import VECTORS, FaissIndex
 from index_jobs.engines.faiss.kinds import choose_kinds
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
 from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
@@ -101,8 +100,7 @@ def make_index(vectors: Floats, texts: list[str], folder: Path) -> Index:
     def blocks() -> Iterator[Floats]:
         yield from np.array_split(vectors, -(-items // 65_536))
 
-    built = build_index(blocks, items, DIM, choose_kinds("auto", items, DIM), None, target=0.99)
-    write_faiss(built.index, folder / "index.faiss")
+    built = build_index(folder / VECTORS, blocks, items, DIM, choose_kinds("auto", items, DIM), target=0.99)
     started = time.process_time()
     write_lexical(folder / "lexical", texts)
     seconds = time.process_time() - started
@@ -112,7 +110,7 @@ def make_index(vectors: Floats, texts: list[str], folder: Path) -> Index:
         f"{items:,} items, {built.choice.factory}; lexical index: {total:.1f} MB, {lists:.1f} of them lists of terms, "
         f"written in {seconds:.1f} s of one core\n"
     )
-    return Index(FaissIndex.open(folder / "index.faiss"), LexicalIndex(folder / "lexical"))
+    return Index(FaissIndex.open(folder / VECTORS), LexicalIndex(folder / "lexical"))
 
 
 def measure_latency(items: int) -> None:

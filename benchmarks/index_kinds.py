@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 from index_material import EMOJI_DIM, Material, allowed_rows, blocks, count_hits, read_whole
 from index_peers import PEERS
@@ -38,7 +39,7 @@ from index_peers import PEERS
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.processes import in_own_process
 from index_jobs.engines.faiss.build import build_index
-from index_jobs.engines.faiss.index import FaissIndex, write_faiss
+from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark
@@ -64,14 +65,12 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
             tunable, about = index, {"factory": index.settings, "reason": "a peer"}
             benchmark = Benchmark(lambda: blocks(vectors), queries, target=targets[0])
             parameters = tune(benchmark, index, tunable=tunable)["parameters"]
+            index.save(path)
         else:
             choices = choose_kinds(kind, count, dim, memory=memory)
-            built = build_index(
-                lambda: blocks(vectors), count, dim, choices, queries, target=targets[0], folder=path.parent
-            )
-            index, tunable, parameters = built.index, SearchParameters(built.index), built.measured["parameters"]
-            about = {"factory": built.choice.factory, "reason": built.choice.reason}
-    index.save(path) if kind in PEERS else write_faiss(index, path)
+            built = build_index(path, lambda: blocks(vectors), count, dim, choices, queries, target=targets[0])
+            index, parameters = faiss.read_index(str(path)), built.measured["parameters"]
+            tunable, about = SearchParameters(index), {"factory": built.choice.factory, "reason": built.choice.reason}
     tuned = {targets[0]: parameters}
     for target in targets[1:]:
         benchmark = Benchmark(lambda: blocks(vectors), queries, target=target)
@@ -131,8 +130,6 @@ def measure(task: dict[str, Any]) -> Result:
 
     The file is read beforehand, since an index that has been served for a while is in memory, and peers read theirs.
     """
-    import faiss
-
     faiss.omp_set_num_threads(1)
     path, peer = Path(task["path"]), PEERS.get(task["kind"])
     if not peer:
@@ -144,6 +141,7 @@ def measure(task: dict[str, Any]) -> Result:
     tunable = index if peer else SearchParameters(index._index)
     for name, value in task["parameters"].items():
         tunable.set(name, value)
+    index = index if peer else FaissIndex(index._index)  # with these parameters
     found = timed(lambda query: index.search(query, NEIGHBOURS), queries, truth)
     found["resident_mb"] = round((resident() - before) / 1e6, 1)
     for percent, exact in task.get("filters", {}).items():
@@ -162,7 +160,7 @@ def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floa
     choices = choose_kinds("auto", *added.shape)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         file, removed = Path(temporary) / "added.faiss", np.flatnonzero(~allowed_rows(index.count, 99))
-        write_faiss(build_index(lambda: blocks(added), *added.shape, choices).index, file)
+        build_index(file, lambda: blocks(added), *added.shape, choices)
         write_removed(Path(temporary) / "removed.npy", removed)
         segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
         updated = Artifact(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)

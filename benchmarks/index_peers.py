@@ -35,8 +35,8 @@ class Peer:
     def open(cls, path: Path, dim: int) -> "Peer":
         raise NotImplementedError
 
-    def set(self, name: str, value: int | None) -> None:
-        """Set a search parameter by its name; None leaves it unchanged."""
+    def set(self, name: str, value: int) -> None:
+        """Set a search parameter by its name."""
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Rows]:
         raise NotImplementedError
@@ -68,9 +68,8 @@ class Hnswlib(Peer):
     def save(self, path: Path) -> None:
         self.loaded.save_index(str(path))
 
-    def set(self, name: str, value: int | None) -> None:
-        if value:
-            self.loaded.set_ef(value)
+    def set(self, name: str, value: int) -> None:
+        self.loaded.set_ef(value)
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Rows]:
         rows, distances = self.loaded.knn_query(vectors, k)
@@ -98,9 +97,8 @@ class Usearch(Peer):
 
         return cls(Index(ndim=dim, metric="ip", dtype="f32", connectivity=DEGREE, expansion_add=CONSTRUCTION))
 
-    def set(self, name: str, value: int | None) -> None:
-        if value:
-            self.loaded.expansion_search = value
+    def set(self, name: str, value: int) -> None:
+        self.loaded.expansion_search = value
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Rows]:
         found = self.loaded.search(vectors, k)
@@ -136,10 +134,10 @@ class Scann(Peer):
         path.mkdir()
         self.loaded.serialize(str(path), relative_path=True)
 
-    def set(self, name: str, value: int | None) -> None:
-        if name == "k_factor" and value:
+    def set(self, name: str, value: int) -> None:
+        if name == "k_factor":
             self.candidates = 10 * value
-        elif value:
+        else:
             self.leaves = value
 
     def search(self, vectors: Floats, k: int) -> tuple[Floats, Rows]:

@@ -168,8 +168,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
 
     from dcar_core import Encoder
     from dcar_core.model.checkpoint import copy_checkpoint
-    from index_jobs.engines.protocol import NewIndex
-    from index_jobs.engines.registry import load_engine
+    from index_jobs.engines.protocol import NewIndex, load_engine
     from index_jobs.gallery.scan import scan
     from index_jobs.spec import IndexSpec
     from index_jobs.store import publish

@@ -121,7 +121,7 @@ def relocate_command(
     keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
     """Publish a version whose images or model are looked for at another place; nothing is encoded."""
-    from index_jobs.jobs.relocate import relocate
+    from index_jobs.jobs.update import relocate
 
     if gallery is None and model is None:
         raise typer.BadParameter("give --gallery or --model with the new place")

@@ -1,10 +1,9 @@
 """The engine `milvus=URI`: vectors in a Milvus.
 
-- Each built version has a collection, named after the index, the version and the encoder's fingerprint, so it cannot be
-  mistaken for another model's. `milvus.json` in the version names it.
+- Each built version has a collection, named after the index, the version and the encoder's fingerprint; `milvus.json`
+  in the version names it. The primary key is the row number.
 - CURRENT decides which version is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
 - Collections of removed versions and killed jobs are dropped after a publication.
-- The primary key is the row number.
 - The token is read from DCAR_MILVUS_TOKEN and never written. A path as URI is Milvus Lite, in this process.
 """
 
@@ -26,7 +25,6 @@ from dcar_core.util.errors import (
     ArtifactError,
     DataError,
     DcarError,
-    FingerprintError,
     MissingExtraError,
     StoreUnavailableError,
 )
@@ -45,7 +43,6 @@ _MAX_K = 16_384  # results of one search
 _MAX_OVERFETCH = 4096  # results of a search without a filter, to choose the allowed ones from
 _LISTED_UP_TO = 5000  # rows whose list in a filter costs little: some 15 us a row
 _MAX_LISTED = 100_000  # rows in one filter
-_FINGERPRINT = 16
 _TYPES: dict[str, dict[str, Any]] = {
     "auto": {"index_type": "AUTOINDEX"},
     "flat": {"index_type": "FLAT"},
@@ -91,16 +88,31 @@ class MilvusEngine:
 
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Create and fill the collection of a version, and write `milvus.json`."""
-        name = f"{collection_prefix(new.folder.parent.parent)}_v{new.version}_{spec.fingerprint[:_FINGERPRINT]}"
+        from pymilvus import DataType
+
+        name = f"{collection_prefix(new.folder.parent.parent)}_v{new.version}_{spec.fingerprint[:16]}"
         client = connect(self._uri)
-        _create_collection(client, name, spec.kind, new.dim)
-        _fill(client, name, new)
+        schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field(_ROW, DataType.INT64, is_primary=True)
+        schema.add_field(_VECTOR, DataType.FLOAT_VECTOR, dim=new.dim)
+        parameters = client.prepare_index_params()
+        parameters.add_index(_VECTOR, metric_type="IP", **_TYPES[spec.kind])
+        with _translate_errors():
+            if client.has_collection(name):  # of a killed job
+                client.drop_collection(name)
+            client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
+            row = 0
+            for block in new.blocks():
+                for start in range(0, len(block), _INSERT_ROWS):
+                    part = np.asarray(block[start : start + _INSERT_ROWS])
+                    client.insert(name, [{_ROW: number, _VECTOR: vector} for number, vector in enumerate(part, row)])
+                    row += len(part)
+            client.flush(name)
         location = MilvusLocation(self._uri, name, new.count, new.dim, spec.fingerprint)
         write_json(new.folder / MILVUS, asdict(location))
         queries = new.queries or gallery_queries(new.blocks, new.count)
         measured = Benchmark(new.blocks, queries, target=spec.target_recall).measure(MilvusIndex(location))
-        reason = f"requested: {spec.kind} in Milvus"
-        return CreatedIndex(kind=f"milvus {spec.kind}", reason=reason, measured=measured)
+        return CreatedIndex(kind=f"milvus {spec.kind}", reason=f"requested: {spec.kind} in Milvus", measured=measured)
 
     def open(self, folder: Path, *, gpu: bool = False) -> "MilvusIndex":
         """Connect to the collection that `milvus.json` names."""
@@ -108,55 +120,25 @@ class MilvusEngine:
 
     def sync(self, index: Path, version: int) -> None:
         """Point the alias to the current version's collection, and drop collections that no version names."""
-        prefix, named, current = collection_prefix(index), set[str](), ""
-        alias, all_read = f"{prefix}_current", True
-        for path in (index / "versions").glob(f"[0-9]*/{MILVUS}"):
-            try:
-                location = MilvusLocation.read(path)
-            except ArtifactError:  # damaged; it may name any collection
-                all_read = False
-                continue
-            named.add(location.collection)
-            if path.parent.name == str(version) and location.uri == self._uri:
-                current = location.collection
+        prefix = collection_prefix(index)
+        alias = f"{prefix}_current"
         try:
+            paths = (index / "versions").glob(f"[0-9]*/{MILVUS}")
+            locations = {path.parent.name: MilvusLocation.read(path) for path in paths}
+            named = {location.collection for location in locations.values()}
+            served = locations.get(str(version))
             client = connect(self._uri)
             collections = [entry for entry in client.list_collections() if entry.startswith(f"{prefix}_v")]
             is_aliased = any(alias in client.list_aliases(entry)["aliases"] for entry in collections)
-            if current:
-                (client.alter_alias if is_aliased else client.create_alias)(current, alias)
+            if served and served.uri == self._uri:
+                (client.alter_alias if is_aliased else client.create_alias)(served.collection, alias)
             elif is_aliased:
                 client.drop_alias(alias)
             for entry in collections:
-                if entry not in named and all_read:
+                if entry not in named:
                     client.drop_collection(entry)
         except Exception as error:
             logger.warning("the Milvus at %s could not be updated to version %d: %s", self._uri, version, error)
-
-
-def _create_collection(client: Any, name: str, kind: str, dim: int) -> None:
-    from pymilvus import DataType
-
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field(_ROW, DataType.INT64, is_primary=True)
-    schema.add_field(_VECTOR, DataType.FLOAT_VECTOR, dim=dim)
-    parameters = client.prepare_index_params()
-    parameters.add_index(_VECTOR, metric_type="IP", **_TYPES[kind])
-    with _translate_errors():
-        if client.has_collection(name):  # of a killed job
-            client.drop_collection(name)
-        client.create_collection(name, schema=schema, index_params=parameters, consistency_level="Strong")
-
-
-def _fill(client: Any, name: str, new: NewIndex) -> None:
-    row = 0
-    with _translate_errors():
-        for block in new.blocks():
-            for start in range(0, len(block), _INSERT_ROWS):
-                part = np.asarray(block[start : start + _INSERT_ROWS])
-                client.insert(name, [{_ROW: row + number, _VECTOR: vector} for number, vector in enumerate(part)])
-                row += len(part)
-        client.flush(name)
 
 
 class MilvusIndex:
@@ -164,10 +146,6 @@ class MilvusIndex:
 
     def __init__(self, location: MilvusLocation) -> None:
         uri, self.count, self.dim, self._name = location.uri, location.count, location.dim, location.collection
-        if not self._name.endswith(location.fingerprint[:_FINGERPRINT]):
-            raise FingerprintError(
-                f"{self._name} was not made by encoder {location.fingerprint[:12]}; rebuild the index"
-            )
         if "://" not in uri and not Path(uri).exists():  # Milvus Lite would create an empty file
             raise ArtifactError(f"the Milvus Lite file {uri} is missing; restore it, or rebuild the index")
         self._client = connect(uri)
@@ -189,17 +167,18 @@ class MilvusIndex:
         """
         if mask is None or mask.all():
             return self._search(vectors, k)
-        if not mask.any():
-            return np.full((len(vectors), k), -np.inf, np.float32), np.full((len(vectors), k), -1, np.int64)
-        allowed = int(np.count_nonzero(mask))
-        overfetch = int(2 * k * len(mask) / allowed)
-        if min(allowed, len(mask) - allowed) > _LISTED_UP_TO and overfetch <= _MAX_OVERFETCH:
+        allowed, hidden = np.flatnonzero(mask), np.flatnonzero(~mask)
+        overfetch = 2 * k * len(mask) // max(1, len(allowed))
+        if min(len(allowed), len(hidden)) > _LISTED_UP_TO and overfetch <= _MAX_OVERFETCH:
             scores, rows = self._search(vectors, overfetch)
             rows[~mask[rows]] = -1  # row -1 reads the mask's last value, but is -1 either way
             scores, rows = merge_top_k([scores], [rows], k)
             if (rows[:, k - 1] >= 0).all():
                 return scores, rows
-        results = [self._search(vectors, k, expression) for expression in _expressions(mask)]
+        if len(hidden) <= min(_MAX_LISTED, len(allowed)):
+            return self._search(vectors, k, f"{_ROW} not in {hidden.tolist()}")
+        parts = np.split(allowed, range(_MAX_LISTED, len(allowed), _MAX_LISTED))
+        results = [self._search(vectors, k, f"{_ROW} in {part.tolist()}") for part in parts]
         return merge_top_k([scores for scores, _ in results], [rows for _, rows in results], k)
 
     def _search(self, vectors: Floats, k: int, expression: str = "") -> ScoredRows:
@@ -229,25 +208,15 @@ class MilvusIndex:
         return vectors
 
 
-def _expressions(mask: Mask) -> list[str]:
-    """Return filters for the allowed rows, each with a limited number of rows, to be searched one by one."""
-    hidden = np.flatnonzero(~mask)
-    if len(hidden) <= _MAX_LISTED and 2 * len(hidden) <= len(mask):
-        return [f"{_ROW} not in {hidden.tolist()}"]
-    allowed = np.flatnonzero(mask)
-    starts = range(0, len(allowed), _MAX_LISTED)
-    return [f"{_ROW} in {allowed[start : start + _MAX_LISTED].tolist()}" for start in starts]
-
-
 @contextlib.contextmanager
-def _translate_errors() -> Iterator[None]:
+def _translate_errors(problem: str = "Milvus is unavailable") -> Iterator[None]:
     """Turn the errors of pymilvus and of grpc into a StoreUnavailableError."""
     try:
         yield
     except DcarError:
         raise
     except Exception as error:
-        raise StoreUnavailableError(f"Milvus is unavailable: {error}") from error
+        raise StoreUnavailableError(f"{problem}: {error}") from error
 
 
 def collection_prefix(index: Path) -> str:
@@ -262,7 +231,5 @@ def connect(uri: str) -> Any:
         from pymilvus import MilvusClient
     except ImportError:
         raise MissingExtraError("vectors in Milvus", "milvus") from None
-    try:
+    with _translate_errors(f"Milvus at {uri} cannot be reached"):
         return MilvusClient(uri, token=os.environ.get(TOKEN, ""), timeout=30)
-    except Exception as error:
-        raise StoreUnavailableError(f"Milvus at {uri} cannot be reached: {error}") from error

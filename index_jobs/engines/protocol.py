@@ -1,81 +1,77 @@
-"""What a vector engine does, in six verbs: plan, create, open and sync, and of an opened index search and vectors.
+"""Vector engines by name, and what one does, in six verbs: plan, create, open and sync, and of an opened index search
+and vectors.
 
 - The metric is the inner product of normalized vectors, which is the cosine similarity.
 - Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work alike with
   every engine.
 - What an engine keeps of a version is in the version's folder: the vectors, or the name of what stores them elsewhere.
+- A new engine is a file of its own and a line in `ENGINES`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import numpy as np
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
+from dcar_core.util.errors import DataError
 from index_jobs.spec import IndexSpec
 
-ScoredRows = tuple[Floats, Rows]  # scores (n, k), best first, and rows (n, k), -1 where there are fewer
+ENGINES = {
+    "faiss": "index_jobs.engines.faiss.build:FaissEngine",
+    "milvus": "index_jobs.engines.milvus:MilvusEngine",
+}
+
+ScoredRows = tuple[Floats, Rows]  # scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer
 
 
 @dataclass(frozen=True)
 class HeldOutQueries:
-    """Held-out queries: vectors float32 (q, E), their source, and for each the row to leave out, or -1."""
+    """Queries to measure with, from captions or images of the gallery."""
 
-    vectors: Floats
+    vectors: Floats  # float32 (q, E)
     source: str
-    own_rows: Rows
+    own_rows: Rows  # for each query the row to leave out, or -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewIndex:
-    """An index to create.
+    """An index to create, of L2-normalized vectors."""
 
-    folder: of the staged version; also for temporary files. version: its number.
-    blocks: count vectors of length dim, L2-normalized. queries: to measure with; None for vectors of the gallery.
-    device: as of `BuildOptions`.
-    """
-
-    folder: Path
+    folder: Path  # of the staged version
     version: int
     blocks: Blocks
     count: int
     dim: int
-    queries: HeldOutQueries | None
-    device: str = "cpu"
+    queries: HeldOutQueries | None  # None for vectors of the gallery
+    device: str = "cpu"  # as of `BuildOptions`
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreatedIndex:
-    """What was created, as in the manifest: its kind, the reason for it, and measurements.
-
-    gpu: it is searched on a GPU if there is one.
-    """
+    """What was created, as in the manifest."""
 
     kind: str
     reason: str
     measured: dict[str, Any]
-    gpu: bool = False
+    gpu: bool = False  # searched on a GPU if there is one
 
 
 class VectorIndex(Protocol):
     """Vectors by row number. Safe for concurrent searches."""
 
-    @property
-    def count(self) -> int: ...
-    @property
-    def dim(self) -> int: ...
+    count: int
+    dim: int
+
     def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
-        """Return the k best rows for each query.
+        """Return the k best rows for each query, float32 (n, E).
 
         Args:
-            vectors: float32 (n, E).
             mask: bool (count,), the rows that may be found; None for all.
             is_narrow: without a mask, search no wider than for a few results; more of the last ones are missed.
-
-        Returns:
-            scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer than k.
         """
         ...
 
@@ -85,17 +81,14 @@ class VectorIndex(Protocol):
 
 
 class Engine(Protocol):
-    """Stores the vectors of versions and searches them."""
+    """Stores the vectors of versions and searches them. It is made with the URI of its name, "" without."""
 
     def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
-        """Check that an index can be created, and return the least bytes that its file takes; 0 if unknown.
-
-        Called before anything is encoded.
+        """Check that an index can be created, before anything is encoded. Return the least bytes of its file, or 0.
 
         Raises:
             DataError: the engine has no such kind, or none that fits the memory.
-            StoreUnavailableError: the store does not respond.
-            MissingExtraError: a library or a device is missing.
+            StoreUnavailableError, MissingExtraError: the store does not respond, or a library or a device is missing.
         """
         ...
 
@@ -108,11 +101,24 @@ class Engine(Protocol):
         ...
 
     def sync(self, index: Path, version: int) -> None:
-        """Follow a publication, a rollback or the removal of versions, once `version` is current.
+        """Follow a publication or a rollback, once `version` is current, and drop what no version names.
 
-        A store outside of the folder drops what no version names. A failure is logged: CURRENT decides what is served.
+        A failure is logged: CURRENT decides what is served.
         """
         ...
+
+
+def load_engine(text: str) -> Engine:
+    """Return the engine that a spec's `engine` names: NAME, or NAME=URI for one that stores vectors elsewhere.
+
+    Raises:
+        DataError: no engine has this name, or it needs a URI, or takes none.
+    """
+    name, _, uri = text.partition("=")
+    if name not in ENGINES:
+        raise DataError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
+    engine: Engine = resolve_name(ENGINES[name])(uri)
+    return engine
 
 
 def merge_top_k(scores: Sequence[Floats], rows: Sequence[Rows], k: int) -> ScoredRows:

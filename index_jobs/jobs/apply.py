@@ -1,9 +1,9 @@
-"""Apply waiting jobs in batches: one version for the items that they put, and one for those that they delete.
+"""Apply waiting jobs in batches: a version for each.
 
-- The last change of an id in a batch is the one that is made. If its image cannot be read, the batch is halved, so that
-  the change before it is made.
-- A job has ended once its changes are in a complete version that is published. Killed before that, it is applied again;
-  images of the job that the published version has, or could not read, are not tried again.
+- The last change of an id in a batch is made. If its image cannot be read, the batch is halved, so that the change
+  before it is made.
+- A job has ended once its changes are in a published version. Killed before that, it is applied again, without the
+  images that the version has or could not read.
 - Only the job with unusable input fails: its batch is halved until the job is by itself. Any other error, such as a
   full disk or another writer, leaves the jobs in the queue.
 - A job whose process has died too often fails, so the jobs behind it are applied.
@@ -13,17 +13,17 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer
+from index_jobs.jobs.update import add, remove
+from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import FieldTypes, fit_one_field
 from index_jobs.store.manifest import CHECKPOINT, FAILED
@@ -39,6 +39,7 @@ _PROGRESS_S = 1.0
 _SWEEP_S = 3600.0
 _KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
 _LIST = "batch.jsonl"
+_IMAGE = r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$"  # the folders above may change when an index moves
 
 
 def apply_writes(index: Path, **options: Any) -> int:
@@ -49,8 +50,7 @@ def apply_writes(index: Path, **options: Any) -> int:
 
     Raises:
         LockedError: another job is writing, or another process applies these jobs.
-        ArtifactError: nothing is published, or the published version is damaged.
-        DcarError: the disk is full or cannot be written, or the model cannot be loaded; the jobs stay in the queue.
+        DcarError: nothing can be published now, as with a full disk; the jobs stay in the queue.
     """
     queue, count = WriteQueue(index), 0
     with report_os_errors(index), queue.lock():
@@ -103,7 +103,6 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
     """Publish the changes of some jobs, and record their ends. Raise DataError if a change cannot be made."""
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
-    _require_readable(queue, jobs, last)
     current = _open_published(index)
     version, failed = (current.manifest.version, _failures(current)) if current else (None, dict[str, str]())
     puts = [
@@ -111,13 +110,15 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
         for job, item in last.values()
         if job.kind == "put" and job.image_name(item) not in failed and not (current and _is_held(current, job, item))
     ]
-    if puts:
-        given = {**options, "max_failed": 1.0, "progress": False, "on_encoded": _Reporter(queue, len(last))}
-        version = _put(queue.folder / _LIST, index, puts, given, is_new=current is None)
-        failed |= _failures(open_version(index, version))
     deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
-    if deleted and version is not None:
-        version = _delete(index, deleted, {name: value for name, value in options.items() if name == "keep"})
+    if puts:
+        # A broken image must not hide the change that an earlier job makes to the item.
+        is_hiding = any(last[item["id"]][0] is not job for job in jobs for item in job.items)
+        given = {"progress": False, "max_failed": 0.0 if is_hiding else 1.0, **options}
+        version = _put(queue, index, puts, deleted, given, is_new=current is None)
+        failed |= _failures(open_version(index, version))
+    elif deleted and current:
+        version = remove(index, deleted, missing_ok=True, keep=options.get("keep", BuildOptions.keep)).version
     for job in jobs:
         lost = [
             {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
@@ -126,18 +127,6 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
             queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
         else:
             queue.end(job, status="done", index_version=version, failed=lost)
-
-
-def _require_readable(
-    queue: WriteQueue, jobs: Sequence[WriteJob], last: Mapping[str, tuple[WriteJob, dict[str, Any]]]
-) -> None:
-    """Raise DataError if the image of an item's last change is broken, and an earlier job changes the item too."""
-    with contextlib.closing(DecodeWorker()) as worker:
-        for item_id in {item["id"] for job in jobs for item in job.items if last[item["id"]][0] is not job}:
-            job, item = last[item_id]
-            if job.kind == "put" and not _is_readable(queue.folder / job.image_name(item), worker):
-                reason = f"the last image of {item_id!r} cannot be read, and an earlier job changes the item too"
-                raise DataError(reason)
 
 
 def _open_published(index: Path) -> Artifact | None:
@@ -150,39 +139,39 @@ def _open_published(index: Path) -> Artifact | None:
 
 
 def _put(
-    gallery: Path,
+    queue: WriteQueue,
     index: Path,
     puts: Sequence[tuple[WriteJob, dict[str, Any]]],
+    deleted: Sequence[str],
     options: dict[str, Any],
     *,
     is_new: bool,
 ) -> int:
-    """Publish items with images, listed in the file `gallery`, and return the version."""
-    from index_jobs.jobs.build import rebuild
-    from index_jobs.jobs.update import add
+    """Publish items with images, without the deleted ones, and return the version."""
+    done, shown_at = 0, time.monotonic()
 
-    _write_list(gallery, puts)
+    def show_progress(images: int) -> None:
+        nonlocal done, shown_at
+        done += images
+        if time.monotonic() >= shown_at + _PROGRESS_S:
+            progress, shown_at = queue.progress(), time.monotonic()
+            queue.set_progress(progress["jobs"], progress["starts"], done, len(puts))
+
+    gallery = queue.folder / _LIST
+    with atomic_writer(gallery) as file:
+        for job, item in puts:
+            own = {field: item[field] for field in ("id", "caption", "category")}
+            file.write(json.dumps({**item["metadata"], **own, "file_name": job.image_name(item)}).encode() + b"\n")
     if is_new:
-        return rebuild(gallery, index / CHECKPOINT, index, keep_shards=False, **options).version
-    return add(index, gallery, replace_existing=True, **options).version
+        from index_jobs.jobs.build import rebuild
 
-
-def _delete(index: Path, ids: Sequence[str], options: dict[str, Any]) -> int:
-    """Publish a version without some items, and return it."""
-    from index_jobs.jobs.update import NoItemLeftError, remove
-
-    try:
-        return remove(index, ids, missing_ok=True, **options).version
-    except NoItemLeftError:  # the caller knows of no directory
-        raise DataError("a collection cannot lose its last item; delete the collection") from None
+        checkpoint = index / CHECKPOINT
+        return rebuild(gallery, checkpoint, index, keep_shards=False, on_encoded=show_progress, **options).version
+    return add(index, gallery, replace_existing=True, removed_ids=deleted, on_encoded=show_progress, **options).version
 
 
 def _require_same_types(jobs: Sequence[WriteJob]) -> None:
-    """Refuse to publish values of several types in one new field together; `add` compares them with those of the index.
-
-    Raises:
-        DataError: two jobs give a field values of different types.
-    """
+    """Raise DataError if two jobs give a field values of different types; `add` compares them with the index."""
     types = dict[str, str]()
     for job in jobs if len(jobs) > 1 else ():
         texts = [json.dumps(item["metadata"]) for item in job.items] if job.kind == "put" else []
@@ -191,40 +180,10 @@ def _require_same_types(jobs: Sequence[WriteJob]) -> None:
                 raise DataError(f"the field {name!r} has values of several types")
 
 
-class _Reporter:
-    """Records how many images of the batch have been encoded, at most once a second."""
-
-    def __init__(self, queue: WriteQueue, total: int) -> None:
-        self._queue, self._total, self._done, self._next = queue, total, 0, time.monotonic() + _PROGRESS_S
-
-    def __call__(self, images: int) -> None:
-        self._done += images
-        if time.monotonic() >= self._next:
-            progress = self._queue.progress()
-            self._queue.set_progress(progress["jobs"], progress["starts"], self._done, self._total)
-            self._next = time.monotonic() + _PROGRESS_S
-
-
 def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
     """True if the version has this item from this job."""
     row = artifact.row_of(item["id"])
     return row is not None and artifact.image_location(row)[0].endswith(f"/{job.image_name(item)}")
-
-
-def _is_readable(path: Path, worker: DecodeWorker) -> bool:
-    from index_jobs.encoding.decode import is_readable
-
-    try:
-        return is_readable(path.read_bytes(), worker)
-    except OSError:
-        return False
-
-
-def _write_list(path: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]]) -> None:
-    with atomic_writer(path) as file:
-        for job, item in puts:
-            own = {field: item[field] for field in ("id", "caption", "category")}
-            file.write(json.dumps({**item["metadata"], **own, "file_name": job.image_name(item)}).encode() + b"\n")
 
 
 def _failures(artifact: Artifact) -> dict[str, str]:
@@ -246,8 +205,13 @@ def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
     mark.touch()
     queue.forget(now - _KEEP_S)
     waiting = set(queue.waiting())
+    shown = set[str]()
     try:
-        shown = {name for number in version_numbers(index) for name in _shown(open_version(index, number))}
+        for artifact in (open_version(index, number) for number in version_numbers(index)):
+            tables = [segment.items.table().select(["location"]) for segment in artifact.segments]
+            locations = pa.concat_tables(tables).filter(pa.array(artifact.live))["location"]
+            found = pc.extract_regex(locations, _IMAGE)
+            shown.update(each["name"] for each in pc.drop_null(found).to_pylist())
     except ArtifactError as error:  # a version that cannot be read now may show any image
         logger.warning("unused images are kept: %s", error)
         return
@@ -259,14 +223,3 @@ def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
                 path.unlink()
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
-
-
-def _shown(artifact: Artifact) -> Iterator[str]:
-    """Yield the images of jobs that a version shows, as JOB/FILE. The folders above may change when an index moves."""
-    start = 0
-    for segment in artifact.segments:
-        stop = start + len(segment.items)
-        locations = segment.items.table(np.flatnonzero(artifact.live[start:stop]))["location"]
-        start = stop
-        found = pc.extract_regex(locations, r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$")
-        yield from (each["name"] for each in pc.drop_null(found).to_pylist())

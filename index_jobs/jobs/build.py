@@ -3,54 +3,114 @@
 - A build whose spec is that of the served version returns at once, without importing PyTorch.
 - The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
 - Errors are found before the first image is encoded: lock, output, checkpoint, fields, kind, validation pairs, the
-  served version's model, and disk space.
-- A killed run resumes after its last complete shard. Another kind or other captions need no encoding; see `work`.
+  served version's model, disk space, and a gallery that has shrunk, as one on a disk that is not mounted.
+- A killed run resumes after its last complete shard. `out/work` holds the vectors of the served version, and those of
+  one rejected or interrupted build; the next build by the same encoder takes what it can use from both.
 """
 
+import contextlib
+import hashlib
+import json
 import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint, read_config
 from dcar_core.runtimes.registry import AUTO
-from dcar_core.util.errors import ArtifactError, CheckpointError, DcarError, ModelError, StoreUnavailableError
+from dcar_core.util.errors import (
+    ArtifactError,
+    CheckpointError,
+    DataError,
+    DcarError,
+    GalleryShrunkError,
+    ImageFault,
+    ModelError,
+    StoreUnavailableError,
+)
+from dcar_core.util.files import canonical_json
 from index_jobs.encoding.devices import choose_replicas, load_replicas, runtime_in_use
-from index_jobs.encoding.encode import EncodedGallery, encode_gallery
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import ShardStore
-from index_jobs.engines.protocol import NewIndex
-from index_jobs.engines.registry import load_engine
+from index_jobs.engines.measure import caption_queries
+from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, scan
-from index_jobs.jobs import contents, gate
-from index_jobs.jobs.gallery_changes import GalleryChanges, count_changes
+from index_jobs.jobs import gate
 from index_jobs.jobs.notify import notify
-from index_jobs.jobs.summary import RebuildSummary, RejectedError, summarize
-from index_jobs.jobs.work import WORK, clean_work, discard_vectors, keep_vectors
+from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.items import take_rows
-from index_jobs.store.manifest import CHECKPOINT, CURRENT, Manifest, utc_now
+from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, field_names, take_rows, write_items
+from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.store.manifest import (
+    CHECKPOINT,
+    CURRENT,
+    DUPLICATES,
+    FAILED,
+    ITEMS,
+    LEXICAL,
+    VERSIONS,
+    Manifest,
+    utc_now,
+)
 from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
 
+WORK = "work"
+_SUMMARIZED = ("version", "count", "failed", "fingerprint", "dim", "kind", "reason", "measured", "number_texts")
+_COMPARED = ["caption", "category", "metadata", "size"]
 
-@dataclass(frozen=True)
+
+def rebuild(
+    gallery: str | Path | Sequence[str] | Gallery, checkpoint: Path, out: Path, **options: Any
+) -> RebuildSummary:
+    """Publish an index of a gallery, encoded with a checkpoint.
+
+    Args:
+        gallery: a folder, an uncompressed tar, or a list, as a path or URL, or several; see `index_jobs.gallery.scan`.
+            A scanned gallery is taken as it is.
+        checkpoint: a DCAR checkpoint directory.
+        out: the index directory; created if missing.
+        options: the fields of `BuildOptions` and of its `IndexSpec`.
+
+    Raises:
+        DataError: the gallery or an option cannot be used, or too many images are broken.
+        CheckpointError, ModelError: the model cannot be loaded; or the served version's model cannot, without force.
+        LockedError: another job is writing to `out`.
+        GalleryShrunkError, RejectedError: too many of the served images are gone, or the rebuilt index ranks worse.
+        StoreUnavailableError: the served version's store does not respond, without force.
+        DcarError: the output cannot be written, or does not read back; published versions are unchanged.
+    """
+    build = _Build(BuildOptions.of(options), checkpoint, out)
+    with publish.report_os_errors(out):
+        build.gallery = gallery if isinstance(gallery, Gallery) else scan(gallery)
+        current = None if build.options.force else build.find_published()
+        return build.run() if current is None else build.summarize(current)
+
+
 class _Build:
-    """One build. start: of the job, by `time.perf_counter`."""
+    """One build. The encoder and the served version are known once it runs."""
 
     gallery: Gallery
-    checkpoint: Path
-    out: Path
-    options: BuildOptions
-    start: float
+    encoder: Encoder
+    served: Artifact | None
+
+    def __init__(self, options: BuildOptions, checkpoint: Path, out: Path) -> None:
+        self.options, self.checkpoint, self.out, self.work = options, checkpoint, out, out / WORK
+        self._start = time.perf_counter()
 
     @cached_property
     def pairs(self) -> gate.QueryPairs | None:
@@ -76,204 +136,285 @@ class _Build:
             return None
         return manifest if manifest.spec == self.spec and manifest.is_as_built and manifest.has_term_lists else None
 
+    def run(self) -> RebuildSummary:
+        """Build and publish a version."""
+        out, options, gallery = self.out, self.options, self.gallery
+        with publish.open_staging(out) as staging:
+            copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
+            replicas, runtime = self._load_replicas(staging / CHECKPOINT)
+            self.encoder = replicas[0]
+            _require_fields(gallery, self.spec)
+            least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
+            store = ShardStore(gallery, self.encoder, runtime, self.work, options)
+            self.served = self._open_served()
+            self._require_few_removed()
+            self._load_served_encoder("cpu")  # a check; encoding may need its memory
+            self._make_room(store, least_bytes)
+            encoded = self._encode(replicas, runtime, staging / CHECKPOINT)
+            self._clean_work(store)
+            changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
+            staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime))
+            verdict = self._require_no_worse(staged, encoded)
+            manifest = publish.commit_version(out, staged, keep=options.keep)
+            if self.served is not None and not self.served.manifest.is_as_built:
+                logger.warning(
+                    "version %d holds the gallery as it is; what was added to or removed from version %d is not in it",
+                    manifest.version, self.served.manifest.version,
+                )  # fmt: skip
+            if options.keep_shards:
+                self._keep_vectors(store.path, manifest)
+            else:
+                publish.remove_directory(out, self.work)
+        notified = notify(options.notify or (), out, manifest.version)
+        return self.summarize(manifest, encoded, verdict, changes=changes, notified=notified)
 
-def rebuild(
-    gallery: str | Path | Sequence[str] | Gallery, checkpoint: Path, out: Path, **options: Any
-) -> RebuildSummary:
-    """Publish an index of a gallery, encoded with a checkpoint.
+    def summarize(
+        self,
+        manifest: Manifest,
+        encoded: EncodedGallery | None = None,
+        verdict: gate.GateVerdict | None = None,
+        *,
+        published: bool = True,
+        **outcome: Any,
+    ) -> RebuildSummary:
+        """Return the summary of this build.
 
-    Args:
-        gallery: a folder, an uncompressed tar, or a list, as a path or URL, or several; see `index_jobs.gallery.scan`.
-            A scanned gallery is taken as it is.
-        checkpoint: a DCAR checkpoint directory.
-        out: the index directory; created if missing.
-        options: the fields of `BuildOptions` and of its `IndexSpec`.
-
-    Raises:
-        DataError: the gallery cannot be used, too many images are broken, no item has a field that the options name,
-            or the kind or the engine is unknown.
-        CheckpointError, ModelError: the model cannot be loaded; or the served version's model cannot, without force.
-        LockedError: another job is writing to `out`.
-        GalleryShrunkError: too many of the served images are gone from the gallery.
-        RejectedError: the rebuilt index ranks worse than the served one, which stays published.
-        StoreUnavailableError: the served version's store does not respond, without force.
-        ArtifactError: a shard is corrupted, or the written files do not read back.
-        DcarError: the output cannot be written; published versions are unchanged.
-    """
-    start, asked = time.perf_counter(), BuildOptions.of(options)
-    with publish.report_os_errors(out):
-        scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
-        build = _Build(scanned, checkpoint, out, asked, start)
-        if not asked.force and (current := build.find_published()):
-            return summarize(out, current, start=start)
-        return _run(build)
-
-
-def _run(build: _Build) -> RebuildSummary:
-    options, gallery, out, spec = build.options, build.gallery, build.out, build.spec
-    with publish.open_staging(out) as staging:
-        checkpoint = staging / CHECKPOINT
-        copy_checkpoint(build.checkpoint, checkpoint)
-        replicas, runtime = _load_replicas(build, checkpoint)
-        encoder = replicas[0]
-        contents.require_fields(gallery, spec)
-        least_bytes = load_engine(spec.engine).plan(spec, len(gallery), encoder.dim, options.device)
-        store = ShardStore(gallery, encoder, runtime, out / WORK, options)
-        served = _open_served(out, force=options.force)
-        changes = None if served is None else _compare_items(build, served, encoder)
-        clean_work(out, store, served, keep_reusable=True)
-        try:
-            _require_disk_space(out, gallery, store, least_bytes)
-        except DcarError:
-            clean_work(out, store, served)
-            _require_disk_space(out, gallery, store, least_bytes)
-        encoded = _encode(build, replicas, runtime, checkpoint)
-        clean_work(out, store, served)
-        if served is not None and encoded.failed:
-            changes = count_changes(served, take_rows(gallery.table, encoded.rows()))
-        staged = publish.prepare_version(out, staging, _stage(build, staging, encoder, encoded, runtime))
-        verdict = None if served is None else _require_no_worse(build, served, staged, encoded, encoder)
-        manifest = publish.commit_version(out, staged, keep=options.keep)
-        if served is not None and not served.manifest.is_as_built:
-            logger.warning(
-                "version %d holds the gallery as it is; what was added to or removed from version %d is not in it",
-                manifest.version, served.manifest.version,
-            )  # fmt: skip
-        if options.keep_shards:
-            keep_vectors(out, store.path, manifest)
+        Args:
+            manifest: of the new version, or of the one that stays published.
+            encoded: None if nothing had changed.
+            published: False if the new version was rejected.
+            outcome: further fields of the summary.
+        """
+        version = self.out / VERSIONS / str(manifest.version)
+        if encoded:
+            unread, duplicates = encoded.unread, len(encoded.duplicates())
         else:
-            discard_vectors(out)
-    notified = notify(options.notify, out, manifest.version)
-    return summarize(out, manifest, encoded, verdict, changes, start=build.start, notified=notified)
-
-
-def _open_served(index: Path, *, force: bool) -> Artifact | None:
-    """Open the served version; None if there is nothing to compare with, also with force if its store is down."""
-    if not (index / CURRENT).exists():
-        return None
-    try:
-        return open_current(index)
-    except ArtifactError as error:
-        if isinstance(error, StoreUnavailableError) and not force:
-            raise StoreUnavailableError(
-                f"the served version cannot be compared: {error}; run the same command again once its store responds, "
-                f"or publish without a comparison by --force"
-            ) from error
-        logger.warning("the served version cannot be read, so nothing is compared with it: %s", error)
-        return None
-
-
-def _compare_items(build: _Build, served: Artifact, encoder: Encoder) -> GalleryChanges:
-    """Compare the gallery with the served items. Check that the served model loads, and release it.
-
-    Encoding may need the memory.
-    """
-    changes = count_changes(served, build.gallery.table)
-    if not build.options.force:
-        changes.require_few_removed(served.manifest, build.gallery.location, build.options.max_vanished)
-    if build.pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
-        _load_served_encoder(served, "cpu", force=build.options.force)
-    return changes
-
-
-def _require_disk_space(out: Path, gallery: Gallery, store: ShardStore, least_bytes: int) -> None:
-    """Check that the disk can hold the vectors and an index of `least_bytes`, before images are encoded."""
-    vectors = 4 * store.dim * (len(gallery) - store.stored_rows())
-    needed = vectors + least_bytes + gallery.table.nbytes
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise DcarError(
-            f"the index {out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors that "
-            f"the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another --out"
+            faults = (json.loads(line)["fault"] for line in (version / FAILED).read_bytes().splitlines())
+            unread = sum(ImageFault(fault).is_temporary for fault in faults)
+            duplicates = (version / DUPLICATES).read_bytes().count(b"\n")
+        return RebuildSummary(
+            **{name: getattr(manifest, name) for name in _SUMMARIZED},
+            index=str(self.out),
+            published=published and encoded is not None,
+            reused=encoded is None,
+            unread=unread,
+            duplicates=duplicates,
+            encoded=encoded.encoded if encoded else 0,
+            resumed=encoded.resumed if encoded else 0,
+            seconds=round(time.perf_counter() - self._start, 3),
+            images_per_second=round(encoded.encoded / encoded.seconds, 1) if encoded and encoded.encoded else 0.0,
+            gate=asdict(verdict) if verdict else None,
+            hint=f"images that could not be read: {unread:,} ({FAILED} has the reasons); once they can be, give --force"
+            if unread and published
+            else "",
+            **outcome,
         )
 
+    def _open_served(self) -> Artifact | None:
+        """Open the served version; None if there is nothing to compare with, also with force if its store is down."""
+        if not (self.out / CURRENT).exists():
+            return None
+        try:
+            return open_current(self.out)
+        except ArtifactError as error:
+            if isinstance(error, StoreUnavailableError) and not self.options.force:
+                raise StoreUnavailableError(
+                    f"the served version cannot be compared: {error}; run the same command again once its store "
+                    f"responds, or publish without a comparison by --force"
+                ) from error
+            logger.warning("the served version cannot be read, so nothing is compared with it: %s", error)
+            return None
 
-def _load_served_encoder(served: Artifact, device: str, *, force: bool) -> Encoder | str:
-    """Return the model of the served version; with force, the reason if it cannot be loaded."""
-    try:
-        return Encoder.load(served.checkpoint, device=device)
-    except (CheckpointError, ModelError) as error:
-        version = served.manifest.version
-        reason = f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
-        if not force:
-            raise CheckpointError(
-                f"{reason}; restore the files of its model, or publish without a comparison by --force"
-            ) from error
-        logger.warning("%s", reason)
-        return reason
+    def _count_changes(self, table: pa.Table) -> dict[str, int] | None:
+        """Compare the rows that can be indexed with the served version by their ids.
+
+        An item counts as changed if its file's size, caption, category or metadata differ.
+        """
+        if self.served is None:
+            return None
+        rows = np.flatnonzero(self.served.live)
+        ids = self.served.column("id").filter(self.served.live)
+        positions = pc.fill_null(pc.index_in(table["id"], ids), -1).to_numpy()
+        is_kept = positions >= 0
+        before = np.concatenate([_hash_rows(segment.items.table()) for segment in self.served.segments])
+        changed = before[rows[positions[is_kept]]] != _hash_rows(table)[is_kept]
+        removed = len(rows) - int(is_kept.sum())
+        return {"added": int((~is_kept).sum()), "removed": removed, "changed": int(changed.sum())}
+
+    def _require_few_removed(self) -> None:
+        """Raise GalleryShrunkError if too many of the served items are gone, unless forced."""
+        served, limit = self.served, self.options.max_vanished
+        if served is None or self.options.force:
+            return
+        ids = served.column("id").filter(served.live)
+        gone = ids.filter(pc.invert(pc.is_in(ids, self.gallery.table["id"])))
+        if len(gone) > limit * served.manifest.count:
+            example = served.item(served.row_of(gone[0].as_py()) or 0).metadata.get("file_name", "")
+            raise GalleryShrunkError(
+                f"not published: {len(gone):,} of the {len(ids):,} images of version {served.manifest.version} are "
+                f"gone from {self.gallery.location}, such as {example}, and at most {limit:.0%} may be; mount or "
+                f"restore what is missing, or give --force if they are meant to be gone (--max-vanished sets the limit)"
+            )
+
+    def _make_room(self, store: ShardStore, least_bytes: int) -> None:
+        """Remove vectors that are not needed. Raise DcarError if the disk cannot hold the missing ones and an index."""
+        for keep_reusable in (True, False):
+            self._clean_work(store, keep_reusable=keep_reusable)
+            vectors = 4 * store.dim * (len(self.gallery) - store.stored_rows())
+            needed, free = vectors + least_bytes + self.gallery.table.nbytes, shutil.disk_usage(self.out).free
+            if needed <= free:
+                return
+        raise DcarError(
+            f"the index {self.out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors "
+            f"that the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another "
+            f"--out"
+        )
+
+    def _load_served_encoder(self, device: str) -> Encoder | str:
+        """Return the model of the served version if it is compared; with force, the reason if it cannot be loaded."""
+        if self.served is None or self.pairs is None or self.served.manifest.fingerprint == self.encoder.fingerprint:
+            return self.encoder
+        try:
+            return Encoder.load(self.served.checkpoint, device=device)
+        except (CheckpointError, ModelError) as error:
+            version = self.served.manifest.version
+            reason = f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
+            if not self.options.force:
+                raise CheckpointError(
+                    f"{reason}; restore the files of its model, or publish without a comparison by --force"
+                ) from error
+            logger.warning("%s", reason)
+            return reason
+
+    def _require_no_worse(self, staged: Artifact, encoded: EncodedGallery) -> gate.GateVerdict | None:
+        """Compare with the served version. Raise RejectedError if the new one ranks worse, unless forced."""
+        options = self.options
+        if self.served is None:
+            return None
+        served_encoder = self._load_served_encoder(options.device.split(",")[0])
+        if isinstance(served_encoder, str):
+            verdict = gate.GateVerdict(served_encoder, options.margin)
+        else:
+            verdict = gate.compare(self.served, served_encoder, staged, self.encoder, self.pairs, options.margin)
+        if not verdict.passed and not options.force:
+            remedy = "its vectors are kept, so --force publishes it without encoding again"
+            if not options.keep_shards:
+                publish.remove_directory(self.out, self.work)
+                remedy = "its vectors are not kept, so --force encodes again and publishes it"
+            kept = replace(self.served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+            summary = self.summarize(kept, encoded, verdict, published=False)
+            message = f"not published: the rebuilt index ranks worse than version {kept.version}: {verdict.reason}"
+            raise RejectedError(f"{message}; {remedy}", summary)
+        return verdict
+
+    def _load_replicas(self, checkpoint: Path) -> tuple[list[Encoder], str]:
+        """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
+        options = self.options
+        if not options.ray:
+            replicas = choose_replicas(self.gallery, checkpoint, self.work, options)
+            return replicas, replicas[0].runtime.name
+        replicas = load_replicas(checkpoint, options.device, exact=self.spec.exact)
+        if self.spec.runtime != AUTO:
+            return replicas, self.spec.runtime
+        return replicas, runtime_in_use(self.gallery, replicas[0], "torch", self.work, options)
+
+    def _encode(self, replicas: list[Encoder], runtime: str, checkpoint: Path) -> EncodedGallery:
+        options = self.options
+        if options.ray:
+            from index_jobs.encoding.ray_cluster import encode_on_ray
+
+            return encode_on_ray(self.gallery, replicas[0], self.work, options, checkpoint=checkpoint, runtime=runtime)
+        cache = PixelCache(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
+        return encode_gallery(self.gallery, replicas, self.work, options, cache)
+
+    def _stage(self, staging: Path, encoded: EncodedGallery, runtime: str) -> Manifest:
+        """Write vectors, items and failures, and return their manifest."""
+        gallery, spec, encoder = self.gallery, self.spec, self.encoder
+        engine = load_engine(spec.engine)
+        new = NewIndex(
+            folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks, count=len(encoded),
+            dim=encoder.dim, queries=caption_queries(gallery.table, encoder), device=self.options.device,
+        )  # fmt: skip
+        created = engine.create(spec, new)
+        logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
+        rows = encoded.rows()
+        field_types = write_items(staging / ITEMS, encoded.with_sizes(gallery.table), rows)
+        write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
+        write_failed(staging / FAILED, gallery, encoded.failed)
+        write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())
+        calibrated = {}
+        if self.options.validation and self.pairs:
+            calibrated = gate.calibrate(staging, engine.open(staging), self.pairs, gallery, encoded, encoder)
+        return Manifest(
+            **vars(created),
+            spec=spec,
+            dim=encoder.dim,
+            count=len(encoded),
+            root=gallery.root,
+            roots=list(gallery.roots),
+            checkpoint=str(self.checkpoint.absolute()),
+            created=utc_now(),
+            failed=len(encoded.failed),
+            number_texts=field_types.number_texts,
+            runtime=runtime,
+            **calibrated,
+        )
+
+    def _clean_work(self, store: ShardStore, *, keep_reusable: bool = False) -> None:
+        """Remove vectors other than this job's and the served version's.
+
+        Args:
+            keep_reusable: keep the largest other folder that this job can take vectors from.
+        """
+        kept = {store.path}
+        if self.served is not None:
+            kept |= {marker.parent for marker in self.work.glob(f"*/{_marker(self.served.manifest)}")}
+        if keep_reusable:
+            others = (folder for folder in store.other_folders() if folder not in kept)
+            sizes = {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in others}
+            kept.add(max(sizes, key=sizes.__getitem__, default=store.path))
+        publish.clean_work(self.out, self.work, lambda path: path in kept)
+
+    def _keep_vectors(self, own: Path, manifest: Manifest) -> None:
+        """Keep the folder with the published version's vectors, and remove all others."""
+        for leftover in own.glob(".*.tmp"):  # of a killed job
+            leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # without the marker, the next build encodes again
+            (own / _marker(manifest)).touch()
+        publish.clean_work(self.out, self.work, lambda path: path == own)
 
 
-def _require_no_worse(
-    build: _Build, served: Artifact, staged: Artifact, encoded: EncodedGallery, encoder: Encoder
-) -> gate.GateVerdict:
-    options = build.options
-    served_encoder: Encoder | str = encoder
-    if build.pairs is not None and served.manifest.fingerprint != encoder.fingerprint:
-        served_encoder = _load_served_encoder(served, options.device.split(",")[0], force=options.force)
-    if isinstance(served_encoder, str):
-        verdict = gate.pass_uncompared(served_encoder, options.margin)
-    else:
-        verdict = gate.compare(served, served_encoder, staged, encoder, build.pairs, options.margin)
-    if not verdict.passed and not options.force:
-        if not options.keep_shards:
-            discard_vectors(build.out)
-        kept = replace(served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
-        summary = summarize(build.out, kept, encoded, verdict, start=build.start, published=False)
-        raise RejectedError(summary, verdict.reason, has_vectors=options.keep_shards)
-    return verdict
+def _marker(manifest: Manifest) -> str:
+    """Return the name of the file that marks a version's vectors; versions that differ only in their kind share it."""
+    inputs = [manifest.fingerprint, manifest.spec.gallery_signature, manifest.runtime]
+    return f"of-{hashlib.sha256(canonical_json(inputs)).hexdigest()[:16]}"
 
 
-def _load_replicas(build: _Build, checkpoint: Path) -> tuple[list[Encoder], str]:
-    """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
-    options, spec, work = build.options, build.spec, build.out / WORK
-    if not options.ray:
-        replicas = choose_replicas(build.gallery, checkpoint, work, options)
-        return replicas, replicas[0].runtime.name
-    replicas = load_replicas(checkpoint, options.device, exact=spec.exact)
-    if spec.runtime != AUTO:
-        return replicas, spec.runtime
-    return replicas, runtime_in_use(build.gallery, replicas[0], "torch", work, options)
+def _hash_rows(table: pa.Table) -> NDArray[np.int64]:
+    """Return a hash of each row's compared columns, int64 (n,), with one batch in memory at a time."""
+    batches = table.select(_COMPARED).to_batches()
+    hashes = (map(hash, zip(*(column.to_pylist() for column in batch.columns), strict=True)) for batch in batches)
+    return np.array([value for batch in hashes for value in batch], np.int64)
 
 
-def _encode(build: _Build, replicas: list[Encoder], runtime: str, checkpoint: Path) -> EncodedGallery:
-    options, work = build.options, build.out / WORK
-    cache = PixelCache(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
-    if options.ray:
-        from index_jobs.encoding.ray_cluster import encode_on_ray
+def _require_fields(gallery: Gallery, spec: IndexSpec) -> None:
+    """Check that items have the fields that searches group by and look words up in.
 
-        return encode_on_ray(build.gallery, replicas[0], work, options, checkpoint=checkpoint, runtime=runtime)
-    return encode_gallery(build.gallery, replicas, work, options, cache)
+    One of several text fields may be missing, since items that are added later may have it. That is a warning.
 
-
-def _stage(build: _Build, staging: Path, encoder: Encoder, encoded: EncodedGallery, runtime: str) -> Manifest:
-    """Write vectors, items and failures, and return their manifest."""
-    gallery, spec = build.gallery, build.spec
-    new = NewIndex(
-        folder=staging, version=publish.next_version(build.out), blocks=encoded.blocks, count=len(encoded),
-        dim=encoder.dim, queries=contents.caption_queries(gallery.table, encoder), device=build.options.device,
-    )  # fmt: skip
-    created = load_engine(spec.engine).create(spec, new)
-    logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
-    fields = contents.stage_items(staging, gallery, encoded, spec.text_fields)
-    pairs = build.pairs if build.options.validation else None
-    vectors = load_engine(spec.engine).open(staging) if pairs else None
-    return Manifest(
-        spec=spec,
-        dim=encoder.dim,
-        count=len(encoded),
-        kind=created.kind,
-        reason=created.reason,
-        gpu=created.gpu,
-        root=gallery.root,
-        roots=list(gallery.roots),
-        checkpoint=str(build.checkpoint.absolute()),
-        created=utc_now(),
-        failed=len(encoded.failed),
-        number_texts=fields.number_texts,
-        measured=created.measured,
-        cutoff=contents.calibrate_cutoff(pairs, encoder, encoded) if pairs else {},
-        hybrid_weight=contents.choose_hybrid_weight(staging, vectors, pairs, gallery, encoded, encoder)
-        if pairs and vectors
-        else None,
-        runtime=runtime,
-    )
+    Raises:
+        DataError: no item has the group field, or any of the text fields, or the group field holds lists.
+    """
+    metadata = gallery.table["metadata"]
+    types = dict.fromkeys(BUILT_IN_FIELDS, pa.string()) | (FieldTypes.infer(metadata).types if spec.group_field else {})
+    known = {*BUILT_IN_FIELDS} | (field_names(metadata) if spec.text_fields else set())
+    groups = [spec.group_field] if spec.group_field else []
+    for option, names, found in (("--group-field", groups, {*types}), ("--text-fields", spec.text_fields or (), known)):
+        if missing := [name for name in names if name not in found]:
+            listed = ", ".join(sorted(found))
+            message = f"{option}: no item has the field {' or '.join(map(repr, missing))}; there are: {listed}"
+            if len(missing) == len(names):
+                raise DataError(message)
+            logger.warning("%s", message)
+    if any(pa.types.is_list(types[name]) for name in groups):
+        raise DataError(f"--group-field: {groups[0]!r} has several values per item; name a field with one")

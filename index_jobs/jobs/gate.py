@@ -2,8 +2,8 @@
 
 - Pairs are validation pairs with images in the gallery; without them, captions that only one image of the gallery has.
   The new model may have been trained on those captions, so validation pairs are the better evidence.
-- An image of a pair is recognised by its file, through symbolic links. In a gallery that is not on this machine it is
-  recognised by its name below the gallery, or by the end of its URL, if only one image has that name.
+- An image of a pair is recognised by its file, through symbolic links; in a gallery that is not on this machine, by its
+  name below the gallery or the end of its URL, if only one image has that name.
 - Versions whose weight of the words was chosen by validation texts are compared by hybrid searches as well.
 - Each index searches with its own model, as it is served, so the recall lost by a coarser kind of index counts.
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
@@ -12,10 +12,11 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,19 +25,25 @@ import pyarrow.compute as pc
 from dcar_core import Encoder
 from dcar_core.data import MISSING_IMAGES, load_split
 from dcar_core.images import ImageRoot
+from dcar_core.serving.score_cutoff import compute_cutoff
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
+from index_jobs.encoding.encode import EncodedGallery
+from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.lexical.fusion import hybrid_gains
+from index_jobs.store.lexical.fusion import choose_weight, hybrid_gains, spread_rows
+from index_jobs.store.lexical.lexical_index import LexicalIndex
+from index_jobs.store.manifest import LEXICAL
 
 logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
+_MIN_TEXTS = 100  # validation texts that choose the weight of the words
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
 _NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages
@@ -63,24 +70,19 @@ class QueryPairs:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """Outcome of a comparison.
+    """Outcome of a comparison."""
 
-    compared: False if no comparison was possible. pairs: texts that were searched. pool: images that they could find.
-    serving, rebuilt: recall_at_1, recall_at_10 and ndcg_at_100 of both indexes. difference: rebuilt minus serving in
-    ndcg_at_100, with the ends of its 95 % interval. visible: the smallest difference that is not chance.
-    """
-
-    passed: bool
-    compared: bool
     reason: str
     margin: float
-    pairs: int = 0
-    pool: int = 0
+    passed: bool = True
+    compared: bool = False  # if a comparison was possible
+    pairs: int = 0  # texts that were searched
+    pool: int = 0  # images that they could find
     source: str = ""
-    serving: dict[str, float] | None = None
+    serving: dict[str, float] | None = None  # recall_at_1, recall_at_10 and ndcg_at_100
     rebuilt: dict[str, float] | None = None
-    difference: dict[str, float] | None = None
-    visible: float | None = None
+    difference: dict[str, float] | None = None  # in ndcg_at_100, with the ends of its 95 % interval
+    visible: float | None = None  # the smallest difference that is not chance
 
 
 def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
@@ -92,10 +94,17 @@ def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
     Raises:
         DataError: the validation pairs cannot be read, or none of their images is in the gallery.
     """
-    return _validation_pairs(gallery, validation) if validation else _caption_pairs(gallery)
+    pairs = _validation_pairs(gallery, validation) if validation else _caption_pairs(gallery)
+    if not pairs:
+        return None
+    pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
+    rows = [row for _, row in pairs]
+    ids = [gallery.table["id"][row].as_py() for row in rows]  # `take` joins all text first, and fails at 2 GiB
+    return QueryPairs([text for text, _ in pairs], ids, rows, "validation" if validation else "captions")
 
 
-def _validation_pairs(gallery: Gallery, data: Path) -> QueryPairs:
+def _validation_pairs(gallery: Gallery, data: Path) -> list[tuple[str, int]]:
+    """Return validation texts with the rows of their images."""
     split, report = load_split(data, "val", image_policy="present")
     if missing := report.names.get(MISSING_IMAGES):
         logger.warning("%d validation images of %s are missing, such as %s", len(missing), data, missing[0])
@@ -105,22 +114,16 @@ def _validation_pairs(gallery: Gallery, data: Path) -> QueryPairs:
     located = ((text, next((rows[key] for key in keys if key in rows), None)) for text, keys in keyed)
     pairs = [(text, row) for text, row in located if row is not None]
     if not pairs:
+        is_named = is_url(gallery.root)
         raise DataError(
             f"none of the {len(keyed):,} validation pairs of {data} has its image in the gallery {gallery.location}, "
-            f"so the indexes cannot be compared: an image there is recognised by {_recognition(gallery)}; omit "
+            f"so the indexes cannot be compared: an image there is recognised by "
+            f"{'its name below the gallery, as in file_name' if is_named else 'its file, or the end of its URL'}; omit "
             f"--validation to compare by the gallery's captions"
         )
     if len(pairs) < len(keyed):
         logger.info("%d of %d validation pairs have their image in the gallery", len(pairs), len(keyed))
-    pairs = pairs[:: -(-len(pairs) // MAX_PAIRS)]
-    chosen = [row for _, row in pairs]
-    return QueryPairs([text for text, _ in pairs], _cells(gallery.table["id"], chosen), chosen, "validation")
-
-
-def _recognition(gallery: Gallery) -> str:
-    if is_url(gallery.root):
-        return "its name below the gallery, as in its items' file_name"
-    return "its file, or the end of its URL"
+    return pairs
 
 
 def _image_keys(root: ImageRoot, name: str, resolve: Callable[[str], str]) -> list[_ImageKey]:
@@ -136,28 +139,22 @@ def _rows_by_key(gallery: Gallery, keys: set[_ImageKey], resolve: Callable[[str]
     A name that several images have identifies none of them. A full name goes before the end of a URL.
     """
     depths = sorted({key.count("/") for key in keys if isinstance(key, str)}, reverse=True)
-    locations, names, endings = dict[_ImageKey, int](), dict[_ImageKey, int](), dict[_ImageKey, int]()
+    by_ending, by_name, by_location = (dict[_ImageKey, int](), dict[_ImageKey, int](), dict[_ImageKey, int]())
     row = 0
     for batch in gallery.table.select(["location", "offset", "name"]).to_batches():
         for location, offset, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             path = join_location(gallery.root, location).removeprefix(_FILE_SCHEME)
+            rows, found = by_name, [name]
             if not is_url(path):
-                if (key := (resolve(path), offset)) in keys:
-                    locations[key] = row
-            elif not is_url(name):
-                _add_name(names, name, row, keys)
-            else:
+                rows, found = by_location, [(resolve(path), offset)]
+            elif is_url(name):
                 parts = name.partition("?")[0].split("/")
-                for ending in ("/".join(parts[-depth - 1 :]) for depth in depths):
-                    _add_name(endings, ending, row, keys)
+                rows, found = by_ending, ["/".join(parts[-depth - 1 :]) for depth in depths]
+            for key in found:
+                if key in keys:
+                    rows[key] = _AMBIGUOUS if key in rows and rows is not by_location else row
             row += 1
-    by_name = {key: row for key, row in (endings | names).items() if row != _AMBIGUOUS}
-    return by_name | locations
-
-
-def _add_name(rows: dict[_ImageKey, int], name: str, row: int, keys: set[_ImageKey]) -> None:
-    if name in keys:
-        rows[name] = _AMBIGUOUS if name in rows else row
+    return {key: row for key, row in (by_ending | by_name | by_location).items() if row != _AMBIGUOUS}
 
 
 def _path_resolver() -> Callable[[str], str]:
@@ -172,25 +169,42 @@ def _path_resolver() -> Callable[[str], str]:
     return resolve
 
 
-def _cells(column: pa.ChunkedArray, rows: list[int]) -> list[str]:
-    """Return a few cells, one by one: `take` joins all text first, which is slow and fails at 2 GiB."""
-    return [column[row].as_py() for row in rows]
-
-
-def _caption_pairs(gallery: Gallery) -> QueryPairs | None:
+def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
+    """Return the captions that one image has, with its row."""
     captions = gallery.table["caption"].cast(pa.large_string())  # distinct captions in one array may exceed 2 GiB
     counts = pc.value_counts(captions)
     unique = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
     rows = np.flatnonzero(pc.and_(pc.is_in(captions, unique), pc.not_equal(captions, "")).to_numpy())
-    if not len(rows):
-        return None
-    chosen = rows[:: -(-len(rows) // MAX_PAIRS)].tolist()
-    return QueryPairs(_cells(captions, chosen), _cells(gallery.table["id"], chosen), chosen, "captions")
+    return [(captions[row].as_py(), row) for row in rows[:: -(-len(rows) // MAX_PAIRS) or 1].tolist()]
 
 
-def pass_uncompared(reason: str, margin: float) -> GateVerdict:
-    """Return the verdict for indexes that cannot be compared, which permits publication."""
-    return GateVerdict(True, False, reason, margin)
+def calibrate(
+    staging: Path, index: VectorIndex, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: Encoder
+) -> dict[str, Any]:
+    """Return the manifest's `cutoff` and `hybrid_weight` by the validation pairs whose image has a vector.
+
+    The cut-off is the meaning of `min_score: "auto"`. The score of a pair is that of its text, encoded as a query, and
+    the vector of its image. For the weight, see `index_jobs.store.lexical.fusion`.
+    """
+    rows = encoded.rows()
+    has_vector = np.isin(pairs.rows, rows)
+    texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
+    if not texts:
+        return {}
+    positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
+    vectors = encoder.encode_text(texts)
+    cutoff = compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(positions)))
+    captions = [gallery.table["caption"][row].as_py() for row in rows[positions].tolist()]
+    queries = [
+        (text, vector, position)
+        for text, vector, position, caption in zip(texts, vectors, positions.tolist(), captions, strict=True)
+        if text.casefold() != caption.casefold()
+    ]
+    if len(queries) < _MIN_TEXTS:
+        return {"cutoff": cutoff}
+    sample = index.vectors(spread_rows(np.arange(index.count)))
+    weight = choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)
+    return {"cutoff": cutoff, "hybrid_weight": weight}
 
 
 def compare(
@@ -210,24 +224,18 @@ def compare(
         margin: 0.02 is two points of a hundred.
     """
     if pairs is None:
-        return pass_uncompared("there are no captions and no validation pairs to compare by", margin)
+        return GateVerdict("there are no captions and no validation pairs to compare by", margin)
     shared = [
         (text, item_id)
         for text, item_id in zip(pairs.texts, pairs.ids, strict=True)
         if served.row_of(item_id) is not None and rebuilt.row_of(item_id) is not None
     ]
     if not shared:
-        return pass_uncompared("no image of the pairs is in both indexes", margin)
-    texts, ids = [text for text, _ in shared], [item_id for _, item_id in shared]
-    masks = _shared_rows(served, rebuilt), _shared_rows(rebuilt, served)
-    vectors = served_encoder.encode_text(texts), rebuilt_encoder.encode_text(texts)
-    before_gains, after_gains = _gains(served, vectors[0], ids, masks[0]), _gains(rebuilt, vectors[1], ids, masks[1])
-    before, after = _measures(before_gains), _measures(after_gains)
-    weights = served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight
-    if weights[0] is not None and weights[1] is not None:
-        before |= _measures(_hybrid_gains(served, weights[0], texts, vectors[0], ids, masks[0]), "hybrid_")
-        after |= _measures(_hybrid_gains(rebuilt, weights[1], texts, vectors[1], ids, masks[1]), "hybrid_")
-    pool = served.manifest.count if masks[0] is None else int(np.count_nonzero(masks[0]))
+        return GateVerdict("no image of the pairs is in both indexes", margin)
+    has_weights = None not in (served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight)
+    before_gains, before, pool = _measure(served, served_encoder, shared, rebuilt, with_words=has_weights)
+    after_gains, after, _ = _measure(rebuilt, rebuilt_encoder, shared, served, with_words=has_weights)
+    ids = [item_id for _, item_id in shared]
     difference, visible = _difference(before_gains, after_gains, ids)
     names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
     changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in names.items())
@@ -241,35 +249,34 @@ def compare(
             "%d pairs tell differences of %.1f points from chance, but the margin is %g; give more validation pairs",
             len(shared), 100 * visible, 100 * margin,
         )  # fmt: skip
-    passed = not losses(before, after, margin)
     return GateVerdict(
-        passed, True, reason, margin, len(shared), pool, pairs.source, before, after, difference, round(visible, 4)
-    )
+        reason, margin, not losses(before, after, margin), True, len(shared), pool, pairs.source, before, after,
+        difference, round(visible, 4),
+    )  # fmt: skip
 
 
-def _shared_rows(artifact: Artifact, other: Artifact) -> Mask | None:
-    """Return the rows of an artifact that are items of the other one too; None for all."""
+def _measure(
+    artifact: Artifact, encoder: Encoder, pairs: Sequence[tuple[str, str]], other: Artifact, *, with_words: bool
+) -> tuple[Floats, dict[str, float], int]:
+    """Search among the items of both indexes for the images of texts.
+
+    Returns:
+        1 / log2(1 + rank) of each text's image, 0 where it is not found, float (n,); the measures, with those of
+        hybrid searches if asked for; and the number of items that were searched.
+    """
+    texts, targets = [text for text, _ in pairs], [artifact.row_of(item_id) or 0 for _, item_id in pairs]
     other_ids = other.column("id").filter(other.live)
-    mask: Mask = pc.is_in(artifact.column("id"), other_ids).to_numpy() & artifact.live
-    return None if mask.all() else mask
-
-
-def _gains(artifact: Artifact, vectors: Floats, ids: list[str], allowed: Mask | None) -> Floats:
-    """Return 1 / log2(1 + rank) of each text's image, 0 where it is not found: float64 (n,)."""
-    rows = artifact.search(vectors, _DEPTH, allowed)[1]
-    is_target = rows == np.array([artifact.row_of(item_id) for item_id in ids])[:, None]
+    is_shared: Mask = pc.is_in(artifact.column("id"), other_ids).to_numpy() & artifact.live
+    allowed = None if is_shared.all() else is_shared
+    vectors = encoder.encode_text(texts)
+    is_target = artifact.search(vectors, _DEPTH, allowed)[1] == np.array(targets)[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
-    return gains
-
-
-def _hybrid_gains(
-    artifact: Artifact, weight: float, texts: list[str], vectors: Floats, ids: list[str], allowed: Mask | None
-) -> Floats:
-    """Return the gains of searches by words and vectors, as `_gains` does."""
-    assert artifact.lexical is not None  # a weight was chosen with it
-    queries = list(zip(texts, vectors, [artifact.row_of(item_id) or 0 for item_id in ids], strict=True))
-    gains = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
-    return gains[:, 0].astype(np.float32)
+    measures = _measures(gains)
+    if with_words and artifact.lexical is not None:
+        queries, weight = list(zip(texts, vectors, targets, strict=True)), artifact.manifest.words_weight
+        hybrid = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
+        measures |= _measures(hybrid[:, 0].astype(np.float32), "hybrid_")
+    return gains, measures, int(np.count_nonzero(is_shared))
 
 
 def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:

@@ -57,12 +57,9 @@ def _without_secrets(url: str) -> str:
 def _publish(url: str, index: Path, version: int) -> str:
     import redis
 
-    client = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-    try:
-        message = json.dumps({"index": str(index.absolute()), "version": version})
+    message = json.dumps({"index": str(index.absolute()), "version": version})
+    with redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S) as client:
         return f"received by {client.publish(PUBLISHED_CHANNEL, message)}"
-    finally:
-        client.close()
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -1,15 +1,17 @@
-"""Addition and removal of items without a rebuild.
+"""Versions that are made without a rebuild: items added or removed, or a gallery or model that was moved.
 
 - An update is a new version. It shares every unchanged file with the one before by hard links, and rolls back like any.
 - Added images are encoded by the version's own model into a segment of their own. Small earlier additions are merged
   into it, so a thousand small additions leave a handful of segments.
-- Removed items are a list of rows that searches skip. Their vectors stay in the file until a rebuild.
-- The manifest says when a rebuild is recommended: many segments, many rows outside the built index, or many removed
-  rows.
+- Removed items are a list of rows that searches skip, until a rebuild; the manifest says when that is recommended.
+- A relocation writes the items with absolute locations below the former folder, and the configuration of a checkpoint
+  whose model was moved. Nothing is encoded.
 """
 
+import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,18 +19,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
+from dcar_core.util.files import write_json
 from index_jobs.encoding.devices import choose_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_failed
-from index_jobs.engines.protocol import NewIndex
-from index_jobs.engines.registry import load_engine
+from index_jobs.engines.measure import caption_queries
+from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, absolute_locations, scan
-from index_jobs.gallery.storage import join_location
-from index_jobs.jobs.contents import caption_queries
-from index_jobs.jobs.gallery_changes import count_indexed_files
+from index_jobs.gallery.storage import is_url, join_location, parent_folder
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_removed
@@ -36,12 +38,12 @@ from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, ta
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
 from index_jobs.store.manifest import (
     ADDITIONS_ENGINE,
+    CHECKPOINT,
     FAILED,
     ITEMS,
     LEXICAL,
     REMOVED,
     Addition,
-    FileInfo,
     Manifest,
     utc_now,
 )
@@ -54,26 +56,20 @@ MAX_ADDITIONS = 8
 REMOVED_SHARE = 0.2
 ADDED_SHARE = 0.2
 ADDED_ROWS = 20_000  # compared one by one in every search, in addition to the built index
+_CONFIG = f"{CHECKPOINT}/config.json"
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
-
-
-class NoItemLeftError(DataError):
-    """A removal would leave no item."""
 
 
 @dataclass(frozen=True)
 class UpdateSummary:
-    """Result of an update. count: items that can be found. failed: images that could not be read.
-
-    rebuild: why a rebuild is recommended, or "".
-    """
+    """Result of an update."""
 
     version: int
-    count: int
+    count: int  # items that can be found
     added: int
     removed: int
-    failed: int
-    rebuild: str
+    failed: int  # images that could not be read
+    rebuild: str  # why a rebuild is recommended, or ""
 
 
 def remove(
@@ -86,29 +82,18 @@ def remove(
         missing_ok: ignore ids that are not in the index.
 
     Raises:
-        DataError: an id is not in the index.
-        NoItemLeftError: no item would be left.
+        DataError: an id is not in the index, or no item would be left.
         ArtifactError: nothing is published.
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; published versions are unchanged.
     """
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
+        rows = _rows_of(current, ids, missing_ok=missing_ok)
         manifest = current.manifest
-        ids = list(dict.fromkeys(ids))
-        if missing_ok:
-            ids = [item_id for item_id in ids if current.row_of(item_id) is not None]
-        if not ids:
-            return UpdateSummary(manifest.version, manifest.count, 0, 0, 0, manifest.rebuild)
-        rows = _rows_of(current, ids)
-        removed = np.union1d(np.flatnonzero(~current.live), rows)
-        if len(removed) == current.rows:
-            raise NoItemLeftError(f"no item would be left in {index}; delete the directory instead")
-        files = {name: info for name, info in manifest.files.items() if name != REMOVED}
-        shared = publish.share_files(current.path, staging, files)
-        write_removed(staging / REMOVED, removed)
-        manifest = _updated_manifest(manifest, current.rows, removed, manifest.additions)
-        manifest = publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
+        if len(rows):
+            removed = np.union1d(np.flatnonzero(~current.live), rows)
+            manifest = _publish(index, staging, current, removed, manifest.additions, keep)
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
@@ -117,6 +102,7 @@ def add(
     gallery: str | Path,
     *,
     replace_existing: bool = False,
+    removed_ids: Sequence[str] = (),
     **options: Any,
 ) -> UpdateSummary:
     """Publish a version with the images of another gallery added.
@@ -124,14 +110,13 @@ def add(
     Args:
         gallery: a folder, tar or list; see `index_jobs.gallery.scan`.
         replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
+        removed_ids: items to remove in the same version; unknown ones are ignored.
         options: keep, workers, batch_size, max_failed, device, runtime and progress of `BuildOptions`.
 
     Raises:
         DataError: the gallery cannot be used, too many images are broken, an id exists already, or a field would get
             values of another type.
-        ArtifactError: nothing is published.
-        LockedError: another job is writing.
-        DcarError: the disk is full or cannot be written; published versions are unchanged.
+        ArtifactError, LockedError, DcarError: as by `remove`.
     """
     scanned = scan(gallery)
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
@@ -141,53 +126,60 @@ def add(
         if existing and not replace_existing:
             raise _collision(current, scanned, existing)
         _require_same_types(current, scanned, str(gallery))
-        repeated, example = count_indexed_files(current, scanned)
-        if repeated:
-            logger.warning(
-                "%d images, such as %s, are in the index already, below another folder: searches find both items; "
-                "`dcar index rollback %s` undoes this, and a rebuild indexes files that are new in its gallery",
-                repeated, example, index,
-            )  # fmt: skip
+        _warn_of_indexed_files(current, scanned, index)
         settings = BuildOptions.of({"exact": current.manifest.spec.exact, **options})
         replicas = choose_replicas(scanned, current.checkpoint, index / WORK, settings)
         current.require(replicas[0].fingerprint)
         encoded = encode_gallery(scanned, replicas, index / WORK, settings)
-        rows = encoded.rows()
-        encoded_ids = {ids[row] for row in rows.tolist()}
+        encoded_ids = {ids[row] for row in encoded.rows().tolist()}
         replaced = [item_id for item_id in existing if item_id in encoded_ids]  # a broken image replaces nothing
-        removed = np.union1d(np.flatnonzero(~current.live), _rows_of(current, replaced))
-        manifest = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
-        shared = publish.share_files(current.path, staging, _unchanged_files(current.manifest, manifest))
-        if manifest.has_lexical:
-            shared = _update_lexical(staging, manifest, shared)
-        manifest = publish.publish_version(index, staging, manifest, keep=settings.keep, shared=shared)
+        rows = _rows_of(current, [*replaced, *removed_ids], missing_ok=True)
+        removed = np.union1d(np.flatnonzero(~current.live), rows)
+        additions, removed = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
+        manifest = _publish(index, staging, current, removed, additions, settings.keep)
         publish.remove_directory(index, index / WORK)
     return UpdateSummary(
-        manifest.version, manifest.count, len(rows), len(replaced), len(encoded.failed), manifest.rebuild
+        manifest.version, manifest.count, len(encoded), len(replaced), len(encoded.failed), manifest.rebuild
     )
+
+
+def _rows_of(artifact: Artifact, ids: Sequence[str], *, missing_ok: bool) -> Rows:
+    rows = {item_id: artifact.row_of(item_id) for item_id in ids}
+    unknown = [item_id for item_id, row in rows.items() if row is None]
+    if unknown and not missing_ok:
+        names = ", ".join(map(repr, unknown[:3]))
+        raise DataError(f"{len(unknown):,} of {len(rows):,} ids are not in the index: {names}; nothing was removed")
+    return np.array([row for row in rows.values() if row is not None], np.int64)
 
 
 def _write_addition(
     staging: Path, current: Artifact, gallery: Gallery, encoded: EncodedGallery, removed: Rows, encoder: Encoder
-) -> Manifest:
-    """Write the new segment, with small earlier additions merged into it, and return the manifest.
+) -> tuple[list[Addition], Rows]:
+    """Write the new segment, with small earlier additions merged into it.
 
     Args:
         removed: the removed rows of the current version, replaced items included.
+
+    Returns:
+        the additions of the new version, and its removed rows: merged additions lose theirs.
     """
-    manifest, rows = current.manifest, encoded.rows()
-    kept = _count_kept(manifest.additions, len(rows))
-    folder = f"added-{manifest.version + 1}"
+    manifest = current.manifest
+    kept, size = len(manifest.additions), len(encoded)
+    for addition in reversed(manifest.additions):
+        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, ADDED_ROWS - size):
+            break
+        kept, size = kept - 1, size + addition.count
+    merged, folder = manifest.additions[kept:], f"added-{manifest.version + 1}"
     (staging / folder).mkdir()
     tables, blocks = [], []
-    start = merged_from = current.rows - sum(addition.count for addition in manifest.additions[kept:])
-    for addition in manifest.additions[kept:]:
+    start = merged_from = current.rows - sum(addition.count for addition in merged)
+    for addition in merged:
         live = np.setdiff1d(np.arange(start, start + addition.count), removed)
         tables.append(Items(current.path / addition.folder / ITEMS).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
     new = absolute_locations(encoded.with_sizes(gallery.table), gallery.root).select(COLUMNS)
-    table = pa.concat_tables([*tables, take_rows(new, rows)])
+    table = pa.concat_tables([*tables, take_rows(new, encoded.rows())])
     new_index = NewIndex(
         folder=staging / folder, version=manifest.version + 1, blocks=lambda: chain(blocks, encoded.blocks()),
         count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
@@ -196,10 +188,6 @@ def _write_addition(
     created = engine.create(spec, new_index)
     write_failed(staging / folder / FAILED, gallery, encoded.failed)
     write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
-    removed = removed[removed < merged_from]  # merged additions lose their removed rows
-    if len(removed):
-        write_removed(staging / REMOVED, removed)
-    merged = manifest.additions[kept:]
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]
     roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
     added = Addition(
@@ -209,43 +197,60 @@ def _write_addition(
         sources=list(dict.fromkeys(sources)),
         roots=list(dict.fromkeys(roots)),
     )
-    return _updated_manifest(manifest, merged_from + table.num_rows, removed, [*manifest.additions[:kept], added])
+    return [*manifest.additions[:kept], added], removed[removed < merged_from]
 
 
-def _update_lexical(staging: Path, manifest: Manifest, shared: dict[str, FileInfo]) -> dict[str, FileInfo]:
-    """Bring the shared lexical index up to date, and return the shared files without those that tantivy replaced."""
-    addition = manifest.additions[-1]
-    first_row = manifest.count + manifest.removed - addition.count
-    items = Items(staging / addition.folder / ITEMS)
-    texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
-    replaced = write_lexical(staging / LEXICAL, texts, first_row)
-    return {name: info for name, info in shared.items() if name not in replaced}
+def _publish(
+    index: Path, staging: Path, current: Artifact, removed: Rows, additions: list[Addition], keep: int
+) -> Manifest:
+    """Publish a version that shares all files with the current one but merged additions and the removed rows."""
+    manifest, added = current.manifest, sum(addition.count for addition in additions)
+    built = current.rows - sum(addition.count for addition in manifest.additions)
+    rows = built + added
+    if len(removed) == rows:
+        raise DataError("no item would be left; delete the index or the collection instead")
+    reasons = []
+    if len(additions) >= MAX_ADDITIONS:
+        reasons.append(f"every search goes through {len(additions)} additions")
+    if added > max(ADDED_SHARE * built, ADDED_ROWS):
+        reasons.append(f"{added:,} of {rows:,} items are outside the built index")
+    if len(removed) > REMOVED_SHARE * rows:
+        reasons.append(f"{len(removed):,} of {rows:,} rows are removed, and skipped in every search")
+    merged = tuple(f"{addition.folder}/" for addition in manifest.additions if addition not in additions)
+    files = {name: info for name, info in manifest.files.items() if not name.startswith((*merged, REMOVED))}
+    shared = publish.share_files(current.path, staging, files)
+    if len(removed):
+        write_removed(staging / REMOVED, removed)
+    if manifest.has_lexical and additions != manifest.additions:
+        items = Items(staging / additions[-1].folder / ITEMS)
+        texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
+        for name in write_lexical(staging / LEXICAL, texts, rows - len(items)):  # tantivy has replaced these
+            shared.pop(name, None)
+    manifest = replace(
+        manifest,
+        count=rows - len(removed),
+        removed=len(removed),
+        additions=additions,
+        rebuild="; ".join(reasons),
+        created=utc_now(),
+    )
+    return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 
 
-def _unchanged_files(before: Manifest, after: Manifest) -> dict[str, FileInfo]:
-    """Return the files of a version that the next one shares: all but merged additions and the removed rows."""
-    merged = [addition.folder for addition in before.additions if addition not in after.additions]
-    changed = (*(f"{folder}/" for folder in merged), REMOVED)
-    return {name: info for name, info in before.files.items() if not name.startswith(changed)}
-
-
-def _count_kept(additions: Sequence[Addition], new_rows: int) -> int:
-    """Return how many additions stay as they are; the later ones are merged with the new rows."""
-    kept = len(additions)
-    for addition in reversed(additions):
-        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * new_rows, ADDED_ROWS - new_rows):
-            break
-        kept, new_rows = kept - 1, new_rows + addition.count
-    return kept
-
-
-def _rows_of(artifact: Artifact, ids: Sequence[str]) -> Rows:
-    rows = [artifact.row_of(item_id) for item_id in ids]
-    unknown = [item_id for item_id, row in zip(ids, rows, strict=True) if row is None]
-    if unknown:
-        names = ", ".join(map(repr, unknown[:3]))
-        raise DataError(f"{len(unknown):,} of {len(ids):,} ids are not in the index: {names}; nothing was removed")
-    return np.array(rows, np.int64)
+def _warn_of_indexed_files(current: Artifact, gallery: Gallery, index: Path) -> None:
+    """Warn of images whose files live items of other ids have."""
+    tables = [segment.items.table().select(["id", "location"]) for segment in current.segments]
+    live = pa.concat_tables(tables).filter(pa.array(current.live))
+    locations = absolute_locations(gallery.table, gallery.root)["location"]
+    below_root = pc.replace_substring_regex(locations, f"^{re.escape(current.manifest.root)}/", "")
+    is_new = pc.invert(pc.is_in(gallery.table["id"], live["id"]))
+    is_indexed = pc.or_(pc.is_in(locations, live["location"]), pc.is_in(below_root, live["location"]))
+    if len(repeated := locations.filter(pc.and_(is_new, is_indexed))):
+        logger.warning(
+            "%d images, such as %s, are in the index already, below another folder: searches find both items; "
+            "`dcar index rollback %s` undoes this, and a rebuild indexes files that are new in its gallery",
+            len(repeated), repeated[0].as_py(), index,
+        )  # fmt: skip
 
 
 def _require_same_types(artifact: Artifact, gallery: Gallery, location: str) -> None:
@@ -263,34 +268,108 @@ def _require_same_types(artifact: Artifact, gallery: Gallery, location: str) -> 
 
 def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> DataError:
     """Return the error for ids that are in the index; it advises --replace only if their files are the same."""
-    columns = zip(*(gallery.table[name].to_pylist() for name in ("id", "location", "offset")), strict=True)
-    locations = {item_id: (join_location(gallery.root, location), offset) for item_id, location, offset in columns}
-    indexed = {item_id: current.image_location(current.row_of(item_id) or 0) for item_id in existing}
-    others = [item_id for item_id in existing if locations[item_id] != indexed[item_id]]
     message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.location} have an id that is in the index"
-    if not others:
-        return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
-    return DataError(
-        f"{message}, such as {others[0]!r}, which is {indexed[others[0]][0]} there and {locations[others[0]][0]} here; "
-        f"--gallery NAME=LOCATION keeps both, with NAME/ before the new ids (--replace takes the "
-        f"indexed ones out)"
-    )
+    columns = (gallery.table[name].to_pylist() for name in ("id", "location", "offset"))
+    for item_id, location, offset in zip(*columns, strict=True):
+        new, row = (join_location(gallery.root, location), offset), current.row_of(item_id)
+        if row is not None and (indexed := current.image_location(row)) != new:
+            return DataError(
+                f"{message}, such as {item_id!r}, which is {indexed[0]} there and {new[0]} here; --gallery "
+                f"NAME=LOCATION keeps both, with NAME/ before the new ids (--replace takes the indexed ones out)"
+            )
+    return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
 
 
-def _updated_manifest(manifest: Manifest, rows: int, removed: Rows, additions: list[Addition]) -> Manifest:
-    added = sum(addition.count for addition in additions)
-    reasons = []
-    if len(additions) >= MAX_ADDITIONS:
-        reasons.append(f"every search goes through {len(additions)} additions")
-    if added > max(ADDED_SHARE * (rows - added), ADDED_ROWS):
-        reasons.append(f"{added:,} of {rows:,} items are outside the built index")
-    if len(removed) > REMOVED_SHARE * rows:
-        reasons.append(f"{len(removed):,} of {rows:,} rows are removed, and skipped in every search")
+def relocate(
+    index: Path,
+    *,
+    gallery: str | None = None,
+    former: str | None = None,
+    model: Path | None = None,
+    keep: int = BuildOptions.keep,
+) -> Manifest:
+    """Publish a version with another location of its images, its model, or both.
+
+    Args:
+        gallery: the new folder of the images, or the new location of the tar or list.
+        former: the folder that was moved there; None for the root of the gallery.
+        model: the new directory or file of the backbone.
+
+    Raises:
+        DataError: most sampled images are missing at the new location, or the model comes from a hub.
+        CheckpointError, ModelError: the model at the new location is another one, or cannot be loaded.
+    """
+    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+        current = open_current(index)
+        manifest, written = current.manifest, set[str]()
+        if gallery is not None:
+            old, new = _absolute(former or manifest.root), _absolute(gallery)
+            if not old:
+                raise DataError(f"name the folder that was moved with --from: {', '.join(manifest.folders)}")
+            new = parent_folder(new).rstrip("/") if not is_url(new) and Path(new).is_file() else new
+            # In a list of galleries, [NAME=]LOCATION with commas between, and in a single location.
+            moved = re.compile(rf"(^|(?<=, )|(?<==)){re.escape(old)}(?=/|, |$)")
+            manifest = _move_manifest(manifest, lambda location: moved.sub(lambda _: new, location))
+            written |= _write_moved_items(current, staging, old, new)
+            if manifest.folders == current.manifest.folders and not written:
+                raise DataError(f"no image of {index} is below {old}; they are in {', '.join(manifest.folders)}")
+        if model is not None:
+            _write_config(current, staging, model.absolute())
+            written.add(_CONFIG)
+        kept = {name: info for name, info in current.manifest.files.items() if name not in written}
+        shared = publish.share_files(current.path, staging, kept)
+        if model is not None:
+            current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
+        staged = publish.prepare_version(index, staging, manifest, shared=shared)
+        if gallery is not None and (fault := staged.find_gallery_fault(new)):
+            raise DataError(f"nothing is published: {fault}; give the new location of {old}")
+        for folder in (each for each in manifest.folders if not is_url(each) and not Path(each).exists()):
+            logger.warning("%s is missing as well; relocate it with --from %s", folder, folder)
+        return publish.commit_version(index, staged, keep=keep)
+
+
+def _absolute(location: str) -> str:
+    return (location if is_url(location) or not location else str(Path(location).absolute())).rstrip("/")
+
+
+def _move_manifest(manifest: Manifest, move: Callable[[str], str]) -> Manifest:
+    """Return the manifest with other locations of its galleries."""
+    additions = [
+        replace(addition, sources=[*map(move, addition.sources)], roots=[*map(move, addition.roots)])
+        for addition in manifest.additions
+    ]
     return replace(
         manifest,
-        count=rows - len(removed),
-        removed=len(removed),
+        spec=replace(manifest.spec, gallery=move(manifest.spec.gallery)),
+        root=move(manifest.root),
+        roots=[*map(move, manifest.roots)],
         additions=additions,
-        rebuild="; ".join(reasons),
         created=utc_now(),
     )
+
+
+def _write_moved_items(current: Artifact, staging: Path, old: str, new: str) -> set[str]:
+    """Write the items that have absolute locations below the former folder, and return the names of their files."""
+    names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in current.manifest.additions)]
+    written = set[str]()
+    for name, segment in zip(names, current.segments, strict=True):
+        table = segment.items.table()
+        locations = table["location"]
+        moved = pc.replace_substring_regex(locations, rf"^{re.escape(old)}(/|$)", new.replace("\\", r"\\") + r"\1")
+        if moved != locations:
+            (staging / name).parent.mkdir(exist_ok=True)
+            table = table.set_column(table.schema.get_field_index("location"), "location", moved)
+            write_items(staging / name, table, np.arange(len(moved)))
+            written.add(name)
+    return written
+
+
+def _write_config(current: Artifact, staging: Path, model: Path) -> None:
+    config: dict[str, Any] = json.loads((current.path / _CONFIG).read_text(encoding="utf-8"))
+    backbone = config["backbone"]
+    local = [key for key in ("model", "pretrained") if backbone[key] and Path(backbone[key]).is_absolute()]
+    if not local:
+        raise DataError(f"the model {backbone['model']} comes from a hub, so it has no location to change")
+    backbone[local[0] if model.is_dir() else local[-1]] = str(model)
+    (staging / CHECKPOINT).mkdir(exist_ok=True)
+    write_json(staging / _CONFIG, config)

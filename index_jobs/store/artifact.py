@@ -25,8 +25,7 @@ import pyarrow as pa
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
 from dcar_core.util.files import atomic_writer, sha256_of
-from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
-from index_jobs.engines.registry import load_engine
+from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import ImageAccess, is_url, join_location, open_image
 from index_jobs.store.items import Items, common_type, typed_array
 from index_jobs.store.lexical.fusion import spread_rows

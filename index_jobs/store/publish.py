@@ -20,7 +20,7 @@ from pathlib import Path
 from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
-from index_jobs.engines.registry import load_engine
+from index_jobs.engines.protocol import load_engine
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest

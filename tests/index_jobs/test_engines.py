@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DataError
-from index_jobs.engines.registry import ENGINES, load_engine
+from index_jobs.engines.protocol import ENGINES, load_engine
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback

@@ -6,103 +6,88 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import faiss
+import faiss as typed_faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
-from index_jobs.engines.faiss import search as faiss_search
-from index_jobs.engines.faiss.build import build_index, fill_index
-from index_jobs.engines.faiss.gpu import MAX_K
-from index_jobs.engines.faiss.index import FaissIndex, write_faiss
-from index_jobs.engines.faiss.kinds import IndexChoice
+from index_jobs.engines.faiss import index as faiss_index
+from index_jobs.engines.faiss.build import fill_index
+from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, write_faiss
 from index_jobs.engines.protocol import merge_top_k
-from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import MAX_FIELDS, FieldTypes, typed_array
 from index_jobs.store.versions import open_current
+from tests.support.vectors import blocks, build, choices_of, recall, unit
 
+faiss: Any = typed_faiss
 DIM, COUNT = 32, 6000
 
 
 @pytest.fixture(scope="module")
-def vectors() -> NDArray[np.float32]:
+def vectors() -> Floats:
     generator = np.random.default_rng(0)
     centres = generator.normal(size=(60, DIM))
-    vectors = centres[generator.integers(60, size=COUNT)] + 0.5 * generator.normal(size=(COUNT, DIM))
-    unit: Floats = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-    return unit
+    return unit(centres[generator.integers(60, size=COUNT)] + 0.5 * generator.normal(size=(COUNT, DIM)))
 
 
 @pytest.fixture(scope="module")
-def built(vectors: NDArray[np.float32]) -> Callable[[str], Any]:
+def built(vectors: Floats, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     """Build an index of a kind, once for all tests that only search it."""
-    return cache(lambda kind: build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index)
+
+    @cache
+    def build_once(kind: str) -> Any:
+        file = tmp_path_factory.mktemp("built") / "index.faiss"
+        build(file, vectors, kind)
+        return faiss.read_index(str(file))
+
+    return build_once
 
 
-@pytest.mark.parametrize("kind", ["Flat", "SQ8"])
-def test_few_removed_rows_are_skipped_by_exhaustive_kinds(
-    kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    index = FaissIndex(built(kind))
-    mask = np.ones(COUNT, np.bool_)
-    mask[::7] = False
-    monkeypatch.setattr(faiss_search, "_SELECTOR_SHARE", 1.0)
-    scores, rows = index.search(vectors[:50], 10, mask)
-    monkeypatch.setattr(faiss_search, "_SELECTOR_SHARE", 0.25)
-    monkeypatch.setattr(faiss_search, "_search_exactly", None)  # takes every allowed row out of the index
-    again, same = index.search(vectors[:50], 10, mask)
-    assert np.mean(rows == same) > 0.99
-    np.testing.assert_allclose(again, scores, atol=1e-5)
+def fill(vectors: Floats, kind: str, **parameters: int) -> Any:
+    """Return an index of a kind that is not tuned."""
+    index = fill_index(choices_of(kind)[0], vectors.shape[1], blocks(vectors), len(vectors))
+    inner, _ = faiss_index.unwrap(index)
+    for name, value in parameters.items():
+        setattr({"efSearch": getattr(inner, "hnsw", None), "k_factor": index}.get(name, inner), name, value)
+    return index
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "width", "recall"),
+    ("kind", "width", "lowest"),
     [
-        ("HNSW16", 16, 0.97),
-        ("HNSW16,SQfp16", 16, 0.97),
-        ("HNSW16,SQ8", 16, 0.95),
-        ("HNSW16,SQ4,Refine(SQ8)", 16, 0.93),
-        ("IVF128,Flat", 2, 0.9),
-        ("PCA24,IVF128,SQ8", 2, 0.5),
-        ("IVF128,PQ16x4fs,Refine(SQ8)", 2, 0.6),
+        ("HNSW16,SQfp16", {"efSearch": 16}, 0.97),
+        ("HNSW16,SQ4,Refine(SQ8)", {"efSearch": 16, "k_factor": 12}, 0.93),
+        ("IVF128,Flat", {"nprobe": 2}, 0.9),
+        ("PCA24,IVF128,SQ8", {"nprobe": 2}, 0.5),
+        ("IVF128,PQ16x4fs,Refine(SQ8)", {"nprobe": 2, "k_factor": 12}, 0.6),
     ],
 )
-def test_many_results_are_complete_and_near(kind: str, width: int, recall: float, vectors: NDArray[np.float32]) -> None:
+def test_many_results_are_complete_and_near(kind: str, width: dict[str, int], lowest: float, vectors: Floats) -> None:
     """An index tuned for ten results visits fewer than a hundred vectors."""
-    whole = build_index(lambda: iter([vectors]), COUNT, DIM, [IndexChoice(kind, "test")]).index
-    inner, *_ = faiss_search.unwrap(whole)
-    graph = kind.startswith("HNSW")  # in which some rows may have no way to them
-    if graph:
-        inner.hnsw.efSearch = width
-    else:
-        inner.nprobe = width
-    index, queries = FaissIndex(whole), vectors[:40] + 0.02
-    nearest = np.argsort(-queries @ vectors.T, 1)
-    for k in (11, 50, 200, 1000, *([] if graph else [COUNT])):
+    index, queries = FaissIndex(fill(vectors, kind, **width)), vectors[:40] + 0.02
+    is_graph = kind.startswith("HNSW")  # in which some rows may have no way to them
+    for k in (11, 50, 200, 1000, *([] if is_graph else [COUNT])):
         scores, rows = index.search(queries, k)
         assert (np.diff(scores) <= 0).all()
         assert all(len(set(row)) == k for row in rows.tolist())
         assert (rows >= 0).all()
-        found = np.mean([len(set(a) & set(b)) / k for a, b in zip(rows.tolist(), nearest[:, :k].tolist(), strict=True)])
-        assert found >= recall, k
+        assert recall(rows, queries, vectors) >= lowest, k
     assert (index.search(queries, COUNT + 1)[1][:, -1] == -1).all(), "there are no more"
 
 
 @pytest.mark.parametrize("kind", ["HNSW16,SQfp16", "IVF32,Flat"])
 def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
-    kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]
+    kind: str, built: Callable[[str], Any], vectors: Floats
 ) -> None:
     index, queries = FaissIndex(built(kind)), vectors[:20] + 0.02
-    counters: Any = faiss.cvar
-    stats = counters.hnsw_stats if kind.startswith("HNSW") else counters.indexIVF_stats
+    stats = faiss.cvar.hnsw_stats if kind.startswith("HNSW") else faiss.cvar.indexIVF_stats
 
-    def compared(k: int, *, is_narrow: bool = False) -> tuple[int, NDArray[np.int64]]:
+    def compared(k: int, *, is_narrow: bool = False) -> tuple[int, Rows]:
         stats.reset()
         rows = index.search(queries, k, is_narrow=is_narrow)[1]
         return stats.ndis, rows
@@ -114,18 +99,16 @@ def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
     assert all(len(set(found) - {-1}) == 100 for found in rows.tolist())
 
 
-def test_more_results_than_a_gpu_gives_come_from_the_processor(
-    built: Callable[[str], Any], vectors: NDArray[np.float32]
-) -> None:
+def test_more_results_than_a_gpu_gives_come_from_the_processor(built: Callable[[str], Any], vectors: Floats) -> None:
     class Gpu:
-        def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            assert k <= MAX_K
+        def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
+            assert k <= MAX_GPU_K
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
     index = FaissIndex(built("Flat"))
     index._unfiltered = Gpu()
-    assert index.search(vectors[:1], MAX_K)[1].max() == 0
-    assert sorted(index.search(vectors[:1], MAX_K + 1)[1][0][:MAX_K]) != [0] * MAX_K
+    assert index.search(vectors[:1], MAX_GPU_K)[1].max() == 0
+    assert sorted(index.search(vectors[:1], MAX_GPU_K + 1)[1][0][:MAX_GPU_K]) != [0] * MAX_GPU_K
 
 
 @pytest.mark.slow
@@ -134,10 +117,8 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(
     [
         ("Flat", 1.0),
         ("SQ8", 0.95),
-        ("HNSW16", 0.97),
         ("HNSW16,SQfp16", 0.97),
         ("IVF32,Flat", 0.97),
-        ("IVF32,SQ8", 0.93),
         ("IVF32,RaBitQ,Refine(SQ8)", 0.93),
         ("IVF32,PQ16x4fs,Refine(SQ8)", 0.93),
         ("IVF32,PQ16x4fs,Refine(SQfp16)", 0.93),
@@ -151,76 +132,62 @@ def test_filtered_search_finds_the_nearest_allowed_rows(
     lowest: float,
     exact_up_to: int,
     built: Callable[[str], Any],
-    vectors: NDArray[np.float32],
+    vectors: Floats,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", exact_up_to)
+    monkeypatch.setattr(faiss_index, "EXACT_UP_TO", exact_up_to)
     index = FaissIndex(built(kind))
     generator = np.random.default_rng(1)
     queries = vectors[generator.integers(COUNT, size=60)]
     for share in (0.6, 0.05, 0.003):
         mask = generator.random(COUNT) < share
         scores, rows = index.search(queries, 10, mask)
-        assert (scores.dtype, rows.dtype) == (np.dtype(np.float32), np.dtype(np.int64))
-        assert rows.shape == (60, 10)
+        assert (scores.dtype, rows.dtype, rows.shape) == (np.dtype(np.float32), np.dtype(np.int64), (60, 10))
         assert mask[rows[rows >= 0]].all()
         assert (np.diff(scores[:, :10]) <= 1e-6).all()
-        truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
-        recall = np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)])
-        assert recall >= lowest, f"share {share}"
+        assert recall(rows, queries, vectors, mask) >= lowest, f"share {share}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["HNSW16,SQfp16", "IVF128,Flat", "IVF128,PQ32x4fs,Refine(SQ8)", "PCA32,IVF128,SQ8"])
-def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Allowed rows that lie away from the query, like another category, are found too."""
-    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 100)
     generator = np.random.default_rng(2)
     centres = generator.normal(size=(120, DIM))
     centres[:60, 0] += 9
     centres[60:, 0] -= 9
-    found = centres[np.repeat(np.arange(120), 100)] + 0.5 * generator.normal(size=(12_000, DIM))
-    vectors = (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
-    index = FaissIndex(build_index(lambda: iter([vectors]), len(vectors), DIM, [IndexChoice(kind, "test")]).index)
+    vectors = unit(centres[np.repeat(np.arange(120), 100)] + 0.5 * generator.normal(size=(12_000, DIM)))
+    build(tmp_path / "index", vectors, kind)
+    index = FaissIndex.open(tmp_path / "index")
     far = np.arange(len(vectors)) >= 6000
     side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # allowed rows start near some queries only
     queries = vectors[generator.integers(6000, size=60)]
-    lowest = 0.85 if "PQ" in kind else 0.9
     for mask in (far, side):
         rows = index.search(queries, 10, mask)[1]
         assert (rows >= 0).all()
         assert mask[rows].all()
-        truth = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
-        assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, truth, strict=True)]) >= lowest
+        assert recall(rows, queries, vectors, mask) >= (0.85 if "PQ" in kind else 0.9)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "SQ8",
-        "SQfp16",
-        "IVF32,PQ16x4fs,Refine(SQfp16)",
-        "IVF32,PQ16x4fs,Refine(SQ8)",
-        "HNSW8",
-        "HNSW8,SQfp16",
-        "HNSW8,SQ8",
-    ],
-)
-def test_exact_searches_compare_the_stored_vectors(kind: str, vectors: NDArray[np.float32], tmp_path: Path) -> None:
-    """Codes that are copied from a mapped file have the scores of the vectors that FAISS decodes one by one."""
-    write_faiss(fill_index(IndexChoice(kind, "test"), DIM, lambda: iter([vectors]), COUNT), tmp_path / "index.faiss")
-    index: Any = FaissIndex.open(tmp_path / "index.faiss")
-    mask = np.zeros(COUNT, np.bool_)
-    mask[5::4] = True
+@pytest.mark.parametrize("kind", ["SQfp16", "IVF32,PQ16x4fs,Refine(SQ8)", "HNSW8", "HNSW8,SQ8", "IVF32,SQ8"])
+@pytest.mark.parametrize("decoded_share", [0, 1])
+def test_exact_searches_compare_the_stored_vectors(
+    kind: str, decoded_share: float, vectors: Floats, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Codes that FAISS goes through have the scores of the vectors that it decodes one by one."""
+    monkeypatch.setattr(faiss_index, "_DECODED_SHARE", decoded_share)
+    write_faiss(fill(vectors, kind), tmp_path / "index.faiss")
+    index = FaissIndex.open(tmp_path / "index.faiss")
+    mask = np.arange(COUNT) % 4 == 1
     scores, rows = index.search(vectors[:20], 10, mask)
     assert mask[rows].all()
-    stored = index._index.reconstruct_batch(np.arange(COUNT))
-    exact = np.where(mask, vectors[:20] @ stored.T, -1)
+    exact = np.where(mask, vectors[:20] @ index._index.reconstruct_batch(np.arange(COUNT)).T, -1)
     np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :10], atol=1e-5)
     np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), atol=1e-5)
 
 
-def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: NDArray[np.float32]) -> None:
+def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: Floats) -> None:
     index = FaissIndex(built("IVF32,Flat"))
     mask = np.arange(COUNT) >= 10
     mask.flags.writeable = False
@@ -237,10 +204,8 @@ def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: NDA
     assert index._cached_selection is not kept
 
 
-@pytest.mark.parametrize("kind", ["Flat", "HNSW16,SQfp16", "IVF32,SQ8"])
-def test_fewer_allowed_rows_than_k_are_padded(
-    kind: str, built: Callable[[str], Any], vectors: NDArray[np.float32]
-) -> None:
+@pytest.mark.parametrize("kind", ["Flat", "HNSW16,SQfp16", "IVF32,Flat"])
+def test_fewer_allowed_rows_than_k_are_padded(kind: str, built: Callable[[str], Any], vectors: Floats) -> None:
     index = FaissIndex(built(kind))
     few = np.zeros(COUNT, np.bool_)
     few[[7, 4000]] = True
@@ -259,17 +224,13 @@ def test_missing_results_sort_last_whatever_their_score() -> None:
     assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
 
 
-@pytest.fixture(scope="module")
-def artifact(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    index = tmp_path_factory.mktemp("selected") / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
-    return open_current(index)
+@pytest.fixture
+def artifact(published: Path) -> Artifact:
+    return open_current(published)
 
 
 def test_column_selects_the_searched_rows(artifact: Artifact) -> None:
-    assert artifact.fields == {
-        "id": "string", "caption": "string", "category": "string", "color": "string", "file_name": "string",
-    }  # fmt: skip
+    assert artifact.fields == dict.fromkeys(["id", "caption", "category", "color", "file_name"], "string")
     red = pc.equal(artifact.column("color"), "red").to_numpy()
     rows = np.flatnonzero(red)
     vectors = artifact.vectors(np.arange(24))
@@ -316,47 +277,38 @@ def test_more_fields_than_columns_keeps_the_frequent_ones(caplog: pytest.LogCapt
     assert f"{MAX_FIELDS + 6} metadata fields" in caplog.text
 
 
-def test_a_list_that_holds_too_few_rows_is_searched_together_with_others() -> None:
+@pytest.fixture(scope="module")
+def unclustered() -> Floats:
+    return unit(np.random.default_rng(0).normal(size=(6400, 16)))
+
+
+def test_a_list_that_holds_too_few_rows_is_searched_together_with_others(unclustered: Floats) -> None:
     """Ten results of an index that was tuned for ten, from lists of some ten rows each."""
-    vectors = np.random.default_rng(0).normal(size=(640, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    whole = fill_index(IndexChoice("IVF64,Flat", "test"), 16, lambda: iter([vectors]), 640)
-    whole.nprobe = 1
-    index = FaissIndex(whole)
+    vectors = unclustered[:640]
+    whole = fill(vectors, "IVF64,Flat", nprobe=1)
     assert (whole.search(vectors, 10)[1] < 0).any(), "or the test shows nothing"
-    scores, rows = index.search(vectors, 10)
+    scores, rows = FaissIndex(whole).search(vectors, 10)
     assert (rows >= 0).all()
     assert (np.diff(scores) <= 0).all()
 
 
-@pytest.mark.parametrize("kind", ["IVF64,Flat", "HNSW8"])
-def test_many_results_of_a_filter_are_complete_and_near(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "width"), [("IVF64,Flat", {"nprobe": 1}), ("HNSW8", {"efSearch": 16})])
+def test_many_results_of_a_filter_are_complete_and_near(
+    kind: str, width: dict[str, int], unclustered: Floats, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An index that was tuned for ten results holds fewer allowed rows in as many lists, or on as short a way."""
-    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 0)
-    vectors = np.random.default_rng(0).normal(size=(6400, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    whole: Any = fill_index(IndexChoice(kind, "test"), 16, lambda: iter([vectors]), 6400)
-    if kind == "HNSW8":
-        whole.hnsw.efSearch = 16
-    else:
-        whole.nprobe = 1
+    monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 0)
     mask = np.random.default_rng(1).random(6400) < 0.5
-    rows = FaissIndex(whole).search(vectors[:20], 200, mask)[1]
+    rows = FaissIndex(fill(unclustered, kind, **width)).search(unclustered[:20], 200, mask)[1]
     assert (rows >= 0).all()
-    nearest = np.argsort(np.where(mask, -(vectors[:20] @ vectors.T), 9), axis=1)[:, :200]
-    assert np.mean([len(np.intersect1d(a, b)) / 200 for a, b in zip(rows, nearest, strict=True)]) > 0.7
+    assert recall(rows, unclustered[:20], unclustered, mask) > 0.7
 
 
-def test_filtered_graph_finds_more_of_the_nearest_rows_than_an_unfiltered_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faiss_search, "EXACT_UP_TO", 0)
-    vectors = np.random.default_rng(0).normal(size=(6400, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    whole: Any = fill_index(IndexChoice("HNSW8", "test"), 16, lambda: iter([vectors]), 6400)
-    whole.hnsw.efSearch = 20
-    index, queries = FaissIndex(whole), vectors[:500] + 0.1
-    recalls = []
-    for mask in (np.ones(6400, np.bool_), np.random.default_rng(1).random(6400) < 0.9):
-        rows = index.search(queries, 10, mask)[1]
-        nearest = np.argsort(np.where(mask, -(queries @ vectors.T), 9), axis=1)[:, :10]
-        recalls.append(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(rows, nearest, strict=True)]))
+def test_filtered_graph_finds_more_of_the_nearest_rows_than_an_unfiltered_one(
+    unclustered: Floats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 0)
+    index, queries = FaissIndex(fill(unclustered, "HNSW8", efSearch=20)), unclustered[:500] + 0.1
+    masks = (np.ones(6400, np.bool_), np.random.default_rng(1).random(6400) < 0.9)
+    recalls = [recall(index.search(queries, 10, mask)[1], queries, unclustered, mask) for mask in masks]
     assert recalls[1] > recalls[0] + 0.012

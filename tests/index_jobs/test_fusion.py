@@ -68,7 +68,7 @@ def test_the_weight_follows_what_tells_the_items_apart(
 def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery(
     tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index_jobs.jobs.contents._MIN_TEXTS", 4)
+    monkeypatch.setattr("index_jobs.jobs.gate._MIN_TEXTS", 4)
     index, validation = tmp_path / "index", tmp_path / "validation"
     validation.mkdir()
     for path in tiny_data.iterdir():

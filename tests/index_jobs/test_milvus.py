@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
+from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
 from index_jobs.engines import milvus
-from index_jobs.engines.protocol import NewIndex
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.spec import IndexSpec
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
 from tests.support.parts import needs
+from tests.support.versions import Build
 
 pytestmark = [
     needs("milvus"),
@@ -37,16 +36,10 @@ def index(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path_factory:
     return out
 
 
-@pytest.fixture(scope="module")
-def plain(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("plain") / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, out, progress=False)
-    return out
-
-
 @pytest.mark.slow
-def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
-    here, there = open_current(index), open_current(plain)
+def test_searches_are_those_of_faiss(index: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(milvus, "_INSERT_ROWS", 7)  # vectors in one answer
+    here, there = open_current(index), open_current(published)
     assert not (here.path / "index.faiss").exists()
     assert (here.manifest.count, here.manifest.kind, here.manifest.measured["recall_at_10"]) == (24, "milvus auto", 1.0)
     rows = np.arange(24)
@@ -59,16 +52,6 @@ def test_searches_are_those_of_faiss(index: Path, plain: Path) -> None:
         np.testing.assert_allclose(np.where(found < 0, -9, scores), np.where(truth < 0, -9, expected), atol=1e-5)
         assert (found[:, 0] == truth[:, 0]).all()
     assert [here.row_of(here.item(row).id) for row in (0, 23)] == [0, 23]
-
-
-def test_rows_continue_across_requests(
-    plain: Path, tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(milvus, "_INSERT_ROWS", 7)
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=f"milvus={uri}", progress=False)
-    rows = np.arange(24)
-    found, truth = (open_current(path).vectors(rows) for path in (tmp_path / "index", plain))
-    np.testing.assert_allclose(found, truth, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -116,12 +99,12 @@ def searched(index: Path) -> tuple[milvus.MilvusIndex, CountedSearches]:
     ],
 )
 def test_a_filter_takes_at_most_two_searches(
-    allowed: str, filters: list[str], searched: tuple[milvus.MilvusIndex, CountedSearches], plain: Path,
+    allowed: str, filters: list[str], searched: tuple[milvus.MilvusIndex, CountedSearches], published: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """A broad filter is applied to a larger unfiltered result, and sent to Milvus only if that falls short."""
     monkeypatch.setattr(milvus, "_LISTED_UP_TO", 3)
-    artifact = open_current(plain)
+    artifact = open_current(published)
     query = artifact.vectors(np.array([6]))
     nearest_first = artifact.search(query, 24)[1][0]
     mask = np.zeros(24, np.bool_)
@@ -137,13 +120,15 @@ def test_a_filter_takes_at_most_two_searches(
         assert bool(sent) == bool(start)
 
 
-def test_a_filter_of_very_many_rows_is_sent_in_parts(index: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filter_of_very_many_rows_is_sent_in_parts(
+    index: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(milvus, "_LISTED_UP_TO", 3)
     monkeypatch.setattr(milvus, "_MAX_OVERFETCH", 0)
     monkeypatch.setattr(milvus, "_MAX_LISTED", 3)
     allowed = np.arange(24) % 3 != 0
-    queries = open_current(plain).vectors(np.arange(24))
-    milvus_rows, faiss_rows = (open_current(path).search(queries, 16, allowed)[1] for path in (index, plain))
+    queries = open_current(published).vectors(np.arange(24))
+    milvus_rows, faiss_rows = (open_current(path).search(queries, 16, allowed)[1] for path in (index, published))
     assert [set(row) for row in milvus_rows.tolist()] == [set(row) for row in faiss_rows.tolist()]
     assert (milvus_rows >= 0).all()
 
@@ -186,11 +171,9 @@ def test_alias_follows_versions_rollback_and_updates(
     assert not [entry for entry in client.list_collections() if entry.startswith(name)]
 
 
-def test_unreachable_store_is_an_error_of_its_own(
-    tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
-) -> None:
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "gone", engine=f"milvus={uri}", progress=False)
-    artifact = open_current(tmp_path / "gone")
+def test_unreachable_store_is_an_error_of_its_own(build: Build, uri: str, tmp_path: Path) -> None:
+    build(engine=f"milvus={uri}")
+    artifact = open_current(tmp_path / "index")
     queries = artifact.vectors(np.arange(2))
     milvus.connect(uri).drop_collection(milvus.MilvusLocation.read(artifact.path / milvus.MILVUS).collection)
     with pytest.raises(StoreUnavailableError, match="Milvus is unavailable"):
@@ -199,52 +182,8 @@ def test_unreachable_store_is_an_error_of_its_own(
         artifact.vectors(np.arange(2))
 
 
-class Broken:
-    """A Milvus that is reached and then gone: whatever is asked for after `left` calls fails."""
-
-    def __init__(self, client: object, left: int) -> None:
-        self.client, self.left = client, left
-
-    def __getattr__(self, name: str) -> object:
-        if name in {"create_schema", "prepare_index_params"}:  # they need no Milvus
-            return getattr(self.client, name)
-
-        def call(*args: object, **how: object) -> object:
-            self.left -= 1
-            if self.left < 0:
-                raise RuntimeError("connection reset")
-            return getattr(self.client, name)(*args, **how)
-
-        return call
-
-
-@pytest.mark.parametrize("left", range(4))
-@pytest.mark.slow
-def test_outage_at_any_step_is_one_error(
-    index: Path, uri: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, client = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS), milvus.connect(uri)
-    monkeypatch.setattr(milvus, "connect", lambda uri: Broken(client, left))
-    if left < 3:  # has_collection, load_collection, get_collection_stats
-        with pytest.raises(StoreUnavailableError, match="connection reset"):
-            milvus.MilvusIndex(place)
-    (tmp_path / "a/b").mkdir(parents=True)
-    blocks = [np.eye(4, place.dim, dtype=np.float32)]
-    with pytest.raises(
-        StoreUnavailableError, match="connection reset"
-    ):  # has_collection, create_collection, insert, flush
-        milvus.MilvusEngine(uri).create(
-            IndexSpec(kind="flat"),
-            NewIndex(
-                folder=tmp_path / "a/b", version=1, blocks=lambda: iter(blocks), count=4, dim=place.dim, queries=None
-            ),
-        )
-
-
-def test_collection_that_is_damaged_or_of_another_encoder_is_refused(index: Path, uri: str) -> None:
+def test_collection_that_is_damaged_is_refused(index: Path) -> None:
     place = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS)
-    with pytest.raises(FingerprintError, match="was not made by encoder ffffffffffff"):
-        milvus.MilvusIndex(replace(place, fingerprint="f" * 64))
     with pytest.raises(ArtifactError, match="holds 24 vectors, not 25; roll back"):
         milvus.MilvusIndex(replace(place, count=25))
     with pytest.raises(ArtifactError, match=r"has no collection other_v1_.*; roll back"):
@@ -253,37 +192,29 @@ def test_collection_that_is_damaged_or_of_another_encoder_is_refused(index: Path
         milvus.MilvusLocation.read(index / "nowhere" / milvus.MILVUS)
 
 
-def test_unsupported_index_kind_is_refused(tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path) -> None:
+def test_unsupported_index_kind_is_refused(build: Build, uri: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can be of kind auto, flat, hnsw, not 'ivf-pq'"):
-        rebuild(
-            tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=f"milvus={uri}", kind="ivf-pq", progress=False
-        )
+        build(engine=f"milvus={uri}", kind="ivf-pq")
     assert not list((tmp_path / "index" / "versions").iterdir())
 
 
-def test_token_is_written_nowhere(
-    tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_is_written_nowhere(build: Build, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(milvus.TOKEN, "user:hidden-word")
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=f"milvus={uri}", progress=False)
+    build(engine=f"milvus={uri}")
     path = open_current(tmp_path / "index").path
     assert json.loads((path / "milvus.json").read_text())["uri"] == uri
     assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
 
 
-def test_unreachable_store_is_an_error_before_encoding(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_work(*given: object, **how: object) -> None:
-        raise AssertionError("pictures were encoded for a Milvus that is not there")
-
-    monkeypatch.setattr("index_jobs.jobs.build.encode_gallery", no_work)
+def test_unreachable_store_is_an_error_before_encoding(build: Build) -> None:
+    encoded: list[int] = []
     with pytest.raises(ArtifactError, match="cannot be reached"):
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", engine="milvus=http://127.0.0.1:9", progress=False)
+        build(engine="milvus=http://127.0.0.1:9", on_encoded=encoded.append)
+    assert not encoded
 
 
 def test_nothing_is_published_while_the_served_version_cannot_be_reached(
-    gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Build, gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without the served version, nobody would notice that most images are gone."""
     index = tmp_path / "index"
@@ -294,16 +225,14 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
     for image in sorted(gallery.rglob("*.png"))[4:]:
         image.unlink()
     with pytest.raises(StoreUnavailableError, match=r"cannot be compared: Milvus .* cannot be reached: .* by --force"):
-        rebuild(gallery, tiny_checkpoint, index, progress=False)
+        build(gallery)
     assert current_version(index) == 1
-    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).count == 4
+    assert build(gallery, force=True).count == 4
     assert "nothing is compared with it: Milvus" in caplog.text
 
 
-def test_missing_lite_file_is_not_created_again(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "m.db"
-    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "out", engine=f"milvus={file}", progress=False)
-    location = milvus.MilvusLocation.read(open_current(tmp_path / "out").path / milvus.MILVUS)
+def test_missing_lite_file_is_not_created_again(index: Path, tmp_path: Path) -> None:
+    location = milvus.MilvusLocation.read(open_current(index).path / milvus.MILVUS)
     with pytest.raises(ArtifactError, match=r"n\.db is missing"):
         milvus.MilvusIndex(replace(location, uri=str(tmp_path / "n.db")))
     assert not (tmp_path / "n.db").exists()

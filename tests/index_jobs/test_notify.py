@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 
 from index_jobs.jobs.notify import notify
-from index_jobs.rebuild import rebuild
 from tests.support.processes import answering
+from tests.support.versions import Build
 
 
-def test_summary_lists_notified_services(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_summary_lists_notified_services(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     targets = ["http://127.0.0.1:9", "redis://:secret@127.0.0.1:9/0"]
-    summary = rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", progress=False, notify=targets)
+    summary = build(notify=targets)
     assert summary.published
     assert summary.notified.keys() == {"http://127.0.0.1:9", "redis://127.0.0.1:9/0"}
     assert all("not reached" in told for told in summary.notified.values())

@@ -19,6 +19,7 @@ from index_jobs.jobs.update import remove
 from index_jobs.rebuild import main, rebuild
 from index_jobs.store.versions import current_version, open_current
 from tests.support.images import draw
+from tests.support.versions import Build
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +120,13 @@ def test_validation_pairs_are_found_in_the_gallery(
         gate.find_pairs(scan(tiny_data), elsewhere)
 
 
-def test_removed_items_are_not_shared_with_the_other_index(index: Path) -> None:
+def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None:
     whole = open_current(index)
+    encoder = Encoder.load(whole.checkpoint, device="cpu")
     remove(index, [whole.item(3).id])
-    shared = gate._shared_rows(whole, open_current(index))
-    assert shared is not None
-    assert np.flatnonzero(~shared).tolist() == [3]
+    verdict = gate.compare(whole, encoder, open_current(index), encoder, gate.find_pairs(scan(tiny_gallery), None))
+    assert (verdict.pool, verdict.pairs) == (23, 23)
+    assert verdict.serving == verdict.rebuilt
 
 
 @pytest.fixture
@@ -158,49 +160,24 @@ def test_missing_served_model_is_an_error_before_encoding(
     assert rebuild(tiny_gallery, base.parent / "checkpoint", index, progress=False, margin=1).published
 
 
-def test_missing_served_model_is_ignored_without_a_comparison(
-    tiny_gallery: Path, other_checkpoint: Path, moved: tuple[Path, Path], tmp_path: Path
-) -> None:
-    shutil.copytree(tiny_gallery / "circle", tmp_path / "bare")
-    summary = rebuild(tmp_path / "bare", other_checkpoint, moved[0], progress=False, max_vanished=1)
-    assert summary.gate is not None
-    assert (summary.published, summary.gate["compared"]) == (True, False)
-
-
 @pytest.mark.slow
-def test_rejected_rebuilds_leave_one_set_of_vectors(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
+def test_rejected_rebuilds_leave_one_set_of_vectors_for_the_next(
+    gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
 ) -> None:
-    """Rejected rebuilds keep one set of vectors besides the served one, so retraining does not fill the disk."""
-    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
-    captions = (gallery / "metadata.jsonl").read_text()
+    """Besides the served one, so retraining does not fill the disk; also if the gallery has changed."""
     assert rebuild(gallery, better_and_worse[0], index, progress=False).published
     (served,) = (index / "work").iterdir()
     kept = set[Path]()
-    for size in (64, 5, 7):
-        with pytest.raises(RejectedError, match="its vectors are kept"):
+    for name, size, encoded in (("first", 64, 24), ("second", 64, 1), ("third", 5, 1)):
+        with pytest.raises(RejectedError, match="its vectors are kept") as caught:
             rebuild(gallery, better_and_worse[1], index, progress=False, margin=0, batch_size=size)
+        assert caught.value.summary.encoded == encoded
         (rejected,) = set((index / "work").iterdir()) - {served}
         kept.add(rejected)
-    assert len(kept) == 3, "or the test shows nothing"
-    (gallery / "metadata.jsonl").write_text(captions.replace("a red circle", "a crimson circle"))
-    assert rebuild(gallery, better_and_worse[0], index, progress=False, kind="hnsw", margin=1).encoded == 0
-    assert list((index / "work").iterdir()) == [served]
-
-
-def test_rejected_vectors_are_reused_although_the_gallery_has_changed(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
-) -> None:
-    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery", copy_function=shutil.copy2))
-    rebuild(gallery, better_and_worse[0], index, progress=False)
-    (served,) = (index / "work").iterdir()
-    for name, encoded in (("first", 24), ("second", 1), ("third", 1)):
-        with pytest.raises(RejectedError, match="its vectors are kept") as caught:
-            rebuild(gallery, better_and_worse[1], index, progress=False, margin=0)
-        assert caught.value.summary.encoded == encoded
-        assert len(set((index / "work").iterdir()) - {served}) == 1
         shutil.copy(gallery / "circle" / "red.png", gallery / f"{name}.png")
-    assert rebuild(gallery, better_and_worse[0], index, progress=False).encoded == 3
+    assert len(kept) == 3, "or the test shows nothing"
+    assert rebuild(gallery, better_and_worse[0], index, progress=False, margin=1).encoded == 3
+    assert len(list((index / "work").iterdir())) == 1
 
 
 def test_rejected_vectors_are_deleted_on_request(
@@ -213,12 +190,12 @@ def test_rejected_vectors_are_deleted_on_request(
 
 
 def test_gallery_without_captions_is_published_uncompared(
-    tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+    build: Build, tiny_gallery: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
     gallery = tmp_path / "bare"
     shutil.copytree(tiny_gallery / "circle", gallery)
-    rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
-    summary = rebuild(gallery, other_checkpoint, tmp_path / "index", progress=False)
+    build(gallery)
+    summary = build(gallery, other_checkpoint)
     assert summary.gate is not None
     assert (summary.published, summary.gate["compared"]) == (True, False)
     assert "no captions and no validation pairs" in summary.gate["reason"]

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -23,10 +24,13 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current, version_numbers
 from tests.support.files import write_file
 from tests.support.parts import needs
+from tests.support.versions import Build
 
 
-def test_published_vectors_equal_the_encoders(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    summary = rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+def test_published_vectors_equal_the_encoders(
+    build: Build, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    summary = build()
     artifact = open_current(tmp_path / "index")
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     artifact.require(encoder.fingerprint)
@@ -43,11 +47,11 @@ def test_published_vectors_equal_the_encoders(tiny_gallery: Path, tiny_checkpoin
     assert (summary.published, summary.gate) == (True, None)  # there was nothing to compare with
 
 
-def test_another_kind_or_other_captions_need_no_encoding(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_another_kind_or_other_captions_need_no_encoding(build: Build, gallery: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
 
     def run(**options: object) -> tuple[int, int]:
-        summary = rebuild(gallery, tiny_checkpoint, index, progress=False, **options)
+        summary = build(gallery, **options)
         assert summary.published
         return summary.encoded, summary.resumed
 
@@ -62,40 +66,23 @@ def test_another_kind_or_other_captions_need_no_encoding(gallery: Path, tiny_che
     assert run(kind="flat") == (24, 0)
 
 
-def test_only_the_newest_vectors_are_kept(
-    gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
-) -> None:
-    for checkpoint in (tiny_checkpoint, other_checkpoint):
-        rebuild(gallery, checkpoint, tmp_path / "index", progress=False, margin=1)
-    assert len(list((tmp_path / "index" / "work").iterdir())) == 1
-
-
 @pytest.mark.slow
-def test_unchanged_job_is_reused(gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
-    def run(checkpoint: Path = tiny_checkpoint, kind: str = "auto", force: bool = False) -> RebuildSummary:
-        return rebuild(gallery, checkpoint, tmp_path / "index", kind=kind, force=force, margin=1, progress=False)
-
-    assert not run().reused
-    again = run()
+def test_unchanged_job_is_reused(build: Build, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path) -> None:
+    assert not build().reused
+    again = build()
     assert (again.reused, again.version, again.encoded) == (True, 1, 0)
     touched = Path(shutil.copytree(tiny_checkpoint, tiny_checkpoint.parent / f"touched-{tmp_path.name}"))
     config = json.loads((touched / "config.json").read_text())
     (touched / "config.json").write_text(json.dumps(config))  # other bytes, the same model
-    assert run(touched).reused
-    assert not run(force=True).reused
-    assert not run(kind="hnsw").reused
-    assert not run(other_checkpoint, kind="hnsw").reused
-    captions = (gallery / "metadata.jsonl").read_text()
-    (gallery / "metadata.jsonl").write_text(captions.replace("a red circle", "a crimson circle"))
-    assert not run(other_checkpoint, kind="hnsw").reused
-    assert version_numbers(tmp_path / "index") == [3, 4, 5]
-    assert open_current(tmp_path / "index").item(5).caption == "a crimson circle"
-    for asked in ({"memory": 2**30}, {"memory": 2**30, "target_recall": 0.9}):
-        settings = {"kind": "hnsw", "margin": 1, "progress": False, **asked}
-        assert [rebuild(gallery, other_checkpoint, tmp_path / "index", **settings).reused for _ in "12"] == [
-            False,
-            True,
-        ]
+    assert build(checkpoint=touched).reused
+    asked: dict[str, Any] = {}
+    for more in ({"force": True}, {"checkpoint": other_checkpoint, "force": False, "margin": 1}, {"kind": "hnsw"},
+                 {"memory": 2**30}, {"target_recall": 0.9}):  # fmt: skip
+        asked |= more
+        assert not build(**asked).reused
+    assert build(**asked).reused
+    assert version_numbers(tmp_path / "index") == [4, 5, 6]
+    assert len(list((tmp_path / "index" / "work").iterdir())) == 1, "the newest vectors only"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +97,7 @@ def test_unchanged_job_is_reused(gallery: Path, tiny_checkpoint: Path, other_che
     ],
 )
 def test_a_field_that_no_item_has_is_refused_before_encoding(
-    option: dict[str, object], says: str, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    build: Build, option: dict[str, object], says: str, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
     (gallery / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"tags": ["a", "b"]}) for row in rows))
@@ -119,7 +106,7 @@ def test_a_field_that_no_item_has_is_refused_before_encoding(
     served = open_current(tmp_path / "index").manifest
     encoded: list[int] = []
     with pytest.raises(DataError, match=says):
-        rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, on_encoded=encoded.append, **option)
+        build(gallery, on_encoded=encoded.append, **option)
     assert not encoded
     assert open_current(tmp_path / "index").manifest == served
 
@@ -134,9 +121,9 @@ def test_a_text_field_beside_others_may_be_missing(
     assert "--text-fields: no item has the field 'brand'" in caplog.text
 
 
-def test_failed_images_are_published_with_the_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_failed_images_are_published_with_the_version(build: Build, gallery: Path, tmp_path: Path) -> None:
     (gallery / "circle" / "blue.png").write_bytes(b"")
-    summary = rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
+    summary = build(gallery)
     assert (summary.count, summary.failed) == (23, 1)
     artifact = open_current(tmp_path / "index")
     (line,) = (artifact.path / "failed.jsonl").read_text().splitlines()
@@ -145,9 +132,9 @@ def test_failed_images_are_published_with_the_version(gallery: Path, tiny_checkp
     assert [artifact.item(row).metadata["file_name"] for row in (0, 1, 2)] == [
         "circle/black.png", "circle/green.png", "circle/orange.png",
     ]  # fmt: skip
-    assert rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False).reused
+    assert build(gallery).reused
     with pytest.raises(DcarError, match="too few images"):  # more than are accepted now
-        rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, max_failed=0)
+        build(gallery, max_failed=0)
 
 
 @pytest.fixture
@@ -219,7 +206,7 @@ def test_failed_images_are_tried_again_by_force(gallery: Path, tiny_checkpoint: 
 
 @needs("heic")
 def test_images_are_tried_again_once_their_decoder_is_installed(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Phones and converters name HEIC files .jpg."""
     import pillow_heif
@@ -228,7 +215,7 @@ def test_images_are_tried_again_once_their_decoder_is_installed(
     (gallery / "phone.heic").rename(gallery / "phone.jpg")
 
     def run(**options: object) -> RebuildSummary:
-        return rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False, **options)
+        return build(gallery, **options)
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pillow_heif", None)

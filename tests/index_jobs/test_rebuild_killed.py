@@ -17,15 +17,18 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.commands import Command, run
 from tests.support.processes import children_of, is_alive
+from tests.support.versions import Build
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
-def test_full_disk_changes_no_published_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_full_disk_changes_no_published_version(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     """No file may grow beyond a limit: first the checkpoint fails, then the items."""
     index = tmp_path / "index"
-    rebuild(gallery, tiny_checkpoint, index, progress=False)
-    captions = (gallery / "metadata.jsonl").read_text().replace("a red circle", "red " * 20_000)
+    build(gallery)
+    captions = (gallery / "metadata.jsonl").read_text().replace('"a ', '"' + "very " * 1000)
     (gallery / "metadata.jsonl").write_text(captions)
     before = sorted(path.relative_to(index) for path in (index / "versions").rglob("*"))
     arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
@@ -37,12 +40,12 @@ def test_full_disk_changes_no_published_version(gallery: Path, tiny_checkpoint: 
         assert "published versions are unchanged" in done.stderr
     assert sorted(path.relative_to(index) for path in (index / "versions").rglob("*")) == before
     assert [manifest.version for manifest in verify_index(index)] == [1]
-    summary = rebuild(gallery, tiny_checkpoint, index, progress=False)
+    summary = build(gallery)
     assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
 
 
 def test_missing_disk_space_is_an_error_before_encoding(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """24 vectors of 32 take 3,072 bytes as shards, and as many again in the index."""
     index = tmp_path / "index"
@@ -54,12 +57,12 @@ def test_missing_disk_space_is_an_error_before_encoding(
     table = scan(gallery).table.nbytes
     left(table + 2 * 3072 - 1)
     with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, 0\.0 of them for vectors.* GB left; make room"):
-        rebuild(gallery, tiny_checkpoint, index, progress=False)
+        build(gallery)
     assert list(index.glob("work*")) == list((index / "versions").iterdir()) == []
     left(table + 2 * 3072)
-    assert rebuild(gallery, tiny_checkpoint, index, progress=False).encoded == 24
+    assert build(gallery).encoded == 24
     left(table + 3072)  # the vectors are there already
-    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).encoded == 0
+    assert build(gallery, force=True).encoded == 0
 
 
 JOB = """
@@ -171,11 +174,11 @@ def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpo
     verify_index(index)
 
 
-def test_shard_of_a_killed_job_is_removed(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_shard_of_a_killed_job_is_removed(build: Build, gallery: Path, tmp_path: Path) -> None:
     index = tmp_path / "index"
-    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    build(gallery)
     (shard,) = index.glob("work/*/*.npz")
     leftover = shard.with_name(f".{shard.name}.{'0' * 32}.tmp")
     leftover.touch()
-    assert rebuild(gallery, tiny_checkpoint, index, progress=False, force=True).encoded == 0
+    assert build(gallery, force=True).encoded == 0
     assert (leftover.exists(), shard.exists()) == (False, True)

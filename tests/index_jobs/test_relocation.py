@@ -9,16 +9,18 @@ from typer.testing import CliRunner
 from app.cli import app as command_line
 from dcar_core import Encoder
 from dcar_core.util.errors import CheckpointError, DataError, ModelError
-from index_jobs.jobs.relocate import relocate
-from index_jobs.jobs.update import add, remove
+from index_jobs.jobs.update import add, relocate, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
+from tests.support.versions import Build
 
 
-def test_a_moved_gallery_is_shown_from_its_new_place(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_moved_gallery_is_shown_from_its_new_place(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     index = tmp_path / "index"
-    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    build(gallery)
     before = open_current(index)
     assert before.find_gallery_fault() is None
     gallery.rename(tmp_path / "moved")
@@ -35,17 +37,13 @@ def test_a_moved_gallery_is_shown_from_its_new_place(gallery: Path, tiny_checkpo
 
 
 def test_images_of_additions_and_further_galleries_move_with_their_folder(
-    gallery: Path,
-    tiny_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    build: Build, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     index, disk = tmp_path / "index", tmp_path / "disk"
     for name in ("second", "third"):
         (disk / name).mkdir(parents=True)
         draw("pink", "circle" if name == "second" else "square").save(disk / name / "pink.png")
-    rebuild([str(gallery), str(disk / "second")], tiny_checkpoint, index, progress=False)
+    build([str(gallery), str(disk / "second")])
     add(index, f"third={disk / 'third'}", progress=False)
     remove(index, [open_current(index).item(0).id])
     disk.rename(tmp_path / "new disk")
@@ -63,13 +61,13 @@ def test_images_of_additions_and_further_galleries_move_with_their_folder(
     assert len(verify_index(index)) == 3
 
 
-def test_places_with_an_equals_sign_move(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_places_with_an_equals_sign_move(build: Build, gallery: Path, tmp_path: Path) -> None:
     index, disk = tmp_path / "index", tmp_path / "disk=1"
     disk.mkdir()
     first, second = gallery.rename(disk / "first"), disk / "second"
     second.mkdir()
     draw("pink", "circle").save(second / "pink.png")
-    rebuild([str(first), f"more={second}"], tiny_checkpoint, index, progress=False)
+    build([str(first), f"more={second}"])
     moved = disk.rename(tmp_path / "disk=2")
     relocate(index, gallery=str(moved), former=str(disk))
     assert open_current(index).manifest.spec.gallery == f"{moved / 'first'}, more={moved / 'second'}"
@@ -85,26 +83,26 @@ def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> N
 
 
 def test_images_of_a_folder_with_a_longer_name_are_not_taken_for_those_of_the_new_place(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    build: Build, gallery: Path, tmp_path: Path
 ) -> None:
     index, second = tmp_path / "index", tmp_path / "second"
     for folder in (second, tmp_path / "new"):
         folder.mkdir()
     draw("pink", "circle").save(second / "pink.png")
     places = [str(gallery.rename(tmp_path / "new2")), str(second)]
-    rebuild(places, tiny_checkpoint, index, progress=False)
+    build(places)
     with pytest.raises(DataError, match="nothing is published: 1 of 1 sampled images"):
         relocate(index, gallery=str(tmp_path / "new"), former=str(second))
     assert current_version(index) == 1
 
 
 def test_a_moved_model_is_found_at_its_new_place(
-    tiny_model: Path, tiny_checkpoint: Path, tiny_gallery: Path, tmp_path: Path
+    build: Build, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name)
     index = tmp_path / "index"
-    rebuild(tiny_gallery, checkpoint, index, progress=False)
+    build(checkpoint=checkpoint)
     base.rename(tmp_path / "moved")
     with pytest.raises(
         ModelError, match=r"does not exist; if it was moved, name its new place: for an index by `dcar index relocate"

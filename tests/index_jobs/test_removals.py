@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from app.cli import app
 from dcar_core.util.errors import DataError
 from index_jobs.jobs.update import add, remove
-from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import open_current
@@ -59,12 +58,3 @@ def test_files_of_ids_may_come_from_another_system(index: Path, tmp_path: Path) 
         CliRunner().invoke(
             app, ["index", "remove", str(index), "--ids-file", str(ids), "--missing-ok"], catch_exceptions=False
         )
-
-
-def test_rebuild_restores_items_removed_by_hand(index: Path, tiny_gallery: Path, tiny_checkpoint: Path) -> None:
-    gone = open_current(index).item(3).id
-    remove(index, [gone, gone])
-    assert open_current(index).manifest.removed == 1
-    again = rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
-    assert (again.reused, again.version) == (False, 3)
-    assert open_current(index).row_of(gone) is not None

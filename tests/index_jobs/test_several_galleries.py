@@ -13,6 +13,7 @@ from index_jobs.rebuild import main, rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current
 from tests.support.images import draw
+from tests.support.versions import Build
 
 
 def camera(path: Path, *colors: str) -> Path:
@@ -80,10 +81,10 @@ def test_a_gallery_or_a_name_given_twice_is_refused(cameras: list[Path]) -> None
 
 
 def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
-    cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path
+    build: Build, cameras: list[Path], tmp_path: Path
 ) -> None:
     index = tmp_path / "index"
-    rebuild(cameras[0], tiny_checkpoint, index, progress=False)
+    build(cameras[0])
     with pytest.raises(DataError, match=r"cam1/IMG_0.png there and .*cam2/IMG_0.png here; --gallery NAME="):
         add(index, cameras[1], progress=False)
     assert add(index, f"south={cameras[1]}", progress=False).count == 4
@@ -95,10 +96,10 @@ def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
 
 
 def test_a_gallery_that_lost_many_images_is_not_published(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index = tmp_path / "index"
-    rebuild(gallery, tiny_checkpoint, index, progress=False)
+    build(gallery)
     for path in sorted((gallery / "circle").glob("*.png"))[:5]:
         path.unlink()
     arguments = ["--gallery", str(gallery), "--checkpoint", str(tiny_checkpoint), "--out", str(index), "--quiet"]
@@ -108,21 +109,20 @@ def test_a_gallery_that_lost_many_images_is_not_published(
     assert "circle/" in error
     assert current_version(index) == 1
     with pytest.raises(GalleryShrunkError, match="at most 10% may be"):
-        rebuild(gallery, tiny_checkpoint, index, progress=False, max_vanished=0.1)
+        build(gallery, max_vanished=0.1)
     assert main([*arguments, "--max-vanished", "0.3"]) == 0
     shutil.rmtree(gallery / "square")
     assert main([*arguments, "--force"]) == 0
 
 
-def test_the_summary_counts_what_came_went_and_changed(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    index = tmp_path / "index"
+def test_the_summary_counts_what_came_went_and_changed(build: Build, gallery: Path, tmp_path: Path) -> None:
     (gallery / "broken.png").write_bytes(b"\0")
-    assert rebuild(gallery, tiny_checkpoint, index, progress=False).changes is None
+    assert build(gallery).changes is None
     (gallery / "circle" / "green.png").write_bytes(b"\0")
     draw("pink", "circle").save(gallery / "new.png")
     (gallery / "circle" / "red.png").unlink()
     with (gallery / "circle" / "blue.png").open("ab") as file:
         file.write(b"\0" * 10)
-    done = rebuild(gallery, tiny_checkpoint, index, progress=False, max_failed=0.1)
+    done = build(gallery, max_failed=0.1)
     assert done.changes == {"added": 1, "removed": 2, "changed": 1}
     assert "since the previous version: 1 images added, 2 images removed, 1 images changed" in done.to_text()

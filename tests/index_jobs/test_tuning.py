@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from dcar_core.util.arrays import Floats
-from index_jobs.engines.faiss.build import build_index, fill_index
-from index_jobs.engines.faiss.kinds import IndexChoice
+from index_jobs.engines.faiss.build import fill_index
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark, find_neighbours, gallery_queries
 from index_jobs.engines.protocol import HeldOutQueries
-from tests.support.vectors import DIM, blocks, clustered
+from tests.support.vectors import blocks, build, choices_of, clustered, unit
 
 
 class Found:
@@ -35,22 +34,11 @@ def placeholders(count: int, share: float) -> Floats:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["IVF64,RaBitQ,Refine(SQ8)", "IVF64,PQ16x4fs,Refine(SQ8)"])
-def test_duplicate_images_do_not_count_as_misses(kind: str) -> None:
+def test_duplicate_images_do_not_count_as_misses(kind: str, tmp_path: Path) -> None:
     """A tenth of the queries are the placeholder, and find ten of five hundred."""
 
-    def recall(share: float) -> float:
-        vectors = placeholders(5000, share)
-        return build_index(blocks(vectors), len(vectors), DIM, [IndexChoice(kind, "test")]).recall
-
-    assert recall(0.1) > recall(0) - 0.01
-
-
-@pytest.mark.slow
-def test_a_good_kind_is_not_discarded_for_duplicates() -> None:
-    vectors = placeholders(5000, 0.1)
-    choices = [IndexChoice("IVF64,RaBitQ,Refine(SQ8)", "the first"), IndexChoice("HNSW32", "never built")]
-    built = build_index(blocks(vectors), len(vectors), DIM, choices, target=0.94)
-    assert built.choice.reason == "the first"
+    alone, repeated = (build(tmp_path / "index", placeholders(5000, share), kind).recall for share in (0, 0.1))
+    assert repeated > alone - 0.01
 
 
 def asked_of(vectors: Floats, found: Any) -> float:
@@ -122,10 +110,8 @@ def test_hits_by_score_are_the_same_in_bounded_memory(monkeypatch: pytest.Monkey
 
 def test_parameters_are_chosen_with_a_reserve_for_other_queries() -> None:
     """A quarter of the recall that the target leaves out, on the queries that choose."""
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(3000, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = fill_index(IndexChoice("IVF100,Flat", "test"), 16, blocks(vectors), len(vectors))
+    vectors = unit(np.random.default_rng(0).normal(size=(3000, 16)))
+    index = fill_index(choices_of("IVF100,Flat")[0], 16, blocks(vectors), len(vectors))
     benchmark = Benchmark(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.8)
     tune(benchmark, index)
     assert 0.85 <= benchmark.recall(index, benchmark.tuning_queries) < 0.87
@@ -138,10 +124,8 @@ def test_parameters_are_chosen_with_a_reserve_for_other_queries() -> None:
 @pytest.mark.slow
 def test_tuned_width_is_just_above_the_aim(kind: str) -> None:
     """A sixteenth less misses the aim, whatever number of candidates is re-ranked."""
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(3000, 32)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = fill_index(IndexChoice(kind, "test"), 32, blocks(vectors), len(vectors))
+    vectors = unit(np.random.default_rng(0).normal(size=(3000, 32)))
+    index = fill_index(choices_of(kind)[0], 32, blocks(vectors), len(vectors))
     benchmark = Benchmark(blocks(vectors), gallery_queries(blocks(vectors), len(vectors)), target=0.95)
     (name, width), *_ = tune(benchmark, index)["parameters"].items()
     assert benchmark.recall(index, benchmark.tuning_queries) >= 0.9625

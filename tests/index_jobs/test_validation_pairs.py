@@ -17,9 +17,9 @@ from dcar_core.data import load_split
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import gate
-from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.files import write_jsonl
+from tests.support.versions import Build
 
 ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
 
@@ -82,16 +82,17 @@ def test_validation_pairs_are_found_by_name_in_a_gallery_elsewhere(store: Any, t
     assert len(named(scan(write_jsonl(tmp_path / "here.jsonl", *here)), tiny_data)) == 6
 
 
-def test_validation_pairs_are_found_by_name_in_tars_elsewhere(store: Any, tiny_data: Path, tmp_path: Path) -> None:
+def test_validation_pairs_are_found_in_tars(store: Any, tiny_data: Path, tmp_path: Path) -> None:
+    """A member goes by its own name, or by its tar's and its own."""
     expected = named(scan(tiny_data), tiny_data)
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for name in expected:
             tar.add(tiny_data / name, name)
     shutil.copy(tiny_data / "val.json", tmp_path)
     store.pipe("/validation/shard.tar", (tmp_path / "shard.tar").read_bytes())
-    assert named(scan("memory://validation"), tmp_path) == {
-        f"shard.tar/{name}": text for name, text in expected.items()
-    }
+    in_tar = {f"shard.tar/{name}": text for name, text in expected.items()}
+    assert named(scan("memory://validation"), tmp_path) == named(scan(tmp_path), tmp_path) == in_tar
+    assert sorted(named(scan(tmp_path / "shard.tar"), tmp_path).values()) == sorted(expected.values())
 
 
 def test_name_of_several_images_identifies_none(tiny_data: Path, tmp_path: Path) -> None:
@@ -122,12 +123,14 @@ def test_captions_are_taken_from_more_text_than_an_array_holds(tmp_path: Path) -
     )
 
 
-def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_cutoff_is_calibrated_on_validation_pairs(
+    build: Build, tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     index = tmp_path / "index"
-    assert rebuild(data, tiny_checkpoint, index, progress=False).published
+    assert build(data).published
     assert open_current(index).manifest.cutoff == {}
-    assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).published, "it was not calibrated"
+    assert build(data, validation=data).published, "it was not calibrated"
     found = open_current(index).manifest.cutoff
 
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
@@ -138,12 +141,12 @@ def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoi
     assert found["min_score"] == pytest.approx(np.quantile(scores, 0.05), abs=1e-4)
     assert found["pairs"] == 6
 
-    assert rebuild(data, tiny_checkpoint, index, progress=False, validation=data).reused
-    assert not rebuild(data, tiny_checkpoint, index, progress=False).reused, "no calibration is asked for"
+    assert build(data, validation=data).reused
+    assert not build(data).reused, "no calibration is asked for"
     assert open_current(index).manifest.cutoff == {}
     content = json.loads((data / "val.json").read_text())
     (data / "val.json").write_text(json.dumps(dict(list(content.items())[:4])))
-    again = rebuild(data, tiny_checkpoint, index, progress=False, validation=data)
+    again = build(data, validation=data)
     assert (again.published, again.encoded) == (True, 0)
     assert open_current(index).manifest.cutoff["pairs"] == 4
 
@@ -151,24 +154,3 @@ def test_cutoff_is_calibrated_on_validation_pairs(tiny_data: Path, tiny_checkpoi
 def test_other_texts_of_the_same_images_are_another_calibration() -> None:
     one, other = (gate.QueryPairs([text], ["1"], [1], "validation").signature for text in ("a cat", "a dog"))
     assert one != other
-
-
-def test_validation_pairs_are_found_in_tars(tiny_data: Path, tmp_path: Path) -> None:
-    """A member goes by its own name, or by its tar's and its own; the gallery is the folder, or the tar itself."""
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for picture in sorted(tiny_data.rglob("*.png")):
-            tar.add(picture, picture.relative_to(tiny_data).as_posix())
-    shutil.copy(tiny_data / "val.json", tmp_path)
-    captions = set()
-    for place in (tmp_path, tmp_path / "shard.tar"):
-        gallery = scan(place)
-        pairs = gate.find_pairs(gallery, tmp_path)
-        assert pairs is not None
-        names = dict(zip(gallery.table["id"].to_pylist(), gallery.table["name"].to_pylist(), strict=True))
-        found = {names[item_id]: text for item_id, text in zip(pairs.ids, pairs.texts, strict=True)}
-        assert len(found) == 6
-        for name, text in found.items():
-            shape, color = Path(name).parts[-2:]
-            assert text == f"a {color.removesuffix('.png')} {shape}"
-        captions |= set(pairs.texts)
-    assert len(captions) == 6

@@ -1,5 +1,6 @@
 """Version contents for galleries with more text than one Arrow array holds."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from index_jobs.jobs.contents import calibrate_cutoff, caption_queries
-from index_jobs.jobs.gate import QueryPairs
+from index_jobs.engines.measure import caption_queries
+from index_jobs.jobs.gate import QueryPairs, calibrate
 
 
 class Written:
@@ -40,17 +41,17 @@ def test_captions_are_taken_from_very_many(long: pa.ChunkedArray) -> None:
     assert (queries.own_rows == -1).all()
 
 
-@pytest.mark.slow
-def test_cutoff_is_computed_from_pairs_among_very_many(long: pa.ChunkedArray) -> None:
-    """Rows that failed have no vector; the last vectors are those of the last three ids."""
-    rows = np.setdiff1d(np.arange(len(long)), [5, len(long) - 2])
-    vectors = np.zeros((len(rows), 4), np.float32)
-    vectors[-2:] = [[0, 0, 0, 0.25], [0, 0, 0.5, 0]]
-    encoded: Any = SimpleNamespace(rows=lambda: rows, blocks=lambda: iter(np.array_split(vectors, 9)))
-    last = len(long) - 3  # "a", "bb" and "ccc"
-    pairs = QueryPairs(["xxx", "xx", "x"], ["a", "ccc", "bb"], [last, last + 2, last + 1], "validation")
+def test_cutoff_is_computed_from_pairs_with_a_vector() -> None:
+    """Rows that failed have no vector; texts that equal the caption choose no weight."""
+    rows = np.array([0, 1, 3, 5])
+    vectors = np.zeros((4, 4), np.float32)
+    vectors[2:] = [[0, 0, 0, 0.25], [0, 0, 0.5, 0]]
+    encoded: Any = SimpleNamespace(rows=lambda: rows)
+    index: Any = SimpleNamespace(vectors=lambda positions: vectors[positions])
+    gallery: Any = SimpleNamespace(table=pa.table({"caption": [""] * 6}))
+    pairs = QueryPairs(["xxx", "xx", "x"], ["a", "ccc", "bb"], [3, 5, 4], "validation")
     encoder: Any = Written()
-    found = calibrate_cutoff(pairs, encoder, encoded)
+    found = calibrate(Path(), index, pairs, gallery, encoded, encoder)["cutoff"]
     assert encoder.texts == ["xxx", "xx"], "bb has no vector"
     assert found["pairs"] == 2
     assert found["min_score"] == pytest.approx(np.quantile([0.25, 0.5], 0.05), abs=1e-4)

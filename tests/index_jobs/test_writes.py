@@ -14,8 +14,8 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.jobs import apply
-from index_jobs.jobs import update as updates
 from index_jobs.jobs.apply import apply_writes, sweep
+from index_jobs.jobs.update import add
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
@@ -124,7 +124,7 @@ def test_bad_job_ends_alone(index: Path) -> None:
     assert ids_of(open_current(index)) == {"a"}
     last = delete(index, "a")
     apply_writes(index)
-    assert status(index, last)["reason"] == "a collection cannot lose its last item; delete the collection"
+    assert status(index, last)["reason"] == "no item would be left; delete the index or the collection instead"
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -168,14 +168,13 @@ def test_jobs_wait_while_the_index_cannot_be_written(
         raise error
 
     job = put(index, "a")
-    add = updates.add
-    monkeypatch.setattr(updates, "add", fail)
+    monkeypatch.setattr(apply, "add", fail)
     monkeypatch.setattr(apply, "MAX_STARTS", 3)
     for _ in range(4):
         with pytest.raises(DcarError, match=r"another job is writing|No space left on device"):
             apply_writes(index)
     assert status(index, job)["status"] == "waiting"
-    monkeypatch.setattr(updates, "add", add)
+    monkeypatch.setattr(apply, "add", add)
     assert apply_writes(index) == 1
     assert status(index, job)["status"] == "done"
 
@@ -209,7 +208,7 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
     """The jobs beside it are applied."""
     monkeypatch.setattr(apply, "MAX_STARTS", 3)
     jobs = [put(index, "a"), put(index, "deadly"), put(index, "c")]
-    add, killed = updates.add, [0]
+    killed = [0]
 
     def add_or_die(index: Path, gallery: Path, **options: Any) -> Any:
         if "deadly" in gallery.read_text():
@@ -217,7 +216,7 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
             raise SystemExit("killed")
         return add(index, gallery, **options)
 
-    monkeypatch.setattr(updates, "add", add_or_die)
+    monkeypatch.setattr(apply, "add", add_or_die)
     while WriteQueue(index).waiting():
         try:
             apply_writes(index)
@@ -240,7 +239,7 @@ def test_images_that_no_version_shows_are_removed(index: Path) -> None:
     apply_writes(index, keep=2)
     waiting = put(index, "d")
     sweep(queue, index, older_s=0)
-    assert images_of(index) == sorted([first, second, third, waiting]), "an earlier version shows them"
+    assert images_of(index) == sorted([first, first, second, third, waiting]), "an earlier version shows them"
     delete(index, "b")
     apply_writes(index, keep=1)
     sweep(queue, index, older_s=0)
@@ -254,7 +253,7 @@ MOMENTS = [
     "index_jobs.encoding.shards.ShardStore.save",
     "index_jobs.store.publish.prepare_version",
     "index_jobs.store.publish._write_current",
-    "index_jobs.jobs.update.remove",
+    "index_jobs.jobs.update._publish",
     "index_jobs.store.writes.WriteQueue.end",
     "index_jobs.jobs.apply.sweep",
 ]

@@ -1,10 +1,14 @@
 """Further versions of a published index."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.store.publish import open_staging, publish_version
 from index_jobs.store.versions import open_current
+
+Build = Callable[..., RebuildSummary]  # the fixture `build`
 
 
 def publish_copy(index: Path, keep: int = 3) -> int:

@@ -1,39 +1,99 @@
-"""A FAISS index on disk. It is memory-mapped: processes on one machine share the pages, and it opens at once."""
+"""A FAISS index in a file, and its searches among all rows or a selection of rows.
 
+- The file is memory-mapped: processes on one machine share the pages, and it opens at once. It holds the CPU form. With
+  a GPU, searches among all rows run there, one at a time, as FAISS's GPU indexes are not safe for concurrent readers.
+- Graphs and inverted lists are tuned for ten results. More results need a wider search, since a search returns no more
+  rows than it visits. A narrow search (`is_narrow`) is as wide as one for few results, and may miss the last ones.
+- A search among selected rows is wider, so that it visits as many selected rows as an unfiltered search visits rows. It
+  requests twice the results that evenly spread rows would need, and drops those that are not selected.
+- If these contain too few selected rows, most of them are far from the query. Its search then widens further, and FAISS
+  skips the other rows itself, by an IDSelector with one bit for each row.
+- A small selection, or one that needs too wide a search, is compared exactly. So are kinds of neither family.
+"""
+
+import math
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import faiss
+import faiss as typed_faiss
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
 from index_jobs.checks import check_file_once
-from index_jobs.engines.faiss.gpu import MAX_K, GpuSearch, free_gpu_memory
-from index_jobs.engines.faiss.search import RowSelection, WideSearch, search_selection, unwrap
-from index_jobs.engines.protocol import ScoredRows
+from index_jobs.engines.protocol import ScoredRows, merge_top_k
 
-_WRITE_BYTES = 1 << 20
+faiss: Any = typed_faiss  # its type hints have the C++ signatures only
+
+VECTORS = "index.faiss"
+MAX_GPU_K = 2048  # results of a GPU search; larger searches run on the CPU
+EXACT_UP_TO = 20_000  # rows that take a few milliseconds to compare one by one
+_TUNED_FOR = 12  # results that tuning covers: ten, and two that show whether there are more, or equal ones
+_NARROW = 16  # results that a narrow search is wide enough for
+_VISITED = 4  # rows to visit for each result
+_GRAPH_RESERVE = 1.2  # factor on the width of a graph's first search among selected rows
+_GRAPH_COST = 4  # cost of a vector reached through the graph, in vectors compared sequentially
+_SCAN_RATIO = 16  # rows skipped in lists that cost as much as one exact comparison
+_SPARSE = 0.5  # selected rows are sparse near a query below this ratio of their share
+_WIDENING = 4  # factor on the width where they are sparse
+_BLOCK = 2048  # vectors that are decoded and compared at a time
+_DECODED_SHARE = 0.001  # from this share on, going through all stored vectors is faster than decoding the selected ones
+
+
+def free_gpu_memory() -> int:
+    """Return half of the free memory of the first GPU; 0 without a GPU or FAISS's GPU build."""
+    import torch
+
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus() or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.mem_get_info(0)[0] // 2)
+
+
+class RowSelection:
+    """The rows that a search may find; can be reused for other searches among the same rows."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.mask, self.count = mask, int(np.count_nonzero(mask))
+        self.share = self.count / max(1, len(mask))
+
+    @cached_property
+    def selector(self) -> Any:
+        return faiss.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
 class FaissIndex:
-    """A FAISS index on disk. Safe for concurrent searches."""
+    """An index with the search parameters that it has when this is created. Safe for concurrent searches."""
 
     def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
         """Wrap an index on the CPU. With on_gpu, a copy on the GPU serves the searches among all rows."""
-        self._index = index
-        self._unfiltered = GpuSearch(index) if on_gpu else index
+        self._index = self._unfiltered = index
+        self._turn: AbstractContextManager[Any] = nullcontext()
+        if on_gpu:
+            self._resources = faiss.StandardGpuResources()  # must outlive the copy
+            self._unfiltered, self._turn = faiss.index_cpu_to_gpu(self._resources, 0, index), threading.Lock()
         self.count, self.dim = int(index.ntotal), int(index.d)
         self._cached_selection: RowSelection | None = None
+        innermost, self._factor = unwrap(index)
+        self._has_lists = isinstance(innermost, faiss.IndexIVF)
+        self._tuned = self._maximum = 0  # nprobe or efSearch, and its largest useful value; 0 for kinds without either
+        self._visited = 1 / self._factor  # rows that one more of the width visits
+        if self._has_lists:
+            self._tuned, self._maximum = int(innermost.nprobe), int(innermost.nlist)
+            self._visited = self.count / innermost.nlist
+        elif isinstance(innermost, faiss.IndexHNSW):
+            self._tuned, self._maximum = int(innermost.hnsw.efSearch), self.count
+        self._storage = index
+        if isinstance(index, faiss.IndexRefine | faiss.IndexHNSW):
+            stored = index.refine_index if isinstance(index, faiss.IndexRefine) else index.storage
+            self._storage = faiss.downcast_index(stored)
 
     @classmethod
     def open(cls, path: Path, *, gpu: bool = False) -> "FaissIndex":
-        """Memory-map an index where its kind allows, read it otherwise.
-
-        Args:
-            gpu: search on a GPU if there is one.
+        """Memory-map an index where its kind allows, read it otherwise. gpu: search on a GPU if there is one.
 
         Raises:
             ArtifactError: the file is missing, truncated or no index.
@@ -48,20 +108,27 @@ class FaissIndex:
             check_file_once(path, lambda: _check_contents(index))
             return cls(index, on_gpu=gpu and free_gpu_memory() > 0)
         except RuntimeError as error:
-            raise ArtifactError(f"{path} cannot be read as a FAISS index: {_reason(error)}") from error
+            raise ArtifactError(f"{path} cannot be read as a FAISS index: {faiss_reason(error)}") from error
 
     def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
         selection = None if mask is None else self._select(mask)
-        if selection is None or selection.is_everything:
-            tuned_index = self._unfiltered if k <= MAX_K else self._index
-            return self._wide_search.search(vectors, k, tuned_index, is_narrow=is_narrow)
-        return search_selection(self._index, vectors, k, selection)
-
-    @cached_property
-    def _wide_search(self) -> WideSearch:
-        return WideSearch(self._index)
+        if selection is not None and selection.count < self.count:
+            return self._search_selection(vectors, k, selection)
+        width = self._tuned
+        if self._maximum and self.count and k > _TUNED_FOR:
+            power = 1 << (k - 1).bit_length()  # most pages of one result list then have the same width
+            width = max(width, min(self._maximum, self._width_for(_NARROW if is_narrow else power)))
+        if width == self._tuned:
+            with self._turn:
+                scores, rows = (self._unfiltered if k <= MAX_GPU_K else self._index).search(vectors, k)
+        else:
+            scores, rows = self._search(vectors, k, width)
+        while width < self._maximum and k <= self.count and (short := rows[:, -1] < 0).any():
+            width = min(2 * width, self._maximum)
+            scores[short], rows[short] = self._search(vectors[short], k, width)
+        return scores, rows
 
     def _select(self, mask: Mask) -> RowSelection:
         """Return the selection of a mask; that of a read-only mask, such as the live rows, is cached."""
@@ -72,25 +139,96 @@ class FaissIndex:
             self._cached_selection = cached = RowSelection(mask)
         return cached
 
+    def _search_selection(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
+        if selection.count <= EXACT_UP_TO or not self._maximum:
+            return self._search_exactly(vectors, k, selection)
+        wanted = min(self.count, math.ceil(k / (_SPARSE * selection.share)))
+        if self._has_lists:
+            enough, limit = k, _SCAN_RATIO * (selection.count - self._factor * wanted) / self._visited
+            width = min(self._maximum, math.ceil(max(self._tuned, self._width_for(k)) / selection.share))
+        else:
+            enough, limit = max(k, self._tuned), selection.count / _GRAPH_COST
+            width = max(round(_GRAPH_RESERVE * enough / selection.share), round(self._factor * wanted))
+        if width > limit:
+            return self._search_exactly(vectors, k, selection)
+        scores, rows = self._search(vectors, wanted, width)
+        scores, rows = merge_top_k([scores], [np.where(selection.mask[rows], rows, -1)], k)
+        for number in np.flatnonzero(rows[:, -1] < 0):
+            vector, wider = vectors[number, None], _WIDENING**2 * width  # distant rows are many hops or lists away
+            while min(wider, self._maximum) <= limit:
+                found = self._search(vector, enough, min(wider, self._maximum), selection.selector)
+                if found[1][0, -1] >= 0 or wider >= self._maximum:
+                    break
+                wider *= _WIDENING
+            else:
+                found = self._search_exactly(vector, k, selection)
+            scores[number], rows[number] = found[0][0, :k], found[1][0, :k]
+        return scores, rows
+
+    def _width_for(self, k: int) -> int:
+        return math.ceil(_VISITED * k / self._visited)
+
+    def _search(self, vectors: Floats, k: int, width: int, selector: Any = None) -> ScoredRows:
+        scores, rows = self._index.search(vectors, k, params=_parameters(self._index, selector, width))
+        return scores, rows
+
+    def _search_exactly(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
+        """Compare every selected row."""
+        is_scanned = isinstance(self._storage, faiss.IndexFlat | faiss.IndexScalarQuantizer)
+        if is_scanned and selection.share > _DECODED_SHARE:
+            found = self._storage.search(vectors, k, params=faiss.SearchParameters(sel=selection.selector))
+            return merge_top_k([found[0]], [found[1]], k)
+        scores, rows = np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
+        selected = np.flatnonzero(selection.mask)
+        for start in range(0, len(selected), _BLOCK):
+            block: Rows = selected[start : start + _BLOCK]
+            decoded = self._index.reconstruct_batch(block)
+            found = faiss.knn(vectors, decoded, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            scores, rows = merge_top_k([scores, found[0]], [rows, block[found[1]]], k)
+        return merge_top_k([scores], [rows], k)
+
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
         try:
             vectors: Floats = self._index.reconstruct_batch(np.ascontiguousarray(rows, np.int64))
         except RuntimeError as error:
-            raise ArtifactError(f"this kind of index cannot reconstruct a vector: {_reason(error)}") from error
+            raise ArtifactError(f"this kind of index cannot reconstruct a vector: {faiss_reason(error)}") from error
         faiss.normalize_L2(vectors)
         return vectors
 
 
+def unwrap(index: Any) -> tuple[Any, float]:
+    """Return the index inside transforms and refinements, and the factor of results that these request of it."""
+    index, factor = faiss.downcast_index(index), 1.0
+    while isinstance(index, faiss.IndexPreTransform | faiss.IndexRefine):
+        is_refined = isinstance(index, faiss.IndexRefine)
+        factor *= index.k_factor if is_refined else 1
+        index = faiss.downcast_index(index.base_index if is_refined else index.index)
+    return index, factor
+
+
+def _parameters(index: Any, selector: Any, width: int) -> Any:
+    """Return the search parameters of a kind and of the kinds inside it; width is nprobe or efSearch."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_parameters(index.index, selector, width))
+    if isinstance(index, faiss.IndexRefine):
+        base = _parameters(index.base_index, selector, width)
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=base)
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=width)
+    return faiss.SearchParametersHNSW(sel=selector, efSearch=width)
+
+
 def _check_contents(index: Any) -> None:
     """Raise ValueError for a wrong metric, size or row number, which FAISS trusts; it checks links of graphs itself."""
-    count, (innermost, _, _) = int(index.ntotal), unwrap(index)
+    count, (innermost, _) = int(index.ntotal), unwrap(index)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d < 1 or not 0 <= count == innermost.ntotal:
         raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are not an index of this kind")
     if isinstance(innermost, faiss.IndexIDMap):
         _require_rows(faiss.vector_to_array(innermost.id_map), count)
     if isinstance(innermost, faiss.IndexIVF):
-        lists: Any = innermost.invlists
+        lists = innermost.invlists
         sizes = np.zeros(innermost.nlist, np.int64)
         for number in range(innermost.nlist):
             sizes[number] = size = lists.list_size(number)
@@ -113,29 +251,25 @@ def write_faiss(index: Any, path: Path) -> None:
 
     FAISS overlooks errors on closing a file, as on a full disk, so it writes through Python's own file.
     """
-    library: Any = faiss  # the type hints lack the two writers
     write_error: OSError | None = None
-    with atomic_writer(path) as file:
 
-        def write(data: bytes) -> int:
-            nonlocal write_error
-            try:
-                return file.write(data)
-            except OSError as error:  # FAISS would lose it
-                write_error = error
-                return 0
-
-        writer = library.BufferedIOWriter(library.PyCallbackIOWriter(write), _WRITE_BYTES)
+    def write(data: bytes) -> None:
+        nonlocal write_error
         try:
-            faiss.write_index(index, writer)
-            del writer  # flushes
+            file.write(data)
+        except OSError as error:  # FAISS would lose it
+            write_error = error
+
+    with atomic_writer(path) as file:
+        try:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
         except RuntimeError as error:
-            raise write_error or OSError(_reason(error)) from error
+            raise OSError(faiss_reason(error)) from error
         if write_error:
             raise write_error
 
 
-def _reason(error: Exception) -> str:
+def faiss_reason(error: Exception) -> str:
     """Return the readable part of a FAISS message, which starts with the C++ function and the source line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rsplit("failed: ", 1)[-1]

@@ -2,18 +2,16 @@
 
 - `auto` lists the kinds for the gallery, fastest at the target recall first, without those that exceed the memory. The
   first one is built; while the measured recall stays below the target, the next one is. See `build`.
-- The order follows measured latencies of one query on one core; `benchmarks/index_kinds.py` prints them. A graph is
-  fastest on real embeddings, and 16-bit vectors do not lower its recall. Among many near-duplicates its recall is too
-  low.
+- The order follows measured latencies; `benchmarks/index_kinds.py` prints them and measured sizes. A graph is fastest
+  on real embeddings, but misses the target among many near-duplicates.
 - Up to 20,000 vectors, exact search takes two milliseconds and needs no training, so nothing else is considered.
-- Memory estimates are bytes for each vector; the benchmark prints measured ones.
 """
 
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 
@@ -25,56 +23,23 @@ _GRAPH_BYTES = 4 * 2 * 24 + 16  # links of a vector in a graph of degree 24
 _ENTRY_BYTES = 16  # number of a vector, in its list and in the map from row to list
 _COARSE_GRAPH_FROM = 16_384  # from this number of lists on, a graph finds the nearest ones
 
+NAMED = ("auto", "flat", "hnsw", "ivf-pq-fp16", "ivf-pq", "ivf", "pq")  # after flat, fastest first
 GPU_NAMED = ("gpu-flat", "gpu-ivf", "gpu-cagra")
 
 
 @dataclass(frozen=True)
 class IndexChoice:
-    """A FAISS index_factory string and the reason for it.
-
-    gpu: built and searched on a GPU. bytes: estimated size, 0 if unknown.
-    """
+    """A FAISS index_factory string and the reason for it."""
 
     factory: str
     reason: str
-    gpu: bool = False
-    bytes: int = 0
+    gpu: bool = False  # built and searched on a GPU
+    bytes: int = 0  # estimated size, 0 if unknown
 
     @property
     def has_lists(self) -> bool:
         """True for inverted lists; a search visits some of them."""
         return "IVF" in self.factory
-
-
-@dataclass(frozen=True)
-class _Kind:
-    factory: Callable[[int, int], str]  # from count and dimensions
-    bytes: Callable[[int], float]  # of a vector, from its dimensions
-    description: str
-
-
-_KINDS = {
-    "flat": _Kind(lambda n, d: "Flat", lambda d: 4 * d, "exact"),
-    "hnsw": _Kind(lambda n, d: "HNSW24,SQfp16", lambda d: 2 * d + _GRAPH_BYTES, "a graph over 16-bit vectors"),
-    "ivf-pq-fp16": _Kind(
-        lambda n, d: f"{_ivf(n)},PQ{_half(d)}x4fs,Refine(SQfp16)",
-        lambda d: 2 * d + _half(d) / 2 + _ENTRY_BYTES,
-        "inverted lists of long product codes, re-ranked by 16-bit vectors",
-    ),
-    "ivf-pq": _Kind(
-        lambda n, d: f"{_ivf(n)},PQ{_code_parts(d)}x4fs,Refine(SQ8)",
-        lambda d: d + _code_parts(d) / 2 + _ENTRY_BYTES,
-        "inverted lists of product codes, re-ranked by 8-bit vectors",
-    ),
-    "ivf": _Kind(lambda n, d: f"{_ivf(n)},Flat", lambda d: 4 * d + _ENTRY_BYTES, "inverted lists of full vectors"),
-    "pq": _Kind(
-        lambda n, d: f"{_ivf(n)},PQ{_code_parts(d)}",
-        lambda d: _code_parts(d) + _ENTRY_BYTES,
-        "the only kind that fits; its recall is low",
-    ),
-}
-_FASTEST_FIRST = ("hnsw", "ivf-pq-fp16", "ivf-pq", "ivf")
-NAMED = ("auto", *_KINDS)
 
 
 def choose_kinds(
@@ -88,8 +53,7 @@ def choose_kinds(
         gpu_memory: bytes of the GPU that the index may take; 0 without a GPU.
 
     Raises:
-        DataError: FAISS does not know the kind.
-        MissingExtraError: a GPU kind without a GPU, or without FAISS's GPU build.
+        DataError, MissingExtraError: FAISS does not know the kind, or it is a GPU kind and there is none to build it.
     """
     if kind == "auto":
         return _choose_automatically(count, dim, machine_memory() // 2 if memory is None else memory, gpu_memory)
@@ -99,42 +63,65 @@ def choose_kinds(
             raise MissingExtraError(f"the kind {kind}, with a CUDA device and FAISS built for it,", "gpu")
         factory = {"gpu-flat": "Flat", "gpu-ivf": f"{_ivf(count)},Flat", "gpu-cagra": "CAGRA"}[kind]
         return [IndexChoice(factory, reason, gpu=True)]
-    choice = _choice(kind.lower(), count, dim, reason) if kind.lower() in _KINDS else IndexChoice(kind, reason)
+    named = _kinds(count, dim).get(kind.lower())
+    choice = replace(named, reason=reason) if named else IndexChoice(kind, reason)
     create_index(choice.factory, dim)
     return [choice]
 
 
+def _kinds(count: int, dim: int) -> dict[str, IndexChoice]:
+    """Return the kinds of NAMED after "auto"; the reason of each describes it."""
+    ivf, entry = _ivf(count), _ENTRY_BYTES
+    long_code = dim // 2 if dim % 2 == 0 else dim  # parts: one for every two dimensions
+    code = max(parts for parts in range(1, max(64, dim // 8) + 1) if dim % parts == 0)
+    kinds = {  # factory, bytes of a vector, description
+        "flat": ("Flat", 4 * dim, "exact"),
+        "hnsw": ("HNSW24,SQfp16", 2 * dim + _GRAPH_BYTES, "a graph over 16-bit vectors"),
+        "ivf-pq-fp16": (
+            f"{ivf},PQ{long_code}x4fs,Refine(SQfp16)",
+            2 * dim + long_code / 2 + entry,
+            "inverted lists of long product codes, re-ranked by 16-bit vectors",
+        ),
+        "ivf-pq": (
+            f"{ivf},PQ{code}x4fs,Refine(SQ8)",
+            dim + code / 2 + entry,
+            "inverted lists of product codes, re-ranked by 8-bit vectors",
+        ),
+        "ivf": (f"{ivf},Flat", 4 * dim + entry, "inverted lists of full vectors"),
+        "pq": (f"{ivf},PQ{code}", code + entry, "the only kind that fits; its recall is low"),
+    }
+    return {
+        name: IndexChoice(factory, description, bytes=int(count * size))
+        for name, (factory, size, description) in kinds.items()
+    }
+
+
 def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) -> list[IndexChoice]:
-    if gpu_memory and (size := 4 * dim * count) <= gpu_memory:
-        reason = f"{_size(count, dim)} take {_gib(size)}, which the GPU searches exactly"
-        return [IndexChoice("Flat", reason, gpu=True, bytes=size)]
+    kinds, vectors = _kinds(count, dim), f"{count:,} vectors of {dim}"
+    flat = kinds.pop("flat")
+    if gpu_memory and flat.bytes <= gpu_memory:
+        reason = f"{vectors} take {_gib(flat.bytes)}, which the GPU searches exactly"
+        return [replace(flat, reason=reason, gpu=True)]
     if count <= FLAT_UP_TO:
         reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes two milliseconds"
-        return [_choice("flat", count, dim, reason)]
+        return [replace(flat, reason=reason)]
     choices, too_large = list[IndexChoice](), list[str]()
-    for name in (*_FASTEST_FIRST, "pq"):
+    for name, choice in kinds.items():
         if (name == "hnsw" and count > _GRAPH_UP_TO) or (name == "pq" and choices):
             continue
-        choice = _choice(name, count, dim, "")
         if choice.bytes > memory:
             too_large.append(f"{choice.factory} would take {_gib(choice.bytes)}")
             continue
-        fits = f"{_size(count, dim)} take {_gib(choice.bytes)} of the {_gib(memory)} allowed"
-        choices.append(_choice(name, count, dim, "; ".join([f"{fits}: {_KINDS[name].description}", *too_large])))
+        fits = f"{vectors} take {_gib(choice.bytes)} of the {_gib(memory)} allowed: {choice.reason}"
+        choices.append(replace(choice, reason="; ".join([fits, *too_large])))
     if not choices:
         raise DataError(
-            f"{_size(count, dim)} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split "
-            f"the gallery"
+            f"{vectors} fit no kind of index in {_gib(memory)}: {too_large[-1]}; raise --memory, or split the gallery"
         )
     return choices
 
 
-def _choice(name: str, count: int, dim: int, reason: str) -> IndexChoice:
-    kind = _KINDS[name]
-    return IndexChoice(kind.factory(count, dim), reason, bytes=int(count * kind.bytes(dim)))
-
-
-def create_index(factory: str, dim: int) -> object:
+def create_index(factory: str, dim: int) -> Any:
     """Return an empty FAISS index for inner products."""
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
@@ -163,23 +150,9 @@ def machine_memory() -> int:
     return total
 
 
-def _half(dim: int) -> int:
-    """Return the number of parts of a long product code: one for every two dimensions, or for every one if odd."""
-    return dim // 2 if dim % 2 == 0 else dim
-
-
-def _code_parts(dim: int) -> int:
-    """Return the number of parts of a product code: the largest divisor up to 64, or up to an eighth of `dim`."""
-    return max(parts for parts in range(1, max(64, dim // 8) + 1) if dim % parts == 0)
-
-
 def _ivf(count: int) -> str:
     number = list_count(count)
     return f"IVF{number}_HNSW32" if number >= _COARSE_GRAPH_FROM else f"IVF{number}"
-
-
-def _size(count: int, dim: int) -> str:
-    return f"{count:,} vectors of {dim}"
 
 
 def _gib(size: int) -> str:
