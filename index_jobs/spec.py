@@ -1,12 +1,22 @@
 """What was asked for in a build: `IndexSpec`, which a version's manifest stores, and `BuildOptions`, how the job runs.
 
-A new option that changes what is published is a field of `IndexSpec` and an option in `jobs.cli`.
+A field declared by `_option` is an option of `dcar index build`; its help describes it. `jobs.cli` makes the command.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from dcar_core.util.errors import DataError
+
+_SHARE = {"metavar": "SHARE", "min": 0, "max": 1}
+
+
+def _option(default: Any, help: str, **declared: Any) -> Any:
+    """Return a field that is an option. declared: further arguments of `typer.Option`, such as min and max."""
+    return field(default=default, metadata={"help": help, **declared})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +30,50 @@ class IndexSpec:
     gallery_signature: str = ""  # of the names, files and metadata of the images
     fingerprint: str = ""  # of the encoder
     pairs_signature: str = ""  # of the validation pairs; "" without
-    kind: str = "auto"  # of index, as the engine names it
-    engine: str = "faiss"  # NAME or NAME=URI; see `engines.registry`
-    memory: int | None = None  # bytes that the index may take
-    target_recall: float = 0.99  # at 10, against exact search
-    text_fields: tuple[str, ...] | None = None  # metadata fields in the lexical index; None for every field with text
-    group_field: str = ""  # metadata field that names the product of an item; "" if each item is its own
-    max_failed: float = 0.05  # share of images that may be unreadable
-    exact: bool = False  # images decoded bit for bit as open_clip does
-    runtime: str = "torch"  # that encodes the images
+    kind: str = _option(
+        "auto",
+        "Kind of index: auto (by count, dimensions, memory and device), flat (exact), hnsw, ivf, ivf-pq-fp16, ivf-pq, "
+        "pq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8.",
+    )
+    engine: str = _option(
+        "faiss",
+        "What stores and searches the vectors: faiss, a file of the index, or another engine and its location; see "
+        "docs/explanation/index-kinds.md.",
+        metavar="NAME[=URI]",
+    )
+    memory: int | None = _option(
+        None,
+        "Memory that the index may take, such as 800MiB or 4GiB. Building it also holds a sample of the vectors. "
+        "Default: half of the machine's or container's memory.",
+        metavar="SIZE",
+    )
+    target_recall: float = _option(
+        0.99, "Recall at 10 against exact search that search parameters are tuned to.", **_SHARE
+    )
+    text_fields: tuple[str, ...] | None = _option(
+        None,
+        "Metadata fields whose words hybrid searches look up, separated by commas. Default: every field with text. Id, "
+        "caption and category are always looked up.",
+        metavar="NAMES",
+    )
+    group_field: str = _option(
+        "", "Metadata field that names the product of an item: searches return each product once.", metavar="NAME"
+    )
+    max_failed: float = _option(
+        0.05,
+        "Share of images that may be unreadable, 0 to 1; the version's failed.jsonl lists them.",
+        **_SHARE,
+    )
+    exact: bool = _option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
+    runtime: str = _option(
+        "torch",
+        "Encoder runtime: auto (by what is installed and the processor), torch, openvino-bf16, and others of "
+        "docs/how-to/choose-a-runtime.md.",
+        envvar="DCAR_RUNTIME",
+    )
 
     def __post_init__(self) -> None:
-        _require_share("max_failed", self.max_failed)
+        _require_ranges(self)
         if self.text_fields is not None:
             object.__setattr__(self, "text_fields", tuple(self.text_fields))
 
@@ -43,43 +85,81 @@ class IndexSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """How a build runs. Apart from the spec, nothing here changes what is published.
-
-    `dcar index build --help` describes the options. Raise ValueError if a number is out of range.
-    """
+    """How a build runs. Apart from the spec, nothing here changes what is published."""
 
     spec: IndexSpec = field(default_factory=IndexSpec)
-    workers: int | None = None
-    batch_size: int = 64
-    keep: int = 3
-    max_vanished: float = 0.2
-    validation: Path | None = None
-    margin: float = 0.02
-    force: bool = False
-    notify: Sequence[str] = ()
-    keep_shards: bool = True
-    shard_rows: int = 1024
-    device: str = "auto"
-    pixel_cache: Path | None = None
-    ray: str | None = None
+    workers: int | None = _option(
+        None,
+        "Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores, of more than 4 all "
+        "but one, and fewer for a small gallery.",
+        min=0,
+    )
+    batch_size: int = _option(64, "Images per forward pass.", min=1)
+    ray: str | None = _option(
+        None,
+        "Encode on a Ray cluster: its address, auto for the cluster of this machine, or local to start one. --workers "
+        "is then the number of its workers.",
+        metavar="ADDRESS",
+    )
+    keep: int = _option(3, "Versions to keep for rollback, the new one included.", min=1)
+    max_vanished: float = _option(
+        0.2,
+        "Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
+        "published.",
+        **_SHARE,
+    )
+    device: str = _option("auto", "auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")
+    pixel_cache: Path | None = _option(  # noqa: RUF009
+        None, "Keep decoded images here for the next rebuild: 150 KB an image at 224 pixels.", metavar="DIR"
+    )
+    shard_rows: int = _option(1024, "Images per shard, which is the work that a killed run can lose.", min=1)
+    validation: Path | None = _option(  # noqa: RUF009
+        None,
+        "Data set as for `dcar train --data`. Its val pairs with images in the gallery compare the new index with the "
+        'served one and calibrate `min_score: "auto"`. Default: compare by the gallery\'s captions.',
+        metavar="DATA",
+    )
+    margin: float = _option(
+        0.02,
+        "Recall at 1 or 10, or nDCG at 100, that the new index may lose and still pass.",
+        **_SHARE,
+    )
+    force: bool = _option(
+        False,
+        "Publish although nothing has changed, the new index ranks worse or cannot be compared, or the gallery has "
+        "shrunk. Images that failed are tried again.",
+    )
+    notify: Sequence[str] | None = _option(
+        None,
+        "Notify services of the new version; may be repeated. redis://HOST reaches every service on that Redis, "
+        "http://HOST:PORT one service, with the key in DCAR_ADMIN_KEY. Default: services poll.",
+        metavar="URL",
+    )
+    keep_shards: bool = _option(
+        True,
+        "Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes only new "
+        "images.",
+    )
     progress: bool = True
     on_encoded: Callable[[int], None] | None = None  # called with a number of images once they have vectors
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.shard_rows < 1:
-            raise ValueError(
-                f"batch_size and shard_rows must be at least 1, not {self.batch_size} and {self.shard_rows}"
-            )
-        _require_share("max_vanished", self.max_vanished)
+        _require_ranges(self)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "BuildOptions":
-        """Return the options of flat names, those of the spec included."""
+        """Return the options of flat names, those of the spec included. Raise DataError if a number is out of range."""
         names = {each.name for each in fields(IndexSpec)}
-        spec = IndexSpec(**{name: value for name, value in options.items() if name in names})
-        return cls(spec=spec, **{name: value for name, value in options.items() if name not in names})
+        try:
+            spec = IndexSpec(**{name: value for name, value in options.items() if name in names})
+            return cls(spec=spec, **{name: value for name, value in options.items() if name not in names})
+        except ValueError as error:
+            raise DataError(str(error)) from None
 
 
-def _require_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is a share from 0 to 1, not {value}")
+def _require_ranges(options: IndexSpec | BuildOptions) -> None:
+    for each in fields(options):
+        value, least, most = getattr(options, each.name), each.metadata.get("min"), each.metadata.get("max", math.inf)
+        if least is not None and value is not None and not least <= value <= most:  # nor if it is not a number
+            allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise ValueError(f"{each.name} must be {allowed}, not {value}")
