@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _FINISH_S = 10  # for pending requests at shutdown
 _THREADS_S = 3  # for threads, after that
-_LISTENERS = 1 if sys.platform == "win32" else 8  # uvloop accepts one connection of each in a turn of the event loop
+_LISTENERS = 1 if sys.platform == "win32" else 16  # uvloop accepts one connection of each in a turn of the event loop
 _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
 
 
