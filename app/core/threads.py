@@ -52,6 +52,11 @@ class FairThread(ComputeThreads):
         result: T = await asyncio.wrap_future(waiting.done)
         return result
 
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        for waiting in self._waiting if cancel_futures else ():
+            waiting.done.cancel()
+
     def _run_next(self) -> None:
         following = min(self._waiting, key=self._spent_by)
         self._waiting.remove(following)

@@ -101,7 +101,12 @@ async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
     assert order == ["greedy", *["modest"] * 8, *["greedy"] * 7]
     with pytest.raises(ZeroDivisionError):
         await thread.run(lambda: 1 // 0)
-    thread.shutdown()
+    gate.clear()
+    last = [asyncio.create_task(call("last", 0)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    asyncio.get_running_loop().call_later(0.1, gate.set)
+    await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+    assert [task.cancelled() for task in (await asyncio.wait(last, timeout=5))[0]].count(True) == 1
 
 
 @pytest.mark.parametrize("options", [{"explain": True}, {"rerank": True}], ids=str)
