@@ -76,17 +76,6 @@ def test_prompts_that_leave_no_room_for_a_word_are_refused(backbone: Backbone) -
         report_truncation({}, {}, backbone, backbone.context_length - 2)
 
 
-def test_negatives_are_encoded_as_one_by_one(backbone: Backbone, training: Dataset) -> None:
-    _, data = model_and_data(backbone, training, "dcar")
-    assert data.candidate_features is not None
-    assert data.candidate_weights is not None
-    for i, sample in enumerate(training.samples):
-        texts = [sample.caption, *sample.negatives]
-        alone = torch.nn.functional.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
-        torch.testing.assert_close(data.candidate_features[i, : len(texts)], alone)
-        assert (data.candidate_weights[i] > 0).sum() == len(texts)
-
-
 def test_category_names_are_case_folded_and_eight_negatives_are_used(backbone: Backbone, training: Dataset) -> None:
     one = replace(
         training.samples[0],
