@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dcar_core.runtimes import openvino_runtime as openvino
 from dcar_core.runtimes.encoder_state import EncoderState, Runtime
-from dcar_core.runtimes.export_cache import ExportKey, ensure_export
+from dcar_core.runtimes.openvino_runtime import ExportKey, ensure_export
 from dcar_core.util import machine
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import RuntimeUnavailableError

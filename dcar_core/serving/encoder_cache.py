@@ -31,8 +31,7 @@ from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
-from dcar_core.runtimes.export_cache import GRAPHS, ExportKey, ensure_export, key_of_export
-from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
+from dcar_core.runtimes.openvino_runtime import GRAPHS, ExportKey, OpenVinoRuntime, ensure_export, key_of_export
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
 from dcar_core.runtimes.selection import Probe, prove, reference_vectors
 from dcar_core.util import machine

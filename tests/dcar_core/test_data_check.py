@@ -64,33 +64,27 @@ def test_captions_beyond_the_context_are_found(tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_training_saves_the_report_and_skips_only_on_request(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        content = json.loads((tiny_data / f"{split}.json").read_text())
+def test_training_names_unusable_images_and_skips_them_on_request(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    photos = shutil.copytree(tiny_data, tmp_path / "photos")
+    entries = {split: json.loads((photos / f"{split}.json").read_text()) for split in ("train", "val")}
+    name = next(iter(entries["train"].values()))["file_name"]
+    (photos / name).write_bytes((photos / name).read_bytes()[:60])
+    given = ("--data", photos, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
+    done = dcar("train", *given)
+    assert done.returncode == 3
+    assert re.search(rf"^error: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
+    for split, content in entries.items():
         content["lost_1"] = {"file_name": "lost.png", "positive": "a lost one", "negative": [], "class_name": "square"}
-        (tmp_path / f"{split}.json").write_text(json.dumps(content))
-    given = ("--data", tmp_path, "--images", tiny_data, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
+        (photos / f"{split}.json").write_text(json.dumps(content))
     done = dcar("train", *given)
     assert done.returncode == 3
     assert re.search(r"^error: train: 1 of 13 images are not in .*: lost\.png\. Point --images", done.stderr, re.M)
     done = dcar("train", *given, "--skip-broken")
     assert "adapted" in done.stdout, done.stderr
     assert "1 images missing, left out: lost.png" in done.stderr
-    saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
-    assert saved["train"]["names"] == {"images missing, left out": ["lost.png"]}
-    assert saved["val"]["counts"]["images missing, left out"] == 1
-
-
-@pytest.mark.slow
-def test_training_names_a_broken_image(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    photos = tmp_path / "photos"
-    shutil.copytree(tiny_data, photos)
-    name = next(iter(json.loads((photos / "train.json").read_text()).values()))["file_name"]
-    (photos / name).write_bytes((photos / name).read_bytes()[:60])
-    given = ("--data", photos, "--model", tiny_model, "--epochs", "1", "--out", tmp_path / "c")
-    done = dcar("train", *given)
-    assert done.returncode == 3
-    assert re.search(rf"^error: train: {re.escape(name)}: broken or truncated", done.stderr, re.M)
-    done = dcar("train", *given, "--skip-broken")
-    assert "adapted" in done.stdout, done.stderr
     assert f"1 images broken, left out: {name} (" in done.stderr
+    saved = json.loads((tmp_path / "c" / "cleaning.json").read_text())
+    assert saved["train"]["names"]["images missing, left out"] == ["lost.png"]
+    assert saved["val"]["counts"]["images missing, left out"] == 1

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.runtimes.export_cache import ExportKey, ensure_export
-from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
+from dcar_core.runtimes.openvino_runtime import ExportKey, OpenVinoRuntime, ensure_export
 from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import default_cache_directory
