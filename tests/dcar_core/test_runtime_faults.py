@@ -104,7 +104,7 @@ def test_changed_export_is_refused(
 def test_missing_processor_instructions_are_named(
     tiny_checkpoint: Path, chosen: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "instruction_sets", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(machine, "_cpuinfo", lambda *_: "avx2")
     with pytest.raises(RuntimeUnavailableError, match=r"no bf16 instructions \(.*avx512_bf16"):
         by_name(tiny_checkpoint, chosen, "openvino-bf16")
     assert auto(tiny_checkpoint, chosen, caplog) == ("openvino", [])
