@@ -137,11 +137,6 @@ async def test_rates_are_shared_in_redis_and_local_without_it(redis_server: Redi
     await second.close()
 
 
-def test_rates_are_parsed() -> None:
-    assert parse_rate("20/second").amount == 20
-    assert parse_rate("100 per 10 seconds").get_expiry() == 10
-
-
 async def test_responses_behind_keys_are_private_to_caches(built_index: Path) -> None:
     image = "/items/circle%2Fred.png/image"
     paths = ("/collections", "/items", "/items/circle%2Fred.png", "/items/circle%2Fred.png/similar")

@@ -228,19 +228,6 @@ def test_ids_that_look_like_lists(tiny_checkpoint: Path, tmp_path: Path) -> None
                 assert each not in [result.id for result in response.results]
 
 
-def test_a_rate_limit_is_retried_after_the_named_time(built_index: Path) -> None:
-    with serving(built_index, rate_limit="2/minute") as (_, port):
-        waits: list[float] = []
-        with Client(f"http://127.0.0.1:{port}", sleep=waits.append, retries=3, max_wait_s=60) as client:
-            client.search_text("red")
-            client.search_text("red")
-            with pytest.raises(ServiceError) as caught:
-                client.search_text("red")
-        assert caught.value.status == 429
-        assert len(waits) == 3
-        assert all(1 <= wait <= 60 for wait in waits)
-
-
 async def test_both_clients_retry() -> None:
     statuses = iter(2 * [None, 429, 503, 200])
 
