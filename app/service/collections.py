@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,12 +106,13 @@ class ServedIndex:
                 is_empty = self.is_created and await disk.run(current_version, self.index) is None
                 version = 0 if is_empty else await disk.run(require_index, self.index)
                 if self.live is None or not await disk.run(is_published, self.live, self.index, version):
-                    loaded = [index.live for _, index in collections if index.live is not None]
-                    given = self.index, collections.settings, loaded, is_empty
-                    snapshot = await run_in_new_thread(load_snapshot, *given)
+                    snapshot = await run_in_new_thread(
+                        load_snapshot, self.index, collections.settings, collections.loaded, is_empty
+                    )
             except ENDS:
                 raise
             except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they refer to snapshots until a full garbage collection
                 failure = self._record_failure(version, error)
                 raise failure from (None if failure is error else error)
             self.reason, self._failed_version = None, None
@@ -194,6 +196,11 @@ class Collections:
         self.default = next(iter(self._indexes))
         self._look: asyncio.Task[str | None] | None = None  # at the files of the galleries
         self.is_draining = False
+
+    @property
+    def loaded(self) -> list[Snapshot]:
+        """The live snapshots of all collections."""
+        return [index.live for _, index in self if index.live is not None]
 
     def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
         return iter([*self._indexes.items()])

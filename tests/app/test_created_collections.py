@@ -125,7 +125,9 @@ async def test_only_collections_of_writers_are_created_and_dropped(index: Path, 
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 403
 
 
-async def test_dropped_collection_is_released_without_a_garbage_collection(index: Path, tmp_path: Path) -> None:
+async def test_dropped_collection_is_released_without_a_garbage_collection(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until then, its files would stay on the disk."""
     folder = tmp_path / "created"
     create(folder, index, "lamps")
@@ -140,8 +142,14 @@ async def test_dropped_collection_is_released_without_a_garbage_collection(index
     live = collections["lamps"].live
     assert live is not None
     opened_files, live = weakref.ref(live.artifact), None
+    gc.collect()
     gc.disable()
     try:
+        with monkeypatch.context() as patch:  # a load that fails keeps nothing, either
+            patch.setattr("app.service.collections.is_published", lambda *_: False)
+            patch.setattr("app.service.collections.load_snapshot", lambda *_: open_current(tmp_path))
+            with pytest.raises(DcarError):
+                await collections["lamps"].reload()
         drop_collection(list_collections(folder)["lamps"])
         await collections.sync()
 
