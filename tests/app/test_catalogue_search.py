@@ -56,24 +56,6 @@ async def test_hybrid_true_is_the_weight_that_the_build_chose(index: Path) -> No
         assert answers[0] == answers[1] != answers[2]
 
 
-async def test_hybrid_pages_show_every_item_once(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        shown, offset = [], 0
-        while offset is not None:
-            query = {
-                "query": "red circle",
-                "hybrid": True,
-                "k": 5,
-                "offset": offset,
-                "filter": {"color": ["red", "blue"]},
-            }
-            body = (await client.post("/search/text", json=query)).json()
-            shown += [result["id"] for result in body["results"]]
-            offset = body.get("next_offset")
-        assert len(shown) == len(set(shown)) == 2 * SHAPES
-        assert shown[0] == "circle/red.png"
-
-
 async def test_words_of_added_items_are_found_and_of_removed_ones_not(index: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "more"
     gallery.mkdir()

@@ -48,27 +48,6 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> N
         ]
 
 
-@pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,Flat"])
-@pytest.mark.parametrize("seed", range(2))
-def test_products_like_some_items_equal_those_of_all_rows(kind: str, seed: int) -> None:
-    rng, count = np.random.default_rng(seed), 500
-    values, vectors = products_of(rng, count, 60), unit(rng, count, 16)
-    products = [row if value is None else value for row, value in enumerate(values)]
-    snapshot = snapshot_of(ArtifactStub(vectors, kind, product=values))
-    for mask in (None, rng.random(count) < 0.5):
-        allowed = np.arange(count) if mask is None else np.flatnonzero(mask)
-        for liked in rng.choice(count, (4, 2), replace=False).tolist():
-            vector = vectors[liked].mean(0)
-            vector /= np.linalg.norm(vector)
-            scores, own = vectors @ vector, {products[each] for each in liked}
-            others = [row for row in allowed[np.argsort(-scores[allowed])].tolist() if products[row] not in own]
-            expected = first_of_each(others, values)[:10]
-            plan = Plan(Query(k=9), excluded_rows={*liked}, group_by="product")
-            found = rank_rows(snapshot, plan, vector, mask)
-            assert [products[each.row] for each in found] == [products[row] for row in expected]
-            np.testing.assert_allclose([each.score for each in found], scores[expected], atol=1e-5)
-
-
 @pytest.mark.parametrize("names", [["a"], ["a", "b", None]], ids=["all", "half"])
 def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str | None]) -> None:
     """A group of the items to resemble may be most of the gallery."""
