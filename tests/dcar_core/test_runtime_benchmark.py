@@ -10,6 +10,7 @@ from dcar_core.data import load_split
 from dcar_core.serving import runtime_benchmark as module
 from dcar_core.serving.runtime_benchmark import RuntimeReport, RuntimeResult, benchmark
 from dcar_core.util.errors import DataError
+from tests.support.parts import needs
 
 
 def row(name: str, speed: float, recall: float) -> RuntimeResult:
@@ -40,6 +41,7 @@ def measured(
     return benchmark(str(checkpoint), data, runtimes=names, cache=cache, device="cpu")
 
 
+@needs("openvino")
 def test_runtime_that_loses_recall_is_not_the_fastest(
     tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,7 +249,7 @@ def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> Non
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_rows": 0}, {"max_failed": 1.5}])
 def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(DataError, match=next(iter(wrong))):
         BuildOptions.of(wrong)
 
 
