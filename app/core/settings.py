@@ -146,8 +146,8 @@ class Settings(BaseSettings):
     redis_timeout_ms: int = Field(100, ge=1)
     """Time limit of a Redis command in milliseconds. A slower response is treated as a failure."""
     cache_size: int = Field(10_000, ge=0)
-    """Number of query embeddings cached in the process, and of rankings cached for each version, of these at most
-    1,000. 0 caches none."""
+    """Number of query embeddings cached in the process, and of pages of results cached for each version, of these
+    at most 1,000. 0 caches none."""
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1)
     """Lifetime in seconds of an embedding in Redis."""
 
