@@ -218,7 +218,7 @@ def work() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             job_size, data_size = _LENGTHS.unpack(_read(requests, _LENGTHS.size))
-            convert, limits = pickle.loads(_read(requests, job_size))
+            convert, limits = pickle.loads(_read(requests, job_size))  # of the parent; the file comes after it
             answer, payload = _decode(convert, requests.read(data_size), limits)
             head = json.dumps(answer).encode()
             _write(answers, _LENGTHS.pack(len(head), len(payload)) + head, payload)

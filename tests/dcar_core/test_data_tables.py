@@ -1,6 +1,5 @@
 """Pairs from CSV, JSONL, Parquet and tars: nothing of a file is left out in silence, and none fills the memory."""
 
-import csv
 import json
 import tarfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from dcar_core.data import Annotations, Sample, load_split, load_splits, records
 from dcar_core.data.records import read_records
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
-from tests.support.files import write_jsonl, write_tar
+from tests.support.files import write_jsonl, write_rows, write_tar
 from tests.support.images import png
 
 ROWS: list[dict[str, Any]] = [
@@ -24,19 +23,6 @@ ROWS: list[dict[str, Any]] = [
 
 def samples(path: Path, split: str = "train") -> list[Sample]:
     return load_split(path, split, image_policy="ignore")[0].samples
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]] = ROWS) -> None:
-    """Write a table in the format of its suffix."""
-    if path.suffix == ".jsonl":
-        write_jsonl(path, *rows)
-    elif path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
 
 
 @pytest.fixture
@@ -80,7 +66,7 @@ def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet", "tars"])
 def test_what_describes_a_gallery_is_a_data_set(form: str, gallery: Path) -> None:
     if form != "tars":
-        write_rows(gallery / f"metadata{form}")
+        write_rows(gallery / f"metadata{form}", ROWS)
     else:
         for shard in range(2):
             members: dict[str, bytes] = {}
@@ -96,7 +82,7 @@ def test_what_describes_a_gallery_is_a_data_set(form: str, gallery: Path) -> Non
 
 
 def test_annotations_take_precedence_over_a_gallerys_metadata(gallery: Path) -> None:
-    write_rows(gallery / "metadata.jsonl")
+    write_rows(gallery / "metadata.jsonl", ROWS)
     write_rows(gallery / "train.parquet", ROWS[:30])
     images = {sample.image for split in ("train", "val") for sample in samples(gallery, split)}
     assert images == {row["file_name"] for row in ROWS[:30]}

@@ -1,6 +1,5 @@
 """Galleries of every form, and errors about broken ones."""
 
-import csv
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from dcar_core.images import formats
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import WHOLE_FILE, open_image
-from tests.support.files import jsonl, tar_bytes, write_file, write_jsonl, write_tar
+from tests.support.files import jsonl, tar_bytes, write_file, write_jsonl, write_rows, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
 from tests.support.parts import needs
@@ -119,15 +118,7 @@ def test_lists_keep_their_order_ids_and_columns(tmp_path: Path, kind: str, colum
         {column: "./b.png", "id": "", "caption": "b", "category": "", "colour": "y"},
     ]
     path = tmp_path / "lists" / f"list.{kind}"
-    if kind == "jsonl":
-        write_jsonl(path, *rows)
-    elif kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    write_rows(path, rows)
     gallery = scan(path)
     table = gallery.table.to_pylist()
     assert [row["location"] for row in table] == [str(outside), "b.png"]

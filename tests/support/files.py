@@ -1,10 +1,14 @@
 """Files that tests write."""
 
+import csv
 import io
 import json
 import tarfile
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 def write_file(path: Path, data: bytes) -> Path:
@@ -27,6 +31,19 @@ def jsonl(*rows: Any) -> bytes:
 def write_jsonl(path: Path, *rows: Any) -> Path:
     """Write one JSON document per line, creating parent folders."""
     return write_file(path, jsonl(*rows))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table in the format of its suffix."""
+    if path.suffix == ".jsonl":
+        write_jsonl(path, *rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
 
 
 def tar_bytes(members: dict[str, bytes], mode: str = "w") -> bytes:
