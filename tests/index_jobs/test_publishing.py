@@ -1,4 +1,4 @@
-"""Details of publishing and of opened versions that no other test would miss."""
+"""Publishing in detail: the order of writes to the disk, locks, shared files and what an opened version checks."""
 
 import errno
 import os
@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
-from dcar_core.util.files import write_json
+from dcar_core.util.files import fsync_tree, write_json
 from index_jobs.checks import check_file_once
 from index_jobs.jobs.update import remove
 from index_jobs.store import artifact as artifact_module
 from index_jobs.store import publish
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 from index_jobs.store.manifest import Addition, Manifest
-from index_jobs.store.publish import clean_work, open_staging, report_os_errors, rollback
+from index_jobs.store.publish import open_staging, report_os_errors, rollback
 from index_jobs.store.versions import open_current, open_version
 from tests.support.versions import publish_copy
+
+Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path
 
 
 def test_a_refused_writer_does_not_wait(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,17 +35,6 @@ def test_a_refused_writer_does_not_wait(index: Path, monkeypatch: pytest.MonkeyP
             with pytest.raises(LockedError, match=r"another job is writing to .*; wait until it has ended"):
                 write(index)
     assert publish_copy(index) == 2
-
-
-def test_only_rejected_folders_of_a_work_directory_are_removed(index: Path) -> None:
-    work = index / "work"
-    clean_work(index, work, lambda _: False)
-    for name in ("kept", "old"):
-        (work / name).mkdir(parents=True)
-    (work / "file").touch()
-    clean_work(index, work, lambda path: path.name == "kept")
-    assert sorted(path.name for path in work.iterdir()) == ["file", "kept"]
-    assert [path.name for path in (index / "versions").iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +111,8 @@ def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypat
     for path in paths[:12]:
         path.unlink()
     assert artifact.find_gallery_fault() is None
-    assert (
-        artifact.find_gallery_fault(str(paths[0]))
-        == f"1 of 1 sampled images are not in the gallery, such as {paths[0]}"
-    )
+    missing = f"1 of 1 sampled images are not in the gallery, such as {paths[0]}"
+    assert artifact.find_gallery_fault(str(paths[0])) == missing
     assert artifact.find_gallery_fault(str(paths[23])) is None
     paths[20].unlink()
     assert artifact.find_gallery_fault() == f"13 of 24 sampled images are not in the gallery, such as {paths[0]}"
@@ -181,3 +170,50 @@ def test_a_lock_that_tantivy_still_holds_is_no_file_of_the_version(index: Path) 
         (staging / "lexical" / ".tantivy-meta.lock").touch()
         manifest = publish.publish_version(index, staging, current.manifest, shared=shared)
     assert manifest.files.keys() == current.manifest.files.keys()
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Record every fsync by the path of its file, and every rename by the new path."""
+    recorded: list[Event] = []
+    sync = os.fsync
+
+    def recording_sync(descriptor: int) -> None:
+        recorded.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        sync(descriptor)
+
+    def recording(rename: Callable[[object, object], None]) -> Callable[[object, object], None]:
+        def record(old: object, new: object, **options: object) -> None:
+            recorded.append(("rename", str(new)))
+            rename(old, new)
+
+        return record
+
+    monkeypatch.setattr(os, "fsync", recording_sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, recording(getattr(os, name)))
+    return recorded
+
+
+def test_a_version_is_on_the_disk_before_current_names_it(index: Path, events: list[Event]) -> None:
+    remove(index, [open_current(index).item(0).id])
+    version = index / "versions" / "2"
+    published = events.index(("rename", str(version)))
+    current = events.index(("rename", str(index / "CURRENT")))
+    assert published < current
+    synced = {Path(path) for kind, path in events[:published] if kind == "sync"}
+    (staging,) = {path for path in synced if path.name.startswith(".tmp-") and path.parent == version.parent}
+    contents = {staging, *(staging / path.relative_to(version) for path in version.rglob("*"))}
+    assert contents <= synced, "every file and folder of the version"
+    assert ("sync", str(version.parent)) in events[published:current], "its name"
+    temporary = str(index / ".CURRENT..tmp")
+    assert ("sync", temporary) in events[published:current], "the content of CURRENT"
+    assert ("sync", str(index)) in events[current:], "the name of CURRENT"
+
+
+def test_a_tree_is_synced_with_its_own_folder(tmp_path: Path, events: list[Event]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    fsync_tree(tmp_path)
+    expected = {tmp_path, tmp_path / "folder", tmp_path / "folder" / "file"}
+    assert {Path(path) for _, path in events} == expected

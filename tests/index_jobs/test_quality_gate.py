@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RejectedError
@@ -105,19 +104,10 @@ def test_larger_gallery_does_not_count_as_a_worse_model(
     assert summary.gate["serving"] == summary.gate["rebuilt"]
 
 
-def test_validation_pairs_are_found_in_the_gallery(
-    tiny_data: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
-) -> None:
-    pairs = gate.find_pairs(scan(tiny_data), tiny_data)
-    assert pairs is not None
-    table = {row["id"]: row["caption"] for row in scan(tiny_data).table.to_pylist()}
-    assert [table[item_id] for item_id in pairs.ids] == pairs.texts
+def test_validation_pairs_are_compared(tiny_data: Path, better_and_worse: tuple[Path, Path, Path], index: Path) -> None:
     summary = rebuild(tiny_data, better_and_worse[0], index, progress=False, kind="hnsw", validation=tiny_data)
     assert summary.gate is not None
     assert (summary.gate["source"], summary.gate["pairs"]) == ("validation", 6)
-    elsewhere = Path(shutil.copytree(tiny_data, tmp_path / "elsewhere"))
-    with pytest.raises(DataError, match=r"none of the 6 validation pairs of .* has its image in the gallery"):
-        gate.find_pairs(scan(tiny_data), elsewhere)
 
 
 def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None:

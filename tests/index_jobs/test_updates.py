@@ -16,7 +16,6 @@ from dcar_core.util.errors import ArtifactError, DataError, LockedError
 from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.jobs import update as updates
 from index_jobs.jobs.update import add, remove
-from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version, open_current, open_version, verify_index
 from tests.support.commands import dcar
 from tests.support.updates import nearest_ids, write_images
@@ -49,26 +48,14 @@ def test_another_user_may_read_every_file(build: Build, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        "hnsw",
-        "ivf",
-        "ivf-pq",
-        "ivf-pq-fp16",
-        pytest.param("IVF1,PQ32x4", id="pq"),  # its codes of eight bits need 256 images to train
-    ],
+    ["hnsw", "ivf", "ivf-pq", "ivf-pq-fp16", "IVF1,PQ32x4"],  # codes of eight bits need 256 images to train
 )
 @pytest.mark.slow
 def test_every_kind_of_built_index_takes_updates(
-    kind: str,
-    index: Path,
-    tiny_gallery: Path,
-    tiny_checkpoint: Path,
-    encoder: Encoder,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, index: Path, build: Build, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 0)
-    rebuild(tiny_gallery, tiny_checkpoint, index, kind=kind, force=True, progress=False)  # pq ranks worse
+    build(kind=kind, force=True)  # pq ranks worse
     built = open_current(index)
     assert built.manifest.kind != "Flat"
     ids = [built.item(row).id for row in range(24)]
@@ -87,20 +74,16 @@ def test_every_kind_of_built_index_takes_updates(
 
 
 def test_manifest_recommends_a_rebuild(
-    index: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [open_current(index).item(row).id for row in range(6)]
     assert remove(index, ids[:4]).rebuild == ""
     assert remove(index, ids[4:5]).rebuild.startswith("5 of 24 rows are removed")
     monkeypatch.setattr(updates, "ADDED_ROWS", 3)
-    colors = ["pink", "cyan", "lime", "navy", "teal", "gold"]
-    assert (
-        "6 of 30 items are outside the built index"
-        in add(index, write_images(tmp_path / "6", *colors), progress=False).rebuild
-    )
+    more = write_images(tmp_path / "more", "pink", "cyan", "lime", "navy", "teal", "gold")
+    assert "6 of 30 items are outside the built index" in add(index, more, progress=False).rebuild
     monkeypatch.undo()
-    summary = rebuild(tiny_gallery, tiny_checkpoint, index, progress=False, max_vanished=0.3)
-    assert not summary.reused  # although neither gallery nor checkpoint has changed
+    assert not build(max_vanished=0.3).reused  # although neither gallery nor checkpoint has changed
     artifact = open_current(index)
     assert (artifact.manifest.count, artifact.manifest.rebuild, artifact.row_of("pink")) == (24, "", None)
 
@@ -122,17 +105,19 @@ def test_refused_updates_change_nothing(index: Path, tmp_path: Path) -> None:
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
 
 
-@pytest.mark.parametrize("name", ["removed.npy", "added-2/index.faiss", "added-2/items.arrow"])
-def test_damage_to_an_update_is_found(name: str, index: Path, tmp_path: Path) -> None:
+def test_damage_to_an_update_is_found(index: Path, tmp_path: Path) -> None:
     add(index, write_images(tmp_path / "more", "pink"), progress=False)
     remove(index, [open_current(index).item(0).id])
-    path = open_current(index).path / name
-    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(ArtifactError, match=name):
-        open_version(index, 3).verify()
-    path.unlink()
-    with pytest.raises(ArtifactError, match=f"{name} is missing"):
-        open_version(index, 3)
+    for name in ("removed.npy", "added-2/index.faiss", "added-2/items.arrow"):
+        path = open_current(index).path / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b"\x7f")
+        with pytest.raises(ArtifactError, match=name):
+            open_version(index, 3).verify()
+        path.unlink()
+        with pytest.raises(ArtifactError, match=f"{name} is missing"):
+            open_version(index, 3)
+        path.write_bytes(content)
 
 
 @pytest.mark.slow

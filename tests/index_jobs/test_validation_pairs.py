@@ -41,6 +41,8 @@ def test_missing_validation_images_are_left_out(
     assert found is not None
     assert len(found.texts) == 5
     assert "1 validation images of" in caplog.text
+    with pytest.raises(DataError, match=r"none of the 5 validation pairs of .* has its image in the gallery"):
+        gate.find_pairs(scan(tiny_data), data)
 
 
 def test_validation_pairs_are_found_behind_links(tiny_data: Path, tmp_path: Path) -> None:

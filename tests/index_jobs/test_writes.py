@@ -1,6 +1,5 @@
 """Changes that a service accepted, applied by `dcar index apply`: killed, refused, without disk space, repeated."""
 
-import io
 import signal
 import subprocess
 import sys
@@ -22,13 +21,11 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
 from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections
 from tests.support.commands import Command, dcar, run
-from tests.support.images import draw
+from tests.support.images import draw, encoded
 
 
-def picture(color: str, shape: str = "square") -> bytes:
-    buffer = io.BytesIO()
-    draw(color, shape).save(buffer, "PNG")
-    return buffer.getvalue()
+def picture(color: str) -> bytes:
+    return encoded(draw(color, "square"))
 
 
 def put(index: Path, *ids: str, data: list[bytes] | None = None, color: str = "pink", **metadata: Any) -> str:
@@ -249,13 +246,14 @@ def test_images_that_no_version_shows_are_removed(index: Path) -> None:
 
 
 MOMENTS = [
-    "index_jobs.store.writes.WriteQueue.set_progress",
-    "index_jobs.encoding.shards.ShardStore.save",
-    "index_jobs.store.publish.prepare_version",
-    "index_jobs.store.publish._write_current",
-    "index_jobs.jobs.update._publish",
-    "index_jobs.store.writes.WriteQueue.end",
-    "index_jobs.jobs.apply.sweep",
+    ("before", "index_jobs.store.writes.WriteQueue.set_progress"),
+    ("before", "index_jobs.encoding.shards.ShardStore.save"),
+    ("before", "index_jobs.store.publish.prepare_version"),
+    ("before", "index_jobs.store.publish._write_current"),
+    ("after", "index_jobs.store.publish._write_current"),
+    ("before", "index_jobs.store.writes.WriteQueue.end"),
+    ("after", "index_jobs.store.writes.WriteQueue.end"),
+    ("before", "index_jobs.jobs.apply.sweep"),
 ]
 KILLED_AT = """
 import os, signal, sys, importlib
@@ -282,10 +280,9 @@ apply_writes(index, device="cpu", workers=0)
 """
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("when", "moment"), MOMENTS)
 @pytest.mark.slow
-def test_killed_process_leaves_complete_versions_and_every_job_ends(index: Path, moment: str, when: str) -> None:
+def test_killed_process_leaves_complete_versions_and_every_job_ends(index: Path, when: str, moment: str) -> None:
     gone = sorted(ids_of(open_current(index)))[:2]
     jobs = [put(index, "a", "b"), delete(index, *gone), put(index, "c")]
     command = Command("-c", KILLED_AT, moment, when, index)
