@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import json
 import os
 import re
 import runpy
@@ -43,18 +42,6 @@ def test_query_time_prints_its_table(tiny_model: Path) -> None:
     done = run("query_time.py", "--model", tiny_model, "--methods", "dcar", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n| ") == 12  # a head, a line, and four queries and images alone and in batches
-
-
-def test_published_table_is_printed_beside_ours(tmp_path: Path) -> None:
-    found = {"data": "dtd", "methods": {"dcar": {"mean": {"i2t_r1": 12.345, "t2i_r1": 6.7}}}}
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    done = run("paper_table.py", tmp_path / "results.json")
-    assert done.returncode == 0, done.stderr
-    assert "| dtd |  / 37.94 |  / 40.19 |  / 45.93 |  / 44.39 | 12.35 / 47.10 |" in done.stdout
-    assert "| average of nine |  / 20.62 |" in done.stdout  # one data set has no average
-    found["data"] = "emoji"
-    (tmp_path / "results.json").write_text(json.dumps(found))
-    assert "emoji is not in the paper's table" in run("paper_table.py", tmp_path / "results.json").stderr
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer import Option
@@ -137,13 +137,22 @@ def evaluate(
     skip_broken: options.SkipBroken = False,
     negatives: options.Negatives = "auto",
     taxonomy: options.Taxonomy = None,
+    preset: Annotated[
+        Literal["paper"] | None,
+        Option(
+            help="paper: --data holds the paper's data sets as folders; each is evaluated in OUT/NAME with --tune, and "
+            "the paper's figures are shown next to ours. Weights by default: openai."
+        ),
+    ] = None,
 ) -> None:
     """Train and test several methods with several seeds; print a table, and write results.* and report.html to --out.
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
+    if preset:
+        tune, pretrained = True, pretrained or (None if Path(model).is_dir() else "openai")
     prepare_hub(model, pretrained)
-    from dcar_core.evaluation import all_tables, compare
+    from dcar_core.evaluation import all_tables, compare, find_data_sets, paper_tables
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods.registry import comparable_methods, method
     from dcar_core.serving.encoder import pick_device
@@ -159,18 +168,28 @@ def evaluate(
         raise typer.BadParameter("--grid has no learning rate")
     if not tune and grid != DEFAULT_GRID:
         raise typer.BadParameter("--grid names the learning rates of --tune; give both, or one rate by --lr")
+    places = {out: data}
+    if preset:
+        found, missing = find_data_sets(data)
+        places = {out / name: place for name, place in found.items()}
+        for line in missing:
+            typer.echo(line, err=True)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     if methods is None:
         names = comparable_methods(backbone.level)
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
-    results = compare(
-        backbone, data, names, seeds, out, config, images=images, skip_broken=skip_broken, negatives=negatives,
-        taxonomy=taxonomy, loss=loss, shots=sorted({*_numbers("--shots", shots, int)}),
-        unseen_categories=unseen_categories, also=also or (), tune=tune, grid=rates, features=features,
-        on_message=lambda line: typer.echo(line, err=True),
-    )  # fmt: skip
-    typer.echo(all_tables(results))
-    typer.echo(f"{out / 'report.html'} shows more, without a server")
+    results = {}
+    for directory, place in places.items():
+        result = results[place.name] = compare(
+            backbone, place, names, seeds, directory, config, images=images, skip_broken=skip_broken,
+            negatives=negatives, taxonomy=taxonomy, loss=loss, shots=sorted({*_numbers("--shots", shots, int)}),
+            unseen_categories=unseen_categories, also=also or (), tune=tune, grid=rates, features=features,
+            on_message=lambda line: typer.echo(line, err=True),
+        )  # fmt: skip
+        typer.echo(all_tables(result))
+        typer.echo(f"{directory / 'report.html'} shows more, without a server")
+    if preset:
+        typer.echo(paper_tables(results))
 
 
 def _config(**settings: Any) -> TrainConfig:

@@ -70,6 +70,23 @@ def test_learning_rates_that_would_be_ignored_are_refused(options: list[str], me
     assert message in " ".join(done.output.replace("│", "").split())
 
 
+def test_preset_of_the_paper_shows_its_figures_next_to_ours(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "dtd").symlink_to(tiny_data)
+    (tmp_path / "pets").mkdir()
+    quick = ["--methods", "clip,clip-adapter", "--seeds", "1", "--epochs", "1", "--batch-size", "6", "--grid", "1e-3"]
+    command = ["evaluate", "--preset", "paper", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *quick]
+    done = CliRunner().invoke(app, [*command, "--model", str(tiny_model)])
+    assert done.exit_code == 0, done.output
+    assert "pets is left out: " in done.stderr
+    results = json.loads((tmp_path / "out" / "dtd" / "results.json").read_text())
+    assert results["grid"] == [1e-3]
+    ours = [results["methods"][name]["mean"]["t2i_r1"] for name in ("clip", "clip-adapter")]
+    line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("| dtd |"))
+    assert (
+        line == f"| dtd | {ours[0]:.2f} / 29.49 | {ours[1]:.2f} / 18.55 | - / 18.32 | - / 20.39 | - / 30.73 | - | - |"
+    )
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "zero-shot"])
 def test_examples_of_the_help_name_weights(name: str) -> None:
     epilog = typer.main.get_command(app).commands[name].epilog  # type: ignore[attr-defined]
