@@ -12,7 +12,7 @@ import pytest
 from app.service.collections import ServedIndex
 from app.service.write_worker import WriteWorker
 from dcar_core import Encoder
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.jobs.apply import apply_writes
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
@@ -95,3 +95,13 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
     return codes
+
+
+@pytest.fixture
+def no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apply no jobs, as while another process writes."""
+
+    async def run_apply(*_: object) -> tuple[int, str]:
+        return LockedError.exit_code, "another job is writing"
+
+    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)

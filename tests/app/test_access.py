@@ -11,12 +11,11 @@ import pytest
 from app.core.keys import ApiKey, find_key_name, is_key, key_hash, key_in, new_key, parse_keys
 from app.core.rate_limit import RateLimiter, _seconds_until_room, network_of, parse_rate
 from app.core.redis import connect, disconnect
-from app.core.settings import Settings, load_settings
-from app.main import create_app
+from app.core.settings import load_settings
 from app.service.embedding_cache import EmbeddingCache
 from dcar_core.util.errors import DcarError
 from tests.support.redis_server import RedisServer
-from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened, until
+from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened
 
 
 def test_invalid_keys_rates_origins_and_collections_name_their_setting(tmp_path: Path) -> None:
@@ -92,22 +91,15 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
 
         assert [await several(count, ALICE) for count in (3, 3, 1)] == [200, 429, 200], "a batch counts as its queries"
         assert [await several(count, BOB) for count in (20, 1)] == [200, 429], "one batch may use the whole rate"
-    async with opened(built_index, rate_limit="1/second") as client:
-
-        async def allowed() -> bool:  # a search could take longer than the window
-            return (await client.get("/collections")).status_code == 200
-
-        await until(allowed)
-        assert not all([await allowed() for _ in range(3)])  # a second one may pass where a window ends between them
-        await until(allowed)
     async with opened(built_index, rate_limit="1/minute") as client:
 
         async def collections(address: str) -> int:
             client._transport.client = address, 1  # type: ignore[attr-defined]
             return (await client.get("/collections")).status_code
 
-        asked = [await collections(address) for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
-        assert asked == [200, 429, 200], "without keys, callers are addresses"
+        addresses = ("10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")
+        asked = [await collections(address) for address in addresses]
+        assert asked == [200, 429, 200, 200, 429, 200], "without keys, callers are addresses and networks"
         assert [(await client.get("/metrics")).status_code for _ in range(2)] == [200, 200]
 
 
@@ -172,7 +164,7 @@ async def test_caller_is_accepted_after_the_announced_wait() -> None:
                 await asyncio.sleep(wait + 0.01)
         assert refused, cost
 
-    await asyncio.gather(*(call(cost, requests) for cost, requests in ((3, 4), (6, 2), (10, 2))))
+    await asyncio.gather(*(call(cost, requests) for cost, requests in ((3, 4), (10, 2))))
 
 
 async def test_only_named_origins_may_search(built_index: Path) -> None:
@@ -206,18 +198,6 @@ async def test_only_named_origins_may_search(built_index: Path) -> None:
 )
 def test_ipv6_addresses_are_counted_by_network(address: str, network: str) -> None:
     assert network_of(address) == network
-
-
-async def test_one_ipv6_network_shares_a_rate_limit(tmp_path: Path) -> None:
-    app = create_app(Settings(index=tmp_path, rate_limit="1/year"))
-
-    async def get(address: str) -> int:
-        transport = httpx.ASGITransport(app, client=(address, 1))
-        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
-            return (await client.get("/nothing")).status_code
-
-    statuses = [await get(address) for address in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")]
-    assert statuses == [404, 429, 404]
 
 
 def test_keys_are_compared_in_constant_time_with_every_known_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,18 +275,6 @@ def test_a_key_is_read_from_two_headers() -> None:
 )
 def test_the_announced_wait_is_exact(count: int, window: tuple[int, float, int, float], seconds: float) -> None:
     assert _seconds_until_room(parse_rate("10 per 20 seconds"), count, *window) == pytest.approx(seconds)
-
-
-async def test_a_cost_above_the_rate_takes_all_of_it() -> None:
-    limiter = RateLimiter("5/year")
-    assert await limiter.charge("alice") == 0
-    assert await limiter.charge("alice", extra=0) == 0
-    assert await limiter.charge("alice", extra=19) == 0
-    assert 0 < await limiter.charge("alice") <= 2 * 366 * 24 * 3600
-    assert await limiter.charge("alice", extra=0) == 0, "costs nothing more"
-    assert [await limiter.charge("bob") == 0 for _ in range(6)] == [True] * 5 + [False]
-    assert await RateLimiter("1/year").charge("alice", extra=7) == 0, "one request is the whole rate"
-    await limiter.close()
 
 
 async def test_every_use_of_a_hanging_redis_times_out() -> None:

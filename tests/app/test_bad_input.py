@@ -2,13 +2,9 @@
 
 import asyncio
 import errno
-import io
 import json
 import logging
-import struct
 import time
-import zlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,27 +12,12 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from tests.support.images import png
+from tests.support.hostile_images import png_of_size
+from tests.support.images import encoded, png
 from tests.support.responses import assert_problem
-from tests.support.service import opened
+from tests.support.service import ServiceClient, opened
 
 JSON = {"Content-Type": "application/json"}
-
-
-def huge_png(side: int) -> bytes:
-    """Return a PNG of a few bytes whose header announces side x side pixels."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def noise_jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((400, 400), 90).convert("RGB").save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @pytest.fixture(autouse=True)
@@ -82,92 +63,83 @@ TEXTS: list[tuple[bytes, int, str]] = [
 ]
 
 
-async def test_invalid_text_queries_name_the_field(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        for content, status, field in TEXTS:
-            body = assert_problem(await client.post("/search/text", content=content, headers=JSON), status, field)
-            assert {each["field"] for each in body["errors"]} == {field}
-            assert status != 422 or body["title"] == "Unprocessable Content", "on every version of Python"
-        good = b'{"query": "x"}'
-        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-            response = await client.post("/search/text", content=good, headers={"Content-Type": kind})
-            assert_problem(response, 415, "Content-Type")
-        assert_problem(await client.post("/search/text", content=good), 415, "Content-Type")
-        exact = await client.post("/search/text", json={"query": "x" * 1000, "k": 200})
-        assert exact.status_code == 200
-        charset = {"Content-Type": "application/json; charset=utf-8"}
-        assert (await client.post("/search/text", content=good, headers=charset)).status_code == 200
+async def test_invalid_text_queries_name_the_field(started: ServiceClient) -> None:
+    for content, status, field in TEXTS:
+        body = assert_problem(await started.post("/search/text", content=content, headers=JSON), status, field)
+        assert {each["field"] for each in body["errors"]} == {field}
+        assert status != 422 or body["title"] == "Unprocessable Content", "on every version of Python"
+    good = b'{"query": "x"}'
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        response = await started.post("/search/text", content=good, headers={"Content-Type": kind})
+        assert_problem(response, 415, "Content-Type")
+    assert_problem(await started.post("/search/text", content=good), 415, "Content-Type")
+    exact = await started.post("/search/text", json={"query": "x" * 1000, "k": 200})
+    assert exact.status_code == 200
+    charset = {"Content-Type": "application/json; charset=utf-8"}
+    assert (await started.post("/search/text", content=good, headers=charset)).status_code == 200
 
 
-def _broken_images() -> list[tuple[str, bytes]]:
-    jpeg, picture = noise_jpeg(), png()
-    return [
-        ("empty", b""),
-        ("text", b"this is not an image"),
-        ("svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"),
-        ("postscript", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"),
-        ("truncated jpeg", jpeg[: len(jpeg) // 2]),
-        ("truncated png", picture[:-30]),
-        ("only a header", picture[:20]),
-        ("only magic", b"\xff\xd8\xff"),
-        ("20,000 x 20,000", huge_png(20_000)),
-        ("noise after magic", b"\x89PNG\r\n\x1a\n" + bytes(range(256))),
-        ("webp of nothing", b"RIFF\x00\x00\x00\x00WEBPVP8 "),
-        ("tiff of nothing", b"II*\x00\xff\xff\xff\xff"),
-        ("gif of nothing", b"GIF89a\xff\xff\xff\xff"),
-    ]
+JPEG = encoded(Image.effect_noise((80, 80), 90).convert("RGB"), "JPEG")
+BROKEN = {
+    "empty": b"",
+    "text": b"this is not an image",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
+    "truncated jpeg": JPEG[: len(JPEG) // 2],
+    "truncated png": png()[:-30],
+    "only a header": png()[:20],
+    "only magic": b"\xff\xd8\xff",
+    "20,000 x 20,000": png_of_size(20_000, 20_000),
+    "noise after magic": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+    "webp of nothing": b"RIFF\x00\x00\x00\x00WEBPVP8 ",
+    "tiff of nothing": b"II*\x00\xff\xff\xff\xff",
+    "gif of nothing": b"GIF89a\xff\xff\xff\xff",
+}
 
 
-async def test_invalid_images_and_forms_name_the_field(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        for name, data in _broken_images():
-            body = assert_problem(await client.post("/search/image", files={"file": (name, data)}), 422, "file")
-            assert len(body["detail"]) > 10, name
-        huge = await client.post("/search/image", files={"file": ("huge.png", huge_png(20_000))})
-        assert "20000" in huge.text
-        for k in ("0", "-1", "201", "many", "1.5", ""):
-            response = await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
-            assert_problem(response, 422, "k")
-        assert_problem(await client.post("/search/image", files={"file": png()}, data={"filtre": "1"}), 422, "filtre")
-        assert_problem(await client.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
-        assert_problem(await client.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file")
-        assert_problem(await client.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415)
-        assert_problem(await client.post("/search/image", json={"file": "x"}), 415, "Content-Type")
-        assert_problem(await client.post("/search/image"), 415, "Content-Type")
-        no_boundary = {"Content-Type": "multipart/form-data"}
-        assert_problem(await client.post("/search/image", content=b"x", headers=no_boundary), 400)
-        broken = {"Content-Type": "multipart/form-data; boundary=b"}
-        assert_problem(await client.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
-        assert_problem(await client.post("/search/image", content=b"", headers=broken), 422, "file")
-        good = await client.post("/search/image", files={"file": ("../../etc/passwd", png())})
-        assert good.status_code == 200
+async def test_invalid_images_name_the_field_and_fail_alone(started: ServiceClient) -> None:
+    sent = [*BROKEN.items(), *((f"../{color}.png", png(color)) for color in ("red", "green", "blue"))]
+    responses = await asyncio.gather(*(started.post("/search/image", files={"file": each}) for each in sent))
+    for name, response in zip(BROKEN, responses, strict=False):
+        assert len(assert_problem(response, 422, "file")["detail"]) > 10, name
+        assert ("20000" in response.text) == name.startswith("20"), name
+    assert [response.status_code for response in responses[len(BROKEN) :]] == [200] * 3
 
 
-async def test_broken_images_do_not_affect_concurrent_ones(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        sent = [data for _, data in _broken_images()[1:]] + [png(color) for color in ("red", "green", "blue")]
-        responses = await asyncio.gather(*(client.post("/search/image", files={"file": data}) for data in sent))
-        assert [a.status_code for a in responses] == [422] * (len(sent) - 3) + [200] * 3
+async def test_invalid_forms_name_the_field(started: ServiceClient) -> None:
+    for k in ("0", "-1", "201", "many", "1.5", ""):
+        response = await started.post("/search/image", files={"file": ("a.png", png())}, data={"k": k})
+        assert_problem(response, 422, "k")
+    assert_problem(await started.post("/search/image", files={"file": png()}, data={"filtre": "1"}), 422, "filtre")
+    assert_problem(await started.post("/search/image", files={"picture": ("a.png", png())}), 422, "file")
+    assert_problem(await started.post("/search/image", data={"file": "words"}, files={"x": ("", b"")}), 422, "file")
+    assert_problem(await started.post("/search/image", content=png(), headers={"Content-Type": "image/png"}), 415)
+    assert_problem(await started.post("/search/image", json={"file": "x"}), 415, "Content-Type")
+    assert_problem(await started.post("/search/image"), 415, "Content-Type")
+    no_boundary = {"Content-Type": "multipart/form-data"}
+    assert_problem(await started.post("/search/image", content=b"x", headers=no_boundary), 400)
+    broken = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert_problem(await started.post("/search/image", content=b"--x\r\nbroken", headers=broken), 400)
+    assert_problem(await started.post("/search/image", content=b"", headers=broken), 422, "file")
+    two = [("file", png()), ("file", png())]
+    assert "many files" in assert_problem(await started.post("/search/image", files=two), 400, "body")["detail"]
+    long = {"query": "a" * 20_000}
+    assert_problem(await started.post("/search/image", files={"file": png()}, data=long), 400, "body")
 
 
-async def test_huge_image_is_refused_before_decoding(built_index: Path) -> None:
-    async with opened(built_index, max_pixels=1000) as client:
+async def test_images_of_too_many_pixels_or_bytes_are_refused(built_index: Path) -> None:
+    async with opened(built_index, max_pixels=1000, max_upload_bytes=2**20) as client:
         assert (await client.post("/search/image", files={"file": png(size=(25, 40))})).status_code == 200
         assert_problem(await client.post("/search/image", files={"file": png(size=(25, 41))}), 422, "file")
+        assert_problem(await client.post("/search/image", files={"file": bytes(2**20 + 1)}), 413, "file")
 
 
-async def test_forms_without_an_image_name_the_fault(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with opened(built_index) as client:
-        two = [("file", png()), ("file", png())]
-        assert "many files" in assert_problem(await client.post("/search/image", files=two), 400, "body")["detail"]
-        assert_problem(
-            await client.post("/search/image", files={"file": png()}, data={"query": "a" * 20_000}), 400, "body"
-        )
-        full = OSError(errno.ENOSPC, "No space left on device")
-        monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", Mock(side_effect=full))
-        refused = await client.post("/search/image", files={"file": png()})
-        assert_problem(refused, 503)
-        assert refused.headers["retry-after"] == "10"
+async def test_a_form_on_a_full_disk_may_be_sent_again(started: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", Mock(side_effect=full))
+    refused = await started.post("/search/image", files={"file": png()})
+    assert_problem(refused, 503)
+    assert refused.headers["retry-after"] == "10"
 
 
 async def test_queries_of_a_batch_have_the_limits_of_single_searches(built_index: Path) -> None:
@@ -202,71 +174,45 @@ async def test_thousands_of_faults_are_summarised(built_index: Path, path: str) 
                 assert (field if field != "more_like.0" else "queries.0") in response.text
 
 
-async def test_unknown_items_routes_and_methods_are_problems(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        for item in ("nothing", "..%2f..%2fetc%2fpasswd", "%00", "circle", "a" * 1000, "%F0%9F%98%80", "..%5C..%5Cx"):
-            for suffix in ("", "/image", "/similar"):
-                assert_problem(await client.get(f"/items/{item}{suffix}"), 404, "id")
-        assert_problem(await client.get("/items/" + "a" * 2000), 422, "item_id")
-        for path in (
-            "/nothing",
-            "/ui/nothing.js",
-            "/ui/..%2fmain.py",
-            "/ui/%2e%2e/main.py",
-            "/search",
-            "/search/text/",
-        ):
-            assert_problem(await client.get(path, follow_redirects=False), 404)
-        for method, path in (("GET", "/search/text"), ("PUT", "/search/image"), ("POST", "/healthz"), ("DELETE", "/")):
-            response = await client.request(method, path)
-            assert_problem(response, 405)
-            assert "allow" in response.headers
-        for k in ("0", "x", "201", "-5"):
-            assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
-        assert_problem(await client.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
+async def test_unknown_items_routes_and_methods_are_problems(started: ServiceClient) -> None:
+    for item in ("nothing", "..%2f..%2fetc%2fpasswd", "%00", "circle", "a" * 1000, "%F0%9F%98%80", "..%5C..%5Cx"):
+        for suffix in ("", "/image", "/similar"):
+            assert_problem(await started.get(f"/items/{item}{suffix}"), 404, "id")
+    assert_problem(await started.get("/items/" + "a" * 2000), 422, "item_id")
+    for path in (
+        "/nothing",
+        "/ui/nothing.js",
+        "/ui/..%2fmain.py",
+        "/ui/%2e%2e/main.py",
+        "/search",
+        "/search/text/",
+    ):
+        assert_problem(await started.get(path, follow_redirects=False), 404)
+    for method, path in (("GET", "/search/text"), ("PUT", "/search/image"), ("POST", "/healthz"), ("DELETE", "/")):
+        response = await started.request(method, path)
+        assert_problem(response, 405)
+        assert "allow" in response.headers
+    for k in ("0", "x", "201", "-5"):
+        assert_problem(await started.get("/items/circle%2Fred.png/similar", params={"k": k}), 422, "k")
+    assert_problem(await started.get("/items/circle%2Fred.png/similar", params={"filter": "x"}), 422, "filter")
 
 
-async def test_large_body_is_refused_while_it_arrives(built_index: Path) -> None:
-    sent = 0
+async def test_client_that_disconnects_while_sending_is_not_an_error(started: ServiceClient) -> None:
+    kind = b"multipart/form-data; boundary=b"
+    for path, content_type in (("/search/text", b"application/json"), ("/search/image", kind)):
+        messages = [{"type": "http.request", "body": b"--b", "more_body": True}, {"type": "http.disconnect"}]
+        answered: list[Any] = []
 
-    async def chunks() -> AsyncIterator[bytes]:
-        nonlocal sent
-        yield b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.png"\r\n\r\n'
-        for _ in range(1600):
-            sent += 2**16
-            yield bytes(2**16)
-        yield b"\r\n--b--\r\n"
+        async def receive(messages: list[Any] = messages) -> Any:
+            return messages.pop(0)
 
-    kind = {"Content-Type": "multipart/form-data; boundary=b"}
-    async with opened(built_index, max_upload_bytes=2**20) as client:
-        assert_problem(await client.post("/search/image", content=chunks(), headers=kind), 413, "file")
-        assert sent < 8 * 2**20, "the rest of the body is not read"
-        announced = kind | {"Content-Length": str(100 * 2**20)}
-        sent = 0
-        assert_problem(await client.post("/search/image", content=chunks(), headers=announced), 413, "file")
-        assert sent < 8 * 2**20
-        slightly = {"file": ("x.png", bytes(2**20 + 10))}
-        assert_problem(await client.post("/search/image", files=slightly), 413, "file")
-        assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+        async def send(message: Any, answered: list[Any] = answered) -> None:
+            answered.append(message)
 
-
-async def test_client_that_disconnects_while_sending_is_not_an_error(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        kind = b"multipart/form-data; boundary=b"
-        for path, content_type in (("/search/text", b"application/json"), ("/search/image", kind)):
-            messages = [{"type": "http.request", "body": b"--b", "more_body": True}, {"type": "http.disconnect"}]
-            answered: list[Any] = []
-
-            async def receive(messages: list[Any] = messages) -> Any:
-                return messages.pop(0)
-
-            async def send(message: Any, answered: list[Any] = answered) -> None:
-                answered.append(message)
-
-            scope = {
-                "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
-                "headers": [(b"content-type", content_type)], "http_version": "1.1", "scheme": "http",
-                "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": "",
-            }  # fmt: skip
-            await client.app(scope, receive, send)
-            assert answered[0]["status"] == 400
+        scope = {
+            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "headers": [(b"content-type", content_type)], "http_version": "1.1", "scheme": "http",
+            "server": ("testserver", 80), "client": ("127.0.0.1", 1), "root_path": "",
+        }  # fmt: skip
+        await started.app(scope, receive, send)
+        assert answered[0]["status"] == 400

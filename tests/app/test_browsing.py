@@ -243,23 +243,21 @@ async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch:
     assert sorted(names) == ["caption", "caption", "category", "category"]
 
 
-async def test_facets_are_fields_that_few_values_divide(built_index: Path) -> None:
-    async with opened(built_index) as client:
+async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) -> None:
+    async def counted(**filter: str) -> dict[str, dict[str, int]]:
+        response = await started.get("/ui/facets", params={"filter": json.dumps(filter)})
+        assert response.status_code == 200, response.text
+        facets = response.json()["facets"]
+        return {facet["name"]: {each["value"]: each["count"] for each in facet["values"]} for facet in facets}
 
-        async def counted(**filter: str) -> dict[str, dict[str, int]]:
-            response = await client.get("/ui/facets", params={"filter": json.dumps(filter)})
-            assert response.status_code == 200, response.text
-            facets = response.json()["facets"]
-            return {facet["name"]: {each["value"]: each["count"] for each in facet["values"]} for facet in facets}
-
-        everything = await counted()
-        assert list(everything) == ["category", "color"], "no field whose values are all different"
-        assert (set(everything["category"].values()), set(everything["color"].values())) == ({6}, {4})
-        red = await counted(color="red")
-        assert red["color"] == everything["color"], "another value of the same field can be chosen"
-        assert set(red["category"].values()) == {1}
-        for wrong in ("{", '{"brand": "x"}', "[1]"):
-            assert (await client.get("/ui/facets", params={"filter": wrong})).status_code == 422
+    everything = await counted()
+    assert list(everything) == ["category", "color"], "no field whose values are all different"
+    assert (set(everything["category"].values()), set(everything["color"].values())) == ({6}, {4})
+    red = await counted(color="red")
+    assert red["color"] == everything["color"], "another value of the same field can be chosen"
+    assert set(red["category"].values()) == {1}
+    for wrong in ("{", '{"brand": "x"}', "[1]"):
+        assert (await started.get("/ui/facets", params={"filter": wrong})).status_code == 422
 
 
 async def test_gallery_shows_each_group_once(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from dcar_client import AsyncClient, Client, ServiceError, models
 from pydantic import BaseModel
 
 from app.core.keys import key_hash, new_key
-from app.service.write_worker import WriteWorker
-from dcar_core.util.errors import LockedError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.writes import WriteQueue
 from tests.support.images import png
@@ -55,16 +53,6 @@ def ended_job(index: Path) -> str:
     progress = {"done": 1, "total": 1}
     queue.end(queue.read(job), status="done", index_version=1, failed=failed, progress=progress, reason="as an example")
     return job
-
-
-@pytest.fixture
-def _no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start no process that applies jobs."""
-
-    async def run_apply(*_: object) -> tuple[int, str]:
-        return LockedError.exit_code, "another job is writing"
-
-    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
 
 
 def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path, tmp_path: Path) -> None:
@@ -139,7 +127,7 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             assert not admin.reload().changed
 
 
-@pytest.mark.usefixtures("_no_writer")
+@pytest.mark.usefixtures("no_writer")
 async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp_path: Path) -> None:
     job, file = ended_job(index), gallery / "circle/blue.png"
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [

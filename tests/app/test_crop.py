@@ -65,23 +65,20 @@ async def test_an_invalid_crop_is_refused_by_name(started: ServiceClient, crop: 
     assert_problem(await started.post("/search/image", files=files, data={"crop": json.dumps(crop)}), 422, field)
 
 
-async def test_a_batch_searches_with_texts_and_images(built_index: Path) -> None:
+async def test_a_batch_searches_with_texts_and_images(started: ServiceClient) -> None:
     image = base64.b64encode(file_of(two_halves())).decode()
     queries: list[dict[str, Any]] = [
         {"query": "red", "k": 5},
         {"image": image, "k": 5},
         {"image": f"data:image/png;base64,{image}", "query": "circle", "crop": LEFT, "k": 5},
     ]
-    async with opened(built_index) as client:
-        answers = (await client.post("/search/batch", json={"queries": queries})).json()["answers"]
-        text = await client.post("/search/text", json=queries[0])
-        file = {"file": file_of(two_halves())}
-        whole = await client.post("/search/image", files=file, data={"k": "5"})
-        both = await client.post(
-            "/search/image", files=file, data={"k": "5", "query": "circle", "crop": json.dumps(LEFT)}
-        )
-        for answer, alone in zip(answers, (text, whole, both), strict=True):
-            assert [each["id"] for each in answer["results"]] == [each["id"] for each in alone.json()["results"]]
+    answers = (await started.post("/search/batch", json={"queries": queries})).json()["answers"]
+    text = await started.post("/search/text", json=queries[0])
+    file = {"file": file_of(two_halves())}
+    whole = await started.post("/search/image", files=file, data={"k": "5"})
+    both = await started.post("/search/image", files=file, data={"k": "5", "query": "circle", "crop": json.dumps(LEFT)})
+    for answer, alone in zip(answers, (text, whole, both), strict=True):
+        assert [each["id"] for each in answer["results"]] == [each["id"] for each in alone.json()["results"]]
 
 
 @pytest.mark.parametrize(

@@ -18,22 +18,21 @@ IMAGE = base64.b64encode(png("red")).decode()
 
 
 async def test_texts_and_images_have_the_vectors_of_searches(
-    built_index: Path, encoder: Encoder, tmp_path: Path
+    started: ServiceClient, encoder: Encoder, tmp_path: Path
 ) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
     texts = encoder.encode_text(["a red circle", "cafe"])
     image = rounded(encoder.encode_images([tmp_path / "red.png"])[0])
     given: list[Any] = ["  a red  circle", {"image": IMAGE}, "cafe", {"image": f"data:image/png;base64,{IMAGE}"}]
-    async with opened(built_index) as client:
-        response = await client.post("/v1/embeddings", json={"input": given, "user": "someone"})
-        found = EmbeddingsResponse.model_validate(response.json())
-        assert (found.object, found.model, found.fingerprint) == ("list", "index", encoder.fingerprint)
-        assert [each.index for each in found.data] == [0, 1, 2, 3]
-        expected = np.array([rounded(texts[0]), image, rounded(texts[1]), image])
-        np.testing.assert_allclose(np.array([each.embedding for each in found.data], np.float64), expected, atol=1e-6)
-        body = {"input": "cafe", "encoding_format": "base64", "model": "index", "dimensions": encoder.dim}
-        (packed,) = (await client.post("/v1/embeddings", json=body)).json()["data"]
-        np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), expected[2], atol=1e-6)
+    response = await started.post("/v1/embeddings", json={"input": given, "user": "someone"})
+    found = EmbeddingsResponse.model_validate(response.json())
+    assert (found.object, found.model, found.fingerprint) == ("list", "index", encoder.fingerprint)
+    assert [each.index for each in found.data] == [0, 1, 2, 3]
+    expected = np.array([rounded(texts[0]), image, rounded(texts[1]), image])
+    np.testing.assert_allclose(np.array([each.embedding for each in found.data], np.float64), expected, atol=1e-6)
+    body = {"input": "cafe", "encoding_format": "base64", "model": "index", "dimensions": encoder.dim}
+    (packed,) = (await started.post("/v1/embeddings", json=body)).json()["data"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), expected[2], atol=1e-6)
 
 
 @pytest.mark.parametrize(

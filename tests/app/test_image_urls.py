@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from app.api import image_urls
@@ -14,11 +13,10 @@ from app.api.image_urls import ImageFetcher, is_public
 from app.core.problems import Problem
 from app.core.settings import Settings
 from app.middleware import body_limit
-from app.service.write_worker import WriteWorker
-from dcar_core.util.errors import LockedError
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, bearer, opened, until
+from tests.support.service import opened, until
+from tests.support.writes import WRITES, put
 
 HOST = "pictures.example"
 SCOPE: dict[str, Any] = {body_limit._COUNT_BYTES: lambda _: None}
@@ -101,22 +99,15 @@ async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Pat
         assert (await client.post("/search/batch", json=body)).status_code == 200, "refused requests free their part"
 
 
-async def test_an_item_is_put_with_an_image_by_its_url(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run_apply(*_: object) -> tuple[int, str]:
-        return LockedError.exit_code, "another job is writing"
-
-    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
-    given: dict[str, Any] = {"image_hosts": (HOST,), "writes": True, "admin_key": ADMIN}
-    async with opened(index, **given) as client, served(ok(png())) as (port, _):
+@pytest.mark.usefixtures("no_writer")
+async def test_an_item_is_put_with_an_image_by_its_url(index: Path) -> None:
+    async with opened(index, image_hosts=(HOST,), **WRITES) as client, served(ok(png())) as (port, _):
         client.app.state.fetcher = fetcher(index, port, is_allowed=lambda address: address == "127.0.0.1")
-
-        async def put(*images: str) -> httpx.Response:
-            items = [{"id": str(number), "image": image} for number, image in enumerate(images)]
-            return await client.put("/items", json={"items": items}, headers=bearer(ADMIN))
-
-        assert_problem(await put(URL, "http://other.example/a.png"), 422, "items.1.image")
-        assert_problem(await put(*[URL] * 9), 422, "items")
-        assert (await put(URL)).status_code == 202
+        given = {"id": "a", "image": URL}
+        other = {"id": "b", "image": "http://other.example/a.png"}
+        assert_problem(await put(client, given, other), 422, "items.1.image")
+        assert_problem(await put(client, *(given | {"id": f"{number}"} for number in range(9))), 422, "items")
+        assert (await put(client, given)).status_code == 202
         (stored,) = (index / "writes" / "images").glob("*/*")
         assert stored.read_bytes() == png()
 

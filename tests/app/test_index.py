@@ -11,7 +11,7 @@ from app.search import Index
 from app.search.errors import InvalidQueryError, ItemNotFoundError
 from dcar_core.util.errors import ImageError
 from tests.support.images import png
-from tests.support.service import opened
+from tests.support.service import ServiceClient
 
 
 @pytest.fixture(scope="module")
@@ -34,22 +34,20 @@ def opened_index(built_index: Path) -> Index:
     ids=lambda options: " ".join(options),
 )
 async def test_index_searches_as_the_service_does(
-    built_index: Path, opened_index: Index, options: dict[str, Any]
+    started: ServiceClient, opened_index: Index, options: dict[str, Any]
 ) -> None:
-    async with opened(built_index) as client:
-        _compare(opened_index.search(**options), await client.post("/search/text", json=options))
+    _compare(opened_index.search(**options), await started.post("/search/text", json=options))
 
 
 async def test_index_searches_by_image_as_the_service_does(
-    built_index: Path, opened_index: Index, tmp_path: Path
+    started: ServiceClient, opened_index: Index, tmp_path: Path
 ) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
     crop = {"x": 0, "y": 0, "width": 0.5, "height": 1}
-    async with opened(built_index) as client:
-        body = {"query": "circle", "crop": '{"x": 0, "y": 0, "width": 0.5, "height": 1}'}
-        answer = await client.post("/search/image", files={"file": png("red")}, data=body)
-        for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
-            _compare(opened_index.search("circle", image=image, crop=crop), answer)
+    body = {"query": "circle", "crop": '{"x": 0, "y": 0, "width": 0.5, "height": 1}'}
+    answer = await started.post("/search/image", files={"file": png("red")}, data=body)
+    for image in (png("red"), tmp_path / "red.png", str(tmp_path / "red.png")):
+        _compare(opened_index.search("circle", image=image, crop=crop), answer)
 
 
 def _compare(results: Any, answer: httpx.Response) -> None:

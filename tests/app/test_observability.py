@@ -14,7 +14,7 @@ import pytest
 from app.core.logs import choose_id
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import SERVE, before_encoding, opened, restore, serving_process
+from tests.support.service import SERVE, ServiceClient, before_encoding, opened, restore, serving_process
 
 REQUEST_LOG = "app.middleware.request_log"
 
@@ -61,15 +61,16 @@ async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path
         restore(encoder)
 
 
-async def test_a_well_formed_request_id_is_kept_and_logged(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_well_formed_request_id_is_kept_and_logged(
+    started: ServiceClient, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, REQUEST_LOG)
-    async with opened(built_index) as client:
-        given = await client.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
-        assert given.headers["x-request-id"] == "shop-7/a"
-        made = await client.post("/search/text", json={"query": "a secret wish"})
-        assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
-        refused = await client.get("/items/nothing%0Aat%20all", headers={"X-Request-ID": "a b\tc"})
-        assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
+    given = await started.post("/search/text", json={"query": "red"}, headers={"X-Request-ID": "shop-7/a"})
+    assert given.headers["x-request-id"] == "shop-7/a"
+    made = await started.post("/search/text", json={"query": "a secret wish"})
+    assert re.fullmatch("[0-9a-f]{32}", made.headers["x-request-id"])
+    refused = await started.get("/items/nothing%0Aat%20all", headers={"X-Request-ID": "a b\tc"})
+    assert re.fullmatch("[0-9a-f]{32}", refused.headers["x-request-id"])
 
     lines = [record.getMessage() for record in caplog.records if record.name == REQUEST_LOG]
     lines = [line for line in lines if "/readyz 503" not in line]  # logged while loading
@@ -105,11 +106,10 @@ def test_a_request_that_outlasts_the_shutdown_gets_503(built_index: Path) -> Non
     assert "Traceback" not in "".join(log)
 
 
-async def test_a_long_path_is_shortened_in_the_log(built_index: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_long_path_is_shortened_in_the_log(started: ServiceClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
-    async with opened(built_index) as client:
-        assert (await client.get("/" + "%ff" * 20_000)).status_code == 404
+    assert (await started.get("/" + "%ff" * 20_000)).status_code == 404
 
     assert max(len(record.getMessage()) for record in caplog.records if record.name == REQUEST_LOG) < 5000
 

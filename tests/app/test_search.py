@@ -22,7 +22,7 @@ from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.images import png
-from tests.support.service import before_encoding, hold, opened
+from tests.support.service import ServiceClient, before_encoding, hold, opened
 
 
 def _expected(index: Path, vectors: np.ndarray, k: int) -> list[tuple[str, float]]:
@@ -140,36 +140,35 @@ async def test_searches_beyond_max_pending_are_refused(built_index: Path) -> Non
             assert (await client.post("/search/batch", json=batch)).status_code == status
 
 
-async def test_items_have_images_and_similar_items(built_index: Path, gallery: Path) -> None:
-    async with opened(built_index) as client:
-        found = (await client.post("/search/text", json={"query": "cross", "k": 24})).json()["results"]
-        assert len({r["id"] for r in found}) == 24
-        for result in found:
-            image = await client.get(result["image_url"])
-            item = (await client.get(result["image_url"].removesuffix("/image"))).json()
-            assert item["id"] == result["id"]
-            assert (result["width"], item["height"]) == (48, 48)
-            assert image.content == (gallery / item["metadata"]["file_name"]).read_bytes()
-        assert image.headers["content-type"] == "image/png"
-        assert image.headers["x-content-type-options"] == "nosniff"
-        assert "max-age" in image.headers["cache-control"]
-        again = await client.get(result["image_url"], headers={"If-None-Match": image.headers["etag"]})
-        assert (again.status_code, again.content) == (304, b"")
+async def test_items_have_images_and_similar_items(started: ServiceClient, gallery: Path) -> None:
+    found = (await started.post("/search/text", json={"query": "cross", "k": 24})).json()["results"]
+    assert len({r["id"] for r in found}) == 24
+    for result in found:
+        image = await started.get(result["image_url"])
+        item = (await started.get(result["image_url"].removesuffix("/image"))).json()
+        assert item["id"] == result["id"]
+        assert (result["width"], item["height"]) == (48, 48)
+        assert image.content == (gallery / item["metadata"]["file_name"]).read_bytes()
+    assert image.headers["content-type"] == "image/png"
+    assert image.headers["x-content-type-options"] == "nosniff"
+    assert "max-age" in image.headers["cache-control"]
+    again = await started.get(result["image_url"], headers={"If-None-Match": image.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
 
-        item = (await client.get("/items/circle%2Fred.png")).json()
-        ItemResponse.model_validate(item, strict=True)
-        assert item["caption"] == "a red circle"
-        assert item["category"] == "circle"
-        assert item["metadata"]["color"] == "red"
+    item = (await started.get("/items/circle%2Fred.png")).json()
+    ItemResponse.model_validate(item, strict=True)
+    assert item["caption"] == "a red circle"
+    assert item["category"] == "circle"
+    assert item["metadata"]["color"] == "red"
 
-        similar = (await client.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
-        SearchResponse.model_validate(similar, strict=True)
-        assert not similar["cached"], "no query was embedded"
-        ids = [r["id"] for r in similar["results"]]
-        assert len(ids) == 23
-        assert "circle/red.png" not in ids
-        everything = (await client.get("/items/circle%2Fred.png/similar", params={"k": 200})).json()["results"]
-        assert len(everything) == 23
+    similar = (await started.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
+    SearchResponse.model_validate(similar, strict=True)
+    assert not similar["cached"], "no query was embedded"
+    ids = [r["id"] for r in similar["results"]]
+    assert len(ids) == 23
+    assert "circle/red.png" not in ids
+    everything = (await started.get("/items/circle%2Fred.png/similar", params={"k": 200})).json()["results"]
+    assert len(everything) == 23
 
 
 async def test_readiness_names_the_version_and_urls_respect_the_root_path(built_index: Path) -> None:

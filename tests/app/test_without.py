@@ -15,7 +15,7 @@ from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, close, ids, ranked
-from tests.support.service import opened
+from tests.support.service import ServiceClient, opened
 
 USUAL = Weights().without
 
@@ -25,7 +25,7 @@ def artifact(built_index: Path) -> Artifact:
     return open_current(built_index)
 
 
-async def test_without_is_subtracted_from_every_kind_of_query(built_index: Path, artifact: Artifact) -> None:
+async def test_without_is_subtracted_from_every_kind_of_query(started: ServiceClient, artifact: Artifact) -> None:
     encoder = Encoder.load(artifact.checkpoint)
     circle, red = encoder.encode_text(["a circle"])[0], encoder.encode_text(["red"])[0]
     image = encoder.encode_images([png()])[0]
@@ -33,24 +33,23 @@ async def test_without_is_subtracted_from_every_kind_of_query(built_index: Path,
     assert row is not None
     item = artifact.vectors(np.array([row]))[0]
 
-    async with opened(built_index) as http:
-        client = Client(http)
-        plain = await client.text(query="a circle", k=24)
-        close(plain, ranked(artifact, circle))
-        found = await client.text(query="a circle", without="  red ", k=24)
-        close(found, ranked(artifact, circle - USUAL * red))
-        assert ids(found) != ids(plain)
-        strong = await client.text(query="a circle", without="red", weights={"without": 0.8}, k=24)
-        close(strong, ranked(artifact, circle - 0.8 * red))
-        tiny = {"text": 5e-324, "without": 5e-324}  # only the ratio matters
-        ratio = await client.text(query="a circle", without="red", weights=tiny, k=24)
-        close(ratio, ranked(artifact, circle - red))
-        same = await client.text(query="a circle", without="red", weights={"without": 0}, k=24)
-        assert ids(same) == ids(plain)
-        both = await client.image(png(), query="a circle", without="red", k="24")
-        close(both, ranked(artifact, image + circle - USUAL * red))
-        like = await client.text(more_like=["circle/red.png"], without="red", k=24)
-        close(like, [each for each in ranked(artifact, item - USUAL * red) if each[0] != "circle/red.png"])
+    client = Client(started)
+    plain = await client.text(query="a circle", k=24)
+    close(plain, ranked(artifact, circle))
+    found = await client.text(query="a circle", without="  red ", k=24)
+    close(found, ranked(artifact, circle - USUAL * red))
+    assert ids(found) != ids(plain)
+    strong = await client.text(query="a circle", without="red", weights={"without": 0.8}, k=24)
+    close(strong, ranked(artifact, circle - 0.8 * red))
+    tiny = {"text": 5e-324, "without": 5e-324}  # only the ratio matters
+    ratio = await client.text(query="a circle", without="red", weights=tiny, k=24)
+    close(ratio, ranked(artifact, circle - red))
+    same = await client.text(query="a circle", without="red", weights={"without": 0}, k=24)
+    assert ids(same) == ids(plain)
+    both = await client.image(png(), query="a circle", without="red", k="24")
+    close(both, ranked(artifact, image + circle - USUAL * red))
+    like = await client.text(more_like=["circle/red.png"], without="red", k=24)
+    close(like, [each for each in ranked(artifact, item - USUAL * red) if each[0] != "circle/red.png"])
 
 
 async def test_without_texts_are_cached_separately(built_index: Path) -> None:

@@ -5,9 +5,8 @@ import errno
 import os
 import signal
 import threading
-import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -22,13 +21,11 @@ from app.core.settings import Settings
 from app.service import write_worker
 from app.service.collections import Collections
 from app.service.write_worker import WriteWorker
-from dcar_core.util.errors import LockedError
 from index_jobs.store.writes import WriteQueue, drop_collection
-from tests.support.commands import Command
 from tests.support.images import png
-from tests.support.processes import children_of, free_port, is_alive
+from tests.support.processes import children_of, is_alive
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN, opened, until
+from tests.support.service import ADMIN, opened, serving_process, until
 from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 
 ITEMS = "/collections/lamps/items"
@@ -192,13 +189,8 @@ async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
             assert_problem(await change, 404, "collection")
 
 
-async def test_waiting_jobs_and_created_collections_have_quotas(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def run_apply(*_: object) -> tuple[int, str]:
-        return LockedError.exit_code, "another job is writing"
-
-    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
+@pytest.mark.usefixtures("no_writer")
+async def test_waiting_jobs_and_created_collections_have_quotas(index: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {**WRITES, "max_jobs": 2, "collections_dir": tmp_path / "created", "max_collections": 1}
     (tmp_path / "created").mkdir()
     async with opened(index, **given) as client:
@@ -211,48 +203,25 @@ async def test_waiting_jobs_and_created_collections_have_quotas(
         assert (await client.put("/collections/two", headers=ADMINS)).status_code == 200
 
 
-@contextmanager
-def service_process(index: Path, port: int) -> Iterator[Command]:
-    """A service in a process of its own, once it is ready; it is ended if it still runs."""
-    environment = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_DEVICE": "cpu", "DCAR_RUNTIME": "torch"}
-    arguments = ("serve", "--index", index, "--port", port)
-    service = Command("app.cli", *arguments, environment=environment, stdout=os.devnull, stderr=os.devnull)
-    try:
-        end = time.monotonic() + 120
-        while True:
-            with suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200:
-                    break
-            assert service.poll() is None
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        yield service
-    finally:
-        if service.poll() is None:
-            service.send_signal(signal.SIGTERM)
-            service.wait(30)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
 def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> None:
-    port = free_port()
-    with Client(f"http://127.0.0.1:{port}", key=ADMIN) as client:
-        with service_process(index, port) as service:
-            job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
-            children = children_of(service.pid)
-            service.send_signal(signal.SIGKILL)
-            assert service.wait() == -signal.SIGKILL
-            for child in children:  # as if the machine had stopped
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-        with service_process(index, port) as service:
-            assert client.wait_for_job(job.id, timeout_s=300).status == "done"
-            assert client.image("b") == png("cyan")
-            last = client.delete_items(["a"])
-            children = children_of(service.pid)
-        assert not any(map(is_alive, children)), "the process that applies jobs ends with the service"
+    settings = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
+    with serving_process(index, **settings) as (service, http, _), Client(str(http.base_url), key=ADMIN) as client:
+        job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
+        children = children_of(service.pid)
+        service.send_signal(signal.SIGKILL)
+        assert service.wait() == -signal.SIGKILL
+        for child in children:  # as if the machine had stopped
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    with serving_process(index, **settings) as (service, http, _), Client(str(http.base_url), key=ADMIN) as client:
+        assert client.wait_for_job(job.id, timeout_s=300).status == "done"
+        assert client.image("b") == png("cyan")
+        last = client.delete_items(["a"])
+        children = children_of(service.pid)
+    assert not any(map(is_alive, children)), "the process that applies jobs ends with the service"
     status = WriteQueue(index).status(last.id)
     assert status is not None
     assert status["status"] in ("waiting", "running", "done")
