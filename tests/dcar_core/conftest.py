@@ -1,9 +1,11 @@
 """Photos, training pairs and a loaded backbone for the tests of dcar_core."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dcar_core.data import Dataset, load_split
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
@@ -23,6 +25,21 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def backbone(tiny_model: Path) -> Backbone:
     return load_backbone(BackboneSource(str(tiny_model)))
+
+
+@pytest.fixture(scope="module")
+def retrained(tiny_model: Path) -> Backbone:
+    """Return the same backbone with other weights."""
+    other = load_backbone(BackboneSource(str(tiny_model)))
+    with torch.no_grad():
+        other.visual.proj.mul_(1.001)
+    return other
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """Return a copy of the model's directory, to break things in."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 @pytest.fixture

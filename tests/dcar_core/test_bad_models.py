@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import CONFIG, WEIGHTS, copy_checkpoint, load_checkpoint, read_config
-from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
+from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import METHODS, comparable_methods, default_method, require_runnable
 from dcar_core.model.text import hub_tokenizer, tokenizer
@@ -25,11 +24,6 @@ from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
-
-
-@pytest.fixture
-def model(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 def edit(model: Path, part: str, **values: Any) -> BackboneSource:
@@ -48,8 +42,8 @@ def test_bundled_fingerprints_are_unchanged() -> None:
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     save_file({"some.weight": torch.zeros(3)}, str(tmp_path / "w.safetensors"))
-    with pytest.raises(ModelError, match=r"w.safetensors are of another architecture than RN50"):
-        load_backbone(BackboneSource("RN50", str(tmp_path / "w.safetensors")))
+    with pytest.raises(ModelError, match=r"w.safetensors are of another architecture than ViT-S-32-alt"):
+        load_backbone(BackboneSource("ViT-S-32-alt", str(tmp_path / "w.safetensors")))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -93,27 +87,9 @@ def test_a_vocabulary_that_needs_transformers_names_the_extra(model: Path, monke
 @pytest.mark.parametrize(
     ("tower", "part", "level", "refused", "fault"),
     [
-        (
-            CausalText,
-            "run",
-            "features",
-            r"which the towers of .* do not take; use the method clip-adapter",
-            "ValueError",
-        ),
-        (
-            NativeImage,
-            "pool",
-            "text",
-            r"which the image tower of .* does not have; use the method dcar-text",
-            "ValueError",
-        ),
-        (
-            NativeImage,
-            "project",
-            "text",
-            "use the method dcar-text",
-            "ValueError: features with prompts are not finite",
-        ),
+        (CausalText, "run", "features", "the towers of .* do not take; use the method clip-adapter", "ValueError"),
+        (NativeImage, "pool", "text", "the image tower of .* does not have; use the method dcar-text", "ValueError"),
+        (NativeImage, "project", "text", "use the method dcar-text", "features with prompts are not finite"),
     ],
 )
 def test_tower_that_fails_its_check_is_used_without_prompts(
@@ -130,7 +106,8 @@ def test_tower_that_fails_its_check_is_used_without_prompts(
     backbone = load_backbone(BackboneSource(str(tiny_model)))
     name = "text" if tower is CausalText else "image"
     assert backbone.level == level
-    assert f"the {name} tower is used without prompts, since its proof failed: {fault}" in caplog.text
+    assert f"the {name} tower is used without prompts, since its proof failed: " in caplog.text
+    assert fault in caplog.text
     clip, tokens, pixels = cast(Any, backbone.clip), backbone.tokenize(["a dog"]), torch.randn(2, 3, 32, 32)
     stock = clip.encode_text(torch.nn.functional.pad(tokens, (0, 32 - tokens.shape[1])))
     torch.testing.assert_close(backbone.encode_text(tokens), stock)
@@ -222,6 +199,7 @@ def test_the_configuration_of_a_hub_model_is_checked_alike(monkeypatch: pytest.M
         ("reweight", {"strength": [0.5]}, "reweight.strength.float: Input should be a valid number"),
         ("reweight", {"query": ["none"]}, "reweight.query: Input should be 'none' or 'predicted'"),
         ("loss", None, "loss: Input should be a dictionary or an instance of LossConfig"),
+        ("prompt", {"length": 31}, "31 prompts do not fit into the 31 tokens"),
         ("prompt", {"length": 2_000_000}, "2000000 prompts do not fit"),
         ("prompt", {"depth": 2_000_000}, "prompts for 2000000 blocks"),
     ],
@@ -270,9 +248,3 @@ def test_a_tokenizer_that_panics_is_an_error_of_the_model(tmp_path: Path) -> Non
     assert loaded(["a"]).tolist() == [[2, 0, 2]]
     with pytest.raises(ModelError, match=r"the model's tokenizer fails on a text: .*retry-limit"):
         loaded(["x" * 40])
-
-
-def test_prompts_that_fill_the_context_are_refused(tiny_model: Path) -> None:
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-    with pytest.raises(ModelError, match="31 prompts do not fit into the 31 tokens"):
-        DCAR(backbone, ModelConfig(prompt=PromptConfig(length=31)))

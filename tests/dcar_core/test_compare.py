@@ -28,7 +28,7 @@ from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate
-from dcar_core.util.errors import DataError, DcarError, DivergedError
+from dcar_core.util.errors import DataError, DivergedError
 from tests.support.comparisons import QUICK, trainings
 from tests.support.parts import needs
 
@@ -75,28 +75,6 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     test = prepare_split(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
     assert evaluate(model, test) == run["test"]
     assert fingerprint == run["fingerprint"]
-
-
-def test_training_and_tuning_read_no_test_split_and_seeds_differ(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import dcar_core.evaluation.method_runner as module
-
-    seen: list[tuple[str, str]] = []
-    starts: list[torch.Tensor] = []
-
-    def noted(model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any) -> TrainResult:
-        seen.append((training.split, validation.split))
-        starts.append(torch.cat([p.detach().flatten() for _, p in model.trainables()]))
-        return train(model, training, validation, *given, **more)
-
-    monkeypatch.setattr(module, "train", noted)
-    grid, quick = (1e-4, 1e-2), replace(QUICK, epochs=1)
-    compare(backbone, tiny_data, ["dual"], 2, tmp_path, quick, progress=False, tune=True, grid=grid)
-    assert seen == [("train", "val")] * 3  # two rates with seed 0, and the better one with seed 1
-    assert torch.equal(starts[0], starts[1])
-    assert not torch.equal(starts[1], starts[2])
-    assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
 
 
 def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
@@ -176,16 +154,27 @@ def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, ti
 
 @pytest.mark.slow
 def test_tuning_has_equal_budgets_and_reads_validation_only(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
+    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    messages: list[str] = []
-    grid = (1e-4, 1e-2, 1e30)
+    messages, starts = list[str](), dict[str, list[torch.Tensor]]()
+
+    def noted(model: DCAR, training: Dataset, validation: Dataset, *given: Any, **more: Any) -> TrainResult:
+        assert (training.split, validation.split) == ("train", "val")
+        weights = [p.detach().flatten() for _, p in model.trainables()]
+        starts.setdefault(model.config.method, []).append(torch.cat(weights))
+        return train(model, training, validation, *given, **more)
+
+    monkeypatch.setattr("dcar_core.evaluation.method_runner.train", noted)
+    grid, names = (1e-4, 1e-2, 1e30), ["dual", "clip-adapter"]
     results = compare(
-        backbone, tiny_data, ["clip", "coop", "clip-adapter"], 2, tmp_path, QUICK, progress=False, tune=True, grid=grid,
-        on_message=messages.append,
-    )  # fmt: skip
-    assert len(trainings(messages)) == 1 + 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
-    for name in ("coop", "clip-adapter"):
+        backbone, tiny_data, names, 2, tmp_path, QUICK, progress=False, tune=True, grid=grid, on_message=messages.append
+    )
+    assert len(trainings(messages)) == 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
+    assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
+    for name in names:
+        *tuned, second = starts[name]
+        assert all(torch.equal(tuned[0], other) for other in tuned), "every rate starts from the same weights"
+        assert not torch.equal(tuned[0], second), "another seed starts from others"
         found = results["methods"][name]
         scores = {lr: score for lr, score in found["tuning"].items() if score is not None}
         assert set(found["tuning"]) == {"0.0001", "0.01", "1e+30"}
@@ -252,13 +241,6 @@ def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, ti
     for name in results["methods"]:
         assert f">{name}<" in text
     assert text.count('class="best"') >= 7
-
-
-def test_wrong_arguments_are_refused(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(DcarError, match="no method is named 'clipp'"):
-        compare(backbone, tiny_data, ["clipp"], 1, tmp_path, QUICK)
-    with pytest.raises(DataError, match="no method was given"):
-        compare(backbone, tiny_data, [], 1, tmp_path, QUICK)
 
 
 def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -> None:

@@ -5,24 +5,13 @@ import errno
 import json
 import os
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dcar_core.data import (
-    Annotations,
-    CleaningReport,
-    Dataset,
-    check_dataset,
-    load,
-    load_split,
-    load_splits,
-    write_splits,
-)
-from dcar_core.data.entries import SKIPPED_ROWS, Entry
-from dcar_core.data.tables import read_table
+from dcar_core.data import Annotations, CleaningReport, Dataset, load_split, load_splits, write_splits
+from dcar_core.data.entries import SKIPPED_ROWS
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json, write_jsonl
 from tests.support.images import write_image
@@ -248,17 +237,3 @@ def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Pa
     good.unlink()
     with pytest.raises(DataError, match="no train pairs that can be used"):
         load_split(tmp_path, "train", image_policy="skip")
-
-
-def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_jsonl(tmp_path / "pairs.jsonl", *({"image": f"{n}.png", "caption": f"number {n}"} for n in range(100)))
-    reads = list[Path]()
-
-    def noted(file: Path, report: CleaningReport) -> Iterator[Entry]:
-        reads.append(file)
-        return read_table(file, report)
-
-    monkeypatch.setitem(load._READERS, ".jsonl", noted)
-    assert sum(map(len, check_dataset(tmp_path, decode_images=False)[0].values())) == 100
-    assert load_splits(tmp_path, image_policy="ignore")[0].keys() == {"train", "val", "test"}
-    assert reads == [tmp_path / "pairs.jsonl"] * 2

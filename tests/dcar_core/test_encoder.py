@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from app.cli import app
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import (
@@ -17,7 +19,9 @@ from dcar_core.model.checkpoint import (
     compute_fingerprint,
     copy_checkpoint,
     load_checkpoint,
+    read_config,
     save_checkpoint,
+    save_zero_shot,
 )
 from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
@@ -56,19 +60,6 @@ def test_preprocess_equals_open_clips_transform(tiny_model: Path) -> None:
                 np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
     line = type(preprocess)(32, preprocess.mean, preprocess.std, resize="longest")(Image.new("RGB", (200, 1), "white"))
     assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
-
-
-@pytest.mark.slow
-def test_fingerprint_covers_what_serving_uses(tiny_model: Path, tiny_checkpoint: Path, other_checkpoint: Path) -> None:
-    first, again = Encoder.load(tiny_checkpoint), Encoder.load(tiny_checkpoint)
-    assert first.fingerprint == again.fingerprint
-    assert (
-        len({first.fingerprint, Encoder.load(other_checkpoint).fingerprint, Encoder.load(tiny_model).fingerprint}) == 3
-    )
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-    model, fingerprint = load_checkpoint(tiny_checkpoint, backbone=backbone)
-    model.config = ModelConfig(loss=LossConfig(alpha=9.0))
-    assert save_checkpoint(model, tiny_checkpoint.parent / "other_loss") == fingerprint
 
 
 def test_fingerprint_covers_vectors_and_nothing_else() -> None:
@@ -112,11 +103,6 @@ def test_checkpoint_can_move_together_with_its_backbone(tiny_model: Path, tmp_pa
     here.rename(there)
     assert load_checkpoint(there / "checkpoint")[1] == fingerprint
     assert backbone_files(there / "named") == [(there / "base" / "open_clip_model.safetensors").resolve()]
-
-
-def test_a_copied_checkpoint_loads_from_anywhere(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    copy_checkpoint(tiny_checkpoint, tmp_path / "deep" / "copy")
-    assert Encoder.load(tmp_path / "deep" / "copy").fingerprint == Encoder.load(tiny_checkpoint).fingerprint
 
 
 def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -188,3 +174,33 @@ def test_single_text_or_image_instead_of_a_list_is_refused(tiny_checkpoint: Path
             encoder.encode_images(picture)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
         encoder.encode_images([Image.new("RGB", (8, 8)), tmp_path / "nowhere.png"])
+
+
+def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+    given = ["zero-shot", "--model", str(tiny_model), "--out", str(tmp_path / "clip")]
+    done = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} unadapted, fingerprint ")
+    encoder, backbone = Encoder.load(tmp_path / "clip"), load_backbone(BackboneSource(str(tiny_model)))
+    assert encoder.fingerprint.startswith(done.output.split()[-1])
+    texts = ["a red circle", "a blue square"]
+    plain = backbone.encode_text(backbone.tokenize(texts)).detach().numpy()
+    plain /= np.linalg.norm(plain, axis=-1, keepdims=True)
+    np.testing.assert_allclose(encoder.encode_text(texts), plain, atol=1e-5)
+    again = CliRunner().invoke(app, given, catch_exceptions=False)
+    assert again.output == done.output, "the same once more"
+
+
+def test_trained_checkpoint_is_not_overwritten(tiny_model: Path, tiny_checkpoint: Path) -> None:
+    before = (tiny_checkpoint / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds a trained checkpoint of dcar; name another --out"):
+        save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tiny_checkpoint)
+    assert (tiny_checkpoint / "config.json").read_bytes() == before
+
+
+def test_model_instead_of_a_checkpoint_names_the_command(tiny_model: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"it is a model: `dcar zero-shot --model \S+ --out DIR` makes a checkpoint of it"
+    ):
+        read_config(tiny_model)
+    with pytest.raises(CheckpointError, match=r"as `dcar train --out` writes them$"):
+        read_config(tiny_model.parent)

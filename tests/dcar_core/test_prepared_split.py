@@ -1,22 +1,27 @@
-"""A split prepared for training: frozen features, token weights, negatives and positives."""
+"""A split prepared for training, and its features on the disk: hits, misses, damage and remains of killed runs."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dcar_core.data import CleaningReport, Dataset
 from dcar_core.model.backbone import Backbone
+from dcar_core.model.config import PromptConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import prepared_split as module
-from dcar_core.training.prepared_split import prepare_split, report_truncation
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.prepared_split import prepare_split, report_truncation, split_key
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.errors import TrainingError
-from tests.support.training import batch_loss, model_and_data
+from tests.support.training import batch_loss, model_and_data, move_weights
 
 
 @pytest.mark.parametrize("name", ["dcar", "dcar-alone", "dcar-patches"])
@@ -51,23 +56,6 @@ def test_frozen_towers_use_cached_features(name: str, backbone: Backbone, traini
         rows = np.arange(len(data))
         cached, whole = batch_loss(model, data, rows), batch_loss(model, forwards, rows)
         torch.testing.assert_close(cached, whole)
-
-
-def test_images_are_encoded_once_for_all_captions(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "TEXT_BATCH", 2)
-    seen: list[int] = []
-    whole = module.FrozenFeatures._encode_images
-
-    def noted(given: Any, images: Any) -> Any:
-        seen.append(len(images))
-        return whole(given, images)
-
-    monkeypatch.setattr(module.FrozenFeatures, "_encode_images", noted)
-    prepare_split(training, seeded_model(backbone, method("dcar"), 0), for_training=True, progress=False)
-    assert len(training) > 2
-    assert len(seen) == 1
 
 
 def test_prompts_that_leave_no_room_for_a_word_are_refused(backbone: Backbone) -> None:
@@ -131,3 +119,89 @@ def test_true_caption_is_no_negative_of_its_image(backbone: Backbone, training: 
     np.testing.assert_array_equal(found, wanted)
     some = np.array([5, 0, 2])
     np.testing.assert_array_equal(data.positives(some), wanted[np.ix_(some, some)])
+
+
+def test_feature_cache_returns_the_computed_features(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
+    shorter = replace(method("dcar"), prompt=PromptConfig(length=2))
+    for config in (shorter, *map(method, ("dcar", "clip-adapter", "dcar-alone", "dcar-patches"))):
+        model, plain = move_weights(DCAR(backbone, config), training)
+        for _ in range(2):  # the second time from the disk
+            cached = prepare_split(
+                training, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone)
+            )
+            for field, one in vars(plain).items():
+                other = getattr(cached, field)
+                assert (one is None) == (other is None)
+                assert one is None or np.array_equal(one, other), field
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_remains_of_killed_runs_are_deleted_after_a_day(backbone: Backbone, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, backbone)
+    cache.tensor("kind", "one", lambda: torch.zeros(2))
+    (folder,) = tmp_path.iterdir()
+    old, fresh = folder / ".pixels-x.npy.17.tmp", folder / ".pixels-y.npy.18.tmp"
+    for part in (old, fresh):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.tensor("kind", "two", lambda: torch.ones(2))
+    assert sorted(path.name for path in folder.iterdir()) == [fresh.name, "kind-one.npy", "kind-two.npy"]
+
+
+def test_feature_cache_misses_for_other_images_texts_and_weights(
+    backbone: Backbone, training: Dataset, tiny_gallery: Path, retrained: Backbone, tmp_path: Path
+) -> None:
+    def entries(backbone: Backbone, data: Dataset) -> int:
+        model = seeded_model(backbone, method("clip-adapter"), 0)
+        prepare_split(data, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
+        return len([path for path in tmp_path.rglob("*") if path.is_file()])
+
+    assert entries(backbone, training) == entries(backbone, training) == 3  # pixels, images, texts
+    renamed = replace(training, samples=[replace(s, caption=s.caption + "!") for s in training.samples])
+    assert entries(backbone, renamed) == 4
+    first = tiny_gallery / training.samples[0].image
+    content = first.read_bytes()
+    try:
+        first.write_bytes((tiny_gallery / training.samples[1].image).read_bytes())
+        assert entries(backbone, training) == 6
+    finally:
+        first.write_bytes(content)
+    assert entries(retrained, training) == 9
+
+
+def test_digest_of_a_split_covers_all_training_data(backbone: Backbone, training: Dataset) -> None:
+    cache, first = FeatureCache(None, backbone), training.samples[0]
+    names = {"caption": "other", "category": "other"} | dict.fromkeys(
+        ("negatives", "negative_categories", "attributes"), ("other",)
+    )
+    others = [replace(first, **{name: value}) for name, value in names.items()]  # type: ignore[arg-type]
+    keys = [split_key(replace(training, samples=[one, *training.samples[1:]]), cache) for one in (first, *others)]
+    assert len(set(keys)) == 6
+
+
+def test_failed_computation_leaves_no_cache_entry(backbone: Backbone, tmp_path: Path) -> None:
+    def fails() -> Tensor:
+        raise RuntimeError("out of memory")
+
+    cache = FeatureCache(tmp_path, backbone)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.tensor("images", "key", fails)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert torch.equal(cache.tensor("images", "key", lambda: torch.ones(2)), torch.ones(2))
+
+
+def test_damaged_cache_entry_is_computed_again(backbone: Backbone, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, backbone)
+
+    def entries() -> tuple[Tensor, Any]:
+        pixels = cache.array("pixels", "key", (40, 8), lambda out: out.fill(7))
+        return cache.tensor("images", "key", lambda: torch.ones(50)), pixels
+
+    entries()
+    for length in (0, 20, 150):
+        for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+            path.write_bytes(path.read_bytes()[:length])
+        features, pixels = entries()
+        assert torch.equal(features, torch.ones(50))
+        assert (pixels == 7).all()
+        assert pixels.shape == (40, 8)

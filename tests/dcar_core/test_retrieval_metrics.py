@@ -1,10 +1,19 @@
-"""Recall, hard-negative accuracy and nDCG against hand calculations, with ties and NaN."""
+"""Recall, hard-negative accuracy and nDCG by hand, the paired bootstrap, and the cut-off of poor results."""
 
 import numpy as np
 import pytest
 
+from dcar_core.serving.score_cutoff import compute_cutoff
 from dcar_core.util import retrieval_metrics
-from dcar_core.util.retrieval_metrics import best_targets, compute_ranks, hard_negative_accuracy, ndcg, recall_at_k
+from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.retrieval_metrics import (
+    best_targets,
+    compute_ranks,
+    hard_negative_accuracy,
+    ndcg,
+    recall_at_k,
+    recall_of_ranks,
+)
 
 
 @pytest.mark.parametrize(("width", "count"), [(256, 60), (512, 33), (512, 122)])
@@ -23,13 +32,6 @@ def test_equal_vectors_tie_at_any_position_of_a_product(
     found = recall_at_k(twice, twice, np.arange(2 * count))
     assert (found["t2i_r1"], found["i2t_r1"], found["t2i_r5"]) == (0, 0, 100)
     assert hard_negative_accuracy(twice, twice, [row[None] for row in twice]) == 0
-
-
-def test_recall_counts_ties_against_the_model() -> None:
-    flat = np.full((10, 4), 0.5, np.float32)
-    found = recall_at_k(flat, flat, np.arange(10))
-    assert found["t2i_r1"] == found["i2t_r5"] == 0
-    assert found["t2i_r10"] == 100
 
 
 def test_nan_vectors_are_no_hits() -> None:
@@ -96,3 +98,87 @@ def test_ndcg_counts_every_right_target() -> None:
     assert ndcg(query, target, right) == pytest.approx(100 * np.mean(gains))
     assert ndcg(query, target, right, k=1) == pytest.approx(100 / 3)
     assert ndcg(np.full_like(query, np.nan), target, right, k=3) < 100 / 3
+
+
+def hits(text: list[float], image: list[float] | None = None, texts: list[float] | None = None) -> Hits:
+    return Hits(np.array(texts or [1.0] * len(text)), np.array(text), np.array(image or text))
+
+
+def test_hits_of_ranks_have_the_recall_of_the_ranks() -> None:
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(9, 4)).astype(np.float32)
+    image = rng.normal(size=(6, 4)).astype(np.float32)
+    image_of_text = np.array([0, 0, 2, 2, 2, 3, 4, 4, 5])  # image 1 has no caption
+    ranks = compute_ranks(text, image, image_of_text)
+    found = Hits.from_ranks(ranks, image_of_text)
+    assert found.texts.tolist() == [2, 3, 1, 2, 1]
+    recall, estimate = recall_of_ranks(ranks), compare_hits(found, found, resamples=10).model
+    for measure in ("t2i_r1", "i2t_r1"):
+        assert estimate[measure].value == pytest.approx(recall[measure])
+    assert estimate["mean_r1"].value == pytest.approx((recall["t2i_r1"] + recall["i2t_r1"]) / 2)
+
+
+def test_equal_models_differ_by_nothing() -> None:
+    one = hits([1, 0, 1, 1, 0])
+    found = compare_hits(one, one, resamples=200)
+    assert (found.difference["mean_r1"].low, found.difference["mean_r1"].high, found.p) == (0, 0, 1)
+    assert found.queries == 5
+
+
+def test_a_model_that_is_better_on_every_query_is_so_in_every_resample() -> None:
+    found = compare_hits(hits([1.0] * 50), hits([0.0] * 50), resamples=999)
+    assert f"{found.difference['t2i_r1']}" == "100.0 (100.0 to 100.0)"
+    assert found.p == pytest.approx(2 / 1000)
+
+
+def test_interval_of_a_proportion_equals_the_normal_approximation() -> None:
+    one = hits([1.0] * 60 + [0.0] * 40)
+    estimate = compare_hits(one, one, resamples=4000).model["t2i_r1"]
+    half_width = 196 * np.sqrt(0.6 * 0.4 / 100)
+    assert estimate.low == pytest.approx(60 - half_width, abs=1.5)
+    assert estimate.high == pytest.approx(60 + half_width, abs=1.5)
+
+
+def test_pairing_removes_the_difficulty_of_the_queries() -> None:
+    """Both fail on the same hard queries, so a small difference is certain although each recall is not."""
+    easy = np.arange(200) < 100
+    better, worse = easy.astype(float), easy.astype(float)
+    worse[:12] = 0
+    found = compare_hits(hits(list(better)), hits(list(worse)), resamples=2000)
+    assert found.difference["mean_r1"].low > 0
+    assert found.model["mean_r1"].low < found.baseline["mean_r1"].high
+    assert found.p < 0.01
+
+
+def test_p_values_are_rarely_small_without_a_difference() -> None:
+    rng = np.random.default_rng(1)
+    p = [
+        compare_hits(hits(list(rng.binomial(1, 0.5, 100))), hits(list(rng.binomial(1, 0.5, 100))), resamples=300).p
+        for _ in range(100)
+    ]
+    assert np.mean(np.array(p) < 0.05) < 0.15
+
+
+def test_seeds_are_averaged_by_query_and_a_seed_gives_the_same_interval() -> None:
+    one, other = hits([1, 0]), hits([1, 1])
+    assert Hits.mean([one, other]).text_hits.tolist() == [1, 0.5]
+    assert compare_hits(one, other, resamples=500) == compare_hits(one, other, resamples=500)
+
+
+def test_hits_of_different_queries_are_refused() -> None:
+    with pytest.raises(ValueError, match="not of the same queries"):
+        compare_hits(hits([1, 0]), hits([1, 0, 1]))
+
+
+def test_cutoff_keeps_95_percent_of_the_pairs() -> None:
+    scores = np.random.default_rng(1).permutation(np.linspace(0, 1, 1001)).astype(np.float32)
+    found = compute_cutoff(scores)
+    assert (found["min_score"], found["strong_score"]) == (pytest.approx(0.05), pytest.approx(0.95))
+    assert (found["kept"], found["pairs"]) == (pytest.approx(0.95, abs=0.02), 1001)
+
+
+def test_kept_share_is_measured_on_held_out_pairs() -> None:
+    """Of two pairs each is a half: the lower one does not reach what the higher one alone would set."""
+    assert compute_cutoff(np.array([0.2, 0.4], np.float32))["kept"] == 0.5
+    alone = compute_cutoff(np.array([0.3], np.float32))
+    assert (alone["min_score"], alone["kept"]) == (pytest.approx(0.3), None)

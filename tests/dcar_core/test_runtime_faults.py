@@ -50,9 +50,19 @@ def export(cache: Path) -> Path:
     return found
 
 
-def test_unknown_runtime_is_refused_with_the_known_ones(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeUnavailableError, match=r"no runtime is named 'tensorrt'; there are: auto, torch, "):
-        by_name(tiny_checkpoint, tmp_path, "tensorrt")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tensorrt", r"no runtime is named 'tensorrt'; there are: auto, torch, "),
+        ("cuda-fp16", "cuda-fp16 needs a GPU"),
+        ("openvino-int8", "must first be calibrated on your images and captions: dcar"),
+    ],
+)
+def test_a_runtime_that_cannot_be_used_says_why(name: str, says: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if name == "openvino-int8" and machine.missing_instructions("int8"):
+        pytest.skip(str(machine.missing_instructions("int8")))
+    with pytest.raises(RuntimeUnavailableError, match=says):
+        by_name(tiny_checkpoint, tmp_path, name)
 
 
 @pytest.mark.slow
@@ -173,18 +183,6 @@ def test_remains_of_a_killed_export_are_deleted(tmp_path: Path) -> None:
     made = ensure_export(key, tmp_path, write)
     assert (made / "text.xml").read_bytes() == b"whole"
     assert not left.exists()
-
-
-def test_int8_needs_calibration(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    if machine.missing_instructions("int8"):
-        pytest.skip(str(machine.missing_instructions("int8")))
-    with pytest.raises(RuntimeUnavailableError, match="must first be calibrated on your images and captions: dcar"):
-        by_name(tiny_checkpoint, tmp_path, "openvino-int8")
-
-
-def test_runtime_for_another_device_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeUnavailableError, match="cuda-fp16 needs a GPU"):
-        by_name(tiny_checkpoint, tmp_path, "cuda-fp16")
 
 
 def reversed_columns(*given: Any) -> Any:

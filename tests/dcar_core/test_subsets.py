@@ -130,17 +130,3 @@ def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:
     bare = replace(sample_split, samples=[replace(sample, category="") for sample in sample_split.samples])
     with pytest.raises(DataError, match="--shots counts pairs of a category, but no training pair has one"):
         take_shots(bare, 1, seed=0)
-
-
-def test_shots_without_categories_are_refused_before_the_first_training(
-    backbone: Backbone, tiny_data: Path, tmp_path: Path
-) -> None:
-    splits, _ = load_splits(tiny_data)
-    rows = [{"image": s.image, "caption": s.caption, "split": name} for name in splits for s in splits[name].samples]
-    table = tmp_path / "pairs.jsonl"
-    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match="--shots counts pairs of a category"):
-        compare(
-            backbone, table, ["coop"], 1, tmp_path / "out", QUICK, progress=False, shots=[1], images=tiny_data
-        )  # fmt: skip
-    assert not (tmp_path / "out" / "runs").exists()

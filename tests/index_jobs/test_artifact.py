@@ -7,16 +7,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.util.errors import ArtifactError, DcarError, FingerprintError
-from index_jobs.gallery.scan import scan
+from dcar_core.util.errors import ArtifactError, DataError, FingerprintError
+from index_jobs.gallery.scan import SCHEMA, scan
 from index_jobs.gallery.storage import ImageAccess
-from index_jobs.rebuild import rebuild
 from index_jobs.store import items
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.publish import next_version, open_staging, publish_version, rollback
@@ -44,10 +44,6 @@ def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path)
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
     np.testing.assert_allclose(artifact.vectors(rows[1:2, 0]), vectors[1:], atol=1e-5)
     assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
-
-
-def test_every_id_leads_to_its_row(published: Path) -> None:
-    artifact = open_current(published)
     assert [artifact.row_of(artifact.item(row).id) for row in range(24)] == list(range(24))
     for unknown in ("", "0", "zzz", "../../etc/passwd", "\ud800"):
         assert artifact.row_of(unknown) is None
@@ -65,14 +61,18 @@ def test_items_are_read_from_many_batches(tmp_path: Path, tiny_gallery: Path, mo
     assert found.row_of(ids[7]) is None
 
 
-def test_rows_and_queries_out_of_range_are_refused(published: Path) -> None:
+def test_rows_queries_and_fields_that_it_lacks_are_refused(published: Path) -> None:
     artifact = open_current(published)
     for row in (-1, 24):
         for read in (artifact.item, artifact.image_bytes):
             with pytest.raises(IndexError, match=f"row {row} is not in 0..23"):
                 read(row)
+    with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):
+        artifact.vectors(np.array([1, 24]))
     with pytest.raises(ArtifactError, match=r"the index has vectors of 32, but the queries are \(1, 16\)"):
         artifact.search(np.zeros((1, 16), np.float32), 1)
+    with pytest.raises(DataError, match="no item has the field 'colour'; there are: caption, category, color"):
+        artifact.column("colour")
 
 
 def test_another_encoder_is_refused_with_the_command_to_run(
@@ -115,26 +115,11 @@ def test_removed_version_stays_usable_while_open(index: Path) -> None:
     assert artifact.row_of(artifact.item(3).id) == 3
 
 
-def test_missing_image_is_an_artifact_error(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
-    rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
-    artifact = open_current(tmp_path / "index")
-    (gallery / "circle" / "black.png").unlink()
-    with pytest.raises(
-        ArtifactError, match=r"the image of item '\w+' cannot be read from the gallery .*: No such file"
-    ):
-        artifact.image_bytes(0)
-
-
-def grow(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
 FILES = ["index.faiss", "items.arrow", "manifest.json", "checkpoint/trainables.safetensors", "checkpoint/config.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("harm", [flip, cut, grow, Path.unlink])
+@pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_bytes(path.read_bytes() + b"\0"), Path.unlink])
 def test_damage_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
     verify_index(index)
     harm(index / "versions" / "1" / name)
@@ -155,19 +140,19 @@ def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
             open_current(index)
 
 
-def test_manifest_of_another_format_says_rebuild(index: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 99}, "is of format 99, not 3; rebuild the index"),
+        ({"runtime": "another"}, r"manifest\.json is corrupted: its checksum differs"),
+    ],
+)
+def test_a_changed_manifest_is_refused(index: Path, change: dict[str, Any], says: str) -> None:
     path = index / "versions" / "1" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
-    with pytest.raises(ArtifactError, match="is of format 99, not 3; rebuild the index"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ArtifactError, match=says):
         open_current(index)
     assert list_versions(index) == []
-
-
-def test_changed_manifest_is_refused_by_its_checksum(index: Path) -> None:
-    path = index / "versions" / "1" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"runtime": "another"}))
-    with pytest.raises(ArtifactError, match=r"manifest\.json is corrupted: its checksum differs"):
-        open_current(index)
 
 
 def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
@@ -309,11 +294,51 @@ def test_reader_follows_when_its_version_is_removed_under_it(index: Path, monkey
     assert open_current(index).manifest.version == 2
 
 
-def test_output_that_cannot_be_written_is_one_clear_error(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DcarError, match=r"the index .*file/index cannot be written: Not a directory"):
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "file" / "index", progress=False)
-    with pytest.raises(DcarError, match=r"the index .*file cannot be written: File exists"):
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "file", progress=False)
+BATCHES, ROWS, TEXT = 32, 4, 2**18  # 32 MiB of texts
+
+
+def large_table() -> pa.Table:
+    metadata = json.dumps({"about": "y" * TEXT})
+    batches = [
+        pa.RecordBatch.from_pylist([
+            dict.fromkeys(SCHEMA.names, 0)
+            | dict.fromkeys(("caption", "category", "location", "name"), "")
+            | {"id": f"{number:08}", "metadata": metadata}
+            for number in range(start, start + ROWS)
+        ], SCHEMA)
+        for start in range(0, BATCHES * ROWS, ROWS)
+    ]  # fmt: skip
+    table = pa.Table.from_batches(batches, SCHEMA)
+    for name in items.SIZE_COLUMNS:
+        table = table.append_column(name, pa.nulls(len(table), pa.int32()))
+    return table
+
+
+@pytest.mark.parametrize("rows", [[], [0], [19], [3, 4], [0, 1, 7, 8, 19], [*range(20)], [5, 6, 7, 8, 9]])
+def test_take_rows_returns_the_rows_that_arrow_takes(rows: list[int]) -> None:
+    columns = {"text": pa.chunked_array([[str(i) for i in part] for part in np.split(np.arange(20), [3, 3, 8, 19])])}
+    columns["number"] = pa.chunked_array([[*range(11)], [*range(11, 20)]])
+    table = pa.table(columns)
+    taken = items.take_rows(table, np.array(rows, np.int64))
+    assert taken.to_pylist() == table.take(pa.array(rows, pa.int64())).to_pylist()
+
+
+def test_rows_that_do_not_ascend_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows must ascend"):
+        items.take_rows(pa.table({"number": [1, 2, 3]}), np.array([0, 2, 1]))
+
+
+def test_no_column_is_joined_for_a_part_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined, texts of 2 GiB are more than Arrow holds, and every batch costs as much as all."""
+    monkeypatch.setattr(items, "_BATCH", ROWS)
+    table, rows = large_table(), np.delete(np.arange(BATCHES * ROWS), 7)
+    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
+    assert pool.max_memory() < 8 * ROWS * TEXT  # unused so far
+    try:
+        pa.set_memory_pool(pool)
+        items.write_items(tmp_path / "items.arrow", table, rows)
+        part = items.Items(tmp_path / "items.arrow").table(np.array([5, 6, 100]))
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 8 * ROWS * TEXT
+    assert part["id"].to_pylist() == ["00000005", "00000006", "00000101"]

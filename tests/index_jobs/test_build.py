@@ -13,7 +13,6 @@ from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.engines.faiss.build import build_index, fill_index
 from index_jobs.engines.faiss.index import FaissIndex, free_gpu_memory
 from index_jobs.engines.faiss.kinds import choose_kinds, create_index
-from index_jobs.engines.measure import measure_latency
 from index_jobs.engines.protocol import HeldOutQueries
 from tests.support.vectors import DIM, blocks, build, clustered, recall, unit
 
@@ -129,23 +128,6 @@ def test_a_large_graph_is_built_with_a_wider_search(gallery: Floats, monkeypatch
     for large, width in ((len(gallery) + 1, 100), (len(gallery), 200)):
         monkeypatch.setattr("index_jobs.engines.faiss.build._LARGE_GRAPH", large)
         assert fill_index(choice, DIM, blocks(gallery), len(gallery)).hnsw.efConstruction == width
-
-
-def test_latency_is_that_of_one_core(gallery: Floats) -> None:
-    threads = []
-
-    class Watched:
-        def search(self, vectors: Floats, k: int) -> None:
-            threads.append(faiss.omp_get_max_threads())
-
-    before = faiss.omp_get_max_threads()
-    try:
-        faiss.omp_set_num_threads(3)
-        measure_latency(Watched(), gallery[:2])
-        assert faiss.omp_get_max_threads() == 3
-    finally:
-        faiss.omp_set_num_threads(before)
-    assert threads == [1, 1]
 
 
 def test_lists_found_by_a_graph_are_searched(gallery: Floats, file: Path) -> None:

@@ -15,14 +15,11 @@ from numpy.typing import NDArray
 from dcar_core import Encoder
 from dcar_core.runtimes.selection import preferred_runtimes
 from dcar_core.util.arrays import Pixels
-from dcar_core.util.errors import ModelError
 from index_jobs.encoding.decode import DecodedWindow
-from index_jobs.encoding.devices import encode_windows, load_replicas, runtime_in_use
-from index_jobs.encoding.shards import IMAGE, ShardStore
-from index_jobs.gallery.scan import scan
+from index_jobs.encoding.devices import encode_windows, load_replicas
+from index_jobs.encoding.shards import IMAGE
 from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
-from index_jobs.spec import BuildOptions
 from index_jobs.store.versions import open_current
 from tests.support.encoding import encode, vectors_of
 
@@ -83,11 +80,6 @@ def test_a_failing_device_ends_the_job(tiny_checkpoint: Path) -> None:
         list(encode_windows(iter([*windows(3, []), wrong]), [encoder, encoder]))
 
 
-def test_missing_device_is_named(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ModelError, match="no device 'cuda:99'"):
-        load_replicas(tiny_checkpoint, "cpu,cuda:99")
-
-
 @pytest.mark.gpu
 def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     def run(device: str) -> NDArray[np.float32]:
@@ -135,23 +127,3 @@ def test_auto_resumes_with_the_runtime_of_the_first_run(
     assert (vectors != others).any(1).all()
     np.testing.assert_allclose(vectors, others, atol=0.02)
     assert run(runtime="auto", kind="flat").encoded == 0
-
-
-def test_begun_runtimes_are_preferred_then_faster_ones(
-    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    gallery, encoder = scan(tiny_gallery), Encoder.load(tiny_checkpoint, device="cpu")
-
-    def begin(runtime: str) -> None:
-        store = ShardStore(gallery, encoder, runtime, tmp_path, BuildOptions(batch_size=4, shard_rows=8))
-        store.save(0, np.zeros(8, IMAGE), np.zeros((8, encoder.dim), np.float32), [])
-
-    def chosen(fastest: str, batch: int = 4) -> str:
-        return runtime_in_use(gallery, encoder, fastest, tmp_path, BuildOptions(batch_size=batch, shard_rows=8))
-
-    assert chosen("openvino") == "openvino"
-    begin("torch-bf16")
-    assert chosen("openvino") == "torch-bf16"
-    assert chosen("openvino", batch=8) == "openvino"  # other batches are another job
-    begin("openvino")
-    assert chosen("openvino") == "openvino"

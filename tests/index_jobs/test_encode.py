@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
-from dcar_core.images import OpenedImage
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.graphs import TorchRuntime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
-from index_jobs.encoding.decode import decode_windows, worker_count
+from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encode import EncodedGallery, EncodingState
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
@@ -102,28 +101,14 @@ def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path,
     assert run(Counting(encoder), "a").resumed == 8  # nothing that was made is lost either
 
 
-def break_picture(path: Path, how: str) -> None:
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:60])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "text":
-        path.write_text("this is no picture")
-    elif how == "dangling link":
-        path.unlink()
-        path.symlink_to("nowhere.png")
-    else:
-        path.unlink()
-        path.mkdir()
-
-
 def test_broken_images_are_listed_and_the_others_keep_their_rows(
     encoder: Encoder, gallery: Path, tmp_path: Path
 ) -> None:
     whole = encode(gallery, encoder, tmp_path / "a")
-    broken = {"circle/black.png": "empty", "cross/red.png": "truncated", "square/blue.png": "text"}
-    for name, how in broken.items():
-        break_picture(gallery / name, how)
+    broken = {"circle/black.png": b"", "square/blue.png": b"this is no picture"}
+    broken["cross/red.png"] = (gallery / "cross/red.png").read_bytes()[:60]
+    for name, content in broken.items():
+        (gallery / name).write_bytes(content)
     encoded = encode(gallery, encoder, tmp_path / "b", max_failed=0.2)
     names = scan(gallery).table["name"].to_pylist()
     assert {names[failure.row] for failure in encoded.failed} == set(broken)
@@ -139,7 +124,8 @@ def test_window_and_shard_without_a_readable_image_are_accepted(
     encoder: Encoder, gallery: Path, tmp_path: Path
 ) -> None:
     for path in (gallery / "circle").glob("*.png"):
-        break_picture(path, "dangling link")
+        path.unlink()
+        path.symlink_to("nowhere.png")
     encoded = encode(gallery, encoder, tmp_path / "w", max_failed=0.5, batch_size=3, shard_rows=6)
     assert encoded.rows().tolist() == list(range(6, 24))
     assert {failure.reason for failure in encoded.failed} == {"no such file"}
@@ -147,7 +133,7 @@ def test_window_and_shard_without_a_readable_image_are_accepted(
 
 def test_too_many_broken_images_stop_the_job_early(encoder: Encoder, gallery: Path, tmp_path: Path) -> None:
     for path in (gallery / "circle").glob("*.png"):
-        break_picture(path, "empty")
+        path.write_bytes(b"")
     model = Counting(encoder)
     with pytest.raises(DataError) as caught:
         encode(gallery, model, tmp_path / "w", max_failed=0.1, batch_size=2, shard_rows=2)
@@ -189,30 +175,6 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
     np.testing.assert_array_equal(vectors_of(again), first)
 
 
-def test_progress_shows_rate_and_failures(
-    encoder: Encoder, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    break_picture(gallery / "circle" / "black.png", "empty")
-    encode(gallery, encoder, tmp_path / "w", progress=True)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "24/24" in err
-    assert "img/s" in err
-    assert "1 failed" in err
-
-
-def test_worker_count_follows_gallery_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.encoding.decode.available_cores", lambda: 16)
-    assert worker_count(None, 99) == 1
-    assert worker_count(None, 500) == 6
-    assert worker_count(None, 2000) == 15
-    assert worker_count(3, 1) == 3
-    monkeypatch.setattr("index_jobs.encoding.decode.available_cores", lambda: 4)
-    assert worker_count(None, 2000) == 4
-    with pytest.raises(ValueError, match="not -1"):
-        worker_count(-1, 10)
-
-
 @pytest.mark.slow
 def test_an_image_that_ends_its_worker_fails_alone(tiny_gallery: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_gallery / "circle" / "red.png", tmp_path / "good.png")
@@ -226,16 +188,6 @@ def test_an_image_that_ends_its_worker_fails_alone(tiny_gallery: Path, tmp_path:
     np.testing.assert_array_equal(result.pixels, [expected, expected])
 
 
-def surprise(image: OpenedImage) -> NDArray[np.uint8]:
-    raise ZeroDivisionError("in a decoder")
-
-
-def test_unexpected_error_in_a_decoder_is_a_failed_image(tiny_gallery: Path) -> None:
-    windows = iter([[ImageLocation(5, "circle/red.png", -1, 0)]])
-    (result,) = decode_windows(str(tiny_gallery), windows, surprise, 0)  # type: ignore[arg-type]
-    assert result.failed == ((5, "ZeroDivisionError: in a decoder", ImageFault.BROKEN),)
-
-
 @pytest.mark.slow
 def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> None:
     others = {*children_of(os.getpid())}
@@ -245,12 +197,6 @@ def test_no_worker_outlives_its_job(encoder: Encoder, tiny_gallery: Path) -> Non
     assert len({*children_of(os.getpid())} - others) == 2
     decoded.close()
     assert {*children_of(os.getpid())} <= others
-
-
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard_rows": 0}, {"max_failed": 1.5}])
-def test_wrong_settings_are_named(wrong: dict[str, float]) -> None:
-    with pytest.raises(DataError, match=next(iter(wrong))):
-        BuildOptions.of(wrong)
 
 
 def test_a_mended_image_is_to_do_for_every_worker(encoder: Encoder, gallery: Path, tmp_path: Path) -> None:

@@ -9,18 +9,14 @@ from typing import Any
 import faiss as typed_faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.errors import DataError
 from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.engines.faiss.build import fill_index
 from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, write_faiss
 from index_jobs.engines.protocol import merge_top_k
-from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import MAX_FIELDS, FieldTypes, typed_array
-from index_jobs.store.versions import open_current
 from tests.support.vectors import blocks, build, choices_of, recall, unit
 
 faiss: Any = typed_faiss
@@ -128,13 +124,9 @@ def test_more_results_than_a_gpu_gives_come_from_the_processor(built: Callable[[
 )
 @pytest.mark.parametrize("exact_up_to", [0, 20_000])
 def test_filtered_search_finds_the_nearest_allowed_rows(
-    kind: str,
-    lowest: float,
-    exact_up_to: int,
-    built: Callable[[str], Any],
-    vectors: Floats,
+    kind: str, lowest: float, exact_up_to: int, built: Callable[[str], Any], vectors: Floats,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(faiss_index, "EXACT_UP_TO", exact_up_to)
     index = FaissIndex(built(kind))
     generator = np.random.default_rng(1)
@@ -222,31 +214,6 @@ def test_missing_results_sort_last_whatever_their_score() -> None:
     scores, rows = merge_top_k([one[0], other[0]], [one[1], other[1]], 3)
     assert rows.tolist() == [[3, 8, -1]]
     assert scores.tolist() == [[-0.5, np.float32(-0.7), -np.inf]]
-
-
-@pytest.fixture
-def artifact(published: Path) -> Artifact:
-    return open_current(published)
-
-
-def test_column_selects_the_searched_rows(artifact: Artifact) -> None:
-    assert artifact.fields == dict.fromkeys(["id", "caption", "category", "color", "file_name"], "string")
-    red = pc.equal(artifact.column("color"), "red").to_numpy()
-    rows = np.flatnonzero(red)
-    vectors = artifact.vectors(np.arange(24))
-    assert vectors.shape == (24, 32)
-    found = artifact.search(vectors, 24, red)[1]
-    assert all(set(line) == {*rows.tolist(), -1} for line in found.tolist())
-    assert all(artifact.item(int(row)).metadata["color"] == "red" for row in rows)
-
-
-def test_wrong_rows_and_fields_are_named(artifact: Artifact) -> None:
-    with pytest.raises(
-        DataError, match="no item has the field 'colour'; there are: caption, category, color, file_nam"
-    ):
-        artifact.column("colour")
-    with pytest.raises(IndexError, match=r"row 24 is not in 0\.\.23"):
-        artifact.vectors(np.array([1, 24]))
 
 
 def test_columns_have_the_narrowest_type_that_holds_all_values() -> None:

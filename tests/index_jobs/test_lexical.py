@@ -245,20 +245,6 @@ def test_a_directory_that_cannot_be_written_is_read(tmp_path: Path) -> None:
     assert {file.name for file in path.iterdir()} == names  # no lock files
 
 
-def test_no_lock_file_comes_back_while_the_locks_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove = Path.unlink
-
-    def slow_remove(path: Path) -> None:
-        remove(path)
-        if path.name == ".tantivy-meta.lock":
-            time.sleep(0.7)  # tantivy looks for commits every half second
-
-    monkeypatch.setattr(Path, "unlink", slow_remove)
-    path = tmp_path / "lexical"
-    write_lexical(path, TEXTS)
-    assert not list(path.glob("*.lock"))
-
-
 def test_a_file_that_tantivy_makes_while_the_links_are_removed_is_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

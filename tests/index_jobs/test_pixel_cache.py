@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.images import ImageSource
@@ -59,19 +58,6 @@ def test_image_is_decoded_once(
     assert again.images["size"].tolist() == [[48, 48]] * 23
     np.testing.assert_array_equal(vectors_of(other), vectors_of(encode(gallery, retrained, tmp_path / "e", **OPTIONS)))
     assert plain.failed == first.failed == again.failed
-
-
-def test_only_new_and_changed_images_are_decoded(
-    gallery: Path, encoder: Encoder, tmp_path: Path, decoded: list[int]
-) -> None:
-    cache = PixelCache(tmp_path / "cache", encoder.preprocess)
-    encode(gallery, encoder, tmp_path / "a", cache, **OPTIONS)
-    decoded.clear()
-    Image.new("RGB", (48, 48), "pink").save(gallery / "a new one, sorted first.png")
-    Image.new("RGB", (48, 48), "gold").save(gallery / "cross" / "red.png")
-    grown = encode(gallery, encoder, tmp_path / "b", cache, **OPTIONS)
-    assert len(decoded) == 2
-    np.testing.assert_array_equal(vectors_of(grown), vectors_of(encode(gallery, encoder, tmp_path / "c", **OPTIONS)))
 
 
 def test_another_preprocessing_has_its_own_cache(

@@ -27,7 +27,7 @@ from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.processes import children_of, is_alive
 
-IMAGES = 80  # beside a broken one
+IMAGES = 40  # beside a broken one
 
 
 @pytest.fixture

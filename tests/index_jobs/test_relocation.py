@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from app.cli import app as command_line
 from dcar_core import Encoder
-from dcar_core.util.errors import CheckpointError, DataError, ModelError
+from dcar_core.util.errors import ArtifactError, CheckpointError, DataError, ModelError
 from index_jobs.jobs.update import add, relocate, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version, open_current, verify_index
@@ -25,6 +25,8 @@ def test_a_moved_gallery_is_shown_from_its_new_place(
     assert before.find_gallery_fault() is None
     gallery.rename(tmp_path / "moved")
     assert "16 of 16 sampled images are not in the gallery" in (before.find_gallery_fault() or "")
+    with pytest.raises(ArtifactError, match=r"image of item '\w+' cannot be read from the gallery .*: No such file"):
+        before.image_bytes(0)
     done = CliRunner().invoke(command_line, ["index", "relocate", str(index), "--gallery", str(tmp_path / "moved")])
     assert done.output == f"{index}: version 2, images at {tmp_path / 'moved'}\n"
     artifact = open_current(index, image_roots=())

@@ -56,16 +56,12 @@ def test_signatures_distinguish_changed_images_from_changed_captions(tiny_galler
     assert scan(listed).vectors_signature != alone.vectors_signature
 
 
-def test_hidden_files_and_other_files_are_left_out(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.JPG", png())
-    for name in (".b.png", ".hidden/c.png", "notes.txt", "d.pdf"):
-        write_file(tmp_path / name, png())
-    assert list(rows_of(scan(tmp_path))) == ["a.JPG"]
+JPEGS = ["a.jfif", "b.JFIF", "c.jpe", "d.jpeg", "e.jpg", "f.pjpeg"]
 
 
-def test_jpegs_of_every_suffix_are_images(tmp_path: Path) -> None:
-    names = ["a.jfif", "b.JFIF", "c.jpe", "d.jpeg", "e.jpg", "f.pjpeg"]
-    for name in names:
+@pytest.mark.parametrize("names", [JPEGS, pytest.param(["a.heic", "b.HEIF", "c.hif"], marks=needs("heic"))])
+def test_images_are_known_by_their_suffix_and_hidden_files_left_out(names: list[str], tmp_path: Path) -> None:
+    for name in (*names, ".b.png", ".hidden/c.png", "notes.txt", "d.pdf"):
         write_file(tmp_path / name, png())
     assert scan(tmp_path).table["name"].to_pylist() == names
 
@@ -128,11 +124,6 @@ def test_lists_keep_their_order_ids_and_columns(tmp_path: Path, kind: str, colum
     assert [json.loads(row["metadata"])["colour"] for row in table] == ["x", "y"]
 
 
-def test_missing_image_of_a_list_is_left_for_the_failure_list(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    assert len(scan(write_jsonl(tmp_path / "l.jsonl", {"path": "a.png"}, {"path": "gone.png"}))) == 2
-
-
 def test_unmatched_metadata_rows_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_file(tmp_path / "a.png", png())
     write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png"}, {"file_name": "gone.png"})
@@ -169,10 +160,7 @@ def described(**fields: str) -> dict[str, bytes]:
             "row 1: image holds the image itself; write the images to files",
         ),
         ({"l.csv": b"file_name,caption\n,x\n"}, "l.csv", "row 2: file_name is empty"),
-        ({"l.jsonl": b'{"path": "a.png"}\n{"path": \n'}, "l.jsonl", "line 2: not JSON"),
         ({"l.jsonl": jsonl(["a.png"])}, "l.jsonl", "line 1: must be an object, not a list"),
-        ({"l.csv": b"file_name\n\xff\xfe.png\n"}, "l.csv", "is not UTF-8"),
-        ({"l.parquet": b"not parquet"}, "l.parquet", "is not a parquet file"),
         (
             {"l.jsonl": jsonl({"path": "nosuch://example.org/a.png"})},
             "l.jsonl",
@@ -184,23 +172,14 @@ def described(**fields: str) -> dict[str, bytes]:
             "l.jsonl",
             r"a\.png and c\.png both have the id '7'",
         ),
-        (
-            {"l.jsonl": jsonl({"path": "a.png"}, {"path": "./a.png"})},
-            "l.jsonl",
-            r"a\.png is listed twice; keep one",
-        ),
+        ({"l.jsonl": jsonl({"path": "a.png"}, {"path": "./a.png"})}, "l.jsonl", r"a\.png is listed twice; keep one"),
         (described(id="shop/7/image"), "", "the id 'shop/7/image' ends in /image, which is a route of the service"),
         (described(id="a\nb"), "", r"the id 'a\\nb' has a line break or another control character; give another"),
         (described(id=".."), "", r"the id '\.\.' has a meaning of its own in a URL; give another"),
         (described(id="x" * 1025), "", r"the id 'x{80}' is longer than 1024 characters; give another"),
         ({"g.tar.gz": tar_bytes({"a.png": png()}, "w:gz")}, "", "is a compressed tar.*decompress it first"),
         ({"g.tar": tar_bytes({"a.png": png()}, "w:gz")}, "g.tar", "is not an uncompressed tar"),
-        (
-            {"g.tar": tar_bytes({"a.png": png(), "b.png": bytes(4000)})[:2500]},
-            "g.tar",
-            "is not an uncompressed tar",
-        ),
-        ({"g.tar": tar_bytes({"a.png": png(), "a.json": b"{"})}, "g.tar", r"a\.json: its \.json cannot be read"),
+        ({"g.tar": tar_bytes({"a.png": png(), "b.png": bytes(4000)})[:2500]}, "g.tar", "is not an uncompressed tar"),
         (
             {"sub/a.png": png(), "metadata.jsonl": jsonl({"file_name": "other/a.png"})},
             "",
@@ -240,12 +219,6 @@ def test_image_column_is_the_one_that_training_reads(tmp_path: Path) -> None:
     assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == ["a.png"]
 
 
-def test_rows_of_commas_alone_are_ignored(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    found = scan(write_file(tmp_path / "l.csv", b"file_name,caption\na.png,x\n,\n,\n"))
-    assert len(found) == 1
-
-
 @pytest.mark.parametrize(("kind", "place"), [("folder", ""), ("tar", "shard.tar"), ("tar", "")])
 def test_files_of_image_kinds_that_are_not_read_are_counted(
     kind: str, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -271,11 +244,3 @@ def test_heic_files_are_counted_without_their_extra(
         write_file(tmp_path / name, png())
     assert len(scan(tmp_path)) == 1
     assert "2 HEIC files are skipped: pip install 'dcar[heic]'" in caplog.text
-
-
-@needs("heic")
-def test_heic_files_are_images_with_their_extra(tmp_path: Path) -> None:
-    names = ["a.png", "b.heic", "c.HEIF", "d.hif"]
-    for name in names:
-        write_file(tmp_path / name, png())
-    assert scan(tmp_path).table["name"].to_pylist() == names

@@ -1,6 +1,5 @@
 """Kinds of failures in shards: broken images and failed reads."""
 
-import io
 import shutil
 import time
 from collections.abc import Callable
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.model.preprocess import Preprocess
@@ -20,14 +18,9 @@ from index_jobs.gallery import storage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
+from tests.support.images import png
 
 PREPROCESS = Preprocess(1, (0.5,) * 3, (0.5,) * 3)
-
-
-def encoded(form: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(buffer, form)
-    return buffer.getvalue()
 
 
 def cut(path: Path) -> ImageLocation:
@@ -61,7 +54,7 @@ def test_a_huge_file_is_one_failed_image_and_is_not_read(form: str, tmp_path: Pa
     huge, size = tmp_path / "huge.jpg", 2**40
     with huge.open("wb") as file:
         file.truncate(size)  # sparse
-    (tmp_path / "good.png").write_bytes(encoded("PNG"))
+    (tmp_path / "good.png").write_bytes(png())
     place = {
         "file": ImageLocation(0, huge.name, -1, 0),
         "member": ImageLocation(0, huge.name, 512, size - 1024),
@@ -104,13 +97,6 @@ def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(
 
 def missing(*rows: int) -> list[FailedImage]:
     return [FailedImage(row, "no such file", ImageFault.MISSING) for row in rows]
-
-
-def test_one_readable_image_is_enough(tiny_gallery: Path, tmp_path: Path) -> None:
-    gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
-    for row, left in ((0, True), (1, False)):
-        (tmp_path / "gallery" / gallery.table["name"][row].as_py()).unlink()
-        assert any_readable(gallery, missing(0, 1), time.monotonic() + 60) == left
 
 
 def test_a_file_that_was_no_image_must_be_decoded_to_count_as_readable(tiny_gallery: Path, tmp_path: Path) -> None:
