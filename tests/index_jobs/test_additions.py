@@ -13,13 +13,13 @@ from dcar_core import Encoder
 from dcar_core.util.errors import DataError, FingerprintError
 from index_jobs.jobs import update as updates
 from index_jobs.jobs.update import add, remove
-from index_jobs.rebuild import rebuild
 from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.files import write_file
 from tests.support.images import draw, png
 from tests.support.updates import nearest_ids, write_images
+from tests.support.versions import Build
 
 
 def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, tmp_path: Path) -> None:
@@ -46,11 +46,11 @@ def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, 
 
 
 def test_files_that_the_index_has_below_another_folder_are_named(
-    tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("a/1.png", "b/2.png"):
         write_file(tmp_path / "photos" / name, png())
-    rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", progress=False)
+    build(tmp_path / "photos")
     add(tmp_path / "index", tmp_path / "photos" / "a", progress=False)
     assert f"1 images, such as {tmp_path}/photos/a/1.png, are in the index already" in caplog.text
 

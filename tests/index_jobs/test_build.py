@@ -1,4 +1,4 @@
-"""Built indexes: recall by measurement, rivals, tuning, and every kind through its file."""
+"""Built indexes: the choice of their kind, recall by measurement, rivals and tuning."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import ArtifactError, DataError
-from index_jobs.engines.faiss.build import build_index, fill_index
+from dcar_core.util.errors import ArtifactError, DataError, MissingExtraError
+from index_jobs.engines.faiss import kinds
+from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex, free_gpu_memory
-from index_jobs.engines.faiss.kinds import choose_kinds, create_index
+from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, machine_memory
 from index_jobs.engines.protocol import HeldOutQueries
 from tests.support.vectors import DIM, blocks, build, clustered, recall, unit
 
@@ -123,13 +124,6 @@ def test_lists_are_tried_where_a_graph_is_searched_widely(
         assert [kind for kind in kinds if f"{kind}: 5000 vectors" in caplog.text] == built
 
 
-def test_a_large_graph_is_built_with_a_wider_search(gallery: Floats, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = choose_kinds("hnsw", len(gallery), DIM)[0]
-    for large, width in ((len(gallery) + 1, 100), (len(gallery), 200)):
-        monkeypatch.setattr("index_jobs.engines.faiss.build._LARGE_GRAPH", large)
-        assert fill_index(choice, DIM, blocks(gallery), len(gallery)).hnsw.efConstruction == width
-
-
 def test_lists_found_by_a_graph_are_searched(gallery: Floats, file: Path) -> None:
     """FAISS's own width of that graph's search, 16, would lose lists that hold neighbours."""
     built = build(file, gallery, "IVF512_HNSW32,Flat")
@@ -231,3 +225,70 @@ def test_one_index_is_in_memory_at_a_time(gallery: Floats, file: Path, monkeypat
     assert index.nprobe == built.measured["parameters"]["nprobe"]
     queries = gallery[:200] + 0.02
     assert recall(index.search(queries, 10)[1], queries, gallery) > 0.5
+
+
+GIB = 2**30
+
+
+def auto(count: int, memory: float, gpu_memory: int = 0) -> list[IndexChoice]:
+    return choose_kinds("auto", count, 512, memory=int(memory * GIB), gpu_memory=gpu_memory)
+
+
+def test_auto_gives_its_reason() -> None:
+    (small,) = auto(4_000, 1)
+    assert small.factory == "Flat"
+    assert "4,000 vectors are at most 20,000" in small.reason
+    middle = auto(1_000_000, 8)
+    assert [choice.factory for choice in middle] == [
+        "HNSW24,SQfp16",
+        "IVF4000,PQ256x4fs,Refine(SQfp16)",
+        "IVF4000,PQ64x4fs,Refine(SQ8)",
+        "IVF4000,Flat",
+    ]
+    assert "take 1.1 GiB of the 8.0 GiB allowed" in middle[0].reason
+    (tight,) = auto(1_000_000, 0.6)
+    assert tight.factory == "IVF4000,PQ64x4fs,Refine(SQ8)"
+    assert "HNSW24,SQfp16 would take 1.1 GiB" in tight.reason
+    (codes,) = auto(1_000_000, 0.1)
+    assert codes.factory == "IVF4000,PQ64"
+    assert "the only kind that fits; its recall is low; HNSW24,SQfp16 would take 1.1 GiB" in codes.reason
+    for count, lists in ((10_000_000, "IVF12649"), (100_000_000, "IVF40000_HNSW32")):
+        large = auto(count, 256)
+        assert large[0].factory == f"{lists},PQ256x4fs,Refine(SQfp16)"
+        assert not any(choice.factory.startswith("HNSW") for choice in large), "it takes an hour"
+    (gpu,) = auto(1_000_000, 8, gpu_memory=40 * GIB)
+    assert (gpu.factory, gpu.gpu) == ("Flat", True)
+    assert auto(1_000_000, 8, gpu_memory=GIB) == middle, "what the GPU has no memory for"
+    with pytest.raises(DataError, match=r"1,000,000 vectors of 512 fit no kind of index in 0\.0 GiB: .*raise --memory"):
+        auto(1_000_000, 0.01)
+
+
+def test_memory_is_half_of_the_machine_or_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(kinds, "Path", lambda _: limit)
+    machine = machine_memory()  # no limit is set
+    for text, memory in (("max", machine), (str(2 * machine), machine), (str(GIB), GIB)):
+        limit.write_text(f"{text}\n")
+        assert machine_memory() == memory
+    assert choose_kinds("auto", 1_000_000, 512) == auto(1_000_000, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts"), [(512, 64), (256, 64), (768, 96), (1024, 128), (640, 80), (48, 48), (49, 49)]
+)
+def test_product_codes_divide_any_dimensions(dim: int, parts: int) -> None:
+    factories = [choice.factory for choice in choose_kinds("auto", 50_000, dim, memory=GIB)]
+    assert factories[2] == f"IVF894,PQ{parts}x4fs,Refine(SQ8)"
+    for factory in factories:
+        create_index(factory, dim)
+
+
+def test_gpu_kind_without_a_gpu_names_the_extra() -> None:
+    with pytest.raises(MissingExtraError, match=r"gpu-flat.*pip install 'dcar\[gpu\]'"):
+        choose_kinds("gpu-flat", 1000, DIM, gpu_memory=0)
+
+
+@pytest.mark.parametrize("kind", ["nonsense", "IVFx,Flat", "PQ7", "", "gpu-nonsense"])
+def test_unknown_kind_is_refused_with_the_known_ones(kind: str) -> None:
+    with pytest.raises(DataError, match=r"use auto, flat, hnsw, .* or an index_factory string"):
+        choose_kinds(kind, 1000, DIM)

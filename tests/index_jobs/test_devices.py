@@ -4,8 +4,8 @@ import importlib.util
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +18,9 @@ from dcar_core.util.arrays import Pixels
 from index_jobs.encoding.decode import DecodedWindow
 from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.shards import IMAGE
-from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.encoding import encode, vectors_of
+from tests.support.versions import Build
 
 
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -105,11 +104,8 @@ def faster(
 
 
 @pytest.mark.slow
-def test_auto_resumes_with_the_runtime_of_the_first_run(
-    faster: str, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    def run(**options: Any) -> RebuildSummary:
-        return rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", device="cpu", progress=False, **options)
+def test_auto_resumes_with_the_runtime_of_the_first_run(faster: str, build: Build, tmp_path: Path) -> None:
+    run = partial(build, device="cpu")
 
     def published() -> tuple[str, np.ndarray]:
         artifact = open_current(tmp_path / "index")

@@ -8,11 +8,11 @@ import pytest
 from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.engines.protocol import ENGINES, load_engine
 from index_jobs.jobs.update import add, remove
-from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import open_current, verify_index
 from tests.support.array_engine import REGISTRY_LINE, ArrayEngine
 from tests.support.updates import write_images
+from tests.support.versions import Build
 
 
 @pytest.fixture
@@ -25,10 +25,10 @@ def array_engine(monkeypatch: pytest.MonkeyPatch) -> type[ArrayEngine]:
 
 
 def test_an_added_engine_builds_searches_updates_and_follows_versions(
-    array_engine: type[ArrayEngine], published: Path, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    array_engine: type[ArrayEngine], published: Path, build: Build, tmp_path: Path
 ) -> None:
     index = tmp_path / "index"
-    summary = rebuild(tiny_gallery, tiny_checkpoint, index, engine="array=memory", progress=False)
+    summary = build(engine="array=memory")
     assert (summary.kind, summary.measured["recall_at_10"], summary.count) == ("array", 1.0, 24)
     ours, faiss = open_current(index), open_current(published)
     assert not (ours.path / "index.faiss").exists()
@@ -38,7 +38,7 @@ def test_an_added_engine_builds_searches_updates_and_follows_versions(
         expected, truth = faiss.search(faiss.vectors(rows), 10, allowed)
         assert found[:, 0].tolist() == truth[:, 0].tolist()
         np.testing.assert_allclose(np.where(found < 0, -9, scores), np.where(truth < 0, -9, expected), atol=1e-5)
-    assert rebuild(tiny_gallery, tiny_checkpoint, index, engine="array=memory", progress=False).reused
+    assert build(engine="array=memory").reused
     add(index, write_images(tmp_path / "more", "pink"), progress=False)
     remove(index, [ours.item(4).id])
     updated = open_current(index)
@@ -49,24 +49,18 @@ def test_an_added_engine_builds_searches_updates_and_follows_versions(
     assert len(verify_index(index)) == 3
 
 
-def test_an_engine_that_is_left_is_told_so(
-    array_engine: type[ArrayEngine], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_an_engine_that_is_left_is_told_so(array_engine: type[ArrayEngine], build: Build) -> None:
     """Its last version is removed in the same publication."""
-    index = tmp_path / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, index, engine="array=a", progress=False)
-    rebuild(tiny_gallery, tiny_checkpoint, index, engine="array=b", keep=1, progress=False)
-    rebuild(tiny_gallery, tiny_checkpoint, index, keep=1, progress=False)
+    build(engine="array=a")
+    build(engine="array=b", keep=1)
+    build(keep=1)
     assert [(uri, version) for uri, _, version in array_engine.synced] == [("a", 1), ("a", 2), ("b", 2), ("b", 3)]
 
 
-def test_a_kind_that_the_engine_lacks_is_refused_before_encoding(
-    array_engine: type[ArrayEngine], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_kind_that_the_engine_lacks_is_refused_before_encoding(array_engine: type[ArrayEngine], build: Build) -> None:
     encoded: list[int] = []
-    options = {"engine": "array", "kind": "hnsw", "on_encoded": encoded.append, "progress": False}
     with pytest.raises(DataError, match="an array has no kind 'hnsw'"):
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", **options)
+        build(engine="array", kind="hnsw", on_encoded=encoded.append)
     assert not encoded
 
 

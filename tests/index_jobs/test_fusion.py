@@ -10,11 +10,11 @@ import pytest
 
 from dcar_core.util.arrays import Floats
 from index_jobs.engines.faiss.index import FaissIndex
-from index_jobs.rebuild import rebuild
 from index_jobs.store.lexical import fusion
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, choose_weight, hybrid_gains, text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.versions import open_current
+from tests.support.versions import Build
 
 COUNT = 120
 
@@ -66,14 +66,14 @@ def test_the_weight_follows_what_tells_the_items_apart(
 
 @pytest.mark.slow
 def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery(
-    tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("index_jobs.jobs.gate._MIN_TEXTS", 4)
     index, validation = tmp_path / "index", tmp_path / "validation"
     validation.mkdir()
     for path in tiny_data.iterdir():
         (validation / path.name).symlink_to(path)
-    rebuild(tiny_data, tiny_checkpoint, index, progress=False, validation=tiny_data)
+    build(tiny_data, validation=tiny_data)
     manifest = open_current(index).manifest
     assert (manifest.hybrid_weight, manifest.words_weight) == (None, DEFAULT_WEIGHT)
     content = json.loads((validation / "val.json").read_text())
@@ -82,9 +82,7 @@ def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery
     (validation / "val.json").unlink()
     (validation / "val.json").write_text(json.dumps(content))
     for _ in range(2):
-        summary = rebuild(
-            tiny_data, tiny_checkpoint, index, progress=False, validation=validation, force=True, margin=1
-        )
+        summary = build(tiny_data, validation=validation, force=True, margin=1)
     manifest = open_current(index).manifest
     assert manifest.hybrid_weight == manifest.words_weight
     assert manifest.hybrid_weight in fusion._WEIGHTS

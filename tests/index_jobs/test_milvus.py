@@ -14,8 +14,8 @@ from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
-from tests.support.images import draw
 from tests.support.parts import needs
+from tests.support.updates import write_images
 from tests.support.versions import Build
 
 pytestmark = [
@@ -55,14 +55,12 @@ def test_searches_are_those_of_faiss(index: Path, published: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_collection_of_a_damaged_version_is_not_dropped(
-    tiny_gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path
-) -> None:
+def test_collection_of_a_damaged_version_is_not_dropped(build: Build, uri: str, tmp_path: Path) -> None:
     """An unknown collection keeps all of them alive."""
     out, client = tmp_path / "index", milvus.connect(uri)
-    rebuild(tiny_gallery, tiny_checkpoint, out, engine=f"milvus={uri}", progress=False)
+    build(engine=f"milvus={uri}")
     place = milvus.MilvusLocation.read(out / "versions/1/milvus.json")
-    rebuild(tiny_gallery, tiny_checkpoint, out, engine=f"milvus={uri}", progress=False, force=True)
+    build(engine=f"milvus={uri}", force=True)
     (out / "versions/1/milvus.json").write_text("{")
     milvus.MilvusEngine(uri).sync(out, 2)
     assert client.has_collection(place.collection)
@@ -92,11 +90,7 @@ def searched(index: Path) -> tuple[milvus.MilvusIndex, CountedSearches]:
 
 @pytest.mark.parametrize(
     ("allowed", "filters"),
-    [
-        ("every second", [""]),
-        ("farthest twelve", ["", "row"]),
-        ("two", ["row in"]),
-    ],
+    [("every second", [""]), ("farthest twelve", ["", "row"]), ("two", ["row in"])],
 )
 def test_a_filter_takes_at_most_two_searches(
     allowed: str, filters: list[str], searched: tuple[milvus.MilvusIndex, CountedSearches], published: Path,
@@ -135,9 +129,9 @@ def test_a_filter_of_very_many_rows_is_sent_in_parts(
 
 @pytest.mark.slow
 def test_alias_follows_versions_rollback_and_updates(
-    tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, uri: str, tmp_path: Path
+    build: Build, tiny_checkpoint: Path, other_checkpoint: Path, uri: str, tmp_path: Path
 ) -> None:
-    out = tmp_path / "versions"
+    out = tmp_path / "index"
     client = milvus.connect(uri)
     name = milvus.collection_prefix(out)
 
@@ -147,27 +141,24 @@ def test_alias_follows_versions_rollback_and_updates(
 
     versions = {}
     for number, checkpoint in enumerate((tiny_checkpoint, other_checkpoint), 1):
-        summary = rebuild(tiny_gallery, checkpoint, out, engine=f"milvus={uri}", margin=1, progress=False)
+        summary = build(checkpoint=checkpoint, engine=f"milvus={uri}", margin=1)
         versions[number] = f"{name}_v{number}_{summary.fingerprint[:16]}"
     assert state() == ([versions[1], versions[2]], versions[2])
     assert rollback(out) == 1
     assert state()[1] == versions[1]
     gone = open_current(out).item(4).id
     remove(out, [gone])
-    more = tmp_path / "more"
-    more.mkdir()
-    draw("pink", "circle").save(more / "pink.png")
-    add(out, more, progress=False)
+    add(out, write_images(tmp_path / "more", "pink", shape="circle"), progress=False)
     artifact = open_current(out)
     assert (artifact.manifest.count, artifact.row_of(gone)) == (24, None)
     rows = artifact.search(artifact.vectors(np.array([24])), 25)[1][0]
     assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
     assert state()[1] == versions[1]  # an update shares the collection of the previous version
-    rebuild(tiny_gallery, other_checkpoint, out, engine=f"milvus={uri}", margin=1, keep=1, progress=False)
+    build(checkpoint=other_checkpoint, engine=f"milvus={uri}", margin=1, keep=1)
     assert len(state()[0]) == 1
     assert len(verify_index(out)) == 1
     # back to FAISS: nothing is left behind
-    rebuild(tiny_gallery, tiny_checkpoint, out, margin=1, keep=1, progress=False)
+    build(margin=1, keep=1)
     assert not [entry for entry in client.list_collections() if entry.startswith(name)]
 
 
@@ -214,11 +205,11 @@ def test_unreachable_store_is_an_error_before_encoding(build: Build) -> None:
 
 
 def test_nothing_is_published_while_the_served_version_cannot_be_reached(
-    build: Build, gallery: Path, tiny_checkpoint: Path, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Build, gallery: Path, uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without the served version, nobody would notice that most images are gone."""
     index = tmp_path / "index"
-    rebuild(gallery, tiny_checkpoint, index, engine=f"milvus={uri}", progress=False)
+    build(gallery, engine=f"milvus={uri}")
     path = open_current(index).path / milvus.MILVUS
     content = path.read_text()
     path.write_text(content.replace(uri, "http://127.0.0.1:9").ljust(len(content)))  # opening checks the size

@@ -17,9 +17,9 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
 from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
 from index_jobs.gallery.storage import ImageLocation
-from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.encoding import encode, vectors_of
+from tests.support.versions import Build
 
 OPTIONS: dict[str, Any] = {"workers": 0, "max_failed": 0.5}
 
@@ -117,13 +117,13 @@ def test_unusable_cache_is_an_error_before_encoding(encoder: Encoder, tmp_path: 
 
 
 def test_rebuild_uses_the_cache_and_lists_duplicates(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path, decoded: list[int]
+    build: Build, gallery: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
-    settings = {"pixel_cache": tmp_path / "cache", "workers": 0, "progress": False}
-    summary = rebuild(gallery, tiny_checkpoint, tmp_path / "a", **settings)
+    settings = {"pixel_cache": tmp_path / "cache", "workers": 0}
+    summary = build(gallery, out=tmp_path / "a", **settings)
     assert len(decoded) == 25
-    rebuild(gallery, tiny_checkpoint, tmp_path / "b", **settings)
+    build(gallery, out=tmp_path / "b", **settings)
     assert len(decoded) == 25
     assert summary.duplicates == 1
     artifact = open_current(tmp_path / "a")
@@ -133,13 +133,13 @@ def test_rebuild_uses_the_cache_and_lists_duplicates(
     assert artifact.row_of(found["same_as"]["id"]) == 5
 
 
-def test_exact_pixels_make_a_new_version(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    def build(exact: bool) -> tuple[int, bool, int]:
-        summary = rebuild(gallery, tiny_checkpoint, tmp_path / "i", exact=exact, progress=False)
-        return summary.version, open_current(tmp_path / "i").manifest.spec.exact, summary.encoded
+def test_exact_pixels_make_a_new_version(build: Build, tmp_path: Path) -> None:
+    def run(exact: bool) -> tuple[int, bool, int]:
+        summary = build(exact=exact)
+        return summary.version, open_current(tmp_path / "index").manifest.spec.exact, summary.encoded
 
-    assert [build(False), build(True), build(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
-    assert build(False) == (3, False, 24), "vectors of exact pixels are not those of others"
+    assert [run(False), run(True), run(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
+    assert run(False) == (3, False, 24), "vectors of exact pixels are not those of others"
 
 
 def test_image_of_another_place_or_version_is_not_cached(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current, version_numbers
 from tests.support.files import write_file
 from tests.support.parts import needs
@@ -131,16 +130,13 @@ def listed(gallery: Path, tmp_path: Path) -> Path:
     return tmp_path / "list.jsonl"
 
 
-def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_unread_images_are_tried_again(build: Build, gallery: Path, listed: Path, tmp_path: Path) -> None:
     """Rows 3 and 20 are missing at first, row 10 is not an image. Only the first two of three shards are affected."""
     names = [json.loads(line)["file_name"].partition(f"{gallery}/")[2] for line in listed.read_text().splitlines()]
 
-    def run(index: str = "index", **options: object) -> RebuildSummary:
-        return rebuild(listed, tiny_checkpoint, tmp_path / index, batch_size=4, shard_rows=8, max_failed=0.2,
-                       progress=False, **options)  # fmt: skip
-
+    run = partial(build, listed, batch_size=4, shard_rows=8, max_failed=0.2)
     (gallery / names[10]).write_bytes(b"no picture")
-    undisturbed = run("other")
+    undisturbed = run(out=tmp_path / "other")
     assert (undisturbed.failed, undisturbed.unread, undisturbed.hint) == (1, 0, "")
     away = {row: (gallery / names[row]).rename(tmp_path / f"{row}.png") for row in (3, 20)}
     first = run()
@@ -152,7 +148,6 @@ def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpo
     assert (again.reused, again.unread) == (True, 2)
     assert again.hint.startswith("images that could not be read: 2")
     assert again.hint.endswith("give --force")
-
     away[3].rename(gallery / names[3])
     assert run(kind="hnsw").reused, "nobody looks into a gallery for a job that has nothing to do"
     second = run(kind="hnsw", force=True)
@@ -167,19 +162,14 @@ def test_unread_images_are_tried_again(gallery: Path, listed: Path, tiny_checkpo
     assert run(force=True).encoded == 0, "a file that is no image costs no encoding"
 
 
-def test_failed_images_are_tried_again_by_force(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_failed_images_are_tried_again_by_force(build: Build, gallery: Path, tmp_path: Path) -> None:
     """A server sent an error page with status 200. A row of a list does not tell that this has changed."""
-    memory, settings = fsspec.filesystem("memory"), {"batch_size": 2, "shard_rows": 2, "progress": False}
+    memory = fsspec.filesystem("memory")
+    run = partial(build, tmp_path / "list.csv", batch_size=2, shard_rows=2, max_failed=0.2)
     names = [path.name for path in sorted((gallery / "circle").iterdir())]
     memory.pipe({f"/forced/{name}": (gallery / "circle" / name).read_bytes() for name in names})
     memory.pipe(f"/forced/{names[0]}", b"<html>back in 5 minutes</html>")
     (tmp_path / "list.csv").write_text("\n".join(["url", *(f"memory://forced/{name}" for name in names)]))
-
-    def run(**options: object) -> RebuildSummary:
-        return rebuild(
-            tmp_path / "list.csv", tiny_checkpoint, tmp_path / "index", max_failed=0.2, **settings, **options
-        )
-
     try:
         assert (run().failed, run(force=True).encoded) == (1, 0)
         memory.pipe(f"/forced/{names[0]}", (gallery / "circle" / names[0]).read_bytes())
@@ -198,39 +188,37 @@ def test_images_are_tried_again_once_their_decoder_is_installed(
 
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(gallery / "phone.heic")
     (gallery / "phone.heic").rename(gallery / "phone.jpg")
-
-    def run(**options: object) -> RebuildSummary:
-        return build(gallery, **options)
-
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pillow_heif", None)
         write_file(tmp_path / "missing" / "pillow_heif.py", b"raise ImportError")
         patch.syspath_prepend(str(tmp_path / "missing"))  # decoding processes search the same path
-        first = run()
+        first = build(gallery)
         assert (first.failed, first.unread) == (1, 1)
         assert first.hint.endswith("give --force")
-        assert run(kind="hnsw").encoded == 0
-    installed = run(kind="flat")
+        assert build(gallery, kind="hnsw").encoded == 0
+    installed = build(gallery, kind="flat")
     assert (installed.count, installed.failed, installed.hint) == (25, 0, "")
 
 
 def test_job_resumes_after_its_gallery_was_unavailable(
-    gallery: Path, listed: Path, tiny_checkpoint: Path, tmp_path: Path
+    build: Build, gallery: Path, listed: Path, tmp_path: Path
 ) -> None:
     """Some of it encoded, then too much of it away: once it is back, the same command goes on."""
-    settings = {"batch_size": 2, "shard_rows": 2, "max_failed": 0.3, "progress": False}
+    run = partial(build, listed, batch_size=2, shard_rows=2, max_failed=0.3)
     shutil.move(gallery / "triangle", tmp_path / "triangle")
     shutil.move(gallery / "cross", tmp_path / "cross")
     with pytest.raises(DcarError, match="too few images"):
-        rebuild(listed, tiny_checkpoint, tmp_path / "index", **settings)
+        run()
     for name in ("triangle", "cross"):
         shutil.move(tmp_path / name, gallery / name)
-    summary = rebuild(listed, tiny_checkpoint, tmp_path / "index", **settings)
+    summary = run()
     assert (summary.count, summary.failed) == (24, 0)
 
 
 @pytest.mark.slow
-def test_training_behind_the_image_tower_needs_no_encoding(gallery: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_training_behind_the_image_tower_needs_no_encoding(
+    build: Build, gallery: Path, tiny_model: Path, tmp_path: Path
+) -> None:
     """The features of the frozen tower stay, and an adapter is applied to them."""
     backbone = load_backbone(BackboneSource(str(tiny_model)))
 
@@ -245,7 +233,7 @@ def test_training_behind_the_image_tower_needs_no_encoding(gallery: Path, tiny_m
     index, encoded = tmp_path / "index", list[int]()
     for name in ("clip", "clip-adapter", "coop", "dual"):
         checkpoint = trained(name)
-        encoded.append(rebuild(gallery, checkpoint, index, margin=1, progress=False).encoded)
+        encoded.append(build(gallery, checkpoint, margin=1).encoded)
         artifact, encoder = open_current(index), Encoder.load(checkpoint, device="cpu")
         artifact.require(encoder.fingerprint)
         images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]

@@ -57,6 +57,14 @@ def test_both_forms_have_the_same_help(monkeypatch: pytest.MonkeyPatch, capsys: 
         assert usage.endswith("[OPTIONS]")
         shown.append(text)
     assert shown[0] == shown[1]
+    for part in ("--gallery", "--checkpoint", "--out", "Exit codes:", "metadata.jsonl", "interrupted", "Example:"):
+        assert part in shown[0]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys; from index_jobs.rebuild import main, rebuild; print(*sys.modules); main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "faiss", "pyarrow", "open_clip"} & set(done.stdout.partition("\n")[0].split())
 
 
 def test_both_forms_print_the_summary_as_asked(
@@ -76,15 +84,6 @@ def test_both_forms_print_the_summary_as_asked(
         values.append(json.loads(capsys.readouterr().out) | {"seconds": 0})
     assert texts == {f"{tmp_path / 'index'}: version 1 is up to date with 24 images, Flat, 0 broken\n"}
     assert values[0] == values[1]
-
-
-def test_help_teaches_and_loads_nothing_heavy() -> None:
-    code = "import sys; from index_jobs.rebuild import main, rebuild; print(*sys.modules); main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules, _, text = done.stdout.partition("\n")
-    assert not {"torch", "faiss", "pyarrow", "open_clip"} & set(modules.split())
-    for part in ("--gallery", "--checkpoint", "--out", "Exit codes:", "metadata.jsonl", "interrupted", "Example:"):
-        assert part in text
 
 
 def test_every_failure_has_its_exit_code_and_one_line(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.commands import Command, run
 from tests.support.processes import children_of, is_alive
@@ -103,15 +103,17 @@ def vectors_of(index: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_index_verifies_after_each_of_twelve_killed_jobs(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_index_verifies_after_each_of_twelve_killed_jobs(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     index, more = tmp_path / "index", tmp_path / "more"
     shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
-    settings = {"workers": 0, "batch_size": 2, "shard_rows": 2, "progress": False}
+    run = partial(build, workers=0, batch_size=2, shard_rows=2)
     undisturbed: dict[str, np.ndarray] = {}
     for number, source in enumerate((gallery, more)):
-        rebuild(source, tiny_checkpoint, tmp_path / str(number), **settings)
+        run(source, out=tmp_path / str(number))
         undisturbed |= vectors_of(tmp_path / str(number))
-    rebuild(gallery, tiny_checkpoint, index, **settings)
+    run(gallery)
     generator, delays, versions = np.random.default_rng(), [], [1]
     longest = {"rebuild": 3.0, "add": 3.0, "remove": 3.0}
     outcomes: list[str] = []
@@ -135,7 +137,7 @@ def test_index_verifies_after_each_of_twelve_killed_jobs(gallery: Path, tiny_che
         assert len(found) >= fewest, f"delays {delays}"
         assert all(np.allclose(undisturbed[name], found[name], atol=1e-6) for name in found), f"delays {delays}"
     assert "exit 0" in outcomes, "no job got to its end, so nothing was published under threat"
-    summary = rebuild(gallery, tiny_checkpoint, index, force=True, keep_shards=False, **settings)
+    summary = run(gallery, force=True, keep_shards=False)
     assert summary.version > versions[-1]
     assert len(vectors_of(index)) == 24
     assert [path for path in (index / "versions").iterdir() if not path.name.isdigit()] == []
@@ -144,7 +146,9 @@ def test_index_verifies_after_each_of_twelve_killed_jobs(gallery: Path, tiny_che
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
-def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_killed_command_ends_its_workers_and_resumes(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     for copy in range(8):
         shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
     index = tmp_path / "index"
@@ -168,7 +172,7 @@ def test_killed_command_ends_its_workers_and_resumes(gallery: Path, tiny_checkpo
         assert time.monotonic() < limit, "a worker outlived its job"
         time.sleep(0.05)
     assert current_version(index) is None
-    summary = rebuild(gallery, tiny_checkpoint, index, workers=0, batch_size=1, shard_rows=1, progress=False)
+    summary = build(gallery, workers=0, batch_size=1, shard_rows=1)
     assert summary.resumed >= 5
     assert (summary.count, summary.resumed + summary.encoded) == (72, 72)
     verify_index(index)

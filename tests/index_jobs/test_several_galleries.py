@@ -1,17 +1,20 @@
-"""Several galleries in one index, and galleries that have shrunk."""
+"""Several galleries in one index, galleries that have shrunk, and galleries or a model that were moved."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from dcar_core.util.errors import DataError, GalleryShrunkError
+from app.cli import app as command_line
+from dcar_core import Encoder
+from dcar_core.util.errors import ArtifactError, CheckpointError, DataError, GalleryShrunkError, ModelError
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageAccess
-from index_jobs.jobs.update import add
-from index_jobs.rebuild import main, rebuild
+from index_jobs.jobs.update import add, relocate, remove
+from index_jobs.rebuild import main
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import current_version, open_current
+from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
 from tests.support.versions import Build
 
@@ -34,8 +37,10 @@ def images(artifact: Artifact) -> dict[str, bytes]:
     return {artifact.item(row).metadata["file_name"]: artifact.image_bytes(row) for row in rows if artifact.live[row]}
 
 
-def test_same_names_in_two_galleries_are_two_items(cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
-    rebuild(list(map(str, cameras)), tiny_checkpoint, tmp_path / "index", progress=False)
+def test_same_names_in_two_galleries_are_two_items(
+    build: Build, cameras: list[Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    build(list(map(str, cameras)))
     artifact = open_current(tmp_path / "index")
     artifact.image_access = ImageAccess()  # the service reads the images of both
     found = images(artifact)
@@ -46,17 +51,12 @@ def test_same_names_in_two_galleries_are_two_items(cameras: list[Path], tiny_che
     assert current_version(tmp_path / "index") == 1, "nothing has changed"
 
 
-def test_the_ids_of_the_first_gallery_stay_when_another_is_added(cameras: list[Path]) -> None:
+def test_ids_and_names_of_several_galleries(cameras: list[Path]) -> None:
+    """Those of the first one stay when another is added, and given ids never collide."""
     alone, both = scan(cameras[0]), scan(list(map(str, cameras)))
     assert both.table["id"].to_pylist()[:2] == alone.table["id"].to_pylist()
-
-
-def test_a_gallery_can_be_named(cameras: list[Path]) -> None:
-    table = scan([f"north={cameras[0]}", f"south={cameras[1]}"]).table
-    assert table["name"].to_pylist() == ["north/IMG_0.png", "north/IMG_1.png", "south/IMG_0.png", "south/IMG_1.png"]
-
-
-def test_given_ids_of_two_galleries_never_collide(cameras: list[Path]) -> None:
+    names = scan([f"north={cameras[0]}", f"south={cameras[1]}"]).table["name"].to_pylist()
+    assert names == ["north/IMG_0.png", "north/IMG_1.png", "south/IMG_0.png", "south/IMG_1.png"]
     for path in cameras:
         (path / "metadata.jsonl").write_text('{"file_name": "IMG_0.png", "id": "first"}\n')
     ids = scan(list(map(str, cameras))).table["id"].to_pylist()
@@ -126,3 +126,106 @@ def test_the_summary_counts_what_came_went_and_changed(build: Build, gallery: Pa
     done = build(gallery, max_failed=0.1)
     assert done.changes == {"added": 1, "removed": 2, "changed": 1}
     assert "since the previous version: 1 images added, 2 images removed, 1 images changed" in done.to_text()
+
+
+def test_a_moved_gallery_is_shown_from_its_new_place(build: Build, gallery: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    build(gallery)
+    before = open_current(index)
+    assert before.find_gallery_fault() is None
+    gallery.rename(tmp_path / "moved")
+    assert "16 of 16 sampled images are not in the gallery" in (before.find_gallery_fault() or "")
+    with pytest.raises(ArtifactError, match=r"image of item '\w+' cannot be read from the gallery .*: No such file"):
+        before.image_bytes(0)
+    done = CliRunner().invoke(command_line, ["index", "relocate", str(index), "--gallery", str(tmp_path / "moved")])
+    assert done.output == f"{index}: version 2, images at {tmp_path / 'moved'}\n"
+    artifact = open_current(index, image_roots=())
+    assert artifact.find_gallery_fault() is None
+    name = artifact.item(3).metadata["file_name"]
+    assert artifact.image_bytes(3) == (tmp_path / "moved" / name).read_bytes()
+    assert (artifact.path / "index.faiss").samefile(before.path / "index.faiss"), "nothing is copied"
+    assert len(verify_index(index)) == 2
+    assert build(tmp_path / "moved").reused
+
+
+def test_images_of_additions_and_further_galleries_move_with_their_folder(
+    build: Build, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    index, disk = tmp_path / "index", tmp_path / "disk"
+    for name in ("second", "third"):
+        (disk / name).mkdir(parents=True)
+        draw("pink", "circle" if name == "second" else "square").save(disk / name / "pink.png")
+    build([str(gallery), str(disk / "second")])
+    add(index, f"third={disk / 'third'}", progress=False)
+    remove(index, [open_current(index).item(0).id])
+    disk.rename(tmp_path / "new disk")
+    assert "a folder of the gallery is gone, with images such as" in (open_current(index).find_gallery_fault() or "")
+    relocate(index, gallery=str(tmp_path / "new disk" / "second"), former=str(disk / "second"))
+    assert f"{disk / 'third'} is missing as well" in caplog.text
+    monkeypatch.chdir(tmp_path)
+    relocate(index, gallery="new disk", former="disk")
+    artifact = open_current(index, image_roots=())
+    for row in (1, 24, 25):
+        assert artifact.image_bytes(row)
+    assert artifact.manifest.root == str(gallery)
+    assert artifact.manifest.spec.gallery == f"{gallery}, second={tmp_path / 'new disk' / 'second'}"
+    assert artifact.manifest.count == 25
+    assert len(verify_index(index)) == 3
+
+
+def test_places_with_an_equals_sign_move(build: Build, gallery: Path, tmp_path: Path) -> None:
+    index, disk = tmp_path / "index", tmp_path / "disk=1"
+    disk.mkdir()
+    first, second = gallery.rename(disk / "first"), disk / "second"
+    second.mkdir()
+    draw("pink", "circle").save(second / "pink.png")
+    build([str(first), f"more={second}"])
+    moved = disk.rename(tmp_path / "disk=2")
+    relocate(index, gallery=str(moved), former=str(disk))
+    assert open_current(index).manifest.spec.gallery == f"{moved / 'first'}, more={moved / 'second'}"
+
+
+def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="nothing is published: 16 of 16 sampled images are not in the gallery"):
+        relocate(index, gallery=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match=f"no image of .* is below {tmp_path}; they are in "):
+        relocate(index, gallery=str(tmp_path / "empty"), former=str(tmp_path))
+    assert current_version(index) == 1
+
+
+def test_images_of_a_folder_with_a_longer_name_are_not_taken_for_those_of_the_new_place(
+    build: Build, gallery: Path, tmp_path: Path
+) -> None:
+    index, second = tmp_path / "index", tmp_path / "second"
+    for folder in (second, tmp_path / "new"):
+        folder.mkdir()
+    draw("pink", "circle").save(second / "pink.png")
+    places = [str(gallery.rename(tmp_path / "new2")), str(second)]
+    build(places)
+    with pytest.raises(DataError, match="nothing is published: 1 of 1 sampled images"):
+        relocate(index, gallery=str(tmp_path / "new"), former=str(second))
+    assert current_version(index) == 1
+
+
+def test_a_moved_model_is_found_at_its_new_place(
+    build: Build, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name)
+    index = tmp_path / "index"
+    build(checkpoint=checkpoint)
+    base.rename(tmp_path / "moved")
+    with pytest.raises(
+        ModelError, match=r"does not exist; if it was moved, name its new place: for an index by `dcar index relocate"
+    ):
+        Encoder.load(open_current(index).checkpoint, device="cpu")
+    relocate(index, model=tmp_path / "moved")
+    artifact = open_current(index)
+    artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
+    assert len(verify_index(index)) == 2
+    (tmp_path / "moved").rename(tmp_path / "again")
+    (tmp_path / "other").mkdir()
+    with pytest.raises((CheckpointError, ModelError)):
+        relocate(index, model=tmp_path / "other")
+    assert current_version(index) == 2

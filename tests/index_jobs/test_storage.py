@@ -26,13 +26,11 @@ from index_jobs.gallery.storage import (
     ImageLocation,
     _cut_span,
     file_suffix,
-    is_url,
     join_location,
     open_image,
     parent_folder,
     read_images,
 )
-from index_jobs.rebuild import rebuild
 from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
@@ -40,6 +38,7 @@ from tests.support.galleries import rows_of
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.processes import answering
+from tests.support.versions import Build
 
 
 def _options(max_failed: float = IndexSpec.max_failed, **options: Any) -> BuildOptions:
@@ -126,12 +125,6 @@ def test_a_span_is_cut_from_the_response_of_a_server_without_ranges() -> None:
     assert isinstance(_cut_span(b"012345", span, "a.tar"), ValueError)
 
 
-def test_urls_are_told_from_paths() -> None:
-    assert is_url("s3://b/x")
-    assert is_url("simplecache::s3://b/x")
-    assert not any(map(is_url, ("a/b.png", "/a:b/c", "C:\\pictures", "a: b", "x::")[:4]))
-
-
 def test_a_store_is_a_gallery_like_a_folder(store: Any, tmp_path: Path) -> None:
     store.pipe("/g/metadata.jsonl", b'{"file_name": "deep/a.png", "caption": "green"}\n')
     gallery = scan("memory://g")
@@ -163,33 +156,32 @@ def test_a_list_may_mix_urls_and_paths(store: Any, tmp_path: Path) -> None:
 
 
 def test_galleries_of_the_same_names_at_two_urls_share_no_vector(
-    store: Any, tiny_checkpoint: Path, tmp_path: Path
+    store: Any, build: Build, encoder: Encoder, tmp_path: Path
 ) -> None:
     """Nothing else tells the rows of the lists apart, since nobody asks for the size of a list's images."""
-    encoder, index = Encoder.load(tiny_checkpoint, device="cpu"), tmp_path / "index"
     for season, color in (("spring", "red"), ("summer", "blue")):
         store.pipe({f"/{season}/a.png": png(color), f"/{season}/items.csv": b"file_name\na.png\n"})
-        assert rebuild(f"memory://{season}/items.csv", tiny_checkpoint, index, progress=False).encoded == 1
+        assert build(f"memory://{season}/items.csv").encoded == 1
         write_file(tmp_path / f"{color}.png", png(color))
         expected = encoder.encode_images([tmp_path / f"{color}.png"])
-        np.testing.assert_allclose(open_current(index).vectors(np.arange(1)), expected, atol=1e-6)
+        np.testing.assert_allclose(open_current(tmp_path / "index").vectors(np.arange(1)), expected, atol=1e-6)
     store.pipe({"/summer/b.png": png("green"), "/summer/items.csv": b"file_name\na.png\nb.png\n"})
-    grown = rebuild("memory://summer/items.csv", tiny_checkpoint, index, progress=False)
+    grown = build("memory://summer/items.csv")
     assert (grown.encoded, grown.resumed) == (1, 1)
 
 
 @pytest.mark.slow
 @needs("http")
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
-    served: tuple[Path, str, type[Server]], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    served: tuple[Path, str, type[Server]], build: Build, tiny_gallery: Path, tmp_path: Path
 ) -> None:
     root, url, _ = served
     shutil.copytree(tiny_gallery, root / "g")
     members = {path.name: path.read_bytes() for path in (root / "g" / "circle").iterdir()}
     write_tar(root / "g" / "shard.tar", members)
     shutil.rmtree(root / "g" / "circle")
-    local = rebuild(root / "g", tiny_checkpoint, tmp_path / "a", progress=False)
-    remote = rebuild(f"{url}/g/", tiny_checkpoint, tmp_path / "b", progress=False)
+    local = build(root / "g", out=tmp_path / "a")
+    remote = build(f"{url}/g/", out=tmp_path / "b")
     assert (remote.count, remote.failed) == (local.count, 0)
     ours, theirs = open_current(tmp_path / "a"), open_current(tmp_path / "b")
     for row in range(local.count):
@@ -204,7 +196,7 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
 
 @needs("http")
 def test_network_errors_are_retried(
-    served: tuple[Path, str, type[Server]], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: tuple[Path, str, type[Server]], encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, url, handler = served
     names = ["a.png", "b.png", "gone.png", "down.png"]
@@ -213,7 +205,6 @@ def test_network_errors_are_retried(
     handler.stumbles.update({"/b.png": 2, "/down.png": 99})
     monkeypatch.setattr("index_jobs.gallery.storage.read_images.__defaults__", ((0.01, 0.01, 0.01),))
     gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
-    encoder = Encoder.load(tiny_checkpoint, device="cpu")
     encoded = encode_gallery(gallery, [encoder], tmp_path / "w", _options(0.5))
     assert encoded.rows().tolist() == [0, 1]
     (gone, down) = encoded.failed
