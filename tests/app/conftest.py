@@ -41,6 +41,14 @@ def built_index(gallery: Path, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def products(gallery: Path, tiny_checkpoint: Path) -> Path:
+    """An index in which the images of one color are one product."""
+    out = gallery.parent / "products"
+    rebuild(gallery, tiny_checkpoint, out, group_field="color", workers=0, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
 def artifact(built_index: Path) -> Artifact:
     return open_current(built_index)
 

@@ -9,7 +9,6 @@ import pytest
 
 from app.api.schemas import SearchResponse
 from index_jobs.jobs.update import add, remove
-from index_jobs.rebuild import rebuild
 from tests.support.images import draw, png
 from tests.support.service import ServiceClient, opened
 
@@ -92,11 +91,8 @@ async def test_each_group_is_returned_once(started: ServiceClient) -> None:
     assert {group["count"] for group in groups} == {2}
 
 
-async def test_an_index_with_a_group_field_returns_products(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    rebuild(gallery, tiny_checkpoint, tmp_path / "index", group_field="color", workers=0, progress=False)
-    async with opened(tmp_path / "index") as client:
+async def test_an_index_with_a_group_field_returns_products(products: Path) -> None:
+    async with opened(products) as client:
         results = (await client.post("/search/text", json={"query": "x"})).json()["results"]
         assert len(results) == COLORS
         results = (await client.get("/items/circle%2Fred.png/similar")).json()["results"]

@@ -18,7 +18,6 @@ from dcar_core.model.towers.text import CausalText
 from dcar_core.training.train_state import STATE_FILE
 from dcar_core.util.errors import DcarError, ImageError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
-from index_jobs.rebuild import rebuild
 from tests.support.files import write_json
 from tests.support.tiny_clips import tiny_config
 
@@ -101,15 +100,8 @@ def test_the_version_is_told() -> None:
 def test_index_build_ends_as_the_rebuild_job_does(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    where = [
-        "--gallery",
-        str(tmp_path / "nowhere"),
-        "--checkpoint",
-        str(tiny_checkpoint),
-        "--out",
-        str(tmp_path / "index"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["dcar", "index", "build", *where])
+    where = ["--gallery", tmp_path / "nowhere", "--checkpoint", tiny_checkpoint, "--out", tmp_path / "index"]
+    monkeypatch.setattr(sys, "argv", ["dcar", "index", "build", *map(str, where)])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 3
@@ -135,12 +127,8 @@ def test_an_image_without_a_suffix_is_searched_by_its_content(
 
 
 @pytest.mark.parametrize("options", [[], ["--hybrid"], ["--filter", '{"category": ["circle", "cross"]}']])
-def test_a_search_of_an_index_of_products_shows_each_once(
-    options: list[str], tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    index = tmp_path / "index"
-    rebuild(tiny_gallery, tiny_checkpoint, index, group_field="color", workers=0, progress=False)
-    command = ["search", "a red circle", "--index", str(index), "-k", "24", "--json", *options]
+def test_a_search_of_an_index_of_products_shows_each_once(options: list[str], products: Path) -> None:
+    command = ["search", "a red circle", "--index", str(products), "-k", "24", "--json", *options]
     found = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)["results"]
     colors = [result["file_name"].partition("/")[2] for result in found]
     assert len(set(colors)) == len(colors) == 6

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.service import serving
 
-EXAMPLES = 8
+EXAMPLES = 5
 KEY = "correct horse battery"
 
 
@@ -73,6 +73,8 @@ def test_generated_requests_get_documented_responses(url: str) -> None:
     tried: set[str] = set()
     for found in schema.get_all_operations():
         operation: Any = found.ok()  # type: ignore[union-attr]
+        if operation.path.startswith("/collections/{collection}/"):
+            continue  # the same functions answer
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
 
             @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -16,18 +16,16 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.parts import needs
 from tests.support.service import opened
+from tests.support.versions import publish_copy
 
 KEY: dict[str, Any] = {"admin_key": "correct horse"}
 BEARER = {"Authorization": "Bearer correct horse"}
 
 
-@pytest.fixture
-def index(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    for force in (False, True):
-        kind = "IVF2,Flat" if force else "flat"
-        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", kind=kind, workers=0, progress=False, force=force)
-    rollback(tmp_path / "index", 1)
-    return tmp_path / "index"
+@pytest.fixture(autouse=True)
+def _second_version(index: Path) -> None:
+    publish_copy(index)
+    rollback(index, 1)
 
 
 @pytest.mark.slow
@@ -85,7 +83,7 @@ async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path
 
 
 async def test_a_rebuilt_index_with_the_same_version_number_is_served(
-    index: Path, tiny_gallery: Path, other_checkpoint: Path
+    index: Path, gallery: Path, other_checkpoint: Path
 ) -> None:
     async with opened(index, poll_s=0, **KEY) as client:
         before = (await client.post("/search/text", json={"query": "red"})).json()
@@ -95,9 +93,7 @@ async def test_a_rebuilt_index_with_the_same_version_number_is_served(
         assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
         assert (await client.get("/readyz")).json()["status"] == "ready", "the served version is intact"
         shutil.rmtree(index)
-        await asyncio.to_thread(
-            rebuild, tiny_gallery, other_checkpoint, index, workers=0, progress=False, runtime="torch"
-        )
+        await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
         assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
         after = (await client.post("/search/text", json={"query": "red"})).json()
         assert after["index_version"] == before["index_version"] == 1

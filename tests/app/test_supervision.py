@@ -13,7 +13,6 @@ from app.core.supervision import stop, supervise
 from app.core.threads import run_in_new_thread
 from app.service.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
-from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version
 from tests.support.responses import scrape
@@ -77,9 +76,8 @@ async def test_a_version_that_does_not_exist_degrades_readiness_without_a_path(i
         assert ready["reason"].startswith("index has no version 7")
 
 
-async def test_a_gallery_that_is_gone_degrades_readiness(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    rebuild(gallery, tiny_checkpoint, tmp_path / "index", progress=False)
-    async with opened(tmp_path / "index", poll_s=0.02) as client:
+async def test_a_gallery_that_is_gone_degrades_readiness(built_index: Path, gallery: Path, tmp_path: Path) -> None:
+    async with opened(built_index, poll_s=0.02) as client:
         await until_ready(client, status="ready")
         gallery.rename(tmp_path / "unmounted")
         ready = (await client.get("/readyz")).json()

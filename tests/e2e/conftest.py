@@ -13,6 +13,7 @@ from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
 from tests.support.page import Page, ready, served
 from tests.support.parts import BROWSER, DRIVER
+from tests.support.service import KEYS
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -66,6 +67,13 @@ def many(indexes: dict[str, Path]) -> Iterator[str]:
     """A service with every collection; shapes is the default one."""
     others = {name: index for name, index in indexes.items() if name != "shapes"}
     with served(Settings(index=indexes["shapes"], collections=others, device="cpu")) as address:
+        yield ready(address)
+
+
+@pytest.fixture(scope="session")
+def locked(indexes: dict[str, Path]) -> Iterator[str]:
+    """A service that asks for a key, and whose page looks words up."""
+    with served(Settings(index=indexes["shapes"], device="cpu", page_hybrid=True, **KEYS)) as address:
         yield ready(address)
 
 

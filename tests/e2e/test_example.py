@@ -7,8 +7,8 @@ import runpy
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,42 +29,54 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.commands import Command
+from tests.support.files import write_jsonl, write_tar
 from tests.support.page import Page, ready, until
+from tests.support.paths import ROOT
+from tests.support.processes import free_port
 from tests.support.shown import assert_shown, shown_blocks
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "emoji"
 DOMAINS = ("twemoji", "openmoji")
+
+DEMO = (
+    "import pathlib, sys; from app.cli import main, serving; serving.EXAMPLES = pathlib.Path(sys.argv.pop(1)); main()"
+)
 
 pytestmark = pytest.mark.timeout(600)  # the first test waits for three galleries
 
 
-@pytest.fixture(scope="module")
-def data(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both domains, and openmoji by the base model alone, indexed where `dcar demo --data` looks for them.
+@pytest.fixture(scope="session")
+def examples(run_folder: Path) -> Path:
+    """The bundled examples, for all processes of a run, where openmoji has the images of its validation pairs only."""
+    folder = run_folder / "emoji"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            few = folder / "openmoji"
+            few.mkdir(parents=True)
+            for name in ("base", "query.png", "twemoji", "openmoji/checkpoint", "openmoji/val.json"):
+                (folder / name).symlink_to(EXAMPLES / name)
+            rows = [row for row in metadata("openmoji") if row["split"] == "val" or row["category"] == "crying cat"]
+            write_jsonl(few / "metadata.jsonl", *rows)
+            with tarfile.open(EXAMPLES / "openmoji" / "gallery.tar") as tar:
+                files = {row["file_name"]: tar.extractfile(row["file_name"]) for row in rows}
+                write_tar(few / "gallery.tar", {name: file.read() for name, file in files.items() if file})
+    return folder
 
-    `dcar demo` itself indexes twemoji; said.txt has its output. All are indexed once for all processes of a run, and
-    copied.
-    """
-    shared = run_folder / "demo"
-    with FileLock(f"{shared}.lock"):
-        if not shared.exists():
-            build_demo(tmp_path_factory.mktemp("building")).rename(shared)
-    return shutil.copytree(shared, tmp_path_factory.mktemp("demo") / "data")
+
+@pytest.fixture(scope="session")
+def data(examples: Path, run_folder: Path) -> tuple[Path, str]:
+    """The folder of a first `dcar demo`, for all processes of a run, and what it printed."""
+    folder, printed = run_folder / "demo", run_folder / "demo.txt"
+    with FileLock(f"{folder}.lock"):
+        if not printed.exists():
+            publish_without_a_model(folder / "index" / "twemoji", run_folder / "release")
+            with start_demo(examples, folder) as (_, said):
+                printed.write_text(said)
+    return folder, printed.read_text()
 
 
-def build_demo(path: Path) -> Path:
-    save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), path / "zero-shot")
-    example = EXAMPLES / "openmoji"
-    options = {"validation": example, "pixel_cache": path / "pixels", "progress": False}
-    for name, checkpoint in {"openmoji": example / "checkpoint", "openmoji-clip": path / "zero-shot"}.items():
-        summary = rebuild(example, checkpoint, path / "index" / name, **options)
-        assert (summary.count, summary.failed) == (3944, 0)
-    shutil.rmtree(path / "pixels")
-    publish_without_a_model(path / "index" / "twemoji", path / "release")
-    with start_demo(path) as (_, said, _):
-        (path / "said.txt").write_text(said)
-    return path
+def metadata(domain: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
 
 
 def publish_without_a_model(index: Path, work: Path) -> None:
@@ -73,18 +85,16 @@ def publish_without_a_model(index: Path, work: Path) -> None:
     weights = load_file(base / "open_clip_model.safetensors")
     save_file(weights | {"logit_scale": weights["logit_scale"] + 1}, str(base / "open_clip_model.safetensors"))
     save_zero_shot(load_backbone(BackboneSource(str(base))), work / "zero-shot")
-    row = (EXAMPLES / "twemoji" / "metadata.jsonl").read_text().splitlines()[0]
-    one = work / "gallery"
-    one.mkdir()
-    (one / "metadata.jsonl").write_text(row)
-    shutil.copy(EXAMPLES / "query.png", one / json.loads(row)["file_name"])
-    rebuild(one, work / "zero-shot", index, progress=False)
+    row = metadata("twemoji")[0]
+    write_jsonl(work / "gallery" / "metadata.jsonl", row)
+    shutil.copy(EXAMPLES / "query.png", work / "gallery" / row["file_name"])
+    rebuild(work / "gallery", work / "zero-shot", index, progress=False)
     shutil.rmtree(work)
 
 
-@pytest.fixture(scope="module", params=DOMAINS)
-def served(request: pytest.FixtureRequest, data: Path) -> tuple[Encoder, Artifact]:
-    artifact = open_current(data / "index" / request.param)
+@pytest.fixture(scope="module")
+def served(data: tuple[Path, str]) -> tuple[Encoder, Artifact]:
+    artifact = open_current(data[0] / "index" / "twemoji")
     encoder = Encoder.load(artifact.checkpoint)
     artifact.require(encoder.fingerprint)
     return encoder, artifact
@@ -125,7 +135,7 @@ def test_short_queries_find_a_right_answer(served: tuple[Encoder, Artifact]) -> 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_splits_share_no_emoji(domain: str) -> None:
     """No test emoji, in any skin tone, is among the training images."""
-    lines = [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
+    lines = metadata(domain)
     split_of = {line["file_name"]: line["split"] for line in lines}
     files: dict[str, set[str]] = {s: set() for s in ("train", "val", "test")}
     categories: dict[str, set[str]] = {}
@@ -154,35 +164,33 @@ def test_cutoff_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> 
 
 
 @pytest.fixture(scope="module")
-def demo(data: Path) -> Iterator[tuple[str, str, float]]:
-    """Start `dcar demo` on built indexes with openmoji as default; return its address, output and start time."""
-    with start_demo(data) as started:
-        ready(started[0])
-        yield started
+def demo(
+    examples: Path, data: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str, float]]:
+    """A second `dcar demo`, on a copy of the folder: its address, output and start time."""
+    folder = shutil.copytree(data[0], tmp_path_factory.mktemp("demo") / "data")
+    began = time.monotonic()
+    with start_demo(examples, folder) as (url, said):
+        yield ready(url), said, began
 
 
 @contextmanager
-def start_demo(data: Path) -> Iterator[tuple[str, str, float]]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    started = time.monotonic()
-    command = ("demo", "--domain", "openmoji", "--data", data, "--port", port)
-    process = Command("app.cli", *command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
+def start_demo(examples: Path, data: Path) -> Iterator[tuple[str, str]]:
+    port = free_port()
+    command = (DEMO, examples, "demo", "--domain", "openmoji", "--data", data, "--port", port)
+    process = Command("-c", *command, environment={"PYTHONUNBUFFERED": "1"}, stderr=os.devnull)
     try:
         lines = iter(process.stdout.readline, "Stop with Ctrl-C.\n")
-        said = "".join(takewhile(bool, lines))  # up to its end, if it fails
-        yield f"http://127.0.0.1:{port}", said, started
+        yield f"http://127.0.0.1:{port}", "".join(takewhile(bool, lines))  # up to its end, if it fails
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
 
 
-def test_demo_replaces_an_index_of_a_release_with_another_model(data: Path) -> None:
-    said = (data / "said.txt").read_text()
-    assert said.count("already indexed") == 2
+def test_demo_replaces_an_index_of_a_release_with_another_model(data: tuple[Path, str]) -> None:
+    folder, said = data
     assert re.search(r"3,944 twemoji images, indexed in", said)
-    assert open_current(data / "index" / "twemoji").manifest.version == 2, "the first is of the release"
+    assert open_current(folder / "index" / "twemoji").manifest.version == 2, "the first is of the release"
 
 
 def test_the_readme_shows_what_the_demo_prints(demo: tuple[str, str, float]) -> None:
@@ -255,7 +263,7 @@ def test_list_follows_typing_within_100_ms(page: Page, demo: tuple[str, str, flo
     Beside another worker of the test run, half of the cores is left, and the bound is wider.
     """
     bound = 500 if "PYTEST_XDIST_WORKER" in os.environ else 100
-    page.open(demo[0])
+    page.open(f"{demo[0]}/#in=twemoji")
     until(lambda: page.all("#results .card"))
     things = ("cat", "dog", "car", "flag", "heart", "house", "woman", "fish", "clock", "tree")
     rounds = (("red", "green", "old"), ("happy", "blue", "two"), ("small", "white", "round"))
@@ -301,5 +309,5 @@ def test_bundled_galleries_have_the_category_that_identifies_them(demo: tuple[st
     script = (ROOT / "app" / "ui" / "start.js").read_text()
     first = script.split('const BUNDLED = ["')[1].split('"')[0]
     for prefix in ("", "/collections/twemoji"):
-        found = curl(f"""curl -s {demo[0]}{prefix}/items -G --data-urlencode 'filter={{"category": "{first}"}}'""")
+        found = httpx.get(f"{demo[0]}{prefix}/items", params={"filter": json.dumps({"category": first})}).json()
         assert found["count"] > 0

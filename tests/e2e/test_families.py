@@ -1,4 +1,4 @@
-"""Every family of models goes the whole way: train, checkpoint, index, serve, search, re-rank, explain, restart."""
+"""Families of models go the whole way: train, checkpoint, index, serve, search, re-rank, explain, restart."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -26,18 +26,12 @@ from tests.support.service import ServiceClient, opened
 from tests.support.tiny_clips import small_timm_models
 from tests.support.tiny_models import write_tiny_model
 
-FAMILIES = {
+FAMILIES = {  # one for each kind of towers
     "ViT": "ViT-B-32",
-    "SigLIP": "ViT-B-16-SigLIP",
     "SigLIP2": "ViT-B-16-SigLIP2",
     "ViTamin": "ViTamin-S",
-    "EVA": "EVA02-B-16",
     "PE-Core": "PE-Core-T-16-384",
-    "CLIPA": "ViT-L-14-CLIPA",
-    "worldwide": "ViT-L-14-worldwide",
     "CoCa": "coca_ViT-B-32",
-    "MobileCLIP-B": "MobileCLIP2-B",
-    "gap": "vit_medium_patch16_gap_256",
     "XLM-R": "xlm-roberta-base-ViT-B-32",
     "MobileCLIP-S": "MobileCLIP2-S0",
     "ResNet": "RN50",
@@ -45,7 +39,7 @@ FAMILIES = {
 }
 WITH_OPENVINO = ("SigLIP2", "XLM-R")  # whose conversion takes seconds
 QUERY = {"query": "a red square", "k": 2}
-BEST = ("SigLIP2", "PE-Core", "MobileCLIP-S")  # tested in more runtimes
+IN_LOW_PRECISION = ("SigLIP2", "MobileCLIP-S")
 PRECISIONS = {  # and the packages that they need
     "openvino-bf16": ("openvino",),
     "openvino-int8": ("openvino", "nncf"),
@@ -107,12 +101,12 @@ async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_pat
             scores.append([*await searched(http), *await searched_deeply(http)])
     for each in scores[1:]:
         np.testing.assert_allclose(each, scores[0], atol=2e-3)
-    async with opened(index, runtime=runtimes[-1], runtime_cache=tmp_path / "cache") as http:
-        again = await searched(http)
-        assert len(runtimes) == 1 or live(http).backbone is None, "a later start on an export needs no model"
-        if family in BEST:
+    if family in WITH_OPENVINO or family == "MobileCLIP-S":
+        async with opened(index, runtime=runtimes[-1], runtime_cache=tmp_path / "cache") as http:
+            again = await searched(http)
+            assert len(runtimes) == 1 or live(http).backbone is None, "a later start on an export needs no model"
             again += await searched_deeply(http)
-    np.testing.assert_allclose(again, scores[0][: len(again)], atol=2e-3)
+        np.testing.assert_allclose(again, scores[0], atol=2e-3)
 
 
 def why_missing(runtime: str) -> str | None:
@@ -123,7 +117,7 @@ def why_missing(runtime: str) -> str | None:
 
 
 @uses_parts
-@pytest.mark.parametrize("family", BEST)
+@pytest.mark.parametrize("family", IN_LOW_PRECISION)
 def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path) -> None:
     """One training and one export of each library serve all; int8 for OpenVINO is calibrated on its export."""
     reasons = {runtime: why_missing(runtime) for runtime in PRECISIONS}

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from app.core.settings import Settings
-from tests.support.page import Page, ready, served, until
+from tests.support.page import Page, ready, searched, served, until
 
 pytestmark = pytest.mark.browser
 
@@ -47,10 +47,9 @@ def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: st
     until(lambda: caption in both.one("#chips").text)
     both.one("#query").send_keys("blue")  # words combine with the item
     until(lambda: "q=blue" in both.driver.current_url and "item=" in both.driver.current_url)
-    found = [card.get_attribute("data-id") for card in both.settled(23)]
+    both.settled(23)
     (item,) = parse_qs(urlsplit(item_address).fragment)["item"]
-    body = {"query": "blue", "more_like": [item], "k": 24}
-    assert found == [each["id"] for each in httpx.post(f"{site}/search/text", json=body).json()["results"]]
+    assert both.ids() == searched(site, query="blue", more_like=[item])
     both.one("#chips button").click()
     both.settled(24)
     assert both.driver.current_url.endswith("#q=blue")
@@ -71,25 +70,25 @@ def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
     assert page.errors() == []
 
 
-def test_image_and_words_are_searched_together(both: Page, site: str, tiny_gallery: Path) -> None:
-    both.open(site)
-    both.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
-    until(lambda: "picture=" in both.driver.current_url)
-    cards = both.settled(24)
-    assert "blue.png" in both.one("#chips").text
+def test_image_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path) -> None:
+    page.open(site)
+    page.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
+    until(lambda: "picture=" in page.driver.current_url)
+    cards = page.settled(24)
+    assert "blue.png" in page.one("#chips").text
     assert cards[0].find_element("css selector", ".number").text == "100%"
-    assert both.driver.execute_script("return document.querySelector('.chip img').naturalWidth") > 0
+    assert page.driver.execute_script("return document.querySelector('.chip img').naturalWidth") > 0
 
-    both.one("#query").send_keys("green")
-    until(lambda: "#q=green&picture=" in both.driver.current_url)
-    shown = [card.get_attribute("data-id") for card in both.settled(24)]
+    page.one("#query").send_keys("green")
+    until(lambda: "#q=green&picture=" in page.driver.current_url)
+    page.settled(24)
     file = {"file": (tiny_gallery / "circle/blue.png").read_bytes()}
     found = httpx.post(f"{site}/search/image", files=file, data={"query": "green", "k": "24"}).json()["results"]
-    assert shown == [each["id"] for each in found]
-    both.one("#chips button").click()
-    until(lambda: both.driver.current_url.endswith("#q=green"))
-    both.settled(24)
-    assert both.errors() == []
+    assert page.ids() == [each["id"] for each in found]
+    page.one("#chips button").click()
+    until(lambda: page.driver.current_url.endswith("#q=green"))
+    page.settled(24)
+    assert page.errors() == []
 
 
 def test_dropped_and_pasted_images_are_searched(page: Page, site: str) -> None:
@@ -131,32 +130,27 @@ def test_errors_are_shown_in_words(page: Page, site: str, tmp_path: Path) -> Non
     assert "422" in refused[0]
 
 
-def pressed(page: Page) -> list[str]:
-    """Return the texts of the chosen filters, which a phone has folded away."""
-    return [button.get_attribute("textContent") for button in page.all("#facets [aria-pressed=true]")]
-
-
-def test_category_of_an_image_filters(both: Page, site: str) -> None:
-    both.open(f"{site}/#q=red")
-    cards = both.settled(24)
+def test_category_of_an_image_filters(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=red")
+    cards = page.settled(24)
     category = cards[0].find_element("css selector", ".category")
     name = category.text
     category.click()
-    cards = both.settled(6)
+    cards = page.settled(6)
     assert {card.find_element("css selector", ".category").text for card in cards} == {name}
-    assert pressed(both) == [f"{name}6"]
-    query = both.one("#query")
+    assert page.one("#facets [aria-pressed=true]").get_attribute("textContent") == f"{name}6"
+    query = page.one("#query")
     query.clear()
     query.send_keys("green")  # the filter stays
-    until(lambda: "q=green" in both.driver.current_url)
-    both.settled(6)
-    both.open(f"{site}/#q=red&category=nothing")
-    until(lambda: both.one("#nothing").is_displayed())
-    assert "No images have all of these filters" in both.one("#nothing").text
-    both.one("#clear-filters").click()
-    both.settled(24)
-    assert both.driver.current_url.endswith("#q=red")
-    assert both.errors() == []
+    until(lambda: "q=green" in page.driver.current_url)
+    page.settled(6)
+    page.open(f"{site}/#q=red&category=nothing")
+    until(lambda: page.one("#nothing").is_displayed())
+    assert "No images have all of these filters" in page.one("#nothing").text
+    page.one("#clear-filters").click()
+    page.settled(24)
+    assert page.driver.current_url.endswith("#q=red")
+    assert page.errors() == []
 
 
 def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path) -> None:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.support.page import Page, until
+from tests.support.page import Page, searched, until
 
 pytestmark = pytest.mark.browser
 
@@ -39,11 +38,7 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
     assert "beside=another" in page.driver.current_url
     assert [page.one("#results-name").text, page.one("#other-name").text] == ["shapes", "another"]
     assert page.one("#status").text.startswith("The best 12 of 24 images")
-    body = {"query": "a red circle", "k": 12}
-    ids = [
-        [result["id"] for result in httpx.post(f"{many}{path}/search/text", json=body).json()["results"]]
-        for path in ("", "/collections/another")
-    ]
+    ids = [searched(f"{many}{path}", query="a red circle", k=12) for path in ("", "/collections/another")]
     for cards, (mine, yours) in ((here, ids), (there, ids[::-1])):
         assert [card.get_attribute("data-id") for card in cards] == mine
         expected = []

@@ -11,23 +11,14 @@ from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, until
+from tests.support.page import Page, searched, until
 from tests.support.parts import needs
 
 pytestmark = pytest.mark.browser
 
 
-def ids(page: Page) -> list[str | None]:
-    return [card.get_attribute("data-id") for card in page.all("#results .card")]
-
-
 def shows(page: Page, wanted: list[str]) -> bool:
-    return not page.all("#results[aria-busy]") and ids(page) == wanted
-
-
-def found(url: str, **body: object) -> list[str]:
-    results = httpx.post(f"{url}/search/text", json={"k": 24, **body}).json()["results"]
-    return [result["id"] for result in results]
+    return not page.all("#results[aria-busy]") and page.ids() == wanted
 
 
 def value(page: Page, field: str, name: str) -> Any:
@@ -47,37 +38,36 @@ def facet(page: Page, field: str) -> dict[str, str]:
     return dict(page.driver.execute_script(script, field))
 
 
-def test_words_are_looked_up_where_the_page_says_so(both: Page, site: str) -> None:
-    both.open(f"{site}/#q=red+square")
-    until(lambda: shows(both, found(site, query="red square")))
-    both.show_options()
-    assert not both.one("#words").is_selected()
-    assert both.one("#scores summary").text.startswith("What does ")
-    both.one("#scores summary").click()
-    assert "Only the same image reaches 100%" in both.one("#scores").text
-    both.one("#words").click()
-    until(lambda: shows(both, found(site, query="red square", hybrid=True)))
-    assert "words=1" in both.driver.current_url
-    first = both.one("#results .card")
+def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=red+square")
+    until(lambda: shows(page, searched(site, query="red square")))
+    assert not page.one("#words").is_selected()
+    assert page.one("#scores summary").text.startswith("What does ")
+    page.one("#scores summary").click()
+    assert "Only the same image reaches 100%" in page.one("#scores").text
+    page.one("#words").click()
+    until(lambda: shows(page, searched(site, query="red square", hybrid=True)))
+    assert "words=1" in page.driver.current_url
+    first = page.one("#results .card")
     assert "a red square" in first.text
     assert "all words" in first.text
     best = httpx.post(f"{site}/search/text", json={"query": "red square", "hybrid": True}).json()["results"][0]
     assert first.find_element("css selector", ".number").text == f"{max(0, best['score']):.0%}"
-    both.one("#words").click()
-    until(lambda: shows(both, found(site, query="red square")))
-    assert "words=" not in both.driver.current_url
-    assert both.errors() == []
+    page.one("#words").click()
+    until(lambda: shows(page, searched(site, query="red square")))
+    assert "words=" not in page.driver.current_url
+    assert page.errors() == []
 
 
-def test_each_product_is_shown_once_and_opens_the_others(both: Page, many: str) -> None:
-    page, url = both, f"{many}/collections/products"
+def test_each_product_is_shown_once_and_opens_the_others(page: Page, many: str) -> None:
+    url = f"{many}/collections/products"
     page.open(f"{many}/#in=products")
     page.settled(6)
     assert page.one("#status").text == "6 images, one for each color"
     assert {each.text for each in page.all("#results .near")} == {"3 more"}
     page.one("#query").send_keys("circle")
-    until(lambda: shows(page, found(url, query="circle")) and len(page.all("#results .card")) == 6)
-    opened = ids(page)[0]
+    until(lambda: shows(page, searched(url, query="circle")) and len(page.all("#results .card")) == 6)
+    opened = page.ids()[0]
     page.driver.execute_script("document.querySelector('#results .near').click()")
     until(lambda: page.one("#detail").is_displayed() and page.one("#folded").is_displayed())
     assert page.one("#folded h3").text == "Same color"
@@ -114,7 +104,7 @@ def test_facets_count_and_filter(both: Page, site: str) -> None:
     page.settled(6)
     page.driver.execute_script("scrollTo(0, 0)")
     page.one("#query").send_keys("red")
-    until(lambda: shows(page, found(site, query="red", filter={"category": "circle"})))
+    until(lambda: shows(page, searched(site, query="red", filter={"category": "circle"})))
     page.driver.back()
     page.driver.back()
     until(lambda: shows(page, blue_circles))

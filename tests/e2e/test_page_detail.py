@@ -10,7 +10,7 @@ import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, until
+from tests.support.page import Page, searched, until
 
 pytestmark = pytest.mark.browser
 
@@ -29,20 +29,11 @@ def closed(page: Page) -> bool:
     return bool(until(lambda: not page.one("#detail").is_displayed()))
 
 
-def ids(page: Page) -> list[str | None]:
-    return [card.get_attribute("data-id") for card in page.all("#results .card")]
-
-
-def search(site: str, **body: object) -> list[str]:
-    found = httpx.post(f"{site}/search/text", json={"k": 24, **body}).json()["results"]
-    return [result["id"] for result in found]
-
-
 def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, site: str) -> None:
     page = both
     page.open(f"{site}/#q=a+red+circle")
     page.settled(24)
-    shown = ids(page)
+    shown = page.ids()
     for jargon in ("index", "cached", "cosine", "score"):
         assert jargon not in page.one("body").text.lower()
     sources = str(page.one("#results img").get_attribute("srcset"))
@@ -91,7 +82,7 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     page.one("#close").click()
     closed(page)
     until(lambda: "show=" not in page.driver.current_url)
-    assert ids(page) == shown
+    assert page.ids() == shown
 
     page.open(link)
     opened(page)
@@ -102,29 +93,27 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     assert page.errors() == []
 
 
-def test_image_can_be_subtracted_from_a_search(both: Page, site: str) -> None:
-    page = both
-    page.open(f"{site}/#show={search(site, query='red')[0]}")
+def test_image_can_be_subtracted_from_a_search(page: Page, site: str) -> None:
+    page.open(f"{site}/#show={searched(site, query='red')[0]}")
     opened(page)
     assert not page.one("#less").is_displayed(), "there is no search to subtract it from"
     page.open(f"{site}/#q=red")
     page.settled(24)
-    unwanted = ids(page)[0]
+    unwanted = page.ids()[0]
     page.one("#results .open").click()
     opened(page)
     page.one("#less").click()
     page.settled(23)
     assert f"less={unwanted}" in page.driver.current_url
-    assert ids(page) == search(site, query="red", less_like=[unwanted])
+    assert page.ids() == searched(site, query="red", less_like=[unwanted])
     assert page.one("#chips").text.startswith("not like")
     assert page.errors() == []
 
 
-def test_selected_images_are_searched_together(both: Page, site: str) -> None:
-    page = both
+def test_selected_images_are_searched_together(page: Page, site: str) -> None:
     page.open(site)
     page.settled(24)
-    chosen = [ids(page)[place] for place in (0, 3)]
+    chosen = [page.ids()[place] for place in (0, 3)]
     for place in (0, 3):
         page.all("#results .select")[place].click()
     assert page.one("#selected-count").text == "2 selected"
@@ -132,19 +121,18 @@ def test_selected_images_are_searched_together(both: Page, site: str) -> None:
     page.one("#selected-more").click()
     page.settled(22)
     assert parse_qs(urlsplit(page.driver.current_url).fragment)["item"] == chosen
-    assert ids(page) == search(site, more_like=chosen)
+    assert page.ids() == searched(site, more_like=chosen)
     assert "like 2 images" in page.one("#chips").text
     assert not page.one("#selection").is_displayed()
-    unwanted = [ids(page)[0]]
+    unwanted = [page.ids()[0]]
     page.all("#results .select")[0].click()
     page.one("#selected-less").click()
     page.settled(21)
-    assert ids(page) == search(site, more_like=chosen, less_like=unwanted)
+    assert page.ids() == searched(site, more_like=chosen, less_like=unwanted)
     assert page.errors() == []
 
 
-def test_card_is_one_tab_stop_and_keys_move_between_cards(both: Page, site: str) -> None:
-    page = both
+def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str) -> None:
 
     def focused() -> str | None:
         script = "return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id"
@@ -156,7 +144,7 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(both: Page, site: str)
 
     page.open(site)
     page.settled(24)
-    shown = ids(page)
+    shown = page.ids()
     columns = page.driver.execute_script("""
         const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
         return tops.filter((top) => top === tops[0]).length;
@@ -182,8 +170,7 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(both: Page, site: str)
     assert page.errors() == []
 
 
-def test_near_duplicates_are_one_result(both: Page, site: str) -> None:
-    page = both
+def test_near_duplicates_are_one_result(page: Page, site: str) -> None:
     found = httpx.post(f"{site}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
     folded = {result["id"]: result["folded"] for result in found if "folded" in result}
     page.open(f"{site}/#q=red&fold=1")
@@ -241,7 +228,7 @@ def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, s
 
     page.open(f"{site}/#q=red")
     page.settled(24)
-    shown = ids(page)
+    shown = page.ids()
     page.one("#results .open").click()
     opened(page)
     for modifier in ("altKey", "ctrlKey", "metaKey"):

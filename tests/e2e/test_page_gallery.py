@@ -13,7 +13,7 @@ from app.core.settings import Settings
 from index_jobs.rebuild import rebuild
 from tests.support.images import draw
 from tests.support.page import Page, ready, served, until
-from tests.support.service import ALICE, KEYS
+from tests.support.service import ALICE
 
 pytestmark = pytest.mark.browser
 
@@ -40,12 +40,6 @@ def large_index(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def large(large_index: Path) -> Iterator[str]:
     with served(Settings(index=large_index, device="cpu")) as address:
-        yield ready(address)
-
-
-@pytest.fixture(scope="session")
-def locked(large_index: Path) -> Iterator[str]:
-    with served(Settings(index=large_index, device="cpu", page_hybrid=True, **KEYS)) as address:
         yield ready(address)
 
 
@@ -95,28 +89,28 @@ def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: 
     assert both.errors() == []
 
 
-def test_images_are_sorted_by_a_field(both: Page, large: str) -> None:
+def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
     def choose(value: str) -> None:
-        both.driver.execute_script(
+        page.driver.execute_script(
             "const sort = document.getElementById('sort'); sort.value = arguments[0];"
             "sort.dispatchEvent(new Event('change'))",
             value,
         )
 
     prices = {f"image {number}": (number * 37) % COUNT for number in range(COUNT)}
-    both.open(large)
-    until(lambda: both.all("#sort option[value='-price']"))
+    page.open(large)
+    until(lambda: page.all("#sort option[value='-price']"))
     choose("-price")
-    until(lambda: [prices[each] for each in captions(both)[:3]] == [COUNT - 1, COUNT - 2, COUNT - 3])
-    both.one("#query").send_keys("red")
-    until(lambda: "q=red" in both.driver.current_url and both.one("#status").text.startswith("The 96 images"))
-    shown = [prices[each] for each in captions(both)]
+    until(lambda: [prices[each] for each in captions(page)[:3]] == [COUNT - 1, COUNT - 2, COUNT - 3])
+    page.one("#query").send_keys("red")
+    until(lambda: "q=red" in page.driver.current_url and page.one("#status").text.startswith("The 96 images"))
+    shown = [prices[each] for each in captions(page)]
     assert shown == sorted(shown, reverse=True)
     found = httpx.post(f"{large}/search/text", json={"query": "red", "k": 96}).json()["results"]
-    assert sorted(captions(both)) == sorted(result["caption"] for result in found)
+    assert sorted(captions(page)) == sorted(result["caption"] for result in found)
     choose("")
-    until(lambda: captions(both)[:24] == [result["caption"] for result in found[:24]])
-    assert both.errors() == []
+    until(lambda: captions(page)[:24] == [result["caption"] for result in found[:24]])
+    assert page.errors() == []
 
 
 def test_page_asks_for_no_more_than_the_service_allows(page: Page, large_index: Path) -> None:
@@ -129,24 +123,24 @@ def test_page_asks_for_no_more_than_the_service_allows(page: Page, large_index: 
         assert page.errors() == []
 
 
-def test_typing_ahead_shows_the_last_words(both: Page, large: str) -> None:
+def test_typing_ahead_shows_the_last_words(page: Page, large: str) -> None:
     """Responses that come late, and in another order, are dropped."""
-    both.open(large)
-    until(lambda: count(both) == 48)
-    both.driver.execute_script("""
+    page.open(large)
+    until(lambda: count(page) == 48)
+    page.driver.execute_script("""
         const whole = window.fetch; let asked = 0;
         window.fetch = async (url, options) => {
             if (String(url).includes('search/text')) await new Promise((done) => setTimeout(done, 300 / ++asked));
             return whole(url, options);
         };
     """)
-    both.one("#query").send_keys("a blue square")
+    page.one("#query").send_keys("a blue square")
     found = httpx.post(f"{large}/search/text", json={"query": "a blue square", "k": 24}).json()["results"]
-    until(lambda: captions(both)[:24] == [result["caption"] for result in found])
-    assert both.driver.current_url.endswith("#q=a+blue+square")
-    both.driver.back()  # the typed letters are one entry
-    until(lambda: both.one("#status").text == f"{COUNT} images")
-    assert both.errors() == []
+    until(lambda: captions(page)[:24] == [result["caption"] for result in found])
+    assert page.driver.current_url.endswith("#q=a+blue+square")
+    page.driver.back()  # the typed letters are one entry
+    until(lambda: page.one("#status").text == f"{COUNT} images")
+    assert page.errors() == []
 
 
 def test_phone_has_room_for_images_and_words_for_fingers(phone: Page, large: str) -> None:
@@ -177,31 +171,31 @@ def test_phone_has_room_for_images_and_words_for_fingers(phone: Page, large: str
     assert page.errors() == []
 
 
-def test_key_is_asked_for_and_kept_in_the_tab_alone(both: Page, locked: str) -> None:
-    both.open(locked)
-    until(lambda: both.one("#key-form").is_displayed())
-    both.one("#key").send_keys("wrong")
-    both.one("#key-form button").click()
-    until(lambda: "does not know this key" in both.one("#error").text)
-    both.one("#key").send_keys(ALICE)
-    both.one("#key-form button").click()
-    until(lambda: count(both) == 48)
-    assert not both.one("#key-form").is_displayed()
+def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str) -> None:
+    page.open(locked)
+    until(lambda: page.one("#key-form").is_displayed())
+    page.one("#key").send_keys("wrong")
+    page.one("#key-form button").click()
+    until(lambda: "does not know this key" in page.one("#error").text)
+    page.one("#key").send_keys(ALICE)
+    page.one("#key-form button").click()
+    until(lambda: count(page) == 24)
+    assert not page.one("#key-form").is_displayed()
     images = "return [...document.querySelectorAll('#results img')].slice(0, 6).every((i) => i.naturalWidth > 0)"
-    until(lambda: both.driver.execute_script(images))
-    stores = both.driver.execute_script("return [sessionStorage.length, localStorage.length, document.cookie]")
+    until(lambda: page.driver.execute_script(images))
+    stores = page.driver.execute_script("return [sessionStorage.length, localStorage.length, document.cookie]")
     assert stores == [1, 0, ""]
-    both.one("#results .open").click()
-    until(lambda: both.driver.execute_script("return document.getElementById('detail-image').naturalWidth") > 0)
-    both.one("#close").click()
-    until(lambda: not both.one("#detail").is_displayed())
-    both.one("#query").send_keys("red")
-    until(lambda: both.one("#status").text.startswith("The best"))
-    assert both.one("#words").is_selected(), "the operator chose so"
-    both.one("#forget-key").click()
-    until(lambda: both.one("#key-form").is_displayed())
-    assert both.driver.execute_script("return sessionStorage.length") == 0
-    assert all("401" in message for message in both.errors())
+    page.one("#results .open").click()
+    until(lambda: page.driver.execute_script("return document.getElementById('detail-image').naturalWidth") > 0)
+    page.one("#close").click()
+    until(lambda: not page.one("#detail").is_displayed())
+    page.one("#query").send_keys("red")
+    until(lambda: page.one("#status").text.startswith("The best"))
+    assert page.one("#words").is_selected(), "the operator chose so"
+    page.one("#forget-key").click()
+    until(lambda: page.one("#key-form").is_displayed())
+    assert page.driver.execute_script("return sessionStorage.length") == 0
+    assert all("401" in message for message in page.errors())
 
 
 def test_page_is_light(page: Page, large: str) -> None:

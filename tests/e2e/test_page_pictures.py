@@ -1,6 +1,5 @@
 """Pictures that the page requests with a key, and whose responses come late."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,15 +7,9 @@ import pytest
 from app.core.keys import key_hash
 from app.core.settings import Settings
 from tests.support.page import Page, ready, served, until
-from tests.support.service import ALICE, KEYS
+from tests.support.service import ALICE
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def locked(indexes: dict[str, Path]) -> Iterator[str]:
-    with served(Settings(index=indexes["shapes"], device="cpu", **KEYS)) as address:
-        yield ready(address)
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, until
+from tests.support.page import Page, searched, until
 
 pytestmark = pytest.mark.browser
 PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"
@@ -128,26 +129,18 @@ def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
 
 
 def test_without_removes_results_and_is_in_the_address(page: Page, site: str) -> None:
-    from selenium.webdriver.common.keys import Keys
-
-    def answer(**body: object) -> list[str]:
-        found = httpx.post(f"{site}/search/text", json={"k": 24, **body}).json()["results"]
-        return [result["id"] for result in found]
-
-    def shown(wanted: list[str]) -> bool:
-        return [card.get_attribute("data-id") for card in page.settled(len(wanted))] == wanted
-
+    plain, reduced = searched(site, query="a circle"), searched(site, query="a circle", without="red")
     page.open(f"{site}/#q=a+circle")
-    until(lambda: shown(answer(query="a circle")))
+    until(lambda: page.ids() == plain)
     page.one("#without").send_keys("red ")
     until(lambda: "without=red" in page.driver.current_url)
-    until(lambda: shown(answer(query="a circle", without="red")))
+    until(lambda: page.ids() == reduced)
     assert page.one("#without").get_attribute("value") == "red ", "typing keeps the trailing space"
     page.one("#without").send_keys(Keys.BACKSPACE * 4)
     until(lambda: "without=" not in page.driver.current_url)
-    until(lambda: shown(answer(query="a circle")))
+    until(lambda: page.ids() == plain)
     page.open(f"{site}/#q=a+circle&without=red")
-    until(lambda: shown(answer(query="a circle", without="red")))
+    until(lambda: page.ids() == reduced)
     assert page.one("#without").get_attribute("value") == "red"
     page.open(site)
     page.settled(24)
@@ -165,7 +158,7 @@ def test_without_applies_to_image_searches(page: Page, site: str) -> None:
     with PICTURE.open("rb") as file:
         asked = httpx.post(f"{site}/search/image", files={"file": file}, data={"without": "7", "k": "24"})
     ids = [result["id"] for result in asked.json()["results"]]
-    until(lambda: [card.get_attribute("data-id") for card in page.settled(24)] == ids)
+    until(lambda: page.ids() == ids)
     assert page.errors() == []
 
 

@@ -66,6 +66,12 @@ def until(condition: Any, seconds: float = 15) -> Any:
         time.sleep(0.02)
 
 
+def searched(url: str, **body: object) -> list[str]:
+    """Return the ids that a search by the API finds."""
+    results = httpx.post(f"{url}/search/text", json={"k": 24, **body}).json()["results"]
+    return [result["id"] for result in results]
+
+
 class Page:
     """The search page in a browser."""
 
@@ -78,10 +84,9 @@ class Page:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
-    def show_options(self) -> None:
-        """Unfold the options of a search, as a phone needs it."""
-        if (more := self.one("#more-options")).is_displayed():
-            more.click()
+    def ids(self) -> list[str | None]:
+        """Return the ids of the results that are shown."""
+        return [card.get_attribute("data-id") for card in self.all("#results .card")]
 
     @contextmanager
     def script(self, source: str) -> Iterator[None]:
