@@ -22,11 +22,12 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.complete import TextFunctions
-from dcar_core.training.adapt import split_hits
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train
+from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.retrieval_metrics import compute_ranks
 
 SHARES = {"train": 8, "val": 1}  # of ten captions
 COUNTS = (50, 100, 200, 400, 800, 1600, 2400)
@@ -54,7 +55,9 @@ def main() -> None:
         cache = FeatureCache(Path(folder), backbone)
 
         def hits(model: DCAR) -> Hits:
-            return split_hits(model, prepare_split(splits["test"], model, for_training=False, cache=cache))
+            split = prepare_split(splits["test"], model.eval(), for_training=False, cache=cache)
+            ranks = compute_ranks(encode_captions(model, split), encode_images(model, split), split.image_of)
+            return Hits.from_ranks(ranks, split.image_of)
 
         untouched = hits(seeded_model(backbone, method("clip"), 0))
         own = compare_hits(untouched, untouched).model

@@ -18,6 +18,7 @@ from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.util.errors import DataError, ModelError
+from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
 
 commands = typer.Typer()
@@ -49,6 +50,7 @@ def quickstart(
     place = gallery.absolute()
     if not place.exists():
         raise DataError(f"there is no gallery {gallery}; name a folder of images")
+    require_writable(data)
     scanned = scan(place)  # report its faults before weights are fetched
     typer.echo(f"1 of 3: model {model}")
     checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")

@@ -11,7 +11,8 @@ from typer import Argument, Option
 
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
 from dcar_core.util.console import dump_json
-from dcar_core.util.errors import CheckpointError, DcarError
+from dcar_core.util.errors import CheckpointError, DcarError, ImageError, ImageFault
+from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
 
 commands = typer.Typer()
@@ -65,13 +66,16 @@ def search(
     A line has rank, score (cosine), id, and caption or file name. With --hybrid the words count for the rank as well.
     Of an index with a --group-field, each product is listed once.
     """
-    from app.api.responses import search_body
-    from app.search import Index
-    from app.search.query import parse_fields
     from dcar_core.images import has_image_suffix
 
     if has_image_suffix(query) or os.path.isfile(query):  # noqa: PTH113  False for words too long for a name
         query, image = "", Path(query)
+    if image is not None and not image.is_file():  # before a model is loaded
+        raise ImageError(f"{image}: No such file", ImageFault.MISSING)
+    from app.api.responses import search_body
+    from app.search import Index
+    from app.search.query import parse_fields
+
     given = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
     fields = given | parse_fields(_pairs("--option", "NAME=VALUE, such as fold=0.9", option))
     found = Index.open(index, device=device).search(query, image=image, **fields)
@@ -110,6 +114,7 @@ def demo(
         available = ", ".join(domains) or "none: use a source checkout"
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
     listen(host, port).close()  # report a taken port before minutes are spent on indexes
+    require_writable(data)
     others = [name for name in domains if name != domain]
     sources = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
     sources[f"{domain}-clip"] = EXAMPLES / domain, bundled_checkpoint(data / "zero-shot")

@@ -11,6 +11,7 @@ from typer import Argument, Option
 from app.cli.options import EXAMPLES, Device, Images, Pretrained, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import DcarError, ModelError
+from dcar_core.util.files import require_writable
 
 commands = typer.Typer()
 Level = Literal["full", "text", "features"]
@@ -71,6 +72,8 @@ def benchmark(
 
     Without options it uses the bundled emoji. int8 is calibrated on the training split.
     """
+    if out is not None:
+        require_writable(out.parent)
     from dcar_core.serving.runtime_benchmark import benchmark as run
 
     names = [name.strip() for name in runtimes.split(",") if name.strip()]

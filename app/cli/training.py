@@ -1,9 +1,10 @@
 """`dcar train`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from typer import Option
@@ -12,6 +13,10 @@ from app.cli import options
 from app.cli.hub import prepare_hub
 from app.cli.options import example
 from dcar_core.model.config import GRID, TrainConfig
+from dcar_core.util.files import require_writable
+
+if TYPE_CHECKING:
+    from dcar_core.training.finished import FinishedTraining
 
 commands = typer.Typer()
 
@@ -49,7 +54,7 @@ def train(
     amp: options.Amp = "auto",
     features: options.Features = None,
     tensorboard: Annotated[bool, Option(help="Also write OUT/tensorboard (extra: tensorboard).")] = False,
-    restart: Annotated[bool, Option(help="Discard the state of an interrupted run.")] = False,
+    restart: Annotated[bool, Option(help="Train from the start: discard an interrupted or a finished run.")] = False,
     device: options.Device = "auto",
     skip_broken: options.SkipBroken = False,
     negatives: options.Negatives = "auto",
@@ -58,29 +63,40 @@ def train(
     """Adapt CLIP to a domain: learn adapters or prompts of a few MB, keep the best epoch by validation recall.
 
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
-    good; the checkpoint is written nevertheless. An interrupted run resumes with the same command.
+    good; the checkpoint is written nevertheless. An interrupted run resumes with the same command; a finished one ends
+    at once. The checkpoint of another training is not replaced without --restart.
     """
-    prepare_hub(model, pretrained)
-    from dcar_core.model.backbone import BackboneSource
-    from dcar_core.training.adapt import adapt
+    from dcar_core.training.finished import describe_request, find_finished
 
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
+    require_writable(out)
+    if method is not None:
+        from dcar_core.model.methods.registry import method as config_of
+
+        config_of(method)  # refuses an unknown name
+    given: dict[str, Any] = {
+        "method": method, "loss": loss, "images": images, "skip_broken": skip_broken, "negatives": negatives,
+        "taxonomy": taxonomy,
+    }  # fmt: skip
+    request = describe_request(data, model, pretrained, config, **given)
+    finished = None if restart else find_finished(out, request)
+    if finished is not None:
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
+            _report(out, finished, "already trained: ", "; --restart trains again")
+        return
+    prepare_hub(model, pretrained)
+    from dcar_core.model.backbone import BackboneSource
+    from dcar_core.training.adapt import adapt
+
     done = adapt(
-        data, BackboneSource(model, pretrained), out, config, method=method, loss=loss, images=images,
-        skip_broken=skip_broken, negatives=negatives, taxonomy=taxonomy, features=features, tensorboard=tensorboard,
-        restart=restart, device=device, on_data=lambda description: typer.echo(description, err=True),
+        data, BackboneSource(model, pretrained), out, config, features=features, tensorboard=tensorboard,
+        restart=restart, device=device, request=request,
+        on_data=lambda description: typer.echo(description, err=True), **given,
     )  # fmt: skip
-    if done is None:
-        return
-    result, verdict = done.result, done.verdict
-    typer.echo(f"{out}: epoch {result.epoch}, {result.seconds:.0f} s, fingerprint {done.fingerprint[:12]}")
-    if verdict is None:
-        return
-    typer.echo(str(verdict))
-    if not verdict.is_worth_it:
-        raise typer.Exit(UNTOUCHED_IS_AS_GOOD)
+    if done is not None:
+        _report(out, done)
 
 
 @commands.command(
@@ -93,6 +109,7 @@ def zero_shot(
 
     It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
     """
+    require_writable(out)
     prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_zero_shot
@@ -149,6 +166,7 @@ def evaluate(
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
+    require_writable(out)
     if preset:
         tune, pretrained = True, pretrained or (None if Path(model).is_dir() else "openai")
     prepare_hub(model, pretrained)
@@ -190,6 +208,15 @@ def evaluate(
         typer.echo(f"{directory / 'report.html'} shows more, without a server")
     if preset:
         typer.echo(paper_tables(results))
+
+
+def _report(out: Path, done: "FinishedTraining", state: str = "", hint: str = "") -> None:
+    """Print what a training came to, and exit with status 3 if the untouched model is at least as good."""
+    typer.echo(f"{out}: {state}epoch {done.epoch}, {done.seconds:.0f} s, fingerprint {done.fingerprint[:12]}{hint}")
+    if done.verdict:
+        typer.echo(done.verdict)
+    if not done.is_worth_it:
+        raise typer.Exit(UNTOUCHED_IS_AS_GOOD)
 
 
 def _config(**settings: Any) -> TrainConfig:

@@ -4,10 +4,13 @@ Under torchrun every process calls `adapt`; the leader alone writes files and ge
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dcar_core.data import describe_reports, load_splits, save_reports
+import numpy as np
+
+from dcar_core.data import Dataset, describe_reports, load_splits, save_reports
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import require_own_config, save_checkpoint
 from dcar_core.model.config import LossDirection, TrainConfig
@@ -18,8 +21,9 @@ from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.serving.encoder import pick_device
 from dcar_core.training.distributed import torchrun_group
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import PreparedSplit, prepare_split, report_truncation
-from dcar_core.training.train import TrainResult, train
+from dcar_core.training.finished import FinishedTraining
+from dcar_core.training.prepared_split import prepare_split, report_truncation
+from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference, compare_hits
@@ -30,12 +34,37 @@ FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
 
 @dataclass(frozen=True)
+class WiderSearch:
+    """The text-to-image searches of the validation captions among the images of all splits that were read.
+
+    first, ten: comparisons of R@1 and R@10; their measure is "t2i_r1" for both.
+    """
+
+    images: int
+    first: PairedDifference
+    ten: PairedDifference
+
+    def __str__(self) -> str:
+        (first, first_before), (ten, ten_before) = (
+            [estimates["t2i_r1"].value for estimates in (each.model, each.baseline)] for each in (self.first, self.ten)
+        )
+        change = self.ten.difference["t2i_r1"]
+        doubt = "" if change.is_certain else f" This is not certain ({change.low:+.1f} to {change.high:+.1f})."
+        return (
+            f"Among all {self.images:,} images for training and validation, {first:.1f} % of the validation captions "
+            f"find their image first (untouched: {first_before:.1f} %), and {ten:.1f} % among the first ten "
+            f"({ten_before:.1f} %).{doubt}"
+        )
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The comparison of a method with the untouched model, and the settings it was trained with."""
 
     method: str
     comparison: PairedDifference
     config: TrainConfig
+    wider: WiderSearch | None = None
 
     @property
     def is_worth_it(self) -> bool:
@@ -45,17 +74,17 @@ class Verdict:
     @property
     def is_certain(self) -> bool:
         """True if the interval of the difference excludes 0."""
-        difference = self.comparison.difference["mean_r1"]
-        return difference.low > 0 or difference.high < 0
+        return self.comparison.difference["mean_r1"].is_certain
 
     def __str__(self) -> str:
         pairs, images = self.comparison.queries, self.comparison.images
         parts = [
-            f"{'R@1 in percent (95 % interval)':32}{'text-to-image':24}{'image-to-text':24}mean",
+            f"{f'R@1 in % among {images:,} images':32}{'text-to-image':24}{'image-to-text':24}mean",
             _row("untouched model", self.comparison.baseline, ""),
             _row(f"adapted ({self.method})", self.comparison.model, ""),
             _row("difference", self.comparison.difference, "+"),
             self._answer(),
+            *([str(self.wider)] if self.wider else []),
         ]
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than "block-adapters" from any number of captions.
@@ -75,28 +104,20 @@ class Verdict:
 
     def _answer(self) -> str:
         difference = self.comparison.difference["mean_r1"]
+        pool = f"among {self.comparison.images:,} validation images"
         interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
         pairs = f"{self.comparison.queries:,} validation pairs"
         if not self.is_worth_it:
-            return f"Was it worth it? No: the untouched model is at least as good ({interval}; {pairs})."
+            return f"Was it worth it? No: the untouched model is at least as good {pool} ({interval}; {pairs})."
         if not self.is_certain:
             return (
-                f"Was it worth it? Uncertain: {difference.value:+.1f} points, but the interval includes 0 ({interval}; "
-                f"{pairs}). Add validation pairs, or train several seeds with `dcar evaluate`."
+                f"Was it worth it? Uncertain: {difference.value:+.1f} points {pool}, but the interval includes 0 "
+                f"({interval}; {pairs}). Add validation pairs, or train several seeds with `dcar evaluate`."
             )
         return (
-            f"Was it worth it? Yes: {difference.value:+.1f} points of mean R@1 ({interval}; {pairs}). These pairs also "
-            f"chose the epoch; `dcar evaluate` measures on the test split."
+            f"Was it worth it? Yes: {difference.value:+.1f} points of mean R@1 {pool} ({interval}; {pairs}). These "
+            f"pairs also chose the epoch; `dcar evaluate` measures on the test split."
         )
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """The outcome of a training; no verdict for a method that learns nothing."""
-
-    result: TrainResult
-    fingerprint: str
-    verdict: Verdict | None
 
 
 def adapt(
@@ -115,8 +136,9 @@ def adapt(
     tensorboard: bool = False,
     restart: bool = False,
     device: str = "auto",
+    request: Mapping[str, Any] | None = None,
     on_data: Callable[[str], None] = lambda description: None,
-) -> Adaptation | None:
+) -> FinishedTraining | None:
     """Adapt a model to a data set, and write its checkpoint to `out`; None for torchrun's processes but the leader.
 
     Args:
@@ -124,15 +146,15 @@ def adapt(
         images: directory of the images, if not that of the data. skip_broken: leave out images that cannot be read.
         negatives, taxonomy: as `add_negatives` takes them.
         features: directory of cached features; default: in `out`.
-        restart: discard the state of an interrupted run.
+        restart: discard the state of an interrupted run. A finished checkpoint in `out` is replaced in any case;
+            `finished.find_finished` recognises one.
+        request: what `finished.describe_request` returned; it is noted in the checkpoint.
         on_data: called with a description of the splits before the training starts.
 
     Raises:
         DcarError: data, model or method cannot be used, or `out` holds something else.
         DivergedError: the loss or a vector is not finite.
     """
-    if method is not None:
-        config_of(method)  # refuses an unknown name before a model is loaded
     require_own_config(out)
     with torchrun_group(pick_device(device)) as (group, here):
         splits, reports = load_splits(
@@ -167,23 +189,40 @@ def adapt(
             raise
         if not group.is_leader:
             return None
-        notes = {**config.to_dict(), "epoch": result.epoch, "validation": result.best}
-        fingerprint = save_checkpoint(model, out, training=notes)
-        if not result.history:  # nothing to learn; another method's unfinished run stays
-            return Adaptation(result, fingerprint, None)
-        delete_state(out)
-        own, untouched = (
-            split_hits(each, prepare_split(splits["val"], each, for_training=False, cache=cache))
-            for each in (model, seeded_model(backbone, config_of("clip"), config.seed))
+        verdict = None
+        if result.history:  # else there was nothing to learn
+            untouched = seeded_model(backbone, config_of("clip"), config.seed)
+            verdict = _compare(model, untouched, splits, cache, config)
+        done = FinishedTraining(
+            result.epoch, round(result.seconds, 1), "", str(verdict or ""), verdict is None or verdict.is_worth_it
         )
-        return Adaptation(result, fingerprint, Verdict(chosen.method, compare_hits(own, untouched), config))
+        notes = {**config.to_dict(), "validation": result.best, **asdict(done)}
+        if request is not None:
+            is_default = chosen.method == default_method(backbone.level)
+            notes["request"] = {**request, "method": None if is_default else chosen.method}
+        fingerprint = save_checkpoint(model, out, training=notes)
+        if result.history:  # another method's unfinished run stays
+            delete_state(out)
+        return replace(done, fingerprint=fingerprint)
 
 
-def split_hits(model: DCAR, split: PreparedSplit) -> Hits:
-    """Return the R@1 hits of a model's queries and images on a split."""
-    model.eval()
-    ranks = compute_ranks(encode_captions(model, split), encode_images(model, split), split.image_of)
-    return Hits.from_ranks(ranks, split.image_of)
+def _compare(
+    model: DCAR, untouched: DCAR, splits: Mapping[str, Dataset], cache: FeatureCache, config: TrainConfig
+) -> Verdict:
+    """Compare a model with the untouched one on the validation pairs, among their images and among all."""
+    hits, wider, images = list[Hits](), list[tuple[Hits, Hits]](), 0
+    for each in (model, untouched):
+        each.eval()
+        train, val = (prepare_split(splits[name], each, for_training=False, cache=cache) for name in ("train", "val"))
+        text, own, others = encode_captions(each, val), encode_images(each, val), encode_images(each, train)
+        hits.append(Hits.from_ranks(compute_ranks(text, own, val.image_of), val.image_of))
+        known = set(splits["val"].images)
+        is_other = [name not in known for name in splits["train"].images]
+        ranks = compute_ranks(text, np.concatenate([own, others[is_other]]), val.image_of)
+        wider.append((Hits.from_ranks(ranks, val.image_of), Hits.from_ranks(ranks, val.image_of, k=10)))
+        images = len(own) + sum(is_other)
+    first, ten = (compare_hits(own, other) for own, other in zip(*wider, strict=True))
+    return Verdict(model.config.method, compare_hits(*hits), config, WiderSearch(images, first, ten))
 
 
 def _row(name: str, estimates: Mapping[str, Estimate], sign: str) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from dcar_core.training.finished import STATE_FILE
 from dcar_core.util.errors import MissingExtraError, TrainingError
 from dcar_core.util.files import atomic_writer
 
-STATE_FILE, LOG_FILE = "state.pt", "log.csv"
+LOG_FILE = "log.csv"
 _FORMAT: dict[str, Any] = {"state format": 2}
 
 

@@ -32,10 +32,11 @@ class Hits:
     image_hits: NDArray[np.float64]
 
     @classmethod
-    def from_ranks(cls, ranks: Ranks, image_of_text: Rows) -> "Hits":
+    def from_ranks(cls, ranks: Ranks, image_of_text: Rows, k: int = 1) -> "Hits":
+        """Return the hits among the first k, in place of those at 1."""
         image = np.searchsorted(ranks.described, image_of_text)
-        texts, hits = (np.bincount(image, weights).astype(np.float64) for weights in (None, ranks.text < 1))
-        return cls(texts, hits, (ranks.image < 1).astype(np.float64))
+        texts, hits = (np.bincount(image, weights).astype(np.float64) for weights in (None, ranks.text < k))
+        return cls(texts, hits, (ranks.image < k).astype(np.float64))
 
     @classmethod
     def mean(cls, runs: Sequence["Hits"]) -> "Hits":
@@ -51,6 +52,11 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    @property
+    def is_certain(self) -> bool:
+        """True if the interval excludes 0."""
+        return self.low > 0 or self.high < 0
 
     def __format__(self, sign: str) -> str:
         return f"{self.value:{sign}.1f} ({self.low:{sign}.1f} to {self.high:{sign}.1f})"

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dcar_core.util.errors import DcarError
+
 # The disk is full, read-only or broken, or the user's quota is used up.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 
@@ -37,6 +39,14 @@ def default_cache_directory() -> Path:
 def apply_umask(mode: int) -> int:
     """Return the mode that `mkdir` or `open` would use; some libraries write only for this user."""
     return mode & ~_UMASK
+
+
+def require_writable(directory: Path) -> None:
+    """Raise DcarError if a directory cannot be written to or created. Nothing is created."""
+    place = next(each for each in (directory, *directory.absolute().parents) if os.path.lexists(each))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "is not writable" if place.is_dir() else "is not a directory"
+        raise DcarError(f"{directory} cannot be written: {place} {reason}; give another")
 
 
 def sha256_of(path: Path) -> str:

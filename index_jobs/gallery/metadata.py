@@ -59,8 +59,8 @@ class GalleryMetadata:
         return cls(path, {name: record for name, (_, record) in records.items()})
 
     @classmethod
-    def from_annotations(cls, folder: str) -> "GalleryMetadata | None":
-        """Read a folder's annotations for training (`train.json`, `pairs.csv`, ...), if there are any.
+    def from_annotations(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
+        """Read a folder's annotations for training (`train.json`, `pairs.csv`, ...), or else its only other table.
 
         Tars are left out: their images have metadata of their own.
 
@@ -73,8 +73,8 @@ class GalleryMetadata:
         try:
             files = [file for split in SPLITS for file in annotation_files(Path(folder), split)]
             if not files:
-                _warn_of_unread_tables(Path(folder))
-            if not files or any(file.suffix == ".tar" for file in files):
+                return cls.from_other_table(folder, names)
+            if any(file.suffix == ".tar" for file in files):
                 return None
             splits, reports = load_splits(Path(folder), image_policy="present")
         except DataError as error:
@@ -101,13 +101,34 @@ class GalleryMetadata:
         return cls(", ".join(paths), records)
 
     @classmethod
+    def from_other_table(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
+        """Read the folder's only table, whatever it is called, if its `file_name` names an image; one line says so.
+
+        Tables that are not read are a warning; those of one image ("1.jpg.json") are left out.
+        """
+        tables = (path for path in Path(folder).iterdir() if path.suffix.lower() in {*RECORD_SUFFIXES, ".json"})
+        others = sorted(path.name for path in tables if path.name.count(".") == 1)
+        if len(others) == 1 and not others[0].endswith(".json"):
+            with suppress(DataError):
+                metadata = cls.read(join_location(folder, others[0]))
+                if not metadata._records.keys().isdisjoint(names):
+                    logger.warning("%s describes the images, as it is the only table here", metadata.path)
+                    return metadata
+        if others:
+            suffix = PurePosixPath(others[0]).suffix
+            forms = f"metadata{suffix} (column file_name) or pairs{suffix} (columns image and caption)"
+            name = "pairs.json (in the form of `dcar data caption`)" if suffix == ".json" else forms
+            logger.warning("%s is not read: call it %s", others[0], name)
+        return None
+
+    @classmethod
     def of_folder(cls, folder: str, names: Collection[str]) -> "GalleryMetadata | None":
         """Read a folder's metadata file, if there is one among the names of its files, or else its annotations."""
         files = [name for name in METADATA_FILES if name in names]
         if len(files) > 1:
             raise DataError(f"{join_location(folder, files[0])} and {files[1]} both exist; keep one")
         if not files:
-            return None if is_url(folder) else cls.from_annotations(folder)
+            return None if is_url(folder) else cls.from_annotations(folder, names)
         metadata = cls.read(join_location(folder, files[0]))
         has_captions = any(record.get("caption") or record.get("captions") for record in metadata._records.values())
         if not is_url(folder) and not has_captions:
@@ -141,16 +162,6 @@ class GalleryMetadata:
 
 def _plain_name(name: str) -> str:
     return name.replace("\\", "/").removeprefix("./")
-
-
-def _warn_of_unread_tables(folder: Path) -> None:
-    """Warn about tables in a folder whose names are not read; those of one image ("1.jpg.json") are left out."""
-    tables = (path for path in folder.iterdir() if path.suffix.lower() in {*RECORD_SUFFIXES, ".json"})
-    if names := sorted(path.name for path in tables if path.name.count(".") == 1):
-        suffix = PurePosixPath(names[0]).suffix
-        forms = f"metadata{suffix} (column file_name) or pairs{suffix} (columns image and caption)"
-        name = "pairs.json (in the form of `dcar data caption`)" if suffix == ".json" else forms
-        logger.warning("%s is not read: call it %s", names[0], name)
 
 
 def _add_other_columns(table: str, records: Mapping[str, Record], annotations: Annotations) -> None:

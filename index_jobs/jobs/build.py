@@ -140,10 +140,10 @@ class _Build:
         """Build and publish a version."""
         out, options, gallery = self.out, self.options, self.gallery
         with publish.open_staging(out) as staging:
+            _require_fields(gallery, self.spec)  # before a model is loaded
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
             replicas, runtime = self._load_replicas(staging / CHECKPOINT)
             self.encoder = replicas[0]
-            _require_fields(gallery, self.spec)
             least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
             store = ShardStore(gallery, self.encoder, runtime, self.work, options)
             self.served = self._open_served()

@@ -1,6 +1,8 @@
 """The command line as a whole: what a user can fix is one line."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -15,8 +17,8 @@ from typer.testing import CliRunner
 from app.cli import app, main
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.towers.text import CausalText
-from dcar_core.training.train_state import STATE_FILE
-from dcar_core.util.errors import DcarError, ImageError, ModelError
+from dcar_core.training.finished import STATE_FILE
+from dcar_core.util.errors import DcarError, ImageError, ModelError, TrainingError
 from dcar_core.util.memory import WEIGHTS_FILE
 from tests.support.files import write_json
 from tests.support.tiny_clips import tiny_config
@@ -144,11 +146,62 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     assert "adapted (block-adapters)" in result.stdout
     assert "Was it worth it? No" in result.stdout
     assert "Caveat: 6 validation pairs" in result.stdout
+    assert re.search(r"among 6 validation images .*\nAmong all 18 images for training and validation,", result.stdout)
     assert (tmp_path / "trainables.safetensors").is_file()
     (tmp_path / STATE_FILE).write_text("of an unfinished run")
     result = CliRunner().invoke(app, [*map(str, command), "--method", "clip"])
     assert result.exit_code == 0, result.output  # nothing to learn, so nothing to judge
     assert (tmp_path / STATE_FILE).is_file(), "clip discarded the unfinished run of another method"
+
+
+def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data, out = shutil.copytree(tiny_data, tmp_path / "data"), tmp_path / "out"
+    command = ["train", *map(str, ("--data", data, "--model", tiny_model, "--out", out)), "--epochs", "1", "--lr", "0"]
+    first = CliRunner().invoke(app, command)
+    written = (out / "trainables.safetensors").stat().st_mtime_ns
+
+    def refusal(*options: str) -> str:
+        done = CliRunner().invoke(app, [*command, *options])
+        assert isinstance(done.exception, TrainingError), done.output
+        assert (out / "trainables.safetensors").stat().st_mtime_ns == written
+        return str(done.exception)
+
+    for same in ([], ["--method", "block-adapters"]):
+        again = CliRunner().invoke(app, [*command, *same])
+        head, _, verdict = again.stdout.partition("\n")
+        assert re.fullmatch(rf"{out}: already trained: epoch 1, .*; --restart trains again", head)
+        assert (again.exit_code, verdict) == (3, first.stdout.partition("\n")[2])
+    remedy = "choose another --out, or replace it with --restart"
+    assert refusal("--lr", "1e-3", "--seed", "1") == (
+        f"{out} holds a checkpoint that was trained with another lr, seed; {remedy}"
+    )
+    assert "another method;" in refusal("--method", "clip-adapter")
+    write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"training": {}})
+    assert refusal() == f"{out} holds a checkpoint of block-adapters from another command; {remedy}"
+    restarted = CliRunner().invoke(app, [*command, "--restart"])
+    assert "already" not in restarted.stdout
+    assert (out / "trainables.safetensors").stat().st_mtime_ns > written
+    os.utime(next(data.glob("*/*.png")))
+    written = (out / "trainables.safetensors").stat().st_mtime_ns
+    assert "another data;" in refusal()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "zero-shot"])
+def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(
+    command: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    data = [] if command == "zero-shot" else ["--data", str(tiny_data)]
+    done = CliRunner().invoke(
+        app, [command, *data, "--model", "no such model", "--out", str(tmp_path / "file" / "out")]
+    )
+    assert str(done.exception).endswith(f"cannot be written: {tmp_path / 'file'} is not a directory; give another")
+
+
+def test_a_missing_query_image_is_told_before_the_index_is_opened(tmp_path: Path) -> None:
+    for query in (["gone.jpg"], ["a cat", "--image", "gone.jpg"]):
+        done = CliRunner().invoke(app, ["search", *query, "--index", str(tmp_path)])
+        assert str(done.exception) == "gone.jpg: No such file"
 
 
 def test_a_diverged_training_leaves_no_state_that_refuses_a_lower_rate(

@@ -18,9 +18,10 @@ from dcar_core.model.config import Amp, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.distributed import ProcessGroup
+from dcar_core.training.finished import STATE_FILE
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.train import train
-from dcar_core.training.train_state import STATE_FILE, delete_state
+from dcar_core.training.train_state import delete_state
 from dcar_core.util.errors import DivergedError, TrainingError
 from tests.support.commands import Command, run
 from tests.support.paths import TRAIN_PROCESS

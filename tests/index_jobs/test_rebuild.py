@@ -84,15 +84,16 @@ def test_unchanged_job_is_reused(build: Build, tiny_checkpoint: Path, other_chec
     assert len(list((tmp_path / "index" / "work").iterdir())) == 1, "the newest vectors only"
 
 
-def test_fields_that_no_item_has_are_refused_before_encoding(
-    build: Build, gallery: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_fields_that_no_item_has_are_refused_before_a_model_is_loaded(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One text field beside others may be missing: items that are added later may have it."""
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
     (gallery / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"tags": ["a", "b"]}) for row in rows))
     build(gallery, keep_shards=False, group_field="color", text_fields=["brand", "color"])
     assert "--text-fields: no item has the field 'brand'" in caplog.text
-    served, encoded = open_current(tmp_path / "index").manifest, list[int]()
+    served = open_current(tmp_path / "index").manifest
+    lost = shutil.copytree(tiny_checkpoint, tmp_path / "lost" / "checkpoint")  # without its model
     assert served.spec.text_fields == ("brand", "color")
     for option, says in (
         ({"group_field": "colour"}, "--group-field: no item has the field 'colour'; there are: .*color"),
@@ -100,8 +101,7 @@ def test_fields_that_no_item_has_are_refused_before_encoding(
         ({"text_fields": ["colour", "form"]}, "--text-fields: no item has the field 'colour' or 'form'; there are: .*"),
     ):
         with pytest.raises(DataError, match=says):
-            build(gallery, on_encoded=encoded.append, **option)
-    assert not encoded
+            build(gallery, checkpoint=lost, **option)
     assert open_current(tmp_path / "index").manifest == served
 
 
