@@ -162,7 +162,9 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Train and test several methods with several seeds; print a table, and write results.* and report.html to --out.
+    """Train and test several methods with several seeds, and the untouched model; recommend one in the last line.
+
+    It prints tables, and writes results.* and report.html to --out.
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
@@ -196,6 +198,8 @@ def evaluate(
     if methods is None:
         names = comparable_methods(backbone.level)
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
+    elif "clip" not in names:
+        names.insert(0, "clip")  # the untouched model, which needs no training
     results = {}
     for directory, place in places.items():
         result = results[place.name] = compare(
@@ -206,6 +210,7 @@ def evaluate(
         )  # fmt: skip
         typer.echo(all_tables(result))
         typer.echo(f"{directory / 'report.html'} shows more, without a server")
+        typer.echo(result["recommendation"])
     if preset:
         typer.echo(paper_tables(results))
 

@@ -55,14 +55,15 @@ function go(change, { replace = false, typed = false } = {}) {
 async function show({ typed = false, restored = null } = {}) {
   if (!isReady()) return;
   if (state.beside && isSearched(state.beside)) state.beside = "";
+  if (state.picture && !images.has(state.picture)) { // it is lost when the page is closed or loaded again
+    state = { ...state, picture: "", crop: "", unlike: state.q || state.like.length ? state.unlike : [] };
+    writeAddress(state, { replace: true, position: history.state });
+  }
   drawControls();
   drawFacets(base(), state);
   drawSelection(hasSubject(state), nameOf(state.in));
   for (const name of [state.in, state.beside, state.of]) {
     if (name && !about(name)) return fail(`There is no gallery “${name}”.`);
-  }
-  if (state.picture && !images.has(state.picture)) {
-    return fail("An image is not part of a link and is lost when the page is closed. Choose it again.");
   }
   if (listKey(state) !== drawn) await load({ typed, restored });
   else if (running) { // another search, that the user has left again

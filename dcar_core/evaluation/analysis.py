@@ -55,15 +55,15 @@ def serving_cost(model: DCAR) -> dict[str, Any]:
 
     Returns:
         bytes: of the parameters that serving needs. backbone: "shared" with other domains or "own".
-        gallery: after a training, "unchanged", "matrix product" over its frozen features, or "encode again".
+        gallery: after a training, "unchanged", "recomputed" from its frozen features, or "encoded again".
     """
     own = model.changes is not None
     weights = model.backbone.clip.state_dict().values() if own else [parameter for _, parameter in model.served()]
-    again = "unchanged" if model.image_adapter is None else "matrix product"
+    again = "unchanged" if model.image_adapter is None else "recomputed"
     return {
         "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
         "backbone": "own" if own else "shared",
-        "gallery": again if model.image_is_frozen else "encode again",
+        "gallery": again if model.image_is_frozen else "encoded again",
     }
 
 

@@ -43,6 +43,7 @@ from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
+UNTOUCHED = "clip"
 ABLATIONS = ("dual", "block-adapters")  # parts of dcar and dcar+ under names of their own
 
 
@@ -134,6 +135,7 @@ def compare(
         "loss": loss,
         "grid": list(grid) if tune else None,
         "unseen_categories": len(held_out),
+        "test_images": len(splits["test"].images),
         "shots": {},
         "methods": {},
         "diverged": {},
@@ -160,7 +162,8 @@ def compare(
 
 
 def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> None:
-    """Set `baseline`, and each method's `intervals` and `difference` to it, as [value, low, high] in percent.
+    """Set `baseline`, each method's `intervals` and `difference` to it, as [value, low, high] in percent, and
+    `recommendation`, a sentence.
 
     hits: the hits of each seed, by method.
     """
@@ -171,6 +174,37 @@ def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> No
         result["intervals"] = {measure: list(astuple(each)) for measure, each in found.model.items()}
         difference = {measure: list(astuple(each)) for measure, each in found.difference.items()}
         result["difference"] = None if baseline in (None, name) else {**difference, "p": found.p}
+    results["recommendation"] = _recommend(results, means)
+
+
+def _recommend(results: Results, means: Mapping[str, Hits]) -> str:
+    """Recommend the cheapest method that is not certainly worse on the test split than the best on validation."""
+    best = best_method(results)
+    found = {name: compare_hits(means[best], means[name]) for name in means}
+    chosen = next(
+        name for name in sorted(means, key=lambda name: _cost(results["methods"][name]))
+        if name == best or found[name].difference["mean_r1"].low <= 0
+    )  # fmt: skip
+    pool = f"among {found[best].images:,} test images"
+    if chosen == best == UNTOUCHED:
+        return f"Take the untouched model: no method was better on validation ({found[best].images:,} test images)."
+    compared = UNTOUCHED if chosen == best and UNTOUCHED in found else chosen
+    difference = found[compared].difference["mean_r1"]
+    interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
+    gain = f"{difference.value:+.1f} points of mean R@1 {pool} ({interval})"
+    if chosen != best:
+        name = "the untouched model" if chosen == UNTOUCHED else f"{chosen}, which costs less"
+        return f"Take {name}: {best} is not certainly better, by {gain}."
+    if compared == UNTOUCHED:
+        return f"Take {best}: it is better than the untouched model, by {gain}."
+    return f"Take {best}: it was the best on validation."
+
+
+def _cost(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the cost of a method, for comparison: what it adds to serving, then to a gallery, then its training."""
+    serving = result["serving"]
+    seconds = float(np.mean([run["seconds"] for run in result["runs"]]))
+    return serving["bytes"], ("unchanged", "recomputed", "encoded again").index(serving["gallery"]), seconds
 
 
 def best_baseline(results: Results) -> str | None:

@@ -63,7 +63,7 @@ def _differences_plot(results: Results) -> str:
 
 def _epochs_plot(results: Results) -> str:
     """Draw validation R@1 by epoch, one line a seed; a dot marks the epoch that was kept."""
-    title = "Validation R@1 by epoch, mean of both directions; dots mark the epochs that were kept"
+    title = "Validation R@1 by epoch; dots mark the epochs that were kept"
     curves = [
         (name, [record["epoch"] for record in run["history"]], list(map(mean_r1, run["history"])), [run["epoch"] - 1])
         for name, method in results["methods"].items()
@@ -112,7 +112,7 @@ def _rows_of(names: Sequence[str], title: str, label: str) -> Axes:
 
 def _axes(title: str, label: str, height: float) -> Axes:
     axes = Figure(figsize=(8, height), layout="constrained").subplots()
-    axes.set_title(title)
+    cast("Figure", axes.figure).suptitle(title)  # over the whole width: beside a legend, axes are narrower than a title
     axes.set_xlabel(label)
     return axes
 

@@ -14,9 +14,13 @@ from dcar_core.training.validation import mean_r1
 from dcar_core.util.bootstrap import Estimate
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
-HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above its hard negatives")
+HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above swapped captions")
 MIN_CATEGORY_PAIRS = 3  # R@1 of fewer pairs is noise
 WEAKEST_CATEGORIES = 10
+_RECALL_NOTE = (
+    "R@k is the share of captions whose own image, or of images whose own caption, is among the first k. Above swapped "
+    "captions: the share of images whose caption scores above all of its captions with another category or attribute."
+)
 _BOOTSTRAP_NOTE = (
     "Paired bootstrap over the test images with their captions, hits averaged over seeds; the baseline is the best one "
     "on validation. It measures the error of the test queries, the spread above that of training."
@@ -34,7 +38,8 @@ Section = tuple[str, list[str], Rows]
 def all_tables(results: Results) -> str:
     """Return the tables of methods as Markdown, for a terminal, below a line with their unit."""
     tables = (recall_rows, significance_rows, measures_rows, shots_rows, settings_rows)
-    return "\n".join([f"Percent; {_spread_of(results)}.", *(_markdown(rows) for t in tables if (rows := t(results)))])
+    unit = f"Percent{_pool_of(results)}; {_spread_of(results)}."
+    return "\n".join([unit, *(_markdown(rows) for t in tables if (rows := t(results)))])
 
 
 def results_markdown(results: Results) -> str:
@@ -52,12 +57,13 @@ def sections(results: Results) -> list[Section]:
     loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
     summary = (
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
-        f"{pairs['test']:,} test pairs. {settings['epochs']} epochs, batches of {settings['batch_size']}{tuning}; "
-        f"{_spread_of(results)}, percent.{loss}"
+        f"{pairs['test']:,} test pairs{_pool_of(results)}. {settings['epochs']} epochs, batches of "
+        f"{settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}"
     )
-    diverged = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
+    notes = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
+    notes = [summary, _RECALL_NOTE, *notes, *filter(None, [results.get("recommendation")])]
     found: list[Section] = [
-        ("Recall", [summary, *diverged], recall_rows(results)),
+        ("Recall", notes, recall_rows(results)),
         ("Significance", [_BOOTSTRAP_NOTE], significance_rows(results)),
         ("Other measures", [_MEASURES_NOTE], measures_rows(results)),
         ("Few pairs", ["Mean R@1 after training on this number of pairs of each category."], shots_rows(results)),
@@ -113,10 +119,10 @@ def shots_rows(results: Results) -> Rows:
 
 
 def settings_rows(results: Results) -> Rows:
-    """Return, for each method, its parameters, cost of serving, query weights, seconds, and tuned learning rate."""
+    """Return, for each method, its parameters, cost of serving, seconds, and tuned learning rate."""
     grid = [f"{lr:g}" for lr in results["grid"] or ()]
     rows = [["method", "trainable", "bytes per domain", "backbone", "gallery after training"]]
-    rows[0] += ["query weights", "seconds per run", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]
+    rows[0] += ["seconds per run", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]
     for name, method in results["methods"].items():
         cost, tuning = method["serving"], method["tuning"]
         seconds = sum(run["seconds"] for run in method["runs"]) / len(method["runs"])
@@ -124,7 +130,7 @@ def settings_rows(results: Results) -> Rows:
         cells = [f"{score:.1f}" if score is not None else "diverged" if tuning else "-" for score in scores]
         rows.append([
             name, f"{method['trainable']:,}", f"{cost['bytes']:,}", cost["backbone"], cost["gallery"],
-            query_weights(method), f"{seconds:.0f}", "-" if method["lr"] is None else f"{method['lr']:g}", *cells,
+            f"{seconds:.0f}", "-" if method["lr"] is None else f"{method['lr']:g}", *cells,
         ])  # fmt: skip
     return rows
 
@@ -149,13 +155,6 @@ def confusion_rows(results: Results, name: str) -> Rows:
     confusions = results["methods"][name]["runs"][0]["confusions"]
     rows = [[c["category"], c["taken_for"], f"{c['count']} of {c['of']}"] for c in confusions]
     return [["category of the caption", "category of the first image", "captions"], *rows] if rows else []
-
-
-def query_weights(method: dict[str, Any]) -> str:
-    """Return the token weights that validation chose for the queries of a method's runs: "predicted" or "none"."""
-    runs = method["runs"]
-    predicted = sum(run["query"] == "predicted" for run in runs)
-    return f"predicted in {predicted} of {len(runs)}" if 0 < predicted < len(runs) else str(runs[0]["query"])
 
 
 def best_method(results: Results, names: Iterable[str] | None = None) -> str:
@@ -199,6 +198,11 @@ def summarise(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return mean and sample standard deviation over runs, for each measure."""
     spreads = {column: spread([run[column] for run in runs]) for column in COLUMNS}
     return {key: {column: spreads[column][key] for column in COLUMNS} for key in ("mean", "std")}
+
+
+def _pool_of(results: Results) -> str:
+    images = results.get("test_images")
+    return f" among {images:,} test images" if images else ""
 
 
 def _spread_of(results: Results) -> str:

@@ -70,7 +70,18 @@ from index_jobs.store.versions import open_current
 logger = logging.getLogger(__name__)
 
 WORK = "work"
-_SUMMARIZED = ("version", "count", "failed", "fingerprint", "dim", "kind", "reason", "measured", "number_texts")
+_SUMMARIZED = (
+    "version",
+    "count",
+    "failed",
+    "fingerprint",
+    "dim",
+    "kind",
+    "reason",
+    "measured",
+    "number_texts",
+    "cutoff",
+)
 _COMPARED = ["caption", "category", "metadata", "size"]
 
 

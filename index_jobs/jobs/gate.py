@@ -183,6 +183,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Return the manifest's `cutoff` and `hybrid_weight` by the validation pairs whose image has a vector.
 
+    The cut-off comes with the recall of the texts among all images.
+
     The cut-off is the meaning of `min_score: "auto"`. The score of a pair is that of its text, encoded as a query, and
     the vector of its image. For the weight, see `index_jobs.store.lexical.fusion`.
     """
@@ -193,7 +195,9 @@ def calibrate(
         return {}
     positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     vectors = encoder.encode_text(texts)
-    cutoff = compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(positions)))
+    is_found = index.search(vectors, max(_RANKS))[1] == positions[:, None]
+    recall = {f"recall_at_{k}": round(float(is_found[:, :k].any(1).mean()), 4) for k in _RANKS}
+    cutoff = compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(positions))) | recall
     captions = [gallery.table["caption"][row].as_py() for row in rows[positions].tolist()]
     queries = [
         (text, vector, position)

@@ -30,6 +30,7 @@ class RebuildSummary:
     reason: str
     measured: dict[str, Any]
     number_texts: dict[str, str]  # fields with texts such as "10,50", with an example
+    cutoff: dict[str, Any]  # as in the manifest
     changes: dict[str, int] | None = None  # items that came, went and changed since the served version
     gate: dict[str, Any] | None = None  # comparison with the served version; see `gate.GateVerdict`
     notified: dict[str, str] = field(default_factory=dict)  # outcome for each service
@@ -48,6 +49,13 @@ class RebuildSummary:
             lines.append(f"since the previous version: {numbers}")
         if self.gate and not self.reused:
             lines.append(f"compared with the previous version: {self.gate['reason']}")
+        if "recall_at_1" in self.cutoff:
+            first, ten = (100 * self.cutoff[f"recall_at_{k}"] for k in (1, 10))
+            lines.append(
+                f"validation: {self.cutoff['pairs']:,} texts find their image first in {first:.1f} %, among the first "
+                f"ten in {ten:.1f} %, of all {self.count:,} images"
+            )
+            lines.append(f"results are likely from a score of {self.cutoff['min_score']:.3f} on")
         lines += self.notes()
         lines += [f"notified {service}: {outcome}" for service, outcome in self.notified.items()]
         if self.hint:

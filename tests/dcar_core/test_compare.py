@@ -17,6 +17,7 @@ from PIL import Image
 
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation import compare
+from dcar_core.evaluation.comparison import add_significance
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
@@ -28,6 +29,7 @@ from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate
+from dcar_core.util.bootstrap import Hits
 from dcar_core.util.errors import DataError, DivergedError
 from tests.support.comparisons import QUICK, trainings
 from tests.support.parts import needs
@@ -230,7 +232,7 @@ def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, ti
     text = (out / "report.html").read_text()
     page.feed(text)
     assert page.tags.count("svg") == 4  # recall in both directions, differences, training curves
-    assert "query weights" in text
+    assert results["recommendation"] in text
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert page.addresses  # the example images
     for address in (each for each in page.addresses if not each.startswith("#")):
@@ -271,3 +273,28 @@ def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data:
     del content["hits"]
     record.write_text(json.dumps(content))
     assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False) == first
+
+
+@pytest.mark.parametrize(
+    ("dear", "cheap", "advice"),
+    [
+        (40, 0, "Take dear: it is better than the untouched model, by +40.0 points of mean R@1 among 100 test images"),
+        (41, 40, "Take cheap, which costs less: dear is not certainly better, by +1.0 points"),
+        (1, 0, "Take the untouched model: dear is not certainly better, by +1.0 points"),
+    ],
+)
+def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(dear: int, cheap: int, advice: str) -> None:
+    hits = {
+        name: [Hits(np.ones(100), *[(np.arange(100) < right).astype(float)] * 2)]
+        for name, right in {"dear": dear, "cheap": cheap, "clip": 0}.items()
+    }
+    methods = {
+        name: {
+            "serving": {"bytes": size, "gallery": "unchanged"},
+            "runs": [{"seconds": 1, "val": {"t2i_r1": size, "i2t_r1": size}}],
+        }
+        for name, size in {"dear": 9, "cheap": 3, "clip": 0}.items()
+    }
+    results: dict[str, Any] = {"methods": methods}
+    add_significance(results, hits)
+    assert results["recommendation"].startswith(advice)

@@ -22,13 +22,13 @@ def verdict(adapted: Sequence[float], untouched: Sequence[float], method: str = 
             [1.0] * 150 + [0.0] * 50,
             [1.0] * 100 + [0.0] * 100,
             True,
-            "Yes: +25.0 points of mean R@1 among 200 validation images (95 % interval +",
+            "Yes: +25.0 points of mean R@1 among 200 validation images (95",
         ),
         (
             [1.0] * 51 + [0.0] * 49,
             [0.0] + [1.0] * 50 + [0.0] * 49,
             False,
-            "Uncertain: +1.0 points among 100 validation images, but the interval",
+            "Uncertain: +1.0 points among 100 validation images, but",
         ),
     ],
 )
