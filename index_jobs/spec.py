@@ -11,6 +11,7 @@ from typing import Any
 
 from dcar_core.util.errors import DataError
 
+KEEP_WRITES = 5  # versions that changes over HTTP keep of theirs
 _SHARE = {"metavar": "SHARE", "min": 0, "max": 1}
 
 
@@ -101,7 +102,9 @@ class BuildOptions:
         "is then the number of its workers.",
         metavar="ADDRESS",
     )
-    keep: int = _option(3, "Versions to keep for rollback, the new one included.", min=1)
+    keep: int = _option(
+        3, "Versions to keep for rollback, the new one included. Changes over HTTP have a history of their own.", min=1
+    )
     max_vanished: float = _option(
         0.2,
         "Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
@@ -140,6 +143,7 @@ class BuildOptions:
         "Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes only new "
         "images.",
     )
+    over_http: bool = False  # for the history of changes over HTTP, of which `keep` is then the length
     progress: bool = True
     on_encoded: Callable[[int], None] | None = None  # called with a number of images once they have vectors
 

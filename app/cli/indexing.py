@@ -11,7 +11,7 @@ from app.cli.options import Filter, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
-from index_jobs.spec import BuildOptions, IndexSpec
+from index_jobs.spec import KEEP_WRITES, BuildOptions, IndexSpec
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Item
@@ -35,9 +35,7 @@ def list_command(index: Index) -> None:
         mark = "*" if manifest.version == current else " "
         typer.echo(
             f"{mark} {manifest.version:4}  {manifest.created}  {manifest.count:9,} x {manifest.dim}  "
-            f"{manifest.kind:16}  {manifest.fingerprint[:12]}"
-            + (f"  +{len(manifest.additions)} additions" if manifest.additions else "")
-            + (f"  -{manifest.removed:,} removed" if manifest.removed else "")
+            f"{manifest.kind:16}  {manifest.fingerprint[:12]}  {manifest.change}".rstrip()
         )
         if manifest.version == current:
             _recommend(manifest.rebuild)
@@ -99,7 +97,10 @@ def apply_command(
     index: Index,
     workers: job_cli.Workers = None,
     batch_size: job_cli.BatchSize = BuildOptions.batch_size,
-    keep: job_cli.Keep = BuildOptions.keep,
+    keep: Annotated[
+        int,
+        Option("--keep-writes", envvar="DCAR_KEEP_WRITES", min=1, help="Versions with such changes to keep."),
+    ] = KEEP_WRITES,
     device: job_cli.Device = "auto",
     runtime: job_cli.Runtime = "auto",
 ) -> None:
@@ -108,6 +109,36 @@ def apply_command(
 
     options = {"workers": workers, "batch_size": batch_size, "keep": keep, "device": device, "runtime": runtime}
     typer.echo(f"{index}: {apply_writes(index, **options):,} jobs applied")
+
+
+@commands.command("update", epilog=example("dcar index update index --metadata prices.csv"))
+def update_command(
+    index: Index,
+    metadata: Annotated[
+        Path,
+        Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="CSV, JSONL or Parquet table with a column id, whose other columns are merged into the items' fields. "
+            "An empty cell changes nothing; null in JSONL removes a field.",
+        ),
+    ],
+    strict: Annotated[bool, Option("--strict", help="Refuse fields that no item has.")] = False,
+    keep: job_cli.Keep = BuildOptions.keep,
+) -> None:
+    """Publish a version with other metadata of some items; nothing is encoded."""
+    from dcar_core.data.report import shorten
+    from index_jobs.gallery.metadata import read_changes
+    from index_jobs.store.changes import change_metadata
+
+    changes = read_changes(str(metadata))
+    summary = change_metadata(index, changes, metadata.name, strict=strict, keep=keep)
+    typer.echo(f"{index}: version {summary.version}, {summary.changed:,} items changed")
+    if summary.new_fields:
+        typer.echo(f"new fields: {', '.join(summary.new_fields)}")
+    if summary.unknown:
+        typer.echo(f"{len(summary.unknown):,} unknown ids: {shorten(summary.unknown)}")
 
 
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))

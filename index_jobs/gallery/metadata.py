@@ -194,6 +194,26 @@ def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> d
     return records
 
 
+def read_changes(location: str) -> Iterator[tuple[str, Record]]:
+    """Yield the ids of a table and the fields to merge into each item; None removes one.
+
+    An empty cell of a CSV or Parquet table changes nothing. The image of an item stays, so its file name does as well.
+
+    Raises:
+        DataError: the table cannot be read, or a row has no id.
+    """
+    has_nulls = PurePosixPath(location).suffix.lower() == ".jsonl"
+    for number, record in read_gallery_records(location):
+        given = {name: value for name, value in record.items() if has_nulls or value not in (None, "")}
+        item_id, caption, category, fields = split_fields(given)
+        if not item_id:
+            columns = ", ".join(record) or "none"
+            raise DataError(f"{location}, row {number}: no id; the table needs a column id, and it has {columns}")
+        texts = {"caption": caption, "category": category}
+        fields |= {name: text or None for name, text in texts.items() if text or name in given}
+        yield item_id, {name: value for name, value in fields.items() if name != "file_name"}
+
+
 def split_fields(fields: Record) -> tuple[str, str, str, Record]:
     """Return (id, caption, category, all other fields as JSON values); missing texts are "".
 

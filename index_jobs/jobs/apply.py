@@ -9,7 +9,6 @@
 - A job whose process has died too often fails, so the jobs behind it are applied.
 """
 
-import contextlib
 import json
 import logging
 import time
@@ -17,36 +16,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from dcar_core.util.errors import ArtifactError, DataError, DcarError
+from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from index_jobs.jobs.update import add, remove
-from index_jobs.spec import BuildOptions
+from index_jobs.spec import KEEP_WRITES
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.changes import apply_patches, open_published
+from index_jobs.store.filters import match_rows
 from index_jobs.store.items import FieldTypes, fit_one_field
 from index_jobs.store.manifest import CHECKPOINT, FAILED
-from index_jobs.store.publish import report_os_errors, rollback
-from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
-from index_jobs.store.writes import WriteJob, WriteQueue
+from index_jobs.store.publish import report_os_errors
+from index_jobs.store.versions import open_version
+from index_jobs.store.writes import WriteJob, WriteQueue, sweep
 
 logger = logging.getLogger(__name__)
 
-BATCH_ITEMS = 2000
 MAX_STARTS = 100  # far more than restarts of a machine or a service explain
 _PROGRESS_S = 1.0
-_SWEEP_S = 3600.0
-_KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
 _LIST = "batch.jsonl"
-_IMAGE = r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$"  # the folders above may change when an index moves
 
 
 def apply_writes(index: Path, **options: Any) -> int:
     """Apply every waiting job of an index, those included that arrive meanwhile, and return their number.
 
     Args:
-        options: keep, workers, batch_size, device and runtime of `BuildOptions`.
+        options: keep (of changes over HTTP), workers, batch_size, device and runtime of `BuildOptions`.
 
     Raises:
         LockedError: another job is writing, or another process applies these jobs.
@@ -54,27 +51,12 @@ def apply_writes(index: Path, **options: Any) -> int:
     """
     queue, count = WriteQueue(index), 0
     with report_os_errors(index), queue.lock():
-        while names := _next_batch(queue):
-            _apply(queue, index, [queue.read(name) for name in names], options)
+        while jobs := queue.next_batch():
+            _apply(queue, index, jobs, {"keep": KEEP_WRITES, **options, "over_http": True})
             queue.clear_progress()
-            count += len(names)
+            count += len(jobs)
         sweep(queue, index)
     return count
-
-
-def _next_batch(queue: WriteQueue) -> list[str]:
-    """Return the first waiting jobs; the same ones again if a process was killed with them."""
-    waiting, started = queue.waiting(), set(queue.progress().get("jobs", ()))
-    begun = [name for name in waiting if name in started]
-    if begun:
-        return begun
-    names, count = list[str](), 0
-    for name in waiting:
-        count += len(queue.read(name).items)
-        if names and count > BATCH_ITEMS:
-            break
-        names.append(name)
-    return names
 
 
 def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
@@ -85,7 +67,10 @@ def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: di
         if starts > MAX_STARTS:
             raise DataError(f"given up: the process that applied it ended {MAX_STARTS} times before it was done")
         queue.set_progress(names, starts, 0, sum(len(job.items) for job in jobs))
-        _publish(queue, index, jobs, options)
+        if jobs[0].kind == "patch":
+            apply_patches(queue, index, jobs, options["keep"])
+        else:
+            _publish(queue, index, jobs, options)
     except DataError as error:
         if len(jobs) > 1:
             half = len(jobs) // 2
@@ -103,7 +88,7 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
     """Publish the changes of some jobs, and record their ends. Raise DataError if a change cannot be made."""
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
-    current = _open_published(index)
+    current = open_published(index)
     version, failed = (current.manifest.version, _failures(current)) if current else (None, dict[str, str]())
     puts = [
         (job, item)
@@ -111,6 +96,9 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
         if job.kind == "put" and job.image_name(item) not in failed and not (current and _is_held(current, job, item))
     ]
     deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
+    for condition in (job.filter for job in jobs if job.filter is not None):
+        rows = np.flatnonzero(match_rows(current, condition)) if current else ()
+        deleted += [current.item(int(row)).id for row in rows] if current else []
     if puts:
         # A broken image must not hide the change that an earlier job makes to the item.
         is_hiding = any(last[item["id"]][0] is not job for job in jobs for item in job.items)
@@ -118,24 +106,15 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
         version = _put(queue, index, puts, deleted, given, is_new=current is None)
         failed |= _failures(open_version(index, version))
     elif deleted and current:
-        version = remove(index, deleted, missing_ok=True, keep=options.get("keep", BuildOptions.keep)).version
+        version = remove(index, deleted, missing_ok=True, keep=options["keep"], over_http=True).version
     for job in jobs:
         lost = [
             {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
         ]
-        if len(lost) == len(job.items):
+        if lost and len(lost) == len(job.items):
             queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
         else:
             queue.end(job, status="done", index_version=version, failed=lost)
-
-
-def _open_published(index: Path) -> Artifact | None:
-    """Open the published version; None for a created collection that has none yet."""
-    if (index / CHECKPOINT).is_dir() and current_version(index) is None:
-        if not version_numbers(index):
-            return None
-        rollback(index)  # killed just before the end of the first publication
-    return open_current(index)
 
 
 def _put(
@@ -191,35 +170,3 @@ def _failures(artifact: Artifact) -> dict[str, str]:
     path = artifact.path / (artifact.manifest.additions[-1].folder if artifact.manifest.additions else "") / FAILED
     failures = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return {failure["name"]: failure["reason"] for failure in failures}
-
-
-def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
-    """Remove image files that no version shows and no waiting job has, and old records; at most once in `older_s`.
-
-    Args:
-        older_s: younger files stay, since their job may not be in the queue yet.
-    """
-    mark, now = queue.folder / "swept", time.time()
-    if mark.exists() and now - mark.stat().st_mtime < older_s:
-        return
-    mark.touch()
-    queue.forget(now - _KEEP_S)
-    waiting = set(queue.waiting())
-    shown = set[str]()
-    try:
-        for artifact in (open_version(index, number) for number in version_numbers(index)):
-            tables = [segment.items.table().select(["location"]) for segment in artifact.segments]
-            locations = pa.concat_tables(tables).filter(pa.array(artifact.live))["location"]
-            found = pc.extract_regex(locations, _IMAGE)
-            shown.update(each["name"] for each in pc.drop_null(found).to_pylist())
-    except ArtifactError as error:  # a version that cannot be read now may show any image
-        logger.warning("unused images are kept: %s", error)
-        return
-    for folder in queue.images.iterdir() if queue.images.is_dir() else ():
-        if folder.name in waiting or now - folder.stat().st_mtime < older_s:
-            continue
-        for path in folder.iterdir():
-            if f"{folder.name}/{path.name}" not in shown:
-                path.unlink()
-        with contextlib.suppress(OSError):  # not empty
-            folder.rmdir()

@@ -63,6 +63,7 @@ from index_jobs.store.manifest import (
     LEXICAL,
     VERSIONS,
     Manifest,
+    counted,
     utc_now,
 )
 from index_jobs.store.versions import open_current
@@ -169,7 +170,7 @@ class _Build:
             manifest = publish.commit_version(out, staged, keep=options.keep)
             if self.served is not None and not self.served.manifest.is_as_built:
                 logger.warning(
-                    "version %d holds the gallery as it is; what was added to or removed from version %d is not in it",
+                    "version %d holds the gallery as it is; what was added, removed or changed in %d is not in it",
                     manifest.version, self.served.manifest.version,
                 )  # fmt: skip
             if options.keep_shards:
@@ -365,6 +366,10 @@ class _Build:
             roots=list(gallery.roots),
             checkpoint=str(self.checkpoint.absolute()),
             created=utc_now(),
+            change=f"{counted(len(encoded), 'image')} added over HTTP"
+            if self.options.over_http
+            else f"built from {', '.join(place.rpartition('/')[2] for place in gallery.location.split(', '))}",
+            over_http=self.options.over_http,
             failed=len(encoded.failed),
             number_texts=field_types.number_texts,
             runtime=runtime,

@@ -45,6 +45,7 @@ from index_jobs.store.manifest import (
     REMOVED,
     Addition,
     Manifest,
+    counted,
     utc_now,
 )
 from index_jobs.store.versions import open_current
@@ -73,13 +74,19 @@ class UpdateSummary:
 
 
 def remove(
-    index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = BuildOptions.keep
+    index: Path,
+    ids: Sequence[str],
+    *,
+    missing_ok: bool = False,
+    keep: int = BuildOptions.keep,
+    over_http: bool = False,
 ) -> UpdateSummary:
     """Publish a version in which these items are never found.
 
     Args:
         ids: without any, nothing is published.
         missing_ok: ignore ids that are not in the index.
+        keep, over_http: as in `BuildOptions`.
 
     Raises:
         DataError: an id is not in the index, or no item would be left.
@@ -93,7 +100,10 @@ def remove(
         manifest = current.manifest
         if len(rows):
             removed = np.union1d(np.flatnonzero(~current.live), rows)
-            manifest = _publish(index, staging, current, removed, manifest.additions, keep)
+            change = f"{counted(len(rows), 'item')} removed"
+            manifest = _publish(
+                index, staging, current, removed, manifest.additions, change, keep=keep, over_http=over_http
+            )
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
@@ -111,7 +121,7 @@ def add(
         gallery: a folder, tar or list; see `index_jobs.gallery.scan`.
         replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
         removed_ids: items to remove in the same version; unknown ones are ignored.
-        options: keep, workers, batch_size, max_failed, device, runtime and progress of `BuildOptions`.
+        options: keep, over_http, workers, batch_size, max_failed, device, runtime and progress of `BuildOptions`.
 
     Raises:
         DataError: the gallery cannot be used, too many images are broken, an id exists already, or a field would get
@@ -136,7 +146,12 @@ def add(
         rows = _rows_of(current, [*replaced, *removed_ids], missing_ok=True)
         removed = np.union1d(np.flatnonzero(~current.live), rows)
         additions, removed = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
-        manifest = _publish(index, staging, current, removed, additions, settings.keep)
+        change = f"{counted(len(encoded), 'image')} added"
+        change += f" from {scanned.location.rpartition('/')[2]}" if not settings.over_http else ""
+        change += f", {counted(len(rows), 'item')} removed or replaced" if len(rows) else ""
+        manifest = _publish(
+            index, staging, current, removed, additions, change, keep=settings.keep, over_http=settings.over_http
+        )
         publish.remove_directory(index, index / WORK)
     return UpdateSummary(
         manifest.version, manifest.count, len(encoded), len(replaced), len(encoded.failed), manifest.rebuild
@@ -201,7 +216,15 @@ def _write_addition(
 
 
 def _publish(
-    index: Path, staging: Path, current: Artifact, removed: Rows, additions: list[Addition], keep: int
+    index: Path,
+    staging: Path,
+    current: Artifact,
+    removed: Rows,
+    additions: list[Addition],
+    change: str,
+    *,
+    keep: int,
+    over_http: bool,
 ) -> Manifest:
     """Publish a version that shares all files with the current one but merged additions and the removed rows."""
     manifest, added = current.manifest, sum(addition.count for addition in additions)
@@ -233,6 +256,8 @@ def _publish(
         additions=additions,
         rebuild="; ".join(reasons),
         created=utc_now(),
+        change=f"{change} over HTTP" if over_http else change,
+        over_http=over_http,
     )
     return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 
@@ -320,6 +345,7 @@ def relocate(
         shared = publish.share_files(current.path, staging, kept)
         if model is not None:
             current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
+        manifest = replace(manifest, created=utc_now(), change="images or model relocated", over_http=False)
         staged = publish.prepare_version(index, staging, manifest, shared=shared)
         if gallery is not None and (fault := staged.find_gallery_fault(new)):
             raise DataError(f"nothing is published: {fault}; give the new location of {old}")
@@ -344,7 +370,6 @@ def _move_manifest(manifest: Manifest, move: Callable[[str], str]) -> Manifest:
         root=move(manifest.root),
         roots=[*map(move, manifest.roots)],
         additions=additions,
-        created=utc_now(),
     )
 
 

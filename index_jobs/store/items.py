@@ -12,9 +12,9 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, canonical_json
 from index_jobs.checks import check_file_once
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class FieldTypes:
                 if value is None:
                     continue
                 frequency[name] += 1
-                value_type = _type_of(value)
+                value_type = type_of(value)
                 if isinstance(value, str) and (name in examples or name not in types):
                     if _NUMBER_LIKE.fullmatch(value):
                         examples[name] = examples.get(name, "") if value.isdecimal() else value
@@ -94,7 +94,7 @@ def _records(metadata: pa.ChunkedArray) -> Iterator[dict[str, Any]]:
             yield json.loads(text)
 
 
-def _type_of(value: Any) -> pa.DataType:
+def type_of(value: Any) -> pa.DataType:
     if isinstance(value, bool):
         return pa.bool_()
     if isinstance(value, int):
@@ -119,6 +119,12 @@ def fit_one_field(first: str, second: str) -> bool:
     return first == second or {first, second} == {"int64", "double"}
 
 
+def merged_type(values: list[Any], first: pa.DataType | None = None) -> pa.DataType | None:
+    """Return the narrowest type of a field with these values beside those of type `first`; None without any."""
+    kinds = [type_of(value) for value in values if value is not None]
+    return reduce(common_type, kinds, first or kinds[0]) if kinds else first
+
+
 def typed_array(values: list[Any], target: pa.DataType) -> pa.Array:
     """Return values of types that a type holds, null where they are None."""
     if target == _TEXT:
@@ -126,6 +132,21 @@ def typed_array(values: list[Any], target: pa.DataType) -> pa.Array:
     elif target == pa.float64():
         values = [None if value is None else float(value) for value in values]
     return pa.array(values, target)
+
+
+def _replaced(arrays: list[pa.Array], rows: Rows, values: list[Any], target: pa.DataType) -> list[pa.Array]:
+    """Return the batches of a column as a type, with other values in some rows, ascending."""
+    replaced, start = [], 0
+    for array in arrays:
+        array = array if array.type == target else typed_array(array.to_pylist(), target)
+        low, high = np.searchsorted(rows, [start, start + len(array)])
+        if low < high:
+            order = np.arange(len(array))
+            order[rows[low:high] - start] = len(array) + np.arange(high - low)
+            array = pa.concat_arrays([array, typed_array(values[low:high], target)]).take(pa.array(order))
+        replaced.append(array)
+        start += len(array)
+    return replaced
 
 
 def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
@@ -218,6 +239,34 @@ class Items:
             table = table.append_column(name, pa.nulls(len(self), pa.int32()))
         table = table.select(COLUMNS)
         return table if rows is None else take_rows(table, rows)
+
+    def write_changed(self, path: Path, records: Mapping[int, Mapping[str, Any]], changed: Set[str]) -> None:
+        """Write these items with other fields in some rows, as `write_items` would; other columns are copied.
+
+        Args:
+            records: by row, all of its fields, `caption` and `category` included.
+            changed: names of the fields that may differ.
+        """
+        rows = np.array(sorted(records), np.int64)
+        given = [records[row] for row in rows.tolist()]
+        columns = {name: [batch.column(name) for batch in self._batches] for name in self._schema.names}
+        own = [{name: value for name, value in each.items() if name not in BUILT_IN_FIELDS} for each in given]
+        texts = {name: [each.get(name, "") for each in given] for name in {"caption", "category"} & changed}
+        for name, values in {**texts, "metadata": [canonical_json(each).decode() for each in own]}.items():
+            columns[name] = _replaced(columns[name], rows, values, _TEXT)
+        for name in sorted(changed - {*BUILT_IN_FIELDS}):
+            values = [each.get(name) for each in own]
+            before = columns.pop(_FIELD + name, [])
+            target = merged_type(values, before[0].type if before else None)
+            if target is None or (not before and len(columns) >= len(_TYPES) + MAX_FIELDS):
+                continue
+            after = _replaced(before or [pa.nulls(len(batch), target) for batch in self._batches], rows, values, target)
+            if any(array.null_count < len(array) for array in after):  # the last value may be gone
+                columns[_FIELD + name] = after
+        schema = pa.schema([(name, arrays[0].type) for name, arrays in columns.items()])
+        with atomic_writer(path) as file, pa.ipc.new_file(file, schema) as writer:
+            for arrays in zip(*columns.values(), strict=True):
+                writer.write_batch(pa.RecordBatch.from_arrays([*arrays], schema=schema))
 
     def cell(self, row: int, column: str) -> Any:
         return self.scalar(row, column).as_py()

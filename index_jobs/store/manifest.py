@@ -25,6 +25,11 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 item" or "1,200 items"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """Length in bytes and sha256 of one file."""
@@ -64,6 +69,9 @@ class Manifest:
     files: dict[str, FileInfo] = field(default_factory=dict)  # by path relative to the version
     additions: list[Addition] = field(default_factory=list)
     removed: int = 0  # rows that are never found
+    changed: int = 0  # items whose metadata changed after the build, each as often as it did
+    change: str = ""  # how this version differs from the one before, in words; "" in versions older than this field
+    over_http: bool = False  # made by changes over HTTP, whose versions are a history of their own
     rebuild: str = ""  # why a rebuild is recommended, "" while it is not
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
     runtime: str = ""  # runtime that encoded the images; "" in versions older than this field
@@ -85,8 +93,8 @@ class Manifest:
 
     @property
     def is_as_built(self) -> bool:
-        """True if nothing was added or removed after the build."""
-        return not self.additions and not self.removed
+        """True if nothing was added, removed or changed after the build."""
+        return not self.additions and not self.removed and not self.changed
 
     @property
     def has_lexical(self) -> bool:

@@ -12,7 +12,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +109,8 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     """Make a prepared version the current one, and remove the oldest; within the same `open_staging`.
 
     Args:
-        keep: versions to keep: the new one and the one that it replaces first, then the newest.
+        keep: versions to keep of its own history, builds or changes over HTTP: the new one and the one that it replaces
+            first, then the newest. Changes that are older than every build that is kept go with the builds.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
@@ -117,12 +118,21 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     staged.path.rename(index / VERSIONS / str(manifest.version))
     fsync_path(index / VERSIONS)
     _write_current(index, manifest.version)
-    engines = {each.spec.engine for each in list_versions(index)}  # before versions are removed
-    numbers, protected = version_numbers(index), {manifest.version, manifest.replaced}
-    for number in sorted(numbers, key=lambda number: (number in protected, number), reverse=True)[keep:]:
+    manifests = list_versions(index)
+    written = {each.version for each in manifests if each.over_http}
+    for number in _displaced(manifest, version_numbers(index), written, keep):
         remove_directory(index, index / VERSIONS / str(number))
-    _sync(engines, index, manifest.version)
+    _sync({each.spec.engine for each in manifests}, index, manifest.version)
     return manifest
+
+
+def _displaced(new: Manifest, numbers: Sequence[int], written: set[int], keep: int) -> list[int]:
+    """Return the versions that a new one displaces; see `commit_version`. written: those made over HTTP."""
+    protected = {new.version, new.replaced} if keep > 1 else {new.version}
+    ranked = sorted(numbers, key=lambda number: (number in protected, number), reverse=True)
+    own = [number for number in ranked if (number in written) == new.over_http]
+    oldest = 0 if new.over_http else min(own[:keep])
+    return [*own[keep:], *(number for number in written - protected if number < oldest)]
 
 
 def share_files(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:

@@ -17,27 +17,32 @@ FOLDER/<hash>/...               an index directory, once the first items are pub
 
 import contextlib
 import hashlib
+import heapq
 import json
 import logging
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dcar_core.model.checkpoint import copy_checkpoint
+from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.spec import IndexSpec
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT, Manifest
+from index_jobs.store.versions import open_version, version_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +51,37 @@ _JOB = re.compile(r"[0-9a-f]{32}")
 _DESCRIPTION = "collection.json"
 _NEW, _OLD = ".new-", ".old-"
 
-JobKind = Literal["put", "delete"]
+BATCH_ITEMS = 2000
+_SWEEP_S = 3600.0
+_KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
+_IMAGE = r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$"  # the folders above may change when an index moves
+
+JobKind = Literal["put", "patch", "delete"]
 
 
 @dataclass(frozen=True)
 class WriteJob:
     """An accepted job.
 
-    items: of a put, objects with `id`, `caption`, `category`, `metadata` and `file`, the name of the image file; of a
-        delete, objects with `id`.
+    items: of a put, objects with `id`, `caption`, `category`, `metadata` and `file`, the name of the image file; of
+        others, objects with `id`.
+    filter: instead of items, which ones a patch or a delete changes.
+    fields: of a patch, the metadata fields, `caption` and `category` to merge; None removes one.
+    notes: what the job's status shows as well.
     """
 
     name: str
     kind: JobKind
     items: list[dict[str, Any]]
     accepted: str
+    filter: dict[str, Any] | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The part of its status that does not change."""
+        return {"kind": self.kind, "items": len(self.items), "accepted": self.accepted, **self.notes}
 
     def image_name(self, item: dict[str, Any]) -> str:
         """Return the name of an item's image below INDEX/writes; that of no file for an item without image."""
@@ -75,12 +96,19 @@ class WriteQueue:
         self.folder, self.images, self.ended = folder, folder / "images", folder / "ended"
         self._queue, self._progress = folder / "queue", folder / "progress.json"
 
-    def accept(self, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()) -> str:
+    def accept(
+        self,
+        kind: JobKind,
+        items: Sequence[dict[str, Any]],
+        images: Sequence[tuple[bytes, str]] = (),
+        more: Mapping[str, Any] | None = None,
+    ) -> str:
         """Store a job durably and return its name.
 
         Args:
             items: as in `WriteJob`, without `file`.
             images: of a put, the file and the suffix of each item's image.
+            more: other fields of `WriteJob`.
 
         Raises:
             OSError: the disk is full or cannot be written; nothing is accepted.
@@ -100,7 +128,7 @@ class WriteQueue:
                 for parent in (folder, self.images, self.folder):
                     fsync_path(parent)
             stored = [{**item, "file": file} for item, file in zip(items, files, strict=True)] if images else [*items]
-            write_json(path, {"kind": kind, "accepted": _now(), "items": stored})
+            write_json(path, {"kind": kind, "accepted": _now(), "items": stored, **(more or {})})
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -113,12 +141,45 @@ class WriteQueue:
 
     def read(self, name: str) -> WriteJob:
         values = json.loads((self._queue / f"{name}.json").read_bytes())
-        return WriteJob(name, values["kind"], values["items"], values["accepted"])
+        return WriteJob(name, **values)
+
+    def next_batch(self) -> list[WriteJob]:
+        """Return the first waiting jobs that can be applied together; the same ones again if a process was killed.
+
+        Changes of metadata are apart from those with images. A job with a filter is by itself, since it depends on the
+        jobs before it.
+        """
+        waiting, started = self.waiting(), set(self.progress().get("jobs", ()))
+        if begun := [name for name in waiting if name in started]:
+            return [self.read(name) for name in begun]
+        batch, count = list[WriteJob](), 0
+        for name in waiting:
+            job = self.read(name)
+            count += len(job.items)
+            kinds = {"patch" if each.kind == "patch" else "others" for each in (*batch, job)}
+            has_filter = any(each.filter is not None for each in (*batch, job))
+            if batch and (count > BATCH_ITEMS or len(kinds) > 1 or has_filter):
+                break
+            batch.append(job)
+        return batch
+
+    def newest(self, limit: int) -> list[str]:
+        """Return the names of the jobs that were accepted last, the newest first."""
+        paths = (path for folder in (self._queue, self.ended) for path in folder.glob("*.json"))
+        return heapq.nlargest(limit, {path.stem for path in paths if _JOB.fullmatch(path.stem)})
+
+    def has_put(self, item_id: str) -> bool:
+        """Return True if a waiting job puts this item."""
+        for name in self.waiting():
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                job = self.read(name)
+                if job.kind == "put" and any(item["id"] == item_id for item in job.items):
+                    return True
+        return False
 
     def end(self, job: WriteJob, **outcome: Any) -> None:
         """Record how a job ended, and take it out of the queue."""
-        status = {"kind": job.kind, "items": len(job.items), "accepted": job.accepted, "ended": _now()}
-        write_json(self.ended / f"{job.name}.json", status | outcome)
+        write_json(self.ended / f"{job.name}.json", {**job.summary, "ended": _now(), **outcome})
         (self._queue / f"{job.name}.json").unlink()
 
     def status(self, name: str) -> dict[str, Any] | None:
@@ -131,10 +192,10 @@ class WriteQueue:
                 return ended
             with contextlib.suppress(FileNotFoundError):
                 job, progress = self.read(name), self.progress()
-                found = {"kind": job.kind, "items": len(job.items), "accepted": job.accepted}
                 if name not in progress.get("jobs", ()):
-                    return {**found, "status": "waiting"}
-                return {**found, "status": "running", "progress": {each: progress[each] for each in ("done", "total")}}
+                    return {**job.summary, "status": "waiting"}
+                done = {each: progress[each] for each in ("done", "total")}
+                return {**job.summary, "status": "running", "progress": done}
         return None
 
     def progress(self) -> dict[str, Any]:
@@ -162,6 +223,38 @@ class WriteQueue:
         self.folder.mkdir(exist_ok=True)
         message = f"another process applies the jobs in {self.folder}; wait until it has ended"
         return hold_lock(self.folder / ".lock", message)
+
+
+def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
+    """Remove image files that no version shows and no waiting job has, and old records; at most once in `older_s`.
+
+    Args:
+        older_s: younger files stay, since their job may not be in the queue yet.
+    """
+    mark, now = queue.folder / "swept", time.time()
+    if mark.exists() and now - mark.stat().st_mtime < older_s:
+        return
+    mark.touch()
+    queue.forget(now - _KEEP_S)
+    waiting = set(queue.waiting())
+    shown = set[str]()
+    try:
+        for artifact in (open_version(index, number) for number in version_numbers(index)):
+            tables = [segment.items.table().select(["location"]) for segment in artifact.segments]
+            locations = pa.concat_tables(tables).filter(pa.array(artifact.live))["location"]
+            found = pc.extract_regex(locations, _IMAGE)
+            shown.update(each["name"] for each in pc.drop_null(found).to_pylist())
+    except ArtifactError as error:  # a version that cannot be read now may show any image
+        logger.warning("unused images are kept: %s", error)
+        return
+    for folder in queue.images.iterdir() if queue.images.is_dir() else ():
+        if folder.name in waiting or now - folder.stat().st_mtime < older_s:
+            continue
+        for path in folder.iterdir():
+            if f"{folder.name}/{path.name}" not in shown:
+                path.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def _now() -> str:

@@ -160,7 +160,7 @@ def test_add_and_remove_commands_publish_versions(index: Path, tmp_path: Path) -
     assert "version 2, 27 images (3 added, 0 broken)" in shown
     (tmp_path / "ids").write_text("lime\n\n cyan \n")
     assert "version 3, 24 images (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
-    assert "-3 removed" in run("list", index).splitlines()[0]
+    assert "3 items removed" in run("list", index).splitlines()[0]
     assert run("remove", index).startswith("2 ")
     with pytest.raises(DataError, match="pink"):
         run("remove", index, "pink")

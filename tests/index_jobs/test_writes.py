@@ -13,37 +13,15 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.jobs import apply
-from index_jobs.jobs.apply import apply_writes, sweep
+from index_jobs.jobs.apply import apply_writes
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
-from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections
+from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections, sweep
 from tests.support.commands import Command, dcar, run
-from tests.support.images import draw, encoded
-
-
-def picture(color: str) -> bytes:
-    return encoded(draw(color, "square"))
-
-
-def put(index: Path, *ids: str, data: list[bytes] | None = None, color: str = "pink", **metadata: Any) -> str:
-    """Accept a job that puts items with these ids. data: their image files, by default of a square."""
-    items: list[dict[str, Any]] = [
-        {"id": each, "caption": f"a {color} {each}", "category": "new", "metadata": metadata} for each in ids
-    ]
-    return WriteQueue(index).accept("put", items, [(each, "png") for each in data or [picture(color)] * len(ids)])
-
-
-def delete(index: Path, *ids: str) -> str:
-    return WriteQueue(index).accept("delete", [{"id": each} for each in ids])
-
-
-def status(index: Path, job: str) -> dict[str, Any]:
-    found = WriteQueue(index).status(job)
-    assert found is not None
-    return found
+from tests.support.jobs import delete, patch, picture, put, status
 
 
 def ids_of(artifact: Artifact) -> set[str]:
@@ -297,6 +275,33 @@ def test_killed_process_leaves_complete_versions_and_every_job_ends(index: Path,
     assert {"a", "b", "c"} <= ids_of(open_current(index))
     assert not set(gone) & ids_of(open_current(index))
     assert verify_index(index)[-1].count == 25
+
+
+MOMENTS_OF_PATCHES = [
+    ("before", "index_jobs.store.writes.WriteQueue.set_progress"),
+    ("after", "index_jobs.store.items.Items.write_changed"),
+    ("before", "index_jobs.store.publish._write_current"),
+    ("after", "index_jobs.store.publish._write_current"),
+    ("after", "index_jobs.store.writes.WriteQueue.end"),
+]
+
+
+@pytest.mark.parametrize(("when", "moment"), MOMENTS_OF_PATCHES)
+@pytest.mark.slow
+def test_killed_process_loses_no_change_of_metadata(index: Path, when: str, moment: str) -> None:
+    first, second = sorted(ids_of(open_current(index)))[:2]
+    jobs = [patch(index, first, price=1), patch(index, second, price=2), patch(index, first, caption="a guitar")]
+    command = Command("-c", KILLED_AT, moment, when, index)
+    _, errors = command.communicate()
+    assert command.returncode == -signal.SIGKILL, errors
+    verify_index(index)
+    apply_writes(index)
+    assert [status(index, job)["status"] for job in jobs] == ["done"] * 3
+    artifact = open_current(index)
+    items = [artifact.item(row) for row in (artifact.row_of(first), artifact.row_of(second)) if row is not None]
+    assert [each.metadata["price"] for each in items] == [1, 2]
+    assert items[0].caption == "a guitar"
+    verify_index(index)
 
 
 @pytest.mark.slow

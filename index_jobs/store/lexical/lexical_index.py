@@ -16,10 +16,11 @@
 
 import json
 import math
+import sys
 import tempfile
 import weakref
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -72,22 +73,41 @@ def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> set[s
 
     Raise ArtifactError if the index cannot be read, and OSError if the disk is full or cannot be written.
     """
+
+    def later(schema: Any) -> Any:
+        unsigned = tantivy.FieldType.Unsigned
+        return tantivy.Query.range_query(schema, _ROW, unsigned, lower_bound=first_row, upper_bound=2**62)
+
+    return _write(path, enumerate(texts, first_row), later, first_row)
+
+
+def replace_texts(path: Path, texts: Mapping[int, str]) -> set[str]:
+    """Write the texts of some rows of an existing index again, as `write_lexical` does."""
+    return _write(
+        path, sorted(texts.items()), lambda schema: tantivy.Query.term_set_query(schema, _ROW, [*texts]), sys.maxsize
+    )
+
+
+def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any], Any], kept: int) -> set[str]:
+    """Write the texts of rows, which ascend.
+
+    Args:
+        replaced: returns the query of the documents that they replace.
+        kept: the first row that the index loses unless it has a new text.
+    """
     is_new = not (path / "meta.json").exists()
     path.mkdir(exist_ok=True)
     earlier = _TermLists.open(path)
-    starts = array("q", [0] if earlier is None else earlier.starts[: first_row + 1].tolist())
-    crcs = array("I", b"" if earlier is None else earlier.terms[: starts[-1]].tobytes())
+    rows, lengths, crcs = array("q"), array("q"), array("I")
     try:
         index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path)
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
-        replaced = tantivy.Query.range_query(
-            index.schema, _ROW, tantivy.FieldType.Unsigned, lower_bound=first_row, upper_bound=2**62
-        )
-        writer.delete_documents_by_query(replaced)
-        for row, text in enumerate(texts, first_row):
+        writer.delete_documents_by_query(replaced(index.schema))
+        for row, text in texts:
             terms = dict.fromkeys(index_terms(text))
             crcs.extend(crc32(term.encode()) for term in terms)
-            starts.append(len(crcs))
+            rows.append(row)
+            lengths.append(len(terms))
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
             document.add_text(_TERMS, " ".join(terms))
@@ -101,10 +121,30 @@ def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> set[s
     for name in _REPLACED:  # tantivy writes them for this user only; the service may run as another
         (path / name).chmod(apply_umask(0o666))
     if is_new or earlier is not None:  # an older index stays without lists
-        for name, values in ((STARTS, np.array(starts, np.int64)), (TERMS, np.array(crcs, np.uint32))):
+        new_rows, new_lengths = np.array(rows, np.int64), np.array(lengths, np.int64)
+        starts, all_terms = _spliced(earlier, kept, new_rows, new_lengths, np.array(crcs, np.uint32))
+        for name, values in ((STARTS, starts), (TERMS, all_terms)):
             with atomic_writer(path / name) as file:
                 np.save(file, values, allow_pickle=False)
     return {f"{path.name}/{name}" for name in (*_REPLACED, STARTS, TERMS)}
+
+
+def _spliced(
+    earlier: "_TermLists | None", kept: int, rows: Rows, lengths: Rows, terms: NDArray[np.uint32]
+) -> tuple[Rows, NDArray[np.uint32]]:
+    """Return the starts and the terms of all rows: earlier ones before row `kept`, with the new ones in their place."""
+    if earlier is None:
+        return np.concatenate([[0], np.cumsum(lengths)]), terms
+    before = np.diff(earlier.starts)[:kept]
+    after = np.zeros(max(len(before), rows.max(initial=-1) + 1), np.int64)
+    after[: len(before)] = before
+    after[rows] = lengths
+    is_new = np.zeros(len(after), np.bool_)
+    is_new[rows] = True
+    spliced, from_new = np.empty(after.sum(), np.uint32), np.repeat(is_new, after)
+    spliced[from_new] = terms
+    spliced[~from_new] = earlier.terms[: before.sum()][np.repeat(~is_new[: len(before)], before)]
+    return np.concatenate([[0], np.cumsum(after)]), spliced
 
 
 def _schema() -> Any:

@@ -1,0 +1,223 @@
+"""Changes of items' metadata: a version that shares the vectors of the one before.
+
+- Fields are merged into those of an item, and None removes one. `caption` and `category` are changed like the others.
+- Only the files of changed items are written, and of the lexical index what belongs to changed words.
+- No model is needed, so a service makes these changes by itself. Changes with images take a process and seconds.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dcar_core.util.errors import DataError, DcarError
+from dcar_core.util.files import canonical_json
+from index_jobs.checks import MAX_METADATA_BYTES
+from index_jobs.spec import BuildOptions
+from index_jobs.store import publish
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.filters import match_rows
+from index_jobs.store.items import Items, fit_one_field, type_of
+from index_jobs.store.lexical.lexical_index import item_texts, replace_texts
+from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest, counted, utc_now
+from index_jobs.store.versions import current_version, open_current, version_numbers
+from index_jobs.store.writes import WriteJob, WriteQueue, sweep
+
+_MAX_LISTED = 100  # unknown ids in the status of a job
+_MAX_HERE = 10_000  # items of a batch that a service changes itself; more of them need memory and hold up searches
+
+
+@dataclass(frozen=True)
+class ChangeSummary:
+    """Result of a change of metadata. unknown: ids that the index lacks."""
+
+    version: int
+    changed: int
+    new_fields: list[str]
+    unknown: list[str]
+
+
+class _Draft:
+    """The items of a version with changed fields."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        self._types = dict(artifact.fields)
+        self._given = set[str]()
+        self.records: dict[int, dict[str, Any]] = {}  # all fields of the changed rows
+
+    @property
+    def new_fields(self) -> list[str]:
+        """Names that no item had."""
+        return sorted(self._types.keys() - self._artifact.fields.keys())
+
+    def merge(self, rows: Iterable[int], fields: Mapping[str, Any]) -> int:
+        """Merge fields into items, and return how many changed.
+
+        Raises:
+            DataError: a value has another type than its field, or an item would become too large; none is changed.
+        """
+        types = {name: str(type_of(value)) for name, value in fields.items() if value is not None}
+        for name, given in types.items():
+            if not fit_one_field(current := self._types.get(name, given), given):
+                raise DataError(f"the field {name!r} is {current} in the index, not {given}; give values of that type")
+        merged = {}
+        for row in rows:
+            before = self.records.get(row) or self._record(row)
+            after = {name: value for name, value in {**before, **fields}.items() if fields.get(name, "") is not None}
+            if after != before:
+                merged[row] = after
+                if len(canonical_json(after)) > MAX_METADATA_BYTES:
+                    name = self._artifact.item(row).id
+                    raise DataError(f"the fields of {name!r} would take more than {MAX_METADATA_BYTES // 2**10} KiB")
+        if merged:
+            self.records |= merged
+            self._given |= fields.keys()
+            self._types = types | self._types
+        return len(merged)
+
+    def _record(self, row: int) -> dict[str, Any]:
+        item = self._artifact.item(row)
+        texts = {"caption": item.caption, "category": item.category}
+        return item.metadata | {name: text for name, text in texts.items() if text}
+
+    def publish(self, index: Path, staging: Path, change: str, *, keep: int, over_http: bool = False) -> Manifest:
+        """Publish a version with the changes, within `open_staging`."""
+        current, manifest = self._artifact, self._artifact.manifest
+        names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in manifest.additions)]
+        start, files, texts = 0, dict(manifest.files), dict[int, str]()
+        for name, items in zip(names, (segment.items for segment in current.segments), strict=True):
+            rows = np.array([row for row in sorted(self.records) if start <= row < start + len(items)], np.int64)
+            if len(rows):
+                (staging / name).parent.mkdir(exist_ok=True)
+                records = {row - start: self.records[row] for row in rows.tolist()}
+                items.write_changed(staging / name, records, self._given)
+                del files[name]
+                before, after = (
+                    item_texts(each.table(rows - start), manifest.spec.text_fields)
+                    for each in (items, Items(staging / name))
+                )
+                changes = zip(rows.tolist(), before, after, strict=True)
+                texts |= {row: new for row, old, new in changes if new != old}
+            start += len(items)
+        shared = publish.share_files(current.path, staging, files)
+        if texts and manifest.has_lexical:
+            for name in replace_texts(staging / LEXICAL, texts):
+                shared.pop(name, None)
+        manifest = replace(
+            manifest,
+            created=utc_now(),
+            changed=manifest.changed + len(self.records),
+            change=f"{change} over HTTP" if over_http else change,
+            over_http=over_http,
+        )
+        return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
+
+
+def change_metadata(
+    index: Path,
+    changes: Iterable[tuple[str, Mapping[str, Any]]],
+    source: str,
+    *,
+    strict: bool = False,
+    keep: int = BuildOptions.keep,
+) -> ChangeSummary:
+    """Publish a version with changed fields of items, unless nothing changes.
+
+    Args:
+        changes: ids and the fields to merge.
+        source: where they come from, for the history.
+        strict: refuse names that no item has as a field.
+
+    Raises:
+        DataError: no id is in the index, a value does not fit its field, or `strict` refuses a name.
+        ArtifactError: nothing is published.
+        LockedError: another job is writing.
+    """
+    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+        current = open_current(index)
+        draft, unknown, known = _Draft(current), list[str](), 0
+        for item_id, fields in changes:
+            row = current.row_of(item_id)
+            if row is None:
+                unknown.append(item_id)
+                continue
+            known += 1
+            draft.merge([row], fields)
+        if not known:
+            raise DataError(f"none of the {len(unknown):,} ids of {source} is in the index, such as {unknown[:1]}")
+        if strict and draft.new_fields:
+            raise DataError(f"no item has the field {' or '.join(map(repr, draft.new_fields))}; nothing is changed")
+        version, count = current.manifest.version, len(draft.records)
+        if count:
+            change = f"metadata of {source}: {counted(count, 'item')} changed"
+            version = draft.publish(index, staging, change, keep=keep).version
+    return ChangeSummary(version, count, draft.new_fields, unknown)
+
+
+def apply_waiting(index: Path, keep: int) -> bool:
+    """Apply the jobs at the head of the queue that only change metadata, of a few items. Return True if others wait.
+
+    They are left to `dcar index apply`, as is a batch that has been begun before: it may have ended the process.
+
+    Raises:
+        LockedError: another job is writing, or another process applies these jobs.
+        DcarError: nothing can be published now, as with a full disk; the jobs stay in the queue.
+    """
+    queue = WriteQueue(index)
+    with publish.report_os_errors(index), queue.lock():
+        while (jobs := queue.next_batch()) and jobs[0].kind == "patch" and not queue.progress():
+            count = sum(job.summary["items"] for job in jobs)
+            if count > _MAX_HERE:
+                break
+            queue.set_progress([job.name for job in jobs], 1, 0, count)
+            try:
+                apply_patches(queue, index, jobs, keep)
+            except (DcarError, OSError):
+                queue.clear_progress()  # the jobs are not to blame
+                raise
+            queue.clear_progress()
+        sweep(queue, index)
+    return bool(jobs)
+
+
+def apply_patches(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], keep: int) -> None:
+    """Publish the changes of some jobs of the kind patch, and record their ends."""
+    ends, version = list[dict[str, Any]](), None
+    if open_published(index) is None:
+        ends = [{"status": "done", "changed": 0, "unknown": _ids(job)[:_MAX_LISTED]} for job in jobs]
+    else:
+        with publish.open_staging(index) as staging:
+            current = open_current(index)
+            draft, version = _Draft(current), current.manifest.version
+            for job in jobs:
+                try:
+                    found = {item_id: current.row_of(item_id) for item_id in _ids(job)}
+                    rows = [row for row in found.values() if row is not None]
+                    if job.filter is not None:
+                        rows = np.flatnonzero(match_rows(current, job.filter)).tolist()
+                    changed = draft.merge(rows, job.fields)
+                    unknown = [item_id for item_id, row in found.items() if row is None]
+                    ends.append({"status": "done", "changed": changed, "unknown": unknown[:_MAX_LISTED]})
+                except DataError as error:
+                    ends.append({"status": "failed", "reason": str(error)})
+            if draft.records:
+                change = f"{counted(len(draft.records), 'item')} changed"
+                version = draft.publish(index, staging, change, keep=keep, over_http=True).version
+    for job, end in zip(jobs, ends, strict=True):
+        queue.end(job, **end, **({"index_version": version} if end["status"] == "done" else {}))
+
+
+def _ids(job: WriteJob) -> list[str]:
+    return [item["id"] for item in job.items]
+
+
+def open_published(index: Path) -> Artifact | None:
+    """Open the published version; None for a created collection that has none yet."""
+    if (index / CHECKPOINT).is_dir() and current_version(index) is None:
+        if not version_numbers(index):
+            return None
+        publish.rollback(index)  # killed just before the end of the first publication
+    return open_current(index)
