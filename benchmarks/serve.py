@@ -5,25 +5,30 @@
                                             bare encoder in batches of the size that the service formed
     python benchmarks/serve.py overload     four times as many requests as the service can answer
     python benchmarks/serve.py poison       truncated images and decompression bombs between good ones
+    python benchmarks/serve.py changes      PATCH of items: seconds from the request to the first search that shows it
 
 - In `cached`, `overload` and `poison` the server has core 0 to itself, and another core sends the load. In `uncached`
   it has every core, as in production. Each figure is the median of `--rounds`.
-- `uncached` runs on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
+- `uncached` and `changes` run on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
 """
 
 import argparse
 import asyncio
 import io
 import itertools
+import json
 import os
+import shutil
 import statistics
 import struct
+import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from load import Requests, Tally, closed_loop, image_request, open_loop, text_request, unique_texts
 from PIL import Image
@@ -202,25 +207,60 @@ def poison(index: Path, seconds: float, rounds: int) -> None:
             print(f"beside {name:14} {good}{answered}", flush=True)
 
 
+def changes(index: Path, rounds: int) -> None:
+    """Change a copy of an index, whose files are hard links."""
+    key = "an admin key"
+    with tempfile.TemporaryDirectory(dir=index.parent) as folder:
+        copy = Path(shutil.copytree(index, Path(folder) / "index", copy_function=os.link))
+        with serving(copy, writes="true", admin_key=key) as server:
+            url, headers = f"http://127.0.0.1:{server.port}", {"Authorization": f"Bearer {key}"}
+            with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+                count = client.get("/readyz").json()["count"]
+                for name, field, chosen in (
+                    ("a number of one item", "price", {"ids": ["7"]}),
+                    ("a text of one item, with its words", "brand", {"ids": ["7"]}),
+                    ("a number of 1,000 items", "price", {"ids": [f"{number}" for number in range(1000)]}),
+                    ("a number of all items", "price", {"filter": {"category": {"not": None}}}),
+                ):
+                    took = [_seconds_to_change(client, field, chosen, count) for _ in range(rounds)]
+                    print(f"{name:36} median {statistics.median(took):.2f} s, worst {max(took):.2f} s", flush=True)
+
+
+def _seconds_to_change(client: httpx.Client, field: str, chosen: dict[str, Any], count: int) -> float:
+    """Return the seconds from a request to the first search that finds every changed item by the new value."""
+    value: Any = time.time_ns() % 10**9
+    value = f"brand {value}" if field == "brand" else value
+    expected, began = len(chosen["ids"]) if "ids" in chosen else count, time.perf_counter()
+    client.patch("/items", json={**chosen, "metadata": {field: value}}).raise_for_status()
+    while True:
+        found = client.get("/items", params={"filter": json.dumps({field: value}), "k": 1})
+        if found.status_code == 200 and found.json()["count"] == expected:  # before, no item has the field
+            return time.perf_counter() - began
+        time.sleep(0.01)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cached", "uncached", "overload", "poison"])
+    parser.add_argument("what", choices=["cached", "uncached", "overload", "poison", "changes"])
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the indexes")
     parser.add_argument("--index", type=Path, help="serve this index instead")
-    parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached`")
+    parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached` and `changes`")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached`"
     )
     given = parser.parse_args()
-    index = given.index or (random_vit(given.work, given.count) if given.what == "uncached" else emoji(given.work))
+    is_large = given.what in ("uncached", "changes")
+    index = given.index or (random_vit(given.work, given.count) if is_large else emoji(given.work))
     os.sched_setaffinity(0, LOAD_CORES)
     if given.what == "cached":
         cached(index, given.seconds, given.rounds)
     elif given.what == "uncached":
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         uncached(index, given.seconds, given.rounds, dict(each.split("=", 1) for each in given.set))
+    elif given.what == "changes":
+        changes(index, given.rounds)
     elif given.what == "overload":
         overload(index, given.seconds, given.rounds)
     else:

@@ -11,7 +11,17 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from app.api.requests import BatchEntry, BatchQuery, DeleteItems, EmbeddingsQuery, ImageForm, PutItems
+from app.api.requests import (
+    BatchEntry,
+    BatchQuery,
+    DeleteItems,
+    EmbeddingsQuery,
+    ImageForm,
+    PatchItem,
+    PatchItems,
+    PutFields,
+    PutItems,
+)
 from app.api.schemas import ProblemResponse
 from app.core.problems import MEDIA_TYPE, Problem
 from app.core.settings import Settings
@@ -19,7 +29,8 @@ from app.middleware.access import Policy
 from app.search.query import Query
 
 _MODELS: tuple[type[BaseModel], ...] = (
-    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, DeleteItems, ProblemResponse
+    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems,
+    ProblemResponse,
 )  # fmt: skip
 _COLLECTION = {
     "name": "collection",

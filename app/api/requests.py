@@ -9,7 +9,7 @@
 
 import asyncio
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic_core import from_json, to_json
 from python_multipart.multipart import parse_options_header
@@ -38,7 +39,8 @@ from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 
 MAX_PUT_ITEMS = 256
-MAX_DELETED_ITEMS = 10_000
+MAX_CHOSEN_ITEMS = 10_000
+MAX_LISTED_JOBS = 100
 _OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
 _ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
 
@@ -180,19 +182,39 @@ def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
 NewItemId = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_check_item_id)]
 
 
-class PutItem(Strict):
+def _require_image(given: str) -> str:
+    if not given:
+        raise ValueError("is required; PATCH /items/{id} changes an item's metadata without an image")
+    return given
+
+
+def _declare_required(schema: dict[str, Any]) -> None:
+    schema["properties"]["image"].pop("default")
+    schema["required"] = [*schema.get("required", ()), "image"]
+
+
+Caption = Annotated[str, Field(max_length=MAX_CAPTION_CHARS)]
+Category = Annotated[str, Field(max_length=1000)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_check_metadata)]
+
+
+class PutFields(Strict, json_schema_extra=_declare_required):
+    """An item without its id."""
+
+    image: Annotated[
+        str,
+        Field(validate_default=True, description="the file in base64, a data URI, or a URL of an allowed host"),
+        AfterValidator(_require_image),
+    ] = ""
+    caption: Caption = ""
+    category: Category = ""
+    metadata: Annotated[Metadata, Field(description="any other fields; a field keeps its type")] = {}
+
+
+class PutItem(PutFields):
     """An item with its image."""
 
     id: NewItemId
-    image: Annotated[
-        str,
-        Field(min_length=1, description="the file in base64, a data URI, or a URL of an allowed host"),
-    ]
-    caption: Annotated[str, Field(max_length=MAX_CAPTION_CHARS)] = ""
-    category: Annotated[str, Field(max_length=1000)] = ""
-    metadata: Annotated[
-        dict[str, Any], AfterValidator(_check_metadata), Field(description="any other fields; a field keeps its type")
-    ] = {}
 
 
 class PutItems(Strict):
@@ -201,10 +223,43 @@ class PutItems(Strict):
     items: Annotated[list[PutItem], Field(min_length=1, max_length=MAX_PUT_ITEMS), FailFast()]
 
 
-class DeleteItems(Strict, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
-    """Ids of items to remove; ids that the index lacks are ignored."""
+class PatchItem(Strict, json_schema_extra={"examples": [{"metadata": {"price": 49.9, "sale": None}}]}):
+    """Fields to merge into an item; null removes one, and the others stay."""
 
-    ids: Annotated[list[NewItemId], Field(min_length=1, max_length=MAX_DELETED_ITEMS), FailFast()]
+    caption: Caption | None = None
+    category: Category | None = None
+    metadata: Annotated[Metadata, Field(description="any other fields; a field keeps its type")] = {}
+
+    @model_validator(mode="after")
+    def _require_fields(self) -> Self:
+        if not self.fields:
+            raise ValueError("must have metadata, a caption or a category")
+        return self
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What to merge, caption and category included; None removes a field."""
+        texts = {name: getattr(self, name) or None for name in self.model_fields_set - {"metadata"}}
+        return self.metadata | {name: texts[name] for name in ("caption", "category") if name in texts}
+
+
+class ChosenItems(Strict):
+    """Items, by `ids`, of which the index may lack some, or by a `filter` as in searches."""
+
+    ids: Annotated[list[NewItemId] | None, Field(min_length=1, max_length=MAX_CHOSEN_ITEMS), FailFast()] = None
+    filter: Annotated[
+        dict[str, Any] | None, Field(min_length=1, description="instead of ids, the same conditions as in searches")
+    ] = None
+
+
+class PatchItems(
+    PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"sale": True}}]}
+):
+    """Fields to merge into chosen items; null removes one, and the others stay."""
+
+
+class DeleteItems(ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
+    """Items to remove."""
 
 
 def form_bytes(settings: Settings) -> int:

@@ -192,12 +192,12 @@ class JobFailure(BaseModel):
 class JobResponse(BaseModel):
     """A change of items, from its acceptance to a week after its end.
 
-    items: number of items in the request. reason: why the job failed, or why it waits.
+    items: number of items in the request, or that its filter matched then. reason: why the job failed, or why it waits.
     """
 
     id: str = Field(examples=["18a6f0c2d3b4e5f6a7b8c9d0e1f20314"])
     collection: str
-    kind: Literal["put", "delete"]
+    kind: Literal["put", "patch", "delete"]
     status: Literal["waiting", "running", "done", "failed"]
     items: int
     accepted: str = Field(description="UTC, ISO 8601", examples=["2026-01-31T12:00:00Z"])
@@ -206,6 +206,16 @@ class JobResponse(BaseModel):
     index_version: int | None = Field(None, description="a version that has all changes of the job")
     failed: list[JobFailure] | None = Field(None, description="items that could not be put; all others were")
     reason: str | None = None
+    new_fields: list[str] | None = Field(None, description="metadata fields of the request that no item had")
+    dropped_fields: list[str] | None = Field(None, description="fields that an item had and its replacement lacks")
+    changed: int | None = Field(None, description="items whose fields a patch has changed")
+    unknown: list[str] | None = Field(None, description="ids of a patch that the index lacks, the first 100")
+
+
+class JobsResponse(BaseModel):
+    """Changes of items, the newest first."""
+
+    jobs: list[JobResponse]
 
 
 class HealthResponse(BaseModel):

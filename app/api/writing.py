@@ -5,26 +5,43 @@
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import numpy as np
+from fastapi import Path as PathParam
 from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api.requests import DeleteItems, PutItem, PutItems, items_bytes, read_json
+from app.api.requests import (
+    MAX_LISTED_JOBS,
+    ChosenItems,
+    DeleteItems,
+    NewItemId,
+    PatchItem,
+    PatchItems,
+    PutFields,
+    PutItem,
+    PutItems,
+    items_bytes,
+    read_json,
+)
 from app.api.responses import JsonResponse, collection_response
 from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
-from app.api.schemas import Collection, JobResponse
+from app.api.schemas import Collection, JobResponse, JobsResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
 from app.middleware.access import Policy, out_of_scope
+from app.search.errors import ItemNotFoundError
+from app.search.rows import filter_mask
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ImageError, LockedError
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.writes import JobKind, create_collection, drop_collection
 
 logger = logging.getLogger(__name__)
@@ -32,27 +49,80 @@ logger = logging.getLogger(__name__)
 item_writes = Routes("items")
 collection_writes = Routes("collections")
 _ITEMS = Policy("write", body=items_bytes)
+_IMAGES_OWN = frozenset({"file_name"})  # fields that come with an image
+IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
+ItemPath = Annotated[NewItemId, PathParam(description="the id of an item")]
 
 
 @item_writes.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
-async def put_items(request: Request) -> Response:
+async def put_items(request: Request, strict: IsStrict = False) -> Response:
     """Add items, or replace those with the same ids, by a job."""
     await _follow(request)
     snapshot = snapshot_of(request)
     items = (await read_json(request, PutItems)).items
     _require_unique([item.id for item in items])
     await state_of(request).access.charge(len(items) - 1)
-    images = await _checked_images(request, snapshot, items)
-    return await _accept(request, "put", [item.model_dump(exclude={"image"}) for item in items], images)
+    return await _put(request, snapshot, items, strict)
+
+
+@item_writes.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields)
+async def put_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
+    """Add an item, or replace the one with this id, by a job."""
+    await _follow(request)
+    snapshot = snapshot_of(request)
+    fields = await read_json(request, PutFields)
+    try:
+        return await _put(request, snapshot, [PutItem.model_construct(id=item_id, **dict(fields))], strict)
+    except Problem as problem:
+        raise problem.without("items.0.") from None
+
+
+@item_writes.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=PatchItems)
+async def patch_items(request: Request, strict: IsStrict = False) -> Response:
+    """Merge fields into items, without their images, by a job."""
+    await _follow(request)
+    snapshot = snapshot_of(request)
+    patch = await read_json(request, PatchItems)
+    return await _patch(request, snapshot, patch, patch, strict)
+
+
+@item_writes.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
+async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
+    """Merge fields into an item, without its image, by a job."""
+    await _follow(request)
+    snapshot = snapshot_of(request)
+    patch = await read_json(request, PatchItem)
+    await _require_item(request, snapshot, item_id)
+    return await _patch(request, snapshot, patch, ChosenItems(ids=[item_id]), strict)
 
 
 @item_writes.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=DeleteItems)
 async def delete_items(request: Request) -> Response:
-    """Remove items by a job."""
+    """Remove items by a job; ids that the index lacks are ignored."""
     await _follow(request)
-    _ = state_of(request).collections[_name(request)]
-    ids = (await read_json(request, DeleteItems)).ids
-    return await _accept(request, "delete", [{"id": each} for each in dict.fromkeys(ids)])
+    snapshot = snapshot_of(request)
+    return await _change(request, snapshot, "delete", await read_json(request, DeleteItems))
+
+
+@item_writes.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
+async def delete_item(request: Request, item_id: ItemPath) -> Response:
+    """Remove an item by a job."""
+    await _follow(request)
+    snapshot = snapshot_of(request)
+    await _require_item(request, snapshot, item_id)
+    return await _change(request, snapshot, "delete", ChosenItems(ids=[item_id]))
+
+
+@item_writes.add("GET", "/jobs", Policy("write", "checked"), JobsResponse, errors=(422, 503))
+async def jobs(
+    request: Request,
+    limit: Annotated[int, QueryParam(ge=1, le=MAX_LISTED_JOBS, description="number of jobs")] = 20,
+) -> Response:
+    """List the newest changes of items, in the collections that the key opens."""
+    collections = state_of(request).collections
+    await collections.sync()
+    names = [name for name, _ in collections if may_read(request, name)]
+    return JsonResponse({"jobs": await state_of(request).writer.newest(names, limit)})
 
 
 @item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
@@ -128,6 +198,81 @@ def _require_unique(ids: list[str]) -> None:
             raise field_problem(f"items.{number}.id", "is the id of an earlier item")
 
 
+async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], strict: bool) -> Response:
+    given = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
+    new = _new_fields(snapshot.artifact, given, strict)
+    dropped = await state_of(request).retriever.compute.run("search", _dropped_fields, snapshot.artifact, items)
+    images = await _checked_images(request, snapshot, items)
+    notes = {"new_fields": new, "dropped_fields": dropped}
+    stored = [item.model_dump(exclude={"image"}) for item in items]
+    return await _accept(request, "put", stored, images, {"notes": notes})
+
+
+async def _patch(request: Request, snapshot: Snapshot, patch: PatchItem, chosen: ChosenItems, strict: bool) -> Response:
+    new = _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)
+    return await _change(request, snapshot, "patch", chosen, {"new_fields": new}, patch.fields)
+
+
+async def _change(
+    request: Request,
+    snapshot: Snapshot,
+    kind: JobKind,
+    chosen: ChosenItems,
+    notes: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Response:
+    """Accept a change of chosen items without images."""
+    if (chosen.ids is None) == (chosen.filter is None):
+        raise field_problem("ids", "give either ids or a filter")
+    notes = {**(notes or {})}
+    if chosen.filter is not None:
+        mask = await state_of(request).retriever.compute.run("search", filter_mask, snapshot, chosen.filter)
+        notes["items"] = int(np.count_nonzero(mask))
+    items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
+    return await _accept(request, kind, items, (), {"filter": chosen.filter, "fields": fields or {}, "notes": notes})
+
+
+async def _require_item(request: Request, snapshot: Snapshot, item_id: str) -> None:
+    """Raise ItemNotFoundError unless there is an item of this id, or a waiting job puts it."""
+    is_known = snapshot.artifact.row_of(item_id) is not None
+    if not is_known and not await state_of(request).writer.has_put(_name(request), item_id):
+        raise ItemNotFoundError(item_id, "id")
+
+
+def _new_fields(artifact: Artifact, given: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
+    """Return the fields with a value that no item has, [] for a collection without items. Raise Problem if `strict`.
+
+    given: metadata by their places in the request.
+    """
+    new = {
+        name: place
+        for place, metadata in given.items()
+        for name, value in metadata.items()
+        if artifact.rows and value is not None and name not in artifact.fields
+    }
+    if strict and new:
+        faults = [(f"{place}.{name}", "no item has this field") for name, place in new.items()]
+        raise Problem(422, "; ".join(": ".join(fault) for fault in faults), errors=faults)
+    return sorted(new)
+
+
+def _dropped_fields(artifact: Artifact, items: Sequence[PutItem]) -> list[str]:
+    """Return the fields that items of the index have and their replacements lack."""
+    dropped = set[str]()
+    for item in items:
+        if (row := artifact.row_of(item.id)) is not None:
+            old = artifact.item(row)
+            has, had = (
+                {name for name, value in {**metadata, **texts}.items() if value not in (None, "")}
+                for metadata, texts in (
+                    (item.metadata, {"caption": item.caption, "category": item.category}),
+                    (old.metadata, {"caption": old.caption, "category": old.category}),
+                )
+            )
+            dropped |= had - has - _IMAGES_OWN
+    return sorted(dropped)
+
+
 async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[tuple[bytes, str]]:
     """Return the image files of items and their suffixes; an error names the item."""
     state = state_of(request)
@@ -142,10 +287,14 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
 
 
 async def _accept(
-    request: Request, kind: JobKind, items: list[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
+    request: Request,
+    kind: JobKind,
+    items: list[dict[str, Any]],
+    images: Sequence[tuple[bytes, str]],
+    more: dict[str, Any],
 ) -> Response:
     async with _storing("job", state_of(request).collections, _name(request)):
-        job = await state_of(request).writer.accept(_name(request), kind, items, images)
+        job = await state_of(request).writer.accept(_name(request), kind, items, images, more)
     return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})
 
 

@@ -48,6 +48,11 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
         errors = [(f"{place}.{name}", message) for name, message in self.errors]
         return replace(self, detail=f"{place}: {self.detail}", errors=errors)
 
+    def without(self, place: str) -> "Problem":
+        """Return the same problem with `place` removed from the names of fields."""
+        errors = [(name.removeprefix(place), message) for name, message in self.errors]
+        return replace(self, detail=self.detail.replace(place, ""), errors=errors)
+
     def body(self) -> dict[str, Any]:
         """Return the document of RFC 9457. Its type is `about:blank` when the status code says everything."""
         document: dict[str, Any] = {

@@ -19,6 +19,7 @@ from app.core.rate_limit import parse_rate
 from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
+from index_jobs.spec import KEEP_WRITES
 
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
@@ -192,6 +193,8 @@ class Settings(BaseSettings):
     """Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be."""
     max_jobs: int = Field(1000, ge=1)
     """Largest number of waiting changes of a collection's items. More get 503."""
+    keep_writes: int = Field(KEEP_WRITES, ge=1)
+    """Number of versions with changes over HTTP that are kept for rollback, besides the builds of `--keep`."""
     max_collections: int = Field(100, ge=0)
     """Largest number of collections that are created over HTTP."""
     rate_limit: Annotated[str, AfterValidator(_check_rate)] | None = None

@@ -144,10 +144,11 @@ def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = 
     """Open a snapshot and search it, which finds damage, converts the weights and reads what queries need."""
     snapshot = open_snapshot(index, settings, loaded, is_empty)
     encoder, artifact = snapshot.encoder, snapshot.artifact
+    artifact.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
     _ = artifact.lexical, artifact.sample_vectors
-    for _ in range(2):
+    for _ in range(0 if any(each.encoder is encoder for each in loaded) else 2):
         encoder.encode_pixels(np.zeros((1, 3, snapshot.preprocess.size, snapshot.preprocess.size), np.uint8))
-        artifact.search(encoder.encode_text(["warm up"]), 1)
+        encoder.encode_text(["warm up"])
         encoder.release()
     return snapshot
 

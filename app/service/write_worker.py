@@ -1,5 +1,6 @@
-"""The worker of a service that accepts writes: it runs `dcar index apply` while jobs wait.
+"""The worker of a service that accepts writes: it applies changes of metadata, and runs `dcar index apply` for others.
 
+- Changes of metadata need no model. They are made in a thread, without the seconds that a process takes to start.
 - A process of its own holds the model that encodes new images, so a failure there ends no search. It has a lower
   priority than the service.
 - Jobs are files beside the index, so a restarted service, or another one on the same index, continues with them.
@@ -16,7 +17,8 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from app.core.metrics import Metrics
@@ -26,6 +28,7 @@ from app.core.threads import ComputeThreads
 from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util.errors import DcarError, LockedError
+from index_jobs.store.changes import apply_waiting
 from index_jobs.store.writes import JobKind, WriteQueue
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,16 @@ _STOP_S = 5.0
 _STATUS_S = 10.0  # longest wait for the status of a job
 _MAX_ACCEPTING = 16  # jobs that are being stored; of each, the service holds the whole body
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
+
+
+@asynccontextmanager
+async def _responding_disk() -> AsyncIterator[None]:
+    """Raise UnavailableError if the body waits too long for a disk."""
+    try:
+        async with asyncio.timeout(_STATUS_S):
+            yield
+    except TimeoutError:
+        raise UnavailableError("The disk of the jobs does not respond.", retry_after_s=5) from None
 
 
 def require_writable(settings: Settings) -> None:
@@ -56,6 +69,7 @@ class WriteWorker:
         self._storing = ComputeThreads(4, "dcar-store")
         self._reading = ComputeThreads(2, "dcar-jobs")
         self._looking = ComputeThreads(1, "dcar-queue")
+        self._changing = ComputeThreads(1, "dcar-changes")
         self._accepting = 0
         self._waiting = Counter[str]()  # jobs of a collection, when they were last counted
         names = collections if settings.writes else ()
@@ -72,11 +86,16 @@ class WriteWorker:
     async def close(self) -> None:
         """Stop the process that applies jobs; they continue after the next start."""
         await stop(self._task)
-        for threads in (self._storing, self._reading, self._looking):
+        for threads in (self._storing, self._reading, self._looking, self._changing):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def accept(
-        self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = ()
+        self,
+        collection: str,
+        kind: JobKind,
+        items: Sequence[dict[str, Any]],
+        images: Sequence[tuple[bytes, str]],
+        more: dict[str, Any],
     ) -> dict[str, Any]:
         """Store a job as `WriteQueue.accept` does, and return its status.
 
@@ -92,7 +111,7 @@ class WriteWorker:
         self._accepting += 1
         self._waiting[collection] += 1
         try:
-            job = await self._storing.run(WriteQueue(served.index).accept, kind, items, images)
+            job = await self._storing.run(WriteQueue(served.index).accept, kind, items, images, more)
         except BaseException:
             self._waiting[collection] -= 1
             raise
@@ -106,14 +125,29 @@ class WriteWorker:
 
     async def status(self, job: str) -> dict[str, Any] | None:
         """Return the status of a job in any collection; None if there is none. The disk may be unavailable."""
-        try:
-            async with asyncio.timeout(_STATUS_S):
-                for name, served in self._collections:
-                    if (status := await self._status_in(name, served, job)) is not None:
-                        return status
-        except TimeoutError:
-            raise UnavailableError("The disk of the jobs does not respond.", retry_after_s=5) from None
+        async with _responding_disk():
+            for name, served in self._collections:
+                if (status := await self._status_in(name, served, job)) is not None:
+                    return status
         return None
+
+    async def newest(self, collections: Sequence[str], limit: int) -> list[dict[str, Any]]:
+        """Return the status of the jobs of some collections that were accepted last, the newest first."""
+        async with _responding_disk():
+            named = [(name, self._collections[name]) for name in collections]
+            found = [
+                (job, name, served)
+                for name, served in named
+                for job in await self._reading.run(WriteQueue(served.index).newest, limit)
+            ]
+            newest = sorted(found, key=lambda each: each[0], reverse=True)[:limit]
+            shown = [await self._status_in(name, served, job) for job, name, served in newest]
+        return [status for status in shown if status is not None]
+
+    async def has_put(self, collection: str, item_id: str) -> bool:
+        """Return True if a waiting job of a collection puts this item."""
+        async with _responding_disk():
+            return await self._reading.run(WriteQueue(self._collections[collection].index).has_put, item_id)
 
     async def _status_in(self, name: str, served: ServedIndex, job: str) -> dict[str, Any] | None:
         status = await self._reading.run(WriteQueue(served.index).status, job)
@@ -144,7 +178,11 @@ class WriteWorker:
 
     async def _apply(self, name: str, served: ServedIndex) -> bool:
         """Apply the waiting jobs of a collection, and return False if they have to wait."""
-        code, errors = await self.run_apply(served)
+        try:
+            is_left = await self._changing.run(apply_waiting, served.index, self._settings.keep_writes)
+            code, errors = await self.run_apply(served) if is_left else (0, "")
+        except DcarError as error:
+            code, errors = error.exit_code, str(error)
         if code == 0:
             self._reasons.pop(name, None)
         else:
@@ -163,6 +201,7 @@ class WriteWorker:
         """Run the process, and return its exit status and stderr."""
         settings = self._settings
         command = ["index", "apply", str(served.index), "--device", settings.device, "--runtime", settings.runtime]
+        command += ["--keep-writes", str(settings.keep_writes)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-P", "-m", "app.cli", *command, env=environment,

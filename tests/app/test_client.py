@@ -86,7 +86,7 @@ def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path
         with pytest.raises(ServiceError) as caught:
             client.item("nothing")
         check(caught.value.problem, transport.body)
-    inner = {models.BatchResponse, models.CollectionsResponse}  # their lists are returned
+    inner = {models.BatchResponse, models.CollectionsResponse, models.JobsResponse}  # their lists are returned
     every = {each for each in vars(models).values() if isinstance(each, type) and issubclass(each, BaseModel)}
     assert seen | inner | {BaseModel, models.Model} == every
 
@@ -150,7 +150,12 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
         ("item", (ODD_ID,), {}),
         ("image", ("circle/blue.png",), {}),
         ("put_items", ([{"id": "a", "image": file}, {"id": "b", "image": png(), "caption": "b"}],), {}),
+        ("put_item", ({"id": "a", "image": file, "metadata": {"price": 3}},), {}),
+        ("patch_items", ({"metadata": {"price": 3}},), {"filter": {"category": "circle"}}),
+        ("patch_item", (ODD_ID, {"caption": None}), {"strict": True}),
         ("delete_items", (["a"],), {}),
+        ("delete_item", (ODD_ID,), {}),
+        ("jobs", (), {"limit": 3}),
         ("job", (job,), {}),
         ("wait_for_job", (job,), {}),
         ("put_collection", ("lamps",), {"model": "index"}),

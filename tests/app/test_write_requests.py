@@ -49,13 +49,39 @@ BAD: list[tuple[str, bytes, int, str]] = [
     ("DELETE", b'{"ids": ["a", ""]}', 422, "ids.1"),
     ("DELETE", b'{"ids": "a"}', 422, "ids"),
     ("DELETE", b'{"ids": ["a"], "filter": {}}', 422, "filter"),
+    ("DELETE", b'{"ids": ["a"], "filter": {"category": "a"}}', 422, "ids"),
+    ("DELETE", b'{"filter": {"price": 3}}', 422, "filter.price"),
+    ("PATCH", b'{"ids": ["a"]}', 422, "body"),
+    ("PATCH", b'{"metadata": {"price": 3}}', 422, "ids"),
+    ("PATCH", b'{"ids": ["a"], "filter": {"category": "a"}, "metadata": {"price": 3}}', 422, "ids"),
+    ("PATCH", b'{"filter": {"price": 3}, "caption": ""}', 422, "filter.price"),
+    ("PATCH", b'{"ids": ["a"], "metadata": {"caption": "b"}}', 422, "metadata"),
+    ("PATCH", b'{"ids": ["a"], "image": "AAAA"}', 422, "image"),
 ]
+BAD_ITEM: list[tuple[str, str, bytes, int, str]] = [
+    ("PUT", "/items/a", json.dumps({"image": "%"}).encode(), 422, "image"),
+    ("PUT", "/items/a", json.dumps({"image": "AAAA"}).encode(), 422, "image"),
+    ("PUT", "/items/a", b'{"caption": "b"}', 422, "image"),
+    ("PUT", "/items/a%2Fimage", json.dumps({"image": "AAAA"}).encode(), 422, "item_id"),
+    ("PUT", "/items/a?strict=true", json.dumps({"image": "AAAA", "metadata": {"prise": 3}}).encode(), 422,
+     "metadata.prise"),
+    ("PUT", "/items?strict=true", json.dumps({"items": [item("a"), item("b", metadata={"prise": 3})]}).encode(), 422,
+     "items.1.metadata.prise"),
+    ("PATCH", "/items?strict=true", b'{"ids": ["a"], "metadata": {"prise": 3}}', 422, "metadata.prise"),
+    ("PATCH", "/items/a", b'{"metadata": {"price": 3}}', 404, "id"),
+    ("PATCH", "/items/a", b'{"ids": ["a"], "metadata": {"price": 3}}', 422, "ids"),
+    ("PATCH", "/items/a", b'{}', 422, "body"),
+    ("DELETE", "/items/a", b"", 404, "id"),
+]  # fmt: skip
 
 
 async def test_bad_requests_name_the_field_and_change_nothing(index: Path, in_process: list[int]) -> None:
     async with opened(index, max_upload_bytes=20_000, **WRITES) as client:
         for method, body, status, field in BAD:
             response = await client.request(method, "/items", content=body, headers={**ADMINS, **JSON})
+            assert_problem(response, status, field)
+        for method, path, body, status, field in BAD_ITEM:
+            response = await client.request(method, path, content=body, headers={**ADMINS, **JSON})
             assert_problem(response, status, field)
         wrong_type = await client.put("/items", content=b"{}", headers={**ADMINS, "Content-Type": "text/plain"})
         assert_problem(wrong_type, 415, "Content-Type")

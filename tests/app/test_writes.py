@@ -60,6 +60,48 @@ async def test_items_are_put_replaced_and_deleted_by_jobs(index: Path) -> None:
             assert (await client.get(f"/items/{gone}")).status_code == 404
 
 
+async def test_fields_are_merged_without_a_process(index: Path, in_process: list[int]) -> None:
+    first, second = "circle/red.png", "circle/blue.png"
+    async with opened(index, **WRITES) as client:
+        before = (await client.get("/items/circle%2Fred.png")).json()
+
+        async def patch(path: str, **body: Any) -> dict[str, Any]:
+            return await ended(client, await client.patch(path, json=body, headers=ADMINS))
+
+        job = await patch("/items/circle%2Fred.png", metadata={"price": 12.5, "brand": "Acme"}, caption="a guitar")
+        assert (job["kind"], job["items"], job["changed"], job["status"]) == ("patch", 1, 1, "done")
+        assert job["new_fields"] == ["brand", "price"]
+        found = (await client.get("/items/circle%2Fred.png")).json()
+        assert found["metadata"] == before["metadata"] | {"price": 12.5, "brand": "Acme"}
+        assert (found["caption"], found["category"], found["index_version"]) == ("a guitar", before["category"], 2)
+        body = {"query": "guitar", "hybrid": 1, "filter": {"price": {"lt": 13}}}
+        assert [each["id"] for each in (await client.post("/search/text", json=body)).json()["results"]] == [first]
+
+        job = await patch("/items", ids=[first, second, "unknown"], metadata={"price": 3, "brand": None})
+        assert (job["items"], job["changed"], job["unknown"], job["new_fields"]) == (3, 2, ["unknown"], [])
+        job = await patch("/items?strict=true", filter={"price": 3}, metadata={"price": 4})
+        assert (job["items"], job["changed"]) == (2, 2)
+        wrong = await client.patch("/items/circle%2Fred.png", json={"metadata": {"price": "4 EUR"}}, headers=ADMINS)
+        assert "'price' is double in the index, not string" in (await ended(client, wrong))["reason"]
+        listed = (await client.get("/jobs?limit=2", headers=ADMINS)).json()["jobs"]
+        assert [each["id"] for each in listed] == [wrong.json()["id"], job["id"]]
+        assert in_process == []
+
+        job = await ended(client, await put(client, item(first, caption="new", metadata={"price": 5, "size": "S"})))
+        assert job["new_fields"] == ["size"]
+        assert {"category", "color"} <= set(job["dropped_fields"])
+        given = {"image": item("a")["image"], "metadata": {"price": 6}}
+        put_one = await client.put("/items/a", json=given, headers=ADMINS)
+        assert (await client.patch("/items/a", json={"metadata": {"price": 7}}, headers=ADMINS)).status_code == 202
+        assert (await ended(client, put_one))["status"] == "done"
+        by_filter = {"filter": {"price": {"gte": 5}}}
+        job = await ended(client, await client.request("DELETE", "/items", json=by_filter, headers=ADMINS))
+        assert job["status"] == "done"
+        assert (await client.get("/items/a")).status_code == 404
+        await ended(client, await client.delete("/items/circle%2Fblue.png", headers=ADMINS))
+        assert (await client.get("/items")).json()["count"] == 22
+
+
 @pytest.mark.usefixtures("in_process")
 async def test_repeated_requests_leave_the_same_items(index: Path) -> None:
     async with opened(index, **WRITES) as client:

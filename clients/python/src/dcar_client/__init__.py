@@ -7,7 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
         print(result.score, result.id, result.caption)
 """
 
-from dcar_client.calls import NewItem, NewQuery
+from dcar_client.calls import ItemFields, NewItem, NewQuery
 from dcar_client.client import AsyncClient, Client
 from dcar_client.errors import ServiceError
 from dcar_client.models import (
@@ -27,6 +27,7 @@ from dcar_client.models import (
     JobFailure,
     JobProgress,
     JobResponse,
+    JobsResponse,
     ProblemResponse,
     ReadinessResponse,
     ReloadResponse,
@@ -54,11 +55,13 @@ __all__ = [
     "FieldError",
     "GalleryItem",
     "HealthResponse",
+    "ItemFields",
     "ItemResponse",
     "ItemsResponse",
     "JobFailure",
     "JobProgress",
     "JobResponse",
+    "JobsResponse",
     "NewItem",
     "NewQuery",
     "ProblemResponse",

@@ -24,6 +24,7 @@ from dcar_client.models import (
     ItemResponse,
     ItemsResponse,
     JobResponse,
+    JobsResponse,
     ReadinessResponse,
     ReloadResponse,
     SearchOptions,
@@ -42,6 +43,14 @@ class NewItem(TypedDict, total=False):
     image: Required[Path | bytes | str]
     caption: str
     category: str
+    metadata: dict[str, Any]
+
+
+class ItemFields(TypedDict, total=False):
+    """What to merge into an item; None removes a field."""
+
+    caption: str | None
+    category: str | None
     metadata: dict[str, Any]
 
 
@@ -120,15 +129,48 @@ def image(prefix: str, item_id: str, size: int | None) -> Call[bytes]:
     return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes, {"params": params})
 
 
-def put_items(prefix: str, items: Sequence[NewItem]) -> Call[JobResponse]:
+def put_items(prefix: str, items: Sequence[NewItem], strict: bool) -> Call[JobResponse]:
     """PUT /items."""
     given = [_with_image(each) for each in items]
-    return Call("PUT", f"{prefix}/items", _reader(JobResponse), {"json": {"items": given}})
+    arguments = {"json": {"items": given}, "params": {"strict": strict}}
+    return Call("PUT", f"{prefix}/items", _reader(JobResponse), arguments)
 
 
-def delete_items(prefix: str, ids: Sequence[str]) -> Call[JobResponse]:
+def put_item(prefix: str, item: NewItem, strict: bool) -> Call[JobResponse]:
+    """PUT /items/{id}."""
+    given = _with_image(item)
+    path = f"{prefix}/items/{path_segment(given.pop('id'))}"
+    return Call("PUT", path, _reader(JobResponse), {"json": given, "params": {"strict": strict}})
+
+
+def patch_items(
+    prefix: str, fields: ItemFields, ids: Sequence[str] | None, filter: Mapping[str, Any] | None, strict: bool
+) -> Call[JobResponse]:
+    """PATCH /items."""
+    arguments = {"json": {**_chosen(ids, filter), **fields}, "params": {"strict": strict}}
+    return Call("PATCH", f"{prefix}/items", _reader(JobResponse), arguments)
+
+
+def patch_item(prefix: str, item_id: str, fields: ItemFields, strict: bool) -> Call[JobResponse]:
+    """PATCH /items/{id}."""
+    path = f"{prefix}/items/{path_segment(item_id)}"
+    return Call("PATCH", path, _reader(JobResponse), {"json": fields, "params": {"strict": strict}})
+
+
+def delete_items(prefix: str, ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> Call[JobResponse]:
     """DELETE /items."""
-    return Call("DELETE", f"{prefix}/items", _reader(JobResponse), {"json": {"ids": [*ids]}})
+    return Call("DELETE", f"{prefix}/items", _reader(JobResponse), {"json": _chosen(ids, filter)})
+
+
+def delete_item(prefix: str, item_id: str) -> Call[JobResponse]:
+    """DELETE /items/{id}."""
+    return Call("DELETE", f"{prefix}/items/{path_segment(item_id)}", _reader(JobResponse))
+
+
+def jobs(limit: int) -> Call[list[JobResponse]]:
+    """GET /jobs."""
+    read = _reader(JobsResponse)
+    return Call("GET", "/jobs", lambda response: read(response).jobs, {"params": {"limit": limit}})
 
 
 def job(job_id: str) -> Call[JobResponse]:
@@ -202,6 +244,12 @@ def _with_image(given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(image, bytes):
         image = base64.b64encode(image).decode()
     return {**given} if image is None else {**given, "image": image}
+
+
+def _chosen(ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the part of a body that chooses items."""
+    given = {"ids": None if ids is None else [*ids], "filter": filter}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _reader(model: type[M]) -> Callable[[httpx.Response], M]:

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from dcar_client import calls
-from dcar_client.calls import Call, NewItem, NewQuery, path_segment
+from dcar_client.calls import Call, ItemFields, NewItem, NewQuery, path_segment
 from dcar_client.errors import error_from
 from dcar_client.limits import aread_bounded, deadline, end_at_deadline, read_bounded
 from dcar_client.models import (
@@ -127,13 +127,44 @@ class Client:
         """Return the image file of an item, or a thumbnail with a longer side of 192, 384 or 1280 pixels."""
         return self._send(calls.image(self._prefix, item_id, size))
 
-    def put_items(self, items: Sequence[NewItem]) -> JobResponse:
-        """Add items, or replace those with the same ids, by a job; needs a key that may write."""
-        return self._send(calls.put_items(self._prefix, items))
+    def put_items(self, items: Sequence[NewItem], *, strict: bool = False) -> JobResponse:
+        """Add items, or replace those with the same ids, by a job; needs a key that may write.
 
-    def delete_items(self, ids: Sequence[str]) -> JobResponse:
-        """Remove items by a job; needs a key that may write."""
-        return self._send(calls.delete_items(self._prefix, ids))
+        Args:
+            strict: refuse metadata fields that no item has.
+        """
+        return self._send(calls.put_items(self._prefix, items, strict))
+
+    def put_item(self, item: NewItem, *, strict: bool = False) -> JobResponse:
+        """Add or replace one item, as `put_items` does."""
+        return self._send(calls.put_item(self._prefix, item, strict))
+
+    def patch_items(
+        self,
+        fields: ItemFields,
+        *,
+        ids: Sequence[str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        strict: bool = False,
+    ) -> JobResponse:
+        """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
+        return self._send(calls.patch_items(self._prefix, fields, ids, filter, strict))
+
+    def patch_item(self, item_id: str, fields: ItemFields, *, strict: bool = False) -> JobResponse:
+        """Merge fields into one item, by a job; its image stays."""
+        return self._send(calls.patch_item(self._prefix, item_id, fields, strict))
+
+    def delete_items(self, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None) -> JobResponse:
+        """Remove the items of some ids or of a filter, by a job; needs a key that may write."""
+        return self._send(calls.delete_items(self._prefix, ids, filter))
+
+    def delete_item(self, item_id: str) -> JobResponse:
+        """Remove one item, by a job."""
+        return self._send(calls.delete_item(self._prefix, item_id))
+
+    def jobs(self, *, limit: int = 20) -> list[JobResponse]:
+        """Return the newest changes of items."""
+        return self._send(calls.jobs(limit))
 
     def job(self, job_id: str) -> JobResponse:
         """Return the status of a job."""
@@ -277,13 +308,46 @@ class AsyncClient:
         """Return the image file of an item, or a thumbnail with a longer side of 192, 384 or 1280 pixels."""
         return await self._send(calls.image(self._prefix, item_id, size))
 
-    async def put_items(self, items: Sequence[NewItem]) -> JobResponse:
-        """Add items, or replace those with the same ids, by a job; needs a key that may write."""
-        return await self._send(calls.put_items(self._prefix, items))
+    async def put_items(self, items: Sequence[NewItem], *, strict: bool = False) -> JobResponse:
+        """Add items, or replace those with the same ids, by a job; needs a key that may write.
 
-    async def delete_items(self, ids: Sequence[str]) -> JobResponse:
-        """Remove items by a job; needs a key that may write."""
-        return await self._send(calls.delete_items(self._prefix, ids))
+        Args:
+            strict: refuse metadata fields that no item has.
+        """
+        return await self._send(calls.put_items(self._prefix, items, strict))
+
+    async def put_item(self, item: NewItem, *, strict: bool = False) -> JobResponse:
+        """Add or replace one item, as `put_items` does."""
+        return await self._send(calls.put_item(self._prefix, item, strict))
+
+    async def patch_items(
+        self,
+        fields: ItemFields,
+        *,
+        ids: Sequence[str] | None = None,
+        filter: Mapping[str, Any] | None = None,
+        strict: bool = False,
+    ) -> JobResponse:
+        """Merge fields into the items of some ids or of a filter, by a job; their images stay."""
+        return await self._send(calls.patch_items(self._prefix, fields, ids, filter, strict))
+
+    async def patch_item(self, item_id: str, fields: ItemFields, *, strict: bool = False) -> JobResponse:
+        """Merge fields into one item, by a job; its image stays."""
+        return await self._send(calls.patch_item(self._prefix, item_id, fields, strict))
+
+    async def delete_items(
+        self, ids: Sequence[str] | None = None, *, filter: Mapping[str, Any] | None = None
+    ) -> JobResponse:
+        """Remove the items of some ids or of a filter, by a job; needs a key that may write."""
+        return await self._send(calls.delete_items(self._prefix, ids, filter))
+
+    async def delete_item(self, item_id: str) -> JobResponse:
+        """Remove one item, by a job."""
+        return await self._send(calls.delete_item(self._prefix, item_id))
+
+    async def jobs(self, *, limit: int = 20) -> list[JobResponse]:
+        """Return the newest changes of items."""
+        return await self._send(calls.jobs(limit))
 
     async def job(self, job_id: str) -> JobResponse:
         """Return the status of a job."""

@@ -199,12 +199,12 @@ class JobFailure(Model):
 class JobResponse(Model):
     """A change of items, from its acceptance to a week after its end.
 
-    items: number of items in the request. reason: why the job failed, or why it waits.
+    items: number of items in the request, or that its filter matched then. reason: why the job failed, or why it waits.
     """
 
     id: str
     collection: str
-    kind: Literal["put", "delete"]
+    kind: Literal["put", "patch", "delete"]
     status: Literal["waiting", "running", "done", "failed"]
     items: int
     accepted: str
@@ -216,6 +216,20 @@ class JobResponse(Model):
     failed: list[JobFailure] | None = None
     """Items that could not be put; all others were."""
     reason: str | None = None
+    new_fields: list[str] | None = None
+    """Metadata fields of the request that no item had."""
+    dropped_fields: list[str] | None = None
+    """Fields that an item had and its replacement lacks."""
+    changed: int | None = None
+    """Items whose fields a patch has changed."""
+    unknown: list[str] | None = None
+    """Ids of a patch that the index lacks, the first 100."""
+
+
+class JobsResponse(Model):
+    """Changes of items, the newest first."""
+
+    jobs: list[JobResponse]
 
 
 class HealthResponse(Model):
