@@ -8,32 +8,27 @@
 
 import asyncio
 import hashlib
-import threading
 from enum import IntEnum
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Annotated, Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import Field
 
-from app.api.requests import FilterQuery, PageQuery, check_k
+from app.api.requests import FilterQuery, ItemsQuery, check_k
 from app.api.responses import JsonResponse, image_headers, item_chars, items_response, make_response, not_modified
 from app.api.routing import Routes, snapshot_of, state_of
-from app.core.problems import Problem, field_problem
+from app.core.problems import Problem
 from app.middleware.access import Policy
 from app.search.facets import count_facets, count_values
 from app.search.rows import filter_mask, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
-from dcar_core.util.arrays import Rows
 from index_jobs.store.artifact import Item
 from index_jobs.store.filters import EMPTY_IS_MISSING
 
@@ -71,19 +66,11 @@ class ThumbnailSize(IntEnum):
     LARGE = 1280
 
 
-class BrowseQuery(PageQuery, FilterQuery):
-    """A page of the gallery in the order of a field: "price", or "-price" descending."""
-
-    sort: Annotated[str, Field(max_length=1024)] = ""
-
-
 class Catalogue:
     """Facts about the items of one version, each computed once. Its methods block."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._artifact = snapshot.artifact
-        self._lock = threading.Lock()
-        self._orders: dict[str, Rows] = {}
 
     @cached_property
     def facets(self) -> list[str]:
@@ -110,18 +97,6 @@ class Catalogue:
     def _has_texts(self, name: str) -> bool:
         return any(pc.any(pc.not_equal(chunk, "")).as_py() for chunk in self._artifact.column(name).chunks)
 
-    def order(self, sort: str) -> Rows:
-        """Return all rows in the order of a field; rows without it are last, equal ones in the order of the index."""
-        with self._lock:
-            if sort not in self._orders:
-                column = self._artifact.column(sort.removeprefix("-"))
-                if pa.types.is_string(column.type):
-                    column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
-                table = pa.table({"value": column, "row": np.arange(self._artifact.rows)})
-                keys = [("value", "descending" if sort.startswith("-") else "ascending"), ("row", "ascending")]
-                self._orders[sort] = pc.sort_indices(table, keys).to_numpy().astype(np.int64)
-            return self._orders[sort]
-
 
 def _catalogue_of(snapshot: Snapshot) -> Catalogue:
     catalogue: Catalogue = snapshot.page_facts.setdefault("catalogue", Catalogue(snapshot))
@@ -136,16 +111,10 @@ def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | No
 
 
 @routes.add("GET", "/ui/browse", _PRIVATE)
-async def browse(request: Request, query: Annotated[BrowseQuery, QueryParam()]) -> Response:
+async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
     snapshot, retriever = snapshot_of(request), state_of(request).retriever
     check_k(query.k, state_of(request).settings)
-    catalogue = _catalogue_of(snapshot)
-    sort = query.sort if snapshot.artifact.rows else ""
-    fields = await asyncio.to_thread(lambda: catalogue.fields) if sort else []
-    if sort and sort.removeprefix("-") not in {field["name"] for field in fields}:
-        raise field_problem("sort", "must be a field with numbers or texts, or '-' and such a field")
-    order = await asyncio.to_thread(catalogue.order, sort) if sort else None
-    count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, order)
+    count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, query.sort, query.group_by)
     groups = list[dict[str, Any]]()
     if snapshot.artifact.manifest.group_field:
         groups = await retriever.examine(_groups_of, snapshot, page, query.filter)

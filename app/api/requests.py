@@ -95,8 +95,11 @@ class FilterQuery(Strict):
 
 
 class ItemsQuery(PageQuery, FilterQuery):
-    """A page of the gallery's items, in index order."""
+    """A page of the gallery's items, in index order or sorted."""
 
+    sort: Annotated[
+        str, Field(max_length=1025, description='field that orders the items, "-price" descending; without it last')
+    ] = ""
     group_by: GroupBy = None
 
 

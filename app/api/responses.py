@@ -118,6 +118,8 @@ def search_body(results: SearchResults) -> dict[str, Any]:
             cutoff=results.cutoff,
             facets=results.facets,
             facets_approximate=True if results.facets is not None and not results.has_exact_facets else None,
+            count=results.count,
+            count_approximate=None if results.has_exact_count else True,
         ),
     }
 

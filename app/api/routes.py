@@ -115,11 +115,11 @@ async def search_batch(request: Request) -> Response:
 
 @gallery.add("GET", "/items", Policy("read"), schemas.ItemsResponse)
 async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
-    """List the gallery's items page by page, in index order; of a group the first one."""
+    """List the gallery's items page by page, in index order or sorted; of a group the first one."""
     check_k(query.k, state_of(request).settings)
     snapshot = snapshot_of(request)
     count, page = await state_of(request).retriever.items(
-        snapshot, query.filter, query.offset, query.k, group_by=query.group_by
+        snapshot, query.filter, query.offset, query.k, query.sort, query.group_by
     )
     end = query.offset + query.k
     return await make_response(lambda: items_response(request, snapshot.version, end, count, page), item_chars(page))

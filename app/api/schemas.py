@@ -76,13 +76,15 @@ class Result(BaseModel):
 
 
 class SearchResponse(BaseModel):
-    """Results, best first, and the index version that produced them.
+    """Results, best first or sorted, and the index version that produced them.
 
     nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
     cutoff: the score of a likely result; absent if the index was not calibrated, and for other queries than by text.
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
+    count: number of matches of a sorted search, or of their groups. count_approximate: true if an approximate index may
+        have missed some, or if only the best 10,000 are sorted.
     """
 
     index_version: int
@@ -95,6 +97,8 @@ class SearchResponse(BaseModel):
     min_score: float | None = None
     facets: dict[str, list[FacetValue]] | None = None
     facets_approximate: bool | None = None
+    count: int | None = Field(None, examples=[36])
+    count_approximate: bool | None = None
 
 
 class BatchResponse(BaseModel):

@@ -22,6 +22,7 @@ from app.search.query import Match, Query, SearchResults
 from app.search.rank import judge, rank
 from app.search.rows import filter_mask, group_field, mask_key, rank_groups, row_vectors
 from app.search.snapshots import Snapshot, open_snapshot
+from app.search.sorting import SortedMatches, sort_matches
 from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ImageError
@@ -52,7 +53,8 @@ async def search(
         if image is not None:
             await compute.image(snapshot, image, query.crop)  # a broken one is an error
         facets = {name: [] for name in query.facets} or None
-        return SearchResults(0, [], offset=query.offset, min_score=plan.min_score, facets=facets)
+        count = 0 if query.sort else None
+        return SearchResults(0, [], offset=query.offset, min_score=plan.min_score, facets=facets, count=count)
     vector, is_cached = await _query_vector(compute, snapshot, plan, image)
     mask = await find_mask(compute, snapshot, query.filter)
     key = plan.page_key(vector)
@@ -61,18 +63,12 @@ async def search(
         results = await _find(compute, snapshot, plan, vector, mask, settings)
         if key is not None:
             snapshot.pages.keep(key, results)
-    has_exact_facets = True
-    if query.facets:
+    if query.facets and not query.sort:
         given = query.facets, query.filter, plan.group_by, vector, plan.min_score
         facets, has_exact_facets = await compute.run("filter", count_facets, snapshot, *given)
-    return replace(
-        results,
-        is_cached=is_cached,
-        took_ms=(time.perf_counter() - started) * 1000,
-        fields=query.fields,
-        facets=facets,
-        has_exact_facets=has_exact_facets,
-    )
+        results = replace(results, facets=facets, has_exact_facets=has_exact_facets)
+    took_ms = (time.perf_counter() - started) * 1000
+    return replace(results, is_cached=is_cached, took_ms=took_ms, fields=query.fields)
 
 
 async def find_mask(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> Mask | None:
@@ -109,6 +105,8 @@ async def _find(
     compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None, settings: Settings
 ) -> SearchResults:
     query = plan.query
+    if query.sort:
+        return await _find_sorted(compute, snapshot, plan, vector, mask, settings)
     with compute.timed("search"):
         ranked, cutoff = await compute.run("search", _rank_page, snapshot, plan, vector, mask)
     if plan.rerank_depth > query.offset:
@@ -116,7 +114,28 @@ async def _find(
             best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
             ranked = await pair_scoring.rerank(compute, snapshot, query.query, best) + rest
         await compute.run("search", _describe, snapshot, plan, ranked, mask)
-    page = ranked[query.offset : plan.end]
+    nothing_fits = cutoff is not None and all(match.level != "likely" for match in ranked)
+    return await _page(compute, snapshot, plan, vector, ranked, settings, cutoff=cutoff, nothing_fits=nothing_fits)
+
+
+async def _find_sorted(
+    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None, settings: Settings
+) -> SearchResults:
+    with compute.timed("search"):  # in the thread of filters, because it may take long
+        found = await compute.run("filter", _sort_page, snapshot, plan, vector, mask)
+    return await _page(
+        compute, snapshot, plan, vector, found.matches, settings,
+        cutoff=found.cutoff, nothing_fits=found.nothing_fits, facets=found.facets or None,
+        has_exact_facets=found.is_exact, count=found.count, has_exact_count=found.is_exact,
+    )  # fmt: skip
+
+
+async def _page(
+    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, ranked: list[Match], settings: Settings,
+    **facts: Any,
+) -> SearchResults:  # fmt: skip
+    """Return the page of a plan from the matches up to the next one. facts: other fields of the results."""
+    query, page = plan.query, ranked[plan.query.offset : plan.end]
     if query.explain:
         with compute.timed("explain"):
             await pair_scoring.explain(compute, snapshot, query.query, vector, page[: settings.explain_results])
@@ -127,9 +146,18 @@ async def _find(
         offset=query.offset,
         next_offset=plan.end if has_next else None,
         min_score=plan.min_score,
-        cutoff=cutoff,
-        nothing_fits=cutoff is not None and all(match.level != "likely" for match in ranked),
+        **facts,
     )
+
+
+def _sort_page(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> SortedMatches:
+    """Return the sorted matches up to the next page, those of the page with items."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)  # as in `_rank_page`
+    found = sort_matches(snapshot, plan, vector, mask)
+    _describe(snapshot, plan, found.matches, mask)
+    return found
 
 
 def _rank_page(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> tuple[list[Match], float | None]:

@@ -60,9 +60,13 @@ def count_facets(
     reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
     scored = np.zeros(artifact.rows, np.bool_)
     scored[reached] = True
-    kinds = {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)}
-    is_exact = len(reached) < _MAX_SCORED and kinds == {"Flat"}
+    is_exact = len(reached) < _MAX_SCORED and is_exact_index(artifact)
     return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
+
+
+def is_exact_index(artifact: Artifact) -> bool:
+    """Return True if searches find every row that reaches a score."""
+    return {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)} == {"Flat"}
 
 
 def count_values(

@@ -107,7 +107,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
         raise InvalidQueryError("hybrid", "cannot be combined with rerank, which orders results without the words")
     if query.fold is not None and query.group_by:
         raise InvalidQueryError("group_by", "cannot be combined with fold")
-    return Plan(
+    plan = Plan(
         query,
         more_rows=more_rows,
         less_rows=less_rows,
@@ -118,6 +118,32 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
         rerank_depth=settings.rerank_depth if query.rerank else 0,
         is_judged=is_judged,
     )
+    if query.sort:
+        _check_sort(snapshot, plan)
+    return plan
+
+
+def _check_sort(snapshot: Snapshot, plan: Plan) -> None:
+    """Raise SearchError unless a query can be sorted: by a known field, with a way to tell what fits."""
+    if plan.query.rerank:
+        raise InvalidQueryError("sort", "cannot be combined with rerank, which orders results by their scores")
+    require_sortable(snapshot, plan.query.sort)
+    if plan.min_score is not None or plan.words_weight or (plan.is_judged and snapshot.min_score is not None):
+        return
+    remedy = "only items that fit are sorted; give min_score, or hybrid to take the items with the words of the query"
+    if not plan.is_judged:
+        raise InvalidQueryError("sort", f"no cut-off is known for queries other than by text, and {remedy}")
+    message = f"This index was built without --validation and has no calibrated cut-off, and {remedy}."
+    raise UnsupportedQueryError(message, field="sort")
+
+
+def require_sortable(snapshot: Snapshot, sort: str) -> None:
+    """Raise InvalidQueryError unless items have the field of a `sort`, with one value each."""
+    name, fields = sort.removeprefix("-"), snapshot.artifact.fields
+    if name not in fields:
+        raise InvalidQueryError("sort", f"no item has {name[:80]!r}; available: {', '.join(sorted(fields))}")
+    if fields[name].startswith("list"):
+        raise InvalidQueryError("sort", f"{name!r} has several values per item; name a field with one")
 
 
 def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:

@@ -32,9 +32,18 @@ GroupBy = Annotated[
         'field that the index was built with, and "" returns every item',
     ),
 ]
+Sort = Annotated[
+    str,
+    Field(
+        max_length=1025,
+        description='field that orders the results, "-price" descending; only items that fit the query are sorted, and '
+        "items without a value are last",
+        examples=["-price"],
+    ),
+]
 
 _LIST_FIELDS = frozenset({"more_like", "less_like", "fields", "facets"})
-_TEXT_FIELDS = frozenset({"query", "without"})
+_TEXT_FIELDS = frozenset({"query", "without", "sort"})
 _OMITTED_IF_EMPTY = _LIST_FIELDS | {"filter", "weights", "crop"}
 _MAX_FILTER_BYTES = 64 * 2**10  # as JSON; the body of a text search holds no more
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
@@ -160,6 +169,7 @@ class Query(BaseModel):
         "the weight of the words from 0 to 1",
     )
     group_by: GroupBy = None
+    sort: Sort = ""
     facets: Annotated[tuple[Name, ...], FailFast()] = Field(
         (),
         max_length=8,
@@ -198,7 +208,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class SearchResults:
-    """The matches of one query; see `app.api.schemas.SearchResponse`."""
+    """The matches of one query; see `app.api.schemas.SearchResponse`. count: of a sorted search."""
 
     version: int
     matches: list[Match]
@@ -212,6 +222,8 @@ class SearchResults:
     fields: tuple[str, ...] = ()
     facets: dict[str, list[dict[str, Any]]] | None = None
     has_exact_facets: bool = True
+    count: int | None = None
+    has_exact_count: bool = True
 
     def __len__(self) -> int:
         return len(self.matches)
@@ -224,7 +236,7 @@ class SearchResults:
 
 
 def parse_fields(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Return the fields of a query that are given as texts: `query` and `without` literally, the others as JSON.
+    """Return the fields of a query that are given as texts: those in `_TEXT_FIELDS` literally, the others as JSON.
 
     A list may also be given as repeated fields. Empty lists and objects count as omitted. Unknown fields stay in, so
     that validation reports a misspelt name.

@@ -15,11 +15,12 @@ import numpy as np
 
 from app.search.errors import UnsupportedQueryError
 from app.search.plan import Plan
-from app.search.query import Match
+from app.search.query import Level, Match
 from app.search.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
+from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 _MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
 _MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
@@ -72,17 +73,8 @@ def hybrid_candidates(
     Raises:
         UnsupportedQueryError: the version has no lexical index.
     """
-    lexical = artifact.lexical
-    if not len(artifact.sample_vectors):
-        raise UnsupportedQueryError(
-            "Hybrid search needs the vectors of items, and the index keeps none.", field="hybrid"
-        )
-    if lexical is None:
-        message = "This index is older than hybrid search; rebuild it with `dcar index build`."
-        raise UnsupportedQueryError(message, field="hybrid")
-    allowed = mask
-    if artifact.manifest.removed:
-        allowed = artifact.live if mask is None else mask & artifact.live
+    lexical = require_words(artifact)
+    allowed = live_rows(artifact, mask)
     is_text_complete = lexical.count_matches(text) < _TEXT_ROWS
     limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
     text_scores, text_rows = lexical.search(text, limit, allowed, by_rare_terms=not is_text_complete)
@@ -104,6 +96,25 @@ def hybrid_candidates(
     )  # fmt: skip
 
 
+def require_words(artifact: Artifact) -> LexicalIndex:
+    """Return the lexical index. Raise UnsupportedQueryError if the version has none, or keeps no vectors."""
+    if not len(artifact.sample_vectors):
+        raise UnsupportedQueryError(
+            "Hybrid search needs the vectors of items, and the index keeps none.", field="hybrid"
+        )
+    if artifact.lexical is None:
+        message = "This index is older than hybrid search; rebuild it with `dcar index build`."
+        raise UnsupportedQueryError(message, field="hybrid")
+    return artifact.lexical
+
+
+def live_rows(artifact: Artifact, mask: Mask | None) -> Mask | None:
+    """Return a mask without the removed rows; None for all rows."""
+    if not artifact.manifest.removed:
+        return mask
+    return artifact.live if mask is None else mask & artifact.live
+
+
 def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, mask: Mask | None = None) -> list[Match]:
     """Return the `count` best rows of a plan among those of a mask, bool (rows,); see `rows.filter_mask`.
 
@@ -121,7 +132,7 @@ def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, mask: Mask 
             found = vector_candidates(artifact, vector, width, mask)
         best = _sorted_matches(found, plan, count if fold is None else None)
         if fold is not None:
-            best = _fold(artifact, best, fold - _ROUNDING, count)
+            best = fold_matches(artifact, best, fold, count)
         is_complete = width >= widest or found.highest_unseen == -np.inf or found.highest_unseen_cosine < lowest
         if is_complete:
             return best
@@ -145,10 +156,11 @@ def _sorted_matches(found: Candidates, plan: Plan, count: int | None) -> list[Ma
     return list(map(Match, found.rows[order].tolist(), found.cosines[order].tolist(), texts))
 
 
-def _fold(artifact: Artifact, ranked: list[Match], threshold: float, count: int) -> list[Match]:
-    """Return the best `count` rows that differ, each with the near-duplicates that are most similar to it."""
+def fold_matches(artifact: Artifact, ranked: list[Match], fold: float, count: int) -> list[Match]:
+    """Return the first `count` rows that differ, each with the near-duplicates that are most similar to it."""
     if not ranked:
         return []
+    threshold = fold - _ROUNDING
     vectors = row_vectors(artifact, [match.row for match in ranked])  # [m, E]
     closest = np.full(len(ranked), -np.inf, np.float32)  # similarity of each row to a shown row before it
     owners = np.arange(len(ranked))  # place of this shown row
@@ -169,23 +181,45 @@ def _fold(artifact: Artifact, ranked: list[Match], threshold: float, count: int)
     return [ranked[first] for first in shown[:count]]
 
 
-def judge(artifact: Artifact, plan: Plan, ranked: list[Match]) -> float | None:
-    """Set the levels of matches, from the first one on, and return the score of a likely one.
+class Levels(NamedTuple):
+    """What the level of a match follows from. Scores are compared as responses round them."""
 
-    Without a cut-off, and for a query that is not by text alone, it is None and every result possible.
+    likely: float  # score of a likely match
+    possible: float  # score of a possible one
+    contained: float  # text score of a likely one
+
+    def level_of(self, score: float, text_score: float) -> Level:
+        if (rounded := round(score, 6)) >= self.likely or text_score >= self.contained:
+            return "likely"
+        return "possible" if rounded >= self.possible else "unlikely"
+
+
+def contained_share(artifact: Artifact, text: str) -> tuple[float, bool]:
+    """Return the text score from which on an item contains the words of a query, and True if items have these words."""
+    is_familiar = artifact.lexical is None or artifact.lexical.known_share(text) >= _FAMILIAR
+    return _CONTAINED if is_familiar else _NEAR_SPELLING, is_familiar
+
+
+def find_levels(artifact: Artifact, plan: Plan, best: float) -> Levels | None:
+    """Return the levels of a query whose best score is `best`.
+
+    Without a cut-off, and for a query that is not by text alone, there are none, and every result is possible.
     """
     cutoff: float | None = artifact.manifest.cutoff.get("min_score")
     if cutoff is None or not plan.is_judged:
         return None
-    likely, contained = cutoff, _CONTAINED
     strong: float = artifact.manifest.cutoff.get("strong_score", -math.inf)
-    best = max((match.score for match in ranked), default=math.inf)
-    if best < strong and artifact.lexical and artifact.lexical.known_share(plan.query.query) < _FAMILIAR:
-        likely, contained = strong, _NEAR_SPELLING
+    if best < strong:
+        contained, is_familiar = contained_share(artifact, plan.query.query)
+        return Levels(cutoff if is_familiar else strong, cutoff, contained)
+    return Levels(cutoff, cutoff, _CONTAINED)
+
+
+def judge(artifact: Artifact, plan: Plan, ranked: list[Match]) -> float | None:
+    """Set the levels of matches, from the first one on, and return the score of a likely one, None without levels."""
+    levels = find_levels(artifact, plan, max((match.score for match in ranked), default=math.inf))
+    if levels is None:
+        return None
     for match in ranked:
-        score = round(match.score, 6)  # as responses round it
-        if score >= likely or (match.text_score or 0.0) >= contained:
-            match.level = "likely"
-        else:
-            match.level = "possible" if score >= cutoff else "unlikely"
-    return likely
+        match.level = levels.level_of(match.score, match.text_score or 0.0)
+    return levels.likely

@@ -32,6 +32,8 @@ _MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
 _MAX_GROUPS = 8
 _MAX_GROUP_BYTES = 512 * 2**20  # of all of them; one of different texts takes about 80 bytes an item
 _MAX_FACETS = 64
+_MAX_ORDERS = 8
+_MAX_ORDER_BYTES = 256 * 2**20  # of all of them, 12 bytes an item each
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -69,6 +71,7 @@ class Snapshot:
         pages: cached pages of results, by `Plan.page_key`.
         masks: cached masks of filters, bool (rows,), by `rows.mask_key`.
         groups: cached `GroupField`s of `app.search.rows`, by the name of the field.
+        orders: cached `SortOrder`s of `app.search.sorting`, by the `sort` of queries.
         facets: cached counts of values; see `app.search.facets`.
         frozen: cached features of the frozen image encoder by row; re-ranking, which fills it, sets its size.
         page_facts: cached facts that only the search page needs; see `app.api.page`.
@@ -81,6 +84,7 @@ class Snapshot:
     pages: Recent[Hashable, Any]
     masks: Recent[str, Mask]
     groups: Recent[str, Any]
+    orders: Recent[str, Any]
     facets: Recent[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: Recent(_MAX_FACETS))
     frozen: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
     page_facts: dict[str, Any] = field(default_factory=dict)
@@ -136,8 +140,9 @@ def open_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = 
     rows = max(1, artifact.rows)
     masks = Recent[str, Mask](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
     groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (80 * rows))))
+    orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
     pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))
-    return Snapshot(encoder, artifact, preprocess, backbone, pages, masks, groups)
+    return Snapshot(encoder, artifact, preprocess, backbone, pages, masks, groups, orders)
 
 
 def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = (), is_empty: bool = False) -> Snapshot:

@@ -18,15 +18,16 @@ from app.core.settings import Settings
 from app.core.thumbnail_cache import ThumbnailCache
 from app.search import engine
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError
-from app.search.plan import row_of
+from app.search.plan import require_sortable, row_of
 from app.search.query import Query, SearchResults
 from app.search.rows import group_field
 from app.search.snapshots import Snapshot
+from app.search.sorting import sort_order
 from app.service.batching import Admission, together
 from app.service.compute import SharedCompute
 from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.files import default_cache_directory
 from index_jobs.store.artifact import Item
@@ -90,19 +91,24 @@ class Retriever:
         filter: dict[str, Any] | None,
         offset: int,
         count: int,
-        order: Rows | None = None,
+        sort: str = "",
         group_by: str | None = None,
     ) -> tuple[int, list[Item]]:
         """Return the number of items that fulfil a filter, the first one of each group, and a page of them.
 
         Args:
-            order: all rows in the wanted order; None for the order of the index.
+            sort: as of a query; "" for the order of the index.
             group_by: "" for every item, None for the index's own field.
         """
+        if not snapshot.artifact.rows:
+            sort = ""
+        elif sort:
+            require_sortable(snapshot, sort)
         name = snapshot.artifact.manifest.group_field if group_by is None else group_by
 
         def list_items(mask: Mask | None) -> tuple[int, list[Item]]:
             chosen = snapshot.artifact.live if mask is None else mask
+            order = sort_order(snapshot, sort).rows if sort else None
             rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
             if name and len(rows):
                 rows = group_field(snapshot, name).first_rows(rows)
@@ -110,7 +116,7 @@ class Retriever:
 
         async with self._admission():
             mask = await engine.find_mask(self.compute, snapshot, filter)
-            return await self.compute.run("search", list_items, mask)
+            return await self.compute.run("filter" if sort else "search", list_items, mask)
 
     async def open_image(self, snapshot: Snapshot, item_id: str) -> ImageFile:
         """Open the image of an item, which the caller closes. Raise ItemNotFoundError or ImageUnavailableError."""

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.api.page import Catalogue
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
+from index_jobs.store.artifact import Artifact
 from tests.support.images import encoded
 from tests.support.parts import needs
 from tests.support.responses import assert_problem
@@ -204,18 +204,18 @@ async def test_browsing_filters_and_sorts(photos: Path) -> None:
 
 
 async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, has_texts = list[str](), Catalogue._has_texts
+    names, column = list[str](), Artifact.column
 
-    def in_thread(catalogue: Catalogue, name: str) -> bool:
+    def in_thread(artifact: Artifact, name: str) -> Any:
         names.append(name)
         assert threading.current_thread() is not threading.main_thread()
-        return has_texts(catalogue, name)
+        return column(artifact, name)
 
-    monkeypatch.setattr(Catalogue, "_has_texts", in_thread)
+    monkeypatch.setattr(Artifact, "column", in_thread)
     for path in ("/ui/browse?sort=price", "/ui/catalogue"):
         async with opened(photos) as client:
             assert (await client.get(path)).status_code == 200
-    assert sorted(names) == ["caption", "caption", "category", "category"]
+    assert sorted(names) == ["caption", "category", "price"]
 
 
 async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) -> None:

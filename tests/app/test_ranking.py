@@ -8,7 +8,7 @@ import pytest
 
 from app.search.plan import Plan
 from app.search.query import Level, Match, Query
-from app.search.rank import _fold, judge, rank
+from app.search.rank import fold_matches, judge, rank
 
 
 def row_by_row(vectors: np.ndarray, found: list[Match], fold: float) -> list[Match]:
@@ -40,8 +40,8 @@ def test_folding_equals_folding_row_by_row(seed: int) -> None:
 
     expected = row_by_row(vectors, found(), fold)
     for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
-        assert _fold(artifact, found(), fold, count) == expected[:count], count
-    assert _fold(artifact, [], fold, 3) == []
+        assert fold_matches(artifact, found(), fold, count) == expected[:count], count
+    assert fold_matches(artifact, [], fold, 3) == []
 
 
 class Exact:

@@ -80,7 +80,7 @@ def search_image(prefix: str, image: Path | str | bytes, query: str, options: Se
     data = image if isinstance(image, bytes) else Path(image).read_bytes()
     fields = {"query": query} if query else {}
     for name, value in options.items():
-        fields[name] = str(value) if name == "without" else json.dumps(value)
+        fields[name] = str(value) if name in ("without", "sort") else json.dumps(value)
     arguments = {"files": {"file": ("image", data)}, "data": fields}
     return Call("POST", f"{prefix}/search/image", _reader(SearchResponse), arguments)
 
@@ -107,12 +107,14 @@ def similar(prefix: str, item_id: str, k: int, offset: int) -> Call[SearchRespon
 
 
 def items(
-    prefix: str, filter: Mapping[str, Any] | None, k: int, offset: int, group_by: str | None
+    prefix: str, filter: Mapping[str, Any] | None, k: int, offset: int, sort: str, group_by: str | None
 ) -> Call[ItemsResponse]:
     """GET /items."""
     params: dict[str, str | int] = {"k": k, "offset": offset}
     if filter is not None:
         params["filter"] = json.dumps(filter)
+    if sort:
+        params["sort"] = sort
     if group_by is not None:
         params["group_by"] = group_by
     return Call("GET", f"{prefix}/items", _reader(ItemsResponse), {"params": params})

@@ -114,10 +114,11 @@ class Client:
         filter: Mapping[str, Any] | None = None,
         k: int = 10,
         offset: int = 0,
+        sort: str = "",
         group_by: str | None = None,
     ) -> ItemsResponse:
-        """List items in index order, one of each group; `next_offset` is the start of the next page."""
-        return self._send(calls.items(self._prefix, filter, k, offset, group_by))
+        """List items in index order or sorted, one of each group; `next_offset` is the start of the next page."""
+        return self._send(calls.items(self._prefix, filter, k, offset, sort, group_by))
 
     def item(self, item_id: str) -> ItemResponse:
         """Return one item with all its metadata."""
@@ -295,10 +296,11 @@ class AsyncClient:
         filter: Mapping[str, Any] | None = None,
         k: int = 10,
         offset: int = 0,
+        sort: str = "",
         group_by: str | None = None,
     ) -> ItemsResponse:
-        """List items in index order, one of each group; `next_offset` is the start of the next page."""
-        return await self._send(calls.items(self._prefix, filter, k, offset, group_by))
+        """List items in index order or sorted, one of each group; `next_offset` is the start of the next page."""
+        return await self._send(calls.items(self._prefix, filter, k, offset, sort, group_by))
 
     async def item(self, item_id: str) -> ItemResponse:
         """Return one item with all its metadata."""

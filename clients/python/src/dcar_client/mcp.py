@@ -48,6 +48,7 @@ Filter = Annotated[
 ]
 Without = Annotated[str, Field(description="what the images should not show")]
 Fields = Annotated[list[str] | None, Field(description='metadata fields to return with each result; ["*"] for all')]
+Sort = Annotated[str, Field(description='field that orders the results that fit: "price", or "-price" descending')]
 Hybrid = Annotated[bool, Field(description="look up the words in captions and metadata too: for names and codes")]
 Thumbnails = Annotated[bool, Field(description="return a small image of each result, in the same order")]
 ItemId = Annotated[str, Field(min_length=1, description="the id of an item, as results have it")]
@@ -75,10 +76,13 @@ class GalleryTools:
         without: Without = "",
         fields: Fields = None,
         hybrid: Hybrid = False,
+        sort: Sort = "",
         thumbnails: Thumbnails = False,
     ) -> Annotated[CallToolResult, SearchResponse]:
-        """Find the images that words describe, best first."""
+        """Find the images that words describe, best first or sorted."""
         options = SearchOptions(k=k, offset=offset, filter=filter, without=without, fields=fields or [], hybrid=hybrid)
+        if sort:
+            options["sort"] = sort
         return await self._answer(self._client.search_text(query, **options), thumbnails)
 
     async def search_by_picture(

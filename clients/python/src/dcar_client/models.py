@@ -79,13 +79,15 @@ class Result(Model):
 
 
 class SearchResponse(Model):
-    """Results, best first, and the index version that produced them.
+    """Results, best first or sorted, and the index version that produced them.
 
     nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
     cutoff: the score of a likely result; absent if the index was not calibrated, and for other queries than by text.
     next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
     facets: the most frequent values of the requested fields.
     facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
+    count: number of matches of a sorted search, or of their groups. count_approximate: true if an approximate index may
+        have missed some, or if only the best 10,000 are sorted.
     """
 
     index_version: int
@@ -100,6 +102,8 @@ class SearchResponse(Model):
     min_score: float | None = None
     facets: dict[str, list[FacetValue]] | None = None
     facets_approximate: bool | None = None
+    count: int | None = None
+    count_approximate: bool | None = None
 
 
 class BatchResponse(Model):
@@ -329,6 +333,10 @@ class SearchOptions(TypedDict, total=False):
     group_by: str | None
     """Metadata field whose values are returned once each, by their best item; the default is the field that the
     index was built with, and "" returns every item.
+    """
+    sort: str
+    """Field that orders the results, "-price" descending; only items that fit the query are sorted, and items
+    without a value are last.
     """
     facets: list[str]
     """Fields whose values are counted over all items that fulfil `filter` and reach `min_score`."""
