@@ -169,5 +169,10 @@ def _find_near(artifact: Artifact, plan: Plan, vector: Floats, mask: Mask | None
         if is_complete:
             break
     best = float(found.cosines.max(initial=-np.inf))
-    parts = [part[is_reached] for part in (found.rows, found.cosines, found.text_scores, found.rank_scores)]
-    return Candidates(*parts, found.highest_unseen, found.highest_unseen_cosine), best, is_complete
+    reached = found._replace(
+        rows=found.rows[is_reached],
+        cosines=found.cosines[is_reached],
+        text_scores=found.text_scores[is_reached],
+        rank_scores=found.rank_scores[is_reached],
+    )
+    return reached, best, is_complete

@@ -15,8 +15,8 @@ from PIL import Image
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
 from index_jobs.rebuild import rebuild
-from tests.support.files import write_jsonl
 from index_jobs.store.artifact import Artifact
+from tests.support.files import write_jsonl
 from tests.support.images import encoded
 from tests.support.parts import needs
 from tests.support.responses import assert_problem

@@ -120,6 +120,9 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             circles = client.items(filter={"category": "circle"}, k=4)
             assert (circles.count, [item.category for item in circles.items]) == (6, ["circle"] * 4)
             assert client.items(filter={"category": "circle"}, offset=4).next_offset is None
+            assert client.items(sort="-caption", k=1).items[0].caption == "a red triangle"
+            sorted_matches = client.search_image(file, sort="-caption", min_score=-1.0, k=1)
+            assert (sorted_matches.results[0].caption, sorted_matches.count) == ("a red triangle", 24)
             assert client.image("circle/blue.png") == file.read_bytes()
             with pytest.raises(ServiceError, match="There is no item") as caught:
                 client.item("nothing")

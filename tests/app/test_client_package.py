@@ -57,7 +57,7 @@ def test_the_client_covers_every_route() -> None:
         calls.search_batch("", [], {}),
         calls.embeddings([], None),
         calls.similar("", "{item_id}", 10, 0),
-        calls.items("", None, 10, 0, None),
+        calls.items("", None, 10, 0, "", None),
         calls.item("", "{item_id}"),
         calls.image("", "{item_id}", None),
         calls.put_items("", [], False),

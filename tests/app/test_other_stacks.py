@@ -122,6 +122,7 @@ async def test_an_assistant_searches_over_mcp(url: str, client: Client, gallery:
             ("search_by_words", {"query": ""}, "query"),
             ("search_by_words", {"query": "red", "k": 1000}, "k"),
             ("search_by_words", {"query": "red", "filter": {"colour": "red"}}, "colour"),
+            ("search_by_words", {"query": "red", "sort": "price"}, "sort: no item has 'price'"),
             ("search_by_picture", {}, "give either `image`"),
             ("search_by_picture", {"image": "no base64!"}, "image: not base64"),
             ("search_by_picture", {"image": base64.b64encode(b"no image").decode()}, "422"),

@@ -1,6 +1,5 @@
 """Sorted searches and listings, against a plain sort of all items that fit."""
 
-import json
 import math
 import random
 from dataclasses import replace
@@ -23,6 +22,7 @@ from app.search.sorting import sort_matches
 from index_jobs.jobs.update import add, remove
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
+from tests.support.files import write_jsonl
 from tests.support.images import draw, png
 from tests.support.ranking import ArtifactStub, first_of_each
 from tests.support.responses import assert_problem
@@ -73,7 +73,8 @@ def test_sorted_matches_equal_a_plain_sort_of_all_rows_that_fit(lexical: Lexical
         rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
         vectors = rng.integers(-2, 3, (ROWS, 4)).astype(np.float32)
         vector = rng.integers(-2, 3, 4).astype(np.float32)
-        artifact: Any = ArtifactStub(vectors, lexical=lexical, product=product[:ROWS], **{name: values[:ROWS]})
+        columns: dict[str, Any] = {"product": product[:ROWS], name: values[:ROWS]}
+        artifact: Any = ArtifactStub(vectors, lexical=lexical, **columns)
         artifact.vectors = lambda rows: vectors[rows]  # not normalized
         cutoff = data.draw(st.none() | st.just({"min_score": float(rng.integers(-3, 9)), "strong_score": 6.0}))
         artifact.manifest.cutoff = cutoff or {}
@@ -187,7 +188,7 @@ async def test_images_batches_and_python_sort_like_texts(built_index: Path) -> N
         image = (await client.post("/search/image", files={"file": png()}, data=form)).json()
         captions = [each["caption"] for each in image["results"]]
         assert (captions, image["count"]) == (sorted(captions, reverse=True), 24)
-        query = {"query": "x", "sort": "caption", "min_score": -1.0, "k": 24}
+        query: dict[str, Any] = {"query": "x", "sort": "caption", "min_score": -1.0, "k": 24}
         (answer,) = (await client.post("/search/batch", json={"queries": [query]})).json()["answers"]
         one = (await client.post("/search/text", json=query)).json()
         assert answer["results"] == one["results"]
@@ -240,11 +241,12 @@ async def test_sorts_that_cannot_be_are_refused(built_index: Path) -> None:
 async def test_listed_items_are_sorted(index: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "more"
     gallery.mkdir()
-    for number, price in enumerate([3, 1.5, None, "", 2]):
+    rows = list[dict[str, Any]]()
+    for number, price in enumerate([3, 1.5, None, None, 2]):
         draw("pink", "square").save(gallery / f"{number}.png")
-        with (gallery / "metadata.jsonl").open("a") as file:
-            row = {"file_name": f"{number}.png", "id": f"new{number}", "color": "pink", "tags": ["a", "b"]}
-            file.write(json.dumps(row | ({"price": price} if price else {})) + "\n")
+        row = {"file_name": f"{number}.png", "id": f"new{number}", "color": "pink", "tags": ["a", "b"]}
+        rows.append(row if price is None else row | {"price": price})
+    write_jsonl(gallery / "metadata.jsonl", rows)
     add(index, gallery, progress=False)
     remove(index, ["new4", "circle/red.png"])
     async with opened(index) as client:
