@@ -21,6 +21,7 @@ PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT))
 
 from dcar_core.model.catalogue import FAMILIES, PARAMETERS, CatalogueEntry, list_catalogue  # noqa: E402
+from dcar_core.model.recommended import RECOMMENDED  # noqa: E402
 
 MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
 HEAD = ["| family | models | level | M | pixels | tokens | needs |", "| " + " | ".join(7 * ["---"]) + " |"]
@@ -36,7 +37,20 @@ def page(text: str) -> str:
     head = f"## Families\n\n{len(entries)} models: {counts}. {padded} read their padding (*)."
     families = [[entry for entry in entries if entry.family == family] for family in FAMILIES]
     rows = [_row(family) for family in families if family]
-    return written_by_hand + "\n\n".join([MARK, head, "\n".join([*HEAD, *rows])]) + "\n"
+    return written_by_hand + "\n\n".join([MARK, _recommended(), head, "\n".join([*HEAD, *rows])]) + "\n"
+
+
+def _recommended() -> str:
+    entries = {entry.name: entry for entry in list_catalogue()}
+    rows = ["| model | weights | COCO | Flickr30k | M | GFLOP per image | licence | for |", f"|{8 * ' --- |'}"]
+    for each in RECOMMENDED:
+        figures = f"{each.coco} | {each.flickr} | {entries[each.name].parameters} | {each.gflops}"
+        rows.append(f"| `{each.name}` | `{each.pretrained}` | {figures} | {each.licence} | {each.use} |")
+    note = (
+        "Text-to-image R@1 in percent, zero-shot, from open_clip's openclip_retrieval_results.csv; "
+        "`dcar models --recommend` prints the same."
+    )
+    return "\n\n".join(["## Recommended", note, "\n".join(rows)])
 
 
 def _row(family: list[CatalogueEntry]) -> str:

@@ -33,9 +33,12 @@ def parse_filter(text: str) -> dict[str, Any]:
 
 
 Data = Annotated[Path, Option(help="Directory with train.json, ..., or a table; see docs/reference/data-formats.md.")]
-ModelName = Annotated[str, Option("--model", help="An open_clip model such as ViT-B-32-quickgelu, or a directory.")]
+ModelName = Annotated[str, Option("--model", help="An open_clip model such as ViT-B-16-SigLIP, or a directory.")]
 Pretrained = Annotated[
-    str | None, Option(help="Weights of a named model: a tag (openai), or a .safetensors or .pt file.")
+    str | None,
+    Option(
+        help="Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar models --recommend`."
+    ),
 ]
 Images = Annotated[Path | None, Option(help="Root folder of the images. Default: the folder of the annotations.")]
 SkipBroken = Annotated[bool, Option("--skip-broken", help="Leave out images that are missing or broken.")]

@@ -17,6 +17,7 @@ from typer import Argument, Option
 from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
+from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.errors import DataError, ModelError
 from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
@@ -29,8 +30,8 @@ _BUNDLED = EXAMPLES / "base"
 @commands.command(epilog=example("dcar quickstart photos", "dcar quickstart photos --model ViT-L-14 --port 9000"))
 def quickstart(
     gallery: Annotated[Path, Argument(help="Folder of images, an uncompressed tar, or a list.")],
-    model: ModelName = "ViT-B-32-quickgelu",
-    pretrained: Pretrained = "openai",
+    model: ModelName = DEFAULT.name,
+    pretrained: Pretrained = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     data: Annotated[Path, Option(help="Directory for the checkpoint and the index.")] = Path("data"),
@@ -53,7 +54,7 @@ def quickstart(
     require_writable(data)
     scanned = scan(place)  # report its faults before weights are fetched
     typer.echo(f"1 of 3: model {model}")
-    checkpoint, source = _checkpoint(model, None if Path(model).is_dir() else pretrained, data / "zero-shot")
+    checkpoint, source = _checkpoint(model, pretrained or recommended_weights(model), data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
     out = data / "quickstart" / _short_hash(place) / (place.stem or "gallery")
     summary = rebuild(scanned, checkpoint, out, runtime=runtime, max_failed=1.0)  # broken images are counted below

@@ -9,18 +9,19 @@ import typer
 from typer import Argument, Option
 
 from app.cli.options import EXAMPLES, Device, Images, Pretrained, example
+from dcar_core.model.recommended import RECOMMENDED
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import DcarError, ModelError
 from dcar_core.util.files import require_writable
 
 commands = typer.Typer()
-Level = Literal["full", "text", "features"]
 
 
-@commands.command(epilog=example("dcar models siglip2", "dcar models --level full --json"))
+@commands.command(epilog=example("dcar models --recommend", "dcar models siglip2", "dcar models --level full --json"))
 def models(
     name: Annotated[str, Argument(help="Part of the names to list, in any case. Default: all.")] = "",
     level: Annotated[Literal["full", "text", "features"] | None, Option(help="Only models of this level.")] = None,
+    recommend: Annotated[bool, Option("--recommend", help="Only recommended models, with published recall.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
     """List the built-in models: name, level, parameters in millions, image size, context length, languages,
@@ -31,14 +32,31 @@ def models(
     """
     from dcar_core.model.catalogue import list_catalogue
 
+    figures = {each.name: each for each in RECOMMENDED}
     entries = [
         entry for entry in list_catalogue() if name.lower() in entry.name.lower() and level in (None, entry.level)
     ]
+    if recommend:
+        order = list(figures)
+        entries = sorted(
+            (entry for entry in entries if entry.name in figures), key=lambda entry: order.index(entry.name)
+        )
     if as_json:
-        typer.echo(dump_json([asdict(entry) for entry in entries]))
+        more = [figures[entry.name]._asdict() if recommend else {} for entry in entries]
+        typer.echo(dump_json([asdict(entry) | figure for entry, figure in zip(entries, more, strict=True)]))
         return
     if not entries:
         raise ModelError("no built-in model matches; `dcar models` lists all")
+    if recommend:
+        width = max(len(entry.name) for entry in entries)
+        typer.echo(f"{'':{width}}  COCO, Flickr R@1  size     per image    licence     for")
+        for entry in entries:
+            each, size = figures[entry.name], 4 * (entry.parameters or 0)
+            typer.echo(
+                f"{entry.name:{width}}  {each.coco:4} %, {each.flickr:4} %  {size:4} MB  {each.gflops:5} GFLOP  "
+                f"{each.licence:10}  {each.use}"
+            )
+        return
     needs = [", ".join(entry.needs) or "-" for entry in entries]
     width, needs_width = max(len(entry.name) for entry in entries), max(map(len, needs))
     for entry, libraries in zip(entries, needs, strict=True):

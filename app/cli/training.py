@@ -13,6 +13,7 @@ from app.cli import options
 from app.cli.hub import prepare_hub
 from app.cli.options import example
 from dcar_core.model.config import GRID, TrainConfig
+from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.files import require_writable
 
 if TYPE_CHECKING:
@@ -22,19 +23,20 @@ commands = typer.Typer()
 
 DEFAULT_GRID = ",".join(f"{lr:g}" for lr in GRID)
 N = TypeVar("N", int, float)
+PAPER_MODEL = "ViT-B-32-quickgelu"
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
 @commands.command(
     epilog=example(
-        "dcar train --data my/catalogue --pretrained openai --out checkpoint",
-        "torchrun --nproc-per-node 2 -m app.cli train --data my/catalogue --pretrained openai --out checkpoint",
+        "dcar train --data my/catalogue --out checkpoint",
+        "torchrun --nproc-per-node 2 -m app.cli train --data my/catalogue --out checkpoint",
     )
 )
 def train(
     data: options.Data,
     out: options.Out,
-    model: options.ModelName = "ViT-B-32-quickgelu",
+    model: options.ModelName = DEFAULT.name,
     pretrained: options.Pretrained = None,
     method: Annotated[
         str | None,
@@ -68,6 +70,7 @@ def train(
     """
     from dcar_core.training.finished import describe_request, find_finished
 
+    pretrained = pretrained or recommended_weights(model)
     config = _config(
         epochs=epochs, batch_size=batch_size, lr=lr, patience=patience, seed=seed, accumulate=accumulate, amp=amp
     )
@@ -99,17 +102,14 @@ def train(
         _report(out, done)
 
 
-@commands.command(
-    "zero-shot", epilog=example("dcar zero-shot --model ViT-B-32-quickgelu --pretrained openai --out clip")
-)
-def zero_shot(
-    out: options.Out, model: options.ModelName = "ViT-B-32-quickgelu", pretrained: options.Pretrained = None
-) -> None:
+@commands.command("zero-shot", epilog=example("dcar zero-shot --model ViT-B-32-quickgelu --out clip"))
+def zero_shot(out: options.Out, model: options.ModelName = DEFAULT.name, pretrained: options.Pretrained = None) -> None:
     """Write a checkpoint of the unadapted model, to index and search without training, or to compare with.
 
     It needs no data, and works wherever a trained checkpoint does: `dcar index build --checkpoint OUT ...`
     """
     require_writable(out)
+    pretrained = pretrained or recommended_weights(model)
     prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_zero_shot
@@ -118,13 +118,11 @@ def zero_shot(
     typer.echo(f"{out}: {model} unadapted, fingerprint {fingerprint[:12]}")
 
 
-@commands.command(
-    epilog=example("dcar evaluate --data my/catalogue --pretrained openai --methods clip,block-adapters --out results")
-)
+@commands.command(epilog=example("dcar evaluate --data my/catalogue --methods clip,block-adapters --out results"))
 def evaluate(
     data: options.Data,
     out: options.Out,
-    model: options.ModelName = "ViT-B-32-quickgelu",
+    model: options.ModelName = DEFAULT.name,
     pretrained: options.Pretrained = None,
     methods: Annotated[
         str | None,
@@ -158,7 +156,7 @@ def evaluate(
         Literal["paper"] | None,
         Option(
             help="paper: --data holds the paper's data sets as folders; each is evaluated in OUT/NAME with --tune, and "
-            "the paper's figures are shown next to ours. Weights by default: openai."
+            "the paper's figures are shown next to ours. The model is ViT-B-32-quickgelu with the weights of OpenAI."
         ),
     ] = None,
 ) -> None:
@@ -170,7 +168,8 @@ def evaluate(
     """
     require_writable(out)
     if preset:
-        tune, pretrained = True, pretrained or (None if Path(model).is_dir() else "openai")
+        tune, model = True, PAPER_MODEL if model == DEFAULT.name else model
+    pretrained = pretrained or recommended_weights(model)
     prepare_hub(model, pretrained)
     from dcar_core.evaluation import all_tables, compare, find_data_sets, paper_tables
     from dcar_core.model.backbone import BackboneSource, load_backbone

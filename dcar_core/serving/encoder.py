@@ -96,7 +96,7 @@ class Encoder:
 
         Args:
             source: a directory with config.json (DCAR checkpoint) or open_clip_config.json (plain CLIP), or a name
-                such as ViT-B-32-quickgelu.
+                such as ViT-B-32.
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.

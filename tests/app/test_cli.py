@@ -10,7 +10,6 @@ from pathlib import Path
 
 import open_clip
 import pytest
-import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -86,13 +85,6 @@ def test_preset_of_the_paper_shows_its_figures_next_to_ours(tiny_model: Path, ti
     assert (
         line == f"| dtd | {ours[0]:.2f} / 29.49 | {ours[1]:.2f} / 18.55 | - / 18.32 | - / 20.39 | - / 30.73 | - | - |"
     )
-
-
-@pytest.mark.parametrize("name", ["train", "evaluate", "zero-shot"])
-def test_examples_of_the_help_name_weights(name: str) -> None:
-    epilog = typer.main.get_command(app).commands[name].epilog  # type: ignore[attr-defined]
-    lines = epilog.partition(":\n")[2].splitlines()
-    assert [line for line in lines if "--pretrained" not in line] == []
 
 
 def test_the_version_is_told() -> None:

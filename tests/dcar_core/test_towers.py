@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core.model.catalogue import FAMILIES, CatalogueEntry, list_catalogue
+from dcar_core.model.recommended import RECOMMENDED
 from dcar_core.model.towers.select import level_of, level_of_config, reads_padding, select_towers
 from dcar_core.util.errors import ModelError
 from tests.support.paths import ROOT
@@ -153,6 +154,20 @@ def test_the_command_filters_by_name_and_level() -> None:
         ["MobileCLIP2-B", "full", "150", "M", "224", "px"], ["MobileCLIP2-L-14", "full", "428", "M", "224", "px"],
     ]  # fmt: skip
     assert all(line.endswith("tokens  English  timm  dfndr2b") for line in lines)
+
+
+def test_recommended_models_exist_with_their_weights() -> None:
+    for each in RECOMMENDED:
+        assert each.pretrained in entries()[each.name].pretrained
+    many = [each.name for each in RECOMMENDED if "many languages" in each.use]
+    assert {entries()[name].languages for name in many} == {"many"}
+    lines = CliRunner().invoke(app, ["models", "--recommend"]).output.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [each.name for each in RECOMMENDED]
+    assert lines[1].split()[1:6] == ["39.3", "%,", "66.8", "%", "604"]
+    (found,) = json.loads(CliRunner().invoke(app, ["models", "quickgelu", "--recommend", "--json"]).output)
+    assert (found["name"], found["pretrained"], found["coco"], found["level"]) == (
+        "ViT-B-32-quickgelu", "openai", 30.4, "full",
+    )  # fmt: skip
 
 
 def test_the_command_prints_json_and_refuses_what_matches_nothing() -> None:

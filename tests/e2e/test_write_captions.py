@@ -13,7 +13,6 @@ from tests.support.images import draw
 from tests.support.shown import assert_shown, shown_blocks
 from tests.support.vision_server import VisionServer
 
-MODEL = "--model ViT-B-32-quickgelu --pretrained openai"
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "circle", "triangle", "cross")
 
@@ -29,7 +28,7 @@ def test_captions_of_a_vision_model_reach_the_index(
     commands, printed = [line for line in block.lines if line.startswith("dcar ")], ""
     with VisionServer() as server:
         for command, status in zip(commands, ([0], [0, 3], [0]), strict=True):  # 3: one epoch made it no better
-            words = command.replace(MODEL, f"--model {tiny_model} --epochs 1")
+            words = command.replace("dcar train", f"dcar train --model {tiny_model} --epochs 1")
             words = re.sub(r"--url \S+", f"--url {server.url}", words)
             done = CliRunner().invoke(app, shlex.split(words)[1:], catch_exceptions=False)
             assert done.exit_code in status, (command, done.output)
