@@ -246,7 +246,7 @@ async def test_listed_items_are_sorted(index: Path, tmp_path: Path) -> None:
         draw("pink", "square").save(gallery / f"{number}.png")
         row = {"file_name": f"{number}.png", "id": f"new{number}", "color": "pink", "tags": ["a", "b"]}
         rows.append(row if price is None else row | {"price": price})
-    write_jsonl(gallery / "metadata.jsonl", rows)
+    write_jsonl(gallery / "metadata.jsonl", *rows)
     add(index, gallery, progress=False)
     remove(index, ["new4", "circle/red.png"])
     async with opened(index) as client:
