@@ -13,10 +13,6 @@ from tests.support.images import write_image
 Row = dict[str, object]
 
 
-def table(path: Path, rows: list[Row]) -> Path:
-    return write_jsonl(path, *rows)
-
-
 def pictures(root: Path, *names: str) -> None:
     for name in names:
         write_image(root / name)
@@ -28,8 +24,8 @@ def row(image: str, **more: object) -> Row:
 
 def test_missing_image_is_not_taken_from_another_folder(tmp_path: Path) -> None:
     pictures(tmp_path, "cats/2.png", "dogs/1.png")
-    table(tmp_path / "train.jsonl", [row("cats/1.png"), row("cats/2.png")])
-    table(tmp_path / "test.jsonl", [row("dogs/1.png")])
+    write_jsonl(tmp_path / "train.jsonl", row("cats/1.png"), row("cats/2.png"))
+    write_jsonl(tmp_path / "test.jsonl", row("dogs/1.png"))
     for splits in (("train",), ("train", "test")):
         with pytest.raises(DataError, match=r"train: 1 of 2 images are not in .*: cats/1\.png"):
             load_splits(tmp_path, splits)
@@ -42,14 +38,14 @@ def test_missing_image_is_not_taken_from_another_folder(tmp_path: Path) -> None:
     pictures(tmp_path, "1.png")
     assert missing(tmp_path) == ["cats/1.png"]
     # nor where only the folder tells that it is another
-    table(tmp_path / "alone" / "train.jsonl", [row("cats/1.png")])
+    write_jsonl(tmp_path / "alone" / "train.jsonl", row("cats/1.png"))
     pictures(tmp_path / "alone", "cats/2.png", "dogs/1.png")
     assert missing(tmp_path / "alone") == ["cats/1.png"]
 
 
 def test_image_found_elsewhere_is_reported(tmp_path: Path) -> None:
     pictures(tmp_path, "pets/a.png", "cat/0.png")
-    table(tmp_path / "train.jsonl", [row("images/a.png"), row("data/cat/0.png")])
+    write_jsonl(tmp_path / "train.jsonl", row("images/a.png"), row("data/cat/0.png"))
     report = check_dataset(tmp_path)[1]["train"]
     told = report.names["images found under a name that differs from the annotated one"]
     assert told == ["images/a.png as pets/a.png", "data/cat/0.png as cat/0.png"]
@@ -63,7 +59,7 @@ def test_images_of_one_name_in_several_folders_are_distinct(fdrd: bool, tmp_path
         entries = {place: {"file_name": Path(place).name, "file_path": place, "positive": "a pet"} for place in places}
         (tmp_path / "train.json").write_text(json.dumps(entries))
     else:
-        table(tmp_path / "train.jsonl", [row(place, caption="a pet") for place in places])
+        write_jsonl(tmp_path / "train.jsonl", *(row(place, caption="a pet") for place in places))
     train = check_dataset(tmp_path, decode_images=False)[0]["train"]
     assert [sample.image for sample in train.samples] == places
     pictures(tmp_path, *(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)))
@@ -74,9 +70,8 @@ def test_images_of_one_name_in_several_folders_are_distinct(fdrd: bool, tmp_path
 
 def test_split_is_independent_of_the_mount_point(tmp_path: Path) -> None:
     def cut(name: str, prefix: str) -> list[str]:
-        file = table(
-            tmp_path / name / "all.jsonl", [row(f"{prefix}{kind}/{i}.png") for kind in "ab" for i in range(40)]
-        )
+        rows = (row(f"{prefix}{kind}/{i}.png") for kind in "ab" for i in range(40))
+        file = write_jsonl(tmp_path / name / "all.jsonl", *rows)
         splits, _ = load_splits(file, image_policy="ignore")
         return [f"{split} {s.image.removeprefix(prefix)}" for split, data in splits.items() for s in data.samples]
 
@@ -85,9 +80,9 @@ def test_split_is_independent_of_the_mount_point(tmp_path: Path) -> None:
 
 def test_images_in_two_splits_are_reported(tmp_path: Path) -> None:
     pictures(tmp_path, "img/a.png", "img/b.png")
-    table(tmp_path / "train.jsonl", [row("img/a.png"), row("img/b.png")])
-    table(tmp_path / "val.jsonl", [row("img/b.png")])
-    table(tmp_path / "test.jsonl", [row("a.png", caption="spelled otherwise")])
+    write_jsonl(tmp_path / "train.jsonl", row("img/a.png"), row("img/b.png"))
+    write_jsonl(tmp_path / "val.jsonl", row("img/b.png"))
+    write_jsonl(tmp_path / "test.jsonl", row("a.png", caption="spelled otherwise"))
     _, reports = load_splits(tmp_path)
     assert reports["val"].names["images that train has too, so val measures nothing new"] == ["img/b.png"]
     assert reports["test"].names["images that train has too, so test measures nothing new"] == ["img/a.png"]
@@ -95,17 +90,17 @@ def test_images_in_two_splits_are_reported(tmp_path: Path) -> None:
 
 
 def test_a_column_that_contradicts_the_files_name_is_an_error(tmp_path: Path) -> None:
-    table(tmp_path / "train.jsonl", [row("a.png", split="train"), row("b.png", split="valid")])
+    write_jsonl(tmp_path / "train.jsonl", row("a.png", split="train"), row("b.png", split="valid"))
     with pytest.raises(DataError, match=r"rows of another split, such as 'b\.png' \(valid\)"):
         load_split(tmp_path, "train", image_policy="ignore")
-    table(tmp_path / "train.jsonl", [row("a.png", split="Training")])
+    write_jsonl(tmp_path / "train.jsonl", row("a.png", split="Training"))
     assert len(load_split(tmp_path, "train", image_policy="ignore")[0]) == 1
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
 def test_validation_split_has_several_names(name: str, tmp_path: Path) -> None:
-    table(tmp_path / "train.jsonl", [row(f"{number}.png") for number in range(40)])
-    table(tmp_path / f"{name}.jsonl", [row("v.png")])
+    write_jsonl(tmp_path / "train.jsonl", *(row(f"{number}.png") for number in range(40)))
+    write_jsonl(tmp_path / f"{name}.jsonl", row("v.png"))
     splits, reports = load_splits(tmp_path, image_policy="ignore")
     assert {split: len(data) for split, data in splits.items()} == {"train": 40, "val": 1}
     assert not [what for what in reports["train"].counts if "held out" in what]
@@ -113,12 +108,12 @@ def test_validation_split_has_several_names(name: str, tmp_path: Path) -> None:
 
 
 def test_empty_split_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    file = table(tmp_path / "pairs.jsonl", [row("a.png")])
+    file = write_jsonl(tmp_path / "pairs.jsonl", row("a.png"))
     with pytest.raises(DataError, match="can lack one: add a column `split`"):
         load_splits(file, ("train", "val", "test"), image_policy="ignore")
 
 
 def test_category_can_be_a_number(tmp_path: Path) -> None:
     rows = [row("a.png", category=0), row("b.png", category=float("nan")), row("c.png", class_name=0.5)]
-    table(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "train.jsonl", *rows)
     assert [s.category for s in load_split(tmp_path, "train", image_policy="ignore")[0].samples] == ["0", "", "0.5"]

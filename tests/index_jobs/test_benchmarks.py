@@ -1,14 +1,11 @@
 """The benchmark scripts of indexes run; their figures are for a quiet machine."""
 
-import importlib
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from index_jobs.gallery.scan import scan
-from index_jobs.store.versions import open_current
 from tests.support import commands
 from tests.support.paths import ROOT
 from tests.support.vectors import clustered
@@ -69,28 +66,3 @@ def test_encode_prints_memory(tars: tuple[str, ...]) -> None:
 def test_exact_search_finds_every_group() -> None:
     row = run("groups.py", "--items", "300", "--kind", "flat").splitlines()[-1]
     assert row.startswith("| `flat` | 1.000 | 1.000 |")
-
-
-def test_the_photos_of_the_first_hour_hold_every_trap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    first_hour = importlib.import_module("first_hour")
-    first_hour.make_photos(tmp_path, 30)
-    names = scan(tmp_path).table["name"].to_pylist()
-    assert {"cam1/IMG_0001.jpg", "cam2/IMG_0001.jpg", "cam1/broken.jpg", "cam1/empty.jpg"} <= set(names)
-    for message in ("1 rows of the annotations", "1 missing images", "1 video file is skipped", "1 SVG file"):
-        assert message in caplog.text
-
-
-def test_a_made_index_is_searched_by_vectors_and_by_words(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    vectors = clustered(40)
-    made_index = importlib.import_module("service").made_index
-    captions = [f"item {i}" for i in range(40)]
-    artifact = open_current(made_index(tmp_path / "made", tiny_checkpoint, lambda: vectors, captions))
-    assert artifact.search(vectors[7:8], 1)[1].tolist() == [[7]]
-    assert artifact.lexical is not None
-    assert artifact.lexical.search("item 7", 1)[1].tolist() == [7]

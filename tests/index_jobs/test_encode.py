@@ -21,7 +21,6 @@ from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encode import EncodedGallery, EncodingState, any_readable
 from index_jobs.encoding.shards import IMAGE, FailedImage, ShardStore
-from index_jobs.gallery import storage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
@@ -247,18 +246,6 @@ def test_a_huge_file_is_one_failed_image_and_is_not_read(form: str, tmp_path: Pa
     (decoded,) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
     assert decoded.failed == (FailedImage(0, "a file of more than 1 GiB", ImageFault.TOO_LARGE),)
     assert len(decoded.pixels) == 1
-
-
-def test_a_file_beyond_the_memory_is_a_failed_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_MAX_BYTES", 2**62)
-    with (tmp_path / "huge.jpg").open("wb") as file:
-        try:
-            file.truncate(2**50)  # sparse, and more than a process can address
-        except OSError:
-            pytest.skip("this file system has no files of that size")
-    windows = iter([[ImageLocation(0, "huge.jpg", -1, 0)]])
-    (decoded,) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
-    assert decoded.failed == (FailedImage(0, "too little memory to read it", ImageFault.UNREADABLE),)
 
 
 def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(

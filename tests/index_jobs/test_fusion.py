@@ -16,6 +16,7 @@ from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.versions import open_current
 from tests.support.versions import Build
 
+Parts = tuple[FaissIndex, LexicalIndex, Floats]
 COUNT = 120
 
 
@@ -26,7 +27,7 @@ def unit(*shape: int) -> Floats:
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[FaissIndex, LexicalIndex, Floats]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """Items of random vectors; each has a code of its own and one of three colours."""
     path = tmp_path_factory.mktemp("lexical") / "lexical"
     write_lexical(path, [f"{['red', 'green', 'blue'][row % 3]} code{row}" for row in range(COUNT)])
@@ -36,9 +37,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[FaissIndex, Lexical
     return FaissIndex(index), LexicalIndex(path), vectors
 
 
-def test_gains_equal_ranks_among_all_rows(
-    parts: tuple[FaissIndex, LexicalIndex, Floats], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gains_equal_ranks_among_all_rows(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     index, lexical, vectors = parts
     monkeypatch.setattr(fusion, "_DEPTH", COUNT)
     queries = [("red", unit(7, 16)[0], 3), ("code8 green", unit(8, 16)[0], 8), ("nothing", unit(9, 16)[0], 50)]
@@ -51,9 +50,7 @@ def test_gains_equal_ranks_among_all_rows(
 
 
 @pytest.mark.parametrize("words_tell", [True, False])
-def test_the_weight_follows_what_tells_the_items_apart(
-    parts: tuple[FaissIndex, LexicalIndex, Floats], words_tell: bool
-) -> None:
+def test_the_weight_follows_what_tells_the_items_apart(parts: Parts, words_tell: bool) -> None:
     index, lexical, vectors = parts
     noise = unit(COUNT + 1, 16)
     queries = [

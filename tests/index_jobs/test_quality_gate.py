@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,11 +21,18 @@ from tests.support.images import draw
 from tests.support.versions import Build
 
 
+class Models(NamedTuple):
+    """Two checkpoints, by their recall on the gallery's captions, and an index made with the better one."""
+
+    better: Path
+    worse: Path
+    index: Path
+
+
 @pytest.fixture(scope="module")
-def better_and_worse(
+def models(
     tiny_gallery: Path, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, Path]:
-    """Two checkpoints, ordered by their recall on the gallery's captions, and an index made with the better one."""
+) -> Models:
     index = tmp_path_factory.mktemp("order") / "index"
     rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
     found = rebuild(tiny_gallery, other_checkpoint, index, progress=False, margin=1).gate
@@ -36,24 +43,22 @@ def better_and_worse(
     order = (tiny_checkpoint, other_checkpoint) if max(lost) > 0.02 else (other_checkpoint, tiny_checkpoint)
     served = tmp_path_factory.mktemp("served") / "index"
     rebuild(tiny_gallery, order[0], served, progress=False)
-    return *order, served
+    return Models(*order, served)
 
 
 @pytest.fixture
-def index(better_and_worse: tuple[Path, Path, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(better_and_worse[2], tmp_path / "index"))
+def index(models: Models, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models.index, tmp_path / "index"))
 
 
-def test_recalls_are_of_the_two_models(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
-) -> None:
+def test_recalls_are_of_the_two_models(build: Build, models: Models, index: Path, tiny_gallery: Path) -> None:
     with pytest.raises(RejectedError) as caught:
-        rebuild(tiny_gallery, better_and_worse[1], index, progress=False, margin=0)
+        build(checkpoint=models.worse, margin=0)
     verdict = caught.value.summary.gate
     assert verdict is not None
     table = scan(tiny_gallery).table
     paths = [tiny_gallery / name for name in table["name"].to_pylist()]
-    for checkpoint, side in zip(better_and_worse, ("serving", "rebuilt"), strict=False):
+    for checkpoint, side in zip(models, ("serving", "rebuilt"), strict=False):
         encoder = Encoder.load(checkpoint, device="cpu")
         scores = encoder.encode_text(table["caption"].to_pylist()) @ encoder.encode_images(paths).T
         ranks = (scores > np.diag(scores)[:, None] + 1e-7).sum(1)
@@ -69,9 +74,9 @@ def test_recalls_are_of_the_two_models(
 
 @pytest.mark.slow
 def test_worse_index_is_not_published_unless_forced(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, capsys: pytest.CaptureFixture[str]
+    build: Build, models: Models, index: Path, tiny_gallery: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--gallery", tiny_gallery, "--checkpoint", better_and_worse[1], "--out", index, "--quiet"]
+    arguments = ["--gallery", tiny_gallery, "--checkpoint", models.worse, "--out", index, "--quiet"]
 
     def run(*more: str) -> tuple[int, dict[str, Any], str]:
         code = main([*map(str, arguments), *more])
@@ -86,26 +91,25 @@ def test_worse_index_is_not_published_unless_forced(
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
     code, summary, _ = run("--margin", "0.9")
     assert (code, summary["published"], summary["version"], summary["resumed"]) == (0, True, 2, 24)
-    rebuild(tiny_gallery, better_and_worse[0], index, progress=False)
+    build(checkpoint=models.better)
     code, summary, _ = run("--force")
     assert (code, summary["published"], summary["version"], summary["gate"]["passed"]) == (0, True, 4, False)
 
 
 def test_larger_gallery_does_not_count_as_a_worse_model(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, tmp_path: Path
+    build: Build, models: Models, index: Path, gallery: Path
 ) -> None:
     """Forty near copies of one image lower its rank but are not compared."""
-    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
     for number in range(40):
         draw("red", "circle", 48 + number % 7).save(gallery / f"copy{number}.png")
-    summary = rebuild(gallery, better_and_worse[0], index, progress=False, margin=0)
+    summary = build(gallery, checkpoint=models.better, margin=0)
     assert summary.gate is not None
     assert summary.count == 64
     assert summary.gate["serving"] == summary.gate["rebuilt"]
 
 
-def test_validation_pairs_are_compared(tiny_data: Path, better_and_worse: tuple[Path, Path, Path], index: Path) -> None:
-    summary = rebuild(tiny_data, better_and_worse[0], index, progress=False, kind="hnsw", validation=tiny_data)
+def test_validation_pairs_are_compared(build: Build, models: Models, index: Path, tiny_data: Path) -> None:
+    summary = build(tiny_data, checkpoint=models.better, kind="hnsw", validation=tiny_data)
     assert summary.gate is not None
     assert (summary.gate["source"], summary.gate["pairs"]) == ("validation", 6)
 
@@ -152,29 +156,27 @@ def test_missing_served_model_is_an_error_before_encoding(
 
 @pytest.mark.slow
 def test_rejected_rebuilds_leave_one_set_of_vectors_for_the_next(
-    gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
+    build: Build, models: Models, index: Path, gallery: Path
 ) -> None:
     """Besides the served one, so retraining does not fill the disk; also if the gallery has changed."""
-    assert rebuild(gallery, better_and_worse[0], index, progress=False).published
+    assert build(gallery, checkpoint=models.better).published
     (served,) = (index / "work").iterdir()
     kept = set[Path]()
     for name, size, encoded in (("first", 64, 24), ("second", 64, 1), ("third", 5, 1)):
         with pytest.raises(RejectedError, match="its vectors are kept") as caught:
-            rebuild(gallery, better_and_worse[1], index, progress=False, margin=0, batch_size=size)
+            build(gallery, checkpoint=models.worse, margin=0, batch_size=size)
         assert caught.value.summary.encoded == encoded
         (rejected,) = set((index / "work").iterdir()) - {served}
         kept.add(rejected)
         shutil.copy(gallery / "circle" / "red.png", gallery / f"{name}.png")
     assert len(kept) == 3, "or the test shows nothing"
-    assert rebuild(gallery, better_and_worse[0], index, progress=False, margin=1).encoded == 3
+    assert build(gallery, checkpoint=models.better, margin=1).encoded == 3
     assert len(list((index / "work").iterdir())) == 1
 
 
-def test_rejected_vectors_are_deleted_on_request(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path
-) -> None:
+def test_rejected_vectors_are_deleted_on_request(build: Build, models: Models, index: Path) -> None:
     with pytest.raises(RejectedError, match="its vectors are not kept"):
-        rebuild(tiny_gallery, better_and_worse[1], index, progress=False, margin=0, keep_shards=False)
+        build(checkpoint=models.worse, margin=0, keep_shards=False)
     assert not (index / "work").exists()
     assert current_version(index) == 1
 
@@ -192,10 +194,10 @@ def test_gallery_without_captions_is_published_uncompared(
 
 
 def test_broken_served_index_is_replaced(
-    tiny_gallery: Path, better_and_worse: tuple[Path, Path, Path], index: Path, caplog: pytest.LogCaptureFixture
+    build: Build, models: Models, index: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (open_current(index).path / "items.arrow").unlink()
-    assert rebuild(tiny_gallery, better_and_worse[1], index, progress=False).published
+    assert build(checkpoint=models.worse).published
     assert open_current(index).manifest.version == 2
     (warning,) = (record for record in caplog.records if "nothing is compared with it" in record.message)
     assert warning.levelname == "WARNING"

@@ -26,17 +26,11 @@ from tests.support.parts import needs
 from tests.support.versions import Build
 
 
-def test_published_vectors_equal_the_encoders(
-    build: Build, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+def test_the_summary_and_the_manifest_tell_what_was_published(
+    build: Build, tiny_gallery: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     summary = build()
-    artifact = open_current(tmp_path / "index")
-    encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    artifact.require(encoder.fingerprint)
-    paths = [tiny_gallery / name for name in scan(tiny_gallery).table["name"].to_pylist()]
-    found = artifact.vectors(np.arange(24))
-    np.testing.assert_allclose(found, encoder.encode_images(paths), atol=1e-5)
-    manifest = artifact.manifest
+    manifest = open_current(tmp_path / "index").manifest
     assert (summary.version, summary.count, summary.failed, summary.reused) == (1, 24, 0, False)
     assert (summary.fingerprint, summary.kind, summary.dim) == (encoder.fingerprint, "Flat", 32)
     assert summary.images_per_second > 0

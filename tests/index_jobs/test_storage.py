@@ -82,8 +82,11 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 64  # of 5, some of many connections at a time would wait a second for another attempt
 
 
+Served = tuple[Path, str, type[Server]]
+
+
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[Path, str, type[Server]]]:
+def served(tmp_path: Path) -> Iterator[Served]:
     """A folder, its URL, and the server that serves it."""
     root = tmp_path / "served"
     root.mkdir()
@@ -173,7 +176,7 @@ def test_galleries_of_the_same_names_at_two_urls_share_no_vector(
 @pytest.mark.slow
 @needs("http")
 def test_an_http_gallery_gives_the_vectors_of_its_folder(
-    served: tuple[Path, str, type[Server]], build: Build, tiny_gallery: Path, tmp_path: Path
+    served: Served, build: Build, tiny_gallery: Path, tmp_path: Path
 ) -> None:
     root, url, _ = served
     shutil.copytree(tiny_gallery, root / "g")
@@ -196,7 +199,7 @@ def test_an_http_gallery_gives_the_vectors_of_its_folder(
 
 @needs("http")
 def test_network_errors_are_retried(
-    served: tuple[Path, str, type[Server]], encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, url, handler = served
     names = ["a.png", "b.png", "gone.png", "down.png"]
