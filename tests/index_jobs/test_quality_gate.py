@@ -26,7 +26,7 @@ class Models(NamedTuple):
 
     better: Path
     worse: Path
-    index: Path
+    served: Path
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def models(
 
 @pytest.fixture
 def index(models: Models, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(models.index, tmp_path / "index"))
+    return Path(shutil.copytree(models.served, tmp_path / "index"))
 
 
 def test_recalls_are_of_the_two_models(build: Build, models: Models, index: Path, tiny_gallery: Path) -> None:
