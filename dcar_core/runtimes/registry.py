@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dcar_core.runtimes import openvino_runtime as openvino
 from dcar_core.runtimes.encoder_state import EncoderState, Runtime
-from dcar_core.runtimes.openvino_runtime import ExportKey, ensure_export
+from dcar_core.runtimes.openvino_runtime import GRAPHS, check_export, ensure_export
 from dcar_core.util import machine
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import RuntimeUnavailableError
@@ -71,22 +71,26 @@ class LoadedModel:
         has_adapters = self.model.block_adapters is not None
         return text_graph(self.backbone, text), ImageGraph(self.backbone, image, has_adapters=has_adapters).eval()
 
-    def export_key(self, *, calibrated: bool = False) -> ExportKey:
-        """Return the key of the float32 export, or of the int8 export of this encoder."""
+    def export_directory(self, *, calibrated: bool = False) -> Path:
+        """Return the place of the float32 export, or of the int8 export of this encoder.
+
+        Its name has the depths of image and text prompts, such as d4t0, and "a" for adapters of blocks.
+        """
         from dcar_core.runtimes.graphs import PrefixTextGraph
 
         text, image = self.model.config.prompt.depths
         text = 0 if PrefixTextGraph.fits(self.backbone) else text  # that graph serves every depth
         inputs = f"d{image}t{text}" + ("a" if self.model.block_adapters is not None else "")
-        name, fingerprint = ("openvino-int8", self.fingerprint) if calibrated else ("openvino", "")
-        return ExportKey(name, self.backbone_hash, inputs, openvino.version(), fingerprint)
+        name = f"{self.backbone_hash[:16]}_{inputs}_{'openvino-int8' if calibrated else 'openvino'}"
+        owner = f"_{self.fingerprint[:16]}" if calibrated else ""
+        return self.cache / "exports" / f"{name}_{openvino.version()}_g{GRAPHS}{owner}"
 
     def is_calibrated(self) -> bool:
-        return self.export_key(calibrated=True).directory(self.cache).is_dir()
+        return self.export_directory(calibrated=True).is_dir()
 
     def export(self) -> Path:
         """Return the directory of the checked float32 export; make it if there is none."""
-        return ensure_export(self.export_key(), self.cache, lambda path: openvino.write(path, *self.graphs()))
+        return ensure_export(self.export_directory(), lambda path: openvino.write(path, *self.graphs()))
 
     def calibrate(self, state: EncoderState, texts: Sequence[str], pixels: Pixels) -> Path:
         """Make the int8 export of this encoder, unless there is one, with at most INT8_SAMPLES of each kind."""
@@ -97,8 +101,8 @@ class LoadedModel:
             captions.append(prompts.graph_inputs(tokens[place], weights[place]))
         images = [(image[None], *state.image_inputs) for image in pixels[:INT8_SAMPLES]]
         inputs = {openvino.TEXT: captions, openvino.IMAGE: images}
-        key = self.export_key(calibrated=True)
-        return ensure_export(key, self.cache, lambda path: openvino.write_int8(path, exact, inputs))
+        directory = self.export_directory(calibrated=True)
+        return ensure_export(directory, lambda path: openvino.write_int8(path, exact, inputs))
 
 
 _open: "weakref.WeakValueDictionary[Hashable, Runtime]" = weakref.WeakValueDictionary()
@@ -123,17 +127,16 @@ def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
         where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
         raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
     _require_instructions(name)
-    if kind.precision == "int8" and not loaded.is_calibrated():
-        raise RuntimeUnavailableError(
-            f"the runtime {name} must first be calibrated on your images and captions: "
-            f"dcar benchmark --checkpoint DIR --data PATH"
-        )
+    if kind.precision == "int8":
+        if not loaded.is_calibrated():
+            raise RuntimeUnavailableError(
+                f"the runtime {name} must first be calibrated on your images and captions: "
+                f"dcar benchmark --checkpoint DIR --data PATH"
+            )
+        check_export(loaded.export_directory(calibrated=True))
+        return open_export(name, loaded.export_directory(calibrated=True), torch.get_num_threads())
     if kind.extra is not None:
-        is_int8 = kind.precision == "int8"
-        directory = (
-            ensure_export(loaded.export_key(calibrated=True), loaded.cache, None) if is_int8 else loaded.export()
-        )
-        return open_export(name, directory, torch.get_num_threads())
+        return open_export(name, loaded.export(), torch.get_num_threads())
     key = name, loaded.backbone
     if (runtime := _open.get(key)) is None:
         from dcar_core.runtimes.graphs import TorchRuntime

@@ -31,7 +31,7 @@ from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
-from dcar_core.runtimes.openvino_runtime import GRAPHS, ExportKey, OpenVinoRuntime, ensure_export, key_of_export
+from dcar_core.runtimes.openvino_runtime import GRAPHS, OpenVinoRuntime, check_export
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
 from dcar_core.runtimes.selection import Probe, prove, reference_vectors
 from dcar_core.util import machine
@@ -40,7 +40,7 @@ from dcar_core.util.files import atomic_writer, default_cache_directory
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 _LIBRARIES = (
     "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "tokenizers", "ftfy",
 )  # fmt: skip
@@ -91,7 +91,7 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
         "circumstances": _circumstances(request),
         "runtime": runtime.name,
         "threads": runtime.threads,
-        "export": key_of_export(runtime.directory),
+        "export": runtime.directory.name,
         "state": _pack(state, arrays),
     }
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
@@ -133,11 +133,11 @@ def _restore(request: LoadRequest) -> tuple[EncoderState, Runtime]:
     found = hashlib.sha256(body).digest(), content["circumstances"], content["threads"]
     if found != (checksum, _circumstances(request), threads):
         raise ValueError("it is corrupted, or was made under other circumstances")
-    key = ExportKey(**content["export"])
+    export = request.cache / "exports" / content["export"]
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(ensure_export, key, request.cache, None)  # while the export is compiled
+        checked = pool.submit(check_export, export)  # while it is compiled
         state: EncoderState = _unpack(content["state"], arrays)
-        runtime = open_export(content["runtime"], key.directory(request.cache), content["threads"])
+        runtime = open_export(content["runtime"], export, content["threads"])
         checked.result()
     probe = Probe.synthetic(state.preprocess.size)
     proof = prove(state, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
