@@ -179,23 +179,6 @@ def test_exact_searches_compare_the_stored_vectors(
     np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), atol=1e-5)
 
 
-def test_selection_of_a_mask_is_cached(built: Callable[[str], Any], vectors: Floats) -> None:
-    index = FaissIndex(built("IVF32,Flat"))
-    mask = np.arange(COUNT) >= 10
-    mask.flags.writeable = False
-    index.search(vectors[:1], 5, mask)
-    kept = index._cached_selection
-    assert kept is not None
-    index.search(vectors[:1], 5, mask[:])  # a part's view of the same bits
-    assert index._cached_selection is kept
-    other = ~mask
-    assert other[index.search(vectors[:1], 5, other)[1]].all()  # may change, so it is looked at anew
-    assert index._cached_selection is kept
-    other.flags.writeable = False
-    assert other[index.search(vectors[:1], 5, other)[1]].all()
-    assert index._cached_selection is not kept
-
-
 @pytest.mark.parametrize("kind", ["Flat", "HNSW16,SQfp16", "IVF32,Flat"])
 def test_fewer_allowed_rows_than_k_are_padded(kind: str, built: Callable[[str], Any], vectors: Floats) -> None:
     index = FaissIndex(built(kind))

@@ -54,7 +54,7 @@ def free_gpu_memory() -> int:
 
 
 class RowSelection:
-    """The rows that a search may find; can be reused for other searches among the same rows."""
+    """The rows that a search may find."""
 
     def __init__(self, mask: Mask) -> None:
         self.mask, self.count = mask, int(np.count_nonzero(mask))
@@ -76,7 +76,6 @@ class FaissIndex:
             self._resources = faiss.StandardGpuResources()  # must outlive the copy
             self._unfiltered, self._turn = faiss.index_cpu_to_gpu(self._resources, 0, index), threading.Lock()
         self.count, self.dim = int(index.ntotal), int(index.d)
-        self._cached_selection: RowSelection | None = None
         innermost, self._factor = unwrap(index)
         self._has_lists = isinstance(innermost, faiss.IndexIVF)
         self._tuned = self._maximum = 0  # nprobe or efSearch, and its largest useful value; 0 for kinds without either
@@ -113,7 +112,7 @@ class FaissIndex:
     def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
-        selection = None if mask is None else self._select(mask)
+        selection = None if mask is None else RowSelection(mask)
         if selection is not None and selection.count < self.count:
             return self._search_selection(vectors, k, selection)
         width = self._tuned
@@ -129,15 +128,6 @@ class FaissIndex:
             width = min(2 * width, self._maximum)
             scores[short], rows[short] = self._search(vectors[short], k, width)
         return scores, rows
-
-    def _select(self, mask: Mask) -> RowSelection:
-        """Return the selection of a mask; that of a read-only mask, such as the live rows, is cached."""
-        cached = self._cached_selection
-        if mask.flags.writeable:
-            return RowSelection(mask)
-        if cached is None or (mask.ctypes.data, len(mask)) != (cached.mask.ctypes.data, len(cached.mask)):
-            self._cached_selection = cached = RowSelection(mask)
-        return cached
 
     def _search_selection(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
         if selection.count <= EXACT_UP_TO or not self._maximum:
