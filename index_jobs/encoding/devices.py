@@ -1,13 +1,11 @@
-"""The encoders of a gallery: their choice, and forward passes on one or several devices in the order of the windows.
+"""The encoders of a gallery, and forward passes on one or several devices in the order of the windows.
 
 - Every GPU of the machine is used unless one is named, and each holds a copy of the model. A GPU has two replicas, so
   that one window is transferred while another is computed. A CPU computes in the job's own thread.
 - Windows do not depend on the number of devices, so the vectors do not either.
-- Vectors of two runtimes differ in their last digits, so their shards are kept apart. "auto" may take another runtime
-  after an installation. Where a job has begun, it continues with its runtime, so that nothing is encoded twice.
+- Vectors of two runtimes differ in their last digits, so their shards are kept apart.
 """
 
-import logging
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from dcar_core import Encoder
-from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
+from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DcarError
 from index_jobs.encoding.decode import DecodedWindow, map_ahead
-from index_jobs.encoding.shards import ShardStore
-from index_jobs.gallery.scan import Gallery
-from index_jobs.spec import BuildOptions
-
-logger = logging.getLogger(__name__)
 
 
 def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
@@ -50,31 +42,6 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
         encoders.append(encoder)
         runtime = encoders[0].runtime.name  # "auto" has chosen
     return encoders + [encoder for encoder, name in zip(encoders, names, strict=True) if name.startswith("cuda")]
-
-
-def choose_replicas(gallery: Gallery, checkpoint: Path, work: Path, options: BuildOptions) -> list[Encoder]:
-    """Load replicas as `load_replicas` does; "auto" continues with the runtime of this gallery's shards."""
-    spec = options.spec
-    replicas = load_replicas(checkpoint, options.device, exact=spec.exact, runtime=spec.runtime)
-    fastest = replicas[0].runtime.name
-    begun = runtime_in_use(gallery, replicas[0], fastest, work, options) if spec.runtime == AUTO else fastest
-    if begun == fastest:
-        return replicas
-    try:
-        others = load_replicas(checkpoint, options.device, exact=spec.exact, runtime=begun)
-    except DcarError as error:
-        logger.warning("the vectors of %s cannot be continued and are made again with %s: %s", begun, fastest, error)
-        return replicas
-    logger.info("continuing with %s, which made the existing vectors, although %s is faster here", begun, fastest)
-    return others
-
-
-def runtime_in_use(gallery: Gallery, encoder: Encoder, fastest: str, work: Path, options: BuildOptions) -> str:
-    """Return the runtime that has shards of this gallery; `fastest` if none has, or if it is among several."""
-    for name in (fastest, *RUNTIME_KINDS):
-        if ShardStore(gallery, encoder, name, work, options).stored_rows():
-            return name
-    return fastest
 
 
 def encode_windows(

@@ -39,7 +39,7 @@ from dcar_core.util.errors import (
     StoreUnavailableError,
 )
 from dcar_core.util.files import canonical_json
-from index_jobs.encoding.devices import choose_replicas, load_replicas, runtime_in_use
+from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import ShardStore
@@ -321,14 +321,11 @@ class _Build:
 
     def _load_replicas(self, checkpoint: Path) -> tuple[list[Encoder], str]:
         """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
-        options = self.options
-        if not options.ray:
-            replicas = choose_replicas(self.gallery, checkpoint, self.work, options)
-            return replicas, replicas[0].runtime.name
-        replicas = load_replicas(checkpoint, options.device, exact=self.spec.exact)
-        if self.spec.runtime != AUTO:
-            return replicas, self.spec.runtime
-        return replicas, runtime_in_use(self.gallery, replicas[0], "torch", self.work, options)
+        device, exact, runtime = self.options.device, self.spec.exact, self.spec.runtime
+        if self.options.ray:
+            return load_replicas(checkpoint, device, exact=exact), "torch" if runtime == AUTO else runtime
+        replicas = load_replicas(checkpoint, device, exact=exact, runtime=runtime)
+        return replicas, replicas[0].runtime.name
 
     def _encode(self, replicas: list[Encoder], runtime: str, checkpoint: Path) -> EncodedGallery:
         options = self.options

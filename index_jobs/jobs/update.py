@@ -25,7 +25,7 @@ from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import write_json
-from index_jobs.encoding.devices import choose_replicas
+from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_failed
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
@@ -138,7 +138,8 @@ def add(
         _require_same_types(current, scanned, str(gallery))
         _warn_of_indexed_files(current, scanned, index)
         settings = BuildOptions.of({"exact": current.manifest.spec.exact, **options})
-        replicas = choose_replicas(scanned, current.checkpoint, index / WORK, settings)
+        spec = settings.spec
+        replicas = load_replicas(current.checkpoint, settings.device, exact=spec.exact, runtime=spec.runtime)
         current.require(replicas[0].fingerprint)
         encoded = encode_gallery(scanned, replicas, index / WORK, settings)
         encoded_ids = {ids[row] for row in encoded.rows().tolist()}

@@ -140,7 +140,7 @@ def test_images_of_another_encoder_are_not_added(
 ) -> None:
     """As after a change of the model's files that the sizes in the manifest do not show."""
     other = Encoder.load(other_checkpoint, device="cpu")
-    monkeypatch.setattr(updates, "choose_replicas", lambda *_: [other])
+    monkeypatch.setattr(updates, "load_replicas", lambda *_, **__: [other])
     with pytest.raises(FingerprintError, match="was built by encoder"):
         add(index, write_images(tmp_path / "more", "pink"), progress=False)
     assert current_version(index) == 1

@@ -1,10 +1,8 @@
-"""Several devices give the vectors of one; `auto` goes on with the runtime that began a job."""
+"""Several devices give the vectors of one."""
 
-import importlib.util
 import shutil
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
-from dcar_core.runtimes.selection import preferred_runtimes
 from dcar_core.util.arrays import Pixels
 from index_jobs.encoding.decode import DecodedWindow
 from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.shards import IMAGE
-from index_jobs.store.versions import open_current
 from tests.support.encoding import encode, vectors_of
-from tests.support.versions import Build
 
 
 def test_two_devices_give_the_bits_of_one(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -87,39 +82,3 @@ def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path,
     assert len(load_replicas(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
     on_cpu, on_gpu = run("cpu"), run("auto")
     assert (on_cpu * on_gpu).sum(1).min() > 0.999  # float16 has three bits more than bfloat16
-
-
-@pytest.fixture
-def faster(
-    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """The runtime other than torch that `auto` takes here."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    if importlib.util.find_spec("openvino"):
-        shutil.copytree(request.getfixturevalue("exports"), tmp_path / "cache" / "dcar" / "exports")
-    first = preferred_runtimes(Encoder.load(tiny_checkpoint, device="cpu").loaded.backbone)[0]
-    if first == "torch":
-        pytest.skip("this processor and what is installed leave torch alone")
-    return first
-
-
-@pytest.mark.slow
-def test_auto_resumes_with_the_runtime_of_the_first_run(faster: str, build: Build, tmp_path: Path) -> None:
-    run = partial(build, device="cpu")
-
-    def published() -> tuple[str, np.ndarray]:
-        artifact = open_current(tmp_path / "index")
-        return artifact.manifest.runtime, artifact.vectors(np.arange(24))
-
-    assert run(runtime="torch").encoded == 24
-    name, vectors = published()
-    assert name == "torch"
-    assert (run(runtime="auto").encoded, published()[0]) == (0, "torch")
-    assert run(runtime="auto").reused
-    assert (run(runtime="auto", kind="IVF2,Flat").encoded, published()[0]) == (0, "torch")
-    assert run(runtime=faster, kind="IVF2,Flat").encoded == 24
-    name, others = published()
-    assert name == faster
-    assert (vectors != others).any(1).all()
-    np.testing.assert_allclose(vectors, others, atol=0.02)
-    assert run(runtime="auto", kind="flat").encoded == 0
