@@ -32,7 +32,6 @@ Result = TypeVar("Result")
 LIMITS = Limits(memory=24 * MAX_PIXELS, seconds=5, seconds_per_pixel=5e-7)  # of one image of a gallery
 _MAX_THREADS = 4  # threads keep up to this many cores busy
 _IMAGES_PER_WORKER = 100  # a process takes as long to start as to decode these
-_FOR_NOTHING = Preprocess(1, (0.0,) * 3, (1.0,) * 3)
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
 
 
@@ -103,15 +102,6 @@ def map_ahead(
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
-
-
-def is_readable(data: bytes, worker: DecodeWorker) -> bool:
-    """Return whether an image can be decoded."""
-    try:
-        worker.run(_FOR_NOTHING.decode, data, LIMITS)
-    except ImageError:
-        return False
-    return True
 
 
 def _decode_window(

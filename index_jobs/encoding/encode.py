@@ -4,17 +4,16 @@
   vectors of a resumed job are bit for bit those of an uninterrupted one.
 - Complete shards are skipped after their checksums have been verified. Images whose vectors another gallery has are
   copied first, and in no window.
-- Failed images are tried again if one of their shard can be read now. To find out, each is read at most once: images
-  that could not be read, as from a store that was down, in every run; images whose decoder was missing, once it is
-  installed; all others only with --force, for example after a store has sent error pages, since a list does not show
-  that an image has changed.
+- Failed images are tried again: those that could not be read, as from a store that was down, in every run; those whose
+  decoder was missing, once it is installed; all others only with --force, for example after a store has sent error
+  pages, since a list does not show that an image has changed.
 """
 
 import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,15 @@ from tqdm import tqdm
 
 from dcar_core import Encoder
 from dcar_core.images import IMAGE_SUFFIXES
-from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, ImageFault
 from dcar_core.util.files import atomic_writer
-from index_jobs.encoding.decode import DecodedWindow, decode_windows, is_readable, worker_count
+from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
 from index_jobs.encoding.devices import encode_windows
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation, is_url, read_images
+from index_jobs.gallery.storage import ImageLocation, is_url
 from index_jobs.spec import BuildOptions
 from index_jobs.store.items import SIZE_COLUMNS, take_rows
 from index_jobs.store.manifest import FAILED
@@ -43,9 +41,6 @@ from index_jobs.store.manifest import FAILED
 logger = logging.getLogger(__name__)
 
 LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` after the row
-_FAULTS_OF_READING = (ImageFault.MISSING, ImageFault.UNREADABLE)
-_READ_AT_ONCE = 32  # images whose bytes are in memory together
-_MAX_RETRY_S = 60.0  # for all images of a kind: a host that never responds must not hold a job for hours
 
 EncodedWindows = Iterator[tuple[DecodedWindow, Floats]]
 
@@ -150,23 +145,6 @@ def save_shard(store: ShardStore, number: int, windows: EncodedWindows) -> Shard
     return store.extend(number, parts, failed)
 
 
-def any_readable(gallery: Gallery, failed: Sequence[FailedImage], deadline: float) -> bool:
-    """Return True if any of these images can be read now. Images that failed to decode must decode as well.
-
-    deadline: by `time.monotonic`; no image is read after it.
-    """
-    with closing(DecodeWorker()) as worker:
-        for start in range(0, len(failed), _READ_AT_ONCE):
-            if time.monotonic() >= deadline:
-                return False
-            batch = failed[start : start + _READ_AT_ONCE]
-            locations = image_locations(gallery.root, gallery.table, [failure.row for failure in batch])
-            for failure, data in zip(batch, read_images(gallery.root, locations, pauses=()), strict=True):
-                if isinstance(data, bytes) and (failure.fault in _FAULTS_OF_READING or is_readable(data, worker)):
-                    return True
-    return False
-
-
 def image_locations(root: str, table: pa.Table, rows: Sequence[int]) -> list[ImageLocation]:
     """Return the locations of some rows of a gallery, ascending. table: needs only the LOCATION_COLUMNS."""
     root = root if is_url(root) else ""
@@ -184,12 +162,7 @@ class EncodingState:
         """Load the shards. runtime: the one that will make the vectors."""
         self.store = ShardStore(gallery, encoder, runtime, work, options)
         self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
-        self.shards = {number: self.store.load(number) for number in range(len(self.store))}
-        self._reopen_readable(_FAULTS_OF_READING)
-        if ".heic" in IMAGE_SUFFIXES:
-            self._reopen_readable({ImageFault.MISSING_DECODER})
-        if options.force:
-            self._reopen_readable([fault for fault in ImageFault if not fault.is_temporary])
+        self.shards = {number: self._reopen(self.store.load(number), number) for number in range(len(self.store))}
         reusable = ReusableVectors(list(self.store.other_galleries()))
         for number in self._unfinished() if len(reusable) else ():
             locations = image_locations(gallery.root, gallery.table, self.shards[number].missing)
@@ -218,17 +191,17 @@ class EncodingState:
     def _unfinished(self) -> list[int]:
         return [number for number, shard in self.shards.items() if shard.missing]
 
-    def _reopen_readable(self, faults: Collection[ImageFault]) -> None:
-        """Mark images that failed for one of these reasons as to do, if one of their shard can be read now."""
-        deadline = time.monotonic() + _MAX_RETRY_S
-        failed = {n: [failure for failure in s.failed if failure.fault in faults] for n, s in self.shards.items()}
-        if count := sum(map(len, failed.values())):
-            logger.info("retrying %d images that could not be read", count)
-        for number, images in failed.items():
-            if any_readable(self._gallery, images, deadline):
-                shard = self.shards[number]
-                kept = [failure for failure in shard.failed if failure not in images]
-                self.shards[number] = self.store.save(number, shard.images, shard.vectors(), kept)
+    def _reopen(self, shard: Shard, number: int) -> Shard:
+        """Return the shard with the failed images that are tried again as images that are still to do."""
+        kept = [failure for failure in shard.failed if not self._is_tried_again(failure.fault)]
+        if len(kept) == len(shard.failed):
+            return shard
+        return self.store.save(number, shard.images, shard.vectors(), kept)
+
+    def _is_tried_again(self, fault: ImageFault) -> bool:
+        if fault == ImageFault.MISSING_DECODER:
+            return ".heic" in IMAGE_SUFFIXES
+        return fault.is_temporary or self._options.force
 
     def windows(self) -> Iterator[Sequence[ImageLocation]]:
         """Yield the images that must be encoded, in windows of one shard."""

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from dcar_core.runtimes.graphs import TorchRuntime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows
-from index_jobs.encoding.encode import EncodedGallery, EncodingState, any_readable
+from index_jobs.encoding.encode import EncodedGallery, EncodingState
 from index_jobs.encoding.shards import IMAGE, FailedImage, ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
@@ -267,22 +266,3 @@ def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(
 
 def missing(*rows: int) -> list[FailedImage]:
     return [FailedImage(row, "no such file", ImageFault.MISSING) for row in rows]
-
-
-def test_a_file_that_was_no_image_must_be_decoded_to_count_as_readable(tiny_gallery: Path, tmp_path: Path) -> None:
-    gallery = scan(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
-    path = tmp_path / "gallery" / gallery.table["name"][0].as_py()
-    failed, whole = FailedImage(0, "", ImageFault.BROKEN), path.read_bytes()
-    for data in (whole[:-30], b"<html>back in 5 minutes</html>"):
-        path.write_bytes(data)
-        assert any_readable(gallery, missing(0), time.monotonic() + 60)
-        assert not any_readable(gallery, [failed], time.monotonic() + 60)
-    path.write_bytes(whole)
-    assert any_readable(gallery, [failed], time.monotonic() + 60)
-
-
-def test_probing_for_readable_images_is_limited_in_time(tiny_gallery: Path) -> None:
-    """A silent host costs its time-out for each request."""
-    gallery = scan(tiny_gallery)
-    assert any_readable(gallery, missing(0, 1), time.monotonic() + 60)
-    assert not any_readable(gallery, missing(0, 1), time.monotonic())
