@@ -15,7 +15,7 @@ from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex, free_gpu_memory
 from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, machine_memory
 from index_jobs.engines.protocol import HeldOutQueries
-from tests.support.vectors import DIM, blocks, build, clustered, recall, unit
+from tests.support.vectors import DIM, blocks, build, clustered, recall
 
 faiss: Any = typed_faiss
 
@@ -93,35 +93,6 @@ def test_auto_tries_the_next_kind_when_recall_is_too_low(
     assert built.choice.reason.startswith("test; PQ4x4 reached a recall of 0.")
     assert built.measured["recall_at_10"] >= 0.98
     assert "trying another kind" in caplog.text
-
-
-@pytest.mark.slow
-def test_auto_takes_the_faster_kind_where_lists_fit_badly(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Vectors without clusters, and few lists of them: a search goes through most of the lists, a graph does not."""
-    vectors = unit(np.random.default_rng(0).normal(size=(8000, DIM)))
-    with caplog.at_level("INFO", logger="index_jobs"):
-        built = build(file, vectors, "IVF32,Flat", "IVF32,SQ8", "HNSW32")
-    assert "IVF32,Flat: 8000 vectors" in caplog.text
-    assert "HNSW32: 8000 vectors" in caplog.text
-    assert "IVF32,SQ8" not in caplog.text
-    assert built.measured["recall_at_10"] >= 0.99
-    (other,) = {"HNSW32", "IVF32,Flat"} - {built.choice.factory}
-    assert built.choice.reason.startswith(f"test; {other} takes 0.")
-    slower = build(file, vectors, other)
-    assert built.measured["latency_ms_p50"] < 1.5 * slower.measured["latency_ms_p50"]
-
-
-def test_lists_are_tried_where_a_graph_is_searched_widely(
-    gallery: Floats, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The first kind with lists, and no other."""
-    kinds = ("HNSW8", "IVF16,Flat", "IVF16,SQ8", "HNSW8,SQ8")
-    for widest, built in ((1000, ["HNSW8"]), (1, ["HNSW8", "IVF16,Flat"])):
-        monkeypatch.setattr("index_jobs.engines.faiss.build._WIDE_GRAPH", widest)
-        caplog.clear()
-        with caplog.at_level("INFO", logger="index_jobs"):
-            assert build(file, gallery, *kinds).recall >= 0.99
-        assert [kind for kind in kinds if f"{kind}: 5000 vectors" in caplog.text] == built
 
 
 def test_lists_found_by_a_graph_are_searched(gallery: Floats, file: Path) -> None:

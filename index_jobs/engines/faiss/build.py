@@ -2,8 +2,6 @@
 
 - Shards are streamed: beyond the index itself, memory does not grow with the gallery.
 - Of several choices, the first that reaches the target recall is kept; if none does, the best one, with a warning.
-- An index that reaches the target only by a wide search is slow, for example where texts lie far from their images. The
-  first choice of the other family, lists or graphs, is then built as well, and the faster one is kept.
 - One index is in memory at a time. The best so far is in the file.
 """
 
@@ -29,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 _LARGE_GRAPH = 500_000  # vectors from which on a graph is built with a wider search, which finds sparse regions
 _CONSTRUCTION_WIDTH, _LARGE_CONSTRUCTION_WIDTH = 100, 200
-_MANY_LISTS = 0.1  # share of the lists in every search
-_WIDE_GRAPH = 200  # candidates of a search in a graph
 
 
 class FaissEngine:
@@ -67,28 +63,15 @@ def _choices(spec: IndexSpec, count: int, dim: int, device: str) -> list[IndexCh
 
 @dataclass(frozen=True)
 class BuiltIndex:
-    """The choice of a FAISS index, its measurements for the manifest, and whether it is searched widely."""
+    """The choice of a FAISS index, and its measurements for the manifest."""
 
     choice: IndexChoice
     measured: dict[str, Any]
-    is_wide: bool
 
     @property
     def recall(self) -> float:
         """Recall of all held-out queries. Half of them may miss the target by chance."""
         return float(self.measured["recall_at_10"] + self.measured["tuning_recall_at_10"]) / 2
-
-    def reason(self, target: float) -> str:
-        """Return why another index is kept."""
-        if self.recall < target:
-            return f"{self.choice.factory} reached a recall of {self.recall:.3f} only"
-        return f"{self.choice.factory} takes {self.measured['latency_ms_p50']:.2f} ms"
-
-    def is_better_than(self, other: "BuiltIndex", target: float) -> bool:
-        """Compare latency if both reach the target, recall otherwise."""
-        if min(self.recall, other.recall) >= target:
-            return bool(self.measured["latency_ms_p50"] < other.measured["latency_ms_p50"])
-        return self.recall > other.recall
 
 
 def build_index(
@@ -114,37 +97,29 @@ def build_index(
     """
     is_exact = [choice.factory for choice in choices] == ["Flat"]
     benchmark = Benchmark(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
-    best: BuiltIndex | None = None
     tried = list[BuiltIndex]()
     for choice in choices:
-        # If one kind of a family needs a wide search, so would the others.
-        is_other_family = all(other.choice.has_lists != choice.has_lists for other in tried)
-        if best is not None and best.recall >= target and not (best.is_wide and is_other_family):
-            continue
         start = time.perf_counter()
         index = fill_index(choice, dim, blocks, count)
         seconds = time.perf_counter() - start
         logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
         measured = tune(benchmark, index, gpu=choice.gpu) | {"build_seconds": round(seconds, 1)}
-        parameters, inverted = measured["parameters"], faiss.try_extract_index_ivf(index)
-        is_wide = parameters.get("efSearch", 0) > _WIDE_GRAPH or (
-            inverted is not None and parameters["nprobe"] > _MANY_LISTS * inverted.nlist
-        )
-        built = BuiltIndex(choice, measured, is_wide and not choice.gpu)
-        tried.append(built)
-        if best is None or built.is_better_than(best, target):
+        built = BuiltIndex(choice, measured)
+        if all(built.recall > other.recall for other in tried):
             write_faiss(index, file)
-            best = built
-        del index, inverted  # before another is built
-        if best.recall < target:
-            logger.warning(
-                "%s: recall@10 is %.3f, below the target of %.2f; %s",
-                choice.factory, built.recall, target,
-                "choose another kind" if choice is choices[-1] else "trying another kind",
-            )  # fmt: skip
-    assert best is not None
-    reasons = [best.choice.reason, *(other.reason(target) for other in tried if other is not best)]
-    return replace(best, choice=replace(best.choice, reason="; ".join(reasons)))
+        tried.append(built)
+        del index  # before another is built
+        if built.recall >= target:
+            break
+        logger.warning(
+            "%s: recall@10 is %.3f, below the target of %.2f; %s",
+            choice.factory, built.recall, target,
+            "choose another kind" if choice is choices[-1] else "trying another kind",
+        )  # fmt: skip
+    best = max(tried, key=lambda each: each.recall)
+    missed = (each for each in tried if each is not best)
+    reasons = (f"{each.choice.factory} reached a recall of {each.recall:.3f} only" for each in missed)
+    return replace(best, choice=replace(best.choice, reason="; ".join([best.choice.reason, *reasons])))
 
 
 def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:

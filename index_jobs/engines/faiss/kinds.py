@@ -36,11 +36,6 @@ class IndexChoice:
     gpu: bool = False  # built and searched on a GPU
     bytes: int = 0  # estimated size, 0 if unknown
 
-    @property
-    def has_lists(self) -> bool:
-        """True for inverted lists; a search visits some of them."""
-        return "IVF" in self.factory
-
 
 def choose_kinds(
     kind: str, count: int, dim: int, *, memory: int | None = None, gpu_memory: int = 0
