@@ -18,12 +18,12 @@ from typing import TypeVar
 import numpy as np
 
 from dcar_core.images import MAX_PIXELS, OpenedImage
-from dcar_core.images.workers import DecodeWorker, Limits
+from dcar_core.images.workers import Decoded, DecodeWorker, Limits
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ImageError, ImageFault
 from dcar_core.util.machine import available_cores
-from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
+from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import IMAGE, FailedImage, Images
 from index_jobs.gallery.storage import ImageLocation, read_images
 
@@ -111,7 +111,7 @@ def _decode_window(
     """Read and decode the images of a window, through the cache if there is one."""
     images = cache.get(root, locations) if cache else {}
     missing = [location for location in locations if location.row not in images]
-    decoded: dict[ImageLocation, DecodedImage] = {}
+    decoded: dict[ImageLocation, Decoded] = {}
     failed = []
     for location, data in zip(missing, read_images(root, missing), strict=True):
         result = _decode_image(location.row, data, preprocess, worker)
@@ -122,7 +122,7 @@ def _decode_window(
     if cache and decoded:
         cache.put(root, decoded)
     ordered = [location for location in locations if location.row in images]
-    stacked = [images[location.row].pixels for location in ordered]
+    stacked = [images[location.row].result for location in ordered]
     records = np.empty(len(ordered), IMAGE)
     for i, location in enumerate(ordered):
         pixels, width, height = images[location.row]
@@ -133,7 +133,7 @@ def _decode_window(
 
 def _decode_image(
     row: int, data: bytes | Exception, preprocess: Preprocess, worker: DecodeWorker | None
-) -> DecodedImage | FailedImage:
+) -> Decoded | FailedImage:
     if isinstance(data, FileNotFoundError):
         return FailedImage(row, "no such file", ImageFault.MISSING)
     if isinstance(data, ImageError):
@@ -144,9 +144,9 @@ def _decode_image(
     try:
         if worker is None:
             opened = OpenedImage(data)
-            return DecodedImage(preprocess(opened), *opened.upright_size)
-        pixels, width, height = worker.run(preprocess.decode, data, LIMITS)
-        return DecodedImage(preprocess.finish(pixels), width, height)
+            return Decoded(preprocess(opened), *opened.upright_size)
+        decoded = worker.run(preprocess.decode, data, LIMITS)
+        return decoded._replace(result=preprocess.finish(decoded.result))
     except ImageError as error:
         return FailedImage(row, str(error), error.fault)
     except Exception as error:  # an unforeseen decoder error fails one image, not the job

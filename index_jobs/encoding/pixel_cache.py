@@ -15,12 +15,11 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
+from dcar_core.images.workers import Decoded
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import canonical_json
 from index_jobs.gallery.storage import ImageLocation
@@ -30,14 +29,6 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_S = 60  # for another process's write
 _PAGE_BYTES = 32_768  # a few pages per image
 _SIZE = struct.Struct("<II")
-
-
-class DecodedImage(NamedTuple):
-    """Pixels for the model, uint8 (3, S, S), and width and height of the upright file, 0 if unknown."""
-
-    pixels: Pixels
-    width: int
-    height: int
 
 
 class PixelCache:
@@ -57,9 +48,9 @@ class PixelCache:
             reason = f"the pixel cache {self.path} cannot be used: {error}; delete it or name another"
             raise DcarError(reason) from error
 
-    def get(self, root: str, locations: Sequence[ImageLocation]) -> dict[int, DecodedImage]:
-        """Return gallery row -> image of the cached ones among these."""
-        cached, pixels = dict[int, DecodedImage](), 3 * self._side**2
+    def get(self, root: str, locations: Sequence[ImageLocation]) -> dict[int, Decoded]:
+        """Return gallery row -> image of the cached ones among these, with pixels uint8 (3, S, S)."""
+        cached, pixels = dict[int, Decoded](), 3 * self._side**2
         try:
             with self._connection() as connection:
                 for location in locations:
@@ -67,12 +58,12 @@ class PixelCache:
                     found = connection.execute("SELECT value FROM pixels WHERE key = ?", key).fetchone()
                     if found and len(found[0]) == pixels + _SIZE.size:
                         image = np.frombuffer(found[0], np.uint8, pixels).reshape(3, self._side, self._side)
-                        cached[location.row] = DecodedImage(image, *_SIZE.unpack_from(found[0], pixels))
+                        cached[location.row] = Decoded(image, *_SIZE.unpack_from(found[0], pixels))
         except sqlite3.Error as error:
             logger.warning("the pixel cache %s cannot be read (%s); images are decoded instead", self.path, error)
         return cached
 
-    def put(self, root: str, images: Mapping[ImageLocation, DecodedImage]) -> None:
+    def put(self, root: str, images: Mapping[ImageLocation, Decoded]) -> None:
         rows = [
             (_cache_key(root, location), pixels.tobytes() + _SIZE.pack(width, height))
             for location, (pixels, width, height) in images.items()

@@ -13,9 +13,10 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.images import ImageSource
+from dcar_core.images.workers import Decoded
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
-from index_jobs.encoding.pixel_cache import DecodedImage, PixelCache
+from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.store.versions import open_current
 from tests.support.encoding import encode, vectors_of
@@ -145,9 +146,9 @@ def test_exact_pixels_make_a_new_version(build: Build, tmp_path: Path) -> None:
 def test_image_of_another_place_or_version_is_not_cached(tmp_path: Path) -> None:
     cache = PixelCache(tmp_path, Preprocess(2, (0.5,) * 3, (0.5,) * 3))
     place, pixel = ImageLocation(0, "a.tar", 512, 100, 7), np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
-    cache.put("/root", {place: DecodedImage(pixel, 40, 30)})
+    cache.put("/root", {place: Decoded(pixel, 40, 30)})
     found = cache.get("/root", [replace(place, row=5)])[5]
-    np.testing.assert_array_equal(found.pixels, pixel)
+    np.testing.assert_array_equal(found.result, pixel)
     assert found[1:] == (40, 30)
     for other in ({"location": "b.tar"}, {"offset": 0}, {"size": 99}, {"version": 8}):
         assert cache.get("/root", [replace(place, **other)]) == {}
