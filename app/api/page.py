@@ -141,6 +141,8 @@ async def catalogue(request: Request) -> Response:
             "group_field": artifact.manifest.group_field,
             "has_words": has_words,
             "hybrid_by_default": has_words and settings.page_hybrid,
+            "model_note": snapshot.model_note,
+            "languages": snapshot.languages,
             "max_k": min(settings.max_k, settings.max_window),
         }
     )

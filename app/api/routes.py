@@ -236,7 +236,8 @@ async def readyz(request: Request) -> Response:
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."
     status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
-    return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason})
+    note = next((each.model_note for each in collections.loaded if each.model_note), None)
+    return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason, "model_note": note})
 
 
 @service.add(

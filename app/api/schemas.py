@@ -239,6 +239,7 @@ class ReadinessResponse(BaseModel):
     index_version: int
     count: int = Field(description="number of items in the index")
     reason: str | None = None
+    model_note: str | None = Field(None, description="what to know about a model, such as one that stands in")
 
 
 class ReloadResponse(BaseModel):

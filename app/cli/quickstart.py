@@ -25,6 +25,7 @@ from index_jobs.jobs.cli import Runtime
 commands = typer.Typer()
 
 _BUNDLED = EXAMPLES / "base"
+_STANDS_IN = "This model knows emoji, not photos. Run dcar quickstart again with a connection to the model hub, for {}."
 
 
 @commands.command(epilog=example("dcar quickstart photos", "dcar quickstart photos --model ViT-L-14 --port 9000"))
@@ -65,7 +66,7 @@ def quickstart(
     sys.stdout.flush()
     if page and _has_browser():
         threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
-    serve_index(index=out, host=host, port=port, runtime=runtime)
+    serve_index(index=out, host=host, port=port, runtime=runtime, page_hybrid=True)
 
 
 def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path, list[str]]:
@@ -97,7 +98,7 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
             f"the model hub cannot be reached, so the bundled model is used, which knows drawings better than photos; "
             f"run this again with a connection, or give --model DIR, for {model}"
         )
-        return bundled_checkpoint(folder / "bundled"), ["--model", str(_BUNDLED)]
+        return bundled_checkpoint(folder / "bundled", _STANDS_IN.format(model)), ["--model", str(_BUNDLED)]
     save_zero_shot(backbone, out)
     return out, source
 

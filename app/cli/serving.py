@@ -135,7 +135,7 @@ def demo(
     serve_index(index=index, collections=collections, host=host, port=port, runtime=runtime, page_hybrid=True)
 
 
-def bundled_checkpoint(out: Path) -> Path:
+def bundled_checkpoint(out: Path, note: str = "") -> Path:
     """Return a checkpoint of the unadapted bundled model; it is written once, and again if a release brings another."""
     from dcar_core.model.checkpoint import is_checkpoint, read_config, save_zero_shot
 
@@ -143,7 +143,7 @@ def bundled_checkpoint(out: Path) -> Path:
     if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in backbones:
         from dcar_core.model.backbone import BackboneSource, load_backbone
 
-        save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out)
+        save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out, note)
     return out
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from app.core.settings import Settings
 from dcar_core import Encoder
-from dcar_core.model.checkpoint import read_config
+from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import DcarError
@@ -74,6 +74,7 @@ class Snapshot:
         orders: cached `SortOrder`s of `app.search.sorting`, by the `sort` of queries.
         facets: cached counts of values; see `app.search.facets`.
         frozen: cached features of the frozen image encoder by row; re-ranking, which fills it, sets its size.
+        model_note: what users should know about the model, "" for nothing. languages: see `checkpoint.languages_of`.
         page_facts: cached facts that only the search page needs; see `app.api.page`.
     """
 
@@ -87,6 +88,8 @@ class Snapshot:
     orders: Recent[str, Any]
     facets: Recent[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: Recent(_MAX_FACETS))
     frozen: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
+    model_note: str = ""
+    languages: str = ""
     page_facts: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -142,7 +145,10 @@ def open_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = 
     groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (80 * rows))))
     orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
     pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))
-    return Snapshot(encoder, artifact, preprocess, backbone, pages, masks, groups, orders)
+    return Snapshot(
+        encoder, artifact, preprocess, backbone, pages, masks, groups, orders,
+        model_note=str(config.get("training", {}).get("note", "")), languages=languages_of(config["backbone"]["model"]),
+    )  # fmt: skip
 
 
 def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = (), is_empty: bool = False) -> Snapshot:

@@ -45,9 +45,12 @@ async function drawStart() {
 
 async function drawSwitches() {
   const name = page.state().in;
-  const { has_words, hybrid_by_default, group_field } = await loadCatalogue(page.base()).catch(() => ({}));
+  const { has_words, hybrid_by_default, group_field, model_note, languages } = await loadCatalogue(page.base()).catch(() => ({}));
   if (!page.isSearched(name)) return;
-  const { words } = page.state();
+  const { words, q } = page.state();
+  const isUnread = languages === "English" && /\p{L}/u.test(q) && !/\p{Script=Latin}/u.test(q);
+  $("model-note").textContent = isUnread ? "This model knows English. Search in English, or index with a multilingual model." : model_note;
+  $("model-note").hidden = !isUnread && !model_note;
   $("words-label").hidden = !has_words;
   $("words").checked = words ? words === "1" : hybrid_by_default;
   $("fold-label").hidden = Boolean(group_field);

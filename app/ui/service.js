@@ -63,7 +63,7 @@ export async function browse(base, { k = BROWSED, filter = {}, ...options }, sig
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue
 
-// Returns {fields, group_field, has_words, hybrid_by_default, max_k}: see `app/api/page.py`.
+// Returns {fields, group_field, has_words, hybrid_by_default, model_note, languages, max_k}: see `app/api/page.py`.
 export function loadCatalogue(base) {
   if (!catalogues.has(base)) {
     const loading = requestJson(`${base}ui/catalogue`);

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dcar_core.model.checkpoint import languages_of
 from dcar_core.model.open_clip_source import builtin_models
 from dcar_core.model.towers.select import Level, level_of_config, reads_padding
 
@@ -32,7 +33,6 @@ _FAMILIES = {
     "ViT": "ViT",
     "Other timm towers": "",
 }
-_MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
 PARAMETERS = Path(__file__).with_name("parameters.json")  # millions by name
 FAMILIES = ("ViT", *(name for name in _FAMILIES if name != "ViT"))  # in the order of the documentation
 
@@ -52,7 +52,7 @@ class CatalogueEntry:
     family: str
     level: Level
     parameters: int | None
-    languages: Literal["English", "many"]
+    languages: Literal["English", "many", ""]
     image_size: int
     context_length: int
     reads_padding: bool
@@ -74,7 +74,7 @@ def _entry(name: str, config: Mapping[str, Any], tags: list[str], parameters: in
         family=next(family for family, pattern in _FAMILIES.items() if re.search(pattern, name)),
         level=level_of_config(config),
         parameters=parameters,
-        languages="many" if _MULTILINGUAL.search(name) else "English",
+        languages=languages_of(name),
         image_size=int(vision.get("image_size", 224)),
         context_length=int(text.get("context_length", 77)),
         reads_padding=reads_padding(text),

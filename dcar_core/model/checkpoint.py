@@ -7,11 +7,12 @@ model's vectors (shards, index, cached queries) carries it, so a retrained model
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ Trainables = dict[str, NDArray[np.float32]]
 
 CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
 FORMAT = 1
+_MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -184,8 +186,18 @@ def require_own_config(path: Path) -> None:
         raise CheckpointError(f"{path / CONFIG} is not of a checkpoint and would be replaced; name another --out")
 
 
-def save_zero_shot(backbone: "Backbone", out: Path) -> str:
+def languages_of(model: str) -> Literal["English", "many", ""]:
+    """Return the languages of the texts that a built-in model learned from; "" for a model of a directory or a hub."""
+    if "/" in model or os.sep in model:
+        return ""
+    return "many" if _MULTILINGUAL.search(model) else "English"
+
+
+def save_zero_shot(backbone: "Backbone", out: Path, note: str = "") -> str:
     """Write a checkpoint that adds nothing to a model, and return its fingerprint. An older one is replaced.
+
+    Args:
+        note: what users of a service with this model should know about it.
 
     Raises:
         CheckpointError: `out` holds a trained checkpoint, or a `config.json` of something else.
@@ -196,7 +208,7 @@ def save_zero_shot(backbone: "Backbone", out: Path) -> str:
     require_own_config(out)
     if is_checkpoint(out) and (found := read_config(out)["model"].get("method")) != "clip":
         raise CheckpointError(f"{out} holds a trained checkpoint of {found}; name another --out")
-    return save_checkpoint(DCAR(backbone, method("clip")), out)
+    return save_checkpoint(DCAR(backbone, method("clip")), out, training={"note": note} if note else None)
 
 
 def _has(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import languages_of, save_zero_shot
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from tests.support.files import write_jsonl
@@ -261,3 +263,15 @@ async def test_routes_of_the_page_need_the_key(photos: Path) -> None:
         for path in paths:
             assert (await client.get(path, headers=bearer(ALICE))).status_code == 200, path
             assert (await client.get(path, headers=bearer(BOB))).status_code == 403, path
+
+
+async def test_what_a_model_knows_is_told(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+    note = "This model knows emoji, not photos."
+    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tmp_path / "checkpoint", note)
+    rebuild(tiny_gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False)
+    async with opened(tmp_path / "index") as client:
+        about = (await client.get("/ui/catalogue")).json()
+        assert (about["model_note"], about["languages"]) == (note, ""), "a model of a directory"
+        assert (await client.get("/readyz")).json()["model_note"] == note
+    names = ["ViT-B-32-quickgelu", "xlm-roberta-base-ViT-B-32", "hf-hub:timm/ViT-B-16-SigLIP"]
+    assert [languages_of(name) for name in names] == ["English", "many", ""]

@@ -254,6 +254,8 @@ class ReadinessResponse(Model):
     count: int
     """Number of items in the index."""
     reason: str | None = None
+    model_note: str | None = None
+    """What to know about a model, such as one that stands in."""
 
 
 class ReloadResponse(Model):
