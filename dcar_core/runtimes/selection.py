@@ -116,14 +116,13 @@ def preferred_runtimes(backbone: "Backbone") -> list[str]:
     return names
 
 
-def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
+def load_runtime(name: str, state: EncoderState, loaded: LoadedModel) -> Runtime:
     """Open a runtime by name, or the first that can be used by `auto`, which never fails.
 
-    proven: require a runtime chosen by name to give PyTorch's vectors; `auto` always does.
     Raise RuntimeUnavailableError or MissingExtraError if the named runtime cannot be used here.
     """
     if name != AUTO:
-        return _open(name, state, loaded, proven=proven)
+        return _open(name, state, loaded)
     names = preferred_runtimes(loaded.backbone)
     for each, following in pairwise(names):
         try:
@@ -133,15 +132,13 @@ def load_runtime(name: str, state: EncoderState, loaded: LoadedModel, *, proven:
     return open_runtime(names[-1], loaded)
 
 
-def _open(name: str, state: EncoderState, loaded: LoadedModel, *, proven: bool = True) -> Runtime:
+def _open(name: str, state: EncoderState, loaded: LoadedModel) -> Runtime:
     """Open a runtime and run it with one row and with several, because some compile only then, or fail."""
     probe = Probe.synthetic(state.preprocess.size)
     try:
         runtime = open_runtime(name, loaded)
         state.encode_text(runtime, ["a"], 1)
         state.encode_pixels(runtime, probe.pixels[:1])
-        if not proven:
-            return runtime
         proof = prove(state, runtime, probe, reference_vectors(loaded.model, probe))
     except DcarError:
         raise

@@ -135,12 +135,11 @@ class Encoder:
             encoder_cache.store(request, state, loaded, encoder.runtime)
         return encoder
 
-    def with_runtime(self, name: str, *, proven: bool = True) -> "Encoder":
-        """Return the same encoder on another runtime. proven: require that it gives PyTorch's vectors."""
+    def with_runtime(self, name: str) -> "Encoder":
+        """Return the same encoder on another runtime."""
         from dcar_core.runtimes.selection import load_runtime
 
-        runtime = load_runtime(name, self.state, self.loaded, proven=proven)
-        encoder = Encoder(self.state, self.loaded, runtime)
+        encoder = Encoder(self.state, self.loaded, load_runtime(name, self.state, self.loaded))
         encoder.preprocess = self.preprocess
         return encoder
 

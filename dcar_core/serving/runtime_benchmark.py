@@ -72,22 +72,15 @@ class RuntimeResult:
 
 
 @dataclass(frozen=True)
-class DecodingSpeed:
-    """From a file to pixels in one thread, milliseconds an image; cosine: the lowest of the fast mode's embeddings."""
-
-    exact_ms: float
-    fast_ms: float
-    cosine: float
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
 class RuntimeReport:
-    """All measurements. fastest: of those that hold, "" if none does. auto: the runtime that `auto` tries first."""
+    """All measurements. fastest: of those that hold, "" if none does. auto: the runtime that `auto` tries first.
+
+    decoding: from a file to pixels in one thread, `exact_ms` and `fast_ms` an image, the lowest `cosine` of the fast
+        mode's embeddings, and the images' `width` and `height`.
+    """
 
     rows: tuple[RuntimeResult, ...]
-    decoding: DecodingSpeed
+    decoding: dict[str, float]
     fastest: str
     auto: str
     threads: int
@@ -103,8 +96,8 @@ class RuntimeReport:
             "",
             f"{self.texts:,} captions of {self.tokens} tokens on average with SOS, EOT and prompts; "
             f"{self.images:,} images; {self.threads} threads; medians of three",
-            f"decoding {decoding.width} x {decoding.height}, one thread: {decoding.exact_ms:.2f} ms exact, "
-            f"{decoding.fast_ms:.2f} ms fast, whose embeddings stay within cosine {decoding.cosine:.5f}",
+            f"decoding {decoding['width']} x {decoding['height']}, one thread: {decoding['exact_ms']:.2f} ms exact, "
+            f"{decoding['fast_ms']:.2f} ms fast, whose embeddings stay within cosine {decoding['cosine']:.5f}",
             f"fastest here: {self.fastest or 'none'}; auto tries {self.auto} first; --runtime or DCAR_RUNTIME names "
             "another",
         ])  # fmt: skip
@@ -174,14 +167,15 @@ def _pixels(encoder: Encoder, data: Dataset, names: Sequence[str]) -> Pixels:
     return np.stack(pixels)
 
 
-def _measure_decoding(encoder: Encoder, files: list[bytes]) -> DecodingSpeed:
+def _measure_decoding(encoder: Encoder, files: list[bytes]) -> dict[str, float]:
     exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
     exact_s = _median_seconds(lambda: [exact(file) for file in files]) / len(files)
     fast_s = _median_seconds(lambda: [fast(file) for file in files]) / len(files)
     pixels = (np.stack([preprocess(file) for file in files]) for preprocess in (exact, fast))
     cosine = np.multiply(*(_encode_pixels(encoder, each) for each in pixels)).sum(1).min()
     width, height = np.median([open_image(file).size for file in files], axis=0).astype(int).tolist()
-    return DecodingSpeed(round(1000 * exact_s, 3), round(1000 * fast_s, 3), round(float(cosine), 6), width, height)
+    times = {"exact_ms": round(1000 * exact_s, 3), "fast_ms": round(1000 * fast_s, 3)}
+    return {**times, "cosine": round(float(cosine), 6), "width": width, "height": height}
 
 
 def _encode_pixels(encoder: Encoder, pixels: Pixels) -> Floats:
@@ -226,7 +220,7 @@ def _measure(
     """
     encoder = load()
     start = time.perf_counter()
-    encoder = encoder.with_runtime(name, proven=False)
+    encoder = encoder.with_runtime(name)
     opened = time.perf_counter() - start
     proof = prove(encoder.state, encoder.runtime, probe, expected)
     texts = (list(material.texts) * BATCH)[: max(BATCH, min(8 * PROBE_SIZE, len(material.texts)))]
