@@ -11,66 +11,39 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
 
 from dcar_core.data import load_splits
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.negatives import LETTER_FUNCTIONS
-from index_jobs.rebuild import rebuild
 from tests.support import commands
 from tests.support.paths import ROOT
 
-
-def run(script: str, *arguments: str | Path) -> CompletedProcess[str]:
-    return commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
-
-
-@pytest.mark.slow
-def test_training_cost_prints_its_table(tiny_model: Path) -> None:
-    small = ("--pairs", "8", "--batch-size", "4")
-    done = run("training_cost.py", "--model", tiny_model, "--methods", "clip-adapter", *small)
-    assert done.returncode == 0, done.stderr
-    assert "| clip-adapter | 2,144 |" in done.stdout  # two bottlenecks of 32 -> 16 -> 32
-
-
-@pytest.mark.slow
-def test_query_time_prints_its_table(tiny_model: Path) -> None:
-    done = run("query_time.py", "--model", tiny_model, "--methods", "dcar", "--rounds", "1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n| ") == 12  # a head, a line, and four queries and images alone and in batches
+TABLES = {  # commands, and patterns of what they print
+    "training_cost.py --model {model} --methods clip-adapter --pairs 8 --batch-size 4":
+        r"\| clip-adapter \| 2,144 \|",  # two bottlenecks of 32 -> 16 -> 32
+    "query_time.py --model {model} --methods dcar --rounds 1":
+        r"(\n\| .*){12}",  # a head, a line, and four queries and images alone and in batches
+    "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4 --work {work}":
+        r"\| reference \| .*\(1\.0 x\).*\n\| torch \|",
+    "models.py --models tiny --runtimes torch --pictures 8 --work {work}": r"\n\| tiny \| torch \| \d+ \| \d+ ms \| ",
+    "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1 --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
+    "method_seconds.py --data {data} --model {model} --methods clip-adapter,lora --epochs 1":
+        r"\n\| clip-adapter \| .+? \| 0 \|.*\| shared \|\n\| lora \| .+? \| 24 \|.*\| own \|",
+}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_runtimes_are_printed_as_ratios(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    small = ("--runtimes", "torch", "--pictures", "4", "--work", tmp_path)
-    done = run("runtimes.py", "--checkpoint", tiny_checkpoint, *small)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[0] for line in lines] == ["| runtime", "| ---", "| reference", "| torch"]
-    assert "(1.0 x)" in lines[2]
-
-
-@pytest.mark.slow
-def test_models_are_measured_on_the_bundled_captions(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", TABLES, ids=lambda command: command.partition(".")[0])
+def test_a_script_prints_its_table(
+    command: str, tiny_model: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "tiny-checkpoint").symlink_to(tiny_checkpoint)  # in place of a model of real size
-    done = run("models.py", "--models", "tiny", "--runtimes", "torch", "--pictures", "8", "--work", tmp_path)
+    script, *arguments = command.format(model=tiny_model, data=tiny_data, work=tmp_path).split()
+    done = commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
-    assert re.match(r"\| tiny \| torch \| \d+ \| \d+ ms \| ", done.stdout.splitlines()[-1]), done.stdout
-
-
-@pytest.mark.slow
-def test_captions_are_counted_up_to_those_of_the_data(tiny_model: Path, tiny_data: Path) -> None:
-    small = ("--model", tiny_model, "--methods", "clip-adapter", "--seeds", "1")
-    done = run("caption_counts.py", tiny_data, *small, "--counts", "10")
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[2:]] == ["| 0", "| 10"]
-    done = run("caption_counts.py", tiny_data, *small, "--counts", "10,16")
-    assert done.returncode == 2
-    assert "has images for 15 captions, not 16; name fewer with --counts" in done.stderr
+    assert re.search(TABLES[command], done.stdout), done.stdout
 
 
 def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,26 +57,6 @@ def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, mo
     assert all(sample.negatives and "a caption of another image" not in sample.negatives for sample in samples)
     categories = {category for sample in samples for category in sample.negative_categories}
     assert categories <= {sample.category for sample in samples}
-
-
-@pytest.mark.slow
-def test_method_seconds_shows_which_methods_encode_again(tiny_model: Path, tiny_data: Path) -> None:
-    more = ("--methods", "clip-adapter,lora", "--epochs", "1")
-    done = run("method_seconds.py", "--data", tiny_data, "--model", tiny_model, *more)
-    assert done.returncode == 0, done.stderr
-    adapter, lora = (line.split(" | ") for line in done.stdout.splitlines()[2:])
-    assert (adapter[2], adapter[6]) == ("0", "shared |")
-    assert (lora[2], lora[6]) == ("24", "own |")
-
-
-@pytest.mark.slow
-def test_a_model_without_token_weights_is_not_re_ranked(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """The service refuses it too."""
-    save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tmp_path / "clip")
-    rebuild(tiny_data, tmp_path / "clip", tmp_path / "index", workers=0, progress=False)
-    done = run("rerank.py", tmp_path / "index", "--validation", tiny_data)
-    assert done.returncode == 2
-    assert "was trained without token weights, so it cannot re-rank" in done.stderr
 
 
 def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(

@@ -4,9 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
 from tests.support import parts
@@ -20,11 +18,6 @@ MOST_MODULES_IN_A_FOLDER = 12
 
 def modules(package: str) -> list[Path]:
     return [path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
-
-
-@cache
-def nodes(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse(path.read_text())))
 
 
 def test_open_clip_is_imported_in_one_place() -> None:
@@ -59,21 +52,15 @@ def test_no_two_classes_share_a_name() -> None:
     places = defaultdict(list)
     for package in PACKAGES:
         for path in modules(package):
-            for node in nodes(path):
-                if isinstance(node, ast.ClassDef):
-                    places[node.name].append(str(path.relative_to(ROOT)))
+            for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.M):
+                places[name].append(str(path.relative_to(ROOT)))
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
-def test_help_does_not_load_torch() -> None:
-    script = "import sys; from app import cli; sys.exit('torch' in sys.modules or 'faiss' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
-
-
-def test_help_teaches_and_is_quick() -> None:
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "app.cli", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert time.monotonic() - started < 5  # 0.4 s on an idle machine; this bound is for a busy one
+def test_help_teaches_and_loads_no_model_library() -> None:
+    script = "import sys; from app import cli\ntry: cli.main()\nfinally: print({'torch', 'faiss'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n")
     for command in ("demo", "train", "evaluate", "index", "serve", "search"):
         assert command in done.stdout
 
@@ -85,24 +72,18 @@ def test_the_image_has_what_the_compose_file_names() -> None:
 
 def test_test_modules_share_helpers_through_support_alone() -> None:
     for path in TESTS:
-        for node in nodes(path):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
-            shared = [name for name in names if name.split(".")[0] == "tests" or name.startswith("test_")]
-            assert all(f"{name}.".startswith("tests.support.") for name in shared), f"{path} imports {shared}"
+        names = re.findall(r"^\s*(?:from|import) (tests\b[\w.]*|test_\w+)", path.read_text(), re.M)
+        assert [name for name in names if not f"{name}.".startswith("tests.support.")] == [], path
 
 
 def test_async_tests_run_on_anyio() -> None:
-    for path in TESTS:
-        calls = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
-        assert "asyncio.run" not in map(ast.unparse, calls), (
-            f"{path}: write `async def test_...` instead of asyncio.run"
-        )
+    """Write `async def test_...` instead of running a coroutine."""
+    assert [path for path in TESTS if re.search(r"\basyncio\.run\(", path.read_text())] == []
 
 
 def test_optional_parts_of_tests_are_named_in_one_place() -> None:
     """What a test needs decides whether it runs without extras, and whether CI runs it again with them."""
-    exceptions = {"parts.py", "test_code_rules.py", "test_langchain_standard.py"}
+    exceptions = {"parts.py", "test_code_rules.py"}
     skips = re.compile(r"importorskip\(|skip\w*\(.*find_spec|which\(.*\n.*skip\(")
     assert [path.name for path in TESTS if path.name not in exceptions and skips.search(path.read_text())] == []
 

@@ -219,15 +219,6 @@ def test_the_architecture_lists_every_folder() -> None:
     assert {folder for folder in listed if folder.split("/")[0] in packages} == folders | set(packages)
 
 
-def test_the_workflow_and_the_hooks_run_what_ci_runs() -> None:
-    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
-    assert "- run: .ci/run\n" in workflow
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    hooks = re.findall(r"entry: \.venv/bin/(\S+)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
-    assert hooks == ["ruff", "ruff", "mypy"]
-    assert all(f"$(BIN)/{tool}" in makefile for tool in hooks)
-
-
 def test_named_variables_exist() -> None:
     """Every DCAR_* variable of the documentation is a setting, or is read somewhere in the code."""
     sources = [*ROOT.glob("docker-compose.yml"), ROOT / "Makefile", ROOT / ".ci" / "run"]

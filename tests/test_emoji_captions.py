@@ -1,6 +1,7 @@
 """Captions of the emoji example's training: people's words for skin tones, and typing errors."""
 
 import random
+import re
 import runpy
 from typing import Any
 
@@ -14,21 +15,13 @@ def captions() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "examples" / "emoji" / "captions.py"))
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_typing_error_changes_one_long_word_after_its_first_letter(seed: int, captions: dict[str, Any]) -> None:
-    typed = captions["with_typo"]("a red umbrella", random.Random(seed))
-    first, second, third = typed.split(" ")
-    assert (first, second, third[0]) == ("a", "red", "u")
-    assert abs(len(third) - len("umbrella")) <= 1
-
-
-def test_typing_errors_are_of_several_kinds(captions: dict[str, Any]) -> None:
-    typed = {captions["with_typo"]("umbrella", random.Random(seed)) for seed in range(400)}
-    assert {"umbrlla", "umbrlela", "umbbrella"} <= typed  # left out, swapped, doubled
+def test_a_typing_error_changes_one_long_word_after_its_first_letter(captions: dict[str, Any]) -> None:
+    typed = {captions["with_typo"]("a red umbrella", random.Random(seed)) for seed in range(400)}
+    assert {"a red umbrlla", "a red umbrlela", "a red umbbrella"} <= typed  # left out, swapped, doubled
     assert len(typed) > 40
-
-
-def test_short_words_have_no_typing_error(captions: dict[str, Any]) -> None:
+    for text in typed:
+        assert re.fullmatch("a red u[a-z]+", text)
+        assert abs(len(text) - len("a red umbrella")) <= 1
     assert captions["with_typo"]("a red cat", random.Random(0)) == "a red cat"
 
 

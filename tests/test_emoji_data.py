@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.support.paths import ROOT
 
@@ -31,20 +30,6 @@ def test_negatives_are_no_captions_of_a_later_split(domain: str, split: str, uns
     negatives = {text for pair in read(domain, split) for text in pair["negative"]}
     assert len(negatives) > 500
     assert not negatives & captions(domain, unseen)
-
-
-def test_images_are_packed_again_when_some_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EMOJI))
-    load_images = importlib.import_module("base_batches").load_images
-    (tmp_path / "noto").mkdir()
-    for number, name in enumerate(("b", "a")):
-        Image.new("RGBA", (64, 64), (number, 0, 0, 255)).save(tmp_path / "noto" / f"{name}.png")
-        images, rows = load_images(tmp_path, ("noto",))
-    assert rows == [("a", "noto"), ("b", "noto")]
-    assert images[:, 0, 0, 0].tolist() == [1, 0]
-    written = (tmp_path / "packed-1.npy").stat().st_mtime_ns
-    load_images(tmp_path, ("noto",))
-    assert (tmp_path / "packed-1.npy").stat().st_mtime_ns == written
 
 
 def test_a_pytorch_without_muon_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

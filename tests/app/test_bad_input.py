@@ -179,14 +179,7 @@ async def test_unknown_items_routes_and_methods_are_problems(started: ServiceCli
         for suffix in ("", "/image", "/similar"):
             assert_problem(await started.get(f"/items/{item}{suffix}"), 404, "id")
     assert_problem(await started.get("/items/" + "a" * 2000), 422, "item_id")
-    for path in (
-        "/nothing",
-        "/ui/nothing.js",
-        "/ui/..%2fmain.py",
-        "/ui/%2e%2e/main.py",
-        "/search",
-        "/search/text/",
-    ):
+    for path in ("/nothing", "/ui/nothing.js", "/ui/..%2fmain.py", "/ui/%2e%2e/main.py", "/search", "/search/text/"):
         assert_problem(await started.get(path, follow_redirects=False), 404)
     for method, path in (("GET", "/search/text"), ("PUT", "/search/image"), ("POST", "/healthz"), ("DELETE", "/")):
         response = await started.request(method, path)

@@ -1,6 +1,5 @@
 """The Python client against the whole service on a real port, and against services that misbehave."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from pydantic import BaseModel
 from app.core.keys import key_hash, new_key
 from index_jobs.rebuild import rebuild
 from index_jobs.store.writes import WriteQueue
+from tests.support.files import write_jsonl
 from tests.support.images import png
 from tests.support.processes import free_port
-from tests.support.service import ODD_ID, serving
-
-ADMIN = "correct horse battery"
+from tests.support.service import ADMIN, ODD_ID, serving
 
 
 class RecordingTransport(httpx.HTTPTransport):
@@ -199,12 +197,12 @@ def without_timing(value: Any) -> Any:
     return value.model_copy(update=changes) if isinstance(value, BaseModel) else value
 
 
-def test_ids_that_look_like_lists(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_ids_that_look_like_lists_and_items_without_the_group_field(tiny_checkpoint: Path, tmp_path: Path) -> None:
     odd = ["[2024]", '["a"]', "[]", "a", "2024"]
     for number, color in enumerate(("red", "green", "blue", "black", "white")):
         (tmp_path / f"{number}.png").write_bytes(png(color))
-    lines = [json.dumps({"file_name": f"{number}.png", "id": each}) for number, each in enumerate(odd)]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    rows = [{"file_name": f"{number}.png", "id": each} for number, each in enumerate(odd)]
+    write_jsonl(tmp_path / "metadata.jsonl", rows[0] | {"product": "A"}, *rows[1:])
     rebuild(tmp_path, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     with serving(tmp_path / "index") as (_, port), Client(f"http://127.0.0.1:{port}") as client:
         for each in odd:
@@ -214,6 +212,8 @@ def test_ids_that_look_like_lists(tiny_checkpoint: Path, tmp_path: Path) -> None
                 client.search_image(png(), more_like=[each, "a"], less_like=["2024"]),
             ):
                 assert each not in [result.id for result in response.results]
+        groups = [result.group for result in client.search_text("red", group_by="product").results]
+        assert sorted(group.value or "" for group in groups if group) == ["", "", "", "", "A"]
 
 
 async def test_both_clients_retry() -> None:

@@ -18,10 +18,9 @@ from dcar_core.model.dcar import DCAR
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ADMIN, ALICE, BOB, bearer, opened, until, until_ready
+from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, BOB, bearer, opened, until, until_ready
+from tests.support.writes import ADMINS
 
-KEY: dict[str, Any] = {"admin_key": "correct horse"}
-BEARER = {"Authorization": "Bearer correct horse"}
 WORDS = ("red", "a blue circle", "green cross", "square")
 
 
@@ -145,7 +144,7 @@ async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_se
     whole = items.read_bytes()
     items.write_bytes(b"")
 
-    async with opened(built_index, collections={"round": circles}, ready=False, poll_s=0, **KEY) as client:
+    async with opened(built_index, collections={"round": circles}, ready=False, poll_s=0, **ADMIN_ONLY) as client:
 
         async def is_reported() -> bool:
             ready = await client.get("/readyz")
@@ -158,11 +157,11 @@ async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_se
 
         await until(default_answers)
         assert_problem(await client.post("/collections/round/search/text", json={"query": "red"}), 503)
-        detail = assert_problem(await client.post("/admin/reload", headers=BEARER), 503)["detail"]
+        detail = assert_problem(await client.post("/admin/reload", headers=ADMINS), 503)["detail"]
         assert "round: " in detail
         assert "items.arrow" in detail
         items.write_bytes(whole)
-        reloaded = await client.post("/admin/reload", headers=BEARER)
+        reloaded = await client.post("/admin/reload", headers=ADMINS)
         assert reloaded.json()["versions"] == {"index": 1, "round": 1}
         assert (await client.get("/readyz")).json()["status"] == "ready"
         found = await scrape(client)

@@ -12,7 +12,7 @@ from app.service.embedding_cache import rounded
 from dcar_core import Encoder
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ALICE, KEYS, ServiceClient, bearer, hold, opened, restore
+from tests.support.service import ALICE, KEYS, ServiceClient, bearer, opened
 
 IMAGE = base64.b64encode(png("red")).decode()
 
@@ -84,13 +84,3 @@ async def test_keys_and_rates_apply_and_each_input_counts(built_index: Path) -> 
         assert (await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))).status_code == 200
         refused = await client.post("/v1/embeddings", json=body, headers=bearer(ALICE))
         assert_problem(refused, 429)
-
-
-async def test_inputs_past_the_deadline_are_refused(built_index: Path) -> None:
-    async with opened(built_index, deadline_ms=100) as client:
-        encoder = client.app.state.collections[None].live.encoder
-        gate, _ = hold(encoder)
-        response = await client.post("/v1/embeddings", json={"input": "red"})
-        gate.set()
-        restore(encoder)
-        assert_problem(response, 503)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.search.errors import UnavailableError
-from app.service.batching import Batcher, BatchGroup
+from app.service.batching import BatchGroup
 from app.service.files import PIECE_BYTES
 from dcar_core.serving.multi_encoder_batch import encode_text_rows
 from index_jobs.store.artifact import Artifact
@@ -30,7 +29,8 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         gate, seen = hold(encoder)
         first = asyncio.create_task(client.post("/search/text", json={"query": "q0"}))
         await until(lambda: bool(seen))
-        late = await asyncio.gather(first, *(client.post("/search/text", json={"query": q}) for q in ("q1", "q2")))
+        others = client.post("/search/text", json={"query": "q1"}), client.post("/v1/embeddings", json={"input": "q2"})
+        late = await asyncio.gather(first, *others)
         assert [response.status_code for response in late] == [503] * 3
         assert all(response.headers["retry-after"] == "1" for response in late)
         gate.set()
@@ -40,28 +40,6 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         text = (await client.get("/metrics")).text
         assert 'dcar_refused_total{reason="late"} 3.0' in text
         assert 'dcar_pending{what="searches"} 0.0' in text
-
-
-async def test_batcher_refuses_what_it_cannot_finish_in_time() -> None:
-    batcher = Batcher(max_batch=1, max_wait_s=0, max_queue_s=0.1)
-    batcher.start()
-
-    def slow(payloads: list[Any]) -> np.ndarray:
-        time.sleep(0.03)
-        return np.ones((len(payloads), 2), np.float32)
-
-    group = BatchGroup("text", slow)
-    await batcher.submit(group, ["measures the pace"])
-    accepted = 1 + int(0.1 / batcher._seconds_per_query[group])  # work of about 0.1 s, however busy the machine is
-
-    async def ask(number: int) -> Any:
-        return await batcher.submit(group, [number])
-
-    responses = await asyncio.gather(*map(ask, range(20)), return_exceptions=True)
-    refused = [response for response in responses if isinstance(response, UnavailableError)]
-    assert len(refused) == 20 - accepted >= 16
-    assert len(await batcher.submit(group, ["again"])) == 1
-    await batcher.close()
 
 
 async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_index: Path) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.service import serving
+from tests.support.service import ADMIN, bearer, serving
 
 EXAMPLES = 5
-KEY = "correct horse battery"
 
 
 @pytest.fixture(scope="module")
 def url(built_index: Path) -> Iterator[str]:
-    with serving(built_index, admin_key=KEY, cache_size=1000) as (_, port):
+    with serving(built_index, admin_key=ADMIN, cache_size=1000) as (_, port):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -80,7 +79,7 @@ def test_generated_requests_get_documented_responses(url: str) -> None:
             @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
-                response = case.call(base_url=url, headers={"Authorization": f"Bearer {KEY}"})
+                response = case.call(base_url=url, headers=bearer(ADMIN))
                 case.validate_response(response, checks=checks)
 
             try:

@@ -1,7 +1,6 @@
 """Clients that others wrote, against the running service: OpenAI's, MCP's, LangChain's and LlamaIndex's.
 
-LlamaIndex and LangChain's standard tests are not part of the extra `stacks`; docs/how-to/connect-other-tools.md tells
-how to run these tests with them.
+LlamaIndex is not part of the extra `stacks`; docs/how-to/connect-other-tools.md tells how to run these tests with it.
 """
 
 import base64
@@ -20,8 +19,6 @@ import pytest
 from dcar_client import AsyncClient, Client, ServiceError
 from PIL import Image
 
-from index_jobs.rebuild import rebuild
-from tests.support.files import write_file
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.paths import ROOT
@@ -158,30 +155,6 @@ async def test_the_mcp_server_tells_of_a_wrong_key_a_rate_and_a_service_that_is_
     async with AssistantClient(server("http://127.0.0.1:9")) as mcp:
         refused = await mcp.call_tool("search_by_words", {"query": "red"})
         assert "does not answer" in refused.content[0].text
-
-
-@needs("mcp")
-@pytest.mark.slow
-async def test_an_assistant_gets_items_without_the_group_field(
-    gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    from dcar_client.mcp import server
-    from mcp import Client as AssistantClient
-
-    write_file(tmp_path / "list.jsonl", "\n".join(
-        json.dumps({"file_name": str(gallery / f"circle/{color}.png"), "product": product})
-        for color, product in (("red", "A"), ("blue", None))
-    ).encode())  # fmt: skip
-    rebuild(
-        tmp_path / "list.jsonl", tiny_checkpoint, tmp_path / "index", group_field="product", workers=0, progress=False
-    )
-    with serving(tmp_path / "index") as (_, port):
-        async with AssistantClient(server(f"http://127.0.0.1:{port}")) as mcp:
-            found = await mcp.call_tool("search_by_words", {"query": "a circle"})
-    assert not found.is_error
-    groups = [each["group"] for each in found.structured_content["results"]]
-    assert sorted(groups, key=str) == [{"value": "A", "count": 1}, {"value": None, "count": 1}]
-    assert json.loads(found.content[0].text) == found.structured_content
 
 
 @pytest.mark.parametrize(

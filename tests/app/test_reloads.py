@@ -5,7 +5,6 @@ import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,11 +14,9 @@ from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.parts import needs
-from tests.support.service import opened
+from tests.support.service import ADMIN_ONLY, opened
 from tests.support.versions import publish_copy
-
-KEY: dict[str, Any] = {"admin_key": "correct horse"}
-BEARER = {"Authorization": "Bearer correct horse"}
+from tests.support.writes import ADMINS
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +40,18 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
             running -= 1
         return whole(*given)  # type: ignore[arg-type]
 
-    async with opened(index, poll_s=0, upload_timeout_s=0.15, **KEY) as client:
+    async with opened(index, poll_s=0, upload_timeout_s=0.15, **ADMIN_ONLY) as client:
         monkeypatch.setattr("app.service.collections.load_snapshot", slow)
         rollback(index, 2)
-        first = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+        first = asyncio.create_task(client.post("/admin/reload", headers=ADMINS))
         await asyncio.sleep(0.1)
         first.cancel()
-        again = await client.post("/admin/reload", headers=BEARER, json={})
+        again = await client.post("/admin/reload", headers=ADMINS, json={})
         assert again.json()["index_version"] == 2, "its body has arrived, however long the load takes"
         assert not again.json()["changed"], "the first load was used"
         assert most == 1
         rollback(index, 1)
-        last = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+        last = asyncio.create_task(client.post("/admin/reload", headers=ADMINS))
         await asyncio.sleep(0.1)
         last.cancel()
     assert running == 0, "closing waits for a load"
@@ -67,7 +64,7 @@ async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path
     cache = tmp_path / "cache"
 
     for start in range(2):
-        async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **KEY) as client:
+        async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **ADMIN_ONLY) as client:
             if start == 0:
                 assert list(encoder_cache.directory_in(cache).iterdir())
                 continue
@@ -75,7 +72,7 @@ async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path
             assert live.encoder.backbone is None
             for row in range(4):
                 await asyncio.to_thread(remove, index, [live.artifact.item(row).id])
-                assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+                assert (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
             assert not live.artifact.checkpoint.exists()
             for what in ("rerank", "explain"):
                 response = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
@@ -85,20 +82,20 @@ async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path
 async def test_a_rebuilt_index_with_the_same_version_number_is_served(
     index: Path, gallery: Path, other_checkpoint: Path
 ) -> None:
-    async with opened(index, poll_s=0, **KEY) as client:
+    async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         before = (await client.post("/search/text", json={"query": "red"})).json()
-        assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
         manifest = index / "versions" / "1" / "manifest.json"
         manifest.rename(index / "aside")
-        assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
         assert (await client.get("/readyz")).json()["status"] == "ready", "the served version is intact"
         shutil.rmtree(index)
         await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
-        assert (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        assert (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
         after = (await client.post("/search/text", json={"query": "red"})).json()
         assert after["index_version"] == before["index_version"] == 1
         assert [r["score"] for r in after["results"]] != [r["score"] for r in before["results"]]
-        assert not (await client.post("/admin/reload", headers=BEARER)).json()["changed"]
+        assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
 
 
 async def test_a_long_load_does_not_keep_the_service(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +107,10 @@ async def test_a_long_load_does_not_keep_the_service(index: Path, monkeypatch: p
         raise OSError("too late")
 
     monkeypatch.setattr("app.service.collections._CLOSE_S", 0.1)
-    async with opened(index, poll_s=0, **KEY) as client:
+    async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         monkeypatch.setattr("app.service.collections.load_snapshot", hanging)
         rollback(index, 2)
-        load = asyncio.create_task(client.post("/admin/reload", headers=BEARER))
+        load = asyncio.create_task(client.post("/admin/reload", headers=ADMINS))
         await asyncio.to_thread(began.wait, 10)
         load.cancel()
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""Twenty swaps under load: no request fails, each response is from one version, and old versions are freed."""
+"""Swaps under load: no request fails, each response is from one version, and old versions are freed."""
 
 import asyncio
 import gc
@@ -14,10 +14,9 @@ import pytest
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from tests.support.images import png
-from tests.support.service import ServiceClient, opened
+from tests.support.service import ADMIN_ONLY, ServiceClient, opened
+from tests.support.writes import ADMINS
 
-KEY: dict[str, Any] = {"admin_key": "correct horse"}
-BEARER = {"Authorization": "Bearer correct horse"}
 SWAPS = 12
 WARM = 8  # swaps after which the size of the process is stable
 ROOM = 8 * 2**20  # bytes; a backbone alone has 13 MB
@@ -47,7 +46,7 @@ class LiveParts:
 
 
 async def swap(client: httpx.AsyncClient, version: int) -> None:
-    reloaded = await client.post("/admin/reload", headers=BEARER)
+    reloaded = await client.post("/admin/reload", headers=ADMINS)
     assert (reloaded.json()["index_version"], reloaded.json()["changed"]) == (version, True)
 
 
@@ -63,7 +62,7 @@ async def test_swaps_under_load_drop_no_request_and_leak_no_memory(
     kept, sizes = LiveParts(), []
     words = (f"a red square {number}" for number in itertools.count())  # never cached
 
-    async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **KEY) as client:
+    async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **ADMIN_ONLY) as client:
 
         async def ask() -> tuple[int, list[dict[str, Any]]]:
             response = await client.post("/search/text", json={"query": "a red square", "k": 24})

@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
 from app.search.query import Weights
 from dcar_core import Encoder
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, close, ids, ranked
@@ -20,13 +18,9 @@ from tests.support.service import ServiceClient, opened
 USUAL = Weights().without
 
 
-@pytest.fixture
-def artifact(built_index: Path) -> Artifact:
-    return open_current(built_index)
-
-
-async def test_without_is_subtracted_from_every_kind_of_query(started: ServiceClient, artifact: Artifact) -> None:
-    encoder = Encoder.load(artifact.checkpoint)
+async def test_without_is_subtracted_from_every_kind_of_query(
+    started: ServiceClient, encoder: Encoder, artifact: Artifact
+) -> None:
     circle, red = encoder.encode_text(["a circle"])[0], encoder.encode_text(["red"])[0]
     image = encoder.encode_images([png()])[0]
     row = artifact.row_of("circle/red.png")
@@ -76,8 +70,7 @@ async def test_form_field_without_is_text_and_checked(built_index: Path) -> None
         assert_problem(await http.post("/search/text", json=longest | {"without": "r" * 21}), 422, "without")
 
 
-def test_the_command_line_subtracts_without_too(built_index: Path, artifact: Artifact) -> None:
-    encoder = Encoder.load(artifact.checkpoint)
+def test_the_command_line_subtracts_without_too(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
     texts = encoder.encode_text(["a circle", "red"])
     expected = [each for each, _ in ranked(artifact, texts[0] - USUAL * texts[1])]
     asked = ["search", "a circle", "--index", str(built_index), "--without", "red", "-k", "24", "--json"]

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 from selenium import webdriver
 
-from app.core.settings import Settings
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
-from tests.support.page import Page, ready, served
+from tests.support.page import Page, served
 from tests.support.parts import BROWSER, DRIVER
 from tests.support.service import KEYS
 
@@ -58,23 +57,23 @@ def indexes(
 @pytest.fixture(scope="session")
 def site(indexes: dict[str, Path]) -> Iterator[str]:
     """A service with one collection."""
-    with served(Settings(index=indexes["shapes"], device="cpu")) as address:
-        yield ready(address)
+    with served(indexes["shapes"]) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
 def many(indexes: dict[str, Path]) -> Iterator[str]:
     """A service with every collection; shapes is the default one."""
     others = {name: index for name, index in indexes.items() if name != "shapes"}
-    with served(Settings(index=indexes["shapes"], collections=others, device="cpu")) as address:
-        yield ready(address)
+    with served(indexes["shapes"], collections=others) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
 def locked(indexes: dict[str, Path]) -> Iterator[str]:
     """A service that asks for a key, and whose page looks words up."""
-    with served(Settings(index=indexes["shapes"], device="cpu", page_hybrid=True, **KEYS)) as address:
-        yield ready(address)
+    with served(indexes["shapes"], page_hybrid=True, **KEYS) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +90,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any) -> Page:
-    return Page(browser)
+def page(browser: Any) -> Iterator[Page]:
+    """The page, which logs no error that the test has not read."""
+    page = Page(browser)
+    yield page
+    assert page.errors() == []
 
 
 @pytest.fixture

@@ -74,7 +74,6 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
     others(page, 12)
     choose(page, "collection", "another")  # the sides swap
     until(lambda: page.one("#results-name").text == "another" and page.one("#other-name").text == "shapes")
-    assert page.errors() == []
 
 
 def test_two_galleries_are_compared(page: Page, many: str) -> None:
@@ -119,25 +118,14 @@ def test_selected_images_are_searched_in_their_gallery(page: Page, many: str) ->
     assert page.driver.current_url.endswith(f"#in=circles&beside=shapes&item={chosen}")
     assert not page.one("#error").is_displayed()
 
-    page.open(f"{many}/#q=a+red+circle&beside=another")  # two models, one gallery
-    page.settled(12)
-    others(page, 12)
-    for place in ("#results", "#others"):
-        page.one(f"{place} .card:not(.selected) .select").click()
-    assert page.one("#selected-count").text == "2 selected"
-    assert page.one("#selected-less").is_enabled()
-    page.one("#selected-more").click()
-    page.settled(12)
-    assert page.one("#collection").get_attribute("value") == "shapes"
 
-
-@pytest.mark.parametrize("width", [600, 640, 700])
-def test_medium_window_fits_both_lists(page: Page, many: str, width: int) -> None:
+def test_medium_window_fits_both_lists(page: Page, many: str) -> None:
     size = page.driver.get_window_size()
-    page.driver.set_window_size(width, 900)
     try:
         page.open(f"{many}/#q=a+red+circle&category=circle")
         page.settled(6)
-        until(lambda: page.driver.execute_script("return document.body.scrollWidth <= innerWidth"))
+        for width in (600, 640, 700):
+            page.driver.set_window_size(width, 900)
+            until(lambda: page.driver.execute_script("return document.body.scrollWidth <= innerWidth"))
     finally:
         page.driver.set_window_size(size["width"], size["height"])

@@ -56,7 +56,6 @@ def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> No
     page.one("#words").click()
     until(lambda: shows(page, searched(site, query="red square")))
     assert "words=" not in page.driver.current_url
-    assert page.errors() == []
 
 
 def test_each_product_is_shown_once_and_opens_the_others(page: Page, many: str) -> None:
@@ -77,7 +76,6 @@ def test_each_product_is_shown_once_and_opens_the_others(page: Page, many: str) 
     others[0].click()
     until(lambda: page.one("#detail-title").text.startswith(f"a {color}") and opened not in page.driver.current_url)
     until(lambda: len(page.all("#folded button")) == 3)
-    assert page.errors() == []
 
 
 def test_facets_count_and_filter(both: Page, site: str) -> None:
@@ -111,7 +109,6 @@ def test_facets_count_and_filter(both: Page, site: str) -> None:
     assert value(page, "Color", "blue").get_attribute("aria-pressed") == "true"
     page.open(page.driver.current_url)  # as a shared link
     until(lambda: shows(page, blue_circles))
-    assert page.errors() == []
 
 
 def crop_of(page: Page) -> list[float]:
@@ -164,7 +161,6 @@ def test_part_of_the_query_image_is_searched(both: Page, site: str, tmp_path: Pa
     page.one("#chips button").click()
     page.settled(24)
     assert not page.one("#picture").is_displayed()
-    assert page.errors() == []
 
 
 @needs("heic")

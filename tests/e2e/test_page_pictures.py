@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.core.keys import key_hash
-from app.core.settings import Settings
-from tests.support.page import Page, ready, served, until
+from tests.support.page import Page, served, until
 from tests.support.service import ALICE
 
 pytestmark = pytest.mark.browser
@@ -22,10 +21,8 @@ def unlocked(page: Page, locked: str) -> str:
 
 
 def test_key_that_opens_no_collection_is_asked_for_once(page: Page, indexes: dict[str, Path]) -> None:
-    with served(
-        Settings(index=indexes["shapes"], device="cpu", api_keys=f"alice:{key_hash(ALICE)}:read:gone")
-    ) as address:
-        page.open(ready(address))
+    with served(indexes["shapes"], api_keys=f"alice:{key_hash(ALICE)}:read:gone") as address:
+        page.open(address)
         until(lambda: page.one("#key").is_displayed())
         page.one("#key").send_keys(ALICE + "\n")
         until(lambda: "opens no gallery" in page.one("#error").text)

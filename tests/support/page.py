@@ -1,41 +1,21 @@
 """The search page in a browser, and a service to show it."""
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
-from app.core.settings import Settings
-from app.main import create_app
+from tests.support.service import serving
 
 
 @contextmanager
-def served(settings: Settings, below: str = "") -> Iterator[str]:
-    """A server on a free port; gives its address. below: a path that is removed, as by a proxy."""
-    app = create_app(settings)
-
-    async def behind_proxy(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            path = scope["path"].removeprefix(below) if scope["path"].startswith(below) else "/outside"
-            scope = {**scope, "path": path, "raw_path": path.encode()}
-        await app(scope, receive, send)
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(behind_proxy if below else app, log_config=None, ws="none", timeout_graceful_shutdown=3)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}{below}"
-    finally:
-        server.should_exit = True
-        thread.join(15)
-        listener.close()
+def served(index: Path, **given: Any) -> Iterator[str]:
+    """The service on a free port; gives its address."""
+    with serving(index, **given) as (_, port):
+        yield f"http://127.0.0.1:{port}{given.get('below', '')}"
 
 
 def ready(address: str) -> str:

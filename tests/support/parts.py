@@ -66,9 +66,6 @@ PARTS = {
     "openai": _extra("OpenAI's client", "stacks", "openai"),
     "mcp": _extra("MCP", "stacks", "mcp"),
     "langchain": _extra("LangChain", "stacks", "langchain_core"),
-    "langchain-tests": Part(
-        "LangChain's standard tests", "pip install langchain-tests", ("langchain_tests",), in_ci=False
-    ),
     "llama-index": Part("LlamaIndex", "pip install llama-index-core", ("llama_index.core",), in_ci=False),
 }
 MARKERS = ("redis", "browser", "gpu")

@@ -28,6 +28,7 @@ KEYS: dict[str, Any] = {
     "api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}",
     "admin_key": f"sha256:{key_hash(ADMIN)}",
 }
+ADMIN_ONLY: dict[str, Any] = {"admin_key": ADMIN}
 WORDS = {"query": "red"}
 SERVE = "from app.server import serve; from app.core.settings import load_settings; serve(load_settings())"
 ODD_ID = "été #1?/100%2F.png"
@@ -123,13 +124,20 @@ async def opened(
 
 
 @contextmanager
-def serving(index: Path, **given: Any) -> Iterator[tuple[FastAPI, int]]:
-    """The application on a real port, in a thread of this process."""
+def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[FastAPI, int]]:
+    """The application on a real port, in a thread of this process. below: a path that a proxy removes."""
     app = create_app(Settings(index=index, device="cpu", **given))
+
+    async def behind_proxy(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(below) if scope["path"].startswith(below) else "/outside"
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        await app(scope, receive, send)
+
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(server_config(app))
+        server = uvicorn.Server(server_config(behind_proxy if below else app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         port = int(listener.getsockname()[1])
