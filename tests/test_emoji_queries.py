@@ -71,11 +71,6 @@ def test_figures_count_the_first_answer_the_first_five_and_all(script: dict[str,
     assert gain == pytest.approx((1 + 1 / np.log2(5)) / (1 + 1 / np.log2(3)))
 
 
-def test_a_part_of_the_gallery_leaves_the_queries_that_it_answers(script: dict[str, Any]) -> None:
-    queries = [script["Query"]("word", "boat", frozenset({2, 9})), script["Query"]("word", "crab", frozenset({3}))]
-    assert script["among"](queries, [0, 5, 9]) == [script["Query"]("word", "boat", frozenset({2}))]
-
-
 def test_queries_that_are_a_tag_or_name_can_be_left_out(script: dict[str, Any]) -> None:
     boat, crab, sail = (script["Query"]("word", text, frozenset({0})) for text in ("Boat", "crab", "to sail"))
     rows = [

@@ -68,6 +68,8 @@ async def test_words_of_added_items_are_found_and_of_removed_ones_not(index: Pat
         ids = [result["id"] for result in (await client.post("/search/text", json=query)).json()["results"]]
         assert len(ids) == 24
         assert not {"circle/red.png", "new1"} & {*ids}
+        listed = (await client.get("/items", params={"k": 30})).json()
+        assert (listed["count"], {item["id"] for item in listed["items"]}) == (24, {*ids})
         counted = (await client.post("/search/text", json={"query": "x", "facets": ["category"]})).json()["facets"]
         assert {entry["value"]: entry["count"] for entry in counted["category"]} == {
             "circle": 5, "cross": 6, "square": 6, "triangle": 6

@@ -46,24 +46,19 @@ def answering_with(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         thread.join(10)
 
 
-def drip_headers(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\nx-long: ")
-    while True:
-        connection.sendall(b"a")
-        time.sleep(0.1)
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n"
 
 
-def drip_body(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
-    while True:
-        connection.sendall(b" ")
-        time.sleep(0.1)
+def endless(head: bytes, piece: bytes, every_s: float = 0) -> Callable[[socket.socket], None]:
+    """Return a function that answers with a head and then with pieces, for ever."""
 
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            connection.sendall(piece)
+            time.sleep(every_s)
 
-def endless(connection: socket.socket) -> None:
-    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
-    while True:
-        connection.sendall(b" " * 2**20)
+    return answer
 
 
 def bomb(connection: socket.socket) -> None:
@@ -74,17 +69,18 @@ def bomb(connection: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("answer", "timeout_s", "error"),
     [
-        (drip_headers, 0.5, httpx.ReadTimeout),
-        (drip_body, 0.5, httpx.ReadTimeout),
-        (endless, 60, OversizedResponseError),
+        (endless(HEAD[:-2] + b"x-long: ", b"a", 0.1), 0.5, httpx.ReadTimeout),
+        (endless(HEAD, b" ", 0.1), 0.5, httpx.ReadTimeout),
+        (endless(HEAD, b" " * 2**20), 60, OversizedResponseError),
         (bomb, 60, OversizedResponseError),
     ],
+    ids=["slow headers", "slow body", "endless body", "bomb"],
 )
 async def test_an_attempt_ends(answer: Callable[[socket.socket], None], timeout_s: float, error: Any) -> None:
     with answering_with(answer) as url:
         with Client(url, timeout_s=timeout_s) as client, pytest.raises(error):
             client.readiness()
-        async with AsyncClient(url, timeout_s=timeout_s) as client, contextlib.AsyncExitStack():
+        async with AsyncClient(url, timeout_s=timeout_s) as client:
             with pytest.raises(error):
                 await client.readiness()
 

@@ -190,14 +190,13 @@ async def test_collection_that_another_process_has_dropped_is_not_found(
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
         drop_collection(list_collections(folder)["lamps"])
-        if request_of == "drop":
-            refused = await client.delete("/collections/lamps", headers=ADMINS)
-        elif request_of == "put":
-            refused = await put(client, item("a"), path="/collections/lamps/items")
-        elif request_of == "delete":
-            refused = await delete(client, "a", path="/collections/lamps/items")
-        else:
-            refused = await client.put("/collections/shoes?model=lamps", headers=ADMINS)
+        requests = {
+            "drop": lambda: client.delete("/collections/lamps", headers=ADMINS),
+            "put": lambda: put(client, item("a"), path="/collections/lamps/items"),
+            "delete": lambda: delete(client, "a", path="/collections/lamps/items"),
+            "model": lambda: client.put("/collections/shoes?model=lamps", headers=ADMINS),
+        }
+        refused = await requests[request_of]()
         assert_problem(refused, 404, "model" if request_of == "model" else "collection")
         listed = (await client.get("/collections")).json()["collections"]
         assert [each["name"] for each in listed] == ["index"]

@@ -1,7 +1,6 @@
 """Images as queries: with a part of the image (`crop`), and in a batch."""
 
 import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.support.images import encoded
 from tests.support.responses import assert_problem
 from tests.support.service import ServiceClient, opened
 
 LEFT = {"x": 0, "y": 0, "width": 0.5, "height": 1}
-
-
-def file_of(image: Image.Image, **options: Any) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG", **options)
-    return data.getvalue()
 
 
 def two_halves() -> Image.Image:
@@ -28,10 +22,10 @@ def two_halves() -> Image.Image:
 
 
 async def test_a_crop_is_searched_like_the_part_alone(built_index: Path) -> None:
-    whole, half = file_of(two_halves()), file_of(Image.new("RGB", (40, 40), "red"))
+    whole, half = encoded(two_halves()), encoded(Image.new("RGB", (40, 40), "red"))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees: the upper half is the left one of the stored file
-    turned = file_of(two_halves().transpose(Image.Transpose.ROTATE_90), exif=exif)
+    turned = encoded(two_halves().transpose(Image.Transpose.ROTATE_90), exif=exif)
     async with opened(built_index) as client:
 
         async def scores(data: bytes, crop: dict[str, Any] | None = None) -> Any:
@@ -61,12 +55,12 @@ async def test_a_crop_is_searched_like_the_part_alone(built_index: Path) -> None
     ],
 )
 async def test_an_invalid_crop_is_refused_by_name(started: ServiceClient, crop: Any, field: str) -> None:
-    files = {"file": file_of(two_halves())}
+    files = {"file": encoded(two_halves())}
     assert_problem(await started.post("/search/image", files=files, data={"crop": json.dumps(crop)}), 422, field)
 
 
 async def test_a_batch_searches_with_texts_and_images(started: ServiceClient) -> None:
-    image = base64.b64encode(file_of(two_halves())).decode()
+    image = base64.b64encode(encoded(two_halves())).decode()
     queries: list[dict[str, Any]] = [
         {"query": "red", "k": 5},
         {"image": image, "k": 5},
@@ -74,7 +68,7 @@ async def test_a_batch_searches_with_texts_and_images(started: ServiceClient) ->
     ]
     answers = (await started.post("/search/batch", json={"queries": queries})).json()["answers"]
     text = await started.post("/search/text", json=queries[0])
-    file = {"file": file_of(two_halves())}
+    file = {"file": encoded(two_halves())}
     whole = await started.post("/search/image", files=file, data={"k": "5"})
     both = await started.post("/search/image", files=file, data={"k": "5", "query": "circle", "crop": json.dumps(LEFT)})
     for answer, alone in zip(answers, (text, whole, both), strict=True):

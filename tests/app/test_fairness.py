@@ -10,7 +10,6 @@ import pytest
 
 from app.core.rate_limit import current_caller
 from app.core.threads import FairThread
-from dcar_core.serving import multi_encoder_batch
 from index_jobs.store import filters
 from tests.support.service import opened, until
 
@@ -107,29 +106,3 @@ async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
     asyncio.get_running_loop().call_later(0.1, gate.set)
     await asyncio.to_thread(thread.shutdown, cancel_futures=True)
     assert [task.cancelled() for task in (await asyncio.wait(last, timeout=5))[0]].count(True) == 1
-
-
-@pytest.mark.parametrize("options", [{"explain": True}, {"rerank": True}], ids=str)
-async def test_explanations_and_reranking_encode_images_in_small_chunks(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
-) -> None:
-    from dcar_core.serving.pair_weights import PairWeights
-
-    passes, encode, features = list[int](), multi_encoder_batch.encode_image_rows, PairWeights.image_features
-
-    def record_rows(rows: Any) -> Any:
-        passes.append(len(rows))
-        return encode(rows)
-
-    def record_features(self: PairWeights, pixels: Any) -> Any:
-        passes.append(len(pixels))
-        return features(self, pixels)
-
-    monkeypatch.setattr("app.service.compute.encode_image_rows", record_rows)
-    monkeypatch.setattr(PairWeights, "image_features", record_features)
-    async with opened(built_index, explain_results=2) as client:
-        bodies = [{"query": f"a red square {i}", "k": 10} | options for i in range(4)]
-        responses = await asyncio.gather(*(client.post("/search/text", json=body) for body in bodies))
-        assert {response.status_code for response in responses} == {200}
-    assert passes
-    assert max(passes) <= 4

@@ -44,21 +44,6 @@ async def test_text_search_equals_encoder_and_index(built_index: Path, encoder: 
         assert len((await client.post("/search/text", json={"query": "x", "k": 200})).json()["results"]) == 24
 
 
-async def test_image_search_finds_the_image_itself(built_index: Path, gallery: Path) -> None:
-    async with opened(built_index) as client:
-        data = (gallery / "circle/blue.png").read_bytes()
-        responses = [
-            (await client.post("/search/image", files={"file": ("x.png", data)}, data={"k": "3"})).json()
-            for _ in range(2)
-        ]
-        assert [response["cached"] for response in responses] == [False, True]
-        assert responses[0]["results"] == responses[1]["results"]
-        assert len(responses[0]["results"]) == 3
-        assert responses[0]["results"][0]["score"] > 0.9999
-        top = [r["id"] for r in responses[0]["results"] if r["score"] > 0.9999]
-        assert any("blue" in item for item in top)
-
-
 async def test_a_repeated_query_is_not_ranked_again(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[Plan] = []
 

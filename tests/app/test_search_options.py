@@ -9,7 +9,6 @@ import pytest
 
 from app.api.schemas import BatchResponse, ItemsResponse
 from dcar_core import Encoder
-from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
@@ -289,18 +288,6 @@ async def test_items_are_listed_page_by_page(started: ServiceClient, artifact: A
         ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
     ):  # fmt: skip
         assert_problem(await started.get("/items", params=given), 422, field)
-
-
-async def test_removed_items_are_not_listed(index: Path) -> None:
-    gone = open_current(index).item(2).id
-    remove(index, [gone])
-
-    async with opened(index) as http:
-        listed = (await http.get("/items", params={"k": 30})).json()
-        assert listed["count"] == len(listed["items"]) == 23
-        assert gone not in [item["id"] for item in listed["items"]]
-        last = (await http.get("/items", params={"k": 3, "offset": 20})).json()
-        assert "next_offset" not in last, "23 end there"
 
 
 ITEM, LEFT = "circle/red.png", {"x": 0, "y": 0, "width": 0.5, "height": 1}

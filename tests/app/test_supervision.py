@@ -10,7 +10,6 @@ import pytest
 
 from app.core.metrics import Metrics
 from app.core.supervision import stop, supervise
-from app.core.threads import run_in_new_thread
 from app.service.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Artifact
@@ -133,12 +132,3 @@ async def test_the_batcher_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPat
         assert len(await asyncio.wait_for(batcher.submit(group, [payload]), 5)) == 1
     await batcher.close()
     assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
-
-
-async def test_a_new_thread_ends_with_its_call() -> None:
-    thread = await run_in_new_thread(threading.current_thread)
-    assert thread is not threading.current_thread()
-    thread.join(10)
-    assert not thread.is_alive()
-    with pytest.raises(ZeroDivisionError):
-        await run_in_new_thread(divmod, 1, 0)

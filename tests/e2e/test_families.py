@@ -1,6 +1,5 @@
 """Families of models go the whole way: train, checkpoint, index, serve, search, re-rank, explain, restart."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dcar_core.training.train import train
 from dcar_core.util import machine
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
-from tests.support.parts import needs, uses_parts
+from tests.support.parts import PARTS, needs, uses_parts
 from tests.support.searches import Client
 from tests.support.service import ServiceClient, opened
 from tests.support.tiny_clips import small_timm_models
@@ -40,10 +39,7 @@ FAMILIES = {  # one for each kind of towers
 WITH_OPENVINO = ("SigLIP2", "XLM-R")  # whose conversion takes seconds
 QUERY = {"query": "a red square", "k": 2}
 IN_LOW_PRECISION = ("SigLIP2", "MobileCLIP-S")
-PRECISIONS = {  # and the packages that they need
-    "openvino-bf16": ("openvino",),
-    "openvino-int8": ("openvino", "nncf"),
-}
+PRECISIONS = {"openvino-bf16": "openvino", "openvino-int8": "int8"}  # and the parts that they need
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +88,7 @@ async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_pat
     checkpoint = trained(family, tiny_data, tmp_path)
     index = tmp_path / "index"
     rebuild(tiny_data / "circle", checkpoint, index, workers=0, progress=False)
-    has_openvino = importlib.util.find_spec("openvino") is not None
-    runtimes = ["torch", *(["openvino"] if has_openvino and family in WITH_OPENVINO else [])]
+    runtimes = ["torch", *(["openvino"] if PARTS["openvino"].is_present and family in WITH_OPENVINO else [])]
     scores = []
     for runtime in runtimes:
         async with opened(index, runtime=runtime, runtime_cache=tmp_path / "cache") as http:
@@ -109,21 +104,18 @@ async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_pat
         np.testing.assert_allclose(again, scores[0], atol=2e-3)
 
 
-def why_missing(runtime: str) -> str | None:
-    """Return a reason if a runtime cannot be tested here."""
-    absent = [package for package in PRECISIONS[runtime] if importlib.util.find_spec(package) is None]
-    needs = RUNTIME_KINDS[runtime].needs
-    return f"needs {', '.join(absent)}" if absent else needs and machine.missing_instructions(needs)
+def is_available(runtime: str) -> bool:
+    instructions = RUNTIME_KINDS[runtime].needs
+    return PARTS[PRECISIONS[runtime]].is_present and not (instructions and machine.missing_instructions(instructions))
 
 
 @uses_parts
 @pytest.mark.parametrize("family", IN_LOW_PRECISION)
 def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path) -> None:
     """One training and one export of each library serve all; int8 for OpenVINO is calibrated on its export."""
-    reasons = {runtime: why_missing(runtime) for runtime in PRECISIONS}
-    runtimes = [runtime for runtime, reason in reasons.items() if not reason]
+    runtimes = [runtime for runtime in PRECISIONS if is_available(runtime)]
     if not runtimes:
-        pytest.skip(str(reasons))
+        pytest.skip(f"neither of {', '.join(PRECISIONS)} runs here")
     exact = Encoder.load(trained(family, tiny_data, tmp_path), device="cpu", cache=tmp_path / "cache")
     probe = Probe.synthetic(exact.preprocess.size, 16)
     wanted = exact.encode_text(probe.texts), exact.encode_pixels(probe.pixels)

@@ -117,15 +117,3 @@ def test_selected_images_are_searched_in_their_gallery(page: Page, many: str) ->
     page.settled(5)
     assert page.driver.current_url.endswith(f"#in=circles&beside=shapes&item={chosen}")
     assert not page.one("#error").is_displayed()
-
-
-def test_medium_window_fits_both_lists(page: Page, many: str) -> None:
-    size = page.driver.get_window_size()
-    try:
-        page.open(f"{many}/#q=a+red+circle&category=circle")
-        page.settled(6)
-        for width in (600, 640, 700):
-            page.driver.set_window_size(width, 900)
-            until(lambda: page.driver.execute_script("return document.body.scrollWidth <= innerWidth"))
-    finally:
-        page.driver.set_window_size(size["width"], size["height"])

@@ -138,24 +138,6 @@ def test_without_applies_to_image_searches(page: Page, site: str) -> None:
     until(lambda: page.ids() == ids)
 
 
-def test_text_in_both_fields_is_searched(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=old")
-    page.settled(24)
-    page.driver.execute_script("""
-        const put = (id, words) => {
-            const field = document.getElementById(id);
-            field.value = words;
-            field.dispatchEvent(new Event("input", { bubbles: true }));
-        };
-        put("query", "a circle");
-        put("without", "red");
-    """)
-    until(lambda: "q=a+circle" in page.driver.current_url and "without=red" in page.driver.current_url)
-    page.settled(24)
-    assert page.one("#query").get_attribute("value") == "a circle"
-    assert page.one("#without").get_attribute("value") == "red"
-
-
 def test_search_that_is_left_again_changes_nothing(page: Page, site: str) -> None:
     """Its answer comes only after the state of the list was chosen again."""
     page.open(f"{site}/#q=red")
