@@ -117,3 +117,4 @@ def test_selected_images_are_searched_in_their_gallery(page: Page, many: str) ->
     page.settled(5)
     assert page.driver.current_url.endswith(f"#in=circles&beside=shapes&item={chosen}")
     assert not page.one("#error").is_displayed()
+    assert ["422" in message for message in page.errors()] == [True], "the gallery beside has no such item"

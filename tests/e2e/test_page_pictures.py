@@ -31,6 +31,7 @@ def test_key_that_opens_no_collection_is_asked_for_once(page: Page, indexes: dic
             "return performance.getEntriesByType('resource').filter(({name}) => name.endsWith('/collections')).length"
         )
         assert page.driver.execute_script(requests) == 2
+        assert all("401" in message for message in page.errors())
 
 
 def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page, unlocked: str) -> None:
