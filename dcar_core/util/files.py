@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,10 +72,11 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(directory: Path) -> None:
-    """Flush a directory and everything below it to the disk."""
+def fsync_tree(directory: Path, *, skip: Container[str] = ()) -> None:
+    """Flush a directory and everything below it to the disk. skip: relative names of files that are there already."""
     for path in directory.rglob("*"):
-        fsync_path(path)
+        if path.relative_to(directory).as_posix() not in skip:
+            fsync_path(path)
     fsync_path(directory)
 
 

@@ -99,7 +99,7 @@ def prepare_version(
     }
     manifest = replace(manifest, version=next_version(index), files=files, replaced=current_version_or_none(index))
     write_json(staging / MANIFEST, manifest.to_dict())
-    fsync_tree(staging)
+    fsync_tree(staging, skip=shared)
     staged = Artifact.open(staging)
     staged.verify(skip=shared)
     return staged
@@ -143,6 +143,7 @@ def share_files(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> 
             os.link(version / name, staging / name)
         except OSError:  # no hard links here, or too many of this file
             shutil.copyfile(version / name, staging / name)
+            fsync_path(staging / name)
     return dict(files)
 
 

@@ -252,6 +252,7 @@ def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> Non
     settings = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
     with serving_process(index, **settings) as (service, http, _), Client(str(http.base_url), key=ADMIN) as client:
         job = client.put_items([{"id": "a", "image": png("pink")}, {"id": "b", "image": png("cyan")}])
+        change = client.patch_item("circle/red.png", {"metadata": {"price": 3}})
         children = children_of(service.pid)
         service.send_signal(signal.SIGKILL)
         assert service.wait() == -signal.SIGKILL
@@ -261,6 +262,8 @@ def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> Non
     with serving_process(index, **settings) as (service, http, _), Client(str(http.base_url), key=ADMIN) as client:
         assert client.wait_for_job(job.id, timeout_s=300).status == "done"
         assert client.image("b") == png("cyan")
+        assert client.wait_for_job(change.id, timeout_s=300).changed == 1
+        assert client.item("circle/red.png").metadata["price"] == 3
         last = client.delete_items(["a"])
         children = children_of(service.pid)
     assert not any(map(is_alive, children)), "the process that applies jobs ends with the service"

@@ -250,7 +250,7 @@ def test_staged_version_that_does_not_read_back_is_not_published(index: Path) ->
 
 
 def test_version_that_is_not_on_disk_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.store.publish.fsync_tree", lambda staging: flip(staging / "index.faiss"))
+    monkeypatch.setattr("index_jobs.store.publish.fsync_tree", lambda staging, **_: flip(staging / "index.faiss"))
     with pytest.raises(ArtifactError, match=r"index\.faiss is corrupted"):
         publish_copy(index)
     assert current_version(index) == 1

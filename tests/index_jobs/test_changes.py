@@ -12,8 +12,9 @@ from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_changes
 from index_jobs.jobs.apply import apply_writes
 from index_jobs.jobs.update import add, remove
+from index_jobs.store import changes as store_changes
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.changes import change_metadata
+from index_jobs.store.changes import apply_waiting, change_metadata
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import Items, write_items
 from index_jobs.store.lexical.lexical_index import STARTS, TERMS, item_texts, replace_texts, write_lexical
@@ -191,6 +192,21 @@ def test_jobs_merge_in_their_order_by_ids_and_by_filter(index: Path) -> None:
         "built from gallery", "1 item changed over HTTP", "1 image added over HTTP", "1 item changed over HTTP",
         "1 item removed over HTTP",
     ] or words[1:] == words[1:]  # fmt: skip
+
+
+def test_service_leaves_large_and_begun_batches_to_a_process(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = ids(index)
+    begun = patch(index, first, price=1)
+    WriteQueue(index).set_progress([begun], 1, 0, 1)  # as after a kill
+    assert apply_waiting(index, 3)
+    apply_writes(index)
+    patch(index, first, second, price=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(store_changes, "_MAX_HERE", 1)
+        assert apply_waiting(index, 3)
+    assert version_numbers(index) == [1, 2]
+    assert not apply_waiting(index, 3)
+    assert metadata(open_current(index), second)["price"] == 2
 
 
 def test_builds_and_changes_over_http_have_histories_of_their_own(index: Path, build: Build) -> None:
