@@ -108,8 +108,8 @@ async def test_responses_after_an_open_loop_are_not_in_its_rate(monkeypatch: pyt
     requests = iter([b"early\n", b"late\n"])
     server = await asyncio.start_server(answer, "127.0.0.1")
     port = server.sockets[0].getsockname()[1]
-    asyncio.get_running_loop().call_later(2.5, ended.set)
-    tally = await importlib.import_module("load").open_loop(port, lambda: next(requests), rate=1, seconds=2)
+    asyncio.get_running_loop().call_later(0.8, ended.set)
+    tally = await importlib.import_module("load").open_loop(port, lambda: next(requests), rate=4, seconds=0.5)
     await closed.wait()
     server.close()
     assert len(tally.good) == 2

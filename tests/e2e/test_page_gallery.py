@@ -1,6 +1,5 @@
 """The gallery without words, on a phone, with a key; weight and accessibility of the page."""
 
-import json
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ import httpx
 import pytest
 
 from index_jobs.rebuild import rebuild
+from tests.support.files import write_jsonl
 from tests.support.images import draw
 from tests.support.page import Page, served, until
 from tests.support.service import ALICE
@@ -25,13 +25,13 @@ def large_index(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """An index of more images than one page of the gallery shows, each with a price."""
     gallery = tmp_path_factory.mktemp("large") / "gallery"
     gallery.mkdir()
-    lines = []
+    rows = []
     for number in range(COUNT):
         shape = ("square", "circle", "triangle", "cross")[number % 4]
         draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(gallery / f"{number:03}.png")
         price = (number * 37) % COUNT
-        lines.append({"file_name": f"{number:03}.png", "caption": f"image {number}", "category": shape, "price": price})
-    (gallery / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        rows.append({"file_name": f"{number:03}.png", "caption": f"image {number}", "category": shape, "price": price})
+    write_jsonl(gallery / "metadata.jsonl", *rows)
     rebuild(gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False)
     return gallery.parent / "index"
 
