@@ -12,7 +12,7 @@ import pytest
 from app.service.collections import ServedIndex
 from app.service.write_worker import WriteWorker
 from dcar_core import Encoder
-from dcar_core.util.errors import DcarError, LockedError
+from dcar_core.util.errors import DcarError
 from index_jobs.jobs.apply import apply_writes
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
@@ -107,9 +107,9 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apply no jobs, as while another process writes."""
+    """Apply no jobs, and leave their number to requests."""
 
-    async def run_apply(*_: object) -> tuple[int, str]:
-        return LockedError.exit_code, "another job is writing"
+    async def wait(_: WriteWorker) -> None:
+        await asyncio.Event().wait()
 
-    monkeypatch.setattr(WriteWorker, "run_apply", run_apply)
+    monkeypatch.setattr(WriteWorker, "_run", wait)
