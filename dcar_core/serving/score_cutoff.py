@@ -1,8 +1,10 @@
-"""A score below which a search by words has found nothing: a cut-off from pairs that belong together.
+"""A score below which a search by words has found nothing: a cut-off from pairs that belong together, or from words.
 
 All but 5 % of validation texts reach the cut-off with their own images, by the scores that a search gives. It is
 cautious, because true pairs must not be lost: a query about something that is not in the gallery may still find items
 above it. `benchmarks/cutoff.py` measures how many.
+
+Without pairs, the scores of common words tell how high those of words and images are that do not belong together.
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ from dcar_core.util.arrays import Floats
 
 MISSED = 0.05  # share of the true pairs below the cut-off [ours]
 STRONG = 0.95  # share of the true pairs below a strong score [ours]
+CHANCE = 0.01  # share of words and images without a relation that reach the cut-off [ours]
 
 
 def compute_cutoff(scores: Floats) -> dict[str, Any]:
@@ -28,3 +31,18 @@ def compute_cutoff(scores: Floats) -> dict[str, Any]:
     min_score, strong_score = (round(float(np.quantile(scores, share)), 6) for share in (MISSED, STRONG))
     kept = round(float(np.concatenate(reached).mean()), 4) if len(scores) > 1 else None
     return {"min_score": min_score, "strong_score": strong_score, "kept": kept, "pairs": len(scores)}
+
+
+def cutoff_of_words(scores: Floats, best: Floats) -> dict[str, Any]:
+    """Compute a cut-off without pairs.
+
+    Args:
+        scores: (W, M) of W words with a sample of the items. best: (W,) the highest of each word among all items.
+
+    Returns:
+        min_score, which one of a hundred scores reaches; strong_score, which half of the words reach with their best
+        item; words, their number.
+    """
+    min_score = float(np.quantile(scores.astype(np.float64), 1 - CHANCE))
+    strong_score = max(min_score, float(np.median(best)))
+    return {"min_score": round(min_score, 6), "strong_score": round(strong_score, 6), "words": len(scores)}

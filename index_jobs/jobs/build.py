@@ -351,9 +351,11 @@ class _Build:
         write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
         write_failed(staging / FAILED, gallery, encoded.failed)
         write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())
-        calibrated = {}
+        index = engine.open(staging)
         if self.options.validation and self.pairs:
-            calibrated = gate.calibrate(staging, engine.open(staging), self.pairs, gallery, encoded, encoder)
+            calibrated = gate.calibrate(staging, index, self.pairs, gallery, encoded, encoder)
+        else:
+            calibrated = gate.calibrate_by_words(index, encoder)
         return Manifest(
             **vars(created),
             spec=spec,

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 from dcar_core import Encoder
 from dcar_core.data import MISSING_IMAGES, load_split
 from dcar_core.images import ImageRoot
-from dcar_core.serving.score_cutoff import compute_cutoff
+from dcar_core.model.text.tokenizer import common_words
+from dcar_core.serving.score_cutoff import compute_cutoff, cutoff_of_words
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
 _MIN_TEXTS = 100  # validation texts that choose the weight of the words
+_WORDS, _MIN_ITEMS = 300, 100  # words whose scores make a cut-off without validation texts, from so many items on
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
 _NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages
@@ -209,6 +211,15 @@ def calibrate(
     sample = index.vectors(spread_rows(np.arange(index.count)))
     weight = choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)
     return {"cutoff": cutoff, "hybrid_weight": weight}
+
+
+def calibrate_by_words(index: VectorIndex, encoder: Encoder) -> dict[str, Any]:
+    """Return the manifest's `cutoff` without pairs; nothing for a few items, whose scores say little."""
+    if index.count < _MIN_ITEMS:
+        return {}
+    vectors = encoder.encode_text(common_words(_WORDS))  # [W, E]
+    sample = index.vectors(spread_rows(np.arange(index.count)))
+    return {"cutoff": cutoff_of_words(vectors @ sample.T, index.search(vectors, 1)[0][:, 0])}
 
 
 def compare(

@@ -20,7 +20,8 @@ from index_jobs.engines.measure import caption_queries
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import gate
 from index_jobs.store.versions import open_current
-from tests.support.files import write_jsonl
+from tests.support.files import write_file, write_jsonl
+from tests.support.images import png
 from tests.support.versions import Build
 
 ELSEWHERE = ("memory://pictures/a/", "memory://pictures/b/")  # needs no extra
@@ -167,3 +168,12 @@ def test_cutoff_is_calibrated_on_validation_pairs(
 def test_other_texts_of_the_same_images_are_another_calibration() -> None:
     one, other = (gate.QueryPairs([text], ["1"], [1], "validation").signature for text in ("a cat", "a dog"))
     assert one != other
+
+
+def test_without_validation_words_make_a_cutoff_for_a_hundred_images(build: Build, tmp_path: Path) -> None:
+    for number in range(100):
+        write_file(tmp_path / "many" / f"{number}.png", png(f"#{number:02x}{255 - number:02x}{2 * number:02x}", (8, 8)))
+    assert build(tmp_path / "many").published
+    found = open_current(tmp_path / "index").manifest.cutoff
+    assert found["words"] == 300
+    assert -1 < found["min_score"] <= found["strong_score"] < 1

@@ -28,6 +28,7 @@ _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
 _LONGEST_VOCABULARY = 1 << 24  # characters; CLIP's has 3 million, and a gzip bomb would fill the memory
+_COMMON_WORDS = 12_000  # of the words of CLIP's vocabulary; later ones are rare names
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
 
 
@@ -91,10 +92,7 @@ class TextTokenizer:
     @cache
     def for_clip() -> "TextTokenizer":
         """Use the vocabulary and the context that CLIP was trained with."""
-        spec = find_spec("open_clip")
-        assert spec is not None
-        assert spec.origin is not None
-        return load_byte_pairs(Path(spec.origin).with_name(_VOCABULARY_FILE))
+        return load_byte_pairs(_clip_vocabulary())
 
     def with_limit(self, limit: int) -> "TextTokenizer":
         return replace(self, limit=limit)
@@ -154,6 +152,21 @@ def _set_values(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def count_clip_tokens(texts: Sequence[str]) -> list[int]:
     """Count the tokens of each text in CLIP's own vocabulary, SOS and EOT included, without a limit."""
     return [len(ids) for ids in TextTokenizer.for_clip().with_limit(sys.maxsize).encode(texts)]
+
+
+def common_words(count: int) -> list[str]:
+    """Return English words of CLIP's vocabulary, at even distances from its most frequent ones to rare ones."""
+    vocabulary, _ = _read_byte_pairs(_clip_vocabulary())
+    words = (token.removesuffix(_WORD_END) for token in vocabulary if token.endswith(_WORD_END))
+    found = [word for word in words if 4 <= len(word) <= 12 and word.isascii() and word.isalpha()]
+    return found[: _COMMON_WORDS : max(1, _COMMON_WORDS // count)][:count]
+
+
+def _clip_vocabulary() -> Path:
+    spec = find_spec("open_clip")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).with_name(_VOCABULARY_FILE)
 
 
 def load_byte_pairs(file: Path) -> TextTokenizer:
