@@ -22,6 +22,7 @@ from app.core.metrics import Metrics, Tracer
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 from app.core.supervision import stop, supervise
+from app.feedback.log import FeedbackLog
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit
 from app.middleware.request_log import RequestLog
@@ -60,6 +61,8 @@ def create_app(
         retriever = Retriever(settings, metrics)
         writer = WriteWorker(settings, collections, metrics)
         app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
+        folder = settings.feedback_folder
+        feedback = app.state.feedback = FeedbackLog(folder, settings, metrics) if folder else None
         _add_gauges(metrics, collections, retriever.compute.cache, rates)
         async with AsyncExitStack() as stack:  # closes the last one first
             if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
@@ -73,6 +76,9 @@ def create_app(
             if settings.writes:
                 writer.start()
                 stack.push_async_callback(writer.close)
+            if feedback is not None:
+                feedback.start()
+                stack.push_async_callback(feedback.close)
             if redis_url is not None:
                 supervised = supervise("reload listener", partial(listen, redis_url, collections), metrics)
                 stack.push_async_callback(stop, asyncio.create_task(supervised, name="dcar-reload-listener"))

@@ -24,6 +24,7 @@ from app.core.logs import log_config
 from app.core.metrics import start_tracing
 from app.core.settings import Settings
 from app.core.threads import end_without_threads
+from app.feedback.store import prepare
 from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.service.collections import Collections
@@ -47,6 +48,8 @@ def serve(settings: Settings) -> None:
     for index in settings.indexes.values():
         require_index(index)
     require_writable(settings)
+    if settings.feedback_folder is not None:
+        prepare(settings.feedback_folder)
     tracer = start_tracing() if settings.tracing else None
     listener = listen(settings.host, settings.port)
 

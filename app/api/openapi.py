@@ -16,6 +16,7 @@ from app.api.requests import (
     BatchQuery,
     DeleteItems,
     EmbeddingsQuery,
+    FeedbackEvents,
     ImageForm,
     PatchItem,
     PatchItems,
@@ -29,7 +30,7 @@ from app.middleware.access import Policy
 from app.search.query import Query
 
 _MODELS: tuple[type[BaseModel], ...] = (
-    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems,
+    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems, FeedbackEvents,
     ProblemResponse,
 )  # fmt: skip
 _COLLECTION = {

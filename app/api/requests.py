@@ -9,6 +9,7 @@
 
 import asyncio
 import re
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
@@ -265,6 +266,50 @@ class DeleteItems(ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"]
     """Items to remove."""
 
 
+MAX_EVENTS = 500
+_SAME_ACTIONS = {"shown": "impression", "click_through": "click", "add_to_cart": "save"}  # other names in use
+
+
+def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
+    if (info.data.get("action_name", "judge") == "judge") != (rating is not None):
+        raise ValueError("belongs to the action `judge`, which needs it")
+    return rating
+
+
+class FeedbackEvent(Strict):
+    """What a client did with a result, in the names of OpenSearch's User Behavior Insights."""
+
+    query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
+    client_id: Annotated[
+        str, Field(pattern=r"^[!-~]{1,100}$", description="who did it: 1 to 100 ASCII characters without spaces")
+    ]
+    action_name: Annotated[
+        Literal["impression", "click", "save", "purchase", "judge"],
+        BeforeValidator(lambda given: _SAME_ACTIONS.get(given, given) if isinstance(given, str) else given),
+    ]
+    object_id: Annotated[str, Field(min_length=1, max_length=1024, description="`id` of the result")]
+    position: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = Field(
+        None, description="where it was shown, from 1; its `rank` if absent"
+    )
+    timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent")
+    rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(
+        None, validate_default=True, description="of `judge`: from 0, wrong, to 3, exactly right"
+    )
+
+
+class FeedbackEvents(
+    Strict,
+    json_schema_extra={
+        "examples": [
+            {"events": [{"query_id": "3xUf", "client_id": "u1", "action_name": "click", "object_id": "1f63f"}]}
+        ]
+    },
+):
+    """Events of one client or several, of one search or several."""
+
+    events: Annotated[list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()]
+
+
 def form_bytes(settings: Settings) -> int:
     """Return the largest size of a form with an image."""
     return settings.max_upload_bytes + PART_BYTES
@@ -328,18 +373,22 @@ def validated(model: type[M], fields: dict[str, Any], settings: Settings) -> M:
         raise from_validation(error) from None
 
 
-def _check_content_type(request: Request, expected: str) -> str:
+def _check_content_type(request: Request, expected: str, *others: str) -> str:
     content_type: str = request.headers.get("content-type", "")
     media_type = content_type.split(";")[0].strip().lower()
-    if media_type != expected:
+    if media_type not in (expected, *others):
         raise field_problem("Content-Type", f"must be {expected}, not {media_type or 'absent'}", status=415)
     return content_type
 
 
-async def read_json(request: Request, model: type[M]) -> M:
-    """Read a JSON body, which is checked against the limits of the settings; a large one in a thread."""
+async def read_json(request: Request, model: type[M], *media_types: str) -> M:
+    """Read a JSON body, which is checked against the limits of the settings; a large one in a thread.
+
+    Args:
+        media_types: accepted beside that of JSON.
+    """
     body, settings = await request.body(), request.app.state.settings
-    _check_content_type(request, "application/json")
+    _check_content_type(request, "application/json", *media_types)
     if len(body) > _LARGE_JSON_BYTES:
         return await asyncio.to_thread(_parse_large, body, model, settings)
     return _parse(body, model, settings)

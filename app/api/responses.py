@@ -95,9 +95,10 @@ def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
     )
 
 
-def search_response(request: Request, results: SearchResults) -> dict[str, Any]:
-    """Return the body of a `SearchResponse`; fields that were not requested are absent."""
+def search_response(request: Request, results: SearchResults, noted: dict[str, Any]) -> dict[str, Any]:
+    """Return the body of a `SearchResponse`; fields that were not requested are absent. noted: more fields."""
     body, items = search_body(results), _items_path(request)
+    body |= noted
     for result in body["results"]:
         result["image_url"] = _image_url(items, result["id"])
     return body

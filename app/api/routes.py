@@ -11,7 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
-from app.api import page, schemas
+from app.api import feedback, page, schemas
+from app.api.feedback import noted
 from app.api.image_urls import decode_base64
 from app.api.page import ThumbnailSize, thumbnail_response
 from app.api.requests import (
@@ -67,7 +68,7 @@ service = Routes("service")
 
 def add_routes(app: FastAPI) -> None:
     """Add all routes to an application. Those of text searches are first, so that they are found first."""
-    for routes in (search, gallery, item_writes, embedding, service, collection_writes, page.routes):
+    for routes in (search, gallery, item_writes, embedding, service, collection_writes, feedback.routes, page.routes):
         routes.add_to(app)
 
 
@@ -79,7 +80,8 @@ async def search_text(request: Request) -> Response:
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
     results = await state_of(request).retriever.search(snapshot, query, image)
-    return await make_response(lambda: search_response(request, results), result_chars(results))
+    more = noted(request, query, results, has_image=image is not None)
+    return await make_response(lambda: search_response(request, results, more), result_chars(results))
 
 
 @search.add(
@@ -107,7 +109,10 @@ async def search_batch(request: Request) -> Response:
     results = await state_of(request).retriever.search_batch(snapshot, searches)
 
     def make() -> dict[str, Any]:
-        answers = [search_response(request, each) for each in results]
+        answers = [
+            search_response(request, found, noted(request, query, found, has_image=image is not None))
+            for (query, image), found in zip(searches, results, strict=True)
+        ]
         return {"index_version": results[0].version, "answers": answers}
 
     return await make_response(make, sum(map(result_chars, results)), "queries")

@@ -21,6 +21,7 @@ from app.core.keys import ApiKey
 from app.core.metrics import Metrics
 from app.core.problems import Problem
 from app.core.settings import Settings
+from app.feedback.log import FeedbackLog
 from app.middleware.access import API_KEY, UNKNOWN, Access, Policy
 from app.middleware.body_limit import BodyLimit
 from app.search.snapshots import Snapshot
@@ -122,6 +123,7 @@ class ServiceState(Protocol):
     collections: Collections
     retriever: Retriever
     writer: WriteWorker
+    feedback: FeedbackLog | None
     fetcher: ImageFetcher
 
 

@@ -88,6 +88,9 @@ class SearchResponse(BaseModel):
     """
 
     index_version: int
+    query_id: str | None = Field(
+        None, description="names the search in feedback; absent unless the service collects it"
+    )
     took_ms: float = Field(description="milliseconds from the parsed query to the results")
     cached: bool = Field(description="true if the query's embedding came from the cache")
     results: list[Result]
@@ -220,6 +223,13 @@ class JobsResponse(BaseModel):
     """Changes of items, the newest first."""
 
     jobs: list[JobResponse]
+
+
+class FeedbackResponse(BaseModel):
+    """The number of stored events, and of those that changed nothing the first, with the reason."""
+
+    accepted: int
+    ignored: list["FieldError"]
 
 
 class HealthResponse(BaseModel):

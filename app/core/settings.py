@@ -203,6 +203,16 @@ class Settings(BaseSettings):
     """Other sites whose pages may search, separated by commas: https://shop.example. * allows all; unset allows
     none."""
 
+    feedback: Annotated[bool | Path, Field(union_mode="left_to_right")] = False
+    """Log searches, and accept what was done with their results at POST /feedback: true for the directory `feedback` of
+    the index, or another directory."""
+    feedback_texts: bool = False
+    """Store the texts of searches in that log. Unset: keyed hashes, of which no training pairs can be made."""
+    feedback_days: int = Field(90, ge=1)
+    """Days after which rows of that log are removed."""
+    feedback_bytes: int = Field(2 * 2**30, ge=2**20)
+    """Largest size of that log in bytes; the oldest rows are removed."""
+
     page_hybrid: bool = False
     """Start the search page with `Words too` on, which looks up the words of a search as well."""
     thumbnail_cache: Path | None = None
@@ -226,6 +236,13 @@ class Settings(BaseSettings):
     def indexes(self) -> dict[str, Path]:
         """Indexes by collection name. The default one is first and named after its directory."""
         return {self.default_collection: self.index, **self.collections}
+
+    @property
+    def feedback_folder(self) -> Path | None:
+        """Directory of the feedback log; None for no log."""
+        if isinstance(self.feedback, Path):
+            return self.feedback
+        return self.index / "feedback" if self.feedback else None
 
     @field_validator("collections")
     @classmethod

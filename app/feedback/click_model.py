@@ -1,0 +1,89 @@
+"""The position-based click model, estimated by expectation maximization.
+
+    P(click on item i for query q at position k) = examined[k] * attractive[q, i]
+
+- Source: Chuklin, Markov, de Rijke, "Click Models for Web Search" (2015), sections 3.3 and 4.3.
+- Only items that one query showed at several positions, after a retraining or for another filter, tell the two factors
+  apart [ours]; all others would only repeat the starting values.
+- Positions with few observations take the value of the nearest one before them [ours].
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcar_core.util.arrays import Floats
+
+_MIN_CLICKS = 20  # of a position, for a value of its own
+_MIN_SHOWN = 100
+_ROUNDS = 2000
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Counts of impressions: entry j is pair[j] at position[j] (from 1), `shown` times with `clicked` clicks."""
+
+    pair: np.ndarray
+    position: np.ndarray
+    shown: np.ndarray
+    clicked: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> "Cells":
+        return Cells(self.pair[chosen], self.position[chosen], self.shown[chosen], self.clicked[chosen])
+
+
+@dataclass(frozen=True)
+class Propensities:
+    """examined: (P,) chance that a position is looked at, as a part of that of position 1.
+
+    pairs: number of pairs of query and item that were seen at several positions, which the values come from; with 0,
+    all values are 1.
+    """
+
+    examined: Floats
+    pairs: int
+
+    def at(self, position: np.ndarray) -> np.ndarray:
+        """Return the values at positions, from 1; beyond the last one, that of the last one."""
+        values: np.ndarray = self.examined[np.minimum(position, len(self.examined)) - 1]
+        return values
+
+
+def estimate(cells: Cells) -> Propensities:
+    """Estimate the propensities of positions from counts."""
+    last = int(cells.position.max(initial=1))
+    pairs, positions = np.unique(np.stack([cells.pair, cells.position]), axis=1)
+    several = np.flatnonzero(np.bincount(pairs) > 1) if len(pairs) else pairs
+    used = cells[np.isin(cells.pair, several)]
+    clicks, shown = (np.bincount(used.position, each, last + 1)[1:] for each in (used.clicked, used.shown))
+    known = (clicks >= _MIN_CLICKS) & (shown >= _MIN_SHOWN)
+    used = used[known[used.position - 1]]
+    if not known[0] or known.sum() < 2:
+        return Propensities(np.ones(last), 0)
+    examined = _maximize(used, last)
+    examined /= examined[0]
+    for position in np.flatnonzero(~known):
+        examined[position] = examined[position - 1]
+    return Propensities(examined, len(several))
+
+
+def _maximize(cells: Cells, last: int) -> Floats:
+    _, pair = np.unique(cells.pair, return_inverse=True)
+    position, unclicked = cells.position - 1, cells.shown - cells.clicked
+    of_position = np.maximum(np.bincount(position, cells.shown, last), 1)
+    of_pair = np.bincount(pair, cells.shown)
+    rate = np.bincount(position, cells.clicked, last) / of_position
+    examined = np.clip(rate / rate.max(), 0.05, 0.95)
+    attractive = np.full(len(of_pair), 0.5)
+    for _ in range(_ROUNDS):
+        seen, liked = examined[position], attractive[pair]
+        neither = 1 - seen * liked
+        seen_unclicked, liked_unclicked = seen * (1 - liked) / neither, liked * (1 - seen) / neither
+        before = examined
+        examined = np.bincount(position, cells.clicked + unclicked * seen_unclicked, last) / of_position
+        attractive = np.bincount(pair, cells.clicked + unclicked * liked_unclicked) / of_pair
+        examined, attractive = np.clip(examined, 1e-4, 1 - 1e-6), np.clip(attractive, 1e-6, 1 - 1e-6)
+        if np.abs(examined / examined[0] - before / before[0]).max() < _TOLERANCE:
+            break
+    return examined

@@ -1,0 +1,303 @@
+"""The files of the log: durable journals, and the Parquet files that they become.
+
+FOLDER/key                           secret of the service: signs query ids, hashes texts
+FOLDER/journal/<day>.<hex>.jsonl     a journal of one process; each line is a batch of rows
+FOLDER/journal/<day>.<hex>.taken     one that is being turned into Parquet
+FOLDER/ubi_queries/<day>.<hex>.parquet
+FOLDER/ubi_events/<day>.<hex>.parquet
+
+- A journal ends with its day, or when it is large. Any process turns any journal into Parquet files of its name, so an
+  interrupted attempt is repeated without harm. A batch may be stored twice, and readers count a row once.
+- A journal is renamed before it is read. Its writer checks its name after each batch, and writes the batch again, to
+  a new journal, if it is gone. So no lock is needed, and no batch is lost.
+- A torn last line of a killed process is skipped.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic_core import from_json, to_json
+
+from dcar_core.util.errors import DcarError
+from dcar_core.util.files import atomic_writer
+
+JOURNAL, QUERIES, EVENTS = "journal", "ubi_queries", "ubi_events"
+_LARGE_BYTES = 32 * 2**20  # of a journal
+_TIME = pa.timestamp("ms", "UTC")
+_ID_FIELD = "id"  # the field of an item that object ids are of
+
+QUERY_SCHEMA = pa.schema(
+    {
+        "query_id": pa.string(),
+        "timestamp": _TIME,
+        "application": pa.string(),
+        "user_query": pa.string(),
+        "query_response_hit_ids": pa.list_(pa.string()),
+        "object_id_field": pa.string(),
+        "query_attributes": pa.struct(
+            {"kind": pa.string(), "offset": pa.int32(), "index_version": pa.int32(), "is_hashed": pa.bool_()}
+        ),
+    }
+)
+EVENT_SCHEMA = pa.schema(
+    {
+        "query_id": pa.string(),
+        "timestamp": _TIME,
+        "application": pa.string(),
+        "client_id": pa.string(),
+        "action_name": pa.string(),
+        "event_attributes": pa.struct(
+            {
+                "object": pa.struct({"object_id": pa.string(), "object_id_field": pa.string()}),
+                "position": pa.struct({"ordinal": pa.int32()}),
+                "rating": pa.int32(),
+            }
+        ),
+    }
+)
+
+
+class QueryRow(NamedTuple):
+    """A search that was answered. time: in milliseconds. hits: ids of the results. kind: text, or other."""
+
+    query_id: str
+    time: int
+    collection: str
+    text: str
+    hits: Sequence[str]
+    kind: str
+    offset: int
+    version: int
+    is_hashed: bool
+
+    def in_ubi(self) -> dict[str, Any]:
+        return {
+            "query_id": self.query_id,
+            "timestamp": self.time,
+            "application": self.collection,
+            "user_query": self.text,
+            "query_response_hit_ids": self.hits,
+            "object_id_field": _ID_FIELD,
+            "query_attributes": {
+                "kind": self.kind,
+                "offset": self.offset,
+                "index_version": self.version,
+                "is_hashed": self.is_hashed,
+            },
+        }
+
+
+class EventRow(NamedTuple):
+    """What a client did with a result. position: where it was shown, from 1."""
+
+    query_id: str
+    time: int
+    collection: str
+    client: str
+    action: str
+    item: str
+    position: int | None
+    rating: int | None
+
+    def in_ubi(self) -> dict[str, Any]:
+        return {
+            "query_id": self.query_id,
+            "timestamp": self.time,
+            "application": self.collection,
+            "client_id": self.client,
+            "action_name": self.action,
+            "event_attributes": {
+                "object": {"object_id": self.item, "object_id_field": _ID_FIELD},
+                "position": {"ordinal": self.position},
+                "rating": self.rating,
+            },
+        }
+
+
+def prepare(folder: Path) -> bytes:
+    """Create the folder of a log unless it exists, and return its secret. Raise DcarError if it cannot be written."""
+    path, made = folder / "key", folder / f".key.{secrets.token_hex(8)}"
+    try:
+        for name in (JOURNAL, QUERIES, EVENTS):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with os.fdopen(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(32))
+            with suppress(FileExistsError):  # another process was quicker
+                path.hardlink_to(made)
+            made.unlink()
+        if not os.access(folder / JOURNAL, os.W_OK):
+            raise PermissionError(13, os.strerror(13))
+        return path.read_bytes()
+    except OSError as error:
+        raise DcarError(f"{folder} cannot hold the feedback log of DCAR_FEEDBACK: {error.strerror}") from None
+
+
+class Journal:
+    """Appends rows to a journal of this process. Its methods block, and are called by one thread at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / JOURNAL
+        self._path = self._folder
+        self._file = -1
+        self._size = 0
+        self._day = ""
+
+    def write(self, queries: Sequence[QueryRow], events: Sequence[EventRow]) -> None:
+        """Store rows durably. Raise OSError if they cannot be stored; then none of them is."""
+        line = to_json([queries, events]) + b"\n"
+        while True:
+            self._open()
+            try:
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[os.write(self._file, rest) :]
+                os.fsync(self._file)
+            except OSError:
+                with suppress(OSError):
+                    os.ftruncate(self._file, self._size)
+                self.close()
+                raise
+            if self._path.exists():
+                self._size += len(line)
+                return
+            self.close()  # another process took the journal
+
+    def _open(self) -> None:
+        day = time.strftime("%Y-%m-%d", time.gmtime())
+        if self._file >= 0 and self._day == day:
+            return
+        self.close()
+        self._path, self._size, self._day = self._folder / f"{day}.{secrets.token_hex(8)}.jsonl", 0, day
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            if not self._size:
+                self._path.unlink(missing_ok=True)
+
+
+def is_due(folder: Path) -> bool:
+    """Return True if a journal should become Parquet."""
+    return any(path.suffix == ".taken" or _is_over(path) for path in (folder / JOURNAL).iterdir())
+
+
+def roll(folder: Path, *, everything: bool = False) -> None:
+    """Turn journals of past days, and large ones, into Parquet files."""
+    for path in sorted((folder / JOURNAL).glob("*.jsonl")):
+        if everything or _is_over(path):
+            with suppress(FileNotFoundError):
+                path.rename(path.with_suffix(".taken"))
+    for path in sorted((folder / JOURNAL).glob("*.taken")):
+        queries, events = _read_journal(path)
+        for name, table in ((QUERIES, queries), (EVENTS, events)):
+            if table.num_rows:
+                write_table(folder / name / f"{path.stem}.parquet", table)
+        path.unlink(missing_ok=True)
+
+
+def _is_over(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return path.name[:10] < time.strftime("%Y-%m-%d", time.gmtime()) or path.stat().st_size > _LARGE_BYTES
+    return False
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    with atomic_writer(path, shared=True) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def prune(folder: Path, days: int, max_bytes: int) -> int:
+    """Remove Parquet files older than so many days, and the oldest beyond a size; return the number removed."""
+    oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - days * 86_400))
+    files = sorted((path for name in (QUERIES, EVENTS) for path in (folder / name).glob("*.parquet")), key=_by_day)
+    sizes = [path.stat().st_size for path in files]
+    excess, removed = sum(sizes) + sum(path.stat().st_size for path in _journals(folder)) - max_bytes, 0
+    for path, size in zip(files, sizes, strict=True):
+        if path.name < oldest or excess > 0:
+            path.unlink(missing_ok=True)
+            excess -= size
+            removed += 1
+    return removed
+
+
+def _by_day(path: Path) -> tuple[str, str]:
+    return path.name, path.parent.name
+
+
+def _journals(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / JOURNAL).iterdir() if path.suffix in (".jsonl", ".taken"))
+
+
+def read_log(folder: Path) -> tuple[pa.Table, pa.Table]:
+    """Return all rows of queries and of events; a row may occur twice.
+
+    Raises:
+        DcarError: the folder holds no log, or a file cannot be read.
+    """
+    if not (folder / JOURNAL).is_dir():
+        raise DcarError(f"{folder} holds no feedback log; give the directory that DCAR_FEEDBACK names, by --log")
+    # Journals first: one that becomes Parquet meanwhile is then read twice, not missed.
+    read = [_read_journal(path) for path in _journals(folder)]
+    tables = []
+    for place, (name, schema) in enumerate(((QUERIES, QUERY_SCHEMA), (EVENTS, EVENT_SCHEMA))):
+        parts = [*(tables[place] for tables in read), *(table for _, table in _parquet(folder / name, schema))]
+        tables.append(pa.concat_tables([schema.empty_table(), *parts]))
+    return tables[0], tables[1]
+
+
+def _parquet(folder: Path, schema: pa.Schema) -> Iterator[tuple[Path, pa.Table]]:
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            yield path, pq.read_table(path, schema=schema, partitioning=None)
+        except FileNotFoundError:  # too old meanwhile
+            continue
+        except (OSError, pa.ArrowException) as error:
+            raise DcarError(f"{path} is damaged; remove it: {error}") from None
+
+
+def _read_journal(path: Path) -> tuple[pa.Table, pa.Table]:
+    queries, events = list[dict[str, Any]](), list[dict[str, Any]]()
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
+        with suppress(ValueError, TypeError):  # torn
+            for rows, row_type, given in zip((queries, events), (QueryRow, EventRow), from_json(line), strict=True):
+                rows += [row_type(*row).in_ubi() for row in given]
+    return pa.Table.from_pylist(queries, QUERY_SCHEMA), pa.Table.from_pylist(events, EVENT_SCHEMA)
+
+
+def forget(folder: Path, client: str) -> int:
+    """Remove the events of a client, and the searches that only it acted on; return the number of removed events."""
+    roll(folder, everything=True)
+    theirs, others, removed = set[str](), set[str](), 0
+    for path, table in [*_parquet(folder / EVENTS, EVENT_SCHEMA)]:
+        is_theirs = pc.equal(table["client_id"], client)
+        theirs |= set(table.filter(is_theirs)["query_id"].to_pylist())
+        others |= set(table.filter(pc.invert(is_theirs))["query_id"].to_pylist())
+        removed += _keep(path, table, pc.invert(is_theirs))
+    gone = pa.array(theirs - others, pa.string())
+    for path, table in [*_parquet(folder / QUERIES, QUERY_SCHEMA)] if len(gone) else ():
+        _keep(path, table, pc.invert(pc.is_in(table["query_id"], gone)))
+    return removed
+
+
+def _keep(path: Path, table: pa.Table, mask: pa.ChunkedArray) -> int:
+    kept = table.filter(mask)
+    if kept.num_rows == 0:
+        path.unlink(missing_ok=True)
+    elif kept.num_rows < table.num_rows:
+        write_table(path, kept)
+    return int(table.num_rows - kept.num_rows)
