@@ -30,8 +30,8 @@ from app.middleware.access import Policy
 from app.search.query import Query
 
 _MODELS: tuple[type[BaseModel], ...] = (
-    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems, FeedbackEvents,
-    ProblemResponse,
+    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems,
+    FeedbackEvents, ProblemResponse,
 )  # fmt: skip
 _COLLECTION = {
     "name": "collection",

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from app.cli import datasets, indexing, quickstart, serving, tools, training
+from app.cli import datasets, feedback, indexing, quickstart, serving, tools, training
 from dcar_core.util.console import run_command
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ def _every_command(
 app.add_typer(training.commands)
 app.add_typer(datasets.commands, name="data")
 app.add_typer(indexing.commands, name="index")
+app.add_typer(feedback.commands, name="feedback")
 app.add_typer(serving.commands)
 app.add_typer(quickstart.commands)
 app.add_typer(tools.commands)

@@ -22,7 +22,7 @@ _TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Cells:
-    """Counts of impressions: entry j is pair[j] at position[j] (from 1), `shown` times with `clicked` clicks."""
+    """Counts of impressions, one entry for each pair (a code) and position (from 1)."""
 
     pair: np.ndarray
     position: np.ndarray
@@ -53,8 +53,7 @@ class Propensities:
 def estimate(cells: Cells) -> Propensities:
     """Estimate the propensities of positions from counts."""
     last = int(cells.position.max(initial=1))
-    pairs, positions = np.unique(np.stack([cells.pair, cells.position]), axis=1)
-    several = np.flatnonzero(np.bincount(pairs) > 1) if len(pairs) else pairs
+    several = np.flatnonzero(np.bincount(cells.pair) > 1)
     used = cells[np.isin(cells.pair, several)]
     clicks, shown = (np.bincount(used.position, each, last + 1)[1:] for each in (used.clicked, used.shown))
     known = (clicks >= _MIN_CLICKS) & (shown >= _MIN_SHOWN)

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from dcar_client import AsyncClient, Client, ServiceError, models
+from dcar_client import AsyncClient, Client, NewEvent, ServiceError, models
 from pydantic import BaseModel
 
 from app.core.keys import key_hash, new_key
@@ -64,7 +64,7 @@ def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path
         seen.update(type(model) for model in models_in(value))
 
     with (
-        serving(index, admin_key=ADMIN, writes=True, collections_dir=tmp_path / "created") as (_, port),
+        serving(index, admin_key=ADMIN, writes=True, feedback=True, collections_dir=tmp_path / "created") as (_, port),
         Client(f"http://127.0.0.1:{port}", key=ADMIN, transport=transport) as client,
     ):
         for name in ("health", "readiness", "reload"):
@@ -74,6 +74,9 @@ def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path
         check(client.search_text("a red circle", explain=True, rerank=True, fields=["*"]), transport.body)
         check(client.search_text("a red circle", hybrid=True, group_by="color", facets=["color"]), transport.body)
         check(client.search_text("a red circle", fold=0.5, min_score=-1, k=2), transport.body)
+        query_id = transport.body["query_id"]
+        event: NewEvent = {"query_id": query_id, "client_id": "c", "action_name": "click", "object_id": "none"}
+        check(client.feedback([event]), transport.body)
         check(client.search_batch(["red", "blue"], k=2), transport.body["answers"])
         check(client.search_image(gallery / "circle/blue.png", explain=True), transport.body)
         check(client.similar(ODD_ID), transport.body)

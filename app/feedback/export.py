@@ -1,0 +1,423 @@
+"""From the log to training pairs and judged lists: `dcar feedback export`.
+
+- Evidence is counted by clients: however often one of them clicks, it has one vote on a pair, a bounded number of
+  searches counts for it, and of the events on a search only those of its first client.
+- Clicks are weighted by the inverse of their position's propensity (see `click_model`), at most MAX_WEIGHT.
+- An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
+  any clicked it. An image below the last click may not have been seen, and says nothing.
+- Everything that is left out is counted with its reason.
+"""
+
+import csv
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from app.feedback.click_model import Cells, Propensities, estimate
+from app.feedback.store import read_log
+from dcar_core.images import index_tar
+from dcar_core.util.errors import DcarError
+from dcar_core.util.files import atomic_writer, write_json
+from index_jobs.store.artifact import Artifact
+
+METHOD = "position-based click model, by expectation maximization over pairs seen at several positions"
+MAX_WEIGHT = 10.0  # of a click
+_CLICKS = ("click", "save", "purchase")
+_FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
+_SKIPPED = 0.1  # of it, up to which a skipped image is a hard negative
+_MAX_NEGATIVES = 16  # texts of an image
+
+
+@dataclass(frozen=True)
+class Options:
+    """What counts. judges: clients whose judgements need no second opinion."""
+
+    min_clients: int = 2
+    client_cap: int = 100
+    item_cap: int = 100
+    judges: frozenset[str] = frozenset()
+
+
+@dataclass
+class Report:
+    """What was exported, and what was left out. images: the `--images` that `dcar train` needs, if any."""
+
+    searches: int = 0
+    events: int = 0
+    clients: int = 0
+    pairs: int = 0
+    negatives: int = 0
+    judged: int = 0
+    method: str = METHOD
+    propensities: list[float] = field(default_factory=list)
+    pairs_at_several_positions: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    images: str | None = None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        lines = [
+            f"log: {self.searches:,} searches, {self.events:,} events, {self.clients:,} clients",
+            f"pairs: {self.pairs:,}, with {self.negatives:,} hard negatives; judged: {self.judged:,}",
+            f"propensities of positions 1 to {len(self.propensities)}: "
+            + (" ".join(f"{each:.2f}" for each in self.propensities[:20]) or "none"),
+            f"  {self.method}: {self.pairs_at_several_positions:,}",
+        ]
+        if not self.pairs_at_several_positions:
+            lines.append("  no position bias was corrected: too few items were seen at several positions")
+        lines += [f"left out: {count:,} {reason}" for reason, count in self.left_out.most_common()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Impressions:
+    """What clients saw, one entry for a result of a search. All arrays are (N,) and sorted by search.
+
+    search, text, item, client: codes. position: from 1. clicked: bool. rank: place in the response, from 0.
+    """
+
+    search: np.ndarray
+    text: np.ndarray
+    item: np.ndarray
+    client: np.ndarray
+    position: np.ndarray
+    rank: np.ndarray
+    clicked: np.ndarray
+
+    @property
+    def pair(self) -> np.ndarray:
+        return self.text * (int(self.item.max(initial=0)) + 1) + self.item
+
+    def __getitem__(self, chosen: np.ndarray) -> "Impressions":
+        return Impressions(*(values[chosen] for values in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of each pair of a text and an item. All arrays are (P,).
+
+    relevance: estimated chance of a click by a client who looks at it. clicks, skips: numbers of distinct clients.
+    """
+
+    text: np.ndarray
+    item: np.ndarray
+    relevance: np.ndarray
+    clicks: np.ndarray
+    skips: np.ndarray
+
+
+def export(folder: Path, artifact: Artifact, collection: str, out: Path, options: Options) -> Report:
+    """Write pairs.jsonl, judgements.csv, qrels.txt, queries.tsv and report.json.
+
+    Raises:
+        DcarError: the log cannot be read, has no search of the collection, or `out` holds pairs already.
+    """
+    for name in ("pairs.jsonl", "judgements.csv"):
+        if (out / name).exists():
+            raise DcarError(f"{out} already holds {name}; give --out a new directory")
+    report = Report(options=asdict(options) | {"judges": sorted(options.judges), "collection": collection})
+    queries, events = read_log(folder)
+    queries = _once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"])
+    if not len(queries):
+        raise DcarError(f"{folder} has no search of the collection {collection!r}; name another by --collection")
+    report.searches = len(queries)
+    log = _Log(queries, events, options, report)
+    seen = log.impressions(options.client_cap)
+    propensities = estimate_propensities(seen)
+    report.propensities = [round(float(each), 4) for each in propensities.examined]
+    report.pairs_at_several_positions = propensities.pairs
+    evidence = weigh(seen, propensities)
+    images = _Images(artifact, log.items)
+    pairs, negatives = _pairs(evidence, log, images, options, report)
+    judged = _judged(evidence, log, images, options, report)
+    report.pairs, report.negatives, report.judged = len(pairs), sum(map(len, negatives.values())), len(judged)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_judged(out, judged)
+    _write_pairs(out / "pairs.jsonl", pairs, negatives, log, images, report)
+    report.images = images.root
+    report.left_out = +report.left_out  # without zeros
+    write_json(out / "report.json", vars(report))
+    return report
+
+
+def _once(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """Return the first of the rows that are equal in some columns."""
+    numbered = table.append_column("row", pa.array(np.arange(len(table))))
+    return table.take(numbered.group_by([*columns]).aggregate([("row", "min")])["row_min"].sort())
+
+
+def _codes(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
+    """Return the places of values in `known`; -1 for others."""
+    return np.asarray(pc.fill_null(pc.index_in(values, known), -1).to_numpy(), np.int64)
+
+
+class _Log:
+    """The tables of the log as codes of searches, texts, items and clients."""
+
+    def __init__(self, queries: pa.Table, events: pa.Table, options: Options, report: Report) -> None:
+        attributes = queries["query_attributes"].combine_chunks()
+        self.report, self.options = report, options
+        hits = queries["query_response_hit_ids"].combine_chunks()
+        texts = pc.utf8_lower(queries["user_query"])
+        self.items, self.texts = pc.unique(hits.flatten()), pc.unique(texts)
+        self.text = _codes(texts, self.texts)
+        kind, hashed = attributes.field("kind"), attributes.field("is_hashed")
+        self.is_usable = np.asarray(pc.and_(pc.equal(kind, "text"), pc.invert(hashed)))
+        self.hit_search = np.asarray(pc.list_parent_indices(hits), np.int64)
+        self.hit_item = _codes(hits.flatten(), self.items)
+        starts = np.searchsorted(self.hit_search, np.arange(len(queries)))
+        self.hit_rank = np.arange(len(self.hit_search)) - starts[self.hit_search]
+        self.hit_rank += np.asarray(attributes.field("offset"))[self.hit_search]
+        report.left_out["searches without words, or with more than words"] += int(np.sum(np.asarray(kind) == "other"))
+        report.left_out["searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"] += int(
+            np.sum(np.asarray(hashed) & (np.asarray(kind) == "text"))
+        )
+        self._take_events(queries, events)
+
+    def _take_events(self, queries: pa.Table, events: pa.Table) -> None:
+        """Keep the events for shown items, once each, of the first client of each search."""
+        events = events.sort_by("timestamp")
+        details = events["event_attributes"].combine_chunks()
+        search = _codes(events["query_id"], queries["query_id"].combine_chunks())
+        item = _codes(pc.struct_field(details, ["object", "object_id"]), self.items)
+        width = len(self.items) + 1
+        hits = np.sort(self.hit_search * width + self.hit_item)
+        key = search * width + item
+        place = np.minimum(np.searchsorted(hits, key), max(len(hits) - 1, 0))
+        is_shown = (search >= 0) & (item >= 0) & (hits[place] == key if len(hits) else False)
+        self.clients = pc.unique(events["client_id"])
+        client = _codes(events["client_id"], self.clients)
+        first = np.full(len(queries), -1)
+        first[search[is_shown][::-1]] = client[is_shown][::-1]  # the earliest is written last
+        is_first = is_shown & (first[search] == client)
+        self._count("events for searches that are not in the log, or are of another collection", search < 0)
+        self._count("events for items that were not shown", (search >= 0) & ~is_shown)
+        self._count("events of a second client on one search", is_shown & ~is_first)
+        self.report.events = int((search >= 0).sum())
+        self.report.clients = len(np.unique(client[is_first]))
+        position = pc.struct_field(details, ["position", "ordinal"]).fill_null(0)
+        self.events = {
+            "search": search[is_first],
+            "item": item[is_first],
+            "client": client[is_first],
+            "action": np.asarray(events["action_name"].to_pylist(), object)[is_first],
+            "position": np.asarray(position, np.int64)[is_first],
+            "rating": np.asarray(pc.struct_field(details, ["rating"]).fill_null(-1), np.int64)[is_first],
+        }
+        unknown = len(self.clients) + np.arange(len(queries))  # of a search without events
+        self.client_of = np.where(first < 0, unknown, first)
+
+    def _count(self, reason: str, mask: np.ndarray) -> None:
+        self.report.left_out[reason] += int(mask.sum())
+
+    def impressions(self, client_cap: int) -> Impressions:
+        """Return what counts as seen.
+
+        Impression events say what was seen. A search with other events alone counts with all of its results; so does
+        every search of a log without any impression.
+        """
+        events, searches = self.events, len(self.client_of)
+        is_impression = events["action"] == "impression"
+        has_events = np.bincount(events["search"], minlength=searches) > 0
+        has_impressions = np.bincount(events["search"][is_impression], minlength=searches) > 0
+        counts = has_events if is_impression.any() else np.ones(searches, bool)
+        over = np.zeros(searches, bool)
+        over[counts] = _number_within(self.client_of[counts]) >= client_cap
+        self._count(f"searches of a client beyond its first {client_cap:,}", over)
+        counts &= ~over
+        width = len(self.items) + 1
+        hit_key, event_key = self.hit_search * width + self.hit_item, events["search"] * width + events["item"]
+        is_click = np.isin(events["action"], _CLICKS)
+        clicked = np.isin(hit_key, event_key[is_click])
+        seen = ~has_impressions[self.hit_search] | clicked | np.isin(hit_key, event_key[is_impression])
+        position = self.hit_rank + 1
+        given = np.flatnonzero(events["position"] > 0)
+        order = np.argsort(event_key[given], kind="stable")
+        keys = event_key[given][order]
+        place = np.minimum(np.searchsorted(keys, hit_key), max(len(keys) - 1, 0))
+        if len(keys):
+            position = np.where(keys[place] == hit_key, events["position"][given][order][place], position)
+        found = Impressions(
+            self.hit_search, self.text[self.hit_search], self.hit_item, self.client_of[self.hit_search], position,
+            self.hit_rank, clicked,
+        )  # fmt: skip
+        return found[counts[self.hit_search] & seen]
+
+
+def _number_within(groups: np.ndarray) -> np.ndarray:
+    """Return for each entry how many earlier ones are of its group."""
+    order = np.argsort(groups, kind="stable")
+    sorted_groups = groups[order]
+    numbers = np.empty(len(groups), np.int64)
+    numbers[order] = np.arange(len(groups)) - np.searchsorted(sorted_groups, sorted_groups)
+    return numbers
+
+
+def estimate_propensities(seen: Impressions) -> Propensities:
+    _, pair = np.unique(seen.pair, return_inverse=True)
+    width = int(seen.position.max(initial=0)) + 1
+    keys, cell = np.unique(pair * width + seen.position, return_inverse=True)
+    shown, clicked = np.bincount(cell, minlength=len(keys)), np.bincount(cell, seen.clicked, len(keys))
+    return estimate(Cells(keys // width, keys % width, shown, clicked))
+
+
+def weigh(seen: Impressions, propensities: Propensities) -> Evidence:
+    """Return the evidence of each pair: inverse propensity scores, as a mean over clients."""
+    weight = seen.clicked * np.minimum(MAX_WEIGHT, 1 / propensities.at(seen.position))
+    _, first, pair = np.unique(seen.pair, return_index=True, return_inverse=True)
+    width = int(seen.client.max(initial=0)) + 1
+    keys, vote = np.unique(pair * width + seen.client, return_inverse=True)
+    of_client = np.bincount(vote, weight) / np.bincount(vote)  # mean over the searches of a client
+    voter = keys // width
+    relevance = np.minimum(1, np.bincount(voter, of_client) / np.bincount(voter))
+    lowest = np.full(int(seen.search.max(initial=-1)) + 1, -1)
+    np.maximum.at(lowest, seen.search[seen.clicked], seen.position[seen.clicked])
+    skipped = ~seen.clicked & (seen.position < lowest[seen.search])
+    skips = np.bincount(keys[np.unique(vote[skipped])] // width, minlength=len(first))
+    clicks = np.bincount(keys[np.unique(vote[seen.clicked])] // width, minlength=len(first))
+    return Evidence(seen.text[first], seen.item[first], relevance, clicks, skips)
+
+
+def _pairs(
+    evidence: Evidence, log: _Log, images: "_Images", options: Options, report: Report
+) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
+    """Return the training pairs (item, text), and the texts that are wrong for an item."""
+    usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
+    enough = evidence.clicks >= options.min_clients
+    best = np.zeros(len(log.texts))
+    np.maximum.at(best, evidence.text[enough], evidence.relevance[enough])
+    share = evidence.relevance / np.maximum(best[evidence.text], 1e-9)
+    clicked = usable & (evidence.clicks > 0)
+    report.left_out[f"clicked pairs with fewer than {options.min_clients} clients"] += int((clicked & ~enough).sum())
+    fits = clicked & enough & (share >= _FIT)
+    report.left_out["clicked pairs of less than two thirds of the relevance of their query's best"] += int(
+        (clicked & enough & ~fits).sum()
+    )
+    chosen = np.flatnonzero(fits)
+    chosen = chosen[np.argsort(-evidence.relevance[chosen], kind="stable")]
+    within = _number_within(evidence.item[chosen]) < options.item_cap
+    report.left_out[f"pairs of an item beyond its best {options.item_cap:,}"] += int((~within).sum())
+    known = images.is_known[evidence.item[chosen]]
+    report.left_out["pairs of items that are no longer in the index, or have no local file"] += int((~known).sum())
+    chosen = chosen[within & known]
+    is_wrong = usable & (evidence.skips >= options.min_clients) & (share <= _SKIPPED) & (best[evidence.text] > 0)
+    few = usable & (evidence.skips > 0) & (evidence.skips < options.min_clients) & (evidence.clicks == 0)
+    report.left_out[f"images skipped by fewer than {options.min_clients} clients"] += int(few.sum())
+    negatives = dict[int, list[int]]()
+    for place in np.flatnonzero(is_wrong & images.is_known[evidence.item]):
+        texts = negatives.setdefault(int(evidence.item[place]), [])
+        if len(texts) < _MAX_NEGATIVES:
+            texts.append(int(evidence.text[place]))
+    return [(int(evidence.item[place]), int(evidence.text[place])) for place in chosen], negatives
+
+
+def _judged(
+    evidence: Evidence, log: _Log, images: "_Images", options: Options, report: Report
+) -> list[tuple[str, str, int, str, int]]:
+    """Return (text, item id, grade 0 to 3, source, clients). Judgements by hand come before clicks."""
+    usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
+    best = np.zeros(len(log.texts))
+    np.maximum.at(best, evidence.text, np.where(evidence.clicks >= options.min_clients, evidence.relevance, 0))
+    share = evidence.relevance / np.maximum(best[evidence.text], 1e-9)
+    found = dict[tuple[int, int], tuple[int, str, int]]()
+    counted = usable & (best[evidence.text] > 0) & (evidence.clicks + evidence.skips >= options.min_clients)
+    grades = np.where(evidence.clicks >= options.min_clients, np.ceil(3 * np.minimum(share, 1)), 0)
+    for place in np.flatnonzero(counted & ((grades > 0) | (share <= _SKIPPED))):
+        key = int(evidence.text[place]), int(evidence.item[place])
+        found[key] = int(grades[place]), "clicks", int(evidence.clicks[place] + evidence.skips[place])
+    ratings = dict[tuple[int, int], dict[str, int]]()
+    for place in np.flatnonzero(log.events["rating"] >= 0):
+        search = log.events["search"][place]
+        if log.is_usable[search]:
+            key = int(log.text[search]), int(log.events["item"][place])
+            client = log.clients[int(log.events["client"][place])].as_py()
+            ratings.setdefault(key, {})[client] = int(log.events["rating"][place])  # the last one counts
+    for key, by_client in ratings.items():
+        trusted = [rating for client, rating in by_client.items() if client in options.judges]
+        if not trusted and len(by_client) < options.min_clients:
+            report.left_out[f"pairs judged by fewer than {options.min_clients} clients"] += 1
+            continue
+        found[key] = int(np.median(trusted or [*by_client.values()])), "judge", len(trusted or by_client)
+    texts, items = log.texts.to_pylist(), log.items.to_pylist()
+    return [(texts[text], items[item], *rest) for (text, item), rest in sorted(found.items())]
+
+
+class _Images:
+    """The images of items, as `dcar train` finds them.
+
+    is_known: bool for each item: it is in the index, and its image is a local file.
+    root: the folder that holds the tars; None if every image is a file of its own.
+    """
+
+    def __init__(self, artifact: Artifact, items: pa.Array) -> None:
+        self._artifact, self.root = artifact, None
+        self._members = dict[str, dict[int, str]]()
+        self._rows = [artifact.row_of(item) for item in items.to_pylist()]
+        self.is_known = np.array([row is not None and self._is_local(row) for row in self._rows], bool)
+
+    def _is_local(self, row: int) -> bool:
+        return os.path.isabs(self._artifact.image_location(row)[0])  # noqa: PTH117  of a URL, False
+
+    def row(self, item: int) -> dict[str, Any]:
+        """Return the columns of an item in an annotation file, with its own caption."""
+        row = self._rows[item]
+        assert row is not None
+        location, offset = self._artifact.image_location(row)
+        found = self._artifact.item(row)
+        if offset >= 0:
+            if location not in self._members:
+                spans = index_tar(Path(location))
+                self._members[location] = {span.offset: name for name, span in spans.items()}
+            tar = Path(location)
+            self.root, location = str(tar.parent), f"{tar.name}/{self._members[location][offset]}"
+        return {"image": location, "caption": found.caption, "category": found.category}
+
+
+def _write_pairs(
+    path: Path,
+    pairs: Sequence[tuple[int, int]],
+    negatives: dict[int, list[int]],
+    log: _Log,
+    images: _Images,
+    report: Report,
+) -> None:
+    texts, rows = log.texts.to_pylist(), list[dict[str, Any]]()
+    wrong = {item: [texts[text] for text in found] for item, found in negatives.items()}
+    for item, text in pairs:
+        more = {"negatives": wrong[item]} if item in wrong else {}
+        rows.append({**images.row(item), "caption": texts[text], **more})
+    for item in wrong.keys() - {item for item, _ in pairs}:
+        row = images.row(item)
+        if row["caption"]:
+            rows.append({**row, "negatives": wrong[item]})
+        else:
+            report.left_out["hard negatives of images without a caption"] += len(wrong[item])
+            report.negatives -= len(wrong[item])
+    with atomic_writer(path) as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _write_judged(out: Path, judged: Sequence[tuple[str, str, int, str, int]]) -> None:
+    numbers = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(each[0] for each in judged), 1)}
+    table, qrels = io.StringIO(), []
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["query_id", "query", "item_id", "grade", "source", "clients"])
+    for text, item, grade, source, clients in judged:
+        writer.writerow([numbers[text], text, item, grade, source, clients])
+        qrels.append(f"{numbers[text]} 0 {'%20'.join(item.split(' '))} {grade}\n")
+    for name, content in (
+        ("judgements.csv", table.getvalue()),
+        ("qrels.txt", "".join(qrels)),
+        ("queries.tsv", "".join(f"{number}\t{text}\n" for text, number in numbers.items())),
+    ):
+        with atomic_writer(out / name) as file:
+            file.write(content.encode())

@@ -1,0 +1,271 @@
+"""From a log to training pairs: what counts, and that position bias, noise and hostile clients do not decide."""
+
+import csv
+import json
+import tarfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from app.feedback import store
+from app.feedback.export import Options, Report, export
+from app.feedback.store import EventRow, Journal, QueryRow
+from dcar_core.data import load_splits
+from dcar_core.util.errors import DcarError
+from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import Artifact
+from tests.support.commands import dcar
+from tests.support.service import ODD_ID
+
+TIME = 1_700_000_000_000
+HITS = ["circle/red.png", "circle/blue.png", "square/red.png", "square/blue.png", ODD_ID]
+
+
+def log_of(folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]], **fields: Any) -> Path:
+    """Write a log of searches: query id to the text and its events (client, action, item, rating)."""
+    store.prepare(folder)
+    queries, events = [], []
+    for query_id, (text, given) in searches.items():
+        row = QueryRow(query_id, TIME, "index", text, HITS, "text", 0, 1, False)
+        queries.append(row._replace(**fields))
+        for number, (client, action, item, *rating) in enumerate(given):
+            rows = query_id, TIME + number, "", client, action, item, None, *(rating or [None])
+            events.append(EventRow(*rows))
+    journal = Journal(folder)
+    journal.write(queries, events)
+    journal.close()
+    return folder
+
+
+def exported(folder: Path, artifact: Artifact, out: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
+    report = export(folder, artifact, "index", out, Options(**options))
+    return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()], report
+
+
+def by_image(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """(image, caption) to negatives."""
+    return {(Path(row["image"]).name, row["caption"]): row.get("negatives", []) for row in rows}
+
+
+def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact: Artifact, tmp_path: Path) -> None:
+    folder = log_of(
+        tmp_path / "log",
+        {
+            # two clients click the third image, past two others; what is below it says nothing
+            "1": ("Crimson square", [("a", "click", HITS[2])]),
+            "2": ("crimson square", [("b", "click", HITS[2]), ("b", "click", HITS[2])]),
+            # one client, three times
+            "3": ("azure", [("c", "click", HITS[1])]),
+            "4": ("azure", [("c", "click", HITS[1])]),
+            "5": ("azure", [("c", "purchase", HITS[1])]),
+        },
+    )
+    rows, report = exported(folder, artifact, tmp_path / "out")
+    found = by_image(rows)
+    assert found.pop(("red.png", "crimson square")) == []
+    captions = {artifact.item(artifact.row_of(each) or 0).caption for each in HITS[:2]}
+    assert {caption for _, caption in found} == captions, "their own captions"
+    assert set(map(tuple, found.values())) == {("crimson square",)}
+    assert report.left_out["clicked pairs with fewer than 2 clients"] == 1
+    assert report.negatives == 2
+    splits, _ = load_splits(tmp_path / "out")
+    assert all(data.read(sample.image) for data in splits.values() for sample in data.samples)
+    with (tmp_path / "out" / "judgements.csv").open() as file:
+        judged = {(row["query"], row["item_id"]): int(row["grade"]) for row in csv.DictReader(file)}
+    assert judged == {("crimson square", item): grade for item, grade in zip(HITS, (0, 0, 3), strict=False)}
+    assert (tmp_path / "out" / "qrels.txt").read_text().splitlines()[0].startswith("q1 0 ")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["left_out"] == report.left_out
+    with pytest.raises(DcarError, match=r"already holds pairs\.jsonl"):
+        export(folder, artifact, "index", tmp_path / "out", Options())
+
+
+def test_events_that_do_not_fit_a_search_count_nothing(artifact: Artifact, tmp_path: Path) -> None:
+    folder = log_of(
+        tmp_path / "log",
+        {
+            "1": ("red", [("a", "click", HITS[0]), ("x", "click", HITS[3]), ("y", "click", HITS[3])]),
+            "2": ("red", [("b", "click", HITS[0]), ("b", "click", "not shown")]),
+        },
+    )
+    journal = Journal(folder)
+    journal.write([], [EventRow("unknown", TIME, "", client, "click", HITS[4], 1, None) for client in "abc"])
+    journal.close()
+    rows, report = exported(folder, artifact, tmp_path / "out")
+    assert [*by_image(rows)] == [("red.png", "red")]
+    assert report.left_out["events for items that were not shown"] == 1
+    assert report.left_out["events of a second client on one search"] == 2
+    assert report.left_out["events for searches that are not in the log, or are of another collection"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"is_hashed": True}, "searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"),
+        ({"kind": "other"}, "searches without words, or with more than words"),
+        ({"hits": ["sold"]}, "pairs of items that are no longer in the index, or have no local file"),
+    ],
+)
+def test_what_cannot_become_a_pair_is_counted(
+    artifact: Artifact, tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    item = fields.get("hits", HITS)[0]
+    searches = {str(number): ("red", [(f"c{number}", "click", item)]) for number in range(3)}
+    rows, report = exported(log_of(tmp_path / "log", searches, **fields), artifact, tmp_path / "out")
+    assert rows == []
+    assert report.left_out[reason] > 0
+
+
+def test_caps_bound_what_one_client_and_one_item_can_do(artifact: Artifact, tmp_path: Path) -> None:
+    searches = {}
+    for number in range(8):
+        for client in "ab":
+            searches[f"{client}{number}"] = (f"text {number}", [(client, "click", HITS[0])])
+    folder = log_of(tmp_path / "log", searches)
+    rows, report = exported(folder, artifact, tmp_path / "items", item_cap=3)
+    assert len(rows) == 3
+    assert report.left_out["pairs of an item beyond its best 3"] == 5
+    rows, report = exported(folder, artifact, tmp_path / "clients", client_cap=2)
+    assert len(rows) == 2
+    assert report.left_out["searches of a client beyond its first 2"] == 12
+
+
+def test_judgements_by_hand_come_first(artifact: Artifact, tmp_path: Path) -> None:
+    searches = {
+        "1": ("red", [("a", "click", HITS[0]), ("a", "judge", HITS[0], 3), ("a", "judge", HITS[0], 0)]),
+        "2": ("red", [("b", "click", HITS[0]), ("b", "judge", HITS[0], 1), ("b", "judge", HITS[4], 2)]),
+    }
+    folder = log_of(tmp_path / "log", searches)
+    _, report = exported(folder, artifact, tmp_path / "out")
+    rows = (tmp_path / "out" / "judgements.csv").read_text().splitlines()
+    assert rows[1:] == ["q1,red,circle/red.png,0,judge,2"]
+    assert report.left_out["pairs judged by fewer than 2 clients"] == 1
+    exported(folder, artifact, tmp_path / "trusted", judges=frozenset("b"))
+    qrels = (tmp_path / "trusted" / "qrels.txt").read_text().splitlines()
+    assert qrels == ["q1 0 circle/red.png 1", f"q1 0 {ODD_ID.replace(' ', '%20')} 2"]
+
+
+@dataclass
+class Simulated:
+    """The truth of a simulated log. examined: (K,); attractive: (texts, items)."""
+
+    examined: np.ndarray
+    attractive: np.ndarray
+
+
+def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) -> Simulated:
+    """Write a log of position-biased clicks, with 10 % noise and 1 % hostile sessions.
+
+    Four versions of a ranker answer. Each text has three right items; a client who looks at a wrong one clicks it with
+    a chance of 0.1. Five hostile clients click the last item wherever it is.
+    """
+    rng, texts, depth, versions = np.random.default_rng(seed), 30, 10, 4
+    attractive = np.full((texts, len(items)), 0.1)
+    for row in attractive:
+        row[rng.choice(len(items) - 1, 3, replace=False)] = rng.uniform(0.4, 0.9, 3)
+    examined = 1 / np.arange(1, depth + 1)
+    noisy = attractive + rng.normal(0, 0.3, (versions, texts, len(items)))
+    rankings = np.argsort(-noisy, axis=2)[:, :, :depth]
+    text, version = rng.integers(texts, size=sessions), rng.integers(versions, size=sessions)
+    shown = rankings[version, text]
+    clicked = rng.random(shown.shape) < examined * attractive[text[:, None], shown]
+    is_hostile = rng.random(sessions) < 0.01
+    clicked = np.where(is_hostile[:, None], shown == len(items) - 1, clicked)
+    client = np.where(is_hostile, rng.integers(5, size=sessions), 5 + rng.integers(sessions // 3, size=sessions))
+    session, place = np.nonzero(clicked)
+    names = pa.array(items)
+    ids = pa.array([f"s{number}" for number in range(sessions)])
+    times = pa.array(np.full(sessions, TIME), pa.int64()).cast(pa.timestamp("ms", "UTC"))
+    hits = pa.ListArray.from_arrays(np.arange(0, sessions * depth + 1, depth), names.take(pa.array(shown.ravel())))
+    attributes = pa.array(
+        [{"kind": "text", "offset": 0, "index_version": 1, "is_hashed": False}],
+        store.QUERY_SCHEMA.field("query_attributes").type,
+    )
+    columns = [
+        ids, times, pa.repeat("index", sessions), pa.array([f"text {each}" for each in text]), hits,
+        pa.repeat("id", sessions), attributes.take(pa.array(np.zeros(sessions, int))),
+    ]  # fmt: skip
+    store.prepare(folder)
+    queries = pa.Table.from_arrays(columns, schema=store.QUERY_SCHEMA)
+    store.write_table(folder / store.QUERIES / "2026-01-01.0.parquet", queries)
+    ordinal = pa.array(place + 1, pa.int32())
+    item = names.take(pa.array(shown[session, place]))
+    details = pa.StructArray.from_arrays(
+        [
+            pa.StructArray.from_arrays([item, pa.repeat("id", len(session))], ["object_id", "object_id_field"]),
+            pa.StructArray.from_arrays([ordinal], ["ordinal"]),
+            pa.nulls(len(session), pa.int32()),
+        ],
+        fields=[*store.EVENT_SCHEMA.field("event_attributes").type],
+    )
+    clients = pa.array([f"c{each}" for each in client[session]])
+    index = pa.array(session)
+    columns = [ids.take(index), times.take(index), pa.repeat("", len(session)), clients, pa.repeat("click", len(session)), details]
+    events = pa.Table.from_arrays(columns, schema=store.EVENT_SCHEMA)
+    store.write_table(folder / store.EVENTS / "2026-01-01.0.parquet", events)
+    return Simulated(examined, attractive)
+
+
+def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: Artifact, tmp_path: Path) -> None:
+    items = artifact.column("id").to_pylist()
+    truth = simulate(tmp_path / "log", items, sessions=60_000)
+    rows, report = exported(tmp_path / "log", artifact, tmp_path / "out", min_clients=3)
+    assert np.abs(np.array(report.propensities) / truth.examined - 1).max() < 0.1, report.propensities
+    names = {artifact.image_location(artifact.row_of(item) or 0)[0]: number for number, item in enumerate(items)}
+    right = set(zip(*map(np.ndarray.tolist, np.nonzero(truth.attractive > 0.1)), strict=True))
+    pairs, negatives = set[tuple[int, int]](), set[tuple[int, int]]()
+    for row in rows:
+        image = names[row["image"]]
+        if row["caption"].startswith("text "):
+            pairs.add((int(row["caption"].split()[1]), image))
+        negatives |= {(int(text.split()[1]), image) for text in row.get("negatives", ())}
+    assert len(pairs) > 30
+    assert pairs <= right, "neither noise nor the hostile clients made a pair"
+    assert not negatives & right
+    assert not [image for _, image in pairs if image == len(items) - 1]
+
+
+def test_impressions_say_what_was_seen(artifact: Artifact, tmp_path: Path) -> None:
+    """An item above a click that no impression names was not skipped."""
+    seen = [("impression", HITS[1]), ("impression", HITS[2]), ("click", HITS[2])]
+    searches = {client: ("crimson", [(client, *each) for each in seen]) for client in "ab"}
+    rows, _ = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
+    assert {Path(row["image"]).name: row.get("negatives") for row in rows} == {"red.png": None, "blue.png": ["crimson"]}
+    assert len(rows) == 2
+
+
+def test_without_a_second_position_nothing_is_corrected_and_it_is_said(artifact: Artifact, tmp_path: Path) -> None:
+    searches = {str(number): ("red", [(f"c{number}", "click", HITS[0])]) for number in range(300)}
+    _, report = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
+    assert set(report.propensities) == {1.0}
+    assert "no position bias was corrected" in str(report)
+
+
+def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    root, index = tmp_path / "shards", tmp_path / "index"
+    root.mkdir()
+    with tarfile.open(root / "gallery.tar", "w") as tar:
+        for path in sorted(gallery.glob("*/*.png")):
+            tar.add(path, f"{path.parent.name}-{path.name}")
+    rebuild(root / "gallery.tar", tiny_checkpoint, index, workers=0, progress=False)
+    artifact = Artifact.open(next((index / "versions").iterdir()))
+    items, searches = artifact.column("id").to_pylist(), defaultdict[str, Any](tuple)
+    for number, item in enumerate(items):
+        for client in "ab":
+            searches[f"{client}{number}"] = (f"text {number}", [(client, "click", item)])
+    folder = log_of(index / "feedback", searches, hits=items)
+    done = dcar("feedback", "export", "--index", index, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    splits, _ = load_splits(tmp_path / "out", image_root=root)
+    captions = {sample.caption for data in splits.values() for sample in data.samples}
+    assert {f"text {number}" for number in range(len(items))} <= captions
+    assert all(data.read(sample.image) for data in splits.values() for sample in data.samples)
+    assert f"--data {tmp_path / 'out'} --images {root}" in done.stdout
+    forgotten = dcar("feedback", "forget", "a", "--log", folder)
+    assert forgotten.stdout == f"{folder}: {len(items)} events removed\n"
+    wrong = dcar("feedback", "forget", "a", "--log", tmp_path)
+    assert "holds no feedback log" in wrong.stderr
