@@ -225,13 +225,6 @@ class JobsResponse(BaseModel):
     jobs: list[JobResponse]
 
 
-class FeedbackResponse(BaseModel):
-    """The number of stored events, and of those that changed nothing the first, with the reason."""
-
-    accepted: int
-    ignored: list["FieldError"]
-
-
 class HealthResponse(BaseModel):
     """The process is alive."""
 
@@ -265,6 +258,13 @@ class FieldError(BaseModel):
 
     field: str = Field(examples=["query"])
     message: str = Field(examples=["must not be empty"])
+
+
+class FeedbackResponse(BaseModel):
+    """The number of stored events; `ignored`: the first 20 that changed nothing, and why."""
+
+    accepted: int
+    ignored: list[FieldError]
 
 
 class ProblemResponse(BaseModel):

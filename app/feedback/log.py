@@ -5,7 +5,8 @@
 - Recent searches of this process are kept with their results, and events for other items are ignored. Events for an
   older search, or one of another process, are stored, as far as they are not too many; whoever reads the log compares
   them with the results that were shown.
-- Searches wait for nothing: their rows are written within a second. Accepted events are on the disk.
+- A search waits for nothing: it takes a query id from a pool and is noted; rows are made and written in batches, at
+  least once a second, which costs a third of the time. Accepted events are on the disk.
 - If the disk is full, rows are dropped and counted, and events get 503.
 """
 
@@ -39,21 +40,16 @@ _FLUSH_S = 1.0
 _ROLL_S = 60.0
 _STORE_S = 10.0  # longest wait for the disk
 _MAX_AGE_S = 24 * 3600  # of a search, for events
-_RECENT = 20_000  # searches kept with their results
+_RECENT = 10_000  # searches after which earlier ones are no longer kept with their results
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
-_MAX_PENDING = 50_000  # rows that wait for the disk
+_MAX_NOTED = 50_000  # searches that wait for the disk
+_BATCH = 200  # searches that are stored before the second is over
+_POOL, _POOL_S = 64, 60.0  # query ids that are made at once for a caller, and how long they are given out
 _NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id
 
 
-class _Shown:
-    """A search that events may name. hits: ids of its results; None if this process does not know them."""
-
-    __slots__ = ("collection", "hits", "seen")
-
-    def __init__(self, collection: str, hits: Sequence[str] | None) -> None:
-        self.collection, self.hits = collection, hits
-        self.seen: dict[tuple[str, str, str], int | None] | None = None  # (client, action, item) to rating
+_NO_IDS = 0.0, list[str]()
 
 
 class FeedbackLog:
@@ -62,8 +58,12 @@ class FeedbackLog:
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         self._folder, self._settings, self._metrics = folder, settings, metrics
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
-        self._recent: dict[str, _Shown] = {}
-        self._seen = 0
+        # Query ids to collections and the ids of the results. Two tables: taking single old entries out is slow.
+        self._recent, self._earlier = dict[str, tuple[str, tuple[str, ...]]](), dict[str, tuple[str, tuple[str, ...]]]()
+        self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
+        self._seen_count = 0
+        self._noted = list[tuple[str, float, str, Query, SearchResults, bool]]()
+        self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when they were made, and those left
         self._queries, self._events = list[QueryRow](), list[EventRow]()
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
@@ -97,28 +97,42 @@ class FeedbackLog:
         Args:
             caller: the name of the API key; "" without keys.
         """
-        head = os.urandom(_NONCE) + int(now := time.time()).to_bytes(_TIME)
-        query_id = base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
-        hits = [match.item.id for match in results.matches]
-        text, is_hashed = query.query, not self._settings.feedback_texts
-        kind = "other" if has_image or query.more_like or query.less_like or query.without or not text else "text"
-        if is_hashed and text:
-            text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
-        row = (query_id, int(now * 1000), collection, text, hits, kind, results.offset, results.version, is_hashed)
-        if len(self._queries) < _MAX_PENDING:
-            self._queries.append(QueryRow._make(row))
+        now = time.time()
+        made, ids = self._ids.get(caller, _NO_IDS)
+        if not ids or now - made > _POOL_S:
+            self._ids[caller] = _, ids = now, [self._new_id(caller, now) for _ in range(_POOL)]
+        query_id = ids.pop()
+        if len(self._noted) < _MAX_NOTED:
+            self._noted.append((query_id, now, collection, query, results, has_image))
+            if len(self._noted) == _BATCH:
+                self._wanted.set()
         else:
             self._lost.labels("queries").inc()
-        self._remember(query_id, _Shown(collection, hits))
         return query_id
+
+    def _new_id(self, caller: str, now: float) -> str:
+        head = os.urandom(_NONCE) + int(now).to_bytes(_TIME)
+        return base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
+
+    def _take_noted(self) -> list[QueryRow]:
+        """Return the rows of the searches noted since the last call; their results are known from here on."""
+        noted, self._noted = self._noted, []
+        rows, is_hashed = list[QueryRow](), not self._settings.feedback_texts
+        for query_id, now, collection, query, results, has_image in noted:
+            text = query.query
+            kind = "other" if has_image or query.more_like or query.less_like or query.without or not text else "text"
+            if is_hashed and text:
+                text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
+            hits = tuple([match.item.id for match in results.matches])
+            given = text, hits, kind, results.offset, results.version, is_hashed
+            rows.append(QueryRow(query_id, int(now * 1000), collection, *given))
+            if len(self._recent) >= _RECENT:
+                self._recent, self._earlier = {}, self._recent
+            self._recent[query_id] = collection, hits
+        return rows
 
     def _mac(self, head: bytes, caller: str) -> bytes:
         return hashlib.blake2b(head + caller.encode(), key=self._secret, digest_size=_MAC).digest()
-
-    def _remember(self, query_id: str, shown: _Shown) -> None:
-        if len(self._recent) >= _RECENT:
-            del self._recent[next(iter(self._recent))]
-        self._recent[query_id] = shown
 
     def _is_of(self, caller: str, query_id: str) -> bool:
         """Return True if the service gave this id to this caller within the last day."""
@@ -136,35 +150,33 @@ class FeedbackLog:
         Raises:
             UnavailableError: they cannot be stored; the same request may be sent again.
         """
-        ignored, accepted = list[tuple[int, str, str]](), list[tuple[_Shown, tuple[str, str, str]]]()
+        self._queries += self._take_noted()
+        ignored, accepted = list[tuple[int, str, str]](), list[EventRow]()
         for number, event in enumerate(events):
-            shown = self._recent.get(event.query_id)
             key = event.client, event.action, event.item
+            collection, hits = self._recent.get(event.query_id) or self._earlier.get(event.query_id) or ("", None)
+            seen = self._seen.get(event.query_id, {})
             if not self._is_of(caller, event.query_id):
                 fault = "query_id", "is of no search of yours in the last day"
-            elif shown is not None and shown.hits is not None and event.item not in shown.hits:
+            elif hits is not None and event.item not in hits:
                 fault = "object_id", "was not among the results"
-            elif shown is not None and shown.seen and shown.seen.get(key, -1) == event.rating:
+            elif seen.get(key, -1) == event.rating:
                 fault = "action_name", "is known already"
-            elif shown is not None and shown.seen and len(shown.seen) >= _MAX_EVENTS:
+            elif len(seen) >= _MAX_EVENTS:
                 fault = "query_id", "has too many events"
             else:
-                if shown is None:
-                    self._remember(event.query_id, shown := _Shown("", None))
-                shown.seen = shown.seen or {}
-                shown.seen[key] = event.rating
-                self._seen += 1
-                self._events.append(event._replace(collection=shown.collection))
-                accepted.append((shown, key))
+                self._seen.setdefault(event.query_id, seen)[key] = event.rating
+                accepted.append(event._replace(collection=collection))
                 continue
             ignored.append((number, *fault))
             self._ignored.labels(fault[0]).inc()
-        if self._seen > _MAX_SEEN:
-            self._seen = 0
-            self._recent.clear()
+        self._seen_count += len(accepted)
+        if self._seen_count > _MAX_SEEN:
+            self._seen, self._seen_count = {}, 0
+        self._events += accepted
         if accepted and not await self._are_stored():
-            for shown, key in accepted:
-                (shown.seen or {}).pop(key, None)
+            for event in accepted:  # so that they may be sent again
+                self._seen.pop(event.query_id, None)
             raise UnavailableError("The events cannot be stored.", retry_after_s=10)
         return ignored
 
@@ -190,7 +202,7 @@ class FeedbackLog:
             await self._write()
 
     async def _write(self) -> None:
-        queries, events, waiting = self._queries, self._events, self._waiting
+        queries, events, waiting = self._queries + self._take_noted(), self._events, self._waiting
         self._queries, self._events, self._waiting = [], [], []
         counts, is_stored = {"queries": len(queries), "events": len(events)}, False
         try:

@@ -1,6 +1,7 @@
 // Renders results as cards, and moves between them by keys.
 
 import { drawMap, drawWords } from "./explain.js";
+import { watch } from "./feedback.js";
 import { percent, titleOf } from "./format.js";
 import { showThumbnail } from "./service.js";
 
@@ -55,6 +56,7 @@ export function makeCard(result, { base, scale, isWeak, href, isSelected, open, 
     drawMap(find(".map"), result.explanation);
     drawWords(find(".words"), result.explanation.words);
   }
+  watch(node, result);
   return node;
 }
 

@@ -1,12 +1,14 @@
 // The dialog that shows one image large, with its metadata and what can be done with it.
 
 import { drawWords } from "./explain.js";
+import { report } from "./feedback.js";
 import { conditionName, fieldName, percent, titleOf } from "./format.js";
 import { clearImages, download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
 
 const SIDES = [1280, 1280];
 const NEAR_SIDES = [192, 384];
 const SWIPE = 50; // pixels
+const RATINGS = [["fits", 3], ["misfits", 0]]; // buttons that judge the image
 
 const $ = (id) => document.getElementById(id);
 const dialog = $("detail");
@@ -39,6 +41,7 @@ export function prepareDetail(on) {
     event.preventDefault();
     on.step(direction);
   });
+  for (const [id, rating] of RATINGS) $(id).addEventListener("click", () => judge(rating));
   let start = null;
   dialog.addEventListener("touchstart", ({ touches }) => (start = touches.length === 1 ? touches[0] : null), { passive: true });
   dialog.addEventListener("touchend", ({ changedTouches: [end] }) => {
@@ -62,6 +65,8 @@ export async function openDetail({ id, base, result, canLess, groups, hasPreviou
     draw(result ?? { id });
     isNew = true;
   }
+  shown.result = result;
+  drawJudgement();
   $("less").hidden = !canLess;
   $("previous").disabled = !hasPrevious;
   $("next").disabled = !hasNext;
@@ -87,6 +92,17 @@ export async function openDetail({ id, base, result, canLess, groups, hasPreviou
 export function closeDetail() {
   shown = null;
   if (dialog.open) dialog.close();
+}
+
+function judge(rating) {
+  shown.result.rating = rating;
+  report(shown.result, "judge", { rating });
+  drawJudgement();
+}
+
+function drawJudgement() {
+  $("judge").hidden = !shown.result?.query_id;
+  for (const [id, rating] of RATINGS) $(id).setAttribute("aria-pressed", shown.result?.rating === rating);
 }
 
 function say(message) {

@@ -5,6 +5,7 @@ import { makeCard, makeDivider, scaleOf } from "./cards.js";
 import { rememberCaption } from "./chips.js";
 import { markPlaces } from "./compare.js";
 import { drawLegend } from "./explain.js";
+import { nameResults } from "./feedback.js";
 import { fieldName, number, percent } from "./format.js";
 import { isSelected, toggleSelected } from "./selection.js";
 import { clearImages, loadPage } from "./service.js";
@@ -85,6 +86,7 @@ function showNothing(lead, why) {
 
 function append(found) {
   const start = list.results.length, { wanted } = list;
+  nameResults(found, start);
   list.results.push(...found.results);
   list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
   list.fitting = wanted.sort ? list.results.length : countFitting(list.results, found);
@@ -164,6 +166,7 @@ export function drawCompared(found, wanted) {
   $("results-name").textContent = page.nameOf(wanted.in);
   $("other-name").textContent = wanted.beside;
   $("other-status").textContent = found.results ? "" : found.message;
+  if (found.results) nameResults(found);
   list.others = found.results ?? [];
   if (!list.others.length) return;
   const scale = scaleOf(list.others), fitting = countFitting(list.others, found);

@@ -153,6 +153,7 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
         ("items", (), {"filter": {"category": "circle"}, "k": 4}),
         ("item", (ODD_ID,), {}),
         ("image", ("circle/blue.png",), {}),
+        ("feedback", ([{"query_id": "x", "client_id": "c", "action_name": "click", "object_id": "a"}],), {}),
         ("put_items", ([{"id": "a", "image": file}, {"id": "b", "image": png(), "caption": "b"}],), {}),
         ("put_item", ({"id": "a", "image": file, "metadata": {"price": 3}},), {}),
         ("patch_items", ({"metadata": {"price": 3}},), {"filter": {"category": "circle"}}),
@@ -171,7 +172,7 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
     public = {name for name in vars(Client) if not name.startswith("_")}
     assert public == {name for name in vars(AsyncClient) if name in public}
     assert {name for name, *_ in calls} == public - {"close", "delete_collection"}
-    with serving(index, admin_key=ADMIN, writes=True, collections_dir=tmp_path / "created") as (_, port):
+    with serving(index, admin_key=ADMIN, writes=True, feedback=True, collections_dir=tmp_path / "created") as (_, port):
         url = f"http://127.0.0.1:{port}"
         with Client(url, key=ADMIN) as client:
             async with AsyncClient(url, key=ADMIN) as async_client:
@@ -194,7 +195,9 @@ async def test_the_async_client_returns_the_same(index: Path, gallery: Path, tmp
 def without_timing(value: Any) -> Any:
     if isinstance(value, list):
         return [without_timing(each) for each in value]
-    changes: dict[str, Any] = {"took_ms": 0.0, "cached": False} if isinstance(value, models.SearchResponse) else {}
+    changes: dict[str, Any] = (
+        {"took_ms": 0.0, "cached": False, "query_id": None} if isinstance(value, models.SearchResponse) else {}
+    )
     if isinstance(value, models.JobResponse):  # each call accepts another job
         changes = {"id": "", "accepted": "", "reason": None}
     return value.model_copy(update=changes) if isinstance(value, BaseModel) else value

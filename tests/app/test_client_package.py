@@ -60,6 +60,7 @@ def test_the_client_covers_every_route() -> None:
         calls.items("", None, 10, 0, "", None),
         calls.item("", "{item_id}"),
         calls.image("", "{item_id}", None),
+        calls.feedback([]),
         calls.put_items("", [], False),
         calls.put_item("", {"id": "{item_id}", "image": b""}, False),
         calls.patch_items("", {}, ["a"], None, False),

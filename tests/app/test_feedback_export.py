@@ -204,7 +204,14 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     )
     clients = pa.array([f"c{each}" for each in client[session]])
     index = pa.array(session)
-    columns = [ids.take(index), times.take(index), pa.repeat("", len(session)), clients, pa.repeat("click", len(session)), details]
+    columns = [
+        ids.take(index),
+        times.take(index),
+        pa.repeat("", len(session)),
+        clients,
+        pa.repeat("click", len(session)),
+        details,
+    ]
     events = pa.Table.from_arrays(columns, schema=store.EVENT_SCHEMA)
     store.write_table(folder / store.EVENTS / "2026-01-01.0.parquet", events)
     return Simulated(examined, attractive)

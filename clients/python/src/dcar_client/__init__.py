@@ -7,7 +7,7 @@ with Client("http://127.0.0.1:8000") as client:
         print(result.score, result.id, result.caption)
 """
 
-from dcar_client.calls import ItemFields, NewItem, NewQuery
+from dcar_client.calls import ItemFields, NewEvent, NewItem, NewQuery
 from dcar_client.client import AsyncClient, Client
 from dcar_client.errors import ServiceError
 from dcar_client.models import (
@@ -19,6 +19,7 @@ from dcar_client.models import (
     EmbeddingsResponse,
     EmbeddingsUsage,
     FacetValue,
+    FeedbackResponse,
     FieldError,
     GalleryItem,
     HealthResponse,
@@ -52,6 +53,7 @@ __all__ = [
     "EmbeddingsResponse",
     "EmbeddingsUsage",
     "FacetValue",
+    "FeedbackResponse",
     "FieldError",
     "GalleryItem",
     "HealthResponse",
@@ -62,6 +64,7 @@ __all__ = [
     "JobProgress",
     "JobResponse",
     "JobsResponse",
+    "NewEvent",
     "NewItem",
     "NewQuery",
     "ProblemResponse",

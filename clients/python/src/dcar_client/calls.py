@@ -20,6 +20,7 @@ from dcar_client.models import (
     Collection,
     CollectionsResponse,
     EmbeddingsResponse,
+    FeedbackResponse,
     HealthResponse,
     ItemResponse,
     ItemsResponse,
@@ -52,6 +53,18 @@ class ItemFields(TypedDict, total=False):
     caption: str | None
     category: str | None
     metadata: dict[str, Any]
+
+
+class NewEvent(TypedDict, total=False):
+    """What a client did with a result: impression, click, save, purchase, or judge with a `rating` of 0 to 3."""
+
+    query_id: Required[str]
+    client_id: Required[str]
+    action_name: Required[str]
+    object_id: Required[str]
+    position: int
+    timestamp: str
+    rating: int
 
 
 class NewQuery(TextQuery, total=False):
@@ -129,6 +142,11 @@ def image(prefix: str, item_id: str, size: int | None) -> Call[bytes]:
     """GET /items/{id}/image."""
     params = {} if size is None else {"size": size}
     return Call("GET", f"{prefix}/items/{path_segment(item_id)}/image", _image_bytes, {"params": params})
+
+
+def feedback(events: Sequence[NewEvent]) -> Call[FeedbackResponse]:
+    """POST /feedback."""
+    return Call("POST", "/feedback", _reader(FeedbackResponse), {"json": {"events": [*events]}})
 
 
 def put_items(prefix: str, items: Sequence[NewItem], strict: bool) -> Call[JobResponse]:

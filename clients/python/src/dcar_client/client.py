@@ -15,12 +15,13 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from dcar_client import calls
-from dcar_client.calls import Call, ItemFields, NewItem, NewQuery, path_segment
+from dcar_client.calls import Call, ItemFields, NewEvent, NewItem, NewQuery, path_segment
 from dcar_client.errors import error_from
 from dcar_client.limits import aread_bounded, deadline, end_at_deadline, read_bounded
 from dcar_client.models import (
     Collection,
     EmbeddingsResponse,
+    FeedbackResponse,
     HealthResponse,
     ItemResponse,
     ItemsResponse,
@@ -127,6 +128,10 @@ class Client:
     def image(self, item_id: str, *, size: int | None = None) -> bytes:
         """Return the image file of an item, or a thumbnail with a longer side of 192, 384 or 1280 pixels."""
         return self._send(calls.image(self._prefix, item_id, size))
+
+    def feedback(self, events: Sequence[NewEvent]) -> FeedbackResponse:
+        """Report what was done with results, by the `query_id` of their response; the same event counts once."""
+        return self._send(calls.feedback(events))
 
     def put_items(self, items: Sequence[NewItem], *, strict: bool = False) -> JobResponse:
         """Add items, or replace those with the same ids, by a job; needs a key that may write.
@@ -309,6 +314,10 @@ class AsyncClient:
     async def image(self, item_id: str, *, size: int | None = None) -> bytes:
         """Return the image file of an item, or a thumbnail with a longer side of 192, 384 or 1280 pixels."""
         return await self._send(calls.image(self._prefix, item_id, size))
+
+    async def feedback(self, events: Sequence[NewEvent]) -> FeedbackResponse:
+        """Report what was done with results, by the `query_id` of their response; the same event counts once."""
+        return await self._send(calls.feedback(events))
 
     async def put_items(self, items: Sequence[NewItem], *, strict: bool = False) -> JobResponse:
         """Add items, or replace those with the same ids, by a job; needs a key that may write.

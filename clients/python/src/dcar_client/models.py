@@ -91,6 +91,8 @@ class SearchResponse(Model):
     """
 
     index_version: int
+    query_id: str | None = None
+    """Names the search in feedback; absent unless the service collects it."""
     took_ms: float
     """Milliseconds from the parsed query to the results."""
     cached: bool
@@ -271,6 +273,13 @@ class FieldError(Model):
 
     field: str
     message: str
+
+
+class FeedbackResponse(Model):
+    """The number of stored events; `ignored`: the first 20 that changed nothing, and why."""
+
+    accepted: int
+    ignored: list[FieldError]
 
 
 class ProblemResponse(Model):

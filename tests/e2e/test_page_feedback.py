@@ -1,0 +1,53 @@
+"""What the page reports of its use."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.core.settings import Settings
+from app.feedback import store
+from tests.support.page import Page, ready, served, until
+
+pytestmark = pytest.mark.browser
+
+
+def events(log: Path) -> list[dict[str, Any]]:
+    return list(store.read_log(log)[1].to_pylist())
+
+
+def test_the_page_reports_what_is_seen_opened_and_judged(page: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with served(Settings(index=indexes["shapes"], device="cpu", feedback=log)) as address:
+        page.open(f"{ready(address)}/#q=a+red+circle")
+        cards = page.settled(24)
+        shown = [card.get_attribute("data-id") for card in cards]
+        until(lambda: len(events(log)) >= 4)  # after a second in view, and five more
+        page.all("#results .open")[1].click()
+        until(lambda: page.one("#judge").is_displayed())
+        page.one("#misfits").click()
+        page.one("#fits").click()
+        assert [page.one(name).get_attribute("aria-pressed") for name in ("#fits", "#misfits")] == ["true", "false"]
+        page.driver.execute_script((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
+        run = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
+        assert page.driver.execute_async_script(run) == []
+        page.driver.get("about:blank")  # which sends the rest
+        until(lambda: [each["action_name"] for each in events(log)][-3:] == ["click", "judge", "judge"])
+        assert page.errors() == []
+    found = events(log)
+    seen = [each["event_attributes"] for each in found if each["action_name"] == "impression"]
+    assert [shown[each["position"]["ordinal"] - 1] for each in seen] == [
+        each["object"]["object_id"] for each in seen
+    ], "each item at its place"
+    assert [each["event_attributes"]["rating"] for each in found[-2:]] == [0, 3]
+    assert {each["event_attributes"]["object"]["object_id"] for each in found[-3:]} == {shown[1]}
+    assert len({each["client_id"] for each in found}) == len({each["query_id"] for each in found}) == 1
+
+
+def test_the_page_reports_nothing_while_it_is_off(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=a+red+circle")
+    page.settled(24)[0].find_element("css selector", ".open").click()
+    until(lambda: page.one("#detail").is_displayed())
+    assert not page.one("#judge").is_displayed()
+    assert page.driver.execute_script("return localStorage.length") == 0
