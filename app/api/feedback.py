@@ -2,14 +2,13 @@
 
 import time
 from datetime import UTC
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from app.api.requests import FeedbackEvent, FeedbackEvents, read_json
 from app.api.responses import JsonResponse
-from app.api.routing import Routes, collection_of, state_of
+from app.api.routing import Routes, state_of
 from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.core.settings import Settings
@@ -40,13 +39,14 @@ async def feedback(request: Request) -> Response:
     return JsonResponse({"accepted": len(given.events) - len(ignored), "ignored": listed})
 
 
-def noted(request: Request, query: Query, results: SearchResults, *, has_image: bool) -> dict[str, Any]:
-    """Note a search in the log, if there is one, and return what its response has of it."""
-    state = state_of(request)
-    if state.feedback is None:
-        return {}
-    caller, collection = request.scope.get(CALLER, ""), collection_of(request) or state.collections.default
-    return {"query_id": state.feedback.note(caller, collection, query, results, has_image=has_image)}
+def noted(request: Request, query: Query, results: SearchResults, *, has_image: bool) -> str | None:
+    """Note a search in the log, if there is one, and return its query id."""
+    log = state_of(request).feedback
+    if log is None:
+        return None
+    scope = request.scope
+    collection = scope["path_params"].get("collection")
+    return log.note(scope.get(CALLER, ""), collection, query, results, has_image=has_image)
 
 
 def _row(event: FeedbackEvent) -> EventRow:

@@ -95,10 +95,11 @@ def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
     )
 
 
-def search_response(request: Request, results: SearchResults, noted: dict[str, Any]) -> dict[str, Any]:
-    """Return the body of a `SearchResponse`; fields that were not requested are absent. noted: more fields."""
+def search_response(request: Request, results: SearchResults, query_id: str | None) -> dict[str, Any]:
+    """Return the body of a `SearchResponse`; fields that were not requested are absent."""
     body, items = search_body(results), _items_path(request)
-    body |= noted
+    if query_id is not None:
+        body["query_id"] = query_id
     for result in body["results"]:
         result["image_url"] = _image_url(items, result["id"])
     return body

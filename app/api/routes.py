@@ -80,8 +80,8 @@ async def search_text(request: Request) -> Response:
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
     results = await state_of(request).retriever.search(snapshot, query, image)
-    more = noted(request, query, results, has_image=image is not None)
-    return await make_response(lambda: search_response(request, results, more), result_chars(results))
+    query_id = noted(request, query, results, has_image=image is not None)
+    return await make_response(lambda: search_response(request, results, query_id), result_chars(results))
 
 
 @search.add(

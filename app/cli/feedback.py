@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from app.cli.options import IndexDir, Out, example
 
-commands = typer.Typer(help="Learn from clicks: the log that a service with DCAR_FEEDBACK writes.")
+commands = typer.Typer(help="Learn from clicks.")
 Log = Annotated[Path | None, Option("--log", help="Directory that DCAR_FEEDBACK names. Default: INDEX/feedback.")]
 
 
@@ -17,21 +17,16 @@ def export_command(
     index: IndexDir,
     out: Out,
     log: Log = None,
-    collection: Annotated[
-        str | None, Option(help="Collection whose searches count. Default: the name of the index directory.")
-    ] = None,
-    min_clients: Annotated[int, Option(min=1, help="Distinct clients that a pair or a hard negative needs.")] = 2,
+    collection: Annotated[str | None, Option(help="Collection. Default: the name of the index directory.")] = None,
+    min_clients: Annotated[int, Option(min=1, help="Clients that a pair needs.")] = 2,
     client_cap: Annotated[int, Option(min=1, help="Most searches of one client that count.")] = 100,
     item_cap: Annotated[int, Option(min=1, help="Most queries of one item.")] = 100,
-    judge: Annotated[
-        list[str] | None, Option(help="A client whose judgements count alone, before others; may be repeated.")
-    ] = None,
+    judge: Annotated[list[str] | None, Option(help="A client whose judgements count alone; may be repeated.")] = None,
 ) -> None:
-    """Write training pairs (OUT/pairs.jsonl, for `dcar train --data OUT`) and judged lists (judgements.csv, qrels.txt).
+    """Write training pairs (OUT/pairs.jsonl) and judged lists (judgements.csv, qrels.txt).
 
-    Position bias is corrected by inverse propensity, estimated from the log by a position-based click model (EM) over
-    items that a query showed at several positions. Images skipped above a clicked one become hard negatives. What is
-    left out, and why, is printed and in OUT/report.json.
+    Position bias is corrected by inverse propensity, which a position-based click model (EM) estimates from items that
+    a query showed at several positions. OUT/report.json counts what was left out.
     """
     from app.feedback.export import Options, export
     from index_jobs.store.versions import open_current
@@ -47,7 +42,7 @@ def export_command(
 @commands.command("forget", epilog=example("dcar feedback forget 5f0c2a --log index/feedback"))
 def forget_command(
     client: Annotated[str, Argument(help="The client_id of the events.")],
-    log: Annotated[Path, Option("--log", help="Directory of the log: INDEX/feedback, or what DCAR_FEEDBACK names.")],
+    log: Annotated[Path, Option("--log", help="Directory of the log.")],
 ) -> None:
     """Remove a client's events from the log, and the searches that only it acted on; a service may be running."""
     from app.feedback.store import forget, read_log

@@ -204,14 +204,13 @@ class Settings(BaseSettings):
     none."""
 
     feedback: Annotated[bool | Path, Field(union_mode="left_to_right")] = False
-    """Log searches, and accept what was done with their results at POST /feedback: true for the directory `feedback` of
-    the index, or another directory."""
+    """Log searches and what is done with their results: true for INDEX/feedback, or another directory."""
     feedback_texts: bool = False
-    """Store the texts of searches in that log. Unset: keyed hashes, of which no training pairs can be made."""
+    """Store the texts of searches in that log. Unset: keyed hashes."""
     feedback_days: int = Field(90, ge=1)
-    """Days after which rows of that log are removed."""
+    """Days after which its rows are removed."""
     feedback_bytes: int = Field(2 * 2**30, ge=2**20)
-    """Largest size of that log in bytes; the oldest rows are removed."""
+    """Its largest size in bytes; the oldest rows are removed."""
 
     page_hybrid: bool = False
     """Start the search page with `Words too` on, which looks up the words of a search as well."""

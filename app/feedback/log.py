@@ -5,8 +5,8 @@
 - Recent searches of this process are kept with their results, and events for other items are ignored. Events for an
   older search, or one of another process, are stored, as far as they are not too many; whoever reads the log compares
   them with the results that were shown.
-- A search waits for nothing: it takes a query id from a pool and is noted; rows are made and written in batches, at
-  least once a second, which costs a third of the time. Accepted events are on the disk.
+- A search waits for nothing: it takes a query id from a pool and is noted; rows are made in batches, which
+  costs a third of the time, and written each second. Accepted events are on the disk.
 - If the disk is full, rows are dropped and counted, and events get 503.
 """
 
@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import Counter
 
@@ -28,9 +29,9 @@ from app.core.settings import Settings
 from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
 from app.feedback import store
-from app.feedback.store import EventRow, QueryRow
+from app.feedback.store import EventRow
 from app.search.errors import UnavailableError
-from app.search.query import Query, SearchResults
+from app.search.query import Match, Query, SearchResults
 from dcar_core.util.errors import DcarError
 from dcar_core.util.processes import in_own_process
 
@@ -43,10 +44,11 @@ _MAX_AGE_S = 24 * 3600  # of a search, for events
 _RECENT = 10_000  # searches after which earlier ones are no longer kept with their results
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
-_MAX_NOTED = 50_000  # searches that wait for the disk
-_BATCH = 200  # searches that are stored before the second is over
-_POOL, _POOL_S = 64, 60.0  # query ids that are made at once for a caller, and how long they are given out
-_NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id
+_MAX_QUERIES = 50_000  # rows of searches that wait for the disk
+_BATCH = 100  # searches that become rows at once
+_POOL, _POOL_S = 16, 60.0  # hashes for query ids that are made at once, and how long the ids are given out
+# Bytes of a query id: a nonce, the time, a number, and that part of a hash over the nonce, the time and the caller.
+_NONCE, _TIME, _MAC, _MACS = 7, 4, 12, 5
 
 
 _NO_IDS = 0.0, list[str]()
@@ -57,14 +59,15 @@ class FeedbackLog:
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         self._folder, self._settings, self._metrics = folder, settings, metrics
+        self._default_collection = settings.default_collection
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
         # Query ids to collections and the ids of the results. Two tables: taking single old entries out is slow.
         self._recent, self._earlier = dict[str, tuple[str, tuple[str, ...]]](), dict[str, tuple[str, tuple[str, ...]]]()
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
-        self._noted = list[tuple[str, float, str, Query, SearchResults, bool]]()
+        self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int]]()
         self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when they were made, and those left
-        self._queries, self._events = list[QueryRow](), list[EventRow]()
+        self._queries, self._events = list[tuple[Any, ...]](), list[EventRow]()  # `QueryRow`s
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
         self._writing, self._rolling = ComputeThreads(1, "dcar-feedback"), ComputeThreads(1, "dcar-feedback-roll")
@@ -91,48 +94,55 @@ class FeedbackLog:
         for threads in (self._writing, self._rolling):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def note(self, caller: str, collection: str, query: Query, results: SearchResults, *, has_image: bool) -> str:
+    def note(
+        self, caller: str, collection: str | None, query: Query, results: SearchResults, *, has_image: bool
+    ) -> str:
         """Note a search, and return its query id.
 
         Args:
             caller: the name of the API key; "" without keys.
+            collection: None for the default one.
         """
         now = time.time()
         made, ids = self._ids.get(caller, _NO_IDS)
         if not ids or now - made > _POOL_S:
-            self._ids[caller] = _, ids = now, [self._new_id(caller, now) for _ in range(_POOL)]
-        query_id = ids.pop()
-        if len(self._noted) < _MAX_NOTED:
-            self._noted.append((query_id, now, collection, query, results, has_image))
-            if len(self._noted) == _BATCH:
-                self._wanted.set()
-        else:
-            self._lost.labels("queries").inc()
+            self._ids[caller] = _, ids = now, self._new_ids(caller, now)
+        query_id, text = ids.pop(), query.query
+        is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
+        self._noted.append((query_id, now, collection, text, results.matches, is_text, results.offset, results.version))
+        if len(self._noted) >= _BATCH:
+            self._take_noted()
         return query_id
 
-    def _new_id(self, caller: str, now: float) -> str:
-        head = os.urandom(_NONCE) + int(now).to_bytes(_TIME)
-        return base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
+    def _new_ids(self, caller: str, now: float) -> list[str]:
+        ids, moment = list[str](), int(now).to_bytes(_TIME)
+        for _ in range(_POOL):
+            head = os.urandom(_NONCE) + moment
+            macs = self._macs(head, caller)
+            for number in range(_MACS):
+                mac = macs[number * _MAC : (number + 1) * _MAC]
+                ids.append(base64.urlsafe_b64encode(head + bytes([number]) + mac).decode())
+        return ids
 
-    def _take_noted(self) -> list[QueryRow]:
-        """Return the rows of the searches noted since the last call; their results are known from here on."""
+    def _macs(self, head: bytes, caller: str) -> bytes:
+        return hashlib.blake2b(head + caller.encode(), key=self._secret, digest_size=_MACS * _MAC).digest()
+
+    def _take_noted(self) -> None:
+        """Make rows of the noted searches, whose results are known from here on."""
         noted, self._noted = self._noted, []
-        rows, is_hashed = list[QueryRow](), not self._settings.feedback_texts
-        for query_id, now, collection, query, results, has_image in noted:
-            text = query.query
-            kind = "other" if has_image or query.more_like or query.less_like or query.without or not text else "text"
+        is_hashed = not self._settings.feedback_texts
+        for query_id, now, collection, text, matches, is_text, offset, version in noted:
             if is_hashed and text:
                 text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
-            hits = tuple([match.item.id for match in results.matches])
-            given = text, hits, kind, results.offset, results.version, is_hashed
-            rows.append(QueryRow(query_id, int(now * 1000), collection, *given))
+            collection = collection or self._default_collection
+            hits, kind = tuple([match.item.id for match in matches]), "text" if is_text else "other"
+            self._queries.append((query_id, int(now * 1000), collection, text, hits, kind, offset, version, is_hashed))
             if len(self._recent) >= _RECENT:
                 self._recent, self._earlier = {}, self._recent
             self._recent[query_id] = collection, hits
-        return rows
-
-    def _mac(self, head: bytes, caller: str) -> bytes:
-        return hashlib.blake2b(head + caller.encode(), key=self._secret, digest_size=_MAC).digest()
+        if (excess := len(self._queries) - _MAX_QUERIES) > 0:
+            self._lost.labels("queries").inc(excess)
+            del self._queries[:excess]
 
     def _is_of(self, caller: str, query_id: str) -> bool:
         """Return True if the service gave this id to this caller within the last day."""
@@ -140,9 +150,10 @@ class FeedbackLog:
             given = base64.b64decode(query_id.encode(), altchars=b"-_", validate=True)
         except ValueError:
             return False
-        head, mac = given[: _NONCE + _TIME], given[_NONCE + _TIME :]
+        head, (number, *mac) = given[: _NONCE + _TIME], given[_NONCE + _TIME :] or b"\0"
+        known = self._macs(head, caller)[number * _MAC : (number + 1) * _MAC]
         age = time.time() - int.from_bytes(head[_NONCE:])
-        return hmac.compare_digest(mac, self._mac(head, caller)) and age <= _MAX_AGE_S
+        return bool(known) and hmac.compare_digest(bytes(mac), known) and age <= _MAX_AGE_S
 
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[tuple[int, str, str]]:
         """Store events durably, and return (number, field, reason) of those that change nothing.
@@ -150,7 +161,7 @@ class FeedbackLog:
         Raises:
             UnavailableError: they cannot be stored; the same request may be sent again.
         """
-        self._queries += self._take_noted()
+        self._take_noted()
         ignored, accepted = list[tuple[int, str, str]](), list[EventRow]()
         for number, event in enumerate(events):
             key = event.client, event.action, event.item
@@ -202,7 +213,8 @@ class FeedbackLog:
             await self._write()
 
     async def _write(self) -> None:
-        queries, events, waiting = self._queries + self._take_noted(), self._events, self._waiting
+        self._take_noted()
+        queries, events, waiting = self._queries, self._events, self._waiting
         self._queries, self._events, self._waiting = [], [], []
         counts, is_stored = {"queries": len(queries), "events": len(events)}, False
         try:

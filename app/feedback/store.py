@@ -151,8 +151,8 @@ class Journal:
         self._size = 0
         self._day = ""
 
-    def write(self, queries: Sequence[QueryRow], events: Sequence[EventRow]) -> None:
-        """Store rows durably. Raise OSError if they cannot be stored; then none of them is."""
+    def write(self, queries: Sequence[tuple[Any, ...]], events: Sequence[EventRow]) -> None:
+        """Store rows durably, queries with the fields of `QueryRow`. Raise OSError if they cannot be; then none is."""
         line = to_json([queries, events]) + b"\n"
         while True:
             self._open()
