@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcar_core.util.arrays import Floats
-
 _MIN_CLICKS = 20  # of a position, for a value of its own
 _MIN_SHOWN = 100
 _ROUNDS = 2000
@@ -41,7 +39,7 @@ class Propensities:
     all values are 1.
     """
 
-    examined: Floats
+    examined: np.ndarray
     pairs: int
 
     def at(self, position: np.ndarray) -> np.ndarray:
@@ -67,13 +65,13 @@ def estimate(cells: Cells) -> Propensities:
     return Propensities(examined, len(several))
 
 
-def _maximize(cells: Cells, last: int) -> Floats:
+def _maximize(cells: Cells, last: int) -> np.ndarray:
     _, pair = np.unique(cells.pair, return_inverse=True)
     position, unclicked = cells.position - 1, cells.shown - cells.clicked
     of_position = np.maximum(np.bincount(position, cells.shown, last), 1)
     of_pair = np.bincount(pair, cells.shown)
     rate = np.bincount(position, cells.clicked, last) / of_position
-    examined = np.clip(rate / rate.max(), 0.05, 0.95)
+    examined: np.ndarray = np.clip(rate / rate.max(), 0.05, 0.95)
     attractive = np.full(len(of_pair), 0.5)
     for _ in range(_ROUNDS):
         seen, liked = examined[position], attractive[pair]

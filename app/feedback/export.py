@@ -95,7 +95,8 @@ class Impressions:
 
     @property
     def pair(self) -> np.ndarray:
-        return self.text * (int(self.item.max(initial=0)) + 1) + self.item
+        codes: np.ndarray = self.text * (int(self.item.max(initial=0)) + 1) + self.item
+        return codes
 
     def __getitem__(self, chosen: np.ndarray) -> "Impressions":
         return Impressions(*(values[chosen] for values in vars(self).values()))
@@ -359,7 +360,8 @@ class _Images:
     """
 
     def __init__(self, artifact: Artifact, items: pa.Array) -> None:
-        self._artifact, self.root = artifact, None
+        self._artifact = artifact
+        self.root: str | None = None
         self._members = dict[str, dict[int, str]]()
         self._rows = [artifact.row_of(item) for item in items.to_pylist()]
         self.is_known = np.array([row is not None and self._is_local(row) for row in self._rows], bool)

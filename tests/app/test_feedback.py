@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -307,7 +308,7 @@ def test_old_files_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None
     store.prepare(tmp_path)
     today = time.strftime("%Y-%m-%d", time.gmtime())
     for day in ("2020-01-01", "2020-01-02", today):
-        table = store.pa.Table.from_pylist([event_row(day).in_ubi()], store.EVENT_SCHEMA)
+        table = pa.Table.from_pylist([event_row(day).in_ubi()], store.EVENT_SCHEMA)
         store.write_table(tmp_path / "ubi_events" / f"{day}.0.parquet", table)
     assert store.prune(tmp_path, 30, 2**20) == 2
     assert len(stored(tmp_path)) == 1

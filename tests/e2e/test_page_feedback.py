@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from app.core.settings import Settings
 from app.feedback import store
 from tests.support.page import Page, ready, served, until
 
@@ -19,7 +18,7 @@ def events(log: Path) -> list[dict[str, Any]]:
 
 def test_the_page_reports_what_is_seen_opened_and_judged(page: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with served(Settings(index=indexes["shapes"], device="cpu", feedback=log)) as address:
+    with served(indexes["shapes"], feedback=log) as address:
         page.open(f"{ready(address)}/#q=a+red+circle")
         cards = page.settled(24)
         shown = [card.get_attribute("data-id") for card in cards]
