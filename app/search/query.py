@@ -38,7 +38,6 @@ Sort = Annotated[
         max_length=1025,
         description='field that orders the results, "-price" descending; only items that fit the query are sorted, and '
         "items without a value are last",
-        examples=["-price"],
     ),
 ]
 
