@@ -140,6 +140,7 @@ async def catalogue(request: Request) -> Response:
             "fields": await asyncio.to_thread(lambda: _catalogue_of(snapshot).fields),
             "group_field": artifact.manifest.group_field,
             "has_words": has_words,
+            "has_cutoff": snapshot.min_score is not None,
             "hybrid_by_default": has_words and settings.page_hybrid,
             "model_note": snapshot.model_note,
             "languages": snapshot.languages,

@@ -67,7 +67,7 @@ function drawScore(place, { score, text_score: contained }, { top, span }) {
     place.querySelector(".track").hidden = true;
     place.querySelector(".said").textContent = contained > EVERY ? "all words" : contained ? "some words" : "";
   }
-  place.querySelector(".fill").style.setProperty("--share", Math.max(0.1, 1 - (0.9 * (top - score)) / span));
+  place.querySelector(".fill").style.setProperty("--share", Math.min(1, Math.max(0.1, 1 - (0.9 * (top - score)) / span)));
 }
 
 export function markSelected(card, isSelected) {

@@ -3,12 +3,12 @@
 import { hasFilter, hasSubject } from "./address.js";
 import { drawChips } from "./chips.js";
 import { drawPicture } from "./crop.js";
-import { loadCatalogue, savedKey } from "./service.js";
+import { canSort, loadCatalogue, savedKey } from "./service.js";
 import { aboutCollection, drawAbout } from "./start.js";
 
 const $ = (id) => document.getElementById(id);
 const query = $("query"), collection = $("collection"), beside = $("beside");
-let page;
+let page, about = {}; // what `loadCatalogue` returns of the searched collection
 
 // state: returns the present state. names: returns those of the collections. nameOf, isSearched, base: see search.js.
 // remove: called with the part of the state whose chip was removed.
@@ -45,8 +45,10 @@ async function drawStart() {
 
 async function drawSwitches() {
   const name = page.state().in;
-  const { has_words, hybrid_by_default, group_field, model_note, languages } = await loadCatalogue(page.base()).catch(() => ({}));
+  const loaded = await loadCatalogue(page.base()).catch(() => ({}));
   if (!page.isSearched(name)) return;
+  about = loaded;
+  const { has_words, hybrid_by_default, group_field, model_note, languages } = about;
   const { words, q } = page.state();
   const isUnread = languages === "English" && /\p{L}/u.test(q) && !/\p{Script=Latin}/u.test(q);
   $("model-note").textContent = isUnread ? "This model knows English. Search in English, or index with a multilingual model." : model_note;
@@ -54,13 +56,14 @@ async function drawSwitches() {
   $("words-label").hidden = !has_words;
   $("words").checked = words ? words === "1" : hybrid_by_default;
   $("fold-label").hidden = Boolean(group_field);
+  drawSort();
 }
 
 function drawSort() {
   const sort = $("sort"), state = page.state();
   if (sort.options.length) sort.options[0].textContent = hasSubject(state) ? "best match" : "gallery order";
   sort.value = state.sort;
-  $("sort-label").hidden = sort.options.length < 2;
+  $("sort-label").hidden = sort.options.length < 2 || !canSort(state, about);
 }
 
 // Sets an input's text; while the user types in it, surrounding spaces stay.

@@ -23,7 +23,7 @@ let list = emptyList();
 const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
 
 function emptyList() {
-  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf([]), count: 0, facts: "", groups: "", fitting: 0, isDivided: false, isGrowing: false };
+  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf([]), count: 0, facts: "", groups: "", fitting: 0, isSorted: false, isDivided: false, isGrowing: false };
 }
 
 export function prepareList(given) {
@@ -55,7 +55,8 @@ export function clearLists() {
 export function drawList(found, wanted, groups) {
   const hadFocus = $("lists").contains(document.activeElement);
   clearLists();
-  list = { ...emptyList(), wanted, scale: scaleOf(found.results), count: found.count, groups };
+  const isSorted = hasSubject(wanted) && found.count !== undefined;
+  list = { ...emptyList(), wanted, scale: scaleOf(found.results), count: found.count, groups, isSorted };
   const explained = found.results.flatMap(({ explanation }) => explanation ?? []);
   if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), explained.some(({ words }) => words), explained.length > 0);
   $("lists").style.setProperty("--frame", frameOf(found.results));
@@ -63,10 +64,13 @@ export function drawList(found, wanted, groups) {
   if (hadFocus) results.focus({ preventScroll: true });
   $("scores").hidden = !hasSubject(wanted) || !found.results.length;
   $("scores").querySelector("summary").textContent = `What does ${percent(found.results[0]?.score)} mean?`;
-  if (!found.results.length) {
+  if (isSorted && !found.count) {
+    showNothing(`Nothing fits “${wanted.q}” well`, "Sorted by “best match”, the list shows the images that come nearest.");
+    $("clear-filters").hidden = !hasFilter(wanted);
+  } else if (!found.results.length) {
     showNothing(hasFilter(wanted) ? "No images have all of these filters" : "No images are here", "");
     $("clear-filters").hidden = !hasFilter(wanted);
-  } else if (found.nothing_fits && !wanted.sort) {
+  } else if (found.nothing_fits && !isSorted) {
     showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
   }
 }
@@ -89,7 +93,7 @@ function append(found) {
   nameResults(found, start);
   list.results.push(...found.results);
   list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
-  list.fitting = wanted.sort ? list.results.length : countFitting(list.results, found);
+  list.fitting = list.isSorted ? list.results.length : countFitting(list.results, found);
   const cards = found.results.map((result, i) => card(result, wanted.in, list.scale, start + i >= list.fitting));
   if (!list.isDivided && list.fitting && list.fitting < list.results.length) {
     cards.splice(list.fitting - start, 0, makeDivider());
@@ -136,7 +140,7 @@ function facts({ took_ms: took }) {
   }
   const of = hasFilter(wanted) ? ` ${shown === 1 ? "image" : "images"} with these filters` : ` of ${images(page.total(wanted.in))}`;
   if (!shown) return "";
-  const found = wanted.sort ? `The ${images(shown)} that fit best, sorted` : `The best ${number(shown)}${of}${once}`;
+  const found = list.isSorted ? `${images(list.count)} that ${list.count === 1 ? "fits" : "fit"}, sorted${once}` : `The best ${number(shown)}${of}${once}`;
   const fitting = list.fitting && list.fitting < shown ? `, ${number(list.fitting)} of them likely` : "";
   return `${found}${fitting} · ${took < 1000 ? `${Math.max(1, Math.round(took))}\u00a0ms` : `${(took / 1000).toFixed(1)}\u00a0s`}`;
 }

@@ -9,7 +9,6 @@ const FOLD = 0.95; // cosine from which on two images are nearly the same
 const PAGE = 24;
 const COMPARED = 12; // of each list, side by side
 const BROWSED = 48;
-const SORTED = 96; // best matches that are put into another order
 const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
 
 const shown = new WeakMap(); // image element -> AbortController of what is shown in it
@@ -63,7 +62,7 @@ export async function browse(base, { k = BROWSED, filter = {}, ...options }, sig
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue
 
-// Returns {fields, group_field, has_words, hybrid_by_default, model_note, languages, max_k}: see `app/api/page.py`.
+// Returns {fields, group_field, has_words, has_cutoff, hybrid_by_default, model_note, languages, max_k}: see `app/api/page.py`.
 export function loadCatalogue(base) {
   if (!catalogues.has(base)) {
     const loading = requestJson(`${base}ui/catalogue`);
@@ -93,6 +92,16 @@ function isHybrid(state, { has_words, hybrid_by_default }) {
   return Boolean(state.q) && has_words && (state.words ? state.words === "1" : hybrid_by_default);
 }
 
+// True if the cut-off tells which results fit: for words alone.
+function isJudged(state, { has_cutoff }) {
+  return has_cutoff && !(state.picture || state.without || state.like.length || state.unlike.length);
+}
+
+// True if the service can put a list in order: the whole gallery, or what fits a search by its cut-off or its words.
+export function canSort(state, about) {
+  return !hasSubject(state) || (Boolean(state.q) && (about.has_words || isJudged(state, about)));
+}
+
 export const loadItem = (base, id, signal) => requestJson(`${base}items/${encodeURIComponent(id)}`, { signal });
 
 // One page of the list that a state describes, as {results, next_offset, count, ...}.
@@ -103,19 +112,19 @@ export async function loadPage(state, base, offset, signal) {
 }
 
 async function search(state, base, offset, signal) {
-  const k = await atMost(base, state.beside ? COMPARED : state.sort ? SORTED : PAGE);
+  const k = await atMost(base, state.beside ? COMPARED : PAGE);
   const options = { k, offset, fields: ["*"] };
   const about = await loadCatalogue(base);
   if (hasFilter(state)) options.filter = state.filter;
-  if (isHybrid(state, about)) options.hybrid = true;
+  if (state.sort && canSort(state, about)) options.sort = state.sort;
+  if (isHybrid(state, about) || (options.sort && !isJudged(state, about))) options.hybrid = true;
   if (state.picture && state.crop) options.crop = parseCrop(state.crop);
   if (state.without) options.without = state.without;
   if (state.like.length) options.more_like = state.like;
   if (state.unlike.length) options.less_like = state.unlike;
   if (state.fold && !about.group_field) options.fold = FOLD;
   if (state.explain && !offset) options.explain = true;
-  const found = await (state.picture ? searchByImage : searchByWords)(state, options, base, signal);
-  return state.sort ? { ...found, results: sorted(found.results, state.sort), next_offset: undefined } : found;
+  return (state.picture ? searchByImage : searchByWords)(state, options, base, signal);
 }
 
 function searchByWords(state, options, base, signal) {
@@ -129,18 +138,8 @@ async function searchByImage(state, options, base, signal) {
   await file.slice(0, 1).arrayBuffer().catch(() => { throw new ServiceError("This file cannot be read.", 422); }); // a folder, or deleted
   body.append("file", file);
   if (state.q) body.append("query", state.q);
-  for (const [name, value] of Object.entries(options)) body.append(name, name === "without" ? value : JSON.stringify(value));
+  for (const [name, value] of Object.entries(options)) body.append(name, name === "without" || name === "sort" ? value : JSON.stringify(value));
   return requestJson(`${base}search/image`, { method: "POST", body, signal });
-}
-
-function sorted(results, sort) { // items without the field come last
-  const field = sort.replace(/^-/, ""), sign = sort.startsWith("-") ? -1 : 1;
-  const value = (result) => (["caption", "category", "id"].includes(field) ? result[field] : result.metadata?.[field]) ?? "";
-  const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
-  return [...results].sort((a, b) => {
-    const [x, y] = [value(a), value(b)];
-    return x === "" || y === "" ? (x === "") - (y === "") : sign * compare(x, y);
-  });
 }
 
 export const imagePath = (base, id) => `${base}items/${encodeURIComponent(id)}/image`;
