@@ -1,4 +1,4 @@
-"""Exceptions as responses: every error of the service becomes `application/problem+json`.
+"""Exceptions as responses: every error of the service becomes the document of a `Problem`.
 
 - `install` registers the handlers, so routes need no try/except.
 - A 4xx response never logs a traceback. An unforeseen exception passes through; `request_log` logs it and responds 500.
@@ -67,7 +67,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     problem = to_problem(error)
     if problem.refused is not None:
         request.app.state.metrics.refused.labels(problem.refused).inc()
-    return problem.response()
+    return problem.response(request.scope)
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

@@ -1,7 +1,7 @@
 """The OpenAPI document, completed with what FastAPI cannot see.
 
 - Request bodies are read by hand (see `requests`), so their schemas are written here, with the limits of the settings.
-- Every error is `application/problem+json` instead of FastAPI's validation error; each status has an example.
+- Every error is a problem, or OpenAI's error, instead of FastAPI's validation error; each status has an example.
 - The security of an operation follows from its policy.
 """
 
@@ -23,15 +23,15 @@ from app.api.requests import (
     PutFields,
     PutItems,
 )
-from app.api.schemas import ProblemResponse
-from app.core.problems import MEDIA_TYPE, Problem
+from app.api.schemas import OpenAIErrorResponse, ProblemResponse
+from app.core.problems import MEDIA_TYPE, OPENAI_PATH, Problem
 from app.core.settings import Settings
 from app.middleware.access import Policy
 from app.search.query import Query
 
 _MODELS: tuple[type[BaseModel], ...] = (
     Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems,
-    FeedbackEvents, ProblemResponse,
+    FeedbackEvents, ProblemResponse, OpenAIErrorResponse,
 )  # fmt: skip
 _COLLECTION = {
     "name": "collection",
@@ -67,7 +67,7 @@ _ERRORS = {
 
 
 def operation_options(
-    policy: Policy, accepts: type[BaseModel] | None, media_type: str, errors: tuple[int, ...]
+    path: str, policy: Policy, accepts: type[BaseModel] | None, media_type: str, errors: tuple[int, ...]
 ) -> dict[str, Any]:
     """Return FastAPI's options of a route: its security, its body and its errors."""
     statuses = {*errors, *(_COLLECTION_ERRORS if policy.scope == "collection" else ())}
@@ -78,13 +78,15 @@ def operation_options(
     return {
         "include_in_schema": not policy.is_private,
         "openapi_extra": extra,
-        "responses": {status: _problem(status) for status in sorted(statuses)},
+        "responses": {status: _problem(path, status) for status in sorted(statuses)},
     }
 
 
-def _problem(status: int) -> dict[str, Any]:
-    example = Problem(status, _ERRORS[status]).body()
-    content = {MEDIA_TYPE: {"schema": _reference(ProblemResponse), "example": example}}
+def _problem(path: str, status: int) -> dict[str, Any]:
+    problem = Problem(status, _ERRORS[status])
+    content = {MEDIA_TYPE: {"schema": _reference(ProblemResponse), "example": problem.body()}}
+    if path.startswith(OPENAI_PATH):
+        content = {"application/json": {"schema": _reference(OpenAIErrorResponse), "example": problem.openai_body()}}
     return {"description": _ERRORS[status], "content": content}
 
 

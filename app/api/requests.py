@@ -10,6 +10,7 @@
 import asyncio
 import re
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from fastapi import Request
@@ -370,7 +371,15 @@ def validated(model: type[M], fields: dict[str, Any], settings: Settings) -> M:
     try:
         return model.model_validate(fields, context=settings)
     except ValidationError as error:
-        raise from_validation(error) from None
+        raise from_validation(error, _field_names(model)) from None
+
+
+@cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    """Return the names of a model's fields, and of the models inside it."""
+    schema = model.model_json_schema()
+    parts = (schema, *schema.get("$defs", {}).values())
+    return frozenset(name for part in parts for name in part.get("properties", ()))
 
 
 def _check_content_type(request: Request, expected: str, *others: str) -> str:
@@ -405,4 +414,5 @@ def _parse(body: bytes, model: type[M], settings: Settings) -> M:
     try:
         return model.model_validate_json(body, context=settings)
     except ValidationError as error:
-        raise from_validation(error) from None
+        is_subject_missing = model is Query and not any(name in body for name in (b'"query"', b'"more_like"'))
+        raise from_validation(error, _field_names(model), ["query"] if is_subject_missing else []) from None

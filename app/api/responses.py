@@ -5,6 +5,7 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from datetime import datetime
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
 from app.search.query import Match, SearchResults
+from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from app.service.files import ImageFile
 from dcar_core.util.arrays import Floats
@@ -153,6 +155,13 @@ def collection_response(collections: Collections, name: str) -> dict[str, Any]:
         "index_version": live.version if live else None,
         "min_score": live.min_score if live else None,
     }
+
+
+def model_response(name: str, live: Snapshot) -> dict[str, Any]:
+    """Return the body of a `ServedModel`."""
+    created = live.artifact.manifest.created
+    seconds = int(datetime.fromisoformat(created).timestamp()) if created else 0
+    return {"id": name, "object": "model", "created": seconds, "owned_by": "dcar"}
 
 
 def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:

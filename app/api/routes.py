@@ -39,6 +39,7 @@ from app.api.responses import (
     item_response,
     items_response,
     make_response,
+    model_response,
     not_modified,
     result_chars,
     search_response,
@@ -209,6 +210,13 @@ def _inputs(query: EmbeddingsQuery, max_bytes: int) -> list[str | bytes]:
         each if isinstance(each, str) else decode_base64(each.image, max_bytes, f"input.{number}.image")
         for number, each in enumerate(query.input)
     ]
+
+
+@embedding.add("GET", "/v1/models", Policy("read", "checked"), schemas.ModelsResponse)
+async def list_models(request: Request) -> Response:
+    """List the collections that embed, those that the key opens, in the shape of OpenAI's API."""
+    entries = [model_response(name, served.live) for name, served in state_of(request).collections if served.live]
+    return JsonResponse({"object": "list", "data": [each for each in entries if may_read(request, each["id"])]})
 
 
 @service.add("GET", "/collections", Policy("read", "checked"), schemas.CollectionsResponse)

@@ -91,7 +91,7 @@ class Routes:
             errors: statuses of errors beside those that follow from the body, the collection and the policy.
         """
         success: Any = {"model": returns} if isinstance(returns, type) else returns or {}
-        options = operation_options(policy, accepts, media_type, errors)
+        options = operation_options(path, policy, accepts, media_type, errors)
         options["responses"] = {status: success, **(others or {}), **options["responses"]}
         options |= {"methods": [method], "status_code": status, "tags": [self._tag] if self._tag else None}
 

@@ -182,6 +182,22 @@ class EmbeddingsResponse(BaseModel):
     usage: EmbeddingsUsage
 
 
+class ServedModel(BaseModel):
+    """A collection, as the model that embeds. created: when its version was published, in seconds since 1970."""
+
+    id: str = Field(examples=["twemoji"])
+    object: str = Field(examples=["model"])
+    created: int
+    owned_by: str = Field(examples=["dcar"])
+
+
+class ModelsResponse(BaseModel):
+    """The collections that embed, the default one first, in the shape of OpenAI's API."""
+
+    object: str = Field(examples=["list"])
+    data: list[ServedModel]
+
+
 class JobProgress(BaseModel):
     """Images that have been encoded, of all in the batch that the job is part of."""
 
@@ -275,3 +291,18 @@ class ProblemResponse(BaseModel):
     status: int = Field(examples=[422])
     detail: str = Field(examples=["query: must not be empty"])
     errors: list[FieldError] | None = None
+
+
+class OpenAIError(BaseModel):
+    """An error in the shape of OpenAI's API. param: the invalid field."""
+
+    message: str = Field(examples=["There is no collection 'shoes'; GET /collections lists the served ones."])
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(examples=["model"])
+    code: str | None = Field(examples=["model_not_found"])
+
+
+class OpenAIErrorResponse(BaseModel):
+    """An error of a route below /v1/."""
+
+    error: OpenAIError

@@ -1,12 +1,13 @@
-"""Error responses: `application/problem+json` (RFC 9457).
+"""Error responses: `application/problem+json` (RFC 9457), and below /v1/ OpenAI's error.
 
 - A faulty field is listed as `errors: [{"field", "message"}]`, under the name that the caller used.
 - `app.api.error_handlers` turns exceptions into these documents.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any, cast
 
@@ -14,11 +15,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from pydantic_core import to_json
 from starlette.responses import Response
+from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
+OPENAI_PATH = "/v1/"  # of the routes in the shape of OpenAI's API
+_OPENAI_CODES = {(401, "Authorization"): "invalid_api_key", (404, "model"): "model_not_found"}
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110's; Python before 3.13 has older ones
 _UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]|bool")  # in pydantic's location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
+_MAX_GUESSED = 40  # characters of an unknown field that is compared with the known ones
 _MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
 
 
@@ -66,7 +71,18 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
             document["errors"] = [{"field": name, "message": message} for name, message in self.errors]
         return document
 
-    def response(self) -> Response:
+    def openai_body(self) -> dict[str, Any]:
+        """Return the error of OpenAI's API."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        field = self.errors[0][0] if self.errors else None
+        code = _OPENAI_CODES.get((self.status, field or ""))
+        return {"error": {"message": self.detail, "type": kind, "param": field, "code": code}}
+
+    def response(self, scope: Scope) -> Response:
+        """Return the response to a request, in the shape that its path asks for."""
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPENAI_PATH):
+            return Response(to_json(self.openai_body()), self.status, self.headers, "application/json")
         return Response(to_json(self.body()), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
@@ -75,8 +91,15 @@ def field_problem(name: str, message: str, *, status: int = 422, **options: Any)
     return Problem(status, f"{name}: {message}", errors=[(name, message)], **options)
 
 
-def from_validation(error: ValidationError | RequestValidationError) -> Problem:
-    """Turn the faults that pydantic, or FastAPI on its behalf, found into one problem."""
+def from_validation(
+    error: ValidationError | RequestValidationError, known: Collection[str] = (), missing: Collection[str] = ()
+) -> Problem:
+    """Turn the faults that pydantic, or FastAPI on its behalf, found into one problem.
+
+    Args:
+        known: names that an unknown field may have been meant to be.
+        missing: fields to name as missing if others are unknown.
+    """
     if isinstance(error, RequestValidationError):  # a location begins with the part of the request
         entries = [{**entry, "loc": entry["loc"][1:]} for entry in error.errors()]
     elif error.error_count() > _MAX_EXAMINED:
@@ -85,7 +108,9 @@ def from_validation(error: ValidationError | RequestValidationError) -> Problem:
         entries = cast(list[Any], error.errors(include_url=False, include_context=False, include_input=False))
     if any(entry["type"] == "json_invalid" for entry in entries):
         return field_problem("body", "not valid JSON", status=400)
-    faults = [(_field_name(entry), _message(entry["msg"])) for entry in entries[:_MAX_FAULTS]]
+    faults = [(_field_name(entry), _message(entry, known)) for entry in entries[:_MAX_FAULTS]]
+    if any(entry["type"] == "extra_forbidden" for entry in entries):
+        faults += [(name, "is missing") for name in missing]
     detail = "; ".join(f"{name}: {message}" for name, message in faults)
     if len(entries) > _MAX_FAULTS:
         detail += f"; and {len(entries) - _MAX_FAULTS:,} more"
@@ -98,8 +123,13 @@ def _field_name(fault: Mapping[str, Any]) -> str:
     return ".".join([*(place for place in places if not _UNION_BRANCH.fullmatch(place)), *unknown]) or "body"
 
 
-def _message(text: str) -> str:
-    message = text.removeprefix("Value error, ")
+def _message(fault: Mapping[str, Any], known: Collection[str]) -> str:
+    if fault["type"] == "extra_forbidden":
+        name = str(fault["loc"][-1])[:_MAX_GUESSED]
+        begun = sorted((each for each in known if each.startswith(name)), key=len)
+        meant = [*begun, *get_close_matches(name, known, 1)]
+        return f"unknown field; did you mean {meant[0]}?" if meant else "unknown field"
+    message: str = fault["msg"].removeprefix("Value error, ")
     if message[1:2].islower():  # leaves acronyms such as "EOF" alone
         message = message[0].lower() + message[1:]
     return message

@@ -82,12 +82,12 @@ class RequestLog:
 
         try:
             problem = self._host_problem(scope)
-            await (self._app if problem is None else problem.response())(inner, receive, observed)
+            await (self._app if problem is None else problem.response(scope))(inner, receive, observed)
         except asyncio.CancelledError as error:
             if status or "shutdown" not in str(error):
                 raise
             detail = "The service is shutting down, and the request took too long."
-            await Problem(503, detail, headers={"Retry-After": "2"}).response()(inner, receive, observed)
+            await Problem(503, detail, headers={"Retry-After": "2"}).response(scope)(inner, receive, observed)
         except (GeneratorExit, KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # a panic of a library in Rust is no Exception
@@ -95,7 +95,7 @@ class RequestLog:
             logger.exception("unexpected error in %s %s", method, quote(scope["path"][:_MAX_LOGGED_PATH]))
             if status == 0:
                 problem = Problem(500, "Unexpected error. The log of the service has the details.")
-                await problem.response()(inner, receive, observed)
+                await problem.response(scope)(inner, receive, observed)
         finally:
             self._record(inner, method, status or _CLIENT_CLOSED, time.perf_counter() - began)
             request_id.reset(token)

@@ -63,6 +63,17 @@ TEXTS: list[tuple[bytes, int, str]] = [
 ]
 
 
+async def test_a_misspelt_field_is_told_with_the_name_that_was_meant(started: ServiceClient) -> None:
+    for path, body, faults in (
+        ("search/text", {"q": "cat"}, {"q": "unknown field; did you mean query?", "query": "is missing"}),
+        ("search/text", {"query": "cat", "filters": {}}, {"filters": "unknown field; did you mean filter?"}),
+        ("search/batch", {"queries": [{"querry": "cat"}]}, {"queries.0.querry": "unknown field; did you mean query?"}),
+        ("search/text", {"query": "cat", "zzz": 1}, {"zzz": "unknown field"}),
+    ):
+        problem = assert_problem(await started.post(f"/{path}", json=body), 422)
+        assert {each["field"]: each["message"] for each in problem["errors"]} == faults
+
+
 async def test_invalid_text_queries_name_the_field(started: ServiceClient) -> None:
     for content, status, field in TEXTS:
         body = assert_problem(await started.post("/search/text", content=content, headers=JSON), status, field)

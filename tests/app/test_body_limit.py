@@ -51,7 +51,7 @@ class Served:
             await self.limit.run(self.handler, self.policy, scope, receive, send)
         except Problem as problem:
             self.refusals.append(problem.refused)
-            await problem.response()(scope, receive, send)
+            await problem.response(scope)(scope, receive, send)
 
     def refused(self, reason: str) -> int:
         return self.refusals.count(reason)
@@ -77,7 +77,7 @@ class Served:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await self.run({"type": "http", "headers": list(headers)}, receive, send)
+        await self.run({"type": "http", "path": "/", "headers": list(headers)}, receive, send)
         start, bodies = sent[0], b"".join(each["body"] for each in sent[1:])
         assert [each["type"] for each in sent].count("http.response.start") == 1
         return start["status"], dict(start["headers"]), bodies

@@ -54,8 +54,16 @@ def test_the_openai_client_gets_the_vectors_of_the_service(url: str, client: Cli
         given: Any = {"image": base64.b64encode(png("red")).decode()}
         (vector,) = foreign.embeddings.create(model="index", input=given, encoding_format="float").data
         np.testing.assert_allclose(vector.embedding, image, atol=1e-6)
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError, match="There is no collection 'text-embedding-3-small'") as error:
             foreign.embeddings.create(model="text-embedding-3-small", input="red")
+        assert (error.value.param, error.value.code) == ("model", "model_not_found")
+        assert [each.id for each in foreign.models.list()] == ["index"]
+        with pytest.raises(openai.NotFoundError, match="There is nothing at /v1/chat/completions"):
+            foreign.chat.completions.create(model="index", messages=[])
+    with pytest.raises(ServiceError, match="422: input: at most 32, not 33") as refused:
+        client.embeddings(["a red circle"] * 33)
+    assert refused.value.problem is not None
+    assert [each.field for each in refused.value.problem.errors or []] == ["input"]
     with (
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0) as stranger,
         pytest.raises(openai.AuthenticationError),

@@ -13,7 +13,7 @@ import httpx
 from pydantic import ValidationError
 
 from dcar_client.limits import clean
-from dcar_client.models import FieldError, ProblemResponse
+from dcar_client.models import FieldError, OpenAIErrorResponse, ProblemResponse
 
 
 class ServiceError(Exception):
@@ -38,7 +38,7 @@ def error_from(response: httpx.Response) -> ServiceError:
     key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
     problem = None
     with contextlib.suppress(ValidationError):
-        given = ProblemResponse.model_validate_json(response.content)
+        given = _problem(response)
         texts = {name: clean(getattr(given, name), key) for name in ("type", "title", "detail")}
         faults = given.errors and [
             FieldError(field=clean(each.field, key), message=clean(each.message, key)) for each in given.errors[:20]
@@ -46,3 +46,13 @@ def error_from(response: httpx.Response) -> ServiceError:
         problem = given.model_copy(update={**texts, "errors": faults})
     request_id = clean(response.headers.get("x-request-id", ""), key) or None
     return ServiceError(response.status_code, problem, request_id)
+
+
+def _problem(response: httpx.Response) -> ProblemResponse:
+    """Return the problem of a response, or that of an error in OpenAI's shape."""
+    with contextlib.suppress(ValidationError):
+        error = OpenAIErrorResponse.model_validate_json(response.content).error
+        faults = [FieldError(field=error.param, message=error.message)] if error.param else None
+        title, status = response.reason_phrase, response.status_code
+        return ProblemResponse(type="about:blank", title=title, status=status, detail=error.message, errors=faults)
+    return ProblemResponse.model_validate_json(response.content)

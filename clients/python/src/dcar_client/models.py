@@ -188,6 +188,22 @@ class EmbeddingsResponse(Model):
     usage: EmbeddingsUsage
 
 
+class ServedModel(Model):
+    """A collection, as the model that embeds. created: when its version was published, in seconds since 1970."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+
+
+class ModelsResponse(Model):
+    """The collections that embed, the default one first, in the shape of OpenAI's API."""
+
+    object: str
+    data: list[ServedModel]
+
+
 class JobProgress(Model):
     """Images that have been encoded, of all in the batch that the job is part of."""
 
@@ -290,6 +306,21 @@ class ProblemResponse(Model):
     status: int
     detail: str
     errors: list[FieldError] | None = None
+
+
+class OpenAIError(Model):
+    """An error in the shape of OpenAI's API. param: the invalid field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorResponse(Model):
+    """An error of a route below /v1/."""
+
+    error: OpenAIError
 
 
 class Weights(TypedDict, total=False):
