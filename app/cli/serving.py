@@ -63,8 +63,8 @@ def search(
 ) -> None:
     """Search an index once, without a service.
 
-    A line has rank, score (cosine), id, and caption or file name. With --hybrid the words count for the rank as well.
-    Of an index with a --group-field, each product is listed once.
+    A line has rank, score (cosine), id, and caption, or title and file name. With --hybrid the words count for the rank
+    as well. Of an index with a --group-field, each product is listed once.
     """
     from dcar_core.images import has_image_suffix
 
@@ -81,15 +81,16 @@ def search(
     found = Index.open(index, device=device).search(query, image=image, **fields)
     body = search_body(found)
     for result, match in zip(body["results"], found, strict=True):
-        result["file_name"] = match.item.metadata.get("file_name", "")
+        metadata = match.item.metadata
+        result |= {name: metadata.get(name, "") for name in ("title", "file_name")}
     if as_json:
         typer.echo(dump_json(body))
         return
     if found.nothing_fits:
         typer.echo("nothing fits well; these are the nearest", err=True)
     for result in body["results"]:
-        title = result["caption"] or result["file_name"]
-        typer.echo(f"{result['rank']:3}  {result['score']:.3f}  {result['id']:24}  {title}")
+        name = f"{result['title']} ({result['file_name']})" if result["title"] else result["file_name"]
+        typer.echo(f"{result['rank']:3}  {result['score']:.3f}  {result['id']:24}  {result['caption'] or name}")
 
 
 @commands.command(epilog=example("dcar demo", "dcar demo --port 9000 --domain openmoji"))

@@ -18,7 +18,9 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.util.errors import DcarError, ImageError, ModelError, TrainingError
 from dcar_core.util.memory import WEIGHTS_FILE
-from tests.support.files import write_json
+from index_jobs.rebuild import rebuild
+from tests.support.files import write_file, write_json, write_jsonl
+from tests.support.images import draw
 from tests.support.tiny_clips import tiny_config
 
 
@@ -117,6 +119,15 @@ def test_an_image_without_a_suffix_is_searched_by_its_content(
     assert str(refused.exception).startswith(f"{note}: ")
     words = "a red circle " * 400
     assert CliRunner().invoke(app, ["search", words, *options]).exit_code == 0, "too long for the name of a file"
+
+
+def test_a_search_prints_titles_with_their_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        draw("red", "circle").save(write_file(tmp_path / f"photos/{name}.png", b""))
+    write_jsonl(tmp_path / "photos/metadata.jsonl", {"file_name": "a.png", "title": "Red dot"}, {"file_name": "b.png"})
+    rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
+    done = CliRunner().invoke(app, ["search", "red", "--index", str(tmp_path / "index")], catch_exceptions=False)
+    assert sorted(line.split("  ")[-1].strip() for line in done.stdout.splitlines()) == ["Red dot (a.png)", "b.png"]
 
 
 @pytest.mark.parametrize("options", [[], ["--hybrid"], ["--filter", '{"category": ["circle", "cross"]}']])
