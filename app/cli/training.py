@@ -41,8 +41,8 @@ def train(
     method: Annotated[
         str | None,
         Option(
-            help="block-adapters, dcar+, dcar, ... (an unknown name lists all). Default: by the model's level, as "
-            "`dcar models` lists it: block-adapters for full, dcar+-text for text, clip-adapter for features."
+            help="block-adapters+, dcar+, dcar, ... (an unknown name lists all). Default: by the model's level, as "
+            "`dcar models` lists it: block-adapters+ for full, dcar+-text for text, clip-adapter for features."
         ),
     ] = None,
     images: options.Images = None,
@@ -118,7 +118,7 @@ def zero_shot(out: options.Out, model: options.ModelName = DEFAULT.name, pretrai
     typer.echo(f"{out}: {model} unadapted, fingerprint {fingerprint[:12]}")
 
 
-@commands.command(epilog=example("dcar evaluate --data my/catalogue --methods clip,block-adapters --out results"))
+@commands.command(epilog=example("dcar evaluate --data my/catalogue --methods clip,block-adapters+ --out results"))
 def evaluate(
     data: options.Data,
     out: options.Out,
@@ -128,7 +128,7 @@ def evaluate(
         str | None,
         Option(
             help="Methods, separated by commas; an unknown name lists all. Default: clip,coop,clip-adapter,maple,dcar,"
-            "dcar+,block-adapters, or their variants that the model's towers can run."
+            "dcar+,block-adapters+, or their variants that the model's towers can run."
         ),
     ] = None,
     seeds: Annotated[int, Option(min=1, help="Seeds for each method.")] = 3,

@@ -44,7 +44,7 @@ from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
 UNTOUCHED = "clip"
-ABLATIONS = ("dual", "block-adapters")  # parts of dcar and dcar+ under names of their own
+ABLATIONS = ("dual", "block-adapters", "block-adapters+")  # parts of dcar and dcar+ under names of their own
 
 
 def compare(

@@ -119,6 +119,8 @@ class LossConfig(_Config):
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
+    hard_negatives [ours]: a second stage, which tunes the adapters of both features on the images nearest to each
+        caption (`training.hard_negatives`).
     """
 
     category: _Number = 0.5
@@ -126,7 +128,8 @@ class LossConfig(_Config):
     alpha: _Number = 0.5
     anchor: _Number = 0.0
     direction: LossDirection = "both"
-    _omitted = frozenset({"direction"})
+    hard_negatives: bool = False
+    _omitted = frozenset({"direction", "hard_negatives"})
     _former: ClassVar[Mapping[str, str | None]] = {"consistency": None, "distance": None}
 
 

@@ -6,7 +6,7 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     dcar    dual prompts, token weights, category adapter in the loss
     maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
     dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
-    block-adapters      these bottlenecks alone
+    block-adapters      these bottlenecks alone; block-adapters+: tuned on hard negatives at the end
     lora, prolip, flyp      changes of the backbone's own weights (`methods.weight_changes`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
@@ -156,19 +156,31 @@ class DCAR(nn.Module):
 
     def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
+        return self.adapt_text(self.text_features(tokens, weights))
+
+    def text_features(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """As `encode_text`, before the text adapter."""
         prompts = self.prompts.text_prompts() if self.prompts is not None else None
-        return self.adapt_text(F.normalize(self._run("encode_text", tokens, prompts, weights), dim=-1))
+        return F.normalize(self._run("encode_text", tokens, prompts, weights), dim=-1)
 
     def encode_query(self, tokens: Tensor) -> Tensor:
-        """Encode as a query: with the head's factors if validation preferred them, without an image."""
+        """Encode as a query, without an image: see `query_features`."""
+        return self.adapt_text(self.query_features(tokens))
+
+    def query_features(self, tokens: Tensor) -> Tensor:
+        """Features of queries before the text adapter: with the head's factors if validation preferred them."""
         use = self.config.reweight.query == "predicted"
-        return self.encode_text(tokens, self.predicted_weights(tokens) if use else None)
+        return self.text_features(tokens, self.predicted_weights(tokens) if use else None)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """float32 (B, 3, S, S), normalized -> (B, E)."""
+        return self.adapt_image(self.image_features(pixels))
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """As `encode_image`, before the image adapter."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
         adapters = self.block_adapters.matrices() if self.block_adapters is not None else None
-        return self.adapt_image(F.normalize(self._run("encode_image", pixels, prompts, adapters), dim=-1))
+        return F.normalize(self._run("encode_image", pixels, prompts, adapters), dim=-1)
 
     def _run(self, name: str, *inputs: Tensor | AdapterMatrices | None) -> Tensor:
         """Call a method of the backbone, with the changed weights if there are some."""

@@ -87,8 +87,9 @@ class Verdict:
             *([str(self.wider)] if self.wider else []),
         ]
         if not self.is_worth_it:
-            # "clip-adapter" runs on every model, but learned less than "block-adapters" from any number of captions.
-            other = "" if self.method in ("clip-adapter", "block-adapters") else "--method clip-adapter, "
+            # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
+            is_adapter = self.method in ("clip-adapter", "block-adapters", "block-adapters+")
+            other = "" if is_adapter else "--method clip-adapter, "
             lower, more = self.config.lr / 4, 2 * self.config.epochs
             parts.append(
                 f"Next: {other}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate "

@@ -26,6 +26,7 @@ from dcar_core.model.config import QueryWeights, TrainConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.hard_negatives import tune_on_hard_negatives
 from dcar_core.training.objective import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.train_state import LOG_FILE, load_state, save_state, tensorboard_log, write_csv
@@ -210,6 +211,8 @@ class _TrainingLoop:
         if finish is not None and model.changes is not None:
             finish(model.changes, lambda: mean_r1(evaluate(model, self.val_split)))
             recall = evaluate(model, self.val_split)
+        if model.config.loss.hard_negatives:
+            recall = tune_on_hard_negatives(model, self.train_split, self.val_split, self.config.seed)
         return TrainResult(recall, at.best_epoch, at.history[-1]["seconds"], at.history)
 
     def _step(self, rows: Rows) -> None:

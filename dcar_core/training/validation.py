@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dcar_core.model.config import QueryWeights
 from dcar_core.model.dcar import DCAR
@@ -28,23 +29,35 @@ def mean_r1(recall: Recall) -> float:
 @torch.inference_mode()
 def encode_captions(model: DCAR, split: PreparedSplit) -> Floats:
     """Encode each caption as a query: (N, E)."""
-    starts = range(0, len(split.tokens), _BATCH)
-    if model.text_is_frozen and split.text_features is not None:
-        parts = [model.adapt_text(split.text_features[i : i + _BATCH]) for i in starts]
-    else:
-        parts = [model.encode_query(split.tokens[i : i + _BATCH]) for i in starts]
-    return torch.cat(parts).cpu().numpy()
+    return model.adapt_text(_caption_features(model, split)).cpu().numpy()
 
 
 @torch.inference_mode()
 def encode_images(model: DCAR, split: PreparedSplit) -> Floats:
     """Encode each image: (I, E)."""
+    return model.adapt_image(_image_features(model, split)).cpu().numpy()
+
+
+@torch.no_grad()
+def tower_features(model: DCAR, split: PreparedSplit) -> tuple[Tensor, Tensor]:
+    """Return the features of captions (N, E) and images (I, E) before the adapters, without gradients."""
+    return _caption_features(model, split), _image_features(model, split)
+
+
+def _caption_features(model: DCAR, split: PreparedSplit) -> Tensor:
+    if model.text_is_frozen and split.text_features is not None:
+        return split.text_features
+    starts = range(0, len(split.tokens), _BATCH)
+    return torch.cat([model.query_features(split.tokens[i : i + _BATCH]) for i in starts])
+
+
+def _image_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if split.pixels is None:
         assert split.image_features is not None  # `prepare_split` makes one or the other
-        return model.adapt_image(split.image_features).cpu().numpy()
+        return split.image_features
     starts = range(0, len(split.pixels), _BATCH)
-    parts = [model.encode_image(model.backbone.normalized(split.pixels[i : i + _BATCH])) for i in starts]
-    return torch.cat(parts).cpu().numpy()
+    normalized = (model.backbone.normalized(split.pixels[i : i + _BATCH]) for i in starts)
+    return torch.cat([model.image_features(pixels) for pixels in normalized])
 
 
 def choose_query_weights(model: DCAR, split: PreparedSplit) -> tuple[QueryWeights, Recall]:

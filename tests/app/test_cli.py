@@ -145,7 +145,7 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     command = ["train", "--data", tiny_data, "--model", tiny_model, "--epochs", "1", "--lr", "0", "--out", tmp_path]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 3, result.output
-    assert "adapted (block-adapters)" in result.stdout
+    assert "adapted (block-adapters+)" in result.stdout
     assert "Was it worth it? No" in result.stdout
     assert "Caveat: 6 validation pairs" in result.stdout
     assert re.search(r"among 6 validation images .*\nAmong all 18 images for training and validation,", result.stdout)
@@ -168,7 +168,7 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
         assert (out / "trainables.safetensors").stat().st_mtime_ns == written
         return str(done.exception)
 
-    for same in ([], ["--method", "block-adapters"]):
+    for same in ([], ["--method", "block-adapters+"]):
         again = CliRunner().invoke(app, [*command, *same])
         head, _, verdict = again.stdout.partition("\n")
         assert re.fullmatch(rf"{out}: already trained: epoch 1, .*; --restart trains again", head)
@@ -179,7 +179,7 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
     )
     assert "another method;" in refusal("--method", "clip-adapter")
     write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"training": {}})
-    assert refusal() == f"{out} holds a checkpoint of block-adapters from another command; {remedy}"
+    assert refusal() == f"{out} holds a checkpoint of block-adapters+ from another command; {remedy}"
     restarted = CliRunner().invoke(app, [*command, "--restart"])
     assert "already" not in restarted.stdout
     assert (out / "trainables.safetensors").stat().st_mtime_ns > written

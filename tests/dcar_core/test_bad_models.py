@@ -137,7 +137,7 @@ def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: s
 
 
 @pytest.mark.parametrize(
-    ("level", "method"), [("full", "block-adapters"), ("text", "dcar+-text"), ("features", "clip-adapter")]
+    ("level", "method"), [("full", "block-adapters+"), ("text", "dcar+-text"), ("features", "clip-adapter")]
 )
 def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
     assert default_method(level) == method

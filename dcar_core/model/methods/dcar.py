@@ -32,6 +32,11 @@ _CONFIGS = (
         method="block-adapters", prompt=NO_PROMPTS, reweight=NO_WEIGHTS, adapter=_ADAPTERS,
         loss=replace(_ANCHORED, head=0),
     ),
+    # the same with a second stage on hard negatives [ours]
+    ModelConfig(
+        method="block-adapters+", prompt=NO_PROMPTS, reweight=NO_WEIGHTS, adapter=_ADAPTERS,
+        loss=replace(_ANCHORED, head=0, hard_negatives=True),
+    ),
     # for image towers that take neither prompts nor block adapters
     ModelConfig(
         method="dcar+-text", prompt=PromptConfig(depth=4, image=False), adapter=replace(_ADAPTERS, blocks=0),

@@ -24,13 +24,13 @@ def method(name: str) -> ModelConfig:
 
 def default_method(level: str) -> str:
     """Return the name of the method that `dcar train` uses by default at a `towers.select.Level`."""
-    return {"full": "block-adapters", "text": "dcar+-text"}.get(level, "clip-adapter")
+    return {"full": "block-adapters+", "text": "dcar+-text"}.get(level, "clip-adapter")
 
 
 def comparable_methods(level: str) -> list[str]:
     """Return the names of the methods that `dcar evaluate` compares by default at a `towers.select.Level`."""
     return {
-        "full": ["clip", "coop", "clip-adapter", "maple", "dcar", "dcar+", "block-adapters"],
+        "full": ["clip", "coop", "clip-adapter", "maple", "dcar", "dcar+", "block-adapters+"],
         "text": ["clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"],
     }.get(level, ["clip", "clip-adapter"])
 
