@@ -18,6 +18,8 @@ from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import Recall, mean_r1, tower_features
 from dcar_core.util.retrieval_metrics import recall_at_k
 
+Adapters = tuple[FeatureAdapter, FeatureAdapter]  # of texts and of images
+
 NEAREST = 30  # images of a caption from which its negatives are drawn
 NEGATIVES = 7
 EPOCHS, BATCH, LEARNING_RATE = 4, 64, 3e-3
@@ -26,12 +28,12 @@ SHARES = (0.5, 0.25, 0.0)  # of the change; the first wins a tie. More than half
 
 def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> Recall:
     """Tune the feature adapters in place, and return the validation recall of the share that was kept."""
-    adapters = model.text_adapter, model.image_adapter
-    if adapters[0] is None or adapters[1] is None:
-        raise ValueError(f"{model.config.method} has no adapters of both features")
+    assert model.text_adapter is not None  # every method with this stage has both
+    assert model.image_adapter is not None
+    adapters = (model.text_adapter, model.image_adapter)
     before = deepcopy(adapters)
     with torch.enable_grad():
-        _learn(adapters[0], adapters[1], tower_features(model, training), training, float(model.backbone.scale), seed)
+        _learn(adapters, tower_features(model, training), training, float(model.backbone.scale), seed)
     after, found = deepcopy(adapters), tower_features(model, validation)
     recalls = dict[float, Recall]()
     for share in SHARES:
@@ -45,8 +47,7 @@ def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: Pre
 
 
 def _learn(
-    adapt_text: FeatureAdapter,
-    adapt_image: FeatureAdapter,
+    adapters: Adapters,
     features: tuple[Tensor, Tensor],
     split: PreparedSplit,
     scale: float,
@@ -56,7 +57,7 @@ def _learn(
 
     features: of captions (N, E) and images (I, E), before the adapters. scale: 1 / tau.
     """
-    texts, images = features
+    (adapt_text, adapt_image), (texts, images) = adapters, features
     own = torch.from_numpy(split.image_of).to(texts.device)
     nearest = _nearest_wrong_images(adapt_text(texts), adapt_image(images), split).to(texts.device)
     parameters = [*adapt_text.parameters(), *adapt_image.parameters()]
@@ -68,11 +69,13 @@ def _learn(
         for rows in np.array_split(random.permutation(len(split)), batches):
             drawn = random.random((len(rows), nearest.shape[1])).argsort(1)[:, :NEGATIVES]
             chosen = nearest[rows].gather(1, torch.from_numpy(drawn).to(nearest.device))
-            shown, place = torch.cat([own[rows, None], chosen], 1).unique(return_inverse=True)  # (B, 1 + NEGATIVES)
+            shown, place = torch.unique(
+                torch.cat([own[rows, None], chosen], 1), return_inverse=True
+            )  # [B, 1 + NEGATIVES]
             similarity = torch.einsum("be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[place])
             loss = F.cross_entropy(scale * similarity, torch.zeros_like(own[rows]))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -85,20 +88,16 @@ def _nearest_wrong_images(texts: Tensor, images: Tensor, split: PreparedSplit) -
     most = max(len(answers) for answers in right)
     kept = min(NEAREST, len(images) - most)
     found = []
-    for row, answers in enumerate(right):
-        similarity = images @ texts[row]
-        similarity[torch.from_numpy(answers).to(similarity.device)] = -torch.inf
+    for start in range(0, len(texts), BATCH):
+        similarity = texts[start : start + BATCH] @ images.T
+        for row, answers in zip(similarity, right[start : start + BATCH], strict=True):
+            row[torch.from_numpy(answers).to(row.device)] = -torch.inf
         found.append(similarity.topk(kept).indices)
-    return torch.stack(found)
+    return torch.cat(found)
 
 
 @torch.no_grad()
-def _interpolate(
-    adapters: tuple[FeatureAdapter, FeatureAdapter],
-    before: tuple[FeatureAdapter, FeatureAdapter],
-    after: tuple[FeatureAdapter, FeatureAdapter],
-    share: float,
-) -> None:
+def _interpolate(adapters: Adapters, before: Adapters, after: Adapters, share: float) -> None:
     for own, start, end in zip(adapters, before, after, strict=True):
         for parameter, old, new in zip(own.parameters(), start.parameters(), end.parameters(), strict=True):
             parameter.copy_(old + share * (new - old))
