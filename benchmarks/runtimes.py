@@ -79,7 +79,7 @@ def ratios(report: RuntimeReport) -> str:
             f"| {found['text_ms']:.1f} ms ({reference['text_ms'] / found['text_ms']:.1f} x) "
             f"| {images:.0f} ({images / reference['images_per_s']:.1f} x) | {f'{memory:,.0f} MB' if memory else ''} "
             f"| {row.accuracy['cosine_text']:.4f}, {row.accuracy['cosine_image']:.4f} "
-            f"| {report.decoding.fast_ms * images / 1000 / report.threads:.0%} |"
+            f"| {report.decoding['fast_ms'] * images / 1000 / report.threads:.0%} |"
         )
     return "\n".join(lines)
 
