@@ -91,4 +91,7 @@ class Page:
         return self.all("#results .card")
 
     def errors(self) -> list[str]:
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
+        """Return what the browser logged, except refused images, which the page loads again, and an ended service."""
+        logged = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
+        shown = [message for message in logged if "net::ERR_CONNECTION_REFUSED" not in message]
+        return [message for message in shown if not ("/image?size=" in message and "status of 503" in message)]
