@@ -23,7 +23,7 @@ commands = typer.Typer()
 
 DEFAULT_GRID = ",".join(f"{lr:g}" for lr in GRID)
 N = TypeVar("N", int, float)
-PAPER_MODEL = "ViT-B-32-quickgelu"
+PAPER_MODEL = "ViT-B-32-quickgelu"  # as OpenAI trained it
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
