@@ -1,6 +1,6 @@
 """Clients that others wrote, against the running service: OpenAI's, MCP's, LangChain's and LlamaIndex's.
 
-LlamaIndex is not part of the extra `stacks`; docs/how-to/connect-other-tools.md tells how to run these tests with it.
+LlamaIndex is not part of the extra `stacks`: install `.[dev,stacks]` and `llama-index-core` in another environment.
 """
 
 import base64
