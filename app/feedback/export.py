@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from app.feedback.click_model import Cells, Propensities, estimate
 from app.feedback.store import read_log
+from dcar_core.data.judgements import trec_id
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer, write_json
@@ -415,7 +416,7 @@ def _write_judged(out: Path, judged: Sequence[tuple[str, str, int, str, int]]) -
     writer.writerow(["query_id", "query", "item_id", "grade", "source", "clients"])
     for text, item, grade, source, clients in judged:
         writer.writerow([numbers[text], text, item, grade, source, clients])
-        qrels.append(f"{numbers[text]} 0 {'%20'.join(item.split(' '))} {grade}\n")
+        qrels.append(f"{numbers[text]} 0 {trec_id(item)} {grade}\n")
     for name, content in (
         ("judgements.csv", table.getvalue()),
         ("qrels.txt", "".join(qrels)),

@@ -90,11 +90,10 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
         figures.append(_recalls((model, baseline), rng.multinomial(images, np.full(images, 1 / images), size=size)))
     own, other = np.concatenate(figures, axis=1)  # [1 + R, 3]
     difference = own - other
+    estimates = [dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, difference)]
     tail = min((difference[1:, 2] <= 0).sum(), (difference[1:, 2] >= 0).sum())
     return PairedDifference(
-        _estimates(own),
-        _estimates(other),
-        _estimates(difference),
+        *estimates,
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
         images=images,
@@ -108,8 +107,18 @@ def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.fl
     return np.stack([text, image, np.add(text, image) / 2], axis=2)
 
 
-def _estimates(figures: NDArray[np.float64]) -> dict[str, Estimate]:
-    """Return the estimates of (1 + R, 3) figures: the values, and those of all resamples."""
+def estimate_means(values: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Estimate]:
+    """Return the mean over queries of each of M measures (Q, M); of paired differences, if the values are these."""
+    queries, rng = len(values), np.random.default_rng(seed)
+    means = [values.mean(0, keepdims=True)]
+    for start in range(0, resamples, _CHUNK):
+        size = min(_CHUNK, resamples - start)
+        means.append(rng.multinomial(queries, np.full(queries, 1 / queries), size=size) @ values / queries)
+    return _estimates(np.concatenate(means))
+
+
+def _estimates(figures: NDArray[np.float64]) -> list[Estimate]:
+    """Return the estimates of (1 + R, M) figures: the values, and those of all resamples."""
     tail = (1 - CONFIDENCE) / 2
     ends = np.quantile(figures[1:], [tail, 1 - tail], axis=0)
-    return {name: Estimate(*map(float, (figures[0, i], *ends[:, i]))) for i, name in enumerate(MEASURES)}
+    return [Estimate(*map(float, column)) for column in zip(figures[0], *ends, strict=True)]

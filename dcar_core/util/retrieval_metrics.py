@@ -1,4 +1,4 @@
-"""Recall@k in both directions and hard-negative accuracy, computed in chunks.
+"""Recall@k in both directions, hard-negative accuracy, and measures of graded judgements.
 
 - Ties and NaN scores count against the model.
 - Scores of equal vectors differ in the last bits, depending on their place in a matrix product. Differences below
@@ -83,6 +83,27 @@ def ndcg(query: Floats, target: Floats, right: Sequence[NDArray[np.int64]], k: i
         places = np.arange(len(best)) + (~(wrong < best[:, None] - TIE_TOLERANCE)).sum(1)
         gains.append(discounts[places[places < k]].sum() / discounts[: len(own)].sum())
     return 100 * float(np.mean(gains))
+
+
+def graded_measures(found: NDArray[np.int64], judged: Sequence[NDArray[np.int64]]) -> dict[str, NDArray[np.float64]]:
+    """Return nDCG@k, MRR@k and recall@k of each query in percent, as trec_eval computes them.
+
+    The gain of a grade is linear. For MRR and recall, a grade above 0 is relevant. A query without any has 0.
+
+    Args:
+        found: (Q, k) grades of the first k results; 0 where there is no judgement, or no further result.
+        judged: every grade of each query.
+    """
+    k = found.shape[1]
+    discounts, is_hit = 1 / np.log2(np.arange(2, k + 2)), found > 0
+    best = [np.sort(grades)[: -k - 1 : -1] for grades in judged]
+    ideal = np.array([grades @ discounts[: len(grades)] for grades in best])
+    relevant = np.array([np.count_nonzero(grades > 0) for grades in judged])
+    return {
+        f"nDCG@{k}": 100 * (found @ discounts) / np.where(ideal > 0, ideal, 1),
+        f"MRR@{k}": 100 * is_hit.any(1) / (1 + is_hit.argmax(1)),
+        f"recall@{k}": 100 * is_hit.sum(1) / np.maximum(relevant, 1),
+    }
 
 
 def best_targets(query: Floats, target: Floats) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ from app.feedback import store
 from app.feedback.export import Options, Report, export
 from app.feedback.store import EventRow, Journal, QueryRow
 from dcar_core.data import load_splits
+from dcar_core.data.judgements import read_judgements
 from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
@@ -146,7 +147,11 @@ def test_judgements_by_hand_come_first(artifact: Artifact, tmp_path: Path) -> No
     assert report.left_out["pairs judged by fewer than 2 clients"] == 1
     exported(folder, artifact, tmp_path / "trusted", judges=frozenset("b"))
     qrels = (tmp_path / "trusted" / "qrels.txt").read_text().splitlines()
-    assert qrels == ["q1 0 circle/red.png 1", f"q1 0 {ODD_ID.replace(' ', '%20')} 2"]
+    assert qrels == ["q1 0 circle/red.png 1", "q1 0 été%20#1?/100%252F.png 2"]
+    out = tmp_path / "trusted"
+    judged = read_judgements([out / "judgements.csv"])
+    assert judged.grades == {"q1": {"circle/red.png": 1, ODD_ID: 2}}
+    assert read_judgements([out / "qrels.txt"], out / "queries.tsv") == judged
 
 
 @dataclass

@@ -63,6 +63,7 @@ PARTS = {
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),
     "plots": _extra("plots", "plots", "matplotlib"),
+    "ir-measures": Part("measures of trec_eval", "make test EXTRAS=dev", ("ir_measures",)),
     "openai": _extra("OpenAI's client", "stacks", "openai"),
     "mcp": _extra("MCP", "stacks", "mcp"),
     "langchain": _extra("LangChain", "stacks", "langchain_core"),
