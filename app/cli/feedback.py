@@ -1,14 +1,17 @@
-"""`dcar feedback export` and `dcar feedback forget`: training pairs and judged lists from the feedback log."""
+"""`dcar feedback export` and `forget`: training pairs and judged lists from the log; `dcar judge` measures by them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
-from app.cli.options import IndexDir, Out, example
+from app.cli.options import Device, IndexDir, Out, example
 
-commands = typer.Typer(help="Learn from clicks.")
+if TYPE_CHECKING:
+    from app.search import Index
+
+commands, judging = typer.Typer(help="Learn from clicks."), typer.Typer()
 Log = Annotated[Path | None, Option("--log", help="Directory that DCAR_FEEDBACK names. Default: INDEX/feedback.")]
 
 
@@ -49,3 +52,68 @@ def forget_command(
 
     read_log(log)  # refuses another directory
     typer.echo(f"{log}: {forget(log, client):,} events removed")
+
+
+@judging.command(
+    "judge",
+    epilog=example(
+        "dcar judge judgements.csv --index index --against 1",
+        "dcar judge qrels.txt --queries queries.tsv --index index --run run.txt",
+    ),
+)
+def judge_command(
+    judgements: Annotated[
+        list[Path],
+        Argument(
+            exists=True,
+            dir_okay=False,
+            help="Tables of query, item_id and grade (0 to 3), perhaps query_id and class; or TREC qrels.",
+        ),
+    ],
+    index: IndexDir,
+    version: Annotated[int | None, Option(min=1, help="Version of the index. Default: the current one.")] = None,
+    against: Annotated[
+        str | None, Option(metavar="VERSION|DIR", help="Compare with a version of the index, or another index.")
+    ] = None,
+    queries: Annotated[
+        Path | None, Option(exists=True, dir_okay=False, help="Queries of qrels: lines of id, tab and text.")
+    ] = None,
+    hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
+    run: Annotated[
+        Path | None, Option(help="Write the results: those of --index as a TREC run, or all, with grades, as .csv.")
+    ] = None,
+    qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
+
+    Brackets are 95 % intervals of a bootstrap over the queries, paired between two. Results without a judgement count
+    as 0; they are counted and listed.
+    """
+    from app.feedback import judge
+    from dcar_core.data.judgements import read_judgements
+    from dcar_core.util.files import atomic_writer, require_writable
+
+    for path in filter(None, (run, qrels)):
+        require_writable(path.parent)
+    judged = read_judgements(judgements, queries)
+    opened = [_open_version(index, version, device)]
+    if against is not None:
+        number = int(against) if against.isdecimal() else None
+        opened.append(_open_version(Path(against) if number is None else index, number, device))
+    runs = [judge.Run.of(each, name, judged, hybrid=hybrid) for each, name in opened]
+    if run is not None:
+        with atomic_writer(run) as file:
+            file.write(judge.write_run(runs, as_csv=run.suffix == ".csv").encode())
+    if qrels is not None:
+        with atomic_writer(qrels) as file:
+            file.write(judged.to_qrels().encode())
+    typer.echo(judge.describe(runs))
+
+
+def _open_version(path: Path, version: int | None, device: str) -> tuple["Index", str]:
+    """Return a version of an index, and its name."""
+    from app.search import Index
+
+    opened = Index.open(path, device=device, version=version)
+    return opened, f"{path} version {opened.snapshot.version}"

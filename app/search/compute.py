@@ -61,3 +61,17 @@ class Compute:
     def timed(self, stage: Stage) -> AbstractContextManager[None]:
         """Measure a stage of the search."""
         return nullcontext()
+
+
+class EncodedTexts(Compute):
+    """Has encoded the normalized texts of several queries in one batch."""
+
+    def __init__(self, snapshot: Snapshot, texts: Sequence[str]) -> None:
+        self._vectors = dict(
+            zip(texts, encode_text_rows([TextRow(snapshot.encoder, text) for text in texts]), strict=True)
+        )
+
+    async def query_texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
+        if not self._vectors.keys() >= {*texts}:
+            return await super().query_texts(snapshot, texts)
+        return [(self._vectors[text], False) for text in texts]

@@ -5,6 +5,7 @@
 """
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from app.core.settings import Settings
 from app.search import pair_scoring
-from app.search.compute import Compute
+from app.search.compute import Compute, EncodedTexts
 from app.search.errors import InvalidQueryError
 from app.search.facets import Facet, count_facets
 from app.search.plan import Plan, compose, make_plan
@@ -26,7 +27,9 @@ from app.search.sorting import SortedMatches, sort_matches
 from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import ImageError
-from index_jobs.store.versions import open_current
+from index_jobs.store.versions import open_current, open_version
+
+_BATCH = 64  # texts that are encoded at a time
 
 
 async def search(
@@ -205,24 +208,25 @@ class Index:
         self._settings = settings
 
     @classmethod
-    def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "") -> "Index":
-        """Open the current version of an index.
+    def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "", version: int | None = None) -> "Index":
+        """Open a version of an index.
 
         Args:
             path: directory of the published index.
             device: auto, cpu, cuda, cuda:1 or mps.
             runtime: of the encoder; see `Encoder.load`. Default: the one that was measured as the fastest here, or
                 PyTorch.
+            version: its number. Default: the current one.
 
         Raises:
             DcarError: the index or its checkpoint is missing or broken.
         """
         if not runtime:
-            artifact = open_current(Path(path))
+            artifact = open_current(Path(path)) if version is None else open_version(Path(path), version)
             is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
         settings = Settings.model_construct(index=Path(path), device=device, runtime=runtime)  # not of the environment
-        return cls(open_snapshot(settings.index, settings), settings)
+        return cls(open_snapshot(settings.index, settings, version=version), settings)
 
     def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResults:
         """Return the matches of a text, an image, items of the gallery, or all of them.
@@ -236,22 +240,44 @@ class Index:
             ImageError: the image cannot be read.
             SearchError: the search failed; an `InvalidQueryError` names the field.
         """
-        try:
-            checked = Query(query=query, **options)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            field = ".".join(str(place) for place in fault["loc"]) or "query"
-            raise InvalidQueryError(field, fault["msg"].removeprefix("Value error, ")) from None
+        checked = _check_query(query, options)
         try:
             data = Path(image).read_bytes() if isinstance(image, str | Path) else image
-            steps = search(Compute(), self.snapshot, checked, data, self._settings)
-            steps.send(None)  # it waits for nothing, so it needs no event loop
-        except StopIteration as end:
-            results: SearchResults = end.value
-            return results
+            return self._search(Compute(), checked, data)
         except (OSError, ImageError) as error:
             if isinstance(image, str | Path):
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise ImageError(f"{image}: {reason}") from error
             raise
+
+    def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResults]:
+        """Yield the matches of each text, as `search` finds them; texts are encoded in batches.
+
+        Args:
+            options: the other fields of `Query`, for all.
+
+        Raises:
+            SearchError: a search failed.
+        """
+        for start in range(0, len(queries), _BATCH):
+            batch = [_check_query(query, options) for query in queries[start : start + _BATCH]]
+            compute = EncodedTexts(self.snapshot, [query.query for query in batch])
+            yield from (self._search(compute, query, None) for query in batch)
+
+    def _search(self, compute: Compute, query: Query, image: bytes | None) -> SearchResults:
+        try:
+            search(compute, self.snapshot, query, image, self._settings).send(None)  # it waits for nothing
+        except StopIteration as end:
+            results: SearchResults = end.value
+            return results
         raise RuntimeError("the search waits for something")
+
+
+def _check_query(query: str, options: dict[str, Any]) -> Query:
+    """Return a query. Raise InvalidQueryError, which names the field, for a wrong one."""
+    try:
+        return Query(query=query, **options)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(place) for place in fault["loc"]) or "query"
+        raise InvalidQueryError(field, fault["msg"].removeprefix("Value error, ")) from None

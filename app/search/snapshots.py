@@ -20,7 +20,7 @@ from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.errors import DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
-from index_jobs.store.versions import open_current, read_manifest
+from index_jobs.store.versions import open_current, open_version, read_manifest
 from index_jobs.store.writes import empty_artifact
 
 if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
@@ -109,19 +109,27 @@ class Snapshot:
         return PairWeights(self.encoder)
 
 
-def open_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = (), is_empty: bool = False) -> Snapshot:
-    """Open the published version of an index, and load its model.
+def open_snapshot(
+    index: Path,
+    settings: Settings,
+    loaded: Sequence[Snapshot] = (),
+    is_empty: bool = False,
+    version: int | None = None,
+) -> Snapshot:
+    """Open a version of an index, and load its model.
 
     Args:
         loaded: snapshots in memory, whose encoders and backbones are reused.
         is_empty: open version 0 of a created collection, which has a model and no items yet.
+        version: its number. Default: the current one.
 
     Raises:
         DcarError: the index or its checkpoint is missing or broken, or they do not belong together.
     """
     artifact = None
     if not is_empty:
-        artifact = open_current(index, image_roots=settings.image_roots, image_hosts=settings.image_hosts)
+        limits: dict[str, Any] = {"image_roots": settings.image_roots, "image_hosts": settings.image_hosts}
+        artifact = open_current(index, **limits) if version is None else open_version(index, version, **limits)
     checkpoint = artifact.checkpoint if artifact else index / CHECKPOINT
     config = read_config(checkpoint)
     fingerprint = artifact.manifest.fingerprint if artifact else config.get("fingerprint")

@@ -80,11 +80,10 @@ def open_current(
     Raises:
         ArtifactError: nothing is published, or the version is incomplete.
     """
-    access = None if image_roots is None else ImageAccess(tuple(image_roots), frozenset(image_hosts))
     version = require_index(index)
     while True:
         try:
-            return open_version(index, version, access)
+            return open_version(index, version, image_roots=image_roots, image_hosts=image_hosts)
         except ArtifactError:  # a writer may have published another version and removed this one in the meantime
             newest = current_version(index)
             if newest is None or newest == version:
@@ -92,12 +91,16 @@ def open_current(
             version = newest
 
 
-def open_version(index: Path, version: int, image_access: ImageAccess | None = None) -> Artifact:
+def open_version(
+    index: Path, version: int, *, image_roots: Sequence[Path] | None = None, image_hosts: Sequence[str] = ()
+) -> Artifact:
+    """Open a version by its number; other arguments and errors as of `open_current`."""
+    access = None if image_roots is None else ImageAccess(tuple(image_roots), frozenset(image_hosts))
     path = index / VERSIONS / str(version)
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"
         raise ArtifactError(f"{index} has no version {version}; it has {available}")
-    return Artifact.open(path, image_access)
+    return Artifact.open(path, access)
 
 
 def version_numbers(index: Path) -> list[int]:

@@ -22,20 +22,19 @@ def write(path: Path, text: str) -> Path:
 def test_tables_and_qrels_hold_the_same_list(tmp_path: Path) -> None:
     rows = [
         ("q1", "red shoe", "a b.png", 3, "word"),
-        ("q1", "red shoe", "100%20.png", 0, "word"),
+        ("q1", "red shoe", "1%20.png", 0, "word"),
         ("q 2", "é", "c", 1, ""),
     ]
-    table = "query_id,query,item_id,grade,class\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+    names = "query_id", "query", "item_id", "grade", "class"
+    table = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
     judged = read_judgements([write(tmp_path / "list.csv", table)])
-    assert [*judged.rows()] == [
-        dict(zip(("query_id", "query", "item_id", "grade", "class"), row, strict=True)) for row in rows
-    ]
-    assert judged.to_csv() == table
-    lines = "".join(json.dumps(dict(row) | {"source": "clicks"}) + "\n" for row in judged.rows())
+    assert judged.texts == {"q1": "red shoe", "q 2": "é"}
+    assert judged.grades == {"q1": {"a b.png": 3, "1%20.png": 0}, "q 2": {"c": 1}}
+    assert judged.classes == {"q1": "word"}
+    lines = "".join(json.dumps(dict(zip(names, row, strict=True)) | {"source": "clicks"}) + "\n" for row in rows)
     assert read_judgements([write(tmp_path / "list.jsonl", lines)]) == judged
     qrels = write(tmp_path / "qrels.txt", judged.to_qrels())
-    assert qrels.read_text().splitlines()[0] == "q1 0 a%20b.png 3"
-    assert all(len(line.split()) == 4 for line in qrels.read_text().splitlines())
+    assert qrels.read_text() == "q1 0 a%20b.png 3\nq1 0 1%2520.png 0\nq%202 0 c 1\n"
     texts = "".join(f"{trec_id(query_id)}\t{text}\n" for query_id, text in judged.texts.items())
     found = read_judgements([qrels], write(tmp_path / "queries.tsv", texts))
     assert (found.texts, found.grades, found.classes) == (judged.texts, judged.grades, {})
@@ -56,7 +55,8 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         read_judgements([table])
     assert [line.removeprefix(f"{table}, ") for line in str(caught.value).splitlines()] == [
         "line 2: field 'grade' must be 0, 1, 2 or 3, not '4'; correct or remove it",
-        "line 3: field 'query' is missing or empty; the row has query_id, item_id, grade",
+        "line 3: field 'query' is missing or empty; the row has query_id, item_id, grade; "
+        "texts of qrels are in --queries FILE",
         "line 4: field 'item_id' is missing or empty; the row has query_id, query, grade",
         "line 5: field 'grade' is missing or empty; the row has query_id, query, item_id",
         "line 7: field 'grade' is 2, but 'c' had 1 for this query; remove one",
@@ -70,16 +70,17 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
 
 def test_bad_qrels_and_empty_lists_say_what_to_do(tmp_path: Path) -> None:
     queries = write(tmp_path / "queries.tsv", "q1\tred\nq2 blue\n")
-    qrels = write(tmp_path / "qrels.txt", "q1 0 a 1\n\nq1 a 1\nq3 0 a 1\nq1 0 b -1\n")
+    qrels = write(tmp_path / "qrels.txt", "q1 0 a 1\n\nq1 a 1\nq2 0 a 1\nq1 0 b -1\nq1 Q0 c 1 9.5 run\n")
     with pytest.raises(DataError) as caught:
         read_judgements([qrels], queries)
+    hint = "texts of qrels are in --queries FILE"
     assert [line.partition(", ")[2] for line in str(caught.value).splitlines()] == [
-        "line 2: must be the id of a query, a tab and its text",
-        "line 3: must be 'query_id 0 item_id grade', not 3 cells",
-        "line 4: field 'query_id' 'q3' has no text; add it to --queries",
+        "line 3: field 'grade' is missing or empty; the row has query_id, query, item_id",
+        f"line 4: field 'query' is missing or empty; the row has query_id, item_id, grade; {hint}",
         "line 5: field 'grade' must be 0, 1, 2 or 3, not '-1'; correct or remove it",
+        "line 6: field 'grade' must be 0, 1, 2 or 3, not '1 9.5 run'; correct or remove it",
     ]
-    with pytest.raises(DataError, match="give them by --queries"):
+    with pytest.raises(DataError, match=hint):
         read_judgements([qrels])
     with pytest.raises(DataError, match="has no judgement"):
         read_judgements([write(tmp_path / "empty.csv", "query,item_id,grade\n")])
@@ -100,7 +101,9 @@ def test_measures_equal_those_of_ir_measures(seed: int) -> None:
             run.append(tools.ScoredDoc(f"q{query}", f"i{item}", 10.0 - place))
             found[query, place] = judged.grades[f"q{query}"].get(f"i{item}", 0)
     own = graded_measures(found, [np.array([*graded.values()]) for graded in judged.grades.values()])
-    qrels = [tools.Qrel(row["query_id"], row["item_id"], row["grade"]) for row in judged.rows()]
+    qrels = [
+        tools.Qrel(query, item, grade) for query, graded in judged.grades.items() for item, grade in graded.items()
+    ]
     measures = {"nDCG@10": tools.nDCG @ 10, "MRR@10": tools.RR @ 10, "recall@10": tools.R @ 10}
     theirs = {(each.query_id, str(each.measure)): each.value for each in tools.iter_calc(measures.values(), qrels, run)}
     for name, measure in measures.items():

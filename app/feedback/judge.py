@@ -1,0 +1,142 @@
+"""Versions of an index, measured by a judged list and compared: `dcar judge`.
+
+- A version is searched as the service searches it, and the first ten results of each query count.
+- A result without a judgement counts as 0, the standard of the field. Such results are counted, and can be listed.
+- The order of results decides, not their scores, so ties are as the service shows them.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from tqdm import tqdm
+
+from app.search import Index
+from app.search.query import normalize
+from dcar_core.data.judgements import JudgedList, trec_id
+from dcar_core.data.report import shorten
+from dcar_core.util.bootstrap import Estimate, estimate_means
+from dcar_core.util.errors import DataError
+from dcar_core.util.retrieval_metrics import graded_measures
+
+DEPTH = 10
+Pair = tuple[str, str]  # ids of a query and of an item
+
+
+@dataclass(frozen=True)
+class Run:
+    """The first results of each query. found: ids of items by the query's id. missing: judged ids not in the index."""
+
+    name: str
+    index: Index
+    judged: JudgedList
+    found: dict[str, list[str]]
+    missing: list[str]
+
+    @classmethod
+    def of(cls, index: Index, name: str, judged: JudgedList, *, hybrid: bool = False) -> "Run":
+        """Search for every query. Raise DataError if a query has no words, or no judged item is in the index."""
+        for query_id, text in judged.texts.items():
+            if not normalize(text):
+                raise DataError(f"the query {query_id!r} has no words that can be searched; remove its judgements")
+        items = {item for graded in judged.grades.values() for item in graded}
+        missing = sorted(item for item in items if index.snapshot.artifact.row_of(item) is None)
+        if len(missing) == len(items):
+            raise DataError(f"no judged item is in {name}: {shorten(missing)}; item_id is the id of a search result")
+        results = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
+        shown = tqdm(results, name, total=len(judged.texts), unit="query", disable=None, leave=False)
+        found = [[match.item.id for match in matches] for matches in shown]
+        return cls(name, index, judged, dict(zip(judged.texts, found, strict=True)), missing)
+
+    @cached_property
+    def measures(self) -> dict[str, np.ndarray]:
+        """Each measure of each query, in percent."""
+        grades = np.zeros((len(self.found), DEPTH), np.int64)
+        for row, (query_id, items) in zip(grades, self.found.items(), strict=True):
+            row[: len(items)] = [self.judged.grades[query_id].get(item, 0) for item in items]
+        return graded_measures(grades, [np.array([*graded.values()]) for graded in self.judged.grades.values()])
+
+    @cached_property
+    def unjudged(self) -> dict[Pair, float]:
+        """The discount in nDCG of each result without a judgement."""
+        return {
+            (query_id, item): 1 / math.log2(2 + place)
+            for query_id, items in self.found.items()
+            for place, item in enumerate(items)
+            if item not in self.judged.grades[query_id]
+        }
+
+
+def order_unjudged(runs: Sequence[Run]) -> list[Pair]:
+    """Return the pairs without a judgement, those first whose grade moves the difference of two nDCGs most.
+
+    That is the difference of their discounts. Of one run, they are in the order of ranks.
+    """
+    first, second = runs[0].unjudged, runs[1].unjudged if len(runs) > 1 else {}
+    return sorted(first | second, key=lambda pair: -abs(first.get(pair, 0) - second.get(pair, 0)))
+
+
+def describe(runs: Sequence[Run]) -> str:
+    """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
+    judged, names = runs[0].judged, [run.name for run in runs]
+    values = [np.stack([*run.measures.values()], axis=1) for run in runs]  # [Q, 3] each
+    if len(runs) > 1:
+        names, values = [*names, "difference"], [*values, values[0] - values[1]]
+    labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
+    groups = {"all": labels == labels} | {label: labels == label for label in sorted({*labels} - {""})}
+    rows, overall = [["queries", "index", *runs[0].measures], ["---"] * 5], list[Estimate]()
+    for label, chosen in groups.items():
+        estimates = estimate_means(np.concatenate(values, axis=1)[chosen])  # the same resamples for all
+        overall = overall or estimates
+        for number, name in enumerate(names):
+            cells = [f"{each:{'+' * (number > 1)}}" for each in estimates[3 * number : 3 * number + 3]]
+            rows.append([f"{label}, {np.count_nonzero(chosen):,}", name, *cells])
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    for run in runs:
+        lines.append(f"{run.name}: {len(run.unjudged):,} of {sum(map(len, run.found.values())):,} results not judged")
+        lines[-1] += f"; {len(run.missing):,} judged items not in it, {shorten(run.missing)}" if run.missing else ""
+    if pairs := [f"{item} for {judged.texts[query_id]!r}" for query_id, item in order_unjudged(runs)]:
+        lines.append(f"not judged, counted as 0: {shorten(pairs)}")
+    return "\n".join([*lines, _conclude(runs, overall)])
+
+
+def _conclude(runs: Sequence[Run], overall: Sequence[Estimate]) -> str:
+    over = f"points of nDCG@{DEPTH} over {len(runs[0].judged.texts):,} queries"
+    if len(runs) == 1:
+        return f"{runs[0].name} has {overall[0].value:.1f} {over}."
+    sign = 1 if overall[6].value >= 0 else -1
+    better, other = runs[::sign]
+    low, high = sorted(sign * end + 0.0 for end in (overall[6].low, overall[6].high))  # not -0.0
+    gain = f"{sign * overall[6].value:+.1f} {over} (95 % interval {low:+.1f} to {high:+.1f})"
+    if overall[6].is_certain:
+        return f"Take {better.name}: it is better than {other.name}, by {gain}."
+    return f"Neither is certainly better: {better.name} is above {other.name} by {gain}."
+
+
+def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
+    """Return the results of all runs with their grades, or of the first one as a TREC run.
+
+    Scores there are by rank, so that tools keep the order.
+    """
+    rows = [
+        (run, query_id, rank, item)
+        for run in (runs if as_csv else runs[:1])
+        for query_id, items in run.found.items()
+        for rank, item in enumerate(items, 1)
+    ]
+    if not as_csv:
+        name = "-".join(runs[0].name.split())
+        return "".join(
+            f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {name}\n" for _, q, rank, item in rows
+        )
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["query_id", "query", "index", "rank", "item_id", "grade"])
+    for run, query_id, rank, item in rows:
+        grade = run.judged.grades[query_id].get(item, "")
+        writer.writerow([query_id, run.judged.texts[query_id], run.name, rank, item, grade])
+    return table.getvalue()

@@ -1,0 +1,150 @@
+"""`dcar judge`: versions of an index measured by a judged list, and what is not judged."""
+
+import csv
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from app.feedback import judge
+from app.search import Index, engine
+from dcar_core.data.judgements import JudgedList
+from dcar_core.util.errors import DataError
+from index_jobs.rebuild import rebuild
+from tests.support.commands import dcar
+from tests.support.parts import needs
+from tests.support.service import ODD_ID, ServiceClient
+
+ROWS = [
+    ("q1", "a red circle", "circle/red.png", 3, "word"), ("q1", "a red circle", "circle/blue.png", 1, "word"),
+    ("q1", "a red circle", "sold", 2, "word"), ("q2", "a black cross", ODD_ID, 3, "word"),
+    ("q 3", "azure", "square/blue.png", 2, "other"), ("q 3", "azure", "circle/blue.png", 2, "other"),
+    ("q 3", "azure", "cross/red.png", 0, "other"),
+]  # fmt: skip
+
+
+def write(path: Path, rows: list[tuple[object, ...]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("query_id", "query", "item_id", "grade", "class"), *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def judged() -> JudgedList:
+    found = JudgedList()
+    for row in ROWS:
+        found.add(dict(zip(("query_id", "query", "item_id", "grade", "class"), row, strict=True)), "")
+    return found
+
+
+@pytest.fixture(scope="module")
+def versions(
+    built_index: Path, gallery: Path, other_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An index whose second version is of another model."""
+    index = Path(shutil.copytree(built_index, tmp_path_factory.mktemp("judged") / "index"))
+    rebuild(gallery, other_checkpoint, index, workers=0, progress=False, margin=1)
+    return index
+
+
+async def test_results_are_those_of_the_service(
+    started: ServiceClient, built_index: Path, judged: JudgedList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_BATCH", 2)
+    for hybrid in (False, True):
+        run = judge.Run.of(Index.open(built_index, device="cpu"), "index", judged, hybrid=hybrid)
+        for query_id, text in judged.texts.items():
+            answer = await started.post("/search/text", json={"query": text, "k": 10, "hybrid": hybrid})
+            assert run.found[query_id] == [result["id"] for result in answer.json()["results"]]
+
+
+def test_batches_of_texts_search_as_one_text_does(built_index: Path) -> None:
+    index = Index.open(built_index, device="cpu")
+    texts = ["a red circle", "red", "a  red circle", "a blue square in the middle of nowhere"]
+    for options in ({"k": 3}, {"k": 2, "without": "red", "hybrid": 0.5}):
+        for text, found in zip(texts, index.search_each(texts, **options), strict=True):
+            alone = index.search(text, **options)
+            assert [match.row for match in found] == [match.row for match in alone]
+            assert [match.score for match in found] == pytest.approx([match.score for match in alone], abs=1e-5)
+
+
+@needs("ir-measures")
+def test_two_versions_are_compared_as_trec_eval_measures_them(versions: Path, tmp_path: Path) -> None:
+    tools = importlib.import_module("ir_measures")
+    table = write(tmp_path / "list.csv", [*ROWS])
+    qrels, tables = tmp_path / "qrels.txt", {}
+    for number in (1, 2):
+        run = tmp_path / f"run{number}.txt"
+        done = dcar("judge", table, "--index", versions, "--version", number, "--run", run, "--qrels", qrels)
+        assert done.returncode == 0, done.stderr
+        (measured,) = re.findall(rf"\| all, 3 \| {versions} version {number} \| (.*) \|", done.stdout)
+        tables[number] = [float(cell.split(" ")[0]) for cell in measured.split(" | ")]
+        wanted = [tools.nDCG @ 10, tools.RR @ 10, tools.R @ 10]
+        found = tools.calc_aggregate(wanted, tools.read_trec_qrels(str(qrels)), tools.read_trec_run(str(run)))
+        assert tables[number] == pytest.approx([100 * found[measure] for measure in wanted], abs=0.051)
+        end = f"{versions} version {number} has {tables[number][0]:.1f} points of nDCG@10 over 3 queries."
+        assert done.stdout.splitlines()[-1] == end
+    done = dcar("judge", table, "--index", versions, "--against", 1, "--run", tmp_path / "run.csv")
+    assert done.returncode == 0, done.stderr
+    (measured,) = re.findall(r"\| all, 3 \| difference \| (.*) \|", done.stdout)
+    differences = [float(cell.split(" ")[0]) for cell in measured.split(" | ")]
+    assert differences == pytest.approx([two - one for one, two in zip(tables[1], tables[2], strict=True)], abs=0.11)
+    assert done.stdout.count("| word, 2 |") == done.stdout.count("| other, 1 |") == 3
+    with (tmp_path / "run.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 60
+    grades = {(query_id, item): str(grade) for query_id, _, item, grade, _ in ROWS}
+    assert [row["grade"] for row in rows] == [grades.get((row["query_id"], row["item_id"]), "") for row in rows]
+    empty = sum(row["index"].endswith("2") and not row["grade"] for row in rows)
+    assert f"{versions} version 2: {empty} of 30 results not judged; 1 judged items not in it, sold" in done.stdout
+
+
+def of(judged: JudgedList, **found: list[str]) -> judge.Run:
+    return judge.Run("name", None, judged, found, [])  # type: ignore[arg-type]  # it is not searched
+
+
+def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
+    judged = JudgedList()
+    for number in range(30):
+        judged.add({"query": f"q{number}", "item_id": "right", "grade": 3}, "")
+    best = of(judged, **{query: ["right", "other"] for query in judged.texts})
+    worse = of(judged, **{query: ["other", "right"] for query in judged.texts})
+    mixed = of(judged, **{query: ["other", "right"] if query == "q3" else ["right"] for query in judged.texts})
+    sentence = "Take name: it is better than name, by +36.9 points of nDCG@10 over 30 queries (95 % interval "
+    for runs in ([best, worse], [worse, best]):
+        assert judge.describe(runs).splitlines()[-1] == f"{sentence}+36.9 to +36.9)."
+    unsure = judge.describe([mixed, best]).splitlines()[-1]
+    assert unsure.startswith(
+        "Neither is certainly better: name is above name by +1.2 points of nDCG@10 over 30 queries "
+    )
+    assert unsure.endswith(" (95 % interval +0.0 to +3.7).")
+
+
+def test_pairs_that_move_the_difference_most_come_first() -> None:
+    judged = JudgedList()
+    judged.add({"query": "q", "item_id": "judged", "grade": 0}, "")
+    one, other = of(judged, q=["same", "judged", "only", "first"]), of(judged, q=["same", "first", "judged", "late"])
+    assert [item for _, item in judge.order_unjudged([one, other])] == ["only", "late", "first", "same"]
+    assert [item for _, item in judge.order_unjudged([one])] == ["same", "only", "first"]
+
+
+def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: Path) -> None:
+    index = Index.open(versions, device="cpu")
+    judged = JudgedList()
+    judged.add({"query": "red", "item_id": "elsewhere", "grade": 1}, "")
+    with pytest.raises(DataError, match=r"no judged item is in this index: elsewhere; item_id is the id"):
+        judge.Run.of(index, "this index", judged)
+    judged.add({"query": "\u200b", "item_id": "circle/red.png", "grade": 1}, "")
+    with pytest.raises(DataError, match="has no words that can be searched; remove"):
+        judge.Run.of(index, "this index", judged)
+    table = write(tmp_path / "list.csv", [*ROWS])
+    for given, message in (
+        (("--version", 9), "has no version 9; it has 1, 2"),
+        (("--against", tmp_path), "holds no published index"),
+        (("--run", table / "run.txt"), "list.csv is not a directory"),
+    ):
+        done = dcar("judge", table, "--index", versions, *given)
+        assert done.returncode == 1
+        assert message in done.stderr
