@@ -14,12 +14,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, count
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
+from dcar_core.util.processes import in_own_process
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -231,7 +233,10 @@ def _read_parquet(
     with open_file() as source:
         try:
             metadata, names = pq.read_metadata(source), pq.read_schema(source).names
-            limit = _unpacked_limit(name, metadata)
+            groups = in_own_process(_group_sizes, metadata)  # pyarrow aborts at damaged metadata of a column
+            limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * sum(packed for packed, _ in groups))
+            if (largest := max((unpacked for _, unpacked in groups), default=0)) > limit:
+                raise _too_large(name, largest, limit)
             leaves = map(metadata.schema.column, range(metadata.num_columns))
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             columns = [column for column in names if used_columns is None or column in used_columns]
@@ -245,21 +250,22 @@ def _read_parquet(
                         yield row, record
         except pa.ArrowException as error:
             raise DataError(f"{name} is not a parquet file: {error}") from error
+        except BrokenProcessPool:
+            raise DataError(f"{name} is damaged: its metadata cannot be read; write the file again") from None
         except OSError as error:
             raise DataError(f"{name} is damaged, or cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _unpacked_limit(name: str, metadata: "pq.FileMetaData") -> int:
-    """Return the most bytes that a file may have in memory. Raise DataError if a single part has more."""
+def _group_sizes(metadata: "pq.FileMetaData") -> list[tuple[int, int]]:
+    """Return the bytes of each row group, packed and unpacked. A value takes a byte or more."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
-    packed = sum(chunk.total_compressed_size for group in chunks for chunk in group)
-    limit: int = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * packed)
-    for group in chunks:
-        size = sum(max(chunk.total_uncompressed_size, chunk.num_values) for chunk in group)
-        if size > limit:
-            raise _too_large(name, size, limit)
-    return limit
+    return [
+        (
+            sum(column.total_compressed_size for column in columns),
+            sum(max(column.total_uncompressed_size, column.num_values) for column in columns),
+        )
+        for columns in ([group.column(i) for i in range(group.num_columns)] for group in groups)
+    ]
 
 
 def _too_large(name: str, size: int, limit: int) -> DataError:
