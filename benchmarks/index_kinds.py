@@ -45,7 +45,7 @@ from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark
 from index_jobs.engines.protocol import HeldOutQueries
 from index_jobs.spec import IndexSpec
-from index_jobs.store.artifact import Artifact, Segment, write_removed
+from index_jobs.store.artifact import Artifact, Segment, write_rows
 from index_jobs.store.manifest import Manifest
 
 KINDS = ("flat", "SQ8", "hnsw", "ivf", "ivf-pq-fp16", "ivf-pq", "pq", "auto")
@@ -161,7 +161,7 @@ def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floa
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         file, removed = Path(temporary) / "added.faiss", np.flatnonzero(~allowed_rows(index.count, 99))
         build_index(file, lambda: blocks(added), *added.shape, choices)
-        write_removed(Path(temporary) / "removed.npy", removed)
+        write_rows(Path(temporary) / "removed.npy", removed)
         segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
         updated = Artifact(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)
         seconds = time.perf_counter() - start

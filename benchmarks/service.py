@@ -172,7 +172,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     from index_jobs.gallery.scan import scan
     from index_jobs.spec import IndexSpec
     from index_jobs.store import publish
-    from index_jobs.store.items import SIZE_COLUMNS, write_items
+    from index_jobs.store.items import SIZE_COLUMNS, Items, write_items
     from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
     from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest, utc_now
 
@@ -194,9 +194,12 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         spec = IndexSpec(
             gallery=gallery.location, gallery_signature=gallery.content_signature, fingerprint=encoder.fingerprint
         )
-        new = NewIndex(folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim, queries=None)
-        created = load_engine(spec.engine).create(spec, new)
         write_items(staging / ITEMS, table, np.arange(count))
+        new = NewIndex(
+            index=out, folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim, queries=None,
+            fields=Items(staging / ITEMS).field_table(),
+        )  # fmt: skip
+        created = load_engine(spec.engine).create(spec, new)
         write_lexical(staging / LEXICAL, item_texts(table, None))
         manifest = Manifest(
             spec=spec, dim=dim, count=count, kind=created.kind, reason=created.reason, root=gallery.root,

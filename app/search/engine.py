@@ -21,12 +21,13 @@ from app.search.facets import Facet, count_facets
 from app.search.plan import Plan, compose, make_plan
 from app.search.query import Match, Query, SearchResults
 from app.search.rank import judge, rank
-from app.search.rows import filter_mask, group_field, mask_key, rank_groups, row_vectors
+from app.search.rows import filter_rows, group_field, mask_key, rank_groups, row_vectors
 from app.search.snapshots import Snapshot, open_snapshot
 from app.search.sorting import SortedMatches, sort_matches
 from dcar_core.serving import encoder_cache
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
+from index_jobs.selection import Allowed
 from index_jobs.store.versions import open_current, open_version
 
 _BATCH = 64  # texts that are encoded at a time
@@ -59,11 +60,11 @@ async def search(
         count = 0 if query.sort else None
         return SearchResults(0, [], offset=query.offset, min_score=plan.min_score, facets=facets, count=count)
     vector, is_cached = await _query_vector(compute, snapshot, plan, image)
-    mask = await find_mask(compute, snapshot, query.filter)
+    allowed = await find_rows(compute, snapshot, query.filter)
     key = plan.page_key(vector)
     results: SearchResults | None = snapshot.pages.get(key)
     if results is None:
-        results = await _find(compute, snapshot, plan, vector, mask, settings)
+        results = await _find(compute, snapshot, plan, vector, allowed, settings)
         if key is not None:
             snapshot.pages.keep(key, results)
     if query.facets and not query.sort:
@@ -74,14 +75,14 @@ async def search(
     return replace(results, is_cached=is_cached, took_ms=took_ms, fields=query.fields)
 
 
-async def find_mask(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> Mask | None:
+async def find_rows(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> Allowed | None:
     """Return the rows that fulfil a filter; None if there is no filter or no row."""
     if not filter or not snapshot.artifact.rows:
         return None
-    mask = snapshot.masks.get(mask_key(filter))
-    if mask is None:
-        mask = await compute.run("filter", filter_mask, snapshot, filter)
-    return mask
+    allowed = snapshot.masks.get(mask_key(filter))
+    if allowed is None:
+        allowed = await compute.run("filter", filter_rows, snapshot, filter)
+    return allowed
 
 
 async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image: bytes | None) -> tuple[Floats, bool]:
@@ -105,27 +106,27 @@ async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image:
 
 
 async def _find(
-    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None, settings: Settings
+    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None, settings: Settings
 ) -> SearchResults:
     query = plan.query
     if query.sort:
-        return await _find_sorted(compute, snapshot, plan, vector, mask, settings)
+        return await _find_sorted(compute, snapshot, plan, vector, allowed, settings)
     with compute.timed("search"):
-        ranked, cutoff = await compute.run("search", _rank_page, snapshot, plan, vector, mask)
+        ranked, cutoff = await compute.run("search", _rank_page, snapshot, plan, vector, allowed)
     if plan.rerank_depth > query.offset:
         with compute.timed("rerank"):
             best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
             ranked = await pair_scoring.rerank(compute, snapshot, query.query, best) + rest
-        await compute.run("search", _describe, snapshot, plan, ranked, mask)
+        await compute.run("search", _describe, snapshot, plan, ranked, allowed)
     nothing_fits = cutoff is not None and all(match.level != "likely" for match in ranked)
     return await _page(compute, snapshot, plan, vector, ranked, settings, cutoff=cutoff, nothing_fits=nothing_fits)
 
 
 async def _find_sorted(
-    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None, settings: Settings
+    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None, settings: Settings
 ) -> SearchResults:
     with compute.timed("search"):  # in the thread of filters, because it may take long
-        found = await compute.run("filter", _sort_page, snapshot, plan, vector, mask)
+        found = await compute.run("filter", _sort_page, snapshot, plan, vector, allowed)
     return await _page(
         compute, snapshot, plan, vector, found.matches, settings,
         cutoff=found.cutoff, nothing_fits=found.nothing_fits, facets=found.facets or None,
@@ -153,45 +154,47 @@ async def _page(
     )
 
 
-def _sort_page(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> SortedMatches:
+def _sort_page(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> SortedMatches:
     """Return the sorted matches up to the next page, those of the page with items."""
     import faiss
 
     faiss.omp_set_num_threads(1)  # as in `_rank_page`
-    found = sort_matches(snapshot, plan, vector, mask)
-    _describe(snapshot, plan, found.matches, mask)
+    found = sort_matches(snapshot, plan, vector, allowed)
+    _describe(snapshot, plan, found.matches, allowed)
     return found
 
 
-def _rank_page(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> tuple[list[Match], float | None]:
+def _rank_page(
+    snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None
+) -> tuple[list[Match], float | None]:
     """Return the ranked matches up to the next page, those of the page with items, and the score of a likely one."""
     import faiss
 
     faiss.omp_set_num_threads(1)  # of this thread: one query gains nothing, and the encoder needs the cores
-    ranked = rank_rows(snapshot, plan, vector, mask)
+    ranked = rank_rows(snapshot, plan, vector, allowed)
     cutoff = judge(snapshot.artifact, plan, ranked)
-    _describe(snapshot, plan, ranked, mask)
+    _describe(snapshot, plan, ranked, allowed)
     return ranked, cutoff
 
 
-def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> list[Match]:
+def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> list[Match]:
     """Return the ranked rows, or the best row of each group, up to the next page."""
     if not plan.group_by:
-        return rank(snapshot.artifact, vector, plan, plan.depth, mask)
+        return rank(snapshot.artifact, vector, plan, plan.depth, allowed)
     groups = group_field(snapshot, plan.group_by)
     if plan.excluded_rows:  # a mask costs less: excluded rows widen the search
-        mask = groups.outside(groups.codes[[*plan.excluded_rows]], mask)
+        allowed = groups.outside(groups.codes[[*plan.excluded_rows]], allowed)
         plan = replace(plan, excluded_rows=frozenset())
-    return rank_groups(partial(rank, snapshot.artifact, vector, plan), plan.depth, groups, mask)
+    return rank_groups(partial(rank, snapshot.artifact, vector, plan), plan.depth, groups, allowed)
 
 
-def _describe(snapshot: Snapshot, plan: Plan, ranked: list[Match], mask: Mask | None) -> None:
+def _describe(snapshot: Snapshot, plan: Plan, ranked: list[Match], allowed: Allowed | None) -> None:
     """Add items and groups to the matches of the page."""
     item, page = snapshot.artifact.item, ranked[plan.query.offset : plan.end]
     for match in page:
         match.item, match.folded = item(match.row), [item(row).id for row in match.near]
     if plan.group_by:
-        groups = group_field(snapshot, plan.group_by).shown([match.row for match in page], mask)
+        groups = group_field(snapshot, plan.group_by).shown([match.row for match in page], allowed)
         for match, group in zip(page, groups, strict=True):
             match.group = group
 

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.search.rows import GroupField, field_values, filter_mask, group_field, mask_key
+from app.search.rows import GroupField, field_values, filter_rows, group_field, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.selection import to_mask
 from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
@@ -43,7 +44,7 @@ def count_facets(
         InvalidQueryError: there is no such field, or the filter does not fit the index.
     """
     artifact = snapshot.artifact
-    mask = filter_mask(snapshot, filter) if filter else None
+    allowed = filter_rows(snapshot, filter) if filter else None
     groups = group_field(snapshot, group_by) if group_by else None
     if vector is None or min_score is None:
         facets: dict[str, Facet] = {}
@@ -51,12 +52,12 @@ def count_facets(
             key = name, mask_key(filter) if filter else "", group_by
             facet = snapshot.facets.get(key)
             if facet is None:
-                facet = count_values(artifact, name, artifact.live if mask is None else mask, groups)
+                facet = count_values(artifact, name, artifact.live if allowed is None else to_mask(allowed), groups)
                 if len(str(facet)) <= _MAX_CACHED_CHARS:
                     snapshot.facets.keep(key, facet)
             facets[name] = facet
         return facets, True
-    scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), mask)
+    scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), allowed)
     reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
     scored = np.zeros(artifact.rows, np.bool_)
     scored[reached] = True

@@ -18,6 +18,7 @@ from app.search.plan import Plan
 from app.search.query import Level, Match
 from app.search.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.selection import Allowed, to_mask
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex
@@ -45,10 +46,10 @@ class Candidates(NamedTuple):
 
 
 def vector_candidates(
-    artifact: Artifact, vector: Floats, width: int, mask: Mask | None, *, is_narrow: bool = False
+    artifact: Artifact, vector: Floats, width: int, allowed: Allowed | None, *, is_narrow: bool = False
 ) -> Candidates:
     """Return the `width` rows with the highest cosines."""
-    scores, rows = artifact.search(vector[None], width, mask, is_narrow=is_narrow)  # [1, width], [1, width]
+    scores, rows = artifact.search(vector[None], width, allowed, is_narrow=is_narrow)  # [1, width], [1, width]
     last = float(scores[0, -1]) if rows[0, -1] >= 0 else -np.inf
     found = rows[0] >= 0
     cosines = scores[0][found]
@@ -56,7 +57,7 @@ def vector_candidates(
 
 
 def hybrid_candidates(
-    artifact: Artifact, vector: Floats, text: str, weight: float, width: int, mask: Mask | None
+    artifact: Artifact, vector: Floats, text: str, weight: float, width: int, allowed: Allowed | None
 ) -> Candidates:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
@@ -74,15 +75,15 @@ def hybrid_candidates(
         UnsupportedQueryError: the version has no lexical index.
     """
     lexical = require_words(artifact)
-    allowed = live_rows(artifact, mask)
+    mask = live_rows(artifact, allowed)
     is_text_complete = lexical.count_matches(text) < _TEXT_ROWS
     limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
-    text_scores, text_rows = lexical.search(text, limit, allowed, by_rare_terms=not is_text_complete)
-    is_narrow = not is_text_complete and allowed is None and width <= _COMMON_WIDTH
+    text_scores, text_rows = lexical.search(text, limit, mask, by_rare_terms=not is_text_complete)
+    is_narrow = not is_text_complete and mask is None and width <= _COMMON_WIDTH
     if not is_text_complete:
         wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()
         width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
-    near = vector_candidates(artifact, vector, width, mask, is_narrow=is_narrow)
+    near = vector_candidates(artifact, vector, width, allowed, is_narrow=is_narrow)
     is_same = near.rows[:, None] == text_rows  # [near, text]
     near_scores = is_same @ text_scores if is_text_complete else lexical.score(text, near.rows)
     is_far = ~is_same.any(0)
@@ -108,15 +109,16 @@ def require_words(artifact: Artifact) -> LexicalIndex:
     return artifact.lexical
 
 
-def live_rows(artifact: Artifact, mask: Mask | None) -> Mask | None:
-    """Return a mask without the removed rows; None for all rows."""
+def live_rows(artifact: Artifact, allowed: Allowed | None) -> Mask | None:
+    """Return the allowed rows as a mask without the removed ones; None for all rows."""
+    mask = None if allowed is None else to_mask(allowed)
     if not artifact.manifest.removed:
         return mask
     return artifact.live if mask is None else mask & artifact.live
 
 
-def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, mask: Mask | None = None) -> list[Match]:
-    """Return the `count` best rows of a plan among those of a mask, bool (rows,); see `rows.filter_mask`.
+def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, allowed: Allowed | None = None) -> list[Match]:
+    """Return the `count` best rows of a plan among the allowed ones; see `rows.filter_rows`.
 
     Raises:
         UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index keeps none.
@@ -127,9 +129,9 @@ def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, mask: Mask 
     width = min(count + 1 + len(plan.excluded_rows), total)
     while True:
         if plan.words_weight:
-            found = hybrid_candidates(artifact, vector, plan.query.query, plan.words_weight, width, mask)
+            found = hybrid_candidates(artifact, vector, plan.query.query, plan.words_weight, width, allowed)
         else:
-            found = vector_candidates(artifact, vector, width, mask)
+            found = vector_candidates(artifact, vector, width, allowed)
         best = _sorted_matches(found, plan, count if fold is None else None)
         if fold is not None:
             best = fold_matches(artifact, best, fold, count)

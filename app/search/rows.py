@@ -19,6 +19,7 @@ from app.search.query import Match
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
+from index_jobs.selection import EMPTY_IS_MISSING, Allowed, Selection, to_mask
 from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 
@@ -30,12 +31,22 @@ def mask_key(filter: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
 
 
-def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
-    """Return the rows that fulfil a filter, bool (rows,). Raise InvalidQueryError if it does not fit the index."""
+def filter_rows(snapshot: Snapshot, filter: dict[str, Any]) -> Allowed:
+    """Return the rows that fulfil a filter: a mask, or conditions where the engine keeps the fields.
+
+    Raise InvalidQueryError if it does not fit the index.
+    """
+    artifact = snapshot.artifact
+    find = filters.match_rows if artifact.manifest.spec.is_local else filters.select_rows
     try:
-        return snapshot.masks.find(mask_key(filter), lambda: filters.match_rows(snapshot.artifact, filter))
+        return snapshot.masks.find(mask_key(filter), lambda: find(artifact, filter))
     except filters.FilterError as error:
         raise InvalidQueryError(f"filter.{error.field}", error.message) from None
+
+
+def filter_mask(snapshot: Snapshot, filter: dict[str, Any]) -> Mask:
+    """Return the rows that fulfil a filter, bool (rows,), as `filter_rows`."""
+    return to_mask(filter_rows(snapshot, filter))
 
 
 def row_vectors(artifact: Artifact, rows: Rows | list[int]) -> Floats:
@@ -58,7 +69,7 @@ def field_values(artifact: Artifact, name: str, option: str) -> pa.ChunkedArray:
         column = artifact.column(name)
     except DataError as error:
         raise InvalidQueryError(option, str(error)) from None
-    return pc.if_else(pc.equal(column, ""), None, column) if name in filters.EMPTY_IS_MISSING else column
+    return pc.if_else(pc.equal(column, ""), None, column) if name in EMPTY_IS_MISSING else column
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +80,20 @@ class GroupField:
         codes: number of each row's group, int64 (rows,).
         values: value of each numbered group; rows without a value have higher numbers.
         counts: number of live rows of each numbered group.
+        everything: all rows where the engine keeps the fields, else None.
     """
 
+    name: str
     codes: Rows
     values: list[Any]
     counts: Rows
+    everything: Selection | None
 
-    def shown(self, rows: list[int], mask: Mask | None) -> list[dict[str, Any]]:
-        """Return the value of each row's group, None without one, and its number of rows in a mask, None for all."""
-        counts = self.counts if mask is None else np.bincount(self.codes[mask], minlength=len(self.values))
+    def shown(self, rows: list[int], allowed: Allowed | None) -> list[dict[str, Any]]:
+        """Return the value of each row's group, None without one, and its number of allowed rows, None for all."""
+        counts = self.counts
+        if allowed is not None:
+            counts = np.bincount(self.codes[to_mask(allowed)], minlength=len(self.values))
         alone = {"value": None, "count": 1}
         return [
             {"value": self.values[code], "count": int(counts[code])} if code < len(self.values) else alone
@@ -89,10 +105,19 @@ class GroupField:
         _, places = np.unique(self.codes[rows], return_index=True)
         return rows[np.sort(places)]
 
-    def outside(self, codes: Rows, mask: Mask | None) -> Mask:
-        """Return the rows of a mask, None for all rows, that are in none of the numbered groups, bool (rows,)."""
-        others = ~np.isin(self.codes, codes)
-        return others if mask is None else others & mask
+    def outside(self, codes: Rows, allowed: Allowed | None) -> Allowed:
+        """Return the allowed rows, None for all rows, that are in none of the numbered groups."""
+        allowed = self.everything if allowed is None else allowed
+        if not isinstance(allowed, Selection):
+            others = ~np.isin(self.codes, codes)
+            return others if allowed is None else others & allowed
+        given, count = allowed, len(self.values)
+        return Selection(
+            lambda: given.mask & ~np.isin(self.codes, codes),
+            (*given.filters, {self.name: {"not": [self.values[code] for code in codes[codes < count].tolist()]}}),
+            np.union1d(given.hidden, codes[codes >= count] - count),
+            given.added[~np.isin(self.codes[given.added], codes)],
+        )
 
 
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
@@ -108,23 +133,25 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
         alone = np.flatnonzero(codes < 0)
         codes[alone] = len(values) + alone
         counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
-        return GroupField(codes, values, counts)
+        is_local = snapshot.artifact.manifest.spec.is_local
+        everything = None if is_local else filters.select_rows(snapshot.artifact, {})
+        return GroupField(name, codes, values, counts, everything)
 
     groups: GroupField = snapshot.groups.find(name, read)
     return groups
 
 
 def rank_groups(
-    search: Callable[[int, Mask | None], list[Match]], count: int, groups: GroupField, mask: Mask | None
+    search: Callable[[int, Allowed | None], list[Match]], count: int, groups: GroupField, allowed: Allowed | None
 ) -> list[Match]:
-    """Return the best row of each of the `count` best groups. search: returns so many of the best rows of a mask."""
+    """Return the best row of each of the `count` best groups. search: returns so many of the best allowed rows."""
     best: dict[int, Match] = {}
-    remaining = mask
-    while len(best) < count:
-        rows = search(_ROWS_PER_GROUP * (count - len(best)), remaining)
+    remaining = allowed
+    while (found := len(best)) < count:
+        rows = search(_ROWS_PER_GROUP * (count - found), remaining)
         for ranked in rows:
             best.setdefault(int(groups.codes[ranked.row]), ranked)
-        if not rows:
+        if len(best) == found:
             break
-        remaining = groups.outside(np.fromiter(best, np.int64), mask)
+        remaining = groups.outside(np.fromiter(best, np.int64), allowed)
     return list(best.values())[:count]

@@ -16,8 +16,9 @@ from app.core.settings import Settings
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError
+from index_jobs.selection import Allowed
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, open_version, read_manifest
@@ -69,7 +70,7 @@ class Snapshot:
         preprocess: the encoder's, with the pixel limit of this service.
         backbone: SHA-256 of the backbone.
         pages: cached pages of results, by `Plan.page_key`.
-        masks: cached masks of filters, bool (rows,), by `rows.mask_key`.
+        masks: cached rows of filters, by `rows.mask_key`.
         groups: cached `GroupField`s of `app.search.rows`, by the name of the field.
         orders: cached `SortOrder`s of `app.search.sorting`, by the `sort` of queries.
         facets: cached counts of values; see `app.search.facets`.
@@ -83,7 +84,7 @@ class Snapshot:
     preprocess: Preprocess
     backbone: str
     pages: Recent[Hashable, Any]
-    masks: Recent[str, Mask]
+    masks: Recent[str, Allowed]
     groups: Recent[str, Any]
     orders: Recent[str, Any]
     facets: Recent[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: Recent(_MAX_FACETS))
@@ -149,7 +150,7 @@ def open_snapshot(
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     rows = max(1, artifact.rows)
-    masks = Recent[str, Mask](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
+    masks = Recent[str, Allowed](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
     groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (80 * rows))))
     orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
     pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))

@@ -29,7 +29,8 @@ from app.search.rank import (
 )
 from app.search.rows import field_values, group_field, row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Rows
+from index_jobs.selection import Allowed
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 
@@ -87,15 +88,15 @@ class SortedMatches:
     facets: dict[str, Facet]
 
 
-def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, mask: Mask | None) -> SortedMatches:
-    """Return the sorted matches of a plan among the rows of a mask.
+def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> SortedMatches:
+    """Return the sorted matches of a plan among the allowed rows.
 
     Raises:
         SearchError: a field cannot group or be counted, or the index keeps no vectors or words.
     """
     artifact, query = snapshot.artifact, plan.query
     order, groups = sort_order(snapshot, query.sort), group_field(snapshot, plan.group_by) if plan.group_by else None
-    found, levels, is_complete = _find_matches(artifact, plan, vector, mask)
+    found, levels, is_complete = _find_matches(artifact, plan, vector, allowed)
     keys = found.rows if groups is None else groups.codes[found.rows]
     excluded = np.fromiter(plan.excluded_rows, np.int64)
     is_excluded = np.isin(keys, excluded if groups is None else groups.codes[excluded])
@@ -130,10 +131,10 @@ def _has_likely(levels: Levels, found: Candidates, places: Rows) -> bool:
 
 
 def _find_matches(
-    artifact: Artifact, plan: Plan, vector: Floats, mask: Mask | None
+    artifact: Artifact, plan: Plan, vector: Floats, allowed: Allowed | None
 ) -> tuple[Candidates, Levels | None, bool]:
     """Return the matches of a plan, the levels of its query, and False if there may be more matches."""
-    near, best, is_complete = _find_near(artifact, plan, vector, mask)
+    near, best, is_complete = _find_near(artifact, plan, vector, allowed)
     levels = find_levels(artifact, plan, best)
     if not plan.words_weight:
         return near, levels, is_complete
@@ -142,7 +143,7 @@ def _find_matches(
     rows, cosines, scores = near.rows, near.cosines, lexical.score(text, near.rows)
     if plan.min_score is None:
         contained = contained_share(artifact, text)[0] if levels is None else levels.contained
-        text_scores, text_rows = lexical.search(text, MAX_SORTED, live_rows(artifact, mask))
+        text_scores, text_rows = lexical.search(text, MAX_SORTED, live_rows(artifact, allowed))
         is_complete &= len(text_rows) < MAX_SORTED or bool(text_scores[-1] < contained)
         is_added = (text_scores >= contained) & ~np.isin(text_rows, rows)
         if is_added.any():
@@ -156,14 +157,16 @@ def _find_matches(
     )
 
 
-def _find_near(artifact: Artifact, plan: Plan, vector: Floats, mask: Mask | None) -> tuple[Candidates, float, bool]:
+def _find_near(
+    artifact: Artifact, plan: Plan, vector: Floats, allowed: Allowed | None
+) -> tuple[Candidates, float, bool]:
     """Return the rows that reach the cut-off, the best cosine of all, and False if more rows may reach it."""
     lowest = plan.min_score
     if lowest is None:
         lowest = artifact.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
     widths = (1,) if lowest == np.inf else (_FIRST_WIDTH, MAX_SORTED)
     for width in widths:
-        found = vector_candidates(artifact, vector, min(width, artifact.rows), mask)
+        found = vector_candidates(artifact, vector, min(width, artifact.rows), allowed)
         is_reached = np.array([round(cosine, 6) >= lowest for cosine in found.cosines.tolist()], np.bool_)
         is_complete = width >= artifact.rows or found.highest_unseen == -np.inf or not is_reached.all()
         if is_complete:

@@ -27,9 +27,10 @@ from app.service.batching import Admission, together
 from app.service.compute import SharedCompute
 from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.files import default_cache_directory
+from index_jobs.selection import Allowed, to_mask
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
@@ -106,8 +107,8 @@ class Retriever:
             require_sortable(snapshot, sort)
         name = snapshot.artifact.manifest.group_field if group_by is None else group_by
 
-        def list_items(mask: Mask | None) -> tuple[int, list[Item]]:
-            chosen = snapshot.artifact.live if mask is None else mask
+        def list_items(allowed: Allowed | None) -> tuple[int, list[Item]]:
+            chosen = snapshot.artifact.live if allowed is None else to_mask(allowed)
             order = sort_order(snapshot, sort).rows if sort else None
             rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
             if name and len(rows):
@@ -115,8 +116,8 @@ class Retriever:
             return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
 
         async with self._admission():
-            mask = await engine.find_mask(self.compute, snapshot, filter)
-            return await self.compute.run("filter" if sort else "search", list_items, mask)
+            allowed = await engine.find_rows(self.compute, snapshot, filter)
+            return await self.compute.run("filter" if sort else "search", list_items, allowed)
 
     async def open_image(self, snapshot: Snapshot, item_id: str) -> ImageFile:
         """Open the image of an item, which the caller closes. Raise ItemNotFoundError or ImageUnavailableError."""

@@ -4,7 +4,8 @@ and vectors.
 - The metric is the inner product of normalized vectors, which is the cosine similarity.
 - Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work alike with
   every engine.
-- What an engine keeps of a version is in the version's folder: the vectors, or the name of what stores them elsewhere.
+- What an engine keeps of a version, or of an addition, is in its folder: the vectors, or the name of what stores them
+  elsewhere.
 - A new engine is a file of its own and a line in `ENGINES`.
 """
 
@@ -15,14 +16,16 @@ from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
-from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
+from dcar_core.util.arrays import Blocks, Floats, Rows
 from dcar_core.util.errors import DataError
+from index_jobs.selection import Allowed
 from index_jobs.spec import IndexSpec
 
 ENGINES = {
     "faiss": "index_jobs.engines.faiss.build:FaissEngine",
-    "milvus": "index_jobs.engines.milvus:MilvusEngine",
+    "qdrant": "index_jobs.engines.qdrant.engine:QdrantEngine",
 }
 
 ScoredRows = tuple[Floats, Rows]  # scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer
@@ -41,9 +44,11 @@ class HeldOutQueries:
 class NewIndex:
     """An index to create, of L2-normalized vectors."""
 
-    folder: Path  # of the staged version
+    index: Path
+    folder: Path  # of the staged version or addition
     version: int
     blocks: Blocks
+    fields: pa.Table  # the fields of each row, memory-mapped; for engines that evaluate filters
     count: int
     dim: int
     queries: HeldOutQueries | None  # None for vectors of the gallery
@@ -66,11 +71,12 @@ class VectorIndex(Protocol):
     count: int
     dim: int
 
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query, float32 (n, E).
 
         Args:
-            mask: bool (count,), the rows that may be found; None for all.
+            mask: the rows that may be found, bool (count,), or a `Selection`, whose conditions an engine may evaluate
+                itself; None for all.
             is_narrow: without a mask, search no wider than for a few results; more of the last ones are missed.
         """
         ...

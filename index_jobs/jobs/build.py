@@ -52,7 +52,7 @@ from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, field_names, take_rows, write_items
+from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
 from index_jobs.store.manifest import (
     CHECKPOINT,
@@ -340,14 +340,15 @@ class _Build:
         """Write vectors, items and failures, and return their manifest."""
         gallery, spec, encoder = self.gallery, self.spec, self.encoder
         engine = load_engine(spec.engine)
+        rows = encoded.rows()
+        field_types = write_items(staging / ITEMS, encoded.with_sizes(gallery.table), rows)
         new = NewIndex(
-            folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks, count=len(encoded),
-            dim=encoder.dim, queries=caption_queries(gallery.table, encoder), device=self.options.device,
+            index=self.out, folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks,
+            fields=Items(staging / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
+            queries=caption_queries(gallery.table, encoder), device=self.options.device,
         )  # fmt: skip
         created = engine.create(spec, new)
         logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
-        rows = encoded.rows()
-        field_types = write_items(staging / ITEMS, encoded.with_sizes(gallery.table), rows)
         write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
         write_failed(staging / FAILED, gallery, encoded.failed)
         write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())

@@ -33,11 +33,11 @@ from index_jobs.gallery.scan import Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import is_url, join_location, parent_folder
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact, write_removed
+from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
 from index_jobs.store.manifest import (
-    ADDITIONS_ENGINE,
+    CHANGED,
     CHECKPOINT,
     FAILED,
     ITEMS,
@@ -196,14 +196,14 @@ def _write_addition(
         start += addition.count
     new = absolute_locations(encoded.with_sizes(gallery.table), gallery.root).select(COLUMNS)
     table = pa.concat_tables([*tables, take_rows(new, encoded.rows())])
-    new_index = NewIndex(
-        folder=staging / folder, version=manifest.version + 1, blocks=lambda: chain(blocks, encoded.blocks()),
-        count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
-    )  # fmt: skip
-    engine, spec = load_engine(ADDITIONS_ENGINE), replace(manifest.spec, engine=ADDITIONS_ENGINE, kind="auto")
-    created = engine.create(spec, new_index)
     write_failed(staging / folder / FAILED, gallery, encoded.failed)
     write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
+    new_index = NewIndex(
+        index=current.path.parent.parent, folder=staging / folder, version=manifest.version + 1,
+        blocks=lambda: chain(blocks, encoded.blocks()), fields=Items(staging / folder / ITEMS).field_table(),
+        count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
+    )  # fmt: skip
+    created = load_engine(manifest.spec.engine).create(replace(manifest.spec, kind="auto"), new_index)
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]
     roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
     added = Addition(
@@ -241,10 +241,13 @@ def _publish(
     if len(removed) > REMOVED_SHARE * rows:
         reasons.append(f"{len(removed):,} of {rows:,} rows are removed, and skipped in every search")
     merged = tuple(f"{addition.folder}/" for addition in manifest.additions if addition not in additions)
-    files = {name: info for name, info in manifest.files.items() if not name.startswith((*merged, REMOVED))}
+    files = {name: info for name, info in manifest.files.items() if not name.startswith((*merged, REMOVED, CHANGED))}
     shared = publish.share_files(current.path, staging, files)
     if len(removed):
-        write_removed(staging / REMOVED, removed)
+        write_rows(staging / REMOVED, removed)
+    start = rows - additions[-1].count if additions != manifest.additions else rows  # of what is stored anew
+    if len(changed := current.changed[current.changed < start]):
+        write_rows(staging / CHANGED, changed)
     if manifest.has_lexical and additions != manifest.additions:
         items = Items(staging / additions[-1].folder / ITEMS)
         texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)

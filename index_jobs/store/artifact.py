@@ -27,10 +27,11 @@ from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, St
 from dcar_core.util.files import atomic_writer, sha256_of
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import ImageAccess, is_url, join_location, open_image
+from index_jobs.selection import NO_ROWS, Allowed, Selection
 from index_jobs.store.items import Items, common_type, typed_array
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
-from index_jobs.store.manifest import ADDITIONS_ENGINE, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
+from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
@@ -77,8 +78,8 @@ class Segment:
 class Artifact:
     """One opened version.
 
-    rows: their number, removed ones included; row numbers are 0..rows - 1. image_access: limits on the images that are
-    read; None for no limit.
+    rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose item was removed.
+    image_access: limits on the images that are read; None for no limit.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Artifact:
     ) -> None:  # fmt: skip
         """Take the opened parts of a version; `open` opens them."""
         self.path, self.manifest, self.segments, self.image_access = path, manifest, segments, image_access
-        self._removed, self._items = removed, dict[int, Item]()
+        self.removed, self._items = removed, dict[int, Item]()
         stops = np.cumsum([0, *(segment.vectors.count for segment in segments)]).tolist()
         self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
 
@@ -100,12 +101,14 @@ class Artifact:
         """
         manifest = Manifest.read(path / MANIFEST)
         _check_sizes(path, manifest)
-        vectors = load_engine(manifest.spec.engine).open(path, gpu=manifest.gpu)
-        segments = [Segment(vectors, Items(path / ITEMS), manifest.root, manifest.roots)]
+        try:
+            engine = load_engine(manifest.spec.engine)
+        except DataError as error:
+            raise ArtifactError(f"{path} cannot be opened: {error}; rebuild the index with one of these") from None
+        segments = [Segment(engine.open(path, gpu=manifest.gpu), Items(path / ITEMS), manifest.root, manifest.roots)]
         for addition in manifest.additions:
             folder = path / addition.folder
-            vectors = load_engine(ADDITIONS_ENGINE).open(folder)
-            segments.append(Segment(vectors, Items(folder / ITEMS), "", addition.roots))
+            segments.append(Segment(engine.open(folder), Items(folder / ITEMS), "", addition.roots))
         added = [addition.count for addition in manifest.additions]
         total = manifest.count + manifest.removed
         for segment, count in zip(segments, [total - sum(added), *added], strict=True):
@@ -115,8 +118,8 @@ class Artifact:
                     f"{path} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
                     f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
                 )
-        removed = _read_removed(path / REMOVED) if manifest.removed else np.empty(0, np.int64)
-        if len(removed) != manifest.removed or (len(removed) and not 0 <= removed.min() <= removed.max() < total):
+        removed = _read_rows(path / REMOVED, total) if manifest.removed else NO_ROWS
+        if len(removed) != manifest.removed:
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
         return cls(path, manifest, segments, removed, image_access)
 
@@ -124,9 +127,14 @@ class Artifact:
     def live(self) -> Mask:
         """bool (rows,), read-only: false where the item was removed."""
         mask = np.ones(self.rows, np.bool_)
-        mask[self._removed] = False
+        mask[self.removed] = False
         mask.flags.writeable = False
         return mask
+
+    @cached_property
+    def changed(self) -> Rows:
+        """Rows whose fields differ from those that the engine stored with the vectors, ascending."""
+        return _read_rows(self.path / CHANGED, self.rows) if CHANGED in self.manifest.files else NO_ROWS
 
     @cached_property
     def lexical(self) -> LexicalIndex | None:
@@ -153,12 +161,12 @@ class Artifact:
         """The model that encoded the vectors, for `Encoder.load`."""
         return self.path / CHECKPOINT
 
-    def search(self, vectors: Floats, k: int, allowed: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, allowed: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query.
 
         Args:
             vectors: float32 (n, E), L2-normalized.
-            allowed: bool (rows,), the rows that may be found; None for all.
+            allowed: the rows that may be found, bool (rows,), or by conditions; None for all.
             is_narrow: as in `VectorIndex.search`.
 
         Returns:
@@ -169,14 +177,18 @@ class Artifact:
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
-        if len(self._removed):
-            allowed = self.live if allowed is None else allowed & self.live
+        if len(self.removed) and allowed is None:
+            allowed = Selection(lambda: self.live, hidden=self.removed)
+        elif len(self.removed) and not isinstance(allowed, Selection):
+            allowed = allowed & self.live
         if len(self.segments) == 1:
             return self.segments[0].vectors.search(vectors, k, allowed, is_narrow=is_narrow)
         scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
         for segment, span in zip(self.segments, self._spans, strict=True):
-            mask = None if allowed is None else allowed[span.start : span.stop]
-            segment_scores, positions = segment.vectors.search(vectors, k, mask, is_narrow=is_narrow)
+            part: Allowed | None = None
+            if allowed is not None:
+                part = allowed.part(span) if isinstance(allowed, Selection) else allowed[span.start : span.stop]
+            segment_scores, positions = segment.vectors.search(vectors, k, part, is_narrow=is_narrow)
             scores.append(segment_scores)
             rows.append(np.where(positions >= 0, positions + span.start, -1))
         return merge_top_k(scores, rows, k)
@@ -199,7 +211,7 @@ class Artifact:
 
     def locate(self, row: int) -> tuple[Segment, int]:
         """Return the segment of a row, and its number there. Raise IndexError if the row is unknown or removed."""
-        if 0 <= row < self.rows and len(self._removed) and not self.live[row]:
+        if 0 <= row < self.rows and len(self.removed) and not self.live[row]:
             raise IndexError(f"row {row} was removed")
         for segment, span in zip(self.segments, self._spans, strict=True):
             if span.start <= row < span.stop:
@@ -210,7 +222,7 @@ class Artifact:
         """Return the live row of an id, or None; newer segments first, since an item may have been replaced."""
         for segment, span in zip(reversed(self.segments), reversed(self._spans), strict=True):
             row = segment.items.row_of(item_id)
-            if row is not None and (not len(self._removed) or self.live[row + span.start]):
+            if row is not None and (not len(self.removed) or self.live[row + span.start]):
                 return int(row + span.start)
         return None
 
@@ -365,14 +377,17 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
             )
 
 
-def write_removed(path: Path, rows: Rows) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     with atomic_writer(path) as file:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 
 
-def _read_removed(path: Path) -> Rows:
+def _read_rows(path: Path, total: int) -> Rows:
     try:
         rows: Rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    return rows.reshape(-1).astype(np.int64)
+    rows = rows.reshape(-1).astype(np.int64)
+    if len(rows) and not 0 <= rows.min() <= rows.max() < total:
+        raise ArtifactError(f"{path} does not fit the manifest; roll back, or rebuild the index")
+    return rows

@@ -17,11 +17,11 @@ from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_METADATA_BYTES
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import Items, fit_one_field, type_of
 from index_jobs.store.lexical.lexical_index import item_texts, replace_texts
-from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest, counted, utc_now
+from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, Manifest, counted, utc_now
 from index_jobs.store.versions import current_version, open_current, version_numbers
 from index_jobs.store.writes import WriteJob, WriteQueue, sweep
 
@@ -102,6 +102,9 @@ class _Draft:
                 changes = zip(rows.tolist(), before, after, strict=True)
                 texts |= {row: new for row, old, new in changes if new != old}
             start += len(items)
+        if not manifest.spec.is_local:  # the engine keeps the fields as they were
+            files.pop(CHANGED, None)
+            write_rows(staging / CHANGED, np.union1d(current.changed, [*self.records]))
         shared = publish.share_files(current.path, staging, files)
         if texts and manifest.has_lexical:
             for name in replace_texts(staging / LEXICAL, texts):

@@ -22,6 +22,8 @@ import pyarrow.compute as pc
 from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import replace_surrogates
+from index_jobs.selection import EMPTY_IS_MISSING, Selection
+from index_jobs.store.items import take_rows
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Artifact
@@ -34,7 +36,6 @@ _MAX_SUBSTRING = 1000  # characters of "contains", which becomes a regular expre
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
 _MAX_FLOAT = int(sys.float_info.max)
-EMPTY_IS_MISSING = frozenset({"caption", "category"})
 _TYPE_NAMES = {"bool": "true or false", "int64": "whole numbers", "double": "numbers", "string": "texts"}
 
 
@@ -53,11 +54,31 @@ def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     Raises:
         FilterError: no item has such a field, a condition does not fit it, or there are too many conditions.
     """
-    limit = min(_MAX_CONDITIONS, max(1, _MAX_CONDITION_ROWS // max(1, artifact.rows)))
-    for number, field in enumerate(_condition_fields(filter)):
-        if number == limit:
-            raise FilterError(field, f"at most {limit} conditions in all on this index; a list of values is one")
+    _require_few(filter, artifact.rows)
     return _match_all(artifact, filter)
+
+
+def select_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Selection:
+    """Return the live items that meet every condition, for an engine that keeps their fields.
+
+    Only rows whose fields have changed since are compared here. Raise FilterError as `match_rows`.
+    """
+    _require_few(filter, 0)
+    changed = artifact.changed
+    added = changed[_match_all(_Chosen(artifact, changed), filter)]
+    hidden = np.union1d(changed, artifact.removed)
+    return Selection(lambda: match_rows(artifact, filter), (filter,), hidden, added)
+
+
+class _Chosen:
+    """Some rows of an artifact, ascending."""
+
+    def __init__(self, artifact: "Artifact", rows: Rows) -> None:
+        self._artifact, self._rows = artifact, rows
+        self.fields, self.rows, self.live = artifact.fields, len(rows), artifact.live[rows]
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        return take_rows(pa.table({name: self._artifact.column(name)}), self._rows)[name]
 
 
 def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
@@ -85,6 +106,13 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
     return mask & _match_ranges(column, ranges, field) if ranges else mask
 
 
+def _require_few(filter: Mapping[str, Any], rows: int) -> None:
+    limit = min(_MAX_CONDITIONS, max(1, _MAX_CONDITION_ROWS // max(1, rows)))
+    for number, field in enumerate(_condition_fields(filter)):
+        if number == limit:
+            raise FilterError(field, f"at most {limit} conditions in all on this index; a list of values is one")
+
+
 def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
     """Yield the field of each condition, those in "$or" and "not" included."""
     for field, condition in filter.items():
@@ -98,7 +126,7 @@ def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
             yield field
 
 
-def _match_all(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
+def _match_all(artifact: "Artifact | _Chosen", filter: Mapping[str, Any]) -> Mask:
     mask = artifact.live.copy()
     for field, condition in filter.items():
         if field == _OR:
@@ -110,7 +138,7 @@ def _match_all(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     return mask
 
 
-def _match_any(artifact: "Artifact", filters: Any) -> Mask:
+def _match_any(artifact: "Artifact | _Chosen", filters: Any) -> Mask:
     if not isinstance(filters, list) or not filters or not all(isinstance(part, dict) for part in filters):
         raise FilterError(_OR, "takes a list of filters; one of them must hold")
     mask = np.zeros(artifact.rows, np.bool_)

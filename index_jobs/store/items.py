@@ -232,6 +232,10 @@ class Items:
         column = name if name in BUILT_IN_FIELDS else _FIELD + name
         return pa.chunked_array([batch.column(column) for batch in self._batches], self.fields[name])
 
+    def field_table(self) -> pa.Table:
+        """Return the columns of the `fields`, memory-mapped."""
+        return pa.table({name: self.column(name) for name in self.fields})
+
     def table(self, rows: Rows | None = None) -> pa.Table:
         """Return all rows, or some, ascending, with the columns that `write_items` needs."""
         table = pa.Table.from_batches(self._batches, self._schema)

@@ -13,9 +13,8 @@ from index_jobs.spec import IndexSpec
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 
 FORMAT = 3
-ADDITIONS_ENGINE = "faiss"  # of small segments that are added later, whatever the engine of the built one
 CURRENT, VERSIONS = "CURRENT", "versions"
-MANIFEST, ITEMS, REMOVED = "manifest.json", "items.arrow", "removed.npy"
+MANIFEST, ITEMS, REMOVED, CHANGED = "manifest.json", "items.arrow", "removed.npy", "changed.npy"
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
 PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
 

@@ -9,6 +9,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from dcar_core.util.errors import ArtifactError, DcarError
+from dcar_core.util.errors import ArtifactError, DataError, DcarError
 from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
@@ -25,6 +26,8 @@ from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
 from index_jobs.store.versions import current_version_or_none, list_versions, open_version, version_numbers
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _STAGING = ".tmp-"
@@ -189,7 +192,10 @@ def _lock(index: Path) -> AbstractContextManager[None]:
 
 def _sync(engines: set[str], index: Path, version: int) -> None:
     for engine in sorted(engines):
-        load_engine(engine).sync(index, version)
+        try:
+            load_engine(engine).sync(index, version)
+        except DataError as error:  # of a version that another release wrote
+            logger.warning("version %d is published, but not to the engine of an older one: %s", version, error)
 
 
 def _write_current(index: Path, version: int) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
 from index_jobs.engines.measure import Benchmark, gallery_queries
 from index_jobs.engines.protocol import CreatedIndex, NewIndex, ScoredRows
+from index_jobs.selection import Allowed, to_mask
 from index_jobs.spec import IndexSpec
 
 REGISTRY_LINE = {"array": "tests.support.array_engine:ArrayEngine"}
@@ -21,10 +22,10 @@ class ArrayIndex:
         self._array = array
         self.count, self.dim = array.shape
 
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
         scores = vectors @ self._array.T
         if mask is not None:
-            scores[:, ~mask] = -np.inf
+            scores[:, ~to_mask(mask)] = -np.inf
         scores = np.pad(scores, ((0, 0), (0, k)), constant_values=-np.inf)
         rows = np.argsort(-scores, 1, kind="stable")[:, :k]
         scores = np.take_along_axis(scores, rows, 1)

@@ -58,7 +58,7 @@ PARTS = {
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries at URLs", "http", "aiohttp"),
-    "milvus": _extra("Milvus", "milvus", "milvus_lite"),
+    "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),

@@ -26,6 +26,7 @@ from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
 from index_jobs.checks import check_file_once
 from index_jobs.engines.protocol import ScoredRows, merge_top_k
+from index_jobs.selection import Allowed, to_mask
 
 faiss: Any = typed_faiss  # its type hints have the C++ signatures only
 
@@ -109,10 +110,10 @@ class FaissIndex:
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {faiss_reason(error)}") from error
 
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
-        selection = None if mask is None else RowSelection(mask)
+        selection = None if mask is None else RowSelection(to_mask(mask))
         if selection is not None and selection.count < self.count:
             return self._search_selection(vectors, k, selection)
         width = self._tuned

@@ -1,0 +1,108 @@
+"""Filters of `store.filters` as conditions of Qdrant.
+
+- A stored point has every field of its row: null where the item has none, so that null is told from an empty list.
+- `contains` and ranges of texts have no counterpart. Filters with them become lists of row numbers.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from qdrant_client import models
+
+from dcar_core.util.arrays import Rows
+from dcar_core.util.json_text import replace_surrogates
+from index_jobs.selection import EMPTY_IS_MISSING, Allowed, Selection
+
+_RANGES = frozenset({"gt", "gte", "lt", "lte"})
+_EXACT = 2**53  # integers below are exact as floats, which ranges are
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_NUMBERS = frozenset({"int64", "double"})
+
+
+class _NoCounterpartError(Exception):
+    """Qdrant has no such condition."""
+
+
+def payload_keys(names: Iterable[str]) -> dict[str, str]:
+    """Return the key of each field: its name, unless that is a path in Qdrant's syntax."""
+    return {name: name if _PLAIN.fullmatch(name) else f"field-{number}" for number, name in enumerate(names)}
+
+
+def to_conditions(allowed: Allowed, fields: Mapping[str, Sequence[str]]) -> models.Filter:
+    """Return the conditions of rows. fields: key and Arrow type of each stored field."""
+    if isinstance(allowed, Selection):
+        try:
+            parts: list[Any] = [_all_of(filter, fields) for filter in allowed.filters]
+        except _NoCounterpartError:
+            return to_conditions(allowed.mask, fields)
+        found = models.Filter(must=parts, must_not=[_rows(allowed.hidden)] if len(allowed.hidden) else None)
+        return models.Filter(should=[found, _rows(allowed.added)]) if len(allowed.added) else found
+    hidden = np.flatnonzero(~allowed)
+    if 2 * len(hidden) <= len(allowed):
+        return models.Filter(must_not=[_rows(hidden)])
+    return models.Filter(must=[_rows(np.flatnonzero(allowed))])
+
+
+def _rows(rows: Rows) -> models.HasIdCondition:
+    return models.HasIdCondition(has_id=rows.tolist())
+
+
+def _all_of(filter: Mapping[str, Any], fields: Mapping[str, Sequence[str]]) -> models.Filter:
+    parts: list[Any] = []
+    for field, condition in filter.items():
+        if field == "$or":
+            parts.append(models.Filter(should=[_all_of(part, fields) for part in condition]))
+        else:
+            parts.append(_condition(field, *fields.get(field, ("", "")), condition))
+    return models.Filter(must=parts)
+
+
+def _condition(field: str, key: str, kind: str, condition: Any) -> models.Filter:
+    if not isinstance(condition, dict):
+        return _one_of(field, key, kind, condition if isinstance(condition, list) else [condition])
+    parts: list[Any] = []
+    for name, operand in condition.items():
+        if name == "not":
+            parts.append(models.Filter(must_not=[_condition(field, key, kind, operand)]))
+        elif name == "in":
+            parts.append(_one_of(field, key, kind, operand))
+        elif name not in _RANGES:
+            raise _NoCounterpartError
+    if ranges := {name: operand for name, operand in condition.items() if name in _RANGES}:
+        parts.append(_range(key, kind, ranges))
+    return models.Filter(must=parts)
+
+
+def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Filter:
+    """Return the condition that a field has one of some values; key is "" if no stored row has the field."""
+    given = [value for value in values if value is not None]
+    is_null = None in values or (field in EMPTY_IS_MISSING and "" in given)
+    if not key:
+        return models.Filter() if is_null else models.Filter(must=[_rows(np.empty(0, np.int64))])
+    parts: list[Any] = [models.IsNullCondition(is_null=models.PayloadField(key=key))] if is_null else []
+    if kind == "double":
+        parts += [_range(key, kind, {"gte": value, "lte": value}) for value in given]
+    elif kind == "bool":
+        parts += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for value in given]
+    elif kind == "int64":
+        given = [int(value) for value in given if abs(value) < 2**63 and value == int(value)]
+    else:
+        given = [replace_surrogates(value) for value in given]
+    if given and kind not in ("double", "bool"):
+        parts.append(models.FieldCondition(key=key, match=models.MatchAny(any=given)))
+    return models.Filter(should=parts) if parts else models.Filter(must=[_rows(np.empty(0, np.int64))])
+
+
+def _range(key: str, kind: str, bounds: Mapping[str, Any]) -> Any:
+    if not key:
+        return _rows(np.empty(0, np.int64))
+    if kind not in _NUMBERS or not all(_is_exact(bound, kind) for bound in bounds.values()):
+        raise _NoCounterpartError
+    return models.FieldCondition(key=key, range=models.Range(**{name: float(bound) for name, bound in bounds.items()}))
+
+
+def _is_exact(bound: Any, kind: str) -> bool:
+    return math.isfinite(bound) and (abs(bound) < _EXACT or (kind == "double" and isinstance(bound, float)))

@@ -1,0 +1,202 @@
+"""The engine `qdrant=LOCATION`: a collection for each built version and each addition.
+
+- A collection is named after the index, the version and a random number; `qdrant.json` in the version names it. It
+  belongs to a version once that is published with all of its points, so what a killed job has uploaded is never served.
+- CURRENT decides which version is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
+- Collections of removed versions and of killed jobs are dropped after a publication.
+- The key is read from DCAR_QDRANT_API_KEY and never written.
+"""
+
+import hashlib
+import logging
+import math
+import re
+import secrets
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from dcar_core.util.errors import DataError, StoreUnavailableError
+from dcar_core.util.files import write_json
+from index_jobs.engines.faiss.tuning import tune
+from index_jobs.engines.measure import Benchmark, gallery_queries
+from index_jobs.engines.protocol import CreatedIndex, NewIndex
+from index_jobs.engines.qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation, call, connect
+from index_jobs.selection import EMPTY_IS_MISSING
+from index_jobs.spec import IndexSpec
+
+logger = logging.getLogger(__name__)
+
+_KINDS = ("auto", "flat", "hnsw")
+_FLAT_UP_TO = 20_000  # vectors that `auto` compares one by one
+_DEGREE, _CONSTRUCTION_WIDTH = 24, 200
+_QUANTIZATIONS = ("int8", "binary")
+_INDEXES = {"bool": "bool", "int64": "integer", "double": "float"}  # of payload fields by type; others are keywords
+_UNINDEXED = "caption"  # long and different, so a filter rarely names one
+_INDEXING_SECONDS = 6 * 3600  # that a server may take to build its graphs
+
+
+@dataclass(frozen=True)
+class QdrantSettings:
+    """What follows the location: LOCATION?shard_number=2&replication_factor=2&quantization=int8&hnsw_ef=128."""
+
+    location: str
+    shard_number: int | None = None
+    replication_factor: int | None = None
+    quantization: str = ""
+    hnsw_ef: int | None = None  # None: tuned
+
+    @classmethod
+    def parse(cls, uri: str) -> "QdrantSettings":
+        location, _, query = uri.partition("?")
+        if not location:
+            raise DataError("the engine qdrant needs a location: qdrant=http://HOST:6333, or qdrant=FOLDER to try it")
+        values = dict(parse_qsl(query, keep_blank_values=True))
+        quantization = values.pop("quantization", "")
+        if quantization not in ("", *_QUANTIZATIONS):
+            raise DataError(f"quantization is one of {', '.join(_QUANTIZATIONS)}, not {quantization!r}")
+        for name, text in values.items():
+            if name not in ("shard_number", "replication_factor", "hnsw_ef"):
+                raise DataError(f"the engine qdrant has no setting {name!r}")
+            if not text.isdecimal() or not int(text):
+                raise DataError(f"{name} is a number above 0, not {text!r}")
+        return cls(location, quantization=quantization, **{name: int(text) for name, text in values.items()})
+
+
+class QdrantEngine:
+    """Collections of one Qdrant; see `index_jobs.engines.protocol.Engine`."""
+
+    def __init__(self, uri: str) -> None:
+        """uri: see `QdrantSettings`."""
+        self._settings = QdrantSettings.parse(uri)
+
+    def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
+        """Check that Qdrant has the kind and responds."""
+        if spec.kind not in _KINDS:
+            raise DataError(f"vectors in Qdrant can be of kind {', '.join(_KINDS)}, not {spec.kind!r}")
+        client = connect(self._settings.location)
+        call(client.get_collections, attempts=1)
+        return 0
+
+    def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
+        """Create, fill and tune a collection, and write `qdrant.json`."""
+        from index_jobs.engines.qdrant.conditions import payload_keys
+
+        is_flat = spec.kind == "flat" or (spec.kind == "auto" and new.count <= _FLAT_UP_TO)
+        keys = payload_keys(new.fields.column_names)
+        location = QdrantLocation(
+            location=self._settings.location,
+            collection=f"{collection_prefix(new.index)}_v{new.version}_{secrets.token_hex(4)}",
+            count=new.count,
+            dim=new.dim,
+            fields={name: [keys[name], str(new.fields.schema.field(name).type)] for name in keys},
+            is_quantized=bool(self._settings.quantization) and not is_flat,
+            hnsw_ef=None if is_flat else self._settings.hnsw_ef or QdrantIndex.min_width,
+        )
+        start = time.perf_counter()
+        self._fill(location, new)
+        seconds = time.perf_counter() - start
+        index, queries = QdrantIndex(location), new.queries or gallery_queries(new.blocks, new.count)
+        benchmark = Benchmark(new.blocks, queries, target=spec.target_recall)
+        if is_flat or self._settings.hnsw_ef:
+            measured = benchmark.measure(index, {} if is_flat else {"hnsw_ef": index.ef})
+        else:
+            measured = tune(benchmark, index, tunable=index)
+        write_json(new.folder / LOCATION, asdict(replace(location, hnsw_ef=index.ef)))
+        logger.info("%s: %d vectors in %.1f s", location.collection, new.count, seconds)
+        reason = f"{'requested' if spec.kind != 'auto' else f'{new.count:,} vectors'}, in Qdrant"
+        measured["build_seconds"] = round(seconds, 1)
+        return CreatedIndex(kind="Flat" if is_flat else f"HNSW{_DEGREE}", reason=reason, measured=measured)
+
+    def open(self, folder: Path, *, gpu: bool = False) -> QdrantIndex:
+        """Connect to the collection that `qdrant.json` names."""
+        return QdrantIndex(QdrantLocation.read(folder / LOCATION))
+
+    def sync(self, index: Path, version: int) -> None:
+        """Point the alias to the built collection of the current version, and drop those that no version names."""
+        from qdrant_client import models
+
+        here, prefix, versions = self._settings.location, collection_prefix(index), index / "versions"
+        alias = f"{prefix}_current"
+        try:
+            paths = [*versions.glob(f"[0-9]*/{LOCATION}"), *versions.glob(f"[0-9]*/*/{LOCATION}")]
+            places = {path.parent: QdrantLocation.read(path) for path in paths}
+            served = places.get(versions / str(version))
+            client = connect(here)
+            steps: list[Any] = []
+            if any(each.alias_name == alias for each in client.get_aliases().aliases):
+                steps.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)))
+            if served and served.location == here:
+                create = models.CreateAlias(collection_name=served.collection, alias_name=alias)
+                steps.append(models.CreateAliasOperation(create_alias=create))
+            if steps:
+                call(lambda: client.update_collection_aliases(steps))  # all at once
+            named = {place.collection for place in places.values()}
+            for name in [each.name for each in client.get_collections().collections]:
+                if name.startswith(f"{prefix}_v") and name not in named:
+                    client.delete_collection(name)
+        except Exception as error:
+            logger.warning("the Qdrant at %s could not be updated to version %d: %s", here, version, error)
+
+    def _fill(self, location: QdrantLocation, new: NewIndex) -> None:
+        """Create a collection, upload points with their fields, and wait until they are indexed."""
+        from qdrant_client import models
+
+        settings, name, client = self._settings, location.collection, connect(location.location)
+        always = {"always_ram": True}
+        scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, **always)
+        quantizations = {
+            "int8": models.ScalarQuantization(scalar=scalar),
+            "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(**always)),
+        }
+        degree = _DEGREE if location.hnsw_ef else 0  # 0 builds no graph
+        call(
+            lambda: client.create_collection(
+                name,
+                models.VectorParams(size=new.dim, distance=models.Distance.DOT),
+                hnsw_config=models.HnswConfigDiff(m=degree, ef_construct=_CONSTRUCTION_WIDTH),
+                shard_number=settings.shard_number,
+                replication_factor=settings.replication_factor,
+                quantization_config=quantizations[settings.quantization] if location.is_quantized else None,
+            ),
+            attempts=1,
+        )
+        is_server = "://" in location.location
+        for field, (key, kind) in location.fields.items():
+            if is_server and field != _UNINDEXED:  # before the points: the graph then has links for filters
+                schema = models.PayloadSchemaType(_INDEXES.get(kind, "keyword"))
+                call(lambda: client.create_payload_index(name, key, schema))  # noqa: B023
+        fields, row = new.fields.rename_columns([key for key, _ in location.fields.values()]), 0
+        for block in new.blocks():
+            for start in range(0, len(block), BATCH):
+                part = np.asarray(block[start : start + BATCH]).tolist()
+                payloads = [_payload(record) for record in fields.slice(row, len(part)).to_pylist()]
+                points = [
+                    models.PointStruct(id=number, vector=vector, payload=payload)
+                    for number, (vector, payload) in enumerate(zip(part, payloads, strict=True), row)
+                ]
+                call(lambda: client.upsert(name, points))  # noqa: B023
+                row += len(part)
+        deadline = time.monotonic() + _INDEXING_SECONDS
+        while is_server and call(lambda: client.get_collection(name)).status != models.CollectionStatus.GREEN:
+            if time.monotonic() > deadline:
+                raise StoreUnavailableError(f"Qdrant has not indexed {name} in {_INDEXING_SECONDS // 3600} hours")
+            time.sleep(1)
+
+
+def _payload(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of one point. Numbers that are not finite are left out, since JSON has none."""
+    for key in EMPTY_IS_MISSING:
+        record[key] = record.get(key) or None
+    return {key: each for key, each in record.items() if not (isinstance(each, float) and not math.isfinite(each))}
+
+
+def collection_prefix(index: Path) -> str:
+    """Return the prefix of an index's collections, which depends on its absolute path."""
+    path = index.absolute()
+    slug = re.sub(r"\W+", "_", path.name)[:40]
+    return f"dcar_{slug}_{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"

@@ -1,0 +1,171 @@
+"""The stored vectors of one version or addition, and their searches.
+
+- The id of a point is its row number. A search returns ids and scores, no fields.
+- Calls are repeated after a pause if the server is busy or the connection breaks, and end after a time limit.
+- A location is the URL of a server. A folder, or `:memory:`, is the client's local mode, which compares every vector.
+  One process at a time can open a folder.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.errors import ArtifactError, MissingExtraError, StoreUnavailableError
+from index_jobs.engines.protocol import ScoredRows, merge_top_k
+from index_jobs.selection import Allowed, Selection
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+
+LOCATION = "qdrant.json"
+API_KEY = "DCAR_QDRANT_API_KEY"
+BATCH = 256  # vectors in one call
+_SECONDS = 30  # of one call
+_ATTEMPTS = 4
+_PAUSE_SECONDS = 0.2  # before the second attempt; then twice as long each time
+_BUSY = frozenset({429, 500, 502, 503, 504})
+_OVERSAMPLING = 2.0  # candidates of quantized vectors that are compared again, in multiples of k
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QdrantLocation:
+    """Where the vectors of a folder are, and how they are searched, as in `qdrant.json`.
+
+    fields: key and Arrow type of each stored field. hnsw_ef: None compares every vector.
+    """
+
+    location: str
+    collection: str
+    count: int
+    dim: int
+    fields: dict[str, list[str]]
+    is_quantized: bool
+    hnsw_ef: int | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> "QdrantLocation":
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}") from error
+
+
+class QdrantIndex:
+    """One collection. Safe for concurrent searches. It is tunable as `engines.faiss.tuning` describes."""
+
+    width, min_width, max_width, has_reranking = "hnsw_ef", 16, 4096, False
+
+    def __init__(self, location: QdrantLocation) -> None:
+        """Open a collection. Raise ArtifactError if it is missing or lacks vectors."""
+        self.count, self.dim, self._name, self._fields = (
+            location.count, location.dim, location.collection, location.fields
+        )  # fmt: skip
+        where, self._is_quantized, self.ef = location.location, location.is_quantized, location.hnsw_ef
+        self._is_local = "://" not in where
+        if self._is_local and where != ":memory:" and not Path(where).exists():  # the client would create it
+            raise ArtifactError(f"the folder {where} with the vectors is missing; restore it, or rebuild the index")
+        self._client = connect(where)
+        if not call(lambda: self._client.collection_exists(self._name)):
+            raise ArtifactError(f"{where} has no collection {self._name}; roll back, or rebuild the index")
+        stored = call(lambda: self._client.count(self._name, exact=True)).count
+        if stored != self.count:
+            raise ArtifactError(
+                f"collection {self._name} has {stored:,} vectors, not {self.count:,}; roll back, or rebuild the index"
+            )
+
+    def set(self, name: str, value: int) -> None:
+        """Set the width of searches."""
+        self.ef = value
+
+    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
+        """As `VectorIndex.search`. Conditions are evaluated by Qdrant; a mask is sent as a list of rows."""
+        from qdrant_client import models
+
+        from index_jobs.engines.qdrant.conditions import to_conditions
+
+        is_filtered = mask is not None and (isinstance(mask, Selection) or not mask.all())
+        conditions = to_conditions(mask, self._fields) if mask is not None and is_filtered else None
+        parameters = None
+        if not self._is_local:  # it has none
+            rescoring = models.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING)
+            parameters = models.SearchParams(
+                hnsw_ef=self.ef, exact=self.ef is None, quantization=rescoring if self._is_quantized else None
+            )
+        rows = np.full((len(vectors), k), -1, np.int64)
+        scores = np.full((len(vectors), k), -np.inf, np.float32)
+        requests = [
+            models.QueryRequest(query=vector, filter=conditions, params=parameters, limit=min(k, self.count))
+            for vector in np.asarray(vectors, np.float32).tolist()
+        ]
+        for start in range(0, len(requests), BATCH):
+            part = requests[start : start + BATCH]
+            responses = call(lambda: self._client.query_batch_points(self._name, part))  # noqa: B023
+            for number, response in enumerate(responses, start):
+                hits = response.points
+                rows[number, : len(hits)] = [hit.id for hit in hits]
+                scores[number, : len(hits)] = [hit.score for hit in hits]
+        return merge_top_k([scores], [rows], k)
+
+    def vectors(self, rows: Rows) -> Floats:
+        """As `VectorIndex.vectors`."""
+        vectors = np.empty((len(rows), self.dim), np.float32)
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH].tolist()
+            points = call(
+                lambda: self._client.retrieve(self._name, part, with_payload=False, with_vectors=True)  # noqa: B023
+            )
+            by_row = {point.id: point.vector for point in points}
+            if missing := [row for row in part if row not in by_row]:
+                raise ArtifactError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
+            vectors[start : start + len(part)] = [by_row[row] for row in part]
+        return vectors
+
+
+def connect(location: str) -> "QdrantClient":
+    """Return the client of a location; threads share it."""
+    return _connect(location, os.environ.get(API_KEY, ""), os.getpid())
+
+
+@lru_cache
+def _connect(location: str, key: str, process: int) -> "QdrantClient":
+    try:
+        from qdrant_client import QdrantClient
+    except ImportError:
+        raise MissingExtraError("vectors in Qdrant", "qdrant") from None
+
+    if "://" in location:
+        return QdrantClient(location, api_key=key or None, timeout=_SECONDS, check_compatibility=False)
+    place: dict[str, Any] = {"location": location} if location == ":memory:" else {"path": location}
+    return call(lambda: QdrantClient(**place, force_disable_check_same_thread=True))
+
+
+def call(function: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+    """Call Qdrant. Raise StoreUnavailableError if it refuses, or does not respond in several attempts."""
+    for attempt in range(attempts):
+        try:
+            return function()
+        except Exception as error:
+            if attempt + 1 == attempts or not _is_temporary(error):
+                reason = " ".join(str(error).split())[:300]
+                raise StoreUnavailableError(f"Qdrant is unavailable: {reason}") from error
+            time.sleep(_PAUSE_SECONDS * 2**attempt)
+    raise AssertionError
+
+
+def _is_temporary(error: Exception) -> bool:
+    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    return isinstance(error, ResponseHandlingException | ResourceExhaustedResponse) or (
+        isinstance(error, UnexpectedResponse) and error.status_code in _BUSY
+    )

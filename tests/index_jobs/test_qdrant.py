@@ -1,0 +1,302 @@
+"""The same job, searches and checks with the vectors in Qdrant."""
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
+from index_jobs.engines.protocol import load_engine
+from index_jobs.jobs.update import add, remove
+from index_jobs.rebuild import rebuild
+from index_jobs.store.publish import rollback
+from index_jobs.store.versions import current_version, open_current, verify_index
+from tests.support.parts import needs
+from tests.support.qdrant_server import QdrantServer, qdrant_url, running_server
+from tests.support.updates import write_images
+from tests.support.versions import Build
+
+pytestmark = needs("qdrant")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with qdrant_url() as url:
+        yield url
+
+
+@pytest.fixture
+def server() -> Iterator[QdrantServer]:
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def index(tiny_gallery: Path, tiny_checkpoint: Path, url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("index") / "in qdrant"
+    rebuild(tiny_gallery, tiny_checkpoint, out, engine=f"qdrant={url}", progress=False)
+    return out
+
+
+@pytest.fixture
+def location(index: Path) -> Any:
+    from index_jobs.engines.qdrant.index import QdrantLocation
+
+    return QdrantLocation.read(open_current(index).path / "qdrant.json")
+
+
+def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
+    """Return the collections of an index, and those that its alias names."""
+    from index_jobs.engines.qdrant.engine import collection_prefix
+    from index_jobs.engines.qdrant.index import connect
+
+    client, prefix = connect(url), collection_prefix(index)
+    names = [each.name for each in client.get_collections().collections if each.name.startswith(prefix)]
+    aliases = [a.collection_name for a in client.get_aliases().aliases if a.alias_name == f"{prefix}_current"]
+    return sorted(names), aliases
+
+
+def collection_of(index: Path, version: int) -> str:
+    return str(json.loads((index / f"versions/{version}/qdrant.json").read_text())["collection"])
+
+
+def test_searches_are_those_of_faiss(index: Path, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index_jobs.engines.qdrant.index.BATCH", 7)
+    here, there = open_current(index), open_current(published)
+    assert not (here.path / "index.faiss").exists()
+    assert (here.manifest.count, here.manifest.kind, here.manifest.measured["recall_at_10"]) == (24, "Flat", 1.0)
+    rows = np.arange(24)
+    np.testing.assert_allclose(here.vectors(rows), there.vectors(rows), atol=1e-6)
+    np.testing.assert_allclose(here.vectors(rows[[5, 3]]), there.vectors(rows[[5, 3]]), atol=1e-6)
+    queries = there.vectors(rows)
+    for allowed in (None, np.isin(rows, [2, 3, 5, 7]), rows % 2 == 0, rows != 4, np.zeros(24, np.bool_)):
+        scores, found = here.search(queries, 30, allowed)
+        expected, truth = there.search(queries, 30, allowed)
+        np.testing.assert_allclose(np.where(found < 0, -9, scores), np.where(truth < 0, -9, expected), atol=1e-5)
+        assert (found[:, 0] == truth[:, 0]).all()
+    assert [here.row_of(here.item(row).id) for row in (0, 23)] == [0, 23]
+
+
+@pytest.mark.slow
+def test_collections_and_alias_follow_versions_rollback_and_updates(
+    build: Build, tiny_checkpoint: Path, other_checkpoint: Path, url: str, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    for checkpoint in (tiny_checkpoint, other_checkpoint):
+        build(checkpoint=checkpoint, engine=f"qdrant={url}", margin=1)
+    names = [collection_of(index, version) for version in (1, 2)]
+    assert collections(url, index) == (sorted(names), [names[1]])
+    assert rollback(index) == 1
+    assert collections(url, index)[1] == [names[0]]
+    gone = open_current(index).item(4).id
+    remove(index, [gone])
+    add(index, write_images(tmp_path / "more", "pink", shape="circle"), progress=False)
+    artifact = open_current(index)
+    assert (artifact.manifest.count, artifact.row_of(gone)) == (24, None)
+    rows = artifact.search(artifact.vectors(np.array([24])), 25)[1][0]
+    assert (rows[0], sorted(rows.tolist())) == (24, [-1, *(row for row in range(25) if row != 4)])
+    assert not list(index.glob("versions/*/**/index.faiss"))
+    present, aliased = collections(url, index)
+    assert (len(present), aliased) == (3, [names[0]]), "an addition is a collection, and shares the built one"
+    add(index, write_images(tmp_path / "others", "brown", shape="circle"), progress=False)
+    assert len(open_current(index).segments) == 2, "small additions are merged"
+    build(checkpoint=other_checkpoint, engine=f"qdrant={url}", margin=1, keep=1)
+    assert len(collections(url, index)[0]) == 1
+    assert len(verify_index(index)) == 1
+    build(margin=1, keep=1)  # back to FAISS: nothing is left behind
+    assert collections(url, index) == ([], [])
+
+
+@pytest.mark.slow
+def test_a_half_uploaded_version_is_never_served(
+    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next job succeeds, and drops what the failed one left."""
+    index, engine = tmp_path / "index", f"qdrant={server.url}"
+    build(engine=engine)
+    monkeypatch.setattr("index_jobs.engines.qdrant.engine.BATCH", 5)
+    monkeypatch.setattr("index_jobs.engines.qdrant.index._PAUSE_SECONDS", 0)
+    upsert, uploads = server.client.upsert, list[int]()
+
+    def failing(*given: Any) -> Any:
+        uploads.append(1)
+        if len(uploads) >= 3:
+            raise ConnectionAbortedError  # without a response
+        return upsert(*given)
+
+    monkeypatch.setattr(server.client, "upsert", failing)
+    monkeypatch.setattr(server.http, "handle_error", lambda *_: None)
+    with pytest.raises(StoreUnavailableError, match="Qdrant is unavailable"):
+        build(engine=engine, force=True)
+    server.client.upsert = upsert  # type: ignore[method-assign]
+    assert current_version(index) == 1
+    assert len(collections(server.url, index)[0]) == 2
+    assert open_current(index).search(np.eye(1, open_current(index).manifest.dim, dtype=np.float32), 30)[1].max() == 23
+    build(engine=engine, force=True)
+    assert collections(server.url, index) == (
+        sorted(collection_of(index, version) for version in (1, 2)), [collection_of(index, 2)]
+    )  # fmt: skip
+
+
+def test_a_collection_that_is_damaged_is_refused(index: Path, location: Any) -> None:
+    from index_jobs.engines.qdrant.index import QdrantIndex, QdrantLocation
+
+    with pytest.raises(ArtifactError, match="has 24 vectors, not 25; roll back"):
+        QdrantIndex(replace(location, count=25))
+    with pytest.raises(ArtifactError, match="has no collection other; roll back"):
+        QdrantIndex(replace(location, collection="other"))
+    with pytest.raises(ArtifactError, match=r"qdrant\.json cannot be read"):
+        QdrantLocation.read(index / "nowhere/qdrant.json")
+
+
+def test_an_unreadable_version_keeps_its_collection(build: Build, url: str, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    build(engine=f"qdrant={url}")
+    name = collection_of(index, 1)
+    (index / "versions/1/qdrant.json").write_text("{")
+    load_engine(f"qdrant={url}").sync(index, 1)
+    assert collections(url, index)[0] == [name]
+
+
+def test_a_busy_server_is_asked_again(
+    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index_jobs.engines.qdrant.index._PAUSE_SECONDS", 0.001)
+    build(engine=f"qdrant={server.url}")
+    artifact = open_current(tmp_path / "index")
+    server.failures = 3
+    assert artifact.search(artifact.vectors(np.arange(1)), 1)[1].tolist() == [[0]]
+    server.failures = 99
+    with pytest.raises(StoreUnavailableError, match=r"Qdrant is unavailable: .*503"):
+        artifact.search(np.eye(1, artifact.manifest.dim, dtype=np.float32), 1)
+    server.failures = 0
+    server.client.delete_collection(collection_of(tmp_path / "index", 1))
+    server.calls.clear()
+    with pytest.raises(StoreUnavailableError, match="404"):
+        artifact.vectors(np.arange(2))
+    assert len(server.calls) == 1, "what a second attempt does not change"
+
+
+def test_settings_reach_the_server(build: Build, server: QdrantServer) -> None:
+    given = "shard_number=3&replication_factor=2&quantization=int8&hnsw_ef=77"
+    summary = build(engine=f"qdrant={server.url}?{given}", kind="hnsw", group_field="color")
+    assert (summary.kind, summary.measured["parameters"]) == ("HNSW24", {"hnsw_ef": 77})
+    created = next(body for method, _, body in server.calls if method == "PUT")
+    assert (created["shard_number"], created["replication_factor"]) == (3, 2)
+    assert created["quantization_config"]["scalar"]["type"] == "int8"
+    indexes = {body["field_name"] for _, path, body in server.calls if path.endswith("/index")}
+    assert indexes > {"id", "category", "color"}
+    assert "caption" not in indexes
+    searches = [body["searches"][0] for _, path, body in server.calls if path.endswith("/batch")]
+    assert {each["params"]["hnsw_ef"] for each in searches} == {77}
+
+
+def test_the_width_of_a_graph_is_tuned(build: Build, server: QdrantServer, tmp_path: Path) -> None:
+    summary = build(engine=f"qdrant={server.url}", kind="hnsw")
+    tuned = summary.measured["parameters"]["hnsw_ef"]
+    assert json.loads((tmp_path / "index/versions/1/qdrant.json").read_text())["hnsw_ef"] == tuned == 16
+
+
+@pytest.mark.parametrize(
+    ("engine", "problem"),
+    [
+        ("qdrant", "needs a location"),
+        ("qdrant=http://h?replicas=2", "no setting 'replicas'"),
+        ("qdrant=http://h?hnsw_ef=0", "hnsw_ef is a number above 0, not '0'"),
+        ("qdrant=http://h?quantization=int4", "quantization is one of int8, binary, not 'int4'"),
+    ],
+)
+def test_unknown_settings_are_refused(engine: str, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        load_engine(engine)
+
+
+def test_a_kind_that_qdrant_lacks_is_refused(build: Build, url: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can be of kind auto, flat, hnsw, not 'ivf-pq'"):
+        build(engine=f"qdrant={url}", kind="ivf-pq")
+    assert not list((tmp_path / "index" / "versions").iterdir())
+
+
+def test_the_key_is_written_nowhere(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCAR_QDRANT_API_KEY", "hidden-word")
+    build(engine="qdrant=:memory:")
+    path = open_current(tmp_path / "index").path
+    assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
+
+
+def test_an_unreachable_server_is_an_error_before_encoding(build: Build) -> None:
+    encoded: list[int] = []
+    with pytest.raises(StoreUnavailableError, match="refused"):
+        build(engine="qdrant=http://127.0.0.1:9", on_encoded=encoded.append)
+    assert not encoded
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from index_jobs.engines.qdrant import index
+
+    monkeypatch.setattr(index, "_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = index.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(StoreUnavailableError, match="timed out"):
+            index.call(client.get_collections, attempts=1)
+
+
+@pytest.mark.slow
+def test_nothing_is_published_while_the_served_version_cannot_be_reached(
+    build: Build, gallery: Path, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Without the served version, nobody would notice that most images are gone."""
+    monkeypatch.setattr("index_jobs.engines.qdrant.index._PAUSE_SECONDS", 0)
+    index = tmp_path / "index"
+    build(gallery, engine=f"qdrant={url}")
+    path = open_current(index).path / "qdrant.json"
+    content = path.read_text()
+    path.write_text(content.replace(url, "http://127.0.0.1:9").ljust(len(content)))  # opening checks the size
+    for image in sorted(gallery.rglob("*.png"))[4:]:
+        image.unlink()
+    with pytest.raises(StoreUnavailableError, match=r"cannot be compared: Qdrant is unavailable: .* by --force"):
+        build(gallery)
+    assert current_version(index) == 1
+    assert build(gallery, force=True).count == 4
+    assert "nothing is compared with it: Qdrant" in caplog.text
+
+
+def test_a_local_folder_is_found_again_and_never_made(build: Build, tmp_path: Path) -> None:
+    from index_jobs.engines.qdrant.index import _connect, connect
+
+    folder = str(tmp_path / "vectors")
+    build(engine=f"qdrant={folder}")
+    connect(folder).close()
+    _connect.cache_clear()  # as in another process
+    artifact = open_current(tmp_path / "index")
+    assert artifact.search(artifact.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(range(24))
+    connect(folder).close()
+    _connect.cache_clear()
+    Path(folder).rename(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match="with the vectors is missing"):
+        open_current(tmp_path / "index")
+    assert not Path(folder).exists()
+
+
+def test_a_version_of_an_engine_that_is_gone_is_to_be_rebuilt(
+    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dcar_core.util.files import write_json
+    from index_jobs.store.manifest import Manifest
+
+    index = tmp_path / "index"
+    build()
+    path = index / "versions/1/manifest.json"
+    manifest = Manifest.read(path)
+    write_json(path, replace(manifest, spec=replace(manifest.spec, engine="milvus=http://host")).to_dict())
+    with pytest.raises(ArtifactError, match="unknown engine 'milvus'; there are: faiss, qdrant; rebuild the index"):
+        open_current(index)
+    assert build().version == 2
+    assert open_current(index).manifest.count == 24
+    assert "not to the engine of an older one" in caplog.text
