@@ -29,8 +29,8 @@ from app.search.rows import filter_mask, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
+from index_jobs.selection import EMPTY_IS_MISSING
 from index_jobs.store.artifact import Item
-from index_jobs.store.filters import EMPTY_IS_MISSING
 
 routes = Routes()
 _PRIVATE = Policy("read", is_private=True)

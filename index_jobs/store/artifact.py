@@ -177,10 +177,11 @@ class Artifact:
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
-        if len(self.removed) and allowed is None:
-            allowed = Selection(lambda: self.live, hidden=self.removed)
-        elif len(self.removed) and not isinstance(allowed, Selection):
-            allowed = allowed & self.live
+        if len(self.removed):
+            if allowed is None:
+                allowed = Selection(lambda: self.live, hidden=self.removed)
+            elif not isinstance(allowed, Selection):
+                allowed = allowed & self.live
         if len(self.segments) == 1:
             return self.segments[0].vectors.search(vectors, k, allowed, is_narrow=is_narrow)
         scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]

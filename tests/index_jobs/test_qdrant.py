@@ -133,7 +133,7 @@ def test_a_half_uploaded_version_is_never_served(
     monkeypatch.setattr(server.http, "handle_error", lambda *_: None)
     with pytest.raises(StoreUnavailableError, match="Qdrant is unavailable"):
         build(engine=engine, force=True)
-    server.client.upsert = upsert  # type: ignore[method-assign]
+    server.client.upsert = upsert
     assert current_version(index) == 1
     assert len(collections(server.url, index)[0]) == 2
     assert open_current(index).search(np.eye(1, open_current(index).manifest.dim, dtype=np.float32), 30)[1].max() == 23

@@ -46,9 +46,7 @@ class SearchParameters:
                 quantizer.hnsw.efSearch = max(_COARSE_WIDTH, 2 * value)
 
 
-def tune(
-    benchmark: Benchmark, index: Any, *, gpu: bool = False, tunable: SearchParameters | None = None
-) -> dict[str, Any]:
+def tune(benchmark: Benchmark, index: Any, *, gpu: bool = False, tunable: Any = None) -> dict[str, Any]:
     """Set the search parameters of an index; return its measurements, as in the manifest.
 
     Args:

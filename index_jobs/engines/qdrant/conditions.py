@@ -56,7 +56,8 @@ def _all_of(filter: Mapping[str, Any], fields: Mapping[str, Sequence[str]]) -> m
         if field == "$or":
             parts.append(models.Filter(should=[_all_of(part, fields) for part in condition]))
         else:
-            parts.append(_condition(field, *fields.get(field, ("", "")), condition))
+            key, kind = fields.get(field, ("", ""))
+            parts.append(_condition(field, key, kind, condition))
     return models.Filter(must=parts)
 
 

@@ -103,7 +103,7 @@ class QdrantEngine:
         index, queries = QdrantIndex(location), new.queries or gallery_queries(new.blocks, new.count)
         benchmark = Benchmark(new.blocks, queries, target=spec.target_recall)
         if is_flat or self._settings.hnsw_ef:
-            measured = benchmark.measure(index, {} if is_flat else {"hnsw_ef": index.ef})
+            measured = benchmark.measure(index, {"hnsw_ef": index.ef} if index.ef else {})
         else:
             measured = tune(benchmark, index, tunable=index)
         write_json(new.folder / LOCATION, asdict(replace(location, hnsw_ef=index.ef)))
