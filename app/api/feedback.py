@@ -1,23 +1,31 @@
-"""The route that accepts feedback: what callers' users did with the results of a search."""
+"""The routes of feedback: what callers' users did with the results of a search, and what the log says about it."""
 
+import asyncio
 import time
+from contextlib import suppress
 from datetime import UTC
+from pathlib import Path
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from app.api.requests import FeedbackEvent, FeedbackEvents, read_json
 from app.api.responses import JsonResponse
-from app.api.routing import Routes, state_of
+from app.api.routing import Routes, collection_of, state_of
 from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.core.settings import Settings
 from app.feedback.store import EventRow
 from app.middleware.access import CALLER, Policy
 from app.search.query import Query, SearchResults
+from dcar_core.util.errors import ArtifactError, DcarError
+from index_jobs.store.versions import read_manifest, version_numbers
 
 routes = Routes("feedback")
 _LISTED = 20  # ignored events in a response
+_VERSIONS = 20  # the newest ones, on the insights page
+_OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
 
 
 def _body_bytes(settings: Settings) -> int:
@@ -32,11 +40,40 @@ async def feedback(request: Request) -> Response:
     """Store what was done with results. Events that are known, or that fit no search of the caller, change nothing."""
     log = state_of(request).feedback
     if log is None:
-        raise Problem(403, "Feedback is off; set DCAR_FEEDBACK to enable it.")
+        raise Problem(403, _OFF)
     given = await read_json(request, FeedbackEvents, "text/plain")  # as navigator.sendBeacon sends texts
     ignored = await log.accept(request.scope.get(CALLER, ""), [_row(event) for event in given.events])
     listed = [{"field": f"events.{number}.{field}", "message": message} for number, field, message in ignored[:_LISTED]]
     return JsonResponse({"accepted": len(given.events) - len(ignored), "ignored": listed})
+
+
+@routes.add("GET", "/ui/insights/data", Policy("admin", is_private=True))
+async def insights(request: Request) -> Response:
+    """Return what the log says about the searches of a collection, and its versions."""
+    log, collections = state_of(request).feedback, state_of(request).collections
+    name = collection_of(request) or collections.default
+    index = collections.find(name).index
+    if log is None:
+        raise Problem(404, _OFF)
+    try:
+        summary = await log.insights(name)
+    except DcarError as error:
+        raise Problem(503, str(error)) from None
+    versions = await asyncio.to_thread(_versions, index, summary["versions"])
+    names = [each for each, _ in collections]
+    return JsonResponse({**summary, "versions": versions, "collection": name, "collections": names})
+
+
+def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, Any]]:
+    """Return the newest versions with their recall on validation texts, and the searches that they answered."""
+    found = list[dict[str, Any]]()
+    for number in version_numbers(index)[: -_VERSIONS - 1 : -1]:
+        with suppress(ArtifactError):  # damaged, or removed meanwhile
+            manifest = read_manifest(index, number)
+            recall = {k: manifest.cutoff[name] for k in (1, 5, 10) if (name := f"recall_at_{k}") in manifest.cutoff}
+            facts = {"version": number, "created": manifest.created, "count": manifest.count, "change": manifest.change}
+            found.append({**facts, "recall": recall, **served.get(number, {"searches": 0, "clicked": 0})})
+    return found
 
 
 def noted(request: Request, query: Query, results: SearchResults, *, has_image: bool) -> str | None:

@@ -181,6 +181,11 @@ async def index(request: Request) -> Response:
     return _file(request, "index.html", _CONTENT_POLICY)
 
 
+@routes.add("GET", "/ui/insights", _PUBLIC)
+async def insights(request: Request) -> Response:
+    return _file(request, "insights.html", _CONTENT_POLICY)
+
+
 @routes.add("GET", "/docs", _PUBLIC)
 async def docs(request: Request) -> Response:
     return _file(request, "docs.html", _DOCS_CONTENT_POLICY)

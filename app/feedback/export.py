@@ -128,11 +128,11 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
             raise DcarError(f"{out} already holds {name}; give --out a new directory")
     report = Report(options=asdict(options) | {"judges": sorted(options.judges), "collection": collection})
     queries, events = read_log(folder)
-    queries = _once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"])
+    queries = once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"])
     if not len(queries):
         raise DcarError(f"{folder} has no search of the collection {collection!r}; name another by --collection")
     report.searches = len(queries)
-    log = _Log(queries, events, options, report)
+    log = CodedLog(queries, events, options, report)
     seen = log.impressions(options.client_cap)
     propensities = estimate_propensities(seen)
     report.propensities = [round(float(each), 4) for each in propensities.examined]
@@ -151,7 +151,7 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
     return report
 
 
-def _once(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+def once(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """Return the first of the rows that are equal in some columns."""
     numbered = table.append_column("row", pa.array(np.arange(len(table))))
     return table.take(numbered.group_by([*columns]).aggregate([("row", "min")])["row_min"].sort())
@@ -162,7 +162,7 @@ def _codes(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.index_in(values, known), -1).to_numpy(), np.int64)
 
 
-class _Log:
+class CodedLog:
     """The tables of the log as codes of searches, texts, items and clients."""
 
     def __init__(self, queries: pa.Table, events: pa.Table, options: Options, report: Report) -> None:
@@ -290,7 +290,7 @@ def weigh(seen: Impressions, propensities: Propensities) -> Evidence:
 
 
 def _pairs(
-    evidence: Evidence, log: _Log, images: "_Images", options: Options, report: Report
+    evidence: Evidence, log: CodedLog, images: "_Images", options: Options, report: Report
 ) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
     """Return the training pairs (item, text), and the texts that are wrong for an item."""
     usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
@@ -323,7 +323,7 @@ def _pairs(
 
 
 def _judged(
-    evidence: Evidence, log: _Log, images: "_Images", options: Options, report: Report
+    evidence: Evidence, log: CodedLog, images: "_Images", options: Options, report: Report
 ) -> list[tuple[str, str, int, str, int]]:
     """Return (text, item id, grade 0 to 3, source, clients). Judgements by hand come before clicks."""
     usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
@@ -389,7 +389,7 @@ def _write_pairs(
     path: Path,
     pairs: Sequence[tuple[int, int]],
     negatives: dict[int, list[int]],
-    log: _Log,
+    log: CodedLog,
     images: _Images,
     report: Report,
 ) -> None:

@@ -29,6 +29,7 @@ from app.core.settings import Settings
 from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
 from app.feedback import store
+from app.feedback.insights import summarize
 from app.feedback.store import EventRow
 from app.search.errors import UnavailableError
 from app.search.query import Match, Query, SearchResults
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _FLUSH_S = 1.0
 _ROLL_S = 60.0
+_FRESH_S = 60.0  # of a summary
 _STORE_S = 10.0  # longest wait for the disk
 _MAX_AGE_S = 24 * 3600  # of a search, for events
 _RECENT = 10_000  # searches after which earlier ones are no longer kept with their results
@@ -65,13 +67,14 @@ class FeedbackLog:
         self._recent, self._earlier = dict[str, tuple[str, tuple[str, ...]]](), dict[str, tuple[str, tuple[str, ...]]]()
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
-        self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int]]()
+        self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int, bool]]()
         self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when they were made, and those left
         self._queries, self._events = list[tuple[Any, ...]](), list[EventRow]()  # `QueryRow`s
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
         self._writing, self._rolling = ComputeThreads(1, "dcar-feedback"), ComputeThreads(1, "dcar-feedback-roll")
         self._is_failing = False
+        self._summaries, self._summary_lock = dict[str, tuple[float, dict[str, Any]]](), asyncio.Lock()
 
         def counter(name: str, description: str, label: str) -> Counter:
             return Counter(name, description, [label], registry=metrics.registry)
@@ -109,7 +112,8 @@ class FeedbackLog:
             self._ids[caller] = _, ids = now, self._new_ids(caller, now)
         query_id, text = ids.pop(), query.query
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
-        self._noted.append((query_id, now, collection, text, results.matches, is_text, results.offset, results.version))
+        found = results.matches, is_text, results.offset, results.version, results.nothing_fits
+        self._noted.append((query_id, now, collection, text, *found))
         if len(self._noted) >= _BATCH:
             self._take_noted()
         return query_id
@@ -131,12 +135,13 @@ class FeedbackLog:
         """Make rows of the noted searches, whose results are known from here on."""
         noted, self._noted = self._noted, []
         is_hashed = not self._settings.feedback_texts
-        for query_id, now, collection, text, matches, is_text, offset, version in noted:
+        for query_id, now, collection, text, matches, is_text, offset, version, nothing_fits in noted:
             if is_hashed and text:
                 text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
             collection = collection or self._default_collection
             hits, kind = tuple([match.item.id for match in matches]), "text" if is_text else "other"
-            self._queries.append((query_id, int(now * 1000), collection, text, hits, kind, offset, version, is_hashed))
+            facts = kind, offset, version, is_hashed, nothing_fits
+            self._queries.append((query_id, int(now * 1000), collection, text, hits, *facts))
             if len(self._recent) >= _RECENT:
                 self._recent, self._earlier = {}, self._recent
             self._recent[query_id] = collection, hits
@@ -239,6 +244,15 @@ class FeedbackLog:
                 await self._rolling.run(self._maintain)
             except (OSError, DcarError) as error:
                 logger.warning("the feedback log cannot be rolled or pruned: %s", error)
+
+    async def insights(self, collection: str) -> dict[str, Any]:
+        """Return `insights.summarize` of a collection, at most a minute old."""
+        async with self._summary_lock:
+            made, summary = self._summaries.get(collection, (-_FRESH_S, {}))
+            if time.monotonic() - made >= _FRESH_S:
+                summary = await self._rolling.run(in_own_process, summarize, self._folder, collection)
+                self._summaries[collection] = time.monotonic(), summary
+        return summary
 
     def _maintain(self) -> None:
         if store.is_due(self._folder):

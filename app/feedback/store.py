@@ -16,9 +16,12 @@ FOLDER/ubi_events/<day>.<hex>.parquet
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, product
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -31,7 +34,9 @@ from dcar_core.util.files import atomic_writer
 
 JOURNAL, QUERIES, EVENTS = "journal", "ubi_queries", "ubi_events"
 _LARGE_BYTES = 32 * 2**20  # of a journal
+_ROW_BYTES = 300  # of a search in a journal, with ten results
 _TIME = pa.timestamp("ms", "UTC")
+_STARTS = ["".join(pair) for pair in product(ascii_letters + digits + "-_", repeat=2)]  # of query ids
 _ID_FIELD = "id"  # the field of an item that object ids are of
 
 QUERY_SCHEMA = pa.schema(
@@ -43,7 +48,13 @@ QUERY_SCHEMA = pa.schema(
         "query_response_hit_ids": pa.list_(pa.string()),
         "object_id_field": pa.string(),
         "query_attributes": pa.struct(
-            {"kind": pa.string(), "offset": pa.int32(), "index_version": pa.int32(), "is_hashed": pa.bool_()}
+            {
+                "kind": pa.string(),
+                "offset": pa.int32(),
+                "index_version": pa.int32(),
+                "is_hashed": pa.bool_(),
+                "nothing_fits": pa.bool_(),
+            }
         ),
     }
 )
@@ -77,6 +88,7 @@ class QueryRow(NamedTuple):
     offset: int
     version: int
     is_hashed: bool
+    nothing_fits: bool = False
 
     def in_ubi(self) -> dict[str, Any]:
         return {
@@ -91,6 +103,7 @@ class QueryRow(NamedTuple):
                 "offset": self.offset,
                 "index_version": self.version,
                 "is_hashed": self.is_hashed,
+                "nothing_fits": self.nothing_fits,
             },
         }
 
@@ -239,25 +252,45 @@ def _journals(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / JOURNAL).iterdir() if path.suffix in (".jsonl", ".taken"))
 
 
-def read_log(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """Return all rows of queries and of events; a row may occur twice.
+def list_days(folder: Path) -> dict[str, int]:
+    """Return the days of the log, the last one first, with their numbers of searches; in journals about that many."""
+    days = Counter[str]()
+    for path in (*_journals(folder), *(folder / QUERIES).glob("*.parquet")):
+        days[path.name[:10]] += 0
+        with suppress(FileNotFoundError, pa.ArrowException):  # `read_log` names a damaged one
+            is_table = path.suffix == ".parquet"
+            days[path.name[:10]] += pq.read_metadata(path).num_rows if is_table else path.stat().st_size // _ROW_BYTES
+    return dict(sorted(days.items(), reverse=True))
+
+
+def read_log(folder: Path, day: str = "", every: int = 1) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of queries and of events; a row may occur twice.
+
+    Args:
+        day: whose files are read; "" for all.
+        every: read every n-th search with its events, by its id.
 
     Raises:
         DcarError: the folder holds no log, or a file cannot be read.
     """
     if not (folder / JOURNAL).is_dir():
         raise DcarError(f"{folder} holds no feedback log; give the directory that DCAR_FEEDBACK names, by --log")
+    starts = pa.array(_STARTS[::every])
+
+    def chosen(table: pa.Table) -> pa.Table:
+        return table if every == 1 else table.filter(pc.is_in(pc.utf8_slice_codeunits(table["query_id"], 0, 2), starts))
+
     # Journals first: one that becomes Parquet meanwhile is then read twice, not missed.
-    read = [_read_journal(path) for path in _journals(folder)]
+    read = [_read_journal(path) for path in _journals(folder) if path.name.startswith(day)]
     tables = []
     for place, (name, schema) in enumerate(((QUERIES, QUERY_SCHEMA), (EVENTS, EVENT_SCHEMA))):
-        parts = [*(tables[place] for tables in read), *(table for _, table in _parquet(folder / name, schema))]
-        tables.append(pa.concat_tables([schema.empty_table(), *parts]))
+        parts = chain((tables[place] for tables in read), (table for _, table in _parquet(folder / name, schema, day)))
+        tables.append(pa.concat_tables([schema.empty_table(), *map(chosen, parts)]))
     return tables[0], tables[1]
 
 
-def _parquet(folder: Path, schema: pa.Schema) -> Iterator[tuple[Path, pa.Table]]:
-    for path in sorted(folder.glob("*.parquet")):
+def _parquet(folder: Path, schema: pa.Schema, day: str = "") -> Iterator[tuple[Path, pa.Table]]:
+    for path in sorted(folder.glob(f"{day}*.parquet")):
         try:
             yield path, pq.read_table(path, schema=schema, partitioning=None)
         except FileNotFoundError:  # too old meanwhile

@@ -30,7 +30,7 @@ export class ServiceError extends Error {
 
 export function request(path, options = {}) {
   const key = savedKey();
-  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  const headers = { ...(key ? { Authorization: `Bearer ${key}` } : {}), ...options.headers };
   return fetch(path, { ...options, headers });
 }
 
@@ -71,6 +71,9 @@ export function loadCatalogue(base) {
   }
   return catalogues.get(base);
 }
+
+// Returns the figures of the insights page: see `app/api/feedback.py`.
+export const loadInsights = (base, adminKey) => requestJson(`${base}ui/insights/data`, { headers: { Authorization: `Bearer ${adminKey}` } });
 
 // Returns a number of items, or the largest that the service allows in a request.
 const atMost = async (base, k) => Math.min(k, (await loadCatalogue(base)).max_k);

@@ -16,7 +16,7 @@ from app.middleware.access import Policy
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, bearer, opened
 
-PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", "/ui/{name}"}
+PUBLIC = {"/", "/docs", "/openapi.json", "/favicon.ico", "/healthz", "/readyz", "/ui/insights", "/ui/{name}"}
 
 
 def test_every_route_has_a_policy_and_few_are_open(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The insights page: figures of the log, and the way from queries to a list to judge."""
+
+import csv
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from app.feedback import store
+from app.feedback.store import EventRow, QueryRow
+from tests.support.page import Page, ready, served, until
+from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
+
+pytestmark = pytest.mark.browser
+BARRIERS = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
+
+
+def write_log(folder: Path, name: str, ids: list[str], days: int = 12) -> Path:
+    """Write a log of some days, in which the first results are clicked most, and one query never."""
+    store.prepare(folder)
+    rng = np.random.default_rng(0)
+    for back in range(days):
+        seconds, queries, events = int(time.time()) - back * 86_400, list[Any](), list[Any]()
+        day, moment = time.strftime("%Y-%m-%d", time.gmtime(seconds)), seconds * 1000
+        for number in range(int(rng.integers(20, 60))):
+            text = ["a red circle", 'a "blue", round square', "green", "a zebra"][number % 4]
+            hits, query_id = rng.permutation(ids)[:10].tolist(), f"{day}-{number}"
+            row = QueryRow(query_id, moment, name, text, hits, "text", 0, 1, False, text == "a zebra")
+            queries.append(row.in_ubi())
+            places = np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist() if number % 2 == 0 else []
+            clicks = (EventRow(query_id, moment, "", "c", "click", hits[p], p + 1, None) for p in places)
+            events += [click.in_ubi() for click in clicks]
+        for kind, rows, schema in (
+            ("ubi_queries", queries, store.QUERY_SCHEMA),
+            ("ubi_events", events, store.EVENT_SCHEMA),
+        ):
+            store.write_table(folder / kind / f"{day}.0.parquet", pa.Table.from_pylist(rows, schema))
+    return folder
+
+
+def test_bad_queries_become_a_list_to_judge_in_two_clicks(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
+    page = both
+    with served(indexes["shapes"], feedback=tmp_path / "log", **ADMIN_ONLY) as address:
+        ids = [each["id"] for each in httpx.get(f"{ready(address)}/items", params={"k": 24}).json()["items"]]
+        write_log(tmp_path / "log", "shapes", ids)
+        page.open(f"{address}/ui/insights")
+        until(lambda: page.one("#key").is_displayed())
+        page.one("#key").send_keys("wrong key" + "\n")
+        until(lambda: "does not know" in page.one("#error").text)
+        page.one("#key").send_keys(ADMIN + "\n")
+        until(lambda: page.all("#worst input"))
+        assert len(page.all("#days .column")) == 12
+        assert len(page.all("#positions .column")) == 10
+        pictures = "return [...document.querySelectorAll('.pictures img')].every(i => i.complete && i.naturalWidth > 0)"
+        page.driver.execute_script("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
+        until(lambda: page.driver.execute_script(pictures))
+        boxes = page.all("#worst input")
+        assert [box.get_attribute("value") for box in boxes] == ['a "blue", round square', "a zebra"]
+        page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+        boxes[0].click()
+        page.one("#download").click()
+        until(lambda: (tmp_path / "to-judge.csv").exists())
+        with (tmp_path / "to-judge.csv").open(encoding="utf-8", newline="") as file:
+            rows = [*csv.DictReader(file)]
+        assert len(rows) == 10
+        assert {row["query"] for row in rows} == {'a "blue", round square'}
+        assert {row["item_id"] for row in rows} <= set(ids)
+        assert {row["grade"] for row in rows} == {""}
+        wide = "return document.documentElement.scrollWidth <= (screen.width === 390 ? 390 : innerWidth)"
+        assert page.driver.execute_script(wide)
+        for theme in ("light", "dark"):
+            emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+            page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
+            page.driver.execute_script((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
+            found = page.driver.execute_async_script(BARRIERS)
+            assert [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found] == []
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        page.one("#forget-key").click()
+        until(lambda: page.one("#key").is_displayed())
+    page.errors()  # the browser logs refused keys
+
+
+def test_it_says_how_to_turn_feedback_on(page: Page, indexes: dict[str, Path]) -> None:
+    with served(indexes["shapes"], **KEYS) as address:
+        page.open(f"{ready(address)}/ui/insights")
+        until(lambda: page.one("#key").is_displayed())
+        page.one("#api-key").send_keys(ALICE)
+        page.one("#key").send_keys(ADMIN + "\n")
+        until(lambda: "DCAR_FEEDBACK" in page.one("#error").text)
+        page.one("#forget-key").click()
+        until(lambda: page.one("#key").is_displayed())
+    page.errors()  # the browser logs refused keys, and 404
