@@ -122,9 +122,14 @@ class BuildOptions:
         'served one and calibrate `min_score: "auto"`. Default: compare by the gallery\'s captions.',
         metavar="DATA",
     )
+    judgements: Path | None = _option(  # noqa: RUF009
+        None,
+        "Table of judgements as for `dcar judge`, by whose nDCG at 10 the new index is compared as well.",
+        metavar="FILE",
+    )
     margin: float = _option(
         0.02,
-        "Recall at 1 or 10, or nDCG at 100, that the new index may lose and still pass.",
+        "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.",
         **_SHARE,
     )
     force: bool = _option(

@@ -90,14 +90,12 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
         figures.append(_recalls((model, baseline), rng.multinomial(images, np.full(images, 1 / images), size=size)))
     own, other = np.concatenate(figures, axis=1)  # [1 + R, 3]
     difference = own - other
-    models, baselines, found = (
-        dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, own - other)
-    )
+    estimates = [dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, difference)]
     tail = min((difference[1:, 2] <= 0).sum(), (difference[1:, 2] >= 0).sum())
     return PairedDifference(
-        models,
-        baselines,
-        found,
+        estimates[0],
+        estimates[1],
+        estimates[2],
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
         images=images,

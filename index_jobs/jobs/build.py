@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dcar_core import Encoder
+from dcar_core.data.judgements import read_judgements
 from dcar_core.model.checkpoint import copy_checkpoint, read_config
 from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.errors import (
@@ -123,6 +124,7 @@ class _Build:
     def __init__(self, options: BuildOptions, checkpoint: Path, out: Path) -> None:
         self.options, self.checkpoint, self.out, self.work = options, checkpoint, out, out / WORK
         self._start = time.perf_counter()
+        self.judged = read_judgements([options.judgements]) if options.judgements else None
 
     @cached_property
     def pairs(self) -> gate.QueryPairs | None:
@@ -284,7 +286,9 @@ class _Build:
 
     def _load_served_encoder(self, device: str) -> Encoder | str:
         """Return the model of the served version if it is compared; with force, the reason if it cannot be loaded."""
-        if self.served is None or self.pairs is None or self.served.manifest.fingerprint == self.encoder.fingerprint:
+        if self.served is None or not (self.pairs or self.judged):
+            return self.encoder
+        if self.served.manifest.fingerprint == self.encoder.fingerprint:
             return self.encoder
         try:
             return Encoder.load(self.served.checkpoint, device=device)
@@ -308,6 +312,8 @@ class _Build:
             verdict = gate.GateVerdict(served_encoder, options.margin)
         else:
             verdict = gate.compare(self.served, served_encoder, staged, self.encoder, self.pairs, options.margin)
+            if self.judged:
+                verdict = gate.add_judged(verdict, self.judged, self.served, served_encoder, staged, self.encoder)
         if not verdict.passed and not options.force:
             remedy = "its vectors are kept, so --force publishes it without encoding again"
             if not options.keep_shards:

@@ -4,6 +4,7 @@
   The new model may have been trained on those captions, so validation pairs are the better evidence.
 - An image of a pair is recognised by its file, through symbolic links; in a gallery that is not on this machine, by its
   name below the gallery or the end of its URL, if only one image has that name.
+- A judged list is compared as well, by nDCG@10 of the queries with a relevant item in both indexes.
 - Versions whose weight of the words was chosen by validation texts are compared by hybrid searches as well.
 - Each index searches with its own model, as it is served, so the recall lost by a coarser kind of index counts.
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
@@ -13,7 +14,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 
 from dcar_core import Encoder
 from dcar_core.data import MISSING_IMAGES, load_split
+from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
 from dcar_core.serving.score_cutoff import compute_cutoff, cutoff_of_words
@@ -31,6 +33,7 @@ from dcar_core.util.arrays import Floats, Mask
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
+from dcar_core.util.retrieval_metrics import graded_measures
 from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
@@ -79,9 +82,10 @@ class GateVerdict:
     passed: bool = True
     compared: bool = False  # if a comparison was possible
     pairs: int = 0  # texts that were searched
+    judged: int = 0  # queries of the judged list that were searched
     pool: int = 0  # images that they could find
     source: str = ""
-    serving: dict[str, float] | None = None  # recall_at_1, recall_at_10 and ndcg_at_100
+    serving: dict[str, float] | None = None  # recall_at_1, recall_at_10, ndcg_at_100, judged_ndcg_at_10
     rebuilt: dict[str, float] | None = None
     difference: dict[str, float] | None = None  # in ndcg_at_100, with the ends of its 95 % interval
     visible: float | None = None  # the smallest difference that is not chance
@@ -265,9 +269,59 @@ def compare(
             len(shared), 100 * visible, 100 * margin,
         )  # fmt: skip
     return GateVerdict(
-        reason, margin, not losses(before, after, margin), True, len(shared), pool, pairs.source, before, after,
+        reason, margin, not losses(before, after, margin), True, len(shared), 0, pool, pairs.source, before, after,
         difference, round(visible, 4),
     )  # fmt: skip
+
+
+def add_judged(
+    verdict: GateVerdict,
+    judged: JudgedList,
+    served: Artifact,
+    served_encoder: Encoder,
+    rebuilt: Artifact,
+    rebuilt_encoder: Encoder,
+) -> GateVerdict:
+    """Return a verdict that also compares the nDCG of a judged list, by the margin of the other measures."""
+    known = {
+        query_id: {
+            item: grade for item, grade in grades.items() if None not in (served.row_of(item), rebuilt.row_of(item))
+        }
+        for query_id, grades in judged.grades.items()
+    }
+    queries = [(judged.texts[query_id], grades) for query_id, grades in known.items() if any(grades.values())]
+    if not queries:
+        return replace(verdict, reason=f"{verdict.reason}; no relevant item of the judged list is in both indexes")
+    sides = (served, served_encoder, rebuilt), (rebuilt, rebuilt_encoder, served)
+    before, after = ({"judged_ndcg_at_10": _judged_ndcg(*side, queries)} for side in sides)
+    values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (before, after))
+    return replace(
+        verdict,
+        reason=f"{verdict.reason}; judged nDCG@10 {values} percent over {len(queries):,} queries",
+        passed=verdict.passed and not losses(before, after, verdict.margin),
+        compared=True,
+        judged=len(queries),
+        serving=(verdict.serving or {}) | before,
+        rebuilt=(verdict.rebuilt or {}) | after,
+    )
+
+
+def _judged_ndcg(
+    artifact: Artifact, encoder: Encoder, other: Artifact, queries: Sequence[tuple[str, dict[str, int]]]
+) -> float:
+    """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
+    graded = [{artifact.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
+    vectors, shared = encoder.encode_text([text for text, _ in queries]), _shared_rows(artifact, other)
+    rows = artifact.search(vectors, 10, None if shared.all() else shared)[1]
+    found = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
+    measures = graded_measures(np.array(found), [np.array([*own.values()]) for own in graded])
+    return round(float(measures["nDCG@10"].mean()) / 100, 4)
+
+
+def _shared_rows(artifact: Artifact, other: Artifact) -> Mask:
+    """Return bool (rows,): the items of an index that another has as well."""
+    mask: Mask = pc.is_in(artifact.column("id"), other.column("id").filter(other.live)).to_numpy() & artifact.live
+    return mask
 
 
 def _measure(
@@ -280,8 +334,7 @@ def _measure(
         hybrid searches if asked for; and the number of items that were searched.
     """
     texts, targets = [text for text, _ in pairs], [artifact.row_of(item_id) or 0 for _, item_id in pairs]
-    other_ids = other.column("id").filter(other.live)
-    is_shared: Mask = pc.is_in(artifact.column("id"), other_ids).to_numpy() & artifact.live
+    is_shared = _shared_rows(artifact, other)
     allowed = None if is_shared.all() else is_shared
     vectors = encoder.encode_text(texts)
     is_target = artifact.search(vectors, _DEPTH, allowed)[1] == np.array(targets)[:, None]

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pytest
 
 from dcar_core import Encoder
+from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RejectedError
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import main, rebuild
 from index_jobs.store.versions import current_version, open_current
+from tests.support.files import write_jsonl
 from tests.support.images import draw
 from tests.support.versions import Build
 
@@ -112,6 +114,48 @@ def test_validation_pairs_are_compared(build: Build, models: Models, index: Path
     summary = build(tiny_data, checkpoint=models.better, kind="hnsw", validation=tiny_data)
     assert summary.gate is not None
     assert (summary.gate["source"], summary.gate["pairs"]) == ("validation", 6)
+
+
+@pytest.mark.slow
+def test_a_judged_list_decides_without_captions(
+    build: Build, models: Models, gallery: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
+    write_jsonl(gallery / "metadata.jsonl", *({"file_name": row["file_name"]} for row in rows))
+    build(gallery, checkpoint=models.better)
+    served = open_current(tmp_path / "index")
+    ids = {served.item(row).metadata["file_name"]: served.item(row).id for row in range(served.rows)}
+    judged = tmp_path / "judged.csv"
+    lines = [f"{row['caption']},{ids[row['file_name']]},3\n{row['caption']},sold,3\n" for row in rows]
+    judged.write_text("query,item_id,grade\n" + "".join(lines))
+    with pytest.raises(
+        RejectedError, match=r"judged nDCG@10 .* percent over 24 queries; its vectors are kept"
+    ) as caught:
+        build(gallery, checkpoint=models.worse, judgements=judged)
+    verdict = caught.value.summary.gate
+    assert verdict is not None
+    assert (verdict["compared"], verdict["passed"], verdict["pairs"], verdict["judged"]) == (True, False, 0, 24)
+    images = [gallery / row["file_name"] for row in rows]
+    for checkpoint, side in zip(models, ("serving", "rebuilt"), strict=False):
+        encoder = Encoder.load(checkpoint, device="cpu")
+        scores = encoder.encode_text([row["caption"] for row in rows]) @ encoder.encode_images(images).T
+        ranks = (scores > np.diag(scores)[:, None] + 1e-7).sum(1)
+        wanted = np.where(ranks < 10, 1 / np.log2(2 + ranks), 0).mean()
+        assert verdict[side] == {"judged_ndcg_at_10": pytest.approx(wanted, abs=0.0001)}
+    (allowed := tmp_path / "allowed.csv").write_text(
+        f"query,item_id,grade\nred,sold,3\nred,{ids['circle/red.png']},0\n"
+    )
+    found = build(gallery, checkpoint=models.worse, judgements=allowed).gate
+    assert found is not None
+    assert (found["compared"], found["passed"]) == (False, True)
+    assert found["reason"].endswith("; no relevant item of the judged list is in both indexes")
+
+
+def test_a_bad_judged_list_ends_the_build_before_it_begins(build: Build, tmp_path: Path) -> None:
+    (tmp_path / "judged.csv").write_text("query,item_id,grade\nred,a,7\n")
+    with pytest.raises(DataError, match="line 2: field 'grade'"):
+        build(judgements=tmp_path / "judged.csv")
+    assert not (tmp_path / "index").exists()
 
 
 def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None:
