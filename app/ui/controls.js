@@ -16,12 +16,27 @@ export function prepareControls(given) {
   page = given;
 }
 
+const WITHOUT = /^(\S.*?)\s+(?:without|with no|no)\s+(?:(?:an?|any|the)\s+)?(\S.*)$/i;
+
+// Returns the words of "cat without tears" as a search for "cat" without "tears", or null.
+export function splitWithout({ q, without }) {
+  const found = without ? null : WITHOUT.exec(q);
+  return found && { q: found[1], without: found[2] };
+}
+
+function drawOffer(state) {
+  const found = splitWithout(state);
+  $("offer").hidden = !found;
+  if (found) $("offer").querySelector("button").textContent = `Search for “${found.q}” and take “${found.without}” away`;
+}
+
 export function drawControls() {
   const state = page.state(), others = page.names().filter((name) => !page.isSearched(name));
   beside.replaceChildren(new Option("nothing", ""), ...others.map((name) => new Option(name, name)));
   beside.value = state.beside;
   setText(query, state.q);
   setText($("without"), state.without);
+  drawOffer(state);
   $("explain").checked = state.explain;
   $("fold").checked = state.fold;
   $("start").hidden = hasSubject(state) || hasFilter(state);

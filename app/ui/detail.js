@@ -1,5 +1,6 @@
 // The dialog that shows one image large, with its metadata and what can be done with it.
 
+import { markGround } from "./cards.js";
 import { drawWords } from "./explain.js";
 import { report } from "./feedback.js";
 import { conditionName, fieldName, percent, titleOf } from "./format.js";
@@ -30,6 +31,7 @@ export function prepareDetail(on) {
   $("less").addEventListener("click", () => on.less(shown.id));
   $("detail-category").addEventListener("click", () => on.only($("detail-category").textContent));
   $("copy").addEventListener("click", async () => say((await copy(on.link(shown.id))) ? "Link copied." : "Copying is not allowed here."));
+  $("detail-image").addEventListener("load", ({ target }) => markGround(target, target));
   $("download").addEventListener("click", (event) => {
     if (!savedKey()) return; // the link itself works
     event.preventDefault();
@@ -53,8 +55,8 @@ export function prepareDetail(on) {
 }
 
 // result: what the list knows of the item, or undefined. canLess: there is a search to subtract it from. groups: field
-// whose values are shown once each in lists.
-export async function openDetail({ id, base, result, canLess, groups, hasPrevious, hasNext }) {
+// whose values are shown once each in lists. hides: tells whether a field is left out.
+export async function openDetail({ id, base, result, canLess, groups, hides, hasPrevious, hasNext }) {
   let isNew = false;
   if (shown?.id !== id || shown.base !== base) {
     shown = { id, base };
@@ -62,7 +64,7 @@ export async function openDetail({ id, base, result, canLess, groups, hasPreviou
     showThumbnail($("detail-image"), base, id, SIDES, () => say("The image is no longer in the gallery."));
     $("download").href = imagePath(base, id);
     say("");
-    draw(result ?? { id });
+    draw(result ?? { id }, hides);
     isNew = true;
   }
   shown.result = result;
@@ -81,7 +83,7 @@ export async function openDetail({ id, base, result, canLess, groups, hasPreviou
   if (!item?.metadata) { // a link: no list knows the item
     item = await loadItem(base, id).catch(({ message }) => say(message));
     if (!item || !isShown()) return;
-    draw({ ...result, ...item });
+    draw({ ...result, ...item }, hides);
   }
   const value = groups && isNew ? (item.metadata[groups] ?? item[groups]) : undefined;
   if (value === undefined || value === "") return;
@@ -109,7 +111,7 @@ function say(message) {
   $("detail-message").textContent = message;
 }
 
-function draw(item) {
+function draw(item, hides) {
   const title = titleOf(item);
   $("detail-title").textContent = title;
   const image = $("detail-image"), { width, height } = item;
@@ -123,7 +125,7 @@ function draw(item) {
   $("download").download = fileName(item);
   drawWords($("detail-words"), item.explanation?.words);
   drawNear(item.folded ?? [], "Nearly the same");
-  const facts = Object.entries(item.metadata ?? {}).filter(([, value]) => value !== null && value !== "" && !(Array.isArray(value) && !value.length));
+  const facts = Object.entries(item.metadata ?? {}).filter(([name, value]) => !hides(name) && value !== null && value !== "" && !(Array.isArray(value) && !value.length));
   const similarity = item.score === undefined ? [] : [["Similarity", percent(item.score)]];
   $("metadata").replaceChildren(...[["Id", item.id], ...facts.map(([name, value]) => [fieldName(name), value]), ...similarity].flatMap(([name, value]) => {
     const term = document.createElement("dt"), detail = document.createElement("dd");

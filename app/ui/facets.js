@@ -1,14 +1,16 @@
 // The values of fields with their counts, as buttons that filter: a click adds a filter, a second one removes it.
+// A number with many values has a least and a greatest one to type instead. Counts follow the search.
 
 import { hasFilter, hasSubject } from "./address.js";
 import { conditionName, fieldName, number } from "./format.js";
 import { loadFacets } from "./service.js";
 
 const SHOWN = 8; // values of a field until "Show all"
+const REST_MS = 250; // without another letter until the search is counted
 
 const $ = (id) => document.getElementById(id);
 const expanded = new Set(); // names of fields whose values are all shown
-let shown = { base: null, filter: {}, facets: [] };
+let shown = { base: null, key: null, filter: {}, facets: [] };
 let toggle = null;
 let wide = null; // MediaQueryList: there is room for a column
 let isColumn = null;
@@ -28,10 +30,14 @@ export function prepareFacets(room, chosen) {
 export async function drawFacets(base, state) {
   const { filter } = state, hasRoom = wide.matches && !(state.beside && hasSubject(state));
   if (hasRoom !== isColumn) $("filters").open = isColumn = hasRoom;
-  if (base === shown.base && JSON.stringify(filter) === JSON.stringify(shown.filter)) return;
-  const mine = (shown = { base, filter, facets: base === shown.base ? shown.facets : [] });
+  const key = JSON.stringify([base, filter, state.q, state.words, state.without, state.like, state.unlike, state.picture]);
+  if (key === shown.key) return;
+  const isClick = base !== shown.base || JSON.stringify(filter) !== JSON.stringify(shown.filter);
+  const mine = (shown = { base, key, filter, facets: base === shown.base ? shown.facets : [] });
   draw(); // the click is seen at once
-  mine.facets = await loadFacets(base, filter).catch(() => []); // the list shows the error
+  if (!isClick) await new Promise((done) => setTimeout(done, REST_MS));
+  if (mine !== shown) return;
+  mine.facets = await loadFacets(base, state).catch(() => []); // the list shows the error
   if (mine === shown) draw();
 }
 
@@ -41,16 +47,43 @@ function draw() {
   const known = new Set(facets.map(({ name }) => name));
   const others = Object.entries(filter).filter(([name]) => !known.has(name)).map(([name, value]) => ({ name, values: [{ value }] }));
   const had = document.activeElement?.dataset?.value;
-  $("facets").replaceChildren(...[...others, ...facets].map(({ name, values }) => drawField(name, values, isActive)));
+  $("facets").replaceChildren(...[...others, ...facets].map(({ name, values, range }) => {
+    return range ? drawRange(name, range, filter[name]) : drawField(name, values, isActive);
+  }));
   if (had) [...$("facets").querySelectorAll("[data-value]")].find((node) => node.dataset.value === had)?.focus();
   $("active-filters").textContent = Object.entries(filter).map(([name, value]) => `${fieldName(name)}: ${conditionName(value)}`).join(", ");
   $("filters").hidden = !facets.length && !hasFilter({ filter });
 }
 
+function drawSection(name, content) {
+  const section = document.createElement("section");
+  section.append(Object.assign(document.createElement("h3"), { textContent: fieldName(name), dir: "auto" }), content);
+  return section;
+}
+
+// range: the least and the greatest value of the gallery.
+function drawRange(name, range, chosen) {
+  const place = Object.assign(document.createElement("div"), { className: "range" });
+  const [least, most] = ["Least", "Greatest"].map((which, at) => {
+    const input = Object.assign(document.createElement("input"), { type: "number", step: "any", inputMode: "decimal", placeholder: range[at] });
+    input.ariaLabel = `${which} ${fieldName(name).toLowerCase()}`;
+    input.dataset.value = `${name} ${which}`;
+    input.value = (at ? chosen?.lte ?? chosen?.lt : chosen?.gte ?? chosen?.gt) ?? "";
+    input.addEventListener("change", () => {
+      const [gte, lte] = [least, most].map(({ value }) => (value === "" ? undefined : Number(value)));
+      toggle(name, gte === undefined && lte === undefined ? undefined : { gte, lte });
+    });
+    return input;
+  });
+  place.append(least, " – ", most);
+  return drawSection(name, place);
+}
+
 function drawField(name, values, isActive) {
-  const section = document.createElement("section"), list = document.createElement("ul");
-  section.append(Object.assign(document.createElement("h3"), { textContent: fieldName(name), dir: "auto" }), list);
+  const list = document.createElement("ul"), section = drawSection(name, list);
   const isAll = expanded.has(name) || values.length <= SHOWN + 1;
+  const chosen = shown.filter[name];
+  if (chosen !== undefined && !values.some(({ value }) => isActive(name, value))) values = [{ value: chosen, count: 0 }, ...values];
   const first = values.filter(({ value }, at) => isAll || at < SHOWN || isActive(name, value));
   list.append(...first.map(({ value, count }) => drawValue(name, value, count, isActive(name, value))));
   if (values.length > SHOWN + 1) {

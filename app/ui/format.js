@@ -5,8 +5,8 @@ export const percent = (share) => `${Math.round(100 * Math.max(0, share))}%`;
 
 export const number = (value) => value.toLocaleString(undefined, { maximumFractionDigits: 2 });
 
-// Returns what an item is called: its caption, else its title, else the name of its file.
-export const titleOf = ({ id, caption, metadata }) => caption || metadata?.title || metadata?.file_name?.split("/").pop() || id;
+// Returns what an item is called: its title, else its caption, else the name of its file.
+export const titleOf = ({ id, caption, metadata }) => String(metadata?.title || "") || caption || metadata?.file_name?.split("/").pop() || id;
 
 // Returns "Frame colour" for "frame_colour". The column of row numbers that pandas saves has no name.
 export function fieldName(name) {
@@ -21,5 +21,7 @@ export function conditionName(condition) {
   if (Array.isArray(condition)) return condition.map(conditionName).join(" or ");
   const { gte, lt, lte } = condition ?? {};
   if (gte !== undefined && (lt ?? lte) !== undefined) return `${number(gte)} – ${number(lt ?? lte)}`;
+  if (typeof gte === "number") return `from ${number(gte)}`;
+  if (typeof lte === "number") return `up to ${number(lte)}`;
   return typeof condition === "string" ? condition : JSON.stringify(condition);
 }

@@ -10,7 +10,7 @@ import { fieldName, number, percent } from "./format.js";
 import { isSelected, toggleSelected } from "./selection.js";
 import { clearImages, loadPage } from "./service.js";
 
-const LONGEST = 1.5; // of a frame's sides to each other
+const LONGEST = 1.35; // of a frame's sides to each other
 
 const $ = (id) => document.getElementById(id);
 const results = $("results"), nothing = $("nothing");
@@ -23,7 +23,7 @@ let list = emptyList();
 const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
 
 function emptyList() {
-  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf([]), count: 0, facts: "", groups: "", fitting: 0, isSorted: false, isDivided: false, isGrowing: false };
+  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf({ results: [] }), frame: 1, hasLevels: false, count: 0, facts: "", groups: "", fitting: 0, isSorted: false, isDivided: false, isGrowing: false };
 }
 
 export function prepareList(given) {
@@ -56,14 +56,16 @@ export function drawList(found, wanted, groups) {
   const hadFocus = $("lists").contains(document.activeElement);
   clearLists();
   const isSorted = hasSubject(wanted) && found.count !== undefined;
-  list = { ...emptyList(), wanted, scale: scaleOf(found.results), count: found.count, groups, isSorted };
+  list = { ...emptyList(), wanted, scale: scaleOf(found), frame: frameOf(found.results), count: found.count, groups, isSorted };
+  list.hasLevels = isSorted || found.results.some(({ text_score: contained }) => contained !== undefined);
   const explained = found.results.flatMap(({ explanation }) => explanation ?? []);
   if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), explained.some(({ words }) => words), explained.length > 0);
-  $("lists").style.setProperty("--frame", frameOf(found.results));
+  $("lists").style.setProperty("--frame", list.frame);
   append(found);
   if (hadFocus) results.focus({ preventScroll: true });
   $("scores").hidden = !hasSubject(wanted) || !found.results.length;
-  $("scores").querySelector("summary").textContent = `What does ${percent(found.results[0]?.score)} mean?`;
+  $("scores").querySelector("summary").textContent = list.hasLevels ? "Why this order?" : `What does ${percent(found.results[0]?.score)} mean?`;
+  for (const node of $("scores").querySelectorAll("p")) node.hidden = node.className !== (isSorted ? "of-order" : list.hasLevels ? "of-words" : "of-percent");
   if (isSorted && !found.count) {
     showNothing(`Nothing fits “${wanted.q}” well`, "Sorted by “best match”, the list shows the images that come nearest.");
     $("clear-filters").hidden = !hasFilter(wanted);
@@ -117,7 +119,7 @@ function frameOf(shown) {
 function card(result, name, scale, isWeak) {
   rememberCaption(page.base(name), result);
   return makeCard(result, {
-    base: page.base(name), scale, isWeak,
+    base: page.base(name), frame: list.frame, scale, isWeak, hasLevels: list.hasLevels,
     href: ({ id }) => page.href(id, name),
     open: ({ id }) => page.open(id, name),
     only: ({ category }) => page.only(category),
@@ -130,13 +132,13 @@ export function drawFacts() {
   $("status").textContent = list.facts;
 }
 
-function facts({ took_ms: took }) {
+function facts({ took_ms: took, isSelection }) {
   const { wanted } = list, shown = list.results.length;
   const once = list.groups ? `, one for each ${fieldName(list.groups).toLowerCase()}` : "";
   const images = (n) => `${number(n)} ${n === 1 ? "image" : "images"}`;
   if (!hasSubject(wanted)) {
     if (wanted.without) return "“Without” takes things away from a search. Type what to search for, too.";
-    return `${images(list.count)}${once}`;
+    return isSelection ? `A selection of ${images(page.total(wanted.in))}` : `${images(list.count)}${once}`;
   }
   const of = hasFilter(wanted) ? ` ${shown === 1 ? "image" : "images"} with these filters` : ` of ${images(page.total(wanted.in))}`;
   if (!shown) return "";
@@ -173,7 +175,7 @@ export function drawCompared(found, wanted) {
   if (found.results) nameResults(found);
   list.others = found.results ?? [];
   if (!list.others.length) return;
-  const scale = scaleOf(list.others), fitting = countFitting(list.others, found);
+  const scale = scaleOf(found), fitting = countFitting(list.others, found);
   $("others").append(...list.others.map((result, i) => card(result, wanted.beside, scale, i >= fitting)));
   markPlaces(results, list.others, wanted.beside);
   markPlaces($("others"), list.results, page.nameOf(wanted.in));

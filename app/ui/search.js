@@ -6,15 +6,16 @@
 // - Requests start once the collections are loaded; text typed before that waits.
 
 import { EMPTY, formatAddress, hasSubject, listKey, parseAddress, savePosition, writeAddress } from "./address.js";
-import { handleCardKey } from "./cards.js";
-import { drawControls, prepareControls } from "./controls.js";
+import { handleCardKey, sharpenCards } from "./cards.js";
+import { drawControls, prepareControls, splitWithout } from "./controls.js";
 import { prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
 import { drawFacets, prepareFacets } from "./facets.js";
 import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, searchedIn, shownCount } from "./list.js";
 import { followScroll } from "./scrolling.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
-import { listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
+import { isInternal, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
+import { prepareSize } from "./size.js";
 import { images, prepareUpload } from "./upload.js";
 
 const $ = (id) => document.getElementById(id);
@@ -141,11 +142,11 @@ function removePart(part) {
 
 async function drawDetail() {
   if (!state.show) return closeDetail();
-  const { group_field: groups } = await loadCatalogue(base(state.of || state.in)).catch(() => ({}));
+  const about = await loadCatalogue(base(state.of || state.in)).catch(() => ({ fields: [] }));
   if (!state.show) return;
   const items = itemsOf(state.of), at = items.findIndex(({ id }) => id === state.show);
   openDetail({
-    id: state.show, base: base(state.of || state.in), result: items[at], groups,
+    id: state.show, base: base(state.of || state.in), result: items[at], groups: about.group_field, hides: (name) => isInternal(name, about),
     canLess: hasSubject(state) && isSearched(searchedIn(state.of || state.in)),
     hasPrevious: at > 0, hasNext: at >= 0 && (at + 1 < items.length || (!state.of && canGrow())),
   });
@@ -218,6 +219,7 @@ prepareSelection({ more: searchLike, less: searchUnlike });
 prepareUpload((picture) => go({ picture, crop: "", like: [], sort: "" }));
 prepareCrop((crop, byKey = false) => go({ crop }, { replace: byKey, typed: byKey }));
 prepareFacets(WIDE, toggleFilter);
+prepareSize(sharpenCards);
 WIDE.addEventListener("change", () => drawFacets(base(), state));
 
 $("form").addEventListener("submit", (event) => {
@@ -239,6 +241,11 @@ collection.addEventListener("change", () => {
   clearSelection();
   const swapped = state.beside === collection.value ? nameOf(state.in) : state.beside;
   go({ in: collection.value, beside: swapped, like: [], unlike: [], filter: {}, sort: "" });
+});
+$("offer").addEventListener("click", ({ target }) => {
+  if (target.type !== "button") return;
+  go(splitWithout(state));
+  $("form").classList.add("open"); // on a phone the box is hidden otherwise
 });
 $("examples").addEventListener("click", ({ target }) => target.value && go({ q: target.value }));
 $("more-options").addEventListener("click", () => {

@@ -2,13 +2,17 @@
 
 import { hasFilter, hasSubject } from "./address.js";
 import { parseCrop } from "./crop.js";
-import { images } from "./upload.js";
+import { images, shrink } from "./upload.js";
 
 const KEY = "dcar.key";
 const FOLD = 0.95; // cosine from which on two images are nearly the same
 const PAGE = 24;
 const COMPARED = 12; // of each list, side by side
 const BROWSED = 48;
+const PRETTY = [ // of the bundled emoji, which begin with keycaps
+  "animal-bird", "animal-mammal", "animal-marine", "event", "food-fruit", "food-prepared", "food-sweet", "musical-instrument",
+  "plant-flower", "plant-other", "sky-weather", "transport-air",
+];
 const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
 
 const shown = new WeakMap(); // image element -> AbortController of what is shown in it
@@ -78,10 +82,50 @@ export const loadInsights = (base, adminKey) => requestJson(`${base}ui/insights/
 // Returns a number of items, or the largest that the service allows in a request.
 const atMost = async (base, k) => Math.min(k, (await loadCatalogue(base)).max_k);
 
-// Returns [{name, values: [{value, count}]}].
-export async function loadFacets(base, filter) {
+async function loadAllFacets(base, filter) {
   const params = hasFilter({ filter }) ? `?${new URLSearchParams({ filter: JSON.stringify(filter) })}` : "";
-  return (await requestJson(`${base}ui/facets${params}`)).facets;
+  const [{ facets }, about] = await Promise.all([requestJson(`${base}ui/facets${params}`), loadCatalogue(base)]);
+  return facets.filter(({ name }) => !isInternal(name, about));
+}
+
+// True for a field of the bundled emoji that says how they were used for training.
+export const isInternal = (name, about) => isEmoji(about) && ["split", "base", "file_name"].includes(name);
+
+export const isEmoji = ({ fields }) => ["char", "meta_category"].every((known) => fields.some(({ name }) => name === known));
+
+const galleries = new Map(); // path of a collection -> promise of the facets of the whole gallery
+
+// Returns [{name, values: [{value, count}], range}]: counts among the images that fit a search by its cut-off or its
+// words, else among all; the least and the greatest value of a number that has no single values. A field is counted
+// without its own filter, so that another value can be chosen.
+export async function loadFacets(base, state) {
+  if (!galleries.has(base)) galleries.set(base, loadAllFacets(base, {}).catch((reason) => galleries.delete(base) && Promise.reject(reason)));
+  const whole = await galleries.get(base), about = await loadCatalogue(base);
+  const ranges = new Map(whole.flatMap(({ name, values }) => {
+    const [first, last] = [values[0]?.value?.gte, values.at(-1)?.value?.lte];
+    return first === undefined ? [] : [[name, [first, last]]];
+  }));
+  const found = hasSubject(state) && canCount(state, about) ? await countFound(base, state, about, whole.map(({ name }) => name)) : null;
+  const facets = found ?? (hasFilter(state) ? await loadAllFacets(base, state.filter) : whole);
+  const isActive = ({ name, values }) => values.length || state.filter[name] !== undefined;
+  return facets.map((facet) => ({ ...facet, range: ranges.get(facet.name) })).filter(isActive);
+}
+
+// True if the service can tell which images fit a search.
+const canCount = (state, about) => about.fields.length > 0 && Boolean(state.q) && !state.picture && (isHybrid(state, about) || isJudged(state, about));
+
+// Returns null if nothing fits. Only a search that is sorted counts what fits it.
+async function countFound(base, state, about, names) {
+  const { filter } = state, fields = names.filter((name) => filter[name] !== undefined);
+  const one = async (facets, left) => {
+    const options = { ...(await searchOptions({ ...state, filter: left, fold: false, explain: false }, base)), k: 1, facets };
+    const found = await postJson(`${base}search/text`, { ...options, fields: [], query: state.q, sort: options.sort ?? about.fields[0].name });
+    return found.count ? found.facets : {};
+  };
+  const others = one(names.filter((name) => !fields.includes(name)), filter);
+  const own = fields.map((name) => one([name], Object.fromEntries(Object.entries(filter).filter(([each]) => each !== name))));
+  const counted = Object.assign({}, ...(await Promise.all([others, ...own])));
+  return Object.keys(counted).length ? names.map((name) => ({ name, values: counted[name] ?? [] })) : null;
 }
 
 // Returns the items that share a value of a field.
@@ -110,13 +154,15 @@ export const loadItem = (base, id, signal) => requestJson(`${base}items/${encode
 // One page of the list that a state describes, as {results, next_offset, count, ...}.
 export async function loadPage(state, base, offset, signal) {
   if (hasSubject(state)) return search(state, base, offset, signal);
-  const page = await browse(base, { offset, filter: state.filter, sort: state.sort }, signal);
-  return { ...page, results: page.items };
+  const isSelection = !hasFilter(state) && !state.sort && isEmoji(await loadCatalogue(base));
+  const filter = isSelection ? { meta_category: PRETTY } : state.filter;
+  const page = await browse(base, { offset, filter, sort: state.sort }, signal);
+  return { ...page, results: page.items, isSelection };
 }
 
-async function search(state, base, offset, signal) {
-  const k = await atMost(base, state.beside ? COMPARED : PAGE);
-  const options = { k, offset, fields: ["*"] };
+// The options of a search, apart from its words and its image.
+async function searchOptions(state, base) {
+  const options = { k: await atMost(base, state.beside ? COMPARED : PAGE), fields: ["*"] };
   const about = await loadCatalogue(base);
   if (hasFilter(state)) options.filter = state.filter;
   if (state.sort && canSort(state, about)) options.sort = state.sort;
@@ -126,20 +172,25 @@ async function search(state, base, offset, signal) {
   if (state.like.length) options.more_like = state.like;
   if (state.unlike.length) options.less_like = state.unlike;
   if (state.fold && !about.group_field) options.fold = FOLD;
-  if (state.explain && !offset) options.explain = true;
-  return (state.picture ? searchByImage : searchByWords)(state, options, base, signal);
+  return options;
 }
 
-function searchByWords(state, options, base, signal) {
+async function search(state, base, offset, signal) {
+  const options = { ...(await searchOptions(state, base)), offset };
+  if (state.explain && !offset) options.explain = true;
+  if (state.picture) return searchByImage(state, options, base, signal);
+  return postJson(`${base}search/text`, state.q ? { ...options, query: state.q } : options, signal);
+}
+
+function postJson(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
-  const body = JSON.stringify(state.q ? { ...options, query: state.q } : options);
-  return requestJson(`${base}search/text`, { method: "POST", headers, body, signal });
+  return requestJson(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
 async function searchByImage(state, options, base, signal) {
   const body = new FormData(), { file } = images.get(state.picture);
   await file.slice(0, 1).arrayBuffer().catch(() => { throw new ServiceError("This file cannot be read.", 422); }); // a folder, or deleted
-  body.append("file", file);
+  body.append("file", await shrink(file, options.crop), file.name);
   if (state.q) body.append("query", state.q);
   for (const [name, value] of Object.entries(options)) body.append(name, name === "without" || name === "sort" ? value : JSON.stringify(value));
   return requestJson(`${base}search/image`, { method: "POST", body, signal });

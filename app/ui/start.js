@@ -1,7 +1,7 @@
 // What the page offers before a search: examples, and the fields to sort by.
 
 import { fieldName } from "./format.js";
-import { browse, loadCatalogue } from "./service.js";
+import { browse, isEmoji, isInternal, loadCatalogue } from "./service.js";
 
 const BUNDLED = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry"];
 const LONGEST_EXAMPLE = 40; // characters
@@ -18,9 +18,9 @@ export function aboutCollection(base) {
 }
 
 async function load(base) {
-  const bundled = browse(base, { k: 1, filter: { category: BUNDLED[0] } });
-  const [about, page, { count }] = await Promise.all([loadCatalogue(base), browse(base, { k: 100 }), bundled]);
-  return { ...about, examples: count ? BUNDLED : examplesAmong(page.items) };
+  const about = await loadCatalogue(base);
+  const fields = about.fields.filter(({ name }) => !isInternal(name, about));
+  return { ...about, fields, examples: isEmoji(about) ? BUNDLED : examplesAmong((await browse(base, { k: 100 })).items) };
 }
 
 function examplesAmong(items) { // captions spread over the first items

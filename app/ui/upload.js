@@ -1,8 +1,34 @@
-// Query images: chosen, dropped or pasted. They stay in this page's memory, under a name for the address.
+// Query images: chosen, dropped or pasted. They stay in this page's memory, under a name for the address, and are sent
+// in the size that models need.
 
 const $ = (id) => document.getElementById(id);
 
 export const images = new Map(); // name -> {file, url}
+
+const NEEDED = 1024; // pixels of the longer side of what is searched: more than any model sees
+const QUALITY = 0.92;
+
+// Returns an image file for a search by its part `crop`, or by all of it: smaller if that saves bytes, and upright.
+export async function shrink(file, crop) {
+  let bitmap = null;
+  try {
+    bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
+    const { width, height } = bitmap;
+    const scale = NEEDED / Math.max(width * (crop?.width ?? 1), height * (crop?.height ?? 1));
+    if (scale >= 1) return file;
+    const [wide, high] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+    const canvas = Object.assign(document.createElement("canvas"), { width: wide, height: high }), context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.drawImage(bitmap, 0, 0, wide, high);
+    const type = file.type === "image/jpeg" ? file.type : "image/webp"; // WebP keeps transparent parts
+    const small = await new Promise((done) => canvas.toBlob(done, type, QUALITY));
+    return small && small.size < file.size ? small : file;
+  } catch {
+    return file; // a format that the browser cannot show
+  } finally {
+    bitmap?.close();
+  }
+}
 
 const imageAmong = (files) => [...files].find((each) => each.type.startsWith("image/"));
 

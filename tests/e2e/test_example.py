@@ -256,10 +256,12 @@ def test_words_and_scores_tell_nonsense_from_queries(demo: tuple[str, str, float
     assert sum(map(nothing_fits, queries)) <= 1
 
 
-def test_bundled_galleries_have_the_category_that_identifies_them(demo: tuple[str, str, float]) -> None:
-    """So the page knows that its own examples fit."""
-    script = (ROOT / "app" / "ui" / "start.js").read_text()
-    first = script.split('const BUNDLED = ["')[1].split('"')[0]
+def test_bundled_galleries_have_the_fields_that_identify_them(demo: tuple[str, str, float]) -> None:
+    """So the page knows that its own examples fit, and which images to begin with."""
+    pretty = (ROOT / "app" / "ui" / "service.js").read_text().split("const PRETTY = [")[1].split("];")[0]
     for prefix in ("", "/collections/twemoji"):
-        found = httpx.get(f"{demo[0]}{prefix}/items", params={"filter": json.dumps({"category": first})}).json()
-        assert found["count"] > 0
+        fields = httpx.get(f"{demo[0]}{prefix}/ui/catalogue").json()["fields"]
+        assert {"char", "meta_category"} <= {field["name"] for field in fields}
+    for name in re.findall('"(.+?)"', pretty):
+        chosen = {"filter": json.dumps({"meta_category": name})}
+        assert httpx.get(f"{demo[0]}/collections/twemoji/items", params=chosen).json()["count"] > 0

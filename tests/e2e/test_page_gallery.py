@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
@@ -112,6 +113,78 @@ def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
     until(lambda: page.all("#sort option[value='-price']"))
     choose("")
     until(lambda: page.one("#status").text.startswith("The best"))
+
+
+def test_cards_have_the_chosen_size_and_the_whole_window(page: Page, large: str) -> None:
+    columns = """
+        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+        return tops.filter((top) => top === tops[0]).length;
+    """
+    right = "return document.getElementById('results').getBoundingClientRect().right / document.body.clientWidth"
+    page.driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 1920, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        page.open(large)
+        until(lambda: count(page) == 48)
+        assert page.driver.execute_script(right) > 0.98
+        assert page.driver.execute_script(columns) >= 7
+        change = "const size = document.getElementById('size'); size.value = 400;"
+        for event in ("input", "change"):
+            change += f"size.dispatchEvent(new Event('{event}'));"
+        page.driver.execute_script(change)
+        until(lambda: page.driver.execute_script(columns) == 3)
+        assert "size=384 1x" in page.one("#results img").get_attribute("srcset"), "and sharp"
+        page.driver.refresh()
+        until(lambda: count(page) == 48)
+        assert page.driver.execute_script(columns) == 3
+    finally:
+        page.driver.execute_script("localStorage.clear()")
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: str) -> None:
+    def enter(place: int, number: str) -> None:
+        page.all(".range input")[place].send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB)
+
+    page.open(large)
+    until(lambda: len(page.all(".range input")) == 2)
+    assert [each.get_attribute("placeholder") for each in page.all(".range input")] == ["0", str(COUNT - 1)]
+    enter(0, "100")
+    until(lambda: page.one("#status").text == f"{COUNT - 100} images")
+    enter(1, "109.5")
+    until(lambda: page.one("#status").text == "10 images")
+    page.open(page.driver.current_url)  # as a shared link
+    until(lambda: page.one("#status").text == "10 images" and len(page.all(".range input")) == 2)
+    assert [each.get_attribute("value") for each in page.all(".range input")] == ["100", "109.5"]
+    for place in (0, 1):
+        enter(place, "")
+    until(lambda: page.one("#status").text == f"{COUNT} images")
+
+
+def test_filters_count_what_fits_the_search(page: Page, large: str) -> None:
+    counts = "return [...document.querySelectorAll('#facets button')].map((each) => each.textContent)"
+    page.open(f"{large}/#q=circle&words=1")
+    until(lambda: page.driver.execute_script(counts) == ["circle33"])
+    page.open(f"{large}/#q=circle&words=1&category=square")
+    until(lambda: page.driver.execute_script(counts) == ["square0", "circle33"])
+    page.one("#facets button").click()
+    until(lambda: page.driver.execute_script(counts) == ["circle33"])
+    page.open(f"{large}/#q=zebra&words=1")
+    until(lambda: len(page.driver.execute_script(counts)) == 4)
+
+
+def test_without_in_words_is_offered_as_a_box(both: Page, large: str) -> None:
+    both.open(f"{large}/#q=red+square")
+    until(lambda: both.one("#status").text.startswith("The best"))
+    assert not both.one("#offer").is_displayed()
+    for typed, offered in (("red square without a cross", "cross"), ("red square no cross", "cross")):
+        both.open(f"{large}/#q={typed.replace(' ', '+')}")
+        until(lambda offered=offered: f"take “{offered}” away" in both.one("#offer").text)
+    both.one("#offer button").click()
+    until(lambda: both.driver.current_url.endswith("#q=red+square&without=cross"))
+    until(lambda: both.one("#without").is_displayed() and both.one("#without").get_attribute("value") == "cross")
+    assert not both.one("#offer").is_displayed()
 
 
 def test_page_asks_for_no_more_than_the_service_allows(page: Page, large_index: Path) -> None:
