@@ -127,7 +127,8 @@ function draw(item, hides) {
   drawNear(item.folded ?? [], "Nearly the same");
   const facts = Object.entries(item.metadata ?? {}).filter(([name, value]) => !hides(name) && value !== null && value !== "" && !(Array.isArray(value) && !value.length));
   const similarity = item.score === undefined ? [] : [["Similarity", percent(item.score)]];
-  $("metadata").replaceChildren(...[["Id", item.id], ...facts.map(([name, value]) => [fieldName(name), value]), ...similarity].flatMap(([name, value]) => {
+  const described = item.caption && item.caption !== title ? [["Caption", item.caption]] : [];
+  $("metadata").replaceChildren(...[...described, ["Id", item.id], ...facts.map(([name, value]) => [fieldName(name), value]), ...similarity].flatMap(([name, value]) => {
     const term = document.createElement("dt"), detail = document.createElement("dd");
     term.textContent = name;
     detail.dir = "auto";

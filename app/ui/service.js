@@ -11,7 +11,7 @@ const COMPARED = 12; // of each list, side by side
 const BROWSED = 48;
 const PRETTY = [ // of the bundled emoji, which begin with keycaps
   "animal-bird", "animal-mammal", "animal-marine", "event", "food-fruit", "food-prepared", "food-sweet", "musical-instrument",
-  "plant-flower", "plant-other", "sky-weather", "transport-air",
+  "plant-flower", "plant-other",
 ];
 const RETRY_MS = [1500, 4000, 10000]; // delays before an image that failed to load is requested again
 

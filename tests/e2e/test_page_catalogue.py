@@ -51,7 +51,9 @@ def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> No
     first = page.one("#results .card")
     assert "a red square" in first.text
     assert "all words" in first.text
-    assert first.find_element("css selector", ".number").text == "good match", "its percentage may be lower than the next"
+    assert first.find_element("css selector", ".number").text == "good match", (
+        "its percentage may be lower than the next"
+    )
     assert page.one("#scores summary").text == "Why this order?"
     page.one("#words").click()
     until(lambda: shows(page, searched(site, query="red square")))
