@@ -219,6 +219,14 @@ async def list_models(request: Request) -> Response:
     return JsonResponse({"object": "list", "data": [each for each in entries if may_read(request, each["id"])]})
 
 
+@embedding.add("GET", "/v1/models/{collection}", Policy("read", "checked"), schemas.ServedModel, errors=(404, 422, 503))
+async def model(request: Request, collection: str) -> Response:
+    """Return one of the collections that embed, in the shape of OpenAI's API."""
+    if not may_read(request, collection):
+        raise out_of_scope()
+    return JsonResponse(model_response(collection, state_of(request).collections.find(collection, "model").require()))
+
+
 @service.add("GET", "/collections", Policy("read", "checked"), schemas.CollectionsResponse)
 async def list_collections(request: Request) -> Response:
     """List the served collections that the key opens."""

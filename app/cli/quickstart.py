@@ -14,11 +14,10 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from app.cli.hub import prepare_hub
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.model.recommended import DEFAULT, recommended_weights
-from dcar_core.util.errors import DataError, ModelError
+from dcar_core.util.errors import DataError, HubUnavailableError
 from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
 
@@ -75,10 +74,8 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
     If the weights cannot be fetched, the bundled model takes its place. A checkpoint of local files is always written
     again, since the files may have changed.
     """
-    is_online = prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
-    from dcar_core.model.open_clip_source import builtin_models
 
     is_directory = Path(model).is_dir()
     weights = Path(model if is_directory else pretrained or "").resolve()
@@ -90,9 +87,8 @@ def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path,
         return out, source
     try:
         backbone = load_backbone(BackboneSource(model, pretrained))
-    except ModelError:
-        is_on_hub = model.startswith("hf-hub:") or pretrained in builtin_models().get(model, ({}, []))[1]
-        if is_online or not is_on_hub or not _BUNDLED.is_dir():
+    except HubUnavailableError:
+        if not _BUNDLED.is_dir():
             raise
         typer.echo(
             f"the model hub cannot be reached, so the bundled model is used, which knows drawings better than photos; "

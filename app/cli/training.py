@@ -10,7 +10,6 @@ import typer
 from typer import Option
 
 from app.cli import options
-from app.cli.hub import prepare_hub
 from app.cli.options import example
 from dcar_core.model.config import GRID, TrainConfig
 from dcar_core.model.recommended import DEFAULT, recommended_weights
@@ -89,7 +88,6 @@ def train(
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
             _report(out, finished, "already trained: ", "; --restart trains again")
         return
-    prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource
     from dcar_core.training.adapt import adapt
 
@@ -110,7 +108,6 @@ def zero_shot(out: options.Out, model: options.ModelName = DEFAULT.name, pretrai
     """
     require_writable(out)
     pretrained = pretrained or recommended_weights(model)
-    prepare_hub(model, pretrained)
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import save_zero_shot
 
@@ -170,7 +167,6 @@ def evaluate(
     if preset:
         tune, model = True, PAPER_MODEL if model == DEFAULT.name else model
     pretrained = pretrained or recommended_weights(model)
-    prepare_hub(model, pretrained)
     from dcar_core.evaluation import all_tables, compare, find_data_sets, paper_tables
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods.registry import comparable_methods, method

@@ -26,6 +26,7 @@ from open_clip.utils import to_2tuple
 from torch import nn
 
 from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.hub import cache_only, fetch
 from dcar_core.model.settings_hash import CLIP_VOCABULARY, vector_settings
 from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
@@ -91,6 +92,7 @@ def load_open_clip(source: BackboneSource, device: str) -> tuple[nn.Module, Text
         config = read_config(source)
         tokenizer, identity = load_tokenizer(config, source.directory)
         _require_positions(source, config)
+        _fetch_weights(source, config)
         clip = _create(source, config, device).eval()
         _require_finite(source, clip)
     except DcarError:
@@ -107,10 +109,13 @@ def load_open_clip(source: BackboneSource, device: str) -> tuple[nn.Module, Text
 def read_config(source: BackboneSource) -> dict[str, Any]:
     """Read and check a model's `model_cfg`."""
     content, directory = {}, source.directory
-    if directory is not None:
-        content = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8"))
+    file = directory / MODEL_CONFIG if directory else None
+    if source.model.startswith(HUB) and (file := fetch(source.model.removeprefix(HUB), MODEL_CONFIG)) is None:
+        raise ModelError(f"{source.model} has no {MODEL_CONFIG}; name a model in open_clip's form")
+    if file is not None:
+        content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
-            raise ModelError(f"{directory / MODEL_CONFIG} has no model_cfg; copy the file from the model's source")
+            raise ModelError(f"{file} has no model_cfg; copy the file from the model's source")
     config = content["model_cfg"] if content else open_clip.get_model_config(source.model)
     for fault in _faults(config, content.get("preprocess_cfg", {}), directory):
         raise ModelError(f"the configuration of {source.model} {fault}")
@@ -199,6 +204,19 @@ def _of_another_architecture(source: BackboneSource, detail: str = "") -> ModelE
     )
 
 
+def _fetch_weights(source: BackboneSource, config: Mapping[str, Any]) -> None:
+    """Bring the files that open_clip will ask the hub for into its cache."""
+    place = source.model.removeprefix(HUB) + "/" if source.model.startswith(HUB) else ""
+    if source.pretrained and source.pretrained != RANDOM:
+        known = open_clip.get_pretrained_cfg(source.model, source.pretrained)
+        place = known.get("hf_hub", "") if known else ""
+    repository, _, name = place.rpartition("/")
+    if repository and fetch(repository, WEIGHTS_FILE, name or "open_clip_pytorch_model.bin") is None:
+        raise ModelError(f"{repository} has no weights in open_clip's form; name another model")
+    if (encoder := config["text_cfg"].get("hf_model_name")) and source.directory is None:
+        fetch(encoder, "config.json")
+
+
 def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> nn.Module:
     """Create the model from the checked configuration, even if its source has changed since."""
     is_random = source.pretrained == RANDOM
@@ -207,7 +225,7 @@ def _create(source: BackboneSource, config: Mapping[str, Any], device: str) -> n
         towers["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in towers["text_cfg"]:
         towers["text_cfg"]["hf_model_pretrained"] = False
-    with _errors_raised_only(), warnings.catch_warnings():
+    with cache_only(), _errors_raised_only(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*QuickGELU mismatch.*")
         warnings.filterwarnings("ignore", category=FutureWarning)
         return open_clip.create_model(  # type: ignore[no-any-return]
@@ -246,12 +264,6 @@ def _explained(source: BackboneSource, error: BaseException) -> ModelError | Mis
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "install transformers" in reason:
         return MissingExtraError(f"the text tower of {source.model}", "hf")
-    if source.pretrained in open_clip.list_pretrained_tags_by_model(source.model):
-        return ModelError(
-            f"the weights {source.pretrained!r} of {source.model} could not be fetched ({reason}). Either give a local "
-            f"file, --pretrained path/to/weights.safetensors (or a .pt state dict), or use the bundled model, "
-            f"--model examples/emoji/base"
-        )
     if "Error(s) in loading state_dict" in reason or "state_dict" in reason:
         return _of_another_architecture(source)
     return ModelError(f"{source.model} with weights {source.pretrained!r} could not be loaded: {reason}")

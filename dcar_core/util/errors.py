@@ -59,6 +59,10 @@ class ModelError(DcarError):
     exit_code = 4
 
 
+class HubUnavailableError(ModelError):
+    """The model hub cannot be reached, and its files are not cached."""
+
+
 class RuntimeUnavailableError(ModelError):
     """An encoder runtime is unavailable, or its cached export is unusable. The message is the reason."""
 

@@ -76,4 +76,8 @@ def test_the_client_covers_every_route() -> None:
         calls.readiness(),
         calls.reload(),
     ]
-    assert {f"{call.method} {unquote(call.path)}" for call in covered} == routes - {"GET /metrics", "GET /v1/models"}
+    assert {f"{call.method} {unquote(call.path)}" for call in covered} == routes - {
+        "GET /metrics",
+        "GET /v1/models",
+        "GET /v1/models/{collection}",
+    }

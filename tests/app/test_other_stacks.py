@@ -58,6 +58,10 @@ def test_the_openai_client_gets_the_vectors_of_the_service(url: str, client: Cli
             foreign.embeddings.create(model="text-embedding-3-small", input="red")
         assert (error.value.param, error.value.code) == ("model", "model_not_found")
         assert [each.id for each in foreign.models.list()] == ["index"]
+        assert foreign.models.retrieve("index") == next(iter(foreign.models.list()))
+        with pytest.raises(openai.NotFoundError, match="There is no collection 'gpt'") as error:
+            foreign.models.retrieve("gpt")
+        assert (error.value.param, error.value.code) == ("model", "model_not_found")
         with pytest.raises(openai.NotFoundError, match="There is nothing at /v1/chat/completions"):
             foreign.chat.completions.create(model="index", messages=[])
     with pytest.raises(ServiceError, match="422: input: at most 32, not 33") as refused:

@@ -22,6 +22,7 @@ from dcar_core.model.text import hub_tokenizer, tokenizer
 from dcar_core.model.towers.image import NativeImage
 from dcar_core.model.towers.text import CausalText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
+from tests.support.files import write_json
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -179,10 +180,11 @@ def test_a_configuration_sets_only_what_is_allowed_and_fits(
         load_backbone(edit(model, part, **values))
 
 
-def test_the_configuration_of_a_hub_model_is_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_of_a_hub_model_is_checked_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = open_clip.get_model_config("ViT-B-32")
     config["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
-    monkeypatch.setattr("open_clip.factory._get_hf_config", lambda *_: {"model_cfg": config})
+    file = write_json(tmp_path / MODEL_CONFIG, {"model_cfg": config})
+    monkeypatch.setattr("dcar_core.model.open_clip_source.fetch", lambda *_: file)
     monkeypatch.setattr(open_clip, "create_model", None)  # nothing may be created
     with pytest.raises(ModelError, match="sets trust_remote_code in tokenizer_kwargs, which a model may not set"):
         load_backbone(BackboneSource("hf-hub:a/model"))

@@ -158,7 +158,7 @@ def test_a_copy_from_the_hub_is_the_same_tokenizer(tmp_path: Path, monkeypatch: 
     hub.mkdir()
     copy.mkdir()
     write_tokenizer("gemma", hub)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(hub / file))
+    monkeypatch.setattr("dcar_core.model.text.hub_tokenizer.fetch", lambda name, file: hub / file)
     copy_from_hub("a/name", copy)
     assert load_hub_tokenizer("a/name", copy, 24).identity() == load_hub_tokenizer("a/name", None, 24).identity()
 

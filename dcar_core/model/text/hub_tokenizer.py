@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from dcar_core.model.hub import fetch
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.util.errors import MissingExtraError, ModelError
 
@@ -60,15 +61,7 @@ def copy_from_hub(name: str, directory: Path, files: Sequence[str] = (TOKENIZER,
 def _find(name: str, directory: Path | None, file: str) -> Path | None:
     if directory is not None:
         return directory / file if (directory / file).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except LocalEntryNotFoundError:  # the hub is out of reach
-        raise
-    except EntryNotFoundError:
-        return None
+    return fetch(name, file)
 
 
 def _from_files(file: Path, settings_file: Path | None) -> tuple[Tokenizer, list[int], list[int], int | None]:
