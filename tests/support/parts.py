@@ -59,6 +59,7 @@ PARTS = {
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries at URLs", "http", "aiohttp"),
     "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
+    "helm": Part("the Helm chart", "make test EXTRAS=dev,charts", ("helm_python", "kubernetes_validate"), in_ci=False),
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),

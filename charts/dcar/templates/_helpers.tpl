@@ -1,0 +1,66 @@
+{{- define "dcar.labels" -}}
+app.kubernetes.io/name: {{ .Chart.Name }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "dcar.name" -}}
+{{ contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) | trunc 52 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "dcar.pod" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{ toJson . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{ toJson . }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{ toJson . }}
+{{- end }}
+volumes:
+  - {name: tmp, emptyDir: {sizeLimit: 1Gi}}
+  - {name: cache, emptyDir: {sizeLimit: {{ .Values.cacheSize }}}}
+  {{- if .Values.index.claim }}
+  - {name: index, persistentVolumeClaim: {claimName: {{ .Values.index.claim }}}}
+  {{- else }}
+  - {name: index, emptyDir: {}}
+  {{- end }}
+  {{- with .Values.gallery.claim }}
+  - {name: gallery, persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}}
+  {{- end }}
+{{- end }}
+
+{{- define "dcar.container" -}}
+{{- $image := .Values.image -}}
+image: "{{ $image.repository }}{{ $image.digest | empty | ternary (printf ":%s" $image.tag) (printf "@%s" $image.digest) }}"
+imagePullPolicy: {{ $image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "dcar.mounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: cache, mountPath: /cache}
+{{- if .Values.gallery.claim }}
+- {name: gallery, mountPath: {{ .Values.gallery.path }}, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "dcar.rebuild" -}}
+command: [python, -m, index_jobs.rebuild]
+args: {{ concat .Values.rebuild.args (list "--out" (printf "/data/%s" .Values.index.path)) | toJson }}
+volumeMounts:
+  - {name: index, mountPath: /data}
+  {{- include "dcar.mounts" . | nindent 2 }}
+{{- end }}

@@ -1,0 +1,143 @@
+"""The Helm chart in charts/dcar, rendered by Helm's own library and checked against the schemas of Kubernetes."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from app.core.settings import Settings
+from tests.support.parts import needs
+from tests.support.paths import ROOT
+
+pytestmark = needs("helm")
+CHART = ROOT / "charts" / "dcar"
+DIGEST = f"sha256:{'0' * 64}"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "two replicas": {"replicas": 2},
+    "autoscaling": {"autoscaling": {"enabled": True}},
+    "rebuild": {"index": {"claim": "indexes"}, "rebuild": {"schedule": "0 3 * * *"}},
+    "gallery": {"gallery": {"claim": "photos"}},
+    "digest": {"image": {"digest": DIGEST}, "imagePullSecrets": [{"name": "registry"}]},
+    "settings": {
+        "settings": {"max_k": 100, "writes": True, "max_upload_bytes": 20971520, "batch_wait_ms": 0.5},
+        "secretSettings": {"admin_key": {"name": "keys", "key": "admin"}},
+    },
+    "network": {
+        "networkPolicy": {
+            "from": [{"podSelector": {"matchLabels": {"app": "shop"}}}],
+            "egress": [{"ports": [{"port": 6379}]}],
+        }
+    },
+    "no network policy": {"networkPolicy": {"enabled": False}},
+    "monitoring": {
+        "monitoring": {"enabled": True, "labels": {"release": "prometheus"}, "key": {"name": "keys", "key": "scrape"}}
+    },
+    "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
+}
+ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
+ALL |= OPTIONS["monitoring"] | OPTIONS["nodes"]
+
+
+def helm() -> Any:
+    return importlib.import_module("helm_python")
+
+
+def render(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the objects of a release named `shop`."""
+    with helm().Chart.load(CHART) as chart:
+        chart.validate_schema(values)
+        manifests = chart.render(values, name="shop", namespace="search")
+    del manifests["dcar/templates/NOTES.txt"]
+    return [each for text in manifests.values() for each in yaml.safe_load_all(text) if each]
+
+
+def of_kind(kind: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in render(values) if each["kind"] == kind]
+
+
+def pods(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for each in objects:
+        spec = each.get("spec", {})
+        spec = spec.get("jobTemplate", {}).get("spec", spec)
+        if each["kind"] == "Pod" or "template" in spec:
+            yield each["spec"] if each["kind"] == "Pod" else spec["template"]["spec"]
+
+
+@pytest.mark.parametrize("values", [*OPTIONS.values(), ALL], ids=[*OPTIONS, "all"])
+def test_each_option_renders_objects_that_kubernetes_accepts(values: dict[str, Any]) -> None:
+    kubernetes_validate = importlib.import_module("kubernetes_validate")
+    report = helm().lint(CHART, values, strict=True)
+    assert report["errors"] == []
+    assert [each for each in report["messages"] if each["severity"] > 1] == []
+    for each in render(values):
+        if not each["apiVersion"].startswith("monitoring.coreos.com/"):  # of the Prometheus operator
+            for version in ("1.27", "1.34"):
+                kubernetes_validate.validate(each, version, strict=True)
+
+
+def test_every_pod_is_confined() -> None:
+    found = list(pods(render(ALL)))
+    assert len(found) == 3, "the service, the job and the test"
+    for pod in [*found, *pods(render({}))]:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+        assert {"cache", "tmp"} <= {each["name"] for each in pod["volumes"] if "emptyDir" in each}
+
+
+def test_the_image_is_taken_by_its_digest() -> None:
+    (deployment,) = of_kind("Deployment", OPTIONS["digest"])
+    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"dcar@{DIGEST}"
+
+
+def test_settings_are_those_of_the_service() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    given = {"index", "host", "port", "runtime_cache"}
+    assert set(schema["settings"]["propertyNames"]["enum"]) == Settings.model_fields.keys() - given
+    (deployment,) = of_kind("Deployment", OPTIONS["settings"])
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    variables = {each["name"]: each.get("value") for each in container["env"]}
+    assert variables.pop("DCAR_ADMIN_KEY") is None, "its value stays in the Secret"
+    fields = {name.removeprefix("DCAR_").lower(): value for name, value in variables.items()}
+    settings = Settings.model_validate(fields | {"admin_key": "a" * 8})
+    assert (settings.max_k, settings.max_upload_bytes, settings.batch_wait_ms) == (100, 20971520, 0.5)
+    assert settings.drain_s == 5, "the chart's own"
+    assert next(each for each in container["volumeMounts"] if each["name"] == "index")["readOnly"] is False
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"settings": {"max_kk": 1}}, "max_kk"),
+        ({"secretSettings": {"admin_key": "plain"}}, "admin_key"),
+        ({"image": {"digest": "latest"}}, "digest"),
+        ({"replica": 2}, "replica"),
+    ],
+)
+def test_wrong_values_are_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(helm().HelmValuesError, match=reason):
+        render(values)
+
+
+def test_probes_and_the_test_ask_for_paths_of_the_service() -> None:
+    from app.main import create_app
+
+    (deployment,) = of_kind("Deployment", {})
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    paths = {each["httpGet"]["path"] for name, each in container.items() if name.endswith("Probe")}
+    assert paths == {"/healthz", "/readyz"}
+    known = create_app(Settings(index=ROOT)).openapi()["paths"]
+    assert paths <= known.keys()
+    (service,) = of_kind("Service", {})
+    (test,) = of_kind("Pod", {})
+    assert f'"http://{service["metadata"]["name"]}/readyz"' in test["spec"]["containers"][0]["command"][-1]
