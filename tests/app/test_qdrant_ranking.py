@@ -1,9 +1,11 @@
 """Random requests over Qdrant have the responses of FAISS: filters, pages, groups, facets, sorting and words."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.changes import change_metadata
 from tests.support.parts import needs
-from tests.support.qdrant_server import qdrant_url
+from tests.support.qdrant_server import running_server
 
 pytestmark = needs("qdrant")
 
-COUNT, ADDED, REQUESTS = 70, 15, 500
+COUNT, ADDED, REQUESTS = 70, 15, {"local": 500, "core": 150}
 BRANDS = ["Löwe", "lynx", "Ibis & Co", "12", ""]
 TAGS = ["red", "soft", "new", "XL"]
 
@@ -48,8 +50,21 @@ def write_gallery(folder: Path, numbers: range) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def opened(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Index, Index]]:
+@contextmanager
+def served(place: str, folder: Path) -> Iterator[str]:
+    """Yield a location: the server of QDRANT_URL or the local mode, or the core over HTTP."""
+    if place == "local":
+        yield os.environ.get("QDRANT_URL", ":memory:")
+        return
+    with running_server(folder) as server:
+        yield server.url
+        server.client.close()
+
+
+@pytest.fixture(scope="module", params=["local", pytest.param("core", marks=needs("qdrant-core"))])
+def opened(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[tuple[Index, Index]]:
     """The same index with FAISS and with Qdrant: built, with items added, changed and removed."""
     root = tmp_path_factory.mktemp("both")
     gallery, more = (
@@ -60,7 +75,7 @@ def opened(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         ("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"stock": None, "tags": ["new"]}), ("n71", {"sale": True}),
         ("n9", {"caption": "", "category": "bird"}), ("n10", {"fresh": "yes"}), ("n6", {"brand": "Ibis & Co"}),
     ]  # fmt: skip
-    with qdrant_url() as url:
+    with served(request.param, tmp_path_factory.mktemp("core")) as url:
         found = []
         for name, engine in (("faiss", "faiss"), ("qdrant", f"qdrant={url}")):
             out = root / name
@@ -144,14 +159,14 @@ def response(index: Index, request: dict[str, Any]) -> Any:
 
 
 @pytest.mark.slow
-def test_random_requests_have_equal_responses(opened: tuple[Index, Index]) -> None:
-    rng, filled = random.Random(7), 0
-    for _ in range(REQUESTS):
-        request = draw_request(rng)
-        here, there = (response(index, request) for index in opened)
-        assert there == here, request
+def test_random_requests_have_equal_responses(opened: tuple[Index, Index], request: pytest.FixtureRequest) -> None:
+    rng, filled, count = random.Random(7), 0, REQUESTS[request.node.callspec.params["opened"]]
+    for _ in range(count):
+        drawn = draw_request(rng)
+        here, there = (response(index, drawn) for index in opened)
+        assert there == here, drawn
         filled += bool(here[0]) and not isinstance(here, str)
-    assert filled > REQUESTS // 2
+    assert filled > count // 2
 
 
 def test_filters_are_conditions_and_no_lists_of_rows(

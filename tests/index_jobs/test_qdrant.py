@@ -300,3 +300,34 @@ def test_a_version_of_an_engine_that_is_gone_is_to_be_rebuilt(
     assert build().version == 2
     assert open_current(index).manifest.count == 24
     assert "not to the engine of an older one" in caplog.text
+
+
+@pytest.mark.slow
+@needs("qdrant-core")
+def test_a_restarted_server_has_every_published_version_and_no_other(
+    build: Build, tiny_checkpoint: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    """On Qdrant's own core, which a process that ends leaves as it was written."""
+    from tests.support.qdrant_core import CoreClient
+
+    (folder := tmp_path / "core").mkdir()
+    with running_server(folder) as server:
+        for checkpoint in (None, other_checkpoint):
+            build(
+                engine=f"qdrant={server.url}",
+                kind="hnsw",
+                margin=1,
+                **({"checkpoint": checkpoint} if checkpoint else {}),
+            )
+        index = tmp_path / "index"
+        before = open_current(index)
+        found = before.search(vectors := before.vectors(np.arange(24)), 5)[1]
+        server.client.close()
+        server.client = CoreClient(folder)
+        after = open_current(index)
+        assert (after.search(vectors, 5)[1] == found).all()
+        assert rollback(index) == 1
+        assert open_current(index).manifest.version == 1
+        build(engine=f"qdrant={server.url}", force=True, keep=1)
+        assert [path.name for path in folder.iterdir()] == [collection_of(index, 3)], "the space of others is free"
+        server.client.close()

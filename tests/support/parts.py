@@ -60,6 +60,7 @@ PARTS = {
     "http": _extra("galleries at URLs", "http", "aiohttp"),
     "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
     "helm": Part("the Helm chart", "make test EXTRAS=dev,charts", ("helm_python", "kubernetes_validate"), in_ci=False),
+    "qdrant-core": Part("Qdrant's core", "pip install qdrant-edge-py", ("qdrant_edge",), in_ci=False),
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),

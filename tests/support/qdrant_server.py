@@ -1,4 +1,4 @@
-"""Qdrant's HTTP interface over its client's local mode, as far as the engine uses it.
+"""Qdrant's HTTP interface as far as the engine uses it, over its client's local mode or over its core.
 
 What the engine sends is parsed by the client's own models. `QDRANT_URL` names a real server for the tests instead.
 """
@@ -10,8 +10,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.support.qdrant_core import CoreClient
+
+_CONFIG = {  # which the engine does not read
+    "params": {}, "hnsw_config": {"m": 0, "ef_construct": 0, "full_scan_threshold": 0},
+    "optimizer_config": {"deleted_threshold": 0, "vacuum_min_vector_number": 0, "default_segment_number": 0}
+    | {"flush_interval_sec": 0},
+}  # fmt: skip
 
 
 class QdrantServer:
@@ -22,11 +31,12 @@ class QdrantServer:
         calls: method, path and body of each request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: with collections of the core; None for the local mode."""
         from qdrant_client import QdrantClient
 
         self.failures, self.calls = 0, list[tuple[str, str, Any]]()
-        self.client = QdrantClient(":memory:")
+        self.client: Any = CoreClient(folder) if folder else QdrantClient(":memory:")
         self._lock = threading.Lock()
         server = self
 
@@ -81,11 +91,16 @@ class QdrantServer:
             case "DELETE":
                 return client.delete_collection(name)
             case "GET":
-                return client.get_collection(name).model_dump(mode="json")
+                return {
+                    "status": client.get_collection(name).status, "optimizer_status": "ok", "segments_count": 1,
+                    "config": _CONFIG, "payload_schema": {},
+                }  # fmt: skip
             case "GET/exists":
                 return {"exists": client.collection_exists(name)}
             case "PUT/index":
-                models.CreateFieldIndex(**body)
+                if isinstance(client, CoreClient):  # the local mode has none
+                    given_index = models.CreateFieldIndex(**body)
+                    client.create_payload_index(name, given_index.field_name, given_index.field_schema)
                 return done
             case "PUT/points":
                 client.upsert(name, models.PointsList(**body).points)
@@ -97,14 +112,18 @@ class QdrantServer:
                 return [point.model_dump(mode="json") for point in points]
             case "POST/points/query/batch":
                 requests = [models.QueryRequest(**each) for each in body["searches"]]
-                searches = [request.model_copy(update={"params": None}) for request in requests]  # local mode has none
-                return [each.model_dump(mode="json") for each in client.query_batch_points(name, searches)]
+                if not isinstance(client, CoreClient):
+                    requests = [request.model_copy(update={"params": None}) for request in requests]
+                found = client.query_batch_points(name, requests)
+                return [
+                    {"points": [{"id": p.id, "version": 0, "score": p.score} for p in each.points]} for each in found
+                ]
         raise NotImplementedError(route)
 
 
 @contextmanager
-def running_server() -> Iterator[QdrantServer]:
-    server = QdrantServer()
+def running_server(folder: Path | None = None) -> Iterator[QdrantServer]:
+    server = QdrantServer(folder)
     thread = threading.Thread(target=server.http.serve_forever, args=(0.05,))
     thread.start()
     try:
