@@ -46,9 +46,9 @@ def use_core(folder: Path) -> str:
 
 
 def exact(vectors: Floats, queries: Floats, mask: Mask) -> Rows:
-    """Return the nearest allowed rows, int64 (q, 10)."""
+    """Return the nearest allowed rows, int64 (q, 10) or fewer."""
     rows = np.flatnonzero(mask)
-    found = faiss.knn(queries, vectors[rows], NEIGHBOURS, metric=faiss.METRIC_INNER_PRODUCT)[1]
+    found = faiss.knn(queries, vectors[rows], min(NEIGHBOURS, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)[1]
     return rows[found]
 
 

@@ -1,6 +1,7 @@
 """The same job, searches and checks with the vectors in Qdrant."""
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,12 @@ from tests.support.updates import write_images
 from tests.support.versions import Build
 
 pytestmark = needs("qdrant")
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.environ.get("QDRANT_URL"):
+        monkeypatch.setattr("index_jobs.engines.qdrant.engine._POLL_SECONDS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +176,7 @@ def test_a_busy_server_is_asked_again(
     monkeypatch.setattr("index_jobs.engines.qdrant.index._PAUSE_SECONDS", 0.001)
     build(engine=f"qdrant={server.url}")
     artifact = open_current(tmp_path / "index")
-    server.failures = 3
+    server.failures = 1
     assert artifact.search(artifact.vectors(np.arange(1)), 1)[1].tolist() == [[0]]
     server.failures = 99
     with pytest.raises(StoreUnavailableError, match=r"Qdrant is unavailable: .*503"):

@@ -37,7 +37,7 @@ _DEGREE, _CONSTRUCTION_WIDTH = 24, 200
 _QUANTIZATIONS = ("int8", "binary")
 _INDEXES = {"bool": "bool", "int64": "integer", "double": "float"}  # of payload fields by type; others are keywords
 _UNINDEXED = "caption"  # long and different, so a filter rarely names one
-_INDEXING_SECONDS = 6 * 3600  # that a server may take to build its graphs
+_INDEXING_SECONDS, _POLL_SECONDS = 6 * 3600, 1  # that a server may take to build its graphs
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,13 @@ class QdrantEngine:
                 ]
                 call(lambda: client.upsert(name, points))  # noqa: B023
                 row += len(part)
-        deadline = time.monotonic() + _INDEXING_SECONDS
-        while is_server and call(lambda: client.get_collection(name)).status != models.CollectionStatus.GREEN:
-            if time.monotonic() > deadline:
-                raise StoreUnavailableError(f"Qdrant has not indexed {name} in {_INDEXING_SECONDS // 3600} hours")
-            time.sleep(1)
+        deadline, greens = time.monotonic() + _INDEXING_SECONDS, 0
+        while is_server and degree and greens < 2:  # the first may precede the graphs
+            status = call(lambda: client.get_collection(name)).status
+            greens = greens + 1 if status == models.CollectionStatus.GREEN else 0
+            if status == models.CollectionStatus.RED or time.monotonic() > deadline:
+                raise StoreUnavailableError(f"Qdrant has not indexed {name}; it is {status.value}")
+            time.sleep(_POLL_SECONDS)
 
 
 def _payload(record: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,7 +29,7 @@ LOCATION = "qdrant.json"
 API_KEY = "DCAR_QDRANT_API_KEY"
 BATCH = 256  # vectors in one call
 _SECONDS = 30  # of one call
-_ATTEMPTS = 4
+_ATTEMPTS, _READ_ATTEMPTS = 4, 2  # somebody waits for a search
 _PAUSE_SECONDS = 0.2  # before the second attempt; then twice as long each time
 _BUSY = frozenset({429, 500, 502, 503, 504})
 _OVERSAMPLING = 2.0  # candidates of quantized vectors that are compared again, in multiples of k
@@ -109,8 +109,8 @@ class QdrantIndex:
         ]
         for start in range(0, len(requests), BATCH):
             part = requests[start : start + BATCH]
-            responses = call(lambda: self._client.query_batch_points(self._name, part))  # noqa: B023
-            for number, response in enumerate(responses, start):
+            ask = partial(self._client.query_batch_points, self._name, part)
+            for number, response in enumerate(call(ask, _READ_ATTEMPTS), start):
                 hits = response.points
                 rows[number, : len(hits)] = [hit.id for hit in hits]
                 scores[number, : len(hits)] = [hit.score for hit in hits]
@@ -121,10 +121,8 @@ class QdrantIndex:
         vectors = np.empty((len(rows), self.dim), np.float32)
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH].tolist()
-            points = call(
-                lambda: self._client.retrieve(self._name, part, with_payload=False, with_vectors=True)  # noqa: B023
-            )
-            by_row = {point.id: point.vector for point in points}
+            ask = partial(self._client.retrieve, self._name, part, with_payload=False, with_vectors=True)
+            by_row = {point.id: point.vector for point in call(ask, _READ_ATTEMPTS)}
             if missing := [row for row in part if row not in by_row]:
                 raise ArtifactError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
             vectors[start : start + len(part)] = [by_row[row] for row in part]
