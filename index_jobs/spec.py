@@ -11,7 +11,7 @@ from typing import Any
 
 from dcar_core.util.errors import DataError
 
-KEEP_WRITES = 5  # versions that changes over HTTP keep of theirs
+KEEP_WRITES = 5  # versions that changes over HTTP or by a watch keep of theirs
 _SHARE = {"metavar": "SHARE", "min": 0, "max": 1}
 
 
@@ -103,7 +103,7 @@ class BuildOptions:
         metavar="ADDRESS",
     )
     keep: int = _option(
-        3, "Versions to keep for rollback, the new one included. Changes over HTTP have a history of their own.", min=1
+        3, "Versions to keep for rollback, the new one included. Changes over HTTP or by a watch are kept apart.", min=1
     )
     max_vanished: float = _option(
         0.2,
@@ -148,7 +148,7 @@ class BuildOptions:
         "Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes only new "
         "images.",
     )
-    over_http: bool = False  # for the history of changes over HTTP, of which `keep` is then the length
+    origin: str = ""  # as in the manifest; with one, `keep` is the length of the history of changes
     progress: bool = True
     on_encoded: Callable[[int], None] | None = None  # called with a number of images once they have vectors
 

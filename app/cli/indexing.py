@@ -1,4 +1,4 @@
-"""`dcar index`: build, add, remove, apply, relocate, items, list, verify, rollback."""
+"""`dcar index`: build, watch, add, remove, apply, update, relocate, items, list, verify, rollback."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, Argument(help="Directory of a published index.")]
+KeepWrites = Annotated[
+    int,
+    Option("--keep-writes", envvar="DCAR_KEEP_WRITES", min=1, help="Changes over HTTP or by a watch to keep."),
+]
 
 commands.command("build", epilog=job_cli.EPILOG)(job_cli.build_command)
 
@@ -97,10 +101,7 @@ def apply_command(
     index: Index,
     workers: job_cli.Workers = None,
     batch_size: job_cli.BatchSize = BuildOptions.batch_size,
-    keep: Annotated[
-        int,
-        Option("--keep-writes", envvar="DCAR_KEEP_WRITES", min=1, help="Versions with such changes to keep."),
-    ] = KEEP_WRITES,
+    keep: KeepWrites = KEEP_WRITES,
     device: job_cli.Device = "auto",
     runtime: job_cli.Runtime = "auto",
 ) -> None:
@@ -139,6 +140,21 @@ def update_command(
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
         typer.echo(f"{len(summary.unknown):,} unknown ids: {shorten(summary.unknown)}")
+
+
+@commands.command("watch", epilog=example("dcar index watch index"))
+def watch_command(
+    index: Index,
+    max_vanished: job_cli.MaxVanished = BuildOptions.max_vanished,
+    notify: job_cli.Notify = None,
+    keep: KeepWrites = KEEP_WRITES,
+    device: job_cli.Device = "auto",
+    runtime: job_cli.Runtime = "auto",
+) -> None:
+    """Follow the gallery of an index: publish new, changed and removed images until Ctrl-C."""
+    from index_jobs.jobs.watch import watch
+
+    watch(index, typer.echo, max_vanished=max_vanished, notify=notify, keep=keep, device=device, runtime=runtime)
 
 
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))

@@ -1,5 +1,6 @@
 """`dcar quickstart`: from a folder of images to a search page in one command."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -8,6 +9,7 @@ import threading
 import time
 import urllib.request
 import webbrowser
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +21,14 @@ from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.errors import DataError, HubUnavailableError
 from dcar_core.util.files import require_writable
+from dcar_core.util.processes import process_context
 from index_jobs.jobs.cli import Runtime
 
 commands = typer.Typer()
 
 _BUNDLED = EXAMPLES / "base"
+_POLL_S = 0.5  # between looks for what the watch has published
+_END_S = 10.0
 _STANDS_IN = "This model knows emoji, not photos. Run dcar quickstart again with a connection to the model hub, for {}."
 
 
@@ -36,6 +41,7 @@ def quickstart(
     port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     data: Annotated[Path, Option(help="Directory for the checkpoint and the index.")] = Path("data"),
     runtime: Runtime = "auto",
+    watch: Annotated[bool, Option("--watch", help="Follow new, changed and removed images while serving.")] = False,
     page: Annotated[bool, Option("--open/--no-open", help="Open the search page in a browser.")] = True,
 ) -> None:
     """Index a folder of images with an unadapted model, and serve it with a search page.
@@ -65,7 +71,28 @@ def quickstart(
     sys.stdout.flush()
     if page and _has_browser():
         threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
-    serve_index(index=out, host=host, port=port, runtime=runtime, page_hybrid=True)
+    with _watching(out, runtime) if watch else contextlib.nullcontext():
+        poll_s = _POLL_S if watch else None
+        serve_index(index=out, host=host, port=port, runtime=runtime, page_hybrid=True, poll_s=poll_s)
+
+
+@contextlib.contextmanager
+def _watching(index: Path, runtime: str) -> Iterator[None]:
+    """Follow the gallery in a process of its own, so that encoding holds up no search."""
+    process = process_context().Process(target=_watch, args=(index, runtime))
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()  # it ends between two jobs
+        process.join(_END_S)
+        process.kill()
+
+
+def _watch(index: Path, runtime: str) -> None:
+    from index_jobs.jobs.watch import watch
+
+    watch(index, typer.echo, runtime=runtime)
 
 
 def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path, list[str]]:

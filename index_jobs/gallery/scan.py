@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -71,6 +71,12 @@ class Gallery:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def filter(self, mask: pa.ChunkedArray) -> "Gallery":
+        """Return some of the images as a gallery; mask: bool (n,)."""
+        table, root = self.table.filter(mask), self.root if is_url(self.root) else ""
+        vectors = _signature(table, _VECTOR_COLUMNS, root)
+        return replace(self, table=table, vectors_signature=vectors, content_signature=_signature(table, SCHEMA.names))
 
 
 def scan(gallery: str | Path | Sequence[str]) -> Gallery:

@@ -27,7 +27,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.changes import apply_patches, open_published
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import FieldTypes, fit_one_field
-from index_jobs.store.manifest import CHECKPOINT, FAILED
+from index_jobs.store.manifest import CHECKPOINT, FAILED, OVER_HTTP
 from index_jobs.store.publish import report_os_errors
 from index_jobs.store.versions import open_version
 from index_jobs.store.writes import WriteJob, WriteQueue, sweep
@@ -52,7 +52,7 @@ def apply_writes(index: Path, **options: Any) -> int:
     queue, count = WriteQueue(index), 0
     with report_os_errors(index), queue.lock():
         while jobs := queue.next_batch():
-            _apply(queue, index, jobs, {"keep": KEEP_WRITES, **options, "over_http": True})
+            _apply(queue, index, jobs, {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP})
             queue.clear_progress()
             count += len(jobs)
         sweep(queue, index)
@@ -89,7 +89,7 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
     _require_same_types(jobs)
     last = {item["id"]: (job, item) for job in jobs for item in job.items}
     current = open_published(index)
-    version, failed = (current.manifest.version, _failures(current)) if current else (None, dict[str, str]())
+    version, failed = (current.manifest.version, read_failures(current)) if current else (None, dict[str, str]())
     puts = [
         (job, item)
         for job, item in last.values()
@@ -104,9 +104,9 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
         is_hiding = any(last[item["id"]][0] is not job for job in jobs for item in job.items)
         given = {"progress": False, "max_failed": 0.0 if is_hiding else 1.0, **options}
         version = _put(queue, index, puts, deleted, given, is_new=current is None)
-        failed |= _failures(open_version(index, version))
+        failed |= read_failures(open_version(index, version))
     elif deleted and current:
-        version = remove(index, deleted, missing_ok=True, keep=options["keep"], over_http=True).version
+        version = remove(index, deleted, missing_ok=True, keep=options["keep"], origin=OVER_HTTP).version
     for job in jobs:
         lost = [
             {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
@@ -165,7 +165,7 @@ def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
     return row is not None and artifact.image_location(row)[0].endswith(f"/{job.image_name(item)}")
 
 
-def _failures(artifact: Artifact) -> dict[str, str]:
+def read_failures(artifact: Artifact) -> dict[str, str]:
     """Return the reasons of the images that a version lacks, or its newest addition, by name."""
     path = artifact.path / (artifact.manifest.additions[-1].folder if artifact.manifest.additions else "") / FAILED
     failures = map(json.loads, path.read_text(encoding="utf-8").splitlines())

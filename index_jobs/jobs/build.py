@@ -372,10 +372,10 @@ class _Build:
             roots=list(gallery.roots),
             checkpoint=str(self.checkpoint.absolute()),
             created=utc_now(),
-            change=f"{counted(len(encoded), 'image')} added over HTTP"
-            if self.options.over_http
+            change=f"{counted(len(encoded), 'image')} added {self.options.origin}"
+            if self.options.origin
             else f"built from {', '.join(place.rpartition('/')[2] for place in gallery.location.split(', '))}",
-            over_http=self.options.over_http,
+            origin=self.options.origin,
             failed=len(encoded.failed),
             number_texts=field_types.number_texts,
             runtime=runtime,

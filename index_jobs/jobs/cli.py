@@ -96,6 +96,8 @@ Workers = Annotated[int | None, _option("workers")]
 BatchSize = Annotated[int, _option("batch_size")]
 Keep = Annotated[int, _option("keep")]
 MaxFailed = Annotated[float, _option("max_failed")]
+MaxVanished = Annotated[float, _option("max_vanished")]
+Notify = Annotated[list[str] | None, _option("notify")]
 Device = Annotated[str, _option("device")]
 Runtime = Annotated[str, _option("runtime")]
 

@@ -79,14 +79,14 @@ def remove(
     *,
     missing_ok: bool = False,
     keep: int = BuildOptions.keep,
-    over_http: bool = False,
+    origin: str = "",
 ) -> UpdateSummary:
     """Publish a version in which these items are never found.
 
     Args:
         ids: without any, nothing is published.
         missing_ok: ignore ids that are not in the index.
-        keep, over_http: as in `BuildOptions`.
+        keep, origin: as in `BuildOptions`.
 
     Raises:
         DataError: an id is not in the index, or no item would be left.
@@ -101,45 +101,46 @@ def remove(
         if len(rows):
             removed = np.union1d(np.flatnonzero(~current.live), rows)
             change = f"{counted(len(rows), 'item')} removed"
-            manifest = _publish(
-                index, staging, current, removed, manifest.additions, change, keep=keep, over_http=over_http
-            )
+            manifest = _publish(index, staging, current, removed, manifest.additions, change, keep=keep, origin=origin)
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
 def add(
     index: Path,
-    gallery: str | Path,
+    gallery: str | Path | Gallery,
     *,
     replace_existing: bool = False,
     removed_ids: Sequence[str] = (),
+    replicas: Sequence[Encoder] = (),
     **options: Any,
 ) -> UpdateSummary:
     """Publish a version with the images of another gallery added.
 
     Args:
-        gallery: a folder, tar or list; see `index_jobs.gallery.scan`.
+        gallery: a folder, tar or list; see `index_jobs.gallery.scan`. A scanned gallery is taken as it is.
         replace_existing: an item of the gallery replaces the one with its id; otherwise such an id is an error.
         removed_ids: items to remove in the same version; unknown ones are ignored.
-        options: keep, over_http, workers, batch_size, max_failed, device, runtime and progress of `BuildOptions`.
+        replicas: encoders of the version's model; they are loaded if none are given.
+        options: keep, origin, workers, batch_size, max_failed, device, runtime and progress of `BuildOptions`.
 
     Raises:
         DataError: the gallery cannot be used, too many images are broken, an id exists already, or a field would get
             values of another type.
         ArtifactError, LockedError, DcarError: as by `remove`.
     """
-    scanned = scan(gallery)
+    scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
         ids = scanned.table["id"].to_pylist()
         existing = [item_id for item_id in ids if current.row_of(item_id) is not None]
         if existing and not replace_existing:
             raise _collision(current, scanned, existing)
-        _require_same_types(current, scanned, str(gallery))
+        _require_same_types(current, scanned)
         _warn_of_indexed_files(current, scanned, index)
         settings = BuildOptions.of({"exact": current.manifest.spec.exact, **options})
         spec = settings.spec
-        replicas = load_replicas(current.checkpoint, settings.device, exact=spec.exact, runtime=spec.runtime)
+        if not replicas:
+            replicas = load_replicas(current.checkpoint, settings.device, exact=spec.exact, runtime=spec.runtime)
         current.require(replicas[0].fingerprint)
         encoded = encode_gallery(scanned, replicas, index / WORK, settings)
         encoded_ids = {ids[row] for row in encoded.rows().tolist()}
@@ -148,10 +149,10 @@ def add(
         removed = np.union1d(np.flatnonzero(~current.live), rows)
         additions, removed = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
         change = f"{counted(len(encoded), 'image')} added"
-        change += f" from {scanned.location.rpartition('/')[2]}" if not settings.over_http else ""
+        change += f" from {scanned.location.rpartition('/')[2]}" if not settings.origin else ""
         change += f", {counted(len(rows), 'item')} removed or replaced" if len(rows) else ""
         manifest = _publish(
-            index, staging, current, removed, additions, change, keep=settings.keep, over_http=settings.over_http
+            index, staging, current, removed, additions, change, keep=settings.keep, origin=settings.origin
         )
         publish.remove_directory(index, index / WORK)
     return UpdateSummary(
@@ -225,7 +226,7 @@ def _publish(
     change: str,
     *,
     keep: int,
-    over_http: bool,
+    origin: str,
 ) -> Manifest:
     """Publish a version that shares all files with the current one but merged additions and the removed rows."""
     manifest, added = current.manifest, sum(addition.count for addition in additions)
@@ -260,8 +261,8 @@ def _publish(
         additions=additions,
         rebuild="; ".join(reasons),
         created=utc_now(),
-        change=f"{change} over HTTP" if over_http else change,
-        over_http=over_http,
+        change=f"{change} {origin}".rstrip(),
+        origin=origin,
     )
     return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 
@@ -282,16 +283,16 @@ def _warn_of_indexed_files(current: Artifact, gallery: Gallery, index: Path) -> 
         )  # fmt: skip
 
 
-def _require_same_types(artifact: Artifact, gallery: Gallery, location: str) -> None:
+def _require_same_types(artifact: Artifact, gallery: Gallery) -> None:
     """Refuse values of another type than a field's: as text, 19.90 is not 19.9."""
     types = artifact.fields
     for name, new_type in FieldTypes.infer(gallery.table["metadata"]).types.items():
         current_type = types.get(name, str(new_type))
         if not fit_one_field(current_type, str(new_type)):
             raise DataError(
-                f"the field {name!r} is {current_type} in the index and {new_type} in {location}: both together would "
-                f"become text, and filters would match other items or none; give values of type {current_type}, rename "
-                f"the field, or rebuild the index from all galleries"
+                f"the field {name!r} is {current_type} in the index and {new_type} in {gallery.location}: both "
+                f"together would become text, and filters would match other items or none; give values of type "
+                f"{current_type}, rename the field, or rebuild the index from all galleries"
             )
 
 
@@ -349,7 +350,7 @@ def relocate(
         shared = publish.share_files(current.path, staging, kept)
         if model is not None:
             current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
-        manifest = replace(manifest, created=utc_now(), change="images or model relocated", over_http=False)
+        manifest = replace(manifest, created=utc_now(), change="images or model relocated", origin="")
         staged = publish.prepare_version(index, staging, manifest, shared=shared)
         if gallery is not None and (fault := staged.find_gallery_fault(new)):
             raise DataError(f"nothing is published: {fault}; give the new location of {old}")

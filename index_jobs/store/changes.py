@@ -21,7 +21,7 @@ from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import Items, fit_one_field, type_of
 from index_jobs.store.lexical.lexical_index import item_texts, replace_texts
-from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, Manifest, counted, utc_now
+from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, OVER_HTTP, Manifest, counted, utc_now
 from index_jobs.store.versions import current_version, open_current, version_numbers
 from index_jobs.store.writes import WriteJob, WriteQueue, sweep
 
@@ -83,7 +83,7 @@ class _Draft:
         texts = {"caption": item.caption, "category": item.category}
         return item.metadata | {name: text for name, text in texts.items() if text}
 
-    def publish(self, index: Path, staging: Path, change: str, *, keep: int, over_http: bool = False) -> Manifest:
+    def publish(self, index: Path, staging: Path, change: str, *, keep: int, origin: str = "") -> Manifest:
         """Publish a version with the changes, within `open_staging`."""
         current, manifest = self._artifact, self._artifact.manifest
         names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in manifest.additions)]
@@ -113,8 +113,8 @@ class _Draft:
             manifest,
             created=utc_now(),
             changed=manifest.changed + len(self.records),
-            change=f"{change} over HTTP" if over_http else change,
-            over_http=over_http,
+            change=f"{change} {origin}".rstrip(),
+            origin=origin,
         )
         return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 
@@ -208,7 +208,7 @@ def apply_patches(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], keep
                     ends.append({"status": "failed", "reason": str(error)})
             if draft.records:
                 change = f"{counted(len(draft.records), 'item')} changed"
-                version = draft.publish(index, staging, change, keep=keep, over_http=True).version
+                version = draft.publish(index, staging, change, keep=keep, origin=OVER_HTTP).version
     for job, end in zip(jobs, ends, strict=True):
         queue.end(job, **end, **({"index_version": version} if end["status"] == "done" else {}))
 

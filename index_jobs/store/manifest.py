@@ -16,6 +16,7 @@ FORMAT = 3
 CURRENT, VERSIONS = "CURRENT", "versions"
 MANIFEST, ITEMS, REMOVED, CHANGED = "manifest.json", "items.arrow", "removed.npy", "changed.npy"
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
+OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
 PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
 
 
@@ -70,7 +71,7 @@ class Manifest:
     removed: int = 0  # rows that are never found
     changed: int = 0  # items whose metadata changed after the build, each as often as it did
     change: str = ""  # how this version differs from the one before, in words; "" in versions older than this field
-    over_http: bool = False  # made by changes over HTTP, whose versions are a history of their own
+    origin: str = ""  # of changes that are a history of their own: OVER_HTTP or BY_WATCH; "" of other versions
     rebuild: str = ""  # why a rebuild is recommended, "" while it is not
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
     runtime: str = ""  # runtime that encoded the images; "" in versions older than this field

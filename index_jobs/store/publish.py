@@ -112,7 +112,7 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     """Make a prepared version the current one, and remove the oldest; within the same `open_staging`.
 
     Args:
-        keep: versions to keep of its own history, builds or changes over HTTP: the new one and the one that it replaces
+        keep: versions to keep of its own history, builds or changes: the new one and the one that it replaces
             first, then the newest. Changes that are older than every build that is kept go with the builds.
     """
     if keep < 1:
@@ -122,7 +122,7 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     fsync_path(index / VERSIONS)
     _write_current(index, manifest.version)
     manifests = list_versions(index)
-    written = {each.version for each in manifests if each.over_http}
+    written = {each.version for each in manifests if each.origin}
     for number in _displaced(manifest, version_numbers(index), written, keep):
         remove_directory(index, index / VERSIONS / str(number))
     _sync({each.spec.engine for each in manifests}, index, manifest.version)
@@ -130,11 +130,11 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
 
 
 def _displaced(new: Manifest, numbers: Sequence[int], written: set[int], keep: int) -> list[int]:
-    """Return the versions that a new one displaces; see `commit_version`. written: those made over HTTP."""
+    """Return the versions that a new one displaces; see `commit_version`. written: those with an origin."""
     protected = {new.version, new.replaced} if keep > 1 else {new.version}
     ranked = sorted(numbers, key=lambda number: (number in protected, number), reverse=True)
-    own = [number for number in ranked if (number in written) == new.over_http]
-    oldest = 0 if new.over_http else min(own[:keep])
+    own = [number for number in ranked if (number in written) == bool(new.origin)]
+    oldest = 0 if new.origin else min(own[:keep])
     return [*own[keep:], *(number for number in written - protected if number < oldest)]
 
 

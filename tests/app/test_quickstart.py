@@ -5,9 +5,13 @@ import json
 import queue
 import re
 import shutil
+import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import open_clip
 import pytest
@@ -23,7 +27,9 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
+from index_jobs.store.manifest import Manifest
 from index_jobs.store.versions import open_current
+from tests.support.commands import Command
 from tests.support.files import write_tar
 from tests.support.images import png
 from tests.support.processes import answering, free_port
@@ -177,3 +183,26 @@ def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> N
     done = CliRunner().invoke(app, ["quickstart", str(tmp_path), "--port", str(free_port())])
     assert "is empty" in str(done.exception)
     assert "1 of 3" not in done.output
+
+
+def test_a_photo_that_is_added_while_it_serves_is_found(photos: Path, tiny_model: Path, tmp_path: Path) -> None:
+    port, found, end = free_port(), set[str](), time.monotonic() + 60
+    options = ["--watch", "--model", tiny_model, "--data", tmp_path / "data", "--port", port, "--no-open"]
+    process = Command("app.cli", "quickstart", photos, *options)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            while "herons" not in found:
+                assert time.monotonic() < end
+                time.sleep(0.1)
+                with suppress(httpx.TransportError):
+                    body = client.post("/search/text", json={"query": "bird"}).json()
+                    found = {each["category"] for each in body.get("results", ())}
+                if found and not (photos / "herons").exists():
+                    (photos / "herons").mkdir()
+                    (photos / "herons" / "heron.png").write_bytes(png("navy"))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(30)
+    assert process.returncode == 0
+    (manifest,) = (Manifest.read(path) for path in (tmp_path / "data").rglob("versions/2/manifest.json"))
+    assert manifest.change == "1 image added by a watch"

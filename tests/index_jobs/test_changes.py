@@ -216,7 +216,7 @@ def test_builds_and_changes_over_http_have_histories_of_their_own(index: Path, b
         patch(index, first, stock=number)
         apply_writes(index, keep=3)
     assert version_numbers(index) == [1, 2, 4, 5, 6], "3 is the oldest change"
-    assert [each.over_http for each in list_versions(index)] == [False, False, True, True, True]
+    assert [each.origin for each in list_versions(index)] == ["", "", *["over HTTP"] * 3]
     assert metadata(open_current(index), first)["stock"] == 3
     assert rollback(index) == 5
     assert metadata(open_current(index), first)["stock"] == 2

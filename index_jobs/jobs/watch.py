@@ -1,0 +1,195 @@
+"""A watched gallery: the index follows its files by the jobs of other updates.
+
+- A notice of the file system is a reason to scan. What has changed is found by comparing scans, at the start with the
+  index, so neither a lost notice nor a killed watch loses a change.
+- A change is taken once two scans, SETTLE_S apart, agree on it: a file that is being copied waits. One that cannot be
+  decoded is reported, and tried again when it changes.
+- Everything that has changed meanwhile becomes one version. A renamed file is one removed and one added.
+- A gallery that is missing, empty, or has lost too many images is taken for an unmounted disk: nothing is changed until
+  it is back.
+- Items that came from elsewhere, as over HTTP, are left alone.
+"""
+
+import datetime
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import watchfiles
+
+from dcar_core import Encoder
+from dcar_core.util.errors import DataError, DcarError, GalleryShrunkError
+from index_jobs.encoding.devices import load_replicas
+from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.gallery.storage import is_url, join_location
+from index_jobs.jobs.apply import read_failures
+from index_jobs.jobs.notify import notify
+from index_jobs.jobs.update import add, remove
+from index_jobs.spec import KEEP_WRITES, BuildOptions
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.manifest import BY_WATCH
+from index_jobs.store.versions import open_current
+
+SETTLE_S = 0.5
+_QUIET_MS, _BURST_MS = 100, 2000  # notices are collected until this long after the last one, or after the first
+_TICK_MS = 200  # between looks at what sends no notice
+_RETRY_S = 2.0
+_FEW = 10  # images that may always go
+
+_State = tuple[str, int, int, str, str, str]  # of an image: path, size, time of change, caption, category, metadata
+
+
+def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
+    """Keep an index as its gallery is, until SIGINT or SIGTERM, which end it between two jobs.
+
+    Args:
+        say: called with a line for each update, and for each reason to wait.
+        options: keep (of changes), max_vanished, notify, device and runtime of `BuildOptions`.
+    """
+    stop, reason = threading.Event(), ""
+
+    def end(*_: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    settings = BuildOptions.of({"keep": KEEP_WRITES, "max_failed": 1.0, "progress": False, **options})
+    watched, parent = _WatchedGallery(index, say, settings), multiprocessing.parent_process()
+    while not stop.is_set():
+        started, is_due = time.monotonic(), True
+        try:
+            folder = watched.open()
+            device = folder.stat().st_dev, folder.stat().st_ino
+            for notices in watchfiles.watch(
+                folder, watch_filter=None, debounce=_BURST_MS, step=_QUIET_MS, stop_event=stop, rust_timeout=_TICK_MS,
+                yield_on_timeout=True,
+            ):  # fmt: skip
+                started, now = time.monotonic(), folder.stat()
+                if notices or is_due:
+                    is_due, reason = watched.update(stop), ""
+                if parent is not None and not parent.is_alive():
+                    return
+                if (now.st_dev, now.st_ino) != device:  # mounted anew; the former folder sends no notices
+                    break
+        except (DcarError, OSError) as error:
+            text = str(error)
+            if isinstance(error, OSError) and error.filename:
+                text = f"{error.filename}: {error.strerror}"
+            if text != reason:
+                say(f"nothing is changed while this lasts: {text}")
+            reason = text
+            stop.wait(max(_RETRY_S, 10 * (time.monotonic() - started)))
+
+
+class _WatchedGallery:
+    """The gallery of an index, and the images in it that need no update: indexed, or known to be unusable."""
+
+    def __init__(self, index: Path, say: Callable[[str], object], options: BuildOptions) -> None:
+        self._index, self._say, self._options = index, say, options
+        self._location, self._known, self._replicas = "", dict[str, _State](), list[Encoder]()
+
+    def open(self) -> Path:
+        """Return the folder to watch. Raise DataError if there is none."""
+        manifest = open_current(self._index).manifest
+        location = manifest.spec.gallery
+        if manifest.roots or not manifest.root or is_url(manifest.root):
+            raise DataError(f"one gallery on this machine can be watched, not several or a URL, as {location}")
+        if location != self._location:
+            self._location, self._known = location, {}
+        return Path(manifest.root)
+
+    def update(self, stop: threading.Event) -> bool:
+        """Publish what has changed. Return True if images are still changing.
+
+        Raises:
+            GalleryShrunkError: too many images are gone.
+            DcarError: the gallery cannot be read, or nothing can be published now.
+        """
+        started, before = time.monotonic(), _states(scan(self._location))
+        self._known = known = self._known or _indexed_states(open_current(self._index), before)
+        if before == known:
+            return False
+        stop.wait(SETTLE_S)
+        gallery = scan(self._location)
+        states = _states(gallery)
+        gone = [item_id for item_id in known if item_id not in states and item_id not in before]
+        if len(gone) > max(_FEW, self._options.max_vanished * len(known)):
+            raise GalleryShrunkError(
+                f"{len(gone):,} of the {len(known):,} images of {self._location} are gone; mount or restore what is "
+                f"missing, or, if they are meant to be gone, take them out by `dcar index remove`"
+            )
+        changed = {key: state for key, state in states.items() if before.get(key) == state != known.get(key)}
+        if changed or gone:
+            counts = self._publish(
+                gallery.filter(pc.is_in(gallery.table["id"], pa.array([*changed], pa.string()))), gone
+            )
+            self._known = {key: state for key, state in known.items() if key not in gone} | changed
+            if done := ", ".join(f"{count:,} {name}" for name, count in counts.items() if count):
+                manifest = open_current(self._index).manifest
+                told = notify(self._options.notify or (), self._index, manifest.version).items()
+                version, seconds = f"version {manifest.version}, {manifest.count:,} images", time.monotonic() - started
+                self._say("; ".join([f"{done}: {version}, after {seconds:.1f} s", *map(": ".join, told)]))
+        return self._known != states
+
+    def _publish(self, changed: Gallery, gone: list[str]) -> dict[str, int]:
+        """Publish a version, and return what it changes. Images that cannot be read are reported."""
+        keep = self._options.keep
+        if len(changed):
+            try:
+                done = add(
+                    self._index, changed, replace_existing=True, removed_ids=gone, replicas=self._encoders(), keep=keep,
+                    max_failed=1.0, progress=False, origin=BY_WATCH,
+                )  # fmt: skip
+                if done.failed:
+                    failures = read_failures(open_current(self._index)).items()
+                    self._say(f"left out until they change: {'; '.join(map(': '.join, failures))}")
+                return {"added": done.added - done.removed, "changed": done.removed, "removed": len(gone)}
+            except DataError as error:  # no image can be read, or a field has values of another type
+                self._say(f"left out until they change: {error}")
+        if gone:
+            remove(self._index, gone, missing_ok=True, keep=keep, origin=BY_WATCH)
+        return {"removed": len(gone)}
+
+    def _encoders(self) -> list[Encoder]:
+        """Return the encoders of the served version, which stay loaded."""
+        current = open_current(self._index)
+        if not self._replicas or self._replicas[0].fingerprint != current.manifest.fingerprint:
+            exact, options = current.manifest.spec.exact, self._options
+            self._replicas = load_replicas(
+                current.checkpoint, options.device, exact=exact, runtime=options.spec.runtime
+            )
+        return self._replicas
+
+
+def _states(gallery: Gallery) -> dict[str, _State]:
+    columns = ("id", "location", "size", "mtime_ns", "caption", "category", "metadata")
+    rows = zip(*(gallery.table[name].to_pylist() for name in columns), strict=True)
+    return {item_id: (join_location(gallery.root, location), *rest) for item_id, location, *rest in rows}
+
+
+def _indexed_states(current: Artifact, states: dict[str, _State]) -> dict[str, _State]:
+    """Return the states of the gallery's images that an index has; states: those in the gallery.
+
+    A file that is newer than the version has changed. Texts are compared unless metadata were changed in the index.
+    """
+    manifest, found, start = current.manifest, dict[str, _State](), 0
+    published = 10**9 * (1 + int(datetime.datetime.fromisoformat(manifest.created).timestamp()))  # it is in seconds
+    for items, root in ((segment.items, segment.root) for segment in current.segments):
+        live = pa.array(current.live[start : start + len(items)])
+        start += len(items)
+        for row in items.table().filter(live).to_pylist():
+            path, now = join_location(root, row["location"]), states.get(row["id"])
+            if path.startswith(f"{manifest.root}/") or (now and now[0] == path):
+                mtime = now[2] if now and now[2] < published else 0
+                texts = now[3:] if now and manifest.changed else (row["caption"], row["category"], row["metadata"])
+                found[row["id"]] = (path, row["size"], mtime, *texts)
+            elif now:  # it was replaced from elsewhere
+                found[row["id"]] = now
+    return found

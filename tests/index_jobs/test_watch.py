@@ -1,0 +1,168 @@
+"""A watched gallery: its index follows new, changed, renamed and removed files, and keeps what is not the gallery's."""
+
+import queue
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from index_jobs.jobs.apply import apply_writes
+from index_jobs.store.versions import list_versions, open_current, version_numbers
+from tests.support.commands import Command
+from tests.support.images import draw, encoded
+from tests.support.jobs import patch, put
+from tests.support.processes import free_port
+from tests.support.versions import Build
+
+Watch = Callable[..., "Watching"]
+SETTLE_S = 0.25
+CODE = f"""
+from app.cli import main
+from index_jobs.jobs import watch
+
+watch.SETTLE_S, watch._RETRY_S, watch._TICK_MS = {SETTLE_S}, 0.2, 50
+main()
+"""
+
+
+class Watching:
+    """A running `dcar index watch`, and the lines that it prints."""
+
+    def __init__(self, index: Path, *options: object) -> None:
+        self.process = Command("-c", CODE, "index", "watch", index, *options)
+        self._lines = queue.Queue[str]()
+        threading.Thread(target=lambda: [*map(self._lines.put, self.process.stdout)], daemon=True).start()
+
+    def line(self) -> str:
+        return self._lines.get(timeout=30).strip()
+
+    def is_silent(self, seconds: float) -> bool:
+        time.sleep(seconds)
+        return self._lines.empty()
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def index(gallery: Path, build: Build, tmp_path: Path) -> Path:
+    build(gallery)
+    return tmp_path / "index"
+
+
+@pytest.fixture
+def watch(index: Path) -> Iterator[Watch]:
+    started = list[Watching]()
+
+    def start(*options: object) -> Watching:
+        started.append(Watching(index, *options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.send_signal(signal.SIGKILL)
+        each.process.wait()
+        each.process.close()
+
+
+def names(index: Path) -> set[str]:
+    artifact = open_current(index)
+    return {artifact.item(row).metadata["file_name"] for row in artifact.live.nonzero()[0].tolist()}
+
+
+def test_new_changed_renamed_and_removed_files_are_one_update_each(gallery: Path, index: Path, watch: Watch) -> None:
+    watching = watch("--keep-writes", 2, "--notify", f"http://127.0.0.1:{free_port()}")
+    for color in ("pink", "cyan", "lime"):
+        draw(color, "square").save(gallery / f"{color}.png")
+    assert watching.line().startswith("3 added: version 2, 27 images, after ")
+    before = open_current(index).vectors(open_current(index).live.nonzero()[0])
+    draw("navy", "circle").save(gallery / "pink.png")
+    assert watching.line().startswith("1 changed: version 3, 27 images")
+    assert not (open_current(index).vectors(open_current(index).live.nonzero()[0]) == before).all()
+    (gallery / "square" / "red.png").rename(gallery / "square" / "scarlet.png")
+    assert watching.line().startswith("1 added, 1 removed: version 4, 27 images")
+    (gallery / "cyan.png").unlink()
+    line = watching.line()
+    assert line.startswith("1 removed: version 5, 26 images")
+    assert "not reached" in line
+    assert {"pink.png", "square/scarlet.png"} < names(index)
+    assert {"cyan.png", "square/red.png"} & names(index) == set()
+    assert watching.end() == 0
+    assert version_numbers(index) == [1, 4, 5], "the build is kept"
+    assert [each.origin for each in list_versions(index)] == ["", "by a watch", "by a watch"]
+    assert open_current(index).manifest.change == "1 item removed by a watch"
+
+
+def test_a_file_that_is_being_copied_waits_and_a_broken_one_is_tried_again(
+    gallery: Path, index: Path, watch: Watch
+) -> None:
+    watching, data = watch(), encoded(draw("pink", "circle"))
+    assert watching.is_silent(0.5)
+    with (gallery / "slow.png").open("wb", buffering=0) as file:
+        for start in range(0, len(data), 1 + len(data) // 8):
+            file.write(data[start : start + 1 + len(data) // 8])
+            time.sleep(SETTLE_S / 2)
+    assert watching.line().startswith("1 added: version 2")
+    (gallery / "half.png").write_bytes(data[: len(data) // 2])
+    line = watching.line()
+    assert line.startswith("left out until they change: ")
+    assert "half.png" in line
+    (gallery / "whole.png").write_bytes(data)
+    assert watching.line().startswith("1 added: version 3"), "a broken image is reported once"
+    with (gallery / "half.png").open("ab") as file:
+        file.write(data[len(data) // 2 :])
+    assert watching.line().startswith("1 added: version 4")
+    draw("lime", "circle").save(gallery / "good.png")
+    (gallery / "bad.png").write_bytes(data[:50])
+    assert watching.line().startswith("left out until they change: bad.png: ")
+    assert watching.line().startswith("1 added: version 5")
+
+
+def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, index: Path, watch: Watch) -> None:
+    watching, aside = watch(), gallery.parent / "aside"
+    assert watching.is_silent(0.5)
+    gallery.rename(aside)
+    line = watching.line()
+    assert line.startswith("nothing is changed while this lasts: ")
+    assert str(gallery) in line
+    aside.rename(gallery)
+    draw("pink", "circle").save(gallery / "pink.png")
+    assert watching.line().startswith("1 added: version 2, 25 images")
+    shutil.rmtree(gallery / "square")
+    assert watching.line().startswith("6 removed: version 3, 19 images")
+    aside.mkdir()
+    for shape in ("circle", "triangle"):
+        (gallery / shape).rename(aside / shape)
+    assert "12 of the 19 images" in watching.line()
+    assert watching.is_silent(0.5), "the reason is said once"
+    (aside / "circle").rename(gallery / "circle")
+    assert watching.line().startswith("6 removed: version 4, 13 images")
+    assert watching.end() == 0
+
+
+def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path, index: Path, watch: Watch) -> None:
+    watching = watch()
+    assert watching.is_silent(0.5)
+    watching.process.send_signal(signal.SIGKILL)
+    watching.process.wait()
+    artifact = open_current(index)
+    first, second = (artifact.item(artifact.rows - number) for number in (2, 1))
+    put(index, "uploaded", first.id)
+    patch(index, second.id, price=3)
+    apply_writes(index)
+    draw("pink", "circle").save(gallery / "pink.png")
+    draw("navy", "cross").save(gallery / "circle" / "red.png")
+    (gallery / "circle" / "blue.png").unlink()
+    again = watch()
+    assert again.line().startswith("1 added, 1 changed, 1 removed: version 4, 25 images")
+    artifact = open_current(index)
+    rows = [artifact.row_of(each) for each in ("uploaded", first.id, second.id)]
+    uploaded, replaced, patched = (artifact.item(row) for row in rows if row is not None)
+    assert (uploaded.caption, replaced.caption) == ("a pink uploaded", f"a pink {first.id}")
+    assert patched.metadata["price"] == 3
+    assert again.is_silent(0.5)
