@@ -83,6 +83,12 @@ def judge_command(
         Path | None, Option(help="Write the results: those of --index as a TREC run, or all, with grades, as .csv.")
     ] = None,
     qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,
+    page: Annotated[
+        Path | None,
+        Option(
+            help="Write an HTML page that asks for the missing grades, a key each. Its CSV is a further judged list."
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
@@ -94,7 +100,7 @@ def judge_command(
     from dcar_core.data.judgements import read_judgements
     from dcar_core.util.files import atomic_writer, require_writable
 
-    for path in filter(None, (run, qrels)):
+    for path in filter(None, (run, qrels, page)):
         require_writable(path.parent)
     judged = read_judgements(judgements, queries)
     opened = [_open_version(index, version, device)]
@@ -108,6 +114,13 @@ def judge_command(
     if qrels is not None:
         with atomic_writer(qrels) as file:
             file.write(judged.to_qrels().encode())
+    if page is not None:
+        from app.feedback.judge_page import judge_page
+
+        text, pairs = judge_page(runs)
+        with atomic_writer(page) as file:
+            file.write(text.encode())
+        typer.echo(f"{page}: {pairs:,} results to judge")
     typer.echo(judge.describe(runs))
 
 

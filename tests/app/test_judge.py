@@ -2,13 +2,14 @@
 
 import csv
 import importlib
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from app.feedback import judge
+from app.feedback import judge, judge_page
 from app.search import Index, engine
 from dcar_core.data.judgements import JudgedList
 from dcar_core.util.errors import DataError
@@ -128,6 +129,31 @@ def test_pairs_that_move_the_difference_most_come_first() -> None:
     one, other = of(judged, q=["same", "judged", "only", "first"]), of(judged, q=["same", "first", "judged", "late"])
     assert [item for _, item in judge.order_unjudged([one, other])] == ["only", "late", "first", "same"]
     assert [item for _, item in judge.order_unjudged([one])] == ["same", "only", "first"]
+
+
+def test_the_page_is_bounded_and_strangers_write_no_markup(
+    versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, wrong = JudgedList(), "</script><script>alert(1)</script><!--\u2028"
+    judged.add({"query": wrong, "item_id": "circle/red.png", "grade": 3}, "")
+    runs = [judge.Run.of(Index.open(versions, device="cpu", version=number), str(number), judged) for number in (1, 2)]
+    text, count = judge_page.judge_page(runs)
+    assert (text.count("<script"), text.count("<!--"), text.count("</script")) == (2, 0, 2)
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    content = json.loads(content)
+    assert [tuple(task[::2]) for task in content["tasks"]] == judge.order_unjudged(runs)
+    assert {task[1] for task in content["tasks"]} == {wrong}
+    assert len(content["tasks"]) == content["total"] == count > 10
+    for query_id, _, item, place in content["tasks"]:
+        image, caption = content["items"][place]
+        shape, color = Path(item).parent.name, Path(item).stem
+        assert item == ODD_ID or caption == f"a {color} {shape}"
+        assert image.startswith("data:image/jpeg;base64,")
+        assert query_id == wrong
+    monkeypatch.setattr(judge_page, "MAX_BYTES", 3 * len(image))
+    assert 1 < judge_page.judge_page(runs)[1] < 10
+    monkeypatch.setattr(judge_page, "MAX_PAIRS", 1)
+    assert judge_page.judge_page(runs)[1] == 1
 
 
 def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: Path) -> None:
