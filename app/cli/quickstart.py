@@ -19,6 +19,7 @@ from typer import Argument, Option
 from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.model.recommended import DEFAULT, recommended_weights
+from dcar_core.util.console import show_progress
 from dcar_core.util.errors import DataError, HubUnavailableError
 from dcar_core.util.files import require_writable
 from dcar_core.util.processes import process_context
@@ -49,6 +50,8 @@ def quickstart(
     Without a metadata file, file names become titles and sub-folders become categories. The bundled model takes over if
     the model hub cannot be reached and has the weights. An interrupted run resumes with the same command.
     """
+    typer.echo(f"looking for images in {gallery}", err=True)
+    show_progress()
     from app.server import base_url, listen
     from index_jobs.gallery.scan import scan
     from index_jobs.rebuild import rebuild

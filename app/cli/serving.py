@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
-from dcar_core.util.console import dump_json
+from dcar_core.util.console import dump_json, show_progress
 from dcar_core.util.errors import CheckpointError, DcarError, ImageError, ImageFault
 from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
@@ -107,6 +107,7 @@ def demo(
     another. DOMAIN-clip is the gallery of the default collection with the unadapted model; the page can show both side
     by side.
     """
+    show_progress()
     from app.server import base_url, listen
     from index_jobs.rebuild import rebuild
 

@@ -37,6 +37,8 @@ from dcar_core.util.files import apply_umask, sha256_of
 if TYPE_CHECKING:
     from dcar_core.runtimes.graphs import ImageGraph, TextGraph
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
 GRAPHS = 4  # version of the graphs: exports of another one are not used
 TEXT, IMAGE = "text.xml", "image.xml"
@@ -105,6 +107,7 @@ def ensure_export(final: Path, write: Callable[[Path], None]) -> Path:
                 for left in final.parent.glob(f"{final.name}.part-*"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 if not final.is_dir():
+                    logger.info("converting the model for OpenVINO, once")
                     _make(final, write)
         check_export(final)
     except OSError as error:

@@ -27,6 +27,7 @@ def run_command(command: Callable[[], object]) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LogFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         try:
             command()
@@ -45,6 +46,12 @@ def run_command(command: Callable[[], object]) -> int:
         _report(_describe(error))
         return 1
     return 0
+
+
+def show_progress(*, quiet: bool = False) -> None:
+    """Let the packages name what they do on stderr, so that no command is silent for long."""
+    for package in ("dcar_core", "index_jobs"):
+        logging.getLogger(package).setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def dump_json(value: Any) -> str:

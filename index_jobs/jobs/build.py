@@ -109,7 +109,10 @@ def rebuild(
     """
     build = _Build(BuildOptions.of(options), checkpoint, out)
     with publish.report_os_errors(out):
-        build.gallery = gallery if isinstance(gallery, Gallery) else scan(gallery)
+        if not isinstance(gallery, Gallery):
+            logger.info("looking for images")
+            gallery = scan(gallery)
+        build.gallery = gallery
         current = None if build.options.force else build.find_published()
         return build.run() if current is None else build.summarize(current)
 
@@ -156,6 +159,7 @@ class _Build:
         with publish.open_staging(out) as staging:
             _require_fields(gallery, self.spec)  # before a model is loaded
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
+            logger.info("%s images; loading the model", f"{len(gallery):,}")
             replicas, runtime = self._load_replicas(staging / CHECKPOINT)
             self.encoder = replicas[0]
             least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
@@ -307,6 +311,7 @@ class _Build:
         options = self.options
         if self.served is None:
             return None
+        logger.info("comparing with version %d", self.served.manifest.version)
         served_encoder = self._load_served_encoder(options.device.split(",")[0])
         if isinstance(served_encoder, str):
             verdict = gate.GateVerdict(served_encoder, options.margin)
@@ -353,11 +358,14 @@ class _Build:
             fields=Items(staging / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
             queries=caption_queries(gallery.table, encoder), device=self.options.device,
         )  # fmt: skip
+        logger.info("building the vector index")
         created = engine.create(spec, new)
         logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
+        logger.info("indexing the words of the items")
         write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
         write_failed(staging / FAILED, gallery, encoded.failed)
         write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())
+        logger.info("measuring the scores of matches")
         index = engine.open(staging)
         if self.options.validation and self.pairs:
             calibrated = gate.calibrate(staging, index, self.pairs, gallery, encoded, encoder)

@@ -7,7 +7,6 @@
 
 import inspect
 import json
-import logging
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from dcar_core.util.console import show_progress
 from dcar_core.util.errors import DcarError
 from index_jobs.jobs.notify import SCHEMES
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
@@ -126,7 +126,7 @@ def build_command(
     """
     from index_jobs.jobs.build import rebuild
 
-    logging.getLogger("index_jobs").setLevel(logging.WARNING if quiet else logging.INFO)
+    show_progress(quiet=quiet)
     try:
         summary = rebuild(galleries, checkpoint, out, progress=not quiet, **options)
     except RejectedError as error:

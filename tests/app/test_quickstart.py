@@ -64,6 +64,12 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     assert first.output.count("the model hub cannot be reached") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "the hub's error is said once"
     assert "3 images, indexed in" in first.output
+    steps = (
+        "looking for images in", "1 of 3", "3 images; loading the model", "encode: 100%", "building the vector index",
+        "indexing the words", "measuring the scores", "3 images, indexed",
+    )  # fmt: skip
+    told = first.output + caplog.text  # a handler of the command writes the log to stderr
+    assert [step for step in steps if step not in told] == []
     assert re.findall(r"^\d of 3: \w+", first.output, re.MULTILINE) == [
         "1 of 3: model",
         "2 of 3: index",
