@@ -66,7 +66,7 @@ def test_help_teaches_and_loads_no_model_library() -> None:
 
 
 def test_the_image_has_what_the_compose_file_names() -> None:
-    assert "--validation examples/emoji/" in (ROOT / "docker-compose.yml").read_text()
+    assert '--validation "$$emoji"' in (ROOT / "docker-compose.yml").read_text()
     assert "!examples/emoji/*/val.json" in (ROOT / ".dockerignore").read_text().splitlines()
 
 

@@ -59,6 +59,7 @@ PARTS = {
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries at URLs", "http", "aiohttp"),
     "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
+    "promql": Part("queries of metrics", "make test EXTRAS=dev,charts", ("promql_parser",), in_ci=False),
     "helm": Part("the Helm chart", "make test EXTRAS=dev,charts", ("helm_python", "kubernetes_validate"), in_ci=False),
     "qdrant-core": Part("Qdrant's core", "pip install qdrant-edge-py", ("qdrant_edge",), in_ci=False),
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
