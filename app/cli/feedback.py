@@ -76,25 +76,20 @@ def judge_command(
         str | None, Option(metavar="VERSION|DIR", help="Compare with a version of the index, or another index.")
     ] = None,
     queries: Annotated[
-        Path | None, Option(exists=True, dir_okay=False, help="Queries of qrels: lines of id, tab and text.")
+        Path | None, Option(exists=True, dir_okay=False, help="Queries of qrels: lines of id, tab, text.")
     ] = None,
     hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
-    run: Annotated[
-        Path | None, Option(help="Write the results: those of --index as a TREC run, or all, with grades, as .csv.")
-    ] = None,
+    run: Annotated[Path | None, Option(help="Write the results: as a TREC run, or all with grades as .csv.")] = None,
     qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,
     page: Annotated[
         Path | None,
-        Option(
-            help="Write an HTML page that asks for the missing grades, a key each. Its CSV is a further judged list."
-        ),
+        Option(help="Write an HTML page that asks for missing grades, a key each."),
     ] = None,
     device: Device = "auto",
 ) -> None:
     """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
 
-    Brackets are 95 % intervals of a bootstrap over the queries, paired between two. Results without a judgement count
-    as 0; they are counted and listed.
+    Brackets are 95 % intervals over the queries, paired between two. Results without a judgement count as 0.
     """
     from app.feedback import judge
     from dcar_core.data.judgements import read_judgements
