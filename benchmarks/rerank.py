@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(1)
     artifact = open_current(args.index)
     encoder = Encoder.load(artifact.checkpoint, device="cpu")
-    if not encoder.state.uses_token_weights:
+    if encoder.state.reranks_by != "weights":
         parser.error(f"the model of {args.index} was trained without token weights, so it cannot re-rank")
     pair_weights = PairWeights(encoder)
     pairs = gate.find_pairs(scan(artifact.manifest.spec.gallery), args.validation)

@@ -174,7 +174,7 @@ class Settings(BaseSettings):
     """Deepest result that paging reaches: offset + k."""
     max_queries: int = Field(32, ge=1, le=MAX_QUERIES)
     """Largest number of searches in a batch, or of inputs to /v1/embeddings."""
-    rerank_depth: int = Field(20, ge=1, le=200)
+    rerank_depth: int = Field(10, ge=1, le=200)
     """Number of first results that `rerank` scores again."""
     explain_results: int = Field(8, ge=1, le=200)
     """Number of results on a page that `explain` explains."""

@@ -1,11 +1,12 @@
 """Re-ranking and explanation of (query, result) pairs.
 
-- Re-ranking encodes the query once for each candidate, with DCAR's exact weights for the pair, and compares it with the
-  vector of the candidate again. A candidate without its image keeps its score and comes after the others.
+- Re-ranking scores the query with each candidate's image again: by the model's second stage, or, with DCAR's exact
+  weights for the pair, the query is encoded once for each candidate and compared with its vector. A candidate without
+  its image keeps its score and comes after the others.
 - Explanations are measured, and need only the encoder: how much the score falls when a part of the image is blanked, or
   when a word of the query is left out.
 - Images are encoded in small chunks, one at a time for all requests, so other queries get their turn.
-- The first query that needs the full model loads it. The frozen image encoder's feature of a candidate is cached.
+- The first query that needs the full model loads it. What a candidate's image gives, whatever the query, is cached.
 """
 
 import logging
@@ -36,34 +37,44 @@ _MAX_WORDS = 32  # of a query, of which the effect is measured
 _CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
 _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
 _NO_IMAGES = "This query needs the images of its results, and none of them is in the gallery any more."
-_MAX_FROZEN_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions
+_MAX_FEATURE_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions; 500 images of a ViT-B/32's second stage
 
 
 async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequence[Match]) -> list[Match]:
-    """Return the same matches, scored and sorted by the exact pair weights.
+    """Return the same matches, scored and sorted by the second stage or by the exact pair weights.
 
     Raises:
-        UnsupportedQueryError: the model was trained without token weights, or every image is missing.
+        UnsupportedQueryError: the model has neither, or every image is missing.
         UnavailableError: the full model cannot be loaded.
     """
-    if not snapshot.encoder.state.uses_token_weights:
+    if not snapshot.encoder.state.reranks_by:
         raise UnsupportedQueryError(
-            "This model was trained without token weights, so it cannot re-rank. Leave `rerank` out, or train with "
-            "`--method dcar+`."
+            "This model cannot re-rank. Leave `rerank` out, or train with `--method query-prompts`."
         )
     if not ranked:
         return []
-    pairs = await _pair_weights(compute, snapshot)
-    frozen = await _frozen_features(compute, snapshot, pairs, [match.row for match in ranked])
-    if not frozen:
+    reranker = await _reranker(compute, snapshot)
+    features = await _image_features(compute, snapshot, reranker, [match.row for match in ranked])
+    if not features:
         raise UnsupportedQueryError(_NO_IMAGES)
-    factors = await compute.run("model", pairs.factors, text, np.stack(list(frozen.values())))  # [C, n]
-    texts = np.stack(await compute.texts([TextRow(snapshot.encoder, text, each) for each in factors]))  # [C, E]
-    images = await compute.run("search", row_vectors, snapshot.artifact, list(frozen))  # [C, E]
-    scores = dict(zip(frozen, np.einsum("ce,ce->c", texts, images).tolist(), strict=True))
+    if snapshot.encoder.state.reranks_by == "stage":
+        second = await compute.run("model", reranker.scores, text, np.stack(list(features.values())))
+        first = {match.row: match.score for match in ranked}
+        scores = {row: first[row] + score for row, score in zip(features, second.tolist(), strict=True)}
+    else:
+        scores = await _scores_by_weights(compute, snapshot, reranker, text, features)
     for match in ranked:
         match.rerank_score = scores.get(match.row)
     return sorted(ranked, key=lambda match: -scores.get(match.row, -math.inf))
+
+
+async def _scores_by_weights(
+    compute: Compute, snapshot: Snapshot, weights: "PairWeights", text: str, features: dict[int, Floats]
+) -> dict[int, float]:
+    factors = await compute.run("model", weights.factors, text, np.stack(list(features.values())))  # [C, n]
+    texts = np.stack(await compute.texts([TextRow(snapshot.encoder, text, each) for each in factors]))  # [C, E]
+    images = await compute.run("search", row_vectors, snapshot.artifact, list(features))  # [C, E]
+    return dict(zip(features, np.einsum("ce,ce->c", texts, images).tolist(), strict=True))
 
 
 async def explain(compute: Compute, snapshot: Snapshot, text: str, vector: Floats, page: Sequence[Match]) -> None:
@@ -115,20 +126,20 @@ async def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: 
     return relevance
 
 
-async def _frozen_features(
-    compute: Compute, snapshot: Snapshot, pairs: "PairWeights", rows: Sequence[int]
+async def _image_features(
+    compute: Compute, snapshot: Snapshot, reranker: Any, rows: Sequence[int]
 ) -> dict[int, Floats]:
-    """Return the frozen features of the rows whose images exist, by row and in their order."""
-    cache = snapshot.frozen
+    """Return the `image_features` of the rows whose images exist, by row and in their order."""
+    cache = snapshot.image_features
     features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
     images = await compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
 
     def encode(chunk: list[Pixels]) -> Awaitable[Iterable[Floats]]:
-        return compute.run("model", pairs.image_features, np.stack(chunk))
+        return compute.run("model", reranker.image_features, np.stack(chunk))
 
     computed = await _in_chunks(compute, encode, list(images.values()))
     for row, feature in zip(images, computed, strict=True):
-        features[row], cache.size = feature, _MAX_FROZEN_BYTES // feature.nbytes
+        features[row], cache.size = feature, _MAX_FEATURE_BYTES // feature.nbytes
         cache.keep(row, feature)
     return {row: features[row] for row in rows if row in features}
 
@@ -143,9 +154,10 @@ async def _in_chunks(
     return vectors
 
 
-async def _pair_weights(compute: Compute, snapshot: Snapshot) -> "PairWeights":
+async def _reranker(compute: Compute, snapshot: Snapshot) -> Any:
+    """Return a `QueryReranker` or `PairWeights`."""
     try:
-        return await compute.run("load", lambda: snapshot.pair_weights)  # may load the model
+        return await compute.run("load", lambda: snapshot.reranker)  # may load the model
     except DcarError as error:
         index = snapshot.artifact.path.parents[1]
         logger.error("cannot load the full model of %s: %s", index, error)

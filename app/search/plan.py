@@ -82,7 +82,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
             raise InvalidQueryError(subtracted, "needs a query or more_like to subtract from")
         raise InvalidQueryError("query", "must not be empty")
     if query.rerank and not query.query:
-        raise InvalidQueryError("rerank", "needs a text query, whose words it weighs")
+        raise InvalidQueryError("rerank", "needs a text query, with which it scores the images")
     if query.crop is not None and not has_image:
         raise InvalidQueryError("crop", "needs an image; leave it out")
     more_rows = [row_of(snapshot, each, "more_like") for each in query.more_like]

@@ -178,7 +178,8 @@ class Query(BaseModel):
     rerank: bool = Field(
         False,
         strict=True,
-        description="score the first results again, with exact token weights; 409 if the model has none",
+        description="score the first results again, by the model's second stage or exact token weights; 409 if it has "
+        "neither",
     )
     explain: bool = Field(
         False, strict=True, description="show which parts of an image, and which words, contribute to a score"

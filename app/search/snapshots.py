@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, open_version, read_manifest
 from index_jobs.store.writes import empty_artifact
-
-if TYPE_CHECKING:  # importing torch takes seconds; the health check need not wait for it
-    from dcar_core.serving.pair_weights import PairWeights
 
 _MAX_PAGES = 1000  # about 8 kB each
 _MAX_MASKS = 16
@@ -74,7 +71,7 @@ class Snapshot:
         groups: cached `GroupField`s of `app.search.rows`, by the name of the field.
         orders: cached `SortOrder`s of `app.search.sorting`, by the `sort` of queries.
         facets: cached counts of values; see `app.search.facets`.
-        frozen: cached features of the frozen image encoder by row; re-ranking, which fills it, sets its size.
+        image_features: cached features for re-ranking by row; re-ranking, which fills it, sets its size.
         model_note: what users should know about the model, "" for nothing. languages: see `checkpoint.languages_of`.
         page_facts: cached facts that only the search page needs; see `app.api.page`.
     """
@@ -88,7 +85,7 @@ class Snapshot:
     groups: Recent[str, Any]
     orders: Recent[str, Any]
     facets: Recent[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: Recent(_MAX_FACETS))
-    frozen: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
+    image_features: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
     model_note: str = ""
     languages: str = ""
     page_facts: dict[str, Any] = field(default_factory=dict)
@@ -103,8 +100,12 @@ class Snapshot:
         return self.artifact.manifest.cutoff.get("min_score")
 
     @cached_property
-    def pair_weights(self) -> "PairWeights":
-        """The weights for re-ranking. The first look may load the model for seconds: not in the event loop."""
+    def reranker(self) -> Any:
+        """A `QueryReranker` or `PairWeights`. The first look may load the model for seconds: not in the event loop."""
+        if self.encoder.state.reranks_by == "stage":  # importing torch takes seconds; the health check need not wait
+            from dcar_core.serving.query_reranker import QueryReranker
+
+            return QueryReranker(self.encoder)
         from dcar_core.serving.pair_weights import PairWeights
 
         return PairWeights(self.encoder)

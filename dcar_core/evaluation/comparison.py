@@ -32,8 +32,8 @@ from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiar
 from dcar_core.evaluation.tables import Results, best_method, spread, summarise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
-from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import method, require_runnable
+from dcar_core.model.dcar import DCAR, seeded_model
+from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
@@ -44,7 +44,8 @@ from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
 UNTOUCHED = "clip"
-ABLATIONS = ("dual", "block-adapters", "block-adapters+")  # parts of dcar and dcar+ under names of their own
+# parts of dcar and dcar+ under names of their own, and what is built on them
+ABLATIONS = ("dual", "block-adapters", "block-adapters+", "query-prompts")
 
 
 def compare(
@@ -93,9 +94,8 @@ def compare(
     configs = {name: method(name).with_loss_direction(loss) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
-    context = backbone.context_length - backbone.layout.start
     for each in configs.values():  # before hours of training
-        require_runnable(each, backbone.level, backbone.source.model, context)
+        DCAR(backbone, each)  # raises if the towers cannot run it
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
     splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
     held_out = frozenset[str]()

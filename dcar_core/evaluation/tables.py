@@ -26,8 +26,9 @@ _BOOTSTRAP_NOTE = (
     "on validation. It measures the error of the test queries, the spread above that of training."
 )
 _MEASURES_NOTE = (
-    "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "
-    "unseen categories is that of their test pairs among all test images."
+    "nDCG@10, by vectors alone, counts every image that a caption describes, and every caption of an image, as right. "
+    "R@1 of seen and unseen categories is that of their test pairs among all test images. The other tables are with "
+    "the second stage, for methods that have one: it sorts the first ten images of a caption."
 )
 
 Results = dict[str, Any]
@@ -100,9 +101,9 @@ def significance_rows(results: Results) -> Rows:
 def measures_rows(results: Results) -> Rows:
     """Return the other measures of each method."""
     methods = results["methods"]
-    names = list(next(iter(methods.values()))["measures"])
+    names = list(dict.fromkeys(measure for method in methods.values() for measure in method["measures"]))
     return [["method", *names]] + [
-        [name, *_cells(method, [method["measures"][measure] for measure in names])] for name, method in methods.items()
+        [name, *_cells(method, map(method["measures"].get, names))] for name, method in methods.items()
     ]
 
 

@@ -47,6 +47,8 @@ def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Map
     serving = {"prompt": config.prompt.to_dict(), "reweight": reweight.to_dict()}
     if config.adapter != AdapterConfig():
         serving["adapter"] = config.adapter.to_dict()
+    if config.rerank.blocks:
+        serving["rerank"] = config.rerank.to_dict()
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
     for name in sorted(n for n in trainables if not n.startswith("caa.")):
         digest.update(f"{name} {trainables[name].shape}".encode())

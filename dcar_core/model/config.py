@@ -113,6 +113,18 @@ class AdapterConfig(_Config):
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class RerankConfig(_Config):
+    """The second stage of a search [ours]: see `model.query_prompts`.
+
+    blocks: the last blocks of the image tower, before which a prompt made from the query is added; 0 for no such stage.
+    weight: of the second score, as the validation split prefers; 0 turns the stage off.
+    """
+
+    blocks: Annotated[int, Field(ge=0, le=16)] = 0
+    weight: Annotated[_Number, Field(ge=0, le=10)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class LossConfig(_Config):
     """L = L_con + category * L_cate + head * L_head + anchor * L_anchor + ... (sections 3 and 4).
 
@@ -163,9 +175,18 @@ class ModelConfig(_Config):
     reweight: ReweightConfig = field(default_factory=ReweightConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    rerank: RerankConfig = field(default_factory=RerankConfig)
+    _omitted = frozenset({"rerank"})
+
+    @property
+    def reranks(self) -> bool:
+        return self.rerank.blocks > 0 and self.rerank.weight > 0
 
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))
 
     def with_query_weights(self, query: QueryWeights) -> Self:
         return replace(self, reweight=replace(self.reweight, query=query))
+
+    def with_rerank_weight(self, weight: float) -> Self:
+        return replace(self, rerank=replace(self.rerank, weight=weight))

@@ -7,12 +7,14 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
     dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
     block-adapters      these bottlenecks alone; block-adapters+: tuned on hard negatives at the end
+    query-prompts       the same, and a second stage for the first results (`query_prompts`)
     lora, prolip, flyp      changes of the backbone's own weights (`methods.weight_changes`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,11 @@ from dcar_core.model.config import ModelConfig, PromptConfig
 from dcar_core.model.methods.method import Method
 from dcar_core.model.methods.registry import METHODS, require_runnable
 from dcar_core.model.methods.weight_changes import WeightChanges
+from dcar_core.model.query_prompts import LATE, PROMPTED, QueryParts, QueryPrompts
 from dcar_core.model.token_weights import TokenWeightHead
+from dcar_core.model.towers.image import ClassRowInputs, NativeImage
 from dcar_core.model.towers.text import PROMPT_STD
+from dcar_core.util.errors import ModelError
 
 INITIAL_TEXT = "a photo of a"
 
@@ -115,6 +120,10 @@ class DCAR(nn.Module):
     def __init__(self, backbone: Backbone, config: ModelConfig, changes: WeightChanges | None = None) -> None:
         super().__init__()
         require_runnable(config, backbone.level, backbone.source.model, backbone.context_length - backbone.layout.start)
+        tower = backbone.image_tower
+        if config.rerank.blocks and not (tower.pools_class_row and config.rerank.blocks <= tower.blocks):
+            needed = "prompts made from the query, which need an image tower of CLIP's own kind"
+            raise ModelError(f"{config.method} has {needed}; {backbone.source.model} has another: use block-adapters+")
         self.backbone = backbone
         self.config = config
         prompt = config.prompt
@@ -123,6 +132,7 @@ class DCAR(nn.Module):
         self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
         self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
+        self.query_prompts = QueryPrompts(backbone, config.rerank.blocks) if config.rerank.blocks else None
         self.changes = changes
         # A text adapter whose queries are unprompted, as the captions of L_cate are, serves both.
         is_shared = self.text_adapter is not None and self.text_is_frozen
@@ -213,6 +223,50 @@ class DCAR(nn.Module):
         if self.config.loss.category <= 0:
             return None
         return self.caa or self.text_adapter
+
+
+class SecondStage:
+    """The second stage of a model, whose configuration has one."""
+
+    def __init__(self, model: DCAR) -> None:
+        assert model.query_prompts is not None
+        self.model, self.layers = model, model.query_prompts
+        self.tower = cast(NativeImage, model.backbone.image_tower)
+        self.block = self.tower.blocks - self.layers.blocks
+        self.adapters = model.block_adapters.matrices() if model.block_adapters is not None else None
+
+    @torch.no_grad()
+    def image_rows(self, pixels: Tensor) -> Tensor:
+        """What a cache keeps of images: float32 (B, 3, S, S), normalized -> (B, 1 + P, W_v)."""
+        return self.tower.rows_before(pixels, self.block, self.adapters)
+
+    @torch.no_grad()
+    def images(self, rows: Tensor) -> ClassRowInputs:
+        """Finish `image_rows`."""
+        return self.tower.class_row_inputs(rows, self.block, self.adapters)
+
+    @torch.no_grad()
+    def vectors(self, images: ClassRowInputs) -> Tensor:
+        """The images' own vectors (B, E)."""
+        no_prompts = images.first.new_zeros(len(images.first), self.layers.blocks, self.tower.width)
+        rows = self.tower.class_row_features(images, no_prompts, self.block, self.adapters)
+        return self.model.adapt_image(F.normalize(rows, dim=-1))
+
+    @torch.no_grad()
+    def texts(self, tokens: Tensor) -> QueryParts:
+        """int64 (N, n) -> parts."""
+        words = F.normalize(self.model.backbone.text_tower.token_features(tokens), dim=-1)
+        return QueryParts(self.model.encode_query(tokens), words, self.model.backbone.layout.caption_mask(tokens))
+
+    def prompted(self, texts: QueryParts, images: ClassRowInputs) -> Tensor:
+        """Cosines (M,) of texts with images that were read with the texts' prompts."""
+        rows = self.tower.class_row_features(images, self.layers.prompts(texts.vectors), self.block, self.adapters)
+        return (texts.vectors * self.model.adapt_image(F.normalize(rows, dim=-1))).sum(-1)
+
+    @torch.no_grad()
+    def scores(self, texts: QueryParts, images: ClassRowInputs) -> Tensor:
+        """Second scores (M,) of M texts with as many images."""
+        return PROMPTED * self.prompted(texts, images) + LATE * self.layers.late(texts, images.patches)
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -107,7 +107,7 @@ class EncoderState:
 
     image_key: hash of what `image_features` depend on: the backbone and `image_inputs`.
     dim: E. patch_grid: of the image tower, patches per side.
-    uses_token_weights: True if the model was trained with token weights.
+    reranks_by: how the model can score its first results again: exact token weights, a second stage, or not at all.
     tokenizer: its limit leaves room for the prompts.
     image_inputs: of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v), and the
         matrices of the blocks' adapters, two of (D, 1, r, W_v).
@@ -118,7 +118,7 @@ class EncoderState:
     image_key: str
     dim: int
     patch_grid: int
-    uses_token_weights: bool
+    reranks_by: Literal["", "weights", "stage"]
     preprocess: Preprocess
     tokenizer: TextTokenizer
     layout: TextLayout

@@ -283,7 +283,7 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
         image_key=image_key.hexdigest(),
         dim=backbone.embed_dim,
         patch_grid=backbone.patch_grid,
-        uses_token_weights=model.config.reweight.train != "none",
+        reranks_by="stage" if model.config.reranks else "weights" if model.config.reweight.train != "none" else "",
         preprocess=backbone.preprocess,
         tokenizer=backbone.text_tokenizer(model.prompt_tokens),
         layout=backbone.layout,

@@ -40,7 +40,7 @@ from dcar_core.util.files import atomic_writer, default_cache_directory
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 7
+FORMAT = 8
 _LIBRARIES = (
     "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "tokenizers", "ftfy",
 )  # fmt: skip

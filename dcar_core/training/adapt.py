@@ -5,6 +5,7 @@ Under torchrun every process calls `adapt`; the leader alone writes files and ge
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from dcar_core.serving.encoder import pick_device
 from dcar_core.training.distributed import torchrun_group
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.finished import FinishedTraining
-from dcar_core.training.prepared_split import prepare_split, report_truncation
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split, report_truncation
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
-from dcar_core.training.validation import encode_captions, encode_images
+from dcar_core.training.validation import encode_captions, encode_images, pixels_of_split, rank
+from dcar_core.util.arrays import Pixels, Rows
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference, compare_hits
 from dcar_core.util.errors import DivergedError
-from dcar_core.util.retrieval_metrics import compute_ranks
 
 FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
@@ -88,7 +89,7 @@ class Verdict:
         ]
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
-            is_adapter = self.method in ("clip-adapter", "block-adapters", "block-adapters+")
+            is_adapter = self.method in ("clip-adapter", "block-adapters", "block-adapters+", "query-prompts")
             other = "" if is_adapter else "--method clip-adapter, "
             lower, more = self.config.lr / 4, 2 * self.config.epochs
             parts.append(
@@ -216,14 +217,22 @@ def _compare(
         each.eval()
         train, val = (prepare_split(splits[name], each, for_training=False, cache=cache) for name in ("train", "val"))
         text, own, others = encode_captions(each, val), encode_images(each, val), encode_images(each, train)
-        hits.append(Hits.from_ranks(compute_ranks(text, own, val.image_of), val.image_of))
+        hits.append(Hits.from_ranks(rank(each, val, text, own)[0], val.image_of))
         known = set(splits["val"].images)
-        is_other = [name not in known for name in splits["train"].images]
-        ranks = compute_ranks(text, np.concatenate([own, others[is_other]]), val.image_of)
+        other = np.array([row for row, name in enumerate(splits["train"].images) if name not in known], np.int64)
+        pixels_of = partial(_pixels_of_both, val, train, other)
+        ranks, _ = rank(each, val, text, np.concatenate([own, others[other]]), pixels_of)
         wider.append((Hits.from_ranks(ranks, val.image_of), Hits.from_ranks(ranks, val.image_of, k=10)))
-        images = len(own) + sum(is_other)
+        images = len(own) + len(other)
     first, ten = (compare_hits(own, other) for own, other in zip(*wider, strict=True))
     return Verdict(model.config.method, compare_hits(*hits), config, WiderSearch(images, first, ten))
+
+
+def _pixels_of_both(val: PreparedSplit, train: PreparedSplit, other: Rows, rows: Rows) -> Pixels:
+    """Return images by sorted rows: of the validation split, then of the rows `other` of the training split."""
+    own = len(pixels_of_split(val))
+    of_train = other[rows[rows >= own] - own]
+    return np.concatenate([pixels_of_split(val)[rows[rows < own]], pixels_of_split(train)[of_train]])
 
 
 def _row(name: str, estimates: Mapping[str, Estimate], sign: str) -> str:

@@ -6,6 +6,7 @@ after it (WiSE-FT, Wortsman et al. 2022), so recall there never falls.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from dcar_core.model.dcar import DCAR, FeatureAdapter
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import Recall, mean_r1, tower_features
+from dcar_core.util.arrays import Rows
 from dcar_core.util.retrieval_metrics import recall_at_k
 
 Adapters = tuple[FeatureAdapter, FeatureAdapter]  # of texts and of images
@@ -58,33 +60,44 @@ def _learn(
     features: of captions (N, E) and images (I, E), before the adapters. scale: 1 / tau.
     """
     (adapt_text, adapt_image), (texts, images) = adapters, features
-    own = torch.from_numpy(split.image_of).to(texts.device)
-    nearest = _nearest_wrong_images(adapt_text(texts), adapt_image(images), split).to(texts.device)
+    own, (right, _) = torch.from_numpy(split.image_of).to(texts.device), split.right_answers()
+    nearest = nearest_wrong_images(adapt_text(texts), adapt_image(images), right)
     parameters = [*adapt_text.parameters(), *adapt_image.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
-    batches = math.ceil(len(split) / BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * batches)
-    random = np.random.default_rng(seed)
-    for _ in range(EPOCHS):
-        for rows in np.array_split(random.permutation(len(split)), batches):
+    for rows, candidates in hard_batches(own, nearest, optimizer, EPOCHS, np.random.default_rng(seed)):
+        shown, place = torch.unique(candidates, return_inverse=True)
+        similarity = torch.einsum("be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[place])
+        loss = F.cross_entropy(scale * similarity, torch.zeros_like(rows))
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+
+def hard_batches(
+    own: Tensor, nearest: Tensor, optimizer: torch.optim.Optimizer, epochs: int, random: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield captions (B,) with their images and some of the `nearest`, (B, 1 + NEGATIVES), own first.
+
+    own: (N,) the image of each caption. The optimizer's learning rates fall as a cosine to 0.
+    """
+    batches = math.ceil(len(own) / BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    for _ in range(epochs):
+        for batch in np.array_split(random.permutation(len(own)), batches):
+            rows = torch.from_numpy(batch).to(own.device)
             drawn = random.random((len(rows), nearest.shape[1])).argsort(1)[:, :NEGATIVES]
-            chosen = nearest[rows].gather(1, torch.from_numpy(drawn).to(nearest.device))
-            shown, place = torch.unique(
-                torch.cat([own[rows, None], chosen], 1), return_inverse=True
-            )  # [B, 1 + NEGATIVES]
-            similarity = torch.einsum("be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[place])
-            loss = F.cross_entropy(scale * similarity, torch.zeros_like(own[rows]))
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            chosen = nearest[rows].gather(1, torch.from_numpy(drawn).to(own.device))
+            yield rows, torch.cat([own[rows, None], chosen], 1)
             schedule.step()
 
 
 @torch.no_grad()
-def _nearest_wrong_images(texts: Tensor, images: Tensor, split: PreparedSplit) -> Tensor:
-    """Return the images nearest to each caption that it does not describe: int64 (N, at most NEAREST)."""
-    right, _ = split.right_answers()
+def nearest_wrong_images(texts: Tensor, images: Tensor, right: Sequence[Rows]) -> Tensor:
+    """Return the images nearest to each caption that it does not describe: int64 (N, at most NEAREST).
+
+    right: the images that each caption describes.
+    """
     most = max(len(answers) for answers in right)
     kept = min(NEAREST, len(images) - most)
     found = []

@@ -29,6 +29,7 @@ from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.hard_negatives import tune_on_hard_negatives
 from dcar_core.training.objective import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
+from dcar_core.training.second_stage import train_second_stage
 from dcar_core.training.train_state import LOG_FILE, load_state, save_state, tensorboard_log, write_csv
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
@@ -213,6 +214,8 @@ class _TrainingLoop:
             recall = evaluate(model, self.val_split)
         if model.config.loss.hard_negatives:
             recall = tune_on_hard_negatives(model, self.train_split, self.val_split, self.config.seed)
+        if model.query_prompts is not None:
+            recall = train_second_stage(model, self.train_split, self.val_split, self.config.seed)
         return TrainResult(recall, at.best_epoch, at.history[-1]["seconds"], at.history)
 
     def _step(self, rows: Rows) -> None:

@@ -1,24 +1,97 @@
-"""Encode a split as the service does: queries without their image, images without text. Recall on the result."""
+"""Encode a split as the service does: queries without their image, images without text. Recall on the result.
+
+A model with a second stage (`model.query_prompts`) sorts the first images of each caption by it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dcar_core.model.config import QueryWeights
-from dcar_core.model.dcar import DCAR
+from dcar_core.model.dcar import DCAR, SecondStage
+from dcar_core.model.query_prompts import QueryParts, take
 from dcar_core.training.prepared_split import PreparedSplit
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DivergedError
-from dcar_core.util.retrieval_metrics import recall_at_k
+from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets, recall_at_k, recall_of_ranks
 
 Recall = dict[str, float]
-_BATCH = 128
+RERANKED = 10  # first images of a caption that the second stage sorts
+_BATCH, _IMAGES, _PAIRS = 128, 32, 256
+
+
+@dataclass(frozen=True)
+class FirstImages:
+    """The first images of each of N captions. rows: (N, k). cosines, second: (N, k), the scores of both stages."""
+
+    rows: Rows
+    cosines: Floats
+    second: Floats
+
+    def scores(self, weight: float) -> Floats:
+        """Return the scores (N, k) with this weight of the second stage."""
+        return self.cosines + np.float32(weight) * self.second
 
 
 def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
     """Return recall at 1, 5 and 10 in both directions, in percent."""
     model.eval()
-    return recall_at_k(encode_captions(model, split), encode_images(model, split), split.image_of)
+    ranks, _ = rank(model, split, encode_captions(model, split), encode_images(model, split))
+    return recall_of_ranks(ranks)
+
+
+def rank(
+    model: DCAR, split: PreparedSplit, text: Floats, image: Floats, pixels_of: Callable[[Rows], Pixels] | None = None
+) -> tuple[Ranks, Rows]:
+    """Return the ranks in both directions, and the first image of each caption (N,).
+
+    Args:
+        text, image: vectors of the captions of a split (N, E), and of its images and perhaps more (I, E).
+        pixels_of: returns images by their rows in `image`; default: those of the split.
+    """
+    ranks = compute_ranks(text, image, split.image_of)
+    if not model.config.reranks:
+        return ranks, first_targets(text, image, 1)[:, 0]
+    first = first_images(model, split, text, image, pixels_of)
+    scores = first.scores(model.config.rerank.weight)
+    best = np.take_along_axis(first.rows, scores.argmax(1)[:, None], 1)[:, 0]
+    return ranks.reordered(first.rows, scores, split.image_of), best
+
+
+@torch.inference_mode()
+def first_images(
+    model: DCAR, split: PreparedSplit, text: Floats, image: Floats, pixels_of: Callable[[Rows], Pixels] | None = None
+) -> FirstImages:
+    """Search by vectors, and score the first images by the second stage; arguments as in `rank`."""
+    stage, backbone = SecondStage(model), model.backbone
+    rows = first_targets(text, image, RERANKED)
+    cosines, second = np.einsum("ne,nke->nk", text, image[rows]), np.empty(rows.shape, np.float32)
+    texts = caption_parts(stage, split.tokens)
+    shown = np.unique(rows)
+    for chunk in np.array_split(shown, range(_IMAGES, len(shown), _IMAGES)):
+        pixels = pixels_of(chunk) if pixels_of is not None else pixels_of_split(split)[chunk]
+        images = stage.images(stage.image_rows(backbone.normalized(pixels)))
+        captions, places = np.isin(rows, chunk).nonzero()
+        for pairs in np.array_split(np.arange(len(captions)), range(_PAIRS, len(captions), _PAIRS)):
+            of_image = torch.from_numpy(np.searchsorted(chunk, rows[captions[pairs], places[pairs]]))
+            found = stage.scores(take(texts, torch.from_numpy(captions[pairs])), take(images, of_image))
+            second[captions[pairs], places[pairs]] = found.float().cpu().numpy()
+    return FirstImages(rows, cosines, second)
+
+
+def caption_parts(stage: SecondStage, tokens: Tensor) -> QueryParts:
+    """Return the parts of captions (N, n), words in half precision."""
+    parts = [stage.texts(tokens[start : start + _BATCH]) for start in range(0, len(tokens), _BATCH)]
+    return QueryParts(*map(torch.cat, zip(*(part._replace(words=part.words.half()) for part in parts), strict=True)))
+
+
+def pixels_of_split(split: PreparedSplit) -> Pixels:
+    """Return the images of a split whose model has a second stage."""
+    assert split.pixels is not None  # its image tower is adapted
+    return split.pixels
 
 
 def mean_r1(recall: Recall) -> float:

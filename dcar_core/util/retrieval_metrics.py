@@ -6,12 +6,12 @@
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Rows
 
 TIE_TOLERANCE = 1e-6  # about ten times the error of float32 in a product of unit vectors
 _CHUNK = 1024  # queries that are scored at a time
@@ -28,6 +28,13 @@ class Ranks:
     text: NDArray[np.int64]
     image: NDArray[np.int64]
     described: NDArray[np.int64]
+
+    def reordered(self, first: Rows, scores: Floats, image_of_text: Rows) -> "Ranks":
+        """Return the ranks after the first images (T, k) of each text are sorted by other scores (T, k)."""
+        is_own = first == image_of_text[:, None]
+        own = np.where(is_own, scores, -np.inf).max(1)
+        before = ~(scores < own[:, None] - TIE_TOLERANCE) & ~is_own
+        return replace(self, text=np.where(is_own.any(1), before.sum(1), self.text))
 
 
 def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64]) -> Ranks:
@@ -106,9 +113,9 @@ def graded_measures(found: NDArray[np.int64], judged: Sequence[NDArray[np.int64]
     }
 
 
-def best_targets(query: Floats, target: Floats) -> NDArray[np.int64]:
-    """Return (Q,) the row of the best target of each query."""
-    return np.array([scores.argmax() for scores in _scores(query, target)])
+def first_targets(query: Floats, target: Floats, k: int) -> Rows:
+    """Return (Q, k) the rows of the best targets of each query, at most all, best first."""
+    return np.array([np.argsort(-scores, kind="stable")[:k] for scores in _scores(query, target)])
 
 
 def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[Floats]) -> float | None:

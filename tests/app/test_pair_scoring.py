@@ -66,13 +66,13 @@ async def test_concurrent_reranking_works_with_a_small_feature_cache(
     built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A feature that one request drops stays usable for another; images of the gallery may exceed max_pixels."""
-    monkeypatch.setattr(pair_scoring, "_MAX_FROZEN_BYTES", 3 * 4 * encoder.dim)
+    monkeypatch.setattr(pair_scoring, "_MAX_FEATURE_BYTES", 3 * 4 * encoder.dim)
     async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
         bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
         responses = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
         assert {response.status_code for response in responses} == {200}, responses[0].text
         assert_problem(await http.post("/search/image", files={"file": png(size=(31, 31))}), 422, "file")
-        assert len(http.app.state.collections[None].live.frozen) <= 3
+        assert len(http.app.state.collections[None].live.image_features) <= 3
 
 
 async def test_a_batch_of_reranked_queries_does_not_overload_itself(built_index: Path) -> None:
@@ -100,8 +100,7 @@ async def test_reranking_without_token_weights_or_images_is_refused(
     body = {"query": "red", "rerank": True, "k": 24}
     async with opened(tmp_path / "plain") as http:
         detail = assert_problem(await http.post("/search/text", json=body), 409)["detail"]
-        assert "token weights" in detail
-        assert detail.endswith("train with `--method dcar+`.")
+        assert detail.endswith("cannot re-rank. Leave `rerank` out, or train with `--method query-prompts`.")
         explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
         assert "words" not in explained["results"][0]["explanation"], "a single word cannot be left out"
     (changing / "circle/red.png").unlink()
@@ -122,6 +121,50 @@ async def test_reranking_without_token_weights_or_images_is_refused(
     async with opened(tmp_path / "index") as http:
         assert "none of them" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
         assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
+
+
+@pytest.mark.slow
+async def test_reranking_by_the_second_stage_adds_its_score_to_the_cosine(
+    tmp_path: Path, gallery: Path, tiny_model: Path
+) -> None:
+    import torch
+
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.checkpoint import save_checkpoint
+    from dcar_core.model.dcar import SecondStage, seeded_model
+    from dcar_core.model.methods.registry import method
+    from dcar_core.model.query_prompts import take
+
+    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("query-prompts"), 0).eval()
+    with torch.no_grad():
+        for _, parameter in model.trainables():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_checkpoint(model, tmp_path / "checkpoint")
+    rebuild(gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False)
+    stage, body = SecondStage(model), {"query": "a red square", "rerank": True, "k": 24}
+    async with opened(tmp_path / "index", rerank_depth=10) as http:
+        client = Client(http)
+        plain = await client.text(query="a red square", k=24)
+        for _ in range(2):  # computed, and from the cache
+            again = await client.text(**body)
+            assert sorted(ids(again)[:10]) == sorted(ids(plain)[:10])
+            assert ids(again)[10:] == ids(plain)[10:]
+            snapshot = http.app.state.collections[None].live
+            rows = [snapshot.artifact.row_of(each) for each in ids(again)[:10]]
+            pixels = np.stack([snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row)) for row in rows])
+            images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+            texts = take(stage.texts(model.backbone.tokenize(["a red square"])), torch.zeros(10, dtype=torch.long))
+            expected = [r["score"] for r in again["results"][:10]] + stage.scores(texts, images).numpy()
+            found = [r["rerank_score"] for r in again["results"][:10]]
+            np.testing.assert_allclose(found, expected, atol=2e-3)
+            assert found == sorted(found, reverse=True)
+            assert len(snapshot.image_features) == 10
+    off = tmp_path / "off"
+    model.config = model.config.with_rerank_weight(0)
+    save_checkpoint(model, tmp_path / "checkpoint")
+    rebuild(gallery, tmp_path / "checkpoint", off, workers=0, progress=False)
+    async with opened(off) as http:
+        assert "cannot re-rank" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
 
 
 async def test_images_are_read_in_their_own_threads(built_index: Path) -> None:

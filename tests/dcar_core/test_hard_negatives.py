@@ -47,7 +47,7 @@ def test_images_that_a_caption_describes_are_no_negatives(backbone: Backbone, de
     model = seeded_model(backbone, method("block-adapters+"), 0)
     split = prepare_split(described_twice, model, for_training=True, progress=False)
     texts, images = (torch.from_numpy(encode(model, split)) for encode in (encode_captions, encode_images))
-    nearest = hard_negatives._nearest_wrong_images(texts, images, split)
+    nearest = hard_negatives.nearest_wrong_images(texts, images, split.right_answers()[0])
     right, _ = split.right_answers()
     assert all(not set(row.tolist()) & set(answers.tolist()) for row, answers in zip(nearest, right, strict=True))
     assert nearest.shape[1] == len(images) - max(map(len, right))

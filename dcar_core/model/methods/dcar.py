@@ -6,7 +6,14 @@ and token weights with adapters, held to CLIP.
 
 from dataclasses import replace
 
-from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.model.config import (
+    AdapterConfig,
+    LossConfig,
+    ModelConfig,
+    PromptConfig,
+    RerankConfig,
+    ReweightConfig,
+)
 from dcar_core.model.methods.method import NO_PROMPTS, NO_WEIGHTS, Method, plain_config
 
 # behind the image tower's blocks and on both features; without prompts, the one on texts is the category adapter, too
@@ -36,6 +43,11 @@ _CONFIGS = (
     ModelConfig(
         method="block-adapters+", prompt=NO_PROMPTS, reweight=NO_WEIGHTS, adapter=_ADAPTERS,
         loss=replace(_ANCHORED, head=0, hard_negatives=True),
+    ),
+    # the same with image prompts that are made from the query, for its first results [ours]
+    ModelConfig(
+        method="query-prompts", prompt=NO_PROMPTS, reweight=NO_WEIGHTS, adapter=_ADAPTERS,
+        loss=replace(_ANCHORED, head=0, hard_negatives=True), rerank=RerankConfig(blocks=2),
     ),
     # for image towers that take neither prompts nor block adapters
     ModelConfig(

@@ -7,9 +7,10 @@ Letters: B batch, P patches, k prompt vectors, S side in pixels, W_v width, E jo
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.towers.prompt_rows import AdapterMatrices, PromptRows
@@ -26,6 +27,7 @@ class ImageTower:
     patch_grid: patches per side.
     module: open_clip's module that it runs.
     entry_norm: between embedding and first block; prompts pass it too.
+    pools_class_row: True for CLIP's own kind, with plain attention and a feature from the class row alone.
     """
 
     width: int
@@ -33,6 +35,7 @@ class ImageTower:
     patch_grid: int
     module: Any
     entry_norm: nn.Module = nn.Identity()
+    pools_class_row = False
 
     def encode(self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None) -> Tensor:
         """Image features (B, E), not normalized.
@@ -82,6 +85,17 @@ class ImageTower:
         return found
 
 
+class ClassRowInputs(NamedTuple):
+    """What the class row of an image needs in the last D' blocks, while its patches stay as they are.
+
+    first: (B, W_v), before these blocks. keys_values: (B, D', 2, H, P, d). patches: (B, P, W_v), behind the last block.
+    """
+
+    first: Tensor
+    keys_values: Tensor
+    patches: Tensor
+
+
 class _RecordedRows(PromptRows):
     """No prompts; keeps what enters each block."""
 
@@ -102,6 +116,8 @@ class NativeImage(ImageTower):
         self.width, self.blocks = int(visual.conv1.out_channels), len(visual.transformer.resblocks)
         self.patch_grid = int(visual.grid_size[0])
         self.entry_norm = visual.ln_pre
+        is_plain = all(isinstance(block.attn, nn.MultiheadAttention) for block in visual.transformer.resblocks)
+        self.pools_class_row = is_plain and visual.attn_pool is None and visual.pool_type == "tok"
 
     def embed(self, pixels: Tensor) -> Tensor:
         return self.module._embeds(pixels)  # type: ignore[no-any-return]
@@ -114,6 +130,43 @@ class NativeImage(ImageTower):
 
     def project(self, x: Tensor) -> Tensor:
         return project_by(self.module.proj, x)
+
+    def rows_before(self, pixels: Tensor, block: int, adapters: AdapterMatrices | None = None) -> Tensor:
+        """The rows that enter a block: (B, 3, S, S) -> (B, 1 + P, W_v)."""
+        return PromptRows(None, 0, adapters).run(self.embed(pixels), self.module.transformer.resblocks[:block])
+
+    def class_row_inputs(self, x: Tensor, block: int, adapters: AdapterMatrices | None = None) -> ClassRowInputs:
+        """Run the blocks from `block` on over `rows_before` (B, 1 + P, W_v), for `class_row_features`."""
+        first, rows, width, found = x[:, 0], PromptRows(None, 0, adapters), self.width, list[Tensor]()
+        for i, layer in enumerate(self.module.transformer.resblocks[block:], block):
+            attention = layer.attn
+            both = F.linear(layer.ln_1(x[:, 1:]), attention.in_proj_weight[width:], attention.in_proj_bias[width:])
+            found.append(
+                both.reshape(*both.shape[:2], 2, attention.num_heads, -1).permute(0, 2, 3, 1, 4)
+            )  # [B, 2, H, P, d]
+            x = rows.adapt(layer(x), i)
+        return ClassRowInputs(first, torch.stack(found, 1), x[:, 1:])
+
+    def class_row_features(
+        self, images: ClassRowInputs, prompts: Tensor, block: int, adapters: AdapterMatrices | None = None
+    ) -> Tensor:
+        """Features (B, E), not normalized, of class rows to which `prompts` (B, D', W_v) are added before each block.
+
+        They equal those of whole passes in which each block's patches are set to the unprompted ones: one row a pair.
+        """
+        x, rows = images.first[:, None].float(), PromptRows(None, 0, adapters)  # [B, 1, W_v]
+        for i, layer in enumerate(self.module.transformer.resblocks[block:], block):
+            x, attention = x + prompts[:, i - block, None], layer.attn
+            own = F.linear(layer.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+            query, key, value = own.reshape(len(x), 1, 3, attention.num_heads, -1).permute(
+                2, 0, 3, 1, 4
+            )  # [B, H, 1, d]
+            keys, values = images.keys_values[:, i - block].to(x.dtype).unbind(1)
+            keys, values = torch.cat([key, keys], 2), torch.cat([value, values], 2)
+            read = F.scaled_dot_product_attention(query, keys, values).transpose(1, 2).flatten(2)
+            x = x + layer.ls_1(attention.out_proj(read))
+            x = rows.adapt(x + layer.ls_2(layer.mlp(layer.ln_2(x))), i)
+        return self.project(self.pool(x))
 
     def project_patches(self, x: Tensor) -> Tensor:
         patches = x[:, 1:]

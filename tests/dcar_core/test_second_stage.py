@@ -1,0 +1,211 @@
+"""The second stage: its fast path, its training, its checkpoint, and what it does to ranks."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcar_core.data import Dataset
+from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
+from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
+from dcar_core.model.config import ModelConfig, RerankConfig, TrainConfig
+from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
+from dcar_core.model.methods.registry import method
+from dcar_core.model.towers.prompt_rows import PromptRows
+from dcar_core.training import second_stage
+from dcar_core.training.prepared_split import PreparedSplit, prepare_split
+from dcar_core.training.second_stage import train_second_stage
+from dcar_core.training.train import train
+from dcar_core.training.validation import (
+    FirstImages,
+    encode_captions,
+    encode_images,
+    evaluate,
+    first_images,
+    mean_r1,
+    rank,
+)
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import ModelError
+from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
+
+
+@pytest.fixture
+def model(backbone: Backbone) -> DCAR:
+    """A model whose learned layers are all away from zero."""
+    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    with torch.no_grad():
+        for _, parameter in model.trainables():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def image_rows(model: DCAR, count: int = 3) -> torch.Tensor:
+    size = model.backbone.preprocess.size
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8)
+    return SecondStage(model).image_rows(model.backbone.normalized(pixels))
+
+
+def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(model: DCAR) -> None:
+    stage, tower, adapters = SecondStage(model), model.backbone.image_tower, model.block_adapters
+    rows, prompts = image_rows(model), torch.randn(3, 2, model.backbone.vision_width)
+    assert adapters is not None
+    run, blocks = PromptRows(None, 0, adapters.matrices()), list(tower.module.transformer.resblocks)
+    plain, prompted = rows, rows[:, :1]
+    for i, block in enumerate(blocks[-2:]):
+        whole = torch.cat([prompted + prompts[:, i, None], plain[:, 1:]], 1)
+        plain, prompted = (run.adapt(block(x), len(blocks) - 2 + i) for x in (plain, whole))
+        prompted = prompted[:, :1]
+    images = stage.images(rows)
+    found = stage.tower.class_row_features(images, prompts, stage.block, stage.adapters)
+    torch.testing.assert_close(found, tower.project(tower.pool(prompted)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(images.patches, plain[:, 1:])
+
+
+def test_images_without_prompts_have_their_own_vectors(model: DCAR, training: Dataset) -> None:
+    stage, split = SecondStage(model), prepare_split(training, model, for_training=False, progress=False)
+    assert split.pixels is not None
+    found = stage.vectors(stage.images(stage.image_rows(model.backbone.normalized(split.pixels))))
+    np.testing.assert_allclose(found, encode_images(model, split), atol=1e-5)
+
+
+def test_late_interaction_is_the_mean_of_the_best_patches(model: DCAR) -> None:
+    stage = SecondStage(model)
+    texts, images = stage.texts(model.backbone.tokenize(["a red square", "dog"])), stage.images(image_rows(model, 2))
+    found = stage.layers.late(texts, images.patches).detach()
+    patches = F.layer_norm(images.patches, images.patches.shape[-1:]) @ stage.layers.patch.weight.T
+    for text in (0, 1):
+        words = texts.words[text][texts.mask[text]] @ stage.layers.word.weight.T
+        cosines = F.normalize(words, dim=-1) @ F.normalize(patches[text], dim=-1).T
+        torch.testing.assert_close(found[text], cosines.amax(1).mean().detach())
+
+
+def test_a_chunk_of_images_scores_like_a_pair_alone(model: DCAR, pairs: tuple[Dataset, Dataset]) -> None:
+    split, stage = prepare_split(pairs[1], model, for_training=False, progress=False), SecondStage(model)
+    first = first_images(model, split, encode_captions(model, split), encode_images(model, split))
+    assert split.pixels is not None
+    for text, place in ((0, 0), (2, 1)):
+        pixels = split.pixels[first.rows[text, place]][None]
+        images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+        found = stage.scores(stage.texts(split.tokens[text : text + 1]), images)
+        assert float(found) == pytest.approx(float(first.second[text, place]), abs=1e-3)
+
+
+def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    split = prepare_split(training, model, for_training=True, progress=False)
+    start = {name: parameter.detach().clone() for name, parameter in model.trainables()}
+    vectors, before = encode_captions(model, split), evaluate(replace_weight(model, 0.0), split)
+    margins = []
+    for epochs in (1, 60):
+        monkeypatch.setattr(second_stage, "EPOCHS", epochs)
+        model.load_state_dict(start, strict=False)
+        found = train_second_stage(model, split, split, 0)
+        first = first_images(model, split, vectors, encode_images(model, split))
+        own = first.rows == split.image_of[:, None]
+        margins.append(first.second[own].mean() - first.second[~own].mean())
+    assert margins[1] > margins[0] + 0.02
+    changed = {n.split(".")[0] for n, p in model.trainables() if not torch.equal(start[n], p)}
+    assert changed == {"query_prompts"}
+    assert found == evaluate(model, split)
+    assert mean_r1(found) >= mean_r1(before)
+
+
+def replace_weight(model: DCAR, weight: float) -> DCAR:
+    model.config = model.config.with_rerank_weight(weight)
+    return model
+
+
+def test_a_stage_that_costs_validation_recall_is_turned_off(
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prefers_wrong_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> FirstImages:
+        first = first_images(model, split, text, image)
+        return replace(first, second=-10.0 * (first.rows == split.image_of[:, None]))
+
+    monkeypatch.setattr(second_stage, "first_images", prefers_wrong_images)
+    monkeypatch.setattr(second_stage, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
+    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    split = prepare_split(training, model, for_training=True, progress=False)
+    before = evaluate(replace_weight(model, 0.0), split)
+    assert before["t2i_r5"] > 0
+    assert train_second_stage(model, split, split, 0) == before
+    assert not model.config.reranks
+
+
+def test_images_beyond_the_memory_limit_are_left_out(
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    split = prepare_split(training, model, for_training=True, progress=False)
+    stage, random = SecondStage(model), np.random.default_rng
+    _, whole = second_stage._image_parts(stage, split, random(0))
+    monkeypatch.setattr(second_stage, "MAX_BYTES", sum(each[:5].nbytes for each in whole))
+    kept, images = second_stage._image_parts(stage, split, random(0))
+    assert len(kept) == len(images.first) == 5
+    torch.testing.assert_close(images.patches, whole.patches[kept])
+    second_stage._learn(model, split, 0)
+
+
+def test_a_checkpoint_keeps_the_stage_and_its_weight(model: DCAR, training: Dataset, tmp_path: Path) -> None:
+    fingerprints = [save_checkpoint(replace_weight(model, weight), tmp_path) for weight in (1.0, 0.5)]
+    loaded, fingerprint = load_checkpoint(tmp_path)
+    assert fingerprint == fingerprints[1] != fingerprints[0]
+    assert loaded.config == model.config
+    split = prepare_split(training, model, for_training=False, progress=False)
+    vectors = encode_captions(model, split), encode_images(model, split)
+    np.testing.assert_array_equal(
+        first_images(loaded, split, *vectors).second, first_images(model, split, *vectors).second
+    )
+
+
+@pytest.mark.parametrize("values", [{"blocks": "two"}, {"blocks": -1}, {"blocks": 10**6}, {"weight": None}, {"w": 1}])
+def test_a_forged_configuration_of_the_stage_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"ModelConfig: rerank"):
+        ModelConfig.from_dict({"rerank": values})
+
+
+def test_the_stage_orders_the_first_images_alone() -> None:
+    image_of, first = np.array([0, 1, 2]), np.array([[3, 0], [1, 0], [0, 1]])
+    ranks = Ranks(np.array([1, 0, 2]), np.zeros(3, np.int64), np.arange(3))
+    scores = np.array([[0.1, 0.2], [0.5, 0.5], [0.9, 0.8]], np.float32)
+    found = ranks.reordered(first, scores, image_of)
+    assert found.text.tolist() == [0, 1, 2], "first now, a tie, and not among them"
+    assert found.image is ranks.image
+
+
+def test_ranks_with_more_images_read_their_pixels(model: DCAR, pairs: tuple[Dataset, Dataset]) -> None:
+    train_split, split = (prepare_split(data, model, for_training=False, progress=False) for data in pairs)
+    text, image = encode_captions(model, split), np.concatenate([encode_images(model, s) for s in (split, train_split)])
+    assert split.pixels is not None
+    assert train_split.pixels is not None
+    pixels = np.concatenate([split.pixels, train_split.pixels])
+    pixels_of: Callable[[np.ndarray], np.ndarray] = pixels.__getitem__
+    found, best = rank(replace_weight(model, 1.0), split, text, image, pixels_of)
+    off, _ = rank(replace_weight(model, 0.0), split, text, image, pixels_of)
+    assert (off.text == compute_ranks(text, image, split.image_of).text).all()
+    assert ((found.text == 0) == (best == split.image_of)).all()
+
+
+def test_an_image_tower_of_another_kind_is_refused(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone.image_tower, "pools_class_row", False)
+    with pytest.raises(ModelError, match=r"query-prompts has prompts made .* use block-adapters\+$"):
+        DCAR(backbone, method("query-prompts"))
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="query-prompts has prompts"):
+        DCAR(backbone, replace(method("query-prompts"), rerank=RerankConfig(blocks=9)))
+
+
+@pytest.mark.slow
+def test_a_step_at_the_size_of_a_vit_b_32(training: Dataset) -> None:
+    model = seeded_model(load_backbone(BackboneSource("ViT-B-32", RANDOM)), method("query-prompts"), 0)
+    few = replace(training, samples=training.samples[:4])
+    found = train(model, few, few, TrainConfig(epochs=1, batch_size=4), progress=False)
+    assert np.isfinite(mean_r1(found.best))
+    assert all(parameter.isfinite().all() for _, parameter in model.trainables())
