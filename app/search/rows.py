@@ -80,14 +80,12 @@ class GroupField:
         codes: number of each row's group, int64 (rows,).
         values: value of each numbered group; rows without a value have higher numbers.
         counts: number of live rows of each numbered group.
-        everything: all rows where the engine keeps the fields, else None.
     """
 
     name: str
     codes: Rows
     values: list[Any]
     counts: Rows
-    everything: Selection | None
 
     def shown(self, rows: list[int], allowed: Allowed | None) -> list[dict[str, Any]]:
         """Return the value of each row's group, None without one, and its number of allowed rows, None for all."""
@@ -107,7 +105,6 @@ class GroupField:
 
     def outside(self, codes: Rows, allowed: Allowed | None) -> Allowed:
         """Return the allowed rows, None for all rows, that are in none of the numbered groups."""
-        allowed = self.everything if allowed is None else allowed
         if not isinstance(allowed, Selection):
             others = ~np.isin(self.codes, codes)
             return others if allowed is None else others & allowed
@@ -133,9 +130,7 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
         alone = np.flatnonzero(codes < 0)
         codes[alone] = len(values) + alone
         counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
-        is_local = snapshot.artifact.manifest.spec.is_local
-        everything = None if is_local else filters.select_rows(snapshot.artifact, {})
-        return GroupField(name, codes, values, counts, everything)
+        return GroupField(name, codes, values, counts)
 
     groups: GroupField = snapshot.groups.find(name, read)
     return groups

@@ -18,8 +18,9 @@ from index_jobs.selection import EMPTY_IS_MISSING, Allowed, Selection
 
 _RANGES = frozenset({"gt", "gte", "lt", "lte"})
 _EXACT = 2**53  # integers below are exact as floats, which ranges are
-_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NUMBERS = frozenset({"int64", "double"})
+_NOTHING = models.Filter(must=[models.HasIdCondition(has_id=[])])
 
 
 class _NoCounterpartError(Exception):
@@ -27,7 +28,7 @@ class _NoCounterpartError(Exception):
 
 
 def payload_keys(names: Iterable[str]) -> dict[str, str]:
-    """Return the key of each field: its name, unless that is a path in Qdrant's syntax."""
+    """Return the key of each field: its name, unless that may be a path in Qdrant's syntax."""
     return {name: name if _PLAIN.fullmatch(name) else f"field-{number}" for number, name in enumerate(names)}
 
 
@@ -82,7 +83,7 @@ def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Fi
     given = [value for value in values if value is not None]
     is_null = None in values or (field in EMPTY_IS_MISSING and "" in given)
     if not key:
-        return models.Filter() if is_null else models.Filter(must=[_rows(np.empty(0, np.int64))])
+        return models.Filter() if is_null else _NOTHING
     parts: list[Any] = [models.IsNullCondition(is_null=models.PayloadField(key=key))] if is_null else []
     if kind == "double":
         parts += [_range(key, kind, {"gte": value, "lte": value}) for value in given]
@@ -94,12 +95,12 @@ def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Fi
         given = [replace_surrogates(value) for value in given]
     if given and kind not in ("double", "bool"):
         parts.append(models.FieldCondition(key=key, match=models.MatchAny(any=given)))
-    return models.Filter(should=parts) if parts else models.Filter(must=[_rows(np.empty(0, np.int64))])
+    return models.Filter(should=parts) if parts else _NOTHING
 
 
 def _range(key: str, kind: str, bounds: Mapping[str, Any]) -> Any:
     if not key:
-        return _rows(np.empty(0, np.int64))
+        return _NOTHING
     if kind not in _NUMBERS or not all(_is_exact(bound, kind) for bound in bounds.values()):
         raise _NoCounterpartError
     return models.FieldCondition(key=key, range=models.Range(**{name: float(bound) for name, bound in bounds.items()}))

@@ -13,7 +13,8 @@ import math
 import re
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -34,52 +35,34 @@ logger = logging.getLogger(__name__)
 _KINDS = ("auto", "flat", "hnsw")
 _FLAT_UP_TO = 20_000  # vectors that `auto` compares one by one
 _DEGREE, _CONSTRUCTION_WIDTH = 24, 200
-_QUANTIZATIONS = ("int8", "binary")
+_SETTINGS = frozenset({"shard_number", "replication_factor", "hnsw_ef"})
+_QUANTIZATIONS = {"int8": {"scalar": {"type": "int8", "always_ram": True}}, "binary": {"binary": {"always_ram": True}}}
 _INDEXES = {"bool": "bool", "int64": "integer", "double": "float"}  # of payload fields by type; others are keywords
 _UNINDEXED = "caption"  # long and different, so a filter rarely names one
 _INDEXING_SECONDS, _POLL_SECONDS = 6 * 3600, 1  # that a server may take to build its graphs
-
-
-@dataclass(frozen=True)
-class QdrantSettings:
-    """What follows the location: LOCATION?shard_number=2&replication_factor=2&quantization=int8&hnsw_ef=128."""
-
-    location: str
-    shard_number: int | None = None
-    replication_factor: int | None = None
-    quantization: str = ""
-    hnsw_ef: int | None = None  # None: tuned
-
-    @classmethod
-    def parse(cls, uri: str) -> "QdrantSettings":
-        location, _, query = uri.partition("?")
-        if not location:
-            raise DataError("the engine qdrant needs a location: qdrant=http://HOST:6333, or qdrant=FOLDER to try it")
-        values = dict(parse_qsl(query, keep_blank_values=True))
-        quantization = values.pop("quantization", "")
-        if quantization not in ("", *_QUANTIZATIONS):
-            raise DataError(f"quantization is one of {', '.join(_QUANTIZATIONS)}, not {quantization!r}")
-        for name, text in values.items():
-            if name not in ("shard_number", "replication_factor", "hnsw_ef"):
-                raise DataError(f"the engine qdrant has no setting {name!r}")
-            if not text.isdecimal() or not int(text):
-                raise DataError(f"{name} is a number above 0, not {text!r}")
-        return cls(location, quantization=quantization, **{name: int(text) for name, text in values.items()})
 
 
 class QdrantEngine:
     """Collections of one Qdrant; see `index_jobs.engines.protocol.Engine`."""
 
     def __init__(self, uri: str) -> None:
-        """uri: see `QdrantSettings`."""
-        self._settings = QdrantSettings.parse(uri)
+        """uri: LOCATION?shard_number=2&replication_factor=2&quantization=int8&hnsw_ef=128, with any of the settings."""
+        self._location, _, query = uri.partition("?")
+        given = dict(parse_qsl(query, keep_blank_values=True))
+        self._quantization = given.pop("quantization", "")
+        is_known = given.keys() <= _SETTINGS and all(text.isdecimal() and int(text) for text in given.values())
+        if not self._location or self._quantization not in ("", *_QUANTIZATIONS) or not is_known:
+            raise DataError(
+                f"the engine qdrant takes the URL of a server, or a folder to try it, and after ? settings: "
+                f"{', '.join(sorted(_SETTINGS))} (above 0), quantization ({' or '.join(_QUANTIZATIONS)}); not {uri!r}"
+            )
+        self._settings = {name: int(text) for name, text in given.items()}
 
     def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
         """Check that Qdrant has the kind and responds."""
         if spec.kind not in _KINDS:
             raise DataError(f"vectors in Qdrant can be of kind {', '.join(_KINDS)}, not {spec.kind!r}")
-        client = connect(self._settings.location)
-        call(client.get_collections, attempts=1)
+        call(connect(self._location).get_collections, attempts=1)
         return 0
 
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
@@ -89,20 +72,20 @@ class QdrantEngine:
         is_flat = spec.kind == "flat" or (spec.kind == "auto" and new.count <= _FLAT_UP_TO)
         keys = payload_keys(new.fields.column_names)
         location = QdrantLocation(
-            location=self._settings.location,
+            location=self._location,
             collection=f"{collection_prefix(new.index)}_v{new.version}_{secrets.token_hex(4)}",
             count=new.count,
             dim=new.dim,
             fields={name: [keys[name], str(new.fields.schema.field(name).type)] for name in keys},
-            is_quantized=bool(self._settings.quantization) and not is_flat,
-            hnsw_ef=None if is_flat else self._settings.hnsw_ef or QdrantIndex.min_width,
+            is_quantized=bool(self._quantization) and not is_flat,
+            hnsw_ef=None if is_flat else self._settings.get("hnsw_ef", QdrantIndex.min_width),
         )
         start = time.perf_counter()
         self._fill(location, new)
         seconds = time.perf_counter() - start
         index, queries = QdrantIndex(location), new.queries or gallery_queries(new.blocks, new.count)
         benchmark = Benchmark(new.blocks, queries, target=spec.target_recall)
-        if is_flat or self._settings.hnsw_ef:
+        if is_flat or "hnsw_ef" in self._settings:
             measured = benchmark.measure(index, {"hnsw_ef": index.ef} if index.ef else {})
         else:
             measured = tune(benchmark, index, tunable=index)
@@ -120,7 +103,7 @@ class QdrantEngine:
         """Point the alias to the built collection of the current version, and drop those that no version names."""
         from qdrant_client import models
 
-        here, prefix, versions = self._settings.location, collection_prefix(index), index / "versions"
+        here, prefix, versions = self._location, collection_prefix(index), index / "versions"
         alias = f"{prefix}_current"
         try:
             paths = [*versions.glob(f"[0-9]*/{LOCATION}"), *versions.glob(f"[0-9]*/*/{LOCATION}")]
@@ -147,29 +130,20 @@ class QdrantEngine:
         from qdrant_client import models
 
         settings, name, client = self._settings, location.collection, connect(location.location)
-        always = {"always_ram": True}
-        scalar = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, **always)
-        quantizations = {
-            "int8": models.ScalarQuantization(scalar=scalar),
-            "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(**always)),
-        }
         degree = _DEGREE if location.hnsw_ef else 0  # 0 builds no graph
-        call(
-            lambda: client.create_collection(
-                name,
-                models.VectorParams(size=new.dim, distance=models.Distance.DOT),
-                hnsw_config=models.HnswConfigDiff(m=degree, ef_construct=_CONSTRUCTION_WIDTH),
-                shard_number=settings.shard_number,
-                replication_factor=settings.replication_factor,
-                quantization_config=quantizations[settings.quantization] if location.is_quantized else None,
-            ),
-            attempts=1,
-        )
+        quantization: Any = _QUANTIZATIONS[self._quantization] if location.is_quantized else None
+        create = partial(
+            client.create_collection, name, models.VectorParams(size=new.dim, distance=models.Distance.DOT),
+            hnsw_config=models.HnswConfigDiff(m=degree, ef_construct=_CONSTRUCTION_WIDTH),
+            shard_number=settings.get("shard_number"), replication_factor=settings.get("replication_factor"),
+            quantization_config=quantization,
+        )  # fmt: skip
+        call(create, attempts=1)
         is_server = "://" in location.location
         for field, (key, kind) in location.fields.items():
             if is_server and field != _UNINDEXED:  # before the points: the graph then has links for filters
                 schema = models.PayloadSchemaType(_INDEXES.get(kind, "keyword"))
-                call(lambda: client.create_payload_index(name, key, schema))  # noqa: B023
+                call(partial(client.create_payload_index, name, key, schema))
         fields, row = new.fields.rename_columns([key for key, _ in location.fields.values()]), 0
         for block in new.blocks():
             for start in range(0, len(block), BATCH):
@@ -179,7 +153,7 @@ class QdrantEngine:
                     models.PointStruct(id=number, vector=vector, payload=payload)
                     for number, (vector, payload) in enumerate(zip(part, payloads, strict=True), row)
                 ]
-                call(lambda: client.upsert(name, points))  # noqa: B023
+                call(partial(client.upsert, name, points))
                 row += len(part)
         deadline, greens = time.monotonic() + _INDEXING_SECONDS, 0
         while is_server and degree and greens < 2:  # the first may precede the graphs
