@@ -77,9 +77,12 @@ def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, 
 
 
 def noted(request: Request, query: Query, results: SearchResults, *, has_image: bool) -> str | None:
-    """Note a search in the log, if there is one, and return its query id."""
+    """Note a search in the log, if there is one, and return its query id.
+
+    One result with `explain` or `facets` is asked for about a list that was noted.
+    """
     log = state_of(request).feedback
-    if log is None:
+    if log is None or (query.k == 1 and (query.explain or query.facets)):
         return None
     scope = request.scope
     collection = scope["path_params"].get("collection")

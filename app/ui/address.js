@@ -55,7 +55,7 @@ export const hasSubject = (state) => Boolean(state.q || state.picture || state.l
 export const hasFilter = (state) => Object.keys(state.filter).length > 0;
 
 // Equal for states that show the same list.
-export const listKey = (state) => formatAddress({ ...state, show: "", of: "" });
+export const listKey = (state) => formatAddress({ ...state, show: "", of: "", explain: false });
 
 export function writeAddress(state, { replace = false, position = null } = {}) {
   const params = formatAddress(state);

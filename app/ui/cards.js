@@ -97,12 +97,6 @@ export function makeCard(result, { base, frame, scale, isWeak, hasLevels, href, 
     near.title = result.folded ? "Show the images that look nearly the same" : "Show the other images";
     near.addEventListener("click", () => open(result));
   }
-  if (result.explanation) {
-    node.classList.add("explained");
-    image.style.objectFit = result.explanation.fit; // where the image's shape is unknown
-    drawMap(find(".map"), result.explanation);
-    drawWords(find(".words"), result.explanation.words);
-  }
   watch(node, result);
   return node;
 }
@@ -114,6 +108,16 @@ function drawScore(place, { score, level, text_score: contained }, { top, span, 
   place.querySelector(".track").hidden = hasLevels;
   place.querySelector(".said").textContent = contained > EVERY ? "all words" : contained ? "some words" : "";
   place.querySelector(".fill").style.setProperty("--share", Math.min(1, Math.max(0.1, 1 - (0.9 * (top - score)) / span)));
+}
+
+// explanation: null for none.
+export function explainCard(node, explanation) {
+  node.classList.toggle("explained", Boolean(explanation));
+  node.classList.remove("explaining");
+  node.querySelector("img").style.objectFit = explanation?.fit ?? ""; // where the image's shape is unknown
+  node.querySelector(".map").hidden = !explanation;
+  if (explanation) drawMap(node.querySelector(".map"), explanation);
+  drawWords(node.querySelector(".words"), explanation?.words);
 }
 
 export function markSelected(card, isSelected) {

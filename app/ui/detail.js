@@ -1,7 +1,7 @@
 // The dialog that shows one image large, with its metadata and what can be done with it.
 
 import { markGround } from "./cards.js";
-import { drawWords } from "./explain.js";
+import { drawLegend, drawMap, drawWords } from "./explain.js";
 import { report } from "./feedback.js";
 import { conditionName, fieldName, percent, titleOf } from "./format.js";
 import { clearImages, download, imagePath, loadGroup, loadItem, savedKey, showThumbnail } from "./service.js";
@@ -13,7 +13,8 @@ const RATINGS = [["fits", 3], ["misfits", 0]]; // buttons that judge the image
 
 const $ = (id) => document.getElementById(id);
 const dialog = $("detail");
-let shown = null; // {id, base, result} of the opened item
+let shown = null; // {id, base, result, explain} of the opened item
+let isExplained = null; // the map and the words are wanted; null until the dialog is open
 let actions = null;
 
 // on: {step(direction), similar(id), less(id), only(category), open(id), close(), link(id)}, called when they are used.
@@ -44,6 +45,10 @@ export function prepareDetail(on) {
     on.step(direction);
   });
   for (const [id, rating] of RATINGS) $(id).addEventListener("click", () => judge(rating));
+  $("why").addEventListener("click", () => {
+    isExplained = !isExplained;
+    drawWhy();
+  });
   let start = null;
   dialog.addEventListener("touchstart", ({ touches }) => (start = touches.length === 1 ? touches[0] : null), { passive: true });
   dialog.addEventListener("touchend", ({ changedTouches: [end] }) => {
@@ -55,8 +60,9 @@ export function prepareDetail(on) {
 }
 
 // result: what the list knows of the item, or undefined. canLess: there is a search to subtract it from. groups: field
-// whose values are shown once each in lists. hides: tells whether a field is left out.
-export async function openDetail({ id, base, result, canLess, groups, hides, hasPrevious, hasNext }) {
+// whose values are shown once each in lists. hides: tells whether a field is left out. explain: returns a promise of what
+// matters to the result, or null. isExplained: it is wanted from the beginning.
+export async function openDetail({ id, base, result, canLess, groups, hides, explain, isExplained: isWanted, hasPrevious, hasNext }) {
   let isNew = false;
   if (shown?.id !== id || shown.base !== base) {
     shown = { id, base };
@@ -67,7 +73,9 @@ export async function openDetail({ id, base, result, canLess, groups, hides, has
     draw(result ?? { id }, hides);
     isNew = true;
   }
-  shown.result = result;
+  Object.assign(shown, { result, explain });
+  isExplained ??= isWanted;
+  drawWhy();
   drawJudgement();
   $("less").hidden = !canLess;
   $("previous").disabled = !hasPrevious;
@@ -92,8 +100,27 @@ export async function openDetail({ id, base, result, canLess, groups, hides, has
 }
 
 export function closeDetail() {
-  shown = null;
+  shown = isExplained = null;
   if (dialog.open) dialog.close();
+}
+
+async function drawWhy() {
+  const mine = shown, { result, explain } = mine, isOn = Boolean(explain) && isExplained, stage = $("stage");
+  $("why").hidden = !explain;
+  $("why").setAttribute("aria-pressed", isOn);
+  $("detail-map").hidden = $("detail-words").hidden = true;
+  drawLegend($("detail-legend"), false);
+  stage.classList.toggle("explaining", isOn && !result.explanation);
+  if (!isOn) return;
+  let fault = "";
+  const explanation = await explain().catch(({ message }) => (fault = message) && null);
+  if (shown !== mine || !isExplained) return;
+  stage.classList.remove("explaining");
+  if (fault) say(fault);
+  if (!explanation) return;
+  drawMap($("detail-map"), explanation);
+  drawWords($("detail-words"), explanation.words);
+  drawLegend($("detail-legend"), true, Boolean(explanation.words));
 }
 
 function judge(rating) {
@@ -114,16 +141,15 @@ function say(message) {
 function draw(item, hides) {
   const title = titleOf(item);
   $("detail-title").textContent = title;
-  const image = $("detail-image"), { width, height } = item;
-  image.alt = title;
-  image.classList.toggle("sized", Boolean(width && height)); // takes its place before it is loaded
-  image.style.setProperty("--width", `${width}px`);
-  image.style.setProperty("--ratio", width / height);
+  const frame = $("detail-frame"), { width, height } = item;
+  $("detail-image").alt = title;
+  frame.classList.toggle("sized", Boolean(width && height)); // takes its place before it is loaded
+  frame.style.setProperty("--width", `${width}px`);
+  frame.style.setProperty("--ratio", width / height);
   $("detail-category").textContent = item.category ?? "";
   $("detail-category").hidden = !item.category;
   $("detail-category").title = `Only the category “${item.category}”`;
   $("download").download = fileName(item);
-  drawWords($("detail-words"), item.explanation?.words);
   drawNear(item.folded ?? [], "Nearly the same");
   const facts = Object.entries(item.metadata ?? {}).filter(([name, value]) => !hides(name) && value !== null && value !== "" && !(Array.isArray(value) && !value.length));
   const similarity = item.score === undefined ? [] : [["Similarity", percent(item.score)]];

@@ -1,15 +1,16 @@
 // The list of images, which grows while it is scrolled, and the second list beside it.
 
 import { EMPTY, hasFilter, hasSubject } from "./address.js";
-import { makeCard, makeDivider, scaleOf } from "./cards.js";
+import { explainCard, makeCard, makeDivider, scaleOf } from "./cards.js";
 import { rememberCaption } from "./chips.js";
 import { markPlaces } from "./compare.js";
 import { drawLegend } from "./explain.js";
 import { nameResults } from "./feedback.js";
 import { fieldName, number, percent } from "./format.js";
 import { isSelected, toggleSelected } from "./selection.js";
-import { clearImages, loadPage } from "./service.js";
+import { clearImages, loadExplanation, loadPage } from "./service.js";
 
+const EXPLAINED = 8; // cards
 const LONGEST = 1.35; // of a frame's sides to each other
 
 const $ = (id) => document.getElementById(id);
@@ -19,11 +20,12 @@ const results = $("results"), nothing = $("nothing");
 // href, open, only: address of an item's detail view, and what a click does.
 let page = null;
 let list = emptyList();
+let urgent = null; // promise of an explanation
 
 const observer = new IntersectionObserver((entries) => entries.at(-1).isIntersecting && !page.isBusy() && growList(), { rootMargin: "600px" });
 
 function emptyList() {
-  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf({ results: [] }), frame: 1, hasLevels: false, count: 0, facts: "", groups: "", fitting: 0, isSorted: false, isDivided: false, isGrowing: false };
+  return { wanted: EMPTY, results: [], others: [], next: undefined, scale: scaleOf({ results: [] }), frame: 1, hasLevels: false, count: 0, facts: "", groups: "", fitting: 0, isSorted: false, isDivided: false, isGrowing: false, isExplained: false, left: new AbortController() };
 }
 
 export function prepareList(given) {
@@ -46,8 +48,9 @@ export function clearLists() {
   observer.unobserve($("more"));
   nothing.hidden = $("other").hidden = $("results-name").hidden = $("scores").hidden = true;
   document.body.classList.remove("beside");
-  drawLegend($("legend"), false, false);
+  drawLegend($("legend"), false);
   $("status").textContent = "";
+  list.left.abort();
   list = emptyList();
 }
 
@@ -58,8 +61,6 @@ export function drawList(found, wanted, groups) {
   const isSorted = hasSubject(wanted) && found.count !== undefined;
   list = { ...emptyList(), wanted, scale: scaleOf(found), frame: frameOf(found.results), count: found.count, groups, isSorted };
   list.hasLevels = isSorted || found.results.some(({ text_score: contained }) => contained !== undefined);
-  const explained = found.results.flatMap(({ explanation }) => explanation ?? []);
-  if (wanted.explain && hasSubject(wanted)) drawLegend($("legend"), explained.some(({ words }) => words), explained.length > 0);
   $("lists").style.setProperty("--frame", list.frame);
   append(found);
   if (hadFocus) results.focus({ preventScroll: true });
@@ -76,6 +77,48 @@ export function drawList(found, wanted, groups) {
     showNothing(`Nothing fits “${wanted.q}” well`, "These are the images that come nearest. Other words may find more.");
   }
 }
+
+// Explains the first cards of both lists, one after the other, so that the first is there at once; or no card.
+export async function explainLists(isWanted) {
+  const mine = list, { wanted, left: { signal } } = mine, isOn = isWanted && hasSubject(wanted);
+  if (isOn === mine.isExplained) return;
+  mine.isExplained = isOn;
+  drawLegend($("legend"), isOn, /\S\s+\S/.test(wanted.q));
+  if (!isOn) {
+    for (const node of document.querySelectorAll(".card:is(.explained, .explaining)")) explainCard(node, null);
+    return;
+  }
+  const waiting = [[results, list.results, wanted.in], [$("others"), list.others, wanted.beside]].flatMap(([place, shown, name]) => {
+    return [...place.querySelectorAll(".card")].slice(0, EXPLAINED).map((node, i) => ({ node, result: shown[i], name }));
+  });
+  for (const { node } of waiting) node.classList.add("explaining");
+  for (const { node, result, name } of waiting) {
+    try {
+      await urgent?.catch(() => {});
+      if (signal.aborted || !mine.isExplained) return;
+      explainCard(node, await explanationOf(result, wanted, page.base(name)));
+    } catch (reason) {
+      if (signal.aborted) return;
+      explainCard(node, null);
+      node.querySelector(".words").textContent = reason.message;
+      node.querySelector(".words").hidden = false;
+    }
+  }
+}
+
+function explanationOf(result, wanted, base) {
+  result.explaining ??= loadExplanation(wanted, base, result.id, list.left.signal).then(
+    (explanation) => (result.explanation = explanation),
+    (reason) => {
+      result.explaining = null; // to be asked for again
+      throw reason;
+    },
+  );
+  return result.explaining;
+}
+
+// Explains a result before those that wait.
+export const explainNow = (result, wanted, base) => (urgent = explanationOf(result, wanted, base));
 
 // Returns the number of first results that fit; all without a cut-off.
 function countFitting(shown, { cutoff }) {

@@ -11,7 +11,7 @@ import { drawControls, prepareControls, splitWithout } from "./controls.js";
 import { prepareCrop } from "./crop.js";
 import { closeDetail, openDetail, prepareDetail } from "./detail.js";
 import { drawFacets, prepareFacets } from "./facets.js";
-import { canGrow, clearLists, drawCompared, drawFacts, drawList, growList, itemsOf, prepareList, searchedIn, shownCount } from "./list.js";
+import { canGrow, clearLists, drawCompared, drawFacts, drawList, explainLists, explainNow, growList, itemsOf, prepareList, searchedIn, shownCount } from "./list.js";
 import { followScroll } from "./scrolling.js";
 import { clearSelection, drawSelection, prepareSelection } from "./selection.js";
 import { isInternal, listCollections, loadCatalogue, loadPage, saveKey, savedKey } from "./service.js";
@@ -67,10 +67,13 @@ async function show({ typed = false, restored = null } = {}) {
     if (name && !about(name)) return fail(`There is no gallery “${name}”.`);
   }
   if (listKey(state) !== drawn) await load({ typed, restored });
-  else if (running) { // another search, that the user has left again
-    stop();
-    drawFacts();
-    if (restored?.shown) scrollTo({ top: restored.top, behavior: "instant" });
+  else {
+    if (running) { // another search, that the user has left again
+      stop();
+      drawFacts();
+      if (restored?.shown) scrollTo({ top: restored.top, behavior: "instant" });
+    }
+    explainLists(state.explain);
   }
   drawDetail();
 }
@@ -94,17 +97,14 @@ async function load({ typed, restored }) {
   }, SLOW_MS);
   try {
     const first = loadPage(wanted, base(wanted.in), 0, signal);
-    const compared = async () => { // explanations are slow: run them one after the other
-      if (wanted.explain) await first;
-      return loadPage(wanted, base(wanted.beside), 0, signal);
-    };
-    const second = wanted.beside && hasSubject(wanted) ? compared().catch((reason) => reason) : null;
+    const second = wanted.beside && hasSubject(wanted) ? loadPage(wanted, base(wanted.beside), 0, signal).catch((reason) => reason) : null;
     const [found, other, { group_field: groups }] = await Promise.all([first, second, loadCatalogue(base(wanted.in))]);
     if (signal.aborted) return;
     drawn = listKey(wanted);
     error.hidden = $("key-form").hidden = true;
     drawList(found, wanted, groups);
     if (other) drawCompared(other, wanted);
+    explainLists(state.explain);
     await restore(restored, signal);
   } catch (reason) {
     if (hasTypedMore && !signal.aborted) drawFacts(); // the words that failed are no longer the typed ones
@@ -147,6 +147,8 @@ async function drawDetail() {
   const items = itemsOf(state.of), at = items.findIndex(({ id }) => id === state.show);
   openDetail({
     id: state.show, base: base(state.of || state.in), result: items[at], groups: about.group_field, hides: (name) => isInternal(name, about),
+    explain: hasSubject(state) && items[at] ? () => explainNow(items[at], state, base(state.of || state.in)) : null,
+    isExplained: state.explain,
     canLess: hasSubject(state) && isSearched(searchedIn(state.of || state.in)),
     hasPrevious: at > 0, hasNext: at >= 0 && (at + 1 < items.length || (!state.of && canGrow())),
   });

@@ -118,7 +118,7 @@ const canCount = (state, about) => about.fields.length > 0 && Boolean(state.q) &
 async function countFound(base, state, about, names) {
   const { filter } = state, fields = names.filter((name) => filter[name] !== undefined);
   const one = async (facets, left) => {
-    const options = { ...(await searchOptions({ ...state, filter: left, fold: false, explain: false }, base)), k: 1, facets };
+    const options = { ...(await searchOptions({ ...state, filter: left, fold: false }, base)), k: 1, facets };
     const found = await postJson(`${base}search/text`, { ...options, fields: [], query: state.q, sort: options.sort ?? about.fields[0].name });
     return found.count ? found.facets : {};
   };
@@ -176,8 +176,17 @@ async function searchOptions(state, base) {
 }
 
 async function search(state, base, offset, signal) {
-  const options = { ...(await searchOptions(state, base)), offset };
-  if (state.explain && !offset) options.explain = true;
+  return send(state, base, { ...(await searchOptions(state, base)), offset }, signal);
+}
+
+// Returns {relevance, fit, words} of one result of a search: see `drawMap` and `drawWords`.
+export async function loadExplanation(state, base, id, signal) {
+  const { hybrid, sort, fold, ...options } = await searchOptions(state, base);
+  const found = await send(state, base, { ...options, k: 1, filter: { id }, group_by: "", explain: true }, signal);
+  return found.results[0]?.explanation;
+}
+
+async function send(state, base, options, signal) {
   if (state.picture) return searchByImage(state, options, base, signal);
   return postJson(`${base}search/text`, state.q ? { ...options, query: state.q } : options, signal);
 }

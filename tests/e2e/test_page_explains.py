@@ -3,6 +3,7 @@
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.support.page import Page, until
@@ -14,37 +15,75 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     page.open(f"{site}/#q=a+red+square")
     page.settled(24)
     assert not page.one("#legend").is_displayed()
+    page.driver.execute_script("""
+        const whole = window.fetch;
+        window.held = [];
+        window.fetch = async (path, options) => {
+            if (window.held && options?.body?.includes?.('explain')) await new Promise((done) => window.held.push(done));
+            return whole(path, options);
+        };
+    """)
     page.one("#explain").click()
     until(lambda: page.one("#legend").is_displayed())
     page.settled(24)
     assert "explain=1" in page.driver.current_url
+    until(lambda: len(page.all("#results .explaining")) == 8)
+    page.driver.execute_script("held[0]()")
+    until(lambda: len(page.all("#results .explained")) == 1 and len(page.all("#results .explaining")) == 7)
+    page.driver.execute_script("const waiting = held; held = null; waiting.forEach((done) => done())")
+    until(lambda: len(page.all("#results .explained")) == 8 and not page.all("#results .explaining"))
     explained = page.all("#results .card.explained")
-    assert len(explained) == 8
-    drawn = [word.text.split() for word in explained[0].find_elements("css selector", ".words .word")]
+    drawn = explained[0].find_elements("css selector", ".words .word")
     found = httpx.post(f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}).json()
-    effects = found["results"][0]["explanation"]["words"]
-    assert [word for word, _ in drawn] == ["a", "red", "square"]
-    for (_, number), effect in zip(drawn, effects, strict=True):
-        assert int(number.replace("\N{MINUS SIGN}", "-")) == pytest.approx(100 * effect["effect"], abs=0.51)
-    rows, columns, opacities = page.driver.execute_script("""
-        const map = document.querySelector('#results .map');
-        const data = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
-        return [map.height, map.width, [...data].filter((_, i) => i % 4 === 3)];
+    effects = [each["effect"] for each in found["results"][0]["explanation"]["words"]]
+    assert [word.find_element("css selector", "b").text for word in drawn] == ["a", "red", "square"]
+    bars = [float(page.driver.execute_script("return arguments[0].style.getPropertyValue('--share')", w)) for w in drawn]
+    assert bars == pytest.approx([abs(effect) / max(map(abs, effects)) for effect in effects], abs=0.01)
+    says = [str(word.get_attribute("title")).split("” ")[1] for word in drawn]
+    assert says[effects.index(max(effects))] == "matters most"
+    assert [each == "speaks against" for each in says] == [e < -0.08 * max(map(abs, effects)) for e in effects]
+    relevance = np.array(found["results"][0]["explanation"]["relevance"])
+    opacities = page.driver.execute_script("""
+        const map = document.querySelector('#results .map'), side = map.width / 4;
+        const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);
+        const middle = (i) => 4 * (Math.floor((Math.floor(i / 4) + 0.5) * side) * map.width + Math.floor((i % 4 + 0.5) * side));
+        return [...Array(16).keys()].map((i) => data[middle(i) + 3]);
     """)
-    assert (rows, columns) == (4, 4), "one value per patch"
-    assert len(set(opacities)) > 3, "values differ"
-    assert max(opacities) < 0.6 * 255, "the image stays recognisable"
-    assert explained[0].find_element("css selector", "img").value_of_css_property("filter") == "none"
+    veil = np.array(opacities)
+    assert veil[relevance.argmax()] <= veil.min() + 5, "light falls on the part that matters most"
+    assert veil.max() < 0.7 * 255, "the image stays recognisable"
     legend = page.one("#legend").text
-    assert "this part of the image raises the percentage" in legend
-    assert "what it adds to the percentage" in legend
+    assert "this part of the image matters most" in legend
+    assert "how much a word matters" in legend
     explained[0].find_element("css selector", ".open").click()
-    until(lambda: page.one("#detail-words").is_displayed())
+    until(lambda: page.one("#detail-words").is_displayed() and page.one("#detail-map").is_displayed())
+    assert "matters most" in page.one("#detail-words").text
+    box = "return Object.values(arguments[0].getBoundingClientRect().toJSON())"
+    boxes = [page.driver.execute_script(box, page.one(name)) for name in ("#detail-map", "#detail-image")]
+    assert boxes[0] == pytest.approx(boxes[1], abs=0.5)
+    page.one("#why").click()
+    until(lambda: not page.one("#detail-map").is_displayed() and not page.one("#detail-words").is_displayed())
     page.driver.back()
     until(lambda: not page.one("#detail").is_displayed())
     page.one("#explain").click()
     until(lambda: not page.all("#results .explained"))
     assert not page.one("#legend").is_displayed()
+
+
+def test_an_image_is_explained_in_the_large_view(phone: Page, many: str) -> None:
+    page = phone
+    page.open(f"{many}/#q=a+red+square")
+    page.settled(24)[20].find_element("css selector", ".open").click()
+    until(lambda: page.one("#why").is_displayed())
+    assert not page.one("#detail-map").is_displayed()
+    page.driver.execute_script("document.getElementById('why').click()")
+    until(lambda: page.one("#detail-map").is_displayed() and page.one("#detail-words .word"))
+    page.one("#next").click()  # and the next one, too
+    until(lambda: not page.one("#detail-map").is_displayed())
+    until(lambda: page.one("#detail-map").is_displayed())
+    page.one("#close").click()
+    until(lambda: not page.one("#detail").is_displayed())
+    assert page.all(".explained") == []
 
 
 def test_an_untouched_model_explains_words_too(page: Page, many: str) -> None:

@@ -23,6 +23,9 @@ def test_the_page_reports_what_is_seen_opened_and_judged(page: Page, indexes: di
         cards = page.settled(24)
         shown = [card.get_attribute("data-id") for card in cards]
         until(lambda: len(events(log)) >= 4)  # after a second in view, and five more
+        page.one("#explain").click()
+        page.settled(24)
+        until(lambda: len(page.all(".explained")) == 8)
         page.all("#results .open")[1].click()
         until(lambda: page.one("#judge").is_displayed())
         page.one("#misfits").click()

@@ -73,6 +73,7 @@ def test_explained_photos_keep_their_shape_under_an_aligned_map(both: Page, phot
     plain = page.driver.execute_script(BOXES)
     page.open(f"{photos}/#q=cross&explain=1")
     page.settled(12)
+    until(lambda: len(page.all(".explained")) == 8)
     explained = [each for each in page.driver.execute_script(BOXES) if each["map"]["width"]]
     assert len(explained) == 8
     for each in explained:
@@ -114,6 +115,7 @@ def test_map_lies_on_the_square_that_the_model_sees(
 ) -> None:
     page.open(f"{photos}/#q=cross&explain=1")
     page.settled(12)
+    until(lambda: len(page.all(".explained")) == 8)
     page.driver.execute_script(
         "document.querySelectorAll('.map').forEach((map) => (map.dataset.fit = arguments[0]))", fit
     )
