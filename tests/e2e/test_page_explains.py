@@ -37,7 +37,9 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     found = httpx.post(f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}).json()
     effects = [each["effect"] for each in found["results"][0]["explanation"]["words"]]
     assert [word.find_element("css selector", "b").text for word in drawn] == ["a", "red", "square"]
-    bars = [float(page.driver.execute_script("return arguments[0].style.getPropertyValue('--share')", w)) for w in drawn]
+    bars = [
+        float(page.driver.execute_script("return arguments[0].style.getPropertyValue('--share')", w)) for w in drawn
+    ]
     assert bars == pytest.approx([abs(effect) / max(map(abs, effects)) for effect in effects], abs=0.01)
     says = [str(word.get_attribute("title")).split("” ")[1] for word in drawn]
     assert says[effects.index(max(effects))] == "matters most"
