@@ -19,7 +19,8 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
         const whole = window.fetch;
         window.held = [];
         window.fetch = async (path, options) => {
-            if (window.held && options?.body?.includes?.('explain')) await new Promise((done) => window.held.push(done));
+            const isHeld = window.held && options?.body?.includes?.('explain');
+            if (isHeld) await new Promise((done) => window.held.push(done));
             return whole(path, options);
         };
     """)
@@ -48,7 +49,8 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     opacities = page.driver.execute_script("""
         const map = document.querySelector('#results .map'), side = map.width / 4;
         const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);
-        const middle = (i) => 4 * (Math.floor((Math.floor(i / 4) + 0.5) * side) * map.width + Math.floor((i % 4 + 0.5) * side));
+        const centre = (place) => Math.floor((place + 0.5) * side);
+        const middle = (i) => 4 * (centre(Math.floor(i / 4)) * map.width + centre(i % 4));
         return [...Array(16).keys()].map((i) => data[middle(i) + 3]);
     """)
     veil = np.array(opacities)
