@@ -267,16 +267,16 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
 
 
 def test_a_local_folder_is_found_again_and_never_made(build: Build, tmp_path: Path) -> None:
-    from index_jobs.engines.qdrant.index import _connect, connect
+    from index_jobs.engines.qdrant.index import connect
 
     folder = str(tmp_path / "vectors")
     build(engine=f"qdrant={folder}")
     connect(folder).close()
-    _connect.cache_clear()  # as in another process
+    connect.cache_clear()  # as in another process
     artifact = open_current(tmp_path / "index")
     assert artifact.search(artifact.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(range(24))
     connect(folder).close()
-    _connect.cache_clear()
+    connect.cache_clear()
     Path(folder).rename(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match="with the vectors is missing"):
         open_current(tmp_path / "index")

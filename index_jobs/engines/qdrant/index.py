@@ -19,8 +19,8 @@ import numpy as np
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, MissingExtraError, StoreUnavailableError
-from index_jobs.engines.protocol import ScoredRows, merge_top_k
-from index_jobs.selection import Allowed, Selection
+from index_jobs.engines.protocol import ScoredRows
+from index_jobs.selection import Allowed
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -93,8 +93,7 @@ class QdrantIndex:
 
         from index_jobs.engines.qdrant.conditions import to_conditions
 
-        is_filtered = mask is not None and (isinstance(mask, Selection) or not mask.all())
-        conditions = to_conditions(mask, self._fields) if mask is not None and is_filtered else None
+        conditions = None if mask is None else to_conditions(mask, self._fields)
         parameters = None
         if not self._is_local:  # it has none
             rescoring = models.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING)
@@ -114,7 +113,7 @@ class QdrantIndex:
                 hits = response.points
                 rows[number, : len(hits)] = [hit.id for hit in hits]
                 scores[number, : len(hits)] = [hit.score for hit in hits]
-        return merge_top_k([scores], [rows], k)
+        return scores, rows
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
@@ -129,20 +128,15 @@ class QdrantIndex:
         return vectors
 
 
+@lru_cache
 def connect(location: str) -> "QdrantClient":
     """Return the client of a location; threads share it."""
-    return _connect(location, os.environ.get(API_KEY, ""), os.getpid())
-
-
-@lru_cache
-def _connect(location: str, key: str, process: int) -> "QdrantClient":
     try:
         from qdrant_client import QdrantClient
     except ImportError:
         raise MissingExtraError("vectors in Qdrant", "qdrant") from None
-
     if "://" in location:
-        return QdrantClient(location, api_key=key or None, timeout=_SECONDS, check_compatibility=False)
+        return QdrantClient(location, api_key=os.environ.get(API_KEY), timeout=_SECONDS, check_compatibility=False)
     place: dict[str, Any] = {"location": location} if location == ":memory:" else {"path": location}
     return call(lambda: QdrantClient(**place, force_disable_check_same_thread=True))
 
