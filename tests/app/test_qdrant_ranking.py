@@ -17,6 +17,7 @@ from app.search import Index
 from app.search.errors import SearchError
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
+from index_jobs.selection import Selection
 from index_jobs.store.changes import change_metadata
 from tests.support.parts import needs
 from tests.support.qdrant_server import running_server
@@ -193,3 +194,13 @@ def test_filters_are_conditions_and_no_lists_of_rows(
     assert '"key":"price","range":{"gt":6.0}' in sent[0]
     assert '"key":"brand","match":{"any":["lynx","12"]}' in sent[0]
     assert [ids[row] for row in built["should"][1]["has_id"]] == ["n3"], "its changed price fits"
+
+
+@pytest.mark.parametrize("condition", ["cheap", {"not": "cheap"}, {"gt": "c"}])
+def test_a_field_that_changed_its_type_is_matched_by_rows(condition: Any) -> None:
+    """All of its numbers were removed, and then it was given texts."""
+    from index_jobs.engines.qdrant.conditions import to_conditions
+
+    selection = Selection(lambda: np.array([True, False, False]), ({"price": condition},))
+    sent = to_conditions(selection, {"price": ["price", "int64"]}).model_dump(exclude_none=True)
+    assert sent == {"must": [{"has_id": [0]}]}

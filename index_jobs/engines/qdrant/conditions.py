@@ -37,7 +37,7 @@ def to_conditions(allowed: Allowed, fields: Mapping[str, Sequence[str]]) -> mode
     if isinstance(allowed, Selection):
         try:
             parts: list[Any] = [_all_of(filter, fields) for filter in allowed.filters]
-        except _NoCounterpartError:
+        except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
             return to_conditions(allowed.mask, fields)
         found = models.Filter(must=parts, must_not=[_rows(allowed.hidden)] if len(allowed.hidden) else None)
         return models.Filter(should=[found, _rows(allowed.added)]) if len(allowed.added) else found

@@ -71,15 +71,13 @@ class QdrantEngine:
 
         is_flat = spec.kind == "flat" or (spec.kind == "auto" and new.count <= _FLAT_UP_TO)
         keys = payload_keys(new.fields.column_names)
+        fields = {name: [keys[name], str(new.fields.schema.field(name).type)] for name in keys}
         location = QdrantLocation(
-            location=self._location,
+            location=self._location, count=new.count, dim=new.dim, fields=fields,
             collection=f"{collection_prefix(new.index)}_v{new.version}_{secrets.token_hex(4)}",
-            count=new.count,
-            dim=new.dim,
-            fields={name: [keys[name], str(new.fields.schema.field(name).type)] for name in keys},
             is_quantized=bool(self._quantization) and not is_flat,
             hnsw_ef=None if is_flat else self._settings.get("hnsw_ef", QdrantIndex.min_width),
-        )
+        )  # fmt: skip
         start = time.perf_counter()
         self._fill(location, new)
         seconds = time.perf_counter() - start
