@@ -12,7 +12,7 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api import feedback, page, schemas
-from app.api.feedback import noted
+from app.api.feedback import noted, search_and_note
 from app.api.image_urls import decode_base64
 from app.api.page import ThumbnailSize, thumbnail_response
 from app.api.requests import (
@@ -80,8 +80,7 @@ async def search_text(request: Request) -> Response:
 
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
-    results = await state_of(request).retriever.search(snapshot, query, image)
-    query_id = noted(request, query, results, has_image=image is not None)
+    results, query_id = await search_and_note(request, snapshot, query, image)
     return await make_response(lambda: search_response(request, results, query_id), result_chars(results))
 
 

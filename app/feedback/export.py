@@ -32,7 +32,7 @@ from index_jobs.store.artifact import Artifact
 
 METHOD = "position-based click model, by expectation maximization over pairs seen at several positions"
 MAX_WEIGHT = 10.0  # of a click
-_CLICKS = ("click", "save", "purchase")
+CLICKS = ("click", "save", "purchase")
 _FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
 _SKIPPED = 0.1  # of it, up to which a skipped image is a hard negative
 _MAX_NEGATIVES = 16  # texts of an image
@@ -238,7 +238,7 @@ class CodedLog:
         counts &= ~over
         width = len(self.items) + 1
         hit_key, event_key = self.hit_search * width + self.hit_item, events["search"] * width + events["item"]
-        is_click = np.isin(events["action"], _CLICKS)
+        is_click = np.isin(events["action"], CLICKS)
         clicked = np.isin(hit_key, event_key[is_click])
         seen = ~has_impressions[self.hit_search] | clicked | np.isin(hit_key, event_key[is_impression])
         position = self.hit_rank + 1

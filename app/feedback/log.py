@@ -19,6 +19,8 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from app.core.settings import Settings
 from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
 from app.feedback import store
+from app.feedback.compare import Compared
 from app.feedback.insights import summarize
 from app.feedback.store import EventRow
 from app.search.errors import UnavailableError
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 _FLUSH_S = 1.0
 _ROLL_S = 60.0
 _FRESH_S = 60.0  # of a summary
+_MEASURE_S = 600.0  # between two summaries for the metrics of a comparison
 _STORE_S = 10.0  # longest wait for the disk
 _MAX_AGE_S = 24 * 3600  # of a search, for events
 _RECENT = 10_000  # searches after which earlier ones are no longer kept with their results
@@ -53,6 +57,7 @@ _POOL, _POOL_S = 16, 60.0  # hashes for query ids that are made at once, and how
 _NONCE, _TIME, _MAC, _MACS = 7, 4, 12, 5
 
 
+_VOTES = "wins", "losses", "ties"
 _NO_IDS = 0.0, list[str]()
 
 
@@ -67,7 +72,7 @@ class FeedbackLog:
         self._recent, self._earlier = dict[str, tuple[str, tuple[str, ...]]](), dict[str, tuple[str, tuple[str, ...]]]()
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
-        self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int, bool]]()
+        self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int, bool, Compared | None]]()
         self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when they were made, and those left
         self._queries, self._events = list[tuple[Any, ...]](), list[EventRow]()  # `QueryRow`s
         self._waiting: list[asyncio.Future[bool]] = []
@@ -81,6 +86,13 @@ class FeedbackLog:
 
         self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", "kind")
         self._lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", "kind")
+        self.compared = counter("dcar_compared_total", "Searches that were compared with a candidate.", "outcome")
+        if settings.compare is not None:
+            votes, bounds = (
+                partial(self._comparison, names) for names in (("wins", "losses", "ties"), ("low", "high"))
+            )
+            metrics.add_gauge("dcar_compare_votes", "Votes of the comparison.", "outcome", votes)
+            metrics.add_gauge("dcar_compare_win_share", "Interval of the share of votes won.", "bound", bounds)
         self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", "reason")
 
     def start(self) -> None:
@@ -98,13 +110,15 @@ class FeedbackLog:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def note(
-        self, caller: str, collection: str | None, query: Query, results: SearchResults, *, has_image: bool
-    ) -> str:
+        self, caller: str, collection: str | None, query: Query, results: SearchResults, *, has_image: bool,
+        compared: Compared | None = None,
+    ) -> str:  # fmt: skip
         """Note a search, and return its query id.
 
         Args:
             caller: the name of the API key; "" without keys.
             collection: None for the default one.
+            compared: how the results were made, if they were compared with those of a candidate.
         """
         now = time.time()
         made, ids = self._ids.get(caller, _NO_IDS)
@@ -113,10 +127,18 @@ class FeedbackLog:
         query_id, text = ids.pop(), query.query
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
         found = results.matches, is_text, results.offset, results.version, results.nothing_fits
-        self._noted.append((query_id, now, collection, text, *found))
+        self._noted.append((query_id, now, collection, text, *found, compared))
         if len(self._noted) >= _BATCH:
             self._take_noted()
         return query_id
+
+    def draw(self, client: str, query: str) -> tuple[float, str]:
+        """Return a number from 0 to 1 that a client keeps, and the name of its draw for a query."""
+        of_client, of_query = (
+            hashlib.blake2b(text.encode(), key=self._secret, digest_size=8).hexdigest()
+            for text in (client, f"{client}\n{query}")
+        )
+        return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
     def _new_ids(self, caller: str, now: float) -> list[str]:
         ids, moment = list[str](), int(now).to_bytes(_TIME)
@@ -135,13 +157,13 @@ class FeedbackLog:
         """Make rows of the noted searches, whose results are known from here on."""
         noted, self._noted = self._noted, []
         is_hashed = not self._settings.feedback_texts
-        for query_id, now, collection, text, matches, is_text, offset, version, nothing_fits in noted:
+        for query_id, now, collection, text, matches, is_text, offset, version, nothing_fits, compared in noted:
             if is_hashed and text:
                 text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
             collection = collection or self._default_collection
             hits, kind = tuple([match.item.id for match in matches]), "text" if is_text else "other"
             facts = kind, offset, version, is_hashed, nothing_fits
-            self._queries.append((query_id, int(now * 1000), collection, text, hits, *facts))
+            self._queries.append((query_id, int(now * 1000), collection, text, hits, *facts, *(compared or ())))
             if len(self._recent) >= _RECENT:
                 self._recent, self._earlier = {}, self._recent
             self._recent[query_id] = collection, hits
@@ -242,17 +264,24 @@ class FeedbackLog:
             await asyncio.sleep(_ROLL_S)
             try:
                 await self._rolling.run(self._maintain)
+                if self._settings.compare is not None:
+                    await self.insights(self._default_collection, _MEASURE_S)
             except (OSError, DcarError) as error:
                 logger.warning("the feedback log cannot be rolled or pruned: %s", error)
 
-    async def insights(self, collection: str) -> dict[str, Any]:
-        """Return `insights.summarize` of a collection, at most a minute old."""
+    async def insights(self, collection: str, fresh_s: float = _FRESH_S) -> dict[str, Any]:
+        """Return `insights.summarize` of a collection, at most `fresh_s` old."""
         async with self._summary_lock:
-            made, summary = self._summaries.get(collection, (-_FRESH_S, {}))
-            if time.monotonic() - made >= _FRESH_S:
+            made, summary = self._summaries.get(collection, (-inf, {}))
+            if time.monotonic() - made >= fresh_s:
                 summary = await self._rolling.run(in_own_process, summarize, self._folder, collection)
                 self._summaries[collection] = time.monotonic(), summary
         return summary
+
+    def _comparison(self, names: Sequence[str]) -> list[tuple[str, float]]:
+        """Return values of the latest comparison in the last summary."""
+        _, summary = self._summaries.get(self._default_collection, (0.0, dict[str, Any]()))
+        return [(name, float(found[name])) for found in summary.get("comparisons", ())[:1] for name in names]
 
     def _maintain(self) -> None:
         if store.is_due(self._folder):

@@ -54,6 +54,10 @@ QUERY_SCHEMA = pa.schema(
                 "index_version": pa.int32(),
                 "is_hashed": pa.bool_(),
                 "nothing_fits": pa.bool_(),
+                "candidate": pa.string(),
+                "draw": pa.string(),
+                "teams": pa.string(),
+                "shared": pa.int32(),
             }
         ),
     }
@@ -89,6 +93,10 @@ class QueryRow(NamedTuple):
     version: int
     is_hashed: bool
     nothing_fits: bool = False
+    candidate: str | None = None  # this and the following: see `compare.Compared`
+    draw: str | None = None
+    teams: str | None = None
+    shared: int | None = None
 
     def in_ubi(self) -> dict[str, Any]:
         return {
@@ -104,6 +112,10 @@ class QueryRow(NamedTuple):
                 "index_version": self.version,
                 "is_hashed": self.is_hashed,
                 "nothing_fits": self.nothing_fits,
+                "candidate": self.candidate,
+                "draw": self.draw,
+                "teams": self.teams,
+                "shared": self.shared,
             },
         }
 

@@ -161,9 +161,15 @@ def open_snapshot(
     )  # fmt: skip
 
 
-def load_snapshot(index: Path, settings: Settings, loaded: Sequence[Snapshot] = (), is_empty: bool = False) -> Snapshot:
+def load_snapshot(
+    index: Path,
+    settings: Settings,
+    loaded: Sequence[Snapshot] = (),
+    is_empty: bool = False,
+    version: int | None = None,
+) -> Snapshot:
     """Open a snapshot and search it, which finds damage, converts the weights and reads what queries need."""
-    snapshot = open_snapshot(index, settings, loaded, is_empty)
+    snapshot = open_snapshot(index, settings, loaded, is_empty, version)
     encoder, artifact = snapshot.encoder, snapshot.artifact
     artifact.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
     _ = artifact.lexical, artifact.sample_vectors

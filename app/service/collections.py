@@ -38,7 +38,7 @@ _LOADING = "The model is being loaded."
 
 
 class ServedIndex:
-    """One published index and its live snapshot.
+    """One published index and its live snapshot: of a version, or of the one that is published.
 
     Attributes:
         live: the snapshot in use; None while the first one is loaded.
@@ -47,13 +47,16 @@ class ServedIndex:
         is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
 
-    def __init__(self, index: Path, collections: "Collections", *, is_created: bool = False) -> None:
+    def __init__(
+        self, index: Path, collections: "Collections", *, is_created: bool = False, version: int | None = None
+    ) -> None:
         self.index = index
         self.is_created = is_created
         self.live: Snapshot | None = None
         self.reason: str | None = _LOADING
         self.damage: str | None = None
         self._collections = collections
+        self._version = version
         self._failed_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
@@ -104,10 +107,10 @@ class ServedIndex:
             version, snapshot, started = None, None, time.perf_counter()
             try:
                 is_empty = self.is_created and await disk.run(current_version, self.index) is None
-                version = 0 if is_empty else await disk.run(require_index, self.index)
+                version = 0 if is_empty else self._version or await disk.run(require_index, self.index)
                 if self.live is None or not await disk.run(is_published, self.live, self.index, version):
                     snapshot = await run_in_new_thread(
-                        load_snapshot, self.index, collections.settings, collections.loaded, is_empty
+                        load_snapshot, self.index, collections.settings, collections.loaded, is_empty, self._version
                     )
             except ENDS:
                 raise
@@ -191,6 +194,10 @@ class Collections:
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
+        compared = settings.compare
+        self._pinned: ServedIndex | None = None  # a version that searches are compared with
+        if compared is not None and compared.version is not None:
+            self._pinned = ServedIndex(settings.index, self, version=compared.version)
         self._sync_lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
@@ -200,7 +207,15 @@ class Collections:
     @property
     def loaded(self) -> list[Snapshot]:
         """The live snapshots of all collections."""
-        return [index.live for _, index in self if index.live is not None]
+        pinned = [self._pinned] if self._pinned else []
+        return [index.live for index in (*self._indexes.values(), *pinned) if index.live is not None]
+
+    @property
+    def candidate(self) -> Snapshot | None:
+        """The version that DCAR_COMPARE names; None if it is not loaded."""
+        compared = self.settings.compare
+        served = self._pinned or (self._indexes.get(compared.candidate) if compared else None)
+        return served.live if served else None
 
     def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
         return iter([*self._indexes.items()])
@@ -247,12 +262,16 @@ class Collections:
         """Load every collection, one after the other, and begin to poll, in the background."""
         for _, index in self:
             index.start()
+        if self._pinned is not None:
+            self._pinned.start()
         if self.settings.collections_dir is not None:
             watch = supervise("collections watcher", self._watch, self.metrics)
             self._watcher = asyncio.create_task(watch, name="dcar-collections")
 
     async def close(self) -> None:
         await stop(self._watcher)
+        if self._pinned is not None:
+            await self._pinned.close()
         await asyncio.gather(*(index.close() for _, index in self))
         self.disk.shutdown(wait=False, cancel_futures=True)
         self.checker.shutdown(wait=False, cancel_futures=True)

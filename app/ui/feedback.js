@@ -45,7 +45,8 @@ export function report({ query_id, id, position }, action_name, more = {}) {
   sending ??= setTimeout(send, SEND_MS);
 }
 
-function clientId() {
+// Returns the name of this browser, which is made at its first use.
+export function clientId() {
   if (client) return client;
   const made = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   try {

@@ -1,0 +1,117 @@
+"""Compare the served ranking with a candidate's by the clicks of users.
+
+- Team-draft interleaving: in each round a coin says which ranking picks first; it adds its best result that is not
+  shown yet, and then the other does. Source: Radlinski, Kurup, Joachims, "How does clickthrough data reflect retrieval
+  quality?" (CIKM 2008). Results that both rank equally, from the first on, belong to no team [ours].
+- The coins of a client and a query are always the same: a repeated search shows the same page, and they have one vote,
+  the team of their first click. So a vote never changes, and votes are independent if the rankings are equally good.
+- The test may be read at any time: let the candidate win a vote with probability p. The likelihood under a mixture over
+  p, Beta(10, 10), divided by that under one p is a martingale if this p is true; it ever reaches 20 with a probability
+  of at most 5 %. The interval has all p where it has not. Sources: Robbins, "Statistical methods related to the law of
+  the iterated logarithm" (1970); Johari, Koomen, Pekelis, Walsh, "Always valid inference" (2022).
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import lgamma, log
+from random import Random
+from typing import Any, NamedTuple
+
+SERVED, CANDIDATE, NEITHER = "S", "C", "-"  # the teams of results
+_PRIOR = 10.0
+_LEVEL = 0.05
+_CLIENT_CAP = 100  # votes
+_STEPS = 40  # of a bisection
+
+
+class Compared(NamedTuple):
+    """What the log holds of a search that was compared.
+
+    candidate: its collection and version. draw: names the client, and the client with the query, by hashes. teams: one
+    letter for each result, "" if the candidate's were not shown. shared: results that are on the first pages of both.
+    """
+
+    candidate: str
+    draw: str
+    teams: str
+    shared: int
+
+
+def interleave(served: Sequence[str], candidate: Sequence[str], count: int, coins: Random) -> list[tuple[str, int]]:
+    """Return the team of each result to show, and its place in the ranking of the team."""
+    shown, seen = list[tuple[str, int]](), set[str]()
+    for place, (mine, other) in enumerate(zip(served[:count], candidate, strict=False)):
+        if mine != other:
+            break
+        shown.append((NEITHER, place))
+        seen.add(mine)
+    rankings = {SERVED: served, CANDIDATE: candidate}
+    rest, order = {team: iter(enumerate(ids)) for team, ids in rankings.items()}, list[str]()
+    while len(shown) < count and rest:
+        order = order or coins.sample([*rest], len(rest))
+        team = order.pop()
+        place = next((place for place, each in rest[team] if each not in seen), -1)
+        if place < 0:
+            del rest[team]
+            order = []
+            continue
+        shown.append((team, place))
+        seen.add(rankings[team][place])
+    return shown
+
+
+def interval(wins: int, losses: int) -> tuple[float, float]:
+    """Return the bounds of the share of votes that the candidate wins, valid at any time; level 95 %."""
+    mixture = _log_beta(_PRIOR + wins, _PRIOR + losses) - _log_beta(_PRIOR, _PRIOR)
+
+    def is_excluded(p: float) -> bool:
+        return mixture - wins * log(p) - losses * log(1 - p) >= -log(_LEVEL)
+
+    def bound(outside: float) -> float:
+        inside = (wins + 1e-9) / (wins + losses + 2e-9)
+        if not is_excluded(abs(outside - 1e-12)):
+            return outside
+        for _ in range(_STEPS):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if is_excluded(middle) else (middle, outside)
+        return outside
+
+    return bound(0.0), bound(1.0)
+
+
+def _log_beta(a: float, b: float) -> float:
+    return lgamma(a) + lgamma(b) - lgamma(a + b)
+
+
+@dataclass
+class Tally:
+    """The searches of one comparison, and the votes: the last one first."""
+
+    searches: int = 0
+    results: int = 0
+    shared: int = 0
+    votes: dict[str, str] = field(default_factory=dict)  # teams by draw
+
+    def add(self, shared: int, results: int) -> None:
+        self.searches += 1
+        self.shared, self.results = self.shared + shared, self.results + results
+
+    def summary(self) -> dict[str, Any]:
+        """Return the votes, the interval and the winner: "candidate", "served", or "" while there is none."""
+        of_client, counts = Counter[str](), Counter[str]()
+        for draw, team in reversed(self.votes.items()):
+            client, _, _ = draw.partition(".")
+            of_client[client] += 1
+            counts[team] += of_client[client] <= _CLIENT_CAP
+        low, high = interval(counts[CANDIDATE], counts[SERVED])
+        return {
+            "searches": self.searches,
+            "overlap": self.shared / max(1, self.results),
+            "wins": counts[CANDIDATE],
+            "losses": counts[SERVED],
+            "ties": counts[NEITHER],
+            "low": low,
+            "high": high,
+            "winner": "candidate" if low > 0.5 else "served" if high < 0.5 else "",
+        }
