@@ -9,7 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcar_core.data import Dataset
+from dcar_core.data import Dataset, load_split
+from dcar_core.evaluation.analysis import FIRST_STAGE
+from dcar_core.evaluation.comparison import compare
+from dcar_core.evaluation.tables import measures_rows
 from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, RerankConfig, TrainConfig
@@ -17,6 +20,7 @@ from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.towers.prompt_rows import PromptRows
 from dcar_core.training import second_stage
+from dcar_core.training.adapt import adapt
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.second_stage import train_second_stage
 from dcar_core.training.train import train
@@ -200,6 +204,30 @@ def test_an_image_tower_of_another_kind_is_refused(backbone: Backbone, monkeypat
     monkeypatch.undo()
     with pytest.raises(ModelError, match="query-prompts has prompts"):
         DCAR(backbone, replace(method("query-prompts"), rerank=RerankConfig(blocks=9)))
+
+
+@pytest.mark.slow
+def test_training_and_comparison_report_both_stages(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_stage, "WEIGHTS", (1.0,))  # whatever validation prefers
+    source, config = BackboneSource(str(tiny_model)), TrainConfig(epochs=1, batch_size=6)
+    done = adapt(tiny_data, source, tmp_path / "adapted", config, method="query-prompts")
+    assert done is not None
+    assert "adapted (query-prompts)" in done.verdict
+    assert "Among all" in done.verdict
+    model, fingerprint = load_checkpoint(tmp_path / "adapted")
+    assert (fingerprint, model.config.rerank.blocks) == (done.fingerprint, 2)
+    methods = ["clip", "query-prompts"]
+    results = compare(model.backbone, tiny_data, methods, 1, tmp_path / "compared", config, progress=False)
+    (run,) = results["methods"]["query-prompts"]["runs"]
+    loaded, _ = load_checkpoint(tmp_path / "compared" / run["run"], backbone=model.backbone)
+    split = prepare_split(load_split(tiny_data, "test")[0], loaded, for_training=False, progress=False)
+    assert evaluate(loaded, split) == run["test"]
+    by_vectors = evaluate(replace_weight(loaded, 0.0), split)["t2i_r1"]
+    assert run["measures"][FIRST_STAGE] == by_vectors
+    head, *rows = measures_rows(results)
+    assert [dict(zip(head, row, strict=True))[FIRST_STAGE] for row in rows] == ["-", f"{by_vectors:.1f}"]
 
 
 @pytest.mark.slow
