@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dcar_core.serving.pair_weights import PairWeights
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T", Pixels, Floats)
 
 MAX_PARTS = 6  # of a relevance map, in each direction
 _MAX_WORDS = 32  # of a query, of which the effect is measured
@@ -58,9 +60,13 @@ async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequen
     if not features:
         raise UnsupportedQueryError(_NO_IMAGES)
     if snapshot.encoder.state.reranks_by == "stage":
-        second = await compute.run("model", reranker.scores, text, np.stack(list(features.values())))
+
+        def score(chunk: list[Floats]) -> Awaitable[Floats]:
+            return compute.run("model", reranker.scores, text, np.stack(chunk))
+
+        second = await _in_chunks(compute, score, list(features.values()))
         first = {match.row: match.score for match in ranked}
-        scores = {row: first[row] + score for row, score in zip(features, second.tolist(), strict=True)}
+        scores = {row: first[row] + float(found) for row, found in zip(features, second, strict=True)}
     else:
         scores = await _scores_by_weights(compute, snapshot, reranker, text, features)
     for match in ranked:
@@ -145,7 +151,7 @@ async def _image_features(
 
 
 async def _in_chunks(
-    compute: Compute, encode: Callable[[list[Pixels]], Awaitable[Iterable[Floats]]], images: list[Pixels]
+    compute: Compute, encode: Callable[[list[T]], Awaitable[Iterable[Floats]]], images: list[T]
 ) -> list[Floats]:
     vectors: list[Floats] = []
     for start in range(0, len(images), _CHUNK):
