@@ -1,7 +1,8 @@
-"""`dcar train`, `dcar zero-shot` and `dcar evaluate`."""
+"""`dcar train`, `dcar retrain`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -14,6 +15,7 @@ from app.cli.options import example
 from dcar_core.model.config import GRID, TrainConfig
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.files import require_writable
+from index_jobs.spec import BuildOptions
 
 if TYPE_CHECKING:
     from dcar_core.training.finished import FinishedTraining
@@ -98,6 +100,33 @@ def train(
     )  # fmt: skip
     if done is not None:
         _report(out, done)
+
+
+@commands.command(epilog=example("dcar retrain --index index --pairs pairs", "dcar index rollback index"))
+def retrain(
+    index: options.IndexDir,
+    pairs: Annotated[
+        list[Path],
+        Option(
+            metavar="FILE",
+            help="Table with the columns caption and id or image, as `dcar feedback export` writes it, or its "
+            "directory; may be repeated.",
+        ),
+    ],
+    validation: Annotated[Path | None, Option(metavar="DATA", help="As of `dcar index build`.")] = None,
+    margin: Annotated[float, Option(min=0, max=1, help="As of `dcar index build`.")] = BuildOptions.margin,
+    device: options.Device = "auto",
+) -> None:
+    """Tune the served model on new pairs, and publish it with the index if it ranks better.
+
+    Only an adapter behind the text tower learns, in seconds; after `dcar train`, a build encodes the images again.
+    INDEX/retrain.json has the comparison. Exit status 6: not published.
+    """
+    started = time.perf_counter()
+    from index_jobs.jobs.retrain import retrain as run
+
+    summary = run(index, pairs, validation=validation, margin=margin, device=device, started=started)
+    typer.echo(f"{index}: {summary.to_text()}")
 
 
 @commands.command("zero-shot", epilog=example("dcar zero-shot --model ViT-B-32-quickgelu --out clip"))

@@ -291,8 +291,8 @@ def weigh(seen: Impressions, propensities: Propensities) -> Evidence:
 
 def _pairs(
     evidence: Evidence, log: CodedLog, images: "_Images", options: Options, report: Report
-) -> tuple[list[tuple[int, int]], dict[int, list[int]]]:
-    """Return the training pairs (item, text), and the texts that are wrong for an item."""
+) -> tuple[list[tuple[int, int, float]], dict[int, list[int]]]:
+    """Return the training pairs (item, text, relevance), and the texts that are wrong for an item."""
     usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
     enough = evidence.clicks >= options.min_clients
     best = np.zeros(len(log.texts))
@@ -319,7 +319,8 @@ def _pairs(
         texts = negatives.setdefault(int(evidence.item[place]), [])
         if len(texts) < _MAX_NEGATIVES:
             texts.append(int(evidence.text[place]))
-    return [(int(evidence.item[place]), int(evidence.text[place])) for place in chosen], negatives
+    relevance = evidence.relevance.round(3).tolist()
+    return [(int(evidence.item[each]), int(evidence.text[each]), relevance[each]) for each in chosen], negatives
 
 
 def _judged(
@@ -382,12 +383,12 @@ class _Images:
                 self._members[location] = {span.offset: name for name, span in spans.items()}
             tar = Path(location)
             self.root, location = str(tar.parent), f"{tar.name}/{self._members[location][offset]}"
-        return {"image": location, "caption": found.caption, "category": found.category}
+        return {"id": found.id, "image": location, "caption": found.caption, "category": found.category}
 
 
 def _write_pairs(
     path: Path,
-    pairs: Sequence[tuple[int, int]],
+    pairs: Sequence[tuple[int, int, float]],
     negatives: dict[int, list[int]],
     log: CodedLog,
     images: _Images,
@@ -395,10 +396,10 @@ def _write_pairs(
 ) -> None:
     texts, rows = log.texts.to_pylist(), list[dict[str, Any]]()
     wrong = {item: [texts[text] for text in found] for item, found in negatives.items()}
-    for item, text in pairs:
+    for item, text, relevance in pairs:
         more = {"negatives": wrong[item]} if item in wrong else {}
-        rows.append({**images.row(item), "caption": texts[text], **more})
-    for item in wrong.keys() - {item for item, _ in pairs}:
+        rows.append({**images.row(item), "caption": texts[text], "relevance": relevance, **more})
+    for item in wrong.keys() - {item for item, *_ in pairs}:
         row = images.row(item)
         if row["caption"]:
             rows.append({**row, "negatives": wrong[item]})

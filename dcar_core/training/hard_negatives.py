@@ -12,15 +12,15 @@ from copy import deepcopy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dcar_core.model.dcar import DCAR, FeatureAdapter
+from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import Recall, mean_r1, tower_features
 from dcar_core.util.arrays import Rows
 from dcar_core.util.retrieval_metrics import recall_at_k
 
-Adapters = tuple[FeatureAdapter, FeatureAdapter]  # of texts and of images
+Adapters = Sequence[nn.Module]  # of texts, and of images
 
 NEAREST = 30  # images of a caption from which its negatives are drawn
 NEGATIVES = 7
@@ -33,41 +33,44 @@ def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: Pre
     assert model.text_adapter is not None  # every method with this stage has both
     assert model.image_adapter is not None
     adapters = (model.text_adapter, model.image_adapter)
-    before = deepcopy(adapters)
-    with torch.enable_grad():
-        _learn(adapters, tower_features(model, training), training, float(model.backbone.scale), seed)
+    before, features = deepcopy(adapters), tower_features(model, training)
+    own, (right, _) = torch.from_numpy(training.image_of).to(features[0].device), training.right_answers()
+    nearest = nearest_wrong_images(model.adapt_text(features[0]), model.adapt_image(features[1]), right)
+    learn(adapters, features, own, nearest, float(model.backbone.scale), seed)
     after, found = deepcopy(adapters), tower_features(model, validation)
     recalls = dict[float, Recall]()
     for share in SHARES:
-        _interpolate(adapters, before, after, share)
+        interpolate(adapters, before, after, share)
         with torch.inference_mode():
             text, images = (adapt(features).cpu().numpy() for adapt, features in zip(adapters, found, strict=True))
         recalls[share] = recall_at_k(text, images, validation.image_of)
     best = max(SHARES, key=lambda share: mean_r1(recalls[share]))
-    _interpolate(adapters, before, after, best)
+    interpolate(adapters, before, after, best)
     return recalls[best]
 
 
-def _learn(
-    adapters: Adapters,
-    features: tuple[Tensor, Tensor],
-    split: PreparedSplit,
-    scale: float,
-    seed: int,
-) -> None:
-    """Minimise the cross-entropy of each caption's image among it and hard negatives.
+@torch.enable_grad()
+def learn(
+    adapters: Adapters, features: tuple[Tensor, Tensor], own: Tensor, nearest: Tensor, scale: float, seed: int,
+    *, weights: Tensor | None = None, epochs: int = EPOCHS,
+) -> None:  # fmt: skip
+    """Minimise the cross-entropy of each caption's image among it and hard negatives, in place.
 
-    features: of captions (N, E) and images (I, E), before the adapters. scale: 1 / tau.
+    Args:
+        features: of captions (N, E) and images (I, E), before the adapters.
+        own: int64 (N,), the image of each caption.
+        nearest: int64 (N, m), images from which its negatives are drawn.
+        scale: 1 / tau.
+        weights: (N,), of the captions.
     """
     (adapt_text, adapt_image), (texts, images) = adapters, features
-    own, (right, _) = torch.from_numpy(split.image_of).to(texts.device), split.right_answers()
-    nearest = nearest_wrong_images(adapt_text(texts), adapt_image(images), right)
     parameters = [*adapt_text.parameters(), *adapt_image.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-2)
-    for rows, candidates in hard_batches(own, nearest, optimizer, EPOCHS, np.random.default_rng(seed)):
+    for rows, candidates in hard_batches(own, nearest, optimizer, epochs, np.random.default_rng(seed)):
         shown, place = torch.unique(candidates, return_inverse=True)
         similarity = torch.einsum("be,bie->bi", adapt_text(texts[rows]), adapt_image(images[shown])[place])
-        loss = F.cross_entropy(scale * similarity, torch.zeros_like(rows))
+        losses = F.cross_entropy(scale * similarity, torch.zeros_like(rows), reduction="none")
+        loss = losses.mean() if weights is None else (weights[rows] * losses).mean()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -110,7 +113,8 @@ def nearest_wrong_images(texts: Tensor, images: Tensor, right: Sequence[Rows]) -
 
 
 @torch.no_grad()
-def _interpolate(adapters: Adapters, before: Adapters, after: Adapters, share: float) -> None:
+def interpolate(adapters: Adapters, before: Adapters, after: Adapters, share: float) -> None:
+    """Set the adapters to `share` of the way from `before` to `after`."""
     for own, start, end in zip(adapters, before, after, strict=True):
         for parameter, old, new in zip(own.parameters(), start.parameters(), end.parameters(), strict=True):
             parameter.copy_(old + share * (new - old))

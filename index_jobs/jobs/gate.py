@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
 from dcar_core.serving.score_cutoff import compute_cutoff, cutoff_of_words
-from dcar_core.util.arrays import Floats, Mask
+from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
@@ -56,6 +56,12 @@ _FILE_SCHEME = "file://"
 _AMBIGUOUS = -1  # instead of a row
 
 _ImageKey = str | tuple[str, int]  # a name, or a file and the offset of an image in it
+
+
+class TextEncoder(Protocol):
+    """An `Encoder`, as far as texts go."""
+
+    def encode_text(self, texts: Sequence[str], /) -> Floats: ...
 
 
 @dataclass(frozen=True)
@@ -201,9 +207,7 @@ def calibrate(
         return {}
     positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     vectors = encoder.encode_text(texts)
-    is_found = index.search(vectors, max(_RANKS))[1] == positions[:, None]
-    recall = {f"recall_at_{k}": round(float(is_found[:, :k].any(1).mean()), 4) for k in _RANKS}
-    cutoff = compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(positions))) | recall
+    cutoff = cutoff_of_pairs(index, vectors, positions)
     captions = [gallery.table["caption"][row].as_py() for row in rows[positions].tolist()]
     queries = [
         (text, vector, position)
@@ -217,7 +221,14 @@ def calibrate(
     return {"cutoff": cutoff, "hybrid_weight": weight}
 
 
-def calibrate_by_words(index: VectorIndex, encoder: Encoder) -> dict[str, Any]:
+def cutoff_of_pairs(index: VectorIndex | Artifact, vectors: Floats, rows: Rows) -> dict[str, Any]:
+    """Return the manifest's `cutoff` by the vectors of texts, and the rows of their images."""
+    is_found = index.search(vectors, max(_RANKS))[1] == rows[:, None]
+    recall = {f"recall_at_{k}": round(float(is_found[:, :k].any(1).mean()), 4) for k in _RANKS}
+    return compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(rows))) | recall
+
+
+def calibrate_by_words(index: VectorIndex, encoder: TextEncoder) -> dict[str, Any]:
     """Return the manifest's `cutoff` without pairs; nothing for a few items, whose scores say little."""
     if index.count < _MIN_ITEMS:
         return {}
@@ -228,9 +239,9 @@ def calibrate_by_words(index: VectorIndex, encoder: Encoder) -> dict[str, Any]:
 
 def compare(
     served: Artifact,
-    served_encoder: Encoder,
+    served_encoder: TextEncoder,
     rebuilt: Artifact,
-    rebuilt_encoder: Encoder,
+    rebuilt_encoder: TextEncoder,
     pairs: QueryPairs | None,
     margin: float = BuildOptions.margin,
 ) -> GateVerdict:
@@ -255,7 +266,7 @@ def compare(
     before_gains, before, pool = _measure(served, served_encoder, shared, rebuilt, with_words=has_weights)
     after_gains, after, _ = _measure(rebuilt, rebuilt_encoder, shared, served, with_words=has_weights)
     ids = [item_id for _, item_id in shared]
-    difference, visible = _difference(before_gains, after_gains, ids)
+    difference, visible = difference_of(before_gains, after_gains, ids)
     names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
     changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in names.items())
     value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
@@ -325,7 +336,7 @@ def _shared_rows(artifact: Artifact, other: Artifact) -> Mask:
 
 
 def _measure(
-    artifact: Artifact, encoder: Encoder, pairs: Sequence[tuple[str, str]], other: Artifact, *, with_words: bool
+    artifact: Artifact, encoder: TextEncoder, pairs: Sequence[tuple[str, str]], other: Artifact, *, with_words: bool
 ) -> tuple[Floats, dict[str, float], int]:
     """Search among the items of both indexes for the images of texts.
 
@@ -352,14 +363,19 @@ def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:
     return recalls | {f"{prefix}ndcg_at_{_DEPTH}": round(float(gains.mean()), 4)}
 
 
-def _difference(before: Floats, after: Floats, ids: list[str]) -> tuple[dict[str, float], float]:
+def difference_of(
+    before: Floats, after: Floats, ids: Sequence[str], weights: Floats | None = None
+) -> tuple[dict[str, float], float]:
     """Return the mean difference of gains with its interval, and the smallest difference that is not chance.
 
     That is half of the interval, but at least one image that is found by only one index.
     """
     _, image = np.unique(ids, return_inverse=True)
-    texts, sums = np.bincount(image).astype(np.float64), [np.bincount(image, gains) for gains in (after, before)]
-    hits = [Hits(texts, each.astype(np.float64), np.zeros(len(texts))) for each in sums]
+    weights = np.ones(len(image), np.float32) if weights is None else weights
+    texts, *sums = (
+        np.bincount(image, each).astype(np.float64) for each in (weights, weights * after, weights * before)
+    )
+    hits = [Hits(texts, each, np.zeros(len(texts))) for each in sums]
     estimate = compare_hits(*hits).difference["t2i_r1"]  # in points of a hundred
     values = {name: round(getattr(estimate, name) / 100, 4) for name in ("value", "low", "high")}
     return values, max((estimate.high - estimate.low) / 200, 1 / len(texts))

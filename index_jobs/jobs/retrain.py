@@ -1,0 +1,376 @@
+"""Retraining on pairs of texts and items, such as clicks: `dcar retrain`.
+
+- Only the adapter of text features is tuned [ours], for any model: what lies inside the towers stays as it is, and so
+  do the vectors of the items. Nothing but texts is encoded, and the new version shares all files with the served one
+  except its checkpoint; additions and removals stay.
+- A hash divides the texts: eight tenths are learned from, one tenth chooses how far to go from the served adapter
+  (WiSE-FT), and one tenth decides. The negatives of a text are the items that the index ranks highest for it.
+- Only what was shown can have been clicked. So the held-out pairs compare two models by the order that they give to
+  the first ten items of the served one [ours, after Sakai's condensed lists], each pair with its estimated relevance
+  as its weight. Among all items, every change would look worse.
+- A candidate is refused if it does not order the deciding pairs better by more than a standard error, or if it loses
+  more than the margin on the anchors: validation pairs, or without any the captions of the items.
+- The same command makes the same model. Pairs that the served model has learned from are not learned again.
+"""
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from dcar_core import Encoder
+from dcar_core.data.clean import fold_text
+from dcar_core.data.entries import label_text, required_text
+from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
+from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
+from dcar_core.model.dcar import DCAR
+from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
+from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.errors import DataError, GateError
+from dcar_core.util.files import canonical_json, write_json
+from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
+from index_jobs.gallery.scan import Gallery, absolute_locations
+from index_jobs.gallery.storage import WHOLE_FILE, open_location
+from index_jobs.jobs import gate
+from index_jobs.spec import BuildOptions
+from index_jobs.store import publish
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.manifest import CHECKPOINT, counted, utc_now
+from index_jobs.store.versions import open_current
+
+REPORT = "retrain.json"
+MIN_HELD_OUT = 20  # texts that choose, and as many that decide
+EPOCHS = 10
+MAX_PAIRS = 20_000  # evenly spread; each brings the vectors of its negatives into memory
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the change; the first wins a tie
+_SEED = 0
+_SHOWN = 10  # items of a page of results
+
+
+@dataclass(frozen=True)
+class ItemPairs:
+    """Texts, the rows of their items, int64 (N,), and what they count, float32 (N,)."""
+
+    texts: list[str]
+    rows: Rows
+    weights: Floats
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, places: Rows) -> "ItemPairs":
+        return ItemPairs([self.texts[place] for place in places.tolist()], self.rows[places], self.weights[places])
+
+    def divide(self) -> tuple["ItemPairs", "ItemPairs", "ItemPairs"]:
+        """Return the pairs to learn from, those that choose, and those that decide, by a hash of the text."""
+        digests = (hashlib.sha256(fold_text(text).encode()).digest() for text in self.texts)
+        tenths = np.array([int.from_bytes(digest[:4]) % 10 for digest in digests], np.int64)
+        learned, choosing, deciding = (
+            self.take(np.flatnonzero(each)) for each in (tenths > 1, tenths == 0, tenths == 1)
+        )
+        return learned, choosing, deciding
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainSummary:
+    """What came of a retraining, as in `retrain.json`."""
+
+    version: int  # the new one, or the one that stays published
+    published: bool = False
+    reason: str
+    pairs: int  # learned from
+    left_out: dict[str, int]  # pairs, by reason
+    share: float = 0.0  # of the change
+    gate: dict[str, dict[str, Any]] = field(default_factory=dict)  # `GateVerdict`s on held-out pairs and on anchors
+    seconds: dict[str, float]  # of each step
+
+    def to_text(self) -> str:
+        """Return the summary as a few lines for people."""
+        steps = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
+        lines = [
+            f"version {self.version} {'' if self.published else 'stays '}published: {self.reason}",
+            f"learned from {self.pairs:,} pairs, {self.share:.0%} of the change taken",
+            *(f"left out: {count:,} pairs {reason}" for reason, count in self.left_out.items()),
+            *(f"compared by {name}: {verdict['reason']}" for name, verdict in self.gate.items()),
+            f"seconds from the command to the swap: {sum(self.seconds.values()):.1f} ({steps})",
+        ]
+        return "\n".join(lines)
+
+
+def retrain(
+    index: Path, files: Sequence[Path], *, validation: Path | None = None, margin: float = BuildOptions.margin,
+    device: str = "auto", started: float | None = None,
+) -> RetrainSummary:  # fmt: skip
+    """Tune the served model on pairs, and publish a version with it if it ranks better.
+
+    Args:
+        files: tables with the columns caption and id or image, or directories with pairs.jsonl.
+        validation, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
+        started: `time.perf_counter()` at the start of the command.
+
+    Raises:
+        DataError: a file cannot be read, and the message names line and field; or there are too few pairs.
+        GateError: the candidate is not published; `retrain.json` in the index has its figures.
+    """
+    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+        run = _Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
+        summary = run.compare(files, validation, margin)
+        if summary.published:
+            summary = replace(summary, version=run.publish(staging, summary))
+        write_json(index / REPORT, asdict(summary))
+    if summary.gate and not summary.published:
+        raise GateError(f"not published: {summary.reason}; {index / REPORT} has the figures")
+    return summary
+
+
+def read_pairs(files: Sequence[Path], served: Artifact, gallery: Gallery) -> tuple[ItemPairs, dict[str, int]]:
+    """Return the pairs of items in the index, each once, and how many others there are, by reason.
+
+    An item is known by its id, or by its image's location or name in the gallery.
+    """
+    names, places, offsets = (gallery.table[name].to_pylist() for name in ("name", "location", "offset"))
+    live = np.flatnonzero(served.live).tolist()
+    by_name = dict(zip(names, live, strict=True))
+    by_name |= {place: row for place, offset, row in zip(places, offsets, live, strict=True) if offset == WHOLE_FILE}
+    found, texts, weights, unknown, repeated = dict[tuple[str, int], None](), list[str](), list[float](), 0, 0
+    for given in files:
+        file = given / "pairs.jsonl" if given.is_dir() else given
+        if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
+            kinds = ", ".join(sorted(RECORD_SUFFIXES))
+            raise DataError(f"{file} is not a table of pairs ({kinds}); `dcar feedback export` writes pairs.jsonl")
+        for line, row in read_records(str(file), partial(open_location, str(file))):
+            where = f"{file}, {'row' if file.suffix.lower() == '.parquet' else 'line'} {line}"
+            text, item_id = required_text(row, where, "caption"), label_text(row, where, "id")
+            weight = _weight(row, where)
+            image = next((name for name in IMAGE_COLUMNS if row.get(name)), "image")
+            number = served.row_of(item_id) if item_id else by_name.get(required_text(row, where, image))
+            if number is None:
+                unknown += 1
+            elif (fold_text(text), number) in found:
+                repeated += 1
+            else:
+                found[fold_text(text), number] = None
+                texts.append(text)
+                weights.append(weight)
+    rows = np.array([row for _, row in found], np.int64)
+    pairs, step = ItemPairs(texts, rows, np.array(weights, np.float32)), -(-len(texts) // MAX_PAIRS) or 1
+    kept = pairs.take(np.arange(0, len(pairs), step))
+    counts = {"not in the index": unknown, "repeated": repeated, f"beyond {MAX_PAIRS:,}": len(pairs) - len(kept)}
+    return kept, {reason: count for reason, count in counts.items() if count}
+
+
+def _weight(row: Mapping[str, Any], where: str) -> float:
+    """Return the relevance of a pair, 1 if the row has none."""
+    value = row.get("relevance")
+    try:
+        weight = 1.0 if value is None or value == "" else float(value)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not 0 < weight <= 1:
+        raise DataError(f"{where}: field 'relevance' must be a number above 0 and at most 1, not {value!r}")
+    return weight
+
+
+def _gallery_of(served: Artifact) -> Gallery:
+    """Return the live items of a version as a gallery."""
+    tables = [absolute_locations(segment.items.table(), segment.root) for segment in served.segments]
+    table = pa.concat_tables(tables)
+    names = served.column("file_name") if "file_name" in served.fields else table["location"]
+    table = table.append_column("name", names.cast(pa.string())).filter(pa.array(served.live))
+    return Gallery(served.manifest.spec.gallery, "", table, "", "")
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Encodes texts by their features before the adapter, and an adapter."""
+
+    features: Callable[[Sequence[str]], torch.Tensor]
+    adapter: nn.Module
+
+    def encode_text(self, texts: Sequence[str], /) -> Floats:
+        with torch.inference_mode():
+            vectors: Floats = self.adapter(self.features(texts)).cpu().numpy()
+        return vectors
+
+
+class _Retraining:
+    """One retraining of a served version: `compare`, then `publish`."""
+
+    def __init__(self, index: Path, served: Artifact, device: str, started: float) -> None:
+        self.index, self.served, self.live = index, served, np.flatnonzero(served.live)
+        self.seconds, self._last = dict[str, float](), started
+        self._lap("start")
+        self.encoder = Encoder.load(served.checkpoint, device=device)
+        served.require(self.encoder.fingerprint)
+        self.notes = dict(read_config(served.checkpoint).get("training", {}))
+        self.model = _with_text_adapter(self.encoder.model)
+        assert self.model.text_adapter is not None
+        self.before, self.after = (
+            _Texts(self._features, each) for each in (deepcopy(self.model.text_adapter), self.model.text_adapter)
+        )
+        self._bare, self._known = replace(self.encoder.state, text_adapter=None), dict[str, Floats]()
+        self.cutoff = served.manifest.cutoff
+        self._lap("load")
+
+    def _lap(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step], self._last = round(now - self._last, 2), now
+
+    def _features(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return the features of texts before the adapter, (n, E). Each text is encoded once."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
+            self._known.update(zip(new, self._bare.encode_text(self.encoder.runtime, new, 64), strict=True))
+        return torch.from_numpy(np.stack([self._known[text] for text in texts])).to(self.model.backbone.device)
+
+    def compare(self, files: Sequence[Path], validation: Path | None, margin: float) -> RetrainSummary:
+        """Learn, and compare with the served model; the summary says whether to publish."""
+        served, gallery = self.served, _gallery_of(self.served)
+        pairs, left_out = read_pairs(files, served, gallery)
+        learned, choosing, deciding = pairs.divide()
+        if (few := min(len({*each.texts}) for each in (choosing, deciding))) < MIN_HELD_OUT:
+            raise DataError(
+                f"{', '.join(map(str, files))}: {len({*pairs.texts}):,} texts of items in the index are too few: "
+                f"a tenth chooses, another decides, and each needs {MIN_HELD_OUT}, not {few}"
+            )
+        signature = hashlib.sha256(
+            canonical_json([pairs.texts, pairs.rows.tolist(), pairs.weights.tolist()])
+        ).hexdigest()
+        summary = RetrainSummary(
+            version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(learned),
+            left_out=left_out, seconds=self.seconds,
+        )  # fmt: skip
+        if self.notes.get("retrained", {}).get("pairs") == signature:
+            return summary
+        anchors = gate.find_pairs(gallery, validation)
+        rows = self.live[anchors.rows] if anchors else np.empty(0, np.int64)
+        anchored = ItemPairs(anchors.texts if anchors else [], rows, np.ones(len(rows), np.float32))
+        self._features([text for each in (learned, choosing, deciding, anchored) for text in each.texts])
+        self._lap("encode")
+        share = self._tune(learned, choosing, anchored, margin)
+        self._lap("learn")
+        verdicts = {"held-out pairs": self._decide(deciding, margin)}
+        if anchors:
+            verdicts[anchors.source] = gate.compare(served, self.before, served, self.after, anchors, margin)
+        if validation and "pairs" in self.cutoff:
+            self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
+        elif self.cutoff:
+            self.cutoff = gate.calibrate_by_words(served.segments[0].vectors, self.after).get("cutoff", self.cutoff)
+        self._lap("gate")
+        failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")
+        self.notes["retrained"] = {"pairs": signature, "from": self.encoder.fingerprint, "share": share}
+        return replace(
+            summary, published=all(verdict.passed for verdict in verdicts.values()), share=share,
+            reason=f"by {failed}, {verdicts[failed].reason}",
+            gate={name: asdict(verdict) for name, verdict in verdicts.items()},
+        )  # fmt: skip
+
+    def _tune(self, learned: ItemPairs, choosing: ItemPairs, anchors: ItemPairs, margin: float) -> float:
+        """Tune the adapter, and return the share of the change that is kept.
+
+        The choosing pairs decide among the shares with which the anchors lose no more than the margin.
+        """
+        features, adapter = self._features(learned.texts), self.after.adapter
+        shown, places = np.unique(
+            np.concatenate([learned.rows[:, None], self._nearest_wrong(learned)], 1), return_inverse=True
+        )
+        rows, images, weights = (
+            torch.from_numpy(each).to(features.device)
+            for each in (places.reshape(len(learned), -1), self.served.vectors(shown), learned.weights)
+        )
+        learn(
+            (adapter, nn.Identity()), (features, images), rows[:, 0], rows[:, 1:], float(self.model.backbone.scale),
+            _SEED, weights=weights / weights.mean(), epochs=EPOCHS,
+        )  # fmt: skip
+        tuned, gains = deepcopy(adapter), dict[float, list[float]]()
+        held = [(self._measure(each), each.weights) for each in (choosing, anchors) if len(each)]
+        for share in SHARES:
+            interpolate((adapter,), (self.before.adapter,), (tuned,), share)
+            gains[share] = [float(np.average(gain(self.after), weights=weights)) for gain, weights in held]
+        kept = [share for share in SHARES if gains[0.0][1:] <= [gain + margin for gain in gains[share][1:]]]
+        best = max(kept, key=lambda share: gains[share][0])
+        interpolate((adapter,), (self.before.adapter,), (tuned,), best)
+        return best
+
+    def _nearest_wrong(self, pairs: ItemPairs) -> Rows:
+        """Return the rows that the index ranks highest for each text, without those of its pairs: (N, m)."""
+        right = dict[str, set[int]]()
+        for text, row in zip(pairs.texts, pairs.rows.tolist(), strict=True):
+            right.setdefault(fold_text(text), set()).add(row)
+        most = max(map(len, right.values()))
+        count = min(NEAREST, len(self.live) - most)
+        if count < 1:
+            raise DataError("a text has every item of the index; there is nothing to tell apart")
+        found = self.served.search(self.before.encode_text(pairs.texts), count + most)[1].tolist()
+        wrong = [
+            [row for row in rows if row >= 0 and row not in right[fold_text(text)]][:count]
+            for text, rows in zip(pairs.texts, found, strict=True)
+        ]
+        return np.array([(rows * count)[:count] for rows in wrong], np.int64)  # a filtered graph may find fewer
+
+    def _measure(self, pairs: ItemPairs) -> Callable[[_Texts], Floats]:
+        """Return a function of encoders: the nDCG of each pair's item, (N,), among it and the first served items."""
+        found = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1]  # [N, _SHOWN]
+        rows = np.where(found < 0, pairs.rows[:, None], found)
+        shown, places = np.unique(np.concatenate([pairs.rows[:, None], rows], 1), return_inverse=True)
+        items, places = self.served.vectors(shown), places.reshape(len(pairs), -1)
+
+        def gains(texts: _Texts) -> Floats:
+            scores = np.einsum("ne,nke->nk", texts.encode_text(pairs.texts), items[places])
+            above = (scores[:, 1:] > scores[:, :1] + TIE_TOLERANCE).sum(1)
+            values: Floats = (1 / np.log2(2 + above)).astype(np.float32)
+            return values
+
+        return gains
+
+    def _decide(self, pairs: ItemPairs, margin: float) -> gate.GateVerdict:
+        """Compare both models by held-out pairs; the new one passes if it gains more than a standard error."""
+        gains = self._measure(pairs)
+        before, after = gains(self.before), gains(self.after)
+        difference, visible = gate.difference_of(before, after, [*map(fold_text, pairs.texts)], pairs.weights)
+        means = [{"ndcg": round(float(np.average(each, weights=pairs.weights)), 4)} for each in (before, after)]
+        value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+        reason = (
+            f"nDCG among the {_SHOWN} items shown {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over "
+            f"{len(pairs):,} pairs: {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+        )
+        return gate.GateVerdict(
+            reason, margin, value > 50 * visible, True, len(pairs), pool=_SHOWN, source="held-out pairs",
+            serving=means[0], rebuilt=means[1], difference=difference, visible=round(visible, 4),
+        )  # fmt: skip
+
+    def publish(self, staging: Path, summary: RetrainSummary) -> int:
+        """Publish the served version with the tuned model, and return its number."""
+        made, served = staging / "made", self.served
+        fingerprint = save_checkpoint(self.model, made, training=self.notes)
+        copy_checkpoint(made, staging / CHECKPOINT)
+        shutil.rmtree(made)
+        files = {name: info for name, info in served.manifest.files.items() if not name.startswith(f"{CHECKPOINT}/")}
+        shared = publish.share_files(served.path, staging, files)
+        manifest = replace(
+            served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff,
+            created=utc_now(), change=f"model retrained on {counted(summary.pairs, 'pair')}", origin="",
+        )  # fmt: skip
+        manifest = publish.publish_version(self.index, staging, manifest, shared=shared)
+        self._lap("publish")
+        return manifest.version
+
+
+def _with_text_adapter(model: DCAR) -> DCAR:
+    """Return a copy of a model on its backbone. If it has no adapter of text features, the copy has a neutral one."""
+    adapter = replace(model.config.adapter, text=True)
+    name = "clip-adapter" if model.config.method == "clip" else model.config.method
+    torch.manual_seed(_SEED)
+    made = DCAR(model.backbone, replace(model.config, method=name, adapter=adapter))
+    made.load_state_dict(dict(model.served()), strict=False)
+    return made.eval()

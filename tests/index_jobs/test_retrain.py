@@ -1,0 +1,163 @@
+"""Retraining on pairs: a model that ranks better is published with the same vectors, and any other is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.util.errors import DataError, GateError
+from index_jobs.jobs import retrain as module
+from index_jobs.jobs.retrain import REPORT, retrain
+from index_jobs.jobs.update import add, remove
+from index_jobs.rebuild import rebuild
+from index_jobs.store import publish
+from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import current_version, open_current
+from tests.support.commands import dcar
+from tests.support.updates import write_images
+
+WORDS = ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign", "stamp", "badge", "tile", "mark")
+
+
+def write_pairs(path: Path, gallery: Path, *, shuffled: bool = False) -> Path:
+    """Write twelve texts of each image, or of any image."""
+    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    pairs = [(f"{word} of {row['caption']}", str(gallery / row["file_name"])) for row in rows for word in WORDS]
+    images = [image for _, image in pairs]
+    if shuffled:
+        images = np.random.default_rng(0).permutation(images).tolist()
+    lines = [{"caption": text, "image": image} for (text, _), image in zip(pairs, images, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def pairs(tiny_gallery: Path, tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs.jsonl", tiny_gallery)
+
+
+def ranks_first(artifact: Artifact, pairs: Path) -> float:
+    """Return the share of texts whose image is the first result."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    vectors = Encoder.load(artifact.checkpoint, device="cpu").encode_text([row["caption"] for row in rows])
+    found = artifact.search(vectors, 1)[1][:, 0].tolist()
+    return float(
+        np.mean([artifact.image_location(hit)[0] == row["image"] for hit, row in zip(found, rows, strict=True)])
+    )
+
+
+@pytest.mark.slow
+def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
+    index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    before = ranks_first(open_current(index), pairs)
+    done = dcar("retrain", "--index", index, "--pairs", pairs, "--margin", 1, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{index}: version 2 published: by held-out pairs, nDCG among the 10 items shown ")
+    assert "seconds from the command to the swap: " in done.stdout
+    published = open_current(index)
+    published.verify()
+    report = json.loads((index / REPORT).read_text())
+    assert (report["published"], report["version"], report["share"] > 0) == (True, 2, True)
+    assert [*report["seconds"]] == ["start", "load", "encode", "learn", "gate", "publish"]
+    assert ranks_first(published, pairs) > before
+    assert Encoder.load(published.checkpoint, device="cpu").fingerprint == published.manifest.fingerprint
+    rebuild(tiny_gallery, published.checkpoint, tmp_path / "slow", progress=False)
+    slow, rows = open_current(tmp_path / "slow"), np.arange(published.rows)
+    assert slow.manifest.fingerprint == published.manifest.fingerprint
+    np.testing.assert_array_equal(slow.vectors(rows), published.vectors(rows))
+    again = retrain(index, [pairs], device="cpu")
+    assert (again.published, again.version, current_version(index)) == (False, 2, 2)
+    assert again.reason == "its model has learned from these pairs"
+
+
+def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
+    index: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    noise = write_pairs(tmp_path / "noise.jsonl", tiny_gallery, shuffled=True)
+    with pytest.raises(GateError, match=r"not published: by .*retrain\.json has the figures"):
+        retrain(index, [noise], device="cpu")
+    assert (current_version(index), [path.name for path in (index / "versions").iterdir()]) == (1, ["1"])
+    report = json.loads((index / REPORT).read_text())
+    assert (report["published"], report["gate"]["held-out pairs"]["compared"]) == (False, True)
+
+
+def test_a_killed_retraining_changes_nothing_and_is_repeated_alike(
+    index: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Path(shutil.copytree(index, tmp_path / "undisturbed"))
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "commit_version", kill)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(index, [pairs], margin=1, device="cpu")
+    assert (current_version(index), (index / REPORT).exists()) == (1, False)
+    for each in (index, undisturbed):
+        assert retrain(each, [pairs], margin=1, device="cpu").version == 2
+    assert open_current(index).manifest.fingerprint == open_current(undisturbed).manifest.fingerprint
+
+
+def test_additions_and_removals_stay(index: Path, pairs: Path, tmp_path: Path) -> None:
+    add(index, write_images(tmp_path / "more", "pink", "brown"), workers=0, progress=False, device="cpu")
+    gone = open_current(index).item(3).id
+    remove(index, [gone])
+    before = open_current(index)
+    summary = retrain(index, [pairs], margin=1, device="cpu")
+    after = open_current(index)
+    assert summary.left_out == {"not in the index": len(WORDS)}
+    assert (after.manifest.additions, after.manifest.removed, after.row_of(gone)) == (
+        before.manifest.additions,
+        1,
+        None,
+    )
+    assert after.row_of("pink") == before.row_of("pink")
+    rows = np.flatnonzero(after.live)
+    np.testing.assert_array_equal(before.vectors(rows), after.vectors(rows))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2: not JSON"),
+        ('{"caption": 3, "id": "a"}', r"line 2: field 'caption' must be text, not 3"),
+        ('{"id": "a"}', r"line 2: field 'caption' is missing"),
+        ('{"caption": "red"}', r"line 2: field 'image' is missing"),
+        ('{"caption": "red", "id": ["a"]}', r"line 2: field 'id' must be one text"),
+        ('{"caption": "red", "id": "a", "relevance": 0}', r"line 2: field 'relevance' must be a number above 0"),
+        ('{"caption": "red", "id": "a", "relevance": [1]}', r"line 2: field 'relevance' must be a number above 0"),
+        ('{"caption": "red", "id": "a"}', r"pairs\.jsonl: 1 texts of items in the index are too few"),
+    ],
+)
+def test_bad_pairs_are_named_by_file_line_and_field(
+    line: str, message: str, loaded: Callable[[list[Path]], object], tiny_gallery: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    first = {"caption": "a red square", "image": str(tiny_gallery / "square/red.png"), "relevance": 0.5}
+    path.write_text(f"{json.dumps(first)}\n{line}\n")
+    with pytest.raises(DataError, match=message):
+        loaded([path])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.jsonl", "none.jsonl is not a table"), ("pairs.txt", "not a table")]
+)
+def test_a_file_that_is_no_table_is_refused(
+    name: str, message: str, loaded: Callable[[list[Path]], object], tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.txt").touch()
+    with pytest.raises(DataError, match=message):
+        loaded([tmp_path / name])
+
+
+@pytest.fixture(scope="module")
+def loaded(published: Path) -> Callable[[list[Path]], object]:
+    """A function that reads pairs for an index, and refuses them as `retrain` does."""
+    run = module._Retraining(published, open_current(published), "cpu", 0.0)
+    return lambda files: run.compare(files, None, 0.0)
