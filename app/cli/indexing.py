@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from app.cli.options import Filter, example
+from app.cli.options import Device, Filter, IndexDir, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
@@ -155,6 +155,27 @@ def watch_command(
     from index_jobs.jobs.watch import watch
 
     watch(index, typer.echo, max_vanished=max_vanished, notify=notify, keep=keep, device=device, runtime=runtime)
+
+
+@commands.command("report", epilog=example("dcar index report --index index --out report.html"))
+def report_command(
+    index: IndexDir,
+    out: Annotated[Path, Option(dir_okay=False, help="Page to write, beside a Parquet file of every item.")],
+    threshold: Annotated[
+        float, Option("--duplicates-from", min=0, max=1, help="Least cosine of near-duplicates.")
+    ] = 0.95,
+    device: Device = "auto",
+) -> None:
+    """Report near-duplicates, captions that do not fit, categories that overlap, and pictures far from all."""
+    from dcar_core.util.files import require_writable
+    from index_jobs.jobs.report import write_report
+
+    require_writable(out.parent)  # before minutes are spent
+    for finding in write_report(index, out, threshold=threshold, device=device):
+        first = f", such as {finding.cases[0][1]}" if finding.total else ""
+        typer.echo(f"{finding.title}: {finding.total:,}{first}")
+    items = out.with_suffix(".parquet")
+    typer.echo(f"{out} shows them; all items: embedding-atlas {items} --text caption --vector vector")
 
 
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))

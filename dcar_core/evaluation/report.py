@@ -13,19 +13,9 @@ from dcar_core.evaluation.tables import Results, Rows, best_method, results_csv,
 from dcar_core.images import open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import DataError
+from dcar_core.util.html import html_page
 
 THUMBNAIL_SIZE = 96
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } .best { font-weight: 700; }
-svg { width: 100%; height: auto; overflow: visible; fill: currentColor; margin: 1rem 0; }
-figure { display: inline-flex; gap: .4rem; align-items: center; margin: .3rem 1.2rem .3rem 0; }
-figure img { width: 72px; height: 72px; object-fit: contain; background: #fff; border: 1px solid var(--line); }
-figcaption { max-width: 16rem; font-size: 13px; } details { margin: .6rem 0; } summary { cursor: pointer; }
-"""
 
 
 def write_report(results: Results, test_data: Dataset, out: Path) -> None:
@@ -46,17 +36,12 @@ def write_report(results: Results, test_data: Dataset, out: Path) -> None:
 
 def report_html(results: Results, image_url: Callable[[str], str]) -> str:
     """Return the page: each section with its plots, and examples. image_url: a data URL for the name of an image."""
-    title = escape(f"Retrieval on {results['data']}")
-    plots = _plots(results)
-    parts = [f"<h1>{title}</h1>"]
+    plots, parts = _plots(results), list[str]()
     for heading, notes, rows in sections(results):
         parts += [f"<h2>{escape(heading)}</h2>", *(f"<p>{escape(note)}</p>" for note in notes)]
         parts += [_table(rows, marks_best=heading == "Recall"), plots.get(heading, "")]
     parts.append(_confusions(results, image_url))
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
-    )
+    return html_page(f"Retrieval on {results['data']}", "".join(parts))
 
 
 def _plots(results: Results) -> dict[str, str]:
