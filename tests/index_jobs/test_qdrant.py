@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.parts import needs
+from tests.support.paths import ROOT
 from tests.support.qdrant_server import QdrantServer, qdrant_url, running_server
 from tests.support.updates import write_images
 from tests.support.versions import Build
@@ -281,6 +284,13 @@ def test_a_local_folder_is_found_again_and_never_made(build: Build, tmp_path: Pa
     with pytest.raises(ArtifactError, match="with the vectors is missing"):
         open_current(tmp_path / "index")
     assert not Path(folder).exists()
+
+
+@pytest.mark.slow
+def test_a_process_with_a_local_folder_ends_in_silence(tmp_path: Path) -> None:
+    code = f"from index_jobs.engines.qdrant.index import connect; connect({str(tmp_path / 'vectors')!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_version_of_an_engine_that_is_gone_is_to_be_rebuilt(

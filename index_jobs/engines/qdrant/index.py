@@ -6,6 +6,7 @@
   One process at a time can open a folder.
 """
 
+import atexit
 import json
 import os
 import time
@@ -135,10 +136,12 @@ def connect(location: str) -> "QdrantClient":
         from qdrant_client import QdrantClient
     except ImportError:
         raise MissingExtraError("vectors in Qdrant", "qdrant") from None
-    if "://" in location:
-        return QdrantClient(location, api_key=os.environ.get(API_KEY), timeout=_SECONDS, check_compatibility=False)
     place: dict[str, Any] = {"location": location} if location == ":memory:" else {"path": location}
-    return call(lambda: QdrantClient(**place, force_disable_check_same_thread=True))
+    if "://" in location:
+        place = {"url": location, "api_key": os.environ.get(API_KEY), "timeout": _SECONDS, "check_compatibility": False}
+    client = call(lambda: QdrantClient(**place, force_disable_check_same_thread=True))
+    atexit.register(client.close)  # later, the local mode could not
+    return client
 
 
 def call(function: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
