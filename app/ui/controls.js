@@ -47,14 +47,14 @@ export function drawControls() {
   drawSort();
   drawPicture(state);
   drawParts();
-  for (const node of $("examples").children) node.setAttribute("aria-pressed", node.value === state.q);
+  for (const node of $("examples").querySelectorAll("button")) node.setAttribute("aria-pressed", node.value === state.q);
   $("forget-key").hidden = !savedKey();
 }
 
 async function drawStart() {
   const name = page.state().in, described = await aboutCollection(page.base()).catch(() => null);
   if (!described || !page.isSearched(name)) return;
-  drawAbout(described);
+  drawAbout(described, page.base());
   drawSort();
 }
 

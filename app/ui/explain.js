@@ -1,7 +1,7 @@
 // Draws the explanations of the API: which parts of an image, and which words, matter to its score.
 
 const STRONG = 0.5, AGAINST = 0.65; // shares of the strongest part from which on a part has a frame
-const DARKEST = 0.62; // opacity of what does not matter
+const DARKEST = 0.55; // opacity of what does not matter
 const SIDE = 360; // pixels of a map
 const SLIGHT = 0.08, SOME = 0.4; // shares of the strongest word
 const SAYS = {

@@ -249,7 +249,10 @@ $("offer").addEventListener("click", ({ target }) => {
   go(splitWithout(state));
   $("form").classList.add("open"); // on a phone the box is hidden otherwise
 });
-$("examples").addEventListener("click", ({ target }) => target.value && go({ q: target.value }));
+$("examples").addEventListener("click", ({ target }) => {
+  const chosen = target.closest("button");
+  if (chosen) go({ q: chosen.value });
+});
 $("more-options").addEventListener("click", () => {
   $("more-options").setAttribute("aria-expanded", $("form").classList.toggle("open"));
 });

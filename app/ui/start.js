@@ -1,9 +1,15 @@
 // What the page offers before a search: examples, and the fields to sort by.
 
+import { markGround } from "./cards.js";
 import { fieldName } from "./format.js";
-import { browse, isEmoji, isInternal, loadCatalogue } from "./service.js";
+import { browse, clearImages, isEmoji, isInternal, loadCatalogue, showThumbnail } from "./service.js";
 
-const BUNDLED = ["crying cat", "red apple", "flag of japan", "woman running dark skin", "birthday", "angry"];
+const BUNDLED = [ // words and the image that they find, in pairs of which each finds its own
+  ["crying cat", "1f63f"], ["cat with tears of joy", "1f639"],
+  ["crescent moon", "1f319"], ["full moon", "1f315"],
+  ["woman running dark skin", "1f3c3-1f3ff-200d-2640"], ["man running light skin", "1f3c3-1f3fb-200d-2642"],
+];
+const SIDES = [192, 192]; // pixels of an example's image
 const LONGEST_EXAMPLE = 40; // characters
 
 const known = new Map(); // path of a collection -> promise of its catalogue and {examples}
@@ -23,18 +29,26 @@ async function load(base) {
   return { ...about, fields, examples: isEmoji(about) ? BUNDLED : examplesAmong((await browse(base, { k: 100 })).items) };
 }
 
-function examplesAmong(items) { // captions spread over the first items
-  const found = items.flatMap(({ caption, category }) => [caption, category].find((words) => words && words.length <= LONGEST_EXAMPLE) ?? []);
-  const fitting = [...new Set(found.map((words) => words.replace(/\s+/g, " ").trim()))];
-  const step = Math.max(1, Math.floor(fitting.length / BUNDLED.length));
-  return fitting.filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
+function examplesAmong(items) { // names of images, spread over the first items
+  const fitting = new Map(items.flatMap(({ id, caption, category, metadata }) => {
+    const words = [caption, metadata?.title, category].find((each) => typeof each === "string" && each && each.length <= LONGEST_EXAMPLE);
+    return words ? [[words.replace(/\s+/g, " ").trim(), id]] : [];
+  }));
+  const step = Math.max(1, Math.floor(fitting.size / BUNDLED.length));
+  return [...fitting].filter((_, i) => i % step === 0).slice(0, BUNDLED.length);
 }
 
 const $ = (id) => document.getElementById(id);
 
-export function drawAbout({ examples, fields }) {
-  $("examples").replaceChildren(...examples.map((words) => {
-    return Object.assign(document.createElement("button"), { type: "button", dir: "auto", textContent: words, value: words });
+export function drawAbout({ examples, fields }, base) {
+  clearImages($("examples"));
+  $("examples").append(...examples.map(([words, id]) => {
+    const button = Object.assign(document.createElement("button"), { type: "button", value: words });
+    const image = Object.assign(document.createElement("img"), { alt: "", width: 40, height: 40 });
+    image.addEventListener("load", () => markGround(image, image));
+    showThumbnail(image, base, id, SIDES, () => image.remove());
+    button.append(image, Object.assign(document.createElement("span"), { textContent: words, dir: "auto" }));
+    return button;
   }));
   $("examples").hidden = !examples.length;
   const chosen = $("sort").value;
