@@ -1,6 +1,7 @@
 """`dcar feedback export` and `forget`: training pairs and judged lists from the log; `dcar judge` measures by them."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,18 +63,24 @@ def forget_command(
     ),
 )
 def judge_command(
+    context: typer.Context,
     judgements: Annotated[
-        list[Path],
+        list[Path] | None,
         Argument(
             exists=True,
             dir_okay=False,
-            help="Tables of query, item_id and grade (0 to 3), perhaps query_id and class; or TREC qrels.",
+            help="Tables of query, item_id and grade (0 to 3), or TREC qrels. Without, --page asks about --queries.",
         ),
-    ],
+    ] = None,
+    *,
     index: IndexDir,
     version: Annotated[int | None, Option(min=1, help="Version of the index. Default: the current one.")] = None,
     against: Annotated[
-        str | None, Option(metavar="VERSION|DIR", help="Compare with a version of the index, or another index.")
+        str | None,
+        Option(
+            metavar="VERSION|DIR",
+            help="Compare with a version, another index, or a checkpoint, which encodes the gallery.",
+        ),
     ] = None,
     queries: Annotated[
         Path | None, Option(exists=True, dir_okay=False, help="Queries of qrels: lines of id, tab, text.")
@@ -81,10 +88,7 @@ def judge_command(
     hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
     run: Annotated[Path | None, Option(help="Write the results: as a TREC run, or all with grades as .csv.")] = None,
     qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,
-    page: Annotated[
-        Path | None,
-        Option(help="Write an HTML page that asks for missing grades, a key each."),
-    ] = None,
+    page: Annotated[Path | None, Option(help="Write an HTML page that asks for missing grades, a key each.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
@@ -92,31 +96,32 @@ def judge_command(
     Brackets are 95 % intervals over the queries, paired between two. Results without a judgement count as 0.
     """
     from app.feedback import judge
+    from app.feedback.judge_page import judge_page
     from dcar_core.data.judgements import read_judgements
     from dcar_core.util.files import atomic_writer, require_writable
 
     for path in filter(None, (run, qrels, page)):
         require_writable(path.parent)
-    judged = read_judgements(judgements, queries)
+    if not judgements and not (queries and page):
+        raise typer.BadParameter("give JUDGEMENTS, or --queries and --page to make some")
+    judged = read_judgements(judgements or [], queries)
     opened = [_open_version(index, version, device)]
     if against is not None:
         number = int(against) if against.isdecimal() else None
-        opened.append(_open_version(Path(against) if number is None else index, number, device))
+        opened.append(
+            _open_version(index, number, device) if number else _open_other(context, Path(against), index, device)
+        )
     runs = [judge.Run.of(each, name, judged, hybrid=hybrid) for each, name in opened]
-    if run is not None:
-        with atomic_writer(run) as file:
-            file.write(judge.write_run(runs, as_csv=run.suffix == ".csv").encode())
-    if qrels is not None:
-        with atomic_writer(qrels) as file:
-            file.write(judged.to_qrels().encode())
+    texts = {run: judge.write_run(runs, as_csv=run is not None and run.suffix == ".csv"), qrels: judged.to_qrels()}
     if page is not None:
-        from app.feedback.judge_page import judge_page
-
-        text, pairs = judge_page(runs)
-        with atomic_writer(page) as file:
-            file.write(text.encode())
+        texts[page], pairs = judge_page(runs)
         typer.echo(f"{page}: {pairs:,} results to judge")
-    typer.echo(judge.describe(runs))
+    for target, text in texts.items():
+        if target is not None:
+            with atomic_writer(target) as file:
+                file.write(text.encode())
+    if judgements:
+        typer.echo(judge.describe(runs))
 
 
 def _open_version(path: Path, version: int | None, device: str) -> tuple["Index", str]:
@@ -125,3 +130,20 @@ def _open_version(path: Path, version: int | None, device: str) -> tuple["Index"
 
     opened = Index.open(path, device=device, version=version)
     return opened, f"{path} version {opened.snapshot.version}"
+
+
+def _open_other(context: typer.Context, path: Path, index: Path, device: str) -> tuple["Index", str]:
+    """Return another index, or one of the same gallery that a checkpoint encodes, and its name."""
+    from dcar_core.model.checkpoint import is_checkpoint
+
+    if not is_checkpoint(path):
+        return _open_version(path, None, device)
+    from index_jobs.rebuild import rebuild
+    from index_jobs.store.versions import open_current
+
+    folder, manifest = Path(context.with_resource(TemporaryDirectory())), open_current(index).manifest
+    typer.echo(f"{path} encodes {manifest.count:,} images; an index by `dcar index build` would keep them", err=True)
+    spec = manifest.spec
+    options = {name: getattr(spec, name) for name in ("text_fields", "group_field", "max_failed", "exact")}
+    rebuild(spec.gallery.split(", "), path, folder, device=device, keep_shards=False, **options)
+    return _open_version(folder, None, device)[0], str(path)

@@ -42,10 +42,10 @@ class Run:
         """Search for every query. Raise DataError if a query has no words, or no judged item is in the index."""
         for query_id, text in judged.texts.items():
             if not normalize(text):
-                raise DataError(f"the query {query_id!r} has no words that can be searched; remove its judgements")
+                raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
         items = {item for graded in judged.grades.values() for item in graded}
         missing = sorted(item for item in items if index.snapshot.artifact.row_of(item) is None)
-        if len(missing) == len(items):
+        if items and len(missing) == len(items):
             raise DataError(f"no judged item is in {name}: {shorten(missing)}; item_id is the id of a search result")
         results = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
         shown = tqdm(results, name, total=len(judged.texts), unit="query", disable=None, leave=False)

@@ -3,7 +3,7 @@
 The service has another: it batches the model's work of all requests, and has caches and threads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
@@ -21,9 +21,13 @@ Place = Literal["search", "filter", "model", "load"]  # kinds of blocking work
 
 
 class Compute:
-    """What a search awaits; nothing else. chunk_turn: held while one chunk of many images is in the model's queue."""
+    """What a search awaits; nothing else. chunk_turn: held while one chunk of many images is in the model's queue.
+
+    encoded: vectors (E,) of normalized texts that were encoded before, in one batch.
+    """
 
     chunk_turn: AbstractAsyncContextManager[Any] = nullcontext()
+    encoded: Mapping[str, Floats] = {}
 
     async def texts(self, rows: Sequence[TextRow]) -> list[Floats]:
         """Return the vectors (E,) of normalized texts. Not cached."""
@@ -35,7 +39,10 @@ class Compute:
 
     async def query_texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
         """Return the vectors (E,) of normalized texts, each with True if it was cached."""
-        return [(vector, False) for vector in await self.texts([TextRow(snapshot.encoder, text) for text in texts])]
+        found = {**self.encoded}
+        new = [TextRow(snapshot.encoder, text) for text in texts if text not in found]
+        found |= {row.text: vector for row, vector in zip(new, await self.texts(new), strict=True)}
+        return [(found[text], False) for text in texts]
 
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
         """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
@@ -61,17 +68,3 @@ class Compute:
     def timed(self, stage: Stage) -> AbstractContextManager[None]:
         """Measure a stage of the search."""
         return nullcontext()
-
-
-class EncodedTexts(Compute):
-    """Has encoded the normalized texts of several queries in one batch."""
-
-    def __init__(self, snapshot: Snapshot, texts: Sequence[str]) -> None:
-        self._vectors = dict(
-            zip(texts, encode_text_rows([TextRow(snapshot.encoder, text) for text in texts]), strict=True)
-        )
-
-    async def query_texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
-        if not self._vectors.keys() >= {*texts}:
-            return await super().query_texts(snapshot, texts)
-        return [(self._vectors[text], False) for text in texts]

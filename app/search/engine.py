@@ -15,16 +15,17 @@ from pydantic import ValidationError
 
 from app.core.settings import Settings
 from app.search import pair_scoring
-from app.search.compute import Compute, EncodedTexts
+from app.search.compute import Compute
 from app.search.errors import InvalidQueryError
 from app.search.facets import Facet, count_facets
 from app.search.plan import Plan, compose, make_plan
-from app.search.query import Match, Query, SearchResults
+from app.search.query import Match, Query, SearchResults, normalize
 from app.search.rank import judge, rank
 from app.search.rows import filter_rows, group_field, mask_key, rank_groups, row_vectors
 from app.search.snapshots import Snapshot, open_snapshot
 from app.search.sorting import SortedMatches, sort_matches
 from dcar_core.serving import encoder_cache
+from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
 from index_jobs.selection import Allowed
@@ -210,7 +211,7 @@ class Index:
 
     def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
         self.snapshot = snapshot
-        self._settings = settings
+        self._settings, self._compute = settings, Compute()
 
     @classmethod
     def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "", version: int | None = None) -> "Index":
@@ -245,44 +246,30 @@ class Index:
             ImageError: the image cannot be read.
             SearchError: the search failed; an `InvalidQueryError` names the field.
         """
-        checked = _check_query(query, options)
+        try:
+            checked = Query(query=query, **options)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            field = ".".join(str(place) for place in fault["loc"]) or "query"
+            raise InvalidQueryError(field, fault["msg"].removeprefix("Value error, ")) from None
         try:
             data = Path(image).read_bytes() if isinstance(image, str | Path) else image
-            return self._search(Compute(), checked, data)
+            steps = search(self._compute, self.snapshot, checked, data, self._settings)
+            steps.send(None)  # it waits for nothing, so it needs no event loop
+        except StopIteration as end:
+            results: SearchResults = end.value
+            return results
         except (OSError, ImageError) as error:
             if isinstance(image, str | Path):
                 reason = error.strerror if isinstance(error, OSError) else error
                 raise ImageError(f"{image}: {reason}") from error
             raise
-
-    def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResults]:
-        """Yield the matches of each text, as `search` finds them; texts are encoded in batches.
-
-        Args:
-            options: the other fields of `Query`, for all.
-
-        Raises:
-            SearchError: a search failed.
-        """
-        for start in range(0, len(queries), _BATCH):
-            batch = [_check_query(query, options) for query in queries[start : start + _BATCH]]
-            compute = EncodedTexts(self.snapshot, [query.query for query in batch])
-            yield from (self._search(compute, query, None) for query in batch)
-
-    def _search(self, compute: Compute, query: Query, image: bytes | None) -> SearchResults:
-        try:
-            search(compute, self.snapshot, query, image, self._settings).send(None)  # it waits for nothing
-        except StopIteration as end:
-            results: SearchResults = end.value
-            return results
         raise RuntimeError("the search waits for something")
 
-
-def _check_query(query: str, options: dict[str, Any]) -> Query:
-    """Return a query. Raise InvalidQueryError, which names the field, for a wrong one."""
-    try:
-        return Query(query=query, **options)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        field = ".".join(str(place) for place in fault["loc"]) or "query"
-        raise InvalidQueryError(field, fault["msg"].removeprefix("Value error, ")) from None
+    def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResults]:
+        """Yield the matches of each text, as `search` finds them; the texts are encoded in batches."""
+        for start in range(0, len(queries), _BATCH):
+            batch = queries[start : start + _BATCH]
+            rows = [TextRow(self.snapshot.encoder, normalize(query)) for query in batch]
+            self._compute.encoded = {row.text: vector for row, vector in zip(rows, encode_text_rows(rows), strict=True)}
+            yield from (self.search(query, **options) for query in batch)

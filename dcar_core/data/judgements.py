@@ -60,7 +60,7 @@ def trec_id(name: str) -> str:
 
 
 def read_judgements(files: Sequence[Path], queries: Path | None = None) -> JudgedList:
-    """Return the judgements of all files.
+    """Return the judgements of all files. Without files, the queries have none yet.
 
     Args:
         queries: the texts of the queries of qrels.
@@ -68,9 +68,10 @@ def read_judgements(files: Sequence[Path], queries: Path | None = None) -> Judge
     Raises:
         DataError: a row cannot be used, or there is none. The message has a line for each such row, up to 20.
     """
-    faults, judged = list[str](), JudgedList()
+    faults = list[str]()
     parts = [] if queries is None else [line.partition("\t") for _, line in _lines(queries)]
     texts = {unquote(query_id.strip()): text.strip() for query_id, _, text in parts}
+    judged = JudgedList() if files else JudgedList(texts, {query_id: {} for query_id in texts})
     for file in files:
         for number, row in _read_rows(file, texts, faults):
             try:
@@ -81,7 +82,8 @@ def read_judgements(files: Sequence[Path], queries: Path | None = None) -> Judge
         rest = [f"{len(faults) - _SHOWN:,} more rows cannot be used"] * (len(faults) > _SHOWN)
         raise DataError("\n".join([*faults[:_SHOWN], *rest]))
     if not judged.texts:
-        raise DataError(f"{', '.join(map(str, files))} has no judgement: give rows of query, item_id and grade")
+        where = ", ".join(map(str, [*files, *[queries] * (queries is not None)])) or "nothing"
+        raise DataError(f"{where} has no judgement: give rows of query, item_id and grade")
     return judged
 
 

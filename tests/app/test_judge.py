@@ -131,6 +131,29 @@ def test_pairs_that_move_the_difference_most_come_first() -> None:
     assert [item for _, item in judge.order_unjudged([one])] == ["same", "only", "first"]
 
 
+@pytest.mark.slow
+def test_a_checkpoint_encodes_the_gallery_of_the_index(versions: Path, other_checkpoint: Path, tmp_path: Path) -> None:
+    table, found = write(tmp_path / "list.csv", [*ROWS]), []
+    for against in (2, other_checkpoint):
+        done = dcar("judge", table, "--index", versions, "--version", 1, "--against", against)
+        assert done.returncode == 0, done.stderr
+        found.append([line.split(" | ")[2:] for line in done.stdout.splitlines() if line.startswith("| all, 3 | ")])
+    assert found[0] == found[1] != []
+    assert f"{other_checkpoint} encodes 24 images" in done.stderr
+    assert done.stdout.splitlines()[-1].count(str(other_checkpoint)) == 1
+
+
+def test_queries_without_judgements_go_on_a_page(versions: Path, tmp_path: Path) -> None:
+    (tmp_path / "queries.tsv").write_text("q1\ta red circle\n")
+    page = tmp_path / "judge.html"
+    done = dcar("judge", "--queries", tmp_path / "queries.tsv", "--index", versions, "--page", page)
+    assert (done.returncode, done.stdout) == (0, f"{page}: 10 results to judge\n")
+    assert '["q1", "a red circle", ' in page.read_text()
+    done = dcar("judge", "--index", versions)
+    assert done.returncode == 2
+    assert "give JUDGEMENTS, or --queries and --page" in " ".join(done.stderr.split())
+
+
 def test_the_page_is_bounded_and_strangers_write_no_markup(
     versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +186,7 @@ def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: P
     with pytest.raises(DataError, match=r"no judged item is in this index: elsewhere; item_id is the id"):
         judge.Run.of(index, "this index", judged)
     judged.add({"query": "\u200b", "item_id": "circle/red.png", "grade": 1}, "")
-    with pytest.raises(DataError, match="has no words that can be searched; remove"):
+    with pytest.raises(DataError, match="has no words that can be searched; correct"):
         judge.Run.of(index, "this index", judged)
     table = write(tmp_path / "list.csv", [*ROWS])
     for given, message in (
