@@ -77,6 +77,7 @@ class GroupField:
     """The groups of all rows.
 
     Attributes:
+        name: of the field.
         codes: number of each row's group, int64 (rows,).
         values: value of each numbered group; rows without a value have higher numbers.
         counts: number of live rows of each numbered group.
