@@ -9,6 +9,7 @@ const SHOWN = 8; // values of a field until "Show all"
 const REST_MS = 250; // without another letter until the search is counted
 
 const $ = (id) => document.getElementById(id);
+const ranges = new Map(); // name of a field -> its section, which is kept so that typing in it goes on
 const expanded = new Set(); // names of fields whose values are all shown
 let shown = { base: null, key: null, filter: {}, facets: [] };
 let toggle = null;
@@ -47,9 +48,11 @@ function draw() {
   const known = new Set(facets.map(({ name }) => name));
   const others = Object.entries(filter).filter(([name]) => !known.has(name)).map(([name, value]) => ({ name, values: [{ value }] }));
   const had = document.activeElement?.dataset?.value;
-  $("facets").replaceChildren(...[...others, ...facets].map(({ name, values, range }) => {
+  const place = $("facets"), sections = [...others, ...facets].map(({ name, values, range }) => {
     return range ? drawRange(name, range, filter[name]) : drawField(name, values, isActive);
-  }));
+  });
+  for (const each of [...place.children]) if (!sections.includes(each)) each.remove();
+  sections.forEach((each, at) => place.children[at] !== each && place.insertBefore(each, place.children[at] ?? null));
   if (had) [...$("facets").querySelectorAll("[data-value]")].find((node) => node.dataset.value === had)?.focus();
   $("active-filters").textContent = Object.entries(filter).map(([name, value]) => `${fieldName(name)}: ${conditionName(value)}`).join(", ");
   $("filters").hidden = !facets.length && !hasFilter({ filter });
@@ -63,19 +66,26 @@ function drawSection(name, content) {
 
 // range: the least and the greatest value of the gallery.
 function drawRange(name, range, chosen) {
-  const place = Object.assign(document.createElement("div"), { className: "range" });
-  const [least, most] = ["Least", "Greatest"].map((which, at) => {
-    const input = Object.assign(document.createElement("input"), { type: "number", step: "any", inputMode: "decimal", placeholder: range[at] });
+  if (!ranges.has(name)) ranges.set(name, makeRange(name));
+  [...ranges.get(name).querySelectorAll("input")].forEach((input, at) => {
+    input.placeholder = range[at];
+    if (input !== document.activeElement) input.value = (at ? chosen?.lte ?? chosen?.lt : chosen?.gte ?? chosen?.gt) ?? "";
+  });
+  return ranges.get(name);
+}
+
+function makeRange(name) {
+  const place = Object.assign(document.createElement("div"), { className: "between" });
+  const inputs = ["Least", "Greatest"].map((which) => {
+    const input = Object.assign(document.createElement("input"), { type: "number", step: "any", inputMode: "decimal" });
     input.ariaLabel = `${which} ${fieldName(name).toLowerCase()}`;
-    input.dataset.value = `${name} ${which}`;
-    input.value = (at ? chosen?.lte ?? chosen?.lt : chosen?.gte ?? chosen?.gt) ?? "";
     input.addEventListener("change", () => {
-      const [gte, lte] = [least, most].map(({ value }) => (value === "" ? undefined : Number(value)));
+      const [gte, lte] = inputs.map(({ value }) => (value === "" ? undefined : Number(value)));
       toggle(name, gte === undefined && lte === undefined ? undefined : { gte, lte });
     });
     return input;
   });
-  place.append(least, " – ", most);
+  place.append(inputs[0], " – ", inputs[1]);
   return drawSection(name, place);
 }
 

@@ -106,7 +106,7 @@ export async function loadFacets(base, state) {
     const [first, last] = [values[0]?.value?.gte, values.at(-1)?.value?.lte];
     return first === undefined ? [] : [[name, [first, last]]];
   }));
-  const found = hasSubject(state) && canCount(state, about) ? await countFound(base, state, about, whole.map(({ name }) => name)) : null;
+  const found = whole.length && hasSubject(state) && canCount(state, about) ? await countFound(base, state, about, whole.map(({ name }) => name)) : null;
   const facets = found ?? (hasFilter(state) ? await loadAllFacets(base, state.filter) : whole);
   const isActive = ({ name, values }) => values.length || state.filter[name] !== undefined;
   return facets.map((facet) => ({ ...facet, range: ranges.get(facet.name) })).filter(isActive);

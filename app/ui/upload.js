@@ -8,8 +8,16 @@ export const images = new Map(); // name -> {file, url}
 const NEEDED = 1024; // pixels of the longer side of what is searched: more than any model sees
 const QUALITY = 0.92;
 
-// Returns an image file for a search by its part `crop`, or by all of it: smaller if that saves bytes, and upright.
-export async function shrink(file, crop) {
+const shrunk = new WeakMap(); // file -> {part, image}: what was sent of it last
+
+// Returns a promise of an image file for a search by the part `crop`, or by all of it: smaller if that saves bytes, and upright.
+export function shrink(file, crop) {
+  const part = JSON.stringify(crop ?? null);
+  if (shrunk.get(file)?.part !== part) shrunk.set(file, { part, image: makeSmall(file, crop) });
+  return shrunk.get(file).image;
+}
+
+async function makeSmall(file, crop) {
   let bitmap = null;
   try {
     bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });

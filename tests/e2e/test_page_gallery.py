@@ -145,18 +145,20 @@ def test_cards_have_the_chosen_size_and_the_whole_window(page: Page, large: str)
 
 def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: str) -> None:
     def enter(place: int, number: str) -> None:
-        page.all(".range input")[place].send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB)
+        page.all(".between input")[place].send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB)
 
     page.open(large)
-    until(lambda: len(page.all(".range input")) == 2)
-    assert [each.get_attribute("placeholder") for each in page.all(".range input")] == ["0", str(COUNT - 1)]
-    enter(0, "100")
+    until(lambda: len(page.all(".between input")) == 2)
+    assert [each.get_attribute("placeholder") for each in page.all(".between input")] == ["0", str(COUNT - 1)]
+    enter(0, "100")  # and goes on to the next field
+    page.driver.switch_to.active_element.send_keys("9")
     until(lambda: page.one("#status").text == f"{COUNT - 100} images")
+    assert page.all(".between input")[1].get_attribute("value") == "9", "typing goes on"
     enter(1, "109.5")
     until(lambda: page.one("#status").text == "10 images")
     page.open(page.driver.current_url)  # as a shared link
-    until(lambda: page.one("#status").text == "10 images" and len(page.all(".range input")) == 2)
-    assert [each.get_attribute("value") for each in page.all(".range input")] == ["100", "109.5"]
+    until(lambda: page.one("#status").text == "10 images" and len(page.all(".between input")) == 2)
+    assert [each.get_attribute("value") for each in page.all(".between input")] == ["100", "109.5"]
     for place in (0, 1):
         enter(place, "")
     until(lambda: page.one("#status").text == f"{COUNT} images")
