@@ -2,9 +2,11 @@
 
 import asyncio
 import importlib
+import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -114,6 +116,26 @@ async def test_responses_after_an_open_loop_are_not_in_its_rate(monkeypatch: pyt
     server.close()
     assert len(tally.good) == 2
     assert tally.rate * tally.seconds == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+    gallery = Path(shutil.copytree(tiny_gallery, tmp_path / "gallery"))
+    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"id": row["file_name"], "category": row["caption"], "attributes": [row["color"], row["category"]]}
+    (gallery / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script, options = ROOT / "benchmarks" / "loop.py", ("--weeks", 2, "--searches", 600, "--queries", 40)
+    done = commands.run(
+        script, *options, "--model", tiny_model, "--gallery", gallery, environment={"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    *said, last = done.stdout.splitlines()
+    hits = json.loads(last)
+    assert [*hits] == ["on", "off"]
+    assert all(len(weeks) == 2 and all(0 <= hit <= 100 for hit in weeks) for weeks in hits.values())
+    assert [line.partition(" ")[0] for line in said[1:]] == ["hostile", "propensities:", "a"]
+    assert done.stderr.count("hostile, week ") == 4
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
