@@ -37,6 +37,7 @@ def test_the_page_reports_what_is_seen_opened_and_judged(page: Page, indexes: di
         page.driver.get("about:blank")  # which sends the rest
         until(lambda: [each["action_name"] for each in events(log)][-3:] == ["click", "judge", "judge"])
         assert page.errors() == []
+    assert len(store.read_log(log)[0]) == 1, "explanations and counts are no searches"
     found = events(log)
     seen = [each["event_attributes"] for each in found if each["action_name"] == "impression"]
     assert [shown[each["position"]["ordinal"] - 1] for each in seen] == [
