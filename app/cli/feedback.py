@@ -67,24 +67,14 @@ def judge_command(
     judgements: Annotated[
         list[Path] | None,
         Argument(
-            exists=True,
-            dir_okay=False,
-            help="Tables of query, item_id and grade (0 to 3), or TREC qrels. Without, --page asks about --queries.",
+            help="Tables of query, item_id and grade (0 to 3), or TREC qrels. Without, --page asks about --queries."
         ),
     ] = None,
     *,
     index: IndexDir,
     version: Annotated[int | None, Option(min=1, help="Version of the index. Default: the current one.")] = None,
-    against: Annotated[
-        str | None,
-        Option(
-            metavar="VERSION|DIR",
-            help="Compare with a version, another index, or a checkpoint, which encodes the gallery.",
-        ),
-    ] = None,
-    queries: Annotated[
-        Path | None, Option(exists=True, dir_okay=False, help="Queries of qrels: lines of id, tab, text.")
-    ] = None,
+    against: Annotated[str | None, Option(help="Compare with a version, an index, or a checkpoint.")] = None,
+    queries: Annotated[Path | None, Option(help="Queries of qrels: lines of id, tab, text.")] = None,
     hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
     run: Annotated[Path | None, Option(help="Write the results: as a TREC run, or all with grades as .csv.")] = None,
     qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,

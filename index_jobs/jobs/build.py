@@ -318,7 +318,7 @@ class _Build:
         else:
             verdict = gate.compare(self.served, served_encoder, staged, self.encoder, self.pairs, options.margin)
             if self.judged:
-                verdict = gate.add_judged(verdict, self.judged, self.served, served_encoder, staged, self.encoder)
+                verdict = gate.add_judged(verdict, self.judged, (self.served, served_encoder), (staged, self.encoder))
         if not verdict.passed and not options.force:
             remedy = "its vectors are kept, so --force publishes it without encoding again"
             if not options.keep_shards:

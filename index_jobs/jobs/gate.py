@@ -285,26 +285,20 @@ def compare(
     )  # fmt: skip
 
 
-def add_judged(
-    verdict: GateVerdict,
-    judged: JudgedList,
-    served: Artifact,
-    served_encoder: Encoder,
-    rebuilt: Artifact,
-    rebuilt_encoder: Encoder,
-) -> GateVerdict:
-    """Return a verdict that also compares the nDCG of a judged list, by the margin of the other measures."""
-    known = {
-        query_id: {
-            item: grade for item, grade in grades.items() if None not in (served.row_of(item), rebuilt.row_of(item))
+def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, Encoder]) -> GateVerdict:
+    """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin."""
+    artifacts, queries = [artifact for artifact, _ in sides], list[tuple[str, dict[str, int]]]()
+    for query_id, text in judged.texts.items():
+        known = {
+            item: grade
+            for item, grade in judged.grades[query_id].items()
+            if None not in [each.row_of(item) for each in artifacts]
         }
-        for query_id, grades in judged.grades.items()
-    }
-    queries = [(judged.texts[query_id], grades) for query_id, grades in known.items() if any(grades.values())]
+        queries += [(text, known)] * any(known.values())
     if not queries:
         return replace(verdict, reason=f"{verdict.reason}; no relevant item of the judged list is in both indexes")
-    sides = (served, served_encoder, rebuilt), (rebuilt, rebuilt_encoder, served)
-    before, after = ({"judged_ndcg_at_10": _judged_ndcg(*side, queries)} for side in sides)
+    pairs = zip(sides, artifacts[::-1], strict=True)
+    before, after = ({"judged_ndcg_at_10": _judged_ndcg(*side, other, queries)} for side, other in pairs)
     values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (before, after))
     return replace(
         verdict,
