@@ -3,6 +3,7 @@
     python benchmarks/encode.py                                  ViT-B-32, a minute or two
     python benchmarks/encode.py --pictures 2048 --rounds 4       for a figure to quote
     python benchmarks/encode.py --runtime openvino-bf16          the default of index jobs where it is fastest
+    python benchmarks/encode.py --device cuda --runtime cuda-bf16
     python benchmarks/encode.py --memory 100000                  peak memory over 100,000 images, minutes
     python benchmarks/encode.py --memory 100000 --tars           the same from webdataset tars of 10,000 each
 
@@ -12,6 +13,8 @@
   shards.
 - Processor time is compared as well: on a shared machine it varies less than wall time.
 - ViT-B-32 has random weights, which cost as much as trained ones. Images are JPEGs of 500 x 375 pixels, drawn here.
+- The rate at which the device multiplies bfloat16 matrices, and the operations of an image, tell what a perfect job
+  would reach.
 - Memory is that of the job and its worker processes together, sampled over time; a small encoder leaves the most to the
   rest. 256 images are drawn; the others are hard links to them, or copies of their bytes. The size of the gallery's
   table is printed separately, since only the table may grow with the gallery.
@@ -35,6 +38,7 @@ import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from dcar_core import Encoder
 from index_jobs.encoding.decode import worker_count
@@ -129,11 +133,11 @@ def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
 def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     model = random_model(folder / "model", arguments.model)
     os.environ["DCAR_RUNTIME_CACHE"] = str(folder / "runtimes")
-    encoder = load_replicas(model, "cpu", runtime=arguments.runtime)[0]
+    encoder = load_replicas(model, arguments.device, runtime=arguments.runtime)[0]
     source = gallery(folder / "pictures", arguments.pictures, tuple(arguments.size))
     batches = -(-arguments.pictures // arguments.batch_size)
     bare(encoder, arguments.batch_size, 1)
-    ratios = []
+    ratios, rates = [], []
     for number in range(arguments.rounds):
         before = bare(encoder, arguments.batch_size, -(-batches // 2))
         clock = Clock()
@@ -141,11 +145,14 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
             scan(source),
             [encoder],
             folder / f"work{number}",
-            BuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False),
+            BuildOptions(
+                workers=arguments.workers, batch_size=arguments.batch_size, device=arguments.device, progress=False
+            ),
         )
         job = clock.stop() / len(encoded)
         alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
         ratios.append(alone / job)
+        rates.append(1 / job[0])
         print(
             f"round {number + 1}: bare {1 / alone[0]:6.1f}/s, {alone[1] * 1e3:6.1f} ms of processor   "
             f"job {1 / job[0]:6.1f}/s, {job[1] * 1e3:6.1f} ms   ratio {ratios[-1][0]:.3f}, {ratios[-1][1]:.3f}",
@@ -157,6 +164,30 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     print(f"{arguments.model} by {arguments.runtime}, {cores}, JPEGs of {sizes / 1000:.0f} KB")
     wall, cpu = np.mean(ratios, 0)
     print(f"the job reaches {wall:.1%} of the bare encoder's images per second; by processor time, {cpu:.1%}")
+    operations, most = image_operations(encoder), matrix_rate(arguments.device)
+    print(f"{arguments.device} multiplies bfloat16 matrices with {most / 1e12:.2f} TFLOP/s; an image takes "
+          f"{operations / 1e9:.1f} GFLOP, so the job uses {np.mean(rates) * operations / most:.1%} of it")  # fmt: skip
+
+
+def image_operations(encoder: Encoder) -> int:
+    """Return the floating-point operations of one image."""
+    model = encoder.model
+    size = model.backbone.preprocess.size
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.encode_image(torch.zeros(1, 3, size, size, device=model.backbone.device))
+    return int(counter.get_total_flops())
+
+
+def matrix_rate(device: str, side: int = 2048) -> float:
+    """Return the operations per second of products of bfloat16 matrices."""
+    matrix, best = torch.randn(side, side, device=device, dtype=torch.bfloat16), 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            matrix @ matrix
+        float(matrix[0, 0])  # waits for a GPU
+        best = max(best, 20 * side**3 / (time.perf_counter() - start))
+    return best
 
 
 def resident(pid: int) -> int:
@@ -235,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--runtime", default="torch")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--pictures", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
