@@ -88,8 +88,8 @@ class _Gallery:
 
     def blocks(self, label: str = "") -> Iterator[tuple[slice, Floats]]:
         """Yield the vectors, float32 (m, E) at a time; label: of a progress bar."""
-        bar = tqdm(total=len(self), desc=label, unit=" images", file=sys.stderr, disable=not label)
-        with bar:
+        pause = 0.5 if sys.stderr and sys.stderr.isatty() else 10  # a log file has a line every ten seconds
+        with tqdm(total=len(self), desc=label, unit=" images", disable=not label, mininterval=pause) as bar:
             for start in range(0, len(self), _BLOCK):
                 rows = self.rows[start : start + _BLOCK]
                 yield slice(start, start + len(rows)), self.artifact.vectors(rows)
