@@ -1,7 +1,7 @@
 """Latency and recall of searches with filters, in Qdrant and in a FAISS file, printed as a Markdown table.
 
     python benchmarks/qdrant.py http://HOST:6333        a server; benchmarks/qdrant.sh also runs the tests there
-    python benchmarks/qdrant.py core                    Qdrant's own core in this process: pip install qdrant-edge-py
+    python benchmarks/qdrant.py core                    Qdrant's own core in this process: the extra stacks
 
 - The collection is created, filled and tuned by the engine, as `dcar index build` does, and dropped at the end.
 - Filters are conditions for Qdrant and a mask for FAISS, whose time does not include making the mask.
