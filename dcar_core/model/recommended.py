@@ -4,6 +4,7 @@ Recall and operations are those of open_clip's tables (openclip_retrieval_result
 of its repository), licences those of the weights' pages.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -49,5 +50,5 @@ DEFAULT = RECOMMENDED[0]
 
 
 def recommended_weights(model: str) -> str | None:
-    """Return the tag of the weights that a model is recommended with; None for any other model."""
-    return next((each.pretrained for each in RECOMMENDED if each.name == model), None)
+    """Return the tag of the weights that a model is recommended with; None for any other model, and for a directory."""
+    return next((each.pretrained for each in RECOMMENDED if each.name == model and not Path(model).is_dir()), None)

@@ -24,6 +24,7 @@ from app.cli.quickstart import _open_when_ready
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import read_config, save_zero_shot
 from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
@@ -180,6 +181,15 @@ def test_the_named_files_of_a_model_are_what_the_index_is_made_with(
     assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
     change(weights)
     assert indexed("Tiny", "--pretrained", str(weights)) == f"made: {weights}"
+
+
+def test_a_directory_with_the_name_of_a_model_has_weights_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recommended_weights(DEFAULT.name) == DEFAULT.pretrained
+    (tmp_path / DEFAULT.name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recommended_weights(DEFAULT.name) is None
 
 
 def test_a_missing_folder_is_named_before_a_model_is_loaded(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import http.server
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +92,10 @@ def hub_serving(files: Mapping[str, bytes], **faults: Any) -> Iterator[HubServer
                 return
             end = hub.cut.pop(0) if hub.cut and len(body) > hub.cut[0] else len(body)
             step = max(len(body) // 20, 1) if hub.drip else len(body) + 1
-            for place in range(0, end, step):
-                self.wfile.write(body[place : min(place + step, end)])
-                time.sleep(hub.drip)
+            with suppress(ConnectionError):  # a client that gave up
+                for place in range(0, end, step):
+                    self.wfile.write(body[place : min(place + step, end)])
+                    time.sleep(hub.drip)
             self.close_connection = end < len(body)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
