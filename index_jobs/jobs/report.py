@@ -45,7 +45,7 @@ section { margin: 2.5rem 0; } .cases { display: flex; flex-wrap: wrap; gap: 1rem
 .cases figure { flex-direction: column; align-items: flex-start; margin: 0; max-width: 100%; }
 .cases div { display: flex; flex-wrap: wrap; gap: .3rem; }
 .cases img { width: 112px; height: 112px; border-radius: 8px; }
-figcaption { max-width: 24rem; overflow-wrap: anywhere; } h2 small { font-weight: 400; opacity: .7; }
+figcaption { max-width: 15rem; overflow-wrap: anywhere; } h2 small { font-weight: 400; opacity: .7; }
 """
 
 
