@@ -66,7 +66,8 @@ def quickstart(
     checkpoint, source = _checkpoint(model, pretrained or recommended_weights(model), data / "zero-shot")
     typer.echo(f"2 of 3: index {gallery}")
     out = data / "quickstart" / _short_hash(place) / (place.stem or "gallery")
-    summary = rebuild(scanned, checkpoint, out, runtime=runtime, max_failed=1.0)  # broken images are counted below
+    options = {"max_failed": 1.0, "max_vanished": 1.0}  # broken images are counted below, deleted ones are meant to be
+    summary = rebuild(scanned, checkpoint, out, runtime=runtime, **options)
     state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
     url = base_url(host, port) + "/"
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes(), f"3 of 3: serve {url}"]))

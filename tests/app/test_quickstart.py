@@ -89,6 +89,8 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     again = CliRunner().invoke(app, command, catch_exceptions=False)
     assert "3 images, already indexed" in again.output
     assert open_current(served[1]["index"]).manifest.version == artifact.manifest.version
+    (photos / "cat.png").unlink()
+    assert "2 images, indexed in" in CliRunner().invoke(app, command, catch_exceptions=False).output
 
 
 def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to(
