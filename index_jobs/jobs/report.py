@@ -178,11 +178,11 @@ def write_report(index: Path, out: Path, *, threshold: float = 0.95, device: str
         ArtifactError: nothing is published, or its vectors cannot be read.
         DataError: the index has one picture only, or `out` does not end in .html.
     """
+    if out.suffix != ".html":
+        raise DataError(f"--out {out}: the page is HTML; give a name that ends in .html")
     artifact = open_current(index)
     if artifact.manifest.count < 2:
         raise DataError(f"{index} has one picture, and a report compares several")
-    if out.suffix != ".html":
-        raise DataError(f"--out {out}: the page is HTML; give a name that ends in .html")
     gallery = _Gallery(artifact)
     encoder = Encoder.load(artifact.checkpoint, device=device) if any(gallery.columns["caption"]) else None
     groups, (cosines, fits) = gallery.duplicate_groups(threshold), gallery.fit_captions(encoder)
