@@ -119,9 +119,9 @@ function drawVersions(versions) {
       return cell;
     });
     const rate = searches ? percent(share(clicked, searches)) : "–";
-    return [version, created.slice(0, 16).replace("T", " "), number(count), ...gains, number(searches), rate, make("td", { className: "words", textContent: change })];
+    return [version, created.slice(0, 16).replace("T", " "), number(count), ...gains, number(searches), rate, make("td", { className: "texts", textContent: change })];
   });
-  const heads = ["Version", "Published (UTC)", "Items", ...ks.map((k) => `R@${k}`), "Searches", "Clicked", make("th", { className: "words", textContent: "What changed" })];
+  const heads = ["Version", "Published (UTC)", "Items", ...ks.map((k) => `R@${k}`), "Searches", "Clicked", make("th", { className: "texts", textContent: "What changed" })];
   $("versions").replaceChildren(...table("Versions of the index", heads, rows));
 }
 
@@ -132,7 +132,7 @@ function drawComparison({ served, candidate, searches, overlap, wins, losses, ti
   line.style.setProperty("--low", low);
   line.style.setProperty("--high", high);
   const bounds = `${percent(low)} to ${percent(high)}`;
-  const range = make("div", { className: `range ${winner}`, role: "img", ariaLabel: `The candidate wins ${bounds} of the votes` }, line);
+  const range = make("div", { className: `interval ${winner}`, role: "img", ariaLabel: `The candidate wins ${bounds} of the votes` }, line);
   const scale = make("div", { className: "scale", ariaHidden: "true" }, ...["0%", bounds, "100%"].map((textContent) => make("span", { textContent })));
   return make("div", { className: "comparison" }, make("p", {}, make("strong", { textContent: `${candidate} against version ${served}: ${verdict}` }), make("br"), facts), range, scale);
 }
