@@ -19,7 +19,7 @@ from app.feedback.export import CLICKS, CodedLog, Options, Report, once
 from app.feedback.store import EVENT_SCHEMA, list_days, read_log
 
 _DAYS, _SECONDS = 30, 20.0
-_MAX_SEARCHES = 100_000  # of a day; the arrays of a search with 24 results take about 3 kB
+_MAX_SEARCHES = 50_000  # of a day; the arrays of a search with 24 results take about 3 kB
 _MAX_TEXTS = 20_000  # of a day, those that were searched most
 _POSITIONS = 24
 _LISTED = 50  # queries
