@@ -248,10 +248,10 @@ def keep_shop(walk: Walk, products: int) -> None:
     walk.run(build)
     port = free_port()
     with walk.serve(f"dcar serve --index index --port {port}", port):
-        cat = {"query": "cat", "k": 3, "group_by": "product", "fields": ["title", "price"]}
-        for options in ({}, {"sort": "price"}, {"sort": "-price", "filter": {"brand": "Anker"}}, {"hybrid": True}):
+        cat = {"query": "cat", "k": 3, "group_by": "product", "hybrid": True, "fields": ["title", "price"]}
+        for options in ({}, {"sort": "price"}, {"sort": "-price", "filter": {"brand": "Anker"}}):
             walk.request(port, "POST", "/search/text", cat | options)
-        walk.request(port, "POST", "/search/text", cat | {"query": "qwzx", "hybrid": True})
+        walk.request(port, "POST", "/search/text", cat | {"query": "qwzx"})
         walk.request(port, "POST", "/search/text", {"q": "cat"})
         first = send(port, "POST", "/search/text", {"query": "cat", "k": 1})[1]["results"][0]
         item = f"/items/{first['id']}"
