@@ -153,6 +153,8 @@ def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
     Which runtime and which share of failures were asked for is unknown; the defaults of `dcar index build` are assumed.
     """
     if values["format"] == FORMAT:
+        if "over_http" in values:  # in place of `origin`
+            values["origin"] = OVER_HTTP if values.pop("over_http") else ""
         return values
     values = {name: value for name, value in values.items() if name not in ("format", "checkpoint_signature")}
     milvus = values.pop("milvus", "")

@@ -3,17 +3,21 @@
 Each archive in `formats` is an index of three squares, red, green and blue, in 8 dimensions.
 """
 
+import hashlib
+import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dcar_core.model.checkpoint import read_config
+from dcar_core.util.files import canonical_json
 from index_jobs.jobs.update import remove
 from index_jobs.spec import IndexSpec
 from index_jobs.store.filters import match_rows
-from index_jobs.store.manifest import FORMAT
+from index_jobs.store.manifest import FORMAT, OVER_HTTP, Manifest
 from index_jobs.store.versions import current_version, open_current, open_version, verify_index
 
 ARCHIVES = sorted((Path(__file__).parent / "formats").glob("*.zip"))
@@ -67,3 +71,16 @@ def test_an_older_version_is_updated_in_the_present_format(older: Path) -> None:
     assert (updated.manifest.format, updated.manifest.count, updated.row_of("red")) == (FORMAT, 2, None)
     assert updated.manifest.spec == open_version(older, 1).manifest.spec
     assert len(verify_index(older)) == 2
+
+
+@pytest.mark.parametrize("over_http", [True, False])
+def test_a_manifest_with_over_http_in_place_of_an_origin_is_read(
+    over_http: bool, published: Path, tmp_path: Path
+) -> None:
+    manifest = open_current(published).manifest
+    values = manifest.to_dict()
+    del values["checksum"], values["origin"]
+    values["over_http"] = over_http
+    file = tmp_path / "manifest.json"
+    file.write_text(json.dumps(values | {"checksum": hashlib.sha256(canonical_json(values)).hexdigest()}))
+    assert Manifest.read(file) == replace(manifest, origin=OVER_HTTP if over_http else "")
