@@ -49,7 +49,7 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
         if is_partial := time.monotonic() > end:
             break
         queries, events = read_log(folder, day, every)
-        queries = once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"])
+        queries = once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"]).sort_by("timestamp")
         found.add(day, queries, pa.concat_tables([events, later]))
         later = events  # a search of late evening may be clicked after midnight
     return found.summary(every) | {"every": every, "is_partial": is_partial}

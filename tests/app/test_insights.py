@@ -85,6 +85,22 @@ def test_busy_days_are_sampled_and_many_days_take_bounded_time(tmp_path: Path, m
     assert [day["day"] for day in summarize(tmp_path, "index")["days"]] == ["2026-01-02"]
 
 
+def test_the_latest_search_is_last_wherever_it_is_stored(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        time.strftime("%Y-%m-%d", time.gmtime()),
+        [("1", "red", {"candidate": "a@1", "draw": "c.r", "teams": "SCS", "shared": 1})],
+        [],
+    )
+    journal = store.Journal(tmp_path)
+    row = QueryRow("2", int(time.time() * 1000) + 86_400_000, "index", "red", ["b"], "text", 0, 1, False)
+    journal.write([row._replace(candidate="a@2", draw="c.q", teams="S", shared=1)], [])
+    journal.close()
+    found = summarize(tmp_path, "index")
+    assert found["worst"][0]["items"] == ["b"]
+    assert [each["candidate"] for each in found["comparisons"]] == ["a@2", "a@1"]
+
+
 def test_a_log_of_hashes_names_no_query(tmp_path: Path) -> None:
     write(tmp_path, "2026-01-01", [("1", "9f86d0", {"is_hashed": True})], [])
     found = summarize(tmp_path, "index")
