@@ -5,7 +5,8 @@
 - The gallery is bundled, and the model is the bundled one that never saw its style. Users search by names and tags of
   emoji. A right answer is an emoji that has all of the words' names and tags. Test queries are never searched by users.
 - A user looks at position k with a chance of 1 / k, and clicks what they look at with a chance of 0.8 if it is right,
-  else of 0.1. Of the searches, 1 % are of twenty hostile clients, who click the last result whatever it is.
+  else of 0.1. Half of the searches have a filter, which leaves out a third of the items. Of the searches, 1 % are of
+  twenty hostile clients, who click one result at random.
 - Searches and clicks go through the service's log. Each week, `dcar feedback export` and `dcar retrain`, with its gate,
   do what they do for everybody; then hit@5 of the test queries is measured: a right answer among the first five.
 - Then the same weeks without hostile clients, a candidate that learned from pairs of other items, and the propensities
@@ -37,12 +38,14 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError, GateError
-from index_jobs.jobs.retrain import retrain
+from index_jobs.jobs.retrain import ItemPairs, retrain
 from index_jobs.rebuild import rebuild
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
 SHOWN, K = 10, 5  # results of a page, and those that count
+DEPTH, FILTERS = 40, 3  # results before a filter; a filter leaves out the rows that have one rest modulo FILTERS
 EXAMINED = 1 / np.arange(1, SHOWN + 1)
 RIGHT, NOISE = 0.8, 0.1  # chances of a click on what is looked at
 HOSTILE_CLIENTS = 20
@@ -104,7 +107,7 @@ class Loop:
         artifact = open_current(self.index)
         encoder = Encoder.load(artifact.checkpoint, device="cpu", backbone=self._encoder.model.backbone)
         artifact.require(encoder.fingerprint)
-        rows = artifact.search(encoder.state.finish_text(self._features), SHOWN)[1]
+        rows = artifact.search(encoder.state.finish_text(self._features), DEPTH)[1]
         return rows[: len(self.users.texts)], rows[len(self.users.texts) :]
 
     def hit(self) -> float:
@@ -130,44 +133,44 @@ class Loop:
         settings = Settings(index=self.index, feedback=True, feedback_texts=True)
         log = FeedbackLog(self.index / "feedback", settings, Metrics())
         log.start()
-        right = self.users.are_right(shown)
         queries = rng.integers(len(self.users.texts), size=searches)
+        filters = np.where(rng.random(searches) < 0.5, rng.integers(FILTERS, size=searches), -1)
         is_hostile = rng.random(searches) < hostile
-        chance = EXAMINED * np.where(right[queries], RIGHT, NOISE)
-        clicked = np.where(is_hostile[:, None], np.arange(SHOWN) == SHOWN - 1, rng.random(chance.shape) < chance)
-        clients = np.where(is_hostile, rng.integers(HOSTILE_CLIENTS, size=searches), -1)
-        results = {
-            query: SearchResults(
-                artifact.manifest.version, [self._match(artifact.item(row), row) for row in shown[query]]
-            )
-            for query in np.unique(queries).tolist()
-        }
+        results, right = dict[tuple[int, int], SearchResults](), dict[tuple[int, int], Rows]()
+        for key in {*zip(queries.tolist(), filters.tolist(), strict=True)}:
+            rows = [row for row in shown[key[0]].tolist() if row >= 0 and row % FILTERS != key[1]][:SHOWN]
+            results[key] = SearchResults(artifact.manifest.version, [self._match(artifact, row) for row in rows])
+            right[key] = np.array([row in self.users.answers[key[0]] for row in rows])
         for start in range(0, searches, BATCH):
             events = list[EventRow]()
             for number in range(start, min(searches, start + BATCH)):
-                query = int(queries[number])
-                name = log.note("", None, Query(query=self.users.texts[query]), results[query], has_image=False)
-                client = (
-                    f"hostile{clients[number]}" if is_hostile[number] else f"u{rng.integers(max(1, searches // 4))}"
-                )
-                for place in np.flatnonzero(clicked[number]).tolist():
-                    item, now = results[query].matches[place].item.id, int(time.time() * 1000)
+                key = int(queries[number]), int(filters[number])
+                text, page = self.users.texts[key[0]], results[key]
+                name, count = log.note("", None, Query(query=text), page, has_image=False), len(page.matches)
+                client, clicked = f"u{rng.integers(max(1, searches // 4))}", rng.random(count)
+                clicked = clicked < EXAMINED[:count] * np.where(right[key], RIGHT, NOISE)
+                if is_hostile[number]:
+                    client, clicked = f"h{rng.integers(HOSTILE_CLIENTS)}", np.arange(count) == rng.integers(count)
+                for place in np.flatnonzero(clicked).tolist():
+                    item, now = page.matches[place].item.id, int(time.time() * 1000)
                     events.append(EventRow(name, now, "", client, "click", item, place + 1, None))
             await log.accept("", events)
         await log.close()
 
     @staticmethod
-    def _match(item, row) -> Match:  # type: ignore[no-untyped-def]
-        match = Match(int(row), 0.0)
-        match.item = item
+    def _match(artifact: Artifact, row: int) -> Match:
+        match = Match(row, 0.0)
+        match.item = artifact.item(row)
         return match
 
 
 def refuse_useless(loop: Loop, rng: np.random.Generator) -> str:
-    """Retrain on the last pairs with items of other texts; return what the gate said."""
+    """Retrain on the last pairs, those to learn from with items of other texts; return what the gate said."""
     rows = [json.loads(line) for line in (loop.folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
-    items = [row["id"] for row in rows]
-    rng.shuffle(items)
+    texts, items = [row["caption"] for row in rows], [row["id"] for row in rows]
+    learned = ItemPairs(texts, np.arange(len(rows)), np.ones(len(rows), np.float32)).divide()[0].rows.tolist()
+    for place, other in zip(learned, rng.permutation(learned).tolist(), strict=True):
+        items[place] = rows[other]["id"]
     lines = [json.dumps({"caption": row["caption"], "id": item}) for row, item in zip(rows, items, strict=True)]
     path = loop.folder / "useless.jsonl"
     path.write_text("\n".join(lines))

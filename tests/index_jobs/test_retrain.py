@@ -11,7 +11,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.jobs import retrain as module
-from index_jobs.jobs.retrain import REPORT, retrain
+from index_jobs.jobs.retrain import REPORT, ItemPairs, retrain
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
@@ -24,12 +24,15 @@ WORDS = ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign
 
 
 def write_pairs(path: Path, gallery: Path, *, shuffled: bool = False) -> Path:
-    """Write twelve texts of each image, or of any image."""
+    """Write twelve texts of each image. shuffled: those to learn from are of any image."""
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
     pairs = [(f"{word} of {row['caption']}", str(gallery / row["file_name"])) for row in rows for word in WORDS]
     images = [image for _, image in pairs]
     if shuffled:
-        images = np.random.default_rng(0).permutation(images).tolist()
+        places = np.arange(len(pairs))
+        learned = ItemPairs([text for text, _ in pairs], places, np.ones(len(pairs), np.float32)).divide()[0].rows
+        for place, other in zip(learned.tolist(), np.random.default_rng(0).permutation(learned).tolist(), strict=True):
+            images[place] = pairs[other][1]
     lines = [{"caption": text, "image": image} for (text, _), image in zip(pairs, images, strict=True)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
