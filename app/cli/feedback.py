@@ -29,7 +29,7 @@ def export_command(
 ) -> None:
     """Write training pairs (OUT/pairs.jsonl) and judged lists (judgements.csv, qrels.txt).
 
-    Position bias is corrected by inverse propensity, which a position-based click model (EM) estimates from items that
+    Position bias is corrected by inverse propensity, which a position-based click model estimates from items that
     a query showed at several positions. OUT/report.json counts what was left out.
     """
     from app.feedback.export import Options, export

@@ -30,7 +30,7 @@ from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer, write_json
 from index_jobs.store.artifact import Artifact
 
-METHOD = "position-based click model, by expectation maximization over pairs seen at several positions"
+METHOD = "position-based click model, from pairs seen at several positions"
 MAX_WEIGHT = 10.0  # of a click
 CLICKS = ("click", "save", "purchase")
 _FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
@@ -84,6 +84,7 @@ class Impressions:
     """What clients saw, one entry for a result of a search. All arrays are (N,) and sorted by search.
 
     search, text, item, client: codes. position: from 1. clicked: bool. rank: place in the response, from 0.
+    version: of the index.
     """
 
     search: np.ndarray
@@ -93,6 +94,7 @@ class Impressions:
     position: np.ndarray
     rank: np.ndarray
     clicked: np.ndarray
+    version: np.ndarray
 
     @property
     def pair(self) -> np.ndarray:
@@ -173,6 +175,7 @@ class CodedLog:
         self.items, self.texts = pc.unique(hits.flatten()), pc.unique(texts)
         self.text = _codes(texts, self.texts)
         kind, hashed = attributes.field("kind"), attributes.field("is_hashed")
+        self.version = np.asarray(attributes.field("index_version"))
         self.is_usable = np.asarray(pc.and_(pc.equal(kind, "text"), pc.invert(hashed)))
         self.hit_search = np.asarray(pc.list_parent_indices(hits), np.int64)
         self.hit_item = _codes(hits.flatten(), self.items)
@@ -250,7 +253,7 @@ class CodedLog:
             position = np.where(keys[place] == hit_key, events["position"][given][order][place], position)
         found = Impressions(
             self.hit_search, self.text[self.hit_search], self.hit_item, self.client_of[self.hit_search], position,
-            self.hit_rank, clicked,
+            self.hit_rank, clicked, self.version[self.hit_search],
         )  # fmt: skip
         return found[counts[self.hit_search] & seen]
 
@@ -265,7 +268,16 @@ def _number_within(groups: np.ndarray) -> np.ndarray:
 
 
 def estimate_propensities(seen: Impressions) -> Propensities:
-    _, pair = np.unique(seen.pair, return_inverse=True)
+    """Estimate from the pairs of each version of the index; across versions only if none stood at several positions.
+
+    A new version moves up what was clicked by chance, so that across versions, lower positions look better.
+    """
+    within = _estimate(seen.pair * (int(seen.version.max(initial=0)) + 1) + seen.version, seen)
+    return within if within.pairs else _estimate(seen.pair, seen)
+
+
+def _estimate(pairs: np.ndarray, seen: Impressions) -> Propensities:
+    _, pair = np.unique(pairs, return_inverse=True)
     width = int(seen.position.max(initial=0)) + 1
     keys, cell = np.unique(pair * width + seen.position, return_inverse=True)
     shown, clicked = np.bincount(cell, minlength=len(keys)), np.bincount(cell, seen.clicked, len(keys))

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from app.feedback import store
-from app.feedback.export import Options, Report, export
+from app.feedback.export import Impressions, Options, Report, estimate_propensities, export
 from app.feedback.store import EventRow, Journal, QueryRow
 from dcar_core.data import load_splits
 from dcar_core.data.judgements import read_judgements
@@ -281,3 +281,22 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
     assert forgotten.stdout == f"{folder}: {len(items)} events removed\n"
     wrong = dcar("feedback", "forget", "a", "--log", tmp_path)
     assert "holds no feedback log" in wrong.stderr
+
+
+def test_propensities_hold_for_pairs_with_few_impressions_and_after_a_version_that_moved_up_what_was_clicked() -> None:
+    rng, pairs, depth = np.random.default_rng(0), 20_000, 4
+    attractive, examined = rng.choice([0.1, 0.8], pairs), 1 / np.arange(1, depth + 1)
+    parts, position = list[Impressions](), rng.integers(depth, size=pairs)
+    for version in (1, 2):
+        for _ in range(6):
+            place = np.clip(position + rng.integers(-1, 2, pairs), 0, depth - 1)  # as filters move them
+            clicked = rng.random(pairs) < examined[place] * attractive
+            number, nothing = np.arange(pairs), np.zeros(pairs, np.int64)
+            parts.append(
+                Impressions(number, number, nothing, number, place + 1, place, clicked, np.full(pairs, version))
+            )
+        clicks = np.sum([each.clicked for each in parts], 0)
+        position = np.clip(position - clicks, 0, depth - 1)
+    columns = zip(*(vars(each).values() for each in parts), strict=True)
+    found = estimate_propensities(Impressions(*map(np.concatenate, columns))).examined
+    assert np.abs(found / examined - 1).max() < 0.1, found
