@@ -66,6 +66,7 @@ class Verdict:
     comparison: PairedDifference
     config: TrainConfig
     wider: WiderSearch | None = None
+    reranks: bool = False
 
     @property
     def is_worth_it(self) -> bool:
@@ -86,6 +87,7 @@ class Verdict:
             _row("difference", self.comparison.difference, "+"),
             self._answer(),
             *([str(self.wider)] if self.wider else []),
+            *(["These figures are of searches with `rerank`."] if self.reranks else []),
         ]
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
@@ -225,7 +227,8 @@ def _compare(
         wider.append((Hits.from_ranks(ranks, val.image_of), Hits.from_ranks(ranks, val.image_of, k=10)))
         images = len(own) + len(other)
     first, ten = (compare_hits(own, other) for own, other in zip(*wider, strict=True))
-    return Verdict(model.config.method, compare_hits(*hits), config, WiderSearch(images, first, ten))
+    wider_search = WiderSearch(images, first, ten)
+    return Verdict(model.config.method, compare_hits(*hits), config, wider_search, model.config.reranks)
 
 
 def _pixels_of_both(val: PreparedSplit, train: PreparedSplit, other: Rows, rows: Rows) -> Pixels:

@@ -215,6 +215,7 @@ def test_training_and_comparison_report_both_stages(
     done = adapt(tiny_data, source, tmp_path / "adapted", config, method="query-prompts")
     assert done is not None
     assert "adapted (query-prompts)" in done.verdict
+    assert "searches with `rerank`" in done.verdict
     assert "Among all" in done.verdict
     model, fingerprint = load_checkpoint(tmp_path / "adapted")
     assert (fingerprint, model.config.rerank.blocks) == (done.fingerprint, 2)
