@@ -288,10 +288,13 @@ class _Retraining:
             torch.from_numpy(each).to(features.device)
             for each in (places.reshape(len(learned), -1), self.served.vectors(shown), learned.weights)
         )
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for small products, where several would mostly wait for each other
         learn(
             (adapter, nn.Identity()), (features, images), rows[:, 0], rows[:, 1:], float(self.model.backbone.scale),
             _SEED, weights=weights / weights.mean(), epochs=EPOCHS,
         )  # fmt: skip
+        torch.set_num_threads(threads)
         tuned, gains = deepcopy(adapter), dict[float, list[float]]()
         held = [(self._measure(each), each.weights) for each in (choosing, anchors) if len(each)]
         for share in SHARES:
