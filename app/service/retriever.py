@@ -157,7 +157,8 @@ class Retriever:
                 name, data, source = await self.image_threads.run(read)
                 if data is None:
                     try:
-                        make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
+                        # as a plain int: for an enum, the process would import the service
+                        make = partial(make_thumbnail, side=int(side), thumbnail_format=thumbnail_format)
                         data = await self.compute.decode(source, make)
                         await self.image_threads.run(self._thumbnails.put, name, data)
                     except ImageError as error:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
+from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import languages_of, save_zero_shot
 from index_jobs.rebuild import rebuild
@@ -76,7 +78,16 @@ async def item_id(client: ServiceClient, name: str) -> str:
 
 
 @pytest.mark.slow
-async def test_thumbnails_are_small_and_upright(photos: Path, cache: dict[str, Any]) -> None:
+async def test_thumbnails_are_small_and_upright(
+    photos: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, jobs = DecodeWorker.run, list[bytes]()
+
+    def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
+        jobs.append(pickle.dumps(convert))
+        return run(worker, convert, data, limits)
+
+    monkeypatch.setattr(DecodeWorker, "run", recorded)
     async with opened(photos, **cache) as client:
         for name, size in (("phone.jpg", (288, 384)), ("print.jpg", (384, 288)), ("scan.tif", (384, 288))):
             url = f"/items/{await item_id(client, name)}/image?size=384"
@@ -92,6 +103,8 @@ async def test_thumbnails_are_small_and_upright(photos: Path, cache: dict[str, A
             assert fallback.headers["etag"] != response.headers["etag"]
             again = await client.get(url, headers={**WEBP, "If-None-Match": response.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
+    assert jobs
+    assert not any(b"app." in job for job in jobs), "a decoding process would import the service"
 
 
 @needs("heic")

@@ -98,7 +98,8 @@ def test_a_merged_model_has_the_configuration_of_its_text_encoder(
     assert model.changes is not None
     if not is_local:
         (directory / encoder / "config.json").rename(directory / "config.json")
-        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(directory / file))
+        files = {file.name: file for file in (*directory.iterdir(), *(directory / encoder).iterdir())}
+        monkeypatch.setattr("dcar_core.model.text.hub_tokenizer.fetch", lambda name, file: files.get(file))
         monkeypatch.setattr(weight_changes, "read_config", lambda source: config)
         original.source = BackboneSource("xlm-roberta-base-ViT-B-32", RANDOM)
     merged = merge(original, model.changes, tmp_path / "out")
@@ -229,6 +230,8 @@ def test_every_method_takes_a_step_where_the_towers_have_widths_of_their_own(
         assert np.isfinite(accumulate_gradients(model, data, np.arange(2))), name
         gradients = {part: p.grad for part, p in model.trainables()}
         for part, gradient in gradients.items():
+            if part.startswith("query_prompts."):  # the second stage is trained after the steps
+                continue
             assert gradient is not None, (name, part)
             assert gradient.isfinite().all(), (name, part)
         assert sum(float(gradient.norm()) for gradient in gradients.values() if gradient is not None) > 0, name

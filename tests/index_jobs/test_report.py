@@ -105,7 +105,8 @@ def test_categories_that_overlap_and_pictures_far_from_all(
         shutil.copy(gallery / "square" / "red.png", gallery / "square" / f"red-{number}.png")
         (gallery / "twin").mkdir(exist_ok=True)
         shutil.copy(gallery / "square" / "red.png", gallery / "twin" / f"red-{number}.png")
-    (gallery / "metadata.jsonl").unlink()
+    for table in gallery.glob("*.json*"):  # of the gallery, and of training data in the same folder
+        table.unlink()
     build(gallery)
     monkeypatch.setattr(report, "_FAR", -99.0)  # every picture
     findings = {each.title: each for each in write_report(tmp_path / "index", tmp_path / "report.html")}
