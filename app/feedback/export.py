@@ -2,7 +2,8 @@
 
 - Evidence is counted by clients: however often one of them clicks, it has one vote on a pair, a bounded number of
   searches counts for it, and of the events on a search only those of its first client.
-- Clicks are weighted by the inverse of their position's propensity (see `click_model`), at most MAX_WEIGHT.
+- The relevance of a pair is its clicks by what was looked at: the propensities of its positions (see `click_model`),
+  and PRIOR to begin with.
 - An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
   any clicked it. An image below the last click may not have been seen, and says nothing.
 - Everything that is left out is counted with its reason.
@@ -31,7 +32,8 @@ from dcar_core.util.files import atomic_writer, write_json
 from index_jobs.store.artifact import Artifact
 
 METHOD = "position-based click model, from pairs seen at several positions"
-MAX_WEIGHT = 10.0  # of a click
+MAX_WEIGHT = 10.0  # of a click, by the inverse of its position's propensity
+PRIOR = 5.0  # looks without a click that each pair starts with
 CLICKS = ("click", "save", "purchase")
 _FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
 _SKIPPED = 0.1  # of it, up to which a skipped image is a hard negative
@@ -285,14 +287,14 @@ def _estimate(pairs: np.ndarray, seen: Impressions) -> Propensities:
 
 
 def weigh(seen: Impressions, propensities: Propensities) -> Evidence:
-    """Return the evidence of each pair: inverse propensity scores, as a mean over clients."""
-    weight = seen.clicked * np.minimum(MAX_WEIGHT, 1 / propensities.at(seen.position))
+    """Return the evidence of each pair. Two clicks far down the page do not outweigh many near its top."""
+    looked = np.maximum(propensities.at(seen.position), 1 / MAX_WEIGHT)
     _, first, pair = np.unique(seen.pair, return_index=True, return_inverse=True)
     width = int(seen.client.max(initial=0)) + 1
     keys, vote = np.unique(pair * width + seen.client, return_inverse=True)
-    of_client = np.bincount(vote, weight) / np.bincount(vote)  # mean over the searches of a client
+    clicked, examined = (np.bincount(vote, each) / np.bincount(vote) for each in (seen.clicked, looked))  # of a client
     voter = keys // width
-    relevance = np.minimum(1, np.bincount(voter, of_client) / np.bincount(voter))
+    relevance = np.minimum(1, np.bincount(voter, clicked) / (PRIOR + np.bincount(voter, examined)))
     lowest = np.full(int(seen.search.max(initial=-1)) + 1, -1)
     np.maximum.at(lowest, seen.search[seen.clicked], seen.position[seen.clicked])
     skipped = ~seen.clicked & (seen.position < lowest[seen.search])

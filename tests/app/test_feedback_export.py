@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from app.feedback import store
-from app.feedback.export import Impressions, Options, Report, estimate_propensities, export
+from app.feedback.click_model import Propensities
+from app.feedback.export import Impressions, Options, Report, estimate_propensities, export, weigh
 from app.feedback.store import EventRow, Journal, QueryRow
 from dcar_core.data import load_splits
 from dcar_core.data.judgements import read_judgements
@@ -300,3 +301,17 @@ def test_propensities_hold_for_pairs_with_few_impressions_and_after_a_version_th
     columns = zip(*(vars(each).values() for each in parts), strict=True)
     found = estimate_propensities(Impressions(*map(np.concatenate, columns))).examined
     assert np.abs(found / examined - 1).max() < 0.1, found
+
+
+def test_two_clicks_far_down_do_not_outweigh_many_at_the_top() -> None:
+    """Of item 0, ten clients click it at the top, and two do not; of item 1, two click it at the tenth position."""
+    clients, item = np.arange(14), np.repeat([0, 1], [12, 2])
+    seen = Impressions(
+        search=clients, text=np.zeros(14, np.int64), item=item, client=clients, position=np.where(item, 10, 1),
+        rank=np.where(item, 9, 0), clicked=~np.isin(clients, (3, 7)), version=np.ones(14, np.int64),
+    )  # fmt: skip
+    evidence = weigh(seen, Propensities(1 / np.arange(1, 11), 1))
+    relevance = dict(zip(evidence.item.tolist(), evidence.relevance.tolist(), strict=True))
+    assert relevance[0] == pytest.approx(10 / (5 + 12))
+    assert relevance[1] == pytest.approx(2 / (5 + 0.2))
+    assert evidence.clicks.tolist() == [10, 2]
