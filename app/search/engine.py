@@ -22,7 +22,7 @@ from app.search.plan import Plan, compose, make_plan
 from app.search.query import Match, Query, SearchResults, normalize
 from app.search.rank import judge, rank
 from app.search.rows import filter_rows, group_field, mask_key, rank_groups, row_vectors
-from app.search.snapshots import Snapshot, open_snapshot
+from app.search.snapshots import Snapshot, load_snapshot
 from app.search.sorting import SortedMatches, sort_matches
 from dcar_core.serving import encoder_cache
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
@@ -232,7 +232,7 @@ class Index:
             is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
         settings = Settings.model_construct(index=Path(path), device=device, runtime=runtime)  # not of the environment
-        return cls(open_snapshot(settings.index, settings, version=version), settings)
+        return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)
 
     def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResults:
         """Return the matches of a text, an image, items of the gallery, or all of them.

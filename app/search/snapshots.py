@@ -111,12 +111,14 @@ class Snapshot:
         return PairWeights(self.encoder)
 
 
-def open_snapshot(
+def load_snapshot(
     index: Path,
     settings: Settings,
     loaded: Sequence[Snapshot] = (),
     is_empty: bool = False,
     version: int | None = None,
+    *,
+    warm_up: bool = True,
 ) -> Snapshot:
     """Open a version of an index, and load its model.
 
@@ -124,6 +126,7 @@ def open_snapshot(
         loaded: snapshots in memory, whose encoders and backbones are reused.
         is_empty: open version 0 of a created collection, which has a model and no items yet.
         version: its number. Default: the current one.
+        warm_up: search and encode once, so that the first query does not wait.
 
     Raises:
         DcarError: the index or its checkpoint is missing or broken, or they do not belong together.
@@ -155,29 +158,24 @@ def open_snapshot(
     groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (80 * rows))))
     orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
     pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))
-    return Snapshot(
+    snapshot = Snapshot(
         encoder, artifact, preprocess, backbone, pages, masks, groups, orders,
         model_note=str(config.get("training", {}).get("note", "")), languages=languages_of(config["backbone"]["model"]),
     )  # fmt: skip
+    if warm_up:
+        _warm_up(snapshot, is_shared=any(each.encoder is encoder for each in loaded))
+    return snapshot
 
 
-def load_snapshot(
-    index: Path,
-    settings: Settings,
-    loaded: Sequence[Snapshot] = (),
-    is_empty: bool = False,
-    version: int | None = None,
-) -> Snapshot:
-    """Open a snapshot and search it, which finds damage, converts the weights and reads what queries need."""
-    snapshot = open_snapshot(index, settings, loaded, is_empty, version)
+def _warm_up(snapshot: Snapshot, *, is_shared: bool) -> None:
+    """Search and encode once, which finds damage, converts the weights and reads what queries need."""
     encoder, artifact = snapshot.encoder, snapshot.artifact
     artifact.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
     _ = artifact.lexical, artifact.sample_vectors
-    for _ in range(0 if any(each.encoder is encoder for each in loaded) else 2):
+    for _ in range(0 if is_shared else 2):
         encoder.encode_pixels(np.zeros((1, 3, snapshot.preprocess.size, snapshot.preprocess.size), np.uint8))
         encoder.encode_text(["warm up"])
         encoder.release()
-    return snapshot
 
 
 def is_published(live: Snapshot, index: Path, version: int) -> bool:
