@@ -1,4 +1,4 @@
-"""The routes of feedback: what callers' users did with the results of a search, and what the log says about it."""
+"""The routes of feedback, and searches that its log notes or that are compared with a candidate."""
 
 import asyncio
 import time

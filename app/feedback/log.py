@@ -57,7 +57,6 @@ _POOL, _POOL_S = 16, 60.0  # hashes for query ids that are made at once, and how
 _NONCE, _TIME, _MAC, _MACS = 7, 4, 12, 5
 
 
-_VOTES = "wins", "losses", "ties"
 _NO_IDS = 0.0, list[str]()
 
 
