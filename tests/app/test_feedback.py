@@ -276,7 +276,8 @@ def test_a_killed_process_and_a_full_disk_lose_no_acknowledged_row(tmp_path: Pat
     assert len(acknowledged) > 1
     assert set(acknowledged) <= set(events)
     assert len(events) % 3 == 0
-    path.write_bytes(path.read_bytes()[:-5])
+    whole = path.read_bytes().rpartition(b"\n")[0] + b"\n"  # the kill itself may have torn the last batch
+    path.write_bytes(whole[:-5])
     assert len(store.read_log(tmp_path)[1]) == len(events) - 3, "the torn batch is left out"
     store.roll(tmp_path, everything=True)
     assert len(store.read_log(tmp_path)[1]) == len(events) - 3
