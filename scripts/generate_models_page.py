@@ -10,7 +10,6 @@ parameters.json lacks are counted first; RoBERTa, mT5 and NLLB need the hub for 
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import open_clip
@@ -20,24 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 sys.path.insert(0, str(ROOT))
 
-from dcar_core.model.catalogue import FAMILIES, PARAMETERS, CatalogueEntry, list_catalogue  # noqa: E402
+from dcar_core.model.catalogue import PARAMETERS, list_catalogue  # noqa: E402
 from dcar_core.model.recommended import RECOMMENDED  # noqa: E402
 
 MARK = "<!-- Generated below by scripts/generate_models_page.py. Run `make reference` after an update of open_clip. -->"
-HEAD = ["| family | models | level | M | pixels | tokens | needs |", "| " + " | ".join(7 * ["---"]) + " |"]
 
 
 def page(text: str) -> str:
     """Return the page with its table replaced."""
-    written_by_hand = text.partition(MARK)[0]
-    entries = list_catalogue()
-    levels = Counter(entry.level for entry in entries)
-    counts = ", ".join(f"{count} {level}" for level, count in levels.most_common())
-    padded = sum(entry.reads_padding for entry in entries)
-    head = f"## Families\n\n{len(entries)} models: {counts}. {padded} read their padding (*)."
-    families = [[entry for entry in entries if entry.family == family] for family in FAMILIES]
-    rows = [_row(family) for family in families if family]
-    return written_by_hand + "\n\n".join([MARK, _recommended(), head, "\n".join([*HEAD, *rows])]) + "\n"
+    return text.partition(MARK)[0] + "\n\n".join([MARK, _recommended()]) + "\n"
 
 
 def _recommended() -> str:
@@ -51,24 +41,6 @@ def _recommended() -> str:
         "`dcar models --recommend` prints the same."
     )
     return "\n\n".join(["## Recommended", note, "\n".join(rows)])
-
-
-def _row(family: list[CatalogueEntry]) -> str:
-    """Return the row of a family: the ranges of its models, and one name."""
-    smallest = min(family, key=lambda entry: entry.parameters or 0)
-    names = f"{len(family)}: `{smallest.name}`" + (", ..." if len(family) > 1 else "")
-    levels = ", ".join(sorted({entry.level for entry in family}))
-    tokens = _range([entry.context_length for entry in family]) + ("*" if any(e.reads_padding for e in family) else "")
-    needs = ", ".join(sorted({name for entry in family for name in entry.needs}))
-    title = family[0].family + (" (many languages)" if all(entry.languages == "many" for entry in family) else "")
-    parameters = _range([entry.parameters for entry in family if entry.parameters])
-    pixels = _range([entry.image_size for entry in family])
-    return "| " + " | ".join([title, names, levels, parameters, pixels, tokens, needs]) + " |"
-
-
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low}-{high}"
 
 
 def count_parameters(name: str) -> int:

@@ -1,12 +1,10 @@
 """The models that open_clip has built in, read from their configurations; nothing is built or fetched.
 
 - The level is that of the towers by structure. Loading lowers it where a tower fails its proof.
-- The family follows from the name. The first pattern that matches decides.
 - parameters.json has the counts, since building a large tower to count takes seconds.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +12,9 @@ from typing import Any, Literal
 
 from dcar_core.model.checkpoint import languages_of
 from dcar_core.model.open_clip_source import builtin_models
-from dcar_core.model.towers.select import Level, level_of_config, reads_padding
+from dcar_core.model.towers.select import Level, level_of_config
 
-_FAMILIES = {
-    "NLLB-CLIP": "nllb",
-    "SigLIP 2": "SigLIP2",
-    "SigLIP": "SigLIP",
-    "CLIPA": "CLIPA",
-    "MetaCLIP 2": "worldwide",
-    "MobileCLIP": "MobileCLIP",
-    "PE-Core": "PE-Core",
-    "EVA": "EVA",
-    "ViTamin": "ViTamin",
-    "CoCa": "coca",
-    "RoBERTa and mT5": "roberta|mt5",
-    "ConvNeXt": "convnext",
-    "ResNet": "RN",
-    "ViT": "ViT",
-    "Other timm towers": "",
-}
 PARAMETERS = Path(__file__).with_name("parameters.json")  # millions by name
-FAMILIES = ("ViT", *(name for name in _FAMILIES if name != "ViT"))  # in the order of the documentation
 
 
 @dataclass(frozen=True)
@@ -44,18 +24,15 @@ class CatalogueEntry:
     parameters: of both towers, in millions; None for a model newer than the list.
     languages: of the texts that its published weights learned from. pretrained: tags of its weights.
     image_size: S in pixels. context_length: L, start and end token included.
-    reads_padding: every text costs the whole context.
     needs: libraries other than open_clip that build its towers.
     """
 
     name: str
-    family: str
     level: Level
     parameters: int | None
     languages: Literal["English", "many", ""]
     image_size: int
     context_length: int
-    reads_padding: bool
     needs: tuple[str, ...]
     pretrained: tuple[str, ...]
 
@@ -71,13 +48,11 @@ def _entry(name: str, config: Mapping[str, Any], tags: list[str], parameters: in
     needs = {"timm": "timm_model_name" in vision, "transformers": "hf_model_name" in text}
     return CatalogueEntry(
         name=name,
-        family=next(family for family, pattern in _FAMILIES.items() if re.search(pattern, name)),
         level=level_of_config(config),
         parameters=parameters,
         languages=languages_of(name),
         image_size=int(vision.get("image_size", 224)),
         context_length=int(text.get("context_length", 77)),
-        reads_padding=reads_padding(text),
         needs=tuple(library for library, is_needed in needs.items() if is_needed),
         pretrained=tuple(tags),
     )

@@ -68,13 +68,6 @@ def level_of_config(config: Mapping[str, Any]) -> Level:
     return "full" if module in _TIMM_MODULES and "rope_mixed" not in name else "text"
 
 
-def reads_padding(text: Mapping[str, Any]) -> bool:
-    """True if the tower of a `text_cfg` attends to padding, so that every text costs the whole context."""
-    if text.get("hf_model_name"):
-        return False
-    return bool(text.get("embed_cls") or text.get("no_causal_mask")) or text.get("pool_type", "argmax") == "last"
-
-
 def text_tower(clip: Any, layout: TextLayout) -> TextTower:
     """Choose a tower by the structure of the model, without a proof."""
     text = getattr(clip, "text", clip)
