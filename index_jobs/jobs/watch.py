@@ -63,7 +63,7 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
     settings = BuildOptions.of({"keep": KEEP_WRITES, "max_failed": 1.0, "progress": False, **options})
     watched, parent = _WatchedGallery(index, say, settings), multiprocessing.parent_process()
     while not stop.is_set():
-        started, is_due = time.monotonic(), True
+        started, is_due, rested = time.monotonic(), True, 0.0
         try:
             folder = watched.open()
             device = folder.stat().st_dev, folder.stat().st_ino
@@ -71,9 +71,11 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
                 folder, watch_filter=None, debounce=_BURST_MS, step=_QUIET_MS, stop_event=stop, rust_timeout=_TICK_MS,
                 yield_on_timeout=True,
             ):  # fmt: skip
-                started, now = time.monotonic(), folder.stat()
-                if notices or is_due:
+                started, now, is_due = time.monotonic(), folder.stat(), is_due or bool(notices)
+                if is_due and started >= rested:
                     is_due, reason = watched.update(stop), ""
+                    if is_due:  # a long copy: at most a fifth of the time goes into scans
+                        rested = time.monotonic() + 8 * watched.scan_seconds
                 if parent is not None and not parent.is_alive():
                     return
                 if (now.st_dev, now.st_ino) != device:  # mounted anew; the former folder sends no notices
@@ -94,6 +96,7 @@ class _WatchedGallery:
     def __init__(self, index: Path, say: Callable[[str], object], options: BuildOptions) -> None:
         self._index, self._say, self._options = index, say, options
         self._location, self._known, self._replicas = "", dict[str, _State](), list[Encoder]()
+        self.scan_seconds = 0.0  # that the last scan took; an update scans once or twice
 
     def open(self) -> Path:
         """Return the folder to watch. Raise DataError if there is none."""
@@ -113,6 +116,7 @@ class _WatchedGallery:
             DcarError: the gallery cannot be read, or nothing can be published now.
         """
         started, before = time.monotonic(), _states(scan(self._location))
+        self.scan_seconds = time.monotonic() - started
         self._known = known = self._known or _indexed_states(open_current(self._index), before)
         if before == known:
             return False
