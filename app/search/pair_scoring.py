@@ -25,7 +25,7 @@ from app.search.rows import row_vectors
 from app.search.snapshots import Snapshot
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, MissingExtraError
 
 if TYPE_CHECKING:
     from dcar_core.serving.pair_weights import PairWeights
@@ -46,7 +46,7 @@ async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequen
     """Return the same matches, scored and sorted by the second stage or by the exact pair weights.
 
     Raises:
-        UnsupportedQueryError: the model has neither, or every image is missing.
+        UnsupportedQueryError: the model has neither, every image is missing, or PyTorch is not installed.
         UnavailableError: the full model cannot be loaded.
     """
     if not snapshot.encoder.state.reranks_by:
@@ -164,6 +164,8 @@ async def _reranker(compute: Compute, snapshot: Snapshot) -> Any:
     """Return a `QueryReranker` or `PairWeights`."""
     try:
         return await compute.run("load", lambda: snapshot.reranker)  # may load the model
+    except MissingExtraError as error:
+        raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
     except DcarError as error:
         index = snapshot.artifact.path.parents[1]
         logger.error("cannot load the full model of %s: %s", index, error)

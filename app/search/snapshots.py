@@ -17,7 +17,7 @@ from dcar_core import Encoder
 from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, requires_pytorch
 from index_jobs.selection import Allowed
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
@@ -102,13 +102,14 @@ class Snapshot:
     @cached_property
     def reranker(self) -> Any:
         """A `QueryReranker` or `PairWeights`. The first look may load the model for seconds: not in the event loop."""
-        if self.encoder.state.reranks_by == "stage":  # importing torch takes seconds; the health check need not wait
-            from dcar_core.serving.query_reranker import QueryReranker
+        with requires_pytorch("re-ranking"):  # importing it takes seconds; the health check need not wait
+            if self.encoder.state.reranks_by == "stage":
+                from dcar_core.serving.query_reranker import QueryReranker
 
-            return QueryReranker(self.encoder)
-        from dcar_core.serving.pair_weights import PairWeights
+                return QueryReranker(self.encoder)
+            from dcar_core.serving.pair_weights import PairWeights
 
-        return PairWeights(self.encoder)
+            return PairWeights(self.encoder)
 
 
 def load_snapshot(

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
-from dcar_core.util.files import atomic_writer, write_json
+from dcar_core.util.files import atomic_writer, link_or_copy, write_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need it
     from dcar_core.model.backbone import Backbone
@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need
 Trainables = dict[str, NDArray[np.float32]]
 
 CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
+PORTABLE = "portable"  # folder with what runs the model without PyTorch; see `serving.portable_export`
 FORMAT = 1
 _MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
 
@@ -180,6 +181,10 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
     write_json(target / CONFIG, content)
+    if (source / PORTABLE).is_dir():
+        (target / PORTABLE).mkdir(exist_ok=True)
+        for file in (source / PORTABLE).iterdir():
+            link_or_copy(file, target / PORTABLE / file.name)
 
 
 def require_own_config(path: Path) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from dcar_core.images import MAX_PIXELS, ImageSource, OpenedImage, open_image
 from dcar_core.util.errors import ModelError
+from dcar_core.util.machine import has_pytorch
 
 # Smallest input of the fast mode's filter, as a multiple of the result's side. At 2 some textures fall to a cosine of
 # 0.993, at 1 to 0.84.
@@ -157,7 +158,9 @@ def decode_part(
 
 @cache
 def _torch_is_fast() -> bool:
-    """True on processors with AVX2, which PyTorch's kernel for bytes needs."""
+    """True if PyTorch is installed, on processors with AVX2, which its kernel for bytes needs."""
+    if not has_pytorch():
+        return False
     import torch
 
     return torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}

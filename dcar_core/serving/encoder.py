@@ -23,7 +23,7 @@ from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import ImageError, ModelError
+from dcar_core.util.errors import ImageError, ModelError, requires_pytorch
 from dcar_core.util.files import default_cache_directory
 from dcar_core.util.memory import release_pages, trim_heap
 
@@ -125,10 +125,11 @@ class Encoder:
             state, export = cached
             return cls(state, load_model, export, exact=exact, checkpoint=path)
 
-        from dcar_core.runtimes.graphs import extract_state
-        from dcar_core.runtimes.selection import load_runtime
+        with requires_pytorch(f"loading {source} without a portable export for this runtime"):
+            from dcar_core.runtimes.graphs import extract_state
+            from dcar_core.runtimes.selection import load_runtime
 
-        loaded = load_model(path)
+            loaded = load_model(path)
         state = extract_state(loaded.model, loaded.fingerprint, loaded.backbone_hash)
         encoder = cls(state, loaded, load_runtime(runtime, state, loaded), exact=exact)
         if request is not None:

@@ -1,11 +1,12 @@
 """Cached states of encoders, each with the name of its export, for later starts without PyTorch.
 
     CACHE/encoders/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
+    CHECKPOINT/portable/encoder                   the same, beside the export itself; see `portable_export`
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.
 - An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
-  processor and threads; the entry and the export have checksums.
+  processor and threads; the entry and the export have checksums. A portable one holds for any of these but the first.
 - Finally, the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
 - If a check fails, the full model is loaded and the entry is written again.
 """
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
-from dcar_core.model.checkpoint import backbone_files, compute_fingerprint, read_config, read_trainables
+from dcar_core.model.checkpoint import PORTABLE, backbone_files, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
@@ -41,6 +43,7 @@ from dcar_core.util.files import atomic_writer, default_cache_directory
 logger = logging.getLogger(__name__)
 
 FORMAT = 8
+ENTRY = "encoder"  # name of an entry beside a portable export
 _LIBRARIES = (
     "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "tokenizers", "ftfy",
 )  # fmt: skip
@@ -49,6 +52,8 @@ _DATACLASSES: dict[str, Any] = {
     kind.__name__: kind
     for kind in (EncoderState, FeatureAdapterArrays, Preprocess, TextLayout, TextPrompts, TextTokenizer)
 }
+
+_FAULTS = (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -64,10 +69,13 @@ class LoadRequest:
     cache: Path
 
     @property
+    def has_portable(self) -> bool:
+        return (self.checkpoint / PORTABLE).is_dir() and self.runtime != "openvino-int8"
+
+    @property
     def may_use_export(self) -> bool:
-        on_cpu = self.device == "cpu" or (
-            self.device == "auto" and sys.platform != "darwin" and not any(Path(gpu).exists() for gpu in _GPUS)
-        )
+        may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
+        on_cpu = self.device == "cpu" or (self.device == "auto" and not (may_have_gpu and machine.has_pytorch()))
         return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
     def file(self, fingerprint: str) -> Path:
@@ -106,44 +114,91 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
 
 
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
-    """True if `auto` can start from the default cache. fingerprint: the checkpoint's fingerprint."""
+    """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
-    return request.may_use_export and request.file(fingerprint).is_file()
+    return request.may_use_export and (request.has_portable or request.file(fingerprint).is_file())
 
 
 def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
-    """Load the entry that `store` wrote; None if there is none or a check fails."""
+    """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
+    if not request.may_use_export:
+        return None
+    if request.has_portable:
+        try:
+            return _restore_portable(request)
+        except _FAULTS as error:
+            logger.warning("the portable export of %s cannot be used: %s", request.checkpoint, error)
     try:
-        return _restore(request) if request.may_use_export else None
-    except (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        return _restore_entry(request)
+    except _FAULTS as error:
         logger.debug("no cached state of %s can be used: %s", request.checkpoint, error)
         return None
 
 
-def _restore(request: LoadRequest) -> tuple[EncoderState, Runtime]:
-    described = read_config(request.checkpoint)
-    config = ModelConfig.from_dict(described["model"])
-    fingerprint = compute_fingerprint(described["backbone"]["sha256"], config, read_trainables(request.checkpoint))
-    stored = request.file(fingerprint).read_bytes()
-    checksum, body = stored[:32], stored[32:]
-    arrays: Arrays = load(body)
-    content = json.loads(arrays["content"].tobytes())
+def has_portable(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a portable export that this release can use."""
+    try:
+        return _is_current(_read(checkpoint / PORTABLE / ENTRY)[1])
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return False
+
+
+def _is_current(content: dict[str, Any]) -> bool:
+    made = content["circumstances"]
+    return bool((made["format"], made["graphs"]) == (FORMAT, GRAPHS))
+
+
+def _restore_portable(request: LoadRequest) -> tuple[EncoderState, Runtime]:
+    export, names = request.checkpoint / PORTABLE, [request.runtime]
+    arrays, content = _read(export / ENTRY)
+    if not _is_current(content):
+        raise ValueError("another release made it; build the index again")
+    if request.runtime == AUTO:
+        names = ["openvino"] if machine.missing_instructions("bf16") else ["openvino-bf16", "openvino"]
+    threads = request.threads or machine.available_cores()
+    return _open(request.checkpoint, arrays, content["state"], export, names, threads)
+
+
+def _restore_entry(request: LoadRequest) -> tuple[EncoderState, Runtime]:
+    arrays, content = _read(request.file(_fingerprint(request.checkpoint)))
     torch = sys.modules.get("torch")
     threads = content["threads"] if torch is None else torch.get_num_threads()
-    found = hashlib.sha256(body).digest(), content["circumstances"], content["threads"]
-    if found != (checksum, _circumstances(request), threads):
-        raise ValueError("it is corrupted, or was made under other circumstances")
+    if (content["circumstances"], content["threads"]) != (_circumstances(request), threads):
+        raise ValueError("it was made under other circumstances")
     export = request.cache / "exports" / content["export"]
+    return _open(request.checkpoint, arrays, content["state"], export, [content["runtime"]], threads)
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    described = read_config(checkpoint)
+    config = ModelConfig.from_dict(described["model"])
+    return compute_fingerprint(described["backbone"]["sha256"], config, read_trainables(checkpoint))
+
+
+def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    stored = path.read_bytes()
+    if hashlib.sha256(stored[32:]).digest() != stored[:32]:
+        raise ValueError("it is corrupted")
+    arrays: Arrays = load(stored[32:])
+    return arrays, json.loads(arrays["content"].tobytes())
+
+
+def _open(
+    checkpoint: Path, arrays: Arrays, packed: Any, export: Path, names: Sequence[str], threads: int
+) -> tuple[EncoderState, Runtime]:
+    """Open an export by the first of these runtimes that gives the probe's vectors."""
+    state: EncoderState = _unpack(packed, arrays)
+    if state.fingerprint != _fingerprint(checkpoint):
+        raise ValueError("it is of another checkpoint")
+    probe, expected = Probe.synthetic(state.preprocess.size), (arrays["probe_texts"], arrays["probe_images"])
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_export, export)  # while it is compiled
-        state: EncoderState = _unpack(content["state"], arrays)
-        runtime = open_export(content["runtime"], export, content["threads"])
-        checked.result()
-    probe = Probe.synthetic(state.preprocess.size)
-    proof = prove(state, runtime, probe, (arrays["probe_texts"], arrays["probe_images"]))
-    if not proof.holds or state.fingerprint != fingerprint:
-        raise ValueError(f"its vectors are others: {proof}")
-    return state, runtime
+        for name in names:
+            runtime = open_export(name, export, threads)
+            checked.result()
+            if (proof := prove(state, runtime, probe, expected)).holds:
+                return state, runtime
+    raise ValueError(f"its vectors are others: {proof}")
 
 
 def _pack(value: Any, arrays: Arrays) -> Any:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, requires_pytorch
 from dcar_core.util.files import DISK_ERRORS
 
 _INTERRUPTED = 130
@@ -30,7 +30,8 @@ def run_command(command: Callable[[], object]) -> int:
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         try:
-            command()
+            with requires_pytorch("this command"):
+                command()
         finally:
             sys.stdout.flush()
     except SystemExit as end:

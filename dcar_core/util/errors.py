@@ -1,5 +1,7 @@
 """Every error that this project raises on purpose. A message says what happened and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 
 
@@ -116,6 +118,17 @@ class MissingExtraError(DcarError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an optional dependency: pip install 'dcar[{extra}]'")
+
+
+@contextmanager
+def requires_pytorch(feature: str) -> Iterator[None]:
+    """Raise MissingExtraError if the body imports PyTorch, timm or open_clip and it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("torch", "torchvision", "timm", "open_clip"):
+            raise
+        raise MissingExtraError(feature, "torch") from None
 
 
 def is_panic(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -70,6 +71,15 @@ def fsync_path(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file that never changes into another place, as a hard link where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links here, or too many of this file
+        shutil.copyfile(source, target)
+        fsync_path(target)
 
 
 def fsync_tree(directory: Path, *, skip: Container[str] = ()) -> None:

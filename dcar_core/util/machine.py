@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 # One instruction set of either group suffices; the first group is of x86, the second of Arm.
@@ -22,6 +23,11 @@ def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
+
+
+def has_pytorch() -> bool:
+    """Return whether PyTorch is installed, without importing it."""
+    return find_spec("torch") is not None
 
 
 def available_cores() -> int:

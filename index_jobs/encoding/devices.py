@@ -16,6 +16,7 @@ import numpy as np
 from dcar_core import Encoder
 from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.arrays import Floats
+from dcar_core.util.machine import has_pytorch
 from index_jobs.encoding.decode import DecodedWindow, map_ahead
 
 
@@ -27,17 +28,17 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
         exact: preprocess images as open_clip does, bit for bit.
         runtime: the encoder's runtime, as `Encoder.load` takes it.
     """
-    import torch
-
     names = [name.strip() for name in device.split(",")]
-    if names == ["auto"] and torch.cuda.is_available():
-        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if names == ["auto"] and has_pytorch():
+        import torch
+
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or names
     if runtime == AUTO and len({name.partition(":")[0] for name in names}) > 1:
         runtime = "torch"  # runs on all of them
     encoders = list[Encoder]()
     for name in names:
         encoder = Encoder.load(checkpoint, device=name, exact=exact, runtime=runtime)
-        if not exact:  # PyTorch resizes on every runtime, so the pixels are the same
+        if not exact:  # PyTorch, if it is installed, resizes on every runtime, so the pixels are the same
             encoder.preprocess = encoder.preprocess.fast(torch=True)
         encoders.append(encoder)
         runtime = encoders[0].runtime.name  # "auto" has chosen

@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 from dcar_core import Encoder
 from dcar_core.data.judgements import read_judgements
-from dcar_core.model.checkpoint import copy_checkpoint, read_config
-from dcar_core.runtimes.registry import AUTO
+from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, read_config
+from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
+from dcar_core.serving.encoder_cache import has_portable
+from dcar_core.serving.portable_export import add_portable_export
 from dcar_core.util.errors import (
     ArtifactError,
     CheckpointError,
@@ -40,6 +42,7 @@ from dcar_core.util.errors import (
     StoreUnavailableError,
 )
 from dcar_core.util.files import canonical_json
+from dcar_core.util.machine import installed_versions
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
 from index_jobs.encoding.pixel_cache import PixelCache
@@ -63,6 +66,7 @@ from index_jobs.store.manifest import (
     ITEMS,
     LEXICAL,
     VERSIONS,
+    FileInfo,
     Manifest,
     counted,
     utc_now,
@@ -171,7 +175,8 @@ class _Build:
             encoded = self._encode(replicas, runtime, staging / CHECKPOINT)
             self._clean_work(store)
             changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
-            staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime))
+            shared = self._add_portable_export(staging)
+            staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime), shared=shared)
             verdict = self._require_no_worse(staged, encoded)
             manifest = publish.commit_version(out, staged, keep=options.keep)
             if self.served is not None and not self.served.manifest.is_as_built:
@@ -346,6 +351,24 @@ class _Build:
             return encode_on_ray(self.gallery, replicas[0], self.work, options, checkpoint=checkpoint, runtime=runtime)
         cache = PixelCache(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
         return encode_gallery(self.gallery, replicas, self.work, options, cache)
+
+    def _add_portable_export(self, staging: Path) -> dict[str, FileInfo]:
+        """Add what serves the model without PyTorch, if OpenVINO is installed; return the files of the served version.
+
+        They are shared if it has the same model. A model that comes with an export keeps it.
+        """
+        runtime = self.spec.runtime
+        is_wanted = runtime == AUTO or RUNTIME_KINDS[runtime].extra == "openvino"
+        if not is_wanted or has_portable(staging / CHECKPOINT) or not installed_versions(["openvino"]):
+            return {}
+        served = self.served
+        if served and served.manifest.fingerprint == self.encoder.fingerprint and has_portable(served.checkpoint):
+            files, folder = served.manifest.files, f"{CHECKPOINT}/{PORTABLE}/"
+            return publish.share_files(
+                served.path, staging, {name: info for name, info in files.items() if name.startswith(folder)}
+            )
+        add_portable_export(staging / CHECKPOINT, self.encoder.backbone)
+        return {}
 
     def _stage(self, staging: Path, encoded: EncodedGallery, runtime: str) -> Manifest:
         """Write vectors, items and failures, and return their manifest."""

@@ -35,6 +35,8 @@ from dcar_core.data.entries import label_text, required_text
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
 from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
 from dcar_core.model.dcar import DCAR
+from dcar_core.serving.encoder_cache import has_portable
+from dcar_core.serving.portable_export import add_portable_export
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
@@ -358,6 +360,8 @@ class _Retraining:
         fingerprint = save_checkpoint(self.model, made, training=self.notes)
         copy_checkpoint(made, staging / CHECKPOINT)
         shutil.rmtree(made)
+        if has_portable(served.checkpoint):
+            add_portable_export(staging / CHECKPOINT, self.encoder.backbone)
         files = {name: info for name, info in served.manifest.files.items() if not name.startswith(f"{CHECKPOINT}/")}
         shared = publish.share_files(served.path, staging, files)
         manifest = replace(

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
-from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, sha256_of, write_json
+from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
 from index_jobs.spec import BuildOptions
@@ -142,11 +142,7 @@ def share_files(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> 
     """Put files of a published version into a staged one, as hard links where the file system has them."""
     for name in files:
         (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(version / name, staging / name)
-        except OSError:  # no hard links here, or too many of this file
-            shutil.copyfile(version / name, staging / name)
-            fsync_path(staging / name)
+        link_or_copy(version / name, staging / name)
     return dict(files)
 
 

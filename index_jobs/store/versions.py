@@ -10,7 +10,7 @@ INDEX/versions/<n>/added-<m>/        vectors and items added after the build; se
 INDEX/versions/<n>/removed.npy       rows of items removed after the build
 INDEX/versions/<n>/failed.jsonl      images that could not be read, with reasons
 INDEX/versions/<n>/duplicates.jsonl  images with the same pixels as an earlier one
-INDEX/versions/<n>/checkpoint/       the model that encoded the vectors
+INDEX/versions/<n>/checkpoint/       the model that encoded the vectors, perhaps with its portable export
 """
 
 import logging

@@ -1,22 +1,33 @@
 """With exported graphs the service starts without the model, and loads it when a query needs it."""
 
+import base64
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from dcar_core import Encoder
+from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.serving import encoder_cache
 from index_jobs.rebuild import rebuild
+from index_jobs.store.versions import open_current
 from tests.support.commands import dcar
+from tests.support.images import png
 from tests.support.parts import needs
+from tests.support.processes import free_port, without_pytorch
 from tests.support.responses import assert_problem
-from tests.support.service import opened
+from tests.support.service import ADMIN, opened
+from tests.support.writes import ADMINS, item
 
 pytestmark = needs("openvino")
 
@@ -100,3 +111,53 @@ def test_dcar_search_runs_without_pytorch(
     assert done.stderr.split()[-1] == "False"
     expected, found = json.loads(whole), json.loads(done.stdout)
     assert [each["id"] for each in found["results"]] == [each["id"] for each in expected["results"]]
+
+
+@contextmanager
+def serving_without_pytorch(index: Path, folder: Path, **settings: str) -> Iterator[httpx.Client]:
+    """`dcar serve` where PyTorch is not found, and a client of it; `folder` is for the files of both."""
+    environment = os.environ | without_pytorch(folder) | {"DCAR_RUNTIME_CACHE": str(folder / "cache"), **settings}
+    port = free_port()
+    command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            for _ in range(600):
+                assert process.poll() is None, process.communicate()[1]
+                with suppress(httpx.TransportError):
+                    if client.get("/readyz").status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield client
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@pytest.mark.slow
+def test_a_published_version_is_served_and_changed_without_pytorch(
+    gallery: Path, tiny_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
+    rebuild(gallery, tiny_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)
+    texts, photo = ["a red square", "naïve 😿"], base64.b64encode(png("red")).decode()
+    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    expected = np.concatenate([encoder.encode_text(texts), encoder.encode_images([png("red")])])
+
+    settings = {"DCAR_RUNTIME": "auto", "DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
+    with serving_without_pytorch(tmp_path / "index", tmp_path, **settings) as http:
+        given = {"input": [*texts, {"image": photo}]}
+        found = [each["embedding"] for each in http.post("/v1/embeddings", json=given).json()["data"]]
+        assert (np.array(found) * expected).sum(1).min() > 0.999
+        results = http.post("/search/text", json=PLAIN | {"explain": True}).json()["results"]
+        assert len(results) == 5
+        assert all(result["explanation"]["relevance"] for result in results)
+        answer = http.post("/search/image", files={"file": png("red")})
+        assert answer.json()["results"][0]["category"] == "square"
+        detail = assert_problem(http.post("/search/text", json=PLAIN | {"rerank": True}), 409)["detail"]
+        assert "re-ranking needs an optional dependency: pip install 'dcar[torch]'" in detail
+        job = http.put("/items", json={"items": [item("new")]}, headers=ADMINS).headers["location"]
+        while (ended := http.get(job, headers=ADMINS).json())["status"] not in ("done", "failed"):
+            time.sleep(0.1)
+        assert ended["status"] == "done", ended
+        assert (open_current(tmp_path / "index").checkpoint / PORTABLE).is_dir(), "the next version carries it as well"

@@ -27,6 +27,13 @@ print(peak() - before)
 """
 
 
+def without_pytorch(folder: Path) -> dict[str, str]:
+    """Return the variables with which Python, and its children, find no PyTorch; a file is put into `folder`."""
+    names = ("torch", "torchvision", "timm", "open_clip", "transformers")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({names}))\n")
+    return {"PYTHONPATH": str(folder)}
+
+
 def children_of(pid: int) -> list[int]:
     """Return every process that descends from pid."""
     parents = {}

@@ -47,11 +47,11 @@ _DECODED_SHARE = 0.001  # from this share on, going through all stored vectors i
 
 def free_gpu_memory() -> int:
     """Return half of the free memory of the first GPU; 0 without a GPU or FAISS's GPU build."""
+    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+        return 0
     import torch
 
-    if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus() or not torch.cuda.is_available():
-        return 0
-    return int(torch.cuda.mem_get_info(0)[0] // 2)
+    return int(torch.cuda.mem_get_info(0)[0] // 2) if torch.cuda.is_available() else 0
 
 
 class RowSelection:

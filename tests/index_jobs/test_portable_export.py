@@ -1,0 +1,60 @@
+"""A version carries what serves it without PyTorch; the next versions share it."""
+
+from pathlib import Path
+
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.model.checkpoint import PORTABLE
+from dcar_core.serving import encoder_cache
+from index_jobs.jobs.update import remove
+from index_jobs.store.versions import open_current, open_version
+from tests.support.parts import needs
+from tests.support.versions import Build
+
+pytestmark = needs("openvino")
+
+
+def weights(index: Path, version: int) -> Path:
+    return open_version(index, version).checkpoint / PORTABLE / "image.bin"
+
+
+@pytest.fixture
+def index(build: Build, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
+    build(runtime="openvino")
+    return tmp_path / "index"
+
+
+def test_versions_of_a_model_share_one_export(index: Path, build: Build, exports: Path) -> None:
+    build(runtime="openvino", force=True)
+    remove(index, [open_current(index).item(0).id])
+    assert all(weights(index, number).samefile(weights(index, 1)) for number in (2, 3))
+    assert "checkpoint/portable/encoder" in open_current(index).manifest.files
+    build(checkpoint=weights(index, 3).parents[1], runtime="openvino", force=True)
+    assert weights(index, 4).samefile(weights(index, 3)), "a checkpoint brings its own"
+
+
+def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start() -> Encoder:
+        checkpoint = open_current(index).checkpoint
+        return Encoder.load(checkpoint, device="cpu", runtime="auto", cache=tmp_path / "cache")
+
+    assert start().backbone is None
+    monkeypatch.setattr(encoder_cache, "FORMAT", -1)
+    assert start().backbone is not None
+    assert "cannot be used: another release made it; build the index again" in caplog.text
+    monkeypatch.undo()
+    file = weights(index, 1)
+    content = file.read_bytes()
+    file.unlink()  # it has other names
+    file.write_bytes(bytes(100) + content[100:])
+    assert start().backbone is not None
+    assert "is corrupted: image.bin changed" in caplog.text
+
+
+def test_a_build_on_pytorch_makes_no_export(build: Build, tmp_path: Path) -> None:
+    build(runtime="torch")
+    assert not (open_current(tmp_path / "index").checkpoint / PORTABLE).exists()
