@@ -1,33 +1,67 @@
-# One image for the service and the index job. Build it with `docker compose build`, or docker build -t dcar:local .
+# Images of the service and the index job (docs/how-to/containers.md), by --target:
+# - full, the default: with PyTorch on the CPU; trains, builds indexes and serves.
+# - serve: only serves, versions with a portable export, without PyTorch.
+# - gpu: full on an NVIDIA GPU.
 #
-# Build arguments (docs/how-to/containers.md):
+# Build arguments:
 # - BASE: a Debian image with Python 3.11 or newer as `python`, and pip. Pin it by digest for reproducible builds.
 # - EXTRAS: extras of pyproject.toml to include: openvino (several times as fast on a CPU), otel, http, s3, ...
-# - LOCK: a lock file with hashes. If it is empty, the ranges in pyproject.toml apply.
+# - LOCK, SERVE_LOCK: lock files with hashes. If one is empty, the ranges in pyproject.toml apply.
 # - PIP_EXTRA_INDEX_URL: an index of PyTorch's CPU builds; PyPI's torch for Linux is the CUDA build, several GB.
 # - PIP_INDEX_URL: a mirror. PIP_FIND_LINKS, PIP_CONSTRAINT: addresses, or paths that the build can see.
 ARG BASE=python:3.12-slim
 
-# The dependencies of pyproject.toml as a file of their own, so other edits of pyproject.toml keep the installed layer.
+# The dependencies of pyproject.toml as files of their own, so other edits of pyproject.toml keep the installed layers.
 FROM ${BASE} AS requirements
 ARG EXTRAS=""
 COPY pyproject.toml .
-RUN python -c "import sys, tomllib; wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    extras = sys.argv[1].replace(',', ' ').split(); parts = [wanted['optional-dependencies'][each] for each in extras]; \
-    print(*sum(parts, wanted['dependencies']), sep='\n')" "$EXTRAS" > /requirements.txt
+RUN for target in serve:openvino full:torch gpu:torch,gpu; do python -c "import sys, tomllib; \
+    wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = sys.argv[1].replace(',', ' ').split(); \
+    parts = [wanted['optional-dependencies'][each] for each in extras]; lines = sum(parts, wanted['dependencies']); \
+    print(*[line for line in lines if 'gpu' not in extras or not line.startswith('faiss-cpu')], sep='\n')" \
+    "${target#*:},$EXTRAS" > "/${target%%:*}.txt"; done
 
 FROM ${BASE} AS builder
 ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
-ARG LOCK="requirements.lock"
 ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 RUN python -m venv --without-pip /opt/venv
-COPY --from=requirements /requirements.txt /requirements.txt
 COPY requirements*.lock /locks/
+
 # The locks leave out PyTorch, since the index decides its build; the second command adds it.
+FROM builder AS installed-full
+ARG LOCK="requirements.lock"
+COPY --from=requirements /full.txt /
 RUN --mount=type=cache,target=/var/cache/pip \
     test -z "$LOCK" || pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"
 RUN --mount=type=cache,target=/var/cache/pip \
-    pip --python /opt/venv/bin/python install --requirement /requirements.txt
+    pip --python /opt/venv/bin/python install --requirement /full.txt
+
+# faiss-gpu and faiss-cpu are one module under two names.
+FROM builder AS installed-gpu
+ARG LOCK="requirements.lock"
+COPY --from=requirements /gpu.txt /
+RUN --mount=type=cache,target=/var/cache/pip \
+    test -z "$LOCK" || { sed '/^faiss-cpu==/,/[^\\]$/d' "/locks/$LOCK" > /gpu.lock \
+    && pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement /gpu.lock; }
+RUN --mount=type=cache,target=/var/cache/pip \
+    pip --python /opt/venv/bin/python install --requirement /gpu.txt
+
+# Without what no search uses: plugins for other devices and readers of other formats than the export's, Arrow's network
+# protocol and query plans, the client of the model hub, headers, stubs and tests.
+FROM builder AS installed-serve
+ARG SERVE_LOCK="requirements-serve.lock"
+COPY --from=requirements /serve.txt /
+RUN --mount=type=cache,target=/var/cache/pip \
+    test -z "$SERVE_LOCK" \
+    || pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$SERVE_LOCK"
+RUN --mount=type=cache,target=/var/cache/pip \
+    pip --python /opt/venv/bin/python install --requirement /serve.txt \
+    && cd /opt/venv/lib/python3*/site-packages \
+    && find openvino/libs -name '*_frontend.so*' ! -name '*_ir_*' -delete \
+    && rm -rf openvino/libs/*_gpu_plugin.so openvino/libs/*_npu_plugin.so openvino/libs/cache.json \
+    openvino/include openvino/cmake openvino/tools pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*substrait* \
+    huggingface_hub hf_xet setuptools pkg_resources \
+    && find . -name '*.pyi' -delete && find . -type d -name tests -prune -exec rm -rf {} +
 
 FROM builder AS project
 WORKDIR /src
@@ -36,23 +70,33 @@ COPY dcar_core dcar_core
 COPY index_jobs index_jobs
 COPY app app
 RUN --mount=type=cache,target=/var/cache/pip \
-    pip wheel --no-deps --wheel-dir /dist .
-
-FROM ${BASE}
-RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dcar \
-    && install -d -o dcar -g dcar /data /cache
-# Dependencies form one layer; a change of the source replaces only the small layers after it.
-COPY --from=builder /opt/venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
-# Copied, not mounted: Buildah reuses a cached step even if a mounted file has changed.
-COPY --from=project /dist /dist
-RUN pip --python /opt/venv/bin/python install --no-index --no-deps --no-cache-dir --root-user-action ignore /dist/*.whl
-WORKDIR /app
-COPY examples/emoji examples/emoji
+    pip wheel --no-deps --wheel-dir /dist . \
+    && pip --python /opt/venv/bin/python install --no-index --no-deps --no-cache-dir /dist/*.whl
 
 # The user is numeric, so an orchestrator can verify that it is not root. Volumes: /data for indexes, /cache for exported
 # models and their measurements.
+FROM ${BASE} AS service
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dcar \
+    && install -d -o dcar -g dcar /data /cache
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DCAR_HOST=0.0.0.0 DCAR_PORT=8000 DCAR_RUNTIME_CACHE=/cache
+WORKDIR /app
 USER 10001:10001
-ENV DCAR_HOST=0.0.0.0 DCAR_PORT=8000 DCAR_RUNTIME_CACHE=/cache
 EXPOSE 8000
 CMD ["dcar", "serve"]
+
+# In each image the dependencies are one layer; a change of the source replaces only the small one after it. Copied, not
+# mounted: Buildah reuses a cached step even if a mounted file has changed.
+FROM service AS serve
+COPY --from=installed-serve /opt/venv /opt/venv
+COPY --from=project /opt/venv /opt/venv
+
+FROM service AS gpu
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=installed-gpu /opt/venv /opt/venv
+COPY --from=project /opt/venv /opt/venv
+COPY examples/emoji examples/emoji
+
+FROM service AS full
+COPY --from=installed-full /opt/venv /opt/venv
+COPY --from=project /opt/venv /opt/venv
+COPY examples/emoji examples/emoji

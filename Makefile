@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml
 	then $(BIN)/python -m ensurepip; else $(PYTHON) -m venv $(VENV); fi
 	@test -z "$(LOCK)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement $(LOCK)
 	@echo "installing into $(VENV); without an index of CPU builds, PyTorch for Linux is a download of several GB"
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,$(EXTRAS)]'
 	@touch $@
 
 demo: install

@@ -1,13 +1,20 @@
-"""What an installation without PyTorch can do, and what it says of the rest."""
+"""What an installation without PyTorch can do, and what it says of the rest; and how images are made of it."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
 
+from index_jobs.rebuild import rebuild
+from tests.support.parts import needs
+from tests.support.paths import ROOT
 from tests.support.processes import without_pytorch
+from tests.support.service import serving_by
 
 CHECKPOINT = "examples/emoji/twemoji/checkpoint"
 
@@ -32,3 +39,37 @@ def test_a_command_names_the_extra_that_it_needs(
     message = done.stderr.splitlines()[-1].replace(str(tmp_path / "out"), "OUT")
     assert message.startswith(f"error: {feature}")
     assert message.endswith("needs an optional dependency: pip install 'dcar[torch]'")
+
+
+@needs("registry")
+def test_a_wheel_in_a_clean_environment_serves_without_pytorch(
+    tiny_gallery: Path, tiny_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
+    venv.create(tmp_path / "clean", symlinks=True)
+    python, (wheel,) = str(tmp_path / "clean" / "bin" / "python"), tmp_path.glob("*.whl")
+    subprocess.run([*pip, f"--python={python}", "install", f"{wheel}[openvino]"], check=True)
+    find = (
+        "import importlib.util as u; print(*[n for n in ('torch', 'timm', 'open_clip', 'dcar_core') if u.find_spec(n)])"
+    )
+    done = subprocess.run([python, "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["dcar_core"]
+
+    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
+    rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)
+    monkeypatch.chdir(tmp_path)
+    with serving_by(python, tmp_path / "index", DCAR_RUNTIME="auto", DCAR_RUNTIME_CACHE=str(tmp_path)) as http:
+        assert http.post("/search/text", json={"query": "a red square"}).status_code == 200
+
+
+def test_each_image_of_the_bake_file_is_a_target_of_the_dockerfile() -> None:
+    bake, dockerfile = json.loads((ROOT / "docker-bake.json").read_text()), (ROOT / "Dockerfile").read_text()
+    stages = re.findall(r"(?m)^FROM \S+ AS (\S+)$", dockerfile)
+    images = {name: target for name, target in bake["target"].items() if name != "common"}
+    assert {target["target"] for target in images.values()} == {"serve", "full", "gpu"} < {*stages}
+    assert stages[-1] == "full", "the default"
+    assert set(bake["group"]["default"]["targets"]) <= images.keys()
+    assert bake["target"]["common"]["args"].keys() <= {*re.findall(r"\b[A-Z_]+\b", dockerfile)}
+    for lock in re.findall(r'ARG \w*LOCK="(.+)"', dockerfile):
+        assert (ROOT / lock).is_file()

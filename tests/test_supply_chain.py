@@ -12,13 +12,18 @@ from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CI_EXTRAS = re.search(r"^export EXTRAS=(\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+assert CI_EXTRAS
+LOCKED = {
+    "requirements.lock": ["torch"],
+    "requirements-serve.lock": ["openvino"],
+    "requirements-ci.lock": ["torch", *CI_EXTRAS[1].split(",")],
+}
 OF_TORCH = re.compile(r"(torch|torchvision|triton|(nvidia|cuda)-.+)==")
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-ci.lock"])
+@pytest.mark.parametrize("name", LOCKED)
 def test_the_locks_fit_the_requirements(name: str) -> None:
-    assert CI_EXTRAS
-    extras = CI_EXTRAS[1].split(",") if "ci" in name else []
+    extras = LOCKED[name]
     lines = [*PROJECT["dependencies"], *(line for extra in extras for line in PROJECT["optional-dependencies"][extra])]
     text = (ROOT / name).read_text(encoding="utf-8")
     pinned = {
@@ -53,4 +58,4 @@ def test_versions_with_known_faults_are_not_allowed(name: str) -> None:
 
 
 def test_torch_is_recent_enough_to_load_weights_safely() -> None:
-    assert "torch>=2.6" in PROJECT["dependencies"]
+    assert "torch>=2.6" in PROJECT["optional-dependencies"]["torch"]

@@ -2,13 +2,10 @@
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,9 @@ from index_jobs.store.versions import open_current
 from tests.support.commands import dcar
 from tests.support.images import png
 from tests.support.parts import needs
-from tests.support.processes import free_port, without_pytorch
+from tests.support.processes import without_pytorch
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, opened
+from tests.support.service import ADMIN, opened, serving_by
 from tests.support.writes import ADMINS, item
 
 pytestmark = needs("openvino")
@@ -113,27 +110,6 @@ def test_dcar_search_runs_without_pytorch(
     assert [each["id"] for each in found["results"]] == [each["id"] for each in expected["results"]]
 
 
-@contextmanager
-def serving_without_pytorch(index: Path, folder: Path, **settings: str) -> Iterator[httpx.Client]:
-    """`dcar serve` where PyTorch is not found, and a client of it; `folder` is for the files of both."""
-    environment = os.environ | without_pytorch(folder) | {"DCAR_RUNTIME_CACHE": str(folder / "cache"), **settings}
-    port = free_port()
-    command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(port)]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            for _ in range(600):
-                assert process.poll() is None, process.communicate()[1]
-                with suppress(httpx.TransportError):
-                    if client.get("/readyz").status_code == 200:
-                        break
-                time.sleep(0.1)
-            yield client
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
-
-
 @pytest.mark.slow
 def test_a_published_version_is_served_and_changed_without_pytorch(
     gallery: Path, tiny_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,8 +120,13 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
     expected = np.concatenate([encoder.encode_text(texts), encoder.encode_images([png("red")])])
 
-    settings = {"DCAR_RUNTIME": "auto", "DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN}
-    with serving_without_pytorch(tmp_path / "index", tmp_path, **settings) as http:
+    settings = {
+        "DCAR_RUNTIME_CACHE": str(tmp_path / "cache"),
+        "DCAR_RUNTIME": "auto",
+        "DCAR_WRITES": "true",
+        "DCAR_ADMIN_KEY": ADMIN,
+    }
+    with serving_by(sys.executable, tmp_path / "index", **settings, **without_pytorch(tmp_path)) as http:
         given = {"input": [*texts, {"image": photo}]}
         found = [each["embedding"] for each in http.post("/v1/embeddings", json=given).json()["data"]]
         assert (np.array(found) * expected).sum(1).min() > 0.999

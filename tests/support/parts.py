@@ -47,6 +47,12 @@ class _Gpu(Part):
         return torch.cuda.is_available()
 
 
+class _Asked(Part):
+    @property
+    def is_present(self) -> bool:
+        return os.environ.get("TEST_REGISTRY") == "1"
+
+
 PARTS = {
     "redis": Part("Redis", "apt-get install redis-server", programs=("redis-server",)),
     "openssl": Part("TLS", "apt-get install openssl", programs=("openssl",)),
@@ -55,6 +61,7 @@ PARTS = {
     "gpu": _Gpu("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
     "openvino": _extra("OpenVINO", "openvino", "openvino"),
     "int8": _extra("OpenVINO in int8", "int8", "openvino", "nncf"),
+    "registry": _Asked("a registry of packages", "TEST_REGISTRY=1 make test", in_ci=False),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries at URLs", "http", "aiohttp"),

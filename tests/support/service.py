@@ -1,8 +1,10 @@
 """The application over a real index, in this process through ASGI or on a port."""
 
 import asyncio
+import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -173,6 +175,27 @@ def serving_process(
     finally:
         process.send_signal(signal.SIGTERM)
         log += process.communicate(timeout=20)[1].splitlines()
+
+
+@contextmanager
+def serving_by(python: str, index: Path, **environment: str) -> Iterator[httpx.Client]:
+    """A client of `dcar serve`, run by an interpreter with these variables."""
+    port = free_port()
+    command = [python, "-m", "app.cli", "serve", "--index", str(index), "--port", str(port)]
+    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            end, is_ready = time.monotonic() + 60, False
+            while not is_ready:
+                assert process.poll() is None, process.communicate()[1]
+                assert time.monotonic() < end, "it does not become ready"
+                time.sleep(0.05)
+                with suppress(httpx.TransportError):
+                    is_ready = client.get("/readyz").status_code == 200
+            yield client
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
 
 
 def _is_ready(app: FastAPI) -> bool:
