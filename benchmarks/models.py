@@ -118,7 +118,7 @@ def random_checkpoint(work: Path, name: str, captions: list[str]) -> Path:
     (base / MODEL_CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
     del model
     backbone = load_backbone(BackboneSource(str(base)))
-    widest = "dcar+" if backbone.level == "full" else default_method(backbone.level)
+    widest = "dcar+" if backbone.level == "full" else default_method(backbone)
     save_checkpoint(seeded_model(backbone, method(widest), 0), checkpoint)
     return checkpoint
 

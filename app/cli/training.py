@@ -42,8 +42,9 @@ def train(
     method: Annotated[
         str | None,
         Option(
-            help="block-adapters+, dcar+, dcar, ... (an unknown name lists all). Default: by the model's level, as "
-            "`dcar models` lists it: block-adapters+ for full, dcar+-text for text, clip-adapter for features."
+            help="query-prompts, dcar+, dcar, ... (an unknown name lists all). Default: query-prompts; for a model "
+            "that lacks what it needs, by the level of `dcar models`: block-adapters+ for full, dcar+-text for text, "
+            "clip-adapter for features."
         ),
     ] = None,
     images: options.Images = None,
@@ -144,7 +145,7 @@ def zero_shot(out: options.Out, model: options.ModelName = DEFAULT.name, pretrai
     typer.echo(f"{out}: {model} unadapted, fingerprint {fingerprint[:12]}")
 
 
-@commands.command(epilog=example("dcar evaluate --data my/catalogue --methods clip,block-adapters+ --out results"))
+@commands.command(epilog=example("dcar evaluate --data my/catalogue --methods clip,query-prompts --out results"))
 def evaluate(
     data: options.Data,
     out: options.Out,
@@ -154,7 +155,7 @@ def evaluate(
         str | None,
         Option(
             help="Methods, separated by commas; an unknown name lists all. Default: clip,coop,clip-adapter,maple,dcar,"
-            "dcar+,block-adapters+, or their variants that the model's towers can run."
+            "dcar+,query-prompts, or their variants that the model's towers can run."
         ),
     ] = None,
     seeds: Annotated[int, Option(min=1, help="Seeds for each method.")] = 3,
@@ -220,7 +221,7 @@ def evaluate(
             typer.echo(line, err=True)
     backbone = load_backbone(BackboneSource(model, pretrained), pick_device(device))
     if methods is None:
-        names = comparable_methods(backbone.level)
+        names = comparable_methods(backbone)
         typer.echo(f"comparing {', '.join(names)}: methods for a model of level {backbone.level}", err=True)
     elif "clip" not in names:
         names.insert(0, "clip")  # the untouched model, which needs no training

@@ -51,7 +51,7 @@ async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequen
     """
     if not snapshot.encoder.state.reranks_by:
         raise UnsupportedQueryError(
-            "This model cannot re-rank. Leave `rerank` out, or train with `--method query-prompts`."
+            "This model cannot re-rank, or validation turned its second stage off. Leave `rerank` out."
         )
     if not ranked:
         return []

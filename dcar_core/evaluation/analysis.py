@@ -9,18 +9,18 @@ import torch
 from dcar_core.data import Dataset
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
-from dcar_core.training.validation import encode_captions, encode_images, rank
+from dcar_core.training.validation import encode_captions, encode_images, rerank
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.bootstrap import Hits
 from dcar_core.util.retrieval_metrics import (
     Ranks,
+    compute_ranks,
+    first_targets,
     hard_negative_accuracy,
     ndcg,
-    recall_at_k,
     recall_of_ranks,
 )
 
-FIRST_STAGE = "text-to-image R@1 by vectors alone"  # of a model with a second stage
 MAX_CONFUSIONS, MAX_EXAMPLES = 8, 3
 _BATCH = 256  # negatives that are encoded at a time
 
@@ -31,23 +31,31 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     Returns:
         recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
         confusions: the most frequent {category, taken_for, count, of, examples}, by the first image found for each
-        caption; hits: the fields of `bootstrap.Hits`; measures: others by their headings.
+        caption; hits: the fields of `bootstrap.Hits`; measures: others by their headings; reranked: what differs with
+        `rerank`, of a model with a second stage.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
-    ranks, first_image = rank(model, split, text, image)
+    ranks, first_image = compute_ranks(text, image, split.image_of), first_targets(text, image, 1)[:, 0]
+    again = rerank(model, split, text, image) if model.config.rerank.blocks else None
     images_of, texts_of = split.right_answers()
     return {
-        "recall": recall_of_ranks(ranks),
+        **_by_ranks(data, split, ranks),
         "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, _encode_negatives(model, data)),
-        "categories": _recall_by_category(data, split.image_of, ranks),
         "confusions": _confusions(data, split.image_of, first_image),
-        "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, split.image_of)).items()},
         "measures": {
             "nDCG@10 text-to-image": ndcg(text, image, images_of),
             "nDCG@10 image-to-text": ndcg(image, text, texts_of),
-            **({FIRST_STAGE: recall_at_k(text, image, split.image_of)["t2i_r1"]} if model.config.reranks else {}),
         },
+        **({"reranked": _by_ranks(data, split, again)} if again else {}),
+    }
+
+
+def _by_ranks(data: Dataset, split: PreparedSplit, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "recall": recall_of_ranks(ranks),
+        "categories": _recall_by_category(data, split.image_of, ranks),
+        "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, split.image_of)).items()},
     }
 
 

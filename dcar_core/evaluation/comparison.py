@@ -44,6 +44,7 @@ from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
 UNTOUCHED = "clip"
+WITH_RERANK = " with rerank"  # behind the name of a method: the order of its second stage
 # parts of dcar and dcar+ under names of their own, and what is built on them
 ABLATIONS = ("dual", "block-adapters", "block-adapters+", "query-prompts")
 
@@ -85,8 +86,8 @@ def compare(
 
     Returns:
         The content of results.json: for each method, the recall of each seed in percent, their mean and standard
-        deviation, and the intervals of `add_significance`. A method that diverged with any seed is in `diverged` with
-        the reason, instead of in `methods`.
+        deviation, and the intervals of `add_significance`. A method with a second stage has a second entry,
+        WITH_RERANK. A method that diverged with any seed is in `diverged` with the reason, instead of in `methods`.
 
     Raises:
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
@@ -145,13 +146,16 @@ def compare(
         try:
             result = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
             results["shots"][name] = _run_shots(runner, chosen, result["runs"], shots, choose_pairs)
+            reranked = _split_reranked(result)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
         else:
-            found = (run.pop("hits") for run in result["runs"])  # too many for results.json
-            hits[name] = [Hits(**{field: np.array(values) for field, values in each.items()}) for each in found]
-            results["methods"][name] = result
+            for label, own in ((name, result), *([(name + WITH_RERANK, reranked)] if reranked else [])):
+                found = (run.pop("hits") for run in own["runs"])  # too many for results.json
+                hits[label] = [Hits(**{field: np.array(values) for field, values in each.items()}) for each in found]
+                results["methods"][label] = own
+                results["shots"].setdefault(label, {})
         write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
@@ -174,30 +178,38 @@ def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> No
         result["intervals"] = {measure: list(astuple(each)) for measure, each in found.model.items()}
         difference = {measure: list(astuple(each)) for measure, each in found.difference.items()}
         result["difference"] = None if baseline in (None, name) else {**difference, "p": found.p}
-    results["recommendation"] = _recommend(results, means)
+    chosen, results["recommendation"] = _recommend(results, means)
+    if reranked := means.get(chosen + WITH_RERANK):
+        change = compare_hits(reranked, means[chosen]).difference["t2i_r1"]
+        results["recommendation"] += f"\nWith `rerank`: {change:+} points of text-to-image R@1."
 
 
-def _recommend(results: Results, means: Mapping[str, Hits]) -> str:
-    """Recommend the cheapest method that is not certainly worse on the test split than the best on validation."""
+def _recommend(results: Results, means: Mapping[str, Hits]) -> tuple[str, str]:
+    """Recommend the cheapest method that is not certainly worse on the test split than the best on validation.
+
+    Returns:
+        Its name, and the sentence.
+    """
     best = best_method(results)
     found = {name: compare_hits(means[best], means[name]) for name in means}
     chosen = next(
         name for name in sorted(means, key=lambda name: _cost(results["methods"][name]))
-        if name == best or found[name].difference["mean_r1"].low <= 0
+        if not name.endswith(WITH_RERANK) and (name == best or found[name].difference["mean_r1"].low <= 0)
     )  # fmt: skip
     pool = f"among {found[best].images:,} test images"
     if chosen == best == UNTOUCHED:
-        return f"Take the untouched model: no method was better on validation ({found[best].images:,} test images)."
+        images = f"{found[best].images:,} test images"
+        return chosen, f"Take the untouched model: no method was better on validation ({images})."
     compared = UNTOUCHED if chosen == best and UNTOUCHED in found else chosen
     difference = found[compared].difference["mean_r1"]
     interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
     gain = f"{difference.value:+.1f} points of mean R@1 {pool} ({interval})"
     if chosen != best:
         name = "the untouched model" if chosen == UNTOUCHED else f"{chosen}, which costs less"
-        return f"Take {name}: {best} is not certainly better, by {gain}."
+        return chosen, f"Take {name}: {best} is not certainly better, by {gain}."
     if compared == UNTOUCHED:
-        return f"Take {best}: it is better than the untouched model, by {gain}."
-    return f"Take {best}: it was the best on validation."
+        return chosen, f"Take {best}: it is better than the untouched model, by {gain}."
+    return chosen, f"Take {best}: it was the best on validation."
 
 
 def _cost(result: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -210,7 +222,7 @@ def _cost(result: Mapping[str, Any]) -> tuple[Any, ...]:
 def best_baseline(results: Results) -> str | None:
     """Return the best method on validation that is neither DCAR nor a part of it; else the best part, else None."""
     others = [name for name in results["methods"] if not name.startswith("dcar")]
-    names = [name for name in others if name not in ABLATIONS] or others
+    names = [name for name in others if name.removesuffix(WITH_RERANK) not in ABLATIONS] or others
     return best_method(results, names) if names else None
 
 
@@ -253,6 +265,23 @@ def _run_method(
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }
+
+
+def _split_reranked(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the results with `rerank` out of a method's runs, and return them in its form; None without any."""
+    if "reranked" not in result["runs"][0]:
+        return None
+    found = [run.pop("reranked") for run in result["runs"]]
+    by_vectors: dict[str, Any] = {
+        "measures": {},
+        "hard_negative_accuracy": None,
+        "confusions": [],
+    }  # what is not measured again
+    runs = [
+        {**run, **by_vectors, **each, "test": each.pop("recall")}
+        for run, each in zip(result["runs"], found, strict=True)
+    ]
+    return {**result, **by_vectors, **summarise([run["test"] for run in runs]), "runs": runs}
 
 
 def _run_shots(

@@ -91,7 +91,8 @@ class MethodRunner:
         files = {directory / "test.json": self.splits["test"]}
         for name, other in self.others.items():
             files[directory / f"also-{name}-{split_key(other, self.cache)[:8]}.json"] = other
-        missing = {file: data for file, data in files.items() if not _is_complete(file)}
+        needed = {"hits", "measures", *(["reranked"] if method.rerank.blocks else [])}
+        missing = {file: data for file, data in files.items() if not _has(file, needed)}
         if missing:
             is_merged = METHODS[method.method].changes is not None  # another backbone, with other features
             shared = None if is_merged else self.backbone
@@ -135,6 +136,6 @@ class MethodRunner:
         return [split_key(split, self.cache) for split in self.splits.values()]
 
 
-def _is_complete(file: Path) -> bool:
+def _has(file: Path, needed: set[str]) -> bool:
     """True for a record with everything that this version measures."""
-    return file.is_file() and {"hits", "measures"} <= json.loads(file.read_text(encoding="utf-8")).keys()
+    return file.is_file() and needed <= json.loads(file.read_text(encoding="utf-8")).keys()

@@ -8,7 +8,7 @@ from dcar_core.evaluation.tables import Results
 from dcar_core.util.errors import DataError
 
 METHODS = ("clip", "clip-adapter", "coop", "maple", "dcar")  # those of the paper that are implemented
-OURS = ("dcar+", "block-adapters+")
+OURS = ("dcar+", "query-prompts", "query-prompts with rerank")
 # R@1 of METHODS, image-to-text and text-to-image, from the results table of arXiv 2508.04028
 PAPER = {
     "caltech101": ((38.99, 39.41, 45.13, 46.26, 48.13), (32.17, 30.22, 29.70, 29.69, 36.78)),

@@ -19,16 +19,16 @@ MIN_CATEGORY_PAIRS = 3  # R@1 of fewer pairs is noise
 WEAKEST_CATEGORIES = 10
 _RECALL_NOTE = (
     "R@k is the share of captions whose own image, or of images whose own caption, is among the first k. Above swapped "
-    "captions: the share of images whose caption scores above all of its captions with another category or attribute."
+    "captions: the share of images whose caption scores above all of its captions with another category or attribute. "
+    "With rerank: the second stage sorts the first ten images of a caption."
 )
 _BOOTSTRAP_NOTE = (
     "Paired bootstrap over the test images with their captions, hits averaged over seeds; the baseline is the best one "
     "on validation. It measures the error of the test queries, the spread above that of training."
 )
 _MEASURES_NOTE = (
-    "nDCG@10, by vectors alone, counts every image that a caption describes, and every caption of an image, as right. "
-    "R@1 of seen and unseen categories is that of their test pairs among all test images. The other tables are with "
-    "the second stage, for methods that have one: it sorts the first ten images of a caption."
+    "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "
+    "unseen categories is that of their test pairs among all test images."
 )
 
 Results = dict[str, Any]
@@ -115,7 +115,7 @@ def shots_rows(results: Results) -> Rows:
     rows = [["method", *counts, "all"]]
     for name, method in results["methods"].items():
         whole = spread([mean_r1(run["test"]) for run in method["runs"]])
-        rows.append([name, *_cells(method, [*(results["shots"][name][count] for count in counts), whole])])
+        rows.append([name, *_cells(method, [*(results["shots"][name].get(count) for count in counts), whole])])
     return rows
 
 

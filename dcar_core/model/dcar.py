@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dcar_core.model.backbone import AdapterMatrices, Backbone
 from dcar_core.model.config import ModelConfig, PromptConfig
 from dcar_core.model.methods.method import Method
-from dcar_core.model.methods.registry import METHODS, require_runnable
+from dcar_core.model.methods.registry import METHODS, has_second_stage, require_runnable
 from dcar_core.model.methods.weight_changes import WeightChanges
 from dcar_core.model.query_prompts import LATE, PROMPTED, QueryParts, QueryPrompts
 from dcar_core.model.token_weights import TokenWeightHead
@@ -120,8 +120,7 @@ class DCAR(nn.Module):
     def __init__(self, backbone: Backbone, config: ModelConfig, changes: WeightChanges | None = None) -> None:
         super().__init__()
         require_runnable(config, backbone.level, backbone.source.model, backbone.context_length - backbone.layout.start)
-        tower = backbone.image_tower
-        if config.rerank.blocks and not (tower.pools_class_row and config.rerank.blocks <= tower.blocks):
+        if config.rerank.blocks and not has_second_stage(backbone, config):
             needed = "prompts made from the query, which need an image tower of CLIP's own kind"
             raise ModelError(f"{config.method} has {needed}; {backbone.source.model} has another: use block-adapters+")
         self.backbone = backbone

@@ -5,7 +5,6 @@ Under torchrun every process calls `adapt`; the leader alone writes files and ge
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,20 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import require_own_config, save_checkpoint
 from dcar_core.model.config import LossDirection, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import default_method
+from dcar_core.model.methods.registry import DEFAULT, default_method
 from dcar_core.model.methods.registry import method as config_of
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.serving.encoder import pick_device
 from dcar_core.training.distributed import torchrun_group
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.finished import FinishedTraining
-from dcar_core.training.prepared_split import PreparedSplit, prepare_split, report_truncation
+from dcar_core.training.prepared_split import prepare_split, report_truncation
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
-from dcar_core.training.validation import encode_captions, encode_images, pixels_of_split, rank
-from dcar_core.util.arrays import Pixels, Rows
+from dcar_core.training.validation import encode_captions, encode_images, rerank
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference, compare_hits
 from dcar_core.util.errors import DivergedError
+from dcar_core.util.retrieval_metrics import compute_ranks
 
 FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
@@ -60,13 +59,16 @@ class WiderSearch:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The comparison of a method with the untouched model, and the settings it was trained with."""
+    """The comparison of a method with the untouched model, and the settings it was trained with.
+
+    reranked: the comparison of its searches with `rerank` and by vectors; None without a second stage.
+    """
 
     method: str
     comparison: PairedDifference
     config: TrainConfig
     wider: WiderSearch | None = None
-    reranks: bool = False
+    reranked: PairedDifference | None = None
 
     @property
     def is_worth_it(self) -> bool:
@@ -87,7 +89,7 @@ class Verdict:
             _row("difference", self.comparison.difference, "+"),
             self._answer(),
             *([str(self.wider)] if self.wider else []),
-            *(["These figures are of searches with `rerank`."] if self.reranks else []),
+            *([self._second_stage(self.reranked)] if self.reranked else []),
         ]
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
@@ -105,6 +107,12 @@ class Verdict:
                 f"least {FEW_PAIRS}."
             )
         return "\n".join(parts)
+
+    def _second_stage(self, found: PairedDifference) -> str:
+        change = found.difference["t2i_r1"]
+        if change.value <= 0:
+            return "With `rerank`: no gain on these pairs."
+        return f"With `rerank`: R@1 of {found.model['t2i_r1']} text-to-image, {change:+} over the search by vectors."
 
     def _answer(self) -> str:
         difference = self.comparison.difference["mean_r1"]
@@ -165,12 +173,15 @@ def adapt(
             data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
         )
         backbone = load_backbone(source, here)
-        chosen = config_of(method or default_method(backbone.level)).with_loss_direction(loss)
+        default = default_method(backbone)
+        chosen = config_of(method or default).with_loss_direction(loss)
         model = seeded_model(backbone, chosen, config.seed)
         splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
         report_truncation(splits, reports, backbone, model.prompt_tokens)
         if group.is_leader:
             on_data(describe_reports(splits, reports))
+            if method is None and default != DEFAULT:
+                on_data(f"method {default}: the image tower of {source.model} does not have what {DEFAULT} needs")
             save_reports(reports, out)
         with group.leader_first():
             if restart and group.is_leader:
@@ -202,8 +213,7 @@ def adapt(
         )
         notes = {**config.to_dict(), "validation": result.best, **asdict(done)}
         if request is not None:
-            is_default = chosen.method == default_method(backbone.level)
-            notes["request"] = {**request, "method": None if is_default else chosen.method}
+            notes["request"] = {**request, "method": None if chosen.method == default else chosen.method}
         fingerprint = save_checkpoint(model, out, training=notes)
         if result.history:  # another method's unfinished run stays
             delete_state(out)
@@ -214,28 +224,22 @@ def _compare(
     model: DCAR, untouched: DCAR, splits: Mapping[str, Dataset], cache: FeatureCache, config: TrainConfig
 ) -> Verdict:
     """Compare a model with the untouched one on the validation pairs, among their images and among all."""
-    hits, wider, images = list[Hits](), list[tuple[Hits, Hits]](), 0
+    hits, wider, images, reranked = list[Hits](), list[tuple[Hits, Hits]](), 0, None
     for each in (model, untouched):
         each.eval()
         train, val = (prepare_split(splits[name], each, for_training=False, cache=cache) for name in ("train", "val"))
         text, own, others = encode_captions(each, val), encode_images(each, val), encode_images(each, train)
-        hits.append(Hits.from_ranks(rank(each, val, text, own)[0], val.image_of))
+        hits.append(Hits.from_ranks(compute_ranks(text, own, val.image_of), val.image_of))
+        if each.config.rerank.blocks:
+            with_rerank = Hits.from_ranks(rerank(each, val, text, own), val.image_of)
+            reranked = compare_hits(with_rerank, hits[-1])
         known = set(splits["val"].images)
         other = np.array([row for row, name in enumerate(splits["train"].images) if name not in known], np.int64)
-        pixels_of = partial(_pixels_of_both, val, train, other)
-        ranks, _ = rank(each, val, text, np.concatenate([own, others[other]]), pixels_of)
+        ranks = compute_ranks(text, np.concatenate([own, others[other]]), val.image_of)
         wider.append((Hits.from_ranks(ranks, val.image_of), Hits.from_ranks(ranks, val.image_of, k=10)))
         images = len(own) + len(other)
     first, ten = (compare_hits(own, other) for own, other in zip(*wider, strict=True))
-    wider_search = WiderSearch(images, first, ten)
-    return Verdict(model.config.method, compare_hits(*hits), config, wider_search, model.config.reranks)
-
-
-def _pixels_of_both(val: PreparedSplit, train: PreparedSplit, other: Rows, rows: Rows) -> Pixels:
-    """Return images by sorted rows: of the validation split, then of the rows `other` of the training split."""
-    own = len(pixels_of_split(val))
-    of_train = other[rows[rows >= own] - own]
-    return np.concatenate([pixels_of_split(val)[rows[rows < own]], pixels_of_split(train)[of_train]])
+    return Verdict(model.config.method, compare_hits(*hits), config, WiderSearch(images, first, ten), reranked)
 
 
 def _row(name: str, estimates: Mapping[str, Estimate], sign: str) -> str:

@@ -14,7 +14,6 @@ from dcar_core.model.towers.image import ClassRowInputs
 from dcar_core.training.hard_negatives import hard_batches, nearest_wrong_images
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import (
-    Recall,
     caption_parts,
     encode_captions,
     encode_images,
@@ -31,8 +30,8 @@ MAX_BYTES = 2 * 2**30  # of images in memory: 7,000 for a ViT-B/32. Of more, a r
 _IMAGES = 32
 
 
-def train_second_stage(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> Recall:
-    """Train the second stage in place, set its weight, and return the validation recall with both stages."""
+def train_second_stage(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> None:
+    """Train the second stage in place, and set its weight."""
     with torch.enable_grad():
         _learn(model, training, seed)
     text, image = encode_captions(model, validation), encode_images(model, validation)
@@ -43,7 +42,6 @@ def train_second_stage(model: DCAR, training: PreparedSplit, validation: Prepare
     }
     best = max(WEIGHTS, key=lambda weight: mean_r1(recalls[weight]))
     model.config = model.config.with_rerank_weight(best)
-    return recalls[best]
 
 
 def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:

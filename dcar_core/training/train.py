@@ -215,7 +215,7 @@ class _TrainingLoop:
         if model.config.loss.hard_negatives:
             recall = tune_on_hard_negatives(model, self.train_split, self.val_split, self.config.seed)
         if model.query_prompts is not None:
-            recall = train_second_stage(model, self.train_split, self.val_split, self.config.seed)
+            train_second_stage(model, self.train_split, self.val_split, self.config.seed)
         return TrainResult(recall, at.best_epoch, at.history[-1]["seconds"], at.history)
 
     def _step(self, rows: Rows) -> None:

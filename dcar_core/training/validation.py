@@ -1,9 +1,8 @@
 """Encode a split as the service does: queries without their image, images without text. Recall on the result.
 
-A model with a second stage (`model.query_prompts`) sorts the first images of each caption by it.
+Recall is that of the vectors; with a second stage (`model.query_prompts`), `rerank` gives that of its order too.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +15,7 @@ from dcar_core.model.query_prompts import QueryParts, take
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DivergedError
-from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets, recall_at_k, recall_of_ranks
+from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets, recall_at_k
 
 Recall = dict[str, float]
 RERANKED = 10  # first images of a caption that the second stage sorts
@@ -39,41 +38,28 @@ class FirstImages:
 def evaluate(model: DCAR, split: PreparedSplit) -> Recall:
     """Return recall at 1, 5 and 10 in both directions, in percent."""
     model.eval()
-    ranks, _ = rank(model, split, encode_captions(model, split), encode_images(model, split))
-    return recall_of_ranks(ranks)
+    return recall_at_k(encode_captions(model, split), encode_images(model, split), split.image_of)
 
 
-def rank(
-    model: DCAR, split: PreparedSplit, text: Floats, image: Floats, pixels_of: Callable[[Rows], Pixels] | None = None
-) -> tuple[Ranks, Rows]:
-    """Return the ranks in both directions, and the first image of each caption (N,).
+def rerank(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> Ranks:
+    """Return the ranks with the first images of each caption sorted by the second stage.
 
-    Args:
-        text, image: vectors of the captions of a split (N, E), and of its images and perhaps more (I, E).
-        pixels_of: returns images by their rows in `image`; default: those of the split.
+    text, image: vectors of the captions (N, E) and of the images (I, E).
     """
-    ranks = compute_ranks(text, image, split.image_of)
-    if not model.config.reranks:
-        return ranks, first_targets(text, image, 1)[:, 0]
-    first = first_images(model, split, text, image, pixels_of)
-    scores = first.scores(model.config.rerank.weight)
-    best = np.take_along_axis(first.rows, scores.argmax(1)[:, None], 1)[:, 0]
-    return ranks.reordered(first.rows, scores, split.image_of), best
+    first, ranks = first_images(model, split, text, image), compute_ranks(text, image, split.image_of)
+    return ranks.reordered(first.rows, first.scores(model.config.rerank.weight), split.image_of)
 
 
 @torch.inference_mode()
-def first_images(
-    model: DCAR, split: PreparedSplit, text: Floats, image: Floats, pixels_of: Callable[[Rows], Pixels] | None = None
-) -> FirstImages:
-    """Search by vectors, and score the first images by the second stage; arguments as in `rank`."""
+def first_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> FirstImages:
+    """Search by vectors, and score the first images by the second stage; arguments as in `rerank`."""
     stage, backbone = SecondStage(model), model.backbone
     rows = first_targets(text, image, RERANKED)
     cosines, second = np.einsum("ne,nke->nk", text, image[rows]), np.empty(rows.shape, np.float32)
     texts = caption_parts(stage, split.tokens)
     shown = np.unique(rows)
     for chunk in np.array_split(shown, range(_IMAGES, len(shown), _IMAGES)):
-        pixels = pixels_of(chunk) if pixels_of is not None else pixels_of_split(split)[chunk]
-        images = stage.images(stage.image_rows(backbone.normalized(pixels)))
+        images = stage.images(stage.image_rows(backbone.normalized(pixels_of_split(split)[chunk])))
         captions, places = np.isin(rows, chunk).nonzero()
         for pairs in np.array_split(np.arange(len(captions)), range(_PAIRS, len(captions), _PAIRS)):
             of_image = torch.from_numpy(np.searchsorted(chunk, rows[captions[pairs], places[pairs]]))

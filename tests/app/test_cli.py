@@ -84,7 +84,8 @@ def test_preset_of_the_paper_shows_its_figures_next_to_ours(tiny_model: Path, ti
     ours = [results["methods"][name]["mean"]["t2i_r1"] for name in ("clip", "clip-adapter")]
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("| dtd |"))
     assert (
-        line == f"| dtd | {ours[0]:.2f} / 29.49 | {ours[1]:.2f} / 18.55 | - / 18.32 | - / 20.39 | - / 30.73 | - | - |"
+        line
+        == f"| dtd | {ours[0]:.2f} / 29.49 | {ours[1]:.2f} / 18.55 | - / 18.32 | - / 20.39 | - / 30.73 | - | - | - |"
     )
 
 
@@ -145,7 +146,7 @@ def test_training_ends_with_a_verdict(tiny_model: Path, tiny_data: Path, tmp_pat
     command = ["train", "--data", tiny_data, "--model", tiny_model, "--epochs", "1", "--lr", "0", "--out", tmp_path]
     result = CliRunner().invoke(app, list(map(str, command)))
     assert result.exit_code == 3, result.output
-    assert "adapted (block-adapters+)" in result.stdout
+    assert "adapted (query-prompts)" in result.stdout
     assert "Was it worth it? No" in result.stdout
     assert "Caveat: 6 validation pairs" in result.stdout
     assert re.search(r"among 6 validation images .*\nAmong all 18 images for training and validation,", result.stdout)
@@ -168,7 +169,7 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
         assert (out / "trainables.safetensors").stat().st_mtime_ns == written
         return str(done.exception)
 
-    for same in ([], ["--method", "block-adapters+"]):
+    for same in ([], ["--method", "query-prompts"]):
         again = CliRunner().invoke(app, [*command, *same])
         head, _, verdict = again.stdout.partition("\n")
         assert re.fullmatch(rf"{out}: already trained: epoch 1, .*; --restart trains again", head)
@@ -179,7 +180,7 @@ def test_a_finished_training_is_repeated_only_with_restart(tiny_model: Path, tin
     )
     assert "another method;" in refusal("--method", "clip-adapter")
     write_json(out / "config.json", json.loads((out / "config.json").read_text()) | {"training": {}})
-    assert refusal() == f"{out} holds a checkpoint of block-adapters+ from another command; {remedy}"
+    assert refusal() == f"{out} holds a checkpoint of query-prompts from another command; {remedy}"
     restarted = CliRunner().invoke(app, [*command, "--restart"])
     assert "already" not in restarted.stdout
     assert (out / "trainables.safetensors").stat().st_mtime_ns > written

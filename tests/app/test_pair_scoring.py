@@ -100,7 +100,7 @@ async def test_reranking_without_token_weights_or_images_is_refused(
     body = {"query": "red", "rerank": True, "k": 24}
     async with opened(tmp_path / "plain") as http:
         detail = assert_problem(await http.post("/search/text", json=body), 409)["detail"]
-        assert detail.endswith("cannot re-rank. Leave `rerank` out, or train with `--method query-prompts`.")
+        assert detail.endswith("cannot re-rank, or validation turned its second stage off. Leave `rerank` out.")
         explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
         assert "words" not in explained["results"][0]["explanation"], "a single word cannot be left out"
     (changing / "circle/red.png").unlink()

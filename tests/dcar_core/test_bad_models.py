@@ -4,6 +4,7 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import open_clip
@@ -138,11 +139,20 @@ def test_image_prompts_on_an_unsupported_tower_suggest_the_text_method(method: s
 
 
 @pytest.mark.parametrize(
-    ("level", "method"), [("full", "block-adapters+"), ("text", "dcar+-text"), ("features", "clip-adapter")]
+    ("level", "blocks", "method"),
+    [
+        ("full", 2, "query-prompts"),
+        ("full", 1, "block-adapters+"),
+        ("text", 0, "dcar+-text"),
+        ("features", 0, "clip-adapter"),
+    ],
 )
-def test_the_default_method_of_each_level_runs(level: str, method: str) -> None:
-    assert default_method(level) == method
-    for name in (method, *comparable_methods(level)):
+def test_the_default_method_of_each_level_runs(level: str, blocks: int, method: str) -> None:
+    backbone: Any = SimpleNamespace(level=level, image_tower=SimpleNamespace(pools_class_row=True, blocks=blocks))
+    assert default_method(backbone) == method
+    backbone.image_tower.pools_class_row = False
+    assert default_method(backbone) == ("block-adapters+" if level == "full" else method)
+    for name in (method, *comparable_methods(backbone)):
         require_runnable(METHODS[name].config, level, "a model", 76)
 
 

@@ -1,6 +1,7 @@
 """The second stage: its fast path, its training, its checkpoint, and what it does to ranks."""
 
-from collections.abc import Callable
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from dcar_core.data import Dataset, load_split
-from dcar_core.evaluation.analysis import FIRST_STAGE
-from dcar_core.evaluation.comparison import compare
-from dcar_core.evaluation.tables import measures_rows
+from dcar_core.evaluation.comparison import WITH_RERANK, compare
+from dcar_core.evaluation.tables import recall_rows
 from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.model.config import ModelConfig, RerankConfig, TrainConfig
+from dcar_core.model.config import MODEL_CONFIG, ModelConfig, RerankConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.towers.prompt_rows import PromptRows
@@ -31,11 +31,12 @@ from dcar_core.training.validation import (
     evaluate,
     first_images,
     mean_r1,
-    rank,
+    rerank,
 )
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ModelError
-from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
+from dcar_core.util.retrieval_metrics import Ranks, recall_of_ranks
+from tests.support.files import write_json
 
 
 @pytest.fixture
@@ -105,20 +106,36 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
     split = prepare_split(training, model, for_training=True, progress=False)
     start = {name: parameter.detach().clone() for name, parameter in model.trainables()}
-    vectors, before = encode_captions(model, split), evaluate(replace_weight(model, 0.0), split)
+    vectors, before = encode_captions(model, split), evaluate(model, split)
     margins = []
     for epochs in (1, 60):
         monkeypatch.setattr(second_stage, "EPOCHS", epochs)
         model.load_state_dict(start, strict=False)
-        found = train_second_stage(model, split, split, 0)
+        train_second_stage(model, split, split, 0)
         first = first_images(model, split, vectors, encode_images(model, split))
         own = first.rows == split.image_of[:, None]
         margins.append(first.second[own].mean() - first.second[~own].mean())
     assert margins[1] > margins[0] + 0.02
     changed = {n.split(".")[0] for n, p in model.trainables() if not torch.equal(start[n], p)}
     assert changed == {"query_prompts"}
-    assert found == evaluate(model, split)
-    assert mean_r1(found) >= mean_r1(before)
+    assert evaluate(model, split) == before, "the search by vectors stays as it was"
+    assert mean_r1(reranked_recall(model, split)) >= mean_r1(before)
+
+
+def reranked_recall(model: DCAR, split: PreparedSplit) -> dict[str, float]:
+    return recall_of_ranks(rerank(model, split, encode_captions(model, split), encode_images(model, split)))
+
+
+def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs: tuple[Dataset, Dataset]) -> None:
+    vectors, results = [], []
+    for name in ("block-adapters+", "query-prompts"):
+        model = seeded_model(backbone, method(name), 0)
+        results.append(train(model, *pairs, TrainConfig(epochs=2, batch_size=6), progress=False).best)
+        split = prepare_split(pairs[1], model, for_training=False, progress=False)
+        vectors.append((encode_captions(model, split), encode_images(model, split)))
+    for found, expected in zip(*vectors, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert results[0] == results[1]
 
 
 def replace_weight(model: DCAR, weight: float) -> DCAR:
@@ -137,10 +154,11 @@ def test_a_stage_that_costs_validation_recall_is_turned_off(
     monkeypatch.setattr(second_stage, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
     split = prepare_split(training, model, for_training=True, progress=False)
-    before = evaluate(replace_weight(model, 0.0), split)
+    before = evaluate(model, split)
     assert before["t2i_r5"] > 0
-    assert train_second_stage(model, split, split, 0) == before
+    train_second_stage(model, split, split, 0)
     assert not model.config.reranks
+    assert reranked_recall(model, split) == before
 
 
 def test_images_beyond_the_memory_limit_are_left_out(
@@ -184,19 +202,6 @@ def test_the_stage_orders_the_first_images_alone() -> None:
     assert found.image is ranks.image
 
 
-def test_ranks_with_more_images_read_their_pixels(model: DCAR, pairs: tuple[Dataset, Dataset]) -> None:
-    train_split, split = (prepare_split(data, model, for_training=False, progress=False) for data in pairs)
-    text, image = encode_captions(model, split), np.concatenate([encode_images(model, s) for s in (split, train_split)])
-    assert split.pixels is not None
-    assert train_split.pixels is not None
-    pixels = np.concatenate([split.pixels, train_split.pixels])
-    pixels_of: Callable[[np.ndarray], np.ndarray] = pixels.__getitem__
-    found, best = rank(replace_weight(model, 1.0), split, text, image, pixels_of)
-    off, _ = rank(replace_weight(model, 0.0), split, text, image, pixels_of)
-    assert (off.text == compute_ranks(text, image, split.image_of).text).all()
-    assert ((found.text == 0) == (best == split.image_of)).all()
-
-
 def test_an_image_tower_of_another_kind_is_refused(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone.image_tower, "pools_class_row", False)
     with pytest.raises(ModelError, match=r"query-prompts has prompts made .* use block-adapters\+$"):
@@ -206,17 +211,31 @@ def test_an_image_tower_of_another_kind_is_refused(backbone: Backbone, monkeypat
         DCAR(backbone, replace(method("query-prompts"), rerank=RerankConfig(blocks=9)))
 
 
+def test_a_tower_without_a_class_row_is_trained_without_the_stage(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / MODEL_CONFIG).read_text())
+    config["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    write_json(model / MODEL_CONFIG, config)
+    told: list[str] = []
+    quick = TrainConfig(epochs=1, batch_size=18)
+    done = adapt(tiny_data, BackboneSource(str(model)), tmp_path / "adapted", quick, on_data=told.append)
+    assert done is not None
+    assert "adapted (block-adapters+)" in done.verdict
+    assert told[-1] == f"method block-adapters+: the image tower of {model} does not have what query-prompts needs"
+
+
 @pytest.mark.slow
 def test_training_and_comparison_report_both_stages(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(second_stage, "WEIGHTS", (1.0,))  # whatever validation prefers
     source, config = BackboneSource(str(tiny_model)), TrainConfig(epochs=1, batch_size=6)
-    done = adapt(tiny_data, source, tmp_path / "adapted", config, method="query-prompts")
+    done = adapt(tiny_data, source, tmp_path / "adapted", config)
     assert done is not None
     assert "adapted (query-prompts)" in done.verdict
-    assert "searches with `rerank`" in done.verdict
-    assert "Among all" in done.verdict
+    assert "\nWith `rerank`: " in done.verdict
     model, fingerprint = load_checkpoint(tmp_path / "adapted")
     assert (fingerprint, model.config.rerank.blocks) == (done.fingerprint, 2)
     methods = ["clip", "query-prompts"]
@@ -225,10 +244,11 @@ def test_training_and_comparison_report_both_stages(
     loaded, _ = load_checkpoint(tmp_path / "compared" / run["run"], backbone=model.backbone)
     split = prepare_split(load_split(tiny_data, "test")[0], loaded, for_training=False, progress=False)
     assert evaluate(loaded, split) == run["test"]
-    by_vectors = evaluate(replace_weight(loaded, 0.0), split)["t2i_r1"]
-    assert run["measures"][FIRST_STAGE] == by_vectors
-    head, *rows = measures_rows(results)
-    assert [dict(zip(head, row, strict=True))[FIRST_STAGE] for row in rows] == ["-", f"{by_vectors:.1f}"]
+    (again,) = results["methods"]["query-prompts" + WITH_RERANK]["runs"]
+    assert again["test"] == reranked_recall(loaded, split)
+    assert [row[0] for row in recall_rows(results)[1:]] == [*methods, "query-prompts with rerank"]
+    assert ("With `rerank`" in results["recommendation"]) == results["recommendation"].startswith("Take query-prompts")
+    assert "| query-prompts with rerank |" in (tmp_path / "compared/results.md").read_text()
 
 
 @pytest.mark.slow

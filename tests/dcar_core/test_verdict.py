@@ -1,6 +1,7 @@
 """The last lines of `dcar train`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,23 @@ def test_a_model_that_is_no_better_was_not_worth_it(adapted: list[float]) -> Non
     assert "Next: --method clip-adapter, --lr 0.0005, --epochs 40 --patience 0, more training pairs" in str(found)
     for method in ("clip-adapter", "block-adapters"):
         assert "Next: --lr 0.0005" in str(verdict(adapted, [1.0] * 200, method=method)), "clip-adapter learns no more"
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        ([1.0] * 60 + [0.0] * 40, "With `rerank`: R@1 of 60.0 (50.0 to 70.0) text-to-image, +10.0 (+5.0 to +16.0) "),
+        ([1.0] * 50 + [0.0] * 50, "With `rerank`: no gain on these pairs"),
+    ],
+)
+def test_the_second_stage_has_a_line_of_its_own(found: list[float], line: str) -> None:
+    by_vectors = verdict([1.0] * 50 + [0.0] * 50, [0.0] * 100)
+    plain, again = (
+        str(by_vectors),
+        str(replace(by_vectors, reranked=verdict(found, [1.0] * 50 + [0.0] * 50).comparison)),
+    )
+    assert line in again
+    assert [each for each in again.splitlines() if not each.startswith("With `rerank`")] == plain.splitlines()
 
 
 def test_few_validation_pairs_get_a_caveat() -> None:

@@ -52,7 +52,7 @@ def trained(family: str, data: Path, path: Path) -> Path:
     """A checkpoint of the family's shrunk model after two steps, by the method that has every part its towers take."""
     name = FAMILIES[family]
     backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
-    model = seeded_model(backbone, method("dcar+" if backbone.level == "full" else default_method(backbone.level)), 0)
+    model = seeded_model(backbone, method("dcar+" if backbone.level == "full" else default_method(backbone)), 0)
     training, validation = load_split(data, "train")[0], load_split(data, "val")[0]
     found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6), progress=False)
     assert len(found.history) == 1

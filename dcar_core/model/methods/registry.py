@@ -2,10 +2,12 @@
 
 from importlib import import_module
 
+from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig
 from dcar_core.model.methods.method import Method
 from dcar_core.util.errors import DcarError, ModelError
 
+DEFAULT = "query-prompts"  # of `dcar train`, for a model that can run it
 MAX_DEPTH = 128  # more blocks than any tower has
 
 _MODULES = ("baselines", "dcar", "promptsrc", "lora", "prolip", "flyp")
@@ -22,17 +24,24 @@ def method(name: str) -> ModelConfig:
     return METHODS[name].config
 
 
-def default_method(level: str) -> str:
-    """Return the name of the method that `dcar train` uses by default at a `towers.select.Level`."""
-    return {"full": "block-adapters+", "text": "dcar+-text"}.get(level, "clip-adapter")
+def default_method(backbone: Backbone) -> str:
+    """Return the name of the method that `dcar train` uses by default."""
+    if backbone.level == "full":
+        return DEFAULT if has_second_stage(backbone, METHODS[DEFAULT].config) else "block-adapters+"
+    return "dcar+-text" if backbone.level == "text" else "clip-adapter"
 
 
-def comparable_methods(level: str) -> list[str]:
-    """Return the names of the methods that `dcar evaluate` compares by default at a `towers.select.Level`."""
+def comparable_methods(backbone: Backbone) -> list[str]:
+    """Return the names of the methods that `dcar evaluate` compares by default."""
     return {
-        "full": ["clip", "coop", "clip-adapter", "maple", "dcar", "dcar+", "block-adapters+"],
+        "full": ["clip", "coop", "clip-adapter", "maple", "dcar", "dcar+", default_method(backbone)],
         "text": ["clip", "coop", "clip-adapter", "dcar-text", "dcar+-text"],
-    }.get(level, ["clip", "clip-adapter"])
+    }.get(backbone.level, ["clip", "clip-adapter"])
+
+
+def has_second_stage(backbone: Backbone, config: ModelConfig) -> bool:
+    """Return whether a model can run the second stage of a method that has one (`model.query_prompts`)."""
+    return backbone.image_tower.pools_class_row and config.rerank.blocks <= backbone.image_tower.blocks
 
 
 def require_runnable(config: ModelConfig, level: str, model: str, context: int) -> None:
