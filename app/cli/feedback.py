@@ -128,12 +128,13 @@ def _open_other(context: typer.Context, path: Path, index: Path, device: str) ->
 
     if not is_checkpoint(path):
         return _open_version(path, None, device)
+    from index_jobs.jobs.update import live_gallery
     from index_jobs.rebuild import rebuild
     from index_jobs.store.versions import open_current
 
-    folder, manifest = Path(context.with_resource(TemporaryDirectory())), open_current(index).manifest
-    typer.echo(f"{path} encodes {manifest.count:,} images; an index by `dcar index build` would keep them", err=True)
-    spec = manifest.spec
+    folder, served = Path(context.with_resource(TemporaryDirectory())), open_current(index)
+    gallery, spec = live_gallery(served), served.manifest.spec
+    typer.echo(f"{path} encodes {len(gallery):,} images; an index by `dcar index build` would keep them", err=True)
     options = {name: getattr(spec, name) for name in ("text_fields", "group_field", "max_failed", "exact")}
-    rebuild(spec.gallery.split(", "), path, folder, device=device, keep_shards=False, **options)
+    rebuild(gallery, path, folder, device=device, keep_shards=False, **options)
     return _open_version(folder, None, device)[0], str(path)

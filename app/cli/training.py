@@ -15,6 +15,7 @@ from app.cli.options import example
 from dcar_core.model.config import GRID, TrainConfig
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.files import require_writable
+from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import BuildOptions
 
 if TYPE_CHECKING:
@@ -115,7 +116,9 @@ def retrain(
         ),
     ],
     validation: Annotated[Path | None, Option(metavar="DATA", help="As of `dcar index build`.")] = None,
+    judgements: Annotated[Path | None, Option(metavar="FILE", help="As of `dcar index build`.")] = None,
     margin: Annotated[float, Option(min=0, max=1, help="As of `dcar index build`.")] = BuildOptions.margin,
+    notify: job_cli.Notify = None,
     device: options.Device = "auto",
 ) -> None:
     """Tune the served model on new pairs, and publish it with the index if it ranks better.
@@ -126,7 +129,10 @@ def retrain(
     started = time.perf_counter()
     from index_jobs.jobs.retrain import retrain as run
 
-    summary = run(index, pairs, validation=validation, margin=margin, device=device, started=started)
+    summary = run(
+        index, pairs, validation=validation, judgements=judgements, margin=margin, device=device,
+        services=notify or (), started=started,
+    )  # fmt: skip
     typer.echo(f"{index}: {summary.to_text()}")
 
 

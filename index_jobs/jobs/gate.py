@@ -285,7 +285,7 @@ def compare(
     )  # fmt: skip
 
 
-def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, Encoder]) -> GateVerdict:
+def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, TextEncoder]) -> GateVerdict:
     """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin."""
     artifacts, queries = [artifact for artifact, _ in sides], list[tuple[str, dict[str, int]]]()
     for query_id, text in judged.texts.items():
@@ -312,7 +312,7 @@ def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact,
 
 
 def _judged_ndcg(
-    artifact: Artifact, encoder: Encoder, other: Artifact, queries: Sequence[tuple[str, dict[str, int]]]
+    artifact: Artifact, encoder: TextEncoder, other: Artifact, queries: Sequence[tuple[str, dict[str, int]]]
 ) -> float:
     """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
     graded = [{artifact.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import nn
 
 from dcar_core import Encoder
 from dcar_core.data.clean import fold_text
 from dcar_core.data.entries import label_text, required_text
+from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
 from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
 from dcar_core.model.dcar import DCAR
@@ -42,9 +42,11 @@ from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
 from dcar_core.util.files import canonical_json, write_json
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
-from index_jobs.gallery.scan import Gallery, absolute_locations
+from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, open_location
 from index_jobs.jobs import gate
+from index_jobs.jobs.notify import notify
+from index_jobs.jobs.update import live_gallery
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
@@ -96,6 +98,7 @@ class RetrainSummary:
     share: float = 0.0  # of the change
     gate: dict[str, dict[str, Any]] = field(default_factory=dict)  # `GateVerdict`s on held-out pairs and on anchors
     seconds: dict[str, float]  # of each step
+    notified: dict[str, str] = field(default_factory=dict)  # outcome for each service
 
     def to_text(self) -> str:
         """Return the summary as a few lines for people."""
@@ -106,34 +109,38 @@ class RetrainSummary:
             *(f"left out: {count:,} pairs {reason}" for reason, count in self.left_out.items()),
             *(f"compared by {name}: {verdict['reason']}" for name, verdict in self.gate.items()),
             f"seconds from the command to the swap: {sum(self.seconds.values()):.1f} ({steps})",
+            *(f"notified {service}: {outcome}" for service, outcome in self.notified.items()),
         ]
         return "\n".join(lines)
 
 
 def retrain(
-    index: Path, files: Sequence[Path], *, validation: Path | None = None, margin: float = BuildOptions.margin,
-    device: str = "auto", started: float | None = None,
+    index: Path, files: Sequence[Path], *, validation: Path | None = None, judgements: Path | None = None,
+    margin: float = BuildOptions.margin, device: str = "auto", services: Sequence[str] = (),
+    started: float | None = None,
 ) -> RetrainSummary:  # fmt: skip
     """Tune the served model on pairs, and publish a version with it if it ranks better.
 
     Args:
         files: tables with the columns caption and id or image, or directories with pairs.jsonl.
-        validation, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
+        validation, judgements, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
+        services: URLs to notify of the new version.
         started: `time.perf_counter()` at the start of the command.
 
     Raises:
         DataError: a file cannot be read, and the message names line and field; or there are too few pairs.
         GateError: the candidate is not published; `retrain.json` in the index has its figures.
     """
+    judged = read_judgements([judgements]) if judgements else None
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         run = _Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
-        summary = run.compare(files, validation, margin)
+        summary = run.compare(files, validation, judged, margin)
         if summary.published:
             summary = replace(summary, version=run.publish(staging, summary))
         write_json(index / REPORT, asdict(summary))
     if summary.gate and not summary.published:
         raise GateError(f"not published: {summary.reason}; {index / REPORT} has the figures")
-    return summary
+    return replace(summary, notified=notify(services, index, summary.version)) if summary.published else summary
 
 
 def read_pairs(files: Sequence[Path], served: Artifact, gallery: Gallery) -> tuple[ItemPairs, dict[str, int]]:
@@ -184,15 +191,6 @@ def _weight(row: Mapping[str, Any], where: str) -> float:
     return weight
 
 
-def _gallery_of(served: Artifact) -> Gallery:
-    """Return the live items of a version as a gallery."""
-    tables = [absolute_locations(segment.items.table(), segment.root) for segment in served.segments]
-    table = pa.concat_tables(tables)
-    names = served.column("file_name") if "file_name" in served.fields else table["location"]
-    table = table.append_column("name", names.cast(pa.string())).filter(pa.array(served.live))
-    return Gallery(served.manifest.spec.gallery, "", table, "", "")
-
-
 @dataclass(frozen=True)
 class _Texts:
     """Encodes texts by their features before the adapter, and an adapter."""
@@ -235,9 +233,11 @@ class _Retraining:
             self._known.update(zip(new, self._bare.encode_text(self.encoder.runtime, new, 64), strict=True))
         return torch.from_numpy(np.stack([self._known[text] for text in texts])).to(self.model.backbone.device)
 
-    def compare(self, files: Sequence[Path], validation: Path | None, margin: float) -> RetrainSummary:
+    def compare(
+        self, files: Sequence[Path], validation: Path | None, judged: JudgedList | None, margin: float
+    ) -> RetrainSummary:
         """Learn, and compare with the served model; the summary says whether to publish."""
-        served, gallery = self.served, _gallery_of(self.served)
+        served, gallery = self.served, live_gallery(self.served)
         pairs, left_out = read_pairs(files, served, gallery)
         learned, choosing, deciding = pairs.divide()
         if (few := min(len({*each.texts}) for each in (choosing, deciding))) < MIN_HELD_OUT:
@@ -264,6 +264,9 @@ class _Retraining:
         verdicts = {"held-out pairs": self._decide(deciding, margin)}
         if anchors:
             verdicts[anchors.source] = gate.compare(served, self.before, served, self.after, anchors, margin)
+        if judged:
+            compared = verdicts["held-out pairs"], judged, (served, self.before), (served, self.after)
+            verdicts["held-out pairs"] = gate.add_judged(*compared)
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
         elif self.cutoff:

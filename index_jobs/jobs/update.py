@@ -29,7 +29,7 @@ from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_failed
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
-from index_jobs.gallery.scan import Gallery, absolute_locations, scan
+from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import is_url, join_location, parent_folder
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
@@ -103,6 +103,16 @@ def remove(
             change = f"{counted(len(rows), 'item')} removed"
             manifest = _publish(index, staging, current, removed, manifest.additions, change, keep=keep, origin=origin)
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
+
+
+def live_gallery(served: Artifact) -> Gallery:
+    """Return the live items of a version as a gallery, with absolute locations."""
+    table = pa.concat_tables([absolute_locations(each.items.table(), each.root) for each in served.segments])
+    names = served.column("file_name") if "file_name" in served.fields else table["location"]
+    more = {"name": names.cast(pa.string()), "mtime_ns": pa.array(np.zeros(len(table), np.int64))}
+    for name, column in more.items():
+        table = table.append_column(name, column)
+    return Gallery(served.manifest.spec.gallery, "", table.select(SCHEMA.names).filter(pa.array(served.live)), "", "")
 
 
 def add(

@@ -12,7 +12,7 @@ from app.cli import app
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, FingerprintError
 from index_jobs.jobs import update as updates
-from index_jobs.jobs.update import add, remove
+from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.store.filters import match_rows
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
@@ -43,6 +43,19 @@ def test_added_items_are_found_beside_the_others(index: Path, encoder: Encoder, 
     assert artifact.fields["year"] == "int64"
     assert artifact.column("year").to_pylist() == [None] * 24 + [1999, 1999]
     assert np.flatnonzero(match_rows(artifact, {"color": ["pink", "red"]})).tolist()[-1] == row
+
+
+def test_the_live_items_are_a_gallery_wherever_they_came_from(build: Build, index: Path, tmp_path: Path) -> None:
+    build(write_images(tmp_path / "one, two", "pink", "cyan"), force=True)
+    add(index, write_images(tmp_path / "more", "brown", year=1999), progress=False)
+    remove(index, ["cyan"])
+    served = open_current(index)
+    build(live_gallery(served), out=tmp_path / "again")
+    again = open_current(tmp_path / "again")
+    assert [again.item(row).id for row in range(again.rows)] == ["pink", "brown"]
+    for row, before in enumerate((1, 2)):
+        np.testing.assert_allclose(again.vectors(np.array([row])), served.vectors(np.array([before])), atol=1e-6)
+        assert again.item(row).metadata == served.item(before).metadata
 
 
 def test_files_that_the_index_has_below_another_folder_are_named(

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,18 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current
 from tests.support.commands import dcar
+from tests.support.images import draw
+from tests.support.processes import free_port
 from tests.support.updates import write_images
+from tests.support.versions import Build
 
 WORDS = ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign", "stamp", "badge", "tile", "mark")
 
 
-def write_pairs(path: Path, gallery: Path, *, shuffled: bool = False) -> Path:
-    """Write twelve texts of each image. shuffled: those to learn from are of any image."""
+def write_pairs(path: Path, gallery: Path, *, words: Sequence[str] = WORDS, shuffled: bool = False) -> Path:
+    """Write a text of each image with each word. shuffled: those to learn from are of any image."""
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
-    pairs = [(f"{word} of {row['caption']}", str(gallery / row["file_name"])) for row in rows for word in WORDS]
+    pairs = [(f"{word} of {row['caption']}", str(gallery / row["file_name"])) for row in rows for word in words]
     images = [image for _, image in pairs]
     if shuffled:
         places = np.arange(len(pairs))
@@ -58,8 +62,11 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
     index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
     before = ranks_first(open_current(index), pairs)
-    done = dcar("retrain", "--index", index, "--pairs", pairs, "--margin", 1, "--device", "cpu")
+    service = f"http://127.0.0.1:{free_port()}"
+    options = {"--index": index, "--pairs": pairs, "--margin": 1, "--device": "cpu", "--notify": service}
+    done = dcar("retrain", *chain(*options.items()))
     assert done.returncode == 0, done.stderr
+    assert f"notified {service}: not reached: " in done.stdout
     assert done.stdout.startswith(f"{index}: version 2 published: by held-out pairs, nDCG among the 10 items shown ")
     assert "seconds from the command to the swap: " in done.stdout
     published = open_current(index)
@@ -125,6 +132,22 @@ def test_additions_and_removals_stay(index: Path, pairs: Path, tmp_path: Path) -
     np.testing.assert_array_equal(before.vectors(rows), after.vectors(rows))
 
 
+def test_a_loss_on_a_judged_list_refuses_a_model(index: Path, pairs: Path, tmp_path: Path) -> None:
+    served = open_current(index)
+    texts = [json.loads(line)["caption"] for line in pairs.read_text().splitlines()]
+    found = served.search(Encoder.load(served.checkpoint, device="cpu").encode_text(texts), 1)[1][:, 0].tolist()
+    rows = [f"{text},{served.item(row).id},3\n" for text, row in zip(texts, found, strict=True)]
+    judged = tmp_path / "judged.csv"
+    judged.write_text("query,item_id,grade\n" + "".join(rows))
+    with pytest.raises(GateError, match=rf"judged nDCG@10 100\.0 -> .* percent over {len({*texts})} queries; "):
+        retrain(index, [pairs], judgements=judged, margin=0.3, device="cpu")
+    verdict = json.loads((index / REPORT).read_text())["gate"]["held-out pairs"]
+    assert (verdict["passed"], verdict["difference"]["value"] > 0) == (False, True)
+    judged.write_text("query,item_id,grade\nred,a,7\n")
+    with pytest.raises(DataError, match=r"judged\.csv, line 2: field 'grade' must be 0, 1, 2 or 3"):
+        retrain(index, [pairs], judgements=judged, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -163,4 +186,4 @@ def test_a_file_that_is_no_table_is_refused(
 def loaded(published: Path) -> Callable[[list[Path]], object]:
     """A function that reads pairs for an index, and refuses them as `retrain` does."""
     run = module._Retraining(published, open_current(published), "cpu", 0.0)
-    return lambda files: run.compare(files, None, 0.0)
+    return lambda files: run.compare(files, None, None, 0.0)
