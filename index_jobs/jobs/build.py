@@ -71,7 +71,7 @@ from index_jobs.store.manifest import (
     counted,
     utc_now,
 )
-from index_jobs.store.versions import open_current
+from index_jobs.store.versions import current_version_or_none, open_current
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ class _Build:
     served: Artifact | None
 
     def __init__(self, options: BuildOptions, checkpoint: Path, out: Path) -> None:
-        self.options, self.checkpoint, self.out, self.work = options, checkpoint, out, out / WORK
+        self.options, self.out, self.work = options, out, out / WORK
+        self.checkpoint = _with_retraining(checkpoint, out, is_forced=options.force)
         self._start = time.perf_counter()
         self.judged = read_judgements([options.judgements]) if options.judgements else None
 
@@ -435,6 +436,18 @@ class _Build:
         with contextlib.suppress(OSError):  # without the marker, the next build encodes again
             (own / _marker(manifest)).touch()
         publish.clean_work(self.out, self.work, lambda path: path == own)
+
+
+def _with_retraining(checkpoint: Path, out: Path, *, is_forced: bool) -> Path:
+    """Return the served version's model if it was retrained from a checkpoint, else the checkpoint."""
+    retrained = out / VERSIONS / str(current_version_or_none(out)) / CHECKPOINT
+    with contextlib.suppress(CheckpointError):  # whoever loads it says what is wrong
+        lineage = read_config(retrained).get("training", {}).get("retrained", {}).get("from", ())
+        if lineage and read_config(checkpoint)["fingerprint"] in lineage:
+            kept = "is lost, by --force" if is_forced else "is kept; --force goes back to the checkpoint"
+            logger.warning("the served model was retrained from %s: what it learned %s", checkpoint, kept)
+            return checkpoint if is_forced else retrained
+    return checkpoint
 
 
 def _marker(manifest: Manifest) -> str:

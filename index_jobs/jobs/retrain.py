@@ -273,7 +273,8 @@ class _Retraining:
             self.cutoff = gate.calibrate_by_words(served.segments[0].vectors, self.after).get("cutoff", self.cutoff)
         self._lap("gate")
         failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")
-        self.notes["retrained"] = {"pairs": signature, "from": self.encoder.fingerprint, "share": share}
+        lineage = [*self.notes.get("retrained", {}).get("from", ()), self.encoder.fingerprint]
+        self.notes["retrained"] = {"pairs": signature, "from": lineage, "share": share}
         return replace(
             summary, published=all(verdict.passed for verdict in verdicts.values()), share=share,
             reason=f"by {failed}, {verdicts[failed].reason}",

@@ -148,6 +148,28 @@ def test_a_loss_on_a_judged_list_refuses_a_model(index: Path, pairs: Path, tmp_p
         retrain(index, [pairs], judgements=judged, device="cpu")
 
 
+def test_a_build_with_the_former_checkpoint_keeps_what_was_learned(
+    build: Build, index: Path, tiny_gallery: Path, gallery: Path, pairs: Path, tiny_checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    fewer = write_pairs(pairs.with_name("fewer.jsonl"), tiny_gallery, words=WORDS[1:])
+    assert [retrain(index, [each], margin=1, device="cpu").version for each in (fewer, pairs)] == [2, 3]
+    learned, earlier = open_current(index).manifest.fingerprint, index / "versions/2/checkpoint"
+    assert build().reused, "a scheduled build without changes"
+    draw("pink", "square").save(gallery / "pink.png")
+    for checkpoint in (tiny_checkpoint, shutil.copytree(earlier, gallery.with_name("earlier"))):
+        caplog.clear()
+        summary = build(gallery, checkpoint=checkpoint)
+        assert (summary.fingerprint, summary.count) == (learned, 25)
+        assert "what it learned is kept; --force goes back to the checkpoint" in caplog.text
+    forced = build(gallery, force=True)
+    assert forced.fingerprint == Encoder.load(tiny_checkpoint, device="cpu").fingerprint != learned
+    assert "what it learned is lost, by --force" in caplog.text
+    caplog.clear()
+    assert build(gallery).reused
+    assert "learned" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
