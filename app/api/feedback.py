@@ -110,7 +110,7 @@ def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snap
     live = state.collections.candidate
     if live is None or state.feedback.draw(client, "")[0] >= wanted.share:
         return None
-    is_grouped = query.group_by is None and any(each.artifact.manifest.group_field for each in (snapshot, live))
+    is_grouped = query.group_by is None and any(each.artifact.manifest.spec.group_field for each in (snapshot, live))
     return None if is_grouped else (live, client)
 
 

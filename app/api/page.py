@@ -78,7 +78,7 @@ class Catalogue:
 
         A field is left out if it has too many values, or fewer than two items for each of them on average.
         """
-        group_by = self._artifact.manifest.group_field
+        group_by = self._artifact.manifest.spec.group_field
         sizes: dict[str, int] = {}
         for name in self._artifact.fields.keys() - {"id", "caption", "title", group_by}:
             facet = count_values(self._artifact, name, self._artifact.live, limit=_FACET_VALUES + 1)
@@ -105,7 +105,7 @@ def _catalogue_of(snapshot: Snapshot) -> Catalogue:
 
 def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
-    groups = group_field(snapshot, snapshot.artifact.manifest.group_field)
+    groups = group_field(snapshot, snapshot.artifact.manifest.spec.group_field)
     rows = [row for item in page if (row := snapshot.artifact.row_of(item.id)) is not None]
     return groups.shown(rows, filter_mask(snapshot, filter) if filter else None)
 
@@ -116,7 +116,7 @@ async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
     check_k(query.k, state_of(request).settings)
     count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, query.sort, query.group_by)
     groups = list[dict[str, Any]]()
-    if snapshot.artifact.manifest.group_field:
+    if snapshot.artifact.manifest.spec.group_field:
         groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
 
     def make() -> dict[str, Any]:
@@ -138,7 +138,7 @@ async def catalogue(request: Request) -> Response:
     return JsonResponse(
         {
             "fields": await asyncio.to_thread(lambda: _catalogue_of(snapshot).fields),
-            "group_field": artifact.manifest.group_field,
+            "group_field": artifact.manifest.spec.group_field,
             "has_words": has_words,
             "has_cutoff": snapshot.min_score is not None,
             "hybrid_by_default": has_words and settings.page_hybrid,
@@ -161,7 +161,7 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 
     def count() -> list[dict[str, Any]]:
         others = {name: {k: v for k, v in given.items() if k != name} for name in _catalogue_of(snapshot).facets}
-        group_by = snapshot.artifact.manifest.group_field
+        group_by = snapshot.artifact.manifest.spec.group_field
         counted = {name: count_facets(snapshot, [name], filter, group_by)[0] for name, filter in others.items()}
         return [{"name": name, "values": facets[name]} for name, facets in counted.items()]
 

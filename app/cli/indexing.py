@@ -39,7 +39,7 @@ def list_command(index: Index) -> None:
         mark = "*" if manifest.version == current else " "
         typer.echo(
             f"{mark} {manifest.version:4}  {manifest.created}  {manifest.count:9,} x {manifest.dim}  "
-            f"{manifest.kind:16}  {manifest.fingerprint[:12]}  {manifest.change}".rstrip()
+            f"{manifest.kind:16}  {manifest.spec.fingerprint[:12]}  {manifest.change}".rstrip()
         )
         if manifest.version == current:
             _recommend(manifest.rebuild)

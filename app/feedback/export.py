@@ -9,9 +9,6 @@
 - Everything that is left out is counted with its reason.
 """
 
-import csv
-import io
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +25,7 @@ from app.feedback.store import read_log
 from dcar_core.data.judgements import trec_id
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
-from dcar_core.util.files import atomic_writer, write_json
+from dcar_core.util.files import atomic_writer, csv_text, json_lines, write_json
 from index_jobs.store.artifact import Artifact
 
 METHOD = "position-based click model, from pairs seen at several positions"
@@ -421,20 +418,15 @@ def _write_pairs(
             report.left_out["hard negatives of images without a caption"] += len(wrong[item])
             report.negatives -= len(wrong[item])
     with atomic_writer(path) as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.writelines(json_lines(rows))
 
 
 def _write_judged(out: Path, judged: Sequence[tuple[str, str, int, str, int]]) -> None:
     numbers = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(each[0] for each in judged), 1)}
-    table, qrels = io.StringIO(), []
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["query_id", "query", "item_id", "grade", "source", "clients"])
-    for text, item, grade, source, clients in judged:
-        writer.writerow([numbers[text], text, item, grade, source, clients])
-        qrels.append(f"{numbers[text]} 0 {trec_id(item)} {grade}\n")
+    header = ("query_id", "query", "item_id", "grade", "source", "clients")
     for name, content in (
-        ("judgements.csv", table.getvalue()),
-        ("qrels.txt", "".join(qrels)),
+        ("judgements.csv", csv_text(header, *((numbers[each[0]], *each) for each in judged))),
+        ("qrels.txt", "".join(f"{numbers[text]} 0 {trec_id(item)} {grade}\n" for text, item, grade, *_ in judged)),
         ("queries.tsv", "".join(f"{number}\t{text}\n" for text, number in numbers.items())),
     ):
         with atomic_writer(out / name) as file:

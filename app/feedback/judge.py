@@ -5,8 +5,6 @@
 - The order of results decides, not their scores, so ties are as the service shows them.
 """
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from dcar_core.data.judgements import JudgedList, trec_id
 from dcar_core.data.report import shorten
 from dcar_core.util.bootstrap import Estimate, estimate_means
 from dcar_core.util.errors import DataError
+from dcar_core.util.files import csv_text
 from dcar_core.util.retrieval_metrics import graded_measures
 
 DEPTH = 10
@@ -123,20 +122,14 @@ def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
     Scores there are by rank, so that tools keep the order.
     """
     rows = [
-        (run, query_id, rank, item)
+        [query_id, run.judged.texts[query_id], run.name, rank, item, run.judged.grades[query_id].get(item, "")]
         for run in (runs if as_csv else runs[:1])
         for query_id, items in run.found.items()
         for rank, item in enumerate(items, 1)
     ]
-    if not as_csv:
-        name = "-".join(runs[0].name.split())
-        return "".join(
-            f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {name}\n" for _, q, rank, item in rows
-        )
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["query_id", "query", "index", "rank", "item_id", "grade"])
-    for run, query_id, rank, item in rows:
-        grade = run.judged.grades[query_id].get(item, "")
-        writer.writerow([query_id, run.judged.texts[query_id], run.name, rank, item, grade])
-    return table.getvalue()
+    if as_csv:
+        return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *rows)
+    tag = "-".join(runs[0].name.split())
+    return "".join(
+        f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {tag}\n" for q, _, _, rank, item, _ in rows
+    )

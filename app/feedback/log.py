@@ -5,8 +5,8 @@
 - Recent searches of this process are kept with their results, and events for other items are ignored. Events for an
   older search, or one of another process, are stored, as far as they are not too many; whoever reads the log compares
   them with the results that were shown.
-- A search waits for nothing: it takes a query id from a pool and is noted; rows are made in batches, which
-  costs a third of the time, and written each second. Accepted events are on the disk.
+- A search waits for nothing: it gets a query id and is noted; rows are made in batches, which costs a third of the
+  time, and written each second. Accepted events are on the disk.
 - If the disk is full, rows are dropped and counted, and events get 503.
 """
 
@@ -52,12 +52,7 @@ _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 50_000  # rows of searches that wait for the disk
 _BATCH = 100  # searches that become rows at once
-_POOL, _POOL_S = 16, 60.0  # hashes for query ids that are made at once, and how long the ids are given out
-# Bytes of a query id: a nonce, the time, a number, and that part of a hash over the nonce, the time and the caller.
-_NONCE, _TIME, _MAC, _MACS = 7, 4, 12, 5
-
-
-_NO_IDS = 0.0, list[str]()
+_NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id: a nonce, the time, and a hash over both and the caller
 
 
 class FeedbackLog:
@@ -72,7 +67,6 @@ class FeedbackLog:
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
         self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int, bool, Compared | None]]()
-        self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when they were made, and those left
         self._queries, self._events = list[tuple[Any, ...]](), list[EventRow]()  # `QueryRow`s
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
@@ -120,10 +114,8 @@ class FeedbackLog:
             compared: how the results were made, if they were compared with those of a candidate.
         """
         now = time.time()
-        made, ids = self._ids.get(caller, _NO_IDS)
-        if not ids or now - made > _POOL_S:
-            self._ids[caller] = _, ids = now, self._new_ids(caller, now)
-        query_id, text = ids.pop(), query.query
+        head, text = os.urandom(_NONCE) + int(now).to_bytes(_TIME), query.query
+        query_id = base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
         found = results.matches, is_text, results.offset, results.version, results.nothing_fits
         self._noted.append((query_id, now, collection, text, *found, compared))
@@ -139,18 +131,8 @@ class FeedbackLog:
         )
         return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
-    def _new_ids(self, caller: str, now: float) -> list[str]:
-        ids, moment = list[str](), int(now).to_bytes(_TIME)
-        for _ in range(_POOL):
-            head = os.urandom(_NONCE) + moment
-            macs = self._macs(head, caller)
-            for number in range(_MACS):
-                mac = macs[number * _MAC : (number + 1) * _MAC]
-                ids.append(base64.urlsafe_b64encode(head + bytes([number]) + mac).decode())
-        return ids
-
-    def _macs(self, head: bytes, caller: str) -> bytes:
-        return hashlib.blake2b(head + caller.encode(), key=self._secret, digest_size=_MACS * _MAC).digest()
+    def _mac(self, head: bytes, caller: str) -> bytes:
+        return hashlib.blake2b(head + caller.encode(), key=self._secret, digest_size=_MAC).digest()
 
     def _take_noted(self) -> None:
         """Make rows of the noted searches, whose results are known from here on."""
@@ -176,10 +158,9 @@ class FeedbackLog:
             given = base64.b64decode(query_id.encode(), altchars=b"-_", validate=True)
         except ValueError:
             return False
-        head, (number, *mac) = given[: _NONCE + _TIME], given[_NONCE + _TIME :] or b"\0"
-        known = self._macs(head, caller)[number * _MAC : (number + 1) * _MAC]
+        head, mac = given[: _NONCE + _TIME], given[_NONCE + _TIME :]
         age = time.time() - int.from_bytes(head[_NONCE:])
-        return bool(known) and hmac.compare_digest(bytes(mac), known) and age <= _MAX_AGE_S
+        return hmac.compare_digest(mac, self._mac(head, caller)) and age <= _MAX_AGE_S
 
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[tuple[int, str, str]]:
         """Store events durably, and return (number, field, reason) of those that change nothing.

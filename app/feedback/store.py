@@ -80,8 +80,14 @@ EVENT_SCHEMA = pa.schema(
 )
 
 
+_ATTRIBUTES = [field.name for field in QUERY_SCHEMA.field("query_attributes").type]
+
+
 class QueryRow(NamedTuple):
-    """A search that was answered. time: in milliseconds. hits: ids of the results. kind: text, or other."""
+    """A search that was answered: the fields of `QUERY_SCHEMA` and of its attributes, in their order.
+
+    time: in milliseconds. hits: ids of the results. kind: text, or other.
+    """
 
     query_id: str
     time: int
@@ -99,25 +105,8 @@ class QueryRow(NamedTuple):
     shared: int | None = None
 
     def in_ubi(self) -> dict[str, Any]:
-        return {
-            "query_id": self.query_id,
-            "timestamp": self.time,
-            "application": self.collection,
-            "user_query": self.text,
-            "query_response_hit_ids": self.hits,
-            "object_id_field": _ID_FIELD,
-            "query_attributes": {
-                "kind": self.kind,
-                "offset": self.offset,
-                "index_version": self.version,
-                "is_hashed": self.is_hashed,
-                "nothing_fits": self.nothing_fits,
-                "candidate": self.candidate,
-                "draw": self.draw,
-                "teams": self.teams,
-                "shared": self.shared,
-            },
-        }
+        attributes = dict(zip(_ATTRIBUTES, self[5:], strict=True))
+        return dict(zip(QUERY_SCHEMA.names, (*self[:5], _ID_FIELD, attributes), strict=True))
 
 
 class EventRow(NamedTuple):
@@ -133,18 +122,9 @@ class EventRow(NamedTuple):
     rating: int | None
 
     def in_ubi(self) -> dict[str, Any]:
-        return {
-            "query_id": self.query_id,
-            "timestamp": self.time,
-            "application": self.collection,
-            "client_id": self.client,
-            "action_name": self.action,
-            "event_attributes": {
-                "object": {"object_id": self.item, "object_id_field": _ID_FIELD},
-                "position": {"ordinal": self.position},
-                "rating": self.rating,
-            },
-        }
+        item, position = {"object_id": self.item, "object_id_field": _ID_FIELD}, {"ordinal": self.position}
+        attributes = {"object": item, "position": position, "rating": self.rating}
+        return dict(zip(EVENT_SCHEMA.names, (*self[:5], attributes), strict=True))
 
 
 def prepare(folder: Path) -> bytes:

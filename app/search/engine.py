@@ -229,7 +229,7 @@ class Index:
         """
         if not runtime:
             artifact = open_current(Path(path)) if version is None else open_version(Path(path), version)
-            is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.fingerprint, device)
+            is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
         settings = Settings.model_construct(index=Path(path), device=device, runtime=runtime)  # not of the environment
         return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)

@@ -114,7 +114,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
         excluded_rows=frozenset((*more_rows, *less_rows)),
         min_score=min_score,
         words_weight=words_weight,
-        group_by=manifest.group_field if query.group_by is None and query.fold is None else query.group_by or "",
+        group_by=manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or "",
         rerank_depth=settings.rerank_depth if query.rerank else 0,
         is_judged=is_judged,
     )

@@ -138,7 +138,7 @@ def load_snapshot(
         artifact = open_current(index, **limits) if version is None else open_version(index, version, **limits)
     checkpoint = artifact.checkpoint if artifact else index / CHECKPOINT
     config = read_config(checkpoint)
-    fingerprint = artifact.manifest.fingerprint if artifact else config.get("fingerprint")
+    fingerprint = artifact.manifest.spec.fingerprint if artifact else config.get("fingerprint")
     backbone = config["backbone"]["sha256"]
     encoder = next((each.encoder for each in loaded if each.encoder.fingerprint == fingerprint), None)
     if encoder is None:

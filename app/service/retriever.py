@@ -105,7 +105,7 @@ class Retriever:
             sort = ""
         elif sort:
             require_sortable(snapshot, sort)
-        name = snapshot.artifact.manifest.group_field if group_by is None else group_by
+        name = snapshot.artifact.manifest.spec.group_field if group_by is None else group_by
 
         def list_items(allowed: Allowed | None) -> tuple[int, list[Item]]:
             chosen = snapshot.artifact.live if allowed is None else to_mask(allowed)

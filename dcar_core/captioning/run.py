@@ -9,7 +9,6 @@
 
 import asyncio
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from dcar_core.images import has_image_suffix, open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import CaptionError, DataError, EndpointError, ImageError
-from dcar_core.util.files import atomic_writer, write_json
+from dcar_core.util.files import atomic_writer, json_lines, write_json
 from dcar_core.util.processes import hold_lock
 
 
@@ -288,7 +287,7 @@ class _Run:
         try:
             write_json(out, entries)
             with atomic_writer(_beside(out, "rejected")) as file:
-                file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in rejections)
+                file.writelines(json_lines(rejections))
         except OSError as error:
             hint = "responses are kept; run the same command to resume"
             raise CaptionError(f"{out} cannot be written: {error.strerror}; {hint}") from error

@@ -1,6 +1,5 @@
 """One image-caption pair, the pairs of a split, and their writing as JSONL tables that the readers accept."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, ImageError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, json_lines
 
 SPLITS = ("train", "val", "test")
 
@@ -75,9 +74,8 @@ def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
     try:
         for name, data in splits.items():
             rows = ({name: value for name, value in vars(sample).items() if value} for sample in data.samples)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             with atomic_writer(directory / f"{name}.jsonl") as file:
-                file.write(text.encode())
+                file.writelines(json_lines(rows))
     except BaseException:
         for name in splits:  # the same command would refuse them
             (directory / f"{name}.jsonl").unlink(missing_ok=True)

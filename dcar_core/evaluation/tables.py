@@ -3,8 +3,6 @@
 All figures are percentages. In every table, the headings come first.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.bootstrap import Estimate
+from dcar_core.util.files import csv_text
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
 HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above swapped captions")
@@ -176,18 +175,16 @@ def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
 
 def results_csv(results: Results) -> str:
     """Return results.csv: one line for each run."""
-    text = io.StringIO(newline="")
-    names = ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds", *COLUMNS]
-    writer = csv.DictWriter(text, [*names, "hard_negative_accuracy"], extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    names, end = ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds"], "hard_negative_accuracy"
+    rows = []
     for name, method in results["methods"].items():
         for run in method["runs"]:
-            accuracy = run["hard_negative_accuracy"]
-            figures = {column: f"{run['test'][column]:.3f}" for column in COLUMNS}
-            figures["hard_negative_accuracy"] = "" if accuracy is None else f"{accuracy:.3f}"
-            lr = "" if method["lr"] is None else run["lr"]
-            writer.writerow({**run, **figures, "method": name, "lr": lr, "query_weights": run["query"]})
-    return text.getvalue()
+            values = (
+                run | {"method": name, "query_weights": run["query"]} | ({"lr": ""} if method["lr"] is None else {})
+            )
+            figures = [*(run["test"][column] for column in COLUMNS), run[end]]
+            rows.append([values[each] for each in names] + ["" if each is None else f"{each:.3f}" for each in figures])
+    return csv_text([*names, *COLUMNS, end], *rows)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 A checkpoint's config.json notes the request that made it: the options, and the state of the data and of local models.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from dcar_core.data import Dataset, ImagePolicy, load_splits
 from dcar_core.model.checkpoint import is_checkpoint, read_config
 from dcar_core.model.config import TrainConfig
 from dcar_core.util.errors import TrainingError
-from dcar_core.util.files import canonical_json
+from dcar_core.util.files import hash_json
 
 STATE_FILE = "state.pt"  # of an unfinished run
 _REMEDY = "choose another --out, or replace it with --restart"
@@ -54,7 +53,7 @@ def describe_request(
         "pretrained": _name_or_state(pretrained),
         "method": method,
         "loss": loss,
-        "data": _hash([_describe_split(split) for split in splits.values()]),
+        "data": hash_json([_describe_split(split) for split in splits.values()])[:16],
         "skip_broken": skip_broken,
         "negatives": negatives,
         "taxonomy": _name_or_state(str(taxonomy)) if taxonomy else None,
@@ -99,13 +98,9 @@ def _name_or_state(place: str | None) -> str | None:
     if not place or not path.exists():
         return place
     files = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
-    return f"{path.name} {_hash([[file.name, *_state(file)] for file in files])}"
+    return f"{path.name} {hash_json([[file.name, *_state(file)] for file in files])[:16]}"
 
 
 def _state(path: Path) -> tuple[int, int]:
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]

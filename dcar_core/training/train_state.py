@@ -5,7 +5,6 @@
 - The curve is log.csv, and TensorBoard event files with the extra `tensorboard`.
 """
 
-import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.util.errors import MissingExtraError, TrainingError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, csv_text
 
 LOG_FILE = "log.csv"
 _FORMAT: dict[str, Any] = {"state format": 2}
@@ -60,12 +59,8 @@ def delete_state(directory: Path) -> None:
 
 def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
     with atomic_writer(directory / LOG_FILE) as file:
-        file.write(text.getvalue().encode())
+        file.write(csv_text(history[0], *(record.values() for record in history)).encode())
 
 
 @contextmanager

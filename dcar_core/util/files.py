@@ -6,13 +6,15 @@
 """
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,6 +61,23 @@ def sha256_of(path: Path) -> str:
 def canonical_json(value: Any) -> bytes:
     """Return JSON in which equal values have equal bytes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def hash_json(value: Any) -> str:
+    """Return the sha256 of `canonical_json` as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def json_lines(values: Iterable[Any]) -> Iterator[bytes]:
+    """Yield a line of JSON for each value."""
+    return (json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values)
+
+
+def csv_text(*rows: Iterable[Any]) -> str:
+    """Return rows as CSV, the header first."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def fsync_path(path: Path) -> None:

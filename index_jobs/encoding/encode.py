@@ -9,15 +9,14 @@
   pages, since a list does not show that an image has changed.
 """
 
-import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +26,7 @@ from dcar_core import Encoder
 from dcar_core.images import IMAGE_SUFFIXES
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, ImageFault
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, json_lines
 from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
 from index_jobs.encoding.devices import encode_windows
 from index_jobs.encoding.pixel_cache import PixelCache
@@ -246,21 +245,17 @@ class EncodingState:
 
 def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:
     """Write `failed.jsonl`: id, name, reason and fault of each image without a vector, in gallery order."""
-    _write_lines(
-        path, ({**_name(gallery, row), "reason": reason, "fault": fault} for row, reason, fault in sorted(failed))
-    )
+    lines = ({**_name(gallery, row), "reason": reason, "fault": fault} for row, reason, fault in sorted(failed))
+    with atomic_writer(path) as file:
+        file.writelines(json_lines(lines))
 
 
 def write_duplicates(path: Path, gallery: Gallery, duplicates: list[tuple[int, int]]) -> None:
     """Write `duplicates.jsonl`: each image whose pixels an earlier one has, with that one's id and name."""
-    _write_lines(path, ({**_name(gallery, row), "same_as": _name(gallery, first)} for row, first in duplicates))
+    lines = ({**_name(gallery, row), "same_as": _name(gallery, first)} for row, first in duplicates)
+    with atomic_writer(path) as file:
+        file.writelines(json_lines(lines))
 
 
 def _name(gallery: Gallery, row: int) -> dict[str, str]:
     return {column: gallery.table[column][row].as_py() for column in ("id", "name")}
-
-
-def _write_lines(path: Path, lines: Iterable[Any]) -> None:
-    with atomic_writer(path) as file:
-        for line in lines:
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")

@@ -21,7 +21,7 @@ import numpy as np
 from dcar_core.images.workers import Decoded
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
-from dcar_core.util.files import canonical_json
+from dcar_core.util.files import canonical_json, hash_json
 from index_jobs.gallery.storage import ImageLocation
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class PixelCache:
 
     def __init__(self, folder: Path, preprocess: Preprocess) -> None:
         """Open the cache in `folder`, which is created if necessary. Raise DcarError if it cannot be used."""
-        name = hashlib.sha256(canonical_json(preprocess.to_dict())).hexdigest()[:16]
-        self.path, self._side = folder / f"pixels-{name}.sqlite", preprocess.size
+        name = f"pixels-{hash_json(preprocess.to_dict())[:16]}.sqlite"
+        self.path, self._side = folder / name, preprocess.size
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._connection() as connection:

@@ -12,12 +12,11 @@
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from dcar_core import Encoder
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageFault
-from dcar_core.util.files import atomic_writer, canonical_json
+from dcar_core.util.files import atomic_writer, hash_json
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
@@ -93,8 +92,8 @@ class ShardStore:
         batch = options.batch_size
         self.count, self.dim, self.shard_rows = len(gallery), encoder.dim, -(-options.shard_rows // batch) * batch
         pixels = encoder.preprocess.to_dict()
-        self._encoder_key = _hash_settings(FORMAT, encoder.image_key, runtime, pixels, encoder.dim)
-        gallery_key = _hash_settings(gallery.vectors_signature, self.count, batch, self.shard_rows)
+        self._encoder_key = hash_json([FORMAT, encoder.image_key, runtime, pixels, encoder.dim])[:12]
+        gallery_key = hash_json([gallery.vectors_signature, self.count, batch, self.shard_rows])[:12]
         self.path = work / f"{self._encoder_key}-{gallery_key}"
 
     def __len__(self) -> int:
@@ -146,10 +145,6 @@ class ShardStore:
 
     def _path(self, number: int) -> Path:
         return self.path / f"{number:06}.npz"
-
-
-def _hash_settings(*settings: Any) -> str:
-    return hashlib.sha256(canonical_json(list(settings))).hexdigest()[:12]
 
 
 class ReusableVectors:

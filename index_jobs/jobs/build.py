@@ -9,7 +9,6 @@
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
@@ -41,7 +40,7 @@ from dcar_core.util.errors import (
     ModelError,
     StoreUnavailableError,
 )
-from dcar_core.util.files import canonical_json
+from dcar_core.util.files import hash_json
 from dcar_core.util.machine import installed_versions
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
@@ -298,7 +297,7 @@ class _Build:
         """Return the model of the served version if it is compared; with force, the reason if it cannot be loaded."""
         if self.served is None or not (self.pairs or self.judged):
             return self.encoder
-        if self.served.manifest.fingerprint == self.encoder.fingerprint:
+        if self.served.manifest.spec.fingerprint == self.encoder.fingerprint:
             return self.encoder
         try:
             return Encoder.load(self.served.checkpoint, device=device)
@@ -452,8 +451,7 @@ def _with_retraining(checkpoint: Path, out: Path, *, is_forced: bool) -> Path:
 
 def _marker(manifest: Manifest) -> str:
     """Return the name of the file that marks a version's vectors; versions that differ only in their kind share it."""
-    inputs = [manifest.fingerprint, manifest.spec.gallery_signature, manifest.runtime]
-    return f"of-{hashlib.sha256(canonical_json(inputs)).hexdigest()[:16]}"
+    return f"of-{hash_json([manifest.spec.fingerprint, manifest.spec.gallery_signature, manifest.runtime])[:16]}"
 
 
 def _hash_rows(table: pa.Table) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@
 - Only items of both indexes may be found: a larger gallery makes every search harder, but no model worse.
 """
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ from dcar_core.serving.score_cutoff import compute_cutoff, cutoff_of_words
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
-from dcar_core.util.files import canonical_json
+from dcar_core.util.files import hash_json
 from dcar_core.util.retrieval_metrics import graded_measures
 from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
@@ -76,7 +75,7 @@ class QueryPairs:
     @property
     def signature(self) -> str:
         """Hash of texts and ids, to recognise a changed validation split."""
-        return hashlib.sha256(canonical_json([self.texts, self.ids])).hexdigest()
+        return hash_json([self.texts, self.ids])
 
 
 @dataclass(frozen=True)

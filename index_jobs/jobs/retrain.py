@@ -40,7 +40,7 @@ from dcar_core.serving.portable_export import add_portable_export
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
-from dcar_core.util.files import canonical_json, write_json
+from dcar_core.util.files import hash_json, write_json
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, open_location
@@ -245,9 +245,7 @@ class _Retraining:
                 f"{', '.join(map(str, files))}: {len({*pairs.texts}):,} texts of items in the index are too few: "
                 f"a tenth chooses, another decides, and each needs {MIN_HELD_OUT}, not {few}"
             )
-        signature = hashlib.sha256(
-            canonical_json([pairs.texts, pairs.rows.tolist(), pairs.weights.tolist()])
-        ).hexdigest()
+        signature = hash_json([pairs.texts, pairs.rows.tolist(), pairs.weights.tolist()])
         summary = RetrainSummary(
             version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(learned),
             left_out=left_out, seconds=self.seconds,

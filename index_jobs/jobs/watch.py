@@ -164,7 +164,7 @@ class _WatchedGallery:
     def _encoders(self) -> list[Encoder]:
         """Return the encoders of the served version, which stay loaded."""
         current = open_current(self._index)
-        if not self._replicas or self._replicas[0].fingerprint != current.manifest.fingerprint:
+        if not self._replicas or self._replicas[0].fingerprint != current.manifest.spec.fingerprint:
             exact, options = current.manifest.spec.exact, self._options
             self._replicas = load_replicas(
                 current.checkpoint, options.device, exact=exact, runtime=options.spec.runtime

@@ -341,12 +341,12 @@ class Artifact:
 
     def require(self, fingerprint: str) -> None:
         """Raise FingerprintError, which names the command to run, for an encoder that did not encode this index."""
-        if fingerprint != self.manifest.fingerprint:
-            index = self.path.parent.parent
+        if fingerprint != self.manifest.spec.fingerprint:
+            index, spec = self.path.parent.parent, self.manifest.spec
             raise FingerprintError(
-                f"version {self.manifest.version} of {index} was built by encoder {self.manifest.fingerprint[:12]}, "
-                f"not by {fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {self.manifest.spec.gallery} "
-                f"--checkpoint CHECKPOINT_OF_THIS_ENCODER --out {index}"
+                f"version {self.manifest.version} of {index} was built by encoder {spec.fingerprint[:12]}, not by "
+                f"{fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {spec.gallery} --checkpoint "
+                f"CHECKPOINT_OF_THIS_ENCODER --out {index}"
             )
 
     def verify(self, *, skip: Collection[str] = (), hash_of: Callable[[Path], str] | None = None) -> None:

@@ -1,14 +1,13 @@
 """The manifest of a version: `manifest.json`, with a checksum of every file and of itself."""
 
 import datetime
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import canonical_json
+from dcar_core.util.files import hash_json
 from index_jobs.spec import IndexSpec
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 
@@ -82,16 +81,6 @@ class Manifest:
     format: int = FORMAT
 
     @property
-    def fingerprint(self) -> str:
-        """Of the encoder."""
-        return self.spec.fingerprint
-
-    @property
-    def group_field(self) -> str:
-        """The metadata field that names the product of an item; "" if each item is its own."""
-        return self.spec.group_field
-
-    @property
     def is_as_built(self) -> bool:
         """True if nothing was added, removed or changed after the build."""
         return not self.additions and not self.removed and not self.changed
@@ -120,7 +109,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""
         values = asdict(self)
-        return values | {"checksum": _checksum(values)}
+        return values | {"checksum": hash_json(values)}
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -130,7 +119,7 @@ class Manifest:
             checksum = values.pop("checksum", None)
             if values.get("format") not in (FORMAT, FORMAT - 1):
                 raise ArtifactError(f"{path} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
-            if checksum != _checksum(values):
+            if checksum != hash_json(values):
                 raise ArtifactError(f"{path} is corrupted: its checksum differs")
             values = _upgraded(values)
             spec = IndexSpec(**values.pop("spec"))
@@ -141,10 +130,6 @@ class Manifest:
             raise ArtifactError(f"{path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-
-
-def _checksum(values: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(values)).hexdigest()
 
 
 def _upgraded(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ async def test_new_version_is_picked_up(index: Path, gallery: Path, other_checkp
         await asyncio.to_thread(rebuild, gallery, other_checkpoint, index, workers=0, progress=False)
         await until_ready(client, index_version=2)
         live = client.app.state.collections[None].live
-        assert live.encoder.fingerprint == live.artifact.manifest.fingerprint != before
+        assert live.encoder.fingerprint == live.artifact.manifest.spec.fingerprint != before
 
 
 @pytest.fixture

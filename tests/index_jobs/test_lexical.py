@@ -248,7 +248,7 @@ def test_chosen_metadata_fields_are_looked_up(tiny_checkpoint: Path, tmp_path: P
     command = [*(str(part) for pair in places.items() for part in pair), "--quiet"]
     assert main([*command, "--text-fields", "code,brand", "--group-field", "code"]) == 0
     assert found("wx300", "mirror", "velvet") == [1, 1, 0]
-    assert open_current(index).manifest.group_field == "code"
+    assert open_current(index).manifest.spec.group_field == "code"
     add(index, tmp_path / "more", progress=False)
     assert found("qz17", "mirror", "velvet") == [1, 2, 0]
     assert main([*command, "--max-vanished", "1"]) == 0

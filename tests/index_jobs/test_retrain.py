@@ -75,10 +75,10 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
     assert (report["published"], report["version"], report["share"] > 0) == (True, 2, True)
     assert [*report["seconds"]] == ["start", "load", "encode", "learn", "gate", "publish"]
     assert ranks_first(published, pairs) > before
-    assert Encoder.load(published.checkpoint, device="cpu").fingerprint == published.manifest.fingerprint
+    assert Encoder.load(published.checkpoint, device="cpu").fingerprint == published.manifest.spec.fingerprint
     rebuild(tiny_gallery, published.checkpoint, tmp_path / "slow", progress=False)
     slow, rows = open_current(tmp_path / "slow"), np.arange(published.rows)
-    assert slow.manifest.fingerprint == published.manifest.fingerprint
+    assert slow.manifest.spec.fingerprint == published.manifest.spec.fingerprint
     np.testing.assert_array_equal(slow.vectors(rows), published.vectors(rows))
     again = retrain(index, [pairs], device="cpu")
     assert (again.published, again.version, current_version(index)) == (False, 2, 2)
@@ -111,7 +111,7 @@ def test_a_killed_retraining_changes_nothing_and_is_repeated_alike(
     assert (current_version(index), (index / REPORT).exists()) == (1, False)
     for each in (index, undisturbed):
         assert retrain(each, [pairs], margin=1, device="cpu").version == 2
-    assert open_current(index).manifest.fingerprint == open_current(undisturbed).manifest.fingerprint
+    assert open_current(index).manifest.spec.fingerprint == open_current(undisturbed).manifest.spec.fingerprint
 
 
 def test_additions_and_removals_stay(index: Path, pairs: Path, tmp_path: Path) -> None:
