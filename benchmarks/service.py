@@ -174,7 +174,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     from index_jobs.store import publish
     from index_jobs.store.items import SIZE_COLUMNS, Items, write_items
     from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-    from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest, utc_now
+    from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest
 
     vectors = draw()
     count, dim = vectors.shape
@@ -203,7 +203,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         write_lexical(staging / LEXICAL, item_texts(table, None))
         manifest = Manifest(
             spec=spec, dim=dim, count=count, kind=created.kind, reason=created.reason, root=gallery.root,
-            checkpoint=str(checkpoint), created=utc_now(), measured=created.measured,
+            checkpoint=str(checkpoint), measured=created.measured,
         )  # fmt: skip
         publish.publish_version(out, staging, manifest)
     return out

@@ -68,7 +68,6 @@ from index_jobs.store.manifest import (
     FileInfo,
     Manifest,
     counted,
-    utc_now,
 )
 from index_jobs.store.versions import current_version_or_none, open_current
 
@@ -402,7 +401,6 @@ class _Build:
             root=gallery.root,
             roots=list(gallery.roots),
             checkpoint=str(self.checkpoint.absolute()),
-            created=utc_now(),
             change=f"{counted(len(encoded), 'image')} added {self.options.origin}"
             if self.options.origin
             else f"built from {', '.join(place.rpartition('/')[2] for place in gallery.location.split(', '))}",

@@ -50,7 +50,7 @@ from index_jobs.jobs.update import live_gallery
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.manifest import CHECKPOINT, counted, utc_now
+from index_jobs.store.manifest import CHECKPOINT, counted
 from index_jobs.store.versions import open_current
 
 REPORT = "retrain.json"
@@ -368,7 +368,7 @@ class _Retraining:
         shared = publish.share_files(served.path, staging, files)
         manifest = replace(
             served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff,
-            created=utc_now(), change=f"model retrained on {counted(summary.pairs, 'pair')}", origin="",
+            change=f"model retrained on {counted(summary.pairs, 'pair')}", origin="",
         )  # fmt: skip
         manifest = publish.publish_version(self.index, staging, manifest, shared=shared)
         self._lap("publish")

@@ -46,7 +46,6 @@ from index_jobs.store.manifest import (
     Addition,
     Manifest,
     counted,
-    utc_now,
 )
 from index_jobs.store.versions import open_current
 
@@ -270,7 +269,6 @@ def _publish(
         removed=len(removed),
         additions=additions,
         rebuild="; ".join(reasons),
-        created=utc_now(),
         change=f"{change} {origin}".rstrip(),
         origin=origin,
     )
@@ -360,7 +358,7 @@ def relocate(
         shared = publish.share_files(current.path, staging, kept)
         if model is not None:
             current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
-        manifest = replace(manifest, created=utc_now(), change="images or model relocated", origin="")
+        manifest = replace(manifest, change="images or model relocated", origin="")
         staged = publish.prepare_version(index, staging, manifest, shared=shared)
         if gallery is not None and (fault := staged.find_gallery_fault(new)):
             raise DataError(f"nothing is published: {fault}; give the new location of {old}")

@@ -21,7 +21,7 @@ from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import Items, fit_one_field, type_of
 from index_jobs.store.lexical.lexical_index import item_texts, replace_texts
-from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, OVER_HTTP, Manifest, counted, utc_now
+from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, OVER_HTTP, Manifest, counted
 from index_jobs.store.versions import current_version, open_current, version_numbers
 from index_jobs.store.writes import WriteJob, WriteQueue, sweep
 
@@ -111,7 +111,6 @@ class _Draft:
                 shared.pop(name, None)
         manifest = replace(
             manifest,
-            created=utc_now(),
             changed=manifest.changed + len(self.records),
             change=f"{change} {origin}".rstrip(),
             origin=origin,

@@ -24,7 +24,7 @@ from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
+from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest, utc_now
 from index_jobs.store.versions import current_version_or_none, list_versions, open_version, version_numbers
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def prepare_version(
     """Complete the staged files with a manifest, flush them to disk, and verify them; within `open_staging`.
 
     Args:
-        manifest: its version and files are filled in here.
+        manifest: its version, time and files are filled in here.
         shared: files linked from a published version, which are not read again.
 
     Raises:
@@ -100,7 +100,9 @@ def prepare_version(
     files = {
         name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }
-    manifest = replace(manifest, version=next_version(index), files=files, replaced=current_version_or_none(index))
+    manifest = replace(
+        manifest, version=next_version(index), created=utc_now(), files=files, replaced=current_version_or_none(index)
+    )
     write_json(staging / MANIFEST, manifest.to_dict())
     fsync_tree(staging, skip=shared)
     staged = Artifact.open(staging)
