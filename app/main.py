@@ -36,10 +36,7 @@ from index_jobs.store.manifest import Manifest
 
 
 def create_app(
-    settings: Settings,
-    *,
-    on_start_failure: Callable[[DcarError], None] | None = None,
-    tracer: Tracer | None = None,
+    settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None, tracer: Tracer | None = None
 ) -> FastAPI:
     """Return the ASGI application.
 

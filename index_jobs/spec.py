@@ -61,9 +61,7 @@ class IndexSpec:
         "", "Metadata field that names the product of an item: searches return each product once.", metavar="NAME"
     )
     max_failed: float = _option(
-        0.05,
-        "Share of images that may be unreadable, 0 to 1; the version's failed.jsonl lists them.",
-        **_SHARE,
+        0.05, "Share of images that may be unreadable, 0 to 1; the version's failed.jsonl lists them.", **_SHARE
     )
     exact: bool = _option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
     runtime: str = _option(
@@ -127,11 +125,7 @@ class BuildOptions:
         "Table of judgements as for `dcar judge`, by whose nDCG at 10 the new index is compared as well.",
         metavar="FILE",
     )
-    margin: float = _option(
-        0.02,
-        "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.",
-        **_SHARE,
-    )
+    margin: float = _option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
     force: bool = _option(
         False,
         "Publish although nothing has changed, the new index ranks worse or cannot be compared, or the gallery has "

@@ -115,8 +115,7 @@ async def delete_item(request: Request, item_id: ItemPath) -> Response:
 
 @item_writes.add("GET", "/jobs", Policy("write", "checked"), JobsResponse, errors=(422, 503))
 async def jobs(
-    request: Request,
-    limit: Annotated[int, QueryParam(ge=1, le=MAX_LISTED_JOBS, description="number of jobs")] = 20,
+    request: Request, limit: Annotated[int, QueryParam(ge=1, le=MAX_LISTED_JOBS, description="number of jobs")] = 20
 ) -> Response:
     """List the newest changes of items, in the collections that the key opens."""
     collections = state_of(request).collections

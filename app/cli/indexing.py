@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, Argument(help="Directory of a published index.")]
 KeepWrites = Annotated[
-    int,
-    Option("--keep-writes", envvar="DCAR_KEEP_WRITES", min=1, help="Changes over HTTP or by a watch to keep."),
+    int, Option("--keep-writes", envvar="DCAR_KEEP_WRITES", min=1, help="Changes over HTTP or by a watch to keep.")
 ]
 
 commands.command("build", epilog=job_cli.EPILOG)(job_cli.build_command)

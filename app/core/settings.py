@@ -112,9 +112,7 @@ LogLevel = Annotated[
     BeforeValidator(lambda given: given.lower() if isinstance(given, str) else given),
 ]
 Keys = Annotated[
-    dict[str, ApiKey],
-    NoDecode,
-    BeforeValidator(lambda given: parse_keys(given) if isinstance(given, str) else given),
+    dict[str, ApiKey], NoDecode, BeforeValidator(lambda given: parse_keys(given) if isinstance(given, str) else given)
 ]
 
 

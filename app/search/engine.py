@@ -35,11 +35,7 @@ _BATCH = 64  # texts that are encoded at a time
 
 
 async def search(
-    compute: Compute,
-    snapshot: Snapshot,
-    query: Query,
-    image: bytes | None,
-    settings: Settings,
+    compute: Compute, snapshot: Snapshot, query: Query, image: bytes | None, settings: Settings
 ) -> SearchResults:
     """Return the matches of a query.
 

@@ -68,10 +68,7 @@ class Endpoint:
         await self._client.close()
 
     async def ask(
-        self,
-        messages: list[dict[str, Any]],
-        usage: Usage,
-        usable: Callable[[Completion], bool] = lambda _: True,
+        self, messages: list[dict[str, Any]], usage: Usage, usable: Callable[[Completion], bool] = lambda _: True
     ) -> Completion:
         """Send a chat and return the completion.
 

@@ -109,10 +109,7 @@ def rank_categories(
 
 
 def _groups(
-    samples: Sequence[Sample],
-    names: Mapping[str, str],
-    taxonomy: Taxonomy | None,
-    report: CleaningReport,
+    samples: Sequence[Sample], names: Mapping[str, str], taxonomy: Taxonomy | None, report: CleaningReport
 ) -> dict[str, list[str]]:
     """Map each group to its folded categories, in a stable order; categories without a group are left out."""
     groups: dict[str, list[str]] = defaultdict(list)

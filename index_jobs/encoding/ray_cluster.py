@@ -25,13 +25,7 @@ from dcar_core.util.files import atomic_writer
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.devices import encode_windows, load_replicas
-from index_jobs.encoding.encode import (
-    LOCATION_COLUMNS,
-    EncodedGallery,
-    EncodingState,
-    save_shard,
-    split_windows,
-)
+from index_jobs.encoding.encode import LOCATION_COLUMNS, EncodedGallery, EncodingState, save_shard, split_windows
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery

@@ -36,17 +36,7 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.manifest import (
-    CHANGED,
-    CHECKPOINT,
-    FAILED,
-    ITEMS,
-    LEXICAL,
-    REMOVED,
-    Addition,
-    Manifest,
-    counted,
-)
+from index_jobs.store.manifest import CHANGED, CHECKPOINT, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
 from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
@@ -73,12 +63,7 @@ class UpdateSummary:
 
 
 def remove(
-    index: Path,
-    ids: Sequence[str],
-    *,
-    missing_ok: bool = False,
-    keep: int = BuildOptions.keep,
-    origin: str = "",
+    index: Path, ids: Sequence[str], *, missing_ok: bool = False, keep: int = BuildOptions.keep, origin: str = ""
 ) -> UpdateSummary:
     """Publish a version in which these items are never found.
 

@@ -110,10 +110,7 @@ class _Draft:
             for name in replace_texts(staging / LEXICAL, texts):
                 shared.pop(name, None)
         manifest = replace(
-            manifest,
-            changed=manifest.changed + len(self.records),
-            change=f"{change} {origin}".rstrip(),
-            origin=origin,
+            manifest, changed=manifest.changed + len(self.records), change=f"{change} {origin}".rstrip(), origin=origin
         )
         return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 

@@ -6,14 +6,7 @@ and token weights with adapters, held to CLIP.
 
 from dataclasses import replace
 
-from dcar_core.model.config import (
-    AdapterConfig,
-    LossConfig,
-    ModelConfig,
-    PromptConfig,
-    RerankConfig,
-    ReweightConfig,
-)
+from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, RerankConfig, ReweightConfig
 from dcar_core.model.methods.method import NO_PROMPTS, NO_WEIGHTS, Method, plain_config
 
 # behind the image tower's blocks and on both features; without prompts, the one on texts is the category adapter, too
