@@ -57,10 +57,7 @@ class Served:
         return self.refusals.count(reason)
 
     async def __call__(
-        self,
-        *parts: bytes,
-        headers: Iterable[tuple[bytes, bytes]] = CHUNKED,
-        hangs: asyncio.Event | None = None,
+        self, *parts: bytes, headers: Iterable[tuple[bytes, bytes]] = CHUNKED, hangs: asyncio.Event | None = None
     ) -> Response:
         """Send a body in parts and return the response. hangs: the end of the body comes when it is set."""
         messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]

@@ -58,9 +58,9 @@ def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -
     shown = {each["position"]: (each["shown"], each["clicked"]) for each in found["positions"]}
     assert shown == {1: (4, 1), 2: (4, 1), 3: (3, 0), 4: (1, 1), 5: (1, 0), 6: (1, 0)}
     assert found["versions"][2] == {"searches": 1, "clicked": 0, "nothing": 0}
-    assert found["worst"] == [
-        {"query": "none", "searches": 1, "clicked": 0, "nothing": 1, "items": []},
-    ], "red and blue are clicked more often than the average"
+    assert found["worst"] == [{"query": "none", "searches": 1, "clicked": 0, "nothing": 1, "items": []}], (
+        "red and blue are clicked more often than the average"
+    )
     assert [each["query"] for each in found["unmet"]] == ["blue", "none"]
     assert found["unmet"][0] == {"query": "blue", "searches": 2, "clicked": 1, "nothing": 1, "items": ["c", "a"]}
     assert (found["every"], found["is_partial"], found["has_hashes"]) == (1, False, False)

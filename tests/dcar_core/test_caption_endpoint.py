@@ -209,13 +209,7 @@ def test_address_that_never_answered_ends_the_run(photos: Path) -> None:
         ask(photos, server, tries=1)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("ALL_PROXY", "socks4://127.0.0.1:9"),
-        ("SSL_CERT_FILE", "/none.pem"),
-    ],
-)
+@pytest.mark.parametrize(("name", "value"), [("ALL_PROXY", "socks4://127.0.0.1:9"), ("SSL_CERT_FILE", "/none.pem")])
 def test_proxies_and_certificates_that_cannot_be_used_end_the_run(
     name: str, value: str, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

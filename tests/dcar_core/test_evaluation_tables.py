@@ -19,14 +19,7 @@ from dcar_core.evaluation import compare, summarise
 from dcar_core.evaluation.analysis import analyse, serving_cost
 from dcar_core.evaluation.comparison import best_baseline
 from dcar_core.evaluation.report import report_html
-from dcar_core.evaluation.tables import (
-    COLUMNS,
-    best_method,
-    mean_categories,
-    results_csv,
-    results_markdown,
-    shots_rows,
-)
+from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, results_csv, results_markdown, shots_rows
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model

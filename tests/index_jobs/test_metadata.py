@@ -207,11 +207,7 @@ def lines(*rows: str) -> Any:
             lines('{"path": "a.png"}', f'{{"path": "b.png", "n": {"9" * 5000}}}'),
             r"l\.jsonl, line 2: not JSON",
         ),
-        (
-            "l.jsonl",
-            lines(f'{{"path": "a.png", "n": {"[" * 5000}{"]" * 5000}}}'),
-            r"l\.jsonl, line 1: not JSON",
-        ),
+        ("l.jsonl", lines(f'{{"path": "a.png", "n": {"[" * 5000}{"]" * 5000}}}'), r"l\.jsonl, line 1: not JSON"),
         (
             "l.jsonl",
             lines(f'{{"path": "a.png", "n": {"[" * 800}{"]" * 800}}}'),

@@ -46,10 +46,7 @@ def test_another_user_may_read_every_file(build: Build, tmp_path: Path, monkeypa
         assert {path.name for path in files if path.stat().st_mode & 0o777 != 0o644} == set()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["hnsw", "ivf", "ivf-pq", "ivf-pq-fp16"],
-)
+@pytest.mark.parametrize("kind", ["hnsw", "ivf", "ivf-pq", "ivf-pq-fp16"])
 @pytest.mark.slow
 def test_every_kind_of_built_index_takes_updates(
     kind: str, index: Path, build: Build, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
