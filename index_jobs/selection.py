@@ -38,9 +38,7 @@ class Selection:
 
     def part(self, span: range) -> "Selection":
         """Return the rows of a span, numbered from its start."""
-        hidden, added = (
-            rows[(rows >= span.start) & (rows < span.stop)] - span.start for rows in (self.hidden, self.added)
-        )
+        hidden, added = (r[(r >= span.start) & (r < span.stop)] - span.start for r in (self.hidden, self.added))
         return Selection(lambda: self.mask[span.start : span.stop], self.filters, hidden, added)
 
 

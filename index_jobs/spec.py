@@ -48,21 +48,15 @@ class IndexSpec:
         "Default: half of the machine's or container's memory.",
         metavar="SIZE",
     )
-    target_recall: float = _option(
-        0.99, "Recall at 10 against exact search that search parameters are tuned to.", **_SHARE
-    )
+    target_recall: float = _option(0.99, "Recall at 10, against exact search, to tune parameters to.", **_SHARE)
     text_fields: tuple[str, ...] | None = _option(
         None,
         "Metadata fields whose words hybrid searches look up, separated by commas. Default: every field with text. Id, "
         "caption and category are always looked up.",
         metavar="NAMES",
     )
-    group_field: str = _option(
-        "", "Metadata field that names the product of an item: searches return each product once.", metavar="NAME"
-    )
-    max_failed: float = _option(
-        0.05, "Share of images that may be unreadable, 0 to 1; the version's failed.jsonl lists them.", **_SHARE
-    )
+    group_field: str = _option("", "Metadata field that names the product: searches return each once.", metavar="NAME")
+    max_failed: float = _option(0.05, "Share of images that may be unreadable; failed.jsonl lists them.", **_SHARE)
     exact: bool = _option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
     runtime: str = _option(
         "torch",
@@ -100,9 +94,7 @@ class BuildOptions:
         "is then the number of its workers.",
         metavar="ADDRESS",
     )
-    keep: int = _option(
-        3, "Versions to keep for rollback, the new one included. Changes over HTTP or by a watch are kept apart.", min=1
-    )
+    keep: int = _option(3, "Versions to keep, with the new one. Changes over HTTP or by a watch are kept apart.", min=1)
     max_vanished: float = _option(
         0.2,
         "Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "

@@ -66,9 +66,7 @@ def _check_explained(queries: list[Any], info: ValidationInfo) -> list[Any]:
     most = 0 if info.context is None else info.context.explain_results
     explained = sum(min(query.k, most) for query in queries if query.explain)
     if explained > max(_MAX_EXPLAINED, most):
-        raise ValueError(
-            f"at most {_MAX_EXPLAINED} results with `explain` in a batch, not {explained}; lower k or send fewer"
-        )
+        raise ValueError(f"at most {_MAX_EXPLAINED} results with `explain` in a batch, not {explained}; lower k")
     return queries
 
 
@@ -99,9 +97,7 @@ class FilterQuery(Strict):
 class ItemsQuery(PageQuery, FilterQuery):
     """A page of the gallery's items, in index order or sorted."""
 
-    sort: Annotated[
-        str, Field(max_length=1025, description='field that orders the items, "-price" descending; without it last')
-    ] = ""
+    sort: Annotated[str, Field(max_length=1025, description='sort by a field; "-price" descends; without it last')] = ""
     group_by: GroupBy = None
 
 
@@ -118,9 +114,7 @@ class EmbeddingsImage(Strict):
 InputText = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
 
 
-class EmbeddingsQuery(
-    Strict, json_schema_extra={"examples": [{"input": ["crying cat", "red apple"], "model": "twemoji"}]}
-):
+class EmbeddingsQuery(Strict, json_schema_extra={"examples": [{"input": ["crying cat", "apple"], "model": "twemoji"}]}):
     """Texts and images to embed, in the shape of OpenAI's API."""
 
     input: Annotated[
@@ -146,14 +140,10 @@ class EmbeddingsQuery(
 class BatchEntry(Query):
     """One search of a batch: as a text search, or with an image, or both."""
 
-    image: Annotated[
-        str | None, Field(min_length=1, description="an image file in base64, as a data URI, or its URL")
-    ] = None
+    image: Annotated[str | None, Field(min_length=1, description="an image file as base64, data URI, or URL")] = None
 
 
-class BatchQuery(
-    Strict, json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "red apple"}]}]}
-):
+class BatchQuery(Strict, json_schema_extra={"examples": [{"queries": [{"query": "crying cat"}, {"query": "apple"}]}]}):
     """Several searches, answered together from one index version."""
 
     queries: Annotated[
@@ -252,14 +242,10 @@ class ChosenItems(Strict):
     """Items, by `ids`, of which the index may lack some, or by a `filter` as in searches."""
 
     ids: Annotated[list[NewItemId] | None, Field(min_length=1, max_length=MAX_CHOSEN_ITEMS), FailFast()] = None
-    filter: Annotated[
-        dict[str, Any] | None, Field(min_length=1, description="instead of ids, the same conditions as in searches")
-    ] = None
+    filter: Annotated[dict[str, Any] | None, Field(min_length=1, description="instead of ids, as in searches")] = None
 
 
-class PatchItems(
-    PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"sale": True}}]}
-):
+class PatchItems(PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"size": 3}}]}):
     """Fields to merge into chosen items; null removes one, and the others stay."""
 
 
@@ -281,9 +267,7 @@ class FeedbackEvent(Strict):
     """What a client did with a result, in the names of OpenSearch's User Behavior Insights."""
 
     query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
-    client_id: Annotated[
-        str, Field(pattern=r"^[!-~]{1,100}$", description="who did it: 1 to 100 ASCII characters without spaces")
-    ]
+    client_id: Annotated[str, Field(pattern=r"^[!-~]{1,100}$", description="who did it: ASCII without spaces")]
     action_name: Annotated[
         Literal["impression", "click", "save", "purchase", "judge"],
         BeforeValidator(lambda given: _SAME_ACTIONS.get(given, given) if isinstance(given, str) else given),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
@@ -90,11 +90,8 @@ def image_headers(request: Request, digest: str) -> dict[str, str]:
 
 def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
     """Return the response to a client that has what the ETag names."""
-    return (
-        Response(status_code=304, headers=headers)
-        if headers["ETag"] in request.headers.get("if-none-match", "")
-        else None
-    )
+    is_known = headers["ETag"] in request.headers.get("if-none-match", "")
+    return Response(status_code=304, headers=headers) if is_known else None
 
 
 def search_response(request: Request, results: SearchResults, query_id: str | None) -> dict[str, Any]:
@@ -132,9 +129,7 @@ def _present(**fields: Any) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def embeddings_response(
-    name: str, fingerprint: str, vectors: Sequence[Floats], encoding: Literal["float", "base64"]
-) -> dict[str, Any]:
+def embeddings_response(name: str, fingerprint: str, vectors: Sequence[Floats], encoding: str) -> dict[str, Any]:
     """Return the body of an `EmbeddingsResponse`."""
 
     def encoded(vector: Floats) -> Any:

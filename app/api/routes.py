@@ -99,9 +99,7 @@ async def search_image(request: Request) -> Response:
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
     snapshot = snapshot_of(request)
-    queries = {
-        f"queries.{number}": query for number, query in enumerate((await read_json(request, BatchQuery)).queries)
-    }
+    queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, BatchQuery)).queries)}
     await state_of(request).access.charge(len(queries) - 1)
     given = {place: query.image for place, query in queries.items() if query.image is not None}
     images = await state_of(request).fetcher.read(request.scope, given)

@@ -89,9 +89,7 @@ class SearchResponse(BaseModel):
     """
 
     index_version: int
-    query_id: str | None = Field(
-        None, description="names the search in feedback; absent unless the service collects it"
-    )
+    query_id: str | None = Field(None, description="names the search in feedback; absent unless it is collected")
     took_ms: float = Field(description="milliseconds from the parsed query to the results")
     cached: bool = Field(description="true if the query's embedding came from the cache")
     results: list[Result]

@@ -49,9 +49,7 @@ Negatives = Annotated[
         "all (also replacing existing ones), off."
     ),
 ]
-Taxonomy = Annotated[
-    Path | None, Option(help="JSON that groups similar categories; see docs/reference/data-formats.md.")
-]
+Taxonomy = Annotated[Path | None, Option(help="JSON of similar categories; see docs/reference/data-formats.md.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Loss = Annotated[LossDirection, Option(help="Contrastive loss: in both directions, or image-to-text only.")]
 Epochs = Annotated[int, Option(min=1, help="Most epochs to train.")]

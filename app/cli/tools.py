@@ -33,14 +33,10 @@ def models(
     from dcar_core.model.catalogue import list_catalogue
 
     figures = {each.name: each for each in RECOMMENDED}
-    entries = [
-        entry for entry in list_catalogue() if name.lower() in entry.name.lower() and level in (None, entry.level)
-    ]
+    entries = [each for each in list_catalogue() if name.lower() in each.name.lower() and level in (None, each.level)]
     if recommend:
         order = list(figures)
-        entries = sorted(
-            (entry for entry in entries if entry.name in figures), key=lambda entry: order.index(entry.name)
-        )
+        entries = sorted((each for each in entries if each.name in figures), key=lambda each: order.index(each.name))
     if as_json:
         more = [figures[entry.name]._asdict() if recommend else {} for entry in entries]
         typer.echo(dump_json([asdict(entry) | figure for entry, figure in zip(entries, more, strict=True)]))

@@ -32,10 +32,7 @@ def log_config(level: str, log_format: str) -> dict[str, Any]:
 
     Everything goes to stderr. Of uvicorn only warnings are logged: the service logs requests itself.
     """
-    line = {
-        "format": "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s",
-        "datefmt": "%Y-%m-%d %H:%M:%S",
-    }
+    line = {"format": "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s", "datefmt": "%F %T"}
     json = {
         "()": "pythonjsonlogger.json.JsonFormatter",
         "fmt": "%(asctime)s %(levelname)s %(name)s %(request_id)s %(message)s",

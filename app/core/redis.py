@@ -135,8 +135,6 @@ class CircuitBreaker:
         """Record a failure, or a response that came too late."""
         self._failures += 1
         if self._failures == self._limit:
-            logger.warning(
-                "Redis failed (%s); continuing without %s", str(error) or type(error).__name__, self._purpose
-            )
+            logger.warning("Redis failed (%s); going on without %s", str(error) or type(error).__name__, self._purpose)
         if self.is_open:
             self._retry_at = time.monotonic() + self._pause

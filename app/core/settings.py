@@ -182,9 +182,7 @@ class Settings(BaseSettings):
     """Seconds for a request body to arrive. After it the response is 408."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Largest number of pixels in a query image, checked before it is decoded."""
-    image_formats: Annotated[Names, AfterValidator(_check_formats)] = tuple(
-        sorted(image_format.value for image_format in WEB_FORMATS)
-    )
+    image_formats: Annotated[Names, AfterValidator(_check_formats)] = tuple(sorted(each.value for each in WEB_FORMATS))
     """Formats of query images, separated by commas. tiff and bmp are accepted only if named here; heif needs the extra
     heic."""
     max_query_chars: int = Field(1000, ge=1)

@@ -130,6 +130,5 @@ def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
     if as_csv:
         return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *rows)
     tag = "-".join(runs[0].name.split())
-    return "".join(
-        f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {tag}\n" for q, _, _, rank, item, _ in rows
-    )
+    lines = (f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {tag}\n" for q, *_, rank, item, _ in rows)
+    return "".join(lines)

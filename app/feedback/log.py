@@ -81,9 +81,7 @@ class FeedbackLog:
         self._lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", "kind")
         self.compared = counter("dcar_compared_total", "Searches that were compared with a candidate.", "outcome")
         if settings.compare is not None:
-            votes, bounds = (
-                partial(self._comparison, names) for names in (("wins", "losses", "ties"), ("low", "high"))
-            )
+            votes, bounds = (partial(self._comparison, each) for each in (("wins", "losses", "ties"), ("low", "high")))
             metrics.add_gauge("dcar_compare_votes", "Votes of the comparison.", "outcome", votes)
             metrics.add_gauge("dcar_compare_win_share", "Interval of the share of votes won.", "bound", bounds)
         self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", "reason")

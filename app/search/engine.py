@@ -85,9 +85,7 @@ async def find_rows(compute: Compute, snapshot: Snapshot, filter: dict[str, Any]
 async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image: bytes | None) -> tuple[Floats, bool]:
     """Return the vector (E,) of the query, and True if all of its embeddings were cached."""
     query, weights = plan.query, plan.query.weights
-    texts = [
-        (weight, text) for weight, text in ((weights.text, query.query), (-weights.without, query.without)) if text
-    ]
+    texts = [(w, text) for w, text in ((weights.text, query.query), (-weights.without, query.without)) if text]
     embeddings = await compute.query_texts(snapshot, [text for _, text in texts])
     parts = [(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
     is_cached = all(cached for _, cached in embeddings)

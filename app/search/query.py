@@ -129,9 +129,7 @@ class Crop(BaseModel):
 class Query(BaseModel):
     """A search by text, by items of the gallery (more_like, less_like), by an image beside it, or by all of them."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, json_schema_extra={"examples": [{"query": "crying cat", "k": 10}]}
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra={"examples": [{"query": "cat", "k": 10}]})
 
     query: Text = Field("", description="what the image shows; optional if more_like is given")
     k: Annotated[int, AfterValidator(_check_k)] = Field(DEFAULT_K, ge=1, strict=True, description="number of results")
@@ -181,9 +179,7 @@ class Query(BaseModel):
         description="score the first results again, by the model's second stage or exact token weights; 409 if it has "
         "neither",
     )
-    explain: bool = Field(
-        False, strict=True, description="show which parts of an image, and which words, contribute to a score"
-    )
+    explain: bool = Field(False, strict=True, description="show which parts of images and words contribute to scores")
 
 
 @dataclass(slots=True)

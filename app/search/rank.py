@@ -100,9 +100,7 @@ def hybrid_candidates(
 def require_words(artifact: Artifact) -> LexicalIndex:
     """Return the lexical index. Raise UnsupportedQueryError if the version has none, or keeps no vectors."""
     if not len(artifact.sample_vectors):
-        raise UnsupportedQueryError(
-            "Hybrid search needs the vectors of items, and the index keeps none.", field="hybrid"
-        )
+        raise UnsupportedQueryError("Hybrid search needs vectors of items; the index keeps none.", field="hybrid")
     if artifact.lexical is None:
         message = "This index is older than hybrid search; rebuild it with `dcar index build`."
         raise UnsupportedQueryError(message, field="hybrid")

@@ -150,11 +150,8 @@ def _find_matches(
             added = text_rows[is_added]
             rows, scores = np.concatenate((rows, added)), np.concatenate((scores, text_scores[is_added]))
             cosines = np.concatenate((cosines, row_vectors(artifact, added) @ vector))
-    return (
-        near._replace(rows=rows, cosines=cosines, text_scores=scores, rank_scores=cosines + bonus * scores),
-        levels,
-        is_complete,
-    )
+    near = near._replace(rows=rows, cosines=cosines, text_scores=scores, rank_scores=cosines + bonus * scores)
+    return near, levels, is_complete
 
 
 def _find_near(

@@ -92,9 +92,7 @@ class CaptionJournal:
             os.fsync(self._out.fileno())
         except OSError as error:
             self._out.close()
-            raise CaptionError(
-                f"{self.file} cannot be written: {error.strerror}; earlier responses are kept"
-            ) from error
+            raise CaptionError(f"{self.file} cannot be written: {error.strerror}; earlier answers are kept") from error
 
     def _apply(self, line: dict[str, Any]) -> None:
         image = (line.get("image", ""), line.get("sha", ""))
@@ -116,13 +114,9 @@ class CaptionJournal:
             before = lines[0]["settings"] if lines else settings
             for line in lines[1:]:
                 self._apply(line)
-            other = [
-                f"{name} (was {before.get(name)!r:.80})" for name in settings if before.get(name) != settings[name]
-            ]
+            other = [f"{key} (was {before.get(key)!r:.80})" for key in settings if before.get(key) != settings[key]]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise CaptionError(
-                f"{self.file} is not a captioning journal ({error}); move it, or give --restart"
-            ) from error
+            raise CaptionError(f"{self.file} is no captioning journal ({error}); move it, or give --restart") from error
         if other:
             raise CaptionError(
                 f"{self.file} was made with other settings: {', '.join(other)}; use those, or give another --out or "

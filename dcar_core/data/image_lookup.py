@@ -58,9 +58,7 @@ def find_shared_names(entries: Iterable[Entry]) -> frozenset[str]:
     for entry in entries:
         parts = PurePosixPath(entry.path or entry.image).parts
         places[parts[-1] if parts else ""].add(parts)
-    return frozenset(
-        name for name, paths in places.items() if any(max(paths, key=len)[-len(path) :] != path for path in paths)
-    )
+    return frozenset(name for name, paths in places.items() if any(max(paths, key=len)[-len(p) :] != p for p in paths))
 
 
 def unicode_forms(name: str) -> Iterable[str]:

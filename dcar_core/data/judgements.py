@@ -38,9 +38,7 @@ class JudgedList:
         if grade not in ("0", "1", "2", "3"):
             raise DataError(f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r}; correct or remove it")
         if (known := self.texts.setdefault(query_id, text)) != text:
-            raise DataError(
-                f"{where}: field 'query_id' {query_id!r} is of {text!r} here, of {known!r} before; rename one"
-            )
+            raise DataError(f"{where}: query_id {query_id!r} is of {text!r} here, of {known!r} before; rename one")
         if (graded := self.grades.setdefault(query_id, {}).setdefault(item, int(grade))) != int(grade):
             raise DataError(f"{where}: field 'grade' is {grade}, but {item!r} had {graded} for this query; remove one")
         if label := label_text(row, where, "class"):

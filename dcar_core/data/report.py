@@ -52,7 +52,5 @@ def describe_reports(splits: Mapping[str, object], reports: Mapping[str, Cleanin
 def save_reports(reports: Mapping[str, CleaningReport], directory: Path) -> None:
     """Write {split: {"counts": {phrase: number}, "names": {phrase: [every name]}}} to cleaning.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    content = {
-        split: {"counts": dict(report.counts.most_common()), "names": report.names} for split, report in reports.items()
-    }
+    content = {name: {"counts": dict(each.counts.most_common()), "names": each.names} for name, each in reports.items()}
     (directory / REPORT_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

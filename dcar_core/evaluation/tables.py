@@ -179,9 +179,8 @@ def results_csv(results: Results) -> str:
     rows = []
     for name, method in results["methods"].items():
         for run in method["runs"]:
-            values = (
-                run | {"method": name, "query_weights": run["query"]} | ({"lr": ""} if method["lr"] is None else {})
-            )
+            lr = "" if method["lr"] is None else run["lr"]
+            values = run | {"method": name, "lr": lr, "query_weights": run["query"]}
             figures = [*(run["test"][column] for column in COLUMNS), run[end]]
             rows.append([values[each] for each in names] + ["" if each is None else f"{each:.3f}" for each in figures])
     return csv_text([*names, *COLUMNS, end], *rows)

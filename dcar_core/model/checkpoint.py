@@ -91,9 +91,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / CONFIG} does not have format {FORMAT}; train again, or use the version that wrote it"
-        )
+        raise CheckpointError(f"{path / CONFIG} is not format {FORMAT}; train again, or use the version that wrote it")
     kinds = {"model": dict, "backbone": dict, "fingerprint": str}
     of_backbone = {"model": str, "sha256": str, "pretrained": str | None}
     if not (_has(content, kinds) and _has(content["backbone"], of_backbone)):
@@ -166,10 +164,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
     fingerprint = compute_fingerprint(backbone_hash, model.config, weights)
     if content["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{path / WEIGHTS} and the {CONFIG} beside it come from different trainings; copy both again, "
-            f"or train again"
-        )
+        raise CheckpointError(f"{path / WEIGHTS} and {CONFIG} are of different trainings; copy both, or train again")
     return model.eval(), fingerprint
 
 

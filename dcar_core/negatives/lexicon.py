@@ -88,9 +88,7 @@ _WORDS = re.compile(
 
 def swap_attributes(caption: str, kept: list[tuple[int, int]], random: Random) -> Iterator[str]:
     """Yield variants of the caption with one attribute replaced, in random order; `kept` spans stay unchanged."""
-    places = [
-        m for m in _WORDS.finditer(caption) if not any(m.start() < end and start < m.end() for start, end in kept)
-    ]
+    places = [m for m in _WORDS.finditer(caption) if not any(m.start() < end and low < m.end() for low, end in kept)]
     ways = [(match, new) for match in places for new in CHOICES[match[0].lower()]]
     random.shuffle(ways)
     for match, new in ways:

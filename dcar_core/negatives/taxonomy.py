@@ -23,9 +23,7 @@ from dcar_core.util.json_text import parse_json
 NameVectors = NDArray[np.floating[Any]]
 NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalized
 MOST_RANKED = 100  # of a meta-category
-_FORM = (
-    '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either may be left out'
-)
+_FORM = '{"meta_categories": {"cats": ["Sphynx", "Ragdoll"]}, "similar": {"Sphynx": ["Ragdoll"]}}; either is optional'
 
 
 @dataclass(frozen=True)

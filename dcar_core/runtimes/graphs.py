@@ -221,9 +221,8 @@ TextGraph = PrefixTextGraph | PromptTextGraph
 
 def text_graph(backbone: Backbone, depth: int) -> TextGraph:
     """The text graph that fits a backbone, in eval mode. depth: of the text prompts, 0 for none."""
-    return (
-        PrefixTextGraph(backbone).eval() if PrefixTextGraph.fits(backbone) else PromptTextGraph(backbone, depth).eval()
-    )
+    graph = PrefixTextGraph(backbone) if PrefixTextGraph.fits(backbone) else PromptTextGraph(backbone, depth)
+    return graph.eval()
 
 
 @contextmanager

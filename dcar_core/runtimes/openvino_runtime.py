@@ -143,13 +143,9 @@ def check_export(final: Path) -> None:
         files = json.loads((final / MANIFEST).read_text(encoding="utf-8"))["files"]
         corrupted = [name for name, checksum in files.items() if sha256_of(final / name) != checksum]
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise RuntimeUnavailableError(
-            f"the export in {final} is incomplete ({error!r}); delete it and it is made again"
-        ) from None
+        raise RuntimeUnavailableError(f"{final} is incomplete ({error!r}); delete it for a new one") from None
     if corrupted:
-        raise RuntimeUnavailableError(
-            f"{final} is corrupted: {', '.join(corrupted)} changed; delete it and it is made again"
-        )
+        raise RuntimeUnavailableError(f"{final} is corrupted: {', '.join(corrupted)} changed; delete it for a new one")
 
 
 class OpenVinoRuntime(Runtime):

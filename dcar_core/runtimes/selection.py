@@ -145,9 +145,7 @@ def _open(name: str, state: EncoderState, loaded: LoadedModel) -> Runtime:
     except Exception as error:  # libraries raise errors of any kind
         raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason_of(error)}") from error
     if not proof.holds:
-        raise RuntimeUnavailableError(
-            f"the runtime {name} cannot be used: its vectors are not those of float32 here: {proof}"
-        )
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: its vectors are not float32's here: {proof}")
     return runtime
 
 

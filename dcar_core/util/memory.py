@@ -45,9 +45,7 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
     content = torch.load(file, map_location="meta", weights_only=True)
     state = content.get("state_dict", content)
-    return {
-        name.removeprefix("module."): tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")
-    }
+    return {name.removeprefix("module."): tuple(each.shape) for name, each in state.items() if hasattr(each, "shape")}
 
 
 def release_pages(places: Iterable[Path]) -> None:

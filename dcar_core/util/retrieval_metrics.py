@@ -45,9 +45,7 @@ def compute_ranks(text: Floats, image: Floats, image_of_text: NDArray[np.int64])
     return Ranks(t2i, _ranks(image[described], text, texts_of), described)
 
 
-def recall_at_k(
-    text: Floats, image: Floats, image_of_text: NDArray[np.int64], ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
+def recall_at_k(text: Floats, image: Floats, image_of_text: Rows, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Return retrieval recall in percent.
 
     Args:

@@ -106,9 +106,7 @@ def list_rows(listing: str) -> Iterator[GalleryImage]:
         column = column or next((name for name in PATH_COLUMNS if name in record), "")
         if not column:
             columns = ", ".join(record) or "none"
-            raise DataError(
-                f"{listing} has no column {' or '.join(PATH_COLUMNS)} with the images' paths; it has {columns}"
-            )
+            raise DataError(f"{listing} has no column {' or '.join(PATH_COLUMNS)} with image paths; it has {columns}")
         value = record.get(column)
         if isinstance(value, dict | bytes):
             raise DataError(
@@ -217,7 +215,5 @@ def _row_location(listing: str, line: int, value: str) -> str:
         return value
     location = os.path.normpath(value.replace("\\", "/")).replace(os.sep, "/")
     if location == ".." or location.startswith("../"):
-        raise DataError(
-            f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path instead"
-        )
+        raise DataError(f"{listing}, row {line}: {value} is outside of the list's folder; give an absolute path")
     return location

@@ -136,7 +136,7 @@ class GalleryMetadata:
                 found = {file for split in SPLITS for file in annotation_files(Path(folder), split)}
                 for name in sorted(file.name for file in found if file.suffix != ".tar"):
                     logger.warning(
-                        "the captions of %s are not read, as %s describes the images: add them there", name, files[0]
+                        "the captions of %s are not read; add them to %s, which describes the images", name, files[0]
                     )
         return metadata
 

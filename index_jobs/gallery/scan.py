@@ -215,9 +215,7 @@ def _require_unique_ids(table: pa.Table) -> None:
     names = table.filter(pc.equal(ids, repeated[0]))["name"].to_pylist()
     more = f" ({len(repeated):,} ids are used more than once)" if len(repeated) > 1 else ""
     if names[0] == names[1]:
-        raise DataError(
-            f"{names[0]} is listed twice; keep one row, with its captions as a list under `captions`, or give ids{more}"
-        )
+        raise DataError(f"{names[0]} is listed twice; keep one row, with a list `captions`, or give ids{more}")
     raise DataError(f"{names[0]} and {names[1]} both have the id {repeated[0]!r}; ids must be unique{more}")
 
 

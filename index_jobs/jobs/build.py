@@ -74,18 +74,7 @@ from index_jobs.store.versions import current_version_or_none, open_current
 logger = logging.getLogger(__name__)
 
 WORK = "work"
-_SUMMARIZED = (
-    "version",
-    "count",
-    "failed",
-    "fingerprint",
-    "dim",
-    "kind",
-    "reason",
-    "measured",
-    "number_texts",
-    "cutoff",
-)
+_SUMMARY = ("version", "count", "failed", "fingerprint", "dim", "kind", "reason", "measured", "number_texts", "cutoff")
 _COMPARED = ["caption", "category", "metadata", "size"]
 
 
@@ -215,7 +204,7 @@ class _Build:
             unread = sum(ImageFault(fault).is_temporary for fault in faults)
             duplicates = (version / DUPLICATES).read_bytes().count(b"\n")
         return RebuildSummary(
-            **{name: getattr(manifest, name) for name in _SUMMARIZED},
+            **{name: getattr(manifest, name) for name in _SUMMARY},
             index=str(self.out),
             published=published and encoded is not None,
             reused=encoded is None,
@@ -304,9 +293,7 @@ class _Build:
             version = self.served.manifest.version
             reason = f"the served version {version} cannot be compared, because its model cannot be loaded: {error}"
             if not self.options.force:
-                raise CheckpointError(
-                    f"{reason}; restore the files of its model, or publish without a comparison by --force"
-                ) from error
+                raise CheckpointError(f"{reason}; restore its model's files, or publish by --force") from error
             logger.warning("%s", reason)
             return reason
 

@@ -89,9 +89,7 @@ Galleries = Annotated[
         "or with the location's own name.",
     ),
 ]
-Checkpoint = Annotated[
-    Path, typer.Option(metavar="DIR", help="Checkpoint directory that `dcar train` or `dcar zero-shot` wrote.")
-]
+Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint of `dcar train` or `dcar zero-shot`.")]
 Workers = Annotated[int | None, _option("workers")]
 BatchSize = Annotated[int, _option("batch_size")]
 Keep = Annotated[int, _option("keep")]

@@ -360,9 +360,7 @@ class Artifact:
             except OSError as error:
                 raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror or error}") from error
             if is_changed:
-                raise ArtifactError(
-                    f"{self.path / name} is corrupted: its checksum differs; roll back, or rebuild the index"
-                )
+                raise ArtifactError(f"{self.path / name} is corrupted: its checksum differs; roll back, or rebuild")
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -373,9 +371,7 @@ def _check_sizes(folder: Path, manifest: Manifest) -> None:
         except OSError:
             raise ArtifactError(f"{path} is missing; roll back, or rebuild the index") from None
         if size != info.size:
-            raise ArtifactError(
-                f"{path} has {size:,} bytes, but should have {info.size:,}; roll back, or rebuild the index"
-            )
+            raise ArtifactError(f"{path} has {size:,} bytes, not {info.size:,}; roll back, or rebuild the index")
 
 
 def write_rows(path: Path, rows: Rows) -> None:

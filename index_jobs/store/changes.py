@@ -109,9 +109,8 @@ class _Draft:
         if texts and manifest.has_lexical:
             for name in replace_texts(staging / LEXICAL, texts):
                 shared.pop(name, None)
-        manifest = replace(
-            manifest, changed=manifest.changed + len(self.records), change=f"{change} {origin}".rstrip(), origin=origin
-        )
+        change, changed = f"{change} {origin}".rstrip(), manifest.changed + len(self.records)
+        manifest = replace(manifest, changed=changed, change=change, origin=origin)
         return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 
 

@@ -76,9 +76,7 @@ class FieldTypes:
                 types[name] = common_type(types.get(name, value_type), value_type)
         kept = [name for name, _ in frequency.most_common(MAX_FIELDS)]
         if len(kept) < len(frequency):
-            logger.warning(
-                "items have %d metadata fields; filters accept the %d most frequent ones", len(frequency), len(kept)
-            )
+            logger.warning("of %d metadata fields, filters accept the %d most frequent", len(frequency), len(kept))
         number_texts = {name: examples[name] for name in kept if examples.get(name)}
         return cls({name: types[name] for name in sorted(kept)}, number_texts)
 

@@ -57,9 +57,7 @@ def require_index(index: Path) -> int:
     """Return the version that CURRENT names. Raise ArtifactError, which names the command to run, if there is none."""
     version = current_version(index)
     if version is None and version_numbers(index):
-        raise ArtifactError(
-            f"{index} has versions, but CURRENT is lost; `dcar index rollback {index}` restores the newest"
-        )
+        raise ArtifactError(f"{index} has versions but no CURRENT; `dcar index rollback {index}` restores the newest")
     if version is None:
         raise ArtifactError(
             f"{index} holds no published index; make one with "

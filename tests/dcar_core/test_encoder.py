@@ -116,8 +116,8 @@ def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, t
     for changed, message in (
         (good.replace('"depth": 1', '"depth": 2'), "does not fit"),
         (good.replace('"sha256": "', '"sha256": "0'), "trained on another backbone"),
-        (good.replace('"query": "none"', '"query": "predicted"'), "come from different trainings"),
-        (good.replace('"format": 1', '"format": 2'), "does not have format 1; train again"),
+        (good.replace('"query": "none"', '"query": "predicted"'), "are of different trainings"),
+        (good.replace('"format": 1', '"format": 2'), "is not format 1; train again"),
         ('{"format": 1}', incomplete),
         ({"fingerprint": None}, incomplete),
         ({"backbone": {**content["backbone"], "model": 5}}, incomplete),

@@ -60,7 +60,7 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         "line 4: field 'item_id' is missing or empty; the row has query_id, query, grade",
         "line 5: field 'grade' is missing or empty; the row has query_id, query, item_id",
         "line 7: field 'grade' is 2, but 'c' had 1 for this query; remove one",
-        "line 8: field 'query_id' 'q1' is of 'blue' here, of 'red' before; rename one",
+        "line 8: query_id 'q1' is of 'blue' here, of 'red' before; rename one",
         "line 9: more cells than the header has columns; quote a text that has ','",
     ]
     many = write(tmp_path / "many.csv", "query,item_id,grade\n" + "red,a,x\n" * 50)

@@ -99,7 +99,7 @@ def test_changed_export_is_refused(
     name, (warning,) = auto(tiny_checkpoint, chosen, caplog)
     assert name == "torch"
     assert says in warning
-    with pytest.raises(RuntimeUnavailableError, match=f"{says}.* delete it and it is made again"):
+    with pytest.raises(RuntimeUnavailableError, match=f"{says}.* delete it for a new one"):
         by_name(tiny_checkpoint, chosen)
 
 
@@ -192,7 +192,7 @@ TEXT = OpenVinoRuntime.text
 @pytest.mark.parametrize(
     ("tower", "broken", "says"),
     [
-        ("text", reversed_columns, "its vectors are not those of float32 here: cosine"),
+        ("text", reversed_columns, "its vectors are not float32's here: cosine"),
         ("image", fails, r"RuntimeError: Failed to find C compiler\."),
     ],
 )

@@ -171,7 +171,7 @@ def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "CURRENT is lost; `dcar index rollback"),
+        (None, "no CURRENT; `dcar index rollback"),
         ("two\n", "CURRENT names no version: 'two'"),
         ("\0", r"CURRENT names no version: '\\x00'"),
         ("7\n", "has no version 7; it has 1, 2"),

@@ -151,7 +151,7 @@ def described(**fields: str) -> dict[str, bytes]:
         (
             {"l.jsonl": jsonl({"filename": "a.png", "caption": "a"})},
             "l.jsonl",
-            "no column file_name or image or path or url with the images' paths; it has filename, caption",
+            "no column file_name or image or path or url with image paths; it has filename, caption",
         ),
         ({"l.csv": b"file_name,caption\n"}, "l.csv", "has no rows"),
         (

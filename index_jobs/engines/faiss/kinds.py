@@ -85,10 +85,7 @@ def _kinds(count: int, dim: int) -> dict[str, IndexChoice]:
         "ivf": (f"{ivf},Flat", 4 * dim + entry, "inverted lists of full vectors"),
         "pq": (f"{ivf},PQ{code}", code + entry, "the only kind that fits; its recall is low"),
     }
-    return {
-        name: IndexChoice(factory, description, bytes=int(count * size))
-        for name, (factory, size, description) in kinds.items()
-    }
+    return {name: IndexChoice(factory, text, bytes=int(count * size)) for name, (factory, size, text) in kinds.items()}
 
 
 def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) -> list[IndexChoice]:

@@ -93,7 +93,7 @@ class SearchResponse(Model):
 
     index_version: int
     query_id: str | None = None
-    """Names the search in feedback; absent unless the service collects it."""
+    """Names the search in feedback; absent unless it is collected."""
     took_ms: float
     """Milliseconds from the parsed query to the results."""
     cached: bool
@@ -386,7 +386,7 @@ class SearchOptions(TypedDict, total=False):
     rerank: bool
     """Score the first results again, by the model's second stage or exact token weights; 409 if it has neither."""
     explain: bool
-    """Show which parts of an image, and which words, contribute to a score."""
+    """Show which parts of images and words contribute to scores."""
 
 
 class TextQuery(SearchOptions, total=False):
