@@ -54,8 +54,7 @@ def to_problem(error: Exception) -> Problem:
             return Problem(503, detail, headers={"Retry-After": str(seconds)})
         case StoreUnavailableError():
             logger.warning("%s", error)
-            detail = "The vector store is unavailable. Try again later."
-            return Problem(503, detail, headers={"Retry-After": "2"})
+            return Problem(503, "The vector store is unavailable. Try again later.", headers={"Retry-After": "2"})
         case ImageError():
             return field_problem("file", str(error))
         case DataError():

@@ -59,8 +59,7 @@ def decode_base64(image: str, max_bytes: int, field: str) -> bytes:
 def require_size(size: int, max_bytes: int, field: str) -> None:
     """Raise Problem if an image file is too large."""
     if size > max_bytes:
-        message = f"at most {max_bytes / 2**20:.3g} MiB, not {size / 2**20:.3g}"
-        raise field_problem(field, message, status=413)
+        raise field_problem(field, f"at most {max_bytes / 2**20:.3g} MiB, not {size / 2**20:.3g}", status=413)
 
 
 def is_public(address: str) -> bool:

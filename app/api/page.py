@@ -227,6 +227,5 @@ def _files() -> dict[str, tuple[bytes, str, str]]:
         if media_type is not None:
             data = each.read_bytes()
             charset = "" if media_type == "image/png" else "; charset=utf-8"
-            etag = f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
-            found[each.name] = data, media_type + charset, etag
+            found[each.name] = data, media_type + charset, f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
     return found

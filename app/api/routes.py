@@ -166,8 +166,7 @@ async def picture(
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     snapshot = snapshot_of(request)
-    row = row_of(snapshot, item_id)
-    found = await state_of(request).retriever.compute.run("search", snapshot.artifact.item, row)
+    found = await state_of(request).retriever.compute.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
     return JsonResponse(item_response(request, snapshot.version, found))
 
 
@@ -266,8 +265,7 @@ async def readyz(request: Request) -> Response:
 )
 async def metrics(request: Request) -> Response:
     """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-    text = await run_in_new_thread(state_of(request).metrics.render)
-    return Response(text, media_type=CONTENT_TYPE)
+    return Response(await run_in_new_thread(state_of(request).metrics.render), media_type=CONTENT_TYPE)
 
 
 @service.add("POST", "/admin/reload", Policy("admin", "service"), schemas.ReloadResponse, errors=(503,))
@@ -278,8 +276,7 @@ async def reload(request: Request) -> Response:
     try:
         changed = await collections.reload()
     except DcarError as error:
-        detail = f"The published version cannot be served: {error}"
-        raise Problem(503, detail, headers=_RELOAD_RETRY) from None
+        raise Problem(503, f"The published version cannot be served: {error}", headers=_RELOAD_RETRY) from None
     versions = {name: index.live.version for name, index in collections if index.live is not None}
     default = collections[None].require().version
     return JsonResponse({"index_version": default, "versions": versions, "changed": any(changed.values())})

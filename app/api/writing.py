@@ -100,8 +100,7 @@ async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = Fal
 async def delete_items(request: Request) -> Response:
     """Remove items by a job; ids that the index lacks are ignored."""
     await _follow(request)
-    snapshot = snapshot_of(request)
-    return await _change(request, snapshot, "delete", await read_json(request, DeleteItems))
+    return await _change(request, snapshot_of(request), "delete", await read_json(request, DeleteItems))
 
 
 @item_writes.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)

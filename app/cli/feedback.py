@@ -36,8 +36,7 @@ def export_command(
     from index_jobs.store.versions import open_current
 
     options = Options(min_clients, client_cap, item_cap, frozenset(judge or ()))
-    name = collection or index.resolve().name
-    report = export(log or index / "feedback", open_current(index), name, out, options)
+    report = export(log or index / "feedback", open_current(index), collection or index.resolve().name, out, options)
     typer.echo(str(report))
     images = f" --images {report.images}" if report.images else ""
     typer.echo(f"{out}: dcar train --data {out}{images} ...")

@@ -132,8 +132,7 @@ def update_command(
     from index_jobs.gallery.metadata import read_changes
     from index_jobs.store.changes import change_metadata
 
-    changes = read_changes(str(metadata))
-    summary = change_metadata(index, changes, metadata.name, strict=strict, keep=keep)
+    summary = change_metadata(index, read_changes(str(metadata)), metadata.name, strict=strict, keep=keep)
     typer.echo(f"{index}: version {summary.version}, {summary.changed:,} items changed")
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")

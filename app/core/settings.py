@@ -307,8 +307,7 @@ def load_settings(**flags: Any) -> Settings:
         return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         found = [(str(each["loc"][0]).upper(), each["msg"].removeprefix("Value error, ")) for each in error.errors()]
-        faults = (f"DCAR_{name}: {message}" for name, message in found)
-        raise DcarError("; ".join(dict.fromkeys(faults))) from None
+        raise DcarError("; ".join(dict.fromkeys(f"DCAR_{name}: {message}" for name, message in found))) from None
     except SettingsError:  # only this variable holds JSON
         raise DcarError('DCAR_COLLECTIONS: must be JSON such as {"openmoji": "data/index/openmoji"}') from None
 

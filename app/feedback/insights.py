@@ -87,8 +87,7 @@ class _Totals:
         self.days[day] += counts.sum(0)
         version = np.asarray(attributes.field("index_version"))
         for number in np.unique(version).tolist():
-            of_version = counts[version == number].sum(0)
-            self.versions[number] = self.versions.get(number, 0) + of_version
+            self.versions[number] = self.versions.get(number, 0) + counts[version == number].sum(0)
         self._add_texts(log, counts, hits)
         self._add_votes(log, attributes, version)
 

@@ -126,5 +126,4 @@ def _unauthorized(wanted: str) -> Problem:
 
 def out_of_scope() -> Problem:
     """Return a 403 for a key whose scope lacks a collection, or the right to write."""
-    message = "the scope of this key does not allow this"
-    return field_problem("Authorization", message, status=403, refused="scope")
+    return field_problem("Authorization", "the scope of this key does not allow this", status=403, refused="scope")

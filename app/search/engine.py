@@ -68,8 +68,7 @@ async def search(
         given = query.facets, query.filter, plan.group_by, vector, plan.min_score
         facets, has_exact_facets = await compute.run("filter", count_facets, snapshot, *given)
         results = replace(results, facets=facets, has_exact_facets=has_exact_facets)
-    took_ms = (time.perf_counter() - started) * 1000
-    return replace(results, is_cached=is_cached, took_ms=took_ms, fields=query.fields)
+    return replace(results, is_cached=is_cached, took_ms=(time.perf_counter() - started) * 1000, fields=query.fields)
 
 
 async def find_rows(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> Allowed | None:
@@ -95,8 +94,7 @@ async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image:
         is_cached &= is_image_cached
     for weight, rows in ((weights.more, plan.more_rows), (-weights.less, plan.less_rows)):
         if rows:
-            vectors = await compute.run("search", row_vectors, snapshot.artifact, rows)
-            parts.append((weight, vectors.mean(0)))
+            parts.append((weight, (await compute.run("search", row_vectors, snapshot.artifact, rows)).mean(0)))
     return compose(parts), is_cached and bool(query.query or image)
 
 

@@ -99,8 +99,7 @@ def count_values(
     counted = pc.value_counts(chosen)
     if len(counted) > limit:  # of texts, perhaps millions
         table = pa.table({"count": counted.field("counts"), "text": counted.field("values")})
-        order = [("count", "descending"), ("text", "ascending")]
-        counted = counted.take(pc.select_k_unstable(table, limit, order))
+        counted = counted.take(pc.select_k_unstable(table, limit, [("count", "descending"), ("text", "ascending")]))
     facet = [{"value": entry["values"], "count": entry["counts"]} for entry in counted.to_pylist()]
     return sorted(facet, key=lambda entry: (-entry["count"], str(entry["value"])))
 

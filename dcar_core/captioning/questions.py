@@ -174,8 +174,7 @@ def rejection(draft: str, *, category: str, finish: str, context: int) -> Reject
         return Rejection("empty", "it has no words.")
     (tokens,) = count_clip_tokens([draft])
     if tokens > context:
-        feedback = f"it is too long; use at most {words * context // tokens} words."
-        return Rejection("longer than the context", feedback)
+        return Rejection("longer than the context", f"it is too long; use at most {words * context // tokens} words.")
     if not find_mentions(draft, category):
         return Rejection("does not name the category", f'it does not contain the words "{category}".')
     return None

@@ -67,8 +67,7 @@ class RowLimit:
             counts = f"{len(self._bad):,} of {rows:,} rows cannot be used"
             kind = BadRowsError if self._good else DataError
             raise kind(f"{self._bad[0]} ({counts}; at most {MAX_BAD_ROWS:.0%} may be left out)")
-        names = [str(error).removeprefix(f"{self._file}, ") for error in self._bad]
-        self._report.add(SKIPPED_ROWS, names=names)
+        self._report.add(SKIPPED_ROWS, names=[str(error).removeprefix(f"{self._file}, ") for error in self._bad])
 
 
 def read_text(file: Path) -> str:

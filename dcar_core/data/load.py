@@ -72,8 +72,7 @@ class Annotations:
         if image_policy == "ignore":
             found = [replace(entry, image=name_without_lookup(entry, self._shared)) for entry in entries]
         else:
-            decode = image_policy == "skip"
-            found, missing, broken = locate_images(entries, self.finder, report, decode=decode)
+            found, missing, broken = locate_images(entries, self.finder, report, decode=image_policy == "skip")
             if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} images are not in {self._root.path}: "
@@ -115,8 +114,7 @@ class Annotations:
     def _select(self, split: str, report: CleaningReport) -> list[Entry]:
         """Return the entries of a split; without a val split, a tenth of the training images are val."""
         divided = split in {"train", "val"} and not self._entries_of("val")
-        source = "train" if divided else split
-        own = self._entries_of(source, report)
+        own = self._entries_of("train" if divided else split, report)
         if divided:
             count, own = len(own), [entry for entry in own if _is_held_out(entry) == (split == "val")]
             if split == "train":

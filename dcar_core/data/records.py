@@ -278,8 +278,7 @@ def _unpacked_size(values: "pa.Array") -> int:
     import pyarrow.compute as pc
 
     if pa.types.is_dictionary(values.type):
-        lengths = pc.binary_length(values.dictionary).take(values.indices)
-        return int(pc.sum(lengths).as_py() or 0)
+        return int(pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return _unpacked_size(values.flatten())
     if pa.types.is_struct(values.type):

@@ -140,8 +140,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
 def make_thumbnail(opened: OpenedImage, side: int, thumbnail_format: ThumbnailFormat) -> bytes:
     """Return an image file whose longer side has at most `side` pixels; a small PNG or WebP stays as it is."""
     shorter, longer = sorted((opened.width, opened.height))
-    at_least = max(1, 2 * side * shorter // longer) if longer else None
-    image = open_image(opened, at_least=at_least)
+    image = open_image(opened, at_least=max(1, 2 * side * shorter // longer) if longer else None)
     is_small = longer <= side and len(opened.data) <= _MAX_UNCHANGED_BYTES
     if is_small and opened.format in _UNCHANGED and opened.orientation == 1:
         return opened.data

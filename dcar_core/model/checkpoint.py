@@ -66,8 +66,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
     if model.changes is not None:
         from dcar_core.model.methods.weight_changes import merge
 
-        merged = merge(model.backbone, model.changes, path)
-        model = type(model)(merged, model.config).eval()
+        model = type(model)(merge(model.backbone, model.changes, path), model.config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
     source, backbone_hash = model.backbone.source, model.backbone.content_hash()
     fingerprint = compute_fingerprint(backbone_hash, model.config, trainables)

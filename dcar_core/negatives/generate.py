@@ -69,11 +69,9 @@ class NegativeGenerator:
         random = Random(f"{self.seed}\n{name}\n{sample.caption}")
         taken = set(self._own[sample.image])
         swapped, changed = self._category_swaps(sample), self._attribute_swaps(sample, random)
-        half = self.count - self.count // 2
-        found = self._take(swapped, half, taken)
+        found = self._take(swapped, self.count - self.count // 2, taken)
         others = self._take(changed, self.count - len(found), taken)
-        more = self._take(swapped, self.count - len(found) - len(others), taken)
-        return [*found, *more, *others]
+        return [*found, *self._take(swapped, self.count - len(found) - len(others), taken), *others]
 
     def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable]) -> list[Negative]:
         """Take the first `number` negatives that are not in `taken`, and add them to it."""
@@ -116,8 +114,7 @@ class NegativeGenerator:
         captions = (Negative(pool[i].caption, sample.category, CAPTION) for i in picked)
         kept = [(place.start, place.end) for place in find_mentions(sample.caption, sample.category)]
         words = (Negative(text, sample.category, ATTRIBUTE) for text in swap_attributes(sample.caption, kept, random))
-        turns = chain.from_iterable(zip_longest(captions, words))
-        return (negative for negative in turns if negative is not None)
+        return (negative for negative in chain.from_iterable(zip_longest(captions, words)) if negative is not None)
 
 
 def _same(text: str) -> str:

@@ -60,8 +60,7 @@ class AttentionBlock(nn.Module):
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of the rows x (B, m, W) by their q, and the MLP -> (B, m, W)."""
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, m, d]
-        out = self.attention.out_proj(attended.transpose(1, 2).flatten(2))
-        x = x + self.ls_1(out)
+        x = x + self.ls_1(self.attention.out_proj(attended.transpose(1, 2).flatten(2)))
         return x + self.ls_2(self.mlp(self.ln_2(x)))  # type: ignore[no-any-return]
 
 

@@ -41,5 +41,4 @@ class PairWeights:
         images = torch.from_numpy(image_features).to(tokens.device)
         features = token_text_features(backbone, tokens, config).expand(len(images), -1, -1)  # [C, n, E]
         mask = backbone.layout.caption_mask(tokens).expand(len(images), -1)
-        factors = blend(pair_weights(features, images, self._blank), mask, config)
-        return factors.float().cpu().numpy()
+        return blend(pair_weights(features, images, self._blank), mask, config).float().cpu().numpy()

@@ -206,8 +206,7 @@ def adapt(
             return None
         verdict = None
         if result.history:  # else there was nothing to learn
-            untouched = seeded_model(backbone, config_of("clip"), config.seed)
-            verdict = _compare(model, untouched, splits, cache, config)
+            verdict = _compare(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
         done = FinishedTraining(
             result.epoch, round(result.seconds, 1), "", str(verdict or ""), verdict is None or verdict.is_worth_it
         )

@@ -166,8 +166,7 @@ class _TrainingLoop:
     def is_finished(self) -> bool:
         """True after the last epoch, or after `patience` epochs without a better one."""
         at, config = self.progress, self.config
-        is_stalled = config.patience > 0 and at.epoch - at.best_epoch >= config.patience
-        return at.epoch >= config.epochs or is_stalled
+        return at.epoch >= config.epochs or 0 < config.patience <= at.epoch - at.best_epoch
 
     def run_epoch(self, on_step: Callable[[], object]) -> None:
         """Run the remaining steps of the current epoch."""

@@ -106,16 +106,14 @@ def tower_features(model: DCAR, split: PreparedSplit) -> tuple[Tensor, Tensor]:
 def _caption_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if model.text_is_frozen and split.text_features is not None:
         return split.text_features
-    starts = range(0, len(split.tokens), _BATCH)
-    return torch.cat([model.query_features(split.tokens[i : i + _BATCH]) for i in starts])
+    return torch.cat([model.query_features(split.tokens[i : i + _BATCH]) for i in range(0, len(split.tokens), _BATCH)])
 
 
 def _image_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if split.pixels is None:
         assert split.image_features is not None  # `prepare_split` makes one or the other
         return split.image_features
-    starts = range(0, len(split.pixels), _BATCH)
-    normalized = (model.backbone.normalized(split.pixels[i : i + _BATCH]) for i in starts)
+    normalized = (model.backbone.normalized(split.pixels[i : i + _BATCH]) for i in range(0, len(split.pixels), _BATCH))
     return torch.cat([model.image_features(pixels) for pixels in normalized])
 
 

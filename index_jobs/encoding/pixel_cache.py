@@ -36,8 +36,7 @@ class PixelCache:
 
     def __init__(self, folder: Path, preprocess: Preprocess) -> None:
         """Open the cache in `folder`, which is created if necessary. Raise DcarError if it cannot be used."""
-        name = f"pixels-{hash_json(preprocess.to_dict())[:16]}.sqlite"
-        self.path, self._side = folder / name, preprocess.size
+        self.path, self._side = folder / f"pixels-{hash_json(preprocess.to_dict())[:16]}.sqlite", preprocess.size
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._connection() as connection:

@@ -74,7 +74,7 @@ from index_jobs.store.versions import current_version_or_none, open_current
 logger = logging.getLogger(__name__)
 
 WORK = "work"
-_SUMMARY = ("version", "count", "failed", "fingerprint", "dim", "kind", "reason", "measured", "number_texts", "cutoff")
+_SUMMARY = ("version", "count", "failed", "dim", "kind", "reason", "measured", "number_texts", "cutoff")
 _COMPARED = ["caption", "category", "metadata", "size"]
 
 
@@ -205,6 +205,7 @@ class _Build:
             duplicates = (version / DUPLICATES).read_bytes().count(b"\n")
         return RebuildSummary(
             **{name: getattr(manifest, name) for name in _SUMMARY},
+            fingerprint=manifest.spec.fingerprint,
             index=str(self.out),
             published=published and encoded is not None,
             reused=encoded is None,
@@ -348,7 +349,7 @@ class _Build:
         if not is_wanted or has_portable(staging / CHECKPOINT) or not installed_versions(["openvino"]):
             return {}
         served = self.served
-        if served and served.manifest.fingerprint == self.encoder.fingerprint and has_portable(served.checkpoint):
+        if served and served.manifest.spec.fingerprint == self.encoder.fingerprint and has_portable(served.checkpoint):
             files, folder = served.manifest.files, f"{CHECKPOINT}/{PORTABLE}/"
             return publish.share_files(
                 served.path, staging, {name: info for name, info in files.items() if name.startswith(folder)}

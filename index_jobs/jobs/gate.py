@@ -216,8 +216,7 @@ def calibrate(
     if len(queries) < _MIN_TEXTS:
         return {"cutoff": cutoff}
     sample = index.vectors(spread_rows(np.arange(index.count)))
-    weight = choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)
-    return {"cutoff": cutoff, "hybrid_weight": weight}
+    return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)}
 
 
 def cutoff_of_pairs(index: VectorIndex | Artifact, vectors: Floats, rows: Rows) -> dict[str, Any]:
@@ -264,8 +263,7 @@ def compare(
     has_weights = None not in (served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight)
     before_gains, before, pool = _measure(served, served_encoder, shared, rebuilt, with_words=has_weights)
     after_gains, after, _ = _measure(rebuilt, rebuilt_encoder, shared, served, with_words=has_weights)
-    ids = [item_id for _, item_id in shared]
-    difference, visible = difference_of(before_gains, after_gains, ids)
+    difference, visible = difference_of(before_gains, after_gains, [item_id for _, item_id in shared])
     names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
     changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in names.items())
     value, low, high = (100 * difference[key] for key in ("value", "low", "high"))

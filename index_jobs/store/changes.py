@@ -99,8 +99,7 @@ class _Draft:
                     item_texts(each.table(rows - start), manifest.spec.text_fields)
                     for each in (items, Items(staging / name))
                 )
-                changes = zip(rows.tolist(), before, after, strict=True)
-                texts |= {row: new for row, old, new in changes if new != old}
+                texts |= {row: new for row, old, new in zip(rows.tolist(), before, after, strict=True) if new != old}
             start += len(items)
         if not manifest.spec.is_local:  # the engine keeps the fields as they were
             files.pop(CHANGED, None)

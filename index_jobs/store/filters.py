@@ -66,8 +66,7 @@ def select_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Selection:
     _require_few(filter, 0)
     changed = artifact.changed
     added = changed[_match_all(_Chosen(artifact, changed), filter)]
-    hidden = np.union1d(changed, artifact.removed)
-    return Selection(lambda: match_rows(artifact, filter), (filter,), hidden, added)
+    return Selection(lambda: match_rows(artifact, filter), (filter,), np.union1d(changed, artifact.removed), added)
 
 
 class _Chosen:

@@ -140,8 +140,7 @@ class WriteQueue:
         return [name for name in names if not (self.ended / f"{name}.json").exists()]
 
     def read(self, name: str) -> WriteJob:
-        values = json.loads((self._queue / f"{name}.json").read_bytes())
-        return WriteJob(name, **values)
+        return WriteJob(name, **json.loads((self._queue / f"{name}.json").read_bytes()))
 
     def next_batch(self) -> list[WriteJob]:
         """Return the first waiting jobs that can be applied together; the same ones again if a process was killed.
@@ -242,8 +241,7 @@ def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
         for artifact in (open_version(index, number) for number in version_numbers(index)):
             tables = [segment.items.table().select(["location"]) for segment in artifact.segments]
             locations = pa.concat_tables(tables).filter(pa.array(artifact.live))["location"]
-            found = pc.extract_regex(locations, _IMAGE)
-            shown.update(each["name"] for each in pc.drop_null(found).to_pylist())
+            shown.update(each["name"] for each in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
     except ArtifactError as error:  # a version that cannot be read now may show any image
         logger.warning("unused images are kept: %s", error)
         return

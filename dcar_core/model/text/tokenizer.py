@@ -185,8 +185,7 @@ def load_byte_pairs(file: Path) -> TextTokenizer:
 
 def digest_byte_pairs(file: Path) -> str:
     """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind."""
-    content = [sorted(part.items()) for part in _read_byte_pairs(file)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([sorted(part.items()) for part in _read_byte_pairs(file)]).encode()).hexdigest()
 
 
 def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], int]]:

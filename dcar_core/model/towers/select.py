@@ -105,8 +105,7 @@ def _check_text(clip: Any, tower: TextTower, caption: Sequence[int]) -> None:
     """Require the stock encoder's feature for a trimmed text, also with its first words as prompts."""
     layout = tower.layout
     parameter = next(clip.parameters())
-    most = layout.context_length - layout.start - 1
-    ids = [*layout.start_ids, *caption[:most], layout.end_id]
+    ids = [*layout.start_ids, *caption[: layout.context_length - layout.start - 1], layout.end_id]
     tokens = torch.tensor([ids], device=parameter.device)
     whole = nn.functional.pad(tokens, (0, layout.context_length - len(ids)), value=layout.pad_id)
     stock = clip.encode_text(whole, normalize=False)

@@ -92,8 +92,7 @@ def _choose_automatically(count: int, dim: int, memory: int, gpu_memory: int) ->
     kinds, vectors = _kinds(count, dim), f"{count:,} vectors of {dim}"
     flat = kinds.pop("flat")
     if gpu_memory and flat.bytes <= gpu_memory:
-        reason = f"{vectors} take {_gib(flat.bytes)}, which the GPU searches exactly"
-        return [replace(flat, reason=reason, gpu=True)]
+        return [replace(flat, reason=f"{vectors} take {_gib(flat.bytes)}, which the GPU searches exactly", gpu=True)]
     if count <= FLAT_UP_TO:
         reason = f"{count:,} vectors are at most {FLAT_UP_TO:,}, where exact search takes two milliseconds"
         return [replace(flat, reason=reason)]

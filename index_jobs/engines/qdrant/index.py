@@ -108,8 +108,7 @@ class QdrantIndex:
             for vector in np.asarray(vectors, np.float32).tolist()
         ]
         for start in range(0, len(requests), BATCH):
-            part = requests[start : start + BATCH]
-            ask = partial(self._client.query_batch_points, self._name, part)
+            ask = partial(self._client.query_batch_points, self._name, requests[start : start + BATCH])
             for number, response in enumerate(call(ask, _READ_ATTEMPTS), start):
                 hits = response.points
                 rows[number, : len(hits)] = [hit.id for hit in hits]
@@ -151,8 +150,7 @@ def call(function: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
             return function()
         except Exception as error:
             if attempt + 1 == attempts or not _is_temporary(error):
-                reason = " ".join(str(error).split())[:300]
-                raise StoreUnavailableError(f"Qdrant is unavailable: {reason}") from error
+                raise StoreUnavailableError(f"Qdrant is unavailable: {' '.join(str(error).split())[:300]}") from error
             time.sleep(_PAUSE_SECONDS * 2**attempt)
     raise AssertionError
 

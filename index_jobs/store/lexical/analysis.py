@@ -66,8 +66,7 @@ def query_terms(text: str, is_known: Callable[[str], bool]) -> list[str]:
         terms |= dict.fromkeys(parts)
         if any(map(is_known, code)) or not all(map(is_known, parts)):
             terms |= dict.fromkeys(code)
-    telling = [term for term in terms if term not in _STOP_WORDS]
-    return (telling or list(terms))[:_MAX_QUERY_TERMS]
+    return ([term for term in terms if term not in _STOP_WORDS] or list(terms))[:_MAX_QUERY_TERMS]
 
 
 def _singular(word: str) -> str:
