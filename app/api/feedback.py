@@ -1,13 +1,12 @@
 """The routes of feedback, and searches that its log notes or that are compared with a candidate."""
 
 import asyncio
-import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -185,9 +184,7 @@ def noted(
 
 
 def _row(event: FeedbackEvent) -> EventRow:
-    moment = event.timestamp
-    if moment is not None and moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    milliseconds = int((time.time() if moment is None else moment.timestamp()) * 1000)
+    moment = event.timestamp or datetime.now(UTC)
+    milliseconds = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
     given = event.client_id, event.action_name, event.object_id, event.position, event.rating
     return EventRow(event.query_id, milliseconds, "", *given)

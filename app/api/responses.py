@@ -48,9 +48,7 @@ async def make_response(make: Callable[[], Any], texts: int, field: str = "k") -
     if texts > _MAX_CHARS:
         message = f"the texts and metadata take {texts / 2**20:.0f} MiB, at most {_MAX_CHARS // 2**20}; "
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
-    if texts <= _QUICK_CHARS:
-        return JsonResponse(make())
-    return await asyncio.to_thread(lambda: JsonResponse(make()))
+    return JsonResponse(make()) if texts <= _QUICK_CHARS else await asyncio.to_thread(lambda: JsonResponse(make()))
 
 
 def item_chars(items: Iterable[Item], *, with_metadata: bool = True) -> int:

@@ -57,8 +57,7 @@ ItemPath = Annotated[NewItemId, PathParam(description="the id of an item")]
 @item_writes.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
 async def put_items(request: Request, strict: IsStrict = False) -> Response:
     """Add items, or replace those with the same ids, by a job."""
-    await _follow(request)
-    snapshot = snapshot_of(request)
+    snapshot = await _snapshot(request)
     items = (await read_json(request, PutItems)).items
     _require_unique([item.id for item in items])
     await state_of(request).access.charge(len(items) - 1)
@@ -68,8 +67,7 @@ async def put_items(request: Request, strict: IsStrict = False) -> Response:
 @item_writes.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields)
 async def put_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
     """Add an item, or replace the one with this id, by a job."""
-    await _follow(request)
-    snapshot = snapshot_of(request)
+    snapshot = await _snapshot(request)
     fields = await read_json(request, PutFields)
     try:
         return await _put(request, snapshot, [PutItem.model_construct(id=item_id, **dict(fields))], strict)
@@ -80,8 +78,7 @@ async def put_item(request: Request, item_id: ItemPath, strict: IsStrict = False
 @item_writes.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=PatchItems)
 async def patch_items(request: Request, strict: IsStrict = False) -> Response:
     """Merge fields into items, without their images, by a job."""
-    await _follow(request)
-    snapshot = snapshot_of(request)
+    snapshot = await _snapshot(request)
     patch = await read_json(request, PatchItems)
     return await _patch(request, snapshot, patch, patch, strict)
 
@@ -89,8 +86,7 @@ async def patch_items(request: Request, strict: IsStrict = False) -> Response:
 @item_writes.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
 async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
     """Merge fields into an item, without its image, by a job."""
-    await _follow(request)
-    snapshot = snapshot_of(request)
+    snapshot = await _snapshot(request)
     patch = await read_json(request, PatchItem)
     await _require_item(request, snapshot, item_id)
     return await _patch(request, snapshot, patch, ChosenItems(ids=[item_id]), strict)
@@ -99,15 +95,14 @@ async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = Fal
 @item_writes.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=DeleteItems)
 async def delete_items(request: Request) -> Response:
     """Remove items by a job; ids that the index lacks are ignored."""
-    await _follow(request)
-    return await _change(request, snapshot_of(request), "delete", await read_json(request, DeleteItems))
+    snapshot = await _snapshot(request)
+    return await _change(request, snapshot, "delete", await read_json(request, DeleteItems))
 
 
 @item_writes.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
 async def delete_item(request: Request, item_id: ItemPath) -> Response:
     """Remove an item by a job."""
-    await _follow(request)
-    snapshot = snapshot_of(request)
+    snapshot = await _snapshot(request)
     await _require_item(request, snapshot, item_id)
     return await _change(request, snapshot, "delete", ChosenItems(ids=[item_id]))
 
@@ -167,7 +162,7 @@ async def put_collection(
 async def delete_collection(request: Request) -> Response:
     """Drop a collection that was created over HTTP, with all of its items."""
     name, collections = _name(request), state_of(request).collections
-    await _follow(request)
+    await collections.sync()
     served = collections[name]
     if not served.is_created:
         raise Problem(409, "This collection belongs to the settings of the service.", errors=[("collection", name)])
@@ -184,10 +179,11 @@ def _name(request: Request) -> str:
     return collection_of(request) or state_of(request).collections.default
 
 
-async def _follow(request: Request) -> None:
-    """Serve the collection named in the path if another process has created it since the last check for new ones."""
+async def _snapshot(request: Request) -> Snapshot:
+    """Return the version of the collection in the path, which another process may have created just now."""
     if _name(request) not in dict(state_of(request).collections):
         await state_of(request).collections.sync()
+    return snapshot_of(request)
 
 
 def _require_unique(ids: list[str]) -> None:

@@ -225,7 +225,8 @@ def write_table(path: Path, table: pa.Table) -> None:
 def prune(folder: Path, days: int, max_bytes: int) -> int:
     """Remove Parquet files older than so many days, and the oldest beyond a size; return the number removed."""
     oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - days * 86_400))
-    files = sorted((path for name in (QUERIES, EVENTS) for path in (folder / name).glob("*.parquet")), key=_by_day)
+    files = [path for name in (QUERIES, EVENTS) for path in (folder / name).glob("*.parquet")]
+    files.sort(key=lambda path: (path.name, path.parent.name))
     sizes = [path.stat().st_size for path in files]
     excess, removed = sum(sizes) + sum(path.stat().st_size for path in _journals(folder)) - max_bytes, 0
     for path, size in zip(files, sizes, strict=True):
@@ -234,10 +235,6 @@ def prune(folder: Path, days: int, max_bytes: int) -> int:
             excess -= size
             removed += 1
     return removed
-
-
-def _by_day(path: Path) -> tuple[str, str]:
-    return path.name, path.parent.name
 
 
 def _journals(folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from app.search.query import Match, Query, SearchResults, normalize
 from app.search.rank import judge, rank
 from app.search.rows import filter_rows, group_field, mask_key, rank_groups, row_vectors
 from app.search.snapshots import Snapshot, load_snapshot
-from app.search.sorting import SortedMatches, sort_matches
+from app.search.sorting import sort_matches
 from dcar_core.serving import encoder_cache
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
@@ -102,72 +102,40 @@ async def _find(
     compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None, settings: Settings
 ) -> SearchResults:
     query = plan.query
-    if query.sort:
-        return await _find_sorted(compute, snapshot, plan, vector, allowed, settings)
-    with compute.timed("search"):
-        ranked, cutoff = await compute.run("search", _rank_page, snapshot, plan, vector, allowed)
+    with compute.timed("search"):  # sorting, which may take long, is in the thread of filters
+        place = "filter" if query.sort else "search"
+        ranked, facts = await compute.run(place, _find_matches, snapshot, plan, vector, allowed)
     if plan.rerank_depth > query.offset:
         with compute.timed("rerank"):
             best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]
             ranked = await pair_scoring.rerank(compute, snapshot, query.query, best) + rest
         await compute.run("search", _describe, snapshot, plan, ranked, allowed)
-    nothing_fits = cutoff is not None and all(match.level != "likely" for match in ranked)
-    return await _page(compute, snapshot, plan, vector, ranked, settings, cutoff=cutoff, nothing_fits=nothing_fits)
-
-
-async def _find_sorted(
-    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None, settings: Settings
-) -> SearchResults:
-    with compute.timed("search"):  # in the thread of filters, because it may take long
-        found = await compute.run("filter", _sort_page, snapshot, plan, vector, allowed)
-    return await _page(
-        compute, snapshot, plan, vector, found.matches, settings,
-        cutoff=found.cutoff, nothing_fits=found.nothing_fits, facets=found.facets or None,
-        has_exact_facets=found.is_exact, count=found.count, has_exact_count=found.is_exact,
-    )  # fmt: skip
-
-
-async def _page(
-    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, ranked: list[Match], settings: Settings,
-    **facts: Any,
-) -> SearchResults:  # fmt: skip
-    """Return the page of a plan from the matches up to the next one. facts: other fields of the results."""
-    query, page = plan.query, ranked[plan.query.offset : plan.end]
+    page = ranked[query.offset : plan.end]
     if query.explain:
         with compute.timed("explain"):
             await pair_scoring.explain(compute, snapshot, query.query, vector, page[: settings.explain_results])
     has_next = len(ranked) > plan.end and plan.end + query.k <= settings.max_window
-    return SearchResults(
-        snapshot.version,
-        page,
-        offset=query.offset,
-        next_offset=plan.end if has_next else None,
-        min_score=plan.min_score,
-        **facts,
-    )
+    following = plan.end if has_next else None
+    found = SearchResults(snapshot.version, page, offset=query.offset, next_offset=following, min_score=plan.min_score)
+    return replace(found, **facts)
 
 
-def _sort_page(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> SortedMatches:
-    """Return the sorted matches up to the next page, those of the page with items."""
-    import faiss
-
-    faiss.omp_set_num_threads(1)  # as in `_rank_page`
-    found = sort_matches(snapshot, plan, vector, allowed)
-    _describe(snapshot, plan, found.matches, allowed)
-    return found
-
-
-def _rank_page(
+def _find_matches(
     snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None
-) -> tuple[list[Match], float | None]:
-    """Return the ranked matches up to the next page, those of the page with items, and the score of a likely one."""
+) -> tuple[list[Match], dict[str, Any]]:
+    """Return the matches up to the next page, those of the page with items, and other fields of the results."""
     import faiss
 
     faiss.omp_set_num_threads(1)  # of this thread: one query gains nothing, and the encoder needs the cores
-    ranked = rank_rows(snapshot, plan, vector, allowed)
-    cutoff = judge(snapshot.artifact, plan, ranked)
+    if plan.query.sort:
+        ranked, facts = sort_matches(snapshot, plan, vector, allowed)
+    else:
+        ranked = rank_rows(snapshot, plan, vector, allowed)
+        cutoff = judge(snapshot.artifact, plan, ranked)
+        nothing_fits = cutoff is not None and all(match.level != "likely" for match in ranked)
+        facts = {"cutoff": cutoff, "nothing_fits": nothing_fits}
     _describe(snapshot, plan, ranked, allowed)
-    return ranked, cutoff
+    return ranked, facts
 
 
 def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> list[Match]:

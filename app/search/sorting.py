@@ -9,12 +9,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.search.facets import Facet, count_values, is_exact_index
+from app.search.facets import count_values, is_exact_index
 from app.search.plan import Plan
 from app.search.query import Match
 from app.search.rank import (
@@ -69,27 +70,12 @@ def sort_order(snapshot: Snapshot, sort: str) -> SortOrder:
     return order
 
 
-@dataclass(frozen=True, slots=True)
-class SortedMatches:
-    """The matches of a query up to the next page, in the order of a field.
+def sort_matches(
+    snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None
+) -> tuple[list[Match], dict[str, Any]]:
+    """Return the sorted matches of a plan among the allowed rows up to the next page, and other fields of the results.
 
-    Attributes:
-        count: number of all matches, or of their groups.
-        is_exact: False if there are more than `MAX_SORTED`, or if an approximate index may have missed some.
-        cutoff, nothing_fits: as in `SearchResults`.
-        facets: of all matches.
-    """
-
-    matches: list[Match]
-    count: int
-    is_exact: bool
-    cutoff: float | None
-    nothing_fits: bool
-    facets: dict[str, Facet]
-
-
-def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> SortedMatches:
-    """Return the sorted matches of a plan among the allowed rows.
+    Counts are exact unless there are more than `MAX_SORTED`, or an approximate index may have missed some.
 
     Raises:
         SearchError: a field cannot group or be counted, or the index keeps no vectors or words.
@@ -115,14 +101,15 @@ def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowe
     if levels is not None:
         for match in matches:
             match.level = levels.level_of(match.score, match.text_score or 0.0)
-    return SortedMatches(
-        matches,
-        count=len(sequence),
-        is_exact=is_complete and is_exact_index(artifact),
-        cutoff=None if levels is None else levels.likely,
-        nothing_fits=levels is not None and not _has_likely(levels, found, sequence),
-        facets={name: count_values(artifact, name, matched, groups) for name in query.facets},
-    )
+    is_exact = is_complete and is_exact_index(artifact)
+    return matches, {
+        "count": len(sequence),
+        "has_exact_count": is_exact,
+        "cutoff": None if levels is None else levels.likely,
+        "nothing_fits": levels is not None and not _has_likely(levels, found, sequence),
+        "facets": {name: count_values(artifact, name, matched, groups) for name in query.facets} or None,
+        "has_exact_facets": is_exact,
+    }
 
 
 def _has_likely(levels: Levels, found: Candidates, places: Rows) -> bool:

@@ -86,6 +86,19 @@ class Annotations:
             raise NoPairsError(f"{self.path} has no {split} pairs that can be used:\n{report}")
         return Dataset(split, samples, self._root), report
 
+    def load_all(
+        self, splits: Sequence[str] | None, image_policy: ImagePolicy
+    ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
+        """Load splits, and report images that an earlier one has too: results on them do not carry over to new ones."""
+        read = {split: self.load(split, image_policy) for split in splits or self.splits()}
+        datasets = {split: data for split, (data, _) in read.items()}
+        reports = {split: report for split, (_, report) in read.items()}
+        for earlier, later in combinations(datasets, 2):
+            known = set(datasets[earlier].images)
+            both = [image for image in datasets[later].images if image in known]
+            reports[later].add(f"images that {earlier} has too, so {later} measures nothing new", names=both)
+        return datasets, reports
+
     def check_images(self, split: str, report: CleaningReport) -> None:
         """Decode the images of a split, and report how they were found, and which ones are missing or broken."""
         _, missing, broken = locate_images(self._select(split, CleaningReport()), self.finder, report, decode=True)
@@ -137,9 +150,7 @@ class Annotations:
     def _files(self, split: str) -> list[Path]:
         """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""
         files = {name: annotation_files(self.path, name) for name in SPLITS}
-        if any(files.values()):
-            return files[split]
-        return _table(self.path, "metadata") or sorted(self.path.glob("*.tar"))
+        return files[split] if any(files.values()) else _table(self.path, "metadata") or sorted(self.path.glob("*.tar"))
 
     def _entries_of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """Return the entries of a split; none if no file holds it."""
@@ -185,22 +196,7 @@ def load_splits(
     image_policy: ImagePolicy = "require",
 ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
     """Return several splits, None for all, and their reports; see `load_split`."""
-    annotations = Annotations(path, image_root)
-    return _load_all(annotations, splits or annotations.splits(), image_policy)
-
-
-def _load_all(
-    annotations: Annotations, splits: Sequence[str], image_policy: ImagePolicy
-) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-    """Load splits, and report images that an earlier one has too: results on them do not carry over to new images."""
-    read = {split: annotations.load(split, image_policy) for split in splits}
-    datasets = {split: data for split, (data, _) in read.items()}
-    reports = {split: report for split, (_, report) in read.items()}
-    for earlier, later in combinations(datasets, 2):
-        known = set(datasets[earlier].images)
-        both = [image for image in datasets[later].images if image in known]
-        reports[later].add(f"images that {earlier} has too, so {later} measures nothing new", names=both)
-    return datasets, reports
+    return Annotations(path, image_root).load_all(splits, image_policy)
 
 
 def check_dataset(
@@ -211,7 +207,7 @@ def check_dataset(
     context: count captions of more CLIP tokens, SOS and EOT included; 0 counts none.
     """
     annotations = Annotations(path, image_root)
-    datasets, reports = _load_all(annotations, annotations.splits(), "ignore")
+    datasets, reports = annotations.load_all(None, "ignore")
     for split, data in datasets.items():
         report = reports[split]
         report.add("splits with one category only: no category can be swapped for another", len(data.categories) == 1)

@@ -281,9 +281,7 @@ def _unpacked_size(values: "pa.Array") -> int:
         return int(pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return _unpacked_size(values.flatten())
-    if pa.types.is_struct(values.type):
-        return sum(map(_unpacked_size, values.flatten()))
-    return int(values.nbytes)
+    return sum(map(_unpacked_size, values.flatten())) if pa.types.is_struct(values.type) else int(values.nbytes)
 
 
 def _batch_records(name: str, batch: "pa.RecordBatch", rows_before: int) -> list[Record]:

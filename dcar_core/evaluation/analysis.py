@@ -82,11 +82,10 @@ def _encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
     negatives = [sample.negatives for sample in data.samples]
     unique = sorted({text for texts in negatives for text in texts}, key=len)  # similar lengths share a batch
     row_of = {text: row for row, text in enumerate(unique)}
-    parts = [np.zeros((0, model.backbone.embed_dim), np.float32)]
-    for i in range(0, len(unique), _BATCH):
-        tokens = model.backbone.tokenize(unique[i : i + _BATCH], model.prompt_tokens)
-        parts.append(model.encode_query(tokens).float().cpu().numpy())
-    vectors = np.concatenate(parts)
+    batches = (unique[i : i + _BATCH] for i in range(0, len(unique), _BATCH))
+    tokens = (model.backbone.tokenize(batch, model.prompt_tokens) for batch in batches)
+    encoded = (model.encode_query(part).float().cpu().numpy() for part in tokens)
+    vectors = np.concatenate([np.zeros((0, model.backbone.embed_dim), np.float32), *encoded])
     return [vectors[[row_of[text] for text in texts]] for texts in negatives]
 
 

@@ -219,9 +219,7 @@ class DCAR(nn.Module):
 
     def category_adapter(self) -> FeatureAdapter | None:
         """The adapter of L_cate's captions; None if the loss has no such term."""
-        if self.config.loss.category <= 0:
-            return None
-        return self.caa or self.text_adapter
+        return None if self.config.loss.category <= 0 else self.caa or self.text_adapter
 
 
 class SecondStage:

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-import numpy as np
-
 from dcar_core.data import CleaningReport, Dataset
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.negatives.generate import NegativeGenerator, ReadTokens
@@ -52,11 +50,11 @@ def backbone_functions(backbone: "Backbone") -> TextFunctions:
 
     @torch.no_grad()
     def features(names: Sequence[str]) -> Floats:
-        parts = []
-        for i in range(0, len(names), 256):
-            tokens = backbone.tokenize([f"a photo of a {name}" for name in names[i : i + 256]])
-            parts.append(F.normalize(backbone.encode_text(tokens).double(), dim=-1).cpu().numpy())
-        return np.concatenate(parts)
+        texts = [f"a photo of a {name}" for name in names]
+        batches = (backbone.tokenize(texts[i : i + 256]) for i in range(0, len(texts), 256))
+        encoded = torch.cat([backbone.encode_text(tokens).double() for tokens in batches])
+        vectors: Floats = F.normalize(encoded, dim=-1).cpu().numpy()
+        return vectors
 
     return TextFunctions(features, backbone.text_tokenizer(_PROMPT_TOKENS).encode)
 

@@ -151,6 +151,4 @@ def _open(name: str, state: EncoderState, loaded: LoadedModel) -> Runtime:
 
 def reason_of(error: Exception) -> str:
     """Return the message of our own errors, and the first line of a library's."""
-    if isinstance(error, DcarError):
-        return str(error)
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return str(error) if isinstance(error, DcarError) else f"{type(error).__name__}: {error}".strip().splitlines()[0]

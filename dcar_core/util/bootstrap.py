@@ -5,7 +5,7 @@
 - Seeds are averaged before, so the intervals are about queries. The spread of seeds is another source of error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,11 +83,7 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
     """Compare two models on the same queries. Raise ValueError if the hits are of different queries."""
     if not np.array_equal(model.texts, baseline.texts):
         raise ValueError(f"hits of {len(model.texts)} and {len(baseline.texts)} images are not of the same queries")
-    images, rng = len(model.texts), np.random.default_rng(seed)
-    figures = [_recalls((model, baseline), np.ones((1, images), np.int64))]  # without resampling, and in each resample
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        figures.append(_recalls((model, baseline), rng.multinomial(images, np.full(images, 1 / images), size=size)))
+    figures = [_recalls((model, baseline), counts) for counts in _resampled(len(model.texts), resamples, seed)]
     own, other = np.concatenate(figures, axis=1)  # [1 + R, 3]
     difference = own - other
     estimates = [dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, difference)]
@@ -98,7 +94,7 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
         estimates[2],
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
-        images=images,
+        images=len(model.texts),
     )
 
 
@@ -111,12 +107,16 @@ def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.fl
 
 def estimate_means(values: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Estimate]:
     """Return the mean over queries of each of M measures (Q, M); of paired differences, if the values are these."""
-    queries, rng = len(values), np.random.default_rng(seed)
-    means = [values.mean(0, keepdims=True)]
-    for start in range(0, resamples, _CHUNK):
-        size = min(_CHUNK, resamples - start)
-        means.append(rng.multinomial(queries, np.full(queries, 1 / queries), size=size) @ values / queries)
+    means = [counts @ values / len(values) for counts in _resampled(len(values), resamples, seed)]
     return _estimates(np.concatenate(means))
+
+
+def _resampled(items: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Yield how often each item is taken, (r, n): first without resampling, then in each resample."""
+    yield np.ones((1, items), np.int64)
+    rng, shares = np.random.default_rng(seed), np.full(items, 1 / items)
+    for start in range(0, resamples, _CHUNK):
+        yield rng.multinomial(items, shares, size=min(_CHUNK, resamples - start))
 
 
 def _estimates(figures: NDArray[np.float64]) -> list[Estimate]:

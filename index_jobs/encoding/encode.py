@@ -193,9 +193,7 @@ class EncodingState:
     def _reopen(self, shard: Shard, number: int) -> Shard:
         """Return the shard with the failed images that are tried again as images that are still to do."""
         kept = [failure for failure in shard.failed if not self._is_tried_again(failure.fault)]
-        if len(kept) == len(shard.failed):
-            return shard
-        return self.store.save(number, shard.images, shard.vectors(), kept)
+        return shard if len(kept) == len(shard.failed) else self.store.save(number, shard.images, shard.vectors(), kept)
 
     def _is_tried_again(self, fault: ImageFault) -> bool:
         if fault == ImageFault.MISSING_DECODER:

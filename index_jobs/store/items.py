@@ -99,9 +99,7 @@ def type_of(value: Any) -> pa.DataType:
         return pa.int64() if -(2**63) <= value < 2**63 else _TEXT
     if isinstance(value, float):
         return pa.float64()
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return _LIST
-    return _TEXT
+    return _LIST if isinstance(value, list) and all(isinstance(part, str) for part in value) else _TEXT
 
 
 def common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:

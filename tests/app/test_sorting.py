@@ -90,7 +90,7 @@ def test_sorted_matches_equal_a_plain_sort_of_all_rows_that_fit(lexical: Lexical
             is_judged=data.draw(st.booleans()),
         )
         snapshot: Any = SimpleNamespace(artifact=artifact, groups=Recent(8), orders=Recent(8))
-        found = sort_matches(snapshot, plan, vector, mask)
+        matches, facts = sort_matches(snapshot, plan, vector, mask)
 
         cosines, texts = vectors @ vector, np.zeros(ROWS, np.float32)
         relevance, lowest, contained = cosines, plan.min_score, math.inf
@@ -114,8 +114,8 @@ def test_sorted_matches_equal_a_plain_sort_of_all_rows_that_fit(lexical: Lexical
         expected = plain_sort(fitting, values, relevance, descending)
         if plan.group_by:
             expected = first_of_each(expected, product)
-        assert [match.row for match in found.matches] == expected[: plan.depth]
-        assert (found.count, found.is_exact) == (len(expected), True)
+        assert [match.row for match in matches] == expected[: plan.depth]
+        assert (facts["count"], facts["has_exact_count"]) == (len(expected), True)
 
     check()
 

@@ -181,7 +181,8 @@ class LexicalIndex:
         with tempfile.TemporaryDirectory(prefix="dcar-lexical-", ignore_cleanup_errors=True) as links:
             for file in path.iterdir() if path.is_dir() else ():
                 (Path(links) / file.name).symlink_to(file.resolve())
-            self._searcher = _open(Path(links), shown=path).searcher()
+            index = _open(Path(links), shown=path)
+        self._searcher = index.searcher()
         self.path, self._schema, last = path, index.schema, len(self) - 1
         with _readable(path):  # a million row numbers take some 10 ms
             found = self._searcher.aggregate(tantivy.Query.all_query(), {"rows": {"stats": {"field": _ROW}}})["rows"]
