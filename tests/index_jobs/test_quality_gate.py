@@ -188,7 +188,7 @@ def test_missing_served_model_is_an_error_before_encoding(
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
     assert stderr.startswith("error: the served version 1 cannot be compared")
-    assert "publish without a comparison by --force" in stderr
+    assert "or publish by --force" in stderr
     assert sorted((index / "work").iterdir()) == before, "nothing was encoded, and nothing removed"
     assert main([*map(str, arguments), "--force"]) == 0
     verdict = json.loads(capsys.readouterr().out)["gate"]
