@@ -154,7 +154,7 @@ def test_a_build_with_the_former_checkpoint_keeps_what_was_learned(
 ) -> None:  # fmt: skip
     fewer = write_pairs(pairs.with_name("fewer.jsonl"), tiny_gallery, words=WORDS[1:])
     assert [retrain(index, [each], margin=1, device="cpu").version for each in (fewer, pairs)] == [2, 3]
-    learned, earlier = open_current(index).manifest.fingerprint, index / "versions/2/checkpoint"
+    learned, earlier = open_current(index).manifest.spec.fingerprint, index / "versions/2/checkpoint"
     assert build().reused, "a scheduled build without changes"
     draw("pink", "square").save(gallery / "pink.png")
     for checkpoint in (tiny_checkpoint, shutil.copytree(earlier, gallery.with_name("earlier"))):
