@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -121,7 +122,7 @@ def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
 
     Scores there are by rank, so that tools keep the order.
     """
-    rows = [
+    rows: list[list[Any]] = [
         [query_id, run.judged.texts[query_id], run.name, rank, item, run.judged.grades[query_id].get(item, "")]
         for run in (runs if as_csv else runs[:1])
         for query_id, items in run.found.items()

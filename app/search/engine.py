@@ -103,8 +103,8 @@ async def _find(
 ) -> SearchResults:
     query = plan.query
     with compute.timed("search"):  # sorting, which may take long, is in the thread of filters
-        place = "filter" if query.sort else "search"
-        ranked, facts = await compute.run(place, _find_matches, snapshot, plan, vector, allowed)
+        given = _find_matches, snapshot, plan, vector, allowed
+        ranked, facts = await compute.run("filter" if query.sort else "search", *given)
     if plan.rerank_depth > query.offset:
         with compute.timed("rerank"):
             best, rest = ranked[: plan.rerank_depth], ranked[plan.rerank_depth :]

@@ -363,7 +363,7 @@ def difference_of(
     """
     _, image = np.unique(ids, return_inverse=True)
     weights = np.ones(len(image), np.float32) if weights is None else weights
-    texts, *sums = (np.bincount(image, each) for each in (weights, weights * after, weights * before))
+    texts, *sums = (np.bincount(image, w).astype(np.float64) for w in (weights, weights * after, weights * before))
     hits = [Hits(texts, each, np.zeros(len(texts))) for each in sums]
     estimate = compare_hits(*hits).difference["t2i_r1"]  # in points of a hundred
     values = {name: round(getattr(estimate, name) / 100, 4) for name in ("value", "low", "high")}

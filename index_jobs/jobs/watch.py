@@ -81,8 +81,9 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
                 if (now.st_dev, now.st_ino) != device:  # mounted anew; the former folder sends no notices
                     break
         except (DcarError, OSError) as error:
-            has_file = isinstance(error, OSError) and error.filename
-            text = f"{error.filename}: {error.strerror}" if has_file else str(error)
+            text = (
+                f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+            )
             if text != reason:
                 say(f"nothing is changed while this lasts: {text}")
             reason = text
