@@ -1,6 +1,8 @@
 """Run the service: `dcar serve` calls `serve`.
 
 - A missing index or a taken port is reported in one line before the model is loaded.
+- With DCAR_WORKERS, several processes accept connections of one socket: see `app.workers`. Each accepts the first one
+  once it can search.
 - Shutdown: for `drain_s` the service responds but is not ready; then it refuses connections and finishes its requests.
   A thread that does not finish, such as one that decodes an image, does not keep the process.
 """
@@ -10,18 +12,22 @@ import contextlib
 import gc
 import logging
 import logging.config
+import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
+from threadpoolctl import threadpool_limits
 
 from app.core.logs import log_config
-from app.core.metrics import start_tracing
+from app.core.metrics import share_metrics, start_tracing
 from app.core.settings import Settings
 from app.core.threads import end_without_threads
 from app.feedback.store import prepare
@@ -29,7 +35,9 @@ from app.main import create_app
 from app.middleware.http_protocol import BoundedProtocol, track_requests
 from app.service.collections import Collections
 from app.service.write_worker import require_writable
+from app.workers import supervise
 from dcar_core.util.errors import DcarError
+from dcar_core.util.machine import available_cores
 from index_jobs.store.versions import require_index
 
 logger = logging.getLogger(__name__)
@@ -42,31 +50,52 @@ _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets 
 
 def serve(settings: Settings) -> None:
     """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model."""
-    logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
-    logging.captureWarnings(True)
-    failures: list[DcarError] = []
+    _configure_logs(settings)
     for index in settings.indexes.values():
         require_index(index)
     require_writable(settings)
     if settings.feedback_folder is not None:
         prepare(settings.feedback_folder)
-    tracer = start_tracing() if settings.tracing else None
-    listener = listen(settings.host, settings.port)
+    with listen(settings.host, settings.port) as listener:
+        logger.info("listening on %s", base_url(*listener.getsockname()[:2]))
+        if settings.workers == 1:
+            _run(settings, listener)
+        else:
+            threads = settings.threads or max(1, available_cores() // settings.workers)
+            supervise(settings.workers, _work, settings.model_copy(update={"threads": threads}), listener)
+
+
+def _work(settings: Settings, listener: socket.socket, folder: str, on_ready: Callable[[], None]) -> None:
+    """Run one of several workers, in a process of its own."""
+    _configure_logs(settings)
+    share_metrics(folder)
+    with listener:
+        _run(settings, listener, on_ready)
+
+
+def _configure_logs(settings: Settings) -> None:
+    logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
+    logging.captureWarnings(True)
+
+
+def _run(settings: Settings, listener: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
+    """Serve in this process. Raise DcarError if the first version cannot be loaded."""
+    failures: list[DcarError] = []
 
     def fail(error: DcarError) -> None:
         failures.append(error)
         server.should_exit = True
 
+    tracer = start_tracing() if settings.tracing else None
+    threadpool_limits(1, "blas")  # products are small here; beside a busy model two threads take longer than one
     _raise_open_file_limit()
     sys.setswitchinterval(_SWITCH_S)
-    with listener:
-        app = create_app(settings, on_start_failure=fail, tracer=tracer)
-        logger.info("listening on %s", base_url(*listener.getsockname()[:2]))
-        server = _Server(app, settings)
-        try:
-            server.run(sockets=[listener, *(listener.dup() for _ in range(_LISTENERS - 1))])
-        except KeyboardInterrupt:  # uvicorn raises it again after a clean shutdown
-            logger.info("stopped")
+    listener.setblocking(False)  # for all workers: `dup` would change it, and a worker would wait for a connection
+    server = _Server(create_app(settings, on_start_failure=fail, tracer=tracer), settings, on_ready)
+    try:
+        server.run(sockets=[listener, *(listener.dup() for _ in range(_LISTENERS - 1))])
+    except KeyboardInterrupt:  # uvicorn raises it again after a clean shutdown
+        logger.info("stopped")
     if failures:
         raise failures[0]
     end_without_threads(_THREADS_S)
@@ -90,14 +119,33 @@ class _Server(uvicorn.Server):
 
     Once everything is loaded, the objects of the libraries are frozen: otherwise each full garbage collection stops
     every request for a quarter of a second. So are those of the full model, which an explanation may load later.
+
+    on_ready: called by one of several workers when it accepts connections, which it does once everything is loaded.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, on_ready: Callable[[], None] | None = None) -> None:
         super().__init__(server_config(app))
         self._app = app
+        self._on_ready = on_ready
         self._drain_s = settings.drain_s
         self._timer: threading.Timer | None = None
         self._frozen = 0  # 1 with everything loaded, 2 with the full model as well
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._on_ready is None:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        while self._app.state.collections.missing is not None:
+            if self.should_exit:
+                return
+            await asyncio.sleep(0.02)
+        connect = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(connect, sock=each, backlog=self.config.backlog) for each in sockets or ()
+        ]
+        self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
         collections: Collections | None = getattr(self._app.state, "collections", None)
@@ -109,6 +157,8 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._on_ready is not None and sig == signal.SIGINT:
+            return  # Ctrl-C reaches all processes of a terminal; the supervisor tells its workers to end
         collections: Collections | None = getattr(self._app.state, "collections", None)
         if self._timer is not None:
             self._timer.cancel()  # uvicorn treats a further signal as a demand to drop pending requests

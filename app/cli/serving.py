@@ -25,6 +25,7 @@ def serve(
     index: Annotated[Path | None, Option(help="Directory of a published index [DCAR_INDEX].")] = None,
     host: Annotated[str | None, Option(help="Address to listen on [DCAR_HOST].")] = None,
     port: Annotated[int | None, Option(min=0, max=65535, help="Port; 0 chooses a free one [DCAR_PORT].")] = None,
+    workers: Annotated[int | None, Option(min=1, help="Processes that serve the port [DCAR_WORKERS].")] = None,
     runtime: Annotated[str | None, Option(help="Encoder runtime, such as auto or torch [DCAR_RUNTIME].")] = None,
     collection: Annotated[
         list[str] | None, Option(metavar="NAME=DIR", help="Another index, under /collections/NAME/; may be repeated.")
@@ -37,7 +38,7 @@ def serve(
     if index is None and not os.environ.get("DCAR_INDEX"):
         raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
     collections = {name: Path(path) for name, path in _pairs("--collection", "NAME=DIR", collection)} or None
-    serve_index(index=index, host=host, port=port, runtime=runtime, collections=collections)
+    serve_index(index=index, host=host, port=port, workers=workers, runtime=runtime, collections=collections)
 
 
 @commands.command(
@@ -171,10 +172,7 @@ def _pairs(option: str, form: str, values: list[str] | None) -> list[tuple[str, 
 
 def serve_index(**flags: object) -> None:
     """Serve with the settings of flags and the environment."""
-    from threadpoolctl import threadpool_limits
-
     from app.core.settings import load_settings
     from app.server import serve as run
 
-    threadpool_limits(1, "blas")  # products are small here; beside a busy model two threads take longer than one
     run(load_settings(**flags))

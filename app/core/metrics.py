@@ -5,19 +5,25 @@
 - Traces have a span for each request, which FastAPI makes once a tracer provider is set, and within it a span for each
   stage of a search. OpenTelemetry's own variables say where spans go: OTEL_EXPORTER_OTLP_ENDPOINT, ...
 - Without the setting OpenTelemetry is not imported.
+- Several workers count in files of one folder, by prometheus_client's multiprocess mode. The worker that is asked adds
+  them up, and reads its own values of `add_gauge`.
 - Label values come from fixed sets (stages, routes, outcomes), never from what a caller sends.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, values
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from dcar_core.util.errors import MissingExtraError
@@ -30,6 +36,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _CLOSE_TIMEOUT_S = 3.0
+_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # by which prometheus_client knows it
 
 
 class Tracer:
@@ -81,9 +88,13 @@ class Metrics:
         self._batches = Histogram(
             "dcar_batch_size", "Queries in one forward pass.", buckets=_BATCH_SIZES, registry=registry
         )
-        pending = Gauge("dcar_pending", "Searches and image requests in progress.", ["what"], registry=registry)
+        pending = Gauge(
+            "dcar_pending", "Searches and image requests in progress.", ["what"], registry=registry,
+            multiprocess_mode="livesum",
+        )  # fmt: skip
         self.pending: dict[PendingKind, Gauge] = {kind: pending.labels(kind) for kind in get_args(PendingKind)}
-        ProcessCollector(registry=registry)
+        self._at_scrape: list[Collector] = [_Processes()]
+        registry.register(self._at_scrape[0])
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
@@ -111,11 +122,46 @@ class Metrics:
 
     def add_gauge(self, name: str, description: str, label: str, read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""
-        self.registry.register(_ReadAtScrape(name, description, label, read))
+        gauge = _ReadAtScrape(name, description, label, read)
+        self._at_scrape.append(gauge)
+        self.registry.register(gauge)
 
     def render(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
-        return generate_latest(self.registry)
+        registry = self.registry
+        if _folder() is not None:
+            registry = CollectorRegistry(auto_describe=False)
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            for collector in self._at_scrape:
+                registry.register(collector)
+        return generate_latest(registry)
+
+
+def share_metrics(folder: str) -> None:
+    """Count in files of a folder, with other processes, in every `Metrics` that is made from now on."""
+    os.environ[_FOLDER] = folder
+    values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
+
+
+def _folder() -> Path | None:
+    """Return the folder that workers count in; None for a process on its own."""
+    return Path(folder) if (folder := os.environ.get(_FOLDER)) else None
+
+
+class _Processes(Collector):
+    """Memory, processor time and files of this process, or the sums of all workers."""
+
+    def collect(self) -> Iterable[Metric]:
+        folder, summed = _folder(), dict[str, Metric]()
+        found = ["self"] if folder is None else [path.stem.split("_")[-1] for path in folder.glob("gauge_live*.db")]
+        for pid in found:
+            for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
+                before = summed.get(family.name)
+                if before is not None and family.name != "process_start_time_seconds":
+                    (one,), (other,) = before.samples, family.samples
+                    family.samples = [one._replace(value=one.value + other.value)]
+                summed[family.name] = family
+        return summed.values()
 
 
 class _ReadAtScrape(Collector):

@@ -131,6 +131,8 @@ class Settings(BaseSettings):
     """Address to listen on. 0.0.0.0 accepts connections from other machines."""
     port: int = Field(8000, ge=0, le=65_535)
     """Port to listen on. 0 takes a free one."""
+    workers: int = Field(1, ge=1, le=256)
+    """Number of processes that serve the port. Limits, caches and DCAR_THREADS count for each."""
     allowed_hosts: Hosts = ()
     """Names, separated by commas, by which requests may address the service on 127.0.0.1, besides localhost and
     addresses: for a proxy on the same machine that passes the name on. * allows all."""
@@ -150,7 +152,7 @@ class Settings(BaseSettings):
     runtime_cache: Path | None = None
     """Directory for exported models. Unset: the user's cache directory."""
     threads: int | None = Field(None, ge=1)
-    """Cores for the model. Unset: PyTorch decides."""
+    """Cores for the model. Unset: PyTorch decides; several workers share the cores out."""
     batch_size: int = Field(32, ge=1, le=1024)
     """Largest number of queries in one forward pass."""
     batch_wait_ms: float = Field(2.0, ge=0, le=100)

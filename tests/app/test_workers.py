@@ -1,0 +1,176 @@
+"""`dcar serve --workers`: processes that answer as one service."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.commands import Command
+from tests.support.processes import free_port, is_alive
+from tests.support.service import ADMIN, SERVE, bearer, serving_process
+
+pytestmark = pytest.mark.slow
+WORKERS = {"DCAR_WORKERS": "2", "DCAR_RUNTIME": "torch", "DCAR_LOG_LEVEL": "warning"}
+WRITES = {"DCAR_WRITES": "true", "DCAR_ADMIN_KEY": ADMIN, "DCAR_POLL_S": "0.1"}
+
+
+class Service:
+    """A service of two workers. folder: where it keeps temporary files."""
+
+    def __init__(self, process: Command, url: str, folder: Path) -> None:
+        self.process, self.url, self._folder = process, url, folder
+
+    def pids(self) -> set[int]:
+        return {int(path.stem.split("_")[-1]) for path in self._folder.glob("*/gauge_livesum_*.db")}
+
+    def get(self, path: str) -> httpx.Response:
+        """Send a request over a connection of its own, which any worker may accept."""
+        return httpx.get(self.url + path, headers=bearer(ADMIN), timeout=20)
+
+    def sample(self, name: str, **labels: str) -> float:
+        families = text_string_to_metric_families(self.get("/metrics").text)
+        return sum(
+            each.value
+            for family in families
+            for each in family.samples
+            if each.name == name and labels.items() <= each.labels.items()
+        )
+
+
+def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@contextmanager
+def load(url: str) -> Iterator[list[int]]:
+    """Search without pause from a few threads, over new connections and kept ones; yield the statuses."""
+    statuses, is_over = list[int](), threading.Event()
+
+    def search(number: int) -> None:
+        with httpx.Client(base_url=url, timeout=20) as client:
+            while not is_over.is_set():
+                body = {"query": f"red {len(statuses)} {number}", "k": 5}
+                send = client.post if number % 2 else httpx.post
+                answer = send(f"{url}/search/text", json=body)
+                statuses.append(answer.status_code if len(answer.json()["results"]) == 5 else -1)
+
+    threads = [threading.Thread(target=search, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield statuses
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def service(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    root = tmp_path_factory.mktemp("workers")
+    index = Path(shutil.copytree(built_index, root / "index"))
+    script = (
+        f"import tempfile; tempfile.tempdir = {str(root)!r}; from app import workers; workers._LEAST_S = 0; {SERVE}"
+    )
+    with serving_process(index, script, **WORKERS, **WRITES) as (process, client, _):
+        made = Service(process, str(client.base_url).rstrip("/"), root)
+        wait(lambda: len(made.pids()) == 2)
+        yield made
+    wait(lambda: not any(map(is_alive, made.pids())))
+
+
+def test_workers_share_the_requests_and_add_up_their_metrics(service: Service) -> None:
+    def counted() -> dict[str, float]:
+        name = "dcar_request_seconds_count"
+        return {route: service.sample(name, route=route, status="200") for route in ("/search/text", "/collections")}
+
+    before = counted()
+    for _ in range(40):
+        assert service.get("/collections").status_code == 200
+    assert counted() == {**before, "/collections": before["/collections"] + 40}
+    both = service.sample("process_resident_memory_bytes")
+    for pid in service.pids():
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        assert pages * 4096 < 0.8 * both
+    assert service.sample("dcar_index_items") == 24
+    with load(service.url) as statuses:
+        wait(lambda: len(statuses) > 100)
+    times = [Path(f"/proc/{pid}/stat").read_text().split()[13] for pid in service.pids()]
+    assert min(map(int, times)) > 0, "each has computed"
+    assert set(statuses) == {200}
+
+
+def test_writes_are_applied_once_and_published_under_load_without_a_failed_request(service: Service) -> None:
+    def patch(number: int) -> str:
+        body = {"ids": ["circle/red.png"], "metadata": {f"f{number}": number}}
+        answer = httpx.patch(service.url + "/items", json=body, headers=bearer(ADMIN), timeout=20)
+        assert answer.status_code == 202
+        return str(answer.json()["id"])
+
+    before = service.get("/readyz").json()["index_version"]
+    with load(service.url) as statuses:
+        jobs = [patch(number) for number in range(6)]
+        wait(lambda: all(service.get(f"/jobs/{job}").json()["status"] == "done" for job in jobs))
+        last = max(service.get(f"/jobs/{job}").json()["index_version"] for job in jobs)
+        wait(lambda: all(service.get("/readyz").json()["index_version"] == last for _ in range(20)))
+        seen = len(statuses)
+        wait(lambda: len(statuses) > seen + 20)
+    assert set(statuses) == {200}
+    assert before < last <= before + 6
+    for _ in range(8):
+        metadata = service.get("/items/circle%2Fred.png").json()["metadata"]
+        assert {f"f{number}": number for number in range(6)}.items() <= metadata.items()
+
+
+def test_a_killed_worker_is_replaced_and_the_others_go_on(service: Service) -> None:
+    before = service.pids()
+    victim, other = before
+    served = service.sample("dcar_request_seconds_count")
+    os.kill(victim, signal.SIGKILL)
+    wait(lambda: not is_alive(victim))
+    with load(service.url) as statuses:
+        wait(lambda: len(service.pids()) == 2 and victim not in service.pids())
+        wait(lambda: len(statuses) > 50)
+    assert other in service.pids()
+    assert set(statuses) == {200}, "no connection waits for the killed one, or for one that cannot search yet"
+    assert service.sample("dcar_request_seconds_count") > served, "what it counted stays"
+
+
+def test_workers_end_with_their_supervisor(service: Service) -> None:
+    pids = service.pids()
+    assert len(pids) == 2
+    service.process.send_signal(signal.SIGKILL)
+    wait(lambda: not any(map(is_alive, pids)))
+    with pytest.raises(httpx.ConnectError):
+        service.get("/healthz")
+
+
+def test_workers_that_cannot_start_end_with_the_reason(built_index: Path, tmp_path: Path) -> None:
+    index = Path(shutil.copytree(built_index, tmp_path / "index"))
+    (index / "versions/1/checkpoint/trainables.safetensors").unlink()
+    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu", **WORKERS}
+    process = Command("-c", SERVE, environment=environment)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "trainables.safetensors" in log.splitlines()[-1]
+
+
+def test_a_signal_to_stop_reaches_all_workers(built_index: Path) -> None:
+    with serving_process(built_index, **WORKERS) as (process, client, log):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+        assert process.wait(20) == 0
+        with pytest.raises(httpx.ConnectError):
+            client.get("/healthz")
+    assert "Traceback" not in "".join(log)
