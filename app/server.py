@@ -38,6 +38,7 @@ from app.service.write_worker import require_writable
 from app.workers import supervise
 from dcar_core.util.errors import DcarError
 from dcar_core.util.machine import available_cores
+from index_jobs.store.location import store_of
 from index_jobs.store.versions import require_index
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def serve(settings: Settings) -> None:
     """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model."""
     _configure_logs(settings)
     for index in settings.indexes.values():
-        require_index(index)
+        if store_of(index) is None:  # the first load reports a store's
+            require_index(index)
     require_writable(settings)
     if settings.feedback_folder is not None:
         prepare(settings.feedback_folder)

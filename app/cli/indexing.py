@@ -12,12 +12,14 @@ from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import KEEP_WRITES, BuildOptions, IndexSpec
+from index_jobs.store.location import index_path, published_index, store_of
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Item
 
 commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
-Index = Annotated[Path, Argument(help="Directory of a published index.")]
+Index = Annotated[Path, Argument(parser=index_path, help="Directory or URL of a published index.")]
+FilledIndex = Annotated[Path, Argument(parser=published_index, help="Directory or URL of a published index.")]
 KeepWrites = Annotated[
     int, Option("--keep-writes", envvar="DCAR_KEEP_WRITES", min=1, help="Changes over HTTP or by a watch to keep.")
 ]
@@ -30,7 +32,9 @@ def list_command(index: Index) -> None:
     """List the versions, newest first; * marks the one that is served."""
     from index_jobs.store.versions import current_version_or_none, list_versions, require_index
 
-    current, versions = current_version_or_none(index), list_versions(index)
+    store = store_of(index)
+    current = store.pull(history=True, files=False) if store else current_version_or_none(index)
+    versions = list_versions(index)
     if not versions:
         require_index(index)  # raises with the command to run
         raise ArtifactError(f"{index} has no readable version; `dcar index verify {index}` says why")
@@ -45,7 +49,7 @@ def list_command(index: Index) -> None:
 
 
 @commands.command("items", epilog=example("""dcar index items index --filter '{"category": "shoes"}'"""))
-def items_command(index: Index, filter: Filter = None) -> None:
+def items_command(index: FilledIndex, filter: Filter = None) -> None:
     """Print the items of an index, one line of JSON for each."""
     for item in _matching_items(index, filter or {}):
         typer.echo(dump_json({"id": item.id, "caption": item.caption, "category": item.category, **item.metadata}))
@@ -56,7 +60,8 @@ def verify_command(index: Index) -> None:
     """Check every file of every version against its checksum."""
     from index_jobs.store.versions import verify_index
 
-    for manifest in verify_index(index):
+    store = store_of(index)
+    for manifest in store.verify() if store else verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
 
 
@@ -142,7 +147,7 @@ def update_command(
 
 @commands.command("watch", epilog=example("dcar index watch index"))
 def watch_command(
-    index: Index,
+    index: FilledIndex,
     max_vanished: job_cli.MaxVanished = BuildOptions.max_vanished,
     notify: job_cli.Notify = None,
     keep: KeepWrites = KEEP_WRITES,
@@ -200,7 +205,7 @@ def relocate_command(
     epilog=example("dcar index remove index 4f1c0a", """dcar index remove index --filter '{"category": "sold"}'"""),
 )
 def remove_command(
-    index: Index,
+    index: FilledIndex,
     ids: Annotated[list[str] | None, Argument(help="Ids of items, as in search results.")] = None,
     ids_file: Annotated[Path | None, Option(exists=True, dir_okay=False, help="UTF-8 file with one id a line.")] = None,
     filter: Filter = None,

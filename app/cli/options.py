@@ -8,6 +8,7 @@ import typer
 from typer import Option
 
 from dcar_core.model.config import LossDirection
+from index_jobs.store.location import published_index
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -64,7 +65,9 @@ Features = Annotated[
     ),
 ]
 LearningRate = Annotated[float, Option("--lr", min=0, help="Learning rate.")]
-IndexDir = Annotated[Path, Option("--index", help="Directory of a published index.")]
+IndexDir = Annotated[
+    Path, Option("--index", parser=published_index, metavar="DIR", help="Directory or URL of a published index.")
+]
 Filter = Annotated[
     dict[str, Any] | None,
     Option(

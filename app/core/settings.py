@@ -20,6 +20,7 @@ from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
 from index_jobs.spec import KEEP_WRITES
+from index_jobs.store.location import index_path
 
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
@@ -99,6 +100,7 @@ def _check_admin_key(value: SecretStr) -> SecretStr:
     return SecretStr(key)
 
 
+IndexDir = Annotated[Path, BeforeValidator(index_path)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Hosts = Annotated[Names, AfterValidator(_check_hosts)]
 Origins = Annotated[
@@ -123,9 +125,9 @@ class Settings(BaseSettings):
         env_prefix="DCAR_", frozen=True, env_ignore_empty=True, use_attribute_docstrings=True
     )
 
-    index: Path
-    """Directory of the published index: the --out of `dcar index build`."""
-    collections: dict[str, Path] = {}
+    index: IndexDir
+    """Directory or URL of the published index: the --out of `dcar index build`."""
+    collections: dict[str, IndexDir] = {}
     """More indexes by name, as JSON: {"openmoji": "data/index/openmoji"}."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 accepts connections from other machines."""

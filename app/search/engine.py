@@ -29,6 +29,7 @@ from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
 from index_jobs.selection import Allowed
+from index_jobs.store.location import published_index
 from index_jobs.store.versions import open_current, open_version
 
 _BATCH = 64  # texts that are encoded at a time
@@ -178,7 +179,7 @@ class Index:
         """Open a version of an index.
 
         Args:
-            path: directory of the published index.
+            path: directory or URL of the published index.
             device: auto, cpu, cuda, cuda:1 or mps.
             runtime: of the encoder; see `Encoder.load`. Default: the one that was measured as the fastest here, or
                 PyTorch.
@@ -187,11 +188,12 @@ class Index:
         Raises:
             DcarError: the index or its checkpoint is missing or broken.
         """
+        index = published_index(path, version)
         if not runtime:
-            artifact = open_current(Path(path)) if version is None else open_version(Path(path), version)
+            artifact = open_current(index) if version is None else open_version(index, version)
             is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
-        settings = Settings.model_construct(index=Path(path), device=device, runtime=runtime)  # not of the environment
+        settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
         return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)
 
     def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResults:

@@ -26,6 +26,7 @@ from app.search.snapshots import Snapshot, is_published, load_snapshot
 from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.location import store_of
 from index_jobs.store.versions import current_version, require_index
 from index_jobs.store.writes import list_collections
 
@@ -100,6 +101,7 @@ class ServedIndex:
 
     async def _load(self) -> bool:
         collections, disk = self._collections, self._collections.disk
+        lost = await self._pull()
         async with collections.load_lock:
             is_dropped = self.is_created and not await disk.run(self.index.is_dir)
             if self._is_closing or is_dropped:
@@ -116,17 +118,34 @@ class ServedIndex:
                 raise
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # they refer to snapshots until a full garbage collection
-                failure = self._record_failure(version, error)
+                failure = self._record_failure(version, lost or error)
                 raise failure from (None if failure is error else error)
+            if snapshot is not None:
+                self.live, self.damage = snapshot, None
+                await stop(self._check)
+                self._check = asyncio.create_task(self._find_damage(snapshot.artifact), name="dcar-integrity")
+                count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
+                logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
+            if lost is not None:
+                raise self._record_failure(version, lost)
             self.reason, self._failed_version = None, None
-            if snapshot is None:
-                return False
-            self.live, self.damage = snapshot, None
-            await stop(self._check)
-            self._check = asyncio.create_task(self._find_damage(snapshot.artifact), name="dcar-integrity")
-            count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
-            logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
-            return True
+            return snapshot is not None
+
+    async def _pull(self) -> DcarError | None:
+        """Bring the version from its object store, if it is in one, and return what prevents it: what is here remains.
+
+        Another collection may load meanwhile, since this can take minutes.
+        """
+        store = store_of(self.index)
+        if store is None:
+            return None
+        try:
+            await run_in_new_thread(store.pull, self._version)
+        except OSError as error:
+            return ArtifactError(f"{self.index} cannot be written: {error.strerror}")
+        except DcarError as error:
+            return error
+        return None
 
     async def _find_damage(self, artifact: Artifact) -> None:
         def is_served() -> bool:

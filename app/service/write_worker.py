@@ -29,6 +29,7 @@ from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.store.changes import apply_waiting
+from index_jobs.store.location import store_of
 from index_jobs.store.writes import JobKind, WriteQueue
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,14 @@ async def _responding_disk() -> AsyncIterator[None]:
 
 
 def require_writable(settings: Settings) -> None:
-    """Check that the service may write to its indexes, if it is to accept changes. Raise DcarError if not."""
+    """Check that the service may write where its settings demand it. Raise DcarError if not."""
     for index in settings.indexes.values() if settings.writes else ():
+        if (store := store_of(index)) is not None:
+            raise DcarError(f"{store.url} is in an object store, to which only jobs publish; unset DCAR_WRITES")
         if not os.access(index, os.W_OK):
             raise DcarError(f"{index} cannot be written, which DCAR_WRITES needs; unset it, or allow it")
+    if settings.feedback is True and store_of(settings.index) is not None:
+        raise DcarError("DCAR_FEEDBACK must name a directory: that of an index in an object store is a cache")
 
 
 class WriteWorker:

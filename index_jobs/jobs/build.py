@@ -57,6 +57,7 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.store.location import store_of
 from index_jobs.store.manifest import (
     CHECKPOINT,
     CURRENT,
@@ -69,7 +70,7 @@ from index_jobs.store.manifest import (
     Manifest,
     counted,
 )
-from index_jobs.store.versions import current_version_or_none, open_current
+from index_jobs.store.versions import current_version_or_none, open_current, remove_directory
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +99,10 @@ def rebuild(
         StoreUnavailableError: the served version's store does not respond, without force.
         DcarError: the output cannot be written, or does not read back; published versions are unchanged.
     """
-    build = _Build(BuildOptions.of(options), checkpoint, out)
+    build, store = _Build(BuildOptions.of(options), checkpoint, out), store_of(out)
     with publish.report_os_errors(out):
+        if store is not None:
+            store.pull(history=True)
         if not isinstance(gallery, Gallery):
             logger.info("looking for images")
             gallery = scan(gallery)
@@ -175,7 +178,7 @@ class _Build:
             if options.keep_shards:
                 self._keep_vectors(store.path, manifest)
             else:
-                publish.remove_directory(out, self.work)
+                remove_directory(out, self.work)
         notified = notify(options.notify or (), out, manifest.version)
         return self.summarize(manifest, encoded, verdict, changes=changes, notified=notified)
 
@@ -314,7 +317,7 @@ class _Build:
         if not verdict.passed and not options.force:
             remedy = "its vectors are kept, so --force publishes it without encoding again"
             if not options.keep_shards:
-                publish.remove_directory(self.out, self.work)
+                remove_directory(self.out, self.work)
                 remedy = "its vectors are not kept, so --force encodes again and publishes it"
             kept = replace(self.served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
             summary = self.summarize(kept, encoded, verdict, published=False)

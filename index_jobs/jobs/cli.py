@@ -21,6 +21,7 @@ from dcar_core.util.errors import DcarError
 from index_jobs.jobs.notify import SCHEMES
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
+from index_jobs.store.location import index_path
 
 EPILOG = """\b
 Example:
@@ -103,7 +104,14 @@ Runtime = Annotated[str, _option("runtime")]
 def build_command(
     galleries: Galleries,
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Index directory; created if missing.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=index_path,
+            metavar="DIR",
+            help="Index directory, created if missing, or the URL of one in an object store: s3://, gs://, az://.",
+        ),
+    ],
     *,
     as_json: Annotated[
         bool,

@@ -37,7 +37,7 @@ from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
 from index_jobs.store.manifest import CHANGED, CHECKPOINT, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
-from index_jobs.store.versions import open_current
+from index_jobs.store.versions import open_current, remove_directory
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def add(
         manifest = _publish(
             index, staging, current, removed, additions, change, keep=settings.keep, origin=settings.origin
         )
-        publish.remove_directory(index, index / WORK)
+        remove_directory(index, index / WORK)
     return UpdateSummary(
         manifest.version, manifest.count, len(encoded), len(replaced), len(encoded.failed), manifest.rebuild
     )

@@ -19,18 +19,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError, DataError, DcarError
-from dcar_core.util.files import atomic_writer, fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
+from dcar_core.util.files import fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest, utc_now
-from index_jobs.store.versions import current_version_or_none, list_versions, open_version, version_numbers
+from index_jobs.store.location import store_of
+from index_jobs.store.manifest import MANIFEST, VERSIONS, FileInfo, Manifest, utc_now
+from index_jobs.store.versions import (
+    STAGING,
+    current_version_or_none,
+    list_versions,
+    open_version,
+    remove_directory,
+    version_numbers,
+    write_current,
+)
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-_STAGING = ".tmp-"
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
@@ -56,11 +64,13 @@ def report_os_errors(index: Path) -> Iterator[None]:
 def open_staging(index: Path) -> Iterator[Path]:
     """Lock the index for this writer and yield an empty staging directory, which is removed at the end."""
     with _lock(index):
+        if (store := store_of(index)) is not None:
+            store.pull(history=True)
         versions = index / VERSIONS
         versions.mkdir(exist_ok=True)
-        for leftover in versions.glob(f"{_STAGING}*"):
+        for leftover in versions.glob(f"{STAGING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        staging = versions / f"{_STAGING}{os.getpid()}"
+        staging = versions / f"{STAGING}{os.getpid()}"
         staging.mkdir()
         try:
             yield staging
@@ -119,14 +129,19 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, not {keep}")
-    manifest = staged.manifest
+    manifest, store = staged.manifest, store_of(index)
     staged.path.rename(index / VERSIONS / str(manifest.version))
     fsync_path(index / VERSIONS)
-    _write_current(index, manifest.version)
+    if store is not None:
+        store.push(manifest.version)  # if that fails, the next writer removes what the store lacks
+    write_current(index, manifest.version)
     manifests = list_versions(index)
     written = {each.version for each in manifests if each.origin}
-    for number in _displaced(manifest, version_numbers(index), written, keep):
+    displaced = _displaced(manifest, version_numbers(index), written, keep)
+    for number in displaced:
         remove_directory(index, index / VERSIONS / str(number))
+    if store is not None:
+        store.prune(displaced)
     _sync({each.spec.engine for each in manifests}, index, manifest.version)
     return manifest
 
@@ -160,13 +175,20 @@ def rollback(index: Path, to: int | None = None) -> int:
         LockedError: another writer is at work.
         DcarError: CURRENT cannot be written.
     """
-    if not version_numbers(index):
+    store = store_of(index)
+    if store is None and not version_numbers(index):
         raise ArtifactError(f"{index} holds no published index")
     with report_os_errors(index), _lock(index):
+        if store is not None:
+            store.pull(history=True)
         if to is None:
             to = _previous_version(index)
+        if store is not None and to in version_numbers(index):
+            store.pull(to)
         open_version(index, to).verify()
-        _write_current(index, to)
+        if store is not None:
+            store.point(to)
+        write_current(index, to)
         _sync({manifest.spec.engine for manifest in list_versions(index)}, index, to)
     return to
 
@@ -196,21 +218,8 @@ def _sync(engines: set[str], index: Path, version: int) -> None:
             logger.warning("version %d is published, but not to the engine of an older one: %s", version, error)
 
 
-def _write_current(index: Path, version: int) -> None:
-    with atomic_writer(index / CURRENT) as file:
-        file.write(f"{version}\n".encode())
-
-
 def next_version(index: Path) -> int:
     return max([*version_numbers(index), current_version_or_none(index) or 0]) + 1
-
-
-def remove_directory(index: Path, path: Path) -> None:
-    """Remove a directory of the index, atomically for readers; a failure is left to the next writer."""
-    aside = index / VERSIONS / f"{_STAGING}{os.getpid()}-{path.name}"
-    with contextlib.suppress(OSError):
-        path.rename(aside)
-        shutil.rmtree(aside)
 
 
 def clean_work(index: Path, work: Path, keep: Callable[[Path], bool]) -> None:

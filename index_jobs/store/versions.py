@@ -13,17 +13,22 @@ INDEX/versions/<n>/duplicates.jsonl  images with the same pixels as an earlier o
 INDEX/versions/<n>/checkpoint/       the model that encoded the vectors, perhaps with its portable export
 """
 
+import contextlib
 import logging
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
+from dcar_core.util.files import atomic_writer
 from index_jobs.gallery.storage import ImageAccess
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, Manifest
 
 logger = logging.getLogger(__name__)
 
+STAGING = ".tmp-"  # the names of what is not a version yet, or no longer
 _MAX_DIGITS = 18
 
 
@@ -130,3 +135,16 @@ def verify_index(index: Path) -> list[Manifest]:
     for artifact in artifacts:
         artifact.verify()
     return [artifact.manifest for artifact in artifacts]
+
+
+def write_current(index: Path, version: int) -> None:
+    with atomic_writer(index / CURRENT) as file:
+        file.write(f"{version}\n".encode())
+
+
+def remove_directory(index: Path, path: Path) -> None:
+    """Remove a directory of the index, atomically for readers; a failure is left to the next writer."""
+    aside = index / VERSIONS / f"{STAGING}{os.getpid()}-{path.name}"
+    with contextlib.suppress(OSError):
+        path.rename(aside)
+        shutil.rmtree(aside)

@@ -227,8 +227,8 @@ MOMENTS = [
     ("before", "index_jobs.store.writes.WriteQueue.set_progress"),
     ("before", "index_jobs.encoding.shards.ShardStore.save"),
     ("before", "index_jobs.store.publish.prepare_version"),
-    ("before", "index_jobs.store.publish._write_current"),
-    ("after", "index_jobs.store.publish._write_current"),
+    ("before", "index_jobs.store.publish.write_current"),
+    ("after", "index_jobs.store.publish.write_current"),
     ("before", "index_jobs.store.writes.WriteQueue.end"),
     ("after", "index_jobs.store.writes.WriteQueue.end"),
     ("before", "index_jobs.jobs.apply.sweep"),
@@ -280,8 +280,8 @@ def test_killed_process_leaves_complete_versions_and_every_job_ends(index: Path,
 MOMENTS_OF_PATCHES = [
     ("before", "index_jobs.store.writes.WriteQueue.set_progress"),
     ("after", "index_jobs.store.items.Items.write_changed"),
-    ("before", "index_jobs.store.publish._write_current"),
-    ("after", "index_jobs.store.publish._write_current"),
+    ("before", "index_jobs.store.publish.write_current"),
+    ("after", "index_jobs.store.publish.write_current"),
     ("after", "index_jobs.store.writes.WriteQueue.end"),
 ]
 

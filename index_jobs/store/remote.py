@@ -1,0 +1,292 @@
+"""Indexes in object storage: S3, Google Cloud Storage and Azure, through obstore.
+
+URL/CURRENT                      the version that is served, and its manifest's sha256; replaced if unchanged (If-Match)
+URL/versions/<n>/manifest.json   created if there is none (If-None-Match: *), after the blobs that it names
+URL/blobs/<sha256>               the contents of files, which versions share
+
+- A machine keeps a mirror: an index directory in its cache. Jobs and services run on it as on any other index; they
+  `pull` before, and a job pushes what it publishes.
+- Writers share no lock. A writer whose base has been replaced meanwhile gets LockedError, and nothing of it is visible:
+  the gate compared with the version that it replaces, and changes are made to it.
+- A file appears in a mirror once its checksum has been compared, and CURRENT once the version is complete. A killed
+  pull continues, and a corrupted blob is never served.
+"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock
+
+from dcar_core.util.errors import ArtifactError, LockedError
+from dcar_core.util.errors import StoreUnavailableError as UnavailableError
+from dcar_core.util.files import atomic_writer, sha256_of
+from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
+from index_jobs.store.versions import (
+    current_version_or_none,
+    list_versions,
+    read_manifest,
+    remove_directory,
+    version_numbers,
+    write_current,
+)
+
+logger = logging.getLogger(__name__)
+
+_PULL_LOCK, _BLOBS = ".pull.lock", "blobs"
+_HASH = re.compile("[0-9a-f]{64}")
+_PART_BYTES, _PARTS = 8 * 2**20, 8  # of a blob; this many are fetched at a time
+_MAX_PARTS = 5_000  # of an upload; stores allow 10,000
+_KEPT = 3  # versions on the disk of a replica: those that were in use last
+_GRACE = timedelta(days=1)  # younger blobs may belong to a version that is being published
+_CLIENT = {"timeout": "30s", "connect_timeout": "5s", "allow_http": True}  # of an endpoint that is configured so
+_RETRIES = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
+
+
+class IndexStore:
+    """An index in an object store, and its mirror on this disk. Several processes may share a mirror.
+
+    All methods raise StoreUnavailableError if the store does not respond or refuses, and ArtifactError if an object is
+    missing or corrupted.
+    """
+
+    def __init__(self, mirror: Path, url: str) -> None:
+        from obstore.store import from_url
+
+        self.mirror, self.url = mirror, url
+        with self._report():
+            self._store: Any = from_url(url, client_options=_CLIENT, retry_config=_RETRIES)
+        self._current: tuple[bytes, dict[str, str]] | None = None  # as it was read last, and what identifies it
+        self._pulled: bytes | None = None  # CURRENT of the last complete pull
+
+    def pull(self, version: int | None = None, *, history: bool = False, files: bool = True) -> int | None:
+        """Bring the published version to the mirror, or another one, and return its number.
+
+        Args:
+            history: bring the manifests of all versions as well, as jobs need, and remove versions that the store
+                lacks. There may be no published version yet, or a broken one.
+            files: bring more than manifests, and then CURRENT.
+        """
+        self.mirror.mkdir(exist_ok=True)
+        with FileLock(self.mirror / _PULL_LOCK), self._report():
+            if version is not None:
+                self._pull_version(version)
+                return version
+            text = self._read_current()
+            number = int(text.split()[0]) if re.match(rb"\d{1,18} ", text) else None
+            if text and text == self._pulled and not history:
+                return number
+            if number is None and not history:
+                raise ArtifactError(f"{self.url} holds no published index; make one with `dcar index build`")
+            if history:
+                self._pull_history()
+            if not files:
+                return number
+            try:
+                if number is not None:
+                    self._pull_version(number)
+            except ArtifactError as error:
+                if not history or isinstance(error, UnavailableError):
+                    raise
+                logger.warning("the published version cannot be used: %s", error)
+            self._write_current(number, trim=not history)
+            self._pulled = text
+            return number
+
+    def push(self, version: int) -> None:
+        """Publish a version of the mirror. Raise LockedError if another writer has published since the last `pull`."""
+        folder, key, recent = self._folder(version), _manifest_key(version), datetime.now(UTC) - _GRACE / 2
+        manifest = Manifest.read(folder / MANIFEST)
+        with self._report():
+            stored = {each["path"]: each for chunk in self._store.list(f"{_BLOBS}/") for each in chunk}
+            kept = self._hashes([manifest.replaced] if manifest.replaced else [])
+            for name, info in {info.sha256: (name, info) for name, info in manifest.files.items()}.values():
+                blob = stored.get(f"{_BLOBS}/{info.sha256}", {"size": -1})
+                if blob["size"] != info.size or (info.sha256 not in kept and blob["last_modified"] < recent):
+                    chunk_size = max(_PART_BYTES, info.size // _MAX_PARTS)
+                    self._store.put(f"{_BLOBS}/{info.sha256}", folder / name, chunk_size=chunk_size)
+            try:
+                self._store.put(key, (folder / MANIFEST).read_bytes(), mode="create")
+            except self._refusals as error:
+                raise self._lost_race() from error
+            try:
+                self.point(version)
+            except LockedError:
+                self._store.delete(key)
+                raise
+
+    def point(self, version: int) -> None:
+        """Let CURRENT name a version. Raise LockedError if it has been replaced since the last `pull`."""
+        text = f"{version} {sha256_of(self._folder(version) / MANIFEST)}\n".encode()
+        with self._report():
+            try:
+                stored = self._store.put(CURRENT, text, mode=self._current[1] if self._current else "create")
+            except self._refusals as error:
+                raise self._lost_race() from error
+            self._current = text, _identity(stored)
+
+    def prune(self, versions: Collection[int]) -> None:
+        """Remove versions, and old blobs that none has. A failure is logged, and left to the next writer."""
+        try:
+            with self._report():
+                self._store.delete([_manifest_key(version) for version in versions])
+                numbers, oldest = version_numbers(self.mirror), datetime.now(UTC) - _GRACE
+                if len(list_versions(self.mirror)) < len(numbers):
+                    return  # who knows which blobs an unreadable manifest names
+                used = self._hashes(numbers)
+                blobs = [each for chunk in self._store.list(f"{_BLOBS}/") for each in chunk]
+                unused = [each for each in blobs if each["path"].rpartition("/")[2] not in used]
+                self._store.delete([each["path"] for each in unused if each["last_modified"] < oldest])
+        except ArtifactError as error:
+            logger.warning("old versions are kept: %s", error)
+
+    def verify(self) -> list[Manifest]:
+        """Compare every blob of every version with its checksum, and return the manifests."""
+        self.pull(history=True, files=False)
+        manifests = [read_manifest(self.mirror, number) for number in version_numbers(self.mirror)]
+        with self._report():
+            for info in {info for manifest in manifests for info in manifest.files.values()}:
+                for _ in self._read_blob(info):
+                    pass
+        return manifests
+
+    def _folder(self, version: int) -> Path:
+        return self.mirror / VERSIONS / str(version)
+
+    def _read_current(self) -> bytes:
+        """Return the contents of CURRENT, which are sent only if they have changed; none if there is no CURRENT."""
+        from obstore.exceptions import NotModifiedError
+
+        tag = self._current[1].get("e_tag") if self._current else None
+        try:
+            found = self._store.get(CURRENT, options={"if_none_match": tag} if tag else None)
+            self._current = bytes(found.bytes()), _identity(found.meta)
+        except NotModifiedError:
+            pass
+        except FileNotFoundError:
+            self._current = None
+        return self._current[0] if self._current else b""
+
+    def _pull_history(self) -> None:
+        folders = self._store.list_with_delimiter(f"{VERSIONS}/")["common_prefixes"]
+        stored = {int(name) for name in (folder.rpartition("/")[2] for folder in folders) if name.isdigit()}
+        for number in set(version_numbers(self.mirror)) - stored:
+            remove_directory(self.mirror, self._folder(number))
+        for number in sorted(stored):
+            self._pull_manifest(number)
+
+    def _pull_manifest(self, version: int) -> Path:
+        """Bring the manifest of a version, and return its folder; files of another version of that number go."""
+        folder = self._folder(version)
+        data, path = bytes(self._store.get(_manifest_key(version)).bytes()), folder / MANIFEST
+        if path.exists() and path.read_bytes() != data:
+            remove_directory(self.mirror, folder)
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_writer(path) as file:
+                file.write(data)
+        return folder
+
+    def _pull_version(self, version: int) -> None:
+        folder = self._pull_manifest(version)
+        here = {
+            info.sha256: self._folder(manifest.version) / name
+            for manifest in list_versions(self.mirror)
+            for name, info in manifest.files.items()
+            if (self._folder(manifest.version) / name).exists()
+        }
+        for name, info in Manifest.read(folder / MANIFEST).files.items():
+            path, inner = folder / name, PurePosixPath(name)
+            if inner.is_absolute() or ".." in inner.parts or not _HASH.fullmatch(info.sha256):
+                raise ArtifactError(f"{self.url} is corrupted: version {version} names the file {name!r}")
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._bring(path, info, here.get(info.sha256))
+        os.utime(folder)
+
+    def _bring(self, path: Path, info: FileInfo, same: Path | None) -> None:
+        """Make a file of a link to the same contents, or of a blob."""
+        if same is not None:
+            try:
+                os.link(same, path)
+            except OSError:  # no hard links here, or it has just been removed
+                pass
+            else:
+                return
+        with atomic_writer(path) as file:
+            for part in self._read_blob(info):
+                file.write(part)
+
+    def _read_blob(self, info: FileInfo) -> Iterator[Any]:
+        """Yield a blob in parts, several of which are fetched at once. Raise ArtifactError at its end if it differs."""
+        key, digest = f"{_BLOBS}/{info.sha256}", hashlib.sha256()
+
+        def read(start: int) -> Any:
+            return self._store.get_range(key, start=start, length=min(_PART_BYTES, info.size - start))
+
+        with ThreadPoolExecutor(_PARTS) as pool:
+            for first in range(0, info.size, _PARTS * _PART_BYTES):
+                for part in pool.map(read, range(first, min(info.size, first + _PARTS * _PART_BYTES), _PART_BYTES)):
+                    digest.update(part)
+                    yield part
+        if digest.hexdigest() != info.sha256:
+            raise ArtifactError(
+                f"{self.url}/{key} is corrupted: its checksum differs; roll back, or remove it and publish again"
+            )
+
+    def _write_current(self, version: int | None, *, trim: bool) -> None:
+        if version is None:
+            (self.mirror / CURRENT).unlink(missing_ok=True)
+            return
+        if current_version_or_none(self.mirror) != version:
+            write_current(self.mirror, version)
+        folders = [self._folder(number) for number in version_numbers(self.mirror)]
+        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime)[: -_KEPT if trim else 0]:
+            remove_directory(self.mirror, folder)
+
+    def _hashes(self, versions: Collection[int]) -> set[str]:
+        """Return the blobs of some versions of the mirror."""
+        manifests = (each for each in list_versions(self.mirror) if each.version in versions)
+        return {info.sha256 for manifest in manifests for info in manifest.files.values()}
+
+    def _lost_race(self) -> LockedError:
+        return LockedError(f"another job has published to {self.url} meanwhile; run the same command again")
+
+    @property
+    def _refusals(self) -> tuple[type[Exception], ...]:
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        return AlreadyExistsError, PreconditionError
+
+    @contextmanager
+    def _report(self) -> Iterator[None]:
+        """Raise ArtifactError, one line for people, in place of an error of the store."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{self.url} lacks an object: {_first_line(error)}") from error
+        except BaseError as error:
+            raise UnavailableError(f"{self.url} is not available: {_first_line(error)}") from error
+
+
+def _manifest_key(version: int) -> str:
+    return f"{VERSIONS}/{version}/{MANIFEST}"
+
+
+def _identity(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Return what identifies the state of an object, for a conditional replacement; None is not accepted there."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
+
+
+def _first_line(error: Exception) -> str:
+    """Return what a store has responded, without the times of attempts, which differ each time."""
+    return str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]

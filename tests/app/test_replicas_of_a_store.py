@@ -1,0 +1,89 @@
+"""Services on an index in object storage: they follow it, and survive its loss. The store is SeaweedFS."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.core.settings import Settings
+from app.service.write_worker import require_writable
+from dcar_core.util.errors import DcarError
+from index_jobs.store.location import index_path, store_of
+from index_jobs.store.publish import rollback
+from tests.support.object_store import ACCESS, Machines, ObjectStore
+from tests.support.parts import needs
+from tests.support.service import ADMIN, ADMIN_ONLY, WORDS, opened, until, until_ready
+from tests.support.versions import publish_copy
+from tests.support.writes import ADMINS
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ObjectStore]:
+    (tmp_path / "store").mkdir()
+    server = ObjectStore(tmp_path / "store")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def machines(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("app.service.collections._RETRY_S", 0.2)
+    return Machines(tmp_path, "s3://bucket/shop/index")
+
+
+@needs("seaweedfs")
+@pytest.mark.slow
+async def test_replica_follows_the_store_and_serves_on_without_it(
+    built_index: Path, machines: Machines, server: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty, failures = machines["empty"], list[DcarError]()
+    async with opened(empty, ready=False, on_start_failure=failures.append, poll_s=0.05) as starting:
+        await until(lambda: bool(failures))
+        publish_copy(machines["builder"], source=built_index)
+        await until_ready(starting, status="ready", index_version=1)
+    assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
+    replica = machines["replica"]
+    async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
+        found = (await client.post("/search/text", json=WORDS)).json()
+        publish_copy(machines["builder"])
+        await until_ready(client, status="ready", index_version=2)
+        rollback(machines["builder"])
+        await until_ready(client, status="ready", index_version=1)
+        with caplog.at_level(logging.ERROR, "app.service.collections"):
+            server.stop()
+            body = await until_ready(client, status="degraded", index_version=1)
+            again = await client.post("/admin/reload", headers=ADMINS)
+            assert again.status_code == 503
+        assert body["reason"].startswith("s3://bucket/shop/index is not available")
+        assert len(caplog.records) == 1, "the same reason is logged once"
+        assert 'dcar_index_degraded{collection="index"} 1.0' in (await client.get("/metrics", headers=ADMINS)).text
+        assert (await client.post("/search/text", json=WORDS)).json()["results"] == found["results"]
+        async with opened(replica, poll_s=0.05) as restarted:
+            await until_ready(restarted, status="degraded", index_version=1)
+            assert (await restarted.post("/search/text", json=WORDS)).json()["results"] == found["results"]
+        server.start()
+        await until_ready(client, status="ready")
+        publish_copy(machines["builder"])
+        await until_ready(client, status="ready", index_version=3)
+
+
+@needs("object-store")
+def test_changes_over_http_of_an_index_in_a_store_are_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**ACCESS, "DCAR_RUNTIME_CACHE": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("DCAR_COLLECTIONS", '{"more": "gs://bucket/more/"}')
+    settings = Settings(index="s3://bucket/index", writes=True, admin_key=ADMIN)  # type: ignore[arg-type]
+    assert settings.indexes == {"index": index_path("s3://bucket/index"), "more": index_path("gs://bucket/more")}
+    assert settings.index == tmp_path / "indexes/s3/bucket/index"
+    assert settings.default_collection == "index"
+    with pytest.raises(DcarError, match="s3://bucket/index is in an object store, to which only jobs publish"):
+        require_writable(settings)
+    with pytest.raises(DcarError, match="DCAR_FEEDBACK must name a directory"):
+        require_writable(settings.model_copy(update={"writes": False, "feedback": True}))
+    assert store_of(tmp_path) is None

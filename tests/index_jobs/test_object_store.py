@@ -1,0 +1,259 @@
+"""An index in object storage, on a real server: publications, races, kills, damage, and disks that do not fill up."""
+
+import json
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core.util.errors import ArtifactError, DataError, LockedError, MissingExtraError, StoreUnavailableError
+from index_jobs.jobs.update import remove
+from index_jobs.store.location import index_path, published_index, store_of
+from index_jobs.store.manifest import FileInfo
+from index_jobs.store.publish import open_staging, publish_version, rollback
+from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
+from tests.support.commands import run
+from tests.support.object_store import Machines, ObjectStore
+from tests.support.parts import needs
+from tests.support.versions import Build, copy_files, publish_copy
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    server = ObjectStore()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def machines(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
+    """Machines of one index, which has no version yet."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return Machines(tmp_path, f"s3://bucket/{uuid.uuid4().hex}/index")
+
+
+@pytest.fixture
+def mirror(machines: Machines, published: Path) -> Path:
+    """The mirror of a machine that has published version 1."""
+    assert publish_copy(machines["builder"], source=published) == 1
+    return machines["builder"]
+
+
+def store(mirror: Path) -> Any:
+    """The obstore object behind a mirror."""
+    found = store_of(mirror)
+    assert found is not None
+    return found._store
+
+
+def pull(mirror: Path) -> int | None:
+    published_index(mirror)
+    open_current(mirror).verify()
+    return current_version(mirror)
+
+
+def first_id(mirror: Path) -> str:
+    current = open_current(mirror)
+    return current.item(int(np.flatnonzero(current.live)[0])).id
+
+
+@needs("object-store")
+@pytest.mark.slow
+def test_what_one_machine_builds_others_read_change_and_roll_back(
+    build: Build, machines: Machines, tiny_gallery: Path, tiny_checkpoint: Path
+) -> None:
+    arguments = ["--gallery", tiny_gallery, "--checkpoint", tiny_checkpoint, "--out", machines.url, "--json", "--quiet"]
+    built = run("app.cli", "index", "build", *arguments, environment=machines.cache("builder"))
+    assert built.returncode == 0, built.stderr
+    assert json.loads(built.stdout)["version"] == 1
+    assert pull(machines["reader"]) == 1
+    before = open_current(machines["reader"])
+    rows = np.arange(before.rows)
+    np.testing.assert_array_equal(before.vectors(rows), open_current(machines["builder"]).vectors(rows))
+    assert build(out=machines["empty"]).reused, "a job finds what another machine has published"
+    blobs = len(store(machines["reader"]).list("blobs/").collect())
+    remove(machines["editor"], [first_id(machines["reader"])])
+    assert len(store(machines["reader"]).list("blobs/").collect()) < blobs + 5, "versions share their files"
+    assert pull(machines["reader"]) == 2
+    assert open_current(machines["reader"]).manifest.count == before.manifest.count - 1
+    listed = run("app.cli", "index", "list", machines.url, environment=machines.cache("operator")).stdout.splitlines()
+    assert [line[:6] for line in listed] == ["*    2", "     1"]
+    assert not [*machines["operator"].glob("versions/*/items.arrow")], "a list needs no files"
+    assert rollback(machines["operator"]) == 1
+    assert pull(machines["reader"]) == 1
+    verified = run("app.cli", "index", "verify", machines.url, environment=machines.cache("auditor"))
+    assert verified.stdout.count("are as published") == 2
+
+
+@needs("object-store")
+def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines) -> None:
+    ready, outcomes, refusals = threading.Barrier(16), list[str](), list[str]()
+    mirrors = [machines[f"publisher {number}"] for number in range(16)]
+
+    def publish(mirror: Path) -> None:
+        with open_staging(mirror) as staging:
+            manifest = replace(copy_files(mirror, staging), change=mirror.parts[-6])
+            ready.wait(60)
+            try:
+                publish_version(mirror, staging, manifest)
+                outcomes.append(manifest.change)
+            except LockedError as error:
+                refusals.append(str(error))
+
+    threads = [threading.Thread(target=publish, args=(each,)) for each in mirrors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = outcomes
+    message = f"another job has published to {machines.url} meanwhile; run the same command again"
+    assert refusals == [message] * 15
+    assert pull(machines["reader"]) == 2
+    assert open_current(machines["reader"]).manifest.change == winner
+    assert [pull(each) for each in mirrors] == [2] * 16
+    assert publish_copy(mirrors[0]) == 3, "a loser runs again"
+
+
+@needs("object-store")
+def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version(
+    mirror: Path, machines: Machines
+) -> None:
+    publish_copy(mirror)
+    with open_staging(mirror) as staging:
+        manifest = copy_files(mirror, staging)
+        rollback(machines["operator"], 1)
+        with pytest.raises(LockedError, match="run the same command again"):
+            publish_version(mirror, staging, manifest)
+    assert pull(machines["operator"]) == 1
+    store_of(mirror).pull(history=True)  # type: ignore[union-attr]
+    assert version_numbers(mirror) == [1, 2]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from index_jobs.jobs.update import remove
+from index_jobs.store.location import store_of
+
+class Store:
+    def __init__(self, store): self.store = store
+    def __getattr__(self, name): return getattr(self.store, name)
+    def put(self, key, *given, **options):
+        if key.startswith(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.store.put(key, *given, **options)
+
+mirror = Path(sys.argv[1])
+store_of(mirror)._store = Store(store_of(mirror)._store)
+remove(mirror, [sys.argv[2]])
+"""
+
+
+@needs("object-store")
+@pytest.mark.parametrize("key", ["blobs/", "versions/", "CURRENT"])
+def test_killed_publisher_leaves_nothing_visible(key: str, mirror: Path, machines: Machines) -> None:
+    assert run("-c", KILLED, mirror, first_id(mirror), key).returncode == -9
+    assert pull(machines["reader"]) == 1
+    remove(mirror, [first_id(mirror)])
+    assert pull(machines["reader"]) == current_version(mirror) == (3 if key == "CURRENT" else 2)
+
+
+@needs("object-store")
+@pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]])
+def test_corrupted_blob_is_refused_until_it_is_published_again(damage: Any, mirror: Path, machines: Machines) -> None:
+    assert pull(machines["reader"]) == 1
+    publish_copy(mirror)
+    remove(mirror, [first_id(mirror)])
+    key = f"blobs/{open_current(mirror).manifest.files['removed.npy'].sha256}"
+    data = bytes(store(mirror).get(key).bytes())
+    store(mirror).put(key, damage(data))
+    with pytest.raises(ArtifactError, match=r"s3://bucket/.*(is corrupted: its checksum differs; roll back|range)"):
+        published_index(machines["reader"])
+    assert current_version(machines["reader"]) == 1
+    with pytest.raises(ArtifactError):
+        store_of(machines["reader"]).verify()  # type: ignore[union-attr]
+    store(mirror).delete(key)
+    with pytest.raises(ArtifactError, match="lacks an object"):
+        published_index(machines["reader"])
+    publish_copy(mirror)
+    assert pull(machines["reader"]) == 4
+
+
+@needs("object-store")
+def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Machines) -> None:
+    manifest = open_current(mirror).manifest
+    for name in ("../../outside", "/tmp/outside"):
+        files = {**manifest.files, name: FileInfo(1, next(iter(manifest.files.values())).sha256)}
+        hostile = json.dumps(replace(manifest, files=files).to_dict()).encode()
+        store(mirror).put("versions/1/manifest.json", hostile)
+        with pytest.raises(ArtifactError, match=f"names the file '{name}'"):
+            published_index(machines["reader"])
+    assert not (machines["reader"] / "outside").exists()
+
+
+@needs("object-store")
+def test_old_versions_and_their_blobs_are_removed(
+    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = set[int]()
+    for _ in range(5):
+        remove(mirror, [first_id(mirror)], keep=2)
+        assert pull(machines["reader"]) == current_version(mirror)
+        assert len(version_numbers(machines["reader"])) <= 3, "a replica's disk does not fill up"
+        blobs.add(len(store(mirror).list("blobs/").collect()))
+    found = store(mirror).list_with_delimiter("versions/")["common_prefixes"]
+    assert sorted(found) == ["versions/5", "versions/6"]
+    monkeypatch.setattr("index_jobs.store.remote._GRACE", timedelta(0))
+    remove(mirror, [first_id(mirror)], keep=1)
+    used = {info.sha256 for manifest in list_versions(mirror) for info in manifest.files.values()}
+    stored = {each["path"].rpartition("/")[2] for each in store(mirror).list("blobs/").collect()}
+    assert stored == used, "without a grace period, unused blobs go"
+    assert max(blobs) > len(stored), "young ones stay: they may belong to a version that is being published"
+
+
+@needs("object-store")
+def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, machines: Machines) -> None:
+    assert pull(machines["reader"]) == 1
+    store(mirror).delete([each["path"] for each in store(mirror).list().collect()])
+    with pytest.raises(ArtifactError, match="holds no published index"):
+        published_index(machines["reader"])
+    assert current_version(machines["reader"]) == 1
+    with open_staging(machines["other"]) as staging:
+        manifest = replace(copy_files(machines["reader"], staging), change="another")
+        publish_version(machines["other"], staging, manifest)
+    assert pull(machines["reader"]) == 1
+    assert open_current(machines["reader"]).manifest.change == "another"
+
+
+@needs("object-store")
+def test_store_that_does_not_respond_is_reported_in_one_line(
+    machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StoreUnavailableError, match=r"^s3://bucket/\w+/index is not available: HTTP error: [^\n]+$"):
+        publish_copy(machines["builder"], source=published)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/../etc", "s3://bucket//index", "gs://./index"])
+def test_url_that_names_no_index_is_refused(url: str) -> None:
+    with pytest.raises(DataError, match="is not the URL of an index, such as s3://bucket/index"):
+        index_path(url)
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    for url in ("s3://bucket/index", "gs://bucket/index", "az://container/index", Path("s3://bucket/index")):
+        with pytest.raises(MissingExtraError, match=r"pip install 'dcar\[objectstore\]'"):
+            index_path(url)
+    assert index_path("s3") == Path("s3")
+    assert os.fspath(index_path("bucket/index")) == "bucket/index"

@@ -1,0 +1,83 @@
+"""Real servers of S3's protocol on loopback: moto, which remembers nothing, and SeaweedFS, which has a disk."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import certifi
+
+from index_jobs.store.location import index_path
+from tests.support.processes import free_port
+
+ACCESS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
+ACCESS["SSL_CERT_FILE"] = certifi.where()  # obstore does not start without certificates
+_PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+_PARTS = ("-master.telemetry=false", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64")
+
+
+class ObjectStore:
+    """A server with a bucket. environment: the variables that lead obstore to it."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: of SeaweedFS; None for moto."""
+        self.port = free_port()
+        self.environment = {**ACCESS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+        self._command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        if folder is not None:
+            ports = [f"-{name}={free_port()}" for name in (*_PORTS, "s3.port.grpc")]
+            program = str(Path(sys.executable).with_name("weed"))
+            here = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}"]
+            self._command = [program, "server", *here, *_PARTS, *ports]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        self._process = subprocess.Popen(
+            self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        end = time.monotonic() + 60
+        while True:
+            try:
+                request = urllib.request.Request(f"http://127.0.0.1:{self.port}/bucket", method="PUT")
+                with urllib.request.urlopen(request, timeout=5):
+                    return
+            except urllib.error.HTTPError as error:
+                if error.code == 409:  # there since before
+                    return
+            except OSError:
+                pass
+            assert time.monotonic() < end, "the object store does not start"
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Kill the server."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
+class Machines:
+    """Machines with a disk each: the mirrors of one index in a store."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self._folder, self.url = folder, url
+
+    def cache(self, name: str) -> dict[str, str]:
+        return {"DCAR_RUNTIME_CACHE": str(self._folder / name)}
+
+    def __getitem__(self, name: str) -> Path:
+        """The mirror on the machine of a name."""
+        before = os.environ.get("DCAR_RUNTIME_CACHE")
+        os.environ.update(self.cache(name))
+        try:
+            return index_path(self.url)
+        finally:
+            if before is None:
+                del os.environ["DCAR_RUNTIME_CACHE"]
+            else:
+                os.environ["DCAR_RUNTIME_CACHE"] = before
