@@ -78,7 +78,7 @@ def test_changes_over_http_of_an_index_in_a_store_are_refused_at_the_start(
     for name, value in {**ACCESS, "DCAR_RUNTIME_CACHE": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DCAR_COLLECTIONS", '{"more": "gs://bucket/more/"}')
-    settings = Settings(index="s3://bucket/index", writes=True, admin_key=ADMIN)  # type: ignore[arg-type]
+    settings = Settings(index="s3://bucket/index", writes=True, admin_key=ADMIN)
     assert settings.indexes == {"index": index_path("s3://bucket/index"), "more": index_path("gs://bucket/more")}
     assert settings.index == tmp_path / "indexes/s3/bucket/index"
     assert settings.default_collection == "index"
