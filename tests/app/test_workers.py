@@ -3,10 +3,8 @@
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -14,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.commands import Command
+from tests.support.load import searching
 from tests.support.processes import free_port, is_alive
 from tests.support.service import ADMIN, SERVE, bearer, serving_process
 
@@ -52,30 +51,6 @@ def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@contextmanager
-def load(url: str) -> Iterator[list[int]]:
-    """Search without pause from a few threads, over new connections and kept ones; yield the statuses."""
-    statuses, is_over = list[int](), threading.Event()
-
-    def search(number: int) -> None:
-        with httpx.Client(base_url=url, timeout=20) as client:
-            while not is_over.is_set():
-                body = {"query": f"red {len(statuses)} {number}", "k": 5}
-                send = client.post if number % 2 else httpx.post
-                answer = send(f"{url}/search/text", json=body)
-                statuses.append(answer.status_code if len(answer.json()["results"]) == 5 else -1)
-
-    threads = [threading.Thread(target=search, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield statuses
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join(30)
-
-
 @pytest.fixture(scope="module")
 def service(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     root = tmp_path_factory.mktemp("workers")
@@ -104,7 +79,7 @@ def test_workers_share_the_requests_and_add_up_their_metrics(service: Service) -
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         assert pages * 4096 < 0.8 * both
     assert service.sample("dcar_index_items") == 24
-    with load(service.url) as statuses:
+    with searching(service.url) as statuses:
         wait(lambda: len(statuses) > 100)
     times = [Path(f"/proc/{pid}/stat").read_text().split()[13] for pid in service.pids()]
     assert min(map(int, times)) > 0, "each has computed"
@@ -119,7 +94,7 @@ def test_writes_are_applied_once_and_published_under_load_without_a_failed_reque
         return str(answer.json()["id"])
 
     before = service.get("/readyz").json()["index_version"]
-    with load(service.url) as statuses:
+    with searching(service.url) as statuses:
         jobs = [patch(number) for number in range(6)]
         wait(lambda: all(service.get(f"/jobs/{job}").json()["status"] == "done" for job in jobs))
         last = max(service.get(f"/jobs/{job}").json()["index_version"] for job in jobs)
@@ -139,7 +114,7 @@ def test_a_killed_worker_is_replaced_and_the_others_go_on(service: Service) -> N
     served = service.sample("dcar_request_seconds_count")
     os.kill(victim, signal.SIGKILL)
     wait(lambda: not is_alive(victim))
-    with load(service.url) as statuses:
+    with searching(service.url) as statuses:
         wait(lambda: len(service.pids()) == 2 and victim not in service.pids())
         wait(lambda: len(statuses) > 50)
     assert other in service.pids()

@@ -58,6 +58,7 @@ class _Asked(Part):
 
 PARTS = {
     "redis": Part("Redis", "apt-get install redis-server", programs=("redis-server",)),
+    "nginx": Part("nginx", "apt-get install nginx-light", programs=("nginx",)),
     "openssl": Part("TLS", "apt-get install openssl", programs=("openssl",)),
     "make": Part("the Makefile", "apt-get install make", programs=("make",)),
     "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
