@@ -35,7 +35,7 @@ def behind_nginx(folder: Path, *replicas: int) -> Iterator[str]:
         text = text.replace(f"server {old}", f"server 127.0.0.1:{new}")
     text = text.replace("listen 8080", f"listen 127.0.0.1:{port}").replace(" /tmp/", f" {folder}/")
     (folder / "nginx.conf").write_text(text)
-    command = ["nginx", "-e", folder / "errors", "-c", folder / "nginx.conf", "-g", "daemon off;"]
+    command: list[str | Path] = ["nginx", "-e", folder / "errors", "-c", folder / "nginx.conf", "-g", "daemon off;"]
     if os.getuid() == 0:
         command[-1] = "daemon off; user root;"  # which may write to the folder
     process = subprocess.Popen(command)
