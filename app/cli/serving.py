@@ -14,7 +14,6 @@ from dcar_core.util.console import dump_json, show_progress
 from dcar_core.util.errors import CheckpointError, DcarError, ImageError, ImageFault
 from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
-from index_jobs.store.location import index_path
 
 commands = typer.Typer()
 
@@ -23,10 +22,7 @@ commands = typer.Typer()
     epilog=example("dcar serve --index index --port 8000", "dcar serve --index shoes --collection bags=bags-index")
 )
 def serve(
-    index: Annotated[
-        Path | None,
-        Option(parser=index_path, metavar="DIR", help="Directory or URL of a published index [DCAR_INDEX]."),
-    ] = None,
+    index: Annotated[Path | None, Option(help="Directory or URL of a published index [DCAR_INDEX].")] = None,
     host: Annotated[str | None, Option(help="Address to listen on [DCAR_HOST].")] = None,
     port: Annotated[int | None, Option(min=0, max=65535, help="Port; 0 chooses a free one [DCAR_PORT].")] = None,
     workers: Annotated[int | None, Option(min=1, help="Processes that serve the port [DCAR_WORKERS].")] = None,
@@ -41,7 +37,7 @@ def serve(
     """
     if index is None and not os.environ.get("DCAR_INDEX"):
         raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
-    collections = {name: index_path(path) for name, path in _pairs("--collection", "NAME=DIR", collection)} or None
+    collections = {name: Path(path) for name, path in _pairs("--collection", "NAME=DIR", collection)} or None
     serve_index(index=index, host=host, port=port, workers=workers, runtime=runtime, collections=collections)
 
 

@@ -100,7 +100,7 @@ def _check_admin_key(value: SecretStr) -> SecretStr:
     return SecretStr(key)
 
 
-IndexDir = Annotated[Path, BeforeValidator(index_path)]
+IndexDir = Annotated[Path, AfterValidator(index_path)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Hosts = Annotated[Names, AfterValidator(_check_hosts)]
 Origins = Annotated[

@@ -57,7 +57,7 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import store_of
+from index_jobs.store.location import index_path, store_of
 from index_jobs.store.manifest import (
     CHECKPOINT,
     CURRENT,
@@ -88,7 +88,7 @@ def rebuild(
         gallery: a folder, an uncompressed tar, or a list, as a path or URL, or several; see `index_jobs.gallery.scan`.
             A scanned gallery is taken as it is.
         checkpoint: a DCAR checkpoint directory.
-        out: the index directory; created if missing.
+        out: the index directory, created if missing, or its URL in an object store.
         options: the fields of `BuildOptions` and of its `IndexSpec`.
 
     Raises:
@@ -99,6 +99,7 @@ def rebuild(
         StoreUnavailableError: the served version's store does not respond, without force.
         DcarError: the output cannot be written, or does not read back; published versions are unchanged.
     """
+    out = index_path(out)
     build, store = _Build(BuildOptions.of(options), checkpoint, out), store_of(out)
     with publish.report_os_errors(out):
         if store is not None:

@@ -21,7 +21,6 @@ from dcar_core.util.errors import DcarError
 from index_jobs.jobs.notify import SCHEMES
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
-from index_jobs.store.location import index_path
 
 EPILOG = """\b
 Example:
@@ -106,11 +105,7 @@ def build_command(
     checkpoint: Checkpoint,
     out: Annotated[
         Path,
-        typer.Option(
-            parser=index_path,
-            metavar="DIR",
-            help="Index directory, created if missing, or the URL of one in an object store: s3://, gs://, az://.",
-        ),
+        typer.Option(metavar="DIR", help="Index directory, created if missing, or its URL: s3://, gs://, az://."),
     ],
     *,
     as_json: Annotated[

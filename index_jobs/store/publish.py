@@ -175,12 +175,11 @@ def rollback(index: Path, to: int | None = None) -> int:
         LockedError: another writer is at work.
         DcarError: CURRENT cannot be written.
     """
-    store = store_of(index)
-    if store is None and not version_numbers(index):
+    if (store := store_of(index)) is not None:
+        store.pull(history=True)
+    if not version_numbers(index):
         raise ArtifactError(f"{index} holds no published index")
     with report_os_errors(index), _lock(index):
-        if store is not None:
-            store.pull(history=True)
         if to is None:
             to = _previous_version(index)
         if store is not None and to in version_numbers(index):

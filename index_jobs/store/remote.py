@@ -46,7 +46,7 @@ _PART_BYTES, _PARTS = 8 * 2**20, 8  # of a blob; this many are fetched at a time
 _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
 _KEPT = 3  # versions on the disk of a replica: those that were in use last
 _GRACE = timedelta(days=1)  # younger blobs may belong to a version that is being published
-_CLIENT: Any = {"timeout": "30s", "connect_timeout": "5s", "allow_http": True}  # of an endpoint that is configured so
+_CLIENT: Any = {"timeout": "60s", "connect_timeout": "5s", "allow_http": True}  # of an endpoint that is configured so
 _RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 

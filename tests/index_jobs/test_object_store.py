@@ -81,18 +81,21 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
     rows = np.arange(before.rows)
     np.testing.assert_array_equal(before.vectors(rows), open_current(machines["builder"]).vectors(rows))
     assert build(out=machines["empty"]).reused, "a job finds what another machine has published"
+    forced = build(out=machines["gate"], force=True)
+    assert forced.gate is not None
+    assert forced.gate["passed"], "a job compares with what another machine has published"
     blobs = len(store(machines["reader"]).list("blobs/").collect())
     remove(machines["editor"], [first_id(machines["reader"])])
     assert len(store(machines["reader"]).list("blobs/").collect()) < blobs + 5, "versions share their files"
-    assert pull(machines["reader"]) == 2
+    assert pull(machines["reader"]) == 3
     assert open_current(machines["reader"]).manifest.count == before.manifest.count - 1
     listed = run("app.cli", "index", "list", machines.url, environment=machines.cache("operator")).stdout.splitlines()
-    assert [line[:6] for line in listed] == ["*    2", "     1"]
+    assert [line[:6] for line in listed] == ["*    3", "     2", "     1"]
     assert not [*machines["operator"].glob("versions/*/items.arrow")], "a list needs no files"
-    assert rollback(machines["operator"]) == 1
-    assert pull(machines["reader"]) == 1
+    assert rollback(machines["operator"]) == 2
+    assert pull(machines["reader"]) == 2
     verified = run("app.cli", "index", "verify", machines.url, environment=machines.cache("auditor"))
-    assert verified.stdout.count("are as published") == 2
+    assert verified.stdout.count("are as published") == 3
 
 
 @needs("object-store")

@@ -46,12 +46,16 @@ class ObjectStore:
                 with urllib.request.urlopen(request, timeout=5):
                     return
             except urllib.error.HTTPError as error:
-                if error.code == 409:  # there since before
+                if error.code == 403:  # SeaweedFS, which creates buckets when they are used
                     return
             except OSError:
                 pass
             assert time.monotonic() < end, "the object store does not start"
             time.sleep(0.05)
+
+    def send_signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def stop(self) -> None:
         """Kill the server."""
