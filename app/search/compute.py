@@ -11,7 +11,6 @@ from app.core.metrics import Stage
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from dcar_core.images import OpenedImage
-from dcar_core.model.preprocess import decode_part
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError
@@ -47,7 +46,7 @@ class Compute:
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
         """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
         preprocess, opened = snapshot.preprocess, OpenedImage(data)
-        decoded = preprocess.decode(opened) if crop is None else decode_part(opened, preprocess, crop.box)
+        decoded = preprocess.decoder(None if crop is None else crop.box)(opened)
         (vector,) = await self.pixels([ImageRow(snapshot.encoder, preprocess.finish(decoded))])
         return vector, False
 

@@ -11,7 +11,6 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 from app.core.decoders import Decoders
@@ -26,7 +25,7 @@ from app.service.batching import Batcher, BatchGroup, SharedTasks, together
 from app.service.embedding_cache import EmbeddingCache, cache_key, rounded
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS, ImageFormat
 from dcar_core.images.workers import Convert
-from dcar_core.model.preprocess import Preprocess, decode_part
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
@@ -107,7 +106,7 @@ class SharedCompute(Compute):
             return await self.pixels([ImageRow(encoder, pixels)])
 
         key = await self._pixel_threads.run(cache_key, encoder.fingerprint, "image", data)
-        key += "" if crop is None else f":{crop.x:g},{crop.y:g},{crop.width:g},{crop.height:g}"
+        key += "" if crop is None else f":{crop.x},{crop.y},{crop.width},{crop.height}"
         return await self._cached(key, encoder.dim, embed)
 
     async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
@@ -127,8 +126,9 @@ class SharedCompute(Compute):
     async def _decode_pixels(
         self, data: bytes, preprocess: Preprocess, crop: Crop | None = None, *, is_query: bool = False
     ) -> Pixels:
-        convert = preprocess.decode if crop is None else partial(decode_part, preprocess=preprocess, box=crop.box)
-        decoded: Pixels = await self.decode(data, convert, is_query=is_query)
+        decoded: Pixels = await self.decode(
+            data, preprocess.decoder(None if crop is None else crop.box), is_query=is_query
+        )
         return decoded if preprocess.resizer == "pillow" else await self._pixel_threads.run(preprocess.finish, decoded)
 
     async def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:

@@ -133,7 +133,7 @@ class Retriever:
     async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
         """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
         async with self._admission(kind="pictures"):
-            await self.compute.decode(data, snapshot.encoder.preprocess.decode, is_query=True)
+            await self.compute.decode(data, snapshot.encoder.preprocess.decoder(), is_query=True)
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
@@ -157,8 +157,7 @@ class Retriever:
                 name, data, source = await self.image_threads.run(read)
                 if data is None:
                     try:
-                        # as a plain int: for an enum, the process would import the service
-                        make = partial(make_thumbnail, side=int(side), thumbnail_format=thumbnail_format)
+                        make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                         data = await self.compute.decode(source, make)
                         await self.image_threads.run(self._thumbnails.put, name, data)
                     except ImageError as error:

@@ -5,13 +5,12 @@
 - A worker that hangs is ended after `WALL` times the seconds.
 - Only the header of a file decides how much it may take, and it is read within the same limits.
 - A worker imports Pillow and NumPy, takes 0.15 s to start, and ends with this process: its input is at an end then.
-- Images go through pipes. What comes back is JSON and pixels, never pickle: a decoder may have been taken over.
+- Images go through pipes, beside JSON: the name of a function with its options, and what it says. Nothing is pickled.
 """
 
 import contextlib
 import json
 import os
-import pickle
 import resource
 import signal
 import struct
@@ -20,8 +19,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Set
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib import import_module
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -116,11 +116,12 @@ class DecodeWorker:
             self._stop()
 
     def run(self, convert: Convert, data: bytes, limits: Limits) -> Decoded:
-        """Return what `convert`, a picklable function of a module without heavy imports, makes of an image file.
+        """Return what `convert`, a function of a module without heavy imports, makes of an image file.
 
-        Raise ImageError if it cannot be read, or takes more than its limits; LargeImageError: see `Limits`.
+        It may be a `partial` of one, with keywords that JSON holds. Raise ImageError if the file cannot be read, or
+        takes more than its limits; LargeImageError: see `Limits`.
         """
-        job = pickle.dumps((convert, limits))
+        job = _to_json(convert, limits)
         head = _LENGTHS.pack(len(job), len(data)) + job
         with self._in_use:
             for is_last in (False, True):  # a process that ends meanwhile may have been killed from outside
@@ -132,6 +133,8 @@ class DecodeWorker:
                 try:
                     _write(process.stdin, head, data)
                     return _answer(process.stdout)
+                except (ImageError, LargeImageError):
+                    raise
                 except (OSError, EOFError):
                     status = self._stop()
                     self._start()  # the next image need not wait
@@ -139,6 +142,10 @@ class DecodeWorker:
                         raise ImageError("refused: decoding it takes too long", ImageFault.HOSTILE) from None
                     if is_last and status != -signal.SIGKILL:
                         raise ImageError("refused: it ends its decoder", ImageFault.HOSTILE) from None
+                except BaseException:  # half of an answer may be left, which the next image must not get
+                    process.kill()
+                    self._stop()
+                    raise
                 finally:
                     del _deadlines[process]
         raise ImageError("its decoder was killed, perhaps out of memory; try again", ImageFault.UNREADABLE)
@@ -171,6 +178,18 @@ def _end_late_processes() -> None:
         for process, deadline in list(_deadlines.items()):
             if time.monotonic() > deadline:
                 process.kill()
+
+
+def _to_json(convert: Convert, limits: Limits) -> bytes:
+    function, options = (convert.func, convert.keywords) if isinstance(convert, partial) else (convert, {})
+    name = function.__module__, function.__name__
+    return json.dumps([name, options, asdict(limits) | {"formats": sorted(limits.formats)}]).encode()
+
+
+def _from_json(job: bytearray) -> tuple[Convert, Limits]:
+    (module, name), options, limits = json.loads(job)
+    limits["formats"] = frozenset(map(ImageFormat, limits["formats"]))
+    return partial(getattr(import_module(module), name), **options), Limits(**limits)
 
 
 def _write(pipe: IO[bytes] | None, *parts: bytes | memoryview) -> None:
@@ -218,7 +237,7 @@ def work() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             job_size, data_size = _LENGTHS.unpack(_read(requests, _LENGTHS.size))
-            convert, limits = pickle.loads(_read(requests, job_size))  # of the parent; the file comes after it
+            convert, limits = _from_json(_read(requests, job_size))  # of the parent; the file comes after it
             answer, payload = _decode(convert, requests.read(data_size), limits)
             head = json.dumps(answer).encode()
             _write(answers, _LENGTHS.pack(len(head), len(payload)) + head, payload)

@@ -1,4 +1,4 @@
-"""Preprocessing of images into the model's pixels, without the model and picklable for worker processes.
+"""Preprocessing of images into the model's pixels, without the model, here or in decoding processes.
 
 - The exact mode resizes with PIL as open_clip's transform does, bit for bit; training and evaluation use it.
 - The fast mode decodes a large JPEG at reduced scale, halves a large image before filtering, and crops while resizing.
@@ -10,9 +10,9 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -94,6 +94,10 @@ class Preprocess:
                 return np.array(image)
         return np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
 
+    def decoder(self, box: Sequence[float] | None = None) -> Callable[[OpenedImage], NDArray[np.uint8]]:
+        """Return `decode`, perhaps of a part of the image, for a decoding process; see `decode_image`."""
+        return partial(decode_image, preprocess=asdict(self), box=box)
+
     def finish(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return uint8 (3, S, S) of what `decode` returns."""
         if pixels.shape == (3, self.size, self.size):
@@ -142,18 +146,21 @@ class Preprocess:
         return page
 
 
-def decode_part(
-    opened: OpenedImage, preprocess: Preprocess, box: tuple[float, float, float, float]
+def decode_image(
+    opened: OpenedImage, preprocess: Mapping[str, Any], box: Sequence[float] | None = None
 ) -> NDArray[np.uint8]:
-    """Return `preprocess.decode` of a part of the upright image, at least one pixel.
+    """Return `Preprocess(**preprocess).decode` of an upright image, or of a part of it, at least one pixel.
 
     Args:
         box: left, top, width and height in fractions of the image's.
     """
-    image, (x, y, width, height) = open_image(opened, max_pixels=preprocess.max_pixels), box
+    decoder = Preprocess(**preprocess)
+    if box is None:
+        return decoder.decode(opened)
+    image, (x, y, width, height) = open_image(opened, max_pixels=decoder.max_pixels), box
     left, top = int(x * image.width), int(y * image.height)
     right, bottom = round((x + width) * image.width), round((y + height) * image.height)
-    return preprocess.decode(image.crop((left, top, max(left + 1, right), max(top + 1, bottom))))
+    return decoder.decode(image.crop((left, top, max(left + 1, right), max(top + 1, bottom))))
 
 
 @cache

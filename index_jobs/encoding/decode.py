@@ -145,7 +145,7 @@ def _decode_image(
         if worker is None:
             opened = OpenedImage(data)
             return Decoded(preprocess(opened), *opened.upright_size)
-        decoded = worker.run(preprocess.decode, data, LIMITS)
+        decoded = worker.run(preprocess.decoder(), data, LIMITS)
         return decoded._replace(result=preprocess.finish(decoded.result))
     except ImageError as error:
         return FailedImage(row, str(error), error.fault)

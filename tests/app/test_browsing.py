@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from PIL import Image
 
 from app.core.keys import key_hash
 from app.core.thumbnail_cache import ThumbnailCache
+from dcar_core.images import workers
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import languages_of, save_zero_shot
@@ -84,7 +84,7 @@ async def test_thumbnails_are_small_and_upright(
     run, jobs = DecodeWorker.run, list[bytes]()
 
     def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
-        jobs.append(pickle.dumps(convert))
+        jobs.append(workers._to_json(convert, limits))
         return run(worker, convert, data, limits)
 
     monkeypatch.setattr(DecodeWorker, "run", recorded)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,12 +70,12 @@ def process_of(worker: DecodeWorker) -> int:
 def test_a_bomb_is_refused_within_the_limits(name: str, worker: DecodeWorker) -> None:
     used = os.times()
     with pytest.raises(ImageError) as caught:
-        worker.run(FAST.decode, BOMBS[name](), LIMITS)
+        worker.run(FAST.decoder(), BOMBS[name](), LIMITS)
     assert caught.value.fault in {ImageFault.HOSTILE, ImageFault.TOO_LARGE, ImageFault.BROKEN}
     assert os.times().children_user - used.children_user < 2, "of processor time, with the start of a process"
     status = Path(f"/proc/{process_of(worker)}/status").read_text()
     assert int(status.split("VmHWM:")[1].split()[0]) < 200 * 2**10, "KB"
-    assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3), "the next image is not affected"
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3), "the next image is not affected"
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_mutants_of_every_format_are_decoded_or_refused(worker: DecodeWorker) ->
     before, refused = process_of(worker), 0
     for data in hostile.mutants(140):
         try:
-            worker.run(FAST.decode, data, LIMITS)
+            worker.run(FAST.decoder(), data, LIMITS)
         except ImageError:
             refused += 1
     assert 40 < refused < 140
@@ -93,7 +94,7 @@ def test_pixels_sizes_and_thumbnails_are_those_of_this_process(worker: DecodeWor
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.effect_noise((300, 200), 80).convert("RGB"), "JPEG", exif=exif)
-    pixels, *size = worker.run(FAST.decode, data, LIMITS)
+    pixels, *size = worker.run(FAST.decoder(), data, LIMITS)
     np.testing.assert_array_equal(pixels, FAST(data))
     assert size == [200, 300] == [*open_image(data).size]
     thumbnail = partial(make_thumbnail, side=64, thumbnail_format="jpeg")
@@ -108,11 +109,11 @@ def test_what_this_process_would_say_is_said(worker: DecodeWorker) -> None:
         (encoded(Image.new("L", (2, 2)), "TIFF"), ImageFault.UNSUPPORTED, "TIFF images are not accepted here"),
     ):
         with pytest.raises(ImageError, match=reason) as caught:
-            worker.run(FAST.decode, data, limits if fault != ImageFault.BROKEN else LIMITS)
+            worker.run(FAST.decoder(), data, limits if fault != ImageFault.BROKEN else LIMITS)
         assert caught.value.fault == fault
     with pytest.raises(LargeImageError):
-        worker.run(FAST.decode, PNG, Limits(64 * 2**20, expected=5 * 15 - 1))
-    assert worker.run(FAST.decode, PNG, Limits(64 * 2**20, expected=5 * 15))[1:] == (5, 3)
+        worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15 - 1))
+    assert worker.run(FAST.decoder(), PNG, Limits(64 * 2**20, expected=5 * 15))[1:] == (5, 3)
 
 
 @needs_limits
@@ -132,7 +133,23 @@ def test_a_conversion_that_misbehaves_fails_one_image(
     before = process_of(worker)
     assert refusal(worker, convert) == (fault, says)
     assert (process_of(worker) == before) == (convert in {conversions.fill, conversions.fail})
-    assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
+
+
+def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, sizes = workers._read, list[int]()
+
+    def fails_once(pipe: Any, size: int) -> bytearray:
+        sizes.append(size)
+        if len(sizes) == 3:  # the lengths, the words, and now the pixels
+            raise MemoryError
+        return read(pipe, size)
+
+    monkeypatch.setattr(workers, "_read", fails_once)
+    with pytest.raises(MemoryError):
+        worker.run(FAST.decoder(), PNG, LIMITS)
+    blue = encoded(Image.new("RGB", (4, 4), "blue"))
+    np.testing.assert_array_equal(worker.run(FAST.decoder(), blue, LIMITS).result, FAST(blue))
 
 
 def test_a_process_that_hangs_is_ended_by_the_clock(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,12 +158,12 @@ def test_a_process_that_hangs_is_ended_by_the_clock(worker: DecodeWorker, monkey
         patch.setattr(workers, "WALL", 0)
         patch.setattr(workers, "START_S", 1.0)
         assert refusal(worker, conversions.wait) == (ImageFault.HOSTILE, "refused: decoding it takes too long")
-    assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
 
 
 def test_an_idle_process_that_was_killed_is_replaced(worker: DecodeWorker) -> None:
     os.kill(process_of(worker), signal.SIGKILL)
-    assert worker.run(FAST.decode, PNG, LIMITS)[1:] == (5, 3)
+    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
 
 
 def test_closing_ends_a_process_at_work() -> None:
