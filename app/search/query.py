@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
@@ -87,9 +88,20 @@ def _check_offset(offset: int, info: ValidationInfo) -> int:
 
 
 def _check_filter(filter: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
-    if info.context is not None and filter and len(to_json(filter)) > _MAX_FILTER_BYTES:
+    if info.context is None or not filter:
+        return filter
+    sizes = accumulate(map(len, _texts_in(filter)))  # most that are too long need not become JSON again
+    if any(size > _MAX_FILTER_BYTES for size in sizes) or len(to_json(filter)) > _MAX_FILTER_BYTES:
         raise ValueError(f"takes at most {_MAX_FILTER_BYTES // 2**10} KiB as JSON")
     return filter
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value if isinstance(value, list) else chain(value, value.values()):
+            yield from _texts_in(each)
 
 
 class Weights(BaseModel):

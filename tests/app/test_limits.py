@@ -1,6 +1,7 @@
 """Limits on concurrent work and its duration, and responses under overload."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import io
@@ -94,6 +95,24 @@ async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
         assert (await client.post("/search/image", files={"file": png()})).is_success, "it was accepted before"
         batcher._backlog = 5.0
         assert (await client.post("/search/image", files={"file": png()})).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "says"),
+    [
+        ({"image": base64.b64encode(bytes(2**20)).decode()}, 422, "queries.0: image: not an image"),
+        ({"query": "x", "filter": {"a": "x" * 2**20}}, 422, "filter: takes at most 64 KiB"),
+        ({"query": "x", "filter": {"a": ["x" * 1000] * 1000}}, 422, "filter: takes at most 64 KiB"),
+        ({"query": "x", "filter": {f"{key:030}": 1 for key in range(60_000)}}, 413, "at most 50,000 values"),
+        ({"query": "x", "filter": {"a": "\U0001f600" * 2**20}}, 413, "at most 2 MiB beside images in base64"),
+    ],
+)
+async def test_a_large_body_holds_images_and_little_else(
+    built_index: Path, query: dict[str, Any], status: int, says: str
+) -> None:
+    async with opened(built_index) as client:
+        response = await client.post("/search/batch", json={"queries": [query]})
+        assert (response.status_code, says in response.json()["detail"]) == (status, True), response.text
 
 
 @pytest.mark.redis
