@@ -1,17 +1,28 @@
 """Batching of queries and sharing of computations, with plain functions in place of the model."""
 
 import asyncio
+import random
 import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
 
+from app.core.metrics import Metrics
+from app.core.settings import Settings
 from app.search.errors import UnavailableError
+from app.search.snapshots import Snapshot
 from app.service import batching
 from app.service.batching import Batcher, BatchGroup, SharedTasks
+from app.service.compute import SharedCompute
+from app.service.embedding_cache import rounded
+from dcar_core.serving.multi_encoder_batch import TextRow
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 
@@ -226,6 +237,52 @@ async def test_the_cost_of_a_query_is_its_share_of_a_batch(bench: Callable[..., 
     made = bench(0.2, max_batch=32, max_queue_s=0.5)
     await made.batcher.submit(made.group, ["part"] * 20)  # a hundredth of a second each
     await asyncio.gather(*(made.one("another") for _ in range(20)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
+    """Through cache, shared computations and batches, with deadlines, cancellations and batches that fail."""
+    rng = random.Random(seed)
+
+    def encode(rows: list[TextRow]) -> Floats:
+        time.sleep(rng.random() / 500)
+        if any(row.text == "bad" for row in rows):
+            raise DataError("bad")
+        return np.array([vector_of(row.text) for row in rows])
+
+    def vector_of(text: str) -> Floats:
+        vector = np.random.default_rng(zlib.crc32(text.encode())).normal(size=8).astype(np.float32)
+        return vector / np.linalg.norm(vector)
+
+    settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1, max_queue_ms=20)
+    compute = SharedCompute(settings, Metrics())
+    snapshot = cast(Snapshot, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode)))
+    outcomes = Counter[str]()
+
+    async def ask(text: str) -> None:
+        await asyncio.sleep(rng.random() / 2)
+        try:
+            async with asyncio.timeout(rng.choice([0.001, 0.01, 5])):
+                vector, _ = await compute.text(snapshot, text)
+        except (TimeoutError, UnavailableError, DataError) as error:
+            outcomes[type(error).__name__] += 1
+        else:
+            np.testing.assert_array_equal(vector, rounded(vector_of(text)))
+            outcomes["answered"] += 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.service.compute.encode_text_rows", encode)
+        compute.batcher.start()
+        tasks = [asyncio.create_task(ask(rng.choice(["bad", *"abcdefghijklmnop"]))) for _ in range(400)]
+        for task in rng.sample(tasks, 60):
+            asyncio.get_running_loop().call_later(rng.random() / 2, task.cancel)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await compute.close()
+    assert not [error for error in ended if isinstance(error, Exception)]
+    assert outcomes["answered"] > 100
+    assert outcomes["TimeoutError"]
+    assert outcomes["DataError"]
+    assert not compute._computations._tasks
 
 
 async def test_callers_with_one_key_share_a_computation_and_its_failure() -> None:
