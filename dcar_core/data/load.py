@@ -76,8 +76,7 @@ class Annotations:
             if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} images are not in {self._root.path}: "
-                    f"{shorten(missing)}. Point --images to the folder or tar that holds them, or leave them out with "
-                    f"--skip-broken"
+                    f"{shorten(missing)}. Point --images to their folder or tar, or leave them out with --skip-broken"
                 )
             report.add(MISSING_IMAGES, names=missing)
             report.add("images broken, left out", names=broken)

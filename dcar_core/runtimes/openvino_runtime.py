@@ -112,8 +112,7 @@ def ensure_export(final: Path, write: Callable[[Path], None]) -> Path:
         check_export(final)
     except OSError as error:
         raise RuntimeUnavailableError(
-            f"the cache of exports in {final.parents[1]} cannot be used: {error.strerror or error}; name another "
-            f"directory"
+            f"the exports in {final.parents[1]} cannot be used: {error.strerror or error}; name another directory"
         ) from error
     return final
 

@@ -112,8 +112,7 @@ def build_command(
         bool,
         typer.Option(
             "--json/--text",
-            help="Print the summary as JSON or as text. `python -m index_jobs.rebuild` prints JSON by default, `dcar "
-            "index build` text.",
+            help="Print the summary as JSON or text. Default: text; JSON of `python -m index_jobs.rebuild`.",
             show_default=False,
         ),
     ] = False,
