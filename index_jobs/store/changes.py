@@ -114,13 +114,9 @@ class _Draft:
 
 
 def change_metadata(
-    index: Path,
-    changes: Iterable[tuple[str, Mapping[str, Any]]],
-    source: str,
-    *,
-    strict: bool = False,
+    index: Path, changes: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, strict: bool = False,
     keep: int = BuildOptions.keep,
-) -> ChangeSummary:
+) -> ChangeSummary:  # fmt: skip
     """Publish a version with changed fields of items, unless nothing changes.
 
     Args:

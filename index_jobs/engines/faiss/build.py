@@ -75,15 +75,9 @@ class BuiltIndex:
 
 
 def build_index(
-    file: Path,
-    blocks: Blocks,
-    count: int,
-    dim: int,
-    choices: Sequence[IndexChoice],
-    queries: HeldOutQueries | None = None,
-    *,
-    target: float = IndexSpec.target_recall,
-) -> BuiltIndex:
+    file: Path, blocks: Blocks, count: int, dim: int, choices: Sequence[IndexChoice],
+    queries: HeldOutQueries | None = None, *, target: float = IndexSpec.target_recall,
+) -> BuiltIndex:  # fmt: skip
     """Build and tune an index, and write it; row numbers are the order of the vectors.
 
     Args:
