@@ -23,7 +23,7 @@ from app.search.query import Match, Query, SearchResults, normalize
 from app.search.rank import judge, rank
 from app.search.rows import filter_rows, group_field, mask_key, rank_groups, row_vectors
 from app.search.snapshots import Snapshot, load_snapshot
-from app.search.sorting import sort_matches
+from app.search.sorting import Found, sort_matches
 from dcar_core.serving import encoder_cache
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
@@ -121,9 +121,7 @@ async def _find(
     return replace(found, **facts)
 
 
-def _find_matches(
-    snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None
-) -> tuple[list[Match], dict[str, Any]]:
+def _find_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> Found:
     """Return the matches up to the next page, those of the page with items, and other fields of the results."""
     import faiss
 

@@ -18,6 +18,7 @@ from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, requires_pytorch
+from index_jobs.gallery.storage import ImageAccess
 from index_jobs.selection import Allowed
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT
@@ -129,8 +130,8 @@ def load_snapshot(
     """
     artifact = None
     if not is_empty:
-        limits: dict[str, Any] = {"image_roots": settings.image_roots, "image_hosts": settings.image_hosts}
-        artifact = open_current(index, **limits) if version is None else open_version(index, version, **limits)
+        access = ImageAccess(settings.image_roots, frozenset(settings.image_hosts))
+        artifact = open_current(index, access) if version is None else open_version(index, version, access)
     checkpoint = artifact.checkpoint if artifact else index / CHECKPOINT
     config = read_config(checkpoint)
     fingerprint = artifact.manifest.spec.fingerprint if artifact else config.get("fingerprint")

@@ -36,6 +36,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 
 MAX_SORTED = 10_000
+Found = tuple[list[Match], dict[str, Any]]  # matches up to the next page, and other fields of the results
 _FIRST_WIDTH = 1_000  # nearest rows that are looked at before `MAX_SORTED` of them
 
 
@@ -70,9 +71,7 @@ def sort_order(snapshot: Snapshot, sort: str) -> SortOrder:
     return order
 
 
-def sort_matches(
-    snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None
-) -> tuple[list[Match], dict[str, Any]]:
+def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> Found:
     """Return the sorted matches of a plan among the allowed rows up to the next page, and other fields of the results.
 
     Counts are exact unless there are more than `MAX_SORTED`, or an approximate index may have missed some.

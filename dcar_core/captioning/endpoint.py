@@ -30,6 +30,7 @@ _FATAL = {
 # Responses, their tokens, and responses without token counts.
 USAGE = ("requests", "tokens_in", "tokens_out", "unknown")
 Usage = Counter[str]
+Usable = Callable[["Completion"], bool]
 _MAX_UNUSABLE = 3  # unusable responses before an image fails
 
 
@@ -67,9 +68,7 @@ class Endpoint:
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(
-        self, messages: list[dict[str, Any]], usage: Usage, usable: Callable[[Completion], bool] = lambda _: True
-    ) -> Completion:
+    async def ask(self, messages: list[dict[str, Any]], usage: Usage, usable: Usable = lambda _: True) -> Completion:
         """Send a chat and return the completion.
 
         usage: receives the tokens of every response, unusable ones included.

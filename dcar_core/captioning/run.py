@@ -10,13 +10,13 @@
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dcar_core.captioning import questions
-from dcar_core.captioning.endpoint import Completion, Endpoint
+from dcar_core.captioning.endpoint import Completion, Endpoint, Usable
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
 from dcar_core.captioning.options import CaptioningResult, CaptionOptions, VisionModel
 from dcar_core.captioning.questions import REFUSED, Judgement, Rejection
@@ -234,7 +234,7 @@ class _Run:
 
     async def _ask(
         self, role: str, image: CaptionedImage, turn: int, messages: list[dict[str, object]],
-        usable: Callable[[Completion], bool] = lambda _: True,
+        usable: Usable = lambda _: True,
     ) -> Completion:  # fmt: skip
         before = self.journal.answer(image, role, turn)
         if before is not None and usable(before):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 Record = dict[str, Any]
+OpenFile = Callable[[], BinaryIO]
 OnBadLine = Callable[[DataError], None]
 RECORD_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
@@ -48,7 +49,7 @@ def _raise(error: DataError) -> None:
 
 
 def read_records(
-    name: str, open_file: Callable[[], BinaryIO], *, infer_types: bool = False,
+    name: str, open_file: OpenFile, *, infer_types: bool = False,
     used_columns: Sequence[str] | None = None, on_bad_line: OnBadLine = _raise,
 ) -> Iterator[tuple[int, Record]]:  # fmt: skip
     """Yield (number, record); the number is the line of a text file or the row of a parquet file, from 1.
@@ -85,7 +86,7 @@ def read_records(
         raise DataError(f"{name} is not UTF-8 ({error.reason}); {hint}") from error
 
 
-def _read_jsonl(name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
+def _read_jsonl(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
         for line, text in enumerate(_lines(name, file), 1):
             if not text.strip():
@@ -112,9 +113,7 @@ def _lines(name: str, file: TextIO) -> Iterator[str]:
         yield line
 
 
-def _read_typed_csv(
-    name: str, open_file: Callable[[], BinaryIO], on_bad_line: OnBadLine
-) -> Iterator[tuple[int, Record]]:
+def _read_typed_csv(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> Iterator[tuple[int, Record]]:
     """Read the file twice: only the last row decides the type of a column."""
     types = dict.fromkeys(TEXT_COLUMNS, "text") | {"captions": "texts"}
     fixed = frozenset(types)
@@ -131,7 +130,7 @@ def _read_typed_csv(
 
 
 def _read_csv_rows(
-    name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None, on_bad_line: OnBadLine
+    name: str, open_file: OpenFile, used_columns: Sequence[str] | None, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
         line = before = 0
@@ -218,9 +217,7 @@ _OF_CELL: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def _read_parquet(
-    name: str, open_file: Callable[[], BinaryIO], used_columns: Sequence[str] | None
-) -> Iterator[tuple[int, Record]]:
+def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | None) -> Iterator[tuple[int, Record]]:
     """Yield the rows. A batch has repeated texts in dictionaries, which tells its size without them."""
     import pyarrow as pa
     import pyarrow.parquet as pq

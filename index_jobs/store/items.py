@@ -11,6 +11,7 @@
 import json
 import logging
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -283,12 +284,9 @@ class Items:
             target = item_id.encode()
         except UnicodeEncodeError:
             return None
-        low, high = 0, self._count
-        while low < high:
-            middle = (low + high) // 2
-            row = self.cell(middle, _BY_ID)
-            candidate = self.cell(row, "id").encode()
-            if candidate == target:
-                return int(row)
-            low, high = (middle + 1, high) if candidate < target else (low, middle)
-        return None
+
+        def id_at(place: int) -> bytes:
+            return bytes(self.cell(self.cell(place, _BY_ID), "id").encode())
+
+        place = bisect_left(range(self._count), target, key=id_at)
+        return int(self.cell(place, _BY_ID)) if place < self._count and id_at(place) == target else None

@@ -17,7 +17,6 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
@@ -70,14 +69,8 @@ def require_index(index: Path) -> int:
     return version
 
 
-def open_current(
-    index: Path, *, image_roots: Sequence[Path] | None = None, image_hosts: Sequence[str] = ()
-) -> Artifact:
-    """Open the published version.
-
-    Args:
-        image_roots: directories whose images may be read beside the gallery's own; None for no limits on images.
-        image_hosts: hosts, or buckets, whose images may be read.
+def open_current(index: Path, access: ImageAccess | None = None) -> Artifact:
+    """Open the published version. access: limits on the images that are read; None for no limit.
 
     Raises:
         ArtifactError: nothing is published, or the version is incomplete.
@@ -85,7 +78,7 @@ def open_current(
     version = require_index(index)
     while True:
         try:
-            return open_version(index, version, image_roots=image_roots, image_hosts=image_hosts)
+            return open_version(index, version, access)
         except ArtifactError:  # a writer may have published another version and removed this one in the meantime
             newest = current_version(index)
             if newest is None or newest == version:
@@ -93,11 +86,8 @@ def open_current(
             version = newest
 
 
-def open_version(
-    index: Path, version: int, *, image_roots: Sequence[Path] | None = None, image_hosts: Sequence[str] = ()
-) -> Artifact:
+def open_version(index: Path, version: int, access: ImageAccess | None = None) -> Artifact:
     """Open a version by its number; other arguments and errors as of `open_current`."""
-    access = None if image_roots is None else ImageAccess(tuple(image_roots), frozenset(image_hosts))
     path = index / VERSIONS / str(version)
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"

@@ -48,7 +48,7 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         await until(lambda: bool(failures))
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
-    assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
+    assert "s3://bucket/shop/index holds no index; make one with" in str(failures[0])
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()

@@ -113,9 +113,9 @@ def test_tokens_and_cost_are_estimated(photos: Path) -> None:
     ("text", "says"),
     [
         ("", "is empty"),
-        ("What is it?", "needs {category}"),
-        ("{category} {name}", "needs {category}"),
-        ("{category} {", "needs"),
+        ("What is it?", "has {category}"),
+        ("{category} {name}", "has {category}"),
+        ("{category} {", "no other braces"),
     ],
 )
 def test_template_files_are_checked(tmp_path: Path, text: str, says: str) -> None:

@@ -139,7 +139,7 @@ def test_a_moved_gallery_is_shown_from_its_new_place(build: Build, gallery: Path
         before.image_bytes(0)
     done = CliRunner().invoke(command_line, ["index", "relocate", str(index), "--gallery", str(tmp_path / "moved")])
     assert done.output == f"{index}: version 2, images at {tmp_path / 'moved'}\n"
-    artifact = open_current(index, image_roots=())
+    artifact = open_current(index, ImageAccess())
     assert artifact.find_gallery_fault() is None
     name = artifact.item(3).metadata["file_name"]
     assert artifact.image_bytes(3) == (tmp_path / "moved" / name).read_bytes()
@@ -164,7 +164,7 @@ def test_images_of_additions_and_further_galleries_move_with_their_folder(
     assert f"{disk / 'third'} is missing as well" in caplog.text
     monkeypatch.chdir(tmp_path)
     relocate(index, gallery="new disk", former="disk")
-    artifact = open_current(index, image_roots=())
+    artifact = open_current(index, ImageAccess())
     for row in (1, 24, 25):
         assert artifact.image_bytes(row)
     assert artifact.manifest.root == str(gallery)
