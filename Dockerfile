@@ -47,7 +47,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
     pip --python /opt/venv/bin/python install --requirement /gpu.txt
 
 # Without what no search uses: plugins for other devices and readers of other formats than the export's, Arrow's network
-# protocol and query plans, the client of the model hub, headers, stubs and tests.
+# protocol and object store, the client of the model hub, symbols of debuggers, headers, stubs and tests.
 FROM builder AS installed-serve
 ARG SERVE_LOCK="requirements-serve.lock"
 COPY --from=requirements /serve.txt /
@@ -56,11 +56,13 @@ RUN --mount=type=cache,target=/var/cache/pip \
     || pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$SERVE_LOCK"
 RUN --mount=type=cache,target=/var/cache/pip \
     pip --python /opt/venv/bin/python install --requirement /serve.txt \
+    && apt-get update && apt-get install --yes --no-install-recommends binutils \
     && cd /opt/venv/lib/python3*/site-packages \
     && find openvino/libs -name '*_frontend.so*' ! -name '*_ir_*' -delete \
     && rm -rf openvino/libs/*_gpu_plugin.so openvino/libs/*_npu_plugin.so openvino/libs/cache.json \
-    openvino/include openvino/cmake openvino/tools pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*substrait* \
-    huggingface_hub hf_xet setuptools pkg_resources \
+    openvino/include openvino/cmake openvino/tools pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*s3* \
+    pyarrow/libarrow_python.so pyarrow/libarrow_python.so.*.* numpy/f2py numpy/distutils huggingface_hub hf_xet \
+    && find pyarrow tantivy tokenizers uvloop -name '*.so*' -exec strip --strip-unneeded {} + \
     && find . -name '*.pyi' -delete && find . -type d -name tests -prune -exec rm -rf {} +
 
 FROM builder AS project

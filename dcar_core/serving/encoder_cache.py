@@ -37,7 +37,7 @@ from dcar_core.runtimes.openvino_runtime import GRAPHS, OpenVinoRuntime, check_e
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
 from dcar_core.runtimes.selection import Probe, prove, reference_vectors
 from dcar_core.util import machine
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.files import atomic_writer, default_cache_directory
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,6 @@ class LoadRequest:
     runtime: str
     threads: int | None
     cache: Path
-
-    @property
-    def has_portable(self) -> bool:
-        return (self.checkpoint / PORTABLE).is_dir() and self.runtime != "openvino-int8"
 
     @property
     def may_use_export(self) -> bool:
@@ -116,18 +112,20 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
-    return request.may_use_export and (request.has_portable or request.file(fingerprint).is_file())
+    return request.may_use_export and (has_portable(checkpoint) or request.file(fingerprint).is_file())
 
 
 def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
     """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
     if not request.may_use_export:
         return None
-    if request.has_portable:
+    if (request.checkpoint / PORTABLE).is_dir() and request.runtime != "openvino-int8":
         try:
             return _restore_portable(request)
         except _FAULTS as error:
-            logger.warning("the portable export of %s cannot be used: %s", request.checkpoint, error)
+            is_expected = isinstance(error, MissingExtraError) and machine.has_pytorch()
+            level = logging.DEBUG if is_expected else logging.WARNING
+            logger.log(level, "the portable export of %s cannot be used: %s", request.checkpoint, error)
     try:
         return _restore_entry(request)
     except _FAULTS as error:
