@@ -62,8 +62,8 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && rm -rf openvino/libs/*_gpu_plugin.so openvino/libs/*_npu_plugin.so openvino/libs/cache.json \
     openvino/include openvino/cmake openvino/tools pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*s3* \
     pyarrow/libarrow_python.so pyarrow/libarrow_python.so.*.* numpy/f2py numpy/distutils huggingface_hub hf_xet \
-    && find pyarrow tantivy tokenizers uvloop -name '*.so*' -exec strip --strip-unneeded {} + \
-    && find . -name '*.pyi' -delete && find . -type d -name tests -prune -exec rm -rf {} +
+    && find . -name '*.pyi' -delete && find . -type d -name tests -prune -exec rm -rf {} + \
+    && find pyarrow tantivy tokenizers uvloop '(' -name '*.so' -o -name '*.so.*' ')' -exec strip --strip-unneeded {} +
 
 FROM builder AS project
 WORKDIR /src
