@@ -34,9 +34,12 @@ _MODELS: tuple[type[BaseModel], ...] = (
     FeedbackEvents, ProblemResponse, OpenAIErrorResponse,
 )  # fmt: skip
 _COLLECTION = {
-    "name": "collection", "in": "path", "required": True, "description": "a name from GET /collections",
+    "name": "collection",
+    "in": "path",
+    "required": True,
+    "description": "a name from GET /collections",
     "schema": {"type": "string"},
-}  # fmt: skip
+}
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "open": [],
     "read": [{}, {"key": []}],

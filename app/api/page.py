@@ -43,8 +43,12 @@ _NUMBERS = frozenset({"int64", "double"})
 _PUBLIC = Policy("open", "service", cost=0, is_private=True)
 _UI = files("app") / "ui"
 _MEDIA_TYPES = {
-    ".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".png": "image/png", ".svg": "image/svg+xml",
-}  # fmt: skip
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+}
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"

@@ -142,9 +142,12 @@ def collection_response(collections: Collections, name: str) -> dict[str, Any]:
     """Return the body of a `Collection`."""
     live = collections[name].live
     return {
-        "name": name, "default": name == collections.default, "count": live.artifact.manifest.count if live else 0,
-        "index_version": live.version if live else None, "min_score": live.min_score if live else None,
-    }  # fmt: skip
+        "name": name,
+        "default": name == collections.default,
+        "count": live.artifact.manifest.count if live else 0,
+        "index_version": live.version if live else None,
+        "min_score": live.min_score if live else None,
+    }
 
 
 def model_response(name: str, live: Snapshot) -> dict[str, Any]:
@@ -168,9 +171,14 @@ def items_response(request: Request, version: int, end: int, count: int, page: S
 
 def _item(items: str, item: Item) -> dict[str, Any]:
     return {
-        "id": item.id, "caption": item.caption, "category": item.category, "metadata": _metadata(item),
-        "image_url": _image_url(items, item.id), "width": item.width, "height": item.height,
-    }  # fmt: skip
+        "id": item.id,
+        "caption": item.caption,
+        "category": item.category,
+        "metadata": _metadata(item),
+        "image_url": _image_url(items, item.id),
+        "width": item.width,
+        "height": item.height,
+    }
 
 
 def _result(rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:

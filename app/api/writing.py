@@ -208,9 +208,13 @@ async def _patch(request: Request, snapshot: Snapshot, patch: PatchItem, chosen:
 
 
 async def _change(
-    request: Request, snapshot: Snapshot, kind: JobKind, chosen: ChosenItems, notes: Mapping[str, Any] | None = None,
+    request: Request,
+    snapshot: Snapshot,
+    kind: JobKind,
+    chosen: ChosenItems,
+    notes: Mapping[str, Any] | None = None,
     fields: Mapping[str, Any] | None = None,
-) -> Response:  # fmt: skip
+) -> Response:
     """Accept a change of chosen items without images."""
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
@@ -277,9 +281,12 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
 
 
 async def _accept(
-    request: Request, kind: JobKind, items: list[dict[str, Any]], images: Sequence[tuple[bytes, str]],
+    request: Request,
+    kind: JobKind,
+    items: list[dict[str, Any]],
+    images: Sequence[tuple[bytes, str]],
     more: dict[str, Any],
-) -> Response:  # fmt: skip
+) -> Response:
     async with _storing("job", state_of(request).collections, _name(request)):
         job = await state_of(request).writer.accept(_name(request), kind, items, images, more)
     return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})

@@ -102,9 +102,13 @@ def add_command(
 
 @commands.command("apply", epilog=example("dcar index apply index"))
 def apply_command(
-    index: Index, workers: job_cli.Workers = None, batch_size: job_cli.BatchSize = BuildOptions.batch_size,
-    keep: KeepWrites = KEEP_WRITES, device: job_cli.Device = "auto", runtime: job_cli.Runtime = "auto",
-) -> None:  # fmt: skip
+    index: Index,
+    workers: job_cli.Workers = None,
+    batch_size: job_cli.BatchSize = BuildOptions.batch_size,
+    keep: KeepWrites = KEEP_WRITES,
+    device: job_cli.Device = "auto",
+    runtime: job_cli.Runtime = "auto",
+) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
     from index_jobs.jobs.apply import apply_writes
 

@@ -106,7 +106,12 @@ class Tally:
             counts[team] += of_client[client] <= _CLIENT_CAP
         low, high = interval(counts[CANDIDATE], counts[SERVED])
         return {
-            "searches": self.searches, "overlap": self.shared / max(1, self.results), "wins": counts[CANDIDATE],
-            "losses": counts[SERVED], "ties": counts[NEITHER], "low": low, "high": high,
+            "searches": self.searches,
+            "overlap": self.shared / max(1, self.results),
+            "wins": counts[CANDIDATE],
+            "losses": counts[SERVED],
+            "ties": counts[NEITHER],
+            "low": low,
+            "high": high,
             "winner": "candidate" if low > 0.5 else "served" if high < 0.5 else "",
-        }  # fmt: skip
+        }

@@ -398,9 +398,13 @@ class _Images:
 
 
 def _write_pairs(
-    path: Path, pairs: Sequence[tuple[int, int, float]], negatives: dict[int, list[int]], log: CodedLog,
-    images: _Images, report: Report,
-) -> None:  # fmt: skip
+    path: Path,
+    pairs: Sequence[tuple[int, int, float]],
+    negatives: dict[int, list[int]],
+    log: CodedLog,
+    images: _Images,
+    report: Report,
+) -> None:
     texts, rows = log.texts.to_pylist(), list[dict[str, Any]]()
     wrong = {item: [texts[text] for text in found] for item, found in negatives.items()}
     for item, text, relevance in pairs:

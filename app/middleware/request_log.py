@@ -122,9 +122,13 @@ class RequestLog:
             client = scope.get("client")
             path = quote(scope["path"][:_MAX_LOGGED_PATH])  # a raw path may contain line breaks
             extra = {
-                "method": method, "path": path, "status": status, "ms": round(seconds * 1000, 2),
-                "client": client[0] if client else None, "caller": scope.get(CALLER),
-            }  # fmt: skip
+                "method": method,
+                "path": path,
+                "status": status,
+                "ms": round(seconds * 1000, 2),
+                "client": client[0] if client else None,
+                "caller": scope.get(CALLER),
+            }
             logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
 
 

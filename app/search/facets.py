@@ -27,9 +27,13 @@ Facet = list[dict[str, Any]]
 
 
 def count_facets(
-    snapshot: Snapshot, names: Sequence[str], filter: dict[str, Any] | None, group_by: str,
-    vector: Floats | None = None, min_score: float | None = None,
-) -> tuple[dict[str, Facet], bool]:  # fmt: skip
+    snapshot: Snapshot,
+    names: Sequence[str],
+    filter: dict[str, Any] | None,
+    group_by: str,
+    vector: Floats | None = None,
+    min_score: float | None = None,
+) -> tuple[dict[str, Facet], bool]:
     """Return the facets of the rows that fulfil a filter, and False if they are approximate. They are cached.
 
     Args:

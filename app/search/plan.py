@@ -108,11 +108,16 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
     if query.fold is not None and query.group_by:
         raise InvalidQueryError("group_by", "cannot be combined with fold")
     plan = Plan(
-        query, more_rows=more_rows, less_rows=less_rows, excluded_rows=frozenset((*more_rows, *less_rows)),
-        min_score=min_score, words_weight=words_weight,
+        query,
+        more_rows=more_rows,
+        less_rows=less_rows,
+        excluded_rows=frozenset((*more_rows, *less_rows)),
+        min_score=min_score,
+        words_weight=words_weight,
         group_by=manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or "",
-        rerank_depth=settings.rerank_depth if query.rerank else 0, is_judged=is_judged,
-    )  # fmt: skip
+        rerank_depth=settings.rerank_depth if query.rerank else 0,
+        is_judged=is_judged,
+    )
     if query.sort:
         _check_sort(snapshot, plan)
     return plan

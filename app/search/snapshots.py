@@ -114,9 +114,14 @@ class Snapshot:
 
 
 def load_snapshot(
-    index: Path, settings: Settings, loaded: Sequence[Snapshot] = (), is_empty: bool = False,
-    version: int | None = None, *, warm_up: bool = True,
-) -> Snapshot:  # fmt: skip
+    index: Path,
+    settings: Settings,
+    loaded: Sequence[Snapshot] = (),
+    is_empty: bool = False,
+    version: int | None = None,
+    *,
+    warm_up: bool = True,
+) -> Snapshot:
     """Open a version of an index, and load its model.
 
     Args:
@@ -139,10 +144,13 @@ def load_snapshot(
     encoder = next((each.encoder for each in loaded if each.encoder.fingerprint == fingerprint), None)
     if encoder is None:
         encoder = Encoder.load(
-            checkpoint, device=settings.device, runtime=settings.runtime, cache=settings.runtime_cache,
+            checkpoint,
+            device=settings.device,
+            runtime=settings.runtime,
+            cache=settings.runtime_cache,
             backbone=next((s.encoder.backbone for s in loaded if s.backbone == backbone and s.encoder.backbone), None),
             threads=settings.threads,
-        )  # fmt: skip
+        )
     artifact = artifact or empty_artifact(index, encoder.fingerprint, encoder.dim)
     artifact.require(encoder.fingerprint)
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints

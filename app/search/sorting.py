@@ -102,11 +102,13 @@ def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowe
             match.level = levels.level_of(match.score, match.text_score or 0.0)
     is_exact = is_complete and is_exact_index(artifact)
     return matches, {
-        "count": len(sequence), "has_exact_count": is_exact, "cutoff": None if levels is None else levels.likely,
+        "count": len(sequence),
+        "has_exact_count": is_exact,
+        "cutoff": None if levels is None else levels.likely,
         "nothing_fits": levels is not None and not _has_likely(levels, found, sequence),
         "facets": {name: count_values(artifact, name, matched, groups) for name in query.facets} or None,
         "has_exact_facets": is_exact,
-    }  # fmt: skip
+    }
 
 
 def _has_likely(levels: Levels, found: Candidates, places: Rows) -> bool:

@@ -41,10 +41,12 @@ class SharedCompute(Compute):
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.cache = EmbeddingCache(
-            settings.cache_size, metrics,
-            redis_url=settings.redis_url.get_secret_value() if settings.redis_url else None, ttl_s=settings.cache_ttl_s,
+            settings.cache_size,
+            metrics,
+            redis_url=settings.redis_url.get_secret_value() if settings.redis_url else None,
+            ttl_s=settings.cache_ttl_s,
             timeout_s=settings.redis_timeout_ms / 1000,
-        )  # fmt: skip
+        )
         self._metrics = metrics
         self._computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
         self.batcher = Batcher(

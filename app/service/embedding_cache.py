@@ -52,9 +52,14 @@ class EmbeddingCache:
     """
 
     def __init__(
-        self, size: int, metrics: Metrics | None = None, *, redis_url: str | None = None, ttl_s: int = 0,
+        self,
+        size: int,
+        metrics: Metrics | None = None,
+        *,
+        redis_url: str | None = None,
+        ttl_s: int = 0,
         timeout_s: float = 0.1,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._size = size
         self._metrics = metrics or Metrics()
         self._entries: OrderedDict[str, NDArray[np.float16]] = OrderedDict()

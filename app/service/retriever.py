@@ -87,9 +87,14 @@ class Retriever:
         return [vector for vector, _ in _all_or_error(outcomes)]
 
     async def items(
-        self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, sort: str = "",
+        self,
+        snapshot: Snapshot,
+        filter: dict[str, Any] | None,
+        offset: int,
+        count: int,
+        sort: str = "",
         group_by: str | None = None,
-    ) -> tuple[int, list[Item]]:  # fmt: skip
+    ) -> tuple[int, list[Item]]:
         """Return the number of items that fulfil a filter, the first one of each group, and a page of them.
 
         Args:

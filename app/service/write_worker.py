@@ -95,9 +95,13 @@ class WriteWorker:
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def accept(
-        self, collection: str, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]],
+        self,
+        collection: str,
+        kind: JobKind,
+        items: Sequence[dict[str, Any]],
+        images: Sequence[tuple[bytes, str]],
         more: dict[str, Any],
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Store a job as `WriteQueue.accept` does, and return its status.
 
         Raises:

@@ -31,9 +31,15 @@ from dcar_core.util.processes import hold_lock
 
 
 def caption_images(
-    images: Path, out: Path, drafter: VisionModel, judge: VisionModel | None, options: CaptionOptions, *,
-    restart: bool = False, progress: bool = True,
-) -> CaptioningResult:  # fmt: skip
+    images: Path,
+    out: Path,
+    drafter: VisionModel,
+    judge: VisionModel | None,
+    options: CaptionOptions,
+    *,
+    restart: bool = False,
+    progress: bool = True,
+) -> CaptioningResult:
     """Caption every image of a directory with one folder per category, and write the annotations to `out`.
 
     Args:
@@ -97,9 +103,13 @@ def _verdict(answer: Completion) -> Judgement | None:
 
 class _Run:
     def __init__(
-        self, images: Path, models: Mapping[str, VisionModel], options: CaptionOptions, journal: CaptionJournal,
+        self,
+        images: Path,
+        models: Mapping[str, VisionModel],
+        options: CaptionOptions,
+        journal: CaptionJournal,
         outcome: CaptioningResult,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.images, self.models, self.options, self.journal = images, models, options, journal
         self.outcome = outcome
         self.endpoints: dict[str, Endpoint] = {}
@@ -233,9 +243,13 @@ class _Run:
         return Rejection(reason, f"{reason}; describe what is specific to this one.")
 
     async def _ask(
-        self, role: str, image: CaptionedImage, turn: int, messages: list[dict[str, object]],
+        self,
+        role: str,
+        image: CaptionedImage,
+        turn: int,
+        messages: list[dict[str, object]],
         usable: Usable = lambda _: True,
-    ) -> Completion:  # fmt: skip
+    ) -> Completion:
         before = self.journal.answer(image, role, turn)
         if before is not None and usable(before):
             return before

@@ -19,6 +19,18 @@ from dcar_core.data.report import CleaningReport, describe_reports, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample, write_splits
 
 __all__ = [
-    "MISSING_IMAGES", "SPLITS", "UNUSABLE", "Annotations", "CleaningReport", "Dataset", "ImagePolicy", "Sample",
-    "check_dataset", "describe_reports", "load_split", "load_splits", "save_reports", "write_splits",
-]  # fmt: skip
+    "MISSING_IMAGES",
+    "SPLITS",
+    "UNUSABLE",
+    "Annotations",
+    "CleaningReport",
+    "Dataset",
+    "ImagePolicy",
+    "Sample",
+    "check_dataset",
+    "describe_reports",
+    "load_split",
+    "load_splits",
+    "save_reports",
+    "write_splits",
+]

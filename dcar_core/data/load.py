@@ -188,9 +188,12 @@ def load_split(
 
 
 def load_splits(
-    path: Path, splits: Sequence[str] | None = None, *, image_root: Path | None = None,
+    path: Path,
+    splits: Sequence[str] | None = None,
+    *,
+    image_root: Path | None = None,
     image_policy: ImagePolicy = "require",
-) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:  # fmt: skip
+) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
     """Return several splits, None for all, and their reports; see `load_split`."""
     return Annotations(path, image_root).load_all(splits, image_policy)
 

@@ -49,9 +49,13 @@ def _raise(error: DataError) -> None:
 
 
 def read_records(
-    name: str, open_file: OpenFile, *, infer_types: bool = False,
-    used_columns: Sequence[str] | None = None, on_bad_line: OnBadLine = _raise,
-) -> Iterator[tuple[int, Record]]:  # fmt: skip
+    name: str,
+    open_file: OpenFile,
+    *,
+    infer_types: bool = False,
+    used_columns: Sequence[str] | None = None,
+    on_bad_line: OnBadLine = _raise,
+) -> Iterator[tuple[int, Record]]:
     """Yield (number, record); the number is the line of a text file or the row of a parquet file, from 1.
 
     Args:

@@ -50,12 +50,27 @@ ABLATIONS = ("dual", "block-adapters", "block-adapters+", "query-prompts")
 
 
 def compare(
-    backbone: Backbone, data: Path, methods: Sequence[str], seeds: int, out: Path, config: TrainConfig, *,
-    images: Path | None = None, skip_broken: bool = False, negatives: str = "auto", taxonomy: Path | None = None,
-    loss: LossDirection = "both", shots: Sequence[int] = (), unseen_categories: float = 0.0, also: Sequence[Path] = (),
-    tune: bool = False, grid: Sequence[float] = GRID, features: Path | None = None, progress: bool = True,
+    backbone: Backbone,
+    data: Path,
+    methods: Sequence[str],
+    seeds: int,
+    out: Path,
+    config: TrainConfig,
+    *,
+    images: Path | None = None,
+    skip_broken: bool = False,
+    negatives: str = "auto",
+    taxonomy: Path | None = None,
+    loss: LossDirection = "both",
+    shots: Sequence[int] = (),
+    unseen_categories: float = 0.0,
+    also: Sequence[Path] = (),
+    tune: bool = False,
+    grid: Sequence[float] = GRID,
+    features: Path | None = None,
+    progress: bool = True,
     on_message: Callable[[str], None] = lambda line: None,
-) -> Results:  # fmt: skip
+) -> Results:
     """Train and test every method with every seed; write results.json, .csv, .md and report.html to `out`.
 
     Args:
@@ -270,9 +285,12 @@ def _split_reranked(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _run_shots(
-    runner: MethodRunner, config: ModelConfig, runs: Sequence[dict[str, Any]], shots: Sequence[int],
+    runner: MethodRunner,
+    config: ModelConfig,
+    runs: Sequence[dict[str, Any]],
+    shots: Sequence[int],
     choose_pairs: Callable[[int, int], Dataset],
-) -> dict[str, dict[str, float]]:  # fmt: skip
+) -> dict[str, dict[str, float]]:
     """Return mean R@1 after training on few pairs per category, as mean and deviation over seeds, by their number.
 
     runs: those on all pairs, whose seeds and learning rate are used again. Zero-shot has one result for every number.

@@ -60,9 +60,16 @@ def backbone_functions(backbone: "Backbone") -> TextFunctions:
 
 
 def add_negatives(
-    splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], functions: TextFunctions, *,
-    mode: str = "auto", taxonomy: Path | None = None, held_out: Collection[str] = (), count: int = COUNT, seed: int = 0,
-) -> dict[str, Dataset]:  # fmt: skip
+    splits: Mapping[str, Dataset],
+    reports: Mapping[str, CleaningReport],
+    functions: TextFunctions,
+    *,
+    mode: str = "auto",
+    taxonomy: Path | None = None,
+    held_out: Collection[str] = (),
+    count: int = COUNT,
+    seed: int = 0,
+) -> dict[str, Dataset]:
     """Return the splits with negatives according to `mode`, and count them in the reports.
 
     Args:

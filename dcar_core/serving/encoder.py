@@ -36,9 +36,14 @@ class Encoder:
     """A model ready to encode. Build it with `load`; only vectors of one `fingerprint` may be compared."""
 
     def __init__(
-        self, state: EncoderState, loaded: LoadedModel | Callable[[Path], LoadedModel], runtime: Runtime, *,
-        exact: bool = False, checkpoint: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        state: EncoderState,
+        loaded: LoadedModel | Callable[[Path], LoadedModel],
+        runtime: Runtime,
+        *,
+        exact: bool = False,
+        checkpoint: Path | None = None,
+    ) -> None:
         """loaded: the model, or a function that loads it from `checkpoint`."""
         self.state = state
         self.runtime = runtime
@@ -76,10 +81,17 @@ class Encoder:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, pretrained: str | None = None, device: str = "auto", exact: bool = False,
-        runtime: str = "torch", cache: Path | None = None, backbone: "Backbone | None" = None,
+        cls,
+        source: str | Path,
+        *,
+        pretrained: str | None = None,
+        device: str = "auto",
+        exact: bool = False,
+        runtime: str = "torch",
+        cache: Path | None = None,
+        backbone: "Backbone | None" = None,
         threads: int | None = None,
-    ) -> "Encoder":  # fmt: skip
+    ) -> "Encoder":
         """Load a checkpoint directory, a model directory, or an open_clip model by name.
 
         Args:

@@ -230,8 +230,11 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
 
 def _circumstances(request: LoadRequest) -> dict[str, Any]:
     return {
-        "format": FORMAT, "graphs": GRAPHS, "libraries": machine.installed_versions(_LIBRARIES),
-        "processor": machine.processor_id(), "cores": machine.available_cores(),
+        "format": FORMAT,
+        "graphs": GRAPHS,
+        "libraries": machine.installed_versions(_LIBRARIES),
+        "processor": machine.processor_id(),
+        "cores": machine.available_cores(),
         "omp": os.environ.get("OMP_NUM_THREADS"),
         "files": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(request.checkpoint)],
-    }  # fmt: skip
+    }

@@ -104,10 +104,17 @@ class RuntimeReport:
 
 
 def benchmark(
-    checkpoint: str, data: Path, *, runtimes: Sequence[str] = (), pretrained: str | None = None,
-    images: Path | None = None, cache: Path | None = None, device: str = "auto", limit: int = 2000,
+    checkpoint: str,
+    data: Path,
+    *,
+    runtimes: Sequence[str] = (),
+    pretrained: str | None = None,
+    images: Path | None = None,
+    cache: Path | None = None,
+    device: str = "auto",
+    limit: int = 2000,
     say: Callable[[str], None] = lambda line: None,
-) -> RuntimeReport:  # fmt: skip
+) -> RuntimeReport:
     """Measure runtimes on at most `limit` captions of a data set's test split.
 
     runtimes: names, `torch` beside them; default: what `auto` may try, and int8. say: gets a line for each step.
@@ -200,9 +207,13 @@ def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[
 
 
 def _measure(
-    load: Callable[[], Encoder], name: str, material: Probe, image_of: Rows, probe: Probe,
+    load: Callable[[], Encoder],
+    name: str,
+    material: Probe,
+    image_of: Rows,
+    probe: Probe,
     expected: tuple[Floats, Floats],
-) -> RuntimeResult:  # fmt: skip
+) -> RuntimeResult:
     """Prove a runtime on the probe, whose `reference_vectors` are `expected`, then measure it.
 
     image_of: the image of each caption of the material, for its recall.

@@ -133,12 +133,24 @@ class Verdict:
 
 
 def adapt(
-    data: Path, source: BackboneSource, out: Path, config: TrainConfig, *, method: str | None = None,
-    loss: LossDirection = "both", images: Path | None = None, skip_broken: bool = False, negatives: str = "auto",
-    taxonomy: Path | None = None, features: Path | None = None, tensorboard: bool = False, restart: bool = False,
-    device: str = "auto", request: Mapping[str, Any] | None = None,
+    data: Path,
+    source: BackboneSource,
+    out: Path,
+    config: TrainConfig,
+    *,
+    method: str | None = None,
+    loss: LossDirection = "both",
+    images: Path | None = None,
+    skip_broken: bool = False,
+    negatives: str = "auto",
+    taxonomy: Path | None = None,
+    features: Path | None = None,
+    tensorboard: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+    request: Mapping[str, Any] | None = None,
     on_data: Callable[[str], None] = lambda description: None,
-) -> FinishedTraining | None:  # fmt: skip
+) -> FinishedTraining | None:
     """Adapt a model to a data set, and write its checkpoint to `out`; None for torchrun's processes but the leader.
 
     Args:
@@ -177,9 +189,15 @@ def adapt(
         cache = FeatureCache(features or out / "features", backbone)
         try:
             result = train(
-                model, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard,
+                model,
+                splits["train"],
+                splits["val"],
+                config,
+                run=out,
+                cache=cache,
+                tensorboard=tensorboard,
                 group=group,
-            )  # fmt: skip
+            )
         except DivergedError:  # a resumed run would diverge again, and refuse a lower rate
             if group.is_leader:
                 delete_state(out)

@@ -30,9 +30,18 @@ class FinishedTraining:
 
 
 def describe_request(
-    data: Path, model: str, pretrained: str | None, config: TrainConfig, *, method: str | None, loss: str,
-    images: Path | None, skip_broken: bool, negatives: str, taxonomy: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+    data: Path,
+    model: str,
+    pretrained: str | None,
+    config: TrainConfig,
+    *,
+    method: str | None,
+    loss: str,
+    images: Path | None,
+    skip_broken: bool,
+    negatives: str,
+    taxonomy: Path | None,
+) -> dict[str, Any]:
     """Return everything that determines a training, by names that a message can use. Raise DataError for bad data.
 
     Files count by their size and time of change, captions and other texts by their content.
@@ -40,10 +49,16 @@ def describe_request(
     policy: ImagePolicy = "present" if skip_broken else "require"
     splits, _ = load_splits(data, ("train", "val"), image_root=images, image_policy=policy)
     return {
-        "model": _name_or_state(model), "pretrained": _name_or_state(pretrained), "method": method, "loss": loss,
-        "data": hash_json([_describe_split(split) for split in splits.values()])[:16], "skip_broken": skip_broken,
-        "negatives": negatives, "taxonomy": _name_or_state(str(taxonomy)) if taxonomy else None, **config.to_dict(),
-    }  # fmt: skip
+        "model": _name_or_state(model),
+        "pretrained": _name_or_state(pretrained),
+        "method": method,
+        "loss": loss,
+        "data": hash_json([_describe_split(split) for split in splits.values()])[:16],
+        "skip_broken": skip_broken,
+        "negatives": negatives,
+        "taxonomy": _name_or_state(str(taxonomy)) if taxonomy else None,
+        **config.to_dict(),
+    }
 
 
 def find_finished(out: Path, request: Mapping[str, Any]) -> FinishedTraining | None:

@@ -43,9 +43,14 @@ class MixedPrecision:
 
 
 def accumulate_gradients(
-    model: DCAR, data: PreparedSplit, rows: Rows, *, parts: int = 1, group: ProcessGroup = SINGLE_PROCESS,
+    model: DCAR,
+    data: PreparedSplit,
+    rows: Rows,
+    *,
+    parts: int = 1,
+    group: ProcessGroup = SINGLE_PROCESS,
     precision: MixedPrecision | None = None,
-) -> float:  # fmt: skip
+) -> float:
     """Set the trainables' (scaled) gradients of L over the pairs `rows`; return L."""
     precision = precision or MixedPrecision("off", model.backbone.device)
     shares = [np.array_split(share, parts) for share in np.array_split(rows, group.size)]

@@ -73,10 +73,17 @@ class _Progress:
 
 
 def train(
-    model: DCAR, training: Dataset, validation: Dataset, config: TrainConfig, *, progress: bool = True,
-    run: Path | None = None, cache: FeatureCache | None = None, tensorboard: bool = False,
+    model: DCAR,
+    training: Dataset,
+    validation: Dataset,
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    run: Path | None = None,
+    cache: FeatureCache | None = None,
+    tensorboard: bool = False,
     group: ProcessGroup = SINGLE_PROCESS,
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Train in place. The model ends at its best epoch, in eval mode.
 
     Args:
@@ -120,9 +127,14 @@ class _TrainingLoop:
     """
 
     def __init__(
-        self, model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig, run: Path | None,
+        self,
+        model: DCAR,
+        train_split: PreparedSplit,
+        val_split: PreparedSplit,
+        config: TrainConfig,
+        run: Path | None,
         group: ProcessGroup,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.train_split, self.val_split = model, train_split, val_split
         self.config, self.run, self.group = config, run, group
         self.parameters = [p for _, p in model.trainables() if p.requires_grad]
@@ -135,10 +147,12 @@ class _TrainingLoop:
         if run is not None:
             # Everything that determines a run; a state with any other value belongs to another run.
             self.identity = {
-                "backbone": model.backbone.content_hash(), "method": model.config.with_query_weights("none").to_dict(),
-                "training data": train_split.key, "validation data": val_split.key,
+                "backbone": model.backbone.content_hash(),
+                "method": model.config.with_query_weights("none").to_dict(),
+                "training data": train_split.key,
+                "validation data": val_split.key,
                 **replace(config, amp=self.precision.name).to_dict(),
-            }  # fmt: skip
+            }
             self._restore(run)
         self.saved = time.monotonic()
         self.started = self.saved - self.progress.seconds
@@ -231,9 +245,12 @@ class _TrainingLoop:
             return
         content = {
             "trainables": {name: p.detach() for name, p in self.model.trainables()},
-            "optimizer": self.optimizer.state_dict(), "scaler": self.precision.scaler.state_dict(),
-            "random": torch.get_rng_state(), "progress": asdict(self.progress), "best_weights": self.best_weights,
-        }  # fmt: skip
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "progress": asdict(self.progress),
+            "best_weights": self.best_weights,
+        }
         save_state(self.run, self.identity, content)
 
     def _restore(self, run: Path) -> None:

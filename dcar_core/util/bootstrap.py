@@ -89,9 +89,13 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
     estimates = [dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, difference)]
     tail = min((difference[1:, 2] <= 0).sum(), (difference[1:, 2] >= 0).sum())
     return PairedDifference(
-        estimates[0], estimates[1], estimates[2], p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
-        queries=int(model.texts.sum()), images=len(model.texts),
-    )  # fmt: skip
+        estimates[0],
+        estimates[1],
+        estimates[2],
+        p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
+        queries=int(model.texts.sum()),
+        images=len(model.texts),
+    )
 
 
 def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -65,9 +65,12 @@ def worker_count(workers: int | None, images: int) -> int:
 
 
 def decode_windows(
-    root: str, windows: Iterator[Sequence[ImageLocation]], preprocess: Preprocess, workers: int,
+    root: str,
+    windows: Iterator[Sequence[ImageLocation]],
+    preprocess: Preprocess,
+    workers: int,
     cache: PixelCache | None = None,
-) -> Generator[DecodedWindow, None, None]:  # fmt: skip
+) -> Generator[DecodedWindow, None, None]:
     """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
     processes = [DecodeWorker() for _ in range(workers)]
     turns, mine = iter(processes), threading.local()

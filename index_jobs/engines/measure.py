@@ -70,10 +70,13 @@ class Benchmark:
     def measure(self, index: Any, parameters: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Return the measurements of anything with a `search`, as in the manifest."""
         return {
-            "queries": len(self._measuring_queries), "query_source": self.queries.source, "target_recall": self.target,
-            "parameters": dict(parameters or {}), "recall_at_10": round(self.recall(index, self._measuring_queries), 4),
+            "queries": len(self._measuring_queries),
+            "query_source": self.queries.source,
+            "target_recall": self.target,
+            "parameters": dict(parameters or {}),
+            "recall_at_10": round(self.recall(index, self._measuring_queries), 4),
             **measure_latency(index, self.queries.vectors[self._measuring_queries][:TIMED_QUERIES]),
-        }  # fmt: skip
+        }
 
     def recall(self, index: Any, chosen: Rows) -> float:
         """Return the recall at 10 of the chosen queries."""

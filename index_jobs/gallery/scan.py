@@ -198,9 +198,12 @@ def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
         if len(text) > MAX_CAPTION_CHARS:
             raise DataError(f"the {field} of {image.name} has {len(text):,} characters, at most {MAX_CAPTION_CHARS:,}")
     return image._asdict() | {
-        "id": prefix + stated_id if stated_id else digest[:_ID_DIGITS], "caption": caption, "category": category,
-        "metadata": canonical_json({"file_name": name} | metadata).decode(), "name": name,
-    }  # fmt: skip
+        "id": prefix + stated_id if stated_id else digest[:_ID_DIGITS],
+        "caption": caption,
+        "category": category,
+        "metadata": canonical_json({"file_name": name} | metadata).decode(),
+        "name": name,
+    }
 
 
 def _require_unique_ids(table: pa.Table) -> None:

@@ -118,9 +118,14 @@ def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: 
 
 
 def _put(
-    queue: WriteQueue, index: Path, puts: Sequence[tuple[WriteJob, dict[str, Any]]], deleted: Sequence[str],
-    options: dict[str, Any], *, is_new: bool,
-) -> int:  # fmt: skip
+    queue: WriteQueue,
+    index: Path,
+    puts: Sequence[tuple[WriteJob, dict[str, Any]]],
+    deleted: Sequence[str],
+    options: dict[str, Any],
+    *,
+    is_new: bool,
+) -> int:
     """Publish items with images, without the deleted ones, and return the version."""
     done, shown_at = 0, time.monotonic()
 

@@ -134,10 +134,12 @@ class _Build:
     def spec(self) -> IndexSpec:
         """What is asked for."""
         return replace(
-            self.options.spec, gallery=self.gallery.location, gallery_signature=self.gallery.content_signature,
+            self.options.spec,
+            gallery=self.gallery.location,
+            gallery_signature=self.gallery.content_signature,
             fingerprint=read_config(self.checkpoint)["fingerprint"],
             pairs_signature=self.pairs.signature if self.options.validation and self.pairs else "",
-        )  # fmt: skip
+        )
 
     def find_published(self) -> Manifest | None:
         """Return the served version's manifest if it is what this build would publish."""
@@ -182,9 +184,14 @@ class _Build:
         return self.summarize(manifest, encoded, verdict, changes=changes, notified=notified)
 
     def summarize(
-        self, manifest: Manifest, encoded: EncodedGallery | None = None, verdict: gate.GateVerdict | None = None, *,
-        published: bool = True, **outcome: Any,
-    ) -> RebuildSummary:  # fmt: skip
+        self,
+        manifest: Manifest,
+        encoded: EncodedGallery | None = None,
+        verdict: gate.GateVerdict | None = None,
+        *,
+        published: bool = True,
+        **outcome: Any,
+    ) -> RebuildSummary:
         """Return the summary of this build.
 
         Args:

@@ -236,9 +236,13 @@ def calibrate_by_words(index: VectorIndex, encoder: TextEncoder) -> dict[str, An
 
 
 def compare(
-    served: Artifact, served_encoder: TextEncoder, rebuilt: Artifact, rebuilt_encoder: TextEncoder,
-    pairs: QueryPairs | None, margin: float = BuildOptions.margin,
-) -> GateVerdict:  # fmt: skip
+    served: Artifact,
+    served_encoder: TextEncoder,
+    rebuilt: Artifact,
+    rebuilt_encoder: TextEncoder,
+    pairs: QueryPairs | None,
+    margin: float = BuildOptions.margin,
+) -> GateVerdict:
     """Search both indexes; the rebuilt one passes if no measure is lower by more than the margin.
 
     Recall counts hits only, and few pairs decide it. The third measure, nDCG of one relevant image, depends on the rank
@@ -294,10 +298,14 @@ def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact,
     before, after = ({"judged_ndcg_at_10": _judged_ndcg(*side, other, queries)} for side, other in pairs)
     values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (before, after))
     return replace(
-        verdict, reason=f"{verdict.reason}; judged nDCG@10 {values} percent over {len(queries):,} queries",
-        passed=verdict.passed and not losses(before, after, verdict.margin), compared=True, judged=len(queries),
-        serving=(verdict.serving or {}) | before, rebuilt=(verdict.rebuilt or {}) | after,
-    )  # fmt: skip
+        verdict,
+        reason=f"{verdict.reason}; judged nDCG@10 {values} percent over {len(queries):,} queries",
+        passed=verdict.passed and not losses(before, after, verdict.margin),
+        compared=True,
+        judged=len(queries),
+        serving=(verdict.serving or {}) | before,
+        rebuilt=(verdict.rebuilt or {}) | after,
+    )
 
 
 def _judged_ndcg(

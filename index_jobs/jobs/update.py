@@ -100,9 +100,14 @@ def live_gallery(served: Artifact) -> Gallery:
 
 
 def add(
-    index: Path, gallery: str | Path | Gallery, *, replace_existing: bool = False, removed_ids: Sequence[str] = (),
-    replicas: Sequence[Encoder] = (), **options: Any,
-) -> UpdateSummary:  # fmt: skip
+    index: Path,
+    gallery: str | Path | Gallery,
+    *,
+    replace_existing: bool = False,
+    removed_ids: Sequence[str] = (),
+    replicas: Sequence[Encoder] = (),
+    **options: Any,
+) -> UpdateSummary:
     """Publish a version with the images of another gallery added.
 
     Args:
@@ -197,16 +202,26 @@ def _write_addition(
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]
     roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
     added = Addition(
-        folder=folder, count=table.num_rows, kind=created.kind, sources=list(dict.fromkeys(sources)),
+        folder=folder,
+        count=table.num_rows,
+        kind=created.kind,
+        sources=list(dict.fromkeys(sources)),
         roots=list(dict.fromkeys(roots)),
-    )  # fmt: skip
+    )
     return [*manifest.additions[:kept], added], removed[removed < merged_from]
 
 
 def _publish(
-    index: Path, staging: Path, current: Artifact, removed: Rows, additions: list[Addition], change: str, *, keep: int,
+    index: Path,
+    staging: Path,
+    current: Artifact,
+    removed: Rows,
+    additions: list[Addition],
+    change: str,
+    *,
+    keep: int,
     origin: str,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Publish a version that shares all files with the current one but merged additions and the removed rows."""
     manifest, added = current.manifest, sum(addition.count for addition in additions)
     built = current.rows - sum(addition.count for addition in manifest.additions)
@@ -234,9 +249,14 @@ def _publish(
         for name in write_lexical(staging / LEXICAL, texts, rows - len(items)):  # tantivy has replaced these
             shared.pop(name, None)
     manifest = replace(
-        manifest, count=rows - len(removed), removed=len(removed), additions=additions, rebuild="; ".join(reasons),
-        change=f"{change} {origin}".rstrip(), origin=origin,
-    )  # fmt: skip
+        manifest,
+        count=rows - len(removed),
+        removed=len(removed),
+        additions=additions,
+        rebuild="; ".join(reasons),
+        change=f"{change} {origin}".rstrip(),
+        origin=origin,
+    )
     return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
 
 
@@ -284,9 +304,13 @@ def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> 
 
 
 def relocate(
-    index: Path, *, gallery: str | None = None, former: str | None = None, model: Path | None = None,
+    index: Path,
+    *,
+    gallery: str | None = None,
+    former: str | None = None,
+    model: Path | None = None,
     keep: int = BuildOptions.keep,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Publish a version with another location of its images, its model, or both.
 
     Args:

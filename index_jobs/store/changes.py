@@ -114,9 +114,13 @@ class _Draft:
 
 
 def change_metadata(
-    index: Path, changes: Iterable[tuple[str, Mapping[str, Any]]], source: str, *, strict: bool = False,
+    index: Path,
+    changes: Iterable[tuple[str, Mapping[str, Any]]],
+    source: str,
+    *,
+    strict: bool = False,
     keep: int = BuildOptions.keep,
-) -> ChangeSummary:  # fmt: skip
+) -> ChangeSummary:
     """Publish a version with changed fields of items, unless nothing changes.
 
     Args:

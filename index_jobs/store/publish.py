@@ -79,9 +79,13 @@ def open_staging(index: Path) -> Iterator[Path]:
 
 
 def publish_version(
-    index: Path, staging: Path, manifest: Manifest, *, keep: int = BuildOptions.keep,
+    index: Path,
+    staging: Path,
+    manifest: Manifest,
+    *,
+    keep: int = BuildOptions.keep,
     shared: Mapping[str, FileInfo] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Prepare and commit a staged version; within `open_staging`."""
     return commit_version(index, prepare_version(index, staging, manifest, shared=shared), keep=keep)
 

@@ -97,9 +97,12 @@ class WriteQueue:
         self._queue, self._progress = folder / "queue", folder / "progress.json"
 
     def accept(
-        self, kind: JobKind, items: Sequence[dict[str, Any]], images: Sequence[tuple[bytes, str]] = (),
+        self,
+        kind: JobKind,
+        items: Sequence[dict[str, Any]],
+        images: Sequence[tuple[bytes, str]] = (),
         more: Mapping[str, Any] | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Store a job durably and return its name.
 
         Args:

@@ -75,9 +75,15 @@ class BuiltIndex:
 
 
 def build_index(
-    file: Path, blocks: Blocks, count: int, dim: int, choices: Sequence[IndexChoice],
-    queries: HeldOutQueries | None = None, *, target: float = IndexSpec.target_recall,
-) -> BuiltIndex:  # fmt: skip
+    file: Path,
+    blocks: Blocks,
+    count: int,
+    dim: int,
+    choices: Sequence[IndexChoice],
+    queries: HeldOutQueries | None = None,
+    *,
+    target: float = IndexSpec.target_recall,
+) -> BuiltIndex:
     """Build and tune an index, and write it; row numbers are the order of the vectors.
 
     Args:

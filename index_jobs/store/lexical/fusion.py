@@ -46,9 +46,13 @@ def spread_rows(live: Rows) -> Rows:
 
 
 def hybrid_gains(
-    index: _Vectors, lexical: "LexicalIndex", sample_vectors: Floats, queries: Sequence[tuple[str, Floats, int]],
-    weights: Sequence[float], allowed: Mask | None = None,
-) -> NDArray[np.float64]:  # fmt: skip
+    index: _Vectors,
+    lexical: "LexicalIndex",
+    sample_vectors: Floats,
+    queries: Sequence[tuple[str, Floats, int]],
+    weights: Sequence[float],
+    allowed: Mask | None = None,
+) -> NDArray[np.float64]:
     """Return 1 / log2(1 + rank) of each query's item under each weight, 0 below rank 100: (queries, weights).
 
     Args:
