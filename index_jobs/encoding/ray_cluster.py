@@ -5,13 +5,15 @@
 - Ray replaces a worker that dies. A shard counts only when it is complete, so an unfinished one is made again.
 - All workers use one runtime, plain PyTorch unless one is named: the fastest runtime here may not run there.
 - Every machine sees the output directory under one path, as on a shared file system; likewise the gallery, or its URL.
+- Of an index in an object store, machines exchange shards, locations and checkpoint through the store instead.
 - Workers read the locations from one memory-mapped file. Only shard numbers travel through Ray.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,9 @@ from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
+from index_jobs.store.location import store_of
+from index_jobs.store.manifest import CHECKPOINT
+from index_jobs.store.remote import IndexStore
 
 _LOCATIONS = "locations.arrow"
 _CORES_PER_WORKER = 4  # without a GPU
@@ -42,8 +47,24 @@ class ShardWorker:
     """Loads the model once, then makes shards."""
 
     def __init__(
-        self, store: ShardStore, root: str, checkpoint: Path, image_key: str, runtime: str, options: BuildOptions
+        self,
+        store: ShardStore,
+        root: str,
+        checkpoint: Path,
+        image_key: str,
+        runtime: str,
+        options: BuildOptions,
+        url: str = "",
+        shared: Sequence[str] = (),
     ) -> None:
+        """url, shared: the object store of the index, and the names of files in it; "" for a shared file system."""
+        self.remote = None
+        if url:
+            self.scratch = tempfile.TemporaryDirectory(prefix="dcar-ray-")
+            self.remote, store.path = IndexStore(Path(self.scratch.name), url), Path(self.scratch.name, store.path.name)
+            checkpoint = store.path / CHECKPOINT
+            for name in shared:
+                self.remote.receive(f"{store.path.name}/{name}", store.path / name)
         self.store, self.root, self.options, folder = store, root, options, options.pixel_cache
         self.replicas = load_replicas(checkpoint, options.device, exact=options.spec.exact, runtime=runtime)
         if self.replicas[0].image_key != image_key:
@@ -56,12 +77,19 @@ class ShardWorker:
         """Make the shards of batch["shard"] and return the batch."""
         workers = min(_CORES_PER_WORKER, available_cores())
         for number in batch["shard"].tolist():
+            path = self.store.path_of(number)
+            name = f"{self.store.path.name}/{path.name}"
+            if self.remote is not None:
+                self.remote.receive(name, path)
             shard = self.store.load(number)
             if shard.missing:
                 windows = split_windows(shard, self.root, self.table, self.options.batch_size)
                 decoded = decode_windows(self.root, windows, self.replicas[0].preprocess, workers, self.cache)
                 with closing(decoded), closing(encode_windows(decoded, self.replicas)) as encoded:
                     save_shard(self.store, number, encoded)
+            if self.remote is not None:
+                self.remote.share(name, path)
+                path.unlink()
         return batch
 
 
@@ -82,8 +110,14 @@ def encode_on_ray(
         write_locations(state.store, gallery.table)
         options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
         task = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
+        remote = store_of(work.parent)
+        if remote is not None:
+            task += (remote.url, share_inputs(remote, state.store, checkpoint, state.todo))
         with _ray_session(options.ray or "auto", options.workers or 1), state.bar:
             for number in _make_shards(state.todo, task, options):
+                if remote is not None:
+                    path = state.store.path_of(number)
+                    remote.receive(f"{state.store.path.name}/{path.name}", path)
                 shard, known = state.store.load(number), state.shards[number]
                 if shard.missing:
                     raise DcarError(
@@ -93,7 +127,19 @@ def encode_on_ray(
                 state.shards[number] = shard
                 state.add_failed([failure for failure in shard.failed if failure not in known.failed])
                 state.advance(len(known.missing))
+        if remote is not None:
+            remote.end_sharing()
     return state.result()
+
+
+def share_inputs(remote: IndexStore, store: ShardStore, checkpoint: Path, todo: Sequence[int]) -> list[str]:
+    """Put what workers need into the object store, and return the names of the files that all of them need."""
+    files = {f"{CHECKPOINT}/{path.relative_to(checkpoint)}": path for path in checkpoint.rglob("*") if path.is_file()}
+    files[_LOCATIONS] = store.path / _LOCATIONS
+    begun = {path.name: path for path in map(store.path_of, todo) if path.exists()}
+    for name, path in (files | begun).items():
+        remote.share(f"{store.path.name}/{name}", path)
+    return [*files]
 
 
 def _make_shards(todo: list[int], task: tuple[Any, ...], options: BuildOptions) -> Iterator[int]:

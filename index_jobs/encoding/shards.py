@@ -107,7 +107,7 @@ class ShardStore:
 
     def load(self, number: int) -> Shard:
         """Return a shard after verifying its checksums; one without images if nothing is done."""
-        path = self._path(number)
+        path = self.path_of(number)
         return Shard.read(path) if path.exists() else Shard(path, self.span(number), np.empty(0, IMAGE), ())
 
     def other_folders(self) -> list[Path]:
@@ -130,7 +130,7 @@ class ShardStore:
 
     def save(self, number: int, images: Images, vectors: Floats, failed: Sequence[FailedImage]) -> Shard:
         """Write a shard in place of an earlier one."""
-        path, span = self._path(number), self.span(number)
+        path, span = self.path_of(number), self.span(number)
         self.path.mkdir(parents=True, exist_ok=True)
         failed = sorted(failed)
         rows, reasons, faults = zip(*failed, strict=True) if failed else ((), (), ())
@@ -142,7 +142,7 @@ class ShardStore:
             np.savez(file, allow_pickle=False, **parts)
         return Shard(path, span, images, tuple(failed))
 
-    def _path(self, number: int) -> Path:
+    def path_of(self, number: int) -> Path:
         return self.path / f"{number:06}.npz"
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import sys
 import threading
 import uuid
@@ -14,8 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dcar_core import Encoder
+from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import ArtifactError, DataError, LockedError, MissingExtraError, StoreUnavailableError
+from index_jobs.encoding.encode import encode_gallery
+from index_jobs.encoding.ray_cluster import ShardWorker, share_inputs, write_locations
+from index_jobs.encoding.shards import ShardStore
+from index_jobs.gallery.scan import scan
 from index_jobs.jobs.update import remove
+from index_jobs.spec import BuildOptions
 from index_jobs.store.location import index_path, published_index, store_of
 from index_jobs.store.manifest import FileInfo
 from index_jobs.store.publish import open_staging, publish_version, rollback
@@ -236,6 +245,37 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, mach
         publish_version(machines["other"], staging, manifest)
     assert pull(machines["reader"]) == 1
     assert open_current(machines["reader"]).manifest.change == "another"
+
+
+@needs("object-store")
+def test_workers_of_a_cluster_exchange_their_shards_through_the_store(
+    machines: Machines, encoder: Encoder, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As Ray's workers do: what they get is pickled, and their machine sees no file of the job's."""
+    index, options = machines["builder"], BuildOptions(progress=False, device="cpu", batch_size=4, shard_rows=8)
+    gallery, remote = scan(tiny_gallery), store_of(index)
+    assert remote is not None
+    alone = encode_gallery(gallery, [encoder], tmp_path / "alone", options).shards
+    shards = ShardStore(gallery, encoder, "torch", index / "work", options)
+    shards.extend(0, [(alone[0].images[:4], alone[0].vectors()[:4])])  # begun by an earlier run
+    write_locations(shards, gallery.table)
+    copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
+    shared = share_inputs(remote, shards, tmp_path / "checkpoint", range(3))
+    shutil.rmtree(tmp_path / "checkpoint")
+    task = (shards, gallery.root, Path("/nowhere"), encoder.image_key, "torch", options, remote.url, shared)
+    shutil.move(index / "work", tmp_path / "moved")
+    workers = [ShardWorker(*pickle.loads(pickle.dumps(task))) for _ in range(2)]
+    for number in range(3):
+        workers[number % 2]({"shard": np.array([number])})
+        remote.receive(f"{shards.path.name}/{shards.path_of(number).name}", shards.path_of(number))
+        made = shards.load(number)
+        np.testing.assert_array_equal(made.images, alone[number].images)
+        np.testing.assert_array_equal(made.vectors(), alone[number].vectors())
+    assert [*workers[0].store.path.glob("*.npz")] == [], "a worker's disk does not fill up"
+    for worker in workers:
+        worker.scratch.cleanup()
+    remote.end_sharing()
+    assert store(index).list("work/").collect() == []
 
 
 @needs("object-store")
