@@ -109,7 +109,7 @@ def encode_on_ray(
     if state.todo:
         write_locations(state.store, gallery.table)
         options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
-        task = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
+        task: tuple[Any, ...] = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
         remote = store_of(work.parent)
         if remote is not None:
             task += (remote.url, share_inputs(remote, state.store, checkpoint, state.todo))
