@@ -152,7 +152,7 @@ class Settings(BaseSettings):
     runtime: str = "auto"
     """Runtime of the encoder: auto, torch, openvino-bf16, ...; see docs/how-to/choose-a-runtime.md."""
     runtime_cache: Path | None = None
-    """Directory for exported models. Unset: the user's cache directory."""
+    """Directory for exported models, and for mirrors of object storage. Unset: the user's cache directory."""
     threads: int | None = Field(None, ge=1)
     """Cores for the model. Unset: PyTorch decides; several workers share the cores out."""
     batch_size: int = Field(32, ge=1, le=1024)
