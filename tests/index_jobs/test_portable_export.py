@@ -1,12 +1,15 @@
 """A version carries what serves it without PyTorch; the next versions share it."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.serving import encoder_cache
+from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
 from index_jobs.store.versions import open_current, open_version
 from tests.support.parts import needs
@@ -33,6 +36,25 @@ def test_versions_of_a_model_share_one_export(index: Path, build: Build, exports
     assert "checkpoint/portable/encoder" in open_current(index).manifest.files
     build(checkpoint=weights(index, 3).parents[1], runtime="openvino", force=True)
     assert weights(index, 4).samefile(weights(index, 3)), "a checkpoint brings its own"
+
+
+def test_a_retrained_version_carries_an_export_of_its_own(index: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps({"caption": f"{word} of {row['caption']}", "image": str(tiny_gallery / row["file_name"])}) + "\n"
+            for row in rows
+            for word in ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign", "stamp", "badge")
+        )
+    )
+    assert retrain(index, [pairs], device="cpu", margin=1).published
+    checkpoint = open_current(index).checkpoint
+    quick = Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=tmp_path / "cache")
+    assert quick.backbone is None
+    texts = ["photo of a red square", "a tile"]
+    whole = Encoder.load(checkpoint, device="cpu")
+    np.testing.assert_allclose(quick.encode_text(texts), whole.encode_text(texts), atol=1e-5)
 
 
 def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
