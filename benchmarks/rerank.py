@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dcar_core import Encoder
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
-from dcar_core.serving.pair_weights import PairWeights
+from dcar_core.serving.second_scores import PairWeights
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import gate
 from index_jobs.store.artifact import Artifact

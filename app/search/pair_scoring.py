@@ -28,7 +28,7 @@ from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import DcarError, MissingExtraError
 
 if TYPE_CHECKING:
-    from dcar_core.serving.pair_weights import PairWeights
+    from dcar_core.serving.second_scores import PairWeights
 
 logger = logging.getLogger(__name__)
 

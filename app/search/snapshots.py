@@ -104,13 +104,9 @@ class Snapshot:
     def reranker(self) -> Any:
         """A `QueryReranker` or `PairWeights`. The first look may load the model for seconds: not in the event loop."""
         with requires_pytorch("re-ranking"):  # importing it takes seconds; the health check need not wait
-            if self.encoder.state.reranks_by == "stage":
-                from dcar_core.serving.query_reranker import QueryReranker
+            from dcar_core.serving.second_scores import PairWeights, QueryReranker
 
-                return QueryReranker(self.encoder)
-            from dcar_core.serving.pair_weights import PairWeights
-
-            return PairWeights(self.encoder)
+            return (QueryReranker if self.encoder.state.reranks_by == "stage" else PairWeights)(self.encoder)
 
 
 def load_snapshot(

@@ -18,7 +18,7 @@ from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import encoder_cache
-from dcar_core.serving.pair_weights import PairWeights
+from dcar_core.serving.second_scores import PairWeights
 from tests.support.parts import needs
 
 pytestmark = needs("openvino")

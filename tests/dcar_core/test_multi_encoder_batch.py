@@ -16,7 +16,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.encoder_state import Runtime
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
-from dcar_core.serving.pair_weights import PairWeights
+from dcar_core.serving.second_scores import PairWeights
 from dcar_core.training.prepared_split import prepare_split
 
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
