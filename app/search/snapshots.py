@@ -18,9 +18,8 @@ from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, requires_pytorch
-from index_jobs.gallery.storage import ImageAccess
 from index_jobs.selection import Allowed
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, open_version, read_manifest
 from index_jobs.store.writes import empty_artifact

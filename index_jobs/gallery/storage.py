@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from dcar_core.util.errors import DataError, ImageError, ImageFault, MissingExtraError
 
@@ -28,9 +27,9 @@ _EXTRAS = {
     "s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure",
     "http": "http", "https": "http",
 }  # fmt: skip
-_REMOTE_SCHEMES = frozenset(_EXTRAS)
-_LOCAL_SCHEMES = frozenset({"file", "local"})
-_SCHEMES = _LOCAL_SCHEMES | _REMOTE_SCHEMES
+REMOTE_SCHEMES = frozenset(_EXTRAS)
+LOCAL_SCHEMES = frozenset({"file", "local"})
+_SCHEMES = LOCAL_SCHEMES | REMOTE_SCHEMES
 _PAUSES_S = (0.2, 1.0, 3.0)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # not worth a retry
 
@@ -162,54 +161,6 @@ def open_image(root: str, location: str, offset: int, size: int) -> tuple[Binary
     if isinstance(data, bytes):
         return io.BytesIO(data), len(data)
     raise data if isinstance(data, OSError) else OSError(str(data) or type(data).__name__) from data
-
-
-@dataclass(frozen=True, slots=True)
-class ImageAccess:
-    """Limits of a service on the images that it reads from a gallery.
-
-    A gallery can change after indexing: a file becomes a link to another one, and a list may name any path or URL. The
-    index records the gallery's root, and a service reads nothing beyond it unless its operator allows more.
-
-    roots: directories that may be read in addition to the gallery's root. hosts: hosts, or buckets, that rows with a
-    URL may name. max_bytes: largest image file.
-    """
-
-    roots: tuple[Path, ...] = ()
-    hosts: frozenset[str] = frozenset()
-    max_bytes: int = 64 * 2**20
-
-    def resolve(self, root: str, location: str, offset: int, size: int, roots: Sequence[str] = ()) -> str:
-        """Return the location to read an image from, with links resolved.
-
-        Args:
-            root, location, offset, size: as for `open_image`.
-            roots: further folders or URLs of the index, for absolute locations.
-
-        Raises:
-            OSError: the location may not be read, or the file is too large.
-        """
-        if is_url(location):
-            url, folder = urlsplit(location), location.rpartition("/")[0] + "/"
-            if ".." not in location.split("/") and any(folder.startswith(each.rstrip("/") + "/") for each in roots):
-                return location
-            if url.scheme not in _REMOTE_SCHEMES or "::" in location or url.hostname not in self.hosts:
-                raise PermissionError(errno.EACCES, "its host is not in DCAR_IMAGE_HOSTS", location)
-            return location
-        if urlsplit(root).scheme in _LOCAL_SCHEMES:
-            root = urlsplit(root).path
-        joined = join_location(root, location)
-        if is_url(joined):
-            if ".." in location.split("/"):
-                raise PermissionError(errno.EACCES, "outside of the gallery", location)
-            return location
-        resolved = Path(os.path.realpath(joined))
-        bases = [Path(base) for base in (root, *roots) if base and not is_url(base)]
-        if not any(resolved.is_relative_to(os.path.realpath(base)) for base in (*bases, *self.roots)):
-            raise PermissionError(errno.EACCES, "outside of the gallery and DCAR_IMAGE_ROOTS", location)
-        if (resolved.stat().st_size if offset == WHOLE_FILE else size) > self.max_bytes:
-            raise OSError(errno.EFBIG, "the image file is too large", location)
-        return str(resolved)
 
 
 def read_images(

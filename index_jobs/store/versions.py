@@ -21,8 +21,7 @@ from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.gallery.storage import ImageAccess
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, Manifest
 
 logger = logging.getLogger(__name__)

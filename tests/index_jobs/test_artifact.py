@@ -16,9 +16,8 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError
 from index_jobs.gallery.scan import SCHEMA, scan
-from index_jobs.gallery.storage import ImageAccess
 from index_jobs.store import items
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.publish import next_version, open_staging, publish_version, rollback
 from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
 from tests.support.encoding import cut, flip

@@ -10,10 +10,9 @@ from app.cli import app as command_line
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, CheckpointError, DataError, GalleryShrunkError, ModelError
 from index_jobs.gallery.scan import scan
-from index_jobs.gallery.storage import ImageAccess
 from index_jobs.jobs.update import add, relocate, remove
 from index_jobs.rebuild import main
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.images import draw
 from tests.support.versions import Build

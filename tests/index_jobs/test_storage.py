@@ -22,7 +22,6 @@ from index_jobs.encoding.shards import FailedImage
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
-    ImageAccess,
     ImageLocation,
     _cut_span,
     file_suffix,
@@ -32,6 +31,7 @@ from index_jobs.gallery.storage import (
     read_images,
 )
 from index_jobs.spec import BuildOptions, IndexSpec
+from index_jobs.store.artifact import ImageAccess
 from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
