@@ -75,14 +75,15 @@ def augment(images: Tensor, side: int) -> Tensor:
     return x.clamp(-0.5, 0.5) / 0.5
 
 
-def save(model: open_clip.CLIP, out: Path, side: int) -> None:
-    """Write a model directory with weights in half precision."""
+def save(model: open_clip.CLIP, out: Path, model_cfg: dict, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Write a model directory with weights in half precision. mean, std: of each channel of its images."""
     weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     weights_file = out / "open_clip_model.safetensors"
     save_file(weights, str(weights_file), metadata={"format": "pt"})
     weights_file.chmod(0o644)  # safetensors creates files that only their owner can read
-    shape = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash", "size": [side, side]}
-    config = {"model_cfg": model_config(side), "preprocess_cfg": shape}
+    size = [model_cfg["vision_cfg"]["image_size"]] * 2
+    shape = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "squash", "size": size}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": shape}
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copyfile(VOCABULARY, out / VOCABULARY.name)
 
@@ -182,7 +183,7 @@ def main() -> None:
             part,
         )
         part.replace(state_file)
-    save(model, args.out, args.side)
+    save(model, args.out, model_config(args.side), MEAN, STD)
     state_file.unlink()
 
 

@@ -15,11 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from dcar_core.data import load_splits
 from dcar_core.negatives import LETTER_FUNCTIONS
 from tests.support import commands
+from tests.support.parts import needs
 from tests.support.paths import ROOT
 
 TABLES = {  # commands, and patterns of what they print
@@ -136,6 +139,44 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_galler
     assert all(len(weeks) == 2 and all(0 <= hit <= 100 for hit in weeks) for weeks in hits.values())
     assert [line.partition(" ")[0] for line in said[1:]] == ["hostile", "propensities:", "a"]
     assert done.stderr.count("hostile, week ") == 4
+
+
+@pytest.mark.slow
+@needs("openvino", "hf")
+def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+    from tokenizers import Tokenizer, models
+    from transformers import BertConfig, BertModel
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pack, maps = importlib.import_module("photo_base").pack, np.random.default_rng(0).normal(size=(2, 352, 5, 5))
+    pixels = 1 - pack(maps, maps[0, :, 0, 0], np.full(352, 10.0)).reshape(2, 5, 16, 5, 16, 3) / 255
+    above, below = np.split(pixels.transpose(0, 1, 3, 2, 4, 5).reshape(2, 5, 5, -1)[..., :704], 2, axis=3)
+    assert np.allclose(maps[0, :, 0, 0] + 10 * (above - below), maps.transpose(0, 2, 3, 1), atol=0.02)
+
+    bed, encoder, cnn = tmp_path / "bed", tmp_path / "encoder", tmp_path / "cnn.pth"
+    torch.save(timm.create_model("tf_efficientnet_lite2").state_dict(), cnn)
+    BertModel(BertConfig(vocab_size=2, hidden_size=12, num_hidden_layers=1)).save_pretrained(encoder)
+    Tokenizer(models.WordLevel({"[PAD]": 0, "a": 1}, unk_token="a")).save(str(encoder / "tokenizer.json"))
+    for part in ("noun", "verb", "adj", "adv"):
+        (tmp_path / f"data.{part}").write_text("00001740 03 n 01 thing 0 000 | a small red thing\n")
+    script, results = str(ROOT / "benchmarks" / "photo_base.py"), tmp_path / "results"
+    data = f"--data {bed / tiny_data.name}.jsonl --images {bed / 'maps'}"
+    for program, arguments in (
+        (script, f"maps --data {tiny_data} --cnn {cnn} --out {bed}"),
+        (script, f"train --encoder {encoder} --wordnet {tmp_path} --out {bed} --text-steps 1 --epochs 1"),
+        ("app.cli", f"evaluate {data} --model {bed / 'base'} --methods clip --negatives off --out {results}"),
+        (script, f"within {data} --results {results}"),
+    ):
+        done = commands.run(program, *arguments.split())
+        assert done.returncode == 0, done.stderr
+    assert re.search(r"\n\| clip \| .* \| [\d.]+ \| [\d.]+ \|", done.stdout), done.stdout
+    known, own = ((bed / f"{name}.jsonl").read_text() for name in ("known", tiny_data.name))
+    categories = [set(re.findall(r'"category": "(.*?)"', rows)) for rows in (known, own)]
+    assert all(categories), categories
+    assert not categories[0] & categories[1]
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
