@@ -33,15 +33,17 @@ def machines(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("app.service.collections._RETRY_S", 0.2)
-    monkeypatch.setattr("index_jobs.store.remote._CLIENT", {"timeout": "1s", "allow_http": True})
-    monkeypatch.setattr("index_jobs.store.remote._RETRIES", {"max_retries": 0})
     return Machines(tmp_path, "s3://bucket/shop/index")
 
 
 @needs("seaweedfs")
 @pytest.mark.slow
 async def test_replica_follows_the_store_and_serves_on_without_it(
-    built_index: Path, machines: Machines, server: ObjectStore, caplog: pytest.LogCaptureFixture
+    built_index: Path,
+    machines: Machines,
+    server: ObjectStore,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     empty, failures = machines["empty"], list[DcarError]()
     async with opened(empty, ready=False, on_start_failure=failures.append, poll_s=0.05) as starting:
@@ -49,6 +51,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
     assert "s3://bucket/shop/index holds no index; make one with" in str(failures[0])
+    monkeypatch.setattr("index_jobs.store.remote._CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
+    monkeypatch.setattr("index_jobs.store.remote._RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()

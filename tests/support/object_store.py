@@ -25,7 +25,8 @@ class ObjectStore:
     def __init__(self, folder: Path | None = None) -> None:
         """folder: of SeaweedFS; None for moto."""
         self.port = free_port()
-        self.environment = {**ACCESS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.environment = {**ACCESS, "AWS_ENDPOINT_URL": self.url}
         self._command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         if folder is not None:
             ports = [f"-{name}={free_port()}" for name in (*_PORTS, "s3.port.grpc")]
@@ -40,18 +41,21 @@ class ObjectStore:
             self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         end = time.monotonic() + 60
-        while True:
-            try:
-                request = urllib.request.Request(f"http://127.0.0.1:{self.port}/bucket", method="PUT")
-                with urllib.request.urlopen(request, timeout=5):
-                    return
-            except urllib.error.HTTPError as error:
-                if error.code == 403:  # SeaweedFS, which creates buckets when they are used
-                    return
-            except OSError:
-                pass
-            assert time.monotonic() < end, "the object store does not start"
+        while not self._responds():
+            if time.monotonic() > end:
+                self.stop()
+                raise AssertionError("the object store does not start")
             time.sleep(0.05)
+
+    def _responds(self) -> bool:
+        """Create the bucket, and return True once the server responds."""
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{self.url}/bucket", method="PUT"), timeout=5).close()
+        except urllib.error.HTTPError as error:
+            return error.code == 403  # of SeaweedFS, which creates buckets when they are used
+        except OSError:
+            return False
+        return True
 
     def send_signal(self, number: int) -> None:
         assert self._process is not None
