@@ -223,12 +223,12 @@ class IndexStore:
             info.sha256: self._folder(manifest.version) / name
             for manifest in list_versions(self.mirror)
             for name, info in manifest.files.items()
-            if (self._folder(manifest.version) / name).exists()
+            if _is_inside(name) and (self._folder(manifest.version) / name).exists()
         }
         for name, info in Manifest.read(folder / MANIFEST).files.items():
-            path, inner = folder / name, PurePosixPath(name)
-            if inner.is_absolute() or ".." in inner.parts or not _HASH.fullmatch(info.sha256):
+            if not _is_inside(name) or not _HASH.fullmatch(info.sha256):
                 raise ArtifactError(f"{self.url} is corrupted: version {version} names the file {name!r}")
+            path = folder / name
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._bring(path, info, here.get(info.sha256))
@@ -303,6 +303,11 @@ class IndexStore:
 
 def _manifest_key(version: int) -> str:
     return f"{VERSIONS}/{version}/{MANIFEST}"
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name that a manifest gives to a file stays in the folder of its version."""
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _identity(meta: Mapping[str, Any]) -> dict[str, str]:

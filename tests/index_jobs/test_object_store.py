@@ -211,6 +211,14 @@ def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Mac
         with pytest.raises(ArtifactError, match=f"names the file '{name}'"):
             published_index(machines["reader"])
     assert not (machines["reader"] / "outside").exists()
+    (machines["reader"].parent / "other").write_bytes(b"not the items")
+    hostile_files = {**manifest.files, "../../../other": manifest.files["items.arrow"]}
+    for number, files in ((1, hostile_files), (2, manifest.files)):
+        data = json.dumps(replace(manifest, version=number, files=files).to_dict()).encode()
+        store(mirror).put(f"versions/{number}/manifest.json", data)
+    store(mirror).put("CURRENT", b"2 of another number\n")
+    store_of(machines["reader"]).pull(history=True)  # type: ignore[union-attr]
+    assert pull(machines["reader"]) == 2, "its files are not taken from such a place either"
 
 
 @needs("object-store")
