@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dcar_core.data import Annotations
-from dcar_core.evaluation.tables import Results
+from dcar_core.evaluation.tables import Results, markdown
 from dcar_core.util.errors import DataError
 
 METHODS = ("clip", "clip-adapter", "coop", "maple", "dcar")  # those of the paper that are implemented
@@ -59,15 +59,15 @@ def paper_tables(results: Mapping[str, Results]) -> str:
             for name in PAPER
             if name in results
         }
-        rows = [[f"{label} R@1, ours / paper", *METHODS, *OURS], ["---"] * (1 + len(METHODS + OURS))]
+        rows = [[f"{label} R@1, ours / paper", *METHODS, *OURS]]
         for name, recalls in ours.items():
             rows.append([name, *_cells(recalls, PAPER[name][direction])])
         if len(ours) == len(PAPER):
             complete = [m for m in METHODS + OURS if all(m in recalls for recalls in ours.values())]
             means = {m: sum(recalls[m] for recalls in ours.values()) / len(ours) for m in complete}
             rows.append(["average of nine", *_cells(means, AVERAGE[direction])])
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    return "\n\n".join(parts)
+        parts.append(markdown(rows))
+    return "\n".join(parts)
 
 
 def _cells(ours: Mapping[str, float], paper: tuple[float, ...]) -> list[str]:

@@ -39,14 +39,14 @@ def all_tables(results: Results) -> str:
     """Return the tables of methods as Markdown, for a terminal, below a line with their unit."""
     tables = (recall_rows, significance_rows, measures_rows, shots_rows, settings_rows)
     unit = f"Percent{_pool_of(results)}; {_spread_of(results)}."
-    return "\n".join([unit, *(_markdown(rows) for t in tables if (rows := t(results)))])
+    return "\n".join([unit, *(markdown(rows) for t in tables if (rows := t(results)))])
 
 
 def results_markdown(results: Results) -> str:
     """Return results.md."""
     parts = [f"# {results['data']}"]
     for heading, notes, rows in sections(results):
-        parts += [f"## {heading}", *notes, _markdown(rows)]
+        parts += [f"## {heading}", *notes, markdown(rows)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -213,6 +213,7 @@ def _cells(method: dict[str, Any], spreads: Iterable[dict[str, float] | None]) -
     return ["-" if each is None else form.format(**each) for each in spreads]
 
 
-def _markdown(rows: Rows) -> str:
+def markdown(rows: Rows) -> str:
+    """Return a table whose first row is its head."""
     head, *body = ([cell.replace("|", "\\|") for cell in row] for row in rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)) + "\n"

@@ -28,7 +28,7 @@ from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import atomic_writer
 from dcar_core.util.html import html_page
 from index_jobs.encoding.decode import LIMITS
-from index_jobs.gallery.storage import join_location
+from index_jobs.jobs.update import live_gallery
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 
@@ -67,16 +67,10 @@ class _Gallery:
 
     def __init__(self, artifact: Artifact) -> None:
         self.artifact, self.rows = artifact, np.flatnonzero(artifact.live)
-        columns: dict[str, list[str]] = {"id": [], "caption": [], "category": [], "path": []}
-        start = 0
-        for segment in artifact.segments:
-            live = pa.array(artifact.live[start : start + len(segment.items)])
-            table, start = segment.items.table().filter(live), start + len(segment.items)
-            for name in ("id", "caption", "category"):
-                columns[name] += table[name].to_pylist()
-            columns["path"] += [join_location(segment.root, location) for location in table["location"].to_pylist()]
-        self.columns = columns
-        names, self.categories = np.unique(np.array(columns["category"], object).astype(str), return_inverse=True)
+        table = live_gallery(artifact).table
+        columns = {"id": "id", "caption": "caption", "category": "category", "path": "location"}
+        self.columns = {name: table[column].to_pylist() for name, column in columns.items()}
+        names, self.categories = np.unique(np.array(self.columns["category"], object).astype(str), return_inverse=True)
         self.names: list[str] = names.tolist()
         self.sizes = np.bincount(self.categories, minlength=len(names))
         self.sizes[names == ""] = 0

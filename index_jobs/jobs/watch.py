@@ -30,7 +30,7 @@ from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.gallery.storage import is_url, join_location
 from index_jobs.jobs.apply import read_failures
 from index_jobs.jobs.notify import notify
-from index_jobs.jobs.update import add, remove
+from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.spec import KEEP_WRITES, BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import BY_WATCH
@@ -183,17 +183,13 @@ def _indexed_states(current: Artifact, states: dict[str, _State]) -> dict[str, _
 
     A file that is newer than the version has changed. Texts are compared unless metadata were changed in the index.
     """
-    manifest, found, start = current.manifest, dict[str, _State](), 0
+    manifest, found = current.manifest, dict[str, _State]()
     published = 10**9 * (1 + int(datetime.datetime.fromisoformat(manifest.created).timestamp()))  # it is in seconds
-    for items, root in ((segment.items, segment.root) for segment in current.segments):
-        live = pa.array(current.live[start : start + len(items)])
-        start += len(items)
-        for row in items.table().filter(live).to_pylist():
-            path, now = join_location(root, row["location"]), states.get(row["id"])
-            if path.startswith(f"{manifest.root}/") or (now and now[0] == path):
-                mtime = now[2] if now and now[2] < published else 0
-                texts = now[3:] if now and manifest.changed else (row["caption"], row["category"], row["metadata"])
-                found[row["id"]] = (path, row["size"], mtime, *texts)
-            elif now:  # it was replaced from elsewhere
-                found[row["id"]] = now
+    for item_id, (path, size, _, *texts) in _states(live_gallery(current)).items():
+        now = states.get(item_id)
+        if path.startswith(f"{manifest.root}/") or (now and now[0] == path):
+            mtime = now[2] if now and now[2] < published else 0
+            found[item_id] = (path, size, mtime, *(now[3:] if now and manifest.changed else texts))
+        elif now:  # it was replaced from elsewhere
+            found[item_id] = now
     return found
