@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -11,7 +11,7 @@ from app.cli.options import Device, Filter, IndexDir, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
-from index_jobs.spec import KEEP_WRITES, BuildOptions, IndexSpec
+from index_jobs.spec import KEEP_WRITES, BuildOptions
 from index_jobs.store.location import index_path, published_index, store_of
 
 if TYPE_CHECKING:
@@ -77,43 +77,29 @@ def rollback_command(
 
 
 @commands.command("add", epilog=example("dcar index add index --gallery new-photos"))
+@job_cli.with_options("workers", "batch_size", "keep", "max_failed", "device", "runtime")
 def add_command(
     index: Index,
     gallery: job_cli.Gallery,
     replace: Annotated[bool, Option("--replace", help="Replace items with the same id, instead of an error.")] = False,
-    workers: job_cli.Workers = None,
-    batch_size: job_cli.BatchSize = BuildOptions.batch_size,
-    keep: job_cli.Keep = BuildOptions.keep,
-    max_failed: job_cli.MaxFailed = IndexSpec.max_failed,
-    device: job_cli.Device = "auto",
-    runtime: job_cli.Runtime = "auto",
+    **options: Any,
 ) -> None:
     """Publish a version with the images of another gallery added, without a rebuild."""
     from index_jobs.jobs.update import add
 
-    summary = add(
-        index, gallery, replace_existing=replace, workers=workers, batch_size=batch_size, keep=keep,
-        max_failed=max_failed, device=device, runtime=runtime,
-    )  # fmt: skip
+    summary = add(index, gallery, replace_existing=replace, **options)
     added = f"{summary.added:,} added" + (f", {summary.removed:,} of them replaced" if summary.removed else "")
     typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({added}, {summary.failed} broken)")
     _recommend(summary.rebuild)
 
 
 @commands.command("apply", epilog=example("dcar index apply index"))
-def apply_command(
-    index: Index,
-    workers: job_cli.Workers = None,
-    batch_size: job_cli.BatchSize = BuildOptions.batch_size,
-    keep: KeepWrites = KEEP_WRITES,
-    device: job_cli.Device = "auto",
-    runtime: job_cli.Runtime = "auto",
-) -> None:
+@job_cli.with_options("workers", "batch_size", "device", "runtime")
+def apply_command(index: Index, keep: KeepWrites = KEEP_WRITES, **options: Any) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
     from index_jobs.jobs.apply import apply_writes
 
-    options = {"workers": workers, "batch_size": batch_size, "keep": keep, "device": device, "runtime": runtime}
-    typer.echo(f"{index}: {apply_writes(index, **options):,} jobs applied")
+    typer.echo(f"{index}: {apply_writes(index, keep=keep, **options):,} jobs applied")
 
 
 @commands.command("update", epilog=example("dcar index update index --metadata prices.csv"))
@@ -146,18 +132,12 @@ def update_command(
 
 
 @commands.command("watch", epilog=example("dcar index watch index"))
-def watch_command(
-    index: FilledIndex,
-    max_vanished: job_cli.MaxVanished = BuildOptions.max_vanished,
-    notify: job_cli.Notify = None,
-    keep: KeepWrites = KEEP_WRITES,
-    device: job_cli.Device = "auto",
-    runtime: job_cli.Runtime = "auto",
-) -> None:
+@job_cli.with_options("max_vanished", "notify", "device", "runtime")
+def watch_command(index: FilledIndex, keep: KeepWrites = KEEP_WRITES, **options: Any) -> None:
     """Follow the gallery of an index: publish new, changed and removed images until Ctrl-C."""
     from index_jobs.jobs.watch import watch
 
-    watch(index, typer.echo, max_vanished=max_vanished, notify=notify, keep=keep, device=device, runtime=runtime)
+    watch(index, typer.echo, keep=keep, **options)
 
 
 @commands.command("report", epilog=example("dcar index report --index index --out report.html"))

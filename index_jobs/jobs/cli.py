@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -90,16 +90,36 @@ Galleries = Annotated[
     ),
 ]
 Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint of `dcar train` or `dcar zero-shot`.")]
-Workers = Annotated[int | None, _option("workers")]
-BatchSize = Annotated[int, _option("batch_size")]
 Keep = Annotated[int, _option("keep")]
-MaxFailed = Annotated[float, _option("max_failed")]
-MaxVanished = Annotated[float, _option("max_vanished")]
 Notify = Annotated[list[str] | None, _option("notify")]
-Device = Annotated[str, _option("device")]
 Runtime = Annotated[str, _option("runtime")]
+_TYPES = get_type_hints(IndexSpec) | get_type_hints(BuildOptions) | {"notify": list[str], "text_fields": str}
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
+def with_options(*names: str) -> Callable[[Command], Command]:
+    """Return a decorator that declares these fields as the options of a command, in the place of its `**options`."""
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default="auto" if name == "runtime" else _FIELDS[name].default,
+            annotation=Annotated[_TYPES[name], _option(name)],
+        )
+        for name in names
+    ]
+
+    def declare(command: Command) -> Command:
+        *own, _ = inspect.signature(command).parameters.values()
+        last = [each for each in own if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        first = [each for each in own if each not in last]
+        vars(command)["__signature__"] = inspect.Signature([*first, *options, *last])
+        return command
+
+    return declare
+
+
+@with_options(*_FIELDS)
 def build_command(
     galleries: Galleries,
     checkpoint: Checkpoint,
@@ -133,25 +153,6 @@ def build_command(
         _print(error.summary, as_json)
         raise
     _print(summary, as_json)
-
-
-def _with_options(command: Callable[..., None]) -> inspect.Signature:
-    """Return the command's signature with the options in the place of `**options`."""
-    types = get_type_hints(IndexSpec) | get_type_hints(BuildOptions) | {"notify": list[str], "text_fields": str}
-    options = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default="auto" if name == "runtime" else each.default,
-            annotation=Annotated[types[name], _option(name)],
-        )
-        for name, each in _FIELDS.items()
-    ]
-    *first, as_json, quiet, _ = inspect.signature(command).parameters.values()
-    return inspect.Signature([*first, *options, as_json, quiet])
-
-
-vars(build_command)["__signature__"] = _with_options(build_command)
 
 
 def _print(summary: RebuildSummary, as_json: bool) -> None:
