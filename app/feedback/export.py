@@ -3,7 +3,8 @@
 - Evidence is counted by clients: however often one of them clicks, it has one vote on a pair, a bounded number of
   searches counts for it, and of the events on a search only those of its first client.
 - The relevance of a pair is its clicks by what was looked at: the propensities of its positions (see `click_model`),
-  and PRIOR to begin with.
+  and PRIOR to begin with. Of the clicks, those count that are certain: the lower end of a 95 % interval, with the
+  variance of a square root of a count (Anscombe, 1948). So many clients outweigh a few hostile ones [ours].
 - An image that was skipped above a clicked one is a hard negative of the query, if enough clients skipped it and hardly
   any clicked it. An image below the last click may not have been seen, and says nothing.
 - Everything that is left out is counted with its reason.
@@ -31,6 +32,7 @@ from index_jobs.store.artifact import Artifact
 METHOD = "position-based click model, from pairs seen at several positions"
 MAX_WEIGHT = 10.0  # of a click, by the inverse of its position's propensity
 PRIOR = 5.0  # looks without a click that each pair starts with
+_CERTAIN = 1.64 / 2  # of the square root of a count of clicks: 1.64 standard deviations
 CLICKS = ("click", "save", "purchase")
 _FIT = 2 / 3  # of the relevance of the best image of a query, for a training pair
 _SKIPPED = 0.1  # of it, up to which a skipped image is a hard negative
@@ -108,12 +110,14 @@ class Impressions:
 class Evidence:
     """What is known of each pair of a text and an item. All arrays are (P,).
 
-    relevance: estimated chance of a click by a client who looks at it. clicks, skips: numbers of distinct clients.
+    relevance: chance of a click by a client who looks at it, at least. estimate: the chance without this caution.
+    clicks, skips: numbers of distinct clients.
     """
 
     text: np.ndarray
     item: np.ndarray
     relevance: np.ndarray
+    estimate: np.ndarray
     clicks: np.ndarray
     skips: np.ndarray
 
@@ -291,13 +295,15 @@ def weigh(seen: Impressions, propensities: Propensities) -> Evidence:
     keys, vote = np.unique(pair * width + seen.client, return_inverse=True)
     clicked, examined = (np.bincount(vote, each) / np.bincount(vote) for each in (seen.clicked, looked))  # of a client
     voter = keys // width
-    relevance = np.minimum(1, np.bincount(voter, clicked) / (PRIOR + np.bincount(voter, examined)))
+    found, looks = np.bincount(voter, clicked), PRIOR + np.bincount(voter, examined)
+    certain = np.maximum(np.sqrt(found) - _CERTAIN, 0) ** 2
+    relevance, estimate = (np.minimum(1, each / looks) for each in (certain, found))
     lowest = np.full(int(seen.search.max(initial=-1)) + 1, -1)
     np.maximum.at(lowest, seen.search[seen.clicked], seen.position[seen.clicked])
     skipped = ~seen.clicked & (seen.position < lowest[seen.search])
     skips = np.bincount(keys[np.unique(vote[skipped])] // width, minlength=len(first))
     clicks = np.bincount(keys[np.unique(vote[seen.clicked])] // width, minlength=len(first))
-    return Evidence(seen.text[first], seen.item[first], relevance, clicks, skips)
+    return Evidence(seen.text[first], seen.item[first], relevance, estimate, clicks, skips)
 
 
 def _pairs(
@@ -322,7 +328,7 @@ def _pairs(
     known = images.is_known[evidence.item[chosen]]
     report.left_out["pairs of items that are no longer in the index, or have no local file"] += int((~known).sum())
     chosen = chosen[within & known]
-    is_wrong = usable & (evidence.skips >= options.min_clients) & (share <= _SKIPPED) & (best[evidence.text] > 0)
+    is_wrong = usable & (evidence.skips >= options.min_clients) & _is_hardly_clicked(evidence, best)
     few = usable & (evidence.skips > 0) & (evidence.skips < options.min_clients) & (evidence.clicks == 0)
     report.left_out[f"images skipped by fewer than {options.min_clients} clients"] += int(few.sum())
     negatives = dict[int, list[int]]()
@@ -330,8 +336,14 @@ def _pairs(
         texts = negatives.setdefault(int(evidence.item[place]), [])
         if len(texts) < _MAX_NEGATIVES:
             texts.append(int(evidence.text[place]))
-    relevance = evidence.relevance.round(3).tolist()
+    relevance = np.maximum(evidence.relevance, 1e-6).round(6).tolist()
     return [(int(evidence.item[each]), int(evidence.text[each]), relevance[each]) for each in chosen], negatives
+
+
+def _is_hardly_clicked(evidence: Evidence, best: np.ndarray) -> np.ndarray:
+    """Return bool (P,), given the relevance of the best item of each text."""
+    hardly: np.ndarray = (evidence.estimate <= _SKIPPED * best[evidence.text]) & (best[evidence.text] > 0)
+    return hardly
 
 
 def _judged(
@@ -345,7 +357,7 @@ def _judged(
     found = dict[tuple[int, int], tuple[int, str, int]]()
     counted = usable & (best[evidence.text] > 0) & (evidence.clicks + evidence.skips >= options.min_clients)
     grades = np.where(evidence.clicks >= options.min_clients, np.ceil(3 * np.minimum(share, 1)), 0)
-    for place in np.flatnonzero(counted & ((grades > 0) | (share <= _SKIPPED))):
+    for place in np.flatnonzero(counted & ((grades > 0) | _is_hardly_clicked(evidence, best))):
         key = int(evidence.text[place]), int(evidence.item[place])
         found[key] = int(grades[place]), "clicks", int(evidence.clicks[place] + evidence.skips[place])
     ratings = dict[tuple[int, int], dict[str, int]]()

@@ -303,15 +303,18 @@ def test_propensities_hold_for_pairs_with_few_impressions_and_after_a_version_th
     assert np.abs(found / examined - 1).max() < 0.1, found
 
 
-def test_two_clicks_far_down_do_not_outweigh_many_at_the_top() -> None:
-    """Of item 0, ten clients click it at the top, and two do not; of item 1, two click it at the tenth position."""
-    clients, item = np.arange(14), np.repeat([0, 1], [12, 2])
+@pytest.mark.parametrize("clients", [5, 80])
+def test_two_clicks_far_down_do_not_outweigh_many_at_the_top(clients: int) -> None:
+    """Of item 0, clients click it at the top, and one in five does not; of item 1, two click it at the tenth place."""
+    total = clients + 2
+    number, item = np.arange(total), np.repeat([0, 1], [clients, 2])
     seen = Impressions(
-        search=clients, text=np.zeros(14, np.int64), item=item, client=clients, position=np.where(item, 10, 1),
-        rank=np.where(item, 9, 0), clicked=~np.isin(clients, (3, 7)), version=np.ones(14, np.int64),
+        search=number, text=np.zeros(total, np.int64), item=item, client=number, position=np.where(item, 10, 1),
+        rank=np.where(item, 9, 0), clicked=(number % 5 > 0) | (item > 0), version=np.ones(total, np.int64),
     )  # fmt: skip
     evidence = weigh(seen, Propensities(1 / np.arange(1, 11), 1))
-    relevance = dict(zip(evidence.item.tolist(), evidence.relevance.tolist(), strict=True))
-    assert relevance[0] == pytest.approx(10 / (5 + 12))
-    assert relevance[1] == pytest.approx(2 / (5 + 0.2))
-    assert evidence.clicks.tolist() == [10, 2]
+    assert evidence.clicks.tolist() == [0.8 * clients, 2]
+    assert evidence.estimate.tolist() == pytest.approx([0.8 * clients / (5 + clients), 2 / (5 + 0.2)])
+    relevance, estimate = evidence.relevance, evidence.estimate
+    assert relevance[0] > 2 * relevance[1]
+    assert relevance[0] > (0.3 if clients == 5 else 0.8) * estimate[0], "more clients make it certain"
