@@ -1,14 +1,10 @@
-"""The routes of feedback, and searches that its log notes or that are compared with a candidate."""
+"""The routes of feedback, and searches that its log notes."""
 
 import asyncio
 import zlib
-from collections.abc import Sequence
 from contextlib import suppress
-from copy import copy
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from fastapi import Request
@@ -21,18 +17,16 @@ from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.core.rate_limit import current_caller
 from app.core.settings import Settings
-from app.feedback.compare import CANDIDATE, Compared, interleave
+from app.feedback.compare import Compared, compare
 from app.feedback.store import EventRow
 from app.middleware.access import CALLER, Policy
-from app.search.query import Match, Query, SearchResults
+from app.search.query import Query, SearchResults
 from app.search.snapshots import Snapshot
-from app.service.retriever import Retriever
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.versions import read_manifest, version_numbers
 
 routes = Routes("feedback")
 _LISTED = 20  # ignored events in a response
-_WAIT_S = 1.0  # for a candidate
 _IMAGE_BYTES = 64 * 2**10  # of an image that tell it from others
 _VERSIONS = 20  # the newest ones, on the insights page
 _OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
@@ -91,15 +85,24 @@ async def search_and_note(
 ) -> tuple[SearchResults, str | None]:
     """Return the results of a search, perhaps interleaved with those of a candidate, and its query id."""
     state, compared = state_of(request), None
-    if state.settings.compare is not None and (candidate := _candidate(request, snapshot, query)) is not None:
-        results, compared = await _compare(request, snapshot, query, image, *candidate)
+    log, wanted, search = state.feedback, state.settings.compare, state.retriever.search
+    if log is None:
+        return await search(snapshot, query, image), None
+    if wanted is None or (candidate := _candidate(request, snapshot, query)) is None:
+        results = await search(snapshot, query, image)
     else:
-        results = await state.retriever.search(snapshot, query, image)
+        live, client, name = candidate
+        _, draw = log.draw(client, f"{query.model_dump_json()} {zlib.crc32((image or b'')[:_IMAGE_BYTES])}")
+        results, compared = await compare(
+            lambda version: search(version, query, image), snapshot, live, name, draw, k=query.k,
+            max_window=state.settings.max_window, is_shadow=wanted.is_shadow,
+        )  # fmt: skip
+        log.compared.labels("failed" if compared is None else "shadow" if wanted.is_shadow else "interleaved").inc()
     return results, noted(request, query, results, has_image=image is not None, compared=compared)
 
 
-def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snapshot, str] | None:
-    """Return the version to compare with, and the client, if this search is in the share."""
+def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snapshot, str, str] | None:
+    """Return the version to compare with, the client, and the version's name, if this search is in the share."""
     state, wanted = state_of(request), state_of(request).settings.compare
     if wanted is None or state.feedback is None or collection_of(request) not in (None, state.collections.default):
         return None
@@ -109,63 +112,9 @@ def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snap
     live = state.collections.candidate
     if live is None or state.feedback.draw(client, "")[0] >= wanted.share:
         return None
-    is_grouped = query.group_by is None and any(each.artifact.manifest.spec.group_field for each in (snapshot, live))
-    return None if is_grouped else (live, client)
-
-
-async def _compare(
-    request: Request, snapshot: Snapshot, query: Query, image: bytes | None, live: Snapshot, client: str
-) -> tuple[SearchResults, Compared | None]:
-    """Return the results of both versions, interleaved, or in the shadow those of the served one.
-
-    Without the candidate's, if its search fails or is a second slower.
-    """
-    state, log, wanted = state_of(request), state_of(request).feedback, state_of(request).settings.compare
-    assert log is not None
-    assert wanted is not None
-    searching = asyncio.create_task(_search_candidate(state.retriever, snapshot, live, query, image))
-    try:
-        served = await state.retriever.search(snapshot, query, image)
-        await asyncio.wait([searching], timeout=_WAIT_S)
-    finally:
-        searching.cancel()
-    matches = searching.result() if searching.done() else None
-    if matches is None:
-        log.compared.labels("failed").inc()
-        return served, None
-    ids, other_ids = ([match.item.id for match in each] for each in (served.matches, matches))
-    name = f"{wanted.candidate if wanted.version is None else state.collections.default}@{live.version}"
-    _, draw = log.draw(client, f"{query.model_dump_json()} {zlib.crc32((image or b'')[:_IMAGE_BYTES])}")
-    shared, teams = len({*ids} & {*other_ids}), ""
-    if not wanted.is_shadow:
-        shown = interleave(ids, other_ids, query.k, Random(f"{draw} {snapshot.version} {name}"))
-        teams = "".join(team for team, _ in shown)
-        page = [(matches if team == CANDIDATE else served.matches)[place] for team, place in shown]
-        left = [place for place, each in enumerate(ids) if each not in {match.item.id for match in page}]
-        # The next page begins with the first result of the served version that is not on this one.
-        following = left[0] if left and left[0] + query.k <= state.settings.max_window else None
-        served = replace(served, matches=page, next_offset=following if left else served.next_offset)
-    log.compared.labels("shadow" if wanted.is_shadow else "interleaved").inc()
-    return served, Compared(name, draw, teams, shared)
-
-
-async def _search_candidate(
-    retriever: Retriever, snapshot: Snapshot, live: Snapshot, query: Query, image: bytes | None
-) -> list[Match] | None:
-    """Return the matches whose items the served version has, with these items; None if the search fails."""
-
-    def as_served(matches: Sequence[Match]) -> list[Match]:
-        rows = [snapshot.artifact.row_of(match.item.id) for match in matches]
-        found = [(copy(match), row) for match, row in zip(matches, rows, strict=True) if row is not None]
-        for match, row in found:
-            match.row, match.item = row, snapshot.artifact.item(row)
-        return [match for match, _ in found]
-
-    try:
-        results = await retriever.search(live, query, image)
-        return await retriever.compute.run("search", as_served, results.matches)
-    except DcarError:
+    if query.group_by is None and any(each.artifact.manifest.spec.group_field for each in (snapshot, live)):
         return None
+    return live, client, f"{wanted.candidate if wanted.version is None else state.collections.default}@{live.version}"
 
 
 def noted(
@@ -178,9 +127,9 @@ def noted(
     log = state_of(request).feedback
     if log is None or (query.k == 1 and (query.explain or query.facets)):
         return None
-    scope = request.scope
-    collection = scope["path_params"].get("collection")
-    return log.note(scope.get(CALLER, ""), collection, query, results, has_image=has_image, compared=compared)
+    return log.note(
+        request.scope.get(CALLER, ""), collection_of(request), query, results, has_image=has_image, compared=compared
+    )
 
 
 def _row(event: FeedbackEvent) -> EventRow:

@@ -11,18 +11,26 @@
   the iterated logarithm" (1970); Johari, Koomen, Pekelis, Walsh, "Always valid inference" (2022).
 """
 
+import asyncio
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from math import lgamma, log
 from random import Random
 from typing import Any, NamedTuple
+
+from app.search.query import Match, SearchResults
+from app.search.snapshots import Snapshot
+from dcar_core.util.errors import DcarError
+from index_jobs.store.artifact import Artifact
 
 SERVED, CANDIDATE, NEITHER = "S", "C", "-"  # the teams of results
 _PRIOR = 10.0
 _LEVEL = 0.05
 _CLIENT_CAP = 100  # votes
 _STEPS = 40  # of a bisection
+_WAIT_S = 1.0  # for a candidate
 
 
 class Compared(NamedTuple):
@@ -36,6 +44,55 @@ class Compared(NamedTuple):
     draw: str
     teams: str
     shared: int
+
+
+async def compare(
+    search: Callable[[Snapshot], Awaitable[SearchResults]], served: Snapshot, live: Snapshot, name: str, draw: str, *,
+    k: int, max_window: int, is_shadow: bool,
+) -> tuple[SearchResults, Compared | None]:  # fmt: skip
+    """Return the results of both versions, interleaved, or in the shadow those of the served one.
+
+    Without the candidate's, and None, if its search fails or is a second slower.
+
+    Args:
+        name, draw: as of `Compared`.
+    """
+
+    async def find() -> list[Match] | None:
+        try:
+            return await asyncio.to_thread(_as_served, (await search(live)).matches, served.artifact)
+        except DcarError:
+            return None
+
+    searching = asyncio.create_task(find())
+    try:
+        results = await search(served)
+        await asyncio.wait([searching], timeout=_WAIT_S)
+    finally:
+        searching.cancel()
+    matches = searching.result() if searching.done() else None
+    if matches is None:
+        return results, None
+    ids, other_ids = ([match.item.id for match in each] for each in (results.matches, matches))
+    shared = len({*ids} & {*other_ids})
+    if is_shadow:
+        return results, Compared(name, draw, "", shared)
+    shown = interleave(ids, other_ids, k, Random(f"{draw} {served.version} {name}"))
+    page = [(matches if team == CANDIDATE else results.matches)[place] for team, place in shown]
+    left = [place for place, each in enumerate(ids) if each not in {match.item.id for match in page}]
+    # The next page begins with the first result of the served version that is not on this one.
+    following = left[0] if left and left[0] + k <= max_window else None
+    results = replace(results, matches=page, next_offset=following if left else results.next_offset)
+    return results, Compared(name, draw, "".join(team for team, _ in shown), shared)
+
+
+def _as_served(matches: Sequence[Match], artifact: Artifact) -> list[Match]:
+    """Return the matches whose items a version has, with these items."""
+    rows = [artifact.row_of(match.item.id) for match in matches]
+    found = [(copy(match), row) for match, row in zip(matches, rows, strict=True) if row is not None]
+    for match, row in found:
+        match.row, match.item = row, artifact.item(row)
+    return [match for match, _ in found]
 
 
 def interleave(served: Sequence[str], candidate: Sequence[str], count: int, coins: Random) -> list[tuple[str, int]]:

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import itertools
 import logging
 import os
 import time
@@ -35,7 +36,7 @@ from app.feedback.compare import Compared
 from app.feedback.insights import summarize
 from app.feedback.store import EventRow
 from app.search.errors import UnavailableError
-from app.search.query import Match, Query, SearchResults
+from app.search.query import Query, SearchResults
 from dcar_core.util.errors import DcarError
 from dcar_core.util.processes import in_own_process
 
@@ -62,11 +63,13 @@ class FeedbackLog:
         self._folder, self._settings, self._metrics = folder, settings, metrics
         self._default_collection = settings.default_collection
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
+        self._keyed = hashlib.blake2b(key=self._secret, digest_size=_MAC)
+        self._numbers = itertools.count(int.from_bytes(os.urandom(_NONCE - 1)))  # of query ids, from a random one on
         # Query ids to collections and the ids of the results. Two tables: taking single old entries out is slow.
         self._recent, self._earlier = dict[str, tuple[str, tuple[str, ...]]](), dict[str, tuple[str, tuple[str, ...]]]()
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
-        self._noted = list[tuple[str, float, str | None, str, list[Match], bool, int, int, bool, Compared | None]]()
+        self._noted = list[tuple[str, float, str | None, Query, SearchResults, bool, Compared | None]]()
         self._queries, self._events = list[tuple[Any, ...]](), list[EventRow]()  # `QueryRow`s
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
@@ -112,11 +115,9 @@ class FeedbackLog:
             compared: how the results were made, if they were compared with those of a candidate.
         """
         now = time.time()
-        head, text = os.urandom(_NONCE) + int(now).to_bytes(_TIME), query.query
+        head = next(self._numbers).to_bytes(_NONCE) + int(now).to_bytes(_TIME)
         query_id = base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
-        is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
-        found = results.matches, is_text, results.offset, results.version, results.nothing_fits
-        self._noted.append((query_id, now, collection, text, *found, compared))
+        self._noted.append((query_id, now, collection, query, results, has_image, compared))
         if len(self._noted) >= _BATCH:
             self._take_noted()
         return query_id
@@ -130,18 +131,22 @@ class FeedbackLog:
         return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
     def _mac(self, head: bytes, caller: str) -> bytes:
-        return hashlib.blake2b(head + caller.encode(), key=self._secret, digest_size=_MAC).digest()
+        mac = self._keyed.copy()  # a quarter faster than with the key
+        mac.update(head + caller.encode())
+        return mac.digest()
 
     def _take_noted(self) -> None:
         """Make rows of the noted searches, whose results are known from here on."""
         noted, self._noted = self._noted, []
         is_hashed = not self._settings.feedback_texts
-        for query_id, now, collection, text, matches, is_text, offset, version, nothing_fits, compared in noted:
+        for query_id, now, collection, query, results, has_image, compared in noted:
+            text = query.query
+            is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
             if is_hashed and text:
                 text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
             collection = collection or self._default_collection
-            hits, kind = tuple([match.item.id for match in matches]), "text" if is_text else "other"
-            facts = kind, offset, version, is_hashed, nothing_fits
+            hits, kind = tuple([match.item.id for match in results.matches]), "text" if is_text else "other"
+            facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
             self._queries.append((query_id, int(now * 1000), collection, text, hits, *facts, *(compared or ())))
             if len(self._recent) >= _RECENT:
                 self._recent, self._earlier = {}, self._recent
