@@ -127,7 +127,7 @@ class ServedIndex:
                 count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
                 logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
             if lost is not None:
-                raise self._record_failure(version, lost)
+                raise self._record_failure(version, lost, "served, and its object store is not followed")
             self.reason, self._failed_version = None, None
             return snapshot is not None
 
@@ -162,14 +162,14 @@ class ServedIndex:
         """Why the collection is degraded: `reason`, or `damage`; None if it is not."""
         return self.reason or self.damage
 
-    def _record_failure(self, version: int | None, error: BaseException) -> DcarError:
+    def _record_failure(self, version: int | None, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
         reason = without_directories(str(failure), self.index)
         if self.live is None and not self.is_created and self._collections.on_start_failure is not None:
             self._collections.on_start_failure(failure)
         elif reason != self.reason:
-            logger.error("version %s of %s is not served: %s", version or "?", self.index, failure)
+            logger.error("version %s of %s is %s: %s", version or "?", self.index, state, failure)
         self.reason, self._failed_version, self._retry_at = reason, version, time.monotonic() + _RETRY_S
         return failure
 
