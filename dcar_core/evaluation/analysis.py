@@ -52,10 +52,11 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
 
 
 def _by_ranks(data: Dataset, split: PreparedSplit, ranks: Ranks) -> dict[str, Any]:
+    hits = Hits.from_ranks(ranks, split.image_of)
     return {
         "recall": recall_of_ranks(ranks),
         "categories": _recall_by_category(data, split.image_of, ranks),
-        "hits": {name: values.tolist() for name, values in vars(Hits.from_ranks(ranks, split.image_of)).items()},
+        "hits": {name: values.tolist() for name, values in vars(hits).items() if values is not None},
     }
 
 

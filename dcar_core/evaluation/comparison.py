@@ -3,6 +3,7 @@
 - Choices are made on validation; each run reads the test split once, at its end.
 - With `tune`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
 - Intervals are those of the paired bootstrap over queries. The hits of a method's seeds are averaged by query first.
+  Of test categories that training has not, whole categories are resampled.
 """
 
 from collections import Counter
@@ -39,6 +40,7 @@ from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import FrozenFeatures, report_truncation
 from dcar_core.training.validation import mean_r1
+from dcar_core.util.arrays import Rows
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
@@ -141,7 +143,7 @@ def compare(
         "methods": {},
         "diverged": {},
     }
-    hits: dict[str, list[Hits]] = {}
+    hits, group_of = dict[str, list[Hits]](), _new_categories(splits)
     for name, chosen in configs.items():
         try:
             result = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
@@ -153,7 +155,8 @@ def compare(
         else:
             for label, own in ((name, result), *([(name + WITH_RERANK, reranked)] if reranked else [])):
                 found = (run.pop("hits") for run in own["runs"])  # too many for results.json
-                hits[label] = [Hits(**{field: np.array(values) for field, values in each.items()}) for each in found]
+                each_run = (Hits(**{field: np.array(values) for field, values in run.items()}) for run in found)
+                hits[label] = [run if group_of is None else run.grouped(group_of) for run in each_run]
                 results["methods"][label] = own
                 results["shots"].setdefault(label, {})
         write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
@@ -226,6 +229,16 @@ def best_baseline(results: Results) -> str | None:
     return best_method(results, names) if names else None
 
 
+def _new_categories(splits: Mapping[str, Dataset]) -> Rows | None:
+    """Return the number of each test image's category (I,) if training has none of these categories, else None."""
+    category_of = {sample.image: fold_name(sample.category) for sample in reversed(splits["test"].samples)}
+    names = [category_of[image] for image in splits["test"].images]
+    known = {fold_name(sample.category) for sample in splits["train"].samples}
+    if "" in names or len(set(names)) < 2 or known.intersection(names):
+        return None
+    return np.unique(names, return_inverse=True)[1]
+
+
 def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], cache: FeatureCache) -> None:
     """Report images with the same bytes under other names: a leak between splits, and in one split a wrong answer."""
     hashes = {split: cache.image_hashes(data) for split, data in splits.items()}
@@ -272,16 +285,12 @@ def _split_reranked(result: dict[str, Any]) -> dict[str, Any] | None:
     if "reranked" not in result["runs"][0]:
         return None
     found = [run.pop("reranked") for run in result["runs"]]
-    by_vectors: dict[str, Any] = {
-        "measures": {},
-        "hard_negative_accuracy": None,
-        "confusions": [],
-    }  # what is not measured again
+    unknown: dict[str, Any] = {"measures": {}, "hard_negative_accuracy": None, "confusions": []}
     runs = [
-        {**run, **by_vectors, **each, "test": each.pop("recall")}
+        {**run, **unknown, "test": each["recall"], "categories": each["categories"], "hits": each["hits"]}
         for run, each in zip(result["runs"], found, strict=True)
     ]
-    return {**result, **by_vectors, **summarise([run["test"] for run in runs]), "runs": runs}
+    return {**result, **unknown, **summarise([run["test"] for run in runs]), "runs": runs}
 
 
 def _run_shots(

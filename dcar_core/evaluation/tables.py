@@ -22,8 +22,9 @@ _RECALL_NOTE = (
     "With rerank: the second stage sorts the first ten images of a caption."
 )
 _BOOTSTRAP_NOTE = (
-    "Paired bootstrap over the test images with their captions, hits averaged over seeds; the baseline is the best one "
-    "on validation. It measures the error of the test queries, the spread above that of training."
+    "Paired bootstrap over the test images with their captions, or over whole categories if training has none of them; "
+    "hits averaged over seeds; the baseline is the best one on validation. It measures the error of the test queries, "
+    "the spread above that of training."
 )
 _MEASURES_NOTE = (
     "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "

@@ -1,7 +1,8 @@
 """Paired bootstrap over queries (Efron 1979): intervals of recall, and of the difference between two models.
 
 - Each resample takes the same queries for both models, which removes the variance of the queries' difficulty.
-- Images are resampled, each with all its captions: captions of one image are not independent [ours].
+- Images are resampled, each with all its captions: captions of one image are not independent [ours]. Nor are images of
+  a category that was not trained on, which `Hits.grouped` keeps together.
 - Seeds are averaged before, so the intervals are about queries. The spread of seeds is another source of error.
 """
 
@@ -22,14 +23,16 @@ _CHUNK = 500  # resamples at a time
 
 @dataclass(frozen=True)
 class Hits:
-    """R@1 of each query of I images, from 0 to 1 (fractions are means over seeds).
+    """R@1 of each query of I images or groups of images, from 0 to 1 (fractions are means over seeds).
 
-    texts: (I,) captions of each image. text_hits: (I,) the sum of its captions' hits. image_hits: (I,) its own hit.
+    texts: (I,) captions of each. text_hits, image_hits: (I,) the sums of its captions' and of its images' hits.
+    images: (I,) images of each group; None if each is one image.
     """
 
     texts: NDArray[np.float64]
     text_hits: NDArray[np.float64]
     image_hits: NDArray[np.float64]
+    images: NDArray[np.float64] | None = None
 
     @classmethod
     def from_ranks(cls, ranks: Ranks, image_of_text: Rows, k: int = 1) -> "Hits":
@@ -42,7 +45,17 @@ class Hits:
     def mean(cls, runs: Sequence["Hits"]) -> "Hits":
         """Return the mean over runs on the same queries."""
         text_hits = np.mean([run.text_hits for run in runs], axis=0)
-        return cls(runs[0].texts, text_hits, np.mean([run.image_hits for run in runs], axis=0))
+        return cls(runs[0].texts, text_hits, np.mean([run.image_hits for run in runs], axis=0), runs[0].images)
+
+    @property
+    def sizes(self) -> NDArray[np.float64]:
+        """The number of images of each."""
+        return np.ones_like(self.texts) if self.images is None else self.images
+
+    def grouped(self, group_of: Rows) -> "Hits":
+        """Return the hits of groups, which are resampled whole. group_of: (I,)."""
+        own = (self.texts, self.text_hits, self.image_hits, self.sizes)
+        return Hits(*(np.bincount(group_of, values).astype(np.float64) for values in own))
 
 
 @dataclass(frozen=True)
@@ -94,14 +107,14 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
         estimates[2],
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
-        images=len(model.texts),
+        images=int(model.sizes.sum()),
     )
 
 
 def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return (M, r, 3): text-to-image, image-to-text and mean R@1 with each image taken `counts` (r, I) times."""
+    """Return (M, r, 3): text-to-image, image-to-text and mean R@1 with each unit taken `counts` (r, I) times."""
     text = [100 * (counts @ hits.text_hits) / (counts @ hits.texts) for hits in models]
-    image = [100 * (counts @ hits.image_hits) / counts.sum(1) for hits in models]
+    image = [100 * (counts @ hits.image_hits) / (counts @ hits.sizes) for hits in models]
     return np.stack([text, image, np.add(text, image) / 2], axis=2)
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar_core.data import Dataset, load_split
-from dcar_core.evaluation import compare
+from dcar_core.data import Dataset, load_split, load_splits
+from dcar_core.evaluation import compare, comparison
 from dcar_core.evaluation.comparison import add_significance
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.tables import COLUMNS
@@ -77,6 +77,19 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     test = prepare_split(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
     assert evaluate(model, test) == run["test"]
     assert fingerprint == run["fingerprint"]
+
+
+def test_categories_without_training_pairs_are_resampled_whole(tiny_data: Path) -> None:
+    splits, _ = load_splits(tiny_data)
+    assert comparison._new_categories(splits) is None, "training has them"
+    test = splits["test"].samples
+    new = [replace(sample, category=f"new {number // 2}") for number, sample in enumerate(test)]
+    splits["test"] = replace(splits["test"], samples=[*new, test[0]])  # a second caption of the first image
+    found = comparison._new_categories(splits)
+    assert found is not None
+    assert found.tolist() == [0, 0, 1, 1, 2, 2]
+    splits["test"] = replace(splits["test"], samples=[*new[:-1], replace(test[-1], category="")])
+    assert comparison._new_categories(splits) is None, "an image has none"
 
 
 def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:

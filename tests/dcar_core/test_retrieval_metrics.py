@@ -166,6 +166,18 @@ def test_seeds_are_averaged_by_query_and_a_seed_gives_the_same_interval() -> Non
     assert compare_hits(one, other, resamples=500) == compare_hits(one, other, resamples=500)
 
 
+def test_groups_are_resampled_whole() -> None:
+    """Four images that are found or missed together count as one: the interval is twice as wide."""
+    own, none = hits([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0] * 25), hits([0.0] * 200)
+    group_of = np.repeat(np.arange(50), 4)
+    alone, whole = compare_hits(own, none), compare_hits(own.grouped(group_of), none.grouped(group_of))
+    assert (whole.images, whole.queries) == (alone.images, alone.queries) == (200, 200)
+    for measure, estimate in whole.difference.items():
+        assert estimate.value == pytest.approx(alone.difference[measure].value)
+        width, narrow = estimate.high - estimate.low, alone.difference[measure].high - alone.difference[measure].low
+        assert width == pytest.approx(2 * narrow, rel=0.1)
+
+
 def test_hits_of_different_queries_are_refused() -> None:
     with pytest.raises(ValueError, match="not of the same queries"):
         compare_hits(hits([1, 0]), hits([1, 0, 1]))
