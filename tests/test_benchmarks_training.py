@@ -10,18 +10,25 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dcar_core.data import load_splits
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods.registry import method
 from dcar_core.negatives import LETTER_FUNCTIONS
 from tests.support import commands
+from tests.support.files import write_jsonl
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 
@@ -62,6 +69,59 @@ def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, mo
     assert all(sample.negatives and "a caption of another image" not in sample.negatives for sample in samples)
     categories = {category for sample in samples for category in sample.negative_categories}
     assert categories <= {sample.category for sample in samples}
+
+
+def attributes_protocol(monkeypatch: pytest.MonkeyPatch, data: Path, split: str) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("attributes").protocol(data, split)
+
+
+@pytest.mark.parametrize("domain", ["twemoji", "openmoji"])
+def test_attribute_queries_are_of_images_without_a_copy(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ROOT / "examples" / "emoji" / domain
+    asked, (splits, _) = attributes_protocol(monkeypatch, data, "test"), load_splits(data, ("train", "val", "test"))
+    contents = [asked.images.read(name) for name in asked.images.images]
+    assert len(set(contents)) == len(contents) == len(asked.facts)
+    assert not set(contents) & {splits[name].read(image) for name in ("train", "val") for image in splits[name].images}
+    assert len(asked.queries) > 400
+    assert asked.grades(asked.queries).tolist() == [1.0] * len(asked.queries)
+    assert (asked.grades(np.roll(asked.queries, 1)) < 1).any()
+
+
+def test_the_grade_is_the_share_of_facts_that_hold(
+    tiny_data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"category": f"woman {row['category']}, {row['color']}", "attributes": ["dark skin tone", "art"]}
+    write_jsonl(data / "metadata.jsonl", *rows)
+    test = json.loads((data / "test.json").read_text())
+    kept, removed = (each["file_name"] for each in list(test.values())[:2])
+    shutil.copyfile(
+        data / next(iter(json.loads((data / "train.json").read_text()).values()))["file_name"], data / removed
+    )
+    asked = attributes_protocol(monkeypatch, data, "test")
+    assert kept in asked.images.images
+    assert removed not in asked.images.images, "it is a copy of a training image"
+    row = asked.images.images.index(kept)
+    first = next(each for each in rows if each["file_name"] == kept)
+    assert asked.images.samples[row].caption == f"{first['category']}, dark skin tone"
+    for other, facts in enumerate(asked.facts):
+        thing, _, color = asked.images.images[other].partition("/")
+        same = kept.partition("/")
+        expected = (2 + (thing == same[0]) + (color == same[2])) / 4
+        assert asked.facts[row][0].held_in(facts[0]) == expected
+    checkpoint = tmp_path / "checkpoint"
+    save_checkpoint(
+        seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("query-prompts"), 0), checkpoint
+    )
+    command = ["attributes.py", data, checkpoint, checkpoint, "--model", tiny_model, "--baseline", "query-prompts"]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    printed = StringIO()
+    with redirect_stdout(printed):
+        importlib.import_module("attributes").main()
+    assert re.search(r"\n\| query-prompts \| 2 \| .* \| - \|\n\| query-prompts with rerank \| 2 \|", printed.getvalue())
 
 
 def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
