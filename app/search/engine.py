@@ -117,8 +117,9 @@ async def _find(
             await pair_scoring.explain(compute, snapshot, query.query, vector, page[: settings.explain_results])
     has_next = len(ranked) > plan.end and plan.end + query.k <= settings.max_window
     following = plan.end if has_next else None
-    found = SearchResults(snapshot.version, page, offset=query.offset, next_offset=following, min_score=plan.min_score)
-    return replace(found, **facts)
+    return SearchResults(
+        snapshot.version, page, offset=query.offset, next_offset=following, min_score=plan.min_score, **facts
+    )
 
 
 def _find_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> Found:
