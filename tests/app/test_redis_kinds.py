@@ -3,8 +3,6 @@
 import asyncio
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +16,6 @@ from tests.support.redis_server import RedisServer
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 pytestmark = pytest.mark.redis
-
-
-@contextmanager
-def running(*options: str) -> Iterator[RedisServer]:
-    server = RedisServer(*options)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
 
 
 async def assert_cached(url: str, seconds: float = 10) -> None:
@@ -70,21 +58,21 @@ def certificates(folder: Path) -> tuple[Path, Path]:
 async def test_a_tls_server_is_used_and_its_certificate_checked(tmp_path: Path) -> None:
     key, certificate = certificates(tmp_path)
     options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
-    with running(*options) as server:
+    with RedisServer(*options) as server:
         await assert_cached(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
         with pytest.raises(AssertionError, match="nothing is cached"):  # an unknown certificate authority
             await assert_cached(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
 
 
 async def test_a_password_and_a_database_are_used() -> None:
-    with running("--requirepass", "pass/word") as server:
+    with RedisServer("--requirepass", "pass/word") as server:
         await assert_cached(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
 
 
 @pytest.mark.slow
 async def test_a_cluster_is_used() -> None:
     bus = free_port()
-    with running(
+    with RedisServer(
         "--cluster-enabled",
         "yes",
         "--cluster-port",
@@ -103,12 +91,12 @@ async def test_a_cluster_is_used() -> None:
 
 
 async def test_the_master_of_a_sentinel_is_used(tmp_path: Path) -> None:
-    with running("--requirepass", "word") as master:
+    with RedisServer("--requirepass", "word") as master:
         configuration = tmp_path / "sentinel.conf"
         configuration.write_text(
             f"sentinel monitor pictures 127.0.0.1 {master.port} 1\nsentinel auth-pass pictures word\n"
         )
-        with running(str(configuration), "--sentinel") as sentinel:
+        with RedisServer(str(configuration), "--sentinel") as sentinel:
             await assert_cached(f"redis+sentinel://:word@127.0.0.1:1,127.0.0.1:{sentinel.port}/pictures/1")
 
 

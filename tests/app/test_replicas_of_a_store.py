@@ -22,10 +22,8 @@ from tests.support.writes import ADMINS
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ObjectStore]:
     (tmp_path / "store").mkdir()
-    server = ObjectStore(tmp_path / "store")
-    server.start()
-    yield server
-    server.stop()
+    with ObjectStore(tmp_path / "store") as server:
+        yield server
 
 
 @pytest.fixture

@@ -37,10 +37,8 @@ from tests.support.versions import Build, copy_files, publish_copy
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ObjectStore]:
-    server = ObjectStore()
-    server.start()
-    yield server
-    server.stop()
+    with ObjectStore() as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """Real servers of S3's protocol on loopback: moto, which remembers nothing, and SeaweedFS, which has a disk."""
 
 import os
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -11,7 +9,7 @@ from pathlib import Path
 import certifi
 
 from index_jobs.store.location import index_path
-from tests.support.processes import free_port
+from tests.support.processes import ServerProcess, free_port
 
 ACCESS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1"}
 ACCESS["SSL_CERT_FILE"] = certifi.where()  # obstore does not start without certificates
@@ -19,7 +17,7 @@ _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", 
 _PARTS = ("-master.telemetry=false", "-s3", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.volumeSizeLimitMB=64")
 
 
-class ObjectStore:
+class ObjectStore(ServerProcess):
     """A server with a bucket. environment: the variables that lead obstore to it."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -27,27 +25,15 @@ class ObjectStore:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {**ACCESS, "AWS_ENDPOINT_URL": self.url}
-        self._command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         if folder is not None:
             ports = [f"-{name}={free_port()}" for name in (*_PORTS, "s3.port.grpc")]
             program = str(Path(sys.executable).with_name("weed"))
             here = [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={self.port}"]
-            self._command = [program, "server", *here, *_PARTS, *ports]
-        self._process: subprocess.Popen[bytes] | None = None
+            command = [program, "server", *here, *_PARTS, *ports]
+        super().__init__(command)
 
-    def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        self._process = subprocess.Popen(
-            self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        end = time.monotonic() + 60
-        while not self._responds():
-            if time.monotonic() > end:
-                self.stop()
-                raise AssertionError("the object store does not start")
-            time.sleep(0.05)
-
-    def _responds(self) -> bool:
+    def responds(self) -> bool:
         """Create the bucket, and return True once the server responds."""
         try:
             urllib.request.urlopen(urllib.request.Request(f"{self.url}/bucket", method="PUT"), timeout=5).close()
@@ -56,17 +42,6 @@ class ObjectStore:
         except OSError:
             return False
         return True
-
-    def send_signal(self, number: int) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        """Kill the server."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
 
 class Machines:

@@ -1,11 +1,15 @@
 """Processes, threads, ports and memory."""
 
+import os
 import socket
+import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseServer
+from typing import Self
 
 from tests.support.commands import run
 
@@ -85,3 +89,44 @@ def peak_memory(data: bytes, mode: str, folder: Path) -> int:
     done = run("-c", PEAK_MEMORY, folder / "image", mode)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
+
+
+class ServerProcess:
+    """A server on loopback, in a process of its own while it is entered, or between `start` and `stop`."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def responds(self) -> bool:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        self._process = subprocess.Popen(
+            self._command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        end = time.monotonic() + 60
+        while not self.responds():
+            if time.monotonic() > end:
+                self.stop()
+                raise AssertionError(f"{self._command[0]} does not start")
+            time.sleep(0.02)
+
+    def send_signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """Kill the server."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
