@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from app.core.keys import key_hash, new_key
+from app.middleware import http_protocol
 from app.middleware.http_protocol import HEAD_BYTES
 from tests.support.responses import assert_problem
 from tests.support.service import opened, serving
@@ -44,6 +46,25 @@ def connection(port: int) -> Iterator[socket.socket]:
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 0.4)
     monkeypatch.setattr("app.middleware.http_protocol.WRITE_S", 0.4)
+
+
+def test_head_and_body_are_written_at_once(connection: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed between the two would leave a head that no proxy can replace by another response."""
+    writes, write = list[bytes](), http_protocol._JoiningTransport.write
+
+    def record(transport: Any, data: bytes) -> None:
+        write(transport, data)
+        writes.append(transport._held)
+
+    monkeypatch.setattr(http_protocol._JoiningTransport, "write", record)
+    connection.sendall(HEALTH)
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
+    assert [bool(held) for held in writes] == [True, False], "the head waits for the body"
+    connection.sendall(HEALTH.replace(b"GET", b"HEAD").replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    head = b""
+    while part := connection.recv(65536):
+        head += part
+    assert head.startswith(b"HTTP/1.1 200"), "a head without a body is sent too"
 
 
 def read_response(connection: socket.socket) -> bytes:
