@@ -154,7 +154,7 @@ class Bare:
 
 def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any]) -> None:
     with serving(index, cache_size=0, **settings) as server:
-        print(f"ready after {server.ready_s:.1f} s, {server.rss_mb():.0f} MB", flush=True)
+        print(f"ready after {server.ready_s:.1f} s, {server.memory_mb():.0f} MB", flush=True)
         bare = Bare(index, settings.get("runtime", "auto"), settings.get("runtime_cache"))
         for kind, make in (("text", lambda: new_texts(time.time_ns())), ("image", new_images)):
             run(closed_loop(server.port, make(), connections=8, seconds=min(2.0, seconds)))
@@ -168,7 +168,7 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
                     shares.append(tallies[-1].rate / bare.rate(kind, sizes[-1]))
                 print(f"{kind:5} c={connections:3}  {median(tallies)}   batches of {statistics.median(sizes):4.1f}, "
                       f"{statistics.median(shares):.0%} of the bare encoder's rate in such", flush=True)  # fmt: skip
-        print(f"afterwards {server.rss_mb():.0f} MB", flush=True)
+        print(f"afterwards {server.memory_mb():.0f} MB", flush=True)
 
 
 def overload(index: Path, seconds: float, rounds: int) -> None:

@@ -39,12 +39,14 @@ class Server:
         given = {f"DCAR_{name.upper()}": str(value) for name, value in settings.items()}
         environment = {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)} | given
         command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(self.port)]
+        move = (lambda: os.sched_setaffinity(0, cores)) if cores else None
+        self._start = lambda: subprocess.Popen(command, env=os.environ | environment, preexec_fn=move)
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, again if it was killed, and wait until it is ready."""
         began = time.perf_counter()
-        self.process = subprocess.Popen(
-            command,
-            env=os.environ | environment,
-            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
-        )
+        self.process = self._start()
         while not self._ready():
             if self.process.poll() is not None or time.perf_counter() - began > 300:
                 self.stop()
@@ -59,12 +61,12 @@ class Server:
         except OSError:
             return False
 
-    def rss_mb(self) -> float:
-        """Return the resident memory in millions of bytes, with that of the decoding processes."""
-        total, pids = 0, [self.process.pid]
+    def memory_mb(self, *, shared: bool = False) -> float:
+        """Return the resident memory of all its processes in millions of bytes. shared: count shared pages once."""
+        total, pids, name = 0, [self.process.pid], "Pss:" if shared else "Rss:"
         for pid in pids:
             with suppress(OSError, IndexError):  # it has ended
-                total += int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
+                total += int(Path(f"/proc/{pid}/smaps_rollup").read_text().split(name)[1].split()[0])
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     pids += map(int, (task / "children").read_text().split())
         return total * 1024 / 1e6

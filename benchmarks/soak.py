@@ -114,7 +114,7 @@ async def disturb_redis(redis: Redis, began: float, seconds: float, log: list[st
 
 async def watch(server: Server, until: float, samples: list[float]) -> None:
     while time.monotonic() < until:
-        samples.append(server.rss_mb())
+        samples.append(server.memory_mb())
         await asyncio.sleep(2)
 
 

@@ -1,0 +1,285 @@
+"""One process, two workers, two replicas and Qdrant behind one service, under one load; and a day of two replicas.
+
+    python benchmarks/scale.py                    the table, in Markdown
+    python benchmarks/scale.py --day 60           a day in 60 minutes; exits with 1 if anything was lost or wrong
+    python benchmarks/scale.py --day 60 --store   the same with the index in SeaweedFS, which is lost for a while
+
+- Qdrant is its own core, in a process that speaks Qdrant's protocol (`tests/support/qdrant_server.py`).
+- In a day, versions are published and rolled back, items change over HTTP (not in a store), and replicas and Redis are
+  killed. Each response is compared with a search here of the version that it names, and each accepted change with it.
+"""
+
+import argparse
+import asyncio
+import base64
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+from load import closed_loop, text_request, unique_texts
+from serve import median, new_texts, run
+from service import ROOT, Redis, Server, emoji, serving
+
+sys.path.insert(0, str(ROOT))
+from app.core.settings import Settings
+from app.search import Index
+from app.search.snapshots import load_snapshot
+from dcar_core.util.errors import LockedError, StoreUnavailableError
+from index_jobs.store.location import published_index
+from index_jobs.store.publish import rollback
+from index_jobs.store.versions import current_version, open_current
+from tests.support.nginx import behind_nginx
+from tests.support.object_store import Machines, ObjectStore
+from tests.support.versions import publish_copy
+
+CONNECTIONS = 16
+TEXTS = list(itertools.islice(unique_texts(1), 300))
+ADMIN = {"Authorization": "Bearer an admin key"}
+IMAGE = base64.b64encode((ROOT / "examples/emoji/query.png").read_bytes()).decode()
+WRITES = {"writes": "true", "admin_key": "an admin key", "keep_writes": 10**6}
+QDRANT = """
+import sys, time; from pathlib import Path; from tests.support.qdrant_server import running_server
+with running_server(Path(sys.argv[1])) as server:
+    print(server.url, flush=True); time.sleep(1e9)
+"""
+
+
+@contextmanager
+def services(*each: dict[str, Any]) -> Iterator[tuple[int, list[Server]]]:
+    """Services with these settings, several of them behind nginx; yield the port and the services."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(**settings)) for settings in each]
+        port = servers[0].port
+        if len(servers) > 1:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            url = stack.enter_context(behind_nginx(folder, *(server.port for server in servers)))
+            port = int(url.rpartition(":")[2])
+        yield port, servers
+
+
+@contextmanager
+def with_qdrant(index: Path) -> Iterator[tuple[int, list[Server]]]:
+    """A service on the same gallery, whose vectors are in Qdrant."""
+    with tempfile.TemporaryDirectory(dir=index.parent) as folder, ExitStack() as stack:
+        (core := Path(folder) / "core").mkdir()
+        qdrant = subprocess.Popen([sys.executable, "-c", QDRANT, core], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        stack.callback(qdrant.wait)
+        stack.callback(qdrant.kill)
+        assert qdrant.stdout is not None
+        engine, copy = f"qdrant={qdrant.stdout.readline().strip()}", shutil.copytree(index, Path(folder) / index.name)
+        built = open_current(index).manifest
+        command = ["index", "build", "--gallery", built.spec.gallery, "--checkpoint", built.checkpoint]
+        command += ["--out", str(copy), "--engine", engine]
+        subprocess.run([sys.executable, "-m", "app.cli", *command], check=True, cwd=ROOT)
+        yield stack.enter_context(services({"index": copy}))
+
+
+def table(index: Path, seconds: float, rounds: int) -> bool:
+    one, half = {"index": index}, {"index": index, "threads": 1}
+    with services(one), services(half):  # exports are made
+        pass
+    kinds = {
+        "one process": services(one),
+        "two workers": services(one | {"workers": 2}),
+        "two replicas behind nginx": services(half, half),
+        "Qdrant behind one service": with_qdrant(index),
+    }
+    expected, whole = list[list[str]](), True
+    print("| | new texts/s | p99 ms | known texts/s | p99 ms | MB | answers |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    for name, start in kinds.items():
+        with start as (port, servers):
+            url, known = f"http://127.0.0.1:{port}/search/text", itertools.cycle(map(text_request, TEXTS))
+            bodies = [httpx.post(url, json={"query": text}, timeout=60).json() for text in TEXTS[:50]]
+            found = [[each["id"] for each in body["results"]] for body in bodies]
+            expected, cells = expected or found, list[str]()
+            for requests in (new_texts(5), known.__next__):
+                load = partial(closed_loop, port, requests, connections=CONNECTIONS, seconds=seconds)
+                loads = [run(load()) for _ in range(rounds + 1)][1:]  # the first fills the caches
+                whole &= all(set(each.statuses) == {200} and not each.broken for each in loads)
+                cells += [f"{median(loads).rate:,.0f}", f"{median(loads).percentile(99):.1f}"]
+            memory = sum(server.memory_mb(shared=True) for server in servers)
+            whole &= found == expected
+            same = f"{sum(map(list.__eq__, found, expected))} of {len(found)} equal"
+            print(f"| {name} | {' | '.join(cells)} | {memory:,.0f} | {same} |", flush=True)
+    return whole
+
+
+class Day:
+    """Two replicas on one index, and what was seen of them. index: where versions are published."""
+
+    def __init__(self, index: Path, seconds: float, store: ObjectStore | None) -> None:
+        self.index, self.seconds, self.store = index, seconds, store
+        self.found: dict[tuple[int, str], set[tuple[str, ...]]] = {}  # of a version and a text: the ids
+        self.jobs: dict[str, tuple[str, Any]] = {}  # of accepted changes: the item, and its stamp; None: deleted
+        self.ended: dict[str, dict[str, Any]] = {}
+        self.statuses, self.events, self.faults = Counter[int](), Counter[str](), list[str]()
+
+    async def until(self, share: float) -> None:
+        await asyncio.sleep(max(0.0, self.began + share * self.seconds - time.monotonic()))
+
+    async def run(self, port: int, servers: list[Server], redis: Redis) -> None:
+        self.began, self.end = time.monotonic(), time.monotonic() + self.seconds
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=ADMIN) as client:
+            work = [self.read(client), self.read(client), self.publish(), self.harm(servers, redis)]
+            await asyncio.gather(*work, *([] if self.store else [self.write(client)]))
+            for _ in range(240):  # until all jobs have ended, and both serve the current version
+                for job in self.jobs.keys() - self.ended.keys():
+                    body = (await client.get(f"/jobs/{job}")).json()
+                    self.ended |= {job: body} if body["status"] in ("done", "failed") else {}
+                states = [httpx.get(f"http://127.0.0.1:{server.port}/readyz", timeout=60).json() for server in servers]
+                ready = {(body["status"], body.get("index_version")) for body in states}
+                if len(self.ended) == len(self.jobs) and ready == {("ready", current_version(self.index))}:
+                    break
+                await asyncio.sleep(0.5)
+            else:
+                self.faults.append(f"{len(self.jobs) - len(self.ended)} changes have not ended; replicas are {states}")
+
+    async def read(self, client: httpx.AsyncClient) -> None:
+        while time.monotonic() < self.end:
+            text = random.choice(TEXTS[:20])
+            try:
+                answer = await client.post("/search/text", json={"query": text, "k": 10})
+            except httpx.TransportError as error:
+                self.faults.append(f"a search broke: {error!r}")
+                continue
+            self.statuses[answer.status_code] += 1
+            if answer.status_code == 200:
+                body = answer.json()
+                ids = tuple(each["id"] for each in body["results"])
+                self.found.setdefault((body["index_version"], text), set()).add(ids)
+            await asyncio.sleep(0.02)
+
+    async def write(self, client: httpx.AsyncClient) -> None:
+        """Change fields, each of another item; every tenth change puts an item, or deletes it."""
+        ids = [open_current(self.index).item(row).id for row in range(500)]
+        for number in itertools.count():
+            item, stamp, method = ids[number % len(ids)], number if number % 20 < 19 else None, "PATCH"
+            body: dict[str, Any] = {"ids": [item], "metadata": {"stamp": number}}
+            if number % 10 == 9:
+                item = f"day-{number // 20}"
+                put = {"id": item, "image": IMAGE, "metadata": {"stamp": number}}
+                method, body = ("DELETE", {"ids": [item]}) if stamp is None else ("PUT", {"items": [put]})
+            status = 0
+            while status != 202:  # a client repeats what was not accepted
+                if time.monotonic() > self.end:
+                    return
+                with suppress(httpx.TransportError):
+                    answer = await client.request(method, "/items", json=body)
+                    status = answer.status_code
+                self.events["changes sent again"] += status != 202
+                await asyncio.sleep(self.seconds / 300)
+            self.jobs[answer.json()["id"]] = item, stamp
+
+    async def publish(self) -> None:
+        """Publish twice, roll back once, and so on."""
+        for number in range(1, 16):
+            await self.until(number / 16)
+            while time.monotonic() < self.end:
+                try:
+                    if number % 3 == 0:
+                        await asyncio.to_thread(rollback, self.index)
+                    else:
+                        await asyncio.to_thread(publish_copy, self.index, 10**6)
+                    self.events["rollbacks" if number % 3 == 0 else "publications"] += 1
+                    break
+                except (LockedError, StoreUnavailableError):  # a change is being applied, or the store is lost
+                    await asyncio.sleep(0.1)
+
+    async def harm(self, servers: list[Server], redis: Redis) -> None:
+        first, second = servers
+        steps: list[tuple[float, str, Callable[[], object]]] = [
+            (0.1, "killed replicas", first.process.kill), (0.15, "", first.start),
+            (0.3, "losses of Redis", redis.kill), (0.4, "", redis.start),
+            (0.7, "killed replicas", second.process.kill), (0.75, "", second.start),
+            (0.85, "losses of Redis", lambda: redis.process.send_signal(signal.SIGSTOP)),
+            (0.95, "", lambda: redis.process.send_signal(signal.SIGCONT)),
+        ]  # fmt: skip
+        if (store := self.store) is not None:
+            steps.append((0.5, "losses of the store", lambda: store.send_signal(signal.SIGSTOP)))
+            steps.append((0.6, "", lambda: store.send_signal(signal.SIGCONT)))
+        for share, name, call in sorted(steps, key=lambda step: step[0]):
+            await self.until(share)
+            await asyncio.to_thread(call)
+            self.events.update([name] if name else [])
+
+    def compare(self) -> None:
+        """Compare all that was seen with the versions themselves."""
+        settings, first = Settings.model_construct(index=self.index), Index.open(self.index).snapshot
+        self.faults += [f"a change failed: {body}" for body in self.ended.values() if body["status"] == "failed"]
+        changed = {job: body["index_version"] for job, body in self.ended.items() if body["status"] == "done"}
+        for version in sorted({version for version, _ in self.found} | set(changed.values())):
+            published_index(self.index, version)  # from a store, if it is not here
+            opened = load_snapshot(self.index, settings, [first], version=version, warm_up=False)
+            for text in [text for each, text in self.found if each == version]:
+                right = tuple(match.item.id for match in Index(opened, settings).search(text, k=10))
+                if self.found[version, text] != {right}:
+                    self.faults.append(f"version {version}, {text!r}: {self.found[version, text]}, not {right}")
+            for item, stamp in (self.jobs[job] for job, each in changed.items() if each == version):
+                row = opened.artifact.row_of(item)
+                kept = None if row is None else opened.artifact.item(row).metadata.get("stamp")
+                if kept != stamp:
+                    self.faults.append(f"version {version} has {kept} for {item}, not {stamp}")
+
+
+def day(source: Path, minutes: float, has_store: bool) -> bool:
+    import uvloop
+
+    with tempfile.TemporaryDirectory(dir=source.parent) as temporary, ExitStack() as stack:
+        folder, redis, store = Path(temporary), Redis(), None
+        stack.callback(redis.kill)
+        given: list[dict[str, Any]] = [{"redis_url": redis.url, "poll_s": 0.5, "threads": 1} for _ in range(2)]
+        if has_store:
+            (folder / "store").mkdir()
+            store, machines = ObjectStore(folder / "store"), Machines(folder, "s3://bucket/index")
+            store.start()
+            stack.callback(store.stop)
+            os.environ.update(store.environment)
+            index, given = machines["here"], [each | {"index": machines.url} for each in given]
+            given = [each | {"runtime_cache": folder / name} for each, name in zip(given, "ab", strict=True)]
+            publish_copy(index, source=source)
+        else:
+            index = Path(shutil.copytree(source, folder / source.name))
+            given = [each | WRITES | {"index": index} for each in given]
+        seen = Day(index, 60 * minutes, store)
+        with services(*given) as (port, servers):
+            uvloop.run(seen.run(port, servers, redis))
+        seen.compare()
+        seen.faults += [f"{count} searches got {status}" for status, count in seen.statuses.items() if status != 200]
+        print(*seen.faults[:20], sep="\n", end="\n" * bool(seen.faults))
+        events = ", ".join(f"{count} {name}" for name, count in seen.events.items())
+        versions = len({version for version, _ in seen.found})
+        print(f"{events}; {seen.statuses[200]:,} searches of {versions} versions; {len(seen.jobs)} changes")
+        print("VIOLATED" if seen.faults else "held: nothing lost, no wrong answer, no failed search")
+        return not seen.faults
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", type=Path, help="take this index instead of the bundled emoji")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--day", type=float, metavar="MINUTES", help="run a day instead of the table")
+    parser.add_argument("--store", action="store_true", help="with the index in an object store")
+    given = parser.parse_args()
+    index = given.index or emoji(Path("data/benchmarks"))
+    whole = day(index, given.day, given.store) if given.day else table(index, given.seconds, given.rounds)
+    sys.exit(0 if whole else 1)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DCAR_DEVICE", "cpu")
+    main()
