@@ -54,7 +54,6 @@ def supervise(count: int, work: Callable[..., None], settings: Settings, listene
 class _Workers:
     def __init__(self, work: Callable[..., None], settings: Settings, listener: socket, folder: str) -> None:
         self._context = process_context()
-        self._context.set_forkserver_preload([work.__module__])  # imported once
         self._work, self._settings, self._listener, self._folder = work, settings, listener, folder
         self._running: list[tuple[Any, float]] = []  # processes, and when they were started
         self._is_stopping = False
