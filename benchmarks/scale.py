@@ -102,6 +102,7 @@ def table(index: Path, seconds: float, rounds: int) -> bool:
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for name, start in kinds.items():
         with start as (port, servers):
+            time.sleep(10)  # further workers load their model
             url, known = f"http://127.0.0.1:{port}/search/text", itertools.cycle(map(text_request, TEXTS))
             bodies = [httpx.post(url, json={"query": text}, timeout=60).json() for text in TEXTS[:50]]
             found = [[each["id"] for each in body["results"]] for body in bodies]
