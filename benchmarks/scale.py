@@ -242,19 +242,19 @@ def day(source: Path, minutes: float, has_store: bool) -> bool:
     with tempfile.TemporaryDirectory(dir=source.parent) as temporary, ExitStack() as stack:
         folder, redis, store = Path(temporary), Redis(), None
         stack.callback(redis.kill)
-        given: list[dict[str, Any]] = [{"redis_url": redis.url, "poll_s": 0.5, "threads": 1} for _ in range(2)]
+        shared = {"redis_url": redis.url, "poll_s": 0.5, "threads": 1}
         if has_store:
             (folder / "store").mkdir()
             store, machines = ObjectStore(folder / "store"), Machines(folder, "s3://bucket/index")
             store.start()
             stack.callback(store.stop)
             os.environ.update(store.environment)
-            index, given = machines["here"], [each | {"index": machines.url} for each in given]
-            given = [each | {"runtime_cache": folder / name} for each, name in zip(given, "ab", strict=True)]
+            index, shared = machines["here"], shared | {"index": machines.url}
+            given = [shared | {"runtime_cache": folder / name} for name in "ab"]
             publish_copy(index, source=source)
         else:
             index = Path(shutil.copytree(source, folder / source.name))
-            given = [each | WRITES | {"index": index} for each in given]
+            given = [shared | WRITES | {"index": index}] * 2
         seen = Day(index, 60 * minutes, store)
         with services(*given) as (port, servers):
             uvloop.run(seen.run(port, servers, redis))
