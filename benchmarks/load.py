@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 Requests = Callable[[], bytes]
+Check = Callable[[bytes, bytes], None]  # of a request and the body of its 200
 address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
 
 
@@ -56,7 +57,7 @@ class _Connection(asyncio.Protocol):
         self._data = bytearray()
         self._wanted: int | None = None
         self._response: asyncio.Future[int] | None = None
-        self._status = 0
+        self._status = self._start = 0
         self.alive = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -70,6 +71,11 @@ class _Connection(asyncio.Protocol):
         self.transport.write(request)
         return self._response
 
+    @property
+    def body(self) -> bytes:
+        """The body of the last response."""
+        return bytes(self._data[self._start : self._wanted])
+
     def data_received(self, data: bytes) -> None:
         self._data += data
         if self._wanted is None:
@@ -80,7 +86,7 @@ class _Connection(asyncio.Protocol):
             at = head.find(b"content-length:")
             self._status = int(head[9:12])
             length = 0 if at < 0 else int(head[at + 15 : head.find(b"\r", at) if b"\r" in head[at:] else None])
-            self._wanted = end + 4 + length
+            self._start, self._wanted = end + 4, end + 4 + length
             if b"connection: close" in head:
                 self.alive = False
         if len(self._data) >= self._wanted and self._response is not None and not self._response.done():
@@ -101,7 +107,7 @@ async def connect(port: int) -> _Connection:
 
 
 async def _once(
-    port: int, connection: _Connection | None, request: bytes, tally: Tally, due: float
+    port: int, connection: _Connection | None, request: bytes, tally: Tally, due: float, check: Check | None = None
 ) -> _Connection | None:
     try:
         if connection is None or not connection.alive:
@@ -115,11 +121,19 @@ async def _once(
     tally.latencies.append(took)
     if status == 200:
         tally.good.append(took)
+        if check is not None:
+            check(request, connection.body)
     return connection
 
 
 async def closed_loop(
-    port: int, requests: Requests, *, connections: int, seconds: float, pause_s: float = 0.0
+    port: int,
+    requests: Requests,
+    *,
+    connections: int,
+    seconds: float,
+    pause_s: float = 0.0,
+    check: Check | None = None,
 ) -> Tally:
     """Run callers that send the next request as soon as they have a response, or after a pause."""
     tally = Tally()
@@ -128,7 +142,7 @@ async def closed_loop(
     async def caller() -> None:
         connection: _Connection | None = None
         while time.perf_counter() - began < seconds:
-            connection = await _once(port, connection, requests(), tally, time.perf_counter())
+            connection = await _once(port, connection, requests(), tally, time.perf_counter(), check)
             if pause_s:
                 await asyncio.sleep(pause_s)
         if connection is not None:
@@ -139,7 +153,9 @@ async def closed_loop(
     return tally
 
 
-async def open_loop(port: int, requests: Requests, *, rate: float, seconds: float, most: int = 1000) -> Tally:
+async def open_loop(
+    port: int, requests: Requests, *, rate: float, seconds: float, most: int = 1000, check: Check | None = None
+) -> Tally:
     """Send a fixed rate of requests whether earlier ones are finished or not; at most `most` run at a time."""
     tally = Tally()
     idle: list[_Connection] = []
@@ -148,7 +164,7 @@ async def open_loop(port: int, requests: Requests, *, rate: float, seconds: floa
     began = time.perf_counter()
 
     async def one(due: float) -> None:
-        connection = await _once(port, idle.pop() if idle else None, requests(), tally, due)
+        connection = await _once(port, idle.pop() if idle else None, requests(), tally, due, check)
         if connection is not None and connection.alive:
             idle.append(connection)
         free.release()
