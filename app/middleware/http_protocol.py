@@ -14,6 +14,7 @@
   the first read of a head ends the connection before any byte behind it is read as a request.
 - The head of a response is written together with the first piece of its body. So a process that is killed leaves no
   head without a body, which a proxy could not ask another one for again; and it saves a system call.
+- Where open files get scarce, a new connection ends the one that has been without a request for the longest time.
 - Responses are sent in pieces, and a client that does not take one within WRITE_S is disconnected. The system buffers
   UNSENT_BYTES; by default it would take megabytes.
 """
@@ -22,8 +23,10 @@ import asyncio
 import contextlib
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import httptools
@@ -39,8 +42,10 @@ READ_BYTES = 64 * 2**10
 PARSED_BYTES = 512  # parsed before the clock is first read; the number doubles before each further reading
 PIECE_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
+_SPARE_FILES = 24  # that connections leave to accept more, and to the rest of the service
 _COSTLY_S = 0.001  # time of the event loop for one connection's turn
 _STATE_KEY = "dcar.connection"
+_idle: dict["BoundedProtocol", None] = {}  # connections without a request, the idlest first
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
@@ -92,6 +97,8 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         with contextlib.suppress(AttributeError, OSError):  # the system has no such option, or it is a Unix socket
             connection = transport.get_extra_info("socket")
+            if connection.fileno() >= _most_files() - _SPARE_FILES and _idle:  # the system gives the lowest free number
+                next(iter(_idle))._close()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._joining = _JoiningTransport(self._transport)
         self._inner.connection_made(cast(asyncio.Transport, self._joining))
@@ -210,6 +217,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
 
     def _expect_head(self) -> None:
         self._start("head", HEAD_S, self._refuse, b"408 Request Timeout")
+        _idle[self] = None
 
     def _refuse(self, status: bytes) -> None:
         if not self._heads:  # else a response may be half written
@@ -221,10 +229,13 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._timers[timer] = asyncio.get_running_loop().call_later(seconds, action, *args)
 
     def _stop(self, timer: str) -> None:
+        if timer == "head":
+            _idle.pop(self, None)
         if (handle := self._timers.pop(timer, None)) is not None:
             handle.cancel()
 
     def _close(self) -> None:
+        self._stop("head")
         self._transport.close()  # after all is written, which needs a client that reads
         self._start("close", WRITE_S, self._transport.abort)
 
@@ -255,6 +266,16 @@ class _JoiningTransport:
     def close(self) -> None:
         self.flush()
         self._transport.close()
+
+
+@cache
+def _most_files() -> int:
+    """Return the number of files that this process may open."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return sys.maxsize
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _hide_upgrade(data: bytes) -> bytes:

@@ -153,6 +153,18 @@ def test_silent_connection_is_refused_408(connection: socket.socket) -> None:
     assert read_until_closed(connection).startswith(b"HTTP/1.1 408")
 
 
+def test_where_files_are_scarce_a_new_connection_ends_the_idlest(
+    port: int, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection.sendall(HEALTH)
+    assert read_response(connection).startswith(b"HTTP/1.1 200")  # accepted, and idle from now on
+    monkeypatch.setattr("app.middleware.http_protocol._most_files", lambda: 0)
+    with socket.create_connection(("127.0.0.1", port)) as other:
+        other.sendall(HEALTH)
+        assert read_response(other).startswith(b"HTTP/1.1 200")
+        assert read_until_closed(connection) == b""
+
+
 @pytest.mark.parametrize("piece", [b"X-Y: z\r\n", b"x"], ids=["many headers", "one long header"])
 def test_large_head_is_refused_431(connection: socket.socket, piece: bytes) -> None:
     head = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
