@@ -20,6 +20,7 @@ import numpy as np
 
 Requests = Callable[[], bytes]
 Check = Callable[[bytes, bytes], None]  # of a request and the body of its 200
+TOLERANCE = 0.005  # of a score in bfloat16, which depends on the other queries of a batch
 address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
 
 
@@ -30,6 +31,7 @@ class Tally:
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     good: list[float] = field(default_factory=list)  # latencies of 200s
+    refused: list[float] = field(default_factory=list)  # latencies of 503s
     broken: int = 0  # connections that ended without a response
     seconds: float = 0.0
     late: int = 0
@@ -44,8 +46,9 @@ class Tally:
         return float(np.percentile(self.good, share)) * 1000 if self.good else float("nan")
 
     def __str__(self) -> str:
+        refused = f", 503s p99 {np.percentile(self.refused, 99) * 1000:.0f} ms" if self.refused else ""
         others = {status: count for status, count in sorted(self.statuses.items()) if status != 200}
-        tail = f", others {others}" if others else ""
+        tail = f", others {others}{refused}" if others else ""
         lost = f", {self.broken} broken" if self.broken else ""
         return (
             f"{self.rate:8.1f} q/s   p50 {self.percentile(50):7.2f} ms   p99 {self.percentile(99):7.2f} ms{tail}{lost}"
@@ -123,7 +126,17 @@ async def _once(
         tally.good.append(took)
         if check is not None:
             check(request, connection.body)
+    elif status == 503:
+        tally.refused.append(took)
     return connection
+
+
+async def ask(port: int, request: bytes) -> bytes:
+    """Return the body of the response to one request over a connection of its own."""
+    connection = await connect(port)
+    await connection.ask(request)
+    connection.transport.close()
+    return connection.body
 
 
 async def closed_loop(
@@ -187,6 +200,22 @@ async def open_loop(
         with suppress(OSError):
             connection.transport.close()
     return tally
+
+
+def same_answer(body: bytes, alone: bytes) -> bool:
+    """Return True if two responses to one request tell the same, but for scores that differ by `TOLERANCE` at most.
+
+    Results whose scores are that close may change places, and the last ones may be others.
+    """
+    one, other = (body, alone) if body[:1] != b"{" else map(json.loads, (body, alone))
+    if not isinstance(one, dict) or "results" not in one:
+        return one == other
+    scores = [{result["id"]: result["score"] for result in each["results"]} for each in (one, other)]
+    for mine, others in (scores, scores[::-1]):
+        lowest = min(others.values(), default=-1.0)
+        if any(score > others.get(item, lowest) + TOLERANCE for item, score in mine.items()):
+            return False
+    return len(scores[0]) == len(scores[1])
 
 
 def text_request(query: str, k: int = 10, **options: Any) -> bytes:

@@ -25,25 +25,26 @@ import struct
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import numpy as np
-from load import Requests, Tally, closed_loop, image_request, open_loop, text_request, unique_texts
+from load import Requests, Tally, ask, closed_loop, image_request, open_loop, same_answer, text_request, unique_texts
 from PIL import Image
 from service import Redis, Server, emoji, random_vit, serving
 
+T = TypeVar("T")
 LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}
 
 
-def run(loop: Any) -> Tally:
+def run(loop: Coroutine[Any, Any, T]) -> T:
     """Run on uvloop, so the load generator is not the bottleneck."""
     import uvloop
 
-    tally: Tally = uvloop.run(loop)
-    return tally
+    result: T = uvloop.run(loop)
+    return result
 
 
 def median(tallies: list[Tally]) -> Tally:
@@ -172,19 +173,25 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
 
 
 def overload(index: Path, seconds: float, rounds: int) -> None:
-    """Measure peak and overload in turns, so other load affects both."""
+    """Measure peak and overload in turns, so other load affects both; then ask again what was answered."""
+    answers = dict[bytes, bytes]()
     with serving(index, cores={0}, threads=1, cache_size=0, max_queue_ms=500) as server:
         run(closed_loop(server.port, new_texts(1), connections=8, seconds=2))
         peaks, loads = [], []
         for i in range(rounds):
             peaks.append(run(closed_loop(server.port, new_texts(10 + i), connections=32, seconds=seconds)))
             rate = 4 * peaks[-1].rate
-            loads.append(run(open_loop(server.port, new_texts(100 + i), rate=rate, seconds=seconds)))
+            loads.append(
+                run(open_loop(server.port, new_texts(100 + i), rate=rate, seconds=seconds, check=answers.__setitem__))
+            )
         print(f"peak, 32 connections      {median(peaks)}")
         print(f"4 x that, open loop       {median(loads)}")
         shares = sorted(load.rate / peak.rate for peak, load in zip(peaks, loads, strict=True))
         spread = f"{shares[0]:.0%} to {shares[-1]:.0%}"
         print(f"goodput under overload: {statistics.median(shares):.0%} of the peak, {spread}", flush=True)
+        alone = {request: run(ask(server.port, request)) for request in list(answers)[:: 1 + len(answers) // 1000]}
+        wrong = sum(not same_answer(answers[request], body) for request, body in alone.items())
+        print(f"{len(alone)} answers compared with those without load: {wrong} wrong", flush=True)
 
 
 def png_chunk(name: bytes, data: bytes) -> bytes:

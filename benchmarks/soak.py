@@ -6,7 +6,11 @@
   bodies, invalid JSON and unknown ids, or disconnect before the response.
 - Meanwhile the index alternates between two versions every `--swap` seconds, and Redis is killed, restarted, and
   suspended for a while.
-- Exits with 1 if a response had an unexpected status, a connection broke, or memory grew.
+- The server has the memory of docker-compose.yml, 2 GiB, where this may be limited (root on Linux).
+- Afterwards a server without load or caches answers the same requests: all that came again and again, and some of the
+  others. An answer is wrong if it differs by more than scores in bfloat16 do.
+- Exits with 1 if an answer was wrong, a response had an unexpected status, a connection broke, a process ended for lack
+  of memory, or memory grew after the first five minutes, or the first quarter of a shorter run.
 """
 
 import argparse
@@ -21,16 +25,19 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from load import Requests, closed_loop, image_request, post, text_request, unique_texts
+from load import Requests, ask, closed_loop, image_request, post, same_answer, text_request, unique_texts
 from serve import bomb, images, new_images, new_texts
-from service import ROOT, Redis, Server, emoji
+from service import ROOT, MemoryGroup, Redis, Server, emoji
 
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import version_numbers
 
 PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn
 LEAST_MINUTES = 0.5
-GROWTH = 1.10  # limit of the growth from the median of the second quarter to that of the last
+GROWTH = 1.10  # limit of the growth from the median of a quarter after the start to that of the last quarter
+SETTLED_S = 300.0  # after which memory may not grow
+MEMORY = 2 * 2**30
+MOST_NEW = 1500  # answers to requests that come once, of each kind, that are kept to be compared
 
 
 def get(path: str) -> bytes:
@@ -40,7 +47,12 @@ def get(path: str) -> bytes:
 def loads(item: str) -> dict[str, tuple[Requests, set[int]]]:
     """Return name -> request and its valid statuses. 503 is valid: overload or a deadline."""
     known = itertools.cycle([text_request(text) for text in itertools.islice(unique_texts(1), 300)])
-    whole, number = images(4), itertools.count()
+    whole, number, others = images(4), itertools.count(), unique_texts(5)
+
+    def filtered() -> bytes:
+        condition = {"category": {"not": [f"c{next(number) % 50}"]}}
+        return text_request(next(others), filter=condition, facets=["category"])
+
     kind = "multipart/form-data; boundary=b"
     wrong = itertools.cycle(
         [
@@ -55,6 +67,7 @@ def loads(item: str) -> dict[str, tuple[Requests, set[int]]]:
     return {
         "cached texts": (lambda: next(known), {200}),
         "new texts": (new_texts(2), {200, 503}),
+        "filters": (filtered, {200, 503}),
         "images": (new_images(), {200, 503}),
         "items": (lambda: next(found), {200, 503}),
         "broken images": (lambda: image_request(whole[0][: 2000 + next(number) % 9000]), {422, 503}),
@@ -126,13 +139,14 @@ async def soak(server: Server, redis: Redis, index: Path, seconds: float, every:
     statuses: dict[str, Counter[int]] = defaultdict(Counter)
     broken: Counter[str] = Counter()
     slowest: dict[str, float] = {}
-    expected = loads("1f63f")
+    expected, answers = loads("1f63f"), dict[str, Answers]()
 
     async def load(name: str) -> None:
         requests, _ = expected[name]
+        kept = answers[name] = Answers()
         while time.monotonic() < until:
             part = min(5.0, until - time.monotonic())
-            tally = await closed_loop(server.port, requests, connections=1, seconds=part, pause_s=PAUSE_S)
+            tally = await closed_loop(server.port, requests, connections=1, seconds=part, pause_s=PAUSE_S, check=kept)
             statuses[name] += tally.statuses
             broken[name] += tally.broken
             slowest[name] = max(slowest.get(name, 0.0), *tally.latencies, 0.0)
@@ -144,20 +158,63 @@ async def soak(server: Server, redis: Redis, index: Path, seconds: float, every:
         disturb_redis(redis, began, seconds, log),
         watch(server, until, samples),
     )
-    whole = True
+    whole, alone = server.process.poll() is None, Server(index, cache_size=0)
+    try:
+        for name in ("cached texts", "new texts", "filters", "images", "items"):
+            compared, wrong = await answers[name].compare(alone.port)
+            whole &= not wrong
+            print(f"{name:16} {compared} answers compared, {wrong} wrong")
+    finally:
+        alone.stop()
     for name, counts in statuses.items():
         wrong = {status: n for status, n in counts.items() if status not in expected[name][1]}
         whole &= not wrong and not broken[name]
         verdict = f"WRONG {wrong}, {broken[name]} broken" if wrong or broken[name] else "as it should be"
         print(f"{name:16} {dict(sorted(counts.items()))}, slowest {slowest[name] * 1000:.0f} ms: {verdict}")
     quarter = len(samples) // 4
-    early, late = statistics.median(samples[quarter : 2 * quarter]), statistics.median(samples[-quarter:])
+    start = int(len(samples) * min(SETTLED_S / seconds, 0.25))
+    early, late = statistics.median(samples[start : start + quarter]), statistics.median(samples[-quarter:])
     whole &= late < GROWTH * early
-    print(f"memory: {early:.0f} MB in the second quarter, {late:.0f} MB in the last, at most {max(samples):.0f} MB")
-    print(
-        f"{sum(sum(c.values()) for c in statuses.values())} answers; {len(log)} events: {', '.join(dict.fromkeys(log))}"
-    )
+    print(f"memory: {early:.0f} MB in a quarter after the start, {late:.0f} MB in the last, at most {max(samples):.0f}")
+    total = sum(sum(counts.values()) for counts in statuses.values())
+    print(f"{total} answers, as {total / 86400:.1f} a second for 24 hours; {', '.join(dict.fromkeys(log))}")
     return whole
+
+
+class Answers:
+    """Answers under load to compare with those without it: all different ones, of some of the requests."""
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, dict[bytes, bytes]] = {}  # request -> what it says -> body
+        self._seen = 0
+
+    def __call__(self, request: bytes, body: bytes) -> None:
+        self._seen += 1
+        if request not in self._kept and self._seen % max(1, len(self._kept) * 10 // MOST_NEW):
+            return  # one of 1, 2, ... 10 new ones
+        if request in self._kept or len(self._kept) < MOST_NEW:
+            self._kept.setdefault(request, {})[_said(body)] = body
+
+    async def compare(self, port: int) -> tuple[int, int]:
+        """Ask a server the same; return the number of compared answers, and of wrong ones."""
+        wrong = 0
+        for request, bodies in self._kept.items():
+            alone = await ask(port, request)
+            different = [body for body in bodies.values() if not same_answer(_said(body), _said(alone))]
+            for body in different[:1]:
+                print(f"wrong answer to {request[-300:]!r}: {_said(body)[:500]!r}, alone {_said(alone)[:500]!r}")
+            wrong += len(different)
+        return sum(map(len, self._kept.values())), wrong
+
+
+def _said(body: bytes) -> bytes:
+    """Return a body without what may differ: its version, times, and how it was found."""
+    if body[:1] != b"{":
+        return body
+    values = json.loads(body)
+    for name in ("index_version", "took_ms", "cached", "facets"):
+        values.pop(name, None)
+    return json.dumps(values).encode()
 
 
 def main() -> None:
@@ -176,13 +233,18 @@ def main() -> None:
 
         example = ROOT / "examples" / "emoji" / "twemoji"
         rebuild(example, example / "checkpoint", index, force=True, progress=False)
-    redis = Redis()
-    server = Server(index, redis_url=redis.url, poll_s=0.5, cache_size=100, max_upload_bytes=2**20)
+    redis, group = Redis(), MemoryGroup(MEMORY)
+    server = Server(index, group=group, redis_url=redis.url, poll_s=0.5, cache_size=100, max_upload_bytes=2**20)
     try:
         whole = uvloop.run(soak(server, redis, index, 60 * given.minutes, given.swap))
     finally:
         server.stop()
         redis.kill()
+        peak, ended = group.report()
+        group.close()
+    limit = "not limited here" if group.path is None else f"limited to {MEMORY / 1e6:.0f} MB, at most {peak:.0f}"
+    print(f"memory was {limit}, with pages of files; {ended} processes ended for lack of it")
+    whole &= not ended
     print("whole" if whole else "NOT WHOLE", f"(server ended with {server.process.returncode})")
     sys.exit(0 if whole and server.process.returncode in (0, -signal.SIGTERM) else 1)
 

@@ -154,7 +154,7 @@ def test_a_server_s_memory_is_in_millions_of_bytes(monkeypatch: pytest.MonkeyPat
         process.stdout.readline()
         server.process = SimpleNamespace(pid=process.pid)
         pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-        assert server.rss_mb() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, rel=0.02)
+        assert server.memory_mb() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, rel=0.02)
         process.kill()
 
 
