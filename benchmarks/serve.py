@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py cached       cached embeddings on one core, in the process and from Redis
     python benchmarks/serve.py feedback     processor time of a cached search with DCAR_FEEDBACK and without
+    python benchmarks/serve.py compare      the same with DCAR_COMPARE: every search is compared, with the same index
     python benchmarks/serve.py uncached     unique texts and images at 1, 8, 32, 128 connections, in turns with the
                                             bare encoder in batches of the size that the service formed
     python benchmarks/serve.py overload     four times as many requests as the service can answer
@@ -100,13 +101,13 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
         redis.kill()
 
 
-def feedback(index: Path, seconds: float, rounds: int) -> None:
+def feedback(index: Path, seconds: float, rounds: int, what: str = "feedback", **settings: Any) -> None:
     texts = [text_request(text) for text in itertools.islice(unique_texts(1), 500)]
     asked = itertools.cycle(texts)
     with (
         tempfile.TemporaryDirectory() as log,
         serving(index, cores={0}, threads=1) as off,
-        serving(index, cores={0}, threads=1, feedback=log) as on,
+        serving(index, cores={0}, threads=1, feedback=log, **settings) as on,
     ):
         took: dict[Server, list[float]] = {off: [], on: []}
         for _ in range(rounds + 1):
@@ -116,7 +117,7 @@ def feedback(index: Path, seconds: float, rounds: int) -> None:
                 took[server].append((server.cpu_s() - began) / len(tally.latencies) * 1e6)
         more = statistics.median(b - a for a, b in zip(took[off][1:], took[on][1:], strict=True))  # the first warms up
         without = statistics.median(took[off][1:])
-        print(f"{without:.0f} us of CPU for a search, {more:+.1f} with feedback ({more / without:+.1%})")
+        print(f"{without:.0f} us of CPU for a search, {more:+.1f} with {what} ({more / without:+.1%})")
 
 
 class Bare:
@@ -268,7 +269,7 @@ def _seconds_to_change(client: httpx.Client, field: str, chosen: dict[str, Any],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cached", "feedback", "uncached", "overload", "poison", "changes"])
+    parser.add_argument("what", choices=["cached", "feedback", "compare", "uncached", "overload", "poison", "changes"])
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the indexes")
     parser.add_argument("--index", type=Path, help="serve this index instead")
     parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached` and `changes`")
@@ -285,6 +286,9 @@ def main() -> None:
         cached(index, given.seconds, given.rounds)
     elif given.what == "feedback":
         feedback(index, given.seconds, given.rounds)
+    elif given.what == "compare":
+        collections = json.dumps({"candidate": str(index)})
+        feedback(index, given.seconds, given.rounds, "a comparison", collections=collections, compare="candidate:1")
     elif given.what == "uncached":
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         uncached(index, given.seconds, given.rounds, dict(each.split("=", 1) for each in given.set))
