@@ -46,6 +46,7 @@ from tests.support.object_store import Machines, ObjectStore
 from tests.support.versions import publish_copy
 
 CONNECTIONS = 16
+TIE = 0.002  # results whose scores differ by less may change places: batches in bfloat16 round differently
 TEXTS = list(itertools.islice(unique_texts(1), 300))
 ADMIN = {"Authorization": "Bearer an admin key"}
 IMAGE = base64.b64encode((ROOT / "examples/emoji/query.png").read_bytes()).decode()
@@ -219,16 +220,21 @@ class Day:
 
     def compare(self) -> None:
         """Compare all that was seen with the versions themselves."""
-        settings, first = Settings.model_construct(index=self.index), Index.open(self.index).snapshot
+        settings, first = (
+            Settings.model_construct(index=self.index),
+            Index.open(self.index, device="cpu", runtime="auto").snapshot,
+        )
         self.faults += [f"a change failed: {body}" for body in self.ended.values() if body["status"] == "failed"]
         changed = {job: body["index_version"] for job, body in self.ended.items() if body["status"] == "done"}
         for version in sorted({version for version, _ in self.found} | set(changed.values())):
             published_index(self.index, version)  # from a store, if it is not here
             opened = load_snapshot(self.index, settings, [first], version=version, warm_up=False)
             for text in [text for each, text in self.found if each == version]:
-                right = tuple(match.item.id for match in Index(opened, settings).search(text, k=10))
-                if self.found[version, text] != {right}:
-                    self.faults.append(f"version {version}, {text!r}: {self.found[version, text]}, not {right}")
+                right = {match.item.id: match.score for match in Index(opened, settings).search(text, k=20)}
+                for ids in self.found[version, text]:
+                    pairs = zip(ids, [*right.values()][:10], strict=True)
+                    if len(set(ids)) < 10 or any(abs(right.get(each, -1) - score) > TIE for each, score in pairs):
+                        self.faults.append(f"version {version}, {text!r}: {ids}, not {right}")
             for item, stamp in (self.jobs[job] for job, each in changed.items() if each == version):
                 row = opened.artifact.row_of(item)
                 kept = None if row is None else opened.artifact.item(row).metadata.get("stamp")
