@@ -37,7 +37,10 @@ class IndexSpec:
         "pq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8.",
     )
     engine: str = _option(
-        "faiss", "What stores and searches the vectors; see docs/explanation/index-kinds.md.", metavar="NAME[=URI]"
+        "faiss",
+        "What stores and searches the vectors: faiss, a file of the index, or another engine and its location; see "
+        "docs/explanation/index-kinds.md.",
+        metavar="NAME[=URI]",
     )
     memory: int | None = _option(
         None,
@@ -47,13 +50,19 @@ class IndexSpec:
     )
     target_recall: float = _option(0.99, "Recall at 10, against exact search, to tune parameters to.", **_SHARE)
     text_fields: tuple[str, ...] | None = _option(
-        None, "Metadata fields that hybrid searches look up beside id, caption and category.", metavar="NAMES"
+        None,
+        "Metadata fields whose words hybrid searches look up, separated by commas. Default: every field with text. Id, "
+        "caption and category are always looked up.",
+        metavar="NAMES",
     )
     group_field: str = _option("", "Metadata field that names the product: searches return each once.", metavar="NAME")
     max_failed: float = _option(0.05, "Share of images that may be unreadable; failed.jsonl lists them.", **_SHARE)
     exact: bool = _option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
     runtime: str = _option(
-        "torch", "Encoder runtime: auto, torch, ...; see docs/how-to/choose-a-runtime.md.", envvar="DCAR_RUNTIME"
+        "torch",
+        "Encoder runtime: auto (by what is installed and the processor), torch, openvino-bf16, and others of "
+        "docs/how-to/choose-a-runtime.md.",
+        envvar="DCAR_RUNTIME",
     )
 
     def __post_init__(self) -> None:
@@ -73,15 +82,24 @@ class BuildOptions:
 
     spec: IndexSpec = field(default_factory=IndexSpec)
     workers: int | None = _option(
-        None, "Decoding processes; 0: in threads, without limits. Default: by the cores and the gallery.", min=0
+        None,
+        "Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores, of more than 4 all "
+        "but one, and fewer for a small gallery.",
+        min=0,
     )
     batch_size: int = _option(64, "Images per forward pass.", min=1)
     ray: str | None = _option(
-        None, "Encode on --workers of a Ray cluster: its address, auto for this machine's, or local.", metavar="ADDRESS"
+        None,
+        "Encode on a Ray cluster: its address, auto for the cluster of this machine, or local to start one. --workers "
+        "is then the number of its workers.",
+        metavar="ADDRESS",
     )
     keep: int = _option(3, "Versions to keep, with the new one. Changes over HTTP or by a watch are kept apart.", min=1)
     max_vanished: float = _option(
-        0.2, "Share of the served images that may be gone from the gallery; with more, nothing is published.", **_SHARE
+        0.2,
+        "Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
+        "published.",
+        **_SHARE,
     )
     device: str = _option("auto", "auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")
     pixel_cache: Path | None = _option(  # noqa: RUF009
@@ -95,7 +113,9 @@ class BuildOptions:
         metavar="DATA",
     )
     judgements: Path | None = _option(  # noqa: RUF009
-        None, "Judged list, as for `dcar judge`, by whose nDCG@10 the indexes are compared as well.", metavar="FILE"
+        None,
+        "Table of judgements as for `dcar judge`, by whose nDCG at 10 the new index is compared as well.",
+        metavar="FILE",
     )
     margin: float = _option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
     force: bool = _option(
@@ -110,7 +130,9 @@ class BuildOptions:
         metavar="URL",
     )
     keep_shards: bool = _option(
-        True, "Keep vectors in OUT/work, also of a rejected index, so that the next rebuild encodes only new images."
+        True,
+        "Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes only new "
+        "images.",
     )
     origin: str = ""  # as in the manifest; with one, `keep` is the length of the history of changes
     progress: bool = True

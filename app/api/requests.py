@@ -159,7 +159,8 @@ class BatchQuery(Strict, json_schema_extra={"examples": [{"queries": [{"query": 
 def _check_item_id(given: str) -> str:
     if not _ITEM_ID.fullmatch(given):
         raise ValueError(
-            "must have no control characters or outer spaces, not end in /image or /similar, and not be . or .."
+            "must have no control characters, must not begin or end with a space, must not end in /image or /similar, "
+            "and must not be . or .."
         )
     return given
 

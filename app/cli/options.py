@@ -36,13 +36,19 @@ def parse_filter(text: str) -> dict[str, Any]:
 Data = Annotated[Path, Option(help="Directory with train.json, ..., or a table; see docs/reference/data-formats.md.")]
 ModelName = Annotated[str, Option("--model", help="An open_clip model such as ViT-B-16-SigLIP, or a directory.")]
 Pretrained = Annotated[
-    str | None, Option(help="Weights of a named model: a tag, or a file. Default: as `dcar models --recommend`.")
+    str | None,
+    Option(
+        help="Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar models --recommend`."
+    ),
 ]
 Images = Annotated[Path | None, Option(help="Root folder of the images. Default: the folder of the annotations.")]
 SkipBroken = Annotated[bool, Option("--skip-broken", help="Leave out images that are missing or broken.")]
 Negatives = Annotated[
     str,
-    Option(help="Generate negative captions: auto (if most pairs have none), missing (for those), all (anew), or off."),
+    Option(
+        help="Generate negative captions: auto (if most pairs of a split have none), missing (for pairs without any), "
+        "all (also replacing existing ones), off."
+    ),
 ]
 Taxonomy = Annotated[Path | None, Option(help="JSON of similar categories; see docs/reference/data-formats.md.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]

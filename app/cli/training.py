@@ -108,7 +108,12 @@ def train(
 def retrain(
     index: options.IndexDir,
     pairs: Annotated[
-        list[Path], Option(metavar="FILE", help="Table of caption and id or image, or its directory; may be repeated.")
+        list[Path],
+        Option(
+            metavar="FILE",
+            help="Table with the columns caption and id or image, as `dcar feedback export` writes it, or its "
+            "directory; may be repeated.",
+        ),
     ],
     validation: Annotated[Path | None, Option(metavar="DATA", help="As of `dcar index build`.")] = None,
     judgements: Annotated[Path | None, Option(metavar="FILE", help="As of `dcar index build`.")] = None,

@@ -37,7 +37,8 @@ Sort = Annotated[
     str,
     Field(
         max_length=1025,
-        description='field to sort the results that fit by; "-price" descends; items without a value are last',
+        description='field that orders the results, "-price" descending; only items that fit the query are sorted, and '
+        "items without a value are last",
     ),
 ]
 
@@ -173,7 +174,8 @@ class Query(BaseModel):
     )
     hybrid: Annotated[bool, Field(strict=True)] | Annotated[float, Field(strict=True, ge=0, le=1)] = Field(
         False,
-        description="look up the words in ids, captions, categories and metadata: true, or their weight from 0 to 1",
+        description="look up the words of the query as well, in ids, captions, categories and metadata: true, or "
+        "the weight of the words from 0 to 1",
     )
     group_by: GroupBy = None
     sort: Sort = ""
@@ -186,7 +188,8 @@ class Query(BaseModel):
     rerank: bool = Field(
         False,
         strict=True,
-        description="score the first results again, by a second stage or exact token weights; 409 without",
+        description="score the first results again, by the model's second stage or exact token weights; 409 if it has "
+        "neither",
     )
     explain: bool = Field(False, strict=True, description="show which parts of images and words contribute to scores")
 

@@ -93,7 +93,8 @@ class Endpoint:
                 fault = f"{error} {error.__cause__ or ''}".strip() or "too slow"
                 if not self._has_answered and not isinstance(error, openai.APITimeoutError | TimeoutError):
                     raise CaptionError(
-                        f"{self._url} cannot be reached ({fault}); start the model's server or correct the URL"
+                        f"{self._url} cannot be reached ({fault}); start the model's server or correct the URL, and "
+                        f"run the same command again"
                     ) from error
                 raise EndpointError(f"no response in {options.tries} attempts: {fault}") from error
             except openai.APIStatusError as error:

@@ -119,5 +119,6 @@ class CaptionJournal:
             raise CaptionError(f"{self.file} is no captioning journal ({error}); move it, or give --restart") from error
         if other:
             raise CaptionError(
-                f"{self.file} was made with other settings: {', '.join(other)}; use those, another --out or --restart"
+                f"{self.file} was made with other settings: {', '.join(other)}; use those, or give another --out or "
+                f"--restart"
             )

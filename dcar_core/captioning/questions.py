@@ -87,7 +87,8 @@ def load_templates(file: Path) -> tuple[str, ...]:
         names = set(re.findall(r"{(\w*)}", line))
         if "category" not in names or names - _FIELDS or re.search(r"[{}]", re.sub(r"{\w+}", "", line)):
             raise DataError(
-                f"{file}: a template has {{category}}, perhaps {{dataset}} and {{words}}, no other braces: {line!r}"
+                f"{file}: a template needs {{category}}, may have {{dataset}} and {{words}}, and no other braces: "
+                f"{line!r}"
             )
     return tuple(lines)
 

@@ -42,7 +42,8 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
         raise DataError(f"{file} must hold an object, key -> entry, not a {type(content).__name__}")
     if isinstance(content.get("images"), list):
         raise DataError(
-            f"{file} has the form of COCO or Karpathy's splits; docs/how-to/prepare-data.md shows how to convert it"
+            f"{file} has the form of COCO or of Karpathy's splits, which is not read; docs/how-to/prepare-data.md "
+            f"shows how to write it as pairs.jsonl"
         )
     report.add("keys that occur twice, both entries kept", len(content.pairs) - len(content))
     limit = RowLimit(file, report)

@@ -76,7 +76,8 @@ class Annotations:
             if missing and image_policy == "require":
                 raise DataError(
                     f"{split}: {len(missing):,} of {len(entries):,} images are not in {self._root.path}: "
-                    f"{shorten(missing)}. Point --images to their folder or tar, or leave them out with --skip-broken"
+                    f"{shorten(missing)}. Point --images to the folder or tar that holds them, or leave them out with "
+                    f"--skip-broken"
                 )
             report.add(MISSING_IMAGES, names=missing)
             report.add("images broken, left out", names=broken)

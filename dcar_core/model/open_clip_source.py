@@ -175,7 +175,8 @@ def _require_known(source: BackboneSource) -> None:
     if is_builtin and not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none is known"
         raise ModelError(
-            f"{name} alone is an architecture with random weights; give --pretrained a tag ({tags}) or a file"
+            f"{name} alone is an architecture with random weights; give --pretrained a tag ({tags}) or a "
+            f".safetensors or .pt file"
         )
 
 

@@ -112,7 +112,8 @@ def ensure_export(final: Path, write: Callable[[Path], None]) -> Path:
         check_export(final)
     except OSError as error:
         raise RuntimeUnavailableError(
-            f"the exports in {final.parents[1]} cannot be used: {error.strerror or error}; name another directory"
+            f"the cache of exports in {final.parents[1]} cannot be used: {error.strerror or error}; name another "
+            f"directory"
         ) from error
     return final
 

@@ -130,7 +130,8 @@ def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
     if kind.precision == "int8":
         if not loaded.is_calibrated():
             raise RuntimeUnavailableError(
-                f"the runtime {name} must first be calibrated: dcar benchmark --checkpoint DIR --data PATH"
+                f"the runtime {name} must first be calibrated on your images and captions: "
+                f"dcar benchmark --checkpoint DIR --data PATH"
             )
         check_export(loaded.export_directory(calibrated=True))
         return open_export(name, loaded.export_directory(calibrated=True), torch.get_num_threads())

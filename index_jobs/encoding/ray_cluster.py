@@ -163,7 +163,8 @@ def _make_shards(todo: list[int], task: tuple[Any, ...], options: BuildOptions) 
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         raise DcarError(
-            f"encoding on Ray failed: {str(cause).strip().splitlines()[-1]}; the same command resumes"
+            f"encoding on Ray failed: {str(cause).strip().splitlines()[-1]}; complete shards are kept, and the same "
+            f"command continues where it stopped"
         ) from error
 
 

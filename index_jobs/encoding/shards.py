@@ -73,7 +73,8 @@ class Shard:
             return cls(path, span, images, failures)
         except Exception as error:  # NumPy and zipfile raise many types for a file that they did not write
             raise ArtifactError(
-                f"the vector shard {path} is corrupted: {error}; delete it, and the next run encodes this shard again"
+                f"the vector shard {path} is corrupted: {error}; delete it and run the same command again: only this "
+                f"shard is encoded again"
             ) from error
 
     def vectors(self) -> Floats:

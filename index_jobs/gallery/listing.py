@@ -110,7 +110,8 @@ def list_rows(listing: str) -> Iterator[GalleryImage]:
         value = record.get(column)
         if isinstance(value, dict | bytes):
             raise DataError(
-                f"{listing}, row {line}: {column} holds the image itself; write the images to files or a webdataset tar"
+                f"{listing}, row {line}: {column} holds the image itself; write the images to files or into a "
+                f"webdataset tar, and index that"
             )
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{listing}, row {line}: {column} is empty or not text")

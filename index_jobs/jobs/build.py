@@ -235,7 +235,8 @@ class _Build:
         except ArtifactError as error:
             if isinstance(error, StoreUnavailableError) and not self.options.force:
                 raise StoreUnavailableError(
-                    f"the served version cannot be compared: {error}; wait for its store, or publish by --force"
+                    f"the served version cannot be compared: {error}; run the same command again once its store "
+                    f"responds, or publish without a comparison by --force"
                 ) from error
             logger.warning("the served version cannot be read, so nothing is compared with it: %s", error)
             return None
@@ -281,7 +282,8 @@ class _Build:
                 return
         raise DcarError(
             f"the index {self.out} takes at least {needed / 1e9:.1f} GB more, {vectors / 1e9:.1f} of them for vectors "
-            f"that the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room"
+            f"that the next rebuild can use, but its disk has {free / 1e9:.1f} GB left; make room, or give another "
+            f"--out"
         )
 
     def _load_served_encoder(self, device: str) -> Encoder | str:

@@ -132,7 +132,8 @@ def build_command(
         bool,
         typer.Option(
             "--json/--text",
-            help="Print the summary as JSON or text. Default: text; JSON of `python -m index_jobs.rebuild`.",
+            help="Print the summary as JSON or as text. `python -m index_jobs.rebuild` prints JSON by default, `dcar "
+            "index build` text.",
             show_default=False,
         ),
     ] = False,

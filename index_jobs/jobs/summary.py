@@ -72,7 +72,8 @@ class RebuildSummary:
         if self.number_texts:
             examples = ", ".join(f"{name} ({text!r})" for name, text in self.number_texts.items())
             lines.append(
-                f"fields of text that looks like numbers: {examples}; filters cannot compare these: write 10.5"
+                f"fields of text that looks like numbers: {examples}; filters cannot compare them by size, so write "
+                f"numbers such as 10.5"
             )
         return lines
 

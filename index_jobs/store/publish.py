@@ -178,7 +178,7 @@ def rollback(index: Path, to: int | None = None) -> int:
     if (store := store_of(index)) is not None:
         store.pull(history=True)
     if not version_numbers(index):
-        raise ArtifactError(f"{index} holds no index")
+        raise ArtifactError(f"{index} holds no published index")
     with report_os_errors(index), _lock(index):
         if to is None:
             to = _previous_version(index)

@@ -85,7 +85,7 @@ class IndexStore:
             if text and text == self._pulled and not history:
                 return number
             if number is None and not history:
-                raise ArtifactError(f"{self.url} holds no index; make one with `dcar index build`")
+                raise ArtifactError(f"{self.url} holds no published index; make one with `dcar index build`")
             if history:
                 self._pull_history()
             if not files:

@@ -63,7 +63,8 @@ def require_index(index: Path) -> int:
         raise ArtifactError(f"{index} has versions but no CURRENT; `dcar index rollback {index}` restores the newest")
     if version is None:
         raise ArtifactError(
-            f"{index} holds no index; make one with `dcar index build --gallery PATH --checkpoint DIR --out {index}`"
+            f"{index} holds no published index; make one with "
+            f"`dcar index build --gallery PATH --checkpoint DIR --out {index}`"
         )
     return version
 

@@ -191,7 +191,7 @@ def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: P
     table = write(tmp_path / "list.csv", [*ROWS])
     for given, message in (
         (("--version", 9), "has no version 9; it has 1, 2"),
-        (("--against", tmp_path), "holds no index"),
+        (("--against", tmp_path), "holds no published index"),
         (("--run", table / "run.txt"), "list.csv is not a directory"),
     ):
         done = dcar("judge", table, "--index", versions, *given)

@@ -48,7 +48,7 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         await until(lambda: bool(failures))
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
-    assert "s3://bucket/shop/index holds no index; make one with" in str(failures[0])
+    assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
     monkeypatch.setattr("index_jobs.store.remote._CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
     monkeypatch.setattr("index_jobs.store.remote._RETRIES", {"max_retries": 0})
     replica = machines["replica"]

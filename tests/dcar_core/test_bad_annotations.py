@@ -16,7 +16,7 @@ from tests.support.files import write_json, write_jsonl
 from tests.support.images import write_image
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
-COCO = "the form of COCO or Karpathy's splits"
+COCO = "the form of COCO or of Karpathy's splits, which is not read"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def export(cache: Path) -> Path:
     [
         ("tensorrt", r"no runtime is named 'tensorrt'; there are: auto, torch, "),
         ("cuda-fp16", "cuda-fp16 needs a GPU"),
-        ("openvino-int8", "must first be calibrated: dcar"),
+        ("openvino-int8", "must first be calibrated on your images and captions: dcar"),
     ],
 )
 def test_a_runtime_that_cannot_be_used_says_why(name: str, says: str, tiny_checkpoint: Path, tmp_path: Path) -> None:

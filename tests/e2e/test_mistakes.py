@@ -21,8 +21,8 @@ from tests.support.commands import dcar
         (("train", "--data", "/nowhere", "--out", "/tmp/x"), "/nowhere"),
         (("demo", "--domain", "notoemoji"), "twemoji"),
         (("data", "check", "/nowhere"), "/nowhere does not exist; give a directory"),
-        (("index", "list", "/nowhere"), "/nowhere holds no index"),
-        (("index", "rollback", "/nowhere"), "/nowhere holds no index"),
+        (("index", "list", "/nowhere"), "/nowhere holds no published index"),
+        (("index", "rollback", "/nowhere"), "/nowhere holds no published index"),
     ],
 )
 def test_mistakes_are_one_line(args: tuple[str, ...], message: str, tiny_model: Path) -> None:

@@ -158,11 +158,11 @@ def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
     assert current_version(tmp_path / "nowhere") is None
     assert list_versions(tmp_path / "nowhere") == []
     for read in (open_current, verify_index):
-        with pytest.raises(ArtifactError, match="holds no index; make one with `dcar index build"):
+        with pytest.raises(ArtifactError, match="holds no published index; make one with `dcar index build"):
             read(tmp_path)
     (tmp_path / "empty" / "versions").mkdir(parents=True)
     for name in ("nowhere", "empty"):
-        with pytest.raises(ArtifactError, match="holds no index"):
+        with pytest.raises(ArtifactError, match="holds no published index"):
             rollback(tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
 

@@ -155,7 +155,7 @@ def test_corrupted_shard_is_named_and_repaired_by_deleting_it(
     (path,) = tmp_path.rglob("000001.npz")
     harm(path)
     if path.exists():
-        with pytest.raises(ArtifactError, match=r"000001\.npz is corrupted: .*; delete it, and the next run"):
+        with pytest.raises(ArtifactError, match=r"000001\.npz is corrupted: .*; delete it and run the same command"):
             run()
         path.unlink()
     again = run()

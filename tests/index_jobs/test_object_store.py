@@ -243,7 +243,7 @@ def test_old_versions_and_their_blobs_are_removed(
 def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, machines: Machines) -> None:
     assert pull(machines["reader"]) == 1
     store(mirror).delete([each["path"] for each in store(mirror).list().collect()])
-    with pytest.raises(ArtifactError, match="holds no index"):
+    with pytest.raises(ArtifactError, match="holds no published index"):
         published_index(machines["reader"])
     assert current_version(machines["reader"]) == 1
     with open_staging(machines["other"]) as staging:

@@ -96,7 +96,7 @@ def test_refused_updates_change_nothing(index: Path, tmp_path: Path) -> None:
         add(index, broken, progress=False)
     with FileLock(index / ".lock"), pytest.raises(LockedError):
         remove(index, ["x"])
-    with pytest.raises(ArtifactError, match="holds no index"):
+    with pytest.raises(ArtifactError, match="holds no published index"):
         remove(tmp_path / "other", ["x"])
     assert current_version(index) == 1
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]

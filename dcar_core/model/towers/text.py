@@ -59,7 +59,8 @@ class TextTower:
         rows = PromptRows(prompts, self.layout.start)
         if tokens.shape[1] + rows.count > self.layout.context_length:
             raise ValueError(
-                f"{tokens.shape[1] + rows.count} tokens with prompts exceed a context of {self.layout.context_length}"
+                f"{tokens.shape[1] + rows.count} tokens with the prompts, "
+                f"but the context holds {self.layout.context_length}"
             )
         length = self.layout.padded_length(rows.count)
         missing = 0 if length is None else length - tokens.shape[1]

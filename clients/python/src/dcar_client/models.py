@@ -370,17 +370,21 @@ class SearchOptions(TypedDict, total=False):
     fold: float | None
     """Show items with at least this cosine as one result; the others are listed under `folded`."""
     hybrid: bool | float
-    """Look up the words in ids, captions, categories and metadata: true, or their weight from 0 to 1."""
+    """Look up the words of the query as well, in ids, captions, categories and metadata: true, or the weight of
+    the words from 0 to 1.
+    """
     group_by: str | None
     """Metadata field whose values are returned once each, by their best item; the default is the field that the
     index was built with, and "" returns every item.
     """
     sort: str
-    """Field to sort the results that fit by; "-price" descends; items without a value are last."""
+    """Field that orders the results, "-price" descending; only items that fit the query are sorted, and items
+    without a value are last.
+    """
     facets: list[str]
     """Fields whose values are counted over all items that fulfil `filter` and reach `min_score`."""
     rerank: bool
-    """Score the first results again, by a second stage or exact token weights; 409 without."""
+    """Score the first results again, by the model's second stage or exact token weights; 409 if it has neither."""
     explain: bool
     """Show which parts of images and words contribute to scores."""
 
