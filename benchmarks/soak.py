@@ -73,7 +73,7 @@ def loads(item: str) -> dict[str, tuple[Requests, set[int]]]:
         "broken images": (lambda: image_request(whole[0][: 2000 + next(number) % 9000]), {422, 503}),
         "bombs": (lambda: image_request(bomb(30_000 + next(number) % 1000)), {422, 503}),
         "large bodies": (lambda: post("/search/text", "application/json", bytes(300_000)), {413}),
-        "wrong requests": (lambda: next(wrong), {400, 415, 422}),
+        "wrong requests": (lambda: next(wrong), {400, 415, 422, 503}),
         "absent things": (lambda: next(absent), {404}),
         "health": (lambda: get("/readyz"), {200}),
     }
