@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 _STUCK_S = 30.0  # of a forward pass; one that may load a model has a thread of its own
 _BUSY = "The service is busy."
-_NEWEST_WEIGHT = 0.2  # of the last batch in the smoothed seconds per query
+_NEWEST_WEIGHT = 0.2  # of the last batch in the smoothed sizes and seconds
+_PRIOR = 0.01  # squared share by which sizes must differ before their times say more than the assumption below
 
 
 _accepted = ContextVar[list[bool] | None]("accepted", default=None)  # not empty: one of the queries together is
@@ -75,6 +76,32 @@ class SharedTasks(Generic[T]):
                 task.cancel()  # unless it has ended
 
 
+class PassTime:
+    """Expected seconds of a forward pass: a fixed part, and a part per query, fitted to the passes so far.
+
+    While all passes were of one size, half of their time is taken as fixed. So a model with a high fixed cost is given
+    larger batches, whose times then tell, instead of refusing what a batch would hold.
+    """
+
+    def __init__(self) -> None:
+        self._means: tuple[float, ...] = ()  # smoothed size, seconds, size squared, size times seconds
+
+    def add(self, size: int, seconds: float) -> None:
+        newest = (size, seconds, size * size, size * seconds)
+        pairs = zip(self._means or newest, newest, strict=True)
+        self._means = tuple(old + _NEWEST_WEIGHT * (new - old) for old, new in pairs)
+
+    def of(self, count: int, passes: int) -> float:
+        """Return the expected seconds of `count` queries, with the fixed part of so many passes."""
+        if not self._means:
+            return 0.0
+        size, seconds, squared, product = self._means
+        prior = _PRIOR * size * size
+        slope = (product - size * seconds + prior * seconds / (2 * size)) / (squared - size * size + prior)
+        slope = min(max(slope, 0.0), seconds / size)
+        return slope * count + (seconds - slope * size) * passes
+
+
 class BatchGroup(NamedTuple):
     """Queries that may share a forward pass: `run` takes N payloads and returns float32 (N, E)."""
 
@@ -88,7 +115,6 @@ class _Job:
     payload: Any
     future: asyncio.Future[Floats]
     arrived: float
-    cost: float  # expected seconds of the model
     context: Any  # trace context of the request
 
 
@@ -108,9 +134,9 @@ class Batcher:
         self._max_wait = max_wait_s
         self._max_queue = max_queue_s
         self._metrics = metrics or Metrics()
-        self._seconds_per_query: dict[BatchGroup, float] = {}  # smoothed
+        self._pass_times: dict[BatchGroup, PassTime] = {}
         self._jobs: list[_Job] = []
-        self._backlog = 0.0  # expected seconds of all jobs in the queue
+        self._counts = Counter[BatchGroup]()  # of the jobs in the queue
         self._has_arrived = asyncio.Event()
         self._expected_size: dict[BatchGroup, int] = {}  # jobs that ran or waited when the last batch ended
         self._last_end = -math.inf  # of the last forward pass
@@ -129,11 +155,11 @@ class Batcher:
         They are accepted or refused together, by the work that waits already: see `require_room`.
         """
         self.require_room()
-        cost, context = self._seconds_per_query.get(group, 0.0), self._metrics.trace_context()
+        context = self._metrics.trace_context()
         future_of, now = asyncio.get_running_loop().create_future, time.monotonic()
-        jobs = [_Job(group, payload, future_of(), now, cost, context) for payload in payloads]
+        jobs = [_Job(group, payload, future_of(), now, context) for payload in payloads]
         self._jobs += jobs
-        self._backlog += cost * len(jobs)
+        self._counts[group] += len(jobs)
         self._has_arrived.set()
         return asyncio.gather(*(job.future for job in jobs))
 
@@ -151,11 +177,16 @@ class Batcher:
         if self._is_closing:
             raise UnavailableError("The service is shutting down.")
         accepted = _accepted.get()
-        if self._backlog > self._max_queue and not accepted:
+        if not accepted and (backlog := self._expected_wait()) > self._max_queue:
             self._metrics.refused.labels("queue_time").inc()
-            raise UnavailableError(_BUSY, self._backlog)
+            raise UnavailableError(_BUSY, backlog)
         if accepted is not None:
             accepted.append(True)
+
+    def _expected_wait(self) -> float:
+        """Return the expected seconds of all jobs in the queue, without the fixed part of a pass that has room."""
+        waiting = ((self._pass_times.get(group), count) for group, count in self._counts.items())
+        return sum(each.of(count, count // self._max_batch) for each, count in waiting if each)
 
     async def close(self) -> None:
         """Finish the accepted work, then end the thread."""
@@ -178,7 +209,7 @@ class Batcher:
                 await self._has_arrived.wait()
 
     def _keep(self, jobs: list[_Job]) -> None:
-        self._jobs, self._backlog = jobs, sum(job.cost for job in jobs)
+        self._jobs, self._counts = jobs, Counter(job.group for job in jobs)
 
     async def _wait_for_more(self) -> None:
         """Wait, for `max_wait_s` at most, until the batch is as large as the last one of its group."""
@@ -224,9 +255,7 @@ class Batcher:
             else:
                 job.future.set_result(outcome)
         self._metrics.forward_pass([(job.arrived, job.context) for job in batch], started, self._last_end)
-        seconds = (self._last_end - started) / len(batch)
-        smoothed = self._seconds_per_query.get(group, seconds)
-        self._seconds_per_query[group] = _NEWEST_WEIGHT * seconds + (1 - _NEWEST_WEIGHT) * smoothed
+        self._pass_times.setdefault(group, PassTime()).add(len(batch), self._last_end - started)
         self._expected_size[group] = len(batch) + self._waiting(group)
 
 

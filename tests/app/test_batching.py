@@ -19,7 +19,7 @@ from app.core.settings import Settings
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
 from app.service import batching
-from app.service.batching import Batcher, BatchGroup, SharedTasks
+from app.service.batching import Batcher, BatchGroup, PassTime, SharedTasks
 from app.service.compute import SharedCompute
 from app.service.embedding_cache import rounded
 from dcar_core.serving.multi_encoder_batch import TextRow
@@ -49,6 +49,14 @@ class Recorder:
         if "panic" in payloads:
             raise Panic
         return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
+
+
+def pass_time(fixed: float, each: float) -> PassTime:
+    """What passes of many sizes leave, that take `fixed` seconds and `each` per query."""
+    made = PassTime()
+    for size in (1, 32) * 10:
+        made.add(size, fixed + each * size)
+    return made
 
 
 class Bench(NamedTuple):
@@ -154,7 +162,7 @@ async def test_cancelled_queries_take_no_place_in_a_batch_or_the_backlog(bench: 
     made = bench(max_queue_s=0.5)
     first = await made.held()
     gone, stays, behind = await made.submit("gone", "stays", "gone as well")
-    made.batcher._seconds_per_query[made.group] = 1.0
+    made.batcher._pass_times[made.group] = pass_time(0, 1)
     (waits,) = await made.submit("waits")
     for refused in (["another"], ["and", "others"]):
         with pytest.raises(UnavailableError):
@@ -227,7 +235,7 @@ async def test_an_idle_batcher_accepts_the_queries_of_one_request_however_slow_s
     made = bench(0.1, max_batch=32, max_queue_s=0.5)
     await made.one("alone")  # its measured cost is a tenth of a second
     parts = made.batcher.submit(made.group, ["part"] * 20)
-    with pytest.raises(UnavailableError):  # two seconds of work are expected
+    with pytest.raises(UnavailableError):  # a second of work is expected
         await made.one("another")
     assert len(await parts) == 20
     assert len(await made.batcher.submit(made.group, ["part"] * 20)) == 20
@@ -237,6 +245,29 @@ async def test_the_cost_of_a_query_is_its_share_of_a_batch(bench: Callable[..., 
     made = bench(0.2, max_batch=32, max_queue_s=0.5)
     await made.batcher.submit(made.group, ["part"] * 20)  # a hundredth of a second each
     await asyncio.gather(*(made.one("another") for _ in range(20)))
+
+
+def test_the_time_of_a_pass_has_a_fixed_part_and_a_part_per_query() -> None:
+    assert PassTime().of(5, 1) == 0
+    assert pass_time(0.3, 0.01).of(10, 2) == pytest.approx(0.7, rel=0.02)
+    assert pass_time(0, 0.04).of(10, 2) == pytest.approx(0.4, rel=0.05)
+    same = PassTime()
+    for _ in range(9):
+        same.add(2, 0.6)
+    assert same.of(4, 1) == pytest.approx(0.9)
+    same.add(4, 0.6)
+    assert same.of(4, 1) == pytest.approx(0.6, rel=0.1), "a larger pass took no longer"
+
+
+async def test_passes_of_a_high_fixed_cost_hold_many_queries(bench: Callable[..., Bench]) -> None:
+    made = bench(0.06, max_batch=32, max_queue_s=0.05)
+    tasks = []
+    for number in range(120):
+        tasks.append(asyncio.create_task(made.one(str(number))))
+        await asyncio.sleep(0.004)
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(outcome, UnavailableError) for outcome in outcomes) < 40
+    assert max(map(len, made.recorder.batches)) > 8
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,13 +9,14 @@ import socket
 import threading
 import time
 import tracemalloc
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from app.service.batching import BatchGroup
+from app.service.batching import BatchGroup, PassTime
 from app.service.files import PIECE_BYTES
 from dcar_core.serving.multi_encoder_batch import encode_text_rows
 from index_jobs.store.artifact import Artifact
@@ -48,7 +49,7 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
         known = {"query": "a red square", "k": 3}
         assert (await client.post("/search/text", json=known)).status_code == 200
         batcher = client.app.state.retriever.compute.batcher
-        batcher._backlog = 5.0
+        batcher._expected_wait = lambda: 5.0
         for response in (
             await client.post("/search/image", files={"file": png()}),
             await client.post("/search/image", files={"file": b"not even a picture"}),
@@ -58,12 +59,12 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
             assert (response.status_code, response.headers["retry-after"]) == (503, "5")
         for k in (3, 4):
             assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
-        batcher._backlog = 0.0
+        del batcher._expected_wait
         assert (await client.post("/search/image", files={"file": png()})).status_code == 200
         gate, seen = hold(client.app.state.collections[None].live.encoder)
         first = asyncio.create_task(client.post("/search/text", json={"query": "pending"}))
         await until(lambda: bool(seen))
-        batcher._backlog = 5.0
+        batcher._expected_wait = lambda: 5.0
         second = asyncio.create_task(client.post("/search/text", json={"query": "pending", "k": 3}))
         await asyncio.sleep(0.05)
         gate.set()
@@ -77,23 +78,26 @@ async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
         compute = client.app.state.retriever.compute
         batcher = compute.batcher
         key = BatchGroup(id(client.app.state.collections[None].live.encoder.runtime), encode_text_rows)
-        batcher._seconds_per_query[key] = 0.2  # the queue is full after three texts
+        slow = PassTime()
+        for size in (1, 32):
+            slow.add(size, 0.2 * size)
+        batcher._pass_times[key] = deepcopy(slow)  # the queue is full after three texts
         texts = [f"red {number}" for number in range(8)]
         assert (await client.post("/search/batch", json={"queries": [{"query": text} for text in texts]})).is_success
-        batcher._seconds_per_query[key] = 0.2
+        batcher._pass_times[key] = deepcopy(slow)
         assert (await client.post("/v1/embeddings", json={"input": texts})).is_success
-        batcher._seconds_per_query[key] = 0.2
+        batcher._pass_times[key] = deepcopy(slow)
         alone = await asyncio.gather(*(client.post("/search/text", json={"query": text}) for text in texts))
         assert sorted(response.status_code for response in alone) == [200] * 3 + [503] * 5
         decode = compute.decode
 
         async def fill_meanwhile(*given: Any, **options: Any) -> Any:
-            batcher._backlog = 5.0
+            batcher._expected_wait = lambda: 5.0
             return await decode(*given, **options)
 
         monkeypatch.setattr(compute, "decode", fill_meanwhile)
         assert (await client.post("/search/image", files={"file": png()})).is_success, "it was accepted before"
-        batcher._backlog = 5.0
+        batcher._expected_wait = lambda: 5.0
         assert (await client.post("/search/image", files={"file": png()})).status_code == 503
 
 
@@ -121,7 +125,7 @@ async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis
     async with opened(built_index, **given) as client:
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
     async with opened(built_index, **given) as client:  # with an empty local cache
-        client.app.state.retriever.compute.batcher._backlog = 5.0
+        client.app.state.retriever.compute.batcher._expected_wait = lambda: 5.0
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
         assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
 
