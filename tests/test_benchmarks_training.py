@@ -46,6 +46,7 @@ TABLES = {  # commands, and patterns of what they print
 }  # fmt: skip
 
 
+@needs("time")
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TABLES, ids=lambda command: command.partition(".")[0])
 def test_a_script_prints_its_table(

@@ -69,7 +69,7 @@ def test_patch_features_are_the_projected_tokens(backbone: Backbone, pixels: tor
 
 
 def test_too_many_tokens_for_the_context_are_refused(backbone: Backbone) -> None:
-    with pytest.raises(ValueError, match="exceed a context of 32"):
+    with pytest.raises(ValueError, match="the context holds 32"):
         backbone.encode_text(backbone.tokenize(["word " * 100]), torch.zeros(1, 4, 64))
 
 

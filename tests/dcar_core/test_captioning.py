@@ -113,8 +113,8 @@ def test_tokens_and_cost_are_estimated(photos: Path) -> None:
     ("text", "says"),
     [
         ("", "is empty"),
-        ("What is it?", "has {category}"),
-        ("{category} {name}", "has {category}"),
+        ("What is it?", "needs {category}"),
+        ("{category} {name}", "needs {category}"),
         ("{category} {", "no other braces"),
     ],
 )

@@ -196,6 +196,7 @@ def test_auto_decides_by_device_libraries_instructions_and_size(
     assert preferred_runtimes(backbone) == names
 
 
+@needs("time")
 @pytest.mark.slow
 def test_a_compiled_runtime_needs_a_handful_of_graphs(
     tiny_model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,7 @@ from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ModelError
 from dcar_core.util.retrieval_metrics import Ranks, recall_of_ranks
 from tests.support.files import write_json
+from tests.support.parts import needs
 
 
 @pytest.fixture
@@ -251,6 +252,7 @@ def test_training_and_comparison_report_both_stages(
     assert "| query-prompts with rerank |" in (tmp_path / "compared/results.md").read_text()
 
 
+@needs("time")
 @pytest.mark.slow
 def test_a_step_at_the_size_of_a_vit_b_32(training: Dataset) -> None:
     model = seeded_model(load_backbone(BackboneSource("ViT-B-32", RANDOM)), method("query-prompts"), 0)

@@ -342,7 +342,7 @@ def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path
     apply_writes(index)
     assert status(index, early)["status"] == "done"
     job = put(index, "a", "b")
-    for killed_at in ("prepare_version", "_write_current"):  # without a version, and with one that is not yet current
+    for killed_at in ("prepare_version", "write_current"):  # without a version, and with one that is not yet current
         command = Command("-c", KILLED_AT, f"index_jobs.store.publish.{killed_at}", "before", index)
         command.communicate()
         assert (command.returncode, current_version(index)) == (-signal.SIGKILL, None)

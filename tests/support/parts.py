@@ -51,9 +51,11 @@ class _Gpu(Part):
 
 
 class _Asked(Part):
+    """Named by a variable, which the remedy sets."""
+
     @property
     def is_present(self) -> bool:
-        return os.environ.get("TEST_REGISTRY") == "1"
+        return os.environ.get(self.remedy.partition("=")[0]) == "1"
 
 
 PARTS = {
@@ -66,6 +68,7 @@ PARTS = {
     "openvino": _extra("OpenVINO", "openvino", "openvino"),
     "int8": _extra("OpenVINO in int8", "int8", "openvino", "nncf"),
     "registry": _Asked("a registry of packages", "TEST_REGISTRY=1 make test", in_ci=False),
+    "time": _Asked("what takes many seconds", "TEST_LONG=1 make test", in_ci=False),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries at URLs", "http", "aiohttp"),

@@ -86,7 +86,8 @@ def write_tiny_model(name: str, directory: Path) -> Path:
         warnings.simplefilter("ignore")
         clip = open_clip.create_model(name, load_weights=False, **config)
     shake(clip)
-    state = {name: torch.nan_to_num(value).clone() for name, value in clip.state_dict().items()}  # some are never set
+    # Some weights are never set, and hold whatever was in memory.
+    state = {name: torch.nan_to_num(value).clamp(-99, 99) for name, value in clip.state_dict().items()}
     save_file(state, str(directory / "open_clip_model.safetensors"))
     if encoder:
         text["hf_model_name"] = Path(encoder).name
