@@ -3,7 +3,7 @@
 URL/CURRENT                      the version that is served, and its manifest's sha256; replaced if unchanged (If-Match)
 URL/versions/<n>/manifest.json   created if there is none (If-None-Match: *), after the blobs that it names
 URL/blobs/<sha256>               the contents of files, which versions share
-URL/work/                        only while a cluster encodes: what its machines exchange
+URL/exchange/                    only while a cluster encodes: what its machines exchange
 
 - A machine keeps a mirror: an index directory in its cache. Jobs and services run on it as on any other index; they
   `pull` before, and a job pushes what it publishes.
@@ -41,7 +41,7 @@ from index_jobs.store.versions import (
 
 logger = logging.getLogger(__name__)
 
-_PULL_LOCK, _BLOBS, _SHARED = ".pull.lock", "blobs", "work"
+_PULL_LOCK, _BLOBS, _EXCHANGE = ".pull.lock", "blobs", "exchange"
 _HASH = re.compile("[0-9a-f]{64}")
 _PART_BYTES, _PARTS = 8 * 2**20, 8  # of a blob; this many are fetched at a time
 _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
@@ -151,13 +151,13 @@ class IndexStore:
     def share(self, name: str, path: Path) -> None:
         """Put a file where other machines of a cluster `receive` it, until `end_sharing`."""
         with self._report():
-            self._store.put(f"{_SHARED}/{name}", path)
+            self._store.put(f"{_EXCHANGE}/{name}", path)
 
     def receive(self, name: str, path: Path) -> None:
         """Get a shared file, if there is one."""
         with self._report():
             try:
-                found = self._store.get(f"{_SHARED}/{name}")
+                found = self._store.get(f"{_EXCHANGE}/{name}")
             except FileNotFoundError:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ class IndexStore:
 
     def end_sharing(self) -> None:
         with self._report():
-            for chunk in self._store.list(f"{_SHARED}/").collect():
+            for chunk in self._store.list(f"{_EXCHANGE}/").collect():
                 self._store.delete(chunk["path"])
 
     def verify(self) -> list[Manifest]:

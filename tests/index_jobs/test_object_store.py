@@ -2,12 +2,12 @@
 
 import json
 import os
-import pickle
 import shutil
 import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -270,7 +270,7 @@ def test_workers_of_a_cluster_exchange_their_shards_through_the_store(
     shutil.rmtree(tmp_path / "checkpoint")
     task = (shards, gallery.root, Path("/nowhere"), encoder.image_key, "torch", options, remote.url, shared)
     shutil.move(index / "work", tmp_path / "moved")
-    workers = [ShardWorker(*pickle.loads(pickle.dumps(task))) for _ in range(2)]
+    workers = [ShardWorker(*deepcopy(task)) for _ in range(2)]
     for number in range(3):
         workers[number % 2]({"shard": np.array([number])})
         remote.receive(f"{shards.path.name}/{shards.path_of(number).name}", shards.path_of(number))

@@ -51,7 +51,7 @@ class _Gpu(Part):
 
 
 class _Asked(Part):
-    """Named by a variable, which the remedy sets."""
+    """A part that is present if the variable that its remedy sets is 1."""
 
     @property
     def is_present(self) -> bool:
