@@ -67,7 +67,9 @@ def _check_explained(queries: list[Any], info: ValidationInfo) -> list[Any]:
     most = 0 if info.context is None else info.context.explain_results
     explained = sum(min(query.k, most) for query in queries if query.explain)
     if explained > max(_MAX_EXPLAINED, most):
-        raise ValueError(f"at most {_MAX_EXPLAINED} results with `explain` in a batch, not {explained}; lower k")
+        raise ValueError(
+            f"at most {_MAX_EXPLAINED} results with `explain` in a batch, not {explained}; lower k or send fewer"
+        )
     return queries
 
 
@@ -268,7 +270,9 @@ class FeedbackEvent(Strict):
     """What a client did with a result, in the names of OpenSearch's User Behavior Insights."""
 
     query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
-    client_id: Annotated[str, Field(pattern=r"^[!-~]{1,100}$", description="who did it: ASCII without spaces")]
+    client_id: Annotated[
+        str, Field(pattern=r"^[!-~]{1,100}$", description="who did it: 1 to 100 ASCII characters without spaces")
+    ]
     action_name: Annotated[
         Literal["impression", "click", "save", "purchase", "judge"],
         BeforeValidator(lambda given: _SAME_ACTIONS.get(given, given) if isinstance(given, str) else given),
