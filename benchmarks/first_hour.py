@@ -171,7 +171,7 @@ class Walk:
         """Send a request with the admin key, and return the JSON of the response."""
         start = time.perf_counter()
         status, found = send(port, method, path, body)
-        shown = json.dumps(body, ensure_ascii=False) if body and "items" not in body else ""
+        shown = json.dumps(body, ensure_ascii=False) if body and body.keys().isdisjoint({"items", "image"}) else ""
         if "results" in found:
             results = [each | each["metadata"] for each in found["results"]]
             said = ", ".join(f"{each['title']} {each['price']} ({each['level']})" for each in results)
@@ -253,16 +253,21 @@ def keep_shop(walk: Walk, products: int) -> None:
             walk.request(port, "POST", "/search/text", cat | options)
         walk.request(port, "POST", "/search/text", cat | {"query": "qwzx"})
         walk.request(port, "POST", "/search/text", {"q": "cat"})
-        first = send(port, "POST", "/search/text", {"query": "cat", "k": 1})[1]["results"][0]
+        first, second = send(port, "POST", "/search/text", {"query": "cat", "k": 2})[1]["results"]
         item = f"/items/{first['id']}"
         walk.until_done(port, "PATCH", item, {"metadata": {"price": 0.5}})
         walk.request(port, "POST", "/search/text", cat | {"sort": "price"})
         walk.request(port, "PATCH", f"{item}?strict=true", {"metadata": {"prise": 0.5}})
         walk.until_done(port, "PATCH", "/items", {"filter": {"brand": "Birke"}, "metadata": {"sale": True}})
         picture = base64.b64encode((EMOJI / "query.png").read_bytes()).decode()
-        new = {"id": first["id"], "image": picture, "metadata": {"price": 0.7}}
-        walk.until_done(port, "PUT", "/items", {"items": [new]})
+        new = {"image": picture, "metadata": {"price": 0.7}}
+        walk.until_done(port, "PUT", "/items", {"items": [{"id": first["id"], **new}]})
+        walk.until_done(port, "PUT", item, new)
+        walk.until_done(port, "DELETE", f"/items/{second['id']}")
         walk.until_done(port, "DELETE", "/items", {"filter": {"brand": "Cedro"}})
+        walk.request(port, "GET", "/items?sort=-price&k=2")
+        walk.request(port, "GET", "/v1/models")
+        walk.request(port, "POST", "/v1/embeddings", {"input": "cat", "model": "clip"})
         walk.request(port, "GET", "/jobs?limit=2")
         prices = walk.folder / "prices.csv"
         prices.write_text(f"id,price\n{first['id']},0.9\nunknown,1\n", encoding="utf-8")

@@ -77,7 +77,7 @@ def quickstart(
         threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
     with _watching(out, runtime) if watch else contextlib.nullcontext():
         poll_s = _POLL_S if watch else None
-        serve_index(index=out, host=host, port=port, runtime=runtime, page_hybrid=True, poll_s=poll_s)
+        serve_index(index=out, host=host, port=port, runtime=runtime, poll_s=poll_s)
 
 
 @contextlib.contextmanager

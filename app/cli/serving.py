@@ -135,7 +135,7 @@ def demo(
     sys.stdout.flush()
     collections = {name: data / "index" / name for name in others}
     index = data / "index" / domain
-    serve_index(index=index, collections=collections, host=host, port=port, runtime=runtime, page_hybrid=True)
+    serve_index(index=index, collections=collections, host=host, port=port, runtime=runtime)
 
 
 def bundled_checkpoint(out: Path, note: str = "") -> Path:

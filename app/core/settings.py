@@ -239,7 +239,7 @@ class Settings(BaseSettings):
     """Collection, or version of the default one, to compare with for a share of the clients: candidate:0.2, @3:0.2, or
     @3:0.2:shadow. Needs DCAR_FEEDBACK."""
 
-    page_hybrid: bool = False
+    page_hybrid: bool = True
     """Start the search page with `Words too` on, which looks up the words of a search as well."""
     thumbnail_cache: Path | None = None
     """Directory of cached thumbnails. Unset: below DCAR_RUNTIME_CACHE, else the user's cache."""

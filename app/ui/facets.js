@@ -1,7 +1,7 @@
 // The values of fields with their counts, as buttons that filter: a click adds a filter, a second one removes it.
 // A number with many values has a least and a greatest one to type instead. Counts follow the search.
 
-import { hasFilter, hasSubject } from "./address.js";
+import { EMPTY, hasFilter, hasSubject } from "./address.js";
 import { conditionName, fieldName, number } from "./format.js";
 import { loadFacets } from "./service.js";
 
@@ -11,7 +11,8 @@ const REST_MS = 250; // without another letter until the search is counted
 const $ = (id) => document.getElementById(id);
 const ranges = new Map(); // name of a field -> its section, which is kept so that typing in it goes on
 const expanded = new Set(); // names of fields whose values are all shown
-let shown = { base: null, key: null, filter: {}, facets: [] };
+let shown = { base: null, key: null, isOpen: false, filter: {}, facets: [] };
+let wanted = null; // what `drawFacets` was called with last
 let toggle = null;
 let wide = null; // MediaQueryList: there is room for a column
 let isColumn = null;
@@ -19,6 +20,7 @@ let isColumn = null;
 // chosen: called with a field and a value, undefined to remove the filter.
 export function prepareFacets(room, chosen) {
   [wide, toggle] = [room, chosen];
+  $("filters").addEventListener("toggle", () => wanted && drawFacets(...wanted));
   $("filters").addEventListener("click", (event) => {
     const name = event.target.dataset?.expand;
     if (!name) return;
@@ -28,17 +30,20 @@ export function prepareFacets(room, chosen) {
   });
 }
 
+// A search is counted only while the filters are open.
 export async function drawFacets(base, state) {
+  wanted = [base, state];
   const { filter } = state, hasRoom = wide.matches && !(state.beside && hasSubject(state));
   if (hasRoom !== isColumn) $("filters").open = isColumn = hasRoom;
-  const key = JSON.stringify([base, filter, state.q, state.words, state.without, state.like, state.unlike, state.picture]);
+  const isOpen = $("filters").open;
+  const key = JSON.stringify([base, filter, isOpen, ...(isOpen ? [state.q, state.words, state.without, state.like, state.unlike, state.picture] : [])]);
   if (key === shown.key) return;
-  const isClick = base !== shown.base || JSON.stringify(filter) !== JSON.stringify(shown.filter);
-  const mine = (shown = { base, key, filter, facets: base === shown.base ? shown.facets : [] });
+  const isClick = base !== shown.base || isOpen !== shown.isOpen || JSON.stringify(filter) !== JSON.stringify(shown.filter);
+  const mine = (shown = { base, key, isOpen, filter, facets: base === shown.base ? shown.facets : [] });
   draw(); // the click is seen at once
   if (!isClick) await new Promise((done) => setTimeout(done, REST_MS));
   if (mine !== shown) return;
-  mine.facets = await loadFacets(base, state).catch(() => []); // the list shows the error
+  mine.facets = await loadFacets(base, isOpen ? state : EMPTY).catch(() => []); // the list shows the error
   if (mine === shown) draw();
 }
 

@@ -115,17 +115,17 @@ export async function loadFacets(base, state) {
 // True if the service can tell which images fit a search.
 const canCount = (state, about) => about.fields.length > 0 && Boolean(state.q) && !state.picture && (isHybrid(state, about) || isJudged(state, about));
 
-// Returns null if nothing fits. Only a search that is sorted counts what fits it.
+// Returns null if nothing fits. Only a search that is sorted counts what fits it; a filter of a field needs a search of its own.
 async function countFound(base, state, about, names) {
   const { filter } = state, fields = names.filter((name) => filter[name] !== undefined);
   const one = async (facets, left) => {
-    const options = { ...(await searchOptions({ ...state, filter: left, fold: false }, base)), k: 1, facets };
-    const found = await postJson(`${base}search/text`, { ...options, fields: [], query: state.q, sort: options.sort ?? about.fields[0].name });
-    return found.count ? found.facets : {};
+    const options = await searchOptions({ ...state, filter: left, fold: false }, base);
+    return { ...options, k: 1, facets, fields: [], query: state.q, sort: options.sort ?? about.fields[0].name };
   };
   const others = one(names.filter((name) => !fields.includes(name)), filter);
   const own = fields.map((name) => one([name], Object.fromEntries(Object.entries(filter).filter(([each]) => each !== name))));
-  const counted = Object.assign({}, ...(await Promise.all([others, ...own])));
+  const { answers } = await postJson(`${base}search/batch`, { queries: await Promise.all([others, ...own]) });
+  const counted = Object.assign({}, ...answers.map(({ count, facets }) => (count ? facets : {})));
   return Object.keys(counted).length ? names.map((name) => ({ name, values: counted[name] ?? [] })) : null;
 }
 

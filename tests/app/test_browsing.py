@@ -251,7 +251,7 @@ async def test_facets_are_fields_that_few_values_divide(started: ServiceClient) 
 
 
 async def test_gallery_shows_each_group_once(products: Path) -> None:
-    async with opened(products, page_hybrid=True) as client:
+    async with opened(products) as client:
         body = (await client.get("/ui/browse", params={"sort": "caption", "k": 4})).json()
         assert (body["count"], body["next_offset"]) == (6, 4)
         assert [item["caption"] for item in body["items"]][:2] == ["a black circle", "a blue circle"]

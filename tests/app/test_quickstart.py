@@ -79,7 +79,6 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
     assert f"dcar data caption --images '{photos}' --out '{photos}/pairs.json' --url " in first.output
     assert f"dcar train --data '{photos}' --model " in first.output
     (flags,) = served
-    assert flags["page_hybrid"]
     artifact = open_current(flags["index"])
     assert read_config(artifact.checkpoint)["training"]["note"].startswith("This model knows emoji, not photos.")
     assert flags["index"].name == "my photos"

@@ -56,23 +56,23 @@ def indexes(
 
 @pytest.fixture(scope="session")
 def site(indexes: dict[str, Path]) -> Iterator[str]:
-    """A service with one collection."""
-    with served(indexes["shapes"]) as address:
+    """A service with one collection, whose page looks no words up."""
+    with served(indexes["shapes"], page_hybrid=False) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def many(indexes: dict[str, Path]) -> Iterator[str]:
-    """A service with every collection; shapes is the default one."""
+    """A service with every collection, whose page looks no words up; shapes is the default one."""
     others = {name: index for name, index in indexes.items() if name != "shapes"}
-    with served(indexes["shapes"], collections=others) as address:
+    with served(indexes["shapes"], collections=others, page_hybrid=False) as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def locked(indexes: dict[str, Path]) -> Iterator[str]:
     """A service that asks for a key, and whose page looks words up."""
-    with served(indexes["shapes"], page_hybrid=True, **KEYS) as address:
+    with served(indexes["shapes"], **KEYS) as address:
         yield address
 
 

@@ -176,6 +176,22 @@ def test_filters_count_what_fits_the_search(page: Page, large: str) -> None:
     until(lambda: len(page.driver.execute_script(counts)) == 4)
 
 
+def test_a_search_is_counted_by_one_request_while_the_filters_are_open(phone: Page, large: str) -> None:
+    page, rested = phone, "setTimeout(arguments[0], 400)"
+    paths = "return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)"
+
+    def searches() -> list[str]:
+        return [path for path in page.driver.execute_script(paths) if path.startswith("/search/")]
+
+    page.open(f"{large}/#q=circle&words=1&category=square")
+    until(lambda: page.one("#status").text.startswith("The best"))
+    page.driver.execute_async_script(rested)
+    assert searches() == ["/search/text"]
+    page.one("#filters summary").click()
+    until(lambda: [each.text.split("\n") for each in page.all("#facets li")] == [["square", "0"], ["circle", "33"]])
+    assert searches() == ["/search/text", "/search/batch"]
+
+
 def test_without_in_words_is_offered_as_a_box(both: Page, large: str) -> None:
     both.open(f"{large}/#q=red+square")
     until(lambda: both.one("#status").text.startswith("The best"))
@@ -210,8 +226,8 @@ def test_typing_ahead_shows_the_last_words(page: Page, large: str) -> None:
         };
     """)
     page.one("#query").send_keys("a blue square")
-    found = httpx.post(f"{large}/search/text", json={"query": "a blue square", "k": 24}).json()["results"]
-    until(lambda: captions(page)[:24] == [result["caption"] for result in found])
+    found = httpx.post(f"{large}/search/text", json={"query": "a blue square", "hybrid": True}).json()["results"]
+    until(lambda: captions(page)[: len(found)] == [result["caption"] for result in found])
     assert page.driver.current_url.endswith("#q=a+blue+square")
     page.driver.back()  # the typed letters are one entry
     until(lambda: page.one("#status").text == f"{COUNT} images")
