@@ -39,8 +39,7 @@ from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import FrozenFeatures, report_truncation
-from dcar_core.training.validation import mean_r1
-from dcar_core.util.arrays import Rows
+from dcar_core.training.validation import mean_r1, new_categories
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
@@ -143,7 +142,7 @@ def compare(
         "methods": {},
         "diverged": {},
     }
-    hits, group_of = dict[str, list[Hits]](), _new_categories(splits)
+    hits, group_of = dict[str, list[Hits]](), new_categories(splits["train"], splits["test"])
     for name, chosen in configs.items():
         try:
             result = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
@@ -227,16 +226,6 @@ def best_baseline(results: Results) -> str | None:
     others = [name for name in results["methods"] if not name.startswith("dcar")]
     names = [name for name in others if name.removesuffix(WITH_RERANK) not in ABLATIONS] or others
     return best_method(results, names) if names else None
-
-
-def _new_categories(splits: Mapping[str, Dataset]) -> Rows | None:
-    """Return the number of each test image's category (I,) if training has none of these categories, else None."""
-    category_of = {sample.image: fold_name(sample.category) for sample in reversed(splits["test"].samples)}
-    names = [category_of[image] for image in splits["test"].images]
-    known = {fold_name(sample.category) for sample in splits["train"].samples}
-    if "" in names or len(set(names)) < 2 or known.intersection(names):
-        return None
-    return np.unique(names, return_inverse=True)[1]
 
 
 def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningReport], cache: FeatureCache) -> None:

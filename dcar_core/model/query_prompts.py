@@ -62,7 +62,10 @@ class QueryPrompts(nn.Module):
 
     def late(self, texts: QueryParts, patches: Tensor) -> Tensor:
         """Late interaction (M,) of texts with the patches (M, P, W_v) of images."""
+        return (self.best_patches(texts, patches) * texts.mask).sum(1) / texts.mask.sum(1).clamp(min=1)
+
+    def best_patches(self, texts: QueryParts, patches: Tensor) -> Tensor:
+        """The cosine of each word with its most similar patch: (M, n)."""
         words = F.normalize(self.word(texts.words.float()), dim=-1)
         found = F.normalize(self.patch(F.layer_norm(patches.float(), patches.shape[-1:])), dim=-1)
-        best = (words @ found.transpose(1, 2)).amax(-1)  # [M, n]
-        return (best * texts.mask).sum(1) / texts.mask.sum(1).clamp(min=1)
+        return (words @ found.transpose(1, 2)).amax(-1)

@@ -25,10 +25,10 @@ from dcar_core.training.finished import FinishedTraining
 from dcar_core.training.prepared_split import prepare_split, report_truncation
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
-from dcar_core.training.validation import encode_captions, encode_images, rerank
+from dcar_core.training.validation import encode_captions, encode_images, new_categories, rerank
 from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference, compare_hits
 from dcar_core.util.errors import DivergedError
-from dcar_core.util.retrieval_metrics import compute_ranks
+from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
 
 FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
@@ -119,6 +119,8 @@ class Verdict:
         pool = f"among {self.comparison.images:,} validation images"
         interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
         pairs = f"{self.comparison.queries:,} validation pairs"
+        if self.comparison.resampled < self.comparison.images:
+            pairs += f" of {self.comparison.resampled:,} categories, resampled whole"
         if not self.is_worth_it:
             return f"Was it worth it? No: the untouched model is at least as good {pool} ({interval}; {pairs})."
         if not self.is_certain:
@@ -224,18 +226,23 @@ def _compare(
 ) -> Verdict:
     """Compare a model with the untouched one on the validation pairs, among their images and among all."""
     hits, wider, images, reranked = list[Hits](), list[tuple[Hits, Hits]](), 0, None
+    group_of = new_categories(splits["train"], splits["val"])
+
+    def hits_of(ranks: Ranks, k: int = 1) -> Hits:
+        found = Hits.from_ranks(ranks, val.image_of, k)
+        return found if group_of is None else found.grouped(group_of)
+
     for each in (model, untouched):
         each.eval()
         train, val = (prepare_split(splits[name], each, for_training=False, cache=cache) for name in ("train", "val"))
         text, own, others = encode_captions(each, val), encode_images(each, val), encode_images(each, train)
-        hits.append(Hits.from_ranks(compute_ranks(text, own, val.image_of), val.image_of))
+        hits.append(hits_of(compute_ranks(text, own, val.image_of)))
         if each.config.rerank.blocks:
-            with_rerank = Hits.from_ranks(rerank(each, val, text, own), val.image_of)
-            reranked = compare_hits(with_rerank, hits[-1])
+            reranked = compare_hits(hits_of(rerank(each, val, text, own)), hits[-1])
         known = set(splits["val"].images)
         other = np.array([row for row, name in enumerate(splits["train"].images) if name not in known], np.int64)
         ranks = compute_ranks(text, np.concatenate([own, others[other]]), val.image_of)
-        wider.append((Hits.from_ranks(ranks, val.image_of), Hits.from_ranks(ranks, val.image_of, k=10)))
+        wider.append((hits_of(ranks), hits_of(ranks, k=10)))
         images = len(own) + len(other)
     first, ten = (compare_hits(own, other) for own, other in zip(*wider, strict=True))
     return Verdict(model.config.method, compare_hits(*hits), config, WiderSearch(images, first, ten), reranked)

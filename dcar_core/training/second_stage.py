@@ -4,14 +4,17 @@ The first stage stays as it is. What its towers give for each caption and each i
 about a minute for thousands of pairs. The validation split then chooses the weight of the second score; 0 is one.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from dcar_core.model.dcar import DCAR, SecondStage
 from dcar_core.model.query_prompts import take
 from dcar_core.model.towers.image import ClassRowInputs
-from dcar_core.training.hard_negatives import hard_batches, nearest_wrong_images
+from dcar_core.training.hard_negatives import BATCH, hard_batches, nearest_wrong_images
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import (
     caption_parts,
@@ -30,10 +33,12 @@ MAX_BYTES = 2 * 2**30  # of images in memory: 7,000 for a ViT-B/32. Of more, a r
 _IMAGES = 32
 
 
-def train_second_stage(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> None:
+def train_second_stage(
+    model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int, *, progress: bool = False
+) -> None:
     """Train the second stage in place, and set its weight."""
     with torch.enable_grad():
-        _learn(model, training, seed)
+        _learn(model, training, seed, progress)
     text, image = encode_captions(model, validation), encode_images(model, validation)
     ranks, first = compute_ranks(text, image, validation.image_of), first_images(model, validation, text, image)
     recalls = {
@@ -44,10 +49,10 @@ def train_second_stage(model: DCAR, training: PreparedSplit, validation: Prepare
     model.config = model.config.with_rerank_weight(best)
 
 
-def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
+def _learn(model: DCAR, split: PreparedSplit, seed: int, progress: bool) -> None:
     """Minimise the cross-entropy of each caption's image among it and hard negatives, by each part of the score."""
     stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.backbone.scale
-    kept, images = _image_parts(stage, split, random)
+    kept, images = _image_parts(stage, split, random, progress)
     pairs = np.flatnonzero(np.isin(split.image_of, kept))
     texts, own = caption_parts(stage, split.tokens[pairs]), np.searchsorted(kept, split.image_of[pairs])
     right, _ = split.right_answers()
@@ -58,7 +63,9 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": prompts, "lr": LEARNING_RATE}, {"params": late, "lr": LATE_LEARNING_RATE}], weight_decay=1e-2
     )
-    for rows, shown in hard_batches(torch.from_numpy(own).to(nearest.device), nearest, optimizer, EPOCHS, random):
+    batches = hard_batches(torch.from_numpy(own).to(nearest.device), nearest, optimizer, EPOCHS, random)
+    total = EPOCHS * math.ceil(len(own) / BATCH)
+    for rows, shown in tqdm(batches, "training the second stage", total, unit="batch", disable=not progress):
         repeated = rows[:, None].expand_as(shown).flatten()
         of_text, of_image = take(texts, repeated), take(images, shown.flatten())
         prompted = scale * stage.prompted(of_text, of_image).view_as(shown)
@@ -72,7 +79,9 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
         optimizer.step()
 
 
-def _image_parts(stage: SecondStage, split: PreparedSplit, random: np.random.Generator) -> tuple[Rows, ClassRowInputs]:
+def _image_parts(
+    stage: SecondStage, split: PreparedSplit, random: np.random.Generator, progress: bool
+) -> tuple[Rows, ClassRowInputs]:
     """Return the rows of images that fit into MAX_BYTES, sorted, and their parts in half precision."""
 
     def parts_of(rows: Rows) -> ClassRowInputs:
@@ -83,4 +92,5 @@ def _image_parts(stage: SecondStage, split: PreparedSplit, random: np.random.Gen
     bytes_each = sum(each.nbytes for each in parts_of(np.arange(1)))
     kept = np.sort(random.permutation(images)[: max(2, MAX_BYTES // bytes_each)])
     chunks = np.array_split(kept, range(_IMAGES, len(kept), _IMAGES))
-    return kept, ClassRowInputs(*map(torch.cat, zip(*map(parts_of, chunks), strict=True)))
+    read = tqdm(chunks, "images of the second stage", unit=f"x {_IMAGES}", leave=False, disable=not progress)
+    return kept, ClassRowInputs(*map(torch.cat, zip(*map(parts_of, read), strict=True)))

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dcar_core.data import Dataset
 from dcar_core.model.config import QueryWeights
 from dcar_core.model.dcar import DCAR, SecondStage
 from dcar_core.model.query_prompts import QueryParts, take
+from dcar_core.negatives.words import fold_name
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Floats, Pixels, Rows
 from dcar_core.util.errors import DivergedError
@@ -83,6 +85,16 @@ def pixels_of_split(split: PreparedSplit) -> Pixels:
 def mean_r1(recall: Recall) -> float:
     """Return the mean of R@1 in both directions, the measure by which epochs and settings are chosen."""
     return (recall["t2i_r1"] + recall["i2t_r1"]) / 2
+
+
+def new_categories(training: Dataset, other: Dataset) -> Rows | None:
+    """Return the number of each image's category (I,) in the other split if training has none of them, else None."""
+    category_of = {sample.image: fold_name(sample.category) for sample in reversed(other.samples)}
+    names = [category_of[image] for image in other.images]
+    known = {fold_name(sample.category) for sample in training.samples}
+    if "" in names or len(set(names)) < 2 or known.intersection(names):
+        return None
+    return np.unique(names, return_inverse=True)[1]
 
 
 @torch.inference_mode()

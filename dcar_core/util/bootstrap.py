@@ -81,7 +81,7 @@ class PairedDifference:
 
     model, baseline, difference: an estimate for each of `MEASURES`.
     p: two-sided p-value of the difference in mean R@1.
-    queries: number of captions. images: number of images.
+    queries, images, resampled: numbers of captions, of images, and of what is resampled: images or groups of them.
     """
 
     model: Mapping[str, Estimate]
@@ -90,6 +90,7 @@ class PairedDifference:
     p: float
     queries: int
     images: int
+    resampled: int
 
 
 def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
@@ -108,6 +109,7 @@ def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, see
         p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
         queries=int(model.texts.sum()),
         images=int(model.sizes.sum()),
+        resampled=len(model.texts),
     )
 
 

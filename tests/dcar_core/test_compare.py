@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from dcar_core.data import Dataset, load_split, load_splits
-from dcar_core.evaluation import compare, comparison
+from dcar_core.evaluation import compare
 from dcar_core.evaluation.comparison import add_significance
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.tables import COLUMNS
@@ -28,7 +28,7 @@ from dcar_core.model.methods.registry import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train
-from dcar_core.training.validation import evaluate
+from dcar_core.training.validation import evaluate, new_categories
 from dcar_core.util.bootstrap import Hits
 from dcar_core.util.errors import DataError, DivergedError
 from tests.support.comparisons import QUICK, trainings
@@ -81,15 +81,15 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
 
 def test_categories_without_training_pairs_are_resampled_whole(tiny_data: Path) -> None:
     splits, _ = load_splits(tiny_data)
-    assert comparison._new_categories(splits) is None, "training has them"
+    assert new_categories(splits["train"], splits["test"]) is None, "training has them"
     test = splits["test"].samples
     new = [replace(sample, category=f"new {number // 2}") for number, sample in enumerate(test)]
     splits["test"] = replace(splits["test"], samples=[*new, test[0]])  # a second caption of the first image
-    found = comparison._new_categories(splits)
+    found = new_categories(splits["train"], splits["test"])
     assert found is not None
     assert found.tolist() == [0, 0, 1, 1, 2, 2]
     splits["test"] = replace(splits["test"], samples=[*new[:-1], replace(test[-1], category="")])
-    assert comparison._new_categories(splits) is None, "an image has none"
+    assert new_categories(splits["train"], splits["test"]) is None, "an image has none"
 
 
 def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:

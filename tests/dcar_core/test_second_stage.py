@@ -102,7 +102,7 @@ def test_a_chunk_of_images_scores_like_a_pair_alone(model: DCAR, pairs: tuple[Da
 
 
 def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
     split = prepare_split(training, model, for_training=True, progress=False)
@@ -112,7 +112,8 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
     for epochs in (1, 60):
         monkeypatch.setattr(second_stage, "EPOCHS", epochs)
         model.load_state_dict(start, strict=False)
-        train_second_stage(model, split, split, 0)
+        train_second_stage(model, split, split, 0, progress=True)
+        assert "training the second stage: 100%" in capsys.readouterr().err
         first = first_images(model, split, vectors, encode_images(model, split))
         own = first.rows == split.image_of[:, None]
         margins.append(first.second[own].mean() - first.second[~own].mean())
@@ -131,7 +132,9 @@ def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs:
     vectors, results = [], []
     for name in ("block-adapters+", "query-prompts"):
         model = seeded_model(backbone, method(name), 0)
-        results.append(train(model, *pairs, TrainConfig(epochs=2, batch_size=6), progress=False).best)
+        result = train(model, *pairs, TrainConfig(epochs=2, batch_size=6), progress=False)
+        assert result.seconds > result.history[-1]["seconds"], "what follows the epochs takes time too"
+        results.append(result.best)
         split = prepare_split(pairs[1], model, for_training=False, progress=False)
         vectors.append((encode_captions(model, split), encode_images(model, split)))
     for found, expected in zip(*vectors, strict=True):
@@ -168,12 +171,12 @@ def test_images_beyond_the_memory_limit_are_left_out(
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
     split = prepare_split(training, model, for_training=True, progress=False)
     stage, random = SecondStage(model), np.random.default_rng
-    _, whole = second_stage._image_parts(stage, split, random(0))
+    _, whole = second_stage._image_parts(stage, split, random(0), False)
     monkeypatch.setattr(second_stage, "MAX_BYTES", sum(each[:5].nbytes for each in whole))
-    kept, images = second_stage._image_parts(stage, split, random(0))
+    kept, images = second_stage._image_parts(stage, split, random(0), False)
     assert len(kept) == len(images.first) == 5
     torch.testing.assert_close(images.patches, whole.patches[kept])
-    second_stage._learn(model, split, 0)
+    second_stage._learn(model, split, 0, False)
 
 
 def test_a_checkpoint_keeps_the_stage_and_its_weight(model: DCAR, training: Dataset, tmp_path: Path) -> None:

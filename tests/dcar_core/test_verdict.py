@@ -6,8 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dcar_core.data import Dataset
+from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
-from dcar_core.training.adapt import Verdict
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods.registry import method
+from dcar_core.training.adapt import Verdict, _compare
+from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.util.bootstrap import Hits, compare_hits
 
 
@@ -52,8 +57,8 @@ def test_a_model_that_is_no_better_was_not_worth_it(adapted: list[float]) -> Non
     assert not found.is_worth_it
     assert "No: the untouched model is at least as good" in str(found)
     assert "Next: --method clip-adapter, --lr 0.0005, --epochs 40 --patience 0, more training pairs" in str(found)
-    for method in ("clip-adapter", "block-adapters"):
-        assert "Next: --lr 0.0005" in str(verdict(adapted, [1.0] * 200, method=method)), "clip-adapter learns no more"
+    for name in ("clip-adapter", "block-adapters"):
+        assert "Next: --lr 0.0005" in str(verdict(adapted, [1.0] * 200, method=name)), "clip-adapter learns no more"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,16 @@ def test_the_second_stage_has_a_line_of_its_own(found: list[float], line: str) -
     )
     assert line in again
     assert [each for each in again.splitlines() if not each.startswith("With `rerank`")] == plain.splitlines()
+
+
+def test_new_categories_are_resampled_whole(backbone: Backbone, pairs: tuple[Dataset, Dataset]) -> None:
+    new = [replace(sample, category=f"new {row // 3}") for row, sample in enumerate(pairs[1].samples)]
+    adapted, untouched = (seeded_model(backbone, method(name), 0) for name in ("clip-adapter", "clip"))
+    for val, categories in ((pairs[1], None), (replace(pairs[1], samples=new), len(new) // 3)):
+        splits, cache = {"train": pairs[0], "val": val}, FeatureCache(None, backbone)
+        found = _compare(adapted, untouched, splits, cache, TrainConfig())
+        assert (found.comparison.images, found.comparison.resampled) == (len(new), categories or len(new))
+        assert (f"pairs of {categories} categories, resampled whole" in str(found)) == (categories is not None)
 
 
 def test_few_validation_pairs_get_a_caveat() -> None:
