@@ -13,7 +13,7 @@
   NAME.jsonl, are the downstream set: the base has seen neither its photos nor its categories.
 - `train` first teaches the text tower of the bundled base the sentence encoder's vectors of captions and WordNet's
   definitions, and then the image tower, to find the captions; the text tower's blocks stay as they are.
-- `within` ranks each test caption among the photos of its own category, and each photo among its captions.
+- `within` also ranks each test caption among the photos of its own category, and each photo among its captions.
 
 `maps` needs OpenVINO, `train` transformers and WordNet 3.0 (Debian's package wordnet-base).
 """
@@ -42,6 +42,7 @@ from tqdm import tqdm
 from dcar_core.data import Dataset, load_split, load_splits
 from dcar_core.images import open_image
 from dcar_core.model.checkpoint import load_checkpoint
+from dcar_core.model.dcar import DCAR
 from dcar_core.training.objective import contrastive_loss
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.validation import evaluate
@@ -206,21 +207,28 @@ def train(args: Namespace) -> None:
 
 
 def within(args: Namespace) -> None:
-    """Print recall among the photos and captions of one category, for every run of `dcar evaluate`."""
+    """Print recall among all test photos and those of one category, for every run of `dcar evaluate`."""
     test, _ = load_split(args.data, "test", image_root=args.images)
     of_category = defaultdict(list)
     for sample in test.samples:
         of_category[sample.category].append(sample)
-    print("| method | seed | text-to-image R@1 within a category | image-to-text |\n| --- | --- | --- | --- |")
+    print("R@1, text-to-image and image-to-text, among all, and within a category")
+    print("| method | run | all | | within | |\n| --- | --- | --- | --- | --- | --- |")
     for directory in sorted(path.parent for path in args.results.glob("runs/*/*/test.json")):
         model, _ = load_checkpoint(directory)
-        sums = np.zeros(2)
-        for samples in of_category.values():
-            split = prepare_split(replace(test, samples=samples), model, for_training=False, progress=False)
-            recall = evaluate(model, split)
-            sums += len(samples) * np.array([recall["t2i_r1"], recall["i2t_r1"]])
-        of_texts, of_images = sums / len(test.samples)
-        print(f"| {directory.parent.name} | {directory.name} | {of_texts:.1f} | {of_images:.1f} |", flush=True)
+        parts = [
+            (len(samples) / len(test.samples), _r1(model, replace(test, samples=samples)))
+            for samples in of_category.values()
+        ]
+        figures = [*_r1(model, test), *sum(share * found for share, found in parts)]
+        cells = " | ".join(f"{each:.1f}" for each in figures)
+        print(f"| {directory.parent.name} | {directory.name} | {cells} |", flush=True)
+
+
+def _r1(model: DCAR, data: Dataset) -> np.ndarray:
+    """Return R@1, text-to-image and image-to-text."""
+    recall = evaluate(model, prepare_split(data, model, for_training=False, progress=False))
+    return np.array([recall["t2i_r1"], recall["i2t_r1"]])
 
 
 def parse_arguments() -> Namespace:

@@ -28,7 +28,7 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.negatives import LETTER_FUNCTIONS
 from tests.support import commands
-from tests.support.files import write_jsonl
+from tests.support.files import write_json, write_jsonl
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 
@@ -123,6 +123,67 @@ def test_the_grade_is_the_share_of_facts_that_hold(
     with redirect_stdout(printed):
         importlib.import_module("attributes").main()
     assert re.search(r"\n\| query-prompts \| 2 \| .* \| - \|\n\| query-prompts with rerank \| 2 \|", printed.getvalue())
+
+
+def test_weights_of_words_are_compared_with_shuffled_ones(
+    tiny_data: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, backbone = importlib.import_module("word_weights"), load_backbone(BackboneSource(str(tiny_model)))
+    tokens = backbone.tokenize(["a red dog", "dog"])
+    mask, weights = backbone.layout.caption_mask(tokens), torch.rand(2, 4, tokens.shape[1])
+    moved = script.shuffled(weights, mask)
+    assert not torch.equal(moved[0], weights[0])
+    torch.testing.assert_close(moved.sort().values, weights.sort().values)
+    torch.testing.assert_close(moved * ~mask[:, None], weights * ~mask[:, None])
+    for name in ("dcar", "query-prompts"):
+        model = seeded_model(backbone, method(name), 0).eval()
+        tokens = backbone.tokenize(["a red dog", "dog"], model.prompt_tokens)
+        shorter = model.encode_query(backbone.tokenize(["a dog"], model.prompt_tokens))
+        torch.testing.assert_close(script.without_each_token(model, tokens)[0, backbone.layout.start + 1], shorter[0])
+        save_checkpoint(model, tmp_path / name)
+    command = ["word_weights.py", tiny_data, tmp_path / "dcar", tmp_path / "query-prompts", "--model", tiny_model]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    script.main()
+    printed = capsys.readouterr().out
+    assert printed.startswith("dcar, dcar: Spearman ")
+    assert [line.split(" | ")[0] for line in printed.splitlines() if line.endswith(") |")] == [
+        f"| {name}" for name in (
+            "no weights", "predicted", "predicted, shuffled", "predicted, inverted", "exact", "exact, shuffled",
+            "by vectors", "without late interaction", "uniform", "leave-one-out", "leave-one-out, shuffled", "signed",
+            "signed, shuffled",
+        )
+    ]  # fmt: skip
+
+
+def test_a_third_style_is_matched_by_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script, data = importlib.import_module("third_style"), "emojibase-data/en"
+    icons = {
+        "grinning-face": {"body": "<a/>"},
+        "Crying_Cat": {"body": "<b/>", "width": 32},
+        "unknown": {"body": "<c/>"},
+    }
+    contents = {
+        "@iconify-json/emojione-v1/icons.json": {"width": 64, "height": 64, "icons": icons},
+        "@iconify-json/twemoji/chars.json": {"1f600": "grinning-face"},
+        f"{data}/data.json": [{"label": "frowning face", "hexcode": "2639-FE0F"}],
+        **{
+            f"{data}/shortcodes/{name}.json": {"1F63F": ["cat", "crying_cat"], "2639": "x"}
+            for name in script.SHORTCODES
+        },
+    }
+    for name, content in contents.items():
+        write_json(tmp_path / name, content)
+    assert script.names_of_emoji(tmp_path)["frowningface"] == "2639"
+    found = script.drawings(tmp_path)
+    assert {code: svg.partition("viewBox=")[2] for code, svg in found.items()} == {
+        "1f600": '"0 0 64 64"><a/></svg>', "1f63f": '"0 0 32 64"><b/></svg>',
+    }  # fmt: skip
 
 
 def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
@@ -233,7 +294,7 @@ def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(
     ):
         done = commands.run(program, *arguments.split())
         assert done.returncode == 0, done.stderr
-    assert re.search(r"\n\| clip \| .* \| [\d.]+ \| [\d.]+ \|", done.stdout), done.stdout
+    assert re.search(r"\n\| clip \| \S+( \| [\d.]+){4} \|", done.stdout), done.stdout
     known, own = ((bed / f"{name}.jsonl").read_text() for name in ("known", tiny_data.name))
     categories = [set(re.findall(r'"category": "(.*?)"', rows)) for rows in (known, own)]
     assert all(categories), categories
