@@ -59,12 +59,12 @@ def drawings(packages: Path) -> dict[str, str]:
 
 def main() -> None:
     """Write the images, the pairs of each split, and metadata.jsonl."""
-    import resvg_py
-
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="node_modules with the packages")
     parser.add_argument("--out", type=Path, required=True, help="a new directory")
     args = parser.parse_args()
+    import resvg_py
+
     args.out.mkdir(parents=True)
     found = drawings(args.packages)
     for split in ("train", "val", "test"):

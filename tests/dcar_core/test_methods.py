@@ -14,7 +14,7 @@ from torch import Tensor
 from dcar_core.data import Dataset, load_split
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
-from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.config import MODEL_CONFIG, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods import weight_changes
 from dcar_core.model.methods.flyp import interpolate
@@ -24,6 +24,8 @@ from dcar_core.model.methods.weight_changes import merge
 from dcar_core.model.open_clip_source import RANDOM
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.prepared_split import prepare_split
+from dcar_core.training.train import train
+from dcar_core.training.validation import mean_r1
 from dcar_core.util.errors import ModelError
 from tests.support.commands import run
 from tests.support.parts import needs
@@ -235,3 +237,14 @@ def test_every_method_takes_a_step_where_the_towers_have_widths_of_their_own(
             assert gradient is not None, (name, part)
             assert gradient.isfinite().all(), (name, part)
         assert sum(float(gradient.norm()) for gradient in gradients.values() if gradient is not None) > 0, name
+
+
+@needs("time")
+@pytest.mark.slow
+def test_every_method_trains_at_the_size_of_a_vit_b_32(training: Dataset) -> None:
+    backbone, few = load_backbone(BackboneSource("ViT-B-32", RANDOM)), replace(training, samples=training.samples[:4])
+    for name in METHODS.keys() - {"clip"}:
+        model = seeded_model(backbone, method(name), 0)
+        found = train(model, few, few, TrainConfig(epochs=1, batch_size=4), progress=False)
+        assert np.isfinite(mean_r1(found.best)), name
+        assert all(parameter.isfinite().all() for _, parameter in model.trainables()), name

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dcar_core.data import Dataset, load_split
 from dcar_core.evaluation.comparison import WITH_RERANK, compare
 from dcar_core.evaluation.tables import recall_rows
-from dcar_core.model.backbone import RANDOM, Backbone, BackboneSource, load_backbone
+from dcar_core.model.backbone import Backbone, BackboneSource
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, RerankConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
@@ -37,7 +37,6 @@ from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ModelError
 from dcar_core.util.retrieval_metrics import Ranks, recall_of_ranks
 from tests.support.files import write_json
-from tests.support.parts import needs
 
 
 @pytest.fixture
@@ -253,13 +252,3 @@ def test_training_and_comparison_report_both_stages(
     assert [row[0] for row in recall_rows(results)[1:]] == [*methods, "query-prompts with rerank"]
     assert ("With `rerank`" in results["recommendation"]) == results["recommendation"].startswith("Take query-prompts")
     assert "| query-prompts with rerank |" in (tmp_path / "compared/results.md").read_text()
-
-
-@needs("time")
-@pytest.mark.slow
-def test_a_step_at_the_size_of_a_vit_b_32(training: Dataset) -> None:
-    model = seeded_model(load_backbone(BackboneSource("ViT-B-32", RANDOM)), method("query-prompts"), 0)
-    few = replace(training, samples=training.samples[:4])
-    found = train(model, few, few, TrainConfig(epochs=1, batch_size=4), progress=False)
-    assert np.isfinite(mean_r1(found.best))
-    assert all(parameter.isfinite().all() for _, parameter in model.trainables())
