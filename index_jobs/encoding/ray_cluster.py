@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from dcar_core import Encoder
+from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.files import atomic_writer
 from dcar_core.util.machine import available_cores
@@ -111,9 +112,12 @@ def encode_on_ray(
         options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
         task: tuple[Any, ...] = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
         remote = store_of(work.parent)
-        if remote is not None:
-            task += (remote.url, share_inputs(remote, state.store, checkpoint, state.todo))
-        with _ray_session(options.ray or "auto", options.workers or 1), state.bar:
+        with ExitStack() as stack:
+            if remote is not None:
+                inputs = shared_inputs(remote, state.store, checkpoint, state.todo, runtime)
+                task += (remote.url, stack.enter_context(inputs))
+            stack.enter_context(_ray_session(options.ray or "auto", options.workers or 1))
+            stack.enter_context(state.bar)
             for number in _make_shards(state.todo, task, options):
                 if remote is not None:
                     path = state.store.path_of(number)
@@ -127,19 +131,27 @@ def encode_on_ray(
                 state.shards[number] = shard
                 state.add_failed([failure for failure in shard.failed if failure not in known.failed])
                 state.advance(len(known.missing))
-        if remote is not None:
-            remote.end_sharing()
     return state.result()
 
 
-def share_inputs(remote: IndexStore, store: ShardStore, checkpoint: Path, todo: Sequence[int]) -> list[str]:
-    """Put what workers need into the object store, and return the names of the files that all of them need."""
-    files = {f"{CHECKPOINT}/{path.relative_to(checkpoint)}": path for path in checkpoint.rglob("*") if path.is_file()}
+@contextmanager
+def shared_inputs(
+    remote: IndexStore, store: ShardStore, checkpoint: Path, todo: Sequence[int], runtime: str
+) -> Iterator[list[str]]:
+    """Put what workers need into the object store, and yield the names of the files that all of them need.
+
+    At the end, of a failed job too, everything that machines have exchanged is deleted.
+    """
+    needed = [path for path in checkpoint.rglob("*") if runtime != "torch" or path.parent.name != PORTABLE]
+    files = {f"{CHECKPOINT}/{path.relative_to(checkpoint)}": path for path in needed if path.is_file()}
     files[_LOCATIONS] = store.path / _LOCATIONS
     begun = {path.name: path for path in map(store.path_of, todo) if path.exists()}
-    for name, path in (files | begun).items():
-        remote.share(f"{store.path.name}/{name}", path)
-    return [*files]
+    try:
+        for name, path in (files | begun).items():
+            remote.share(f"{store.path.name}/{name}", path)
+        yield [*files]
+    finally:
+        remote.end_sharing()
 
 
 def _make_shards(todo: list[int], task: tuple[Any, ...], options: BuildOptions) -> Iterator[int]:

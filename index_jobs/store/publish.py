@@ -132,16 +132,16 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     manifest, store = staged.manifest, store_of(index)
     staged.path.rename(index / VERSIONS / str(manifest.version))
     fsync_path(index / VERSIONS)
-    if store is not None:
-        store.push(manifest.version)  # if that fails, the next writer removes what the store lacks
-    write_current(index, manifest.version)
     manifests = list_versions(index)
     written = {each.version for each in manifests if each.origin}
     displaced = _displaced(manifest, version_numbers(index), written, keep)
+    if store is not None:
+        store.push(manifest.version, displaced)  # if that fails, the next writer removes what the store lacks
+    write_current(index, manifest.version)
     for number in displaced:
         remove_directory(index, index / VERSIONS / str(number))
     if store is not None:
-        store.prune(displaced)
+        store.prune()
     _sync({each.spec.engine for each in manifests}, index, manifest.version)
     return manifest
 

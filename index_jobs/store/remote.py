@@ -1,6 +1,7 @@
 """Indexes in object storage: S3, Google Cloud Storage and Azure, through obstore.
 
-URL/CURRENT                      the version that is served, and its manifest's sha256; replaced if unchanged (If-Match)
+URL/CURRENT                      the version that is served, its manifest's sha256, and the numbers of versions that its
+                                 publication removes; replaced if unchanged (If-Match)
 URL/versions/<n>/manifest.json   created if there is none (If-None-Match: *), after the blobs that it names
 URL/blobs/<sha256>               the contents of files, which versions share
 URL/exchange/                    only while a cluster encodes: what its machines exchange
@@ -9,6 +10,7 @@ URL/exchange/                    only while a cluster encodes: what its machines
   `pull` before, and a job pushes what it publishes.
 - Writers share no lock. A writer whose base has been replaced meanwhile gets LockedError, and nothing of it is visible:
   the gate compared with the version that it replaces, and changes are made to it.
+- CURRENT names a version as removed before its manifest is deleted, so no rollback can choose it meanwhile.
 - A file appears in a mirror once its checksum has been compared, and CURRENT once the version is complete. A killed
   pull continues, and a corrupted blob is never served.
 """
@@ -66,6 +68,7 @@ class IndexStore:
             self._store: Any = from_url(url, client_options=_CLIENT, retry_config=_RETRIES)
         self._current: tuple[bytes, dict[str, str]] | None = None  # as it was read last, and what identifies it
         self._pulled: bytes | None = None  # CURRENT of the last complete pull
+        self._removed = set[int]()  # versions that CURRENT names as removed, and the store still has
 
     def pull(self, version: int | None = None, *, history: bool = False, files: bool = True) -> int | None:
         """Bring the published version to the mirror, or another one, and return its number.
@@ -101,8 +104,11 @@ class IndexStore:
             self._pulled = text
             return number
 
-    def push(self, version: int) -> None:
-        """Publish a version of the mirror. Raise LockedError if another writer has published since the last `pull`."""
+    def push(self, version: int, displaced: Collection[int]) -> None:
+        """Publish a version of the mirror; those that it displaces are removed by `prune`.
+
+        Raise LockedError if another writer has published since the last `pull`.
+        """
         folder, key, recent = self._folder(version), _manifest_key(version), datetime.now(UTC) - _GRACE / 2
         manifest = Manifest.read(folder / MANIFEST)
         with self._report():
@@ -117,6 +123,7 @@ class IndexStore:
                 self._store.put(key, (folder / MANIFEST).read_bytes(), mode="create")
             except self._refusals as error:
                 raise self._lost_race() from error
+            self._removed.update(displaced)
             try:
                 self.point(version)
             except LockedError:
@@ -125,7 +132,8 @@ class IndexStore:
 
     def point(self, version: int) -> None:
         """Let CURRENT name a version. Raise LockedError if it has been replaced since the last `pull`."""
-        text = f"{version} {sha256_of(self._folder(version) / MANIFEST)}\n".encode()
+        words = [version, sha256_of(self._folder(version) / MANIFEST), *sorted(self._removed)]
+        text = f"{' '.join(map(str, words))}\n".encode()
         with self._report():
             try:
                 stored = self._store.put(CURRENT, text, mode=self._current[1] if self._current else "create")
@@ -133,11 +141,11 @@ class IndexStore:
                 raise self._lost_race() from error
             self._current = text, _identity(stored)
 
-    def prune(self, versions: Collection[int]) -> None:
-        """Remove versions, and old blobs that none has. A failure is logged, and left to the next writer."""
+    def prune(self) -> None:
+        """Delete removed versions, and old blobs that none has. A failure is logged, and left to the next writer."""
         try:
             with self._report():
-                self._store.delete([_manifest_key(version) for version in versions])
+                self._store.delete([_manifest_key(version) for version in self._removed])
                 numbers, oldest = version_numbers(self.mirror), datetime.now(UTC) - _GRACE
                 if len(list_versions(self.mirror)) < len(numbers):
                     return  # who knows which blobs an unreadable manifest names
@@ -166,9 +174,12 @@ class IndexStore:
                     file.write(part)
 
     def end_sharing(self) -> None:
-        with self._report():
-            for chunk in self._store.list(f"{_EXCHANGE}/").collect():
-                self._store.delete(chunk["path"])
+        """Delete what is shared. A failure is logged, and left to the next `end_sharing`."""
+        try:
+            with self._report():
+                self._store.delete([each["path"] for each in self._store.list(f"{_EXCHANGE}/").collect()])
+        except ArtifactError as error:
+            logger.warning("what a cluster has exchanged is kept: %s", error)
 
     def verify(self) -> list[Manifest]:
         """Compare every blob of every version with its checksum, and return the manifests."""
@@ -200,6 +211,9 @@ class IndexStore:
     def _pull_history(self) -> None:
         folders = self._store.list_with_delimiter(f"{VERSIONS}/")["common_prefixes"]
         stored = {int(name) for name in (folder.rpartition("/")[2] for folder in folders) if name.isdigit()}
+        words = self._current[0].split() if self._current else []
+        self._removed = stored & {int(word) for word in words[2:] if word.isdigit()}
+        stored -= self._removed
         for number in set(version_numbers(self.mirror)) - stored:
             remove_directory(self.mirror, self._folder(number))
         for number in sorted(stored):

@@ -6,10 +6,13 @@ import shutil
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,17 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.model.checkpoint import copy_checkpoint
-from dcar_core.util.errors import ArtifactError, DataError, LockedError, MissingExtraError, StoreUnavailableError
+from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint
+from dcar_core.util.errors import (
+    ArtifactError,
+    DataError,
+    DcarError,
+    LockedError,
+    MissingExtraError,
+    StoreUnavailableError,
+)
 from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.ray_cluster import ShardWorker, share_inputs, write_locations
+from index_jobs.encoding.ray_cluster import ShardWorker, shared_inputs, write_locations
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.update import remove
@@ -61,6 +71,31 @@ def store(mirror: Path) -> Any:
     found = store_of(mirror)
     assert found is not None
     return found._store
+
+
+@contextmanager
+def before(mirror: Path, method: str, act: Callable[[], object], key: str = "") -> Iterator[None]:
+    """Call `act` before a machine's first call of a method of its store, for a key or for any."""
+    found, acted = store_of(mirror), list[bool]()
+    assert found is not None
+
+    class Store:
+        def __getattr__(self, name: str) -> Any:
+            def call(*given: Any, **options: Any) -> Any:
+                if name == method and not acted and key in ("", given[0]):
+                    acted.append(True)
+                    act()
+                return getattr(real, name)(*given, **options)
+
+            return call
+
+    real = found._store
+    found._store = Store()
+    try:
+        yield
+        assert acted
+    finally:
+        found._store = real
 
 
 def pull(mirror: Path) -> int | None:
@@ -147,6 +182,74 @@ def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version
     assert pull(machines["operator"]) == 1
     store_of(mirror).pull(history=True)  # type: ignore[union-attr]
     assert version_numbers(mirror) == [1, 2]
+
+
+@needs("object-store")
+def test_rollback_to_a_version_that_a_publication_removes_is_refused(mirror: Path, machines: Machines) -> None:
+    """Whichever comes first, CURRENT names a version that the store has."""
+    operator = machines["operator"]
+    publish_copy(mirror)
+    refused = list[Exception]()
+
+    def roll_back() -> None:
+        try:
+            rollback(operator, 1)
+        except DcarError as error:
+            refused.append(error)
+
+    with before(mirror, "delete", roll_back):
+        publish_copy(mirror, keep=2)
+    assert "has no version 1; it has 2, 3" in str(refused[0])
+    assert pull(machines["reader"]) == 3
+    with before(operator, "put", lambda: publish_copy(mirror, keep=2)), pytest.raises(LockedError):
+        rollback(operator, 2)
+    assert pull(machines["reader"]) == 4
+    with before(mirror, "put", lambda: rollback(operator, 3), key="CURRENT"), pytest.raises(LockedError):
+        publish_copy(mirror, keep=1)
+    assert pull(machines["reader"]) == 3
+    assert pull(machines["another reader"]) == 3
+
+
+@needs("object-store")
+def test_publications_and_rollbacks_at_once_never_lose_the_published_version(mirror: Path, machines: Machines) -> None:
+    operator, reader, outcomes, done = machines["operator"], machines["reader"], Counter[str](), threading.Event()
+
+    def roll_back() -> None:
+        while not done.is_set():
+            try:
+                store_of(operator).pull(history=True, files=False)  # type: ignore[union-attr]
+                rollback(operator, version_numbers(operator)[0])
+                outcomes["rolled back"] += 1
+            except DcarError as error:
+                outcomes[type(error).__name__] += 1
+
+    thread = threading.Thread(target=roll_back)
+    thread.start()
+    try:
+        while outcomes["published"] < 12:
+            with suppress(LockedError):
+                publish_copy(mirror, keep=2)
+                outcomes["published"] += 1
+            pull(reader)
+    finally:
+        done.set()
+        thread.join()
+    assert pull(reader) == current_version(reader)
+    assert outcomes["rolled back"], outcomes
+
+
+@needs("object-store")
+def test_what_a_killed_publisher_has_not_removed_the_next_one_does(
+    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr("index_jobs.store.remote.IndexStore.prune", lambda _: None)
+        publish_copy(mirror, keep=1)
+    assert len(store(mirror).list_with_delimiter("versions/")["common_prefixes"]) == 2
+    with pytest.raises(ArtifactError, match="has no version 1; it has 2"):
+        rollback(machines["operator"], 1)
+    publish_copy(mirror, keep=2)
+    assert store(mirror).list_with_delimiter("versions/")["common_prefixes"] == ["versions/2", "versions/3"]
 
 
 KILLED = """
@@ -266,22 +369,29 @@ def test_workers_of_a_cluster_exchange_their_shards_through_the_store(
     shards.extend(0, [(alone[0].images[:4], alone[0].vectors()[:4])])  # begun by an earlier run
     write_locations(shards, gallery.table)
     copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
-    shared = share_inputs(remote, shards, tmp_path / "checkpoint", range(3))
-    shutil.rmtree(tmp_path / "checkpoint")
-    task = (shards, gallery.root, Path("/nowhere"), encoder.image_key, "torch", options, remote.url, shared)
-    shutil.move(index / "work", tmp_path / "moved")
-    workers = [ShardWorker(*deepcopy(task)) for _ in range(2)]
-    for number in range(3):
-        workers[number % 2]({"shard": np.array([number])})
-        remote.receive(f"{shards.path.name}/{shards.path_of(number).name}", shards.path_of(number))
-        made = shards.load(number)
-        np.testing.assert_array_equal(made.images, alone[number].images)
-        np.testing.assert_array_equal(made.vectors(), alone[number].vectors())
-    assert [*workers[0].store.path.glob("*.npz")] == [], "a worker's disk does not fill up"
-    for worker in workers:
-        worker.scratch.cleanup()
-    remote.end_sharing()
-    assert store(index).list("work/").collect() == []
+    (tmp_path / "checkpoint" / PORTABLE).mkdir()
+    (tmp_path / "checkpoint" / PORTABLE / "image.bin").touch()
+    inputs = partial(shared_inputs, remote, shards, tmp_path / "checkpoint", range(3), "torch")
+    with pytest.raises(DcarError, match="of a worker"), inputs():
+        raise DcarError("a failure of a worker")
+    assert store(index).list("exchange/").collect() == []
+    with inputs() as shared:
+        assert f"checkpoint/{PORTABLE}/image.bin" not in shared, "which PyTorch does not read"
+        shutil.rmtree(tmp_path / "checkpoint")
+        task = (shards, gallery.root, Path("/nowhere"), encoder.image_key, "torch", options, remote.url, shared)
+        shutil.move(index / "work", tmp_path / "moved")
+        workers = [ShardWorker(*deepcopy(task)) for _ in range(2)]
+        for number in range(3):
+            workers[number % 2]({"shard": np.array([number])})
+            remote.receive(f"{shards.path.name}/{shards.path_of(number).name}", shards.path_of(number))
+            made = shards.load(number)
+            np.testing.assert_array_equal(made.images, alone[number].images)
+            np.testing.assert_array_equal(made.vectors(), alone[number].vectors())
+        assert [*workers[0].store.path.glob("*.npz")] == [], "a worker's disk does not fill up"
+        for worker in workers:
+            worker.scratch.cleanup()
+        assert len(store(index).list("exchange/").collect()) == len(shared) + 3
+    assert store(index).list("exchange/").collect() == []
 
 
 @needs("object-store")
