@@ -163,11 +163,11 @@ class _Build:
             self.served = self._open_served()
             self._require_few_removed()
             self._load_served_encoder("cpu")  # a check; encoding may need its memory
+            shared = self._add_portable_export(staging)  # before the space that is left is measured
             self._make_room(store, least_bytes)
             encoded = self._encode(replicas, runtime, staging / CHECKPOINT)
             self._clean_work(store)
             changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
-            shared = self._add_portable_export(staging)
             staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime), shared=shared)
             verdict = self._require_no_worse(staged, encoded)
             manifest = publish.commit_version(out, staged, keep=options.keep)

@@ -1,7 +1,9 @@
 """A version carries what serves it without PyTorch; the next versions share it."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.serving import encoder_cache
+from dcar_core.util.errors import DcarError
 from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
 from index_jobs.store.versions import open_current, open_version
@@ -75,6 +78,24 @@ def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
     file.write_bytes(bytes(100) + content[100:])
     assert start().backbone is not None
     assert "is corrupted: image.bin changed" in caplog.text
+
+
+def test_the_space_that_an_export_takes_is_measured_before_encoding(
+    build: Build, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
+    usage, present = shutil.disk_usage(tmp_path), list[bool]()
+
+    def measure(index: Path) -> Any:
+        present.append(any(index.glob(f"versions/.tmp-*/checkpoint/{PORTABLE}/image.bin")))
+        return usage._replace(free=0)
+
+    monkeypatch.setattr(shutil, "disk_usage", measure)
+    encoded = list[int]()
+    with pytest.raises(DcarError, match="make room"):
+        build(runtime="openvino", on_encoded=encoded.append)
+    assert present == [True, True]
+    assert not encoded
 
 
 def test_a_build_on_pytorch_makes_no_export(build: Build, tmp_path: Path) -> None:
