@@ -18,9 +18,12 @@ DIGEST = f"sha256:{'0' * 64}"
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "two replicas": {"replicas": 2},
-    "autoscaling": {"autoscaling": {"enabled": True}},
-    "rebuild": {"index": {"claim": "indexes"}, "rebuild": {"schedule": "0 3 * * *"}},
-    "gallery": {"gallery": {"claim": "photos"}},
+    "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 9, "cpuPercent": 50}},
+    "rebuild": {
+        "index": {"claim": "indexes", "path": "photos"},
+        "rebuild": {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"], "resources": {"limits": {"cpu": "4"}}},
+    },
+    "gallery": {"gallery": {"claim": "photos", "path": "/photos"}},
     "digest": {"image": {"digest": DIGEST}, "imagePullSecrets": [{"name": "registry"}]},
     "settings": {
         "settings": {"max_k": 100, "writes": True, "max_upload_bytes": 20971520, "batch_wait_ms": 0.5},
@@ -32,10 +35,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "egress": [{"ports": [{"port": 6379}]}],
         }
     },
+    "image": {"image": {"repository": "registry.example/dcar", "tag": "1.2", "pullPolicy": "Always"}},
+    "resources": {"resources": {"limits": {"memory": "4Gi"}}, "cacheSize": "9Gi"},
     "no network policy": {"networkPolicy": {"enabled": False}},
     "monitoring": {
-        "monitoring": {"enabled": True, "labels": {"release": "prometheus"}, "key": {"name": "keys", "key": "scrape"}}
+        "monitoring": {
+            "enabled": True,
+            "interval": "1m",
+            "labels": {"release": "prometheus"},
+            "key": {"name": "keys", "key": "scrape"},
+        }
     },
+    "object store": {"index": {"url": "s3://bucket/photos", "credentials": "store"}},
     "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
 }
 ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
@@ -79,6 +90,24 @@ def test_each_option_renders_objects_that_kubernetes_accepts(values: dict[str, A
                 kubernetes_validate.validate(each, version, strict=True)
 
 
+def leaves(values: dict[str, Any]) -> set[tuple[str, ...]]:
+    """Return the paths of all values; of those that hold names of the user's own, {} by default, the path to it."""
+    return {
+        (name, *rest)
+        for name, value in values.items()
+        for rest in (leaves(value) if isinstance(value, dict) and value else [()])
+    }
+
+
+def test_each_value_of_the_chart_is_an_option_above_and_changes_what_is_rendered() -> None:
+    known, used = leaves(yaml.safe_load((CHART / "values.yaml").read_text())), set[tuple[str, ...]]()
+    default = render({})
+    for name, values in OPTIONS.items():
+        used |= {path for path in known if any(each[: len(path)] == path for each in leaves(values))}
+        assert name == "defaults" or render(values) != default, name
+    assert known - used <= {("resources", "requests", each) for each in ("cpu", "memory")}
+
+
 def test_every_pod_is_confined() -> None:
     found = list(pods(render(ALL)))
     assert len(found) == 3, "the service, the job and the test"
@@ -98,6 +127,27 @@ def test_every_pod_is_confined() -> None:
 def test_the_image_is_taken_by_its_digest() -> None:
     (deployment,) = of_kind("Deployment", OPTIONS["digest"])
     assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"dcar@{DIGEST}"
+
+
+def test_an_index_in_an_object_store_needs_no_claim() -> None:
+    index = {"url": "s3://bucket/photos", "credentials": "store"}
+    values: dict[str, Any] = {"index": index, "rebuild": {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"]}}
+    service, job, test = pods(render(values))
+    (container,), (builder,), (connection,) = service["containers"], job["containers"], test["containers"]
+    assert {"name": "DCAR_INDEX", "value": index["url"]} in container["env"]
+    assert builder["args"] == ["--gallery", "/gallery", "--out", index["url"]]
+    assert container["envFrom"] == builder["envFrom"] == [{"secretRef": {"name": "store"}}]
+    for pod in (service, job, test):
+        assert "initContainers" not in pod
+        assert [each["name"] for each in pod["volumes"]] == ["tmp", "cache"]
+    assert "envFrom" not in connection
+    (claimed,) = pods(of_kind("Pod", ALL))
+    assert [each["name"] for each in claimed["volumes"]] == ["tmp", "cache"], "the test waits for no claim"
+    values["index"]["claim"] = "vectors"
+    service, job, _ = pods(render(values))
+    assert [each["name"] for each in service["volumes"]] == ["tmp", "cache"], "replicas do not wait for the job's claim"
+    assert {"name": "index", "mountPath": "/data"} in job["containers"][0]["volumeMounts"]
+    assert job["containers"][0]["env"] == [{"name": "DCAR_RUNTIME_CACHE", "value": "/data"}], "its vectors stay there"
 
 
 def test_settings_are_those_of_the_service() -> None:
@@ -120,6 +170,7 @@ def test_settings_are_those_of_the_service() -> None:
         ({"settings": {"max_kk": 1}}, "max_kk"),
         ({"secretSettings": {"admin_key": "plain"}}, "admin_key"),
         ({"image": {"digest": "latest"}}, "digest"),
+        ({"index": {"url": "s3:bucket"}}, "url"),
         ({"replica": 2}, "replica"),
     ],
 )

@@ -29,14 +29,20 @@ tolerations: {{ toJson . }}
 volumes:
   - {name: tmp, emptyDir: {sizeLimit: 1Gi}}
   - {name: cache, emptyDir: {sizeLimit: {{ .Values.cacheSize }}}}
-  {{- if .Values.index.claim }}
-  - {name: index, persistentVolumeClaim: {claimName: {{ .Values.index.claim }}}}
-  {{- else }}
-  - {name: index, emptyDir: {}}
-  {{- end }}
-  {{- with .Values.gallery.claim }}
-  - {name: gallery, persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}}
-  {{- end }}
+{{- end }}
+
+{{- define "dcar.gallery" -}}
+{{- with .Values.gallery.claim -}}
+- {name: gallery, persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}}
+{{- end }}
+{{- end }}
+
+{{- define "dcar.index-volume" -}}
+{{- with .Values.index.claim -}}
+- {name: index, persistentVolumeClaim: {claimName: {{ . }}}}
+{{- else -}}
+- {name: index, emptyDir: {}}
+{{- end }}
 {{- end }}
 
 {{- define "dcar.container" -}}
@@ -49,6 +55,16 @@ securityContext:
   capabilities: {drop: [ALL]}
 {{- end }}
 
+{{- define "dcar.index" -}}
+{{ .Values.index.url | default (printf "/data/%s" .Values.index.path) }}
+{{- end }}
+
+{{- define "dcar.credentials" -}}
+{{- with .Values.index.credentials -}}
+envFrom: [{secretRef: {name: {{ . }}}}]
+{{- end }}
+{{- end }}
+
 {{- define "dcar.mounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /cache}
@@ -59,8 +75,14 @@ securityContext:
 
 {{- define "dcar.rebuild" -}}
 command: [python, -m, index_jobs.rebuild]
-args: {{ concat .Values.rebuild.args (list "--out" (printf "/data/%s" .Values.index.path)) | toJson }}
+args: {{ concat .Values.rebuild.args (list "--out" (include "dcar.index" .)) | toJson }}
+{{ include "dcar.credentials" . }}
+{{- if and .Values.index.url .Values.index.claim }}
+env: [{name: DCAR_RUNTIME_CACHE, value: /data}]
+{{- end }}
 volumeMounts:
+  {{- if or .Values.index.claim (not .Values.index.url) }}
   - {name: index, mountPath: /data}
+  {{- end }}
   {{- include "dcar.mounts" . | nindent 2 }}
 {{- end }}
