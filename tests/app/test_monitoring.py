@@ -106,7 +106,10 @@ def test_prometheus_and_grafana_find_their_files() -> None:
             mounted[target] = source
     prometheus = yaml.safe_load((ROOT / "monitoring" / "prometheus.yml").read_text())
     (scrape,) = prometheus["scrape_configs"]
-    assert scrape["static_configs"] == [{"targets": [f"api:{Settings.model_fields['port'].default}"]}]
+    (targets,) = scrape["dns_sd_configs"]
+    assert targets["port"] == Settings.model_fields["port"].default
+    commands = {name: str(each.get("command")) for name, each in compose["services"].items()}
+    assert set(targets["names"]) == {name for name, command in commands.items() if "dcar serve" in command}
     assert mounted["/rules/alerts.yaml"] == "./charts/dcar/alerts.yaml"
     (source,) = yaml.safe_load((ROOT / "monitoring" / "grafana.yaml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
