@@ -1,7 +1,6 @@
 # Images of the service and the index job (docs/how-to/containers.md), by --target:
-# - full, the default: with PyTorch on the CPU; trains, builds indexes and serves.
+# - full, the default: with PyTorch; trains, builds indexes and serves. With EXTRAS=gpu it searches on an NVIDIA GPU.
 # - serve: only serves, versions with a portable export, without PyTorch.
-# - gpu: full on an NVIDIA GPU.
 #
 # Build arguments:
 # - BASE: a Debian image with Python 3.11 or newer as `python`, and pip. Pin it by digest for reproducible builds.
@@ -15,7 +14,7 @@ ARG BASE=python:3.12-slim
 FROM ${BASE} AS requirements
 ARG EXTRAS=""
 COPY pyproject.toml .
-RUN for target in serve:openvino full:torch gpu:torch,gpu; do python -c "import sys, tomllib; \
+RUN for target in serve:openvino full:torch; do python -c "import sys, tomllib; \
     wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = sys.argv[1].replace(',', ' ').split(); \
     parts = [wanted['optional-dependencies'][each] for each in extras]; lines = sum(parts, wanted['dependencies']); \
     print(*[line for line in lines if 'gpu' not in extras or not line.startswith('faiss-cpu')], sep='\n')" \
@@ -27,24 +26,16 @@ ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/v
 RUN python -m venv --without-pip /opt/venv
 COPY requirements*.lock /locks/
 
-# The locks leave out PyTorch, since the index decides its build; the second command adds it.
+# The locks leave out PyTorch, since the index decides its build; the second command adds it. faiss-gpu and faiss-cpu are
+# one module under two names.
 FROM builder AS installed-full
 ARG LOCK="requirements.lock"
 COPY --from=requirements /full.txt /
 RUN --mount=type=cache,target=/var/cache/pip \
-    test -z "$LOCK" || pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"
+    test -z "$LOCK" || { grep -q '^faiss-cpu' /full.txt || sed -i '/^faiss-cpu==/,/[^\\]$/d' "/locks/$LOCK"; \
+    pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement "/locks/$LOCK"; }
 RUN --mount=type=cache,target=/var/cache/pip \
     pip --python /opt/venv/bin/python install --requirement /full.txt
-
-# faiss-gpu and faiss-cpu are one module under two names.
-FROM builder AS installed-gpu
-ARG LOCK="requirements.lock"
-COPY --from=requirements /gpu.txt /
-RUN --mount=type=cache,target=/var/cache/pip \
-    test -z "$LOCK" || { sed '/^faiss-cpu==/,/[^\\]$/d' "/locks/$LOCK" > /gpu.lock \
-    && pip --python /opt/venv/bin/python install --require-hashes --no-deps --requirement /gpu.lock; }
-RUN --mount=type=cache,target=/var/cache/pip \
-    pip --python /opt/venv/bin/python install --requirement /gpu.txt
 
 # Without what no search uses: plugins for other devices and readers of other formats than the export's, Arrow's network
 # protocol and object store, the client of the model hub, symbols of debuggers, headers, stubs and tests.
@@ -91,12 +82,6 @@ CMD ["dcar", "serve"]
 FROM service AS serve
 COPY --from=installed-serve /opt/venv /opt/venv
 COPY --from=project /opt/venv /opt/venv
-
-FROM service AS gpu
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-COPY --from=installed-gpu /opt/venv /opt/venv
-COPY --from=project /opt/venv /opt/venv
-COPY examples/emoji examples/emoji
 
 FROM service AS full
 COPY --from=installed-full /opt/venv /opt/venv

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The compose file, walked from outside: up, search by text and by picture, the cache, without Redis, up again, down.
+# The compose file, walked from outside: up, search by text and by picture, the cache, without Redis, up again; then the
+# profile replicas: searches through nginx during a publication and without one of the services; down.
 #
 #   tests/e2e/compose_walk.sh                           with `docker compose`
 #   COMPOSE=podman-compose tests/e2e/compose_walk.sh    with podman-compose (UP_ARGS= for options of its own)
@@ -9,15 +10,20 @@ set -eu
 cd "$(dirname "$0")/../.."
 export DCAR_PORT_PUBLISHED="${DCAR_PORT_PUBLISHED:-18000}"
 URL="http://127.0.0.1:$DCAR_PORT_PUBLISHED"
+export NGINX_PORT="${NGINX_PORT:-18080}"
 compose="${COMPOSE:-docker compose} -p dcar-walk"
+both="$compose --profile replicas"
 helper=""
+folder=$(mktemp -d)
 
 finish() {
     status=$?
     trap - EXIT
-    [ "$status" = 0 ] || $compose logs || true
-    $compose down --volumes >/dev/null 2>&1 || true
+    touch "$folder/stop"
+    [ "$status" = 0 ] || $both logs || true
+    $both down --volumes >/dev/null 2>&1 || true
     [ -z "$helper" ] || kill "$helper" 2>/dev/null || true
+    rm -rf "$folder"
     [ "$status" = 0 ] && echo "all held" || echo "FAILED"
     exit "$status"
 }
@@ -55,7 +61,7 @@ index_file() { # its inode and time: an index that is made anew has others
     $compose exec -T api stat -c '%i %Y' "/data/index/${DCAR_DOMAIN:-twemoji}/versions/1/index.faiss"
 }
 
-$compose down --volumes >/dev/null 2>&1 || true # of a walk that was killed
+$both down --volumes >/dev/null 2>&1 || true # of a walk that was killed
 $compose up -d ${UP_ARGS:-}
 ready
 curl -s "$URL/readyz" | hold "ready" '"status":"ready"'
@@ -85,3 +91,49 @@ $compose down >/dev/null 2>&1
 $compose up -d ${UP_ARGS:-}
 ready
 index_file | hold "up again reuses the index" "$made"
+
+version() { # version N: nginx has led to N twenty times in a row
+    tries=0 same=0
+    while [ "$same" -lt 20 ]; do
+        case $(curl -s --max-time 5 "$URL/readyz") in
+        *"\"index_version\":$1,"*) same=$((same + 1)) ;;
+        *) same=0 ;;
+        esac
+        tries=$((tries + 1))
+        [ "$tries" -lt 600 ] || { echo "WRONG version $1 is not served by all"; exit 1; }
+        sleep 0.2
+    done
+    echo "ok    both serve version $1"
+}
+unfailed() { # unfailed WHEN: no search has failed, twenty of them from now on
+    seen=$(wc -l <"$folder/statuses")
+    until [ "$(wc -l <"$folder/statuses")" -ge $((seen + 20)) ]; do sleep 0.2; done
+    [ "$(sort -u "$folder/statuses")" = 200 ] || { echo "WRONG $1:"; sort "$folder/statuses" | uniq -c; exit 1; }
+    echo "ok    no search fails $1"
+}
+
+$both up -d ${UP_ARGS:-}
+URL="http://127.0.0.1:$NGINX_PORT"
+ready
+version 1
+while [ ! -e "$folder/stop" ]; do
+    number=$((${number:-0} + 1))
+    curl -s -o /dev/null -w '%{http_code}\n' --max-time 30 "$URL/search/text" -H 'content-type: application/json' \
+        -d "{\"query\": \"cat $number\"}" >>"$folder/statuses" || true
+done &
+emoji=examples/emoji/${DCAR_DOMAIN:-twemoji}
+$both run --rm index python -m index_jobs.rebuild --gallery "$emoji" --checkpoint "$emoji/checkpoint" --force \
+    --out "/data/index/${DCAR_DOMAIN:-twemoji}" >/dev/null
+version 2
+unfailed "during a publication"
+$both kill replica >/dev/null 2>&1
+unfailed "without one of the services"
+$both start replica >/dev/null 2>&1
+tries=0
+until $both exec -T replica python -ISc 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/readyz")'; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 60 ] || { echo "WRONG the service that is back is not ready"; exit 1; }
+    sleep 1
+done >/dev/null 2>&1
+$both kill api >/dev/null 2>&1
+unfailed "once that one is back and the other is gone"
