@@ -1,5 +1,6 @@
 """Image files by name: in folders, and in uncompressed tars that are indexed once and then read by offset."""
 
+import logging
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -10,10 +11,13 @@ from typing import BinaryIO
 from dcar_core.images.formats import has_image_suffix
 from dcar_core.util.errors import DataError, ImageError, ImageFault
 
+logger = logging.getLogger(__name__)
+
 _BLOCK_BYTES = 2**20
+_REPORTED = 100_000  # members of a tar, which take about five seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarSpan:
     """Offset and size in bytes of a member's content in its tar."""
 
@@ -31,7 +35,10 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
     last = ""
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
-            for member in tar:
+            for count, member in enumerate(tar, 1):
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all, at a kilobyte each
+                if count % _REPORTED == 0:
+                    logger.info("listing %s: %s members so far", path, f"{count:,}")
                 last = member.name
                 if member.issparse():
                     raise DataError(f"{path} has {last} as a sparse file; create it again without tar's option -S")

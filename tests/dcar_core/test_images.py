@@ -3,6 +3,8 @@
 import io
 import sys
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dcar_core.data.image_lookup import ImageFinder
-from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, colours, index_tar, open_image, sniff_format
+from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, colours, files, index_tar, open_image, sniff_format
 from dcar_core.util.errors import DataError, ImageError, ImageFault
 from tests.support.files import write_file
 from tests.support.hostile_images import png_of_size, png_with_profile
@@ -198,6 +200,27 @@ def test_tar_with_sparse_files_is_refused(tmp_path: Path) -> None:
 def test_a_tar_may_end_with_any_number_of_zeros(end: int, tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(TAR[:7680] + bytes(end))
     assert list(index_tar(tmp_path / "t.tar")) == [f"pic{i}.p" for i in range(5)]
+
+
+def peak_bytes(read: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        read()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_empty_members_are_listed_with_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "_REPORTED", 1_000)
+    monkeypatch.setattr(files, "_BLOCK_BYTES", 512)
+    tar = tmp_path / "t.tar"
+    tar.write_bytes(b"".join(tarfile.TarInfo(f"{number}.jpg").tobuf() for number in range(3_000)) + bytes(1024))
+    with tarfile.open(tar) as opened, caplog.at_level("INFO"):
+        assert peak_bytes(lambda: index_tar(tar)) < peak_bytes(opened.getmembers) / 2
+    assert caplog.messages == [f"listing {tar}: {number},000 members so far" for number in (1, 2, 3)]
 
 
 def noise(mode: str, side: int = 33) -> Image.Image:
