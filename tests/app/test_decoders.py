@@ -1,7 +1,10 @@
 """Decoding is shared out between callers by time, and large images by memory."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable
+from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,11 +12,13 @@ from PIL import Image
 from app.core.decoders import Decoders
 from app.core.logs import request_id
 from app.core.rate_limit import current_caller
-from dcar_core.images import ALL_FORMATS, MAX_PIXELS
+from dcar_core.images import ALL_FORMATS, MAX_PIXELS, sniff_format
+from dcar_core.images.decoding import make_thumbnail
 from dcar_core.images.workers import Convert, DecodeWorker
 from dcar_core.util.errors import ImageError
 from tests.support import conversions
-from tests.support.images import encoded
+from tests.support.images import encoded, png
+from tests.support.paths import ROOT
 
 
 @pytest.fixture
@@ -101,3 +106,23 @@ async def test_an_image_beyond_the_memory_of_the_largest_is_refused(decoders: De
     callers = Callers(decoders)
     with pytest.raises(ImageError, match="more than 96 MiB"):
         await callers.send("one", "fill", 1, conversions.fill)
+
+
+def peak_mib(decoders: Decoders) -> float:
+    """Return the highest resident memory of a decoding process so far."""
+    started = [worker._process.pid for worker in decoders._workers if worker._process is not None]
+    peaks = [Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0] for pid in started]
+    return max(map(int, peaks)) / 2**10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds memory in /proc")
+async def test_a_thumbnail_of_62_megapixels_takes_no_more_memory_than_documented(decoders: Decoders) -> None:
+    found = re.search(r"large ones, two at a time, (\d+) MiB", (ROOT / "docs/how-to/secure.md").read_text())
+    assert found is not None
+    make = partial(make_thumbnail, side=192, thumbnail_format="webp")
+    data = encoded(Image.new("RGB", (7_874, 7_874), "red"), "PNG", compress_level=1)
+    await decoders.run(make, png(), MAX_PIXELS, ALL_FORMATS)
+    before = peak_mib(decoders)
+    assert sniff_format(await decoders.run(make, data, MAX_PIXELS, ALL_FORMATS)) == "webp"
+    assert 150 < peak_mib(decoders) - before < int(found[1])

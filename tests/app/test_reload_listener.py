@@ -1,12 +1,16 @@
 """A rebuild notifies the running service; polling is off in these tests."""
 
 import asyncio
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
 from index_jobs.jobs.notify import notify
 from index_jobs.rebuild import rebuild
+from index_jobs.store.manifest import PUBLISHED_CHANNEL
 from tests.support.redis_server import RedisServer
 from tests.support.service import opened, serving, until, until_ready
 
@@ -29,6 +33,34 @@ async def test_a_rebuild_notifies_the_service_over_redis(
         await until_ready(client, index_version=2)
         await asyncio.to_thread(redis_server.stop)
         assert (await client.get("/readyz")).status_code == 200
+
+
+FLOOD = "for i = 1, ARGV[2] do redis.call('publish', ARGV[1], i) end"  # run by Redis, so it takes none of our time
+
+
+def seconds_to_read(server: Any, count: int) -> float:
+    """Return the processor time that a subscriber takes for so many notices, which it does nothing with."""
+    with server.pubsub() as channel:
+        channel.subscribe("another channel")
+        channel.get_message(timeout=10)
+        server.eval(FLOOD, 0, "another channel", count)
+        began = time.process_time()
+        for _ in range(count):
+            assert channel.get_message(timeout=10)
+        return time.process_time() - began
+
+
+@pytest.mark.redis
+async def test_a_flood_of_notices_costs_little_and_hides_no_version(index: Path, redis_server: RedisServer) -> None:
+    with redis.Redis.from_url(redis_server.url) as server:
+        each_s = seconds_to_read(server, 2_000) / 2_000
+        async with opened(index, redis_url=redis_server.url, poll_s=0):
+            await until(lambda: server.pubsub_numsub(PUBLISHED_CHANNEL)[0][1] == 1)
+            began = time.process_time()
+            for _ in range(6):
+                server.eval(FLOOD, 0, PUBLISHED_CHANNEL, 40_000)
+                await asyncio.sleep(0.2)
+            assert time.process_time() - began < each_s * 240_000 / 10
 
 
 def test_a_rebuild_posts_to_the_admin_route(
