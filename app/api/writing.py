@@ -121,12 +121,13 @@ async def jobs(
 @item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
 async def job(request: Request, job_id: str) -> Response:
     """Return the status of a change of items: how far it is, and how it ended."""
-    state = state_of(request)
-    status = await state.writer.status(job_id)
-    if status is None:
-        await state.collections.sync()  # it may be of a collection that another process has created
-        status = await state.writer.status(job_id)
-    if not may_read(request, state.collections.default if status is None else status["collection"]):
+    collections, status = state_of(request).collections, None
+    for is_last in (False, True):
+        names = [name for name, _ in collections if may_read(request, name)]
+        if (status := await state_of(request).writer.status(names, job_id)) is not None or is_last:
+            break
+        await collections.sync()  # it may be of a collection that another process has created
+    if status is None and not may_read(request, collections.default):
         raise out_of_scope()
     if status is None:
         raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])

@@ -128,11 +128,11 @@ class WriteWorker:
             raise FileNotFoundError(errno.ENOENT, "the collection has been dropped", str(served.index))
         return status
 
-    async def status(self, job: str) -> dict[str, Any] | None:
-        """Return the status of a job in any collection; None if there is none. The disk may be unavailable."""
+    async def status(self, collections: Sequence[str], job: str) -> dict[str, Any] | None:
+        """Return the status of a job in some collections; None if there is none. The disk may be unavailable."""
         async with _responding_disk():
-            for name, served in self._collections:
-                if (status := await self._status_in(name, served, job)) is not None:
+            for name in collections:
+                if (status := await self._status_in(name, self._collections[name], job)) is not None:
                     return status
         return None
 
