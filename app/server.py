@@ -27,7 +27,7 @@ from starlette.types import ASGIApp
 from threadpoolctl import threadpool_limits
 
 from app.core.logs import log_config
-from app.core.metrics import share_metrics, start_tracing
+from app.core.metrics import Metrics, share_metrics, start_tracing
 from app.core.settings import Settings
 from app.core.threads import end_without_threads
 from app.feedback.store import prepare
@@ -103,11 +103,12 @@ def _run(settings: Settings, listener: socket.socket, on_ready: Callable[[], Non
     end_without_threads(_THREADS_S)
 
 
-def server_config(app: ASGIApp) -> uvicorn.Config:
+def server_config(app: ASGIApp, metrics: Metrics | None = None) -> uvicorn.Config:
     """Return uvicorn's configuration for an application, with limited connections."""
+    refused = (metrics or Metrics()).refused.labels("event_loop").inc
     return uvicorn.Config(
         track_requests(app),
-        http=cast(type[asyncio.Protocol], BoundedProtocol),  # uvicorn only calls it
+        http=cast(type[asyncio.Protocol], partial(BoundedProtocol, refused=refused)),  # uvicorn only calls it
         log_config=None,
         access_log=False,
         ws="none",
@@ -126,7 +127,7 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings, on_ready: Callable[[], None] | None = None) -> None:
-        super().__init__(server_config(app))
+        super().__init__(server_config(app, app.state.metrics))
         self._app = app
         self._on_ready = on_ready
         self._drain_s = settings.drain_s
@@ -142,7 +143,12 @@ class _Server(uvicorn.Server):
             if self.should_exit:
                 return
             await asyncio.sleep(0.02)
-        connect = partial(BoundedProtocol, self.config, self.server_state, self.lifespan.state)
+        connect = partial(
+            self.config.http_protocol_class,
+            self.config,
+            self.server_state,
+            self.lifespan.state,  # type: ignore[call-arg]
+        )
         loop = asyncio.get_running_loop()
         self.servers = [
             await loop.create_server(connect, sock=each, backlog=self.config.backlog) for each in sockets or ()

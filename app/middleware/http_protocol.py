@@ -14,6 +14,8 @@
   the first read of a head ends the connection before any byte behind it is read as a request.
 - The head of a response is written together with the first piece of its body. So a process that is killed leaves no
   head without a body, which a proxy could not ask another one for again; and it saves a system call.
+- While the event loop is behind, searches by text are refused here, at a tenth of the cost of a refusal by the
+  application. Otherwise the loop would spend all of its time on refusals.
 - Where open files get scarce, a new connection ends the one that has been without a request for the longest time.
 - Responses are sent in pieces, and a client that does not take one within WRITE_S is disconnected. The system buffers
   UNSENT_BYTES; by default it would take megabytes.
@@ -35,6 +37,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from app.core.problems import Problem
+from app.middleware.request_log import SAFE_HEADERS
+
 HEAD_S = 10.0
 WRITE_S = 30.0
 HEAD_BYTES = 64 * 2**10
@@ -44,9 +49,49 @@ PIECE_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
 _SPARE_FILES = 24  # that connections leave to accept more, and to the rest of the service
 _COSTLY_S = 0.001  # time of the event loop for one connection's turn
+_LOOK_S = 0.005  # between two looks at the delay of the event loop
+_LATE_S = 0.02  # a look that is later than this is late,
+_CROWD = 8  # if so many requests have begun since the one before: otherwise something else holds the processor
+_LATE_LOOKS = 3  # in a row, after which the loop is behind; a single long step is not
+_SMALL_BYTES = 4096  # of a request that may be refused here
 _STATE_KEY = "dcar.connection"
 _idle: dict["BoundedProtocol", None] = {}  # connections without a request, the idlest first
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
+
+
+class LoopWatch:
+    """Tells whether requests keep the event loop behind: its steps take long, one after the other."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None  # that is being watched
+        self._late = self._begun = 0
+
+    @property
+    def is_behind(self) -> bool:
+        return self._late >= _LATE_LOOKS
+
+    def count_request(self) -> None:
+        """Count a request that begins, and watch the running loop for a while."""
+        self._begun += 1
+        if self._loop is not (loop := asyncio.get_running_loop()):
+            self._loop, self._late = loop, 0
+            self._look_after(loop)
+
+    def _look_after(self, loop: asyncio.AbstractEventLoop) -> None:
+        due = loop.time() + _LOOK_S
+        loop.call_at(due, self._look, loop, due)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        is_late = loop.time() - due > _LATE_S and self._begun >= _CROWD
+        self._late = min(self._late + 1, _LATE_LOOKS) if is_late else self._late // 2
+        if self._begun or self._late:
+            self._begun = 0
+            self._look_after(loop)
+        else:
+            self._loop = None
+
+
+_watch = LoopWatch()
 
 
 def track_requests(app: ASGIApp) -> ASGIApp:
@@ -79,7 +124,16 @@ def track_requests(app: ASGIApp) -> ASGIApp:
 class BoundedProtocol(asyncio.BufferedProtocol):
     """Passes a connection's bytes to uvicorn's protocol as long as they keep to the limits."""
 
-    def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any], **options: Any) -> None:
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        refused: Callable[[], object] = lambda: None,
+        **options: Any,
+    ) -> None:
+        """Take what uvicorn gives. refused: called for each search that is refused here."""
+        self._refused = refused
         self._inner = HttpToolsProtocol(config, server_state, {**app_state, _STATE_KEY: self}, **options)
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's parser
@@ -90,6 +144,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._finished = 0  # requests that have been answered
         self._is_held = False  # True while reading is paused here
         self._cycle: Any = None  # uvicorn's state of the request that is being answered
+        self._url = self._withheld = b""  # of a request that uvicorn has not seen
         self._in_message = self._in_head = self._has_trailers = False
         self._unframed = 0  # bytes since a head began or a piece of a body arrived
 
@@ -132,7 +187,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
 
     def _parse(self) -> None:
         """Parse the received bytes piece by piece, until pipelined requests wait or other connections have a turn."""
-        began, size = time.perf_counter(), PARSED_BYTES
+        began, size = time.perf_counter(), _SMALL_BYTES if _watch.is_behind else PARSED_BYTES
         while self._received and not self._transport.is_closing():
             if self._heads - self._finished > 1:  # `request_finished` continues
                 self._is_held = True
@@ -156,6 +211,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         asyncio.get_running_loop().call_later(0, self._parse)
 
     def _feed(self, data: bytes) -> None:
+        may_refuse = bool(self._withheld) or not (self._in_message or self._heads - self._finished)
         if not self._in_message:
             data = _hide_upgrade(data)
         self._unframed += len(data)
@@ -171,10 +227,24 @@ class BoundedProtocol(asyncio.BufferedProtocol):
             self._refuse(b"400 Bad Request")
         elif self._unframed > HEAD_BYTES:
             self._refuse(b"431 Request Header Fields Too Large")
+        elif is_valid and may_refuse and _watch.is_behind and self._is_small_search(data):
+            self._inner.data_received(b"")  # ends uvicorn's timer of idle connections
+            self._expect_head()
+            self._withheld = self._withheld + data if self._in_message else b""
+            if not self._in_message:
+                self._heads -= 1
+                self._transport.write(_BUSY)
+                self._refused()
         else:
+            data, self._withheld = self._withheld + data, b""
             self._inner.data_received(data)
             if not is_valid:  # uvicorn has answered
                 self._close()
+
+    def _is_small_search(self, data: bytes) -> bool:
+        """Return True if this is all that has come of one search by text, and its connection stays open."""
+        is_small = self._heads - self._finished == 1 and len(self._withheld) + len(data) <= _SMALL_BYTES
+        return is_small and b"/search/text" in self._url[:200] and self._parser.should_keep_alive()
 
     def request_started(self, cycle: Any) -> None:
         self._cycle = cycle
@@ -198,6 +268,11 @@ class BoundedProtocol(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         self._in_message = self._in_head = True
+        self._url = b""
+        _watch.count_request()
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._has_trailers = self._has_trailers or not self._in_head
@@ -266,6 +341,16 @@ class _JoiningTransport:
     def close(self) -> None:
         self.flush()
         self._transport.close()
+
+
+def _refusal() -> bytes:
+    problem = Problem(503, "The service is busy. Try again in 1 s.", headers={"Retry-After": "1", **SAFE_HEADERS})
+    response = problem.response({"path": "/"})
+    heads = [b"%b: %b\r\n" % header for header in response.raw_headers]
+    return b"HTTP/1.1 503 Service Unavailable\r\n" + b"".join(heads) + b"\r\n" + bytes(response.body)
+
+
+_BUSY = _refusal()
 
 
 @cache

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _MAX_LOGGED_PATH = 300  # characters
-_SAFE_HEADERS = {
+SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
@@ -68,7 +68,7 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(raw=list(message["headers"]))
                 headers["X-Request-ID"] = identifier
-                for name, value in _SAFE_HEADERS.items():
+                for name, value in SAFE_HEADERS.items():
                     headers.setdefault(name, value)
                 if CALLER in inner and inner["method"] == "GET":
                     headers.setdefault("Cache-Control", "private")

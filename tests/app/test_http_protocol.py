@@ -1,7 +1,9 @@
 """Connections: slow heads, trailers, upgrades, idling, unread bodies, early ends."""
 
+import asyncio
 import contextlib
 import gc
+import re
 import socket
 import threading
 import time
@@ -163,6 +165,57 @@ def test_where_files_are_scarce_a_new_connection_ends_the_idlest(
         other.sendall(HEALTH)
         assert read_response(other).startswith(b"HTTP/1.1 200")
         assert read_until_closed(connection) == b""
+
+
+def test_searches_are_refused_at_once_while_the_loop_is_behind(
+    port: int, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b'{"query": "red"}'
+    head = SEARCH + b"Content-Length: %d\r\n\r\n" % len(body)
+
+    def status(*pieces: bytes) -> bytes:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.02)
+        return read_response(connection)[9:12]
+
+    def count() -> float:
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"X-API-Key": KEY}).text
+        found = re.search(r'dcar_refused_total\{reason="event_loop"\} (\S+)', metrics)
+        return float(found[1]) if found else 0.0
+
+    assert (status(head + body), count()) == (b"200", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(http_protocol.LoopWatch, "is_behind", True)
+        assert [status(head + body) for _ in range(3)] == [b"503"] * 3, "on a connection that stays open"
+        assert (status(HEALTH), status(head, body)) == (b"200", b"503"), "a request may arrive in pieces"
+        connection.sendall(head)
+        time.sleep(0.02)
+        patch.undo()
+        assert status(body) == b"200", "the rest arrives when there is room again"
+        patch.setattr(http_protocol.LoopWatch, "is_behind", True)
+        connection.sendall(2 * (head + body))
+        assert {read_response(connection)[9:12] for _ in range(2)} <= {b"200", b"503"}
+        answer = httpx.post(f"http://127.0.0.1:{port}/search/text", json={"query": "red"})
+        assert_problem(answer, 503)
+        assert {"retry-after", "x-content-type-options"} <= answer.headers.keys()
+    assert (status(head + body), count()) == (b"200", 5)
+
+
+async def test_the_loop_is_behind_after_several_long_steps_and_not_after_one() -> None:
+    watch = http_protocol.LoopWatch()
+
+    async def steps(count: int, requests: int) -> bool:
+        for _ in range(count):
+            for _ in range(requests):
+                watch.count_request()
+            time.sleep(0.05)
+            await asyncio.sleep(0)
+        return watch.is_behind
+
+    assert [await steps(1, 100), await steps(8, 1), await steps(8, 100)] == [False, False, True]
+    await asyncio.sleep(0.1)
+    assert not watch.is_behind
 
 
 @pytest.mark.parametrize("piece", [b"X-Y: z\r\n", b"x"], ids=["many headers", "one long header"])

@@ -139,7 +139,7 @@ def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[Fas
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(server_config(behind_proxy if below else app))
+        server = uvicorn.Server(server_config(behind_proxy if below else app, app.state.metrics))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         port = int(listener.getsockname()[1])
