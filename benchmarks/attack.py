@@ -12,7 +12,8 @@
   second, a process that sends nothing keeps a core busy: on few cores, an attacker costs that much by running on the
   same machine.
 - Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
-  traversal, deep and long JSON, expensive filters, facets, pages and explanations, and hostile images of every format.
+  traversal, deep and long JSON, expensive filters, facets, pages and explanations, hostile images of every format, and
+  changes of a second collection, whose items have as much metadata as they may and an image of 62 megapixels.
 - Exits with 1 if a request was answered 500, if a smuggled one was answered, if the attacker or an honest caller was
   left without an answer, or if memory exceeded `MEMORY_MB`.
 """
@@ -23,6 +24,7 @@ import base64
 import itertools
 import json
 import multiprocessing
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -50,8 +52,9 @@ from hostile_files import (
 )
 from load import Tally, address, closed_loop, image_request, open_loop, post
 from serve import bomb, new_images, new_texts
-from service import MemoryGroup, Server, emoji, serving
+from service import MemoryGroup, Server, emoji, index_of, serving
 
+ADMIN_KEY = "an admin key"
 ATTACKER = "127.0.0.2"  # another caller than the honest ones
 HOST = b"Host: 127.0.0.1\r\n"
 PROBE = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -62,7 +65,7 @@ MEMORY_BYTES = 2 * 2**30  # as docker-compose.yml sets; the server is limited to
 SHORT = {
     "unfinished uploads", "tiny chunks", "smuggling", "600 texts a second", "nested JSON", "long filters",
     "slow filters", "long contains", "whole pages", "batches of explanations", "writes without a key",
-    "200 mutated images", "batches of 12 megapixels",
+    "200 mutated images", "batches of 12 megapixels", "changes of items", "changes of dropped collections",
 }  # fmt: skip
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 
@@ -182,6 +185,41 @@ def batch(**query: object) -> bytes:
     return post("/search/batch", "application/json", json.dumps({"queries": queries}, ensure_ascii=False).encode())
 
 
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n"
+
+
+def change(method: str, path: str, **body: object) -> bytes:
+    """Return a request of a caller that has the admin key."""
+    request = post(path, "application/json", json.dumps(body).encode() if body else b"")
+    return request.replace(b"POST", method.encode(), 1).replace(b"\r\n", f"\r\nX-API-Key: {ADMIN_KEY}\r\n".encode(), 1)
+
+
+def changes() -> dict[str, Attack]:
+    """Return the attacks of callers that may change items, and on their results."""
+    small, numbers = base64.b64encode(encoded("PNG", 8)).decode(), itertools.count()
+    metadata = {"text": "x" * 66_000}
+    items = [{"id": f"{n}", "image": small, "metadata": metadata} for n in range(200)]
+    dropped = [
+        change("PUT", "/collections/dropped"),
+        change("PUT", "/collections/dropped/items/1", image=small),
+        change("DELETE", "/collections/dropped/items", ids=["1"]),
+        change("DELETE", "/collections/dropped"),
+    ]
+    patches = [change("PATCH", "/collections/hostile/items/1", metadata={"price": n}) for n in range(200)]
+    pages = [get(f"/collections/hostile/items?k={k}") for k in (200, 2)]
+    return {
+        "pages of large metadata": flood(*pages),
+        "items of large metadata": flood(change("PUT", "/collections/hostile/items", items=items), connections=8),
+        "thumbnails of 62 megapixels": flood(get("/collections/hostile/items/large/image?size=192"), connections=8),
+        "images by URL": flood(batch(image="http://localhost/x"), batch(image="http://[::ffff:127.0.0.1]/x")),
+        "jobs of others": flood(get("/jobs/x"), get("/jobs?limit=100")),
+        "changes of items": flood(*patches, connections=8),
+        "many collections": flood(*(change("PUT", f"/collections/new{next(numbers)}") for _ in range(200))),
+        "changes of dropped collections": flood(*dropped, connections=8),
+    }
+
+
 def attacks() -> dict[str, Attack]:
     """Return every attack by name."""
     paths = [
@@ -257,6 +295,7 @@ def attacks() -> dict[str, Attack]:
         **{name: flood(request) for name, request in batches.items()},
         **{name: flood(image_request(data)) for name, data in images.items()},
         "200 mutated images": flood(*(image_request(data) for data in mutants(200))),
+        **changes(),
     }
 
 
@@ -355,6 +394,19 @@ async def spin(target: Target) -> None:
         await asyncio.sleep(0)
 
 
+def hostile_collection(work: Path) -> Path:
+    """Return an index of items with as much metadata as they may have, one with an image of 62 megapixels."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, lines = encoded("PNG", 8), list[str]()
+        for number in range(256):
+            (Path(folder) / f"{number}.png").write_bytes(small + number.to_bytes(2, "big"))
+            lines.append(json.dumps({"file_name": f"{number}.png", "id": f"{number}", "text": "x" * 60_000}))
+        (Path(folder) / "large.png").write_bytes(encoded("PNG", 7_874))
+        lines.append(json.dumps({"file_name": "large.png", "id": "large"}))
+        (Path(folder) / "metadata.jsonl").write_text("\n".join(lines))
+        return index_of(Path(folder), work / "hostile")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="directory of the index")
@@ -370,7 +422,13 @@ def main() -> None:
         parser.error(f"--only names no attack: {', '.join(sorted(unknown))}; there are: {', '.join(rows)}")
     failed = list[str]()
     group = MemoryGroup(MEMORY_BYTES)
-    with serving(given.index or emoji(given.work), group=group) as server:
+    hostile, created = hostile_collection(given.work), tempfile.TemporaryDirectory()
+    settings = {
+        "collections": json.dumps({"hostile": str(hostile)}), "collections_dir": created.name, "max_collections": 10,
+        "writes": "true", "admin_key": ADMIN_KEY, "max_jobs": 50, "image_hosts": "localhost,::ffff:127.0.0.1",
+        "thumbnail_cache_bytes": 0,
+    }  # fmt: skip
+    with created, serving(given.index or emoji(given.work), group=group, **settings) as server:
         asyncio.run(_explain_once(server.port))
         print(
             f"{'attack':28} | {'responses':40} | text p99   | worst text | worst image | worst probe | refused | memory"

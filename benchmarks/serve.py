@@ -6,11 +6,12 @@
     python benchmarks/serve.py uncached     unique texts and images at 1, 8, 32, 128 connections, in turns with the
                                             bare encoder in batches of the size that the service formed
     python benchmarks/serve.py overload     four times as many requests as the service can answer
+    python benchmarks/serve.py mixed        600 requests a second for a minute: texts, known texts, filters and images
     python benchmarks/serve.py poison       truncated images and decompression bombs between good ones
     python benchmarks/serve.py changes      PATCH of items: seconds from the request to the first search that shows it
 
 - In `cached`, `overload` and `poison` the server has core 0 to itself, and another core sends the load. In `uncached`
-  it has every core, as in production. Each figure is the median of `--rounds`.
+  and `mixed` it has every core, as in production. Each figure is the median of `--rounds`.
 - `uncached` and `changes` run on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
 """
 
@@ -190,9 +191,53 @@ def overload(index: Path, seconds: float, rounds: int) -> None:
         shares = sorted(load.rate / peak.rate for peak, load in zip(peaks, loads, strict=True))
         spread = f"{shares[0]:.0%} to {shares[-1]:.0%}"
         print(f"goodput under overload: {statistics.median(shares):.0%} of the peak, {spread}", flush=True)
-        alone = {request: run(ask(server.port, request)) for request in list(answers)[:: 1 + len(answers) // 1000]}
-        wrong = sum(not same_answer(answers[request], body) for request, body in alone.items())
-        print(f"{len(alone)} answers compared with those without load: {wrong} wrong", flush=True)
+        _compare(server, answers)
+
+
+def _compare(server: Server, answers: dict[bytes, bytes]) -> None:
+    alone = {request: run(ask(server.port, request)) for request in list(answers)[:: 1 + len(answers) // 1000]}
+    wrong = sum(not same_answer(answers[request], body) for request, body in alone.items())
+    print(f"{len(alone)} answers compared with those without load: {wrong} wrong", flush=True)
+
+
+def mixed(index: Path, seconds: float, rate: float, settings: dict[str, Any]) -> None:
+    """Send of ten requests six new texts, a known one, two filters and an image, at a rate beyond what is possible."""
+    known = itertools.cycle([text_request(text) for text in itertools.islice(unique_texts(1), 100)])
+    texts, filtered, pictures, number = new_texts(2), unique_texts(3), new_images(), itertools.count()
+
+    def filters() -> bytes:
+        return text_request(
+            next(filtered), filter={"category": {"not": [f"c{next(number) % 50}"]}}, facets=["category"]
+        )
+
+    kinds = itertools.cycle([texts, texts, texts, filters, lambda: next(known), texts, texts, filters, texts, pictures])
+    answers, memory = dict[bytes, bytes](), list[float]()
+
+    async def load(server: Server) -> Tally:
+        async def watch() -> None:
+            while True:
+                memory.append(server.memory_mb())
+                await asyncio.sleep(0.5)
+
+        watching = asyncio.create_task(watch())
+        tally = await open_loop(
+            server.port, lambda: next(kinds)(), rate=rate, seconds=seconds, check=answers.__setitem__
+        )
+        watching.cancel()
+        return tally
+
+    with serving(index, **settings) as server:
+        run(closed_loop(server.port, lambda: next(kinds)(), connections=8, seconds=2))
+        peak = run(closed_loop(server.port, lambda: next(kinds)(), connections=32, seconds=min(10.0, seconds)))
+        print(f"32 connections     {peak}", flush=True)
+        tally = run(load(server))
+        print(f"{rate:3.0f} a second, open loop   {tally}")
+        shares = " and ".join(f"{np.percentile(tally.refused or [0], share) * 1000:.0f}" for share in (50, 99))
+        refused = tally.statuses[503] / sum(tally.statuses.values())
+        print(
+            f"{refused:.0%} refused, p50 and p99 {shares} ms; memory {memory[0]:.0f} MB, at most {max(memory):.0f} MB"
+        )
+        _compare(server, answers)
 
 
 def png_chunk(name: bytes, data: bytes) -> bytes:
@@ -269,16 +314,21 @@ def _seconds_to_change(client: httpx.Client, field: str, chosen: dict[str, Any],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cached", "feedback", "compare", "uncached", "overload", "poison", "changes"])
+    parser.add_argument(
+        "what", choices=["cached", "feedback", "compare", "uncached", "overload", "mixed", "poison", "changes"]
+    )
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the indexes")
     parser.add_argument("--index", type=Path, help="serve this index instead")
     parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached` and `changes`")
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--seconds", type=float, help="default: 60 of `mixed`, otherwise 5")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=600.0, help="requests a second in `mixed`")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached`"
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached` and `mixed`"
     )
     given = parser.parse_args()
+    given.seconds = given.seconds or (60.0 if given.what == "mixed" else 5.0)
+    settings = dict(each.split("=", 1) for each in given.set)
     is_large = given.what in ("uncached", "changes")
     index = given.index or (random_vit(given.work, given.count) if is_large else emoji(given.work))
     os.sched_setaffinity(0, LOAD_CORES)
@@ -289,9 +339,12 @@ def main() -> None:
     elif given.what == "compare":
         collections = json.dumps({"candidate": str(index)})
         feedback(index, given.seconds, given.rounds, "a comparison", collections=collections, compare="candidate:1")
-    elif given.what == "uncached":
+    elif given.what in ("uncached", "mixed"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        uncached(index, given.seconds, given.rounds, dict(each.split("=", 1) for each in given.set))
+        if given.what == "mixed":
+            mixed(index, given.seconds, given.rate, settings)
+        else:
+            uncached(index, given.seconds, given.rounds, settings)
     elif given.what == "changes":
         changes(index, given.rounds)
     elif given.what == "overload":

@@ -173,10 +173,14 @@ class Redis:
 
 def emoji(work: Path) -> Path:
     """Return an index of the bundled twemoji gallery."""
-    out = work / "twemoji"
-    example = ROOT / "examples" / "emoji" / "twemoji"
-    command = [sys.executable, "-m", "app.cli", "index", "build", "--gallery", str(example)]
-    command += ["--checkpoint", str(example / "checkpoint"), "--out", str(out), "--force"]
+    return index_of(ROOT / "examples" / "emoji" / "twemoji", work / "twemoji")
+
+
+def index_of(gallery: Path, out: Path) -> Path:
+    """Return an index of a gallery, made anew by the model of the bundled twemoji gallery."""
+    checkpoint = ROOT / "examples" / "emoji" / "twemoji" / "checkpoint"
+    command = [sys.executable, "-m", "app.cli", "index", "build", "--gallery", str(gallery)]
+    command += ["--checkpoint", str(checkpoint), "--out", str(out), "--force"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return out
 
