@@ -5,8 +5,8 @@
 - Recent searches of this process are kept with their results, and events for other items are ignored. Events for an
   older search, or one of another process, are stored, as far as they are not too many; whoever reads the log compares
   them with the results that were shown.
-- A search waits for nothing: it gets a query id and is noted; rows are made in batches, which costs a third of the
-  time, and written each second. Accepted events are on the disk.
+- A search waits for nothing: it becomes a row of JSON, which is written within a second. Nothing else of it is kept, as
+  objects that outlive their request cost more than the row. Accepted events are on the disk.
 - If the disk is full, rows are dropped and counted, and events get 503.
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import Counter
+from pydantic_core import from_json, to_json
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
@@ -34,7 +35,7 @@ from app.core.threads import ComputeThreads
 from app.feedback import store
 from app.feedback.compare import Compared
 from app.feedback.insights import summarize
-from app.feedback.store import EventRow
+from app.feedback.store import EventRow, QueryRow
 from app.search.errors import UnavailableError
 from app.search.query import Query, SearchResults
 from dcar_core.util.errors import DcarError
@@ -52,7 +53,6 @@ _RECENT = 10_000  # searches after which earlier ones are no longer kept with th
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 50_000  # rows of searches that wait for the disk
-_BATCH = 100  # searches that become rows at once
 _NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id: a nonce, the time, and a hash over both and the caller
 
 
@@ -65,12 +65,11 @@ class FeedbackLog:
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
         self._keyed = hashlib.blake2b(key=self._secret, digest_size=_MAC)
         self._numbers = itertools.count(int.from_bytes(os.urandom(_NONCE - 1)))  # of query ids, from a random one on
-        # Query ids to collections and the ids of the results. Two tables: taking single old entries out is slow.
-        self._recent, self._earlier = dict[str, tuple[str, tuple[str, ...]]](), dict[str, tuple[str, tuple[str, ...]]]()
+        # `QueryRow`s in JSON by query id. Two tables: taking single old entries out is slow.
+        self._recent, self._earlier = dict[str, bytes](), dict[str, bytes]()
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
-        self._noted = list[tuple[str, float, str | None, Query, SearchResults, bool, Compared | None]]()
-        self._queries, self._events = list[tuple[Any, ...]](), list[EventRow]()  # `QueryRow`s
+        self._queries, self._events = list[bytes](), list[EventRow]()
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
         self._writing, self._rolling = ComputeThreads(1, "dcar-feedback"), ComputeThreads(1, "dcar-feedback-roll")
@@ -117,9 +116,20 @@ class FeedbackLog:
         now = time.time()
         head = next(self._numbers).to_bytes(_NONCE) + int(now).to_bytes(_TIME)
         query_id = base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
-        self._noted.append((query_id, now, collection, query, results, has_image, compared))
-        if len(self._noted) >= _BATCH:
-            self._take_noted()
+        text, is_hashed = query.query, not self._settings.feedback_texts
+        is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
+        if is_hashed and text:
+            text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
+        hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
+        facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
+        row = query_id, int(now * 1000), collection or self._default_collection, text, hits, *facts, *(compared or ())
+        if len(self._recent) >= _RECENT:
+            self._recent, self._earlier = {}, self._recent
+        self._recent[query_id] = line = to_json(row)
+        if len(self._queries) < _MAX_QUERIES:
+            self._queries.append(line)
+        else:
+            self._lost.labels("queries").inc()
         return query_id
 
     def draw(self, client: str, query: str) -> tuple[float, str]:
@@ -134,26 +144,6 @@ class FeedbackLog:
         mac = self._keyed.copy()  # a quarter faster than with the key
         mac.update(head + caller.encode())
         return mac.digest()
-
-    def _take_noted(self) -> None:
-        """Make rows of the noted searches, whose results are known from here on."""
-        noted, self._noted = self._noted, []
-        is_hashed = not self._settings.feedback_texts
-        for query_id, now, collection, query, results, has_image, compared in noted:
-            text = query.query
-            is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
-            if is_hashed and text:
-                text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
-            collection = collection or self._default_collection
-            hits, kind = tuple([match.item.id for match in results.matches]), "text" if is_text else "other"
-            facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
-            self._queries.append((query_id, int(now * 1000), collection, text, hits, *facts, *(compared or ())))
-            if len(self._recent) >= _RECENT:
-                self._recent, self._earlier = {}, self._recent
-            self._recent[query_id] = collection, hits
-        if (excess := len(self._queries) - _MAX_QUERIES) > 0:
-            self._lost.labels("queries").inc(excess)
-            del self._queries[:excess]
 
     def _is_of(self, caller: str, query_id: str) -> bool:
         """Return True if the service gave this id to this caller within the last day."""
@@ -171,15 +161,15 @@ class FeedbackLog:
         Raises:
             UnavailableError: they cannot be stored; the same request may be sent again.
         """
-        self._take_noted()
         ignored, accepted = list[tuple[int, str, str]](), list[EventRow]()
         for number, event in enumerate(events):
             key = event.client, event.action, event.item
-            collection, hits = self._recent.get(event.query_id) or self._earlier.get(event.query_id) or ("", None)
+            line = self._recent.get(event.query_id) or self._earlier.get(event.query_id)
+            search = QueryRow(*from_json(line)) if line else None  # None: of another process, or long ago
             seen = self._seen.get(event.query_id, {})
             if not self._is_of(caller, event.query_id):
                 fault = "query_id", "is of no search of yours in the last day"
-            elif hits is not None and event.item not in hits:
+            elif search is not None and event.item not in search.hits:
                 fault = "object_id", "was not among the results"
             elif seen.get(key, -1) == event.rating:
                 fault = "action_name", "is known already"
@@ -187,7 +177,10 @@ class FeedbackLog:
                 fault = "query_id", "has too many events"
             else:
                 self._seen.setdefault(event.query_id, seen)[key] = event.rating
-                accepted.append(event._replace(collection=collection))
+                if search is not None:
+                    rank = search.offset + search.hits.index(event.item) + 1
+                    event = event._replace(collection=search.collection, position=event.position or rank)
+                accepted.append(event)
                 continue
             ignored.append((number, *fault))
             self._ignored.labels(fault[0]).inc()
@@ -223,7 +216,6 @@ class FeedbackLog:
             await self._write()
 
     async def _write(self) -> None:
-        self._take_noted()
         queries, events, waiting = self._queries, self._events, self._waiting
         self._queries, self._events, self._waiting = [], [], []
         counts, is_stored = {"queries": len(queries), "events": len(events)}, False

@@ -22,7 +22,7 @@ from contextlib import suppress
 from itertools import chain, product
 from pathlib import Path
 from string import ascii_letters, digits
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,9 +80,6 @@ EVENT_SCHEMA = pa.schema(
 )
 
 
-_ATTRIBUTES = [field.name for field in QUERY_SCHEMA.field("query_attributes").type]
-
-
 class QueryRow(NamedTuple):
     """A search that was answered: the fields of `QUERY_SCHEMA` and of its attributes, in their order.
 
@@ -104,10 +101,6 @@ class QueryRow(NamedTuple):
     teams: str | None = None
     shared: int | None = None
 
-    def in_ubi(self) -> dict[str, Any]:
-        attributes = dict(zip(_ATTRIBUTES, self[5:], strict=True))
-        return dict(zip(QUERY_SCHEMA.names, (*self[:5], _ID_FIELD, attributes), strict=True))
-
 
 class EventRow(NamedTuple):
     """What a client did with a result. position: where it was shown, from 1."""
@@ -121,10 +114,21 @@ class EventRow(NamedTuple):
     position: int | None
     rating: int | None
 
-    def in_ubi(self) -> dict[str, Any]:
-        item, position = {"object_id": self.item, "object_id_field": _ID_FIELD}, {"ordinal": self.position}
-        attributes = {"object": item, "position": position, "rating": self.rating}
-        return dict(zip(EVENT_SCHEMA.names, (*self[:5], attributes), strict=True))
+
+def in_ubi(rows: Sequence[QueryRow] | Sequence[EventRow], schema: pa.Schema) -> pa.Table:
+    """Return rows in the columns of their schema."""
+    if not rows:
+        return schema.empty_table()
+    columns = [*zip(*rows, strict=True)]
+    columns.insert(5 if schema is QUERY_SCHEMA else 6, (_ID_FIELD,) * len(rows))
+    values = iter(columns)
+
+    def array_of(kind: pa.DataType) -> pa.Array:
+        if not pa.types.is_struct(kind):
+            return pa.array(next(values), kind)
+        return pa.StructArray.from_arrays([array_of(field.type) for field in kind], fields=[*kind])
+
+    return pa.Table.from_arrays([array_of(field.type) for field in schema], schema=schema)
 
 
 def prepare(folder: Path) -> bytes:
@@ -156,9 +160,9 @@ class Journal:
         self._size = 0
         self._day = ""
 
-    def write(self, queries: Sequence[tuple[Any, ...]], events: Sequence[EventRow]) -> None:
-        """Store rows durably, queries with the fields of `QueryRow`. Raise OSError if they cannot be; then none is."""
-        line = to_json([queries, events]) + b"\n"
+    def write(self, queries: Sequence[bytes], events: Sequence[EventRow]) -> None:
+        """Store rows durably, queries as `QueryRow`s in JSON. Raise OSError if they cannot be; then none is."""
+        line = b"[[%b],%b]\n" % (b",".join(queries), to_json(events))
         while True:
             self._open()
             try:
@@ -289,16 +293,17 @@ def _parquet(folder: Path, schema: pa.Schema, day: str = "") -> Iterator[tuple[P
 
 
 def _read_journal(path: Path) -> tuple[pa.Table, pa.Table]:
-    queries, events = list[dict[str, Any]](), list[dict[str, Any]]()
+    queries, events = list[QueryRow](), list[EventRow]()
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         lines = []
     for line in lines:
         with suppress(ValueError, TypeError):  # torn
-            for rows, row_type, given in zip((queries, events), (QueryRow, EventRow), from_json(line), strict=True):
-                rows += [row_type(*row).in_ubi() for row in given]
-    return pa.Table.from_pylist(queries, QUERY_SCHEMA), pa.Table.from_pylist(events, EVENT_SCHEMA)
+            found, given = from_json(line)
+            queries += [QueryRow(*row) for row in found]
+            events += [EventRow(*row) for row in given]
+    return in_ubi(queries, QUERY_SCHEMA), in_ubi(events, EVENT_SCHEMA)
 
 
 def forget(folder: Path, client: str) -> int:

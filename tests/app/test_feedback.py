@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic_core import to_json
 
 from app.core.settings import load_settings
 from app.feedback import store
@@ -92,8 +92,9 @@ async def test_searches_are_named_and_events_are_stored_in_the_columns_of_ubi(in
     assert {row["application"] for row in rows.values()} == {"index"}
     actions = [row["action_name"] for row in events.to_pylist()]
     assert actions == ["impression", "click", "judge", "purchase", "save"]
+    positions = [row["event_attributes"]["position"]["ordinal"] for row in events.to_pylist()]
+    assert positions == [1, 2, 2, 3, 3], "by rank, where the event has none"
     second = events.to_pylist()[1]
-    assert second["event_attributes"]["position"] == {"ordinal": 2}
     assert second["timestamp"].isoformat() == "2026-01-02T03:04:05+00:00"
     assert events.to_pylist()[2]["event_attributes"]["rating"] == 3
 
@@ -237,8 +238,8 @@ def test_the_setting_is_a_switch_or_a_directory(
     assert load_settings(index=Path("index")).feedback_folder == (Path(folder) if folder else None)
 
 
-def query_row(query_id: str) -> QueryRow:
-    return QueryRow(query_id, 1_700_000_000_000, "index", "red", ["a", "b"], "text", 0, 1, False)
+def query_row(query_id: str) -> bytes:
+    return to_json(QueryRow(query_id, 1_700_000_000_000, "index", "red", ["a", "b"], "text", 0, 1, False))
 
 
 def event_row(query_id: str, client: str = "c1") -> EventRow:
@@ -310,7 +311,7 @@ def test_old_files_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None
     store.prepare(tmp_path)
     today = time.strftime("%Y-%m-%d", time.gmtime())
     for day in ("2020-01-01", "2020-01-02", today):
-        table = pa.Table.from_pylist([event_row(day).in_ubi()], store.EVENT_SCHEMA)
+        table = store.in_ubi([event_row(day)], store.EVENT_SCHEMA)
         store.write_table(tmp_path / "ubi_events" / f"{day}.0.parquet", table)
     assert store.prune(tmp_path, 30, 2**20) == 2
     assert len(stored(tmp_path)) == 1
@@ -343,11 +344,13 @@ async def test_a_flood_of_searches_takes_bounded_memory(
 ) -> None:
     monkeypatch.setattr("app.feedback.log._RECENT", 2)
     monkeypatch.setattr("app.feedback.log._MAX_SEEN", 2)
+    monkeypatch.setattr("app.feedback.log._MAX_QUERIES", 3)
+    monkeypatch.setattr("app.feedback.log._FLUSH_S", 60.0)  # a disk that does not answer
     async with opened(index, feedback=tmp_path) as client:
         searches = [await searched(client) for _ in range(4)]
         log: FeedbackLog = client.app.state.feedback
-        log._take_noted()
         assert len(log._recent) + len(log._earlier) == 4
+        assert (await scrape(client))["dcar_feedback_lost_total", (("kind", "queries"),)] == 1
         for query_id, items in searches:
             assert (await send(client, event(query_id, items[0])))["accepted"] == 1
         assert sum(map(len, log._seen.values())) <= 3

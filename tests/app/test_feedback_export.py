@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic_core import to_json
 
 from app.feedback import store
 from app.feedback.click_model import Propensities
@@ -39,7 +40,7 @@ def log_of(folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]],
             rows = query_id, TIME + number, "", client, action, item, None, *(rating or [None])
             events.append(EventRow(*rows))
     journal = Journal(folder)
-    journal.write(queries, events)
+    journal.write([*map(to_json, queries)], events)
     journal.close()
     return folder
 

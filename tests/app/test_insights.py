@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
+from pydantic_core import to_json
 
 from app.feedback import insights, store
 from app.feedback.insights import summarize
@@ -24,15 +24,15 @@ def write(
     store.prepare(folder)
     moment = int(time.mktime(time.strptime(day, "%Y-%m-%d")) * 1000)
     queries = [
-        QueryRow(query_id, moment, "index", text, HITS, "text", 0, 1, False)._replace(**fields).in_ubi()
+        QueryRow(query_id, moment, "index", text, HITS, "text", 0, 1, False)._replace(**fields)
         for query_id, text, fields in searches
     ]
-    events = [EventRow(each, moment, "", "c", "click", item, None, None).in_ubi() for each, item in clicks]
+    events = [EventRow(each, moment, "", "c", "click", item, None, None) for each, item in clicks]
     for name, rows, schema in (
         (store.QUERIES, queries, store.QUERY_SCHEMA),
         (store.EVENTS, events, store.EVENT_SCHEMA),
     ):
-        store.write_table(folder / name / f"{day}.0.parquet", pa.Table.from_pylist(rows, schema))
+        store.write_table(folder / name / f"{day}.0.parquet", store.in_ubi(rows, schema))
 
 
 def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_latest_search_is_last_wherever_it_is_stored(tmp_path: Path) -> None
     )
     journal = store.Journal(tmp_path)
     row = QueryRow("2", int(time.time() * 1000) + 86_400_000, "index", "red", ["b"], "text", 0, 1, False)
-    journal.write([row._replace(candidate="a@2", draw="c.q", teams="S", shared=1)], [])
+    journal.write([to_json(row._replace(candidate="a@2", draw="c.q", teams="S", shared=1))], [])
     journal.close()
     found = summarize(tmp_path, "index")
     assert found["worst"][0]["items"] == ["b"]

@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from app.feedback import store
@@ -32,15 +31,14 @@ def write_log(folder: Path, name: str, ids: list[str], days: int = 12) -> Path:
             hits, query_id = rng.permutation(ids)[:10].tolist(), f"{day}-{number}"
             row = QueryRow(query_id, moment, name, text, hits, "text", 0, 1, False, text == "a zebra")
             compared = "new@2", f"{number}.{query_id}", "-" + "CS" * 4 + "C", 7
-            queries.append(QueryRow(*row[:10], *compared).in_ubi())
+            queries.append(QueryRow(*row[:10], *compared))
             places = np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist() if number % 2 == 0 else []
-            clicks = (EventRow(query_id, moment, "", "c", "click", hits[p], p + 1, None) for p in places)
-            events += [click.in_ubi() for click in clicks]
+            events += [EventRow(query_id, moment, "", "c", "click", hits[p], p + 1, None) for p in places]
         for kind, rows, schema in (
             ("ubi_queries", queries, store.QUERY_SCHEMA),
             ("ubi_events", events, store.EVENT_SCHEMA),
         ):
-            store.write_table(folder / kind / f"{day}.0.parquet", pa.Table.from_pylist(rows, schema))
+            store.write_table(folder / kind / f"{day}.0.parquet", store.in_ubi(rows, schema))
     return folder
 
 
