@@ -60,7 +60,10 @@ async def compare(
 
     async def find() -> list[Match] | None:
         try:
-            return await asyncio.to_thread(_as_served, (await search(live)).matches, served.artifact)
+            matches, artifact = (await search(live)).matches, served.artifact
+            if all(match.item.id in artifact.known for match in matches):
+                return _as_served(matches, artifact)
+            return await asyncio.to_thread(_as_served, matches, artifact)
         except DcarError:
             return None
 
@@ -79,7 +82,8 @@ async def compare(
         return results, Compared(name, draw, "", shared)
     shown = interleave(ids, other_ids, k, Random(f"{draw} {served.version} {name}"))
     page = [(matches if team == CANDIDATE else results.matches)[place] for team, place in shown]
-    left = [place for place, each in enumerate(ids) if each not in {match.item.id for match in page}]
+    on_page = {match.item.id for match in page}
+    left = [place for place, each in enumerate(ids) if each not in on_page]
     # The next page begins with the first result of the served version that is not on this one.
     following = left[0] if left and left[0] + k <= max_window else None
     results = replace(results, matches=page, next_offset=following if left else results.next_offset)

@@ -129,7 +129,7 @@ class Artifact:
     """One opened version.
 
     rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose item was removed.
-    image_access: limits on the images that are read; None for no limit.
+    image_access: limits on the images that are read; None for no limit. known: rows of items of recent searches, by id.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Artifact:
     ) -> None:  # fmt: skip
         """Take the opened parts of a version; `open` opens them."""
         self.path, self.manifest, self.segments, self.image_access = path, manifest, segments, image_access
-        self.removed, self._items = removed, dict[int, Item]()
+        self.removed, self._items, self.known = removed, dict[int, Item](), dict[str, int]()
         stops = np.cumsum([0, *(segment.vectors.count for segment in segments)]).tolist()
         self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
 
@@ -271,6 +271,8 @@ class Artifact:
 
     def row_of(self, item_id: str) -> int | None:
         """Return the live row of an id, or None; newer segments first, since an item may have been replaced."""
+        if (known := self.known.get(item_id)) is not None:
+            return known
         for segment, span in zip(reversed(self.segments), reversed(self._spans), strict=True):
             row = segment.items.row_of(item_id)
             if row is not None and (not len(self.removed) or self.live[row + span.start]):
@@ -310,7 +312,8 @@ class Artifact:
         item = Item(*[*cells, segment.items.scalar(position, "metadata")])
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
-        self._items[row] = item
+            self.known.clear()
+        self._items[row], self.known[item.id] = item, row
         return item
 
     def image_location(self, row: int) -> tuple[str, int]:

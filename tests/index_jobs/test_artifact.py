@@ -30,7 +30,9 @@ def with_sizes(table: pa.Table) -> pa.Table:
     return table
 
 
-def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path) -> None:
+def test_search_and_items(
+    published: Path, encoder: Encoder, tiny_gallery: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = open_current(published)
     vectors = encoder.encode_images([tiny_gallery / "cross" / "red.png", tiny_gallery / "circle" / "blue.png"])
     scores, rows = artifact.search(vectors, 30)
@@ -43,7 +45,11 @@ def test_search_and_items(published: Path, encoder: Encoder, tiny_gallery: Path)
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
     np.testing.assert_allclose(artifact.vectors(rows[1:2, 0]), vectors[1:], atol=1e-5)
     assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
-    assert [artifact.row_of(artifact.item(row).id) for row in range(24)] == list(range(24))
+    ids = artifact.column("id").to_pylist()
+    monkeypatch.setattr("index_jobs.store.artifact._CACHED_ITEMS", 5)
+    assert [artifact.row_of(each) for each in ids] == list(range(24))
+    assert [artifact.row_of(artifact.item(row).id) for row in range(24)] == list(range(24)), "of items that were shown"
+    assert len(artifact.known) <= 5
     for unknown in ("", "0", "zzz", "../../etc/passwd", "\ud800"):
         assert artifact.row_of(unknown) is None
 
