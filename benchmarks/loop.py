@@ -1,6 +1,7 @@
 """Weeks of searches, clicks and retraining by simulated users, beside the same weeks without retraining.
 
     python benchmarks/loop.py --weeks 10
+    python benchmarks/loop.py --weeks 1 --hostile 0 --items 100000
 
 - The gallery is bundled, and the model is the bundled one that never saw its style. Users search by names and tags of
   emoji. A right answer is an emoji that has all of the words' names and tags. Test queries are never searched by users.
@@ -11,20 +12,25 @@
   do what they do for everybody; then hit@5 of the test queries is measured: a right answer among the first five.
 - Then the same weeks without hostile clients, a candidate that learned from pairs of other items, and the propensities
   against the truth. The last line is JSON: hit@5 by week in percent, with the loop "on" and "off".
+- `--items` times `dcar retrain` on the last pairs and the gallery of the start, with random items up to this number.
 """
 
 import argparse
 import asyncio
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from load import unique_texts
+from service import ROOT, made_index
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
@@ -180,6 +186,22 @@ def refuse_useless(loop: Loop, rng: np.random.Generator) -> str:
         return str(error)
 
 
+def time_retraining(start: Path, pairs: Path, out: Path, count: int) -> str:
+    """Return what `dcar retrain` prints for the pairs and an index with random items beside those of the start."""
+    artifact, rng = open_current(start), np.random.default_rng(0)
+    others = rng.standard_normal((count - artifact.rows, artifact.manifest.dim), np.float32)
+    others /= np.linalg.norm(others, axis=1, keepdims=True)
+    vectors = np.concatenate([artifact.vectors(np.arange(artifact.rows)), others])
+    captions = [*artifact.column("caption").to_pylist(), *islice(unique_texts(), len(others))]
+    made_index(out, artifact.checkpoint, lambda: vectors, captions)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    lines = [json.dumps(row | {"id": f"{artifact.row_of(row['id'])}"}) for row in rows]
+    path = out.with_suffix(".pairs.jsonl")
+    path.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "app.cli", "retrain", "--index", out, "--pairs", path, "--device", "cpu"]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
+
+
 def worst_propensity(report: Report) -> str:
     """Return how far the estimated propensities are from the truth."""
     if not report.pairs_at_several_positions:
@@ -202,6 +224,7 @@ def main() -> None:
         "--gallery", type=Path, default=EMOJI / "openmoji", help="with metadata.jsonl; default: openmoji"
     )
     parser.add_argument("--model", type=Path, default=EMOJI / "base", help="default: the bundled one")
+    parser.add_argument("--items", type=int, help="of an index to time `dcar retrain` on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -228,6 +251,8 @@ def main() -> None:
         print(f"hostile clients move hit@{K} by {by_share[args.hostile][-1] - by_share[0.0][-1]:+.2f} points")
         print(f"propensities: {worst_propensity(loop.report)}")
         print(f"a candidate that learned from pairs of other items: {refuse_useless(loop, rng)}")
+        if args.items:
+            print(time_retraining(work / "start", loop.folder / "pairs" / "pairs.jsonl", work / "many", args.items))
         print(json.dumps({"on": by_share[args.hostile], "off": [off] * args.weeks}))
 
 
