@@ -120,11 +120,8 @@ function explanationOf(result, wanted, base) {
 // Explains a result before those that wait.
 export const explainNow = (result, wanted, base) => (urgent = explanationOf(result, wanted, base));
 
-// Returns the number of first results that fit; all without a cut-off.
-function countFitting(shown, { cutoff }) {
-  const end = cutoff === undefined ? -1 : shown.findIndex(({ level }) => level !== "likely");
-  return end < 0 ? shown.length : end;
-}
+// True for a result that hardly fits; never without a cut-off.
+const isWeak = ({ level }, { cutoff }) => !list.isSorted && cutoff !== undefined && level !== "likely";
 
 function showNothing(lead, why) {
   nothing.querySelector(".lead").textContent = lead;
@@ -134,14 +131,15 @@ function showNothing(lead, why) {
 }
 
 function append(found) {
-  const start = list.results.length, { wanted } = list;
-  nameResults(found, start);
+  const { wanted } = list;
+  nameResults(found, list.results.length);
   list.results.push(...found.results);
   list.next = wanted.beside && hasSubject(wanted) ? undefined : found.next_offset;
-  list.fitting = list.isSorted ? list.results.length : countFitting(list.results, found);
-  const cards = found.results.map((result, i) => card(result, wanted.in, list.scale, start + i >= list.fitting));
-  if (!list.isDivided && list.fitting && list.fitting < list.results.length) {
-    cards.splice(list.fitting - start, 0, makeDivider());
+  const weak = found.results.map((result) => isWeak(result, found)), end = weak.lastIndexOf(false) + 1;
+  const cards = found.results.map((result, i) => card(result, wanted.in, list.scale, weak[i]));
+  list.fitting += weak.filter((each) => !each).length;
+  if (!list.isDivided && list.fitting && end < weak.length) { // below some that do not fit may be one that the words find
+    cards.splice(end, 0, makeDivider());
     list.isDivided = true;
   }
   results.append(...cards);
@@ -218,8 +216,8 @@ export function drawCompared(found, wanted) {
   if (found.results) nameResults(found);
   list.others = found.results ?? [];
   if (!list.others.length) return;
-  const scale = scaleOf(found), fitting = countFitting(list.others, found);
-  $("others").append(...list.others.map((result, i) => card(result, wanted.beside, scale, i >= fitting)));
+  const scale = scaleOf(found);
+  $("others").append(...list.others.map((result) => card(result, wanted.beside, scale, isWeak(result, found))));
   markPlaces(results, list.others, wanted.beside);
   markPlaces($("others"), list.results, page.nameOf(wanted.in));
 }

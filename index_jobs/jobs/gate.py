@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
 _MIN_TEXTS = 100  # validation texts that choose the weight of the words
-_WORDS, _MIN_ITEMS = 300, 100  # words whose scores make a cut-off without validation texts, from so many items on
+_WORDS, _MIN_ITEMS = 300, 30  # words whose scores make a cut-off without validation texts, from so many items on
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
 _NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages

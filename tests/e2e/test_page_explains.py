@@ -95,6 +95,26 @@ def test_an_untouched_model_explains_words_too(page: Page, many: str) -> None:
     until(lambda: len(page.all("#results .explained .word")) == 8 * 3)
 
 
+def test_results_that_the_words_find_are_above_the_less_likely_ones(page: Page, many: str) -> None:
+    colors, shapes = ("red", "green", "blue", "black"), ("circle", "square", "cross", "triangle")
+
+    def levels(query: str) -> list[str]:
+        found = httpx.post(f"{many}/search/text", json={"query": query, "k": 24, "hybrid": True}).json()["results"]
+        return [result["level"] for result in found]
+
+    queries = [f"{one} {other}" for one in (*colors, *shapes) for other in (*shapes, *colors) if one != other]
+    found = {query: each for query in queries if "likely" in (each := levels(query))}
+    ends = {query: each[::-1].index("likely") for query, each in found.items()}
+    mixed = next(query for query, end in ends.items() if 0 < end < 24 - found[query].count("likely"))
+    page.open(f"{many}/#q={quote(mixed)}&words=1")
+    page.settled(24)
+    below = "return [...document.querySelectorAll('.divider ~ .card .number')].map((each) => each.textContent)"
+    says = page.driver.execute_script(below)
+    assert len(says) == ends[mixed]
+    assert "good match" not in says
+    assert len(page.all("#results .weak")) == 24 - found[mixed].count("likely")
+
+
 def test_results_below_the_cut_off_are_separated(page: Page, many: str) -> None:
     cut = httpx.get(f"{many}/collections").json()["collections"][0]["min_score"]
     best: dict[str, float] = {}
