@@ -93,11 +93,11 @@ class PairedDifference:
     resampled: int
 
 
-def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES, seed: int = 0) -> PairedDifference:
+def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES) -> PairedDifference:
     """Compare two models on the same queries. Raise ValueError if the hits are of different queries."""
     if not np.array_equal(model.texts, baseline.texts):
         raise ValueError(f"hits of {len(model.texts)} and {len(baseline.texts)} images are not of the same queries")
-    figures = [_recalls((model, baseline), counts) for counts in _resampled(len(model.texts), resamples, seed)]
+    figures = [_recalls((model, baseline), counts) for counts in _resampled(len(model.texts), resamples)]
     own, other = np.concatenate(figures, axis=1)  # [1 + R, 3]
     difference = own - other
     estimates = [dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, difference)]
@@ -120,16 +120,16 @@ def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.fl
     return np.stack([text, image, np.add(text, image) / 2], axis=2)
 
 
-def estimate_means(values: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Estimate]:
+def estimate_means(values: NDArray[np.float64], *, resamples: int = RESAMPLES) -> list[Estimate]:
     """Return the mean over queries of each of M measures (Q, M); of paired differences, if the values are these."""
-    means = [counts @ values / len(values) for counts in _resampled(len(values), resamples, seed)]
+    means = [counts @ values / len(values) for counts in _resampled(len(values), resamples)]
     return _estimates(np.concatenate(means))
 
 
-def _resampled(items: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def _resampled(items: int, resamples: int) -> Iterator[NDArray[np.int64]]:
     """Yield how often each item is taken, (r, n): first without resampling, then in each resample."""
     yield np.ones((1, items), np.int64)
-    rng, shares = np.random.default_rng(seed), np.full(items, 1 / items)
+    rng, shares = np.random.default_rng(0), np.full(items, 1 / items)
     for start in range(0, resamples, _CHUNK):
         yield rng.multinomial(items, shares, size=min(_CHUNK, resamples - start))
 

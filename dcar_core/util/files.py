@@ -132,7 +132,7 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
-    """Replace `path` with indented JSON, atomically; `shared` as in `atomic_writer`."""
-    with atomic_writer(path, shared=shared) as file:
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` with indented JSON, atomically."""
+    with atomic_writer(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")

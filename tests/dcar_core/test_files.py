@@ -68,7 +68,6 @@ def test_writers_that_share_a_file_have_names_of_their_own(tmp_path: Path) -> No
         one.write(b"one")
         other.write(b"other")
     assert path.read_bytes() == b"one", "the last to end"
-    write_json(path, 1, shared=True)
     with atomic_writer(path) as file:
         assert file.name == str(tmp_path / ".file..tmp")
 
