@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, FeatureAdapter
-from dcar_core.model.towers.text import CausalText, project_by
+from dcar_core.model.towers.text import NativeText, project_by
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
 from dcar_core.util.arrays import Floats
 
@@ -123,8 +123,8 @@ class PrefixTextGraph(nn.Module):
 
     @staticmethod
     def fits(backbone: Backbone) -> bool:
-        tower = backbone.text_tower
-        has_prefix = isinstance(tower, CausalText) and tower.layout.start > 0
+        tower, layout = backbone.text_tower, backbone.layout
+        has_prefix = isinstance(tower, NativeText) and not layout.reads_padding and layout.start > 0
         return has_prefix and all(map(AttentionBlock.fits, tower.module.transformer.resblocks))
 
     @torch.inference_mode()

@@ -21,7 +21,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import METHODS, comparable_methods, default_method, require_runnable
 from dcar_core.model.text import hub_tokenizer, tokenizer
 from dcar_core.model.towers.image import NativeImage
-from dcar_core.model.towers.text import CausalText
+from dcar_core.model.towers.text import NativeText
 from dcar_core.util.errors import CheckpointError, MissingExtraError, ModelError
 from tests.support.files import write_json
 
@@ -89,7 +89,7 @@ def test_a_vocabulary_that_needs_transformers_names_the_extra(model: Path, monke
 @pytest.mark.parametrize(
     ("tower", "part", "level", "refused", "fault"),
     [
-        (CausalText, "run", "features", "the towers of .* do not take; use the method clip-adapter", "ValueError"),
+        (NativeText, "run", "features", "the towers of .* do not take; use the method clip-adapter", "ValueError"),
         (NativeImage, "pool", "text", "the image tower of .* does not have; use the method dcar-text", "ValueError"),
         (NativeImage, "project", "text", "use the method dcar-text", "features with prompts are not finite"),
     ],
@@ -106,7 +106,7 @@ def test_tower_that_fails_its_check_is_used_without_prompts(
     }
     monkeypatch.setattr(tower, part, wrong[part])
     backbone = load_backbone(BackboneSource(str(tiny_model)))
-    name = "text" if tower is CausalText else "image"
+    name = "text" if tower is NativeText else "image"
     assert backbone.level == level
     assert f"the {name} tower is used without prompts, since its proof failed: " in caplog.text
     assert fault in caplog.text

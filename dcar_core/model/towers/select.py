@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.hf_text import HfText
 from dcar_core.model.towers.image import ImageTower, NativeImage, TimmImage, WholeImage
-from dcar_core.model.towers.text import CausalText, CocaText, NativeText, TextTower, WholeText
+from dcar_core.model.towers.text import CocaText, NativeText, TextTower, WholeText
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,7 @@ def text_tower(clip: Any, layout: TextLayout) -> TextTower:
         return WholeText(clip, layout)
     if getattr(text, "cls_emb", None) is not None:
         return CocaText(text, layout)
-    tower = NativeText(text, layout)
-    return tower if tower.layout.reads_padding else CausalText(text, layout)
+    return NativeText(text, layout)
 
 
 def image_tower(clip: Any, size: int) -> ImageTower:

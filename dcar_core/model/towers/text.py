@@ -1,6 +1,5 @@
 """Text towers: tokens -> embed -> (token weights) -> run with prompts -> pool -> project.
 
-- `CausalText` can be exported as a graph whose start tokens and prompts are keys and values computed once.
 - `NativeText` covers open_clip's transformer in every variant, `CocaText` its class row, `WholeText` any encoder.
 - Towers that attend to padding get it back inside `encode`, so callers may always trim a batch to its longest text.
 
@@ -100,7 +99,10 @@ def project_by(weight: Any, x: Tensor) -> Tensor:
 
 
 class NativeText(TextTower):
-    """open_clip's transformer: causal or not, read at its end token or its last row (SigLIP, CLIPA)."""
+    """open_clip's transformer: causal or not, read at its end token or its last row (SigLIP, CLIPA).
+
+    Unless it reads padding, start tokens and prompts never see the caption, so a graph has their keys and values.
+    """
 
     def __init__(self, text: Any, layout: TextLayout) -> None:
         self.pool_type = getattr(text, "pool_type", None) or text.text_pool_type
@@ -132,10 +134,6 @@ class NativeText(TextTower):
 
     def project(self, x: Tensor) -> Tensor:
         return project_by(self.module.text_projection, x)
-
-
-class CausalText(NativeText):
-    """A native tower in which start tokens and prompts never see the caption, read at its end token."""
 
 
 class CocaText(NativeText):
