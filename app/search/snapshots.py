@@ -45,14 +45,15 @@ class Recent(dict[K, V]):
 
     def find(self, key: K, make: Callable[[], V]) -> V:
         """Return an entry, which is made if it is missing."""
-        value = self.pop(key, None)
+        value = self.get(key)
         if value is None:
             value = make()
         self.keep(key, value)
         return value
 
     def keep(self, key: K, value: V) -> None:
-        """Add an entry, and drop the oldest ones."""
+        """Add or renew an entry, and drop the oldest ones."""
+        self.pop(key, None)
         self[key] = value
         if len(self) > self.size:
             for old in [*self][: len(self) - self.size]:

@@ -11,7 +11,6 @@
 import asyncio
 import hashlib
 import zlib
-from collections import OrderedDict
 from typing import Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from app.core.metrics import Metrics
 from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
+from app.search.snapshots import Recent
 from dcar_core.util.arrays import Floats
 
 _DTYPE = np.dtype("<f2")
@@ -60,9 +60,8 @@ class EmbeddingCache:
         ttl_s: int = 0,
         timeout_s: float = 0.1,
     ) -> None:
-        self._size = size
         self._metrics = metrics or Metrics()
-        self._entries: OrderedDict[str, NDArray[np.float16]] = OrderedDict()
+        self._entries = Recent[str, NDArray[np.float16]](size)
         self.is_shared = redis_url is not None  # so `get` may find what `peek` does not
         self._redis = None if redis_url is None else connect(redis_url, timeout_s=timeout_s)  # connects when used
         self._ttl = ttl_s
@@ -74,11 +73,11 @@ class EmbeddingCache:
     def peek(self, key: str) -> Floats | None:
         """Return the vector, float32 (E,), if this process has it."""
         entry = self._entries.get(key)
-        if self._size:
+        if self._entries.size:
             self._metrics.lookups.labels("memory", "miss" if entry is None else "hit").inc()
         if entry is None:
             return None
-        self._entries.move_to_end(key)
+        self._entries.keep(key, entry)
         return _widened(entry)
 
     async def get(self, key: str, dim: int) -> Floats | None:
@@ -100,12 +99,12 @@ class EmbeddingCache:
         self._metrics.lookups.labels("redis", outcome).inc()
         if half is None:
             return None
-        self._keep(key, half)
+        self._entries.keep(key, half)  # rounding it again could change a bit
         return _widened(half)
 
     def put(self, key: str, vector: Floats) -> None:
         """Cache the vector, in Redis soon and if possible."""
-        self._keep(key, vector.astype(_DTYPE))
+        self._entries.keep(key, vector.astype(_DTYPE))
         if self._redis is None:
             return
         if len(self._writes) >= _MAX_WRITES or not self.write_breaker.allows():
@@ -114,13 +113,6 @@ class EmbeddingCache:
         task = asyncio.create_task(self._write(self._redis, key, _pack(key, vector)))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-
-    def _keep(self, key: str, half: NDArray[np.float16]) -> None:
-        """Cache a vector that is rounded already: rounding twice could change a bit."""
-        self._entries[key] = half
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._size:
-            self._entries.popitem(last=False)
 
     async def _write(self, redis: Client, key: str, value: bytes) -> None:
         try:
