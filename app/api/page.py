@@ -9,7 +9,7 @@
 import asyncio
 import hashlib
 from enum import IntEnum
-from functools import cache, cached_property
+from functools import cache
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Annotated, Any
@@ -30,7 +30,7 @@ from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
 from index_jobs.selection import EMPTY_IS_MISSING
-from index_jobs.store.artifact import Item
+from index_jobs.store.artifact import Artifact, Item
 
 routes = Routes()
 _PRIVATE = Policy("read", is_private=True)
@@ -66,41 +66,30 @@ class ThumbnailSize(IntEnum):
     LARGE = 1280
 
 
-class Catalogue:
-    """Facts about the items of one version, each computed once. Its methods block."""
+def _facet_fields(artifact: Artifact) -> list[str]:
+    """Return the fields to filter by: the category first, then those with the most values.
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._artifact = snapshot.artifact
-
-    @cached_property
-    def facets(self) -> list[str]:
-        """Fields to filter by: the category first, then those with the most values.
-
-        A field is left out if it has too many values, or fewer than two items for each of them on average.
-        """
-        group_by = self._artifact.manifest.spec.group_field
-        sizes: dict[str, int] = {}
-        for name in self._artifact.fields.keys() - {"id", "caption", "title", group_by}:
-            facet = count_values(self._artifact, name, self._artifact.live, limit=_FACET_VALUES + 1)
-            if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
-                sizes[name] = len(facet)
-        return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
-
-    @cached_property
-    def fields(self) -> list[dict[str, Any]]:
-        """Fields to sort by. The caption and the category are left out where no item has one."""
-        types = {name: kind for name, kind in self._artifact.fields.items() if kind in {*_NUMBERS, "string"}}
-        names = types.keys() - {"id"} - {name for name in EMPTY_IS_MISSING & types.keys() if not self._has_texts(name)}
-        ordered = sorted(names, key=lambda name: (name != "caption", name != "category", name))
-        return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
-
-    def _has_texts(self, name: str) -> bool:
-        return any(pc.any(pc.not_equal(chunk, "")).as_py() for chunk in self._artifact.column(name).chunks)
+    A field is left out if it has too many values, or fewer than two items for each of them on average.
+    """
+    group_by = artifact.manifest.spec.group_field
+    sizes: dict[str, int] = {}
+    for name in artifact.fields.keys() - {"id", "caption", "title", group_by}:
+        facet = count_values(artifact, name, artifact.live, limit=_FACET_VALUES + 1)
+        if 2 <= len(facet) <= min(_FACET_VALUES, sum(entry["count"] for entry in facet) // 2):
+            sizes[name] = len(facet)
+    return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
 
 
-def _catalogue_of(snapshot: Snapshot) -> Catalogue:
-    catalogue: Catalogue = snapshot.page_facts.setdefault("catalogue", Catalogue(snapshot))
-    return catalogue
+def _sort_fields(artifact: Artifact) -> list[dict[str, Any]]:
+    """Return the fields to sort by. The caption and the category are left out where no item has one."""
+
+    def has_texts(name: str) -> bool:
+        return any(pc.any(pc.not_equal(chunk, "")).as_py() for chunk in artifact.column(name).chunks)
+
+    types = {name: kind for name, kind in artifact.fields.items() if kind in {*_NUMBERS, "string"}}
+    names = types.keys() - {"id"} - {name for name in EMPTY_IS_MISSING & types.keys() if not has_texts(name)}
+    ordered = sorted(names, key=lambda name: (name != "caption", name != "category", name))
+    return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
 
 
 def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -135,9 +124,10 @@ async def catalogue(request: Request) -> Response:
     artifact = snapshot.artifact
     settings = state_of(request).settings
     has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
+    fields = await asyncio.to_thread(snapshot.page_facts.find, "fields", lambda: _sort_fields(artifact))
     return JsonResponse(
         {
-            "fields": await asyncio.to_thread(lambda: _catalogue_of(snapshot).fields),
+            "fields": fields,
             "group_field": artifact.manifest.spec.group_field,
             "has_words": has_words,
             "has_cutoff": snapshot.min_score is not None,
@@ -160,8 +150,10 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
     given = query.filter or {}
 
     def count() -> list[dict[str, Any]]:
-        others = {name: {k: v for k, v in given.items() if k != name} for name in _catalogue_of(snapshot).facets}
-        group_by = snapshot.artifact.manifest.spec.group_field
+        artifact = snapshot.artifact
+        names = snapshot.page_facts.find("facets", lambda: _facet_fields(artifact))
+        others = {name: {k: v for k, v in given.items() if k != name} for name in names}
+        group_by = artifact.manifest.spec.group_field
         counted = {name: count_facets(snapshot, [name], filter, group_by)[0] for name, filter in others.items()}
         return [{"name": name, "values": facets[name]} for name, facets in counted.items()]
 

@@ -89,7 +89,7 @@ class Snapshot:
     image_features: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
     model_note: str = ""
     languages: str = ""
-    page_facts: dict[str, Any] = field(default_factory=dict)
+    page_facts: Recent[str, list[Any]] = field(default_factory=lambda: Recent(2))
 
     @property
     def version(self) -> int:
