@@ -73,7 +73,7 @@ def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
         recalls.append((np.isin(exact_rows, found_rows).mean(), np.isin(exact_groups, found_groups).mean()))
     row_recall, group_recall = np.mean(recalls, 0)
     row_ms, group_ms = (1000 * statistics.median(each) for each in zip(*times, strict=True))
-    name = built.choice.factory if kind == "auto" else kind
+    name = built.kind if kind == "auto" else kind
     return f"| `{name}` | {row_recall:.3f} | {group_recall:.3f} | {row_ms:.2f} | {group_ms:.2f} |"
 
 

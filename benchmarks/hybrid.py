@@ -107,7 +107,7 @@ def make_index(vectors: Floats, texts: list[str], folder: Path) -> Index:
     sizes = {file.name: file.stat().st_size / 1e6 for file in (folder / "lexical").iterdir()}
     total, lists = sum(sizes.values()), sizes[TERMS] + sizes[STARTS]
     print(
-        f"{items:,} items, {built.choice.factory}; lexical index: {total:.1f} MB, {lists:.1f} of them lists of terms, "
+        f"{items:,} items, {built.kind}; lexical index: {total:.1f} MB, {lists:.1f} of them lists of terms, "
         f"written in {seconds:.1f} s of one core\n"
     )
     return Index(FaissIndex.open(folder / VECTORS), LexicalIndex(folder / "lexical"))

@@ -70,7 +70,7 @@ def make(kind: str, path: Path, vectors: Floats, queries: HeldOutQueries, memory
             choices = choose_kinds(kind, count, dim, memory=memory)
             built = build_index(path, lambda: blocks(vectors), count, dim, choices, queries, target=targets[0])
             index, parameters = faiss.read_index(str(path)), built.measured["parameters"]
-            tunable, about = SearchParameters(index), {"factory": built.choice.factory, "reason": built.choice.reason}
+            tunable, about = SearchParameters(index), {"factory": built.kind, "reason": built.reason}
     tuned = {targets[0]: parameters}
     for target in targets[1:]:
         benchmark = Benchmark(lambda: blocks(vectors), queries, target=target)

@@ -89,8 +89,8 @@ def test_auto_tries_the_next_kind_when_recall_is_too_low(
     assert build(file, gallery, "PQ4x4").measured["recall_at_10"] < 0.9
     assert "below the target of 0.99; choose another kind" in caplog.text
     built = build(file, gallery, "PQ4x4", "IVF16,Flat", "Flat")
-    assert built.choice.factory == "IVF16,Flat"
-    assert built.choice.reason.startswith("test; PQ4x4 reached a recall of 0.")
+    assert built.kind == "IVF16,Flat"
+    assert built.reason.startswith("test; PQ4x4 reached a recall of 0.")
     assert built.measured["recall_at_10"] >= 0.98
     assert "trying another kind" in caplog.text
 
@@ -191,7 +191,7 @@ def test_one_index_is_in_memory_at_a_time(gallery: Floats, file: Path, monkeypat
     built = build(file, gallery, "PQ4x4", "IVF16,SQ4", "PQ2x4", "IVF16,PQ4x4")
     assert alive == [0, 0, 0, 0]
     assert list(file.parent.iterdir()) == [file]
-    assert built.choice.factory == "IVF16,SQ4"
+    assert built.kind == "IVF16,SQ4"
     index = faiss.read_index(str(file))
     assert index.nprobe == built.measured["parameters"]["nprobe"]
     queries = gallery[:200] + 0.02

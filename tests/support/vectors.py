@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
-from index_jobs.engines.faiss.build import BuiltIndex, build_index
+from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.kinds import IndexChoice
+from index_jobs.engines.protocol import CreatedIndex
 
 DIM = 32
 
@@ -36,7 +37,7 @@ def choices_of(*kinds: str) -> list[IndexChoice]:
     return [IndexChoice(kind, "test") for kind in kinds]
 
 
-def build(file: Path, vectors: Floats, *kinds: str, **options: Any) -> BuiltIndex:
+def build(file: Path, vectors: Floats, *kinds: str, **options: Any) -> CreatedIndex:
     """Build, tune and write an index of one of these factory strings."""
     return build_index(file, blocks(vectors), len(vectors), vectors.shape[1], choices_of(*kinds), **options)
 

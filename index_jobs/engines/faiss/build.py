@@ -8,7 +8,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,7 @@ class FaissEngine:
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Build and tune the file."""
         file, choices = new.folder / VECTORS, _choices(spec, new.count, new.dim, new.device)
-        built = build_index(file, new.blocks, new.count, new.dim, choices, new.queries, target=spec.target_recall)
-        measured, choice = built.measured | {"bytes": file.stat().st_size}, built.choice
-        return CreatedIndex(kind=choice.factory, reason=choice.reason, measured=measured, gpu=choice.gpu)
+        return build_index(file, new.blocks, new.count, new.dim, choices, new.queries, target=spec.target_recall)
 
     def open(self, folder: Path, *, gpu: bool = False) -> FaissIndex:
         """Memory-map the file."""
@@ -61,19 +59,6 @@ def _choices(spec: IndexSpec, count: int, dim: int, device: str) -> list[IndexCh
     return choose_kinds(spec.kind, count, dim, memory=spec.memory, gpu_memory=gpu_memory)
 
 
-@dataclass(frozen=True)
-class BuiltIndex:
-    """The choice of a FAISS index, and its measurements for the manifest."""
-
-    choice: IndexChoice
-    measured: dict[str, Any]
-
-    @property
-    def recall(self) -> float:
-        """Recall of all held-out queries. Half of them may miss the target by chance."""
-        return float(self.measured["recall_at_10"] + self.measured["tuning_recall_at_10"]) / 2
-
-
 def build_index(
     file: Path,
     blocks: Blocks,
@@ -83,7 +68,7 @@ def build_index(
     queries: HeldOutQueries | None = None,
     *,
     target: float = IndexSpec.target_recall,
-) -> BuiltIndex:
+) -> CreatedIndex:
     """Build and tune an index, and write it; row numbers are the order of the vectors.
 
     Args:
@@ -97,29 +82,36 @@ def build_index(
     """
     is_exact = [choice.factory for choice in choices] == ["Flat"]
     benchmark = Benchmark(blocks, queries or gallery_queries(blocks, count), target=target, exact=is_exact)
-    tried = list[BuiltIndex]()
+    tried = list[CreatedIndex]()
     for choice in choices:
         start = time.perf_counter()
         index = fill_index(choice, dim, blocks, count)
         seconds = time.perf_counter() - start
         logger.info("%s: %d vectors in %.1f s", choice.factory, count, seconds)
         measured = tune(benchmark, index, gpu=choice.gpu) | {"build_seconds": round(seconds, 1)}
-        built = BuiltIndex(choice, measured)
-        if all(built.recall > other.recall for other in tried):
+        built = CreatedIndex(kind=choice.factory, reason=choice.reason, measured=measured, gpu=choice.gpu)
+        recall = _recall(built)
+        if all(recall > _recall(other) for other in tried):
             write_faiss(index, file)
         tried.append(built)
         del index  # before another is built
-        if built.recall >= target:
+        if recall >= target:
             break
         logger.warning(
             "%s: recall@10 is %.3f, below the target of %.2f; %s",
-            choice.factory, built.recall, target,
+            choice.factory, recall, target,
             "choose another kind" if choice is choices[-1] else "trying another kind",
         )  # fmt: skip
-    best = max(tried, key=lambda each: each.recall)
+    best = max(tried, key=_recall)
     missed = (each for each in tried if each is not best)
-    reasons = (f"{each.choice.factory} reached a recall of {each.recall:.3f} only" for each in missed)
-    return replace(best, choice=replace(best.choice, reason="; ".join([best.choice.reason, *reasons])))
+    reasons = (f"{each.kind} reached a recall of {_recall(each):.3f} only" for each in missed)
+    measured = best.measured | {"bytes": file.stat().st_size}
+    return replace(best, reason="; ".join([best.reason, *reasons]), measured=measured)
+
+
+def _recall(built: CreatedIndex) -> float:
+    """Return the recall of all held-out queries. Half of them may miss the target by chance."""
+    return float(built.measured["recall_at_10"] + built.measured["tuning_recall_at_10"]) / 2
 
 
 def fill_index(choice: IndexChoice, dim: int, blocks: Blocks, count: int) -> Any:
