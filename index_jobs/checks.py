@@ -2,12 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dcar_core.util.errors import ArtifactError
 
 MAX_METADATA_BYTES = 64 * 2**10  # of one item, as canonical JSON
 MAX_CAPTION_CHARS = 10_000
 _checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of change of files
+
+
+def require_rows(rows: Any, count: int) -> None:
+    """Raise ValueError unless all row numbers of an array are in 0..count - 1."""
+    if len(rows) and not 0 <= rows.min() <= rows.max() < count:
+        raise ValueError(f"a row number is not in 0..{count - 1}")
 
 
 def check_file_once(path: Path, check: Callable[[], None]) -> None:

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer, canonical_json
-from index_jobs.checks import check_file_once
+from index_jobs.checks import check_file_once, require_rows
 
 logger = logging.getLogger(__name__)
 
@@ -211,9 +211,7 @@ class Items:
         """Raise ValueError for a wrong offset, text or row number. Arrow trusts them, and one would end the process."""
         for batch, by_id in zip(self._batches, self._cells[_BY_ID], strict=True):
             batch.validate(full=True)
-            rows = by_id.to_numpy()
-            if len(rows) and not 0 <= rows.min() <= rows.max() < self._count:
-                raise ValueError(f"a row number is not in 0..{self._count - 1}")
+            require_rows(by_id.to_numpy(), self._count)
 
     def __len__(self) -> int:
         return self._count

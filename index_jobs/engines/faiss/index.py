@@ -24,7 +24,7 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
-from index_jobs.checks import check_file_once
+from index_jobs.checks import check_file_once, require_rows
 from index_jobs.engines.protocol import ScoredRows, merge_top_k
 from index_jobs.selection import Allowed, to_mask
 
@@ -217,24 +217,19 @@ def _check_contents(index: Any) -> None:
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d < 1 or not 0 <= count == innermost.ntotal:
         raise ValueError(f"{count} vectors of {index.d} with metric {index.metric_type} are not an index of this kind")
     if isinstance(innermost, faiss.IndexIDMap):
-        _require_rows(faiss.vector_to_array(innermost.id_map), count)
+        require_rows(faiss.vector_to_array(innermost.id_map), count)
     if isinstance(innermost, faiss.IndexIVF):
         lists = innermost.invlists
         sizes = np.zeros(innermost.nlist, np.int64)
         for number in range(innermost.nlist):
             sizes[number] = size = lists.list_size(number)
             if size:
-                _require_rows(faiss.rev_swig_ptr(lists.get_ids(number), size), count)
+                require_rows(faiss.rev_swig_ptr(lists.get_ids(number), size), count)
         entries = faiss.vector_to_array(innermost.direct_map.array)
         numbers, positions = entries >> 32, entries & 0xFFFFFFFF
-        _require_rows(numbers, innermost.nlist)
+        require_rows(numbers, innermost.nlist)
         if sizes.sum() != count or (positions >= sizes[numbers]).any():
             raise ValueError("its lists do not hold its vectors")
-
-
-def _require_rows(rows: Any, count: int) -> None:
-    if len(rows) and not 0 <= rows.min() <= rows.max() < count:
-        raise ValueError(f"a row number is not in 0..{count - 1}")
 
 
 def write_faiss(index: Any, path: Path) -> None:

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, is_panic
 from dcar_core.util.files import apply_umask, atomic_writer
+from index_jobs.checks import require_rows
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 
 _ROW, _TERMS = "row", "terms"
@@ -287,8 +288,7 @@ class LexicalIndex:
             hits = self._searcher.search(query, limit, count=False).hits
             scores, addresses = zip(*hits, strict=True) if hits else ((), ())
             rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
-            if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-                raise ValueError(f"a row number is not in 0..{len(self) - 1}")
+            require_rows(rows, len(self))
         return np.array(scores, np.float32) / np.float32(best), rows
 
 
