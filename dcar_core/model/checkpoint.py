@@ -98,15 +98,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def backbone_files(path: Path) -> list[Path]:
-    """Return the local files of the checkpoint's backbone; none if it comes from a hub."""
-    described, found = read_config(path)["backbone"], list[Path]()
-    for given in filter(None, (described["model"], described["pretrained"])):
-        place = Path(_absolute(given, path) or given)
-        found += sorted(each for each in place.iterdir() if each.is_file()) if place.is_dir() else [place]
-    return [each for each in found if each.is_file()]
-
-
 def read_trainables(path: Path) -> Trainables:
     """Read the trained parameters, or raise CheckpointError."""
     try:

@@ -156,7 +156,7 @@ class OpenVinoRuntime(Runtime):
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         core = library().Core()
-        self.directory, self.threads = directory, threads
+        self.directory = directory
         config = {
             "INFERENCE_PRECISION_HINT": hint,
             "PERFORMANCE_HINT": "LATENCY",

@@ -104,7 +104,7 @@ class Encoder:
                 `runtimes.registry.RUNTIME_KINDS`.
             cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
-            threads: of the towers; default: PyTorch's own number, or the available cores for a portable export.
+            threads: of the towers; default: PyTorch's own number, or the available cores without it.
 
         Raises:
             CheckpointError, ModelError: with what to do.

@@ -1,12 +1,11 @@
 """Cached states of encoders, each with the name of its export, for later starts without PyTorch.
 
-    CACHE/encoders/FINGERPRINT_RUNTIME_THREADS    sha256, then safetensors
-    CHECKPOINT/portable/encoder                   the same, beside the export itself; see `portable_export`
+    CACHE/encoders/FINGERPRINT_RUNTIME    sha256, then safetensors
+    CHECKPOINT/portable/encoder           the same, beside the export itself; see `portable_export`
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.
-- An entry holds for one checkpoint (its fingerprint is computed again), the same backbone files, library versions,
-  processor and threads; the entry and the export have checksums. A portable one holds for any of these but the first.
+- An entry holds for one checkpoint, whose fingerprint is computed again; the entry and the export have checksums.
 - Finally, the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
 - If a check fails, the full model is loaded and the entry is written again.
 """
@@ -14,9 +13,7 @@
 import hashlib
 import json
 import logging
-import os
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
-from dcar_core.model.checkpoint import PORTABLE, backbone_files, compute_fingerprint, read_config, read_trainables
+from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
@@ -44,9 +41,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 8
 ENTRY = "encoder"  # name of an entry beside a portable export
-_LIBRARIES = (
-    "dcar", "torch", "open_clip_torch", "timm", "transformers", "openvino", "tokenizers", "ftfy",
-)  # fmt: skip
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {
     kind.__name__: kind
@@ -75,7 +69,7 @@ class LoadRequest:
         return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
     def file(self, fingerprint: str) -> Path:
-        return directory_in(self.cache) / f"{fingerprint[:16]}_{self.runtime}_{self.threads or 'auto'}"
+        return directory_in(self.cache) / f"{fingerprint[:16]}_{self.runtime}"
 
 
 def directory_in(cache: Path) -> Path:
@@ -92,9 +86,7 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
     texts, images = reference_vectors(loaded.model, Probe.synthetic(state.preprocess.size))
     arrays = {"probe_texts": texts, "probe_images": images}
     content = {
-        "circumstances": _circumstances(request),
-        "runtime": runtime.name,
-        "threads": runtime.threads,
+        "circumstances": {"format": FORMAT, "graphs": GRAPHS},
         "export": runtime.directory.name,
         "state": _pack(state, arrays),
     }
@@ -119,15 +111,16 @@ def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
     """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
     if not request.may_use_export:
         return None
-    if (request.checkpoint / PORTABLE).is_dir() and request.runtime != "openvino-int8":
+    portable = request.checkpoint / PORTABLE
+    if portable.is_dir() and request.runtime != "openvino-int8":
         try:
-            return _restore_portable(request)
+            return _open(request, portable / ENTRY, portable)
         except _FAULTS as error:
             is_expected = isinstance(error, MissingExtraError) and machine.has_pytorch()
             level = logging.DEBUG if is_expected else logging.WARNING
             logger.log(level, "the portable export of %s cannot be used: %s", request.checkpoint, error)
     try:
-        return _restore_entry(request)
+        return _open(request, request.file(_fingerprint(request.checkpoint)))
     except _FAULTS as error:
         logger.debug("no cached state of %s can be used: %s", request.checkpoint, error)
         return None
@@ -146,27 +139,6 @@ def _is_current(content: dict[str, Any]) -> bool:
     return bool((made["format"], made["graphs"]) == (FORMAT, GRAPHS))
 
 
-def _restore_portable(request: LoadRequest) -> tuple[EncoderState, Runtime]:
-    export, names = request.checkpoint / PORTABLE, [request.runtime]
-    arrays, content = _read(export / ENTRY)
-    if not _is_current(content):
-        raise ValueError("another release made it; build the index again")
-    if request.runtime == AUTO:
-        names = ["openvino"] if machine.missing_instructions("bf16") else ["openvino-bf16", "openvino"]
-    threads = request.threads or machine.available_cores()
-    return _open(request.checkpoint, arrays, content["state"], export, names, threads)
-
-
-def _restore_entry(request: LoadRequest) -> tuple[EncoderState, Runtime]:
-    arrays, content = _read(request.file(_fingerprint(request.checkpoint)))
-    torch = sys.modules.get("torch")
-    threads = content["threads"] if torch is None else torch.get_num_threads()
-    if (content["circumstances"], content["threads"]) != (_circumstances(request), threads):
-        raise ValueError("it was made under other circumstances")
-    export = request.cache / "exports" / content["export"]
-    return _open(request.checkpoint, arrays, content["state"], export, [content["runtime"]], threads)
-
-
 def _fingerprint(checkpoint: Path) -> str:
     described = read_config(checkpoint)
     config = ModelConfig.from_dict(described["model"])
@@ -181,13 +153,22 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, json.loads(arrays["content"].tobytes())
 
 
-def _open(
-    checkpoint: Path, arrays: Arrays, packed: Any, export: Path, names: Sequence[str], threads: int
-) -> tuple[EncoderState, Runtime]:
-    """Open an export by the first of these runtimes that gives the probe's vectors."""
-    state: EncoderState = _unpack(packed, arrays)
-    if state.fingerprint != _fingerprint(checkpoint):
+def _open(request: LoadRequest, entry: Path, export: Path | None = None) -> tuple[EncoderState, Runtime]:
+    """Open an export by the first runtime that gives the probe's vectors.
+
+    export: None for the one in the cache that the entry names.
+    """
+    arrays, content = _read(entry)
+    if not _is_current(content):
+        raise ValueError("another release made it; build the index again")
+    state: EncoderState = _unpack(content["state"], arrays)
+    if state.fingerprint != _fingerprint(request.checkpoint):
         raise ValueError("it is of another checkpoint")
+    export, names = export or request.cache / "exports" / content["export"], [request.runtime]
+    if request.runtime == AUTO:
+        names = ["openvino"] if machine.missing_instructions("bf16") else ["openvino-bf16", "openvino"]
+    torch = sys.modules.get("torch")
+    threads = request.threads or (torch.get_num_threads() if torch else machine.available_cores())
     probe, expected = Probe.synthetic(state.preprocess.size), (arrays["probe_texts"], arrays["probe_images"])
     with ThreadPoolExecutor(1) as pool:
         checked = pool.submit(check_export, export)  # while it is compiled
@@ -226,15 +207,3 @@ def _unpack(value: Any, arrays: Arrays) -> Any:
     if kind in ("tuple", "frozenset"):
         return {"tuple": tuple, "frozenset": frozenset}[kind](_unpack(each, arrays) for each in content)
     return _DATACLASSES[kind](**{name: _unpack(each, arrays) for name, each in content.items()})
-
-
-def _circumstances(request: LoadRequest) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "graphs": GRAPHS,
-        "libraries": machine.installed_versions(_LIBRARIES),
-        "processor": machine.processor_id(),
-        "cores": machine.available_cores(),
-        "omp": os.environ.get("OMP_NUM_THREADS"),
-        "files": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in backbone_files(request.checkpoint)],
-    }

@@ -35,12 +35,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def processor_id() -> str:
-    """Return the model and kinds of instructions of the processor, a key for measurements made on it."""
-    kinds = sorted(kind for kind in _NEEDED if missing_instructions(kind) is None)
-    return f"{_cpuinfo('model name') or 'unknown'} {'+'.join(kinds)}"
-
-
 def missing_instructions(kind: str) -> str | None:
     """Return the reason why this processor cannot compute in "bf16" or "int8" natively; None if it can."""
     needed, found = _NEEDED[kind], _cpuinfo("flags", "features").split()

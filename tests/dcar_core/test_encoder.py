@@ -15,7 +15,6 @@ from app.cli import app
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import (
-    backbone_files,
     compute_fingerprint,
     copy_checkpoint,
     load_checkpoint,
@@ -102,7 +101,9 @@ def test_checkpoint_can_move_together_with_its_backbone(tiny_model: Path, tmp_pa
     save_checkpoint(model, here / "named")
     here.rename(there)
     assert load_checkpoint(there / "checkpoint")[1] == fingerprint
-    assert backbone_files(there / "named") == [(there / "base" / "open_clip_model.safetensors").resolve()]
+    copy_checkpoint(there / "named", tmp_path / "copy")
+    weights = read_config(tmp_path / "copy")["backbone"]["pretrained"]
+    assert Path(weights) == (there / "base" / "open_clip_model.safetensors").resolve()
 
 
 def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:

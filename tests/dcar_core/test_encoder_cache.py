@@ -1,8 +1,7 @@
-"""A start without PyTorch gives the model's vectors, and is used only while nothing has changed."""
+"""A start without PyTorch gives the model's vectors, and is used only for what it was made of."""
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -112,37 +111,21 @@ def test_auto_starts_from_its_own_entry(checkpoint: Path, kept: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["entry", "backbone", "version", "gone"])
+@pytest.mark.parametrize("what", ["entry", "version", "gone"])
 def test_entry_is_not_used_after_any_change(
-    what: str, checkpoint: Path, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (entry,) = encoder_cache.directory_in(cache).iterdir()
-    file = model / "open_clip_model.safetensors"
-    before = file.stat().st_mtime_ns
     if what == "entry":
         content = bytearray(entry.read_bytes())
         content[-1] ^= 1
         entry.write_bytes(content)
-    elif what == "backbone":
-        os.utime(file, ns=(0, before + 1))
     elif what == "version":
         monkeypatch.setattr(encoder_cache, "FORMAT", -1)
     else:
         entry.unlink()
-    try:
-        assert not is_from_cache(load(checkpoint, cache))
-        assert is_from_cache(load(checkpoint, cache)), "the whole start has written it anew"
-    finally:
-        os.utime(file, ns=(0, before))
-
-
-def test_entry_is_not_used_with_another_number_of_threads(
-    checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = encoder_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)
-    assert encoder_cache.restore(wanted) is not None
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
-    assert encoder_cache.restore(wanted) is None
+    assert not is_from_cache(load(checkpoint, cache))
+    assert is_from_cache(load(checkpoint, cache)), "the whole start has written it anew"
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["corrupted", "exchanged"])
