@@ -87,7 +87,7 @@ def judge_command(
     from app.feedback import judge
     from app.feedback.judge_page import judge_page
     from dcar_core.data.judgements import read_judgements
-    from dcar_core.util.files import atomic_writer, require_writable
+    from dcar_core.util.files import require_writable, write_bytes
 
     for path in filter(None, (run, qrels, page)):
         require_writable(path.parent)
@@ -107,8 +107,7 @@ def judge_command(
         typer.echo(f"{page}: {pairs:,} results to judge")
     for target, text in texts.items():
         if target is not None:
-            with atomic_writer(target) as file:
-                file.write(text.encode())
+            write_bytes(target, text.encode())
     if judgements:
         typer.echo(judge.describe(runs))
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dcar_core.images import sniff_format
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,7 @@ class ThumbnailCache:
         try:
             path = self._path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_writer(path, shared=True) as file:
-                file.write(data)
+            write_bytes(path, data, shared=True)
             self._count(len(data))
         except OSError as error:
             if not self._has_warned:

@@ -26,7 +26,7 @@ from app.feedback.store import read_log
 from dcar_core.data.judgements import trec_id
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
-from dcar_core.util.files import atomic_writer, csv_text, json_lines, write_json
+from dcar_core.util.files import csv_text, write_bytes, write_json, write_json_lines
 from index_jobs.store.artifact import Artifact
 
 METHOD = "position-based click model, from pairs seen at several positions"
@@ -429,8 +429,7 @@ def _write_pairs(
         else:
             report.left_out["hard negatives of images without a caption"] += len(wrong[item])
             report.negatives -= len(wrong[item])
-    with atomic_writer(path) as file:
-        file.writelines(json_lines(rows))
+    write_json_lines(path, rows)
 
 
 def _write_judged(out: Path, judged: Sequence[tuple[str, str, int, str, int]]) -> None:
@@ -441,5 +440,4 @@ def _write_judged(out: Path, judged: Sequence[tuple[str, str, int, str, int]]) -
         ("qrels.txt", "".join(f"{numbers[text]} 0 {trec_id(item)} {grade}\n" for text, item, grade, *_ in judged)),
         ("queries.tsv", "".join(f"{number}\t{text}\n" for text, number in numbers.items())),
     ):
-        with atomic_writer(out / name) as file:
-            file.write(content.encode())
+        write_bytes(out / name, content.encode())

@@ -26,7 +26,7 @@ from dcar_core.images import has_image_suffix, open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import CaptionError, DataError, EndpointError, ImageError
-from dcar_core.util.files import atomic_writer, json_lines, write_json
+from dcar_core.util.files import write_json, write_json_lines
 from dcar_core.util.processes import hold_lock
 
 
@@ -286,8 +286,7 @@ class _Run:
         rejections = list(self.journal.rejections())
         try:
             write_json(out, entries)
-            with atomic_writer(_beside(out, "rejected")) as file:
-                file.writelines(json_lines(rejections))
+            write_json_lines(_beside(out, "rejected"), rejections)
         except OSError as error:
             hint = "responses are kept; run the same command to resume"
             raise CaptionError(f"{out} cannot be written: {error.strerror}; {hint}") from error

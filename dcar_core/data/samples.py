@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, ImageError
-from dcar_core.util.files import atomic_writer, json_lines
+from dcar_core.util.files import write_json_lines
 
 SPLITS = ("train", "val", "test")
 
@@ -74,8 +74,7 @@ def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
     try:
         for name, data in splits.items():
             rows = ({name: value for name, value in vars(sample).items() if value} for sample in data.samples)
-            with atomic_writer(directory / f"{name}.jsonl") as file:
-                file.writelines(json_lines(rows))
+            write_json_lines(directory / f"{name}.jsonl", rows)
     except BaseException:
         for name in splits:  # the same command would refuse them
             (directory / f"{name}.jsonl").unlink(missing_ok=True)

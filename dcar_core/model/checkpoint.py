@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
-from dcar_core.util.files import atomic_writer, link_or_copy, write_json
+from dcar_core.util.files import link_or_copy, write_bytes, write_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need it
     from dcar_core.model.backbone import Backbone
@@ -71,8 +71,7 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
     source, backbone_hash = model.backbone.source, model.backbone.content_hash()
     fingerprint = compute_fingerprint(backbone_hash, model.config, trainables)
     places = {"model": _relative(source.model, path), "pretrained": _relative(source.pretrained, path)}
-    with atomic_writer(path / WEIGHTS) as file:
-        file.write(save(trainables, {"format": "pt"}))
+    write_bytes(path / WEIGHTS, save(trainables, {"format": "pt"}))
     content = {"format": FORMAT, "fingerprint": fingerprint, "backbone": {**places, "sha256": backbone_hash}}
     write_json(path / CONFIG, {**content, "model": model.config.to_dict(), "training": training or {}})
     return fingerprint

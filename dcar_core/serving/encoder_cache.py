@@ -35,7 +35,7 @@ from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_e
 from dcar_core.runtimes.selection import Probe, prove, reference_vectors
 from dcar_core.util import machine
 from dcar_core.util.errors import DcarError, MissingExtraError
-from dcar_core.util.files import atomic_writer, default_cache_directory
+from dcar_core.util.files import default_cache_directory, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,7 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
     path = request.file(state.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path, shared=True) as file:
-            file.write(hashlib.sha256(body).digest() + body)
+        write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
     except OSError as error:
         logger.warning("the encoder cannot be cached in %s: %s", path.parent, error.strerror or error)
 

@@ -15,7 +15,7 @@ import torch
 
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.util.errors import MissingExtraError, TrainingError
-from dcar_core.util.files import atomic_writer, csv_text
+from dcar_core.util.files import csv_text, write_bytes
 
 LOG_FILE = "log.csv"
 _FORMAT: dict[str, Any] = {"state format": 2}
@@ -26,8 +26,7 @@ def save_state(directory: Path, identity: Mapping[str, Any], content: Mapping[st
     directory.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()  # torch.save reports a full disk as an internal error, so write the file ourselves
     torch.save({"identity": {**_FORMAT, **identity}, **content}, buffer)
-    with atomic_writer(directory / STATE_FILE) as file:
-        file.write(buffer.getbuffer())
+    write_bytes(directory / STATE_FILE, buffer.getbuffer())
 
 
 def load_state(directory: Path, identity: Mapping[str, Any], device: torch.device) -> dict[str, Any] | None:
@@ -59,8 +58,7 @@ def delete_state(directory: Path) -> None:
 
 def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
-    with atomic_writer(directory / LOG_FILE) as file:
-        file.write(csv_text(history[0], *(record.values() for record in history)).encode())
+    write_bytes(directory / LOG_FILE, csv_text(history[0], *(record.values() for record in history)).encode())
 
 
 @contextmanager

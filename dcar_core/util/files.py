@@ -68,11 +68,6 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def json_lines(values: Iterable[Any]) -> Iterator[bytes]:
-    """Yield a line of JSON for each value."""
-    return (json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values)
-
-
 def csv_text(*rows: Iterable[Any]) -> str:
     """Return rows as CSV, the header first."""
     text = io.StringIO(newline="")
@@ -132,7 +127,18 @@ def atomic_writer(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
+def write_bytes(path: Path, data: bytes | memoryview, *, shared: bool = False) -> None:
+    """Replace `path`, atomically; `shared` as in `atomic_writer`."""
+    with atomic_writer(path, shared=shared) as file:
+        file.write(data)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` with indented JSON, atomically."""
+    write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Replace `path` with a line of JSON for each value, atomically."""
     with atomic_writer(path) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        file.writelines(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values)

@@ -26,7 +26,7 @@ from dcar_core import Encoder
 from dcar_core.images import IMAGE_SUFFIXES
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, ImageFault
-from dcar_core.util.files import atomic_writer, json_lines
+from dcar_core.util.files import write_json_lines
 from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
 from index_jobs.encoding.devices import encode_windows
 from index_jobs.encoding.pixel_cache import PixelCache
@@ -244,15 +244,13 @@ class EncodingState:
 def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:
     """Write `failed.jsonl`: id, name, reason and fault of each image without a vector, in gallery order."""
     lines = ({**_name(gallery, row), "reason": reason, "fault": fault} for row, reason, fault in sorted(failed))
-    with atomic_writer(path) as file:
-        file.writelines(json_lines(lines))
+    write_json_lines(path, lines)
 
 
 def write_duplicates(path: Path, gallery: Gallery, duplicates: list[tuple[int, int]]) -> None:
     """Write `duplicates.jsonl`: each image whose pixels an earlier one has, with that one's id and name."""
     lines = ({**_name(gallery, row), "same_as": _name(gallery, first)} for row, first in duplicates)
-    with atomic_writer(path) as file:
-        file.writelines(json_lines(lines))
+    write_json_lines(path, lines)
 
 
 def _name(gallery: Gallery, row: int) -> dict[str, str]:

@@ -25,7 +25,7 @@ from dcar_core.images.decoding import make_thumbnail
 from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, DcarError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, write_bytes
 from dcar_core.util.html import html_page
 from index_jobs.encoding.decode import LIMITS
 from index_jobs.jobs.update import live_gallery
@@ -188,8 +188,7 @@ def write_report(index: Path, out: Path, *, threshold: float = 0.95, device: str
         "duplicate_group": groups, "nearest_cosine": gallery.cosines[:, 0], "neighbours_cosine": gallery.far,
         "other_category": gallery.strangers, "caption_cosine": cosines, "caption_fit": fits,
     })  # fmt: skip
-    with atomic_writer(out) as file:
-        file.write(_page(gallery, findings).encode())
+    write_bytes(out, _page(gallery, findings).encode())
     return findings
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcar_core.util.errors import DataError, DcarError, MissingExtraError
-from dcar_core.util.files import atomic_writer, default_cache_directory
+from dcar_core.util.files import default_cache_directory, write_bytes
 
 if TYPE_CHECKING:
     from index_jobs.store.remote import IndexStore
@@ -39,8 +39,7 @@ def index_path(location: str | Path) -> Path:
     mirror = default_cache_directory() / "indexes" / scheme / key
     try:
         mirror.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(mirror / _URL_FILE, shared=True) as file:
-            file.write(f"{scheme}://{key}\n".encode())
+        write_bytes(mirror / _URL_FILE, f"{scheme}://{key}\n".encode(), shared=True)
     except OSError as error:
         reason = f"{mirror} cannot be written: {error.strerror}"
         raise DcarError(f"{reason}; name another cache by DCAR_RUNTIME_CACHE") from None

@@ -30,7 +30,7 @@ from filelock import FileLock
 
 from dcar_core.util.errors import ArtifactError, LockedError
 from dcar_core.util.errors import StoreUnavailableError as UnavailableError
-from dcar_core.util.files import atomic_writer, sha256_of
+from dcar_core.util.files import atomic_writer, sha256_of, write_bytes
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
 from index_jobs.store.versions import (
     current_version_or_none,
@@ -170,8 +170,7 @@ class IndexStore:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_writer(path) as file:
-                for part in found.stream():
-                    file.write(part)
+                file.writelines(found.stream())
 
     def end_sharing(self) -> None:
         """Delete what is shared. A failure is logged, and left to the next `end_sharing`."""
@@ -227,8 +226,7 @@ class IndexStore:
             remove_directory(self.mirror, folder)
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_writer(path) as file:
-                file.write(data)
+            write_bytes(path, data)
         return folder
 
     def _pull_version(self, version: int) -> None:
@@ -258,8 +256,7 @@ class IndexStore:
             else:
                 return
         with atomic_writer(path) as file:
-            for part in self._read_blob(info):
-                file.write(part)
+            file.writelines(self._read_blob(info))
 
     def _read_blob(self, info: FileInfo) -> Iterator[Any]:
         """Yield a blob in parts, several of which are fetched at once. Raise ArtifactError at its end if it differs."""

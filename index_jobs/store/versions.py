@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import write_bytes
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, Manifest
 
@@ -127,8 +127,7 @@ def verify_index(index: Path) -> list[Manifest]:
 
 
 def write_current(index: Path, version: int) -> None:
-    with atomic_writer(index / CURRENT) as file:
-        file.write(f"{version}\n".encode())
+    write_bytes(index / CURRENT, f"{version}\n".encode())
 
 
 def remove_directory(index: Path, path: Path) -> None:

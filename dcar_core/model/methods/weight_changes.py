@@ -19,7 +19,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.open_clip_source import read_config
 from dcar_core.model.text.hub_tokenizer import copy_from_hub
 from dcar_core.util.errors import ModelError
-from dcar_core.util.files import atomic_writer, write_json
+from dcar_core.util.files import write_bytes, write_json
 from dcar_core.util.memory import WEIGHTS_FILE
 
 _IMAGE = "visual."
@@ -107,8 +107,8 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
                 shutil.copyfile(each, copy)
     changed = {**changes.changed(backbone, image=True), **changes.changed(backbone, image=False)}
     state = backbone.clip.state_dict() | {name.removeprefix("clip."): value for name, value in changed.items()}
-    with atomic_writer(directory / WEIGHTS_FILE) as file:  # a service may have mapped the older file
-        file.write(save({name: value.cpu().contiguous().clone() for name, value in state.items()}, {"format": "pt"}))
+    weights = {name: value.cpu().contiguous().clone() for name, value in state.items()}
+    write_bytes(directory / WEIGHTS_FILE, save(weights, {"format": "pt"}))  # a service may have mapped the older file
     merged = load_backbone(BackboneSource(str(directory)), str(backbone.device))
     final = parent / f"model-{merged.content_hash()[:12]}"
     if final.exists():
