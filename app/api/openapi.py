@@ -11,28 +11,14 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from app.api.requests import (
-    BatchEntry,
-    BatchQuery,
-    DeleteItems,
-    EmbeddingsQuery,
-    FeedbackEvents,
-    ImageForm,
-    PatchItem,
-    PatchItems,
-    PutFields,
-    PutItems,
-)
+from app.api.requests import BatchEntry, ImageForm
 from app.api.schemas import OpenAIErrorResponse, ProblemResponse
 from app.core.problems import MEDIA_TYPE, OPENAI_PATH, Problem
 from app.core.settings import Settings
 from app.middleware.access import Policy
 from app.search.query import Query
 
-_MODELS: tuple[type[BaseModel], ...] = (
-    Query, BatchEntry, ImageForm, BatchQuery, EmbeddingsQuery, PutItems, PutFields, PatchItems, PatchItem, DeleteItems,
-    FeedbackEvents, ProblemResponse, OpenAIErrorResponse,
-)  # fmt: skip
+_referenced: dict[str, type[BaseModel]] = {}  # models of bodies and errors by name, which FastAPI does not see
 _COLLECTION = {
     "name": "collection",
     "in": "path",
@@ -91,6 +77,7 @@ def _problem(path: str, status: int) -> dict[str, Any]:
 
 
 def _reference(model: type[BaseModel]) -> dict[str, str]:
+    _referenced[model.__name__] = model
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
@@ -102,9 +89,9 @@ def install(app: FastAPI) -> None:
 def _document(app: FastAPI) -> dict[str, Any]:
     document = FastAPI.openapi(app)
     components = document["components"]
-    for model in _MODELS:
+    for name, model in _referenced.items():
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        components["schemas"] |= schema.pop("$defs", {}) | {model.__name__: schema}
+        components["schemas"] |= schema.pop("$defs", {}) | {name: schema}
     _add_limits(components["schemas"], app.state.settings)
     key = "An API key, if the service requires one; the header `X-API-Key` works too."
     components["securitySchemes"] = {
