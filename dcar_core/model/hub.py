@@ -9,7 +9,6 @@ import errno
 import hashlib
 import re
 import shutil
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -18,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
+from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import HubUnavailableError, ModelError
 from dcar_core.util.files import DISK_ERRORS
 
@@ -90,13 +89,10 @@ def _download(repository: str, name: str) -> Path:
         blobs.mkdir(parents=True, exist_ok=True)
         part = blobs / f"{digest}.part"
         with FileLock(f"{part}.lock"), part.open("ab") as file:
-            done, is_terminal = file.tell(), bool(sys.stderr and sys.stderr.isatty())
+            done = file.tell()
             if shutil.disk_usage(blobs).free < entry.size - done:
                 raise OSError(errno.ENOSPC, "")
-            with tqdm(
-                total=entry.size, initial=done, desc=name, unit="B", unit_scale=True, dynamic_ncols=True,
-                disable=sys.stderr is None, mininterval=0.5 if is_terminal else 10,
-            ) as bar:  # fmt: skip
+            with progress_bar(entry.size, name, "B", unit_scale=True, initial=done) as bar:
                 http_get(
                     url, file, resume_size=done, headers=build_hf_headers(), expected_size=entry.size, _tqdm_bar=bar
                 )

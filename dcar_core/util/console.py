@@ -9,10 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from dcar_core.util.errors import DcarError, requires_pytorch
 from dcar_core.util.files import DISK_ERRORS
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _INTERRUPTED = 130
 _RESUME = "run the same command again to resume a job or a training"
@@ -53,6 +56,17 @@ def show_progress(*, quiet: bool = False) -> None:
     """Let the packages name what they do on stderr, so that no command is silent for long."""
     for package in ("dcar_core", "index_jobs"):
         logging.getLogger(package).setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def progress_bar(total: int, label: str, unit: str, *, is_shown: bool = True, **options: Any) -> "tqdm[NoReturn]":
+    """Return a bar on stderr; a log file has a line every ten seconds. options: further ones of tqdm."""
+    from tqdm import tqdm
+
+    pause = 0.5 if sys.stderr and sys.stderr.isatty() else 10
+    is_hidden = not is_shown or sys.stderr is None
+    return tqdm(
+        total=total, desc=label, unit=unit, disable=is_hidden, mininterval=pause, dynamic_ncols=True, **options
+    )
 
 
 def dump_json(value: Any) -> str:

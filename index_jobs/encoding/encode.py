@@ -10,21 +10,19 @@
 """
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from dcar_core import Encoder
 from dcar_core.images import IMAGE_SUFFIXES
 from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DataError, ImageFault
 from dcar_core.util.files import write_json_lines
 from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
@@ -176,16 +174,7 @@ class EncodingState:
         self._failed = [failure for shard in self.shards.values() for failure in shard.failed]
         self._check_failed()
         self._start = time.perf_counter()
-        self.bar: tqdm[NoReturn] = tqdm(
-            total=len(gallery),
-            initial=self.resumed,
-            desc="encode",
-            unit="img",
-            file=sys.stderr,
-            disable=not options.progress or sys.stderr is None,
-            mininterval=0.5 if sys.stderr and sys.stderr.isatty() else 10,  # a log file has a line every ten seconds
-            dynamic_ncols=True,
-        )
+        self.bar = progress_bar(len(gallery), "encode", "img", is_shown=options.progress, initial=self.resumed)
 
     def _unfinished(self) -> list[int]:
         return [number for number, shard in self.shards.items() if shard.missing]

@@ -6,7 +6,6 @@
 """
 
 import base64
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from dcar_core import Encoder
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import make_thumbnail
 from dcar_core.images.workers import DecodeWorker
 from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import atomic_writer, write_bytes
 from dcar_core.util.html import html_page
@@ -82,8 +81,7 @@ class _Gallery:
 
     def blocks(self, label: str = "") -> Iterator[tuple[slice, Floats]]:
         """Yield the vectors, float32 (m, E) at a time; label: of a progress bar."""
-        pause = 0.5 if sys.stderr and sys.stderr.isatty() else 10  # a log file has a line every ten seconds
-        with tqdm(total=len(self), desc=label, unit=" images", disable=not label, mininterval=pause) as bar:
+        with progress_bar(len(self), label, " images", is_shown=bool(label)) as bar:
             for start in range(0, len(self), _BLOCK):
                 rows = self.rows[start : start + _BLOCK]
                 yield slice(start, start + len(rows)), self.artifact.vectors(rows)
