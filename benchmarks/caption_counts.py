@@ -71,7 +71,7 @@ def main() -> None:
                     model = seeded_model(backbone, method(name), seed)
                     parts = written(splits, count, seed, functions)
                     config = TrainConfig(patience=5, seed=seed)
-                    train(model, parts["train"], parts["val"], config, progress=False, cache=cache)
+                    train(model, parts["train"], parts["val"], config, cache=cache)
                     runs.append(hits(model))
                 compared = compare_hits(Hits.mean(runs), untouched)
                 recall, gain = compared.model, compared.difference["mean_r1"]

@@ -53,7 +53,7 @@ def main() -> None:
             rebuild(gallery, work / "clip", index, progress=False)
             model = seeded_model(backbone, method(name), 0)
             start = time.perf_counter()
-            train(model, splits["train"], splits["val"], config, progress=False, cache=cache)
+            train(model, splits["train"], splits["val"], config, cache=cache)
             trained = time.perf_counter()
             save_checkpoint(model, checkpoint)
             summary = rebuild(gallery, checkpoint, index, force=True, progress=False)

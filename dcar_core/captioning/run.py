@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dcar_core.captioning import questions
 from dcar_core.captioning.endpoint import Completion, Endpoint, Usable
 from dcar_core.captioning.journal import CaptionedImage, CaptionJournal
@@ -25,6 +23,7 @@ from dcar_core.data.clean import fold_text
 from dcar_core.images import has_image_suffix, open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.negatives.words import fold_name
+from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import CaptionError, DataError, EndpointError, ImageError
 from dcar_core.util.files import write_json, write_json_lines
 from dcar_core.util.processes import hold_lock
@@ -38,7 +37,6 @@ def caption_images(
     options: CaptionOptions,
     *,
     restart: bool = False,
-    progress: bool = True,
 ) -> CaptioningResult:
     """Caption every image of a directory with one folder per category, and write the annotations to `out`.
 
@@ -65,7 +63,7 @@ def caption_images(
         models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
         run = _Run(images, models, options, journal, CaptioningResult(out, loose=loose))
         try:
-            asyncio.run(run.process(names, progress))
+            asyncio.run(run.process(names))
         except ExceptionGroup as group:  # of the tasks, the first of which failed and ended the others
             raise group.exceptions[0] from None
         finally:
@@ -120,7 +118,7 @@ class _Run:
         }
         self._failed_in_a_row = 0
 
-    async def process(self, names: Sequence[str], progress: bool) -> None:
+    async def process(self, names: Sequence[str]) -> None:
         """Process every image, `concurrency` at a time.
 
         Finished images come first, so that their captions are reserved. The captions of deleted images are free again.
@@ -137,7 +135,7 @@ class _Run:
                 bar.set_postfix_str(self.totals(), refresh=False)
 
         done = len(names) - len(left)
-        with tqdm(desc="captions", total=len(names), initial=done, unit="image", disable=not progress) as bar:
+        with progress_bar(len(names), "captions", "image", initial=done) as bar:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     for _ in range(self.options.concurrency):

@@ -69,7 +69,6 @@ def compare(
     tune: bool = False,
     grid: Sequence[float] = GRID,
     features: Path | None = None,
-    progress: bool = True,
     on_message: Callable[[str], None] = lambda line: None,
 ) -> Results:
     """Train and test every method with every seed; write results.json, .csv, .md and report.html to `out`.
@@ -126,8 +125,8 @@ def compare(
     read = {**splits, **{f"also {name}": other for name, other in others.items()}}
     on_message(describe_reports(read, reports))
     for part in (splits["test"], *others.values()):  # report broken images before hours of training
-        FrozenFeatures(part, backbone, cache, progress).pixels()
-    runner = MethodRunner(backbone, splits, out, config, cache, progress, on_message, others)
+        FrozenFeatures(part, backbone, cache).pixels()
+    runner = MethodRunner(backbone, splits, out, config, cache, on_message, others)
     results: Results = {
         "data": data.resolve().name,
         "pairs": {name: len(split) for name, split in read.items()},

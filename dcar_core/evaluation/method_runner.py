@@ -45,7 +45,6 @@ class MethodRunner:
     out: Path
     config: TrainConfig
     cache: FeatureCache
-    progress: bool = True
     on_message: Callable[[str], None] = lambda line: None
     others: Mapping[str, Dataset] = field(default_factory=dict)
 
@@ -64,7 +63,7 @@ class MethodRunner:
             data = self.splits["train"], self.splits["val"]
             record: dict[str, Any] = {"seed": seed, "lr": lr, "run": str(directory.relative_to(self.out))}
             try:
-                result = train(model, *data, config, progress=self.progress, run=directory, cache=self.cache)
+                result = train(model, *data, config, run=directory, cache=self.cache)
             except DivergedError as error:
                 record |= {"diverged": str(error)}
             else:
@@ -99,7 +98,7 @@ class MethodRunner:
             model, _ = load_checkpoint(directory, device=str(self.backbone.device), backbone=shared)
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache
             for file, data in missing.items():
-                split = prepare_split(data, model, for_training=False, progress=self.progress, cache=cache)
+                split = prepare_split(data, model, for_training=False, cache=cache)
                 write_json(file, analyse(model, data, split))
         test, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
         for name, found in zip(self.others, others, strict=True):

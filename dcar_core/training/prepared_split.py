@@ -163,7 +163,7 @@ class FrozenFeatures:
     Shapes: N pairs, I images, E the joint space.
     """
 
-    def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache, progress: bool) -> None:
+    def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache, progress: bool = True) -> None:
         self.data, self.backbone, self.cache, self.progress = data, backbone, cache, progress
         self.names = data.images
         row_of = {name: row for row, name in enumerate(self.names)}

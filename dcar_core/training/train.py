@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dcar_core.data import Dataset
 from dcar_core.model.config import QueryWeights, TrainConfig
@@ -33,6 +32,7 @@ from dcar_core.training.second_stage import train_second_stage
 from dcar_core.training.train_state import LOG_FILE, load_state, save_state, tensorboard_log, write_csv
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
+from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DivergedError
 
 SAVE_EVERY_S = 20.0
@@ -78,7 +78,6 @@ def train(
     validation: Dataset,
     config: TrainConfig,
     *,
-    progress: bool = True,
     run: Path | None = None,
     cache: FeatureCache | None = None,
     tensorboard: bool = False,
@@ -96,10 +95,9 @@ def train(
         TrainingError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)
-    shows_progress = progress and group.is_leader
     with group.leader_first():
-        train_split = prepare_split(training, model, for_training=True, progress=shows_progress, cache=cache)
-        val_split = prepare_split(validation, model, for_training=False, progress=shows_progress, cache=cache)
+        train_split = prepare_split(training, model, for_training=True, progress=group.is_leader, cache=cache)
+        val_split = prepare_split(validation, model, for_training=False, progress=group.is_leader, cache=cache)
     if not any(p.requires_grad for _, p in model.trainables()):  # zero-shot CLIP
         if run is not None and group.is_leader:
             (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
@@ -108,8 +106,10 @@ def train(
     board = run / "tensorboard" if run is not None and tensorboard and group.is_leader else None
     with (
         tensorboard_log(board, loop.progress.epoch) as log,
-        tqdm(total=loop.total_steps, initial=loop.finished_steps, desc=f"training {model.config.method}",
-             unit="batch", disable=not shows_progress) as bar,
+        progress_bar(
+            loop.total_steps, f"training {model.config.method}", "batch", is_shown=group.is_leader,
+            initial=loop.finished_steps,
+        ) as bar,
     ):  # fmt: skip
         while not loop.is_finished:
             loop.run_epoch(on_step=bar.update)

@@ -43,7 +43,7 @@ METHODS = ["clip", "clip-adapter", "dcar"]
 @pytest.fixture(scope="module")
 def compared(backbone: Backbone, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     out = tmp_path_factory.mktemp("compared")
-    return out, compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)
+    return out, compare(backbone, tiny_data, METHODS, 2, out, QUICK)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tin
         content[name] = learned | {"file_name": name, "file_path": name}
     (data / "test.json").write_text(json.dumps(content))
     messages: list[str] = []
-    compare(backbone, data, ["clip"], 1, tmp_path / "out", QUICK, progress=False, on_message=messages.append)
+    compare(backbone, data, ["clip"], 1, tmp_path / "out", QUICK, on_message=messages.append)
     names = json.loads((tmp_path / "out" / "cleaning.json").read_text())["test"]["names"]
     assert names == {
         "copies of images of train, so test measures nothing new on them": ["first.png", "second.png"],
@@ -124,7 +124,7 @@ def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: P
     def run(**given: Any) -> dict[str, Any]:
         out, quick = tmp_path / "out", replace(QUICK, epochs=1)
         return compare(
-            backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, progress=False, **given
+            backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, **given
         )
 
     with pytest.raises(DataError, match=r"1 of \d+ images are not in .*: lost\.png"):
@@ -143,15 +143,15 @@ def test_a_finished_run_is_not_repeated(
     results = compared[1]
     out = Path(shutil.copytree(compared[0], tmp_path / "out"))  # later tests read the tables of the whole comparison
     messages: list[str] = []
-    again = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False, on_message=messages.append)
+    again = compare(backbone, tiny_data, METHODS, 2, out, QUICK, on_message=messages.append)
     assert trainings(messages) == []
     assert again == results
-    compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, progress=False, on_message=messages.append)
+    compare(backbone, tiny_data, [*METHODS, "coop"], 1, out, QUICK, on_message=messages.append)
     assert trainings(messages) == ["coop, seed 0, learning rate 0.002"]  # one method more, one run more
-    elsewhere = compare(backbone, tiny_data, ["dcar"], 1, tmp_path / "elsewhere", QUICK, progress=False)
+    elsewhere = compare(backbone, tiny_data, ["dcar"], 1, tmp_path / "elsewhere", QUICK)
     first, second = (found["methods"]["dcar"]["runs"][0] for found in (results, elsewhere))
     assert (first["fingerprint"], first["test"]) == (second["fingerprint"], second["test"])  # by its seed
-    compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), progress=False, on_message=messages.append)
+    compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), on_message=messages.append)
     assert len(trainings(messages)) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
 
@@ -182,7 +182,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
     monkeypatch.setattr("dcar_core.evaluation.method_runner.train", noted)
     grid, names = (1e-4, 1e-2, 1e30), ["dual", "clip-adapter"]
     results = compare(
-        backbone, tiny_data, names, 2, tmp_path, QUICK, progress=False, tune=True, grid=grid, on_message=messages.append
+        backbone, tiny_data, names, 2, tmp_path, QUICK, tune=True, grid=grid, on_message=messages.append
     )
     assert len(trainings(messages)) == 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
     assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
@@ -205,7 +205,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 def test_a_diverged_method_leaves_the_others_in_the_table(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     wild, messages = replace(QUICK, lr=1e30, epochs=1), list[str]()
     results = compare(
-        backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, progress=False, on_message=messages.append
+        backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, on_message=messages.append
     )
     assert list(results["methods"]) == ["clip"]
     assert "lower --lr" in results["diverged"]["clip-adapter"]
@@ -214,7 +214,7 @@ def test_a_diverged_method_leaves_the_others_in_the_table(backbone: Backbone, ti
     assert "| clip-adapter | diverged |" in (tmp_path / "results.md").read_text()
     assert "clip-adapter is left out: " in (tmp_path / "report.html").read_text()
     with pytest.raises(DivergedError, match="lower --lr"):
-        compare(backbone, tiny_data, ["clip-adapter"], 1, tmp_path, wild, progress=False)
+        compare(backbone, tiny_data, ["clip-adapter"], 1, tmp_path, wild)
 
 
 def test_a_broken_test_image_is_reported_before_training(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_broken_test_image_is_reported_before_training(backbone: Backbone, tin
     broken = load_split(data, "test")[0].samples[0].image
     (data / broken).write_bytes(b"hi")
     with pytest.raises(DataError, match=f"test: {broken}: .*; replace the image, or leave it out with"):
-        compare(backbone, data, ["coop"], 1, tmp_path / "out", QUICK, progress=False)
+        compare(backbone, data, ["coop"], 1, tmp_path / "out", QUICK)
     assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -240,7 +240,7 @@ class Page(HTMLParser):
 @needs("plots")
 def test_the_report_is_self_contained(compared: Compared, backbone: Backbone, tiny_data: Path) -> None:
     out = compared[0]
-    results = compare(backbone, tiny_data, METHODS, 2, out, QUICK, progress=False)  # no run is repeated
+    results = compare(backbone, tiny_data, METHODS, 2, out, QUICK)  # no run is repeated
     page = Page()
     text = (out / "report.html").read_text()
     page.feed(text)
@@ -280,12 +280,12 @@ def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -
 
 def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     """Records of earlier versions have none."""
-    first = compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False)
+    first = compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK)
     (record,) = tmp_path.rglob("test.json")
     content = json.loads(record.read_text())
     del content["hits"]
     record.write_text(json.dumps(content))
-    assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK, progress=False) == first
+    assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK) == first
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_the_report_escapes_names_from_the_data(
             entry["class_name"] = f"<img src=x>{i % 2}"
             entry["positive"] += " <script>alert(1)</script>"
         (folder / f"{split}.json").write_text(json.dumps(content))
-    compare(backbone, folder, ["clip"], 1, tmp_path / "out", QUICK, images=tiny_gallery, progress=False)
+    compare(backbone, folder, ["clip"], 1, tmp_path / "out", QUICK, images=tiny_gallery)
     text = (tmp_path / "out" / "report.html").read_text()
     assert "&lt;img src=x&gt;0" in text
     for wrong in ("<img src=x", "<script", "<b>data"):

@@ -57,7 +57,7 @@ def test_training_ends_with_the_stage(backbone: Backbone, pairs: tuple[Dataset, 
     config, found = TrainConfig(epochs=1, batch_size=6), {}
     for name in ("block-adapters", "block-adapters+"):
         model = seeded_model(backbone, method(name), 0)
-        result = train(model, *pairs, config, progress=False)
+        result = train(model, *pairs, config)
         validation = prepare_split(pairs[1], model, for_training=False, progress=False)
         assert result.best == evaluate(model, validation)
         found[name] = mean_r1(result.best)

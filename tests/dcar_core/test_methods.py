@@ -192,7 +192,7 @@ from dcar_core.training.train import train
 base, data, out = map(Path, sys.argv[1:])
 model = seeded_model(load_backbone(BackboneSource(str(base))), method("bitfit"), 0)
 training, validation = (load_split(data, split)[0] for split in ("train", "val"))
-train(model, training, validation, TrainConfig(epochs=1, batch_size=6), progress=False)
+train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
 save_checkpoint(model, out)
 print(load_checkpoint(out)[0].config.method, "loaded")
 """
@@ -245,6 +245,6 @@ def test_every_method_trains_at_the_size_of_a_vit_b_32(training: Dataset) -> Non
     backbone, few = load_backbone(BackboneSource("ViT-B-32", RANDOM)), replace(training, samples=training.samples[:4])
     for name in METHODS.keys() - {"clip"}:
         model = seeded_model(backbone, method(name), 0)
-        found = train(model, few, few, TrainConfig(epochs=1, batch_size=4), progress=False)
+        found = train(model, few, few, TrainConfig(epochs=1, batch_size=4))
         assert np.isfinite(mean_r1(found.best)), name
         assert all(parameter.isfinite().all() for _, parameter in model.trainables()), name

@@ -209,7 +209,7 @@ def test_training_and_comparison_make_negatives(
     quick = TrainConfig(epochs=1, batch_size=6)
     for mode, expected in (("auto", True), ("off", False)):
         out = tmp_path / mode
-        found = compare(backbone, data, ["clip"], 1, out, quick, images=tiny_data, progress=False, negatives=mode)
+        found = compare(backbone, data, ["clip"], 1, out, quick, images=tiny_data, negatives=mode)
         assert (found["methods"]["clip"]["hard_negative_accuracy"] is not None) == expected
         assert ("pairs for which negatives were made" in found["cleaning"]["test"]) == expected
     assert (tmp_path / "auto" / "cleaning.json").is_file()
@@ -224,7 +224,7 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
     write_json(data / "train.json", content)
     for name, cut in (("clip", 0), ("coop", 2)):
         quick = TrainConfig(epochs=1, batch_size=6)
-        found = compare(backbone, data, [name], 1, tmp_path / name, quick, images=tiny_data, progress=False)
+        found = compare(backbone, data, [name], 1, tmp_path / name, quick, images=tiny_data)
         what = f"captions cut to the {32 - (4 if cut else 0)} tokens that fit"
         assert found["cleaning"]["train"].get(what, 0) == cut
 

@@ -131,7 +131,7 @@ def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs:
     vectors, results = [], []
     for name in ("block-adapters+", "query-prompts"):
         model = seeded_model(backbone, method(name), 0)
-        result = train(model, *pairs, TrainConfig(epochs=2, batch_size=6), progress=False)
+        result = train(model, *pairs, TrainConfig(epochs=2, batch_size=6))
         assert result.seconds > result.history[-1]["seconds"], "what follows the epochs takes time too"
         results.append(result.best)
         split = prepare_split(pairs[1], model, for_training=False, progress=False)
@@ -242,7 +242,7 @@ def test_training_and_comparison_report_both_stages(
     model, fingerprint = load_checkpoint(tmp_path / "adapted")
     assert (fingerprint, model.config.rerank.blocks) == (done.fingerprint, 2)
     methods = ["clip", "query-prompts"]
-    results = compare(model.backbone, tiny_data, methods, 1, tmp_path / "compared", config, progress=False)
+    results = compare(model.backbone, tiny_data, methods, 1, tmp_path / "compared", config)
     (run,) = results["methods"]["query-prompts"]["runs"]
     loaded, _ = load_checkpoint(tmp_path / "compared" / run["run"], backbone=model.backbone)
     split = prepare_split(load_split(tiny_data, "test")[0], loaded, for_training=False, progress=False)

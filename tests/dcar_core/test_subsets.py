@@ -29,7 +29,7 @@ def test_shots_unseen_categories_and_other_data_are_measured(
     other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
     quick, messages = replace(QUICK, epochs=1), list[str]()
     results = compare(
-        backbone, tiny_data, ["clip", "coop"], 1, tmp_path / "out", quick, progress=False, shots=[1, 2],
+        backbone, tiny_data, ["clip", "coop"], 1, tmp_path / "out", quick, shots=[1, 2],
         unseen_categories=0.5, also=[other], on_message=messages.append,
     )  # fmt: skip
     assert "also other: " in messages[0]  # what was found in the data
@@ -53,9 +53,9 @@ def test_shots_unseen_categories_and_other_data_are_measured(
     assert "| method | 1 | 2 | all |" in text
     assert "pairs per category" in page
     with pytest.raises(DataError, match="two data sets of --also have the same name"):
-        compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, progress=False, also=[other, other])
+        compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, also=[other, other])
     with pytest.raises(DataError, match=r"--unseen-categories 0\.01 leaves 0 of 4 categories out"):
-        compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, progress=False, unseen_categories=0.01)
+        compare(backbone, tiny_data, ["clip"], 1, tmp_path, quick, unseen_categories=0.01)
 
 
 def test_negatives_of_few_pairs_are_made_of_these_pairs_alone(
@@ -77,7 +77,7 @@ def test_negatives_of_few_pairs_are_made_of_these_pairs_alone(
     real_test = MethodRunner.test
     monkeypatch.setattr(MethodRunner, "test", run)
     quick = replace(QUICK, epochs=1)
-    compare(backbone, data, ["dcar"], 1, tmp_path, quick, progress=False, negatives="all", shots=[2])
+    compare(backbone, data, ["dcar"], 1, tmp_path, quick, negatives="all", shots=[2])
     captions, negatives = ([{s.caption for s in data.samples} for data in trained],
                            [{n for s in data.samples for n in s.negatives} for data in trained])  # fmt: skip
     left_out = captions[0] - captions[1]

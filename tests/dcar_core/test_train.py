@@ -43,7 +43,7 @@ def test_every_method_trains_and_leaves_the_backbone_as_it_was(name: str, backbo
     before = backbone.content_hash()
     model = new_model(backbone, name)
     start = {n: p.detach().clone() for n, p in model.trainables()}
-    found = train(model, *pairs, QUICK, progress=False)
+    found = train(model, *pairs, QUICK)
     assert backbone.content_hash() == before
     assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("backbone."))
     assert bool(start) == (name != "clip")
@@ -56,7 +56,7 @@ def test_adapters_start_as_plain_clip_and_serve_after(backbone: Backbone, pairs:
     data = prepared(pairs[1], plain)
     np.testing.assert_allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-6)
     before = save_checkpoint(adapted, tmp_path / "start")
-    train(adapted, *pairs, QUICK, progress=False)
+    train(adapted, *pairs, QUICK)
     assert not np.allclose(encode_captions(adapted, data), encode_captions(plain, data), atol=1e-4)
     after = save_checkpoint(adapted, tmp_path / "trained")
     loaded, fingerprint = load_checkpoint(tmp_path / "trained")
@@ -80,7 +80,7 @@ def test_training_learns_its_pairs(backbone: Backbone, training: Dataset) -> Non
     model = new_model(backbone, "dcar-deep")
     data = prepared(training, model, for_training=True)
     before = float(batch_loss(model, data, np.arange(len(data))).detach())
-    train(model, training, training, TrainConfig(epochs=40, batch_size=12, lr=1e-2), progress=False)
+    train(model, training, training, TrainConfig(epochs=40, batch_size=12, lr=1e-2))
     assert float(batch_loss(model, data, np.arange(len(data))).detach()) < 0.7 * before
 
 
@@ -94,12 +94,12 @@ def test_training_learns_its_pairs(backbone: Backbone, training: Dataset) -> Non
 )
 def test_a_diverged_run_is_no_result(config: TrainConfig, reason: str, backbone: Backbone, pairs: Pairs) -> None:
     with pytest.raises(DivergedError, match=f"clip-adapter diverged: {reason}; use a lower --lr"):
-        train(new_model(backbone, "clip-adapter"), *pairs, config, progress=False)
+        train(new_model(backbone, "clip-adapter"), *pairs, config)
 
 
 def test_training_stops_early_and_keeps_the_best_epoch(backbone: Backbone, pairs: Pairs) -> None:
     config = TrainConfig(epochs=50, batch_size=6, lr=1e-6, patience=2)  # too little for any recall to change
-    found = train(new_model(backbone, "clip-adapter"), *pairs, config, progress=False)
+    found = train(new_model(backbone, "clip-adapter"), *pairs, config)
     assert [line["epoch"] for line in found.history] == [1, 2, 3]
     assert found.epoch == 1
     assert found.best == {key: found.history[0][key] for key in found.best}
@@ -121,7 +121,7 @@ def test_result_is_the_best_validation_epoch(backbone: Backbone, pairs: Pairs, m
         return query, {"t2i_r1": score, "i2t_r1": score}
 
     monkeypatch.setattr(module, "choose_query_weights", chosen)
-    found = train(model, *pairs, TrainConfig(epochs=3, batch_size=6), progress=False)
+    found = train(model, *pairs, TrainConfig(epochs=3, batch_size=6))
     assert (found.epoch, found.best["t2i_r1"], model.config.reweight.query) == (2, 50, "predicted")
     assert all(torch.equal(seen[1][name], p) for name, p in model.trainables())
     assert any(not torch.equal(seen[2][name], p) for name, p in model.trainables())
@@ -152,7 +152,7 @@ def test_learning_rate_schedule_and_gradient_clipping(
     monkeypatch.setattr(module, "accumulate_gradients", steeper)
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     config = TrainConfig(epochs=2, batch_size=4, lr=1e-3, warmup=0.5, weight_decay=0.3, amp=amp)  # six steps
-    found = train(new_model(backbone, "coop"), *pairs, config, progress=False)
+    found = train(new_model(backbone, "coop"), *pairs, config)
     assert [line["loss"] for line in found.history] == pytest.approx([np.mean(losses[:3]), np.mean(losses[3:])])
     assert [rate for rate, *_ in steps] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 0.75e-3, 0.25e-3])
     assert [length for _, length, _ in steps] == pytest.approx([1.0] * 6, rel=1e-3)
@@ -171,7 +171,7 @@ def test_the_order_of_the_pairs_follows_from_seed_and_epoch(
     monkeypatch.setattr(module, "accumulate_gradients", noted)
     for seed in (0, 0, 1):
         model = seeded_model(backbone, method("coop"), seed)
-        train(model, *pairs, TrainConfig(epochs=2, batch_size=6, seed=seed), progress=False)
+        train(model, *pairs, TrainConfig(epochs=2, batch_size=6, seed=seed))
     epochs = [orders[i : i + 2] for i in range(0, 12, 2)]
     assert all(sorted(a + b) == list(range(12)) for a, b in epochs)
     first, second, again, _, other, _ = epochs
@@ -224,7 +224,7 @@ def test_split_is_encoded_like_its_queries_and_images_one_by_one(
 
 
 def run_coop(backbone: Backbone, pairs: Pairs, run: Path, *, tensorboard: bool = False) -> TrainResult:
-    return train(new_model(backbone, "coop"), *pairs, QUICK, progress=False, run=run, tensorboard=tensorboard)
+    return train(new_model(backbone, "coop"), *pairs, QUICK, run=run, tensorboard=tensorboard)
 
 
 @needs("tensorboard")

@@ -76,7 +76,7 @@ def test_an_interruption_within_an_epoch_changes_nothing(
     """Stopped after each single batch of the first epochs, with a state saved there."""
     config = TrainConfig(epochs=2, batch_size=5, lr=5e-3, amp=amp)
     straight = seeded_model(backbone, method("dcar"), 0)
-    train(straight, *pairs, config, progress=False)
+    train(straight, *pairs, config)
     monkeypatch.setattr(module, "SAVE_EVERY_S", -1)
     done = 0
 
@@ -91,7 +91,7 @@ def test_an_interruption_within_an_epoch_changes_nothing(
     for _ in range(20):
         model = seeded_model(backbone, method("dcar"), 0)
         try:
-            found = train(model, *pairs, config, progress=False, run=tmp_path)
+            found = train(model, *pairs, config, run=tmp_path)
             break
         except KeyboardInterrupt:
             continue
@@ -124,9 +124,9 @@ def test_resumed_run_keeps_its_best_epoch(
     monkeypatch.setattr(module, "accumulate_gradients", interrupted)
     config = TrainConfig(epochs=3, batch_size=6)
     with pytest.raises(KeyboardInterrupt):
-        train(seeded_model(backbone, method("coop"), 0), *pairs, config, progress=False, run=tmp_path)
+        train(seeded_model(backbone, method("coop"), 0), *pairs, config, run=tmp_path)
     model = seeded_model(backbone, method("coop"), 0)
-    found = train(model, *pairs, config, progress=False, run=tmp_path)
+    found = train(model, *pairs, config, run=tmp_path)
     assert (found.epoch, len(found.history), found.best["t2i_r1"]) == (1, 3, 50)
     assert all(torch.equal(seen[0][name], p) for name, p in model.trainables())
 
@@ -136,7 +136,7 @@ def test_a_state_of_another_run_is_refused(
 ) -> None:
     def run(name: str = "coop", data: Pairs = pairs, backbone: Backbone = backbone, **settings: float) -> None:
         config = TrainConfig.from_dict({"epochs": 1, "batch_size": 6, **settings})
-        train(seeded_model(backbone, method(name), 0), *data, config, progress=False, run=tmp_path)
+        train(seeded_model(backbone, method(name), 0), *data, config, run=tmp_path)
 
     run()
     others: dict[str, dict[str, Any]] = {
@@ -170,7 +170,7 @@ def test_a_state_runs_no_code(backbone: Backbone, training: Dataset, tmp_path: P
     torch.save({"identity": {}, "extra": _Payload(tmp_path / "ran")}, tmp_path / STATE_FILE)
     model = seeded_model(backbone, method("coop"), 0)
     with pytest.raises(TrainingError, match=r"not a training state \(UnpicklingError\); delete it"):
-        train(model, training, training, TrainConfig(epochs=1, batch_size=6), progress=False, run=tmp_path)
+        train(model, training, training, TrainConfig(epochs=1, batch_size=6), run=tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -207,7 +207,7 @@ def test_the_other_processes_learn_that_the_leader_found_no_finite_vectors(backb
     model = seeded_model(backbone, method("clip-adapter"), seed=0)
     config = TrainConfig(epochs=1, batch_size=64, lr=1e25)
     with pytest.raises(DivergedError, match="its vectors are not finite"):
-        train(model, *pairs, config, progress=False, group=Leader())
+        train(model, *pairs, config, group=Leader())
     assert isinstance(sent[-1], DivergedError)
 
 

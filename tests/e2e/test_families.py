@@ -54,7 +54,7 @@ def trained(family: str, data: Path, path: Path) -> Path:
     backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
     model = seeded_model(backbone, method("dcar+" if backbone.level == "full" else default_method(backbone)), 0)
     training, validation = load_split(data, "train")[0], load_split(data, "val")[0]
-    found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6), progress=False)
+    found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
     assert len(found.history) == 1
     save_checkpoint(model, path / "checkpoint")
     return path / "checkpoint"

@@ -21,7 +21,7 @@ def ask(
     usual: dict[str, Any] = {"dataset": "animals", "templates": QUESTION_TEMPLATES, "tries": 2}
     options = CaptionOptions(**usual | {"timeout_s": 20.0, "concurrency": 2} | given)
     out = out or photos.parent / "captions.json"
-    return caption_images(photos, out, drafter, drafter if judge else None, options, restart=restart, progress=False)
+    return caption_images(photos, out, drafter, drafter if judge else None, options, restart=restart)
 
 
 def captions(photos: Path) -> dict[str, Any]:

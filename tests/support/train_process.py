@@ -31,6 +31,6 @@ with torchrun_group("cpu") as (group, device):
         sys.stdout.flush()
 
     with mock.patch("dcar_core.training.train.write_csv", tell):
-        train(model, training, validation, config, progress=False, run=Path(out), cache=cache, group=group)
+        train(model, training, validation, config, run=Path(out), cache=cache, group=group)
     if group.is_leader:
         save_checkpoint(model, Path(out))
