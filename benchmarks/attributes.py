@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dcar_core.data import SPLITS, Dataset, load_splits
+from dcar_core.data import SPLITS, Annotations, Dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint, read_config
 from dcar_core.model.dcar import DCAR
@@ -78,7 +78,7 @@ def protocol(data: Path, split: str) -> Protocol:
     """Read the queries and the pool of a split."""
     rows = map(json.loads, (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
     known = {row["file_name"]: row for row in rows}
-    splits, _ = load_splits(data, SPLITS)
+    splits, _ = Annotations(data).load_all(SPLITS)
     copies = defaultdict[str, dict[str, str]](dict)  # content -> image -> split
     for name, part in splits.items():
         for image in part.images:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from dcar_core.data import SPLITS, CleaningReport, Dataset, load_splits
+from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
@@ -46,7 +46,7 @@ def main() -> None:
 
     backbone = load_backbone(BackboneSource(args.model, args.pretrained))
     functions = backbone_functions(backbone)
-    splits, _ = load_splits(args.data, SPLITS)
+    splits, _ = Annotations(args.data).load_all(SPLITS)
     counts = [int(count) for count in args.counts.split(",")]
     most = min(10 * len(splits[split].images) // share for split, share in SHARES.items())
     if max(counts) > most:

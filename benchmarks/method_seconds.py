@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dcar_core.data import load_splits
+from dcar_core.data import Annotations
 from dcar_core.evaluation.analysis import serving_cost
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
@@ -39,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
 
     backbone = load_backbone(BackboneSource(args.model, args.pretrained))
-    splits, reports = load_splits(args.data, ("train", "val"))
+    splits, reports = Annotations(args.data).load_all(("train", "val"))
     splits = add_negatives(splits, reports, backbone_functions(backbone))
     gallery, config = args.gallery or args.data, TrainConfig(epochs=args.epochs)
     print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))

@@ -39,7 +39,7 @@ from service import ROOT
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dcar_core.data import Dataset, load_split, load_splits
+from dcar_core.data import Annotations, Dataset
 from dcar_core.images import open_image
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.dcar import DCAR
@@ -95,7 +95,7 @@ def write_maps(args: Namespace) -> None:
     tables = {"known": known}
     white = cnn(np.full((1, SIDE, SIDE, 3), 255, np.uint8)).mean((0, 2, 3))
     for directory in args.data:
-        splits, downstream = load_splits(directory)[0], []
+        splits, downstream = Annotations(directory).load_all()[0], []
         apart = sorted(set().union(*(data.categories for data in splits.values())))[::3]
         for split, data in splits.items():
             for start in tqdm(range(0, len(data.images), 64), f"{directory.name}, {split}", unit="x 64"):
@@ -192,7 +192,7 @@ def train(args: Namespace) -> None:
     base = args.out / "base"
     base.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    parts = load_splits(args.out / "known.jsonl", image_root=args.out / "maps")[0].values()
+    parts = Annotations(args.out / "known.jsonl", args.out / "maps").load_all()[0].values()
     captions = [sample.caption for data in parts for sample in data.samples]
     files = [data.read(sample.image) for data in parts for sample in data.samples]
     pixels = torch.from_numpy(np.stack([np.asarray(open_image(file)) for file in files])).permute(0, 3, 1, 2)
@@ -208,7 +208,7 @@ def train(args: Namespace) -> None:
 
 def within(args: Namespace) -> None:
     """Print recall among all test photos and those of one category, for every run of `dcar evaluate`."""
-    test, _ = load_split(args.data, "test", image_root=args.images)
+    test, _ = Annotations(args.data, args.images).load("test")
     of_category = defaultdict(list)
     for sample in test.samples:
         of_category[sample.category].append(sample)

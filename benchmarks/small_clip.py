@@ -26,7 +26,7 @@ from service import ROOT
 from torch import Tensor
 from tqdm import tqdm
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.images import open_image
 from dcar_core.training.objective import contrastive_loss
 
@@ -90,7 +90,7 @@ def save(model: open_clip.CLIP, out: Path, model_cfg: dict, mean: tuple[float, .
 
 def load_pairs(directories: list[Path], side: int) -> tuple[Tensor, list[str]]:
     """Return images uint8 (N, S, S, 3), larger than `side` to allow crops, and captions of all training splits."""
-    splits = [load_split(directory, "train")[0] for directory in directories]
+    splits = [Annotations(directory).load("train")[0] for directory in directories]
     images = np.concatenate([read_images(split, side + side // 4) for split in splits])
     return torch.from_numpy(images), [sample.caption for split in splits for sample in split.samples]
 

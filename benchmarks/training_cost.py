@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
@@ -89,7 +89,7 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, floa
     prepare_process(args)
     backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
     model = seeded_model(backbone, method(name), 0).train()
-    training = load_split(folder, "train")[0]
+    training = Annotations(folder).load("train")[0]
     cache = folder / f"features-{name}"
     data, cold = timed_prepare(training, model, FeatureCache(cache, backbone))
     data, warm = timed_prepare(training, model, FeatureCache(cache, backbone))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcar_core.data import SPLITS, load_splits
+from dcar_core.data import SPLITS, Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import ReweightConfig
@@ -145,7 +145,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    splits, _ = load_splits(args.data, ("train", args.split))
+    splits, _ = Annotations(args.data).load_all(("train", args.split))
     data, groups = splits[args.split], new_categories(splits["train"], splits[args.split])
     backbone = load_backbone(BackboneSource(args.model))
     frozen, hits = FrozenFeatures(data, backbone, FeatureCache(None, backbone), False), defaultdict[str, dict](dict)

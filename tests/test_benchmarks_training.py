@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcar_core.data import load_splits
+from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
@@ -61,7 +61,7 @@ def test_a_script_prints_its_table(
 
 def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    splits, _ = load_splits(tiny_data, ("train", "val"))
+    splits, _ = Annotations(tiny_data).load_all(("train", "val"))
     for data in splits.values():
         data.samples[:] = [replace(sample, negatives=("a caption of another image",)) for sample in data.samples]
     parts = importlib.import_module("caption_counts").written(splits, 10, 0, LETTER_FUNCTIONS)
@@ -80,7 +80,8 @@ def attributes_protocol(monkeypatch: pytest.MonkeyPatch, data: Path, split: str)
 @pytest.mark.parametrize("domain", ["twemoji", "openmoji"])
 def test_attribute_queries_are_of_images_without_a_copy(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ROOT / "examples" / "emoji" / domain
-    asked, (splits, _) = attributes_protocol(monkeypatch, data, "test"), load_splits(data, ("train", "val", "test"))
+    asked = attributes_protocol(monkeypatch, data, "test")
+    splits, _ = Annotations(data).load_all()
     contents = [asked.images.read(name) for name in asked.images.images]
     assert len(set(contents)) == len(contents) == len(asked.facts)
     assert not set(contents) & {splits[name].read(image) for name in ("train", "val") for image in splits[name].images}

@@ -54,10 +54,10 @@ def negatives_command(
     device: Device = "auto",
 ) -> None:
     """Generate negative captions as `dcar train` does, print some, and write them for review and training."""
-    from dcar_core.data import describe_reports, load_splits, write_splits
+    from dcar_core.data import Annotations, describe_reports, write_splits
     from dcar_core.negatives import LETTER_FUNCTIONS, add_negatives, backbone_functions
 
-    splits, reports = load_splits(path, image_policy="ignore")
+    splits, reports = Annotations(path).load_all(None, "ignore")
     functions = LETTER_FUNCTIONS
     if model is not None:  # torch takes seconds
         from dcar_core.model.backbone import BackboneSource, load_backbone

@@ -6,15 +6,7 @@ In: annotations (the formats of docs/reference/data-formats.md) and images. Out:
 Every folder above `model` may import it; it imports `model`, `images` and `util`.
 """
 
-from dcar_core.data.load import (
-    MISSING_IMAGES,
-    UNUSABLE,
-    Annotations,
-    ImagePolicy,
-    check_dataset,
-    load_split,
-    load_splits,
-)
+from dcar_core.data.load import MISSING_IMAGES, UNUSABLE, Annotations, ImagePolicy, check_dataset
 from dcar_core.data.report import CleaningReport, describe_reports, save_reports
 from dcar_core.data.samples import SPLITS, Dataset, Sample, write_splits
 
@@ -29,8 +21,6 @@ __all__ = [
     "Sample",
     "check_dataset",
     "describe_reports",
-    "load_split",
-    "load_splits",
     "save_reports",
     "write_splits",
 ]

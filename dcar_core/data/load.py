@@ -50,6 +50,7 @@ class Annotations:
     """The annotation files of a data set, each read once, when it is needed."""
 
     def __init__(self, path: Path, image_root: Path | None = None) -> None:
+        """Take the directory that holds them, or one file, and the image root if it is another folder."""
         if not path.exists():
             raise DataError(f"{path} does not exist; give a directory with {_FORMS}, or one such file")
         self.path, self._image_root = path, image_root
@@ -64,7 +65,16 @@ class Annotations:
         return [split for split in SPLITS if split in found or (split == "val" and has_val)]
 
     def load(self, split: str, image_policy: ImagePolicy = "require") -> tuple[Dataset, CleaningReport]:
-        """Return one split and its report; see `load_split`."""
+        """Return one split of a data set and the report of its cleaning.
+
+        Args:
+            split: train, val or test.
+            image_policy: "require" every image to be there; "present" leaves out missing images and reports their
+                names; "skip" also leaves out images that cannot be decoded; "ignore" reads only the annotations.
+
+        Raises:
+            DataError: no annotations, none for this split, too many bad rows, or missing images.
+        """
         report = CleaningReport()
         entries = self._select(split, report)
         for note in (note for entry in entries for note in entry.notes):
@@ -87,9 +97,12 @@ class Annotations:
         return Dataset(split, samples, self._root), report
 
     def load_all(
-        self, splits: Sequence[str] | None, image_policy: ImagePolicy
+        self, splits: Sequence[str] | None = None, image_policy: ImagePolicy = "require"
     ) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-        """Load splits, and report images that an earlier one has too: results on them do not carry over to new ones."""
+        """Load splits, None for all, and report images that an earlier one has too.
+
+        Results on these do not carry over to new ones.
+        """
         read = {split: self.load(split, image_policy) for split in splits or self.splits()}
         datasets = {split: data for split, (data, _) in read.items()}
         reports = {split: report for split, (_, report) in read.items()}
@@ -168,35 +181,6 @@ class Annotations:
             if report is not None:
                 report.merge(file_report)
         return found
-
-
-def load_split(
-    path: Path, split: str, *, image_root: Path | None = None, image_policy: ImagePolicy = "require"
-) -> tuple[Dataset, CleaningReport]:
-    """Return one split of a data set and the report of its cleaning.
-
-    Args:
-        path: the directory that holds the annotations, or one annotation file.
-        split: train, val or test.
-        image_root: the image root, if it is not `path` (or the file's folder).
-        image_policy: "require" every image to be there; "present" leaves out missing images and reports their names;
-            "skip" also leaves out images that cannot be decoded; "ignore" reads only the annotations.
-
-    Raises:
-        DataError: no annotations, none for this split, too many bad rows, or missing images.
-    """
-    return Annotations(path, image_root).load(split, image_policy)
-
-
-def load_splits(
-    path: Path,
-    splits: Sequence[str] | None = None,
-    *,
-    image_root: Path | None = None,
-    image_policy: ImagePolicy = "require",
-) -> tuple[dict[str, Dataset], dict[str, CleaningReport]]:
-    """Return several splits, None for all, and their reports; see `load_split`."""
-    return Annotations(path, image_root).load_all(splits, image_policy)
 
 
 def check_dataset(

@@ -16,16 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dcar_core.data import (
-    SPLITS,
-    CleaningReport,
-    Dataset,
-    ImagePolicy,
-    describe_reports,
-    load_split,
-    load_splits,
-    save_reports,
-)
+from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset, ImagePolicy, describe_reports, save_reports
 from dcar_core.evaluation.analysis import serving_cost
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.report import write_report
@@ -98,7 +89,7 @@ def compare(
     for each in configs.values():  # before hours of training
         DCAR(backbone, each)  # raises if the towers cannot run it
     image_policy: ImagePolicy = "skip" if skip_broken else "require"
-    splits, reports = load_splits(data, SPLITS, image_root=images, image_policy=image_policy)
+    splits, reports = Annotations(data, images).load_all(SPLITS, image_policy)
     held_out = frozenset[str]()
     if unseen_categories:
         splits, held_out = hold_out_categories(splits, unseen_categories)
@@ -107,7 +98,7 @@ def compare(
         name = directory.resolve().name
         if name in others:
             raise DataError("two data sets of --also have the same name; rename one of their directories")
-        others[name], reports[f"also {name}"] = load_split(directory, "test", image_policy=image_policy)
+        others[name], reports[f"also {name}"] = Annotations(directory).load("test", image_policy)
     complete = partial(
         add_negatives, functions=backbone_functions(backbone), mode=negatives, taxonomy=taxonomy, held_out=held_out
     )

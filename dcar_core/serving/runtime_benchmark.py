@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dcar_core.data import Annotations, Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.images import open_image
 from dcar_core.runtimes.registry import INT8_SAMPLES, RUNTIME_KINDS, require_known
 from dcar_core.runtimes.selection import Probe, preferred_runtimes, prove, reason_of, reference_vectors
@@ -126,7 +126,7 @@ def benchmark(
     backbone = encoder.model.backbone
     usual, kinds = preferred_runtimes(backbone), RUNTIME_KINDS.items()
     int8 = (name for name, kind in kinds if kind.precision == "int8" and kind.on == backbone.device.type)
-    test = load_split(data, "test", image_root=images, image_policy="present")[0]
+    test = Annotations(data, images).load("test", "present")[0]
     say(f"reading {min(limit, len(test)):,} captions and their images")
     test = replace(test, samples=test.samples[:limit])
     row_of = {name: row for row, name in enumerate(test.images)}
@@ -197,10 +197,11 @@ def _measure_reference(encoder: Encoder, probe: Probe) -> RuntimeResult:
 
 
 def _calibrate(encoder: Encoder, data: Path, images: Path | None, say: Callable[[str], None]) -> None:
-    splits = Annotations(data).splits()
+    annotations = Annotations(data, images)
+    splits = annotations.splits()
     split = next((name for name in ("train", "val") if name in splits), "test")
     say(f"calibrating int8 on {INT8_SAMPLES} captions and images of {data}, {split}")
-    samples = load_split(data, split, image_root=images, image_policy="present")[0]
+    samples = annotations.load(split, "present")[0]
     part = samples.samples[:: max(1, len(samples) // INT8_SAMPLES)][:INT8_SAMPLES]
     pixels = _pixels(encoder, samples, [sample.image for sample in part])
     encoder.loaded.calibrate(encoder.state, [sample.caption for sample in part], pixels)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcar_core.data import Dataset, describe_reports, load_splits, save_reports
+from dcar_core.data import Annotations, Dataset, describe_reports, save_reports
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import require_own_config, save_checkpoint
 from dcar_core.model.config import LossDirection, TrainConfig
@@ -171,9 +171,7 @@ def adapt(
     """
     require_own_config(out)
     with torchrun_group(pick_device(device)) as (group, here):
-        splits, reports = load_splits(
-            data, ("train", "val"), image_root=images, image_policy="skip" if skip_broken else "require"
-        )
+        splits, reports = Annotations(data, images).load_all(("train", "val"), "skip" if skip_broken else "require")
         backbone = load_backbone(source, here)
         default = default_method(backbone)
         chosen = config_of(method or default).with_loss_direction(loss)

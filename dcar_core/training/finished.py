@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dcar_core.data import Dataset, ImagePolicy, load_splits
+from dcar_core.data import Annotations, Dataset, ImagePolicy
 from dcar_core.model.checkpoint import is_checkpoint, read_config
 from dcar_core.model.config import TrainConfig
 from dcar_core.util.errors import TrainingError
@@ -47,7 +47,7 @@ def describe_request(
     Files count by their size and time of change, captions and other texts by their content.
     """
     policy: ImagePolicy = "present" if skip_broken else "require"
-    splits, _ = load_splits(data, ("train", "val"), image_root=images, image_policy=policy)
+    splits, _ = Annotations(data, images).load_all(("train", "val"), policy)
     return {
         "model": _name_or_state(model),
         "pretrained": _name_or_state(pretrained),

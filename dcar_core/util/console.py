@@ -64,9 +64,7 @@ def progress_bar(total: int, label: str, unit: str, *, is_shown: bool = True, **
 
     pause = 0.5 if sys.stderr and sys.stderr.isatty() else 10
     is_hidden = not is_shown or sys.stderr is None
-    return tqdm(
-        total=total, desc=label, unit=unit, disable=is_hidden, mininterval=pause, dynamic_ncols=True, **options
-    )
+    return tqdm(total=total, desc=label, unit=unit, disable=is_hidden, mininterval=pause, dynamic_ncols=True, **options)
 
 
 def dump_json(value: Any) -> str:

@@ -15,7 +15,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from dcar_core.data import SPLITS, Dataset, load_splits
+from dcar_core.data import SPLITS, Annotations, Dataset
 from dcar_core.evaluation import summarise
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.tables import COLUMNS
@@ -35,7 +35,7 @@ DOMAINS = ("twemoji", "openmoji")
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     """Train zero-shot and all seeds, bundle the best checkpoint, and return the domain's results."""
     backbone = load_backbone(BackboneSource(str(HERE / "base")))
-    splits, _ = load_splits(HERE / domain, SPLITS)
+    splits, _ = Annotations(HERE / domain).load_all(SPLITS)
     config = TrainConfig(epochs=args.epochs, batch_size=args.batch_size)
     cache = FeatureCache(args.work / domain / "features", backbone)
     runner = MethodRunner(backbone, splits, args.work / domain, config, cache)

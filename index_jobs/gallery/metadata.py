@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
 from dcar_core.data.image_lookup import unicode_forms
-from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files, load_splits
+from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
@@ -76,7 +76,7 @@ class GalleryMetadata:
                 return cls.from_other_table(folder, names)
             if any(file.suffix == ".tar" for file in files):
                 return None
-            splits, reports = load_splits(Path(folder), image_policy="present")
+            splits, reports = Annotations(Path(folder)).load_all(None, "present")
         except DataError as error:
             is_named = any(file.stem == "pairs" for file in files) and not isinstance(error, NoPairsError)
             if is_named or isinstance(error, BadRowsError):

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core import Encoder
-from dcar_core.data import MISSING_IMAGES, load_split
+from dcar_core.data import MISSING_IMAGES, Annotations
 from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
@@ -116,7 +116,7 @@ def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
 
 def _validation_pairs(gallery: Gallery, data: Path) -> list[tuple[str, int]]:
     """Return validation texts with the rows of their images."""
-    split, report = load_split(data, "val", image_policy="present")
+    split, report = Annotations(data).load("val", "present")
     if missing := report.names.get(MISSING_IMAGES):
         logger.warning("%d validation images of %s are missing, such as %s", len(missing), data, missing[0])
     resolve = _path_resolver()

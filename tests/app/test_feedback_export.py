@@ -17,7 +17,7 @@ from app.feedback import store
 from app.feedback.click_model import Propensities
 from app.feedback.export import Impressions, Options, Report, estimate_propensities, export, weigh
 from app.feedback.store import EventRow, Journal, QueryRow
-from dcar_core.data import load_splits
+from dcar_core.data import Annotations
 from dcar_core.data.judgements import read_judgements
 from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
@@ -76,7 +76,7 @@ def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact
     assert set(map(tuple, found.values())) == {("crimson square",)}
     assert report.left_out["clicked pairs with fewer than 2 clients"] == 1
     assert report.negatives == 2
-    splits, _ = load_splits(tmp_path / "out")
+    splits, _ = Annotations(tmp_path / "out").load_all()
     assert all(data.read(sample.image) for data in splits.values() for sample in data.samples)
     with (tmp_path / "out" / "judgements.csv").open() as file:
         judged = {(row["query"], row["item_id"]): int(row["grade"]) for row in csv.DictReader(file)}
@@ -274,7 +274,7 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
     folder = log_of(index / "feedback", searches, hits=items)
     done = dcar("feedback", "export", "--index", index, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    splits, _ = load_splits(tmp_path / "out", image_root=root)
+    splits, _ = Annotations(tmp_path / "out", root).load_all()
     captions = {sample.caption for data in splits.values() for sample in data.samples}
     assert {f"text {number}" for number in range(len(items))} <= captions
     assert all(data.read(sample.image) for data in splits.values() for sample in data.samples)

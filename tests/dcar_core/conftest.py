@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from tests.support.images import draw
 
@@ -44,13 +44,13 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def training(tiny_data: Path) -> Dataset:
-    return load_split(tiny_data, "train")[0]
+    return Annotations(tiny_data).load("train")[0]
 
 
 @pytest.fixture
 def pairs(training: Dataset, tiny_data: Path) -> tuple[Dataset, Dataset]:
     """Return the splits for training and validation."""
-    return training, load_split(tiny_data, "val")[0]
+    return training, Annotations(tiny_data).load("val")[0]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dcar_core.data import check_dataset, load_split
+from dcar_core.data import Annotations, check_dataset
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.util.errors import DataError
@@ -53,7 +53,7 @@ COCO = "the form of COCO or of Karpathy's splits, which is not read"
 def test_bad_annotations_are_named_with_their_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
-        load_split(tmp_path, "train", image_policy="ignore")
+        Annotations(tmp_path).load("train", "ignore")
 
 
 HALF = r'"a red car \ud83d"'  # of an emoji, as a caption that was cut off ends
@@ -72,7 +72,7 @@ FDRD = '{"a": {"file_name": "a.png", "file_path": "", %s}}'
 def test_half_of_a_surrogate_pair_can_be_written_again(tmp_path: Path, name: str, content: str) -> None:
     write_image(tmp_path / "a.png")
     (tmp_path / name).write_text(content)
-    (sample,) = load_split(tmp_path, "train")[0].samples
+    (sample,) = Annotations(tmp_path).load("train")[0].samples
     assert sample.caption == "a red car \ufffd"
     repr(sample).encode()
 
@@ -81,16 +81,16 @@ def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"has no val pairs; it needs pairs\.csv, .* `dcar data caption` writes captions"
     ):
-        load_split(tmp_path, "val")
+        Annotations(tmp_path).load("val")
     with pytest.raises(DataError, match="does not exist"):
-        load_split(tmp_path / "gone", "val")
+        Annotations(tmp_path / "gone").load("val")
     write_json(tmp_path / "train.json", {"a": {"file_name": "a.png", "positive": "a red car"}})
     for split in ("test", "val"):  # one pair, and it is needed for training
         with pytest.raises(DataError, match=f"has no {split} pairs; it has train"):
-            load_split(tmp_path, split)
+            Annotations(tmp_path).load(split)
     (tmp_path / "a.xml").write_text("<a/>")
     with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv, \.parquet, \.tar"):
-        load_split(tmp_path / "a.xml", "val")
+        Annotations(tmp_path / "a.xml").load("val")
 
 
 def test_command_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dcar_core.captioning.questions import (
     read_verdict,
     tidy_draft,
 )
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.util.errors import DataError
 from tests.support.captioning import KEY, ask, captions, one_image, rejected
 from tests.support.commands import dcar
@@ -42,7 +42,7 @@ def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:
     entries = captions(photos)
     assert set(entries) == {"birds/barn_owl/wide.jpg", *(f"{c}/{i}.png" for c in ("owl", "red_fox") for i in (1, 2))}
     assert entries["birds/barn_owl/wide.jpg"]["meta_category"] == "birds"
-    data, _ = load_split(photos.parent / "captions.json", "train", image_root=photos)
+    data, _ = Annotations(photos.parent / "captions.json", photos).load("train")
     assert data.samples
     assert {s.category for s in data.samples} <= {"red fox", "owl", "barn owl"}
     assert all(s.caption == f"A {s.category} on grass, number {s.caption[-7:-1]}." for s in data.samples)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dcar_core.data import Dataset, load_split, load_splits
+from dcar_core.data import Annotations, Dataset
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.comparison import add_significance
 from dcar_core.evaluation.method_runner import MethodRunner
@@ -74,13 +74,13 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     # the saved checkpoint reproduces the reported number
     run = results["methods"]["dcar"]["runs"][1]
     model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
-    test = prepare_split(load_split(tiny_data, "test")[0], model, for_training=False, progress=False)
+    test = prepare_split(Annotations(tiny_data).load("test")[0], model, for_training=False, progress=False)
     assert evaluate(model, test) == run["test"]
     assert fingerprint == run["fingerprint"]
 
 
 def test_categories_without_training_pairs_are_resampled_whole(tiny_data: Path) -> None:
-    splits, _ = load_splits(tiny_data)
+    splits, _ = Annotations(tiny_data).load_all()
     assert new_categories(splits["train"], splits["test"]) is None, "training has them"
     test = splits["test"].samples
     new = [replace(sample, category=f"new {number // 2}") for number, sample in enumerate(test)]
@@ -123,9 +123,7 @@ def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: P
 
     def run(**given: Any) -> dict[str, Any]:
         out, quick = tmp_path / "out", replace(QUICK, epochs=1)
-        return compare(
-            backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, **given
-        )
+        return compare(backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, **given)
 
     with pytest.raises(DataError, match=r"1 of \d+ images are not in .*: lost\.png"):
         run()
@@ -157,7 +155,7 @@ def test_a_finished_run_is_not_repeated(
 
 
 def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    splits = {split: load_split(tiny_data, split)[0] for split in ("train", "val", "test")}
+    splits = {split: Annotations(tiny_data).load(split)[0] for split in ("train", "val", "test")}
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
     one_way = method("coop").with_loss_direction("image-to-text")
@@ -181,9 +179,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 
     monkeypatch.setattr("dcar_core.evaluation.method_runner.train", noted)
     grid, names = (1e-4, 1e-2, 1e30), ["dual", "clip-adapter"]
-    results = compare(
-        backbone, tiny_data, names, 2, tmp_path, QUICK, tune=True, grid=grid, on_message=messages.append
-    )
+    results = compare(backbone, tiny_data, names, 2, tmp_path, QUICK, tune=True, grid=grid, on_message=messages.append)
     assert len(trainings(messages)) == 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
     assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
     for name in names:
@@ -204,9 +200,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 
 def test_a_diverged_method_leaves_the_others_in_the_table(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     wild, messages = replace(QUICK, lr=1e30, epochs=1), list[str]()
-    results = compare(
-        backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, on_message=messages.append
-    )
+    results = compare(backbone, tiny_data, ["clip", "clip-adapter"], 1, tmp_path, wild, on_message=messages.append)
     assert list(results["methods"]) == ["clip"]
     assert "lower --lr" in results["diverged"]["clip-adapter"]
     assert messages[-1].startswith("clip-adapter is left out: ")
@@ -219,7 +213,7 @@ def test_a_diverged_method_leaves_the_others_in_the_table(backbone: Backbone, ti
 
 def test_a_broken_test_image_is_reported_before_training(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    broken = load_split(data, "test")[0].samples[0].image
+    broken = Annotations(data).load("test")[0].samples[0].image
     (data / broken).write_bytes(b"hi")
     with pytest.raises(DataError, match=f"test: {broken}: .*; replace the image, or leave it out with"):
         compare(backbone, data, ["coop"], 1, tmp_path / "out", QUICK)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dcar_core.data import Annotations, CleaningReport, Dataset, load_split, load_splits, write_splits
+from dcar_core.data import Annotations, CleaningReport, Dataset, write_splits
 from dcar_core.data.entries import SKIPPED_ROWS
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json, write_jsonl
@@ -29,7 +29,7 @@ def older(number: str, **change: object) -> dict[str, object]:
 
 
 def read(path: Path, split: str = "train") -> tuple[Dataset, CleaningReport]:
-    return load_split(path, split, image_policy="ignore")
+    return Annotations(path).load(split, "ignore")
 
 
 def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
     write_json(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
     row = {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
     write_jsonl(tmp_path / "rows" / "train.jsonl", row)
-    found = [load_split(tmp_path / form, "train", image_root=tmp_path)[0] for form in ("fdrd", "rows")]
+    found = [Annotations(tmp_path / form, tmp_path).load("train")[0] for form in ("fdrd", "rows")]
     for data in found:
         (sample,) = data.samples
         assert (sample.image, sample.category, sample.meta_category) == ("a.png", "car", "vehicles")
@@ -114,7 +114,7 @@ def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
         assert sample.negative_categories == ("van", "truck")
         assert sample.attributes == ("red", "vintage")
     write_splits({"train": found[0]}, tmp_path / "out")
-    assert load_split(tmp_path / "out", "train", image_root=tmp_path)[0].samples == found[0].samples
+    assert Annotations(tmp_path / "out", tmp_path).load("train")[0].samples == found[0].samples
 
 
 def test_splits_are_written_again_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> Non
     )
     write_jsonl(tmp_path / "train.jsonl", rows[0], rows[1] | {"category": "part"})
     write_jsonl(tmp_path / "val.jsonl", rows[0])
-    data, report = load_split(tmp_path, "train")
+    data, report = Annotations(tmp_path).load("train")
     assert [sample.image for sample in data.samples] == ["Stück.png"] * 2
     what = "categories written in several ways, which results and filters keep apart"
     assert report.names[what] == ["Part = part"]
@@ -169,7 +169,7 @@ def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> Non
 def test_file_without_splits_is_divided_by_image(tmp_path: Path) -> None:
     rows = ({"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two"))
     file = write_jsonl(tmp_path / "mine.jsonl", *rows)
-    splits, reports = load_splits(file, image_policy="ignore")
+    splits, reports = Annotations(file).load_all(None, "ignore")
     images = {split: set(data.images) for split, data in splits.items()}
     assert sum(map(len, images.values())) == 300  # no image is in two splits
     assert len(images["train"]) > 210
@@ -181,7 +181,7 @@ def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None
     train = {f"{i}_{j}": entry(file_name=f"{i}.jpg", positive=f"a cat {i} {j}") for i in range(200) for j in range(2)}
     write_json(tmp_path / "pets_train.json", train)
     write_json(tmp_path / "pets_test.json", {"a": entry(file_name="x.jpg")})
-    splits, reports = load_splits(tmp_path, image_policy="ignore")
+    splits, reports = Annotations(tmp_path).load_all(None, "ignore")
     images = {split: set(data.images) for split, data in splits.items()}
     assert list(splits) == Annotations(tmp_path).splits() == ["train", "val", "test"]
     assert not images["train"] & images["val"]
@@ -208,7 +208,7 @@ def test_split_is_the_name_of_its_file(tmp_path: Path) -> None:
 def test_images_are_found_below_another_root(tmp_path: Path, place: str) -> None:
     file = write_json(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
     write_image(tmp_path / "photos" / place)
-    data, _ = load_split(file, "train", image_root=tmp_path / "photos")
+    data, _ = Annotations(file, tmp_path / "photos").load("train")
     assert data.samples[0].image == place
     assert data.read(data.samples[0].image)
 
@@ -218,7 +218,7 @@ def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
     write_image(tmp_path / "a" / "1.jpg")
     write_image(tmp_path / "b" / "1.jpg")
     with pytest.raises(DataError, match=r"1 of 1 images are not in .*: 1\.jpg\. Point --images .* --skip-broken"):
-        load_split(file, "train")
+        Annotations(file).load("train")
 
 
 def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
@@ -227,8 +227,8 @@ def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Pa
     rows = {name: entry(file_name=f"{name}.png", positive=f"a {name} one") for name in ("good", "cut", "gone")}
     write_json(tmp_path / "train.json", rows)
     with pytest.raises(DataError, match=r"train: 1 of 3 images .*gone\.png"):
-        load_split(tmp_path, "train")
-    data, report = load_split(tmp_path, "train", image_policy="skip")
+        Annotations(tmp_path).load("train")
+    data, report = Annotations(tmp_path).load("train", "skip")
     assert [s.image for s in data.samples] == ["good.png"]
     assert report.names["images missing, left out"] == ["gone.png"]
     [broken] = report.names["images broken, left out"]
@@ -236,4 +236,4 @@ def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Pa
     assert "gone.png" in str(report)
     good.unlink()
     with pytest.raises(DataError, match="no train pairs that can be used"):
-        load_split(tmp_path, "train", image_policy="skip")
+        Annotations(tmp_path).load("train", "skip")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar_core.data import Annotations, Sample, load_split, load_splits, records
+from dcar_core.data import Annotations, Sample, records
 from dcar_core.data.records import read_records
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
@@ -21,7 +21,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def samples(path: Path, split: str = "train") -> list[Sample]:
-    return load_split(path, split, image_policy="ignore")[0].samples
+    return Annotations(path).load(split, "ignore")[0].samples
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
     row = json.dumps({"caption": "red", "class_name": "square", "negatives": ["blue"]}).encode()
     write_tar(tmp_path / "train-0001.tar", {"./0.png": image, "./0.json": row, "./0.cls": b"17"})
     write_tar(tmp_path / "val.tar", {"v/0.png": image, "v/0.txt": b"for validation", "v/0.cls": b"square\n"})
-    data, report = load_split(tmp_path, "train", image_policy="skip")
+    data, report = Annotations(tmp_path).load("train", "skip")
     assert [(s.image, s.caption) for s in data.samples] == [
         ("train-0000.tar/0.png", "a red square"),
         ("train-0000.tar/0.png", "all red"),
@@ -57,9 +57,9 @@ def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
     assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
     assert report.names["tar samples without an image, left out"] == ["train-0000.tar/2"]
     assert report.names["tar samples with several images, one of which was taken"] == ["0.png"]
-    (validation,) = load_split(tmp_path, "val")[0].samples
+    (validation,) = Annotations(tmp_path).load("val")[0].samples
     assert (validation.caption, validation.category) == ("for validation", "square")
-    assert len(load_split(tmp_path / "val.tar", "val")[0]) == 1
+    assert len(Annotations(tmp_path / "val.tar").load("val")[0]) == 1
 
 
 @pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet", "tars"])
@@ -74,7 +74,7 @@ def test_what_describes_a_gallery_is_a_data_set(form: str, gallery: Path) -> Non
                 (gallery / image).unlink()
                 members |= {image: png(), image.replace("png", "json"): json.dumps({**row, "file_name": None}).encode()}
             write_tar(gallery / f"shard-{shard:04}.tar", members)
-    datasets, _ = load_splits(gallery)
+    datasets, _ = Annotations(gallery).load_all()
     assert list(datasets) == ["train", "val", "test"]
     captions = {sample.caption for data in datasets.values() for sample in data.samples}
     assert captions == set(scan(gallery).table["caption"].to_pylist())
@@ -86,7 +86,7 @@ def test_annotations_take_precedence_over_a_gallerys_metadata(gallery: Path) -> 
     images = {sample.image for split in ("train", "val") for sample in samples(gallery, split)}
     assert images == {row["file_name"] for row in ROWS[:30]}
     with pytest.raises(DataError, match="has no test pairs; it has train"):
-        load_split(gallery, "test")
+        Annotations(gallery).load("test")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -101,7 +101,7 @@ def test_every_form_gives_the_same_pairs(suffix: str, tmp_path: Path) -> None:
         rows = [row | {"negatives": cell} for row, cell in zip(rows, ("b | c", "", '["d"]', ""), strict=True)]
     write_rows(tmp_path / f"pairs{suffix}", rows)
     assert samples(tmp_path) == [Sample("a.png", "a", "007", "", ("b", "c")), Sample("a.png", "a, again", "007")]
-    data, report = load_split(tmp_path, "val", image_policy="ignore")
+    data, report = Annotations(tmp_path).load("val", "ignore")
     assert data.samples == [Sample("b.png", "b", negatives=("d",))]
     assert report.counts["pairs of the split 'extra', left out"] == 1
     assert Annotations(tmp_path).splits() == ["train", "val"]
@@ -113,7 +113,7 @@ def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
     row = {"image": "a.png", "caption": "z"}
     write_jsonl(tmp_path / "test.jsonl", row | {"captions": 5}, row | {"image": "b.png", "captions": [{}], "note": [1]})
     for split, wanted in (("train", ["x", "y", "z"]), ("val", ["x", "y"]), ("test", ["z", "z"])):
-        data, report = load_split(tmp_path, split, image_policy="ignore")
+        data, report = Annotations(tmp_path).load(split, "ignore")
         assert [sample.caption for sample in data.samples] == wanted
         assert report.counts.keys() <= {"pairs without a negative", f"captions that another image has too {POSITIVES}"}
 
@@ -175,14 +175,14 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         else:
             pq.write_table(pa.table(content), file)
         with pytest.raises(DataError, match=message):
-            load_split(tmp_path, "train")
+            Annotations(tmp_path).load("train")
 
 
 def test_a_bad_row_is_left_out_and_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", *ROWS, {"image": "x.png"})
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write("{")
-    splits, reports = load_splits(tmp_path, image_policy="ignore")
+    splits, reports = Annotations(tmp_path).load_all(None, "ignore")
     assert sum(map(len, splits.values())) == 40
     first, second = reports["train"].names["rows that cannot be used, left out"]
     assert first.startswith("line 41: field 'caption' is missing")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, TrainConfig
@@ -131,7 +131,7 @@ def test_a_tower_without_a_projection_is_refused(tiny_model: Path) -> None:
 def test_the_distance_from_the_frozen_weights_is_part_of_the_loss(backbone: Backbone, tiny_data: Path) -> None:
     model = changed_model(backbone, "prolip")
     assert model.changes is not None
-    data = prepare_split(load_split(tiny_data, "train")[0], model, for_training=True, progress=False)
+    data = prepare_split(Annotations(tiny_data).load("train")[0], model, for_training=True, progress=False)
     rows = np.arange(len(data))
     with_distance = batch_loss(model, data, rows)
     model.config = method("flyp")  # the same loss without the distance
@@ -181,7 +181,7 @@ from pathlib import Path
 for name in [name for name in sys.modules if name.partition(".")[0] == "dcar_core"]:
     del sys.modules[name]  # they are those of the package itself
 sys.path.insert(0, "")
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import TrainConfig
@@ -191,7 +191,7 @@ from dcar_core.training.train import train
 
 base, data, out = map(Path, sys.argv[1:])
 model = seeded_model(load_backbone(BackboneSource(str(base))), method("bitfit"), 0)
-training, validation = (load_split(data, split)[0] for split in ("train", "val"))
+training, validation = (Annotations(data).load(split)[0] for split in ("train", "val"))
 train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
 save_checkpoint(model, out)
 print(load_checkpoint(out)[0].config.method, "loaded")

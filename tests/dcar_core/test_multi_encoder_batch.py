@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
@@ -120,7 +120,7 @@ def test_pair_weights_are_the_same_in_training_and_serving(
     option: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=ReweightConfig(**option)))
-    training = load_split(tiny_data, "train")[0]
+    training = Annotations(tiny_data).load("train")[0]
     trained = prepare_split(training, model, for_training=True, progress=False).pair_weights
     plain = DCAR(model.backbone, ModelConfig())
     usual = prepare_split(training, plain, for_training=True, progress=False).pair_weights

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.util.errors import DcarError
 
 ROWS = [
@@ -72,7 +72,7 @@ def test_damaged_annotations_are_read_or_refused(name: str, content: bytes, tmp_
     for _ in range(150):
         (tmp_path / name).write_bytes(damage(content, choose))
         with suppress(DcarError):
-            load_split(tmp_path / name, "train", image_policy="ignore")
+            Annotations(tmp_path / name).load("train", "ignore")
 
 
 @pytest.mark.slow
@@ -84,5 +84,5 @@ def test_parquet_with_damaged_metadata_of_a_column_is_refused_without_an_abort(t
         damaged[place] ^= 1
         file.write_bytes(damaged)
         with suppress(DcarError):
-            load_split(file, "train", image_policy="ignore")
+            Annotations(file).load("train", "ignore")
     assert place < len(content) - 8

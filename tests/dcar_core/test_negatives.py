@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcar_core.data import CleaningReport, Sample, load_split, load_splits
+from dcar_core.data import Annotations, CleaningReport, Sample
 from dcar_core.data.clean import fold_text
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
@@ -231,7 +231,7 @@ def test_captions_beyond_the_context_are_counted(backbone: Backbone, tiny_data: 
 
 def test_data_with_its_own_negatives_keeps_its_runs(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
     """The identity of a finished run does not change when no negatives are made."""
-    splits, reports = load_splits(tiny_data, ("train", "val", "test"))
+    splits, reports = Annotations(tiny_data).load_all(("train", "val", "test"))
     counts = {name: dict(report.counts) for name, report in reports.items()}
     assert add_negatives(splits, reports, backbone_functions(backbone)) == splits
     assert counts == {name: dict(report.counts) for name, report in reports.items()}
@@ -243,7 +243,7 @@ def test_data_with_its_own_negatives_keeps_its_runs(backbone: Backbone, tiny_dat
 
 
 def test_report_of_a_sound_data_set_is_empty(tiny_data: Path) -> None:
-    assert set(load_split(tiny_data, "train")[1].counts) == {
+    assert set(Annotations(tiny_data).load("train")[1].counts) == {
         "absolute paths of another machine, replaced by the image root"
     }
 
@@ -257,10 +257,10 @@ def test_the_command_writes_what_training_reads(
     assert done.returncode == 0, done.stderr
     assert "  - a " in done.stdout
     assert f"train with --data {out} --images" in done.stdout
-    splits, reports = load_splits(data, ("train", "val", "test"), image_root=tiny_data)
+    splits, reports = Annotations(data, tiny_data).load_all(("train", "val", "test"))
     expected = add_negatives(splits, reports, backbone_functions(backbone))
     for name in ("train", "val", "test"):
-        written = load_split(out, name, image_root=tiny_data)[0].samples
+        written = Annotations(out, tiny_data).load(name)[0].samples
         assert written == expected[name].samples
     done = dcar("data", "negatives", data, "--out", data)
     assert done.returncode == 3

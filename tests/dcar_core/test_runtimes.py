@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from dcar_core import Encoder
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
@@ -305,7 +305,7 @@ def test_runtime_that_loses_recall_is_not_the_fastest(
 
 def test_a_broken_image_is_named(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    (first, *_) = load_split(data, "test")[0].images
+    (first, *_) = Annotations(data).load("test")[0].images
     (data / first).write_bytes(b"")
     with pytest.raises(DataError, match=f"^test: {re.escape(first)}: the file is empty$"):
         benchmark(str(tiny_checkpoint), data, runtimes=["torch"], cache=tmp_path, device="cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.evaluation.comparison import WITH_RERANK, compare
 from dcar_core.evaluation.tables import recall_rows
 from dcar_core.model.backbone import Backbone, BackboneSource
@@ -245,7 +245,7 @@ def test_training_and_comparison_report_both_stages(
     results = compare(model.backbone, tiny_data, methods, 1, tmp_path / "compared", config)
     (run,) = results["methods"]["query-prompts"]["runs"]
     loaded, _ = load_checkpoint(tmp_path / "compared" / run["run"], backbone=model.backbone)
-    split = prepare_split(load_split(tiny_data, "test")[0], loaded, for_training=False, progress=False)
+    split = prepare_split(Annotations(tiny_data).load("test")[0], loaded, for_training=False, progress=False)
     assert evaluate(loaded, split) == run["test"]
     (again,) = results["methods"]["query-prompts" + WITH_RERANK]["runs"]
     assert again["test"] == reranked_recall(loaded, split)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dcar_core.data import Dataset, load_split, load_splits
+from dcar_core.data import Annotations, Dataset
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
@@ -48,7 +48,7 @@ def test_shots_unseen_categories_and_other_data_are_measured(
     assert set(results["shots"]["coop"]) == {"1", "2"}
     text, page = (tmp_path / "out" / "results.md").read_text(), (tmp_path / "out" / "report.html").read_text()
     assert "unseen categories R@1" in text
-    assert results["pairs"]["also other"] == len(load_split(other, "test")[0])
+    assert results["pairs"]["also other"] == len(Annotations(other).load("test")[0])
     assert "| also other | " in text
     assert "| method | 1 | 2 | all |" in text
     assert "pairs per category" in page
@@ -89,7 +89,7 @@ def test_negatives_of_few_pairs_are_made_of_these_pairs_alone(
 def test_a_category_is_held_out_in_every_spelling_and_in_the_taxonomy(
     backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:
-    splits, reports = load_splits(tiny_data)
+    splits, reports = Annotations(tiny_data).load_all()
     shouted = [replace(sample, category=sample.category.upper()) for sample in splits["train"].samples]
     splits["train"] = replace(splits["train"], samples=shouted)
     kept, held_out = hold_out_categories(splits, 0.5)
@@ -118,7 +118,7 @@ def test_a_category_is_seen_only_if_training_pairs_have_it() -> None:
 
 
 def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:
-    sample_split = load_split(tiny_data, "train")[0]
+    sample_split = Annotations(tiny_data).load("train")[0]
     few, more = (take_shots(sample_split, count, seed=1).samples for count in (1, 2))
     assert len(few) == len({sample.category for sample in sample_split.samples})
     assert {s.image for s in few} < {s.image for s in more}

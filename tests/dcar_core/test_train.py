@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dcar_core.training.train as module
-from dcar_core.data import Dataset, load_split
+from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import Amp, ModelConfig, QueryWeights, TrainConfig
@@ -254,7 +254,7 @@ def test_evaluation_does_not_use_the_paired_image(backbone: Backbone, pairs: Pai
 
 
 def test_missing_images_are_refused(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    elsewhere = load_split(tiny_data, "train", image_root=tmp_path, image_policy="ignore")[0]
+    elsewhere = Annotations(tiny_data, tmp_path).load("train", "ignore")[0]
     with pytest.raises(DataError, match=r"train: no file .*--images"):
         prepared(elsewhere, new_model(backbone, "coop"))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
@@ -53,7 +53,7 @@ def trained(family: str, data: Path, path: Path) -> Path:
     name = FAMILIES[family]
     backbone = load_backbone(BackboneSource(str(write_tiny_model(name, path / "model"))))
     model = seeded_model(backbone, method("dcar+" if backbone.level == "full" else default_method(backbone)), 0)
-    training, validation = load_split(data, "train")[0], load_split(data, "val")[0]
+    training, validation = Annotations(data).load("train")[0], Annotations(data).load("val")[0]
     found = train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
     assert len(found.history) == 1
     save_checkpoint(model, path / "checkpoint")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
@@ -102,7 +102,7 @@ def test_capitals_and_blanks_in_a_header_make_no_difference(tmp_path: Path) -> N
     table = write_file(
         tmp_path / "pairs.csv", b'Image; Caption;CATEGORY ;Split;Price\n1.png; "a red; round cup";cup;test;9\n'
     )
-    (sample,) = load_split(tmp_path, "test")[0].samples
+    (sample,) = Annotations(tmp_path).load("test")[0].samples
     assert (sample.image, sample.caption, sample.category) == ("1.png", "a red; round cup", "cup")
     row = rows_of(scan(tmp_path))["1.png"]
     assert (row["caption"], row["category"], row["metadata"]["Price"]) == ("a red; round cup", "cup", 9)

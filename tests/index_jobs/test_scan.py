@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.images import formats
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
@@ -216,7 +216,7 @@ def test_image_column_is_the_one_that_training_reads(tmp_path: Path) -> None:
     row = {"path": "c.png", "image": "b.png", "file_name": "a.png", "caption": "red"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row))
     assert scan(tmp_path / "train.jsonl").table["location"].to_pylist() == ["a.png"]
-    assert [sample.image for sample in load_split(tmp_path, "train")[0].samples] == ["a.png"]
+    assert [sample.image for sample in Annotations(tmp_path).load("train")[0].samples] == ["a.png"]
 
 
 @pytest.mark.parametrize(("kind", "place"), [("folder", ""), ("tar", "shard.tar"), ("tar", "")])

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.util.errors import DataError
 from index_jobs.engines.measure import caption_queries
 from index_jobs.gallery.scan import Gallery, scan
@@ -39,7 +39,7 @@ def test_missing_validation_images_are_left_out(
     tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    (data / load_split(data, "val")[0].samples[0].image).unlink()
+    (data / Annotations(data).load("val")[0].samples[0].image).unlink()
     found = gate.find_pairs(scan(data), data)
     assert found is not None
     assert len(found.texts) == 5
@@ -144,7 +144,7 @@ def test_cutoff_is_calibrated_on_validation_pairs(
     """On those whose image can be read."""
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     index = tmp_path / "index"
-    broken, *samples = load_split(data, "val")[0].samples
+    broken, *samples = Annotations(data).load("val")[0].samples
     (data / broken.image).write_bytes(b"no picture")
     assert build(data, max_failed=0.1).published
     assert open_current(index).manifest.cutoff == {}

@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from dcar_core.data import load_split
+from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
@@ -22,7 +22,7 @@ model_path, data, out, name, *rest = sys.argv[1:]
 config = TrainConfig(epochs=6, batch_size=5, lr=5e-3, accumulate=int(rest[0]) if rest else 1)
 with torchrun_group("cpu") as (group, device):
     model = seeded_model(load_backbone(BackboneSource(model_path), device), method(name), 0)
-    training, validation = (load_split(Path(data), split)[0] for split in ("train", "val"))
+    training, validation = (Annotations(Path(data)).load(split)[0] for split in ("train", "val"))
     cache = FeatureCache(Path(out) / "features", model.backbone)
 
     def tell(directory: Path, history: list[dict[str, object]]) -> None:
