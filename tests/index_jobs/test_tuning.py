@@ -36,8 +36,9 @@ def placeholders(count: int, share: float) -> Floats:
 def test_duplicate_images_do_not_count_as_misses(tmp_path: Path) -> None:
     """A tenth of the queries are the placeholder, and find ten of five hundred."""
     kind = "IVF64,PQ16x4fs,Refine(SQ8)"
-    alone, repeated = (build(tmp_path / "index", placeholders(5000, share), kind).recall for share in (0, 0.1))
-    assert repeated > alone - 0.01
+    found = (build(tmp_path / "index", placeholders(5000, share), kind).measured for share in (0, 0.1))
+    alone, repeated = (each["recall_at_10"] + each["tuning_recall_at_10"] for each in found)
+    assert repeated > alone - 0.02
 
 
 def asked_of(vectors: Floats, found: Any) -> float:
