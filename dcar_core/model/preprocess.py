@@ -21,7 +21,7 @@ from PIL import Image
 
 from dcar_core.images import MAX_PIXELS, ImageSource, OpenedImage, open_image
 from dcar_core.util.errors import ModelError
-from dcar_core.util.machine import has_pytorch
+from dcar_core.util.machine import is_installed
 
 # Smallest input of the fast mode's filter, as a multiple of the result's side. At 2 some textures fall to a cosine of
 # 0.993, at 1 to 0.84.
@@ -166,7 +166,7 @@ def decode_image(
 @cache
 def _torch_is_fast() -> bool:
     """True if PyTorch is installed, on processors with AVX2, which its kernel for bytes needs."""
-    if not has_pytorch():
+    if not is_installed("torch"):
         return False
     import torch
 

@@ -111,7 +111,7 @@ def preferred_runtimes(backbone: "Backbone") -> list[str]:
         has_bf16 = machine.missing_instructions("bf16") is None
         if has_bf16 and sum(weight.numel() for weight in backbone.parameters()) >= LARGE:
             names.insert(0, "torch-bf16")
-        if "openvino" in machine.installed_versions(["openvino"]):
+        if machine.is_installed("openvino"):
             names.insert(0, "openvino-bf16" if has_bf16 else "openvino")
     return names
 

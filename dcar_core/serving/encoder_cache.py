@@ -65,7 +65,8 @@ class LoadRequest:
     @property
     def may_use_export(self) -> bool:
         may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
-        on_cpu = self.device == "cpu" or (self.device == "auto" and not (may_have_gpu and machine.has_pytorch()))
+        has_gpu = may_have_gpu and machine.is_installed("torch")
+        on_cpu = self.device == "cpu" or (self.device == "auto" and not has_gpu)
         return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
     def file(self, fingerprint: str) -> Path:
@@ -115,7 +116,7 @@ def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
         try:
             return _open(request, portable / ENTRY, portable)
         except _FAULTS as error:
-            is_expected = isinstance(error, MissingExtraError) and machine.has_pytorch()
+            is_expected = isinstance(error, MissingExtraError) and machine.is_installed("torch")
             level = logging.DEBUG if is_expected else logging.WARNING
             logger.log(level, "the portable export of %s cannot be used: %s", request.checkpoint, error)
     try:

@@ -1,10 +1,7 @@
-"""Features of the processor, by the names that the operating system gives them, and versions of installed libraries."""
+"""Features of the processor, by the names that the operating system gives them, and which libraries are installed."""
 
 import os
-from collections.abc import Iterable
-from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,18 +13,9 @@ _NEEDED = {
 _CPUINFO = Path("/proc/cpuinfo")
 
 
-def installed_versions(libraries: Iterable[str]) -> dict[str, str]:
-    """Return the versions of the libraries that are installed, by name."""
-    versions = {}
-    for name in libraries:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def has_pytorch() -> bool:
-    """Return whether PyTorch is installed, without importing it."""
-    return find_spec("torch") is not None
+def is_installed(library: str) -> bool:
+    """Return whether a library is installed, without importing it."""
+    return find_spec(library) is not None
 
 
 def available_cores() -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from dcar_core import Encoder
 from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.arrays import Floats
-from dcar_core.util.machine import has_pytorch
+from dcar_core.util.machine import is_installed
 from index_jobs.encoding.decode import DecodedWindow, map_ahead
 
 
@@ -29,7 +29,7 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
         runtime: the encoder's runtime, as `Encoder.load` takes it.
     """
     names = [name.strip() for name in device.split(",")]
-    if names == ["auto"] and has_pytorch():
+    if names == ["auto"] and is_installed("torch"):
         import torch
 
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or names

@@ -41,7 +41,7 @@ from dcar_core.util.errors import (
     StoreUnavailableError,
 )
 from dcar_core.util.files import hash_json
-from dcar_core.util.machine import installed_versions
+from dcar_core.util.machine import is_installed
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
 from index_jobs.encoding.pixel_cache import PixelCache
@@ -350,7 +350,7 @@ class _Build:
         """
         runtime = self.spec.runtime
         is_wanted = runtime == AUTO or RUNTIME_KINDS[runtime].extra == "openvino"
-        if not is_wanted or has_portable(staging / CHECKPOINT) or not installed_versions(["openvino"]):
+        if not is_wanted or has_portable(staging / CHECKPOINT) or not is_installed("openvino"):
             return {}
         served = self.served
         if served and served.manifest.spec.fingerprint == self.encoder.fingerprint and has_portable(served.checkpoint):

@@ -189,7 +189,7 @@ def test_length_batches_pad_little() -> None:
 def test_auto_decides_by_device_libraries_instructions_and_size(
     device: str, installed: bool, instructions: str, millions: int, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "installed_versions", lambda names: dict.fromkeys(names, "1") if installed else {})
+    monkeypatch.setattr(machine, "is_installed", lambda library: installed)
     monkeypatch.setattr(machine, "_cpuinfo", lambda *_: instructions)
     weights = [torch.empty(1_000_000, millions, device="meta")]
     backbone: Any = SimpleNamespace(device=torch.device(device), parameters=lambda: weights)
