@@ -8,6 +8,8 @@ An `EncoderState` holds the arrays of one checkpoint; a `Runtime`, chosen by nam
 model itself is loaded if these two are not cached, and when `Encoder.model` is used.
 """
 
+import logging
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,19 +19,21 @@ import numpy as np
 from PIL import Image
 
 from dcar_core.images import ImageSource
-from dcar_core.model.checkpoint import compute_fingerprint, is_checkpoint, load_checkpoint, read_config
+from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.runtimes.encoder_state import EncoderState, Runtime
 from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
 from dcar_core.runtimes.registry import LoadedModel, require_known
 from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import ImageError, ModelError, requires_pytorch
-from dcar_core.util.files import default_cache_directory
+from dcar_core.util.errors import ImageError, MissingExtraError, ModelError, RuntimeUnavailableError, requires_pytorch
+from dcar_core.util.files import default_cache_directory, link_or_copy
 from dcar_core.util.memory import release_pages, trim_heap
 
 if TYPE_CHECKING:
     from dcar_core.model.backbone import Backbone
     from dcar_core.model.dcar import DCAR
+
+logger = logging.getLogger(__name__)
 
 
 class Encoder:
@@ -192,6 +196,31 @@ class Encoder:
             places += [Path(source.model), Path(source.pretrained or source.model)]
         release_pages(places)
         trim_heap()
+
+
+def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
+    """Put an export into a checkpoint, by which it is served without PyTorch: see `encoder_cache`.
+
+    Its vectors have been compared with PyTorch's. A model without an export is a warning.
+
+    Args:
+        backbone: of the checkpoint, if it is in memory; one on the CPU saves a second copy.
+    """
+    request = encoder_cache.LoadRequest(checkpoint, "cpu", "openvino", None, default_cache_directory())
+    shared = backbone if backbone is not None and backbone.device.type == "cpu" else None
+    shutil.rmtree(checkpoint / PORTABLE, ignore_errors=True)  # of another release
+    try:
+        encoder = Encoder.load(checkpoint, device=request.device, runtime=request.runtime, backbone=shared)
+        assert isinstance(encoder.runtime, OpenVinoRuntime)
+        entry = request.file(encoder.fingerprint)
+        if not entry.is_file():
+            raise RuntimeUnavailableError(f"{entry.parent} cannot be written")
+        (checkpoint / PORTABLE).mkdir()
+        link_or_copy(entry, checkpoint / PORTABLE / encoder_cache.ENTRY)
+        for path in encoder.runtime.directory.iterdir():
+            link_or_copy(path, checkpoint / PORTABLE / path.name)
+    except (RuntimeUnavailableError, MissingExtraError) as error:
+        logger.warning("services of this model will need PyTorch: %s", error)
 
 
 def _load(

@@ -1,7 +1,7 @@
 """Cached states of encoders, each with the name of its export, for later starts without PyTorch.
 
     CACHE/encoders/FINGERPRINT_RUNTIME    sha256, then safetensors
-    CHECKPOINT/portable/encoder           the same, beside the export itself; see `portable_export`
+    CHECKPOINT/portable/encoder           the same, beside the export itself; see `add_portable_export`
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.

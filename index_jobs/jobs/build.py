@@ -28,8 +28,8 @@ from dcar_core import Encoder
 from dcar_core.data.judgements import read_judgements
 from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, read_config
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
+from dcar_core.serving.encoder import add_portable_export
 from dcar_core.serving.encoder_cache import has_portable
-from dcar_core.serving.portable_export import add_portable_export
 from dcar_core.util.errors import (
     ArtifactError,
     CheckpointError,

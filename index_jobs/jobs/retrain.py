@@ -35,8 +35,8 @@ from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
 from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
 from dcar_core.model.dcar import DCAR
+from dcar_core.serving.encoder import add_portable_export
 from dcar_core.serving.encoder_cache import has_portable
-from dcar_core.serving.portable_export import add_portable_export
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
