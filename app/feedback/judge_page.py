@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.feedback.judge import Run, order_unjudged
-from dcar_core.images import open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import DcarError
 
@@ -47,7 +46,7 @@ def _describe(runs: Sequence[Run], item: str) -> tuple[str, str]:
         row = artifact.row_of(item)
         if row is not None:
             try:
-                image = jpeg_data_uri(open_image(artifact.image_bytes(row), at_least=_SIDE), _SIDE)
+                image = jpeg_data_uri(artifact.image_bytes(row), _SIDE)
             except DcarError:
                 image = ""
             return image, artifact.item(row).caption

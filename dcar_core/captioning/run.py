@@ -20,7 +20,7 @@ from dcar_core.captioning.options import CaptioningResult, CaptionOptions, Visio
 from dcar_core.captioning.questions import REFUSED, Judgement, Rejection
 from dcar_core.data import SPLITS
 from dcar_core.data.clean import fold_text
-from dcar_core.images import has_image_suffix, open_image
+from dcar_core.images import has_image_suffix
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.console import progress_bar
@@ -163,7 +163,7 @@ class _Run:
             caption = self._of_bytes.get((image.sha, image.category), "")  # of the image's former name
             if fold_text(caption) in self._owners:
                 caption = ""
-            uri = "" if caption else await asyncio.to_thread(self._data_uri, content)
+            uri = "" if caption else await asyncio.to_thread(jpeg_data_uri, content, self.options.side)
         except (ImageError, OSError, UnicodeEncodeError) as error:
             is_name = isinstance(error, UnicodeEncodeError)
             self.outcome.broken[name] = "its name is not UTF-8; rename the file" if is_name else str(error)
@@ -188,9 +188,6 @@ class _Run:
     def _read(self, name: str) -> tuple[CaptionedImage, bytes]:
         content = (self.images / name).read_bytes()
         return CaptionedImage(name, folder_category(name)[0], hashlib.sha256(content).hexdigest()[:32]), content
-
-    def _data_uri(self, content: bytes) -> str:
-        return jpeg_data_uri(open_image(content, at_least=self.options.side), self.options.side)
 
     def _accept(self, image: CaptionedImage, caption: str) -> None:
         self._owners[fold_text(caption)] = image.name

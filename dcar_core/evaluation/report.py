@@ -10,7 +10,6 @@ from PIL import Image
 
 from dcar_core.data import Dataset
 from dcar_core.evaluation.tables import Results, Rows, best_method, results_csv, results_markdown, sections
-from dcar_core.images import open_image
 from dcar_core.images.decoding import jpeg_data_uri
 from dcar_core.util.errors import DataError
 from dcar_core.util.html import html_page
@@ -24,10 +23,9 @@ def write_report(results: Results, test_data: Dataset, out: Path) -> None:
     @cache
     def thumbnail(name: str) -> str:
         try:
-            image = open_image(test_data.read(name))
+            return jpeg_data_uri(test_data.read(name), THUMBNAIL_SIZE)
         except DataError:  # removed since the run; the report is still useful
-            image = Image.new("RGB", (8, 8), "gray")
-        return jpeg_data_uri(image, THUMBNAIL_SIZE)
+            return jpeg_data_uri(Image.new("RGB", (8, 8), "gray"), THUMBNAIL_SIZE)
 
     (out / "results.md").write_text(results_markdown(results), encoding="utf-8")
     (out / "results.csv").write_text(results_csv(results), encoding="utf-8")

@@ -150,8 +150,9 @@ def make_thumbnail(opened: OpenedImage, side: int, thumbnail_format: ThumbnailFo
     return buffer.getvalue()
 
 
-def jpeg_data_uri(image: Image.Image, side: int) -> str:
-    """Return an RGB image as a JPEG data URI with a longer side of at most `side` pixels."""
+def jpeg_data_uri(source: ImageSource, side: int) -> str:
+    """Return an image as a JPEG data URI with a longer side of at most `side` pixels. Raise ImageError."""
+    image = open_image(source, at_least=side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
