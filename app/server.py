@@ -12,6 +12,7 @@ import contextlib
 import gc
 import logging
 import logging.config
+import resource
 import signal
 import socket
 import sys
@@ -46,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 _FINISH_S = 10  # for pending requests at shutdown
 _THREADS_S = 3  # for threads, after that
-_LISTENERS = 1 if sys.platform == "win32" else 16  # uvloop accepts one connection of each in a turn of the event loop
+_LISTENERS = 16  # uvloop accepts one connection of each in a turn of the event loop
 _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
 
 
@@ -186,9 +187,7 @@ class _Server(uvicorn.Server):
 
 def _raise_open_file_limit() -> None:
     """Raise the limit of open files as far as allowed: the usual 1,024 are few for connections."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # the system has no such limit, or forbids raising it
-        import resource
-
+    with contextlib.suppress(ValueError, OSError):  # the system forbids raising it
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 

@@ -24,8 +24,8 @@
 import asyncio
 import contextlib
 import re
+import resource
 import socket
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -356,10 +356,6 @@ _BUSY = _refusal()
 @cache
 def _most_files() -> int:
     """Return the number of files that this process may open."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return sys.maxsize
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

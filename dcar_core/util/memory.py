@@ -23,10 +23,9 @@ _MALLOC_OPTIONS = {-3: 8 * 2**20, -1: 16 * 2**20}  # of glibc: M_MMAP_THRESHOLD,
 def map_weights(model: "nn.Module", file: Path) -> None:
     """Replace the tensors of a loaded model by those mapped from its file.
 
-    Nothing changes if names, shapes or types differ (half precision in the file, float32 in the model), or on Windows,
-    which does not let a mapped file be replaced.
+    Nothing changes if names, shapes or types differ (half precision in the file, float32 in the model).
     """
-    if sys.platform == "win32" or file.suffix != ".safetensors" or not file.is_file():
+    if file.suffix != ".safetensors" or not file.is_file():
         return
     from safetensors.torch import load_file
 

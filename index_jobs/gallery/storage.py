@@ -122,7 +122,7 @@ def _open_file(path: str) -> BinaryIO:
     """Open a regular file: a pipe would block, and a device may have no end."""
 
     def open_regular(path: str, flags: int) -> int:
-        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, flags | os.O_NONBLOCK)
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` refuses a directory
             os.close(descriptor)

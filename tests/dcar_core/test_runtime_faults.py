@@ -131,7 +131,6 @@ def test_failed_export_falls_back_to_torch(
     assert [path.name for path in (tmp_path / "exports").iterdir() if path.is_dir()] == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 @pytest.mark.slow
 def test_full_disk_is_not_blamed_on_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     code = (

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -244,7 +243,6 @@ def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
             assert sorted(rows) == [row for row, text in enumerate(rows_text) if word in text.split()]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_is_an_os_error_from_the_first_file_on(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from index_jobs.store.lexical import lexical_index as each; "

@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from tests.support.versions import Build
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_changes_no_published_version(
     build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

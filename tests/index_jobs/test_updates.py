@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ def test_unchanged_files_are_shared(index: Path, tmp_path: Path) -> None:
     assert [manifest.version for manifest in verify_index(index)] == [4]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no modes of files")
 def test_another_user_may_read_every_file(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dcar_core.util.files._UMASK", 0o022)
     before = os.umask(0o022)
@@ -118,7 +116,6 @@ def test_damage_to_an_update_is_found(index: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 def test_full_disk_changes_nothing(index: Path, tmp_path: Path) -> None:
     """Limit file sizes below those of the manifest and of the added files."""
     gallery = write_images(tmp_path / "more", "pink", caption="pink " * 1000)

@@ -2,7 +2,6 @@
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,6 @@ def test_jobs_wait_while_the_index_cannot_be_written(
     assert status(index, job)["status"] == "done"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files as POSIX does")
 @pytest.mark.parametrize("most", [10_000, 200_000])
 def test_full_disk_leaves_the_jobs_waiting(index: Path, most: int) -> None:
     """First the list of images cannot be written, then the items of the new version."""
