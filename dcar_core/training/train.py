@@ -116,7 +116,7 @@ def train(
             record = loop.finish_epoch()
             log(record)
             bar.set_postfix(loss=f"{record['loss']:.3f}", val_r1=f"{mean_r1(record):.1f}")
-    return loop.keep_best_epoch(shows_progress)
+    return loop.keep_best_epoch()
 
 
 class _TrainingLoop:
@@ -202,7 +202,7 @@ class _TrainingLoop:
             write_csv(self.run, at.history)
         return record
 
-    def keep_best_epoch(self, progress: bool) -> TrainResult:
+    def keep_best_epoch(self) -> TrainResult:
         """Load the weights of the best epoch into the model, train what follows the epochs, and return the result."""
         at, model = self.progress, self.model.eval()
         model.load_state_dict(self.best_weights, strict=False)
@@ -214,7 +214,7 @@ class _TrainingLoop:
         if model.config.loss.hard_negatives:
             recall = tune_on_hard_negatives(model, self.train_split, self.val_split, self.config.seed)
         if model.query_prompts is not None:
-            train_second_stage(model, self.train_split, self.val_split, self.config.seed, progress=progress)
+            train_second_stage(model, self.train_split, self.val_split, self.config.seed, progress=self.group.is_leader)
         return TrainResult(recall, at.best_epoch, time.monotonic() - self.started, at.history)
 
     def _step(self, rows: Rows) -> None:
