@@ -83,8 +83,8 @@ class BuildOptions:
     spec: IndexSpec = field(default_factory=IndexSpec)
     workers: int | None = _option(
         None,
-        "Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores, of more than 4 all "
-        "but one, and fewer for a small gallery.",
+        "Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores (beyond 4, all but "
+        "one), fewer for a small gallery.",
         min=0,
     )
     batch_size: int = _option(64, "Images per forward pass.", min=1)
@@ -114,7 +114,7 @@ class BuildOptions:
     )
     judgements: Path | None = _option(  # noqa: RUF009
         None,
-        "Table of judgements as for `dcar judge`, by whose nDCG at 10 the new index is compared as well.",
+        "Table of judgements as for `dcar judge`; the new index is also compared by its nDCG at 10.",
         metavar="FILE",
     )
     margin: float = _option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)

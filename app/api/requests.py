@@ -402,7 +402,7 @@ def _parse_large(body: bytes, model: type[M], settings: Settings) -> M:
     if values > _MAX_JSON_VALUES:
         raise field_problem("body", f"at most {_MAX_JSON_VALUES:,} values", status=413)
     if others > most:
-        message = f"at most {most / 2**20:.3g} MiB beside images in base64"
+        message = f"at most {most / 2**20:.3g} MiB besides images in base64"
         raise field_problem("body", message, status=413)
     return _parse(body, model, settings)
 

@@ -48,7 +48,7 @@ def negatives_command(
         Option(help="CLIP model that compares category names, as in training. Default: compare their letters."),
     ] = None,
     pretrained: Pretrained = None,
-    count: Annotated[int, Option(min=1, max=8, help="Most negatives for each caption.")] = 4,
+    count: Annotated[int, Option(min=1, max=8, help="Maximum negatives per caption.")] = 4,
     seed: Annotated[int, Option(help="Seed of the attribute swaps.")] = 0,
     show: Annotated[int, Option(min=0, help="Captions of each split to print.")] = 3,
     device: Device = "auto",
@@ -94,11 +94,11 @@ def caption_command(
     templates: Annotated[
         Path | None, Option(help="File of questions, one per line, with {category} and optionally {dataset}, {words}.")
     ] = None,
-    context: Annotated[int, Option(min=16, help="Most CLIP tokens in a caption.")] = 73,
-    rounds: Annotated[int, Option(min=1, help="Most drafts for an image.")] = 3,
+    context: Annotated[int, Option(min=16, help="Maximum CLIP tokens of a caption.")] = 73,
+    rounds: Annotated[int, Option(min=1, help="Maximum drafts per image.")] = 3,
     concurrency: Annotated[int, Option(min=1, help="Images captioned at a time.")] = 4,
     side: Annotated[int, Option(min=64, help="Longer side of the uploaded image, in pixels.")] = 768,
-    max_tokens: Annotated[int, Option(min=16, help="Most tokens in a response.")] = 200,
+    max_tokens: Annotated[int, Option(min=16, help="Maximum tokens of a response.")] = 200,
     temperature: Annotated[float, Option(min=0, help="Sampling temperature.")] = 0.2,
     timeout: Annotated[float, Option(min=0.1, help="Seconds to wait for a response.")] = 120,
     tries: Annotated[int, Option(min=1, help="Attempts for one request.")] = 6,

@@ -23,9 +23,9 @@ def export_command(
     log: Log = None,
     collection: Annotated[str | None, Option(help="Collection. Default: the name of the index directory.")] = None,
     min_clients: Annotated[int, Option(min=1, help="Clients that a pair needs.")] = 2,
-    client_cap: Annotated[int, Option(min=1, help="Most searches of one client that count.")] = 100,
-    item_cap: Annotated[int, Option(min=1, help="Most queries of one item.")] = 100,
-    judge: Annotated[list[str] | None, Option(help="A client whose judgements count alone; may be repeated.")] = None,
+    client_cap: Annotated[int, Option(min=1, help="Maximum searches that count per client.")] = 100,
+    item_cap: Annotated[int, Option(min=1, help="Maximum queries that count per item.")] = 100,
+    judge: Annotated[list[str] | None, Option(help="Count only this client's judgements; may be repeated.")] = None,
 ) -> None:
     """Write training pairs (OUT/pairs.jsonl) and judged lists (judgements.csv, qrels.txt).
 
@@ -66,7 +66,7 @@ def judge_command(
     judgements: Annotated[
         list[Path] | None,
         Argument(
-            help="Tables of query, item_id and grade (0 to 3), or TREC qrels. Without, --page asks about --queries."
+            help="Tables of query, item_id and grade (0 to 3), or TREC qrels. Without any, --page asks for --queries."
         ),
     ] = None,
     *,
@@ -77,12 +77,12 @@ def judge_command(
     hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
     run: Annotated[Path | None, Option(help="Write the results: as a TREC run, or all with grades as .csv.")] = None,
     qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,
-    page: Annotated[Path | None, Option(help="Write an HTML page that asks for missing grades, a key each.")] = None,
+    page: Annotated[Path | None, Option(help="Write an HTML page that asks for missing grades.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
 
-    Brackets are 95 % intervals over the queries, paired between two. Results without a judgement count as 0.
+    Brackets hold 95 % intervals over the queries, paired in a comparison. Results without a judgement count as 0.
     """
     from app.feedback import judge
     from app.feedback.judge_page import judge_page

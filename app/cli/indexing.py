@@ -122,9 +122,10 @@ def update_command(
     from dcar_core.data.report import shorten
     from index_jobs.gallery.metadata import read_changes
     from index_jobs.store.changes import change_metadata
+    from index_jobs.store.manifest import counted
 
     summary = change_metadata(index, read_changes(str(metadata)), metadata.name, strict=strict, keep=keep)
-    typer.echo(f"{index}: version {summary.version}, {summary.changed:,} items changed")
+    typer.echo(f"{index}: version {summary.version}, {counted(summary.changed, 'item')} changed")
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
@@ -143,13 +144,13 @@ def watch_command(index: FilledIndex, keep: KeepWrites = KEEP_WRITES, **options:
 @commands.command("report", epilog=example("dcar index report --index index --out report.html"))
 def report_command(
     index: IndexDir,
-    out: Annotated[Path, Option(dir_okay=False, help="Page to write, beside a Parquet file of every item.")],
+    out: Annotated[Path, Option(dir_okay=False, help="Page to write, next to a Parquet file of every item.")],
     threshold: Annotated[
         float, Option("--duplicates-from", min=0, max=1, help="Least cosine of near-duplicates.")
     ] = 0.95,
     device: Device = "auto",
 ) -> None:
-    """Report near-duplicates, captions that do not fit, categories that overlap, and pictures far from all."""
+    """Report near-duplicates, captions that do not fit, categories that overlap, and images unlike all others."""
     from dcar_core.util.files import require_writable
     from index_jobs.jobs.report import write_report
 
@@ -171,7 +172,7 @@ def relocate_command(
     model: Annotated[Path | None, Option(exists=True, help="New directory or file of the backbone.")] = None,
     keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
-    """Publish a version whose images or model are looked for at another place; nothing is encoded."""
+    """Publish a version that looks for its images or model elsewhere; nothing is encoded."""
     from index_jobs.jobs.update import relocate
 
     if gallery is None and model is None:
@@ -192,7 +193,7 @@ def remove_command(
     missing_ok: Annotated[bool, Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
     keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
-    """Publish a version in which some items are never found, without a rebuild."""
+    """Publish a version that never finds some items, without a rebuild."""
     from dcar_core.data.entries import read_text
     from index_jobs.jobs.update import remove
 

@@ -53,9 +53,11 @@ Negatives = Annotated[
 Taxonomy = Annotated[Path | None, Option(help="JSON of similar categories; see docs/reference/data-formats.md.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Loss = Annotated[LossDirection, Option(help="Contrastive loss: in both directions, or image-to-text only.")]
-Epochs = Annotated[int, Option(min=1, help="Most epochs to train.")]
+Epochs = Annotated[int, Option(min=1, help="Maximum number of epochs.")]
 BatchSize = Annotated[int, Option(min=2, help="Pairs per training step.")]
-Patience = Annotated[int, Option(min=0, help="Stop after so many epochs without better validation recall; 0: never.")]
+Patience = Annotated[
+    int, Option(min=0, help="Epochs without better validation recall before training stops; 0: never.")
+]
 Accumulate = Annotated[int, Option(min=1, help="Split a batch into parts, for a small device; the result is the same.")]
 Amp = Annotated[str, Option(help="Mixed precision: auto (if a GPU supports it), off, bfloat16 or float16.")]
 Features = Annotated[

@@ -64,8 +64,8 @@ def search(
 ) -> None:
     """Search an index once, without a service.
 
-    A line has rank, score (cosine), id, and caption, or title and file name. With --hybrid the words count for the rank
-    as well. Of an index with a --group-field, each product is listed once.
+    A line has rank, score (cosine), id, and caption, or title and file name. With --hybrid, words also count for the
+    rank. An index with a --group-field lists each product once.
     """
     from dcar_core.images import has_image_suffix
 

@@ -76,7 +76,7 @@ def benchmark(
     out: Annotated[Path | None, Option(help="JSON file for all measurements.")] = None,
     images: Images = None,
     pretrained: Pretrained = None,
-    limit: Annotated[int, Option(min=1, help="Most captions of the test split to use.")] = 2000,
+    limit: Annotated[int, Option(min=1, help="Maximum captions of the test split to use.")] = 2000,
     cache: Annotated[
         Path | None, Option(envvar="DCAR_RUNTIME_CACHE", help="Cache of exports. Default: the user's.")
     ] = None,

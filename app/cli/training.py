@@ -43,8 +43,8 @@ def train(
     method: Annotated[
         str | None,
         Option(
-            help="query-prompts, dcar+, dcar, ... (an unknown name lists all). Default: query-prompts; for a model "
-            "that lacks what it needs, by the level of `dcar models`: block-adapters+ for full, dcar+-text for text, "
+            help="query-prompts, dcar+, dcar, ... (an unknown name lists all). Default, by the level of `dcar models`: "
+            "query-prompts for full (block-adapters+ for image towers unlike CLIP's), dcar+-text for text, "
             "clip-adapter for features."
         ),
     ] = None,
@@ -68,8 +68,8 @@ def train(
     """Adapt CLIP to a domain: learn adapters or prompts of a few MB, keep the best epoch by validation recall.
 
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
-    good; the checkpoint is written nevertheless. An interrupted run resumes with the same command; a finished one ends
-    at once. The checkpoint of another training is not replaced without --restart.
+    good; the checkpoint is still written. An interrupted run resumes with the same command; a finished one ends at
+    once. The checkpoint of another training is not replaced without --restart.
     """
     from dcar_core.training.finished import describe_request, find_finished
 
@@ -111,13 +111,13 @@ def retrain(
         list[Path],
         Option(
             metavar="FILE",
-            help="Table with the columns caption and id or image, as `dcar feedback export` writes it, or its "
+            help="Table with a column caption and a column id or image, as `dcar feedback export` writes it, or its "
             "directory; may be repeated.",
         ),
     ],
-    validation: Annotated[Path | None, Option(metavar="DATA", help="As of `dcar index build`.")] = None,
-    judgements: Annotated[Path | None, Option(metavar="FILE", help="As of `dcar index build`.")] = None,
-    margin: Annotated[float, Option(min=0, max=1, help="As of `dcar index build`.")] = BuildOptions.margin,
+    validation: Annotated[Path | None, Option(metavar="DATA", help="As for `dcar index build`.")] = None,
+    judgements: Annotated[Path | None, Option(metavar="FILE", help="As for `dcar index build`.")] = None,
+    margin: Annotated[float, Option(min=0, max=1, help="As for `dcar index build`.")] = BuildOptions.margin,
     notify: job_cli.Notify = None,
     device: options.Device = "auto",
 ) -> None:
@@ -170,7 +170,7 @@ def evaluate(
     batch_size: options.BatchSize = TrainConfig.batch_size,
     lr: options.LearningRate = TrainConfig.lr,
     loss: options.Loss = "both",
-    shots: Annotated[str, Option(help="Also train on so many pairs of each category, such as 1,2,4,8,16.")] = "",
+    shots: Annotated[str, Option(help="Also train on these numbers of pairs per category: 1,2,4,8,16.")] = "",
     unseen_categories: Annotated[
         float, Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
     ] = 0.0,

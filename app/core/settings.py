@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     """Number of processes that serve the port. Limits, caches and DCAR_THREADS count for each."""
     allowed_hosts: Hosts = ()
     """Names, separated by commas, by which requests may address the service on 127.0.0.1, besides localhost and
-    addresses: for a proxy on the same machine that passes the name on. * allows all."""
+    addresses: for a proxy on the same machine that passes on the Host header. * allows all."""
     log_level: LogLevel = "info"
     """Least severe level to log."""
     log_format: Literal["text", "json"] = "text"
@@ -154,7 +154,7 @@ class Settings(BaseSettings):
     runtime_cache: Path | None = None
     """Directory for exported models, and for mirrors of object storage. Unset: the user's cache directory."""
     threads: int | None = Field(None, ge=1)
-    """Cores for the model. Unset: PyTorch decides; several workers share the cores out."""
+    """Cores for the model. Unset: PyTorch decides; several workers divide the cores."""
     batch_size: int = Field(32, ge=1, le=1024)
     """Largest number of queries in one forward pass."""
     batch_wait_ms: float = Field(2.0, ge=0, le=100)
@@ -172,8 +172,8 @@ class Settings(BaseSettings):
     redis_timeout_ms: int = Field(100, ge=1)
     """Time limit of a Redis command in milliseconds. A slower response is treated as a failure."""
     cache_size: int = Field(10_000, ge=0)
-    """Number of query embeddings cached in the process, and of pages of results cached for each version, of these
-    at most 1,000. 0 caches none."""
+    """Number of query embeddings cached in the process, and of pages of results for each version (at most 1,000). 0
+    caches none."""
     cache_ttl_s: int = Field(7 * 24 * 3600, ge=1)
     """Lifetime in seconds of an embedding in Redis."""
 
@@ -194,7 +194,7 @@ class Settings(BaseSettings):
     max_k: int = Field(200, ge=DEFAULT_K)
     """Largest number of results on a page."""
     max_window: int = Field(1000, ge=DEFAULT_K)
-    """Deepest result that paging reaches: offset + k."""
+    """Maximum offset + k."""
     max_queries: int = Field(32, ge=1, le=MAX_QUERIES)
     """Largest number of searches in a batch, or of inputs to /v1/embeddings."""
     rerank_depth: int = Field(10, ge=1, le=200)
@@ -215,7 +215,7 @@ class Settings(BaseSettings):
     collections_dir: Path | None = None
     """Directory of the collections that are created over HTTP, with DCAR_WRITES. Unset: none can be."""
     max_jobs: int = Field(1000, ge=1)
-    """Largest number of waiting changes of a collection's items. More get 503."""
+    """Largest number of waiting changes of a collection's items. Further requests get 503."""
     keep_writes: int = Field(KEEP_WRITES, ge=1)
     """Number of versions with changes over HTTP that are kept for rollback, besides the builds of `--keep`."""
     max_collections: int = Field(100, ge=0)
@@ -223,17 +223,16 @@ class Settings(BaseSettings):
     rate_limit: Annotated[str, AfterValidator(_check_rate)] | None = None
     """Rate limit of each key, or of each address where no keys are set: 20/second, 600/minute. Unset: no limit."""
     cors_origins: Origins = ()
-    """Other sites whose pages may search, separated by commas: https://shop.example. * allows all; unset allows
-    none."""
+    """Other sites whose pages may search, separated by commas: https://shop.example. * allows all. Unset: none."""
 
     feedback: Annotated[bool | Path, Field(union_mode="left_to_right")] = False
     """Log searches and what is done with their results: true for INDEX/feedback, or another directory."""
     feedback_texts: bool = False
-    """Store the texts of searches in that log. Unset: keyed hashes."""
+    """Store the texts of searches in the log. Unset: keyed hashes."""
     feedback_days: int = Field(90, ge=1)
-    """Days after which its rows are removed."""
+    """Days after which rows of the log are removed."""
     feedback_bytes: int = Field(2 * 2**30, ge=2**20)
-    """Its largest size in bytes; the oldest rows are removed."""
+    """Largest size of the log in bytes; the oldest rows are removed."""
 
     compare: Annotated[Comparison | None, NoDecode, BeforeValidator(_parse_comparison)] = None
     """Collection, or version of the default one, to compare with for a share of the clients: candidate:0.2, @3:0.2, or
@@ -247,11 +246,11 @@ class Settings(BaseSettings):
     """Largest size of the cached thumbnails in bytes. 0 caches none."""
     image_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)] = ()
     """Directories, separated by commas, from which images are served besides the gallery's own: for lists with absolute
-    paths, and for links that lead out of the gallery."""
+    paths, and for links to files outside of the gallery."""
     image_hosts: Hosts = ()
     """Hosts, or buckets, separated by commas, whose images the service fetches by URL. Unset: none."""
     image_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (80, 443)
-    """Ports of those hosts that a request may name in a URL, separated by commas."""
+    """Ports that a request may name in a URL, separated by commas."""
 
     @property
     def default_collection(self) -> str:

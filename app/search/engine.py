@@ -180,7 +180,7 @@ class Index:
         Args:
             path: directory or URL of the published index.
             device: auto, cpu, cuda, cuda:1 or mps.
-            runtime: of the encoder; see `Encoder.load`. Default: the one that was measured as the fastest here, or
+            runtime: of the encoder; see `Encoder.load`. Default: auto if the encoder was exported here before, else
                 PyTorch.
             version: its number. Default: the current one.
 

@@ -96,7 +96,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
     manifest, is_judged = snapshot.artifact.manifest, not (has_image or query.without or more_rows or less_rows)
     min_score = snapshot.min_score if query.min_score == "auto" else query.min_score
     if query.min_score == "auto" and not is_judged:
-        raise InvalidQueryError("min_score", '"auto" is calibrated for text queries alone; give a number')
+        raise InvalidQueryError("min_score", '"auto" is calibrated only for text queries; give a number')
     if query.min_score == "auto" and min_score is None:
         message = "This index was built without --validation and has no calibrated cut-off; give min_score as a number."
         raise UnsupportedQueryError(message, field="min_score")

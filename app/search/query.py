@@ -155,7 +155,7 @@ class Query(BaseModel):
         examples=[{"category": ["cat face"], "base": True}],
     )
     min_score: Annotated[float, Field(strict=True, ge=-1, le=1)] | Literal["auto"] | None = Field(
-        None, description='lowest score of a result; "auto" uses the calibrated cut-off, for text queries alone'
+        None, description='lowest score of a result; "auto" uses the calibrated cut-off, for text queries only'
     )
     more_like: Ids = Field((), description="ids of items that results should resemble; these items are left out")
     less_like: Ids = Field((), description="ids of items that results should not resemble; these items are left out")
@@ -164,7 +164,7 @@ class Query(BaseModel):
     fields: Annotated[tuple[Name, ...], FailFast()] = Field(
         (), max_length=64, description='metadata fields to return with each result, ["*"] for all', examples=[["*"]]
     )
-    crop: Crop | None = Field(None, description="search with this part of the image; for image queries alone")
+    crop: Crop | None = Field(None, description="search with this part of the image; for image queries only")
     fold: float | None = Field(
         None,
         strict=True,

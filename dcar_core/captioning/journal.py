@@ -116,7 +116,9 @@ class CaptionJournal:
                 self._apply(line)
             other = [f"{key} (was {before.get(key)!r:.80})" for key in settings if before.get(key) != settings[key]]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise CaptionError(f"{self.file} is no captioning journal ({error}); move it, or give --restart") from error
+            raise CaptionError(
+                f"{self.file} is not a captioning journal ({error}); move it, or give --restart"
+            ) from error
         if other:
             raise CaptionError(
                 f"{self.file} was made with other settings: {', '.join(other)}; use those, or give another --out or "

@@ -69,15 +69,11 @@ def _option(name: str) -> Any:
     return typer.Option(*[f"--{name}"] * (name in _FLAGS), parser=_PARSERS.get(name), **_FIELDS[name].metadata)
 
 
-_LOCATION_HELP = (
-    "a folder (with tars and metadata.jsonl, if any), an uncompressed .tar, or a .jsonl, .csv or .parquet list with a "
-    "column file_name, image, path or url. A path, or a URL: s3://, gs://, https://."
-)
 Gallery = Annotated[
     str,
     typer.Option(
         metavar="[NAME=]LOCATION",
-        help=f"Images to add: {_LOCATION_HELP} NAME= puts NAME/ before ids and names, so that they differ from others.",
+        help="Images to add, as for `dcar index build`. NAME= puts NAME/ before ids and names, so that they differ.",
     ),
 ]
 Galleries = Annotated[
@@ -85,13 +81,16 @@ Galleries = Annotated[
     typer.Option(
         "--gallery",
         metavar="[NAME=]LOCATION",
-        help=f"Images to index: {_LOCATION_HELP} May be repeated: ids and names in further galleries begin with NAME/, "
-        "or with the location's own name.",
+        help="Images to index: a folder (with tars and metadata.jsonl, if any), an uncompressed .tar, or a .jsonl, "
+        ".csv or .parquet list with a column file_name, image, path or url. A path, or a URL: s3://, gs://, https://. "
+        "May be repeated: ids and names in further galleries begin with NAME/, or with the location's own name.",
     ),
 ]
 Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint of `dcar train` or `dcar zero-shot`.")]
 Keep = Annotated[int, _option("keep")]
-Notify = Annotated[list[str] | None, _option("notify")]
+Notify = Annotated[
+    list[str] | None, typer.Option(parser=parse_service, metavar="URL", help="As for `dcar index build`.")
+]
 Runtime = Annotated[str, _option("runtime")]
 _TYPES = get_type_hints(IndexSpec) | get_type_hints(BuildOptions) | {"notify": list[str], "text_fields": str}
 Command = TypeVar("Command", bound=Callable[..., None])

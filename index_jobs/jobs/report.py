@@ -240,8 +240,8 @@ def _overlaps(gallery: _Gallery) -> Finding:
         text = f"{gallery.names[ours[case]]}: {share[case]:.0%} of the neighbours are {gallery.names[theirs[case]]}"
         cases.append(([*examples, *dict.fromkeys(near)][:_PICTURES], text))
     note = (
-        f"Categories of which at least {_OVERLAP:.0%} of the nearest {gallery.k} pictures have one other category: the "
-        "two are one, hard to tell apart, or mixed up."
+        f"Categories whose nearest {gallery.k} pictures have one other category in at least {_OVERLAP:.0%} of cases: "
+        "the two are one, hard to tell apart, or mixed up."
     )
     return Finding("Categories that overlap", note, len(order), cases)
 

@@ -108,7 +108,7 @@ async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
         ({"query": "x", "filter": {"a": "x" * 2**20}}, 422, "filter: takes at most 64 KiB"),
         ({"query": "x", "filter": {"a": ["x" * 1000] * 1000}}, 422, "filter: takes at most 64 KiB"),
         ({"query": "x", "filter": {f"{key:030}": 1 for key in range(60_000)}}, 413, "at most 50,000 values"),
-        ({"query": "x", "filter": {"a": "\U0001f600" * 2**20}}, 413, "at most 2 MiB beside images in base64"),
+        ({"query": "x", "filter": {"a": "\U0001f600" * 2**20}}, 413, "at most 2 MiB besides images in base64"),
     ],
 )
 async def test_a_large_body_holds_images_and_little_else(

@@ -92,7 +92,7 @@ def test_full_disk_ends_the_run_before_any_request(photos: Path) -> None:
 )
 def test_another_file_is_no_journal(content: str, photos: Path) -> None:
     (photos.parent / "captions.journal.jsonl").write_text(content + "\n")
-    with VisionServer() as server, pytest.raises(CaptionError, match="is no captioning journal"):
+    with VisionServer() as server, pytest.raises(CaptionError, match="is not a captioning journal"):
         ask(photos, server)
 
 

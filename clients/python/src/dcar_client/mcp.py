@@ -35,7 +35,7 @@ MOST_RESULTS = 20
 READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 INSTRUCTIONS = (
     "Search a gallery of images. Tools return captions, categories and ids; set `thumbnails` to see the images. "
-    "Compare scores within one answer alone."
+    "Compare scores only within one response."
 )
 
 T = TypeVar("T")

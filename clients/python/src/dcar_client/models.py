@@ -355,7 +355,7 @@ class SearchOptions(TypedDict, total=False):
     "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}.
     """
     min_score: float | Literal["auto"] | None
-    """Lowest score of a result; "auto" uses the calibrated cut-off, for text queries alone."""
+    """Lowest score of a result; "auto" uses the calibrated cut-off, for text queries only."""
     more_like: list[str]
     """Ids of items that results should resemble; these items are left out."""
     less_like: list[str]
@@ -366,7 +366,7 @@ class SearchOptions(TypedDict, total=False):
     fields: list[str]
     """Metadata fields to return with each result, ["*"] for all."""
     crop: Crop | None
-    """Search with this part of the image; for image queries alone."""
+    """Search with this part of the image; for image queries only."""
     fold: float | None
     """Show items with at least this cosine as one result; the others are listed under `folded`."""
     hybrid: bool | float
