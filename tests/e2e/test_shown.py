@@ -172,6 +172,11 @@ def walked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (folder / "results" / "report.html").is_file()
     (folder / "new-photos" / "wren").mkdir(parents=True)
     draw("pink", "cross").save(folder / "new-photos" / "wren" / "101.jpg")
+    prices = re.search(
+        r"```csv\n(.+?)```", (ROOT / "docs/how-to/update-and-roll-back.md").read_text("utf-8"), re.DOTALL
+    )
+    assert prices
+    (folder / "prices.csv").write_text(prices[1])
     return folder
 
 
