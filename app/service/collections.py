@@ -19,8 +19,7 @@ from pathlib import Path
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.supervision import ENDS, stop, supervise
-from app.core.threads import ComputeThreads, run_in_new_thread
+from app.core.threads import ENDS, ComputeThreads, run_in_new_thread, stop, supervise
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_snapshot
 from app.service.files import find_damage
