@@ -227,6 +227,7 @@ export function showThumbnail(image, base, id, [once, twice], failed = () => {})
   };
   image.onerror = () => {
     if (!image.isConnected && tries) return;
+    for (const name of ["src", "srcset"]) image.removeAttribute(name); // no sign of a broken image meanwhile
     if (tries === RETRY_MS.length) failed();
     else setTimeout(load, RETRY_MS[tries++] * (0.5 + Math.random()));
   };

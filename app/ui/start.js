@@ -11,6 +11,7 @@ const BUNDLED = [ // words and the image that they find, in pairs of which each 
 ];
 const SIDES = [192, 192]; // pixels of an example's image
 const LONGEST_EXAMPLE = 40; // characters
+const CAMERA = /^(?:img|dsc[fn]?|gopr|pxl|mvi|vid|wa|image|photo|screenshot|[\s\d_().-])*$/i; // a name that says nothing
 
 const known = new Map(); // path of a collection -> promise of its catalogue and {examples}
 
@@ -29,10 +30,12 @@ async function load(base) {
   return { ...about, fields, examples: isEmoji(about) ? BUNDLED : examplesAmong((await browse(base, { k: 100 })).items) };
 }
 
-function examplesAmong(items) { // names of images, spread over the first items
+// Returns names of images with their ids, spread over the first items: captions, else titles, else categories.
+export function examplesAmong(items) {
   const fitting = new Map(items.flatMap(({ id, caption, category, metadata }) => {
-    const words = [caption, metadata?.title, category].find((each) => typeof each === "string" && each && each.length <= LONGEST_EXAMPLE);
-    return words ? [[words.replace(/\s+/g, " ").trim(), id]] : [];
+    const names = [caption, metadata?.title, category].map((each) => (typeof each === "string" ? each : "").replace(/\s+/g, " ").replace(/ \d{3,}$/, "").trim());
+    const words = names.find((each) => each.length <= LONGEST_EXAMPLE && !CAMERA.test(each));
+    return words ? [[words, id]] : [];
   }));
   const step = Math.max(1, Math.floor(fitting.size / BUNDLED.length));
   return [...fitting].filter((_, i) => i % step === 0).slice(0, BUNDLED.length);

@@ -67,6 +67,16 @@ def test_examples_come_from_the_gallery(page: Page, site: str) -> None:
     assert page.one("#query").get_attribute("value") == words[1]
 
 
+def test_names_that_a_camera_gives_are_no_examples(page: Page, site: str) -> None:
+    page.open(site)
+    names = ("IMG 0001", "04991", "PXL 20230101 123456", "IMG-20230101-WA0001", "banded 0125", "barn owl-3", "DSCN0001")
+    items = [{"id": name, "caption": "", "category": "", "metadata": {"title": name}} for name in names]
+    items[0]["category"] = "2019 Italy"
+    script = "import('/ui/start.js').then((module) => arguments[1](module.examplesAmong(arguments[0])))"
+    found = page.driver.execute_async_script(script, items)
+    assert found == [["2019 Italy", "IMG 0001"], ["banded", "banded 0125"], ["barn owl-3", "barn owl-3"]]
+
+
 def test_image_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path) -> None:
     page.open(site)
     page.one("#file").send_keys(str(tiny_gallery / "circle/blue.png"))
