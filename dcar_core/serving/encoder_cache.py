@@ -129,14 +129,10 @@ def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
 def has_portable(checkpoint: Path) -> bool:
     """Return whether a checkpoint has a portable export that this release can use."""
     try:
-        return _is_current(_read(checkpoint / PORTABLE / ENTRY)[1])
+        _read(checkpoint / PORTABLE / ENTRY)
     except (OSError, SafetensorError, ValueError, KeyError):
         return False
-
-
-def _is_current(content: dict[str, Any]) -> bool:
-    made = content["circumstances"]
-    return bool((made["format"], made["graphs"]) == (FORMAT, GRAPHS))
+    return True
 
 
 def _fingerprint(checkpoint: Path) -> str:
@@ -150,7 +146,11 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     if hashlib.sha256(stored[32:]).digest() != stored[:32]:
         raise ValueError("it is corrupted")
     arrays: Arrays = load(stored[32:])
-    return arrays, json.loads(arrays["content"].tobytes())
+    content = json.loads(arrays["content"].tobytes())
+    made = content["circumstances"]
+    if (made["format"], made["graphs"]) != (FORMAT, GRAPHS):
+        raise ValueError("another release made it; build the index again")
+    return arrays, content
 
 
 def _open(request: LoadRequest, entry: Path, export: Path | None = None) -> tuple[EncoderState, Runtime]:
@@ -159,8 +159,6 @@ def _open(request: LoadRequest, entry: Path, export: Path | None = None) -> tupl
     export: None for the one in the cache that the entry names.
     """
     arrays, content = _read(entry)
-    if not _is_current(content):
-        raise ValueError("another release made it; build the index again")
     state: EncoderState = _unpack(content["state"], arrays)
     if state.fingerprint != _fingerprint(request.checkpoint):
         raise ValueError("it is of another checkpoint")
