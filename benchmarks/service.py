@@ -258,5 +258,5 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
             spec=spec, dim=dim, count=count, kind=created.kind, reason=created.reason, root=gallery.root,
             checkpoint=str(checkpoint), measured=created.measured,
         )  # fmt: skip
-        publish.publish_version(out, staging, manifest)
+        publish.publish_version(out, staging, manifest, {})
     return out

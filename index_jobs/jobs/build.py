@@ -168,7 +168,7 @@ class _Build:
             encoded = self._encode(replicas, runtime, staging / CHECKPOINT)
             self._clean_work(store)
             changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
-            staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime), shared=shared)
+            staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime), shared)
             verdict = self._require_no_worse(staged, encoded)
             manifest = publish.commit_version(out, staged, keep=options.keep)
             if self.served is not None and not self.served.manifest.is_as_built:

@@ -370,7 +370,7 @@ class _Retraining:
             served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff,
             change=f"model retrained on {counted(summary.pairs, 'pair')}", origin="",
         )  # fmt: skip
-        manifest = publish.publish_version(self.index, staging, manifest, shared=shared)
+        manifest = publish.publish_version(self.index, staging, manifest, shared)
         self._lap("publish")
         return manifest.version
 

@@ -257,7 +257,7 @@ def _publish(
         change=f"{change} {origin}".rstrip(),
         origin=origin,
     )
-    return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
+    return publish.publish_version(index, staging, manifest, shared, keep=keep)
 
 
 def _warn_of_indexed_files(current: Artifact, gallery: Gallery, index: Path) -> None:
@@ -344,7 +344,7 @@ def relocate(
         if model is not None:
             current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
         manifest = replace(manifest, change="images or model relocated", origin="")
-        staged = publish.prepare_version(index, staging, manifest, shared=shared)
+        staged = publish.prepare_version(index, staging, manifest, shared)
         if gallery is not None and (fault := staged.find_gallery_fault(new)):
             raise DataError(f"nothing is published: {fault}; give the new location of {old}")
         for folder in (each for each in manifest.folders if not is_url(each) and not Path(each).exists()):

@@ -110,7 +110,7 @@ class _Draft:
                 shared.pop(name, None)
         change, changed = f"{change} {origin}".rstrip(), manifest.changed + len(self.records)
         manifest = replace(manifest, changed=changed, change=change, origin=origin)
-        return publish.publish_version(index, staging, manifest, keep=keep, shared=shared)
+        return publish.publish_version(index, staging, manifest, shared, keep=keep)
 
 
 def change_metadata(

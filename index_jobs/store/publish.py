@@ -79,20 +79,13 @@ def open_staging(index: Path) -> Iterator[Path]:
 
 
 def publish_version(
-    index: Path,
-    staging: Path,
-    manifest: Manifest,
-    *,
-    keep: int = BuildOptions.keep,
-    shared: Mapping[str, FileInfo] | None = None,
+    index: Path, staging: Path, manifest: Manifest, shared: Mapping[str, FileInfo], *, keep: int = BuildOptions.keep
 ) -> Manifest:
     """Prepare and commit a staged version; within `open_staging`."""
-    return commit_version(index, prepare_version(index, staging, manifest, shared=shared), keep=keep)
+    return commit_version(index, prepare_version(index, staging, manifest, shared), keep=keep)
 
 
-def prepare_version(
-    index: Path, staging: Path, manifest: Manifest, *, shared: Mapping[str, FileInfo] | None = None
-) -> Artifact:
+def prepare_version(index: Path, staging: Path, manifest: Manifest, shared: Mapping[str, FileInfo]) -> Artifact:
     """Complete the staged files with a manifest, flush them to disk, and verify them; within `open_staging`.
 
     Args:
@@ -103,7 +96,6 @@ def prepare_version(
         ArtifactError: the staged version does not open, or does not read back as it was written.
         OSError: the disk is full or cannot be written.
     """
-    shared = shared or {}
     # tantivy may hold the locks of its directory for a moment after it has written.
     staged_files = (path for path in sorted(staging.rglob("*")) if path.suffix != ".lock" and path.is_file())
     names = [path.relative_to(staging).as_posix() for path in staged_files]

@@ -249,7 +249,7 @@ def test_staged_version_that_does_not_read_back_is_not_published(index: Path) ->
         shutil.copyfile(index / "versions" / "1" / "index.faiss", staging / "index.faiss")
         (staging / "items.arrow").write_bytes(b"ARROW1")
         with pytest.raises(ArtifactError, match=r"items\.arrow"):
-            publish_version(index, staging, manifest)
+            publish_version(index, staging, manifest, {})
     assert current_version(index) == 1
     assert [path.name for path in (index / "versions").iterdir()] == ["1"]
 

@@ -150,7 +150,7 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
             manifest = replace(copy_files(mirror, staging), change=mirror.parts[-6])
             ready.wait(60)
             try:
-                publish_version(mirror, staging, manifest)
+                publish_version(mirror, staging, manifest, {})
                 outcomes.append(manifest.change)
             except LockedError as error:
                 refusals.append(str(error))
@@ -178,7 +178,7 @@ def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version
         manifest = copy_files(mirror, staging)
         rollback(machines["operator"], 1)
         with pytest.raises(LockedError, match="run the same command again"):
-            publish_version(mirror, staging, manifest)
+            publish_version(mirror, staging, manifest, {})
     assert pull(machines["operator"]) == 1
     store_of(mirror).pull(history=True)  # type: ignore[union-attr]
     assert version_numbers(mirror) == [1, 2]
@@ -351,7 +351,7 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, mach
     assert current_version(machines["reader"]) == 1
     with open_staging(machines["other"]) as staging:
         manifest = replace(copy_files(machines["reader"], staging), change="another")
-        publish_version(machines["other"], staging, manifest)
+        publish_version(machines["other"], staging, manifest, {})
     assert pull(machines["reader"]) == 1
     assert open_current(machines["reader"]).manifest.change == "another"
 

@@ -168,7 +168,7 @@ def test_a_lock_that_tantivy_still_holds_is_no_file_of_the_version(index: Path) 
         current = open_current(index)
         shared = publish.share_files(current.path, staging, current.manifest.files)
         (staging / "lexical" / ".tantivy-meta.lock").touch()
-        manifest = publish.publish_version(index, staging, current.manifest, shared=shared)
+        manifest = publish.publish_version(index, staging, current.manifest, shared)
     assert manifest.files.keys() == current.manifest.files.keys()
 
 

@@ -24,4 +24,4 @@ def copy_files(index: Path, staging: Path) -> Manifest:
 def publish_copy(index: Path, keep: int = 3, source: Path | None = None) -> int:
     """Publish the current version once more, or that of another index."""
     with open_staging(index) as staging:
-        return publish_version(index, staging, copy_files(source or index, staging), keep=keep).version
+        return publish_version(index, staging, copy_files(source or index, staging), {}, keep=keep).version
