@@ -312,9 +312,10 @@ class _Build:
         if isinstance(served_encoder, str):
             verdict = gate.GateVerdict(served_encoder, options.margin)
         else:
-            verdict = gate.compare(self.served, served_encoder, staged, self.encoder, self.pairs, options.margin)
+            before, after = (self.served, served_encoder.encode_text), (staged, self.encoder.encode_text)
+            verdict = gate.compare(*before, *after, self.pairs, options.margin)
             if self.judged:
-                verdict = gate.add_judged(verdict, self.judged, (self.served, served_encoder), (staged, self.encoder))
+                verdict = gate.add_judged(verdict, self.judged, before, after)
         if not verdict.passed and not options.force:
             remedy = "its vectors are kept, so --force publishes it without encoding again"
             if not options.keep_shards:
@@ -384,7 +385,7 @@ class _Build:
         if self.options.validation and self.pairs:
             calibrated = gate.calibrate(staging, index, self.pairs, gallery, encoded, encoder)
         else:
-            calibrated = gate.calibrate_by_words(index, encoder)
+            calibrated = gate.calibrate_by_words(index, encoder.encode_text)
         return Manifest(
             **vars(created),
             spec=spec,

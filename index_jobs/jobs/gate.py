@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,12 +55,7 @@ _FILE_SCHEME = "file://"
 _AMBIGUOUS = -1  # instead of a row
 
 _ImageKey = str | tuple[str, int]  # a name, or a file and the offset of an image in it
-
-
-class TextEncoder(Protocol):
-    """An `Encoder`, as far as texts go."""
-
-    def encode_text(self, texts: Sequence[str], /) -> Floats: ...
+EncodeTexts = Callable[[Sequence[str]], Floats]  # as `Encoder.encode_text`
 
 
 @dataclass(frozen=True)
@@ -226,20 +221,20 @@ def cutoff_of_pairs(index: VectorIndex | Artifact, vectors: Floats, rows: Rows) 
     return compute_cutoff(np.einsum("ne,ne->n", vectors, index.vectors(rows))) | recall
 
 
-def calibrate_by_words(index: VectorIndex, encoder: TextEncoder) -> dict[str, Any]:
+def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any]:
     """Return the manifest's `cutoff` without pairs; nothing for a few items, whose scores say little."""
     if index.count < _MIN_ITEMS:
         return {}
-    vectors = encoder.encode_text(common_words(_WORDS))  # [W, E]
+    vectors = encode(common_words(_WORDS))  # [W, E]
     sample = index.vectors(spread_rows(np.arange(index.count)))
     return {"cutoff": cutoff_of_words(vectors @ sample.T, index.search(vectors, 1)[0][:, 0])}
 
 
 def compare(
     served: Artifact,
-    served_encoder: TextEncoder,
+    encode_served: EncodeTexts,
     rebuilt: Artifact,
-    rebuilt_encoder: TextEncoder,
+    encode_rebuilt: EncodeTexts,
     pairs: QueryPairs | None,
     margin: float = BuildOptions.margin,
 ) -> GateVerdict:
@@ -261,8 +256,8 @@ def compare(
     if not shared:
         return GateVerdict("no image of the pairs is in both indexes", margin)
     has_weights = None not in (served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight)
-    before_gains, before, pool = _measure(served, served_encoder, shared, rebuilt, with_words=has_weights)
-    after_gains, after, _ = _measure(rebuilt, rebuilt_encoder, shared, served, with_words=has_weights)
+    before_gains, before, pool = _measure(served, encode_served, shared, rebuilt, with_words=has_weights)
+    after_gains, after, _ = _measure(rebuilt, encode_rebuilt, shared, served, with_words=has_weights)
     difference, visible = difference_of(before_gains, after_gains, [item_id for _, item_id in shared])
     names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
     changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in names.items())
@@ -282,7 +277,7 @@ def compare(
     )  # fmt: skip
 
 
-def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, TextEncoder]) -> GateVerdict:
+def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, EncodeTexts]) -> GateVerdict:
     """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin."""
     artifacts, queries = [artifact for artifact, _ in sides], list[tuple[str, dict[str, int]]]()
     for query_id, text in judged.texts.items():
@@ -309,11 +304,11 @@ def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact,
 
 
 def _judged_ndcg(
-    artifact: Artifact, encoder: TextEncoder, other: Artifact, queries: Sequence[tuple[str, dict[str, int]]]
+    artifact: Artifact, encode: EncodeTexts, other: Artifact, queries: Sequence[tuple[str, dict[str, int]]]
 ) -> float:
     """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
     graded = [{artifact.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
-    vectors, shared = encoder.encode_text([text for text, _ in queries]), _shared_rows(artifact, other)
+    vectors, shared = encode([text for text, _ in queries]), _shared_rows(artifact, other)
     rows = artifact.search(vectors, 10, None if shared.all() else shared)[1]
     found = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
     measures = graded_measures(np.array(found), [np.array([*own.values()]) for own in graded])
@@ -327,7 +322,7 @@ def _shared_rows(artifact: Artifact, other: Artifact) -> Mask:
 
 
 def _measure(
-    artifact: Artifact, encoder: TextEncoder, pairs: Sequence[tuple[str, str]], other: Artifact, *, with_words: bool
+    artifact: Artifact, encode: EncodeTexts, pairs: Sequence[tuple[str, str]], other: Artifact, *, with_words: bool
 ) -> tuple[Floats, dict[str, float], int]:
     """Search among the items of both indexes for the images of texts.
 
@@ -338,7 +333,7 @@ def _measure(
     texts, targets = [text for text, _ in pairs], [artifact.row_of(item_id) or 0 for _, item_id in pairs]
     is_shared = _shared_rows(artifact, other)
     allowed = None if is_shared.all() else is_shared
-    vectors = encoder.encode_text(texts)
+    vectors = encode(texts)
     is_target = artifact.search(vectors, _DEPTH, allowed)[1] == np.array(targets)[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
     measures = _measures(gains)

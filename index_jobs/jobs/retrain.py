@@ -260,15 +260,16 @@ class _Retraining:
         share = self._tune(learned, choosing, anchored, margin)
         self._lap("learn")
         verdicts = {"held-out pairs": self._decide(deciding, margin)}
+        before, after = ((served, each.encode_text) for each in (self.before, self.after))
         if anchors:
-            verdicts[anchors.source] = gate.compare(served, self.before, served, self.after, anchors, margin)
+            verdicts[anchors.source] = gate.compare(*before, *after, anchors, margin)
         if judged:
-            compared = verdicts["held-out pairs"], judged, (served, self.before), (served, self.after)
-            verdicts["held-out pairs"] = gate.add_judged(*compared)
+            verdicts["held-out pairs"] = gate.add_judged(verdicts["held-out pairs"], judged, before, after)
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
         elif self.cutoff:
-            self.cutoff = gate.calibrate_by_words(served.segments[0].vectors, self.after).get("cutoff", self.cutoff)
+            found = gate.calibrate_by_words(served.segments[0].vectors, self.after.encode_text)
+            self.cutoff = found.get("cutoff", self.cutoff)
         self._lap("gate")
         failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")
         lineage = [*self.notes.get("retrained", {}).get("from", ()), self.encoder.fingerprint]
