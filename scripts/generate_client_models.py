@@ -34,12 +34,15 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
+__all__ = {names}
+
 
 class Model(BaseModel):
     """A part of a response. Numbers are finite."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 '''
+OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
@@ -47,7 +50,8 @@ def generate() -> str:
     """Return the module's text, formatted."""
     responses = [each for each in vars(schemas).values() if _is_model_of(each, schemas.__name__)]
     query = Query.model_json_schema()
-    parts = [HEADER, *map(_response_class, responses)]
+    names = sorted([*(each.__name__ for each in responses), *OPTIONS])
+    parts = [HEADER.format(names=names), *map(_response_class, responses)]
     parts += [
         _typed_dict("Weights", Weights.model_json_schema()),
         _typed_dict("Crop", Crop.model_json_schema()),

@@ -7,6 +7,42 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
+__all__ = [
+    "BatchResponse",
+    "Collection",
+    "CollectionsResponse",
+    "Crop",
+    "Embedding",
+    "EmbeddingsResponse",
+    "EmbeddingsUsage",
+    "FacetValue",
+    "FeedbackResponse",
+    "FieldError",
+    "GalleryItem",
+    "HealthResponse",
+    "ItemResponse",
+    "ItemsResponse",
+    "JobFailure",
+    "JobProgress",
+    "JobResponse",
+    "JobsResponse",
+    "ModelsResponse",
+    "OpenAIError",
+    "OpenAIErrorResponse",
+    "ProblemResponse",
+    "ReadinessResponse",
+    "ReloadResponse",
+    "Result",
+    "ResultExplanation",
+    "ResultGroup",
+    "SearchOptions",
+    "SearchResponse",
+    "ServedModel",
+    "TextQuery",
+    "Weights",
+    "WordEffect",
+]
+
 
 class Model(BaseModel):
     """A part of a response. Numbers are finite."""
