@@ -48,10 +48,10 @@ _FRESH_S = 60.0  # of a summary
 _MEASURE_S = 600.0  # between two summaries for the metrics of a comparison
 _STORE_S = 10.0  # longest wait for the disk
 _MAX_AGE_S = 24 * 3600  # of a search, for events
-_RECENT = 10_000  # searches after which earlier ones are no longer kept with their results
+_RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones are no longer kept with their results
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
-_MAX_QUERIES = 50_000  # rows of searches that wait for the disk
+_MAX_QUERIES = 20_000  # rows of searches that wait for the disk
 _NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id: a nonce, the time, and a hash over both and the caller
 
 
@@ -65,7 +65,7 @@ class FeedbackLog:
         self._keyed = hashlib.blake2b(key=self._secret, digest_size=_MAC)
         self._numbers = itertools.count(int.from_bytes(os.urandom(_NONCE - 1)))  # of query ids, from a random one on
         # `QueryRow`s in JSON by query id. Two tables: taking single old entries out is slow.
-        self._recent, self._earlier = dict[str, bytes](), dict[str, bytes]()
+        self._recent, self._earlier, self._recent_bytes = dict[str, bytes](), dict[str, bytes](), 0
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
         self._queries, self._events = list[bytes](), list[EventRow]()
@@ -122,9 +122,10 @@ class FeedbackLog:
         hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
         facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
         row = query_id, int(now * 1000), collection or self._default_collection, text, hits, *facts, *(compared or ())
-        if len(self._recent) >= _RECENT:
-            self._recent, self._earlier = {}, self._recent
         self._recent[query_id] = line = to_json(row)
+        self._recent_bytes += len(line)
+        if self._recent_bytes > _RECENT_BYTES:
+            self._recent, self._earlier, self._recent_bytes = {}, self._recent, 0
         if len(self._queries) < _MAX_QUERIES:
             self._queries.append(line)
         else:

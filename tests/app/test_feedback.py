@@ -342,14 +342,14 @@ def test_a_client_is_forgotten_with_its_searches(tmp_path: Path) -> None:
 async def test_a_flood_of_searches_takes_bounded_memory(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.feedback.log._RECENT", 2)
+    monkeypatch.setattr("app.feedback.log._RECENT_BYTES", 500)
     monkeypatch.setattr("app.feedback.log._MAX_SEEN", 2)
     monkeypatch.setattr("app.feedback.log._MAX_QUERIES", 3)
     monkeypatch.setattr("app.feedback.log._FLUSH_S", 60.0)  # a disk that does not answer
     async with opened(index, feedback=tmp_path) as client:
         searches = [await searched(client) for _ in range(4)]
         log: FeedbackLog = client.app.state.feedback
-        assert len(log._recent) + len(log._earlier) == 4
+        assert 1 <= len(log._recent) + len(log._earlier) < 4
         assert (await scrape(client))["dcar_feedback_lost_total", (("kind", "queries"),)] == 1
         for query_id, items in searches:
             assert (await send(client, event(query_id, items[0])))["accepted"] == 1
