@@ -20,8 +20,8 @@ RUN for target in serve:openvino full:torch; do python -c "import sys, tomllib; 
     print(*[line for line in lines if 'gpu' not in extras or not line.startswith('faiss-cpu')], sep='\n')" \
     "${target#*:},$EXTRAS" > "/${target%%:*}.txt"; done
 
+# Each stage names the arguments of pip: Buildah hands none down.
 FROM ${BASE} AS builder
-ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 ENV PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 RUN python -m venv --without-pip /opt/venv
 COPY requirements*.lock /locks/
@@ -29,6 +29,7 @@ COPY requirements*.lock /locks/
 # The locks leave out PyTorch, since the index decides its build; the second command adds it. faiss-gpu and faiss-cpu are
 # one module under two names.
 FROM builder AS installed-full
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 ARG LOCK="requirements.lock"
 COPY --from=requirements /full.txt /
 RUN --mount=type=cache,target=/var/cache/pip \
@@ -40,6 +41,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
 # Without what no search uses: plugins for other devices and readers of other formats than the export's, Arrow's network
 # protocol and object store, the client of the model hub, symbols of debuggers, headers, stubs and tests.
 FROM builder AS installed-serve
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 ARG SERVE_LOCK="requirements-serve.lock"
 COPY --from=requirements /serve.txt /
 RUN --mount=type=cache,target=/var/cache/pip \
@@ -57,6 +59,7 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && find pyarrow tantivy tokenizers uvloop '(' -name '*.so' -o -name '*.so.*' ')' -exec strip --strip-unneeded {} +
 
 FROM builder AS project
+ARG PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_CONSTRAINT
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY dcar_core dcar_core
