@@ -28,7 +28,6 @@ from app.middleware.body_limit import BodyLimit
 from app.middleware.request_log import RequestLog
 from app.service.collections import Collections, ServedIndex
 from app.service.embedding_cache import EmbeddingCache
-from app.service.reload_listener import listen
 from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import DcarError
@@ -77,7 +76,7 @@ def create_app(
                 feedback.start()
                 stack.push_async_callback(feedback.close)
             if redis_url is not None:
-                supervised = supervise("reload listener", partial(listen, redis_url, collections), metrics)
+                supervised = supervise("reload listener", partial(collections.listen, redis_url), metrics)
                 stack.push_async_callback(stop, asyncio.create_task(supervised, name="dcar-reload-listener"))
             yield
 

@@ -17,7 +17,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from redis.asyncio import RedisCluster
+
 from app.core.metrics import Metrics
+from app.core.redis import connect, disconnect
 from app.core.settings import Settings
 from app.core.threads import ENDS, ComputeThreads, run_in_new_thread, stop, supervise
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
@@ -26,6 +29,7 @@ from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.location import store_of
+from index_jobs.store.manifest import PUBLISHED_CHANNEL
 from index_jobs.store.versions import current_version, require_index
 from index_jobs.store.writes import list_collections
 
@@ -34,6 +38,7 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 30.0
 _CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
 _LOOK_S = 1.0  # for a look at the gallery
+_REDIS_S, _NOTICE_PAUSE_S = 5.0, 1.0  # for Redis to respond, and until it is asked again; between two notices
 _LOADING = "The model is being loaded."
 
 
@@ -333,6 +338,34 @@ class Collections:
         if failures:
             raise DcarError("; ".join(failures))
         return changed
+
+    async def listen(self, url: str) -> None:
+        """Reload all collections at each notice of a new version over the Redis at `url`.
+
+        - A notice is only a hint for services that use Redis anyway: CURRENT decides, and is polled.
+        - One notice a second is read, so a flood of them costs nothing: each reload finds the newest version, whatever
+          waits.
+        - After any failure, which is logged at debug level, it connects again.
+        - Redis clusters are not supported here: a service that uses one relies on polling.
+        """
+        while True:
+            client = connect(url, timeout_s=_REDIS_S)
+            if isinstance(client, RedisCluster):
+                return
+            try:
+                async with client.pubsub() as channel:
+                    await channel.subscribe(PUBLISHED_CHANNEL)
+                    while True:
+                        if await channel.get_message(ignore_subscribe_messages=True, timeout=_REDIS_S):
+                            with contextlib.suppress(DcarError):  # logged, and shown by /readyz
+                                await self.reload()
+                            await asyncio.sleep(_NOTICE_PAUSE_S)
+            except Exception as error:
+                logger.debug("no notices from Redis: %s", error)
+            finally:
+                with contextlib.suppress(Exception):
+                    await disconnect(client)
+            await asyncio.sleep(_REDIS_S)
 
     def _with_name(self, name: str, message: str) -> str:
         return message if len(self._indexes) == 1 else f"{name}: {message}"
