@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NEWEST_WEIGHT = 0.05  # of the last call in the mean of their seconds,
+_LONGEST_S = 1.0  # of which one that hung tells nothing
 RESTART_S = 1.0
 ENDS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 
@@ -30,8 +32,28 @@ ENDS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 class ComputeThreads(ThreadPoolExecutor):
     """Threads of one kind of work. `run` waits for a call in one of them."""
 
+    def __init__(self, count: int, name: str) -> None:
+        super().__init__(count, name)
+        self._in_progress, self._mean_s = 0, 0.0
+
     async def run(self, call: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self, call, *args)
+        self._in_progress += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self, self._timed, call, args)
+        finally:
+            self._in_progress -= 1
+
+    def _timed(self, call: Callable[..., T], args: tuple[object, ...]) -> T:
+        started = time.perf_counter()
+        try:
+            return call(*args)
+        finally:
+            took = min(time.perf_counter() - started, _LONGEST_S)
+            self._mean_s += _NEWEST_WEIGHT * (took - self._mean_s)
+
+    def expected_wait(self) -> float:
+        """Return the seconds after which all calls in progress will have ended, by the mean of the last ones."""
+        return self._in_progress * self._mean_s / self._max_workers
 
 
 @dataclass(eq=False, slots=True)

@@ -123,12 +123,20 @@ class Batcher:
     Args:
         max_batch: queries in one forward pass.
         max_wait_s: longest wait for more queries, under load only.
-        max_queue_s: longest expected wait for the model; queries beyond it are refused.
+        max_queue_s: longest expected wait for the model and the index; queries beyond it are refused.
+        later_wait: returns the expected seconds of the calls in the threads that follow.
     """
 
     def __init__(
-        self, *, max_batch: int, max_wait_s: float, max_queue_s: float = math.inf, metrics: Metrics | None = None
+        self,
+        *,
+        max_batch: int,
+        max_wait_s: float,
+        max_queue_s: float = math.inf,
+        metrics: Metrics | None = None,
+        later_wait: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        self._later_wait = later_wait
         self._max_batch = max_batch
         self._max_wait = max_wait_s
         self._max_queue = max_queue_s
@@ -183,9 +191,9 @@ class Batcher:
             accepted.append(True)
 
     def _expected_wait(self) -> float:
-        """Return the expected seconds of all jobs in the queue, without the fixed part of a pass that has room."""
+        """Return the expected seconds of all work in the queues, without the fixed part of a pass that has room."""
         waiting = ((self._pass_times.get(group), count) for group, count in self._counts.items())
-        return sum(each.of(count, count // self._max_batch) for each, count in waiting if each)
+        return self._later_wait() + sum(each.of(count, count // self._max_batch) for each, count in waiting if each)
 
     async def close(self) -> None:
         """Finish the accepted work, then end the thread."""

@@ -49,14 +49,15 @@ class SharedCompute(Compute):
         )
         self._metrics = metrics
         self._computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
+        threads = min(4, available_cores())
+        self._threads = {"search": ComputeThreads(threads, "dcar-search"), "filter": FairThread("dcar-filter")}
         self.batcher = Batcher(
             max_batch=settings.batch_size,
             max_wait_s=settings.batch_wait_ms / 1000,
             max_queue_s=settings.max_queue_ms / 1000,
             metrics=metrics,
+            later_wait=self._threads["search"].expected_wait,
         )
-        threads = min(4, available_cores())
-        self._threads = {"search": ComputeThreads(threads, "dcar-search"), "filter": FairThread("dcar-filter")}
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
         self.chunk_turn = asyncio.Semaphore(1)  # together, concurrent requests have one chunk in the model's queue
         self.timed = metrics.timed  # type: ignore[method-assign]

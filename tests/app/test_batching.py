@@ -16,6 +16,7 @@ import pytest
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.core.threads import ComputeThreads
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
 from app.service import batching
@@ -239,6 +240,25 @@ async def test_an_idle_batcher_accepts_the_queries_of_one_request_however_slow_s
         await made.one("another")
     assert len(await parts) == 20
     assert len(await made.batcher.submit(made.group, ["part"] * 20)) == 20
+
+
+async def test_a_query_is_refused_if_the_threads_after_the_model_are_behind(bench: Callable[..., Bench]) -> None:
+    threads, gate = ComputeThreads(2, "dcar-test"), threading.Event()
+    made = bench(max_queue_s=0.1, later_wait=threads.expected_wait)
+    await asyncio.gather(*(threads.run(time.sleep, 0.02) for _ in range(40)))
+    assert threads.expected_wait() == 0
+    waiting = [asyncio.create_task(threads.run(gate.wait, 60)) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert 0.02 < threads.expected_wait() < 0.1, "two for each thread"
+    await made.one("a")
+    waiting += [asyncio.create_task(threads.run(gate.wait, 60)) for _ in range(16)]
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError):
+        await made.one("b")
+    gate.set()
+    await asyncio.gather(*waiting)
+    await made.one("c")
+    threads.shutdown()
 
 
 async def test_the_cost_of_a_query_is_its_share_of_a_batch(bench: Callable[..., Bench]) -> None:
