@@ -40,13 +40,7 @@ class SharedCompute(Compute):
     """The `Compute` of all searches. One per process."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.cache = EmbeddingCache(
-            settings.cache_size,
-            metrics,
-            redis_url=settings.redis_url.get_secret_value() if settings.redis_url else None,
-            ttl_s=settings.cache_ttl_s,
-            timeout_s=settings.redis_timeout_ms / 1000,
-        )
+        self.cache = EmbeddingCache(settings, metrics)
         self._metrics = metrics
         self._computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
         threads = min(4, available_cores())

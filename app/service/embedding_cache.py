@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from app.core.metrics import Metrics
 from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
+from app.core.settings import Settings
 from app.search.snapshots import Recent
 from dcar_core.util.arrays import Floats
 
@@ -45,27 +46,18 @@ def _widened(half: NDArray[np.float16]) -> Floats:
 
 
 class EmbeddingCache:
-    """The `size` most recently used embeddings in this process and, given its URL, those in Redis behind them.
+    """The most recently used embeddings in this process and, with DCAR_REDIS_URL, those in Redis behind them.
 
-    Redis bounds its own memory: set `maxmemory` with `maxmemory-policy allkeys-lru`. Entries live for `ttl_s`, and
-    each read and write may take `timeout_s`.
+    Redis bounds its own memory: set `maxmemory` with `maxmemory-policy allkeys-lru`. Each read and write may take
+    `redis_timeout_ms` of the settings.
     """
 
-    def __init__(
-        self,
-        size: int,
-        metrics: Metrics | None = None,
-        *,
-        redis_url: str | None = None,
-        ttl_s: int = 0,
-        timeout_s: float = 0.1,
-    ) -> None:
-        self._metrics = metrics or Metrics()
-        self._entries = Recent[str, NDArray[np.float16]](size)
-        self.is_shared = redis_url is not None  # so `get` may find what `peek` does not
-        self._redis = None if redis_url is None else connect(redis_url, timeout_s=timeout_s)  # connects when used
-        self._ttl = ttl_s
-        self._timeout = timeout_s
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        url, self._metrics = settings.redis_url, metrics
+        self._entries = Recent[str, NDArray[np.float16]](settings.cache_size)
+        self._ttl, self._timeout = settings.cache_ttl_s, settings.redis_timeout_ms / 1000
+        self.is_shared = url is not None  # so `get` may find what `peek` does not
+        self._redis = connect(url.get_secret_value(), timeout_s=self._timeout) if url else None  # connects when used
         self.read_breaker = CircuitBreaker(purpose="cached embeddings")
         self.write_breaker = CircuitBreaker(purpose="caching new embeddings")
         self._writes: set[asyncio.Task[None]] = set()

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ from typing import Any, Literal, cast
 import numpy as np
 import pytest
 import redis.asyncio
+from pydantic import SecretStr
 
 from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
 from app.core.redis import CircuitBreaker
+from app.core.settings import Settings
 from app.service.embedding_cache import EmbeddingCache, _pack, cache_key, rounded
 from tests.support.redis_server import RedisServer
 from tests.support.service import opened, until
@@ -30,14 +33,18 @@ def count(metrics: Metrics, name: str, **labels: str) -> float:
     return metrics.registry.get_sample_value(name, labels) or 0.0
 
 
+def cache_of(url: str | None, size: int = 0, metrics: Metrics | None = None, *, timeout_s: float = 1) -> EmbeddingCache:
+    settings = Settings.model_construct(
+        cache_size=size, redis_url=SecretStr(url) if url else None, redis_timeout_ms=int(1000 * timeout_s)
+    )
+    return EmbeddingCache(settings, metrics or Metrics())
+
+
 @pytest.fixture
 def caches(redis_server: RedisServer) -> Callable[..., EmbeddingCache]:
     """Return a function that makes caches in front of one Redis."""
 
-    def make(**given: Any) -> EmbeddingCache:
-        return EmbeddingCache(**{"size": 0, "redis_url": redis_server.url, "ttl_s": 60, "timeout_s": 1, **given})
-
-    return make
+    return partial(cache_of, redis_server.url)
 
 
 def test_keys_differ_by_encoder_kind_and_content() -> None:
@@ -48,7 +55,7 @@ def test_keys_differ_by_encoder_kind_and_content() -> None:
 
 
 def test_the_least_recently_used_entry_is_dropped() -> None:
-    cache = EmbeddingCache(2)
+    cache = cache_of(None, 2)
     cache.put("a", VECTOR)
     cache.put("b", VECTOR + 1)
     assert cache.peek("a") is not None
@@ -155,7 +162,7 @@ async def test_an_invalid_or_no_redis_reply_fails_no_search(reply: bytes) -> Non
     patient = "?socket_timeout=60&socket_connect_timeout=60"  # the service has its own time-outs
     for options in ("", "?protocol=2", patient):
         url = f"redis://127.0.0.1:{port}/0{options}"
-        cache = EmbeddingCache(0, redis_url=url, ttl_s=60, timeout_s=0.1)
+        cache = cache_of(url, timeout_s=0.1)
         rates = RateLimiter("2/minute", redis_url=url, timeout_s=0.1)
         async with asyncio.timeout(20):
             for _ in range(4):
@@ -211,7 +218,7 @@ async def test_a_full_redis_is_still_read(caches: Callable[..., EmbeddingCache])
 async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.service.embedding_cache._MAX_WRITES", 2)
     metrics = Metrics()
-    cache = EmbeddingCache(10, metrics, redis_url="redis://127.0.0.1:1/0", ttl_s=60)
+    cache = cache_of("redis://127.0.0.1:1/0", 10, metrics, timeout_s=0.1)
     for i in range(5):
         cache.put(f"key {i}", VECTOR)
         known = cache.peek(f"key {i}")

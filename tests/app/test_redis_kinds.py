@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
 
+from app.core.metrics import Metrics
 from app.core.redis import connect
+from app.core.settings import Settings
 from app.service.embedding_cache import EmbeddingCache, rounded
 from tests.support.parts import needs
 from tests.support.processes import free_port
@@ -20,7 +23,8 @@ pytestmark = pytest.mark.redis
 
 async def assert_cached(url: str, seconds: float = 10) -> None:
     """Assert that an embedding written through this URL is read back once the servers are up, and then many at once."""
-    cache = EmbeddingCache(0, redis_url=url, ttl_s=60, timeout_s=2)
+    settings = Settings.model_construct(cache_size=0, redis_url=SecretStr(url), redis_timeout_ms=2000)
+    cache = EmbeddingCache(settings, Metrics())
     end = time.monotonic() + seconds
     try:
         while True:
