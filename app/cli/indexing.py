@@ -129,7 +129,7 @@ def update_command(
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
-        typer.echo(f"{len(summary.unknown):,} unknown ids: {shorten(summary.unknown)}")
+        typer.echo(f"{counted(len(summary.unknown), 'unknown id')}: {shorten(summary.unknown)}")
 
 
 @commands.command("watch", epilog=example("dcar index watch index"))

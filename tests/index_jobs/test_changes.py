@@ -146,7 +146,7 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     table.write_text(f"id,price,brand,file_name\n{first},10.5,Acme,x.png\n{second},12,,y.png\nnew,1,,\n")
     done = dcar("index", "update", index, "--metadata", table)
     assert done.stdout.splitlines() == [
-        f"{index}: version 2, 2 items changed", "new fields: brand, price", "1 unknown ids: new"
+        f"{index}: version 2, 2 items changed", "new fields: brand, price", "1 unknown id: new"
     ]  # fmt: skip
     found = metadata(open_current(index), first), metadata(open_current(index), second)
     assert (found[0]["price"], found[0]["brand"], found[0]["file_name"]) == (10.5, "Acme", old)
