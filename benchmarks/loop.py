@@ -29,6 +29,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from index_material import Clusters
 from load import unique_texts
 from service import ROOT, made_index
 
@@ -188,9 +189,8 @@ def refuse_useless(loop: Loop, rng: np.random.Generator) -> str:
 
 def time_retraining(start: Path, pairs: Path, out: Path, count: int) -> str:
     """Return what `dcar retrain` prints for the pairs and an index with random items beside those of the start."""
-    artifact, rng = open_current(start), np.random.default_rng(0)
-    others = rng.standard_normal((count - artifact.rows, artifact.manifest.dim), np.float32)
-    others /= np.linalg.norm(others, axis=1, keepdims=True)
+    artifact = open_current(start)
+    others = Clusters(count, artifact.manifest.dim).draw(count - artifact.rows, seed=0)
     vectors = np.concatenate([artifact.vectors(np.arange(artifact.rows)), others])
     captions = [*artifact.column("caption").to_pylist(), *islice(unique_texts(), len(others))]
     made_index(out, artifact.checkpoint, lambda: vectors, captions)
