@@ -216,8 +216,8 @@ def changes() -> dict[str, Attack]:
         "images by URL": flood(*(batch(8, image=f"http://{host}/x") for host in hosts)),
         "jobs of others": flood(get("/jobs/x"), get("/jobs?limit=100")),
         "changes of items": flood(*patches, connections=8),
-        "many collections": flood(*(change("PUT", f"/collections/new{next(numbers)}") for _ in range(200))),
         "changes of dropped collections": flood(*dropped, connections=8),
+        "many collections": flood(*(change("PUT", f"/collections/new{next(numbers)}") for _ in range(200))),
     }
 
 
