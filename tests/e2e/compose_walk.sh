@@ -1,6 +1,7 @@
 #!/bin/sh
 # The compose file, walked from outside: up, search by text and by picture, the cache, without Redis, up again; then the
-# profile replicas: searches through nginx during a publication and without one of the services; down.
+# profile replicas: searches through nginx during a publication and without one of the services, which Prometheus
+# scrapes; down.
 #
 #   tests/e2e/compose_walk.sh                           with `docker compose`
 #   COMPOSE=podman-compose tests/e2e/compose_walk.sh    with podman-compose (UP_ARGS= for options of its own)
@@ -13,6 +14,7 @@ URL="http://127.0.0.1:$DCAR_PORT_PUBLISHED"
 export NGINX_PORT="${NGINX_PORT:-18080}"
 compose="${COMPOSE:-docker compose} -p dcar-walk"
 both="$compose --profile replicas"
+all="$both --profile monitoring"
 helper=""
 folder=$(mktemp -d)
 
@@ -21,7 +23,7 @@ finish() {
     trap - EXIT
     touch "$folder/stop"
     [ "$status" = 0 ] || $both logs || true
-    $both down --volumes >/dev/null 2>&1 || true
+    $all down --volumes >/dev/null 2>&1 || true
     [ -z "$helper" ] || kill "$helper" 2>/dev/null || true
     rm -rf "$folder"
     [ "$status" = 0 ] && echo "all held" || echo "FAILED"
@@ -61,7 +63,7 @@ index_file() { # its inode and time: an index that is made anew has others
     $compose exec -T api stat -c '%i %Y' "/data/index/${DCAR_DOMAIN:-twemoji}/versions/1/index.faiss"
 }
 
-$both down --volumes >/dev/null 2>&1 || true # of a walk that was killed
+$all down --volumes >/dev/null 2>&1 || true # of a walk that was killed
 $compose up -d ${UP_ARGS:-}
 ready
 curl -s "$URL/readyz" | hold "ready" '"status":"ready"'
@@ -116,6 +118,15 @@ $both up -d ${UP_ARGS:-}
 URL="http://127.0.0.1:$NGINX_PORT"
 ready
 version 1
+$all up -d ${UP_ARGS:-} prometheus
+tries=0
+until $both exec -T api python -ISc 'import urllib.request as r
+print(r.urlopen("http://prometheus:9090/api/v1/query?query=count(dcar_index_version)").read())' 2>/dev/null | grep -q '"2"'; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 60 ] || { echo "WRONG Prometheus does not scrape both"; exit 1; }
+    sleep 1
+done
+echo "ok    Prometheus scrapes both"
 while [ ! -e "$folder/stop" ]; do
     number=$((${number:-0} + 1))
     curl -s -o /dev/null -w '%{http_code}\n' --max-time 30 "$URL/search/text" -H 'content-type: application/json' \
@@ -130,10 +141,11 @@ $both kill replica >/dev/null 2>&1
 unfailed "without one of the services"
 $both start replica >/dev/null 2>&1
 tries=0
-until $both exec -T replica python -ISc 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/readyz")'; do
+until $both exec -T replica python -ISc 'import urllib.request as r; r.urlopen("http://127.0.0.1:8000/readyz")' \
+    >/dev/null 2>&1; do
     tries=$((tries + 1))
     [ "$tries" -lt 60 ] || { echo "WRONG the service that is back is not ready"; exit 1; }
     sleep 1
-done >/dev/null 2>&1
+done
 $both kill api >/dev/null 2>&1
 unfailed "once that one is back and the other is gone"
