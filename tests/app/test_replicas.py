@@ -81,8 +81,11 @@ def test_a_killed_replica_fails_no_search(built_index: Path, tmp_path: Path) -> 
 def test_the_profile_has_what_the_configuration_names() -> None:
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert {name for name, each in services.items() if each.get("profiles") == ["replicas"]} == {"replica", "nginx"}
-    same = {name: value for name, value in services["api"].items() if name != "ports"}
-    assert {name: value for name, value in services["replica"].items() if name not in ("ports", "profiles")} == same
+    own = ("networks", "ports", "profiles")
+    same = {name: value for name, value in services["api"].items() if name not in own}
+    assert {name: value for name, value in services["replica"].items() if name not in own} == same
+    addresses = {services[name]["networks"]["web"]["ipv4_address"] for name in ("api", "replica")}
+    assert len(addresses) == 2, "which nginx looks up once"
     assert services["replica"]["ports"] == []
     assert services["nginx"]["volumes"] == ["./nginx.conf:/etc/nginx/nginx.conf:ro"]
     assert services["nginx"]["ports"][0].endswith(":8080")
