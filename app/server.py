@@ -46,6 +46,7 @@ from index_jobs.store.versions import require_index
 logger = logging.getLogger(__name__)
 
 _FINISH_S = 10  # for pending requests at shutdown
+_IDLE_S = 60  # of connections; `BoundedProtocol` ends them earlier
 _THREADS_S = 3  # for threads, after that
 _LISTENERS = 16  # uvloop accepts one connection of each in a turn of the event loop
 _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
@@ -116,6 +117,7 @@ def server_config(app: ASGIApp, metrics: Metrics | None = None) -> uvicorn.Confi
         access_log=False,
         ws="none",
         server_header=False,
+        timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=_FINISH_S,
     )
 

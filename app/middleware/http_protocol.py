@@ -47,6 +47,7 @@ READ_BYTES = 64 * 2**10
 PARSED_BYTES = 512  # parsed before the clock is first read; the number doubles before each further reading
 PIECE_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
+_GRACE_S = 0.05  # after HEAD_S
 _SPARE_FILES = 24  # that connections leave to accept more, and to the rest of the service
 _COSTLY_S = 0.001  # time of the event loop for one connection's turn
 _LOOK_S = 0.005  # between two looks at the delay of the event loop
@@ -291,7 +292,8 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._unframed = 0
 
     def _expect_head(self) -> None:
-        self._start("head", HEAD_S, self._refuse, b"408 Request Timeout")
+        # A loop that is behind calls timers before it reads what has come in time.
+        self._start("head", HEAD_S, self._start, "head", _GRACE_S, self._refuse, b"408 Request Timeout")
         _idle[self] = None
 
     def _refuse(self, status: bytes) -> None:

@@ -70,16 +70,15 @@ def test_head_and_body_are_written_at_once(connection: socket.socket, monkeypatc
 
 
 def read_response(connection: socket.socket) -> bytes:
-    """Return the head of one response; its body is read too."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        part = connection.recv(65536)
+    """Return the head of one response; its body is read too, and nothing after it."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        part = connection.recv(1)
         assert part, "closed without a response"
-        data += part
-    head, _, body = data.partition(b"\r\n\r\n")
-    length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
-    while len(body) < length:
-        body += connection.recv(65536)
+        head += part
+    left = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+    while left:
+        left -= len(connection.recv(left))
     return head
 
 
@@ -232,6 +231,25 @@ def test_used_connection_may_idle_between_requests(port: int) -> None:
         for _ in range(2):
             assert client.get("/healthz").status_code == 200
             time.sleep(0.2)
+
+
+def test_request_that_came_in_time_is_answered_by_a_loop_that_is_behind(
+    port: int, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A timer must not end the connection before its request is read."""
+
+    def pause(protocol: Any, url: bytes) -> None:
+        time.sleep(0.4 if url == b"/slow" else 0)
+
+    monkeypatch.setattr(http_protocol.BoundedProtocol, "on_url", pause)
+    connection.sendall(HEALTH)
+    assert read_response(connection).startswith(b"HTTP/1.1 200")
+    time.sleep(0.25)
+    with socket.create_connection(("127.0.0.1", port)) as other:
+        other.sendall(HEALTH.replace(b"/healthz", b"/slow"))
+        time.sleep(0.1)
+        connection.sendall(HEALTH)
+        assert read_response(connection).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize("key", [b"", AUTHORIZATION], ids=["instead of a header", "beside the header"])
