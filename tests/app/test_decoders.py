@@ -65,8 +65,9 @@ async def test_the_request_that_took_least_is_next(decoders: Decoders) -> None:
     batch = [callers.send("same", "batch") for _ in range(8)]
     while not callers.ended:
         await asyncio.sleep(0.01)
+    ended = len(callers.ended)
     await callers.send("same", "upload")
-    assert callers.ended.count("batch") <= 4
+    assert callers.ended.count("batch") <= ended + 3, "those that ran, and one beside the upload"
     await asyncio.gather(*batch)
     assert decoders._spent.keys() <= {("same", "batch"), ("same", None)}, "nothing is kept of those that have ended"
 

@@ -86,7 +86,7 @@ def test_server_with_a_broken_index_exits_with_the_reason(index: Path) -> None:
 
 def _server_of(collections: Any, **given: Any) -> _Server:
     app = FastAPI()
-    app.state.collections = collections
+    app.state.collections, app.state.metrics = collections, Metrics()
     return _Server(app, Settings(index=Path("index"), **given))
 
 
