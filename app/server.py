@@ -39,7 +39,6 @@ from app.service.write_worker import require_writable
 from app.workers import supervise
 from dcar_core.util.errors import DcarError
 from dcar_core.util.machine import available_cores
-from dcar_core.util.memory import limit_heap
 from index_jobs.store.location import store_of
 from index_jobs.store.versions import require_index
 
@@ -94,7 +93,6 @@ def _run(settings: Settings, listener: socket.socket, on_ready: Callable[[], Non
     tracer = start_tracing() if settings.tracing else None
     threadpool_limits(1, "blas")  # products are small here; beside a busy model two threads take longer than one
     _raise_open_file_limit()
-    limit_heap()
     sys.setswitchinterval(_SWITCH_S)
     listener.setblocking(False)  # for all workers: `dup` would change it, and a worker would wait for a connection
     server = _Server(create_app(settings, on_start_failure=fail, tracer=tracer), settings, on_ready)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
-_MALLOC_OPTIONS = {-3: 8 * 2**20, -1: 16 * 2**20}  # of glibc: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def map_weights(model: "nn.Module", file: Path) -> None:
@@ -69,14 +68,3 @@ def trim_heap() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-def limit_heap() -> None:
-    """Let freed blocks of 8 MiB and more go back to the system at once.
-
-    By itself glibc raises this bound to 32 MiB as they come, and keeps twice as much for every thread.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for option, value in _MALLOC_OPTIONS.items():
-            mallopt(option, value)
