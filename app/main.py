@@ -21,7 +21,7 @@ from app.api.routing import GuardedRoute, refuse_unknown
 from app.core.metrics import Metrics, Tracer
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
-from app.core.threads import stop, supervise
+from app.core.supervision import stop, supervise
 from app.feedback.log import FeedbackLog
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit

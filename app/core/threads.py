@@ -1,22 +1,17 @@
-"""Threads for work that would hold up the event loop, and the supervision of background tasks.
-
-A task that fails is logged, counted and restarted. A panic of a library in Rust is no Exception, so everything is
-caught but what ends a task or the process.
-"""
+"""Threads for work that would hold up the event loop."""
 
 import asyncio
 import logging
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 from app.core.logs import request_id
-from app.core.metrics import Metrics
 from app.core.rate_limit import current_caller
 
 logger = logging.getLogger(__name__)
@@ -25,8 +20,6 @@ T = TypeVar("T")
 
 _NEWEST_WEIGHT = 0.05  # of the last call in the mean of their seconds,
 _LONGEST_S = 1.0  # of which one that hung tells nothing
-RESTART_S = 1.0
-ENDS = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
 
 
 class ComputeThreads(ThreadPoolExecutor):
@@ -136,33 +129,3 @@ def end_without_threads(wait_s: float) -> None:
         timer = threading.Timer(wait_s, end)
         timer.daemon = True
         timer.start()
-
-
-async def supervise(
-    name: str,
-    run: Callable[[], Awaitable[None]],
-    metrics: Metrics,
-    *,
-    on_failure: Callable[[BaseException], None] | None = None,
-) -> None:
-    """Run a background loop until it returns. Restart it after `RESTART_S` whenever it raises; `name` is logged."""
-    while True:
-        try:
-            await run()
-        except ENDS:
-            raise
-        except BaseException as error:
-            logger.exception("the %s failed; restarting it in %g s", name, RESTART_S)
-            metrics.task_failures.labels(name).inc()
-            if on_failure is not None:
-                on_failure(error)
-            await asyncio.sleep(RESTART_S)
-        else:
-            return
-
-
-async def stop(task: asyncio.Task[None] | None) -> None:
-    """Cancel a background task, if there is one, and wait for its end."""
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)

@@ -30,7 +30,8 @@ from pydantic_core import from_json, to_json
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads, stop, supervise
+from app.core.supervision import stop, supervise
+from app.core.threads import ComputeThreads
 from app.feedback import store
 from app.feedback.compare import Compared
 from app.feedback.insights import summarize

@@ -24,7 +24,8 @@ import numpy as np
 
 from app.core.metrics import Metrics, PendingKind
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads, supervise
+from app.core.supervision import supervise
+from app.core.threads import ComputeThreads
 from app.search.errors import UnavailableError
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError

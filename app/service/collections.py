@@ -22,7 +22,8 @@ from redis.asyncio import RedisCluster
 from app.core.metrics import Metrics
 from app.core.redis import connect, disconnect
 from app.core.settings import Settings
-from app.core.threads import ENDS, ComputeThreads, run_in_new_thread, stop, supervise
+from app.core.supervision import ENDS, stop, supervise
+from app.core.threads import ComputeThreads, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_snapshot
 from app.service.files import find_damage

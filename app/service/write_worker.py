@@ -23,7 +23,8 @@ from typing import Any
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads, stop, supervise
+from app.core.supervision import stop, supervise
+from app.core.threads import ComputeThreads
 from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util.errors import DcarError, LockedError

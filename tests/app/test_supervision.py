@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from app.core.metrics import Metrics
-from app.core.threads import stop, supervise
+from app.core.supervision import stop, supervise
 from app.service.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Artifact
@@ -20,7 +20,7 @@ from tests.support.service import opened, until_ready
 
 @pytest.fixture(autouse=True)
 def _restart_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.core.threads.RESTART_S", 0.01)
+    monkeypatch.setattr("app.core.supervision.RESTART_S", 0.01)
 
 
 async def test_a_failing_task_is_counted_and_restarted_until_it_returns() -> None:
