@@ -177,7 +177,7 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
 def overload(index: Path, seconds: float, rounds: int) -> None:
     """Measure peak and overload in turns, so other load affects both; then ask again what was answered."""
     answers = dict[bytes, bytes]()
-    with serving(index, cores={0}, threads=1, cache_size=0, max_queue_ms=500) as server:
+    with serving(index, cores={0}, threads=1, cache_size=0) as server:
         run(closed_loop(server.port, new_texts(1), connections=8, seconds=2))
         peaks, loads = [], []
         for i in range(rounds):

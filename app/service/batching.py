@@ -5,8 +5,8 @@
   batcher starts at once; under load it waits a few milliseconds for the callers of the last batch to return.
 - A batch that raises is halved until the faulty query is alone, so one bad query fails by itself.
 - Cancelled work is skipped. `close` finishes the accepted work.
-- A query whose expected wait is longer than `max_queue_s` is refused at once. Those of a batch, and an image that is
-  decoded first, are accepted or refused `together`, by the first.
+- A query whose expected wait is longer than `max_queue_s` is refused at once, unless only a few wait for a slow model.
+  Those of a batch, and an image that is decoded first, are accepted or refused `together`, by the first.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ from dcar_core.util.errors import DataError
 
 T = TypeVar("T")
 
+_FEW = 8  # queries that may wait for the model, however slow it is
 _STUCK_S = 30.0  # of a forward pass; one that may load a model has a thread of its own
 _BUSY = "The service is busy."
 _NEWEST_WEIGHT = 0.2  # of the last batch in the smoothed sizes and seconds
@@ -42,11 +43,12 @@ _accepted = ContextVar[list[bool] | None]("accepted", default=None)  # not empty
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Accept or refuse all queries of the tasks begun within as one."""
-    token = _accepted.set([] if (outer := _accepted.get()) is None else outer)
+def together() -> Iterator[list[bool]]:
+    """Accept or refuse all queries of the tasks begun within as one. The list is empty until they are accepted."""
+    accepted = list[bool]() if (outer := _accepted.get()) is None else outer
+    token = _accepted.set(accepted)
     try:
-        yield
+        yield accepted
     finally:
         _accepted.reset(token)
 
@@ -192,8 +194,12 @@ class Batcher:
             accepted.append(True)
 
     def _expected_wait(self) -> float:
-        """Return the expected seconds of all work in the queues, without the fixed part of a pass that has room."""
-        waiting = ((self._pass_times.get(group), count) for group, count in self._counts.items())
+        """Return the expected seconds of all work in the queues, without the fixed part of a pass that has room.
+
+        A few queries for the model do not count, however slow it is.
+        """
+        counts = self._counts.items() if self._counts.total() >= _FEW else ()
+        waiting = ((self._pass_times.get(group), count) for group, count in counts)
         return self._later_wait() + sum(each.of(count, count // self._max_batch) for each, count in waiting if each)
 
     async def close(self) -> None:

@@ -159,7 +159,10 @@ async def test_a_forward_pass_without_end_is_a_fault(
     assert made.batcher.fault is None
 
 
-async def test_cancelled_queries_take_no_place_in_a_batch_or_the_backlog(bench: Callable[..., Bench]) -> None:
+async def test_cancelled_queries_take_no_place_in_a_batch_or_the_backlog(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_FEW", 0)
     made = bench(max_queue_s=0.5)
     first = await made.held()
     gone, stays, behind = await made.submit("gone", "stays", "gone as well")
@@ -240,6 +243,16 @@ async def test_an_idle_batcher_accepts_the_queries_of_one_request_however_slow_s
         await made.one("another")
     assert len(await parts) == 20
     assert len(await made.batcher.submit(made.group, ["part"] * 20)) == 20
+
+
+async def test_a_few_queries_may_wait_for_a_model_however_slow_it_is(bench: Callable[..., Bench]) -> None:
+    made = bench(max_queue_s=0.1)
+    made.batcher._pass_times[made.group] = pass_time(0, 5)
+    waiting = [await made.held(), *await made.submit(*map(str, range(batching._FEW)))]
+    with pytest.raises(UnavailableError):
+        await made.one("another")
+    made.recorder.gate.set()
+    await asyncio.gather(*waiting)
 
 
 async def test_a_query_is_refused_if_the_threads_after_the_model_are_behind(bench: Callable[..., Bench]) -> None:

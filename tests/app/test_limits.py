@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.api import routes
+from app.api.requests import read_image_query
 from app.service.batching import BatchGroup, PassTime
 from app.service.files import PIECE_BYTES
 from dcar_core.serving.multi_encoder_batch import encode_text_rows
@@ -74,6 +76,7 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
 async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.service.batching._FEW", 0)
     async with opened(built_index, max_queue_ms=500, cache_size=0) as client:
         compute = client.app.state.retriever.compute
         batcher = compute.batcher
@@ -99,6 +102,19 @@ async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
         assert (await client.post("/search/image", files={"file": png()})).is_success, "it was accepted before"
         batcher._expected_wait = lambda: 5.0
         assert (await client.post("/search/image", files={"file": png()})).status_code == 503
+        del batcher._expected_wait
+        monkeypatch.setattr(compute, "decode", decode)
+        read = read_image_query
+
+        async def fill_while_reading(*given: Any) -> Any:
+            batcher._expected_wait = lambda: 5.0
+            return await read(*given)
+
+        monkeypatch.setattr(routes, "read_image_query", fill_while_reading)
+        assert (await client.post("/search/image", files={"file": png()})).is_success, "so was this one"
+        del batcher._expected_wait
+        monkeypatch.setattr(routes, "_PROMPT_S", 0.0)
+        assert (await client.post("/search/image", files={"file": png()})).status_code == 503, "but it took long"
 
 
 @pytest.mark.parametrize(
