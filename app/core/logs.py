@@ -6,8 +6,8 @@
 
 import contextvars
 import logging
+import random
 import re
-import uuid
 from typing import Any
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="-")
@@ -18,7 +18,8 @@ _PACKAGES = ("app", "dcar_core", "index_jobs")
 
 def choose_id(sent: str | None) -> str:
     """Return the id of a request: the one that the caller sent if it is well-formed, else a new one."""
-    return sent if sent is not None and _WELL_FORMED.fullmatch(sent) else uuid.uuid4().hex
+    # A UUID reads the system's random numbers, for which the event loop would give its turn to other threads.
+    return sent if sent is not None and _WELL_FORMED.fullmatch(sent) else f"{random.getrandbits(128):032x}"
 
 
 class _AddRequestId(logging.Filter):

@@ -87,6 +87,8 @@ async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image:
     query, weights = plan.query, plan.query.weights
     texts = [(w, text) for w, text in ((weights.text, query.query), (-weights.without, query.without)) if text]
     embeddings = await compute.query_texts(snapshot, [text for _, text in texts])
+    if plan.is_judged and weights.text:  # a text alone
+        return embeddings[0]
     parts = [(weight, vector) for (weight, _), (vector, _) in zip(texts, embeddings, strict=True)]
     is_cached = all(cached for _, cached in embeddings)
     if image is not None:

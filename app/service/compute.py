@@ -11,6 +11,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from app.core.decoders import Decoders
@@ -34,6 +35,7 @@ from dcar_core.util.machine import available_cores
 T = TypeVar("T")
 
 _IMAGE_THREADS = 8
+_QUICK_BYTES = 256 * 2**10  # of a file that is hashed in the event loop, in less time than a thread takes to begin
 
 
 class SharedCompute(Compute):
@@ -100,7 +102,8 @@ class SharedCompute(Compute):
             pixels = await self._decode_pixels(data, snapshot.preprocess, crop, is_query=True)
             return await self.pixels([ImageRow(encoder, pixels)])
 
-        key = await self._pixel_threads.run(cache_key, encoder.fingerprint, "image", data)
+        make_key = partial(cache_key, encoder.fingerprint, "image", data)
+        key = make_key() if len(data) <= _QUICK_BYTES else await self._pixel_threads.run(make_key)
         key += "" if crop is None else f":{crop.x},{crop.y},{crop.width},{crop.height}"
         return await self._cached(key, encoder.dim, embed)
 

@@ -41,6 +41,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(8 * 2**20),  # keeps the memory of small images, which halves the time of a JPEG
     "MALLOC_TRIM_THRESHOLD_": str(32 * 2**20),
 }
+_NICE = 5  # the event loop, which every request needs, takes the processor from a decoder
 _IDLE_BYTES = 48 * 2**20  # of a worker without an image, as RLIMIT_DATA counts them
 
 Convert = Callable[[OpenedImage], NDArray[np.uint8] | bytes]
@@ -227,6 +228,7 @@ def work() -> None:
 
     from PIL import AvifImagePlugin
 
+    os.nice(_NICE)
     requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     for stream in (1, 2):  # decoders write to both
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
