@@ -135,7 +135,7 @@ class _Server(uvicorn.Server):
         self._on_ready = on_ready
         self._drain_s = settings.drain_s
         self._timer: threading.Timer | None = None
-        self._frozen = 0  # 1 with everything loaded, 2 with the full model as well
+        self._frozen = 0  # of the indexes in the settings, created collections, and the full model
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self._on_ready is None:
@@ -161,7 +161,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         collections: Collections | None = getattr(self._app.state, "collections", None)
         if collections is not None and collections.missing is None:
-            loaded = 1 + any(each.live and each.live.encoder.backbone is not None for _, each in collections)
+            has_full_model = any(each.live and each.live.encoder.backbone is not None for _, each in collections)
+            loaded = 1 + (collections.opening == 0) + has_full_model
             if loaded > self._frozen:
                 gc.freeze()
                 self._frozen = loaded

@@ -101,7 +101,7 @@ def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | No
 
 @routes.add("GET", "/ui/browse", _PRIVATE)
 async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
-    snapshot, retriever = snapshot_of(request), state_of(request).retriever
+    snapshot, retriever = await snapshot_of(request), state_of(request).retriever
     check_k(query.k, state_of(request).settings)
     count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, query.sort, query.group_by)
     groups = list[dict[str, Any]]()
@@ -120,7 +120,7 @@ async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
 async def catalogue(request: Request) -> Response:
     """Return the fields of the index, and whether the page can and should search by words as well."""
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     artifact = snapshot.artifact
     settings = state_of(request).settings
     has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
@@ -146,7 +146,7 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 
     Each field is counted without its own part of the filter, so that another of its values can be chosen.
     """
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     given = query.filter or {}
 
     def count() -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize) -> Response:
     """Return a thumbnail of an item, as WebP for clients that name it in `Accept`, else as JPEG."""
     kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
-    name, data = await state_of(request).retriever.thumbnail(snapshot_of(request), item_id, size, kind)
+    name, data = await state_of(request).retriever.thumbnail(await snapshot_of(request), item_id, size, kind)
     headers = image_headers(request, name) | {"Vary": "Accept"}
     response = Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
     return not_modified(request, headers) or response

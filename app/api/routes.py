@@ -79,7 +79,7 @@ def add_routes(app: FastAPI) -> None:
 @search.add("POST", "/search/text", Policy("read"), schemas.SearchResponse, accepts=Query, errors=(409,))
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
-    return await _search(request, snapshot_of(request), await read_json(request, Query))
+    return await _search(request, await snapshot_of(request), await read_json(request, Query))
 
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
@@ -92,7 +92,7 @@ async def _search(request: Request, snapshot: Snapshot, query: Query, image: byt
 )
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     check_form_type(request)
     with together() as accepted:
         state_of(request).retriever.require_room()  # a body that will not be used is not read
@@ -106,7 +106,7 @@ async def search_image(request: Request) -> Response:
 @search.add("POST", "/search/batch", _BATCH, schemas.BatchResponse, accepts=BatchQuery, errors=(409,))
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, BatchQuery)).queries)}
     await state_of(request).access.charge(len(queries) - 1)
     given = {place: query.image for place, query in queries.items() if query.image is not None}
@@ -128,7 +128,7 @@ async def search_batch(request: Request) -> Response:
 async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
     """List the gallery's items page by page, in index order or sorted; of a group the first one."""
     check_k(query.k, state_of(request).settings)
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     count, page = await state_of(request).retriever.items(
         snapshot, query.filter, query.offset, query.k, query.sort, query.group_by
     )
@@ -139,7 +139,7 @@ async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) ->
 @gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), schemas.SearchResponse, errors=(409,))
 async def similar(request: Request, item_id: ItemId, page: Annotated[PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     row_of(snapshot, item_id)  # an unknown one is 404 here
     fields = {"k": page.k, "offset": page.offset, "more_like": [item_id]}
     return await _search(request, snapshot, validated(Query, fields, state_of(request).settings))
@@ -163,7 +163,7 @@ async def picture(
     if size is not None:
         return await thumbnail_response(request, item_id, size)
     retriever = state_of(request).retriever
-    image = await retriever.open_image(snapshot_of(request), item_id)
+    image = await retriever.open_image(await snapshot_of(request), item_id)
     headers = image_headers(request, image.digest)
     if response := not_modified(request, headers):
         image.close()
@@ -173,7 +173,7 @@ async def picture(
 @gallery.add("GET", "/items/{item_id:path}", Policy("read"), schemas.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
-    snapshot = snapshot_of(request)
+    snapshot = await snapshot_of(request)
     found = await state_of(request).retriever.compute.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
     return JsonResponse(item_response(request, snapshot.version, found))
 
@@ -193,7 +193,7 @@ async def embeddings(request: Request) -> Response:
     query = await read_json(request, EmbeddingsQuery)
     if not may_read(request, query.model or collections.default):
         raise out_of_scope()
-    snapshot = collections.find(query.model, "model").require()
+    snapshot = await collections.open(query.model, "model")
     encoder = snapshot.encoder
     if query.dimensions not in (None, encoder.dim):
         raise field_problem("dimensions", f"must be {encoder.dim} for this model, not {query.dimensions}")
@@ -228,7 +228,7 @@ async def model(request: Request, collection: str) -> Response:
     """Return one of the collections that embed, in the shape of OpenAI's API."""
     if not may_read(request, collection):
         raise out_of_scope()
-    return JsonResponse(model_response(collection, state_of(request).collections.find(collection, "model").require()))
+    return JsonResponse(model_response(collection, await state_of(request).collections.open(collection, "model")))
 
 
 @service.add("GET", "/collections", Policy("read", "checked"), schemas.CollectionsResponse)
@@ -247,7 +247,7 @@ async def healthz() -> Response:
 
 @service.add("GET", "/readyz", OPEN, schemas.ReadinessResponse, errors=(503,))
 async def readyz(request: Request) -> Response:
-    """Report that searches work in every collection, or the reason why they do not, to callers who may see all."""
+    """Report that searches work in all collections of the settings, or why not, to callers who may see them all."""
     collections = state_of(request).collections
     may_see_all = state_of(request).access.opens_everything(request.headers)
     if (missing := collections.missing) is not None:
@@ -262,7 +262,9 @@ async def readyz(request: Request) -> Response:
         reason = "A key for all collections opens the reason."
     status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
     note = next((each.model_note for each in collections.loaded if each.model_note), None)
-    return JsonResponse({**status, "count": live.artifact.manifest.count, "reason": reason, "model_note": note})
+    opening = collections.opening if may_see_all else None
+    facts = {"count": live.artifact.manifest.count, "reason": reason, "model_note": note, "opening": opening}
+    return JsonResponse({**status, **facts})
 
 
 @service.add(

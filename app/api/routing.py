@@ -138,14 +138,9 @@ def collection_of(request: Request) -> str | None:
     return name
 
 
-def snapshot_of(request: Request) -> Snapshot:
-    """Return the live version of the collection named in the path.
-
-    Raises:
-        CollectionNotFoundError: the collection is unknown.
-        UnavailableError: it is not loaded yet.
-    """
-    return state_of(request).collections[collection_of(request)].require()
+async def snapshot_of(request: Request) -> Snapshot:
+    """Return the live version of the collection named in the path; errors are those of `Collections.open`."""
+    return await state_of(request).collections.open(collection_of(request))
 
 
 def may_read(request: Request, collection: str) -> bool:

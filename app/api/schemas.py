@@ -247,8 +247,8 @@ class HealthResponse(BaseModel):
 
 
 class ReadinessResponse(BaseModel):
-    """ready: searches work in every collection. degraded: they work, but a newer version cannot be served, a file of
-    the index is damaged, or images of a gallery are missing; `reason` says which.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, a file
+    of the index is damaged, or images of a gallery are missing; `reason` says which.
 
     index_version and count belong to the default collection.
     """
@@ -258,6 +258,7 @@ class ReadinessResponse(BaseModel):
     count: int = Field(description="number of items in the index")
     reason: str | None = None
     model_note: str | None = Field(None, description="what to know about a model, such as one that stands in")
+    opening: int | None = Field(None, description="created collections that wait to be opened; with a key for all")
 
 
 class ReloadResponse(BaseModel):

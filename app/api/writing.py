@@ -152,7 +152,7 @@ async def put_collection(
             raise out_of_scope()
         if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
             raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
-        checkpoint = collections.find(model, "model").require().artifact.checkpoint
+        checkpoint = (await collections.open(model, "model")).artifact.checkpoint
         async with _storing("collection", collections):
             await run_in_new_thread(create_collection, folder, name, checkpoint)
         await collections.sync()
@@ -184,7 +184,7 @@ async def _snapshot(request: Request) -> Snapshot:
     """Return the version of the collection in the path, which another process may have created just now."""
     if _name(request) not in dict(state_of(request).collections):
         await state_of(request).collections.sync()
-    return snapshot_of(request)
+    return await snapshot_of(request)
 
 
 def _require_unique(ids: list[str]) -> None:

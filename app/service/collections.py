@@ -5,8 +5,10 @@
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
 - Its files are then compared with their checksums once. A damaged version stays in service, but degraded.
 - A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
-- The service is ready when every collection is loaded, and stays ready when one cannot follow a new version. A created
-  collection that cannot be loaded does not count.
+- The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
+  version.
+- Created collections are opened after these, one after the other. A request for one that has not had its turn opens it
+  next, and waits for it.
 """
 
 import asyncio
@@ -40,7 +42,8 @@ _RETRY_S = 30.0
 _CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
 _LOOK_S = 1.0  # for a look at the gallery
 _REDIS_S, _NOTICE_PAUSE_S = 5.0, 1.0  # for Redis to respond, and until it is asked again; between two notices
-_LOADING = "The model is being loaded."
+_OPEN_S = 5.0  # for a collection that is being opened
+_LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
 
 
 class ServedIndex:
@@ -50,6 +53,7 @@ class ServedIndex:
         live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
         damage: which file of the live version is damaged, likewise without directories; None if none is known.
+        was_tried: set once the first load has ended, or the collection is closed.
         is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
 
@@ -59,8 +63,9 @@ class ServedIndex:
         self.index = index
         self.is_created = is_created
         self.live: Snapshot | None = None
-        self.reason: str | None = _LOADING
+        self.reason: str | None = _OPENING if is_created else _LOADING
         self.damage: str | None = None
+        self.was_tried = asyncio.Event()
         self._collections = collections
         self._version = version
         self._failed_version: int | None = None
@@ -77,13 +82,16 @@ class ServedIndex:
         return self.live
 
     def start(self) -> None:
-        """Load the first version and begin to poll, in the background."""
+        """Load the first version and begin to poll, in the background, unless that was begun."""
+        if self._poller is not None or self._is_closing:
+            return
         poll = supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
         self._poller = asyncio.create_task(poll, name="dcar-snapshots")
 
     async def close(self) -> None:
         """Stop polling, wait a little for a load, whose thread cannot be stopped, and release the snapshot."""
         self._is_closing = True
+        self.was_tried.set()
         await stop(self._poller)
         if self._loads:
             await asyncio.wait(self._loads, timeout=_CLOSE_S)
@@ -102,6 +110,7 @@ class ServedIndex:
         self._loads.add(load)
         load.add_done_callback(self._loads.discard)
         load.add_done_callback(lambda done: done.cancelled() or done.exception())  # retrieved without a waiting caller
+        load.add_done_callback(lambda _: self.was_tried.set())
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
@@ -164,8 +173,8 @@ class ServedIndex:
 
     @property
     def fault(self) -> str | None:
-        """Why the collection is degraded: `reason`, or `damage`; None if it is not."""
-        return self.reason or self.damage
+        """Why the collection is degraded: `reason`, or `damage`; None if it is not, or not open yet."""
+        return (self.reason or self.damage) if self.was_tried.is_set() else None
 
     def _record_failure(self, version: int | None, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
@@ -180,6 +189,7 @@ class ServedIndex:
 
     def _record_poll_failure(self, error: BaseException) -> None:
         self.reason = f"The check for new versions failed: {type(error).__name__}; the log has the details."
+        self.was_tried.set()
 
     async def _poll(self) -> None:
         while True:
@@ -224,6 +234,7 @@ class Collections:
             self._pinned = ServedIndex(settings.index, self, version=compared.version)
         self._sync_lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
+        self._opener: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
         self._look: asyncio.Task[str | None] | None = None  # at the files of the galleries
         self.is_draining = False
@@ -254,11 +265,29 @@ class Collections:
             raise CollectionNotFoundError(str(name), field)
         return index
 
+    async def open(self, name: str | None, field: str = "collection") -> Snapshot:
+        """Return the live snapshot of a collection, see `find`, which may be opened first. Raise UnavailableError."""
+        index = self.find(name, field)
+        if index.live is None and index.is_created:
+            index.start()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_OPEN_S):
+                    await index.was_tried.wait()
+            if index.live is None and not await self.disk.run(index.index.is_dir):
+                await self.sync()
+            index = self.find(name, field)
+        return index.require()
+
+    @property
+    def opening(self) -> int:
+        """Number of created collections that are not open yet."""
+        return sum(not index.was_tried.is_set() for _, index in self if index.is_created)
+
     @property
     def missing(self) -> str | None:
-        """Why a collection cannot be searched; None if all can, except created ones that cannot be loaded."""
+        """Why a collection of the settings cannot be searched; None if all can."""
         for name, index in self:
-            if index.live is None and (not index.is_created or index.reason == _LOADING):
+            if index.live is None and not index.is_created:
                 return self._with_name(name, index.reason or _LOADING)
         return None
 
@@ -285,15 +314,24 @@ class Collections:
     def start(self) -> None:
         """Load every collection, one after the other, and begin to poll, in the background."""
         for _, index in self:
-            index.start()
+            if not index.is_created:
+                index.start()
         if self._pinned is not None:
             self._pinned.start()
         if self.settings.collections_dir is not None:
+            opener = supervise("collections opener", self._open_created, self.metrics)
+            self._opener = asyncio.create_task(opener, name="dcar-opener")
             watch = supervise("collections watcher", self._watch, self.metrics)
             self._watcher = asyncio.create_task(watch, name="dcar-collections")
 
+    async def _open_created(self) -> None:
+        for _, index in self:
+            index.start()
+            await index.was_tried.wait()
+
     async def close(self) -> None:
         await stop(self._watcher)
+        await stop(self._opener)
         if self._pinned is not None:
             await self._pinned.close()
         await asyncio.gather(*(index.close() for _, index in self))

@@ -1,15 +1,20 @@
 """Collections that are created, filled and dropped over HTTP."""
 
+import asyncio
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from app.core.keys import key_hash, new_key
 from app.core.metrics import Metrics
 from app.core.settings import Settings
+from app.search.snapshots import Snapshot, load_snapshot
+from app.service import collections as collections_module
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import CHECKPOINT
@@ -17,7 +22,7 @@ from index_jobs.store.versions import open_current
 from index_jobs.store.writes import create_collection, drop_collection, list_collections
 from tests.support.images import png
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, ALICE, WORDS, bearer, opened, until
+from tests.support.service import ADMIN, ALICE, BOB, WORDS, bearer, opened, until
 from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 
 
@@ -61,6 +66,49 @@ async def test_collection_is_created_filled_and_dropped(index: Path, tmp_path: P
         assert (await client.delete(path, headers=ADMINS)).status_code == 404
         assert not list((tmp_path / "created").iterdir())
         assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+
+
+async def test_created_collections_are_opened_one_by_one_behind_a_ready_service_and_first_what_is_asked_for(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, gate, opened_paths = tmp_path / "created", threading.Event(), list[Path]()
+    create(folder, index, "one", "two", "three")
+    first, second, third = list_collections(folder)
+
+    def load(path: Path, *given: Any) -> Snapshot:
+        if path != index:
+            opened_paths.append(path)
+            assert gate.wait(60)
+        return load_snapshot(path, *given)
+
+    monkeypatch.setattr(collections_module, "load_snapshot", load)
+    keys: dict[str, Any] = {"api_keys": f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}:read:index"}
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES, **keys) as client:
+        await until(lambda: bool(opened_paths))
+        for headers, count in ((ADMINS, 3), (bearer(ALICE), 3), (bearer(BOB), None), ({}, None)):
+            ready = (await client.get("/readyz", headers=headers)).json()
+            assert (ready["status"], ready["opening"]) == ("ready", count)
+        assert (await client.post("/search/text", json=WORDS, headers=bearer(ALICE))).status_code == 200
+
+        async def search(name: str) -> httpx.Response:
+            return await client.post(f"/collections/{name}/search/text", json=WORDS, headers=bearer(ALICE))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(collections_module, "_OPEN_S", 0.05)
+            refused = await search(third)
+        assert "is being opened" in assert_problem(refused, 503)["detail"]
+        assert "retry-after" in refused.headers
+        waiting = asyncio.gather(*(search(name) for name in (third, first, third)))
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert {answer.status_code for answer in await waiting} == {200}
+
+        async def are_open() -> bool:
+            return bool((await client.get("/readyz", headers=ADMINS)).json()["opening"] == 0)
+
+        await until(are_open)
+        paths = list_collections(folder)
+        assert opened_paths == [paths[name] for name in (first, third, second)]
 
 
 async def test_empty_collection_has_no_results_and_checks_requests(index: Path, tmp_path: Path) -> None:
@@ -172,6 +220,7 @@ async def test_created_collection_that_cannot_be_loaded_is_logged_and_degrades_r
         create(folder, index, "later")
         (list_collections(folder)["later"] / CHECKPOINT / "config.json").write_bytes(b"{")
         await client.app.state.collections.sync()
+        await until(lambda: client.app.state.collections.opening == 0)
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
         assert all(f"{name}: " in ready.json()["reason"] for name in ("lamps", "later"))

@@ -150,7 +150,14 @@ async def test_readiness_names_the_version_and_urls_respect_the_root_path(built_
     async with opened(built_index) as client:
         ready = (await client.get("/readyz")).json()
         ReadinessResponse.model_validate(ready, strict=True)
-        assert ready == {"status": "ready", "index_version": 1, "count": 24, "reason": None, "model_note": None}
+        assert ready == {
+            "status": "ready",
+            "index_version": 1,
+            "count": 24,
+            "reason": None,
+            "model_note": None,
+            "opening": 0,
+        }
         client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
         body = (await client.get("/pictures/items/circle%2Fred.png")).json()
         assert body["image_url"] == "/pictures/items/circle%2Fred.png/image"

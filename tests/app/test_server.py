@@ -100,7 +100,6 @@ async def test_loaded_server_freezes_objects(tmp_path: Path) -> None:
     before = gc.get_freeze_count()
     _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
     try:
-        collections["created"].reason = "its model is missing"
         await server.on_tick(1)
         assert gc.get_freeze_count() == before
         collections["index"].live = cast(Snapshot, SimpleNamespace(encoder=encoder))
@@ -112,6 +111,11 @@ async def test_loaded_server_freezes_objects(tmp_path: Path) -> None:
         assert gc.get_freeze_count() <= before
         encoder.backbone = of_the_model
         await server.on_tick(4)
+        assert gc.get_freeze_count() > before + 10_000
+        before = gc.get_freeze_count()
+        _of_the_collection: list[list[int]] = [[] for _ in range(12_000)]
+        collections["created"].was_tried.set()
+        await server.on_tick(5)
         assert gc.get_freeze_count() > before + 10_000
     finally:
         gc.unfreeze()

@@ -298,8 +298,8 @@ class HealthResponse(Model):
 
 
 class ReadinessResponse(Model):
-    """ready: searches work in every collection. degraded: they work, but a newer version cannot be served, a file of
-    the index is damaged, or images of a gallery are missing; `reason` says which.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, a file
+    of the index is damaged, or images of a gallery are missing; `reason` says which.
 
     index_version and count belong to the default collection.
     """
@@ -311,6 +311,8 @@ class ReadinessResponse(Model):
     reason: str | None = None
     model_note: str | None = None
     """What to know about a model, such as one that stands in."""
+    opening: int | None = None
+    """Created collections that wait to be opened; with a key for all."""
 
 
 class ReloadResponse(Model):
