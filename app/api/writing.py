@@ -35,7 +35,7 @@ from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
 from app.middleware.access import Policy, out_of_scope
-from app.search.errors import ItemNotFoundError
+from app.search.errors import CollectionNotFoundError, ItemNotFoundError
 from app.search.rows import filter_mask
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
@@ -153,7 +153,7 @@ async def put_collection(
         if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
             raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
         checkpoint = (await collections.open(model, "model")).artifact.checkpoint
-        async with _storing("collection", collections):
+        async with _storing("collection", collections, model):
             await run_in_new_thread(create_collection, folder, name, checkpoint)
         await collections.sync()
     return JsonResponse(collection_response(collections, name))
@@ -295,13 +295,13 @@ async def _accept(
 
 @asynccontextmanager
 async def _storing(what: str, collections: Collections, name: str | None = None) -> AsyncIterator[None]:
-    """Turn a full disk into a 503, and a named collection that another process has dropped into a 404."""
+    """Turn a full disk into a 503, and a named collection that was dropped meanwhile into a 404."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) and collections[name].is_created:
             await collections.sync()
-            _ = collections[name]
+            raise CollectionNotFoundError(str(name), "collection") from None  # even if there is a new one of this name
         logger.warning("a %s cannot be stored: %s", what, error)
         detail = f"The {what} cannot be stored; perhaps the disk is full. Try again later."
         raise Problem(503, detail, headers={"Retry-After": "10"}) from None

@@ -32,11 +32,11 @@ def in_own_process(function: Callable[P, R], *arguments: P.args, **options: P.kw
 
 
 @contextmanager
-def hold_lock(file: Path, message: str) -> Iterator[None]:
-    """Lock a file, until the process ends at the latest. Raise LockedError if another process has locked it."""
+def hold_lock(file: Path, message: str, wait_s: float = 0) -> Iterator[None]:
+    """Lock a file, until the process ends at the latest. Raise LockedError if another one has it locked for so long."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(FileLock(file, timeout=0))
+            stack.enter_context(FileLock(file, timeout=wait_s))
         except Timeout:
             raise LockedError(message) from None
         yield

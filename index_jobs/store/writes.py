@@ -53,6 +53,7 @@ _NEW, _OLD = ".new-", ".old-"
 
 BATCH_ITEMS = 2000
 _SWEEP_S = 3600.0
+_DROP_S = 2.0
 _KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
 _IMAGE = r"(?:^|/)images/(?P<name>[0-9a-f]{32}/[0-9]+\.[a-z]+)$"  # the folders above may change when an index moves
 
@@ -113,7 +114,7 @@ class WriteQueue:
         Raises:
             OSError: the disk is full or cannot be written; nothing is accepted.
         """
-        last = max((path.name[:16] for path in self._queue.glob("[0-9a-f]*.json")), default="0")
+        last = max(_jobs_in(self._queue), default="0")[:16]
         name = f"{max(time.time_ns(), int(last, 16) + 1):016x}{secrets.token_hex(8)}"
         path, folder = self._queue / f"{name}.json", self.images / name
         files = [f"{number}.{suffix}" for number, (_, suffix) in enumerate(images)]
@@ -136,8 +137,7 @@ class WriteQueue:
 
     def waiting(self) -> list[str]:
         """Return the names of the jobs that have not ended, in order."""
-        names = sorted(path.stem for path in self._queue.glob("*.json") if _JOB.fullmatch(path.stem))
-        return [name for name in names if not (self.ended / f"{name}.json").exists()]
+        return [name for name in sorted(_jobs_in(self._queue)) if not (self.ended / f"{name}.json").exists()]
 
     def read(self, name: str) -> WriteJob:
         return WriteJob(name, **json.loads((self._queue / f"{name}.json").read_bytes()))
@@ -164,8 +164,7 @@ class WriteQueue:
 
     def newest(self, limit: int) -> list[str]:
         """Return the names of the jobs that were accepted last, the newest first."""
-        paths = (path for folder in (self._queue, self.ended) for path in folder.glob("*.json"))
-        return heapq.nlargest(limit, {path.stem for path in paths if _JOB.fullmatch(path.stem)})
+        return heapq.nlargest(limit, _jobs_in(self._queue) | _jobs_in(self.ended))
 
     def has_put(self, item_id: str) -> bool:
         """Return True if a waiting job puts this item."""
@@ -217,11 +216,19 @@ class WriteQueue:
             if path.stat().st_mtime < before:
                 path.unlink()
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Admit one process that applies jobs. Raise LockedError if another one does."""
+    def lock(self, wait_s: float = 0) -> AbstractContextManager[None]:
+        """Admit one process that applies jobs. Raise LockedError if another one does, for so long."""
         self.folder.mkdir(exist_ok=True)
         message = f"another process applies the jobs in {self.folder}; wait until it has ended"
-        return hold_lock(self.folder / ".lock", message)
+        return hold_lock(self.folder / ".lock", message, wait_s)
+
+
+def _jobs_in(folder: Path) -> set[str]:
+    """Return the names of the jobs in a folder; none without the folder, which a drop of the collection may remove."""
+    try:
+        return {path.stem for path in folder.iterdir() if path.suffix == ".json" and _JOB.fullmatch(path.stem)}
+    except FileNotFoundError:
+        return set()
 
 
 def sweep(queue: WriteQueue, index: Path, *, older_s: float = _SWEEP_S) -> None:
@@ -299,7 +306,7 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
         staging.rename(target)
         fsync_path(folder)
     except OSError:
-        if not target.exists():  # otherwise another request has created it
+        if not (target / _DESCRIPTION).exists():  # otherwise another request has created it
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -307,7 +314,7 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
 
 def drop_collection(index: Path) -> None:
     """Remove a created collection with its versions and images. Raise LockedError if its jobs are being applied."""
-    with WriteQueue(index).lock():
+    with WriteQueue(index).lock(_DROP_S):  # for as long as another drop, or a change of metadata, takes at most
         index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))  # a killed removal leaves no half of it
     for leftover in index.parent.glob(f"{_OLD}*"):
         shutil.rmtree(leftover, ignore_errors=True)

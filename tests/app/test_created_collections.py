@@ -19,7 +19,7 @@ from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current
-from index_jobs.store.writes import create_collection, drop_collection, list_collections
+from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, BOB, WORDS, bearer, opened, until
@@ -229,6 +229,18 @@ async def test_created_collection_that_cannot_be_loaded_is_logged_and_degrades_r
             assert answer.status_code == status
     assert failures == []
     assert [record.levelname for record in caplog.records if "is not served" in record.getMessage()] == ["ERROR"] * 2
+
+
+async def test_drops_at_once_wait_for_each_other_and_for_changes_of_metadata(index: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "created"
+    async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
+        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
+        with WriteQueue(list_collections(folder)["lamps"]).lock():
+            drops = [asyncio.create_task(client.delete("/collections/lamps", headers=ADMINS)) for _ in range(8)]
+            await asyncio.sleep(0.2)
+        statuses = [(await each).status_code for each in drops]
+        assert sorted(statuses) == [204] + [404] * 7
+        assert not [*folder.iterdir()]
 
 
 @pytest.mark.parametrize("request_of", ["drop", "put", "delete", "model"])

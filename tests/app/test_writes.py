@@ -21,7 +21,8 @@ from app.core.settings import Settings
 from app.service import write_worker
 from app.service.collections import Collections
 from app.service.write_worker import WriteWorker
-from index_jobs.store.writes import WriteQueue, drop_collection
+from index_jobs.store.versions import open_current
+from index_jobs.store.writes import WriteQueue, create_collection, drop_collection
 from tests.support.images import png
 from tests.support.processes import children_of, is_alive
 from tests.support.responses import assert_problem, scrape
@@ -213,14 +214,17 @@ async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkey
         assert {(await each).status_code for each in puts} == {503}
 
 
+@pytest.mark.parametrize("is_created_again", [False, True])
 async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_created_again: bool
 ) -> None:
     accept = WriteQueue.accept
 
     def accept_and_drop(queue: WriteQueue, *given: Any) -> str:
         job = accept(queue, *given)
         drop_collection(queue.folder.parent)
+        if is_created_again:
+            create_collection(tmp_path / "created", "lamps", open_current(index).checkpoint)
         return job
 
     monkeypatch.setattr(WriteQueue, "accept", accept_and_drop)
