@@ -95,7 +95,7 @@ async def search_image(request: Request) -> Response:
     snapshot = await snapshot_of(request)
     check_form_type(request)
     with together() as accepted:
-        state_of(request).retriever.require_room()  # a body that will not be used is not read
+        state_of(request).retriever.require_image_room()  # a body that will not be used is not read
         began = time.monotonic()
         query, image = await read_image_query(request, state_of(request).settings)
         if time.monotonic() - began > _PROMPT_S:

@@ -3,6 +3,7 @@
 - Every worker decodes one image within its limits: see `dcar_core.images.workers`.
 - Whose turn it is: the image of the caller, and then of the request, whose images have taken the least time while some
   of them were waiting. One caller, however many images it sends, leaves `_SPARE` workers to the others.
+- The wait of a caller's next request is expected by its requests in progress, and the mean time of its last images.
 - Most images share `_MEMORY` each. A larger one gets the memory of the largest image; each caller can have one of these
   at a time, and all callers `_LARGE`.
 """
@@ -21,6 +22,9 @@ from dcar_core.images import ImageFormat
 from dcar_core.images.workers import Convert, DecodeWorker, LargeImageError, Limits
 from dcar_core.util.machine import available_cores
 
+_NEWEST_WEIGHT = 0.1  # of a caller's last image in the mean of their seconds
+_MEANS = 1000  # callers whose means are kept
+_FEW = 8  # requests of a caller that may wait, however long its images take
 _SPARE = 2  # workers that one caller leaves to the others
 _LARGE = 2  # large images at a time
 _MEMORY = 96 * 2**20  # of an image that shares the memory with others: a photo of 12 megapixels takes 48 MB
@@ -51,6 +55,7 @@ class Decoders:
         self._running: list[_Turn] = []
         self._is_closed = False
         self._spent: dict[tuple[str, str | None], float] = {}  # seconds of (caller, request), and of (caller, None)
+        self._mean_s: dict[str, float] = {}  # by caller, the one with the newest image last
 
     def start(self) -> None:
         """Start one worker; images start further ones as they are needed, one ahead."""
@@ -62,6 +67,12 @@ class Decoders:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.close()
+
+    def expected_wait(self) -> float:
+        """Return the seconds after which each request of this caller in progress will have had a turn; 0 for a few."""
+        caller = current_caller.get()
+        requests = {turn.request for turn in (*self._waiting, *self._running) if turn.caller == caller}
+        return len(requests) * self._mean_s.get(caller, 0.0) / self._share if len(requests) >= _FEW else 0.0
 
     async def run(self, convert: Convert, data: bytes, max_pixels: int, formats: Set[ImageFormat]) -> Any:
         """Return what `convert` makes of an image file, when its turn has come. Raise ImageError if it has none."""
@@ -123,6 +134,11 @@ class Decoders:
         left = [*self._waiting, *self._running, turn]
         keys = {(other.caller, request) for other in left for request in (other.request, None)}
         self._spent = {key: self._spent.get(key, 0.0) for key in keys}
-        self._spent[turn.caller, turn.request] += monotonic() - turn.started
-        self._spent[turn.caller, None] += monotonic() - turn.started
+        took = monotonic() - turn.started
+        self._spent[turn.caller, turn.request] += took
+        self._spent[turn.caller, None] += took
+        mean = self._mean_s.pop(turn.caller, 0.0)
+        self._mean_s[turn.caller] = mean + _NEWEST_WEIGHT * (took - mean)
+        if len(self._mean_s) > _MEANS:
+            del self._mean_s[next(iter(self._mean_s))]
         self._start_next()

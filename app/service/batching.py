@@ -182,12 +182,14 @@ class Batcher:
             return f"The model has not answered for {_STUCK_S:g} s."
         return None
 
-    def require_room(self) -> None:
-        """Raise UnavailableError if a new query is not accepted: it would wait too long, or the service shuts down."""
+    def require_room(self, earlier_wait: float = 0.0) -> None:
+        """Raise UnavailableError if a new query is not accepted: it would wait too long, before it gets here and then,
+        or the service shuts down.
+        """
         if self._is_closing:
             raise UnavailableError("The service is shutting down.")
         accepted = _accepted.get()
-        if not accepted and (backlog := self._expected_wait()) > self._max_queue:
+        if not accepted and (backlog := earlier_wait + self._expected_wait()) > self._max_queue:
             self._metrics.refused.labels("queue_time").inc()
             raise UnavailableError(_BUSY, backlog)
         if accepted is not None:

@@ -105,7 +105,13 @@ class SharedCompute(Compute):
         make_key = partial(cache_key, encoder.fingerprint, "image", data)
         key = make_key() if len(data) <= _QUICK_BYTES else await self._pixel_threads.run(make_key)
         key += "" if crop is None else f":{crop.x},{crop.y},{crop.width},{crop.height}"
+        if self.cache.peek(key) is None and key not in self._computations:
+            self.require_image_room()
         return await self._cached(key, encoder.dim, embed)
+
+    def require_image_room(self) -> None:
+        """Raise UnavailableError if an image of the caller would wait too long for its turn and the model."""
+        self.batcher.require_room(self._decoders.expected_wait())
 
     async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
         """Return what `convert` makes of an image file in a decoding process, or raise ImageError.

@@ -44,7 +44,7 @@ class Retriever:
         self._admission = Admission(settings, metrics)
         self.compute = SharedCompute(settings, metrics)
         self.start, self.close = self.compute.start, self.compute.close
-        self.require_room = self.compute.batcher.require_room
+        self.require_room, self.require_image_room = self.compute.batcher.require_room, self.compute.require_image_room
         self.image_threads = self.compute.image_threads
         folder = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
         self._thumbnails = ThumbnailCache(folder, settings.thumbnail_cache_bytes)

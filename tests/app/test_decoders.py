@@ -72,6 +72,34 @@ async def test_the_request_that_took_least_is_next(decoders: Decoders) -> None:
     assert decoders._spent.keys() <= {("same", "batch"), ("same", None)}, "nothing is kept of those that have ended"
 
 
+async def test_expected_wait_is_that_of_the_next_request_of_a_caller(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callers = Callers(decoders)
+
+    def wait_of(who: str) -> float:
+        current_caller.set(who)
+        return decoders.expected_wait()
+
+    await asyncio.gather(*(callers.send("one", f"{number}") for number in range(8)))
+    assert wait_of("one") == 0
+    mean = decoders._mean_s["one"]
+    assert 0.04 < mean < 0.2, "each takes a tenth of a second, and those before the first took none"
+    batch = [callers.send("one", "batch") for _ in range(20)]
+    tasks = [callers.send("one", f"{number}") for number in range(6)]
+    await asyncio.sleep(0)
+    assert wait_of("one") == 0, "seven requests"
+    tasks += [callers.send("one", f"last {number}") for number in range(13)]
+    await asyncio.sleep(0)
+    assert wait_of("one") == 20 * mean / 2, "a batch has its next turn after the others"
+    assert wait_of("two") == 0
+    monkeypatch.setattr("app.core.decoders._MEANS", 1)
+    await callers.send("two", "first")
+    assert [*decoders._mean_s] == ["two"]
+    for task in (*batch, *tasks):
+        task.cancel()  # type: ignore[attr-defined]
+
+
 async def test_an_image_that_is_given_up_is_not_decoded(decoders: Decoders) -> None:
     callers = Callers(decoders)
     tasks = [callers.send("one", str(number), 3) for number in range(4)]

@@ -46,7 +46,9 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         assert 'dcar_pending{what="searches"} 0.0' in text
 
 
-async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_index: Path) -> None:
+async def test_full_queue_refuses_new_queries_and_answers_cached_ones(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with opened(built_index, max_queue_ms=1) as client:
         known = {"query": "a red square", "k": 3}
         assert (await client.post("/search/text", json=known)).status_code == 200
@@ -62,7 +64,16 @@ async def test_full_queue_refuses_new_queries_and_answers_cached_ones(built_inde
         for k in (3, 4):
             assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
         del batcher._expected_wait
+        known_image = {"image": base64.b64encode(png()).decode()}
         assert (await client.post("/search/image", files={"file": png()})).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr("app.core.decoders.Decoders.expected_wait", lambda _: 5.0)
+            new_image = {"image": base64.b64encode(png("cyan")).decode()}
+            for image, status in ((known_image, 200), (new_image, 503)):
+                response = await client.post("/search/batch", json={"queries": [image]})
+                assert (response.status_code, response.headers.get("retry-after", "5")) == (status, "5")
+            assert (await client.post("/search/image", files={"file": b"not read"})).status_code == 503
+            assert (await client.post("/search/text", json={"query": "other words"})).status_code == 200
         gate, seen = hold(client.app.state.collections[None].live.encoder)
         first = asyncio.create_task(client.post("/search/text", json={"query": "pending"}))
         await until(lambda: bool(seen))
