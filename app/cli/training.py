@@ -12,7 +12,7 @@ from typer import Option
 
 from app.cli import options
 from app.cli.options import example
-from dcar_core.model.config import GRID, TrainConfig
+from dcar_core.model.config import GRID, PromptValues, Temperature, TrainConfig
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.files import require_writable
 from index_jobs.jobs import cli as job_cli
@@ -170,6 +170,14 @@ def evaluate(
     batch_size: options.BatchSize = TrainConfig.batch_size,
     lr: options.LearningRate = TrainConfig.lr,
     loss: options.Loss = "both",
+    prompts: Annotated[
+        PromptValues | None,
+        Option(help="constant: prompts that learn nothing, or in query-prompts, that are equal for all queries."),
+    ] = None,
+    anchor: Annotated[
+        float | None, Option(min=0, max=100, help="Weight of L_anchor. Default: the method's own, 0 or 1.")
+    ] = None,
+    temperature: Annotated[Temperature | None, Option(help="learned: the losses learn CLIP's temperature too.")] = None,
     shots: Annotated[str, Option(help="Also train on these numbers of pairs per category: 1,2,4,8,16.")] = "",
     unseen_categories: Annotated[
         float, Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
@@ -236,6 +244,7 @@ def evaluate(
         result = results[place.name] = compare(
             backbone, place, names, seeds, directory, config, images=images, skip_broken=skip_broken,
             negatives=negatives, taxonomy=taxonomy, loss=loss, shots=sorted({*_numbers("--shots", shots, int)}),
+            controls={"prompts": prompts, "anchor": anchor, "temperature": temperature},
             unseen_categories=unseen_categories, also=also or (), tune=tune, grid=rates, features=features,
             on_message=lambda line: typer.echo(line, err=True),
         )  # fmt: skip

@@ -54,6 +54,7 @@ def compare(
     negatives: str = "auto",
     taxonomy: Path | None = None,
     loss: LossDirection = "both",
+    controls: Mapping[str, Any] | None = None,
     shots: Sequence[int] = (),
     unseen_categories: float = 0.0,
     also: Sequence[Path] = (),
@@ -67,6 +68,7 @@ def compare(
     Args:
         negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
+        controls: arguments of `ModelConfig.with_controls`, for every method alike.
         shots: also train on this many pairs of each category, for curves of mean R@1.
         unseen_categories: share of the categories that only the test split keeps; R@1 is also given for its categories
             with and without training pairs.
@@ -83,7 +85,8 @@ def compare(
     Raises:
         DcarError: a method is unknown or needs other towers, the data cannot be read, or every method diverged.
     """
-    configs = {name: method(name).with_loss_direction(loss) for name in methods}
+    controls = {name: value for name, value in (controls or {}).items() if value is not None}
+    configs = {name: method(name).with_loss_direction(loss).with_controls(**controls) for name in methods}
     if not configs:
         raise DataError("no method was given; try --methods clip,coop,dcar")
     for each in configs.values():  # before hours of training
@@ -125,6 +128,7 @@ def compare(
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
         "loss": loss,
+        "controls": controls,
         "grid": list(grid) if tune else None,
         "unseen_categories": len(held_out),
         "test_images": len(splits["test"].images),

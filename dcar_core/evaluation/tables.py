@@ -56,10 +56,11 @@ def sections(results: Results) -> list[Section]:
     pairs, settings, best = results["pairs"], results["training"], best_method(results)
     tuning = ", learning rates tuned on validation with equal budgets" if results["grid"] else ""
     loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
+    controls = "".join(f" {name.capitalize()}: {value}." for name, value in results["controls"].items())
     summary = (
         f"Backbone {results['backbone']}; {pairs['train']:,} training pairs, {pairs['val']:,} validation pairs, "
         f"{pairs['test']:,} test pairs{_pool_of(results)}. {settings['epochs']} epochs, batches of "
-        f"{settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}"
+        f"{settings['batch_size']}{tuning}; {_spread_of(results)}, percent.{loss}{controls}"
     )
     notes = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
     notes = [summary, _RECALL_NOTE, *notes, *filter(None, [results.get("recommendation")])]

@@ -14,6 +14,8 @@ TokenFeature = Literal["context", "alone"]
 ImageFeature = Literal["pooled", "patches"]
 Amp = Literal["auto", "off", "bfloat16", "float16"]
 LossDirection = Literal["both", "image-to-text"]
+Temperature = Literal["frozen", "learned"]
+PromptValues = Literal["learned", "constant"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
 GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
@@ -60,12 +62,15 @@ class PromptConfig(_Config):
     length: k, the number of prompt vectors; 0 is plain CLIP.
     depth: how many transformer blocks get fresh prompts; 1 is the paper's figure, more is MaPLe's.
     text, image: which towers are prompted. Text alone is CoOp.
+    values: "constant" is a control: prompts stay as they start, and those of a second stage are equal for all queries.
     """
 
     length: Annotated[int, Field(ge=0)] = 4
     depth: _Positive = 1
     text: bool = True
     image: bool = True
+    values: PromptValues = "learned"
+    _omitted = frozenset({"values"})
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -131,6 +136,7 @@ class LossConfig(_Config):
     alpha: the category-matching weight.
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
+    temperature: of L_con and L_cate, CLIP's or learned from there.
     hard_negatives [ours]: a second stage, which tunes the adapters of both features on the images nearest to each
         caption (`training.hard_negatives`).
     """
@@ -140,8 +146,9 @@ class LossConfig(_Config):
     alpha: _Number = 0.5
     anchor: _Number = 0.0
     direction: LossDirection = "both"
+    temperature: Temperature = "frozen"
     hard_negatives: bool = False
-    _omitted = frozenset({"direction", "hard_negatives"})
+    _omitted = frozenset({"direction", "temperature", "hard_negatives"})
     _former: ClassVar[Mapping[str, str | None]] = {"consistency": None, "distance": None}
 
 
@@ -184,6 +191,13 @@ class ModelConfig(_Config):
 
     def with_loss_direction(self, direction: LossDirection) -> Self:
         return replace(self, loss=replace(self.loss, direction=direction))
+
+    def with_controls(
+        self, *, prompts: PromptValues = "learned", anchor: float | None = None, temperature: Temperature = "frozen"
+    ) -> Self:
+        """Return a control of the method. anchor: None keeps the method's own."""
+        loss = replace(self.loss, anchor=self.loss.anchor if anchor is None else anchor, temperature=temperature)
+        return replace(self, prompt=replace(self.prompt, values=prompts), loss=loss)
 
     def with_query_weights(self, query: QueryWeights) -> Self:
         return replace(self, reweight=replace(self.reweight, query=query))

@@ -61,6 +61,7 @@ class DualPrompts(nn.Module):
                 rows = backbone.image_tower.blank_rows(blank, config.depth).cpu()  # [depth, W_v]
             noise = torch.randn(config.depth, config.length, backbone.vision_width)  # equal prompts would learn alike
             self.residual = nn.Parameter(rows[:, None] + 0.05 * rows.std() * noise)
+        self.requires_grad_(config.values == "learned")
 
     def text_prompts(self) -> Tensor | None:
         """(depth, k, W_t)"""
@@ -125,23 +126,30 @@ class DCAR(nn.Module):
             raise ModelError(f"{config.method} has {needed}; {backbone.source.model} has another: use block-adapters+")
         self.backbone = backbone
         self.config = config
-        prompt = config.prompt
+        prompt, rerank = config.prompt, config.rerank
         self.prompts = DualPrompts(backbone, prompt) if any(prompt.depths) else None
         self.head = TokenWeightHead(backbone.text_width, config.reweight) if config.reweight.train != "none" else None
         self.text_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.text else None
         self.image_adapter = FeatureAdapter(backbone.embed_dim) if config.adapter.image else None
         self.block_adapters = BlockAdapters(backbone, config.adapter.blocks) if config.adapter.blocks else None
-        self.query_prompts = QueryPrompts(backbone, config.rerank.blocks) if config.rerank.blocks else None
+        self.query_prompts = QueryPrompts(backbone, rerank.blocks, prompt.values) if rerank.blocks else None
         self.changes = changes
         # A text adapter whose queries are unprompted, as the captions of L_cate are, serves both.
         is_shared = self.text_adapter is not None and self.text_is_frozen
         self.caa = FeatureAdapter(backbone.embed_dim) if config.loss.category > 0 and not is_shared else None
+        has_temperature = config.loss.temperature == "learned" and any(p.requires_grad for _, p in self.trainables())
+        self.log_scale = nn.Parameter(backbone.scale.log()) if has_temperature else None
         self.to(backbone.device)
 
     @property
     def method(self) -> Method:
         """The registered method, or one of its configuration alone."""
         return METHODS.get(self.config.method) or Method(config=self.config)
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / tau of the losses; the order of results does not depend on it."""
+        return self.backbone.scale if self.log_scale is None else self.log_scale.exp()
 
     @property
     def prompt_tokens(self) -> int:
@@ -153,8 +161,8 @@ class DCAR(nn.Module):
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("backbone."))
 
     def served(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that a checkpoint holds: the learned ones without the category adapter of the loss."""
-        return ((name, p) for name, p in self.trainables() if not name.startswith("caa."))
+        """The parameters that a checkpoint holds: the learned ones without those of the loss alone."""
+        return ((name, p) for name, p in self.trainables() if not name.startswith(("caa.", "log_scale")))
 
     def predicted_weights(self, tokens: Tensor) -> Tensor | None:
         """Factors (B, n) from the text alone; None without a head."""

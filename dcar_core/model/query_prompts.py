@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone
+from dcar_core.model.config import PromptValues
 from dcar_core.model.towers.image import ClassRowInputs
 
 PROMPTED, LATE = 0.25, 0.1  # weights of the two parts of the second score
@@ -42,13 +43,13 @@ def take(parts: Parts, rows: Tensor | slice) -> Parts:
 class QueryPrompts(nn.Module):
     """The learned layers. The prompts are zero at the start.
 
-    blocks: D'.
+    blocks: D'. values: "constant" makes the prompts of no text, as a control.
     """
 
-    def __init__(self, backbone: Backbone, blocks: int) -> None:
+    def __init__(self, backbone: Backbone, blocks: int, values: PromptValues = "learned") -> None:
         super().__init__()
         dim, width = backbone.embed_dim, backbone.vision_width
-        self.blocks = blocks
+        self.blocks, self.reads_query = blocks, values == "learned"
         self.down, self.up = nn.Linear(dim, _INNER), nn.Linear(_INNER, blocks * width)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -57,7 +58,7 @@ class QueryPrompts(nn.Module):
 
     def prompts(self, vectors: Tensor) -> Tensor:
         """(M, E), normalized -> (M, D', W_v)."""
-        prompts: Tensor = self.up(F.gelu(self.down(vectors * vectors.shape[-1] ** 0.5)))
+        prompts: Tensor = self.up(F.gelu(self.down(self.reads_query * vectors * vectors.shape[-1] ** 0.5)))
         return prompts.reshape(len(prompts), self.blocks, -1)
 
     def late(self, texts: QueryParts, patches: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: Pre
     before, features = deepcopy(adapters), tower_features(model, training)
     own, (right, _) = torch.from_numpy(training.image_of).to(features[0].device), training.right_answers()
     nearest = nearest_wrong_images(model.adapt_text(features[0]), model.adapt_image(features[1]), right)
-    learn(adapters, features, own, nearest, float(model.backbone.scale), seed)
+    learn(adapters, features, own, nearest, float(model.scale), seed)
     after, found = deepcopy(adapters), tower_features(model, validation)
     recalls = dict[float, Recall]()
     for share in SHARES:

@@ -70,7 +70,8 @@ def accumulate_gradients(
         for i in (0, 1)
     )
     contrastive = batch_terms(model, data, rows, text, image)
-    text_grad, image_grad = torch.autograd.grad(contrastive, (text, image))
+    learned = [] if model.log_scale is None else [model.log_scale]
+    text_grad, image_grad, *scale_grad = torch.autograd.grad(contrastive, (text, image, *learned))
     start, other_losses = sum(sizes[: group.rank]), empty.new_zeros(())
     for i, part in enumerate(local_parts):
         own_text, own_image, own_losses = outputs[i] if keeps_graph else forward(part)
@@ -80,20 +81,21 @@ def accumulate_gradients(
         precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
         other_losses, start = other_losses + own_losses.detach(), start + len(part)
     penalty = penalty_term(model)
-    if penalty.requires_grad and group.is_leader:
-        precision.scaler.scale(penalty).backward()  # type: ignore[no-untyped-call]
+    surrogate = penalty + sum(own * grad for own, grad in zip(learned, scale_grad, strict=True))
+    if surrogate.requires_grad and group.is_leader:
+        precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
     group.sum_gradients(p for _, p in model.trainables() if p.requires_grad)
     return float(contrastive.detach() + group.sum(other_losses) + penalty.detach())
 
 
 def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    scale, further = model.backbone.scale, model.method.batch_loss
+    scale, further = model.scale, model.method.batch_loss
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
     loss = contrastive_loss(text, image, positives, scale, model.config.loss.direction)
     if further is not None and data.image_features is not None and data.text_features is not None:
         frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
-        loss = loss + further(text, image, frozen_text, frozen_image, scale)
+        loss = loss + further(text, image, frozen_text, frozen_image, model.backbone.scale)
     return loss
 
 
@@ -106,7 +108,7 @@ def penalty_term(model: DCAR) -> Tensor:
 
 def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Return text and image features (b, E) of `part`, and its share of the terms that are means over `batch`."""
-    loss, scale = model.config.loss, model.backbone.scale
+    loss, scale = model.config.loss, model.scale
     share = len(part) / len(batch)
     layout, tokens = model.backbone.layout, data.tokens[part]
     length = int(layout.lengths(tokens).max())

@@ -51,7 +51,7 @@ def train_second_stage(
 
 def _learn(model: DCAR, split: PreparedSplit, seed: int, progress: bool) -> None:
     """Minimise the cross-entropy of each caption's image among it and hard negatives, by each part of the score."""
-    stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.backbone.scale
+    stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.scale.detach()
     kept, images = _image_parts(stage, split, random, progress)
     pairs = np.flatnonzero(np.isin(split.image_of, kept))
     texts, own = caption_parts(stage, split.tokens[pairs]), np.searchsorted(kept, split.image_of[pairs])

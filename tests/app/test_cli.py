@@ -50,12 +50,23 @@ def test_an_unknown_method_is_told_before_anything_is_loaded(command: list[str],
     assert "no method is named 'dcarr'" in str(done.exception)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_an_unknown_loss_is_refused_before_anything_is_loaded(command: str) -> None:
-    done = CliRunner().invoke(app, [command, "--data", "d", "--out", "o", "--model", "no such model", "--loss", "text"])
+@pytest.mark.parametrize(
+    ("command", "option", "value", "wanted"),
+    [
+        ("train", "--loss", "text", "image-to-text"),
+        ("evaluate", "--loss", "text", "image-to-text"),
+        ("evaluate", "--prompts", "blank", "constant"),
+        ("evaluate", "--anchor", "-1", "0<=x<=100"),
+        ("evaluate", "--temperature", "0.1", "learned"),
+    ],
+)
+def test_an_unknown_training_option_is_refused_before_anything_is_loaded(
+    command: str, option: str, value: str, wanted: str
+) -> None:
+    done = CliRunner().invoke(app, [command, "--data", "d", "--out", "o", "--model", "no such model", option, value])
     assert done.exit_code == 2
-    assert "--loss" in done.output
-    assert "image-to-text" in done.output
+    assert option in done.output
+    assert wanted in done.output
 
 
 @pytest.mark.parametrize(

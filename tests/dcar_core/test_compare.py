@@ -158,8 +158,8 @@ def test_another_configuration_of_a_method_is_another_run(backbone: Backbone, ti
     splits = {split: Annotations(tiny_data).load(split)[0] for split in ("train", "val", "test")}
     runs = MethodRunner(backbone, splits, tmp_path, QUICK, FeatureCache(None, backbone))
     shorter = replace(method("coop"), prompt=PromptConfig(length=2, image=False))
-    one_way = method("coop").with_loss_direction("image-to-text")
-    assert len({runs.directory(config, 0, 1e-3) for config in (method("coop"), shorter, one_way)}) == 3
+    one_way, held = method("coop").with_loss_direction("image-to-text"), method("coop").with_controls(anchor=0.5)
+    assert len({runs.directory(config, 0, 1e-3) for config in (method("coop"), shorter, one_way, held)}) == 4
     automatic, exact, half = (replace(runs, config=replace(QUICK, amp=amp)) for amp in ("auto", "off", "bfloat16"))
     assert automatic.directory(method("coop"), 0, 1e-3) == exact.directory(method("coop"), 0, 1e-3)  # on a CPU
     assert automatic.directory(method("coop"), 0, 1e-3) != half.directory(method("coop"), 0, 1e-3)
@@ -280,6 +280,19 @@ def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data:
     del content["hits"]
     record.write_text(json.dumps(content))
     assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK) == first
+
+
+def test_controls_apply_to_every_method_and_stand_below_the_table(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    given = {"prompts": "constant", "anchor": 0.5, "temperature": None}
+    results = compare(backbone, tiny_data, ["coop", "clip-adapter"], 1, tmp_path, QUICK, controls=given)
+    assert results["controls"] == {"prompts": "constant", "anchor": 0.5}
+    assert " Prompts: constant. Anchor: 0.5." in (tmp_path / "results.md").read_text()
+    assert [found["trainable"] > 0 for found in results["methods"].values()] == [False, True]
+    for file in tmp_path.glob("runs/*/*/config.json"):
+        config = json.loads(file.read_text())["model"]
+        assert (config["prompt"]["values"], config["loss"]["anchor"]) == ("constant", 0.5)
 
 
 @pytest.mark.parametrize(

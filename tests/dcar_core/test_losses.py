@@ -12,7 +12,7 @@ from torch import Tensor
 from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import Amp, LossConfig, ModelConfig, ReweightConfig, TrainWeights
-from dcar_core.model.dcar import DCAR
+from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.model.token_weights import TokenWeightHead, blend, pair_weights
 from dcar_core.training import objective
@@ -98,7 +98,8 @@ def test_head_loss_counts_real_tokens_only() -> None:
 def test_options_at_their_defaults_leave_configurations_unchanged() -> None:
     """Else the identities of earlier runs would change."""
     config = ModelConfig()
-    assert "direction" not in config.to_dict()["loss"]
+    assert not {"direction", "temperature"} & config.to_dict()["loss"].keys()
+    assert "values" not in config.to_dict()["prompt"]
     assert not {"token_feature", "image_feature"} & config.to_dict()["reweight"].keys()
     for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):
         assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
@@ -169,6 +170,23 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(
         assert value == pytest.approx(float(whole.detach()), rel=1e-5), parts
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=1e-3, atol=1e-5, msg=f"{key}, {parts} parts")
+
+
+def test_a_learned_temperature_has_the_gradient_of_the_whole_batch(backbone: Backbone, training: Dataset) -> None:
+    """It is that of L_con and L_cate, and starts at CLIP's."""
+    model = seeded_model(backbone, method("dcar").with_controls(temperature="learned"), 0)
+    torch.testing.assert_close(model.scale, backbone.scale)
+    model, data = move_weights(model, training)
+    rows = np.arange(len(data))
+    batch_loss(model, data, rows).backward()  # type: ignore[no-untyped-call]
+    expected = gradients(model)["log_scale"]
+    assert expected.abs() > 1e-3
+    for parts in (1, 3):
+        accumulate_gradients(model, data, rows, parts=parts)
+        torch.testing.assert_close(gradients(model)["log_scale"], expected, rtol=1e-4, atol=1e-5)
+    model.config = replace(model.config, loss=replace(model.config.loss, category=0))
+    accumulate_gradients(model, data, rows)
+    assert abs(gradients(model)["log_scale"] - expected) > 1e-3
 
 
 @pytest.mark.parametrize("weights", ["none", "pair"])

@@ -71,6 +71,19 @@ def test_a_pair_costs_one_row_and_equals_whole_passes_over_unprompted_patches(mo
     torch.testing.assert_close(images.patches, plain[:, 1:])
 
 
+@torch.no_grad()
+def test_constant_prompts_are_those_of_no_query(model: DCAR) -> None:
+    config = method("query-prompts").with_controls(prompts="constant")
+    control = seeded_model(model.backbone, config, 0)
+    control.load_state_dict(dict(model.trainables()), strict=False)
+    first, second = F.normalize(torch.randn(2, 1, model.backbone.embed_dim), dim=-1)
+    assert control.query_prompts is not None
+    assert model.query_prompts is not None
+    assert torch.equal(control.query_prompts.prompts(first), control.query_prompts.prompts(second))
+    assert control.query_prompts.prompts(first).abs().max() > 0.01
+    assert not torch.allclose(model.query_prompts.prompts(first), model.query_prompts.prompts(second), atol=0.01)
+
+
 def test_images_without_prompts_have_their_own_vectors(model: DCAR, training: Dataset) -> None:
     stage, split = SecondStage(model), prepare_split(training, model, for_training=False, progress=False)
     assert split.pixels is not None

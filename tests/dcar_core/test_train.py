@@ -65,6 +65,26 @@ def test_adapters_start_as_plain_clip_and_serve_after(backbone: Backbone, pairs:
     assert before != after  # the adapters are part of what serves, so of the fingerprint
 
 
+def test_controls_keep_their_prompts_and_their_temperature_to_themselves(
+    backbone: Backbone, pairs: Pairs, tmp_path: Path
+) -> None:
+    """Constant prompts leave `dual` nothing to learn, and `dcar+` its adapters; temperatures are not served."""
+    fixed = method("dual").with_controls(prompts="constant", temperature="learned")
+    assert train(seeded_model(backbone, fixed, 0), *pairs, QUICK).history == []
+    config = method("dcar+").with_controls(prompts="constant", anchor=0.5, temperature="learned")
+    model = seeded_model(backbone, config, 0)
+    start = {name: p.detach().clone() for name, p in model.trainables()}
+    assert len(train(model, *pairs, QUICK).history) == 2
+    moved = {name for name, p in model.trainables() if not torch.equal(start[name], p)}
+    assert moved == {name for name in start if not name.startswith("prompts.")}
+    assert {"log_scale", "block_adapters.up"} < moved
+    save_checkpoint(model, tmp_path)
+    loaded, _ = load_checkpoint(tmp_path, backbone=backbone)
+    assert loaded.config == config.with_query_weights(loaded.config.reweight.query)
+    data = prepared(pairs[1], model)
+    np.testing.assert_array_equal(encode_captions(loaded, data), encode_captions(model, data))
+
+
 def test_category_adapter_is_kept_for_unprompted_queries(backbone: Backbone) -> None:
     published, extended, adapters = (new_model(backbone, name) for name in ("dcar", "dcar+", "block-adapters"))
     assert published.category_adapter() is published.caa
