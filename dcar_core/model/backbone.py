@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         """Stay in eval mode whatever the owner does."""
         return super().train(False)
 
-    def forward(self, name: str, *inputs: Tensor | AdapterMatrices | None) -> Tensor:
+    def forward(self, name: str, *inputs: Tensor | AdapterMatrices | bool | None) -> Tensor:
         """Call one of the methods below by name, for `torch.func.functional_call`."""
         encoded: Tensor = getattr(self, name)(*inputs)
         return encoded
@@ -82,9 +82,11 @@ class Backbone(nn.Module):
         """Return int64 (B, n): start, words, end, padding; at most L - prompt_tokens, so that prompts fit in too."""
         return torch.from_numpy(self.text_tokenizer(prompt_tokens)(texts)).to(self.device)
 
-    def encode_text(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Text features (B, E), not normalized; see `TextTower.encode`."""
-        return self.text_tower.encode(tokens, prompts, weights)
+    def encode_text(
+        self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None, rows: bool = False
+    ) -> Tensor:
+        """Text features (B, E), not normalized, or with `rows` (B, 1 + n, E); see `TextTower`."""
+        return (self.text_tower.encode_rows if rows else self.text_tower.encode)(tokens, prompts, weights)
 
     def lone_token_features(self, tokens: Tensor) -> Tensor:
         """Features of every token as a text of its own (B, n, E), not normalized, without prompts."""
@@ -99,10 +101,14 @@ class Backbone(nn.Module):
         return torch.from_numpy(self.preprocess.normalize(pixels)).to(self.device)
 
     def encode_image(
-        self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None
+        self,
+        pixels: Tensor,
+        prompts: Tensor | None = None,
+        adapters: AdapterMatrices | None = None,
+        rows: bool = False,
     ) -> Tensor:
-        """Image features (B, E), not normalized; see `ImageTower.encode`."""
-        return self.image_tower.encode(pixels, prompts, adapters)
+        """Image features (B, E), not normalized, or with `rows` (B, 1 + P, E); see `ImageTower`."""
+        return (self.image_tower.encode_rows if rows else self.image_tower.encode)(pixels, prompts, adapters)
 
     def content_hash(self) -> str:
         """sha256 over every weight and whatever else decides on vectors, as 64 hex digits."""

@@ -137,6 +137,7 @@ class LossConfig(_Config):
     anchor [ours, dcar+]: how strongly adapted features are held to the frozen encoders' (PromptSRC's idea).
     direction: L_con's directions. "image-to-text" alone is the classification loss of CoOp's and MaPLe's own code.
     temperature: of L_con and L_cate, CLIP's or learned from there.
+    late: share of late interaction in L_con (FILIP).
     hard_negatives [ours]: a second stage, which tunes the adapters of both features on the images nearest to each
         caption (`training.hard_negatives`).
     """
@@ -147,8 +148,9 @@ class LossConfig(_Config):
     anchor: _Number = 0.0
     direction: LossDirection = "both"
     temperature: Temperature = "frozen"
+    late: Annotated[_Number, Field(ge=0, le=1)] = 0
     hard_negatives: bool = False
-    _omitted = frozenset({"direction", "temperature", "hard_negatives"})
+    _omitted = frozenset({"direction", "temperature", "late", "hard_negatives"})
     _former: ClassVar[Mapping[str, str | None]] = {"consistency": None, "distance": None}
 
 

@@ -8,7 +8,7 @@ One class holds DCAR, its ablations and the prompt-learning baselines, since the
     dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
     block-adapters      these bottlenecks alone; block-adapters+: tuned on hard negatives at the end
     query-prompts       the same, and a second stage for the first results (`query_prompts`)
-    lora, prolip, flyp      changes of the backbone's own weights (`methods.weight_changes`)
+    lora, prolip, flyp, filip       changes of the backbone's own weights (`methods.weight_changes`)
 
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
 """
@@ -171,14 +171,17 @@ class DCAR(nn.Module):
         mask = self.backbone.layout.caption_mask(tokens)
         return self.head(self.backbone.text_tower.embed(tokens), mask)  # type: ignore[no-any-return]
 
-    def encode_text(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
-        """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E)."""
-        return self.adapt_text(self.text_features(tokens, weights))
+    def encode_text(self, tokens: Tensor, weights: Tensor | None = None, *, rows: bool = False) -> Tensor:
+        """int64 (B, n), made with room for the prompts, and optional factors (B, n) -> (B, E).
 
-    def text_features(self, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        rows: also return the features of the tokens behind that of the text: (B, 1 + n, E).
+        """
+        return self.adapt_text(self.text_features(tokens, weights, rows=rows))
+
+    def text_features(self, tokens: Tensor, weights: Tensor | None = None, *, rows: bool = False) -> Tensor:
         """As `encode_text`, before the text adapter."""
         prompts = self.prompts.text_prompts() if self.prompts is not None else None
-        return F.normalize(self._run("encode_text", tokens, prompts, weights), dim=-1)
+        return F.normalize(self._run("encode_text", tokens, prompts, weights, rows), dim=-1)
 
     def encode_query(self, tokens: Tensor) -> Tensor:
         """Encode as a query, without an image: see `query_features`."""
@@ -189,17 +192,17 @@ class DCAR(nn.Module):
         use = self.config.reweight.query == "predicted"
         return self.text_features(tokens, self.predicted_weights(tokens) if use else None)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """float32 (B, 3, S, S), normalized -> (B, E)."""
-        return self.adapt_image(self.image_features(pixels))
+    def encode_image(self, pixels: Tensor, *, rows: bool = False) -> Tensor:
+        """float32 (B, 3, S, S), normalized -> (B, E), or with the patches (B, 1 + P, E)."""
+        return self.adapt_image(self.image_features(pixels, rows=rows))
 
-    def image_features(self, pixels: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor, *, rows: bool = False) -> Tensor:
         """As `encode_image`, before the image adapter."""
         prompts = self.prompts.image_prompts() if self.prompts is not None else None
         adapters = self.block_adapters.matrices() if self.block_adapters is not None else None
-        return F.normalize(self._run("encode_image", pixels, prompts, adapters), dim=-1)
+        return F.normalize(self._run("encode_image", pixels, prompts, adapters, rows), dim=-1)
 
-    def _run(self, name: str, *inputs: Tensor | AdapterMatrices | None) -> Tensor:
+    def _run(self, name: str, *inputs: Tensor | AdapterMatrices | bool | None) -> Tensor:
         """Call a method of the backbone, with the changed weights if there are some."""
         changed = self.changes.changed(self.backbone, image=name == "encode_image") if self.changes is not None else {}
         encoded: Tensor = torch.func.functional_call(self.backbone, changed, (name, *inputs))

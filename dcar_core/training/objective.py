@@ -64,15 +64,15 @@ def accumulate_gradients(
     with torch.set_grad_enabled(keeps_graph):
         outputs = [forward(part) for part in local_parts]
     sizes = [sum(map(len, share)) for share in shares]
-    empty = torch.empty(0, model.backbone.embed_dim, device=model.backbone.device)
+    empty = (torch.empty(0, *rows, device=model.backbone.device) for rows in _feature_shapes(model, data))
     text, image = (
-        group.gather(torch.cat([empty, *(output[i].detach() for output in outputs)]), sizes).requires_grad_()
-        for i in (0, 1)
+        group.gather(torch.cat([none, *(output[i].detach() for output in outputs)]), sizes).requires_grad_()
+        for i, none in enumerate(empty)
     )
     contrastive = batch_terms(model, data, rows, text, image)
     learned = [] if model.log_scale is None else [model.log_scale]
     text_grad, image_grad, *scale_grad = torch.autograd.grad(contrastive, (text, image, *learned))
-    start, other_losses = sum(sizes[: group.rank]), empty.new_zeros(())
+    start, other_losses = sum(sizes[: group.rank]), contrastive.new_zeros(())
     for i, part in enumerate(local_parts):
         own_text, own_image, own_losses = outputs[i] if keeps_graph else forward(part)
         own = slice(start, start + len(part))
@@ -88,11 +88,23 @@ def accumulate_gradients(
     return float(contrastive.detach() + group.sum(other_losses) + penalty.detach())
 
 
+def _feature_shapes(model: DCAR, data: PreparedSplit) -> list[tuple[int, ...]]:
+    """Return the shapes of one text's and one image's features, as `encode_part` returns them."""
+    dim = model.backbone.embed_dim
+    if model.config.loss.late == 0:
+        return [(dim,), (dim,)]
+    return [(1 + data.tokens.shape[1], dim), (1 + model.backbone.patch_grid**2, dim)]
+
+
 def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:
     """Return the loss terms that compare every pair of the batch with every other."""
-    scale, further = model.scale, model.method.batch_loss
+    scale, further, options = model.scale, model.method.batch_loss, model.config.loss
     positives = torch.from_numpy(data.positives(rows)).to(model.backbone.device)
-    loss = contrastive_loss(text, image, positives, scale, model.config.loss.direction)
+    if options.late:
+        words, patches, text, image = text[:, 1:], image[:, 1:], text[:, 0], image[:, 0]
+    loss = contrastive_loss(text, image, positives, scale, options.direction)
+    if options.late:
+        loss = loss.lerp(late_interaction_loss(words, patches, positives, scale, options.direction), options.late)
     if further is not None and data.image_features is not None and data.text_features is not None:
         frozen_text, frozen_image = data.text_features[rows], data.image_features[data.image_of[rows]]
         loss = loss + further(text, image, frozen_text, frozen_image, model.backbone.scale)
@@ -107,19 +119,27 @@ def penalty_term(model: DCAR) -> Tensor:
 
 
 def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Return text and image features (b, E) of `part`, and its share of the terms that are means over `batch`."""
-    loss, scale = model.config.loss, model.scale
+    """Return text and image features (b, E) of `part`, and its share of the terms that are means over `batch`.
+
+    With late interaction, features are (b, 1 + n, E), 0 behind the caption's own tokens, and (b, 1 + P, E).
+    """
+    loss, scale, late = model.config.loss, model.scale, model.config.loss.late > 0
     share = len(part) / len(batch)
     layout, tokens = model.backbone.layout, data.tokens[part]
     length = int(layout.lengths(tokens).max())
     tokens = tokens[:, :length]
     target_weights = data.pair_weights[part, :length] if data.pair_weights is not None else None
     predicted = model.predicted_weights(tokens)
-    if model.text_is_frozen and data.text_features is not None:
+    if model.text_is_frozen and data.text_features is not None and not late:
         text = model.adapt_text(data.text_features[part]).float()
     else:
-        text = model.encode_text(tokens, target_weights).float()
+        text = model.encode_text(tokens, target_weights, rows=late).float()
     image = _encode_images(model, data, part).float()
+    found = text, image
+    if late:
+        own = F.pad(layout.caption_mask(tokens), (1, 0), value=True)[..., None]
+        found = F.pad(text * own, (0, 0, 0, data.tokens.shape[1] - length)), image
+        text, image = text[:, 0], image[:, 0]
     adapter, candidates, losses = model.category_adapter(), None, scale.new_zeros(())
     if adapter is not None and data.candidate_features is not None:
         candidates = adapter(data.candidate_features[part]).float()
@@ -135,14 +155,15 @@ def encode_part(model: DCAR, data: PreparedSplit, part: Rows, batch: Rows) -> tu
         if loss.anchor > 0 and data.image_features is not None and data.text_features is not None:
             image_anchor = anchor_loss(image, data.image_features[data.image_of[part]])
             losses = losses + share * loss.anchor * (image_anchor + anchor_loss(text, data.text_features[part]))
-    return text, image, losses
+    return *found, losses
 
 
 def _encode_images(model: DCAR, data: PreparedSplit, part: Rows) -> Tensor:
-    """Return image features (b, E); each image is encoded once."""
+    """Return image features (b, E), or (b, 1 + P, E) for late interaction; each image is encoded once."""
     images, inverse = np.unique(data.image_of[part], return_inverse=True)
     if data.pixels is not None:
-        features = model.encode_image(model.backbone.normalized(data.pixels[images]))
+        pixels = model.backbone.normalized(data.pixels[images])
+        features = model.encode_image(pixels, rows=model.config.loss.late > 0)
     else:
         assert data.image_features is not None  # `prepare_split` makes one or the other
         features = model.adapt_image(data.image_features[images])
@@ -164,13 +185,36 @@ def contrastive_loss(
     Each row's target is distributed evenly over its positives.
     """
     logits = scale * text @ image.T  # [B texts, B images]
+    return _matching_loss(logits, logits, positives, direction)
+
+
+def late_interaction_loss(
+    words: Tensor, patches: Tensor, positives: Tensor, scale: Tensor, direction: LossDirection = "both"
+) -> Tensor:
+    """FILIP's form of `contrastive_loss`: the score of a pair is a mean of maximum similarities.
+
+    A caption scores images by the mean over its words of the best patch, an image scores captions by the mean over its
+    patches of the best word.
+
+    Args:
+        words: L2-normalized features (B, n, E), 0 for padding.
+        patches: L2-normalized features (B, P, E).
+    """
+    similarity, own = torch.einsum("ane,bpe->abnp", words, patches), words.any(-1)  # [B, n]
+    by_words = (similarity.amax(3) * own[:, None]).sum(2) / own.sum(1, keepdim=True).clamp(min=1)
+    by_patches = similarity.masked_fill(~own[:, None, :, None], -1).amax(2).mean(2)
+    return _matching_loss(scale * by_words, scale * by_patches, positives, direction)
+
+
+def _matching_loss(by_text: Tensor, by_image: Tensor, positives: Tensor, direction: LossDirection) -> Tensor:
+    """Cross-entropy of logits [B texts, B images], as texts and as images have them."""
     target = positives.float()
     rows = target / target.sum(1, keepdim=True)
     columns = target / target.sum(0, keepdim=True)
-    image_to_text = -(columns * logits.log_softmax(0)).sum(0).mean()
+    image_to_text = -(columns * by_image.log_softmax(0)).sum(0).mean()
     if direction == "image-to-text":
         return image_to_text
-    text_to_image = -(rows * logits.log_softmax(1)).sum(1).mean()
+    text_to_image = -(rows * by_text.log_softmax(1)).sum(1).mean()
     return (text_to_image + image_to_text) / 2
 
 

@@ -56,7 +56,7 @@ def test_an_unknown_method_is_told_before_anything_is_loaded(command: list[str],
         ("train", "--loss", "text", "image-to-text"),
         ("evaluate", "--loss", "text", "image-to-text"),
         ("evaluate", "--prompts", "blank", "constant"),
-        ("evaluate", "--anchor", "-1", "0<=x<=100"),
+        ("evaluate", "--anchor", "-1", "greater than or equal to 0"),
         ("evaluate", "--temperature", "0.1", "learned"),
     ],
 )

@@ -23,6 +23,7 @@ from dcar_core.training.objective import (
     category_loss,
     contrastive_loss,
     head_loss,
+    late_interaction_loss,
     resolve_amp,
 )
 from tests.support.training import batch_loss, model_and_data, move_weights
@@ -82,6 +83,21 @@ def test_category_loss_equals_a_hand_calculation_and_ignores_padding() -> None:
     )
 
 
+def test_late_interaction_is_the_mean_of_the_best_similarities() -> None:
+    """One pair after the other; the second caption has two words, and padding, the third none."""
+    words, patches = features(12, 0).reshape(3, 4, 8), features(15, 1).reshape(3, 5, 8)
+    words[1, 2:], words[2], scale, own = 0, 0, torch.tensor(10.0), torch.eye(3, dtype=torch.bool)
+    by_words, by_patches = torch.zeros(3, 3), torch.full((3, 3), -1.0)
+    for i, count in ((0, 4), (1, 2)):
+        for j in range(3):
+            cosines = words[i, :count] @ patches[j].T
+            by_words[i, j], by_patches[i, j] = cosines.max(1).values.mean(), cosines.max(0).values.mean()
+    to_image = F.cross_entropy(10 * by_words, torch.arange(3))
+    to_text = F.cross_entropy(10 * by_patches.T, torch.arange(3))
+    torch.testing.assert_close(late_interaction_loss(words, patches, own, scale), (to_image + to_text) / 2)
+    torch.testing.assert_close(late_interaction_loss(words, patches, own, scale, "image-to-text"), to_text)
+
+
 def test_anchor_loss_is_zero_at_the_frozen_features_and_two_opposite_them() -> None:
     frozen = features(4, 0)
     assert anchor_loss(frozen, frozen).abs() < 1e-6
@@ -98,7 +114,7 @@ def test_head_loss_counts_real_tokens_only() -> None:
 def test_options_at_their_defaults_leave_configurations_unchanged() -> None:
     """Else the identities of earlier runs would change."""
     config = ModelConfig()
-    assert not {"direction", "temperature"} & config.to_dict()["loss"].keys()
+    assert not {"direction", "temperature", "late"} & config.to_dict()["loss"].keys()
     assert "values" not in config.to_dict()["prompt"]
     assert not {"token_feature", "image_feature"} & config.to_dict()["reweight"].keys()
     for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):

@@ -49,7 +49,9 @@ def changed_model(backbone: Backbone, name: str) -> DCAR:
     return model
 
 
-@pytest.mark.parametrize(("name", "text_is_frozen"), [("lora", False), ("prolip", True), ("flyp", False)])
+@pytest.mark.parametrize(
+    ("name", "text_is_frozen"), [("lora", False), ("prolip", True), ("flyp", False), ("filip", False)]
+)
 @torch.no_grad()
 def test_a_checkpoint_holds_the_merged_model_and_the_shared_backbone_stays(
     name: str, text_is_frozen: bool, backbone: Backbone, pixels: Tensor, tmp_path: Path

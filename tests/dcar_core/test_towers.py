@@ -51,6 +51,7 @@ def test_towers_equal_open_clip_and_take_prompts(name: str, directory: Path, cap
         weighted = text.encode(trimmed, weights=torch.full(trimmed.shape, 1.5))
         assert not torch.allclose(weighted, stock, atol=1e-3)
         assert text.token_features(trimmed).shape == (*trimmed.shape, stock.shape[1])
+        close(text.encode_rows(trimmed)[:, 0], stock)
     check_words_as_prompts(model, text, trimmed[1:])
     check_text_prompts(text, trimmed)
     if image.width:
@@ -84,6 +85,9 @@ def check_image_prompts(image: object, pixels: Tensor) -> None:
     width = image.width  # type: ignore[attr-defined]
     shared = (0.1 * torch.randn(2, 3, width, generator=generator)).requires_grad_()
     rows = 0.1 * torch.randn(2, 2, 3, width, generator=generator)
+    rows_of = image.encode_rows(pixels, shared)  # type: ignore[attr-defined]
+    assert rows_of.shape == (2, 1 + image.patch_grid**2, WIDTH)  # type: ignore[attr-defined]
+    close(rows_of[:, 0], image.encode(pixels, shared))  # type: ignore[attr-defined]
     image.encode(pixels, shared).square().sum().backward()  # type: ignore[attr-defined]
     assert shared.grad is not None
     assert (shared.grad.abs().amax((1, 2)) > 0).all(), "both depths are reached"

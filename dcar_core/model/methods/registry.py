@@ -10,7 +10,7 @@ from dcar_core.util.errors import DcarError, ModelError
 DEFAULT = "query-prompts"  # of `dcar train`, for a model that can run it
 MAX_DEPTH = 128  # more blocks than any tower has
 
-_MODULES = ("baselines", "dcar", "promptsrc", "lora", "prolip", "flyp")
+_MODULES = ("baselines", "dcar", "promptsrc", "lora", "prolip", "flyp", "filip")
 
 METHODS: dict[str, Method] = {
     method.config.method: method for name in _MODULES for method in import_module(f"{__package__}.{name}").METHODS
@@ -50,8 +50,9 @@ def require_runnable(config: ModelConfig, level: str, model: str, context: int) 
     context: token positions behind the start tokens.
     """
     prompt, has_prompts = config.prompt, config.prompt.length > 0
-    needs_text = any(prompt.depths) or config.reweight.train != "none"
+    needs_text = any(prompt.depths) or config.reweight.train != "none" or config.loss.late > 0
     needs_rows = prompt.depths[1] > 0 or config.reweight.image_feature == "patches" or config.adapter.blocks > 0
+    needs_rows = needs_rows or config.loss.late > 0
     if level == "features" and needs_text:
         needed, tower, other = "prompts or token weights", f"the towers of {model} do not take", "clip-adapter"
         raise ModelError(f"{config.method} needs {needed}, which {tower}; use the method {other}")

@@ -45,14 +45,23 @@ class ImageTower:
             prompts: (depth, k, W_v) for all rows or (depth, B, k, W_v) row by row.
             adapters: behind each block; see `PromptRows`.
         """
-        x = self.embed(pixels)
-        rows = PromptRows(prompts, x.shape[1], adapters)
-        return self.project(self.pool(self.run(rows.enter(x, self.entry_norm), rows)))
+        return self.project(self.pool(self._states(pixels, prompts, adapters)))
+
+    def encode_rows(
+        self, pixels: Tensor, prompts: Tensor | None = None, adapters: AdapterMatrices | None = None
+    ) -> Tensor:
+        """Features of the image and of each patch (B, 1 + P, E), not normalized; arguments as in `encode`."""
+        x = self._states(pixels, prompts, adapters)
+        return torch.cat([self.project(self.pool(x))[:, None], self.project_patches(x)], 1)
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         """Each patch's feature in the joint space (B, P, E), not normalized, without prompts."""
+        return self.encode_rows(pixels)[:, 1:]
+
+    def _states(self, pixels: Tensor, prompts: Tensor | None, adapters: AdapterMatrices | None) -> Tensor:
         x = self.embed(pixels)
-        return self.project_patches(self.run(x, PromptRows(None, x.shape[1])))
+        rows = PromptRows(prompts, x.shape[1], adapters)
+        return self.run(rows.enter(x, self.entry_norm), rows)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, class rows + P, W_v), ready for the first block."""

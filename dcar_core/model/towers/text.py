@@ -47,10 +47,15 @@ class TextTower:
         x, tokens, rows = self._states(tokens, prompts, weights)
         return self.project(self.pool(x, tokens, rows))
 
+    def encode_rows(self, tokens: Tensor, prompts: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Features of the text and of every token (B, 1 + n, E), not normalized; arguments as in `encode`."""
+        x, padded, rows = self._states(tokens, prompts, weights)
+        own = self.project(self.finish_rows(rows.leave(x)[:, : tokens.shape[1]]))
+        return torch.cat([self.project(self.pool(x, padded, rows))[:, None], own], 1)
+
     def token_features(self, tokens: Tensor) -> Tensor:
         """Contextual features of every token (B, n, E), not normalized, without prompts."""
-        x, _, _ = self._states(tokens, None, None)
-        return self.project(self.finish_rows(x[:, : tokens.shape[1]]))
+        return self.encode_rows(tokens)[:, 1:]
 
     def _states(
         self, tokens: Tensor, prompts: Tensor | None, weights: Tensor | None
