@@ -171,13 +171,12 @@ def evaluate(
     lr: options.LearningRate = TrainConfig.lr,
     loss: options.Loss = "both",
     prompts: Annotated[
-        PromptValues | None,
-        Option(help="constant: prompts that learn nothing, or in query-prompts, that are equal for all queries."),
+        PromptValues | None, Option(help="constant: prompts learn nothing; those of query-prompts ignore the query.")
     ] = None,
     anchor: Annotated[
-        float | None, Option(min=0, max=100, help="Weight of L_anchor. Default: the method's own, 0 or 1.")
+        float | None, Option(min=0, max=100, help="Weight of L_anchor. Default: the method's own.")
     ] = None,
-    temperature: Annotated[Temperature | None, Option(help="learned: the losses learn CLIP's temperature too.")] = None,
+    temperature: Annotated[Temperature | None, Option(help="learned: the losses learn CLIP's temperature.")] = None,
     shots: Annotated[str, Option(help="Also train on these numbers of pairs per category: 1,2,4,8,16.")] = "",
     unseen_categories: Annotated[
         float, Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
