@@ -103,22 +103,27 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
 
 
 def feedback(index: Path, seconds: float, rounds: int, what: str = "feedback", **settings: Any) -> None:
+    """Compare two servers in turns, new ones in each round: two equal processes may differ by 5 %."""
     texts = [text_request(text) for text in itertools.islice(unique_texts(1), 500)]
     asked = itertools.cycle(texts)
-    with (
-        tempfile.TemporaryDirectory() as log,
-        serving(index, cores={0}, threads=1) as off,
-        serving(index, cores={0}, threads=1, feedback=log, **settings) as on,
-    ):
-        took: dict[Server, list[float]] = {off: [], on: []}
-        for _ in range(rounds + 1):
-            for server in took:
-                began = server.cpu_s()
-                tally = run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=seconds))
-                took[server].append((server.cpu_s() - began) / len(tally.latencies) * 1e6)
-        more = statistics.median(b - a for a, b in zip(took[off][1:], took[on][1:], strict=True))  # the first warms up
-        without = statistics.median(took[off][1:])
-        print(f"{without:.0f} us of CPU for a search, {more:+.1f} with {what} ({more / without:+.1%})")
+    without, more = [], []
+    for _ in range(rounds):
+        with (
+            tempfile.TemporaryDirectory() as log,
+            serving(index, cores={0}, threads=1) as off,
+            serving(index, cores={0}, threads=1, feedback=log, **settings) as on,
+        ):
+            took: dict[Server, list[float]] = {off: [], on: []}
+            for _ in range(4):
+                for server in took:
+                    began = server.cpu_s()
+                    tally = run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=seconds))
+                    took[server].append((server.cpu_s() - began) / len(tally.latencies) * 1e6)
+            without.append(statistics.median(took[off][1:]))  # the first ones warm up
+            more.append(statistics.median(took[on][1:]) - without[-1])
+    cost, error = statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5
+    base = statistics.mean(without)
+    print(f"{base:.0f} us of CPU for a search, {cost:+.1f} (+/- {error:.1f}) with {what} ({cost / base:+.1%})")
 
 
 class Bare:
