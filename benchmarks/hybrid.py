@@ -42,6 +42,7 @@ from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import VECTORS, FaissIndex
 from index_jobs.engines.faiss.kinds import choose_kinds
+from index_jobs.spec import IndexSpec
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
 from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
 
@@ -56,7 +57,7 @@ class Index:
 
     def __init__(self, vectors: FaissIndex, lexical: LexicalIndex) -> None:
         self._vectors, self.lexical, self.rows = vectors, lexical, vectors.count
-        self.manifest = SimpleNamespace(removed=0)
+        self.manifest = SimpleNamespace(removed=0, spec=IndexSpec())
         self.live = np.ones(self.rows, np.bool_)
         self.sample_vectors = self.vectors(spread_rows(np.arange(self.rows)))
 

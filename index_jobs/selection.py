@@ -25,21 +25,33 @@ class Selection:
         filters: of `store.filters`; all must hold.
         hidden: rows that are left out, int64 (m,): removed ones, and those whose fields have changed since.
         added: rows that are found whatever was stored.
+        among: rows outside of which none is found; None for all.
     """
 
     make_mask: Callable[[], Mask]
     filters: tuple[Mapping[str, Any], ...] = ()
     hidden: Rows = field(default_factory=lambda: NO_ROWS)
     added: Rows = field(default_factory=lambda: NO_ROWS)
+    among: Rows | None = None
 
     @cached_property
     def mask(self) -> Mask:
         return self.make_mask()
 
+    def within(self, rows: Rows) -> "Selection":
+        """Return those of some rows."""
+        hidden, added = (each[np.isin(each, rows)] for each in (self.hidden, self.added))
+        return Selection(lambda: self.mask, self.filters, hidden, added, rows)
+
     def part(self, span: range) -> "Selection":
         """Return the rows of a span, numbered from its start."""
-        hidden, added = (r[(r >= span.start) & (r < span.stop)] - span.start for r in (self.hidden, self.added))
-        return Selection(lambda: self.mask[span.start : span.stop], self.filters, hidden, added)
+
+        def inside(rows: Rows) -> Rows:
+            return rows[(rows >= span.start) & (rows < span.stop)] - span.start
+
+        among = None if self.among is None else inside(self.among)
+        hidden, added = inside(self.hidden), inside(self.added)
+        return Selection(lambda: self.mask[span.start : span.stop], self.filters, hidden, added, among)
 
 
 Allowed = Mask | Selection

@@ -9,7 +9,8 @@
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from app.search.plan import Plan
 from app.search.query import Level, Match
 from app.search.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
-from index_jobs.selection import Allowed, to_mask
+from index_jobs.selection import Allowed, Selection
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex
@@ -75,7 +76,7 @@ def hybrid_candidates(
         UnsupportedQueryError: the version has no lexical index.
     """
     lexical = require_words(artifact)
-    mask = live_rows(artifact, allowed)
+    mask = word_rows(artifact, vector, allowed)
     is_text_complete = lexical.count_matches(text) < _TEXT_ROWS
     limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
     text_scores, text_rows = lexical.search(text, limit, mask, by_rare_terms=not is_text_complete)
@@ -88,11 +89,11 @@ def hybrid_candidates(
     near_scores = is_same @ text_scores if is_text_complete else lexical.score(text, near.rows)
     is_far = ~is_same.any(0)
     far_rows = text_rows[is_far]
-    far_cosines = row_vectors(artifact, far_rows) @ vector if len(far_rows) else np.empty(0, np.float32)
+    far_cosines = row_cosines(artifact, vector, far_rows)
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
+    bonus: Any = np.float32(text_bonus(artifact.sample_vectors, vector, weight))
     return Candidates(
-        np.concatenate((near.rows, far_rows)), cosines, scores,
-        cosines + np.float32(text_bonus(artifact.sample_vectors, vector, weight)) * scores,
+        np.concatenate((near.rows, far_rows)), cosines, scores, cosines + bonus * scores,
         near.highest_unseen if is_text_complete else -np.inf, near.highest_unseen_cosine,
     )  # fmt: skip
 
@@ -107,12 +108,27 @@ def require_words(artifact: Artifact) -> LexicalIndex:
     return artifact.lexical
 
 
-def live_rows(artifact: Artifact, allowed: Allowed | None) -> Mask | None:
-    """Return the allowed rows as a mask without the removed ones; None for all rows."""
-    mask = None if allowed is None else to_mask(allowed)
+def word_rows(artifact: Artifact, vector: Floats, allowed: Allowed | None) -> Mask | Callable[[Rows], Mask] | None:
+    """Return the rows that may be found by their words, as `LexicalIndex.search` takes them, without removed ones."""
+    if isinstance(allowed, Selection):
+        return lambda rows: row_cosines(artifact, vector, rows, allowed) > -np.inf
     if not artifact.manifest.removed:
-        return mask
-    return artifact.live if mask is None else mask & artifact.live
+        return allowed
+    return artifact.live if allowed is None else allowed & artifact.live
+
+
+def row_cosines(artifact: Artifact, vector: Floats, rows: Rows, among: Selection | None = None) -> Floats:
+    """Return the cosine of each of these distinct rows, (m,); -inf for one that is not in a selection.
+
+    Raise UnsupportedQueryError if the index keeps no vectors.
+    """
+    if artifact.manifest.spec.is_local or not len(rows):
+        return row_vectors(artifact, rows) @ vector
+    cosines, order = np.full(len(rows), -np.inf, np.float32), np.argsort(rows)
+    scores, found = artifact.search(vector[None], len(rows), (among or Selection(lambda: artifact.live)).within(rows))
+    is_found = found[0] >= 0
+    cosines[order[np.searchsorted(rows, found[0][is_found], sorter=order)]] = scores[0][is_found]
+    return cosines
 
 
 def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, allowed: Allowed | None = None) -> list[Match]:

@@ -24,11 +24,12 @@ from app.search.rank import (
     contained_share,
     find_levels,
     fold_matches,
-    live_rows,
     require_words,
+    row_cosines,
     vector_candidates,
+    word_rows,
 )
-from app.search.rows import field_values, group_field, row_vectors
+from app.search.rows import field_values, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.selection import Allowed
@@ -129,13 +130,13 @@ def _find_matches(
     rows, cosines, scores = near.rows, near.cosines, lexical.score(text, near.rows)
     if plan.min_score is None:
         contained = contained_share(artifact, text)[0] if levels is None else levels.contained
-        text_scores, text_rows = lexical.search(text, MAX_SORTED, live_rows(artifact, allowed))
+        text_scores, text_rows = lexical.search(text, MAX_SORTED, word_rows(artifact, vector, allowed))
         is_complete &= len(text_rows) < MAX_SORTED or bool(text_scores[-1] < contained)
         is_added = (text_scores >= contained) & ~np.isin(text_rows, rows)
         if is_added.any():
             added = text_rows[is_added]
             rows, scores = np.concatenate((rows, added)), np.concatenate((scores, text_scores[is_added]))
-            cosines = np.concatenate((cosines, row_vectors(artifact, added) @ vector))
+            cosines = np.concatenate((cosines, row_cosines(artifact, vector, added)))
     near = near._replace(rows=rows, cosines=cosines, text_scores=scores, rank_scores=cosines + bonus * scores)
     return near, levels, is_complete
 

@@ -17,6 +17,7 @@ from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableErro
 from index_jobs.engines.protocol import load_engine
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
+from index_jobs.selection import Selection
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.parts import needs
@@ -204,6 +205,19 @@ def test_settings_reach_the_server(build: Build, server: QdrantServer) -> None:
     assert "caption" not in indexes
     searches = [body["searches"][0] for _, path, body in server.calls if path.endswith("/batch")]
     assert {each["params"]["hnsw_ef"] for each in searches} == {77}
+
+
+def test_given_rows_are_compared_exactly(build: Build, server: QdrantServer, tmp_path: Path) -> None:
+    build(engine=f"qdrant={server.url}?quantization=int8", kind="hnsw")
+    artifact, rows = open_current(tmp_path / "index"), np.array([17, 3, 9])
+    selection = Selection(lambda: artifact.live, ({"color": {"not": "mauve"}},), hidden=np.array([3, 20]))
+    scores, found = artifact.search(artifact.vectors(np.array([9])), 3, selection.within(rows))
+    assert found[0].tolist() == [9, 17, -1]
+    np.testing.assert_allclose(scores[0][:2], artifact.vectors(found[0][:2]) @ artifact.vectors(rows[2:])[0], atol=1e-6)
+    sent = next(body["searches"][0] for _, path, body in reversed(server.calls) if path.endswith("/batch"))
+    assert sent["params"]["exact"] is True
+    assert sent["filter"]["must"][-1] == {"has_id": [17, 3, 9]}
+    assert sent["filter"]["must_not"] == [{"has_id": [3]}]
 
 
 def test_the_width_of_a_graph_is_tuned(build: Build, server: QdrantServer, tmp_path: Path) -> None:

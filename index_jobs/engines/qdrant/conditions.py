@@ -35,10 +35,14 @@ def payload_keys(names: Iterable[str]) -> dict[str, str]:
 def to_conditions(allowed: Allowed, fields: Mapping[str, Sequence[str]]) -> models.Filter:
     """Return the conditions of rows. fields: key and Arrow type of each stored field."""
     if isinstance(allowed, Selection):
+        among = allowed.among
         try:
             parts: list[Any] = [_all_of(filter, fields) for filter in allowed.filters]
         except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
-            return to_conditions(allowed.mask, fields)
+            if among is None:
+                return to_conditions(allowed.mask, fields)
+            return models.Filter(must=[_rows(among[allowed.mask[among]])])
+        parts += [] if among is None else [_rows(among)]
         found = models.Filter(must=parts, must_not=[_rows(allowed.hidden)] if len(allowed.hidden) else None)
         return models.Filter(should=[found, _rows(allowed.added)]) if len(allowed.added) else found
     hidden = np.flatnonzero(~allowed)

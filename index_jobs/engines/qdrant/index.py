@@ -21,7 +21,7 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, MissingExtraError, StoreUnavailableError
 from index_jobs.engines.protocol import ScoredRows
-from index_jobs.selection import Allowed
+from index_jobs.selection import Allowed, Selection
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -95,11 +95,13 @@ class QdrantIndex:
         from index_jobs.engines.qdrant.conditions import to_conditions
 
         conditions = None if mask is None else to_conditions(mask, self._fields)
-        parameters = None
+        parameters, is_among = None, isinstance(mask, Selection) and mask.among is not None
         if not self._is_local:  # it has none
             rescoring = models.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING)
             parameters = models.SearchParams(
-                hnsw_ef=self.ef, exact=self.ef is None, quantization=rescoring if self._is_quantized else None
+                hnsw_ef=self.ef,
+                exact=self.ef is None or is_among,
+                quantization=rescoring if self._is_quantized else None,
             )
         rows = np.full((len(vectors), k), -1, np.int64)
         scores = np.full((len(vectors), k), -np.inf, np.float32)
