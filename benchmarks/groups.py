@@ -22,7 +22,7 @@ import numpy as np
 from app.search.plan import Plan
 from app.search.query import Query
 from app.search.rank import rank
-from app.search.rows import GroupField, rank_groups
+from app.search.rows import GroupField, first_rows, rank_groups
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex
@@ -57,13 +57,13 @@ def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
         built = build_index(Path(folder) / "index", lambda: iter([vectors]), count, dim, choices)
         index = FaissIndex.open(Path(folder) / "index")
     artifact: Any = SimpleNamespace(search=index.search, vectors=index.vectors, rows=index.count)
-    groups = GroupField("product", products, list(range(int(products.max()) + 1)), np.bincount(products))
+    groups = GroupField(products, list(range(int(products.max()) + 1)), np.bincount(products))
     recalls, times = [], []
     faiss.omp_set_num_threads(1)
     plan = Plan(Query())
     for vector in queries:
         order = np.argsort(-(vectors @ vector), kind="stable")
-        exact_rows, exact_groups = order[:K], products[groups.first_rows(order)[:K]]
+        exact_rows, exact_groups = order[:K], products[first_rows(groups, order)[:K]]
         started = time.perf_counter()
         rows = rank(artifact, vector, plan, K)
         between = time.perf_counter()

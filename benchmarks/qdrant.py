@@ -1,10 +1,11 @@
-"""Latency and recall of searches with filters, in Qdrant and in a FAISS file, printed as a Markdown table.
+"""Latency and recall of searches with filters, in Qdrant and in a FAISS file, printed as Markdown tables.
 
     python benchmarks/qdrant.py http://HOST:6333        a server; benchmarks/qdrant.sh also runs the tests there
     python benchmarks/qdrant.py core                    Qdrant's own core in this process: the extra stacks
 
 - The collection is created, filled and tuned by the engine, as `dcar index build` does, and dropped at the end.
 - Filters are conditions for Qdrant and a mask for FAISS, whose time does not include making the mask.
+- The second table compares other parts of a search in Qdrant with what they take over rows and columns at hand.
 - `index_material.py` describes the vectors; --vectors and --queries take your own.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from index_material import Clusters
 
 from dcar_core.util.arrays import Floats, Mask, Rows
@@ -27,11 +30,13 @@ from index_jobs.engines.measure import NEIGHBOURS
 from index_jobs.engines.protocol import HeldOutQueries, NewIndex, load_engine
 from index_jobs.engines.qdrant import engine as qdrant_engine
 from index_jobs.engines.qdrant import index as qdrant_index
+from index_jobs.engines.qdrant.conditions import stored_conditions
 from index_jobs.selection import Selection
 from index_jobs.spec import IndexSpec
 
 CATEGORIES, BRANDS = 8, 200  # so that a filter allows 12.5 % and 0.5 % of the rows
-TIMED = 300
+IMAGES = 5  # of each product
+TIMED, PART_ROWS, PART_TIMES = 300, 512, 7
 
 
 def use_core(folder: Path) -> str:
@@ -63,6 +68,43 @@ def measure(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> st
     return "{:.2f} / {:.2f} / {:.3f}".format(*np.percentile(times, [50, 99]), hits / truth.size)
 
 
+def measure_parts(index: Any, fields: pa.Table, query: Floats) -> list[str]:
+    """Return the rows of a table: p50 of parts of a search among the rows of one kind, in Qdrant and here."""
+    client, name, count = index._client, index._name, index.count
+    mask = pc.equal(fields["kind"], "k1").to_numpy()
+    some = Selection(lambda: mask, ({"kind": "k1"},))
+    conditions = stored_conditions(some, {"kind": ("kind", "string")})
+    rows = np.random.default_rng(1).choice(count, PART_ROWS, replace=False)
+    sizes = fields["product"].filter(mask).unique()[:10].to_pylist()
+
+    def group_table() -> Any:
+        encoded = fields["product"].dictionary_encode().combine_chunks()
+        codes, values = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+        return np.bincount(codes[mask], minlength=len(values))
+
+    def facet(field: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        column = fields[field]
+        return (
+            lambda: client.facet(name, field, conditions, 100, exact=True),
+            lambda: pc.value_counts(column.filter(pc.equal(fields["kind"], "k1"))),
+        )
+
+    parts = {
+        f"cosines of {PART_ROWS} rows": (
+            lambda: index.search(query, PART_ROWS, Selection(lambda: mask).within(rows)),
+            lambda: index.vectors(rows) @ query[0],
+        ),
+        "sizes of 10 groups": (lambda: index.stored_counts("product", sizes, some), group_table),
+        f"counts of {BRANDS} values": facet("brand"),
+        f"counts of {len(fields['product'].unique())} values": facet("product"),
+    }
+
+    def median(way: Callable[[], Any]) -> str:
+        return f"{1000 * np.median(timeit.repeat(way, number=1, repeat=PART_TIMES)):.2f}"
+
+    return [f"| {label} | {' | '.join(map(median, ways))} |" for label, ways in parts.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("location", help="URL of a server, with settings, or core")
@@ -80,6 +122,7 @@ def main() -> None:
         "id": [str(row) for row in range(len(vectors))],
         **dict.fromkeys(("caption", "category"), [""] * len(vectors)),
         "kind": [f"k{each % CATEGORIES}" for each in number], "brand": [f"b{each % BRANDS}" for each in number],
+        "product": [f"product {each // IMAGES}" for each in number],
     })  # fmt: skip
     filters = {"12.5 %": ("kind", number % CATEGORIES == 1), "0.5 %": ("brand", number % BRANDS == 1)}
     timed = queries[1::2][:TIMED]
@@ -109,7 +152,10 @@ def main() -> None:
                 )
             label = f"{name.partition('=')[0]}, {created.measured['parameters']}"
             print(f"| {label} | {created.measured['build_seconds']} s | {' | '.join(cells)} |", flush=True)
+            if name != "faiss":
+                parts = measure_parts(index, fields, timed[:1])
             engine.sync(folder, 0)  # drops the collection, which no version names
+    print("\n| p50 ms | in Qdrant | here |\n| --- | ---: | ---: |", *parts, sep="\n")
 
 
 if __name__ == "__main__":

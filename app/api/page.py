@@ -25,7 +25,7 @@ from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import Problem
 from app.middleware.access import Policy
 from app.search.facets import count_facets, count_values
-from app.search.rows import filter_mask, group_field
+from app.search.rows import filter_rows, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
@@ -96,7 +96,7 @@ def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | No
     """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
     groups = group_field(snapshot, snapshot.artifact.manifest.spec.group_field)
     rows = [row for item in page if (row := snapshot.artifact.row_of(item.id)) is not None]
-    return groups.shown(rows, filter_mask(snapshot, filter) if filter else None)
+    return groups.shown(rows, filter_rows(snapshot, filter) if filter else None)
 
 
 @routes.add("GET", "/ui/browse", _PRIVATE)

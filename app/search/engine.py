@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from app.core.settings import Settings
@@ -145,10 +146,8 @@ def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed |
     if not plan.group_by:
         return rank(snapshot.artifact, vector, plan, plan.depth, allowed)
     groups = group_field(snapshot, plan.group_by)
-    if allowed is None and not snapshot.artifact.manifest.spec.is_local:
-        allowed = filter_rows(snapshot, {})  # conditions, to which those of groups are added
     if plan.excluded_rows:  # a mask costs less: excluded rows widen the search
-        allowed = groups.outside(groups.codes[[*plan.excluded_rows]], allowed)
+        allowed = groups.outside(groups.codes_of(np.fromiter(plan.excluded_rows, np.int64)), allowed)
         plan = replace(plan, excluded_rows=frozenset())
     return rank_groups(partial(rank, snapshot.artifact, vector, plan), plan.depth, groups, allowed)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.search.rows import GroupField, field_values, filter_rows, group_field, mask_key
+from app.search.rows import Groups, field_values, filter_rows, group_field, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.selection import to_mask
@@ -71,7 +71,7 @@ def is_exact_index(artifact: Artifact) -> bool:
 
 
 def count_values(
-    artifact: Artifact, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
+    artifact: Artifact, name: str, mask: Mask, groups: Groups | None = None, limit: int = MAX_VALUES
 ) -> Facet:
     """Return the values of a field with their counts, the most frequent first; ranges in their order.
 
@@ -87,7 +87,7 @@ def count_values(
         chosen = pc.list_flatten(chosen)
     present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
     chosen, rows = chosen.drop_null(), rows[present]
-    owners = rows if groups is None else groups.codes[rows]
+    owners = rows if groups is None else groups.codes_of(rows)
     if is_list or groups is not None:  # a list may repeat a value, and a group has several rows
         pairs = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])
         chosen, owners = pairs["value"], pairs["owner"].to_numpy()

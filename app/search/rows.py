@@ -6,6 +6,8 @@
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from app.search.query import Match
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
-from index_jobs.selection import EMPTY_IS_MISSING, Allowed, Selection, to_mask
+from index_jobs.selection import EMPTY_IS_MISSING, NO_ROWS, Allowed, Selection, to_mask
 from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 
@@ -60,13 +62,14 @@ def row_vectors(artifact: Artifact, rows: Rows | list[int]) -> Floats:
         raise UnsupportedQueryError(message) from None
 
 
-def field_values(artifact: Artifact, name: str, option: str) -> pa.ChunkedArray:
-    """Return a field of every row, null where an item has none; an empty caption or category counts as missing.
+def field_values(artifact: Artifact, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
+    """Return a field of every row, or of some, ascending; null where an item has none.
 
-    Raise InvalidQueryError if there is no such field; `option` is the part of the query that names it.
+    An empty caption or category counts as missing. Raise InvalidQueryError if there is no such field; `option` is the
+    part of the query that names it.
     """
     try:
-        column = artifact.column(name)
+        column = artifact.column(name, rows)
     except DataError as error:
         raise InvalidQueryError(option, str(error)) from None
     return pc.if_else(pc.equal(column, ""), None, column) if name in EMPTY_IS_MISSING else column
@@ -77,16 +80,18 @@ class GroupField:
     """The groups of all rows.
 
     Attributes:
-        name: of the field.
         codes: number of each row's group, int64 (rows,).
         values: value of each numbered group; rows without a value have higher numbers.
         counts: number of live rows of each numbered group.
     """
 
-    name: str
     codes: Rows
     values: list[Any]
     counts: Rows
+
+    def codes_of(self, rows: Rows) -> Rows:
+        """Return the number of each row's group."""
+        return self.codes[rows]
 
     def shown(self, rows: list[int], allowed: Allowed | None) -> list[dict[str, Any]]:
         """Return the value of each row's group, None without one, and its number of allowed rows, None for all."""
@@ -99,54 +104,114 @@ class GroupField:
             for code in self.codes[rows].tolist()
         ]
 
-    def first_rows(self, rows: Rows) -> Rows:
-        """Return the first row of each group, in the order of the given rows."""
-        _, places = np.unique(self.codes[rows], return_index=True)
-        return rows[np.sort(places)]
-
     def outside(self, codes: Rows, allowed: Allowed | None) -> Allowed:
         """Return the allowed rows, None for all rows, that are in none of the numbered groups."""
-        if not isinstance(allowed, Selection):
-            others = ~np.isin(self.codes, codes)
-            return others if allowed is None else others & allowed
-        given, count = allowed, len(self.values)
-        return Selection(
-            lambda: given.mask & ~np.isin(self.codes, codes),
-            (*given.filters, {self.name: {"not": [self.values[code] for code in codes[codes < count].tolist()]}}),
-            np.union1d(given.hidden, codes[codes >= count] - count),
-            given.added[~np.isin(self.codes[given.added], codes)],
-        )
+        others = ~np.isin(self.codes, codes)
+        return others if allowed is None else others & to_mask(allowed)
 
 
-def group_field(snapshot: Snapshot, name: str) -> GroupField:
+class StoredGroups:
+    """The groups of a field that the engine keeps, as `GroupField`, for one request. Only rows that it meets are read.
+
+    A group's number is the place of its value among those met; a row without a value adds its own to that of all rows.
+    """
+
+    def __init__(self, snapshot: Snapshot, name: str) -> None:
+        self._snapshot, self._artifact, self._name = snapshot, snapshot.artifact, name
+        self._total, self._numbers = snapshot.artifact.rows, dict[Any, int]()
+        _single_values(self._artifact, name, NO_ROWS)
+
+    def codes_of(self, rows: Rows) -> Rows:
+        order = np.argsort(rows)
+        encoded = _single_values(self._artifact, self._name, rows[order]).dictionary_encode().combine_chunks()
+        values = (math.nan if value != value else value for value in encoded.dictionary.to_pylist())
+        numbers = [self._numbers.setdefault(value, len(self._numbers)) for value in values]
+        codes: Rows = rows + self._total
+        present = order[encoded.is_valid().to_numpy(zero_copy_only=False)]
+        codes[present] = np.array(numbers, np.int64)[encoded.indices.drop_null().to_numpy()]
+        return codes
+
+    def shown(self, rows: list[int], allowed: Allowed | None) -> list[dict[str, Any]]:
+        given, codes = self._selection(allowed), self.codes_of(np.array(rows, np.int64))
+        values, counted = self._values(codes), given.added
+        counts = self._artifact.stored_counts(self._name, values, given)
+        if counts is None:
+            counted = np.flatnonzero(given.mask & filters.match_rows(self._artifact, {self._name: values}))
+        others = Counter(self.codes_of(counted).tolist())
+        groups = {
+            (code := self._numbers[value]): {"value": value, "count": (counts or {}).get(value, 0) + others[code]}
+            for value in values
+        }
+        return [groups.get(code, {"value": None, "count": 1}) for code in codes.tolist()]
+
+    def outside(self, codes: Rows, allowed: Allowed | None) -> Allowed:
+        given, alone = self._selection(allowed), codes[codes >= self._total] - self._total
+        condition = {self._name: {"not": self._values(codes)}}
+
+        def make_mask() -> Mask:
+            mask = given.mask & filters.match_rows(self._artifact, condition)
+            mask[alone] = False
+            return mask
+
+        added = given.added[~np.isin(self.codes_of(given.added), codes)]
+        return Selection(make_mask, (*given.filters, condition), np.union1d(given.hidden, alone), added)
+
+    def _selection(self, allowed: Allowed | None) -> Selection:
+        selection = filter_rows(self._snapshot, {}) if allowed is None else allowed
+        assert isinstance(selection, Selection)
+        return selection
+
+    def _values(self, codes: Rows) -> list[Any]:
+        """Return the values of numbered groups, those without one left out."""
+        values = [*self._numbers]
+        return [values[code] for code in np.unique(codes[codes < self._total]).tolist()]
+
+
+Groups = GroupField | StoredGroups
+
+
+def first_rows(groups: Groups, rows: Rows) -> Rows:
+    """Return the first row of each group, in the order of the given rows."""
+    _, places = np.unique(groups.codes_of(rows), return_index=True)
+    return rows[np.sort(places)]
+
+
+def group_field(snapshot: Snapshot, name: str) -> Groups:
     """Return a field's groups. Raise InvalidQueryError if there is no such field, or if it holds lists."""
+    if not snapshot.artifact.manifest.spec.is_local:
+        return StoredGroups(snapshot, name)
 
     def read() -> GroupField:
-        column = field_values(snapshot.artifact, name, "group_by")
-        if pa.types.is_list(column.type):
-            raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
-        encoded = column.dictionary_encode().combine_chunks()
+        encoded = _single_values(snapshot.artifact, name).dictionary_encode().combine_chunks()
         values = encoded.dictionary.to_pylist()
         codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         alone = np.flatnonzero(codes < 0)
         codes[alone] = len(values) + alone
         counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
-        return GroupField(name, codes, values, counts)
+        return GroupField(codes, values, counts)
 
     groups: GroupField = snapshot.groups.find(name, read)
     return groups
 
 
+def _single_values(artifact: Artifact, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
+    column = field_values(artifact, name, "group_by", rows)
+    if pa.types.is_list(column.type):
+        raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
+    return column
+
+
 def rank_groups(
-    search: Callable[[int, Allowed | None], list[Match]], count: int, groups: GroupField, allowed: Allowed | None
+    search: Callable[[int, Allowed | None], list[Match]], count: int, groups: Groups, allowed: Allowed | None
 ) -> list[Match]:
     """Return the best row of each of the `count` best groups. search: returns so many of the best allowed rows."""
     best: dict[int, Match] = {}
     remaining = allowed
     while (found := len(best)) < count:
         rows = search(_ROWS_PER_GROUP * (count - found), remaining)
-        for ranked in rows:
-            best.setdefault(int(groups.codes[ranked.row]), ranked)
+        codes = groups.codes_of(np.array([ranked.row for ranked in rows], np.int64))
+        for code, ranked in zip(codes.tolist(), rows, strict=True):
+            best.setdefault(code, ranked)
         if len(best) == found:
             break
         remaining = groups.outside(np.fromiter(best, np.int64), allowed)

@@ -54,22 +54,30 @@ class SortOrder:
 
 
 def sort_order(snapshot: Snapshot, sort: str) -> SortOrder:
-    """Return the order of a field, see `plan.require_sortable`; it is cached.
-
-    Texts are in order regardless of case, and "" counts as missing.
-    """
-
-    def read() -> SortOrder:
-        column = field_values(snapshot.artifact, sort.removeprefix("-"), "sort")
-        if pa.types.is_string(column.type):
-            column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
-        elif pa.types.is_floating(column.type):
-            column = pc.if_else(pc.is_nan(column), None, column)
-        direction = "descending" if sort.startswith("-") else "ascending"
-        return SortOrder(pc.rank(column, direction, tiebreaker="dense").to_numpy().astype(np.int32))
-
-    order: SortOrder = snapshot.orders.find(sort, read)
+    """Return the order of a field, see `plan.require_sortable`; it is cached."""
+    order: SortOrder = snapshot.orders.find(sort, lambda: SortOrder(_read_places(snapshot.artifact, sort)))
     return order
+
+
+def places_of(snapshot: Snapshot, sort: str, rows: Rows) -> Rows:
+    """Return the places of rows in the order of a field; where the engine keeps the fields, among these rows."""
+    if snapshot.artifact.manifest.spec.is_local:
+        return sort_order(snapshot, sort).places[rows]
+    order, places = np.argsort(rows), np.empty(len(rows), np.int64)
+    places[order] = _read_places(snapshot.artifact, sort, rows[order])
+    return places
+
+
+def _read_places(artifact: Artifact, sort: str, rows: Rows | None = None) -> Rows:
+    """Return the places of all rows, or of some, ascending. Texts are in order regardless of case; "" is missing."""
+    column = field_values(artifact, sort.removeprefix("-"), "sort", rows)
+    if pa.types.is_string(column.type):
+        column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
+    elif pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    direction = "descending" if sort.startswith("-") else "ascending"
+    places: Rows = pc.rank(column, direction, tiebreaker="dense").to_numpy().astype(np.int32)
+    return places
 
 
 def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> Found:
@@ -81,12 +89,12 @@ def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowe
         SearchError: a field cannot group or be counted, or the index keeps no vectors or words.
     """
     artifact, query = snapshot.artifact, plan.query
-    order, groups = sort_order(snapshot, query.sort), group_field(snapshot, plan.group_by) if plan.group_by else None
+    groups = group_field(snapshot, plan.group_by) if plan.group_by else None
     found, levels, is_complete = _find_matches(artifact, plan, vector, allowed)
-    keys = found.rows if groups is None else groups.codes[found.rows]
     excluded = np.fromiter(plan.excluded_rows, np.int64)
-    is_excluded = np.isin(keys, excluded if groups is None else groups.codes[excluded])
-    sequence = np.lexsort((found.rows, -found.rank_scores, order.places[found.rows]))
+    keys, excluded = (rows if groups is None else groups.codes_of(rows) for rows in (found.rows, excluded))
+    is_excluded = np.isin(keys, excluded)
+    sequence = np.lexsort((found.rows, -found.rank_scores, places_of(snapshot, query.sort, found.rows)))
     sequence = sequence[~is_excluded[sequence]]
     matched = np.zeros(artifact.rows, np.bool_)
     matched[found.rows[sequence]] = True

@@ -20,7 +20,7 @@ from app.search import engine
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError
 from app.search.plan import require_sortable, row_of
 from app.search.query import Query, SearchResults
-from app.search.rows import group_field
+from app.search.rows import first_rows, group_field
 from app.search.snapshots import Snapshot
 from app.search.sorting import sort_order
 from app.service.batching import Admission, together
@@ -112,7 +112,7 @@ class Retriever:
             order = sort_order(snapshot, sort).rows if sort else None
             rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
             if name and len(rows):
-                rows = group_field(snapshot, name).first_rows(rows)
+                rows = first_rows(group_field(snapshot, name), rows)
             return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
 
         async with self._admission():

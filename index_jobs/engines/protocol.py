@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dcar_core.util.arrays import Blocks, Floats, Rows
 from dcar_core.util.errors import DataError
-from index_jobs.selection import Allowed
+from index_jobs.selection import Allowed, Selection
 from index_jobs.spec import IndexSpec
 
 ENGINES = {
@@ -83,6 +83,17 @@ class VectorIndex(Protocol):
 
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind."""
+        ...
+
+
+class FieldIndex(VectorIndex, Protocol):
+    """What an engine opens that keeps the fields of rows: searches give it conditions, and it counts values."""
+
+    def stored_counts(self, field: str, values: list[Any], selection: Selection) -> dict[Any, int] | None:
+        """Return how many rows of a selection were stored with each of some values; None if the engine cannot tell.
+
+        Rows that the selection adds are not counted.
+        """
         ...
 
 

@@ -13,12 +13,13 @@ import errno
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,10 +28,10 @@ import pyarrow as pa
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError
 from dcar_core.util.files import atomic_writer, sha256_of
-from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
+from index_jobs.engines.protocol import FieldIndex, ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
 from index_jobs.selection import NO_ROWS, Allowed, Selection
-from index_jobs.store.items import Items, common_type, typed_array
+from index_jobs.store.items import Items, common_type, take_rows, typed_array
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
 from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
@@ -244,6 +245,16 @@ class Artifact:
             rows.append(np.where(positions >= 0, positions + span.start, -1))
         return merge_top_k(scores, rows, k)
 
+    def stored_counts(self, name: str, values: list[Any], selection: Selection) -> dict[Any, int] | None:
+        """As `FieldIndex.stored_counts`, whose engine the version has."""
+        counts = Counter[Any]()
+        for segment, span in zip(self.segments, self._spans, strict=True):
+            part = cast(FieldIndex, segment.vectors).stored_counts(name, values, selection.part(span))
+            if part is None:
+                return None
+            counts.update(part)
+        return counts
+
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
 
@@ -292,14 +303,20 @@ class Artifact:
         """Arrow types of the fields that `column` accepts: id, caption, category and the metadata fields."""
         return {name: str(field_type) for name, field_type in self._types.items()}
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        """Return one field of every row, null where an item lacks it. Raise DataError if no segment has the field."""
+    def column(self, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
+        """Return one field of every row, or of some, ascending; null where an item lacks it.
+
+        Raise DataError if no segment has the field.
+        """
         if name not in self._types:
             raise DataError(f"no item has the field {name!r}; there are: {', '.join(sorted(self.fields))}")
         target = self._types[name]
         chunks = list[pa.Array]()
-        for items in (segment.items for segment in self.segments):
-            column = items.column(name) if name in items.fields else pa.chunked_array([pa.nulls(len(items), target)])
+        for items, span in zip((segment.items for segment in self.segments), self._spans, strict=True):
+            table = pa.table({name: items.column(name) if name in items.fields else pa.nulls(len(items), target)})
+            if rows is not None:
+                table = take_rows(table, rows[(rows >= span.start) & (rows < span.stop)] - span.start)
+            column = table[name]
             chunks += column.chunks if column.type == target else [typed_array(column.to_pylist(), target)]
         return pa.chunked_array(chunks, target)
 

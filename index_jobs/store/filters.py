@@ -23,7 +23,6 @@ from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import replace_surrogates
 from index_jobs.selection import EMPTY_IS_MISSING, Selection
-from index_jobs.store.items import take_rows
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Artifact
@@ -77,7 +76,7 @@ class _Chosen:
         self.fields, self.rows, self.live = artifact.fields, len(rows), artifact.live[rows]
 
     def column(self, name: str) -> pa.ChunkedArray:
-        return take_rows(pa.table({name: self._artifact.column(name)}), self._rows)[name]
+        return self._artifact.column(name, self._rows)
 
 
 def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:

@@ -158,7 +158,8 @@ def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
     chosen, start = [], first
     for batch in table.slice(first, int(rows[-1]) + 1 - first if len(rows) else 0).to_batches():
         low, high = np.searchsorted(rows, [start, start + len(batch)])
-        chosen.append(batch.take(pa.array(rows[low:high] - start)))
+        if low < high:
+            chosen.append(batch.take(pa.array(rows[low:high] - start)))
         start += len(batch)
     return pa.Table.from_batches(chosen, table.schema)
 

@@ -221,10 +221,10 @@ async def test_browsing_filters_and_sorts(photos: Path) -> None:
 async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, column = list[str](), Artifact.column
 
-    def in_thread(artifact: Artifact, name: str) -> Any:
+    def in_thread(artifact: Artifact, name: str, *rows: Any) -> Any:
         names.append(name)
         assert threading.current_thread() is not threading.main_thread()
-        return column(artifact, name)
+        return column(artifact, name, *rows)
 
     monkeypatch.setattr(Artifact, "column", in_thread)
     for path in ("/ui/browse?sort=price", "/ui/catalogue"):

@@ -93,7 +93,7 @@ def test_a_facet_of_different_texts_needs_little_memory() -> None:
         np.ones((count, 1), np.float32), name=[f"item {number:06d}" for number in range(count)]
     )
     column, mask = artifact.column("name"), np.ones(count, np.bool_)
-    artifact.column = lambda _: column
+    artifact.column = lambda *_: column
     tracemalloc.start()
     try:
         facet = count_values(artifact, "name", mask)

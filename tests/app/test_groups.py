@@ -15,7 +15,7 @@ from app.search.facets import count_values
 from app.search.plan import Plan
 from app.search.query import Query
 from app.search.rank import rank
-from app.search.rows import group_field, rank_groups
+from app.search.rows import first_rows, group_field, rank_groups
 from app.search.snapshots import Recent
 from tests.support.ranking import ArtifactStub, first_of_each, snapshot_of, unit
 
@@ -38,7 +38,7 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> N
         for size in (1, 5, 24, len(expected), len(expected) + 5):
             assert [each.row for each in rank_groups(search, size, groups, mask)] == expected[:size]
         allowed = np.ones(count, np.bool_) if mask is None else mask
-        assert groups.first_rows(np.flatnonzero(allowed)).tolist() == first_of_each(
+        assert first_rows(groups, np.flatnonzero(allowed)).tolist() == first_of_each(
             np.flatnonzero(allowed).tolist(), values
         )
         sizes = Counter(value for value, inside in zip(values, allowed.tolist(), strict=True) if inside)

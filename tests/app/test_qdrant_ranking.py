@@ -15,9 +15,11 @@ from PIL import Image
 
 from app.search import Index
 from app.search.errors import SearchError
+from dcar_core.util.arrays import Rows
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
+from index_jobs.store.artifact import Artifact
 from index_jobs.store.changes import change_metadata
 from tests.support.parts import needs
 from tests.support.qdrant_server import running_server
@@ -194,6 +196,28 @@ def test_filters_are_conditions_and_no_lists_of_rows(
     assert '"key":"price","range":{"gt":6.0}' in sent[0]
     assert '"key":"brand","match":{"any":["lynx","12"]}' in sent[0]
     assert [ids[row] for row in built["should"][1]["has_id"]] == ["n3"], "its changed price fits"
+
+
+def test_searches_read_only_the_rows_that_they_meet(
+    opened: tuple[Index, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words, groups with their sizes, and sorting: none makes a mask or reads a field of every item."""
+    read, there = Artifact.column, opened[1]
+
+    def column(self: Artifact, name: str, rows: Rows | None = None) -> Any:
+        assert rows is not None, name
+        return read(self, name, rows)
+
+    requests: list[dict[str, Any]] = [
+        {"query": "soft red lion", "hybrid": True, "filter": {"price": {"gte": 5}}, "group_by": "brand"},
+        {"query": "lynx", "hybrid": True, "group_by": "stock", "more_like": ["n8"]},
+        {"query": "lynx", "sort": "-brand", "min_score": -1, "hybrid": True, "filter": {"sale": True}, "group_by": ""},
+    ]
+    expected = [response(opened[0], request) for request in requests]
+    monkeypatch.setattr(Artifact, "column", column)
+    monkeypatch.setattr("index_jobs.store.filters.match_rows", None)
+    assert [response(there, request) for request in requests] == expected
+    assert all(found[0] for found in expected)
 
 
 @pytest.mark.parametrize("condition", ["cheap", {"not": "cheap"}, {"gt": "c"}])

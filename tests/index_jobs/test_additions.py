@@ -145,6 +145,8 @@ def test_a_field_of_the_index_does_not_become_text(index: Path, tmp_path: Path) 
     artifact = open_current(index)
     assert artifact.fields == before | {"price": "double"}
     assert artifact.column("price").to_pylist()[-3:] == [5.0, 6.5, None]
+    last = np.arange(artifact.rows - 2, artifact.rows)
+    assert artifact.column("price", last).to_pylist() == [6.5, None]
     assert match_rows(artifact, {"price": {"gt": 5}}).sum() == 1
 
 

@@ -82,6 +82,13 @@ class CoreClient:
 
         return models.CountResult(count=self._shards[name].count(self._core.CountRequest(exact=True)))
 
+    def facet(self, name: str, key: str, conditions: Any, limit: int, exact: bool) -> Any:
+        from qdrant_client import models
+
+        filter = self._condition(conditions) if conditions else None
+        hits = self._shards[name].facet(self._core.FacetRequest(key, limit, exact, filter)).hits
+        return models.FacetResponse(hits=[models.FacetValueHit(value=hit.value, count=hit.count) for hit in hits])
+
     def retrieve(self, name: str, ids: Any, **_: Any) -> Any:
         from qdrant_client import models
 

@@ -107,6 +107,9 @@ class QdrantServer:
                 return done
             case "POST/points/count":
                 return client.count(name).model_dump()
+            case "POST/facet":
+                request = models.FacetRequest(**body)
+                return client.facet(name, request.key, request.filter, request.limit, request.exact).model_dump()
             case "POST/points":
                 points = client.retrieve(name, body["ids"], with_payload=False, with_vectors=True)
                 return [point.model_dump(mode="json") for point in points]

@@ -35,7 +35,7 @@ class ArtifactStub:
         self._columns = columns
         self.sample_vectors = vectors[:50]
 
-    def column(self, name: str) -> pa.ChunkedArray:
+    def column(self, name: str, rows: None = None) -> pa.ChunkedArray:
         if name not in self._columns:
             raise DataError(f"no item has the field {name!r}")
         half = self.rows // 2

@@ -35,20 +35,26 @@ def payload_keys(names: Iterable[str]) -> dict[str, str]:
 def to_conditions(allowed: Allowed, fields: Mapping[str, Sequence[str]]) -> models.Filter:
     """Return the conditions of rows. fields: key and Arrow type of each stored field."""
     if isinstance(allowed, Selection):
-        among = allowed.among
-        try:
-            parts: list[Any] = [_all_of(filter, fields) for filter in allowed.filters]
-        except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
+        found, among = stored_conditions(allowed, fields), allowed.among
+        if found is None:
             if among is None:
                 return to_conditions(allowed.mask, fields)
             return models.Filter(must=[_rows(among[allowed.mask[among]])])
-        parts += [] if among is None else [_rows(among)]
-        found = models.Filter(must=parts, must_not=[_rows(allowed.hidden)] if len(allowed.hidden) else None)
         return models.Filter(should=[found, _rows(allowed.added)]) if len(allowed.added) else found
     hidden = np.flatnonzero(~allowed)
     if 2 * len(hidden) <= len(allowed):
         return models.Filter(must_not=[_rows(hidden)])
     return models.Filter(must=[_rows(np.flatnonzero(allowed))])
+
+
+def stored_conditions(selection: Selection, fields: Mapping[str, Sequence[str]]) -> models.Filter | None:
+    """Return the conditions of rows without added ones; None if Qdrant cannot evaluate them."""
+    try:
+        parts: list[Any] = [_all_of(filter, fields) for filter in selection.filters]
+    except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
+        return None
+    parts += [] if selection.among is None else [_rows(selection.among)]
+    return models.Filter(must=parts, must_not=[_rows(selection.hidden)] if len(selection.hidden) else None)
 
 
 def _rows(rows: Rows) -> models.HasIdCondition:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +33,7 @@ _SECONDS = 30  # of one call
 _ATTEMPTS, _READ_ATTEMPTS = 4, 2  # somebody waits for a search
 _PAUSE_SECONDS = 0.2  # before the second attempt; then twice as long each time
 _BUSY = frozenset({429, 500, 502, 503, 504})
+UNINDEXED = "caption"  # long and different, so a filter rarely names one
 _OVERSAMPLING = 2.0  # candidates of quantized vectors that are compared again, in multiples of k
 
 T = TypeVar("T")
@@ -116,6 +117,20 @@ class QdrantIndex:
                 rows[number, : len(hits)] = [hit.id for hit in hits]
                 scores[number, : len(hits)] = [hit.score for hit in hits]
         return scores, rows
+
+    def stored_counts(self, field: str, values: list[Any], selection: Selection) -> dict[Any, int] | None:
+        """As `FieldIndex.stored_counts`. Qdrant counts values of fields that it indexes, unless they are floats."""
+        from index_jobs.engines.qdrant.conditions import stored_conditions
+
+        key, kind = self._fields.get(field, ("", ""))
+        if not (key and values):
+            return {}
+        chosen = replace(selection, filters=(*selection.filters, {field: values}))
+        conditions = stored_conditions(chosen, self._fields)
+        if conditions is None or kind == "double" or field == UNINDEXED:
+            return None
+        ask = partial(self._client.facet, self._name, key, conditions, len(values), exact=True)
+        return {hit.value: hit.count for hit in call(ask, _READ_ATTEMPTS).hits}
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
