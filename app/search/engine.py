@@ -61,7 +61,7 @@ async def search(
     vector, is_cached = await _query_vector(compute, snapshot, plan, image)
     allowed = await find_rows(compute, snapshot, query.filter)
     key = plan.page_key(vector)
-    results: SearchResults | None = snapshot.pages.get(key)
+    results: SearchResults | None = snapshot.pages.use(key)
     if results is None:
         results = await _find(compute, snapshot, plan, vector, allowed, settings)
         if key is not None:
@@ -77,7 +77,7 @@ async def find_rows(compute: Compute, snapshot: Snapshot, filter: dict[str, Any]
     """Return the rows that fulfil a filter; None if there is no filter or no row."""
     if not filter or not snapshot.artifact.rows:
         return None
-    allowed = snapshot.masks.get(mask_key(filter))
+    allowed = snapshot.masks.use(mask_key(filter))
     if allowed is None:
         allowed = await compute.run("filter", filter_rows, snapshot, filter)
     return allowed

@@ -50,7 +50,7 @@ def count_facets(
         facets: dict[str, Facet] = {}
         for name in names:
             key = name, mask_key(filter) if filter else "", group_by
-            facet = snapshot.facets.get(key)
+            facet = snapshot.facets.use(key)
             if facet is None:
                 facet = count_values(artifact, name, artifact.live if allowed is None else to_mask(allowed), groups)
                 if len(str(facet)) <= _MAX_CACHED_CHARS:

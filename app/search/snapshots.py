@@ -43,12 +43,19 @@ class Recent(dict[K, V]):
     def __init__(self, size: int) -> None:
         self.size = size
 
+    def use(self, key: K) -> V | None:
+        """Return an entry, which is now the one used last; None without it."""
+        value = self.get(key)
+        if value is not None:
+            self.keep(key, value)
+        return value
+
     def find(self, key: K, make: Callable[[], V]) -> V:
         """Return an entry, which is made if it is missing."""
-        value = self.get(key)
+        value = self.use(key)
         if value is None:
             value = make()
-        self.keep(key, value)
+            self.keep(key, value)
         return value
 
     def keep(self, key: K, value: V) -> None:

@@ -64,13 +64,10 @@ class EmbeddingCache:
 
     def peek(self, key: str) -> Floats | None:
         """Return the vector, float32 (E,), if this process has it."""
-        entry = self._entries.get(key)
+        entry = self._entries.use(key)
         if self._entries.size:
             self._metrics.lookups.labels("memory", "miss" if entry is None else "hit").inc()
-        if entry is None:
-            return None
-        self._entries.keep(key, entry)
-        return _widened(entry)
+        return None if entry is None else _widened(entry)
 
     async def get(self, key: str, dim: int) -> Floats | None:
         """Return the vector, float32 (dim,), from Redis; None if it is missing, unusable or late."""

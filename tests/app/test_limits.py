@@ -18,6 +18,7 @@ import pytest
 
 from app.api import routes
 from app.api.requests import read_image_query
+from app.search.rows import mask_key
 from app.service.batching import BatchGroup, PassTime
 from app.service.files import PIECE_BYTES
 from dcar_core.serving.multi_encoder_batch import encode_text_rows
@@ -155,6 +156,26 @@ async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis
         client.app.state.retriever.compute.batcher._expected_wait = lambda: 5.0
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
         assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
+
+
+async def test_pages_and_filters_that_are_used_again_stay_in_their_caches(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.search.snapshots._MAX_PAGES", 3)
+    monkeypatch.setattr("app.search.snapshots._MAX_MASKS", 3)
+    async with opened(built_index) as client:
+
+        async def ask(word: str) -> tuple[Any, Any]:
+            filter = {"category": {"not": [word]}}
+            for query in ({"query": word}, {"query": "a", "filter": filter}):
+                assert (await client.post("/search/text", json=query)).is_success
+            live = client.app.state.collections[None].live
+            return next(page for key, page in live.pages.items() if key[1] == word), live.masks[mask_key(filter)]
+
+        first = await ask("known")
+        for number in range(5):
+            await ask(f"new {number}")
+            assert all(one is other for one, other in zip(await ask("known"), first, strict=True))
 
 
 @pytest.mark.parametrize("is_small", [True, False], ids=["small", "large"])
