@@ -5,7 +5,6 @@
 - While Redis fails, each process counts alone, so the limit is multiplied by the number of processes.
 """
 
-import asyncio
 from contextvars import ContextVar
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any
@@ -15,7 +14,7 @@ from limits.aio.storage import MemoryStorage
 from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
+from app.core.redis import CircuitBreaker, Client, connect, disconnect
 
 current_caller = ContextVar("caller", default="")  # of the current request
 _MARGIN_S = 0.05  # added to the computed wait
@@ -60,7 +59,7 @@ class RateLimiter:
         self._local = SlidingWindowCounterRateLimiter(MemoryStorage())
         self._client: Client | None = None
         self._shared: SlidingWindowCounterRateLimiter | None = None
-        self.breaker = CircuitBreaker(purpose="a shared count of requests")
+        self.breaker = CircuitBreaker("a shared count of requests")
         if redis_url is not None:
             self._client = connect(redis_url, timeout_s=timeout_s)
             self._shared = SlidingWindowCounterRateLimiter(_Storage(self._client))
@@ -75,14 +74,8 @@ class RateLimiter:
         if count == 0:
             return 0.0
         if self._shared is not None and self.breaker.allows():
-            try:
-                async with asyncio.timeout(self._timeout):
-                    wait = await self._hit(self._shared, caller, count)
-            except STORE_FAULTS as error:
-                self.breaker.failed(error)
-            else:
-                self.breaker.succeeded()
-                return wait
+            async with self.breaker.attempt(self._timeout):
+                return await self._hit(self._shared, caller, count)
         return await self._hit(self._local, caller, count)
 
     async def close(self) -> None:

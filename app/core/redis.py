@@ -5,9 +5,12 @@
 - Nothing is retried here, since every caller has a `CircuitBreaker`. A client connects at its first command.
 """
 
+import asyncio
 import logging
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +25,7 @@ from redis.exceptions import RedisClusterException, RedisError
 
 logger = logging.getLogger(__name__)
 
-STORE_FAULTS = Exception  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
+_MOST_FAILURES = 3
 _MAX_CONNECTIONS = 32  # of one server; more commands wait for a free one
 _PORTS = {"sentinel": 26_379, "cluster": 6379}
 _SEVERAL = re.compile(  # what redis-py has no URL for
@@ -102,20 +105,17 @@ def _several(parts: dict[str, str], limits: dict[str, Any]) -> tuple[Client, dic
 class CircuitBreaker:
     """Stop using a failing store for a while, so callers do not wait for it again and again.
 
-    After `failures` in a row `allows()` returns False for `pause_s`, and then True for one trial. Log lines name the
-    `purpose`.
+    After three failures in a row `allows()` returns False for five seconds, and then True for one trial. Log lines name
+    the `purpose`.
     """
 
-    def __init__(self, failures: int = 3, pause_s: float = 5.0, *, purpose: str = "the cache") -> None:
-        self._limit = failures
-        self._pause = pause_s
-        self._purpose = purpose
-        self._failures = 0
-        self._retry_at = 0.0
+    def __init__(self, purpose: str) -> None:
+        self._purpose, self._pause = purpose, 5.0
+        self._failures, self._retry_at = 0, 0.0
 
     @property
     def is_open(self) -> bool:
-        return self._failures >= self._limit
+        return self._failures >= _MOST_FAILURES
 
     def allows(self) -> bool:
         """Return True if the store may be used now."""
@@ -126,6 +126,17 @@ class CircuitBreaker:
             self._retry_at = now + self._pause  # one trial, not a stampede
         return is_trial
 
+    @asynccontextmanager
+    async def attempt(self, timeout_s: float) -> AsyncIterator[None]:
+        """Use the store in the body, which a failure ends, or the time; both are recorded and go no further."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except Exception as error:  # beside its own errors, redis-py raises whatever its parser does: TypeError, ..
+            self.failed(error)
+        else:
+            self.succeeded()
+
     def succeeded(self) -> None:
         if self.is_open:
             logger.info("Redis responds again; %s resumed", self._purpose)
@@ -134,7 +145,7 @@ class CircuitBreaker:
     def failed(self, error: Exception) -> None:
         """Record a failure, or a response that came too late."""
         self._failures += 1
-        if self._failures == self._limit:
+        if self._failures == _MOST_FAILURES:
             logger.warning("Redis failed (%s); going on without %s", str(error) or type(error).__name__, self._purpose)
         if self.is_open:
             self._retry_at = time.monotonic() + self._pause

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.core.metrics import Metrics
-from app.core.redis import STORE_FAULTS, CircuitBreaker, Client, connect, disconnect
+from app.core.redis import CircuitBreaker, Client, connect, disconnect
 from app.core.settings import Settings
 from app.search.snapshots import Recent
 from dcar_core.util.arrays import Floats
@@ -58,8 +58,8 @@ class EmbeddingCache:
         self._ttl, self._timeout = settings.cache_ttl_s, settings.redis_timeout_ms / 1000
         self.is_shared = url is not None  # so `get` may find what `peek` does not
         self._redis = connect(url.get_secret_value(), timeout_s=self._timeout) if url else None  # connects when used
-        self.read_breaker = CircuitBreaker(purpose="cached embeddings")
-        self.write_breaker = CircuitBreaker(purpose="caching new embeddings")
+        self.read_breaker = CircuitBreaker("cached embeddings")
+        self.write_breaker = CircuitBreaker("caching new embeddings")
         self._writes: set[asyncio.Task[None]] = set()
 
     def peek(self, key: str) -> Floats | None:
@@ -75,14 +75,9 @@ class EmbeddingCache:
             return None
         half, outcome = None, "skipped"
         if self.read_breaker.allows():
-            try:
-                async with asyncio.timeout(self._timeout):
-                    value = await self._redis.get(key)
-            except STORE_FAULTS as error:
-                self.read_breaker.failed(error)
-                outcome = "error"
-            else:
-                self.read_breaker.succeeded()
+            outcome = "error"
+            async with self.read_breaker.attempt(self._timeout):
+                value = await self._redis.get(key)
                 half = None if value is None else _unpack(key, value, dim)
                 outcome = "hit" if half is not None else "miss" if value is None else "wrong"
         self._metrics.lookups.labels("redis", outcome).inc()
@@ -104,15 +99,11 @@ class EmbeddingCache:
         task.add_done_callback(self._writes.discard)
 
     async def _write(self, redis: Client, key: str, value: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._timeout):
-                await redis.set(key, value, ex=self._ttl)
-        except STORE_FAULTS as error:
-            self.write_breaker.failed(error)
-            self._metrics.writes.labels("error").inc()
-        else:
-            self.write_breaker.succeeded()
-            self._metrics.writes.labels("ok").inc()
+        outcome = "error"
+        async with self.write_breaker.attempt(self._timeout):
+            await redis.set(key, value, ex=self._ttl)
+            outcome = "ok"
+        self._metrics.writes.labels(outcome).inc()
 
     async def close(self) -> None:
         """Finish pending writes, and release the connections."""

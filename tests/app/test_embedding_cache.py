@@ -71,9 +71,10 @@ def test_the_least_recently_used_entry_is_dropped() -> None:
 def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("app.core.redis.time", SimpleNamespace(monotonic=lambda: now))
-    breaker = CircuitBreaker(failures=2, pause_s=5)
-    breaker.failed(OSError("x"))
-    assert breaker.allows()
+    breaker = CircuitBreaker("the cache")
+    for _ in range(2):
+        breaker.failed(OSError("x"))
+        assert breaker.allows()
     breaker.failed(OSError("x"))
     assert not breaker.allows()
     now = 5.1
