@@ -169,30 +169,22 @@ async def thumbnail_response(request: Request, item_id: str, size: ThumbnailSize
     return not_modified(request, headers) or response
 
 
-@routes.add("GET", "/", _PUBLIC)
-async def index(request: Request) -> Response:
-    return _file(request, "index.html", _CONTENT_POLICY)
+def _add_page(path: str, name: str, content_policy: str | None = None) -> None:
+    @routes.add("GET", path, _PUBLIC)
+    async def page(request: Request) -> Response:
+        return _file(request, name, content_policy)
 
 
-@routes.add("GET", "/ui/insights", _PUBLIC)
-async def insights(request: Request) -> Response:
-    return _file(request, "insights.html", _CONTENT_POLICY)
-
-
-@routes.add("GET", "/docs", _PUBLIC)
-async def docs(request: Request) -> Response:
-    return _file(request, "docs.html", _DOCS_CONTENT_POLICY)
+_add_page("/", "index.html", _CONTENT_POLICY)
+_add_page("/ui/insights", "insights.html", _CONTENT_POLICY)
+_add_page("/docs", "docs.html", _DOCS_CONTENT_POLICY)
+_add_page("/favicon.ico", "icon.svg")
 
 
 @routes.add("GET", "/openapi.json", _PUBLIC)
 async def openapi(request: Request) -> Response:
     root = request.scope.get("root_path", "").rstrip("/")
     return JsonResponse(request.app.openapi() | ({"servers": [{"url": root}]} if root else {}))
-
-
-@routes.add("GET", "/favicon.ico", _PUBLIC)
-async def favicon(request: Request) -> Response:
-    return _file(request, "icon.svg")
 
 
 @routes.add("GET", "/ui/{name}", _PUBLIC)
