@@ -16,7 +16,6 @@ from app.api.routing import Routes, collection_of, state_of
 from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.core.rate_limit import current_caller
-from app.core.settings import Settings
 from app.feedback.compare import Compared, compare
 from app.feedback.store import EventRow
 from app.middleware.access import CALLER, Policy
@@ -32,13 +31,9 @@ _VERSIONS = 20  # the newest ones, on the insights page
 _OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
 
 
-def _body_bytes(settings: Settings) -> int:
-    return 256 * 2**10 if settings.feedback else 1024
-
-
 @routes.add(
-    "POST", "/feedback", Policy("read", "checked", body=_body_bytes), FeedbackResponse, accepts=FeedbackEvents,
-    errors=(403, 503),
+    "POST", "/feedback", Policy("read", "checked", body=lambda settings: 2**18 if settings.feedback else 2**10),
+    FeedbackResponse, accepts=FeedbackEvents, errors=(403, 503),
 )  # fmt: skip
 async def feedback(request: Request) -> Response:
     """Store what was done with results. Events that are known, or that fit no search of the caller, change nothing."""

@@ -59,7 +59,10 @@ async def put_items(request: Request, strict: IsStrict = False) -> Response:
     """Add items, or replace those with the same ids, by a job."""
     snapshot = await _snapshot(request)
     items = (await read_json(request, PutItems)).items
-    _require_unique([item.id for item in items])
+    ids = [item.id for item in items]
+    for number, item_id in enumerate(ids):
+        if ids.index(item_id) != number:
+            raise field_problem(f"items.{number}.id", "is the id of an earlier item")
     await state_of(request).access.charge(len(items) - 1)
     return await _put(request, snapshot, items, strict)
 
@@ -185,12 +188,6 @@ async def _snapshot(request: Request) -> Snapshot:
     if _name(request) not in dict(state_of(request).collections):
         await state_of(request).collections.sync()
     return await snapshot_of(request)
-
-
-def _require_unique(ids: list[str]) -> None:
-    for number, item_id in enumerate(ids):
-        if ids.index(item_id) != number:
-            raise field_problem(f"items.{number}.id", "is the id of an earlier item")
 
 
 async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], strict: bool) -> Response:

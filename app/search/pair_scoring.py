@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,6 @@ from app.search.snapshots import Snapshot
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import DcarError, MissingExtraError
-
-if TYPE_CHECKING:
-    from dcar_core.serving.second_scores import PairWeights
 
 logger = logging.getLogger(__name__)
 
@@ -60,27 +57,19 @@ async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequen
     if not features:
         raise UnsupportedQueryError(_NO_IMAGES)
     if snapshot.encoder.state.reranks_by == "stage":
-
-        def score(chunk: list[Floats]) -> Awaitable[Floats]:
-            return compute.run("model", reranker.scores, text, np.stack(chunk))
-
-        second = await _in_chunks(compute, score, list(features.values()))
+        second = await _in_chunks(
+            compute, lambda chunk: compute.run("model", reranker.scores, text, np.stack(chunk)), list(features.values())
+        )
         first = {match.row: match.score for match in ranked}
         scores = {row: first[row] + float(found) for row, found in zip(features, second, strict=True)}
     else:
-        scores = await _scores_by_weights(compute, snapshot, reranker, text, features)
+        factors = await compute.run("model", reranker.factors, text, np.stack(list(features.values())))  # [C, n]
+        texts = np.stack(await compute.texts([TextRow(snapshot.encoder, text, each) for each in factors]))  # [C, E]
+        images = await compute.run("search", row_vectors, snapshot.artifact, list(features))  # [C, E]
+        scores = dict(zip(features, np.einsum("ce,ce->c", texts, images).tolist(), strict=True))
     for match in ranked:
         match.rerank_score = scores.get(match.row)
     return sorted(ranked, key=lambda match: -scores.get(match.row, -math.inf))
-
-
-async def _scores_by_weights(
-    compute: Compute, snapshot: Snapshot, weights: "PairWeights", text: str, features: dict[int, Floats]
-) -> dict[int, float]:
-    factors = await compute.run("model", weights.factors, text, np.stack(list(features.values())))  # [C, n]
-    texts = np.stack(await compute.texts([TextRow(snapshot.encoder, text, each) for each in factors]))  # [C, E]
-    images = await compute.run("search", row_vectors, snapshot.artifact, list(features))  # [C, E]
-    return dict(zip(features, np.einsum("ce,ce->c", texts, images).tolist(), strict=True))
 
 
 async def explain(compute: Compute, snapshot: Snapshot, text: str, vector: Floats, page: Sequence[Match]) -> None:
@@ -122,11 +111,9 @@ async def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: 
     variants, part_of_patch = await compute.run(
         "search", blank_parts, pixels, encoder.preprocess.blank(), encoder.state.patch_grid
     )
-
-    def encode(chunk: list[Pixels]) -> Awaitable[Iterable[Floats]]:
-        return compute.pixels([ImageRow(encoder, each) for each in chunk])
-
-    original, *blanked = await _in_chunks(compute, encode, [pixels, *variants])
+    original, *blanked = await _in_chunks(
+        compute, lambda chunk: compute.pixels([ImageRow(encoder, each) for each in chunk]), [pixels, *variants]
+    )
     falls = np.array([float(vector @ (original - each)) for each in blanked])
     relevance: list[list[float]] = np.round(falls[part_of_patch], 4).tolist()
     return relevance
@@ -139,11 +126,9 @@ async def _image_features(
     cache = snapshot.image_features
     features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
     images = await compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
-
-    def encode(chunk: list[Pixels]) -> Awaitable[Iterable[Floats]]:
-        return compute.run("model", reranker.image_features, np.stack(chunk))
-
-    computed = await _in_chunks(compute, encode, list(images.values()))
+    computed = await _in_chunks(
+        compute, lambda chunk: compute.run("model", reranker.image_features, np.stack(chunk)), list(images.values())
+    )
     for row, feature in zip(images, computed, strict=True):
         features[row], cache.size = feature, _MAX_FEATURE_BYTES // feature.nbytes
         cache.keep(row, feature)
