@@ -10,8 +10,8 @@ from random import Random
 
 from dcar_core.negatives.words import splice_phrase
 
-LEXICON: dict[str, tuple[tuple[str, ...], ...]] = {
-    "colour": (
+LEXICON = (
+    (  # colours
         ("red", "crimson", "scarlet", "maroon"),
         ("blue", "navy", "azure"),
         ("green", "olive"),
@@ -24,9 +24,9 @@ LEXICON: dict[str, tuple[tuple[str, ...], ...]] = {
         ("white", "cream"),
         ("gray", "grey", "silver"),
     ),
-    # "one" is missing, because its noun would change number
-    "count": (("two",), ("three",), ("four",), ("five",), ("six",), ("seven",), ("eight",), ("nine",), ("ten",)),
-    "material": (
+    # counts; "one" is missing, because its noun would change number
+    (("two",), ("three",), ("four",), ("five",), ("six",), ("seven",), ("eight",), ("nine",), ("ten",)),
+    (  # materials
         ("wooden",),
         ("metal", "steel", "metallic"),
         ("plastic",),
@@ -37,46 +37,36 @@ LEXICON: dict[str, tuple[tuple[str, ...], ...]] = {
         ("brick",),
         ("ceramic", "porcelain"),
     ),
-}
-# Pairs of opposites; each word is replaced by the other.
-OPPOSITES: dict[str, tuple[tuple[str, str], ...]] = {
-    "position": (
-        ("on the left", "on the right"),
-        ("to the left", "to the right"),
-        ("left side", "right side"),
-        ("left hand", "right hand"),
-        ("facing left", "facing right"),
-        ("in front of", "behind"),
-        ("above", "below"),
-        ("inside", "outside"),
-        ("indoors", "outdoors"),
-        ("foreground", "background"),
-        ("top of", "bottom of"),
-        ("upper", "lower"),
-    ),
-    "size": (
-        ("large", "small"),
-        ("big", "little"),
-        ("huge", "tiny"),
-        ("tall", "short"),
-        ("long", "short"),
-        ("wide", "narrow"),
-        ("thick", "thin"),
-    ),
-}
+)
+# Positions and sizes: pairs of opposites; each word is replaced by the other.
+OPPOSITES = (
+    ("on the left", "on the right"),
+    ("to the left", "to the right"),
+    ("left side", "right side"),
+    ("left hand", "right hand"),
+    ("facing left", "facing right"),
+    ("in front of", "behind"),
+    ("above", "below"),
+    ("inside", "outside"),
+    ("indoors", "outdoors"),
+    ("foreground", "background"),
+    ("top of", "bottom of"),
+    ("upper", "lower"),
+    ("large", "small"),
+    ("big", "little"),
+    ("huge", "tiny"),
+    ("tall", "short"),
+    ("long", "short"),
+    ("wide", "narrow"),
+    ("thick", "thin"),
+)
 
 
-def _choices() -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
-    for rows in LEXICON.values():
-        for row in rows:
-            for word in row:
-                found[word] = [other[0] for other in rows if other is not row]
-    for pairs in OPPOSITES.values():
-        for one, other in pairs:
-            found.setdefault(one, []).append(other)
-            found.setdefault(other, []).append(one)
-    return {word: tuple(others) for word, others in found.items()}
+def _choices() -> dict[str, list[str]]:
+    found = {word: [other[0] for other in rows if other is not row] for rows in LEXICON for row in rows for word in row}
+    for one, other in (*OPPOSITES, *(pair[::-1] for pair in OPPOSITES)):
+        found.setdefault(one, []).append(other)
+    return found
 
 
 CHOICES = _choices()
