@@ -28,7 +28,7 @@ QUESTION_TEMPLATES = (
 )
 _ONLY = " Answer with the caption alone, without quotation marks, lists or remarks."
 _AGAIN = 'Your caption was: "{draft}" It cannot be used: {feedback} Write it anew.' + _ONLY
-_JUDGE = (
+JUDGE_TEMPLATE = (
     'A caption for the picture, which is of the category "{category}" of {dataset}: "{draft}" Is every statement in it '
     "true of the picture, is the main object described by what sets it apart, and is nothing invented? Answer with "
     'JSON alone: {{"accept": true or false, "feedback": "what is wrong and how to mend it, in one sentence"}}'
@@ -104,23 +104,15 @@ def word_limit(context: int) -> int:
     return max(8, int(0.6 * context))
 
 
-def draft_messages(text: str, image_uri: str, before: tuple[str, str] | None) -> list[dict[str, Any]]:
-    """Build the chat for a draft. before: the previous draft and the feedback on it."""
-    messages = [_with_image(text, image_uri)]
+def messages_for(text: str, image_uri: str, before: tuple[str, str] | None = None) -> list[dict[str, Any]]:
+    """Build the chat for a draft or a verdict. before: the previous draft and the feedback on it."""
+    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image_uri}}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if before is not None:
         draft, feedback = before
         messages.append({"role": "assistant", "content": draft})
         messages.append({"role": "user", "content": _AGAIN.format(draft=draft, feedback=feedback)})
     return messages
-
-
-def judge_messages(draft: str, image_uri: str, *, category: str, dataset: str) -> list[dict[str, Any]]:
-    return [_with_image(_JUDGE.format(draft=draft, category=category, dataset=dataset), image_uri)]
-
-
-def _with_image(text: str, image_uri: str) -> dict[str, Any]:
-    content = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": image_uri}}]
-    return {"role": "user", "content": content}
 
 
 def _without_thoughts(answer: str) -> str:

@@ -209,7 +209,7 @@ class _Run:
         )  # fmt: skip
         before: tuple[str, str] | None = None
         for turn in range(options.rounds):
-            answer = await self._ask("draft", image, turn, questions.draft_messages(text, uri, before))
+            answer = await self._ask("draft", image, turn, questions.messages_for(text, uri, before))
             draft = questions.tidy_draft(answer.text)
             why = questions.rejection(draft, category=category, finish=answer.finish, context=options.context)
             why = why or self._duplicate(draft, image)
@@ -223,7 +223,8 @@ class _Run:
         self.journal.finish(image, "")
 
     async def _judged(self, image: CaptionedImage, turn: int, draft: str, uri: str, category: str) -> Rejection | None:
-        messages = questions.judge_messages(draft, uri, category=category, dataset=self.options.dataset)
+        text = questions.JUDGE_TEMPLATE.format(draft=draft, category=category, dataset=self.options.dataset)
+        messages = questions.messages_for(text, uri)
         answer = await self._ask("judge", image, turn, messages, usable=lambda answer: _verdict(answer) is not None)
         verdict = _verdict(answer)
         assert verdict is not None  # guaranteed by `usable`
