@@ -1,10 +1,11 @@
 """The report of a data set's cleaning: every repair and every omission is counted."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dcar_core.util.files import write_json
 
 REPORT_FILE = "cleaning.json"
 _SHOWN = 5
@@ -53,4 +54,4 @@ def save_reports(reports: Mapping[str, CleaningReport], directory: Path) -> None
     """Write {split: {"counts": {phrase: number}, "names": {phrase: [every name]}}} to cleaning.json."""
     directory.mkdir(parents=True, exist_ok=True)
     content = {name: {"counts": dict(each.counts.most_common()), "names": each.names} for name, each in reports.items()}
-    (directory / REPORT_FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / REPORT_FILE, content)

@@ -54,11 +54,6 @@ class TextPrompts:
         """The inputs of a text graph in their order."""
         return (tokens, weights, *self.inputs) if self.has_weights else (tokens,)
 
-    @staticmethod
-    def stack(prompts: Sequence["TextPrompts"]) -> "TextPrompts":
-        """Join the prompts of each row of a batch; all must have one shape."""
-        return replace(prompts[0], inputs=join_inputs([each.inputs for each in prompts]))
-
 
 def join_inputs(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
     """Join the inputs of each row of a batch along axis 1, unless all rows have the same."""
@@ -152,7 +147,7 @@ class EncoderState:
         """Run the text tower over tokens and weights (n, L), by length, each row with its own prompts -> (n, E)."""
         out, lengths = np.empty((len(tokens), self.dim), np.float32), self.text_lengths(tokens)
         for rows in group_by_length(lengths, batch_size):
-            group = TextPrompts.stack([prompts[row] for row in rows])
+            group = replace(prompts[rows[0]], inputs=join_inputs([prompts[row].inputs for row in rows]))
             part = slice(group.skipped, int(lengths[rows[-1]]))
             out[rows] = runtime.text(tokens[rows, part], weights[rows, part], group)
         return out

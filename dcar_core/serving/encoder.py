@@ -122,7 +122,20 @@ class Encoder:
                 import torch
 
                 torch.set_num_threads(threads)
-            return _load(path, str(source), pretrained, pick_device(device), cache, backbone)
+            if is_checkpoint(path):
+                model, fingerprint = load_checkpoint(path, device=pick_device(device), backbone=backbone)
+                backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
+            else:
+                from dcar_core.model.backbone import BackboneSource, load_backbone
+                from dcar_core.model.dcar import DCAR
+                from dcar_core.model.methods.registry import method
+
+                model = DCAR(
+                    load_backbone(BackboneSource(str(source), pretrained), pick_device(device)), method("clip")
+                )
+                backbone_hash = model.backbone.content_hash()
+                fingerprint = compute_fingerprint(backbone_hash, model.config, {})
+            return LoadedModel(model.eval(), backbone_hash, fingerprint, cache)
 
         request = encoder_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
         if request is not None and (cached := encoder_cache.restore(request)) is not None:
@@ -221,23 +234,6 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
             link_or_copy(path, checkpoint / PORTABLE / path.name)
     except (RuntimeUnavailableError, MissingExtraError) as error:
         logger.warning("services of this model will need PyTorch: %s", error)
-
-
-def _load(
-    path: Path, name: str, pretrained: str | None, device: str, cache: Path, backbone: "Backbone | None"
-) -> LoadedModel:
-    if is_checkpoint(path):
-        model, fingerprint = load_checkpoint(path, device=device, backbone=backbone)
-        backbone_hash = str(read_config(path)["backbone"]["sha256"])  # load_checkpoint has compared it
-    else:
-        from dcar_core.model.backbone import BackboneSource, load_backbone
-        from dcar_core.model.dcar import DCAR
-        from dcar_core.model.methods.registry import method
-
-        model = DCAR(load_backbone(BackboneSource(name, pretrained), device), method("clip"))
-        backbone_hash = model.backbone.content_hash()
-        fingerprint = compute_fingerprint(backbone_hash, model.config, {})
-    return LoadedModel(model.eval(), backbone_hash, fingerprint, cache)
 
 
 def pick_device(device: str) -> str:

@@ -70,11 +70,7 @@ class LoadRequest:
         return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
 
     def file(self, fingerprint: str) -> Path:
-        return directory_in(self.cache) / f"{fingerprint[:16]}_{self.runtime}"
-
-
-def directory_in(cache: Path) -> Path:
-    return cache / "encoders"
+        return self.cache / "encoders" / f"{fingerprint[:16]}_{self.runtime}"
 
 
 def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtime: Runtime) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from app.search.snapshots import load_snapshot
-from dcar_core.serving import encoder_cache
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
@@ -66,7 +65,7 @@ async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path
     for start in range(2):
         async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **ADMIN_ONLY) as client:
             if start == 0:
-                assert list(encoder_cache.directory_in(cache).iterdir())
+                assert list((cache / "encoders").iterdir())
                 continue
             live = client.app.state.collections[None].live
             assert live.encoder.backbone is None

@@ -15,7 +15,6 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
-from dcar_core.serving import encoder_cache
 from index_jobs.rebuild import rebuild
 from index_jobs.store.versions import open_current
 from tests.support.commands import dcar
@@ -102,7 +101,7 @@ def test_dcar_search_runs_without_pytorch(
     command = ["search", "a red square", "--index", str(built_index), "--json"]
     whole = dcar(*command).stdout
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino")
-    (kept,) = encoder_cache.directory_in(runtime_cache).iterdir()
+    (kept,) = (runtime_cache / "encoders").iterdir()
     kept.rename(kept.with_name(kept.name.replace("openvino", "auto")))  # as if it were the fastest runtime
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=True)
     assert done.stderr.split()[-1] == "False"

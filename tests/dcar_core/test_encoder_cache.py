@@ -50,7 +50,7 @@ def kept(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that a first start has filled."""
     cache = tmp_path_factory.mktemp("kept")
     load(checkpoint, cache)
-    assert len(list(encoder_cache.directory_in(cache).iterdir())) == 1
+    assert len(list((cache / "encoders").iterdir())) == 1
     return cache
 
 
@@ -115,7 +115,7 @@ def test_auto_starts_from_its_own_entry(checkpoint: Path, kept: Path, tmp_path: 
 def test_entry_is_not_used_after_any_change(
     what: str, checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (entry,) = encoder_cache.directory_in(cache).iterdir()
+    (entry,) = (cache / "encoders").iterdir()
     if what == "entry":
         content = bytearray(entry.read_bytes())
         content[-1] ^= 1
@@ -154,7 +154,7 @@ def test_other_checkpoint_has_its_own_entry(checkpoint: Path, exports: Path, cac
 
 
 def test_unwritable_cache_is_a_warning(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.rmtree(encoder_cache.directory_in(cache))
-    encoder_cache.directory_in(cache).write_text("in the way")
+    shutil.rmtree(cache / "encoders")
+    (cache / "encoders").write_text("in the way")
     assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)
     assert "cannot be cached" in caplog.text

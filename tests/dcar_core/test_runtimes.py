@@ -5,6 +5,7 @@ import logging
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, TextPrompts, group_by_length
+from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, group_by_length, join_inputs
 from dcar_core.runtimes.graphs import TorchRuntime, extract_state
 from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
 from dcar_core.runtimes.selection import Probe, Proof, preferred_runtimes, prove, reference_vectors
@@ -119,8 +120,8 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
     one, other, runtime = first.state, second.state, open_runtime(name, first.loaded)
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
     weights = np.ones(tokens.shape, np.float32)
-    prompts = TextPrompts.stack([one.text_prompts, other.text_prompts, other.text_prompts])
-    mixed = runtime.text(tokens, weights, prompts)
+    prompts = [one.text_prompts, other.text_prompts, other.text_prompts]
+    mixed = runtime.text(tokens, weights, replace(prompts[0], inputs=join_inputs([each.inputs for each in prompts])))
     np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.text_prompts), atol=1e-5)
     np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.text_prompts), atol=1e-5)
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01

@@ -33,7 +33,8 @@ class HfText(TextTower):
         self.width = int(self.table.weight.shape[1])
         scale = float(getattr(self.table, "embed_scale", 1.0))  # NLLB's table multiplies its rows
         self.prompt_std = scale * float(self.table.weight[:1000].detach().float().std())
-        for i, layer in enumerate(_layers(encoder)):
+        layers = encoder.encoder.layer if hasattr(encoder, "encoder") else getattr(encoder, "layers", None)
+        for i, layer in enumerate(encoder.block if layers is None else layers):
             if i > 0:
                 layer.register_forward_pre_hook(_renew_before(i), with_kwargs=True)
 
@@ -56,12 +57,6 @@ class HfText(TextTower):
 
     def _mask(self, tokens: Tensor, rows: PromptRows) -> Tensor:
         return rows.widen((tokens != self.pad_id).long(), 1)
-
-
-def _layers(encoder: Any) -> Any:
-    if hasattr(encoder, "encoder"):
-        return encoder.encoder.layer
-    return encoder.layers if hasattr(encoder, "layers") else encoder.block
 
 
 def _renew_before(block: int) -> Any:
