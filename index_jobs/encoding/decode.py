@@ -57,8 +57,6 @@ def worker_count(workers: int | None, images: int) -> int:
         workers: the requested number. None chooses by the images and the cores, of which more than four keep one free.
     """
     if workers is not None:
-        if workers < 0:
-            raise ValueError(f"workers must be 0 (in this process) or more, not {workers}")
         return workers
     cores = available_cores()
     return min(cores if cores <= _MAX_THREADS else cores - 1, 1 + images // _IMAGES_PER_WORKER)

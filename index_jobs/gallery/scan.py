@@ -93,8 +93,8 @@ def scan(gallery: str | Path | Sequence[str]) -> Gallery:
     """
     names, locations, roots, tables = list[str](), list[str](), list[str](), list[pa.Table]()
     for text in [str(gallery)] if isinstance(gallery, str | Path) else map(str, gallery):
-        name, location = _split_name(text)
-        location = _absolute(location)
+        match = None if os.path.exists(text) else _NAMED.fullmatch(text)  # noqa: PTH110
+        name, location = (match[1], _absolute(match[2])) if match else ("", _absolute(text))
         if location in locations:
             raise DataError(f"the gallery {location} is given twice")
         name = name or (_own_name(location, tables) if tables else "")
@@ -120,12 +120,6 @@ def absolute_locations(table: pa.Table, root: str) -> pa.Table:
     """Return a gallery's table with absolute locations, so that items of several galleries fit in one table."""
     absolute = [[join_location(root, location) for location in chunk.to_pylist()] for chunk in table["location"].chunks]
     return table.set_column(_LOCATION, SCHEMA.field(_LOCATION), pa.chunked_array(absolute, pa.string()))
-
-
-def _split_name(location: str) -> tuple[str, str]:
-    """Split NAME=LOCATION; the name is "" without one."""
-    match = None if os.path.exists(location) else _NAMED.fullmatch(location)  # noqa: PTH110
-    return (match[1], match[2]) if match else ("", location)
 
 
 def _own_name(location: str, earlier: Sequence[pa.Table]) -> str:

@@ -177,7 +177,11 @@ class _Build:
                     manifest.version, self.served.manifest.version,
                 )  # fmt: skip
             if options.keep_shards:
-                self._keep_vectors(store.path, manifest)
+                for leftover in store.path.glob(".*.tmp"):  # of a killed job
+                    leftover.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # without the marker, the next build encodes again
+                    (store.path / _marker(manifest)).touch()
+                publish.clean_work(out, self.work, lambda path: path == store.path)
             else:
                 remove_directory(out, self.work)
         notified = notify(options.notify or (), out, manifest.version)
@@ -418,14 +422,6 @@ class _Build:
             sizes = {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in others}
             kept.add(max(sizes, key=sizes.__getitem__, default=store.path))
         publish.clean_work(self.out, self.work, lambda path: path in kept)
-
-    def _keep_vectors(self, own: Path, manifest: Manifest) -> None:
-        """Keep the folder with the published version's vectors, and remove all others."""
-        for leftover in own.glob(".*.tmp"):  # of a killed job
-            leftover.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # without the marker, the next build encodes again
-            (own / _marker(manifest)).touch()
-        publish.clean_work(self.out, self.work, lambda path: path == own)
 
 
 def _with_retraining(checkpoint: Path, out: Path, *, is_forced: bool) -> Path:

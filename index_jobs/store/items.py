@@ -116,12 +116,6 @@ def fit_one_field(first: str, second: str) -> bool:
     return first == second or {first, second} == {"int64", "double"}
 
 
-def merged_type(values: list[Any], first: pa.DataType | None = None) -> pa.DataType | None:
-    """Return the narrowest type of a field with these values beside those of type `first`; None without any."""
-    kinds = [type_of(value) for value in values if value is not None]
-    return reduce(common_type, kinds, first or kinds[0]) if kinds else first
-
-
 def typed_array(values: list[Any], target: pa.DataType) -> pa.Array:
     """Return values of types that a type holds, null where they are None."""
     if target == _TEXT:
@@ -257,9 +251,10 @@ class Items:
         for name in sorted(changed - {*BUILT_IN_FIELDS}):
             values = [each.get(name) for each in own]
             before = columns.pop(_FIELD + name, [])
-            target = merged_type(values, before[0].type if before else None)
-            if target is None or (not before and len(columns) >= len(_TYPES) + MAX_FIELDS):
+            kinds = [array.type for array in before[:1]] + [type_of(value) for value in values if value is not None]
+            if not kinds or (not before and len(columns) >= len(_TYPES) + MAX_FIELDS):
                 continue
+            target = reduce(common_type, kinds)
             after = _replaced(before or [pa.nulls(len(batch), target) for batch in self._batches], rows, values, target)
             if any(array.null_count < len(array) for array in after):  # the last value may be gone
                 columns[_FIELD + name] = after

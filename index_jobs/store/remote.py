@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -248,12 +248,9 @@ class IndexStore:
 
     def _bring(self, path: Path, info: FileInfo, same: Path | None) -> None:
         """Make a file of a link to the same contents, or of a blob."""
-        if same is not None:
-            try:
+        with suppress(OSError):  # no hard links here, or it has just been removed
+            if same is not None:
                 os.link(same, path)
-            except OSError:  # no hard links here, or it has just been removed
-                pass
-            else:
                 return
         with atomic_writer(path) as file:
             file.writelines(self._read_blob(info))
