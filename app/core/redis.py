@@ -12,16 +12,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster
-from redis.asyncio.cluster import ClusterNode
-from redis.asyncio.connection import parse_url
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisClusterException, RedisError
+if TYPE_CHECKING:  # a service without Redis starts without it
+    from redis.asyncio import Redis, RedisCluster
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +32,7 @@ _USAGE = (
     "or redis+cluster://host[,host]; / # ? @ in a password are written %2F %23 %3F %40"
 )
 
-Client = Redis | RedisCluster
+Client: TypeAlias = "Redis | RedisCluster"
 
 
 def connect(url: str, *, timeout_s: float) -> Client:
@@ -49,14 +44,24 @@ def connect(url: str, *, timeout_s: float) -> Client:
     Raises:
         ValueError: the URL is invalid. The message does not repeat it: it may hold a password.
     """
+    from redis.asyncio import BlockingConnectionPool, Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+    from redis.exceptions import RedisClusterException, RedisError
+
     limits: dict[str, Any] = {
         "socket_timeout": timeout_s,
         "socket_connect_timeout": timeout_s,
         "retry": Retry(NoBackoff(), 0),
     }
+    client: Client
     match = _SEVERAL.fullmatch(url)
     try:
-        client, options = _one_server(url, limits) if match is None else _several(match.groupdict(""), limits)
+        if match is None:
+            pool = BlockingConnectionPool.from_url(url, max_connections=_MAX_CONNECTIONS, timeout=timeout_s, **limits)
+            client, options = Redis.from_pool(pool), pool.connection_kwargs
+        else:
+            client, options = _several(match.groupdict(""), limits)
         if isinstance(client, Redis):  # a connection checks its options before it connects
             client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     except (RedisClusterException, RedisError) as error:
@@ -73,6 +78,8 @@ def connect(url: str, *, timeout_s: float) -> Client:
 
 async def disconnect(client: Client) -> None:
     """Close a client, and the sentinels that it was found through."""
+    from redis.asyncio.sentinel import SentinelConnectionPool
+
     await client.aclose()
     pool = getattr(client, "connection_pool", None)
     if isinstance(pool, SentinelConnectionPool):
@@ -80,14 +87,13 @@ async def disconnect(client: Client) -> None:
         await pool.sentinel_manager.aclose()
 
 
-def _one_server(url: str, limits: dict[str, Any]) -> tuple[Redis, dict[str, Any]]:
-    options = {"max_connections": _MAX_CONNECTIONS, "timeout": limits["socket_timeout"], **limits}
-    pool = BlockingConnectionPool.from_url(url, **options)
-    return Redis.from_pool(pool), pool.connection_kwargs
-
-
 def _several(parts: dict[str, str], limits: dict[str, Any]) -> tuple[Client, dict[str, Any]]:
     """Return the client of a cluster or of a sentinel's master, and its options, from the parts of its URL."""
+    from redis.asyncio import RedisCluster
+    from redis.asyncio.cluster import ClusterNode
+    from redis.asyncio.connection import parse_url
+    from redis.asyncio.sentinel import Sentinel
+
     places = [urlsplit(f"//{host}") for host in parts["hosts"].split(",")]
     hosts = [(place.hostname or "", place.port or _PORTS[parts["kind"]]) for place in places]
     options: dict[str, Any] = limits | parse_url(f"{parts['scheme']}://{parts['user']}{parts['rest']}")

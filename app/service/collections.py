@@ -19,8 +19,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from redis.asyncio import RedisCluster
-
 from app.core.metrics import Metrics
 from app.core.redis import connect, disconnect
 from app.core.settings import Settings
@@ -387,6 +385,8 @@ class Collections:
         - After any failure, which is logged at debug level, it connects again.
         - Redis clusters are not supported here: a service that uses one relies on polling.
         """
+        from redis.asyncio import RedisCluster
+
         while True:
             client = connect(url, timeout_s=_REDIS_S)
             if isinstance(client, RedisCluster):

@@ -9,8 +9,6 @@ import re
 import string
 from collections.abc import Callable
 
-import ftfy
-
 # Spellings that a CLIP tokenizer reads as SOS or EOT, or that look the same to a reader.
 _CLIP_CONTROL = re.compile(r"<\s*/?\s*\|?\s*(?:start_?of_?text|end_?of_?text)\s*\|?\s*>", re.IGNORECASE)
 # An ampersand that was escaped again and again, in any spelling that `html.unescape` resolves.
@@ -28,6 +26,8 @@ def fix_encoding(text: str) -> str:
     """Repair the encoding and resolve HTML entities, nested ones too."""
     if text.isascii() and text.isprintable() and "&" not in text:
         return text
+    import ftfy  # whose expressions take a service longer to compile than all other texts to clean
+
     text = ftfy.fix_text(_NESTED_AMPERSAND.sub("&", text))
     for _ in range(_UNESCAPE_PASSES):
         plain = html.unescape(_NESTED_AMPERSAND.sub("&", text))
