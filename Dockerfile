@@ -52,10 +52,11 @@ RUN --mount=type=cache,target=/var/cache/pip \
     && apt-get update && apt-get install --yes --no-install-recommends binutils \
     && cd /opt/venv/lib/python3*/site-packages \
     && find openvino/libs -name '*_frontend.so*' ! -name '*_ir_*' -delete \
-    && rm -rf openvino/libs/*_gpu_plugin.so openvino/libs/*_npu_plugin.so openvino/libs/cache.json \
-    openvino/include openvino/cmake openvino/tools pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*s3* \
-    pyarrow/libarrow_python.so pyarrow/libarrow_python.so.*.* numpy/f2py numpy/distutils huggingface_hub hf_xet \
-    && find . -name '*.pyi' -delete && find . -type d -name tests -prune -exec rm -rf {} + \
+    && find openvino/libs -name '*_plugin.so' ! -name '*_cpu_*' -delete \
+    && rm -rf openvino/libs/cache.json openvino/frontend/*/ openvino/include openvino/cmake openvino/tools \
+    pyarrow/include pyarrow/src pyarrow/*flight* pyarrow/*s3* pyarrow/libarrow_python.so pyarrow/libarrow_python.so.*.* \
+    numpy/f2py numpy/distutils huggingface_hub hf_xet \
+    && find . -regex '.*\.\(pyi\|pyx\|pxd\|pxi\|h\|a\)' -delete && find . -type d -name tests -prune -exec rm -rf {} + \
     && find pyarrow tantivy tokenizers uvloop '(' -name '*.so' -o -name '*.so.*' ')' -exec strip --strip-unneeded {} +
 
 FROM builder AS project
