@@ -15,7 +15,6 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +45,11 @@ TABLES = {  # commands, and patterns of what they print
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
 @needs("time")
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TABLES, ids=lambda command: command.partition(".")[0])
@@ -59,8 +63,7 @@ def test_a_script_prints_its_table(
     assert re.search(TABLES[command], done.stdout), done.stdout
 
 
-def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path) -> None:
     splits, _ = Annotations(tiny_data).load_all(("train", "val"))
     for data in splits.values():
         data.samples[:] = [replace(sample, negatives=("a caption of another image",)) for sample in data.samples]
@@ -72,15 +75,10 @@ def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path, mo
     assert categories <= {sample.category for sample in samples}
 
 
-def attributes_protocol(monkeypatch: pytest.MonkeyPatch, data: Path, split: str) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("attributes").protocol(data, split)
-
-
 @pytest.mark.parametrize("domain", ["twemoji", "openmoji"])
-def test_attribute_queries_are_of_images_without_a_copy(domain: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
     data = ROOT / "examples" / "emoji" / domain
-    asked = attributes_protocol(monkeypatch, data, "test")
+    asked = importlib.import_module("attributes").protocol(data, "test")
     splits, _ = Annotations(data).load_all()
     contents = [asked.images.read(name) for name in asked.images.images]
     assert len(set(contents)) == len(contents) == len(asked.facts)
@@ -103,7 +101,7 @@ def test_the_grade_is_the_share_of_facts_that_hold(
     shutil.copyfile(
         data / next(iter(json.loads((data / "train.json").read_text()).values()))["file_name"], data / removed
     )
-    asked = attributes_protocol(monkeypatch, data, "test")
+    asked = importlib.import_module("attributes").protocol(data, "test")
     assert kept in asked.images.images
     assert removed not in asked.images.images, "it is a copy of a training image"
     row = asked.images.images.index(kept)
@@ -133,7 +131,6 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script, backbone = importlib.import_module("word_weights"), load_backbone(BackboneSource(str(tiny_model)))
     tokens = backbone.tokenize(["a red dog", "dog"])
     mask, weights = backbone.layout.caption_mask(tokens), torch.rand(2, 4, tokens.shape[1])
@@ -161,8 +158,7 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
     ]  # fmt: skip
 
 
-def test_a_third_style_is_matched_by_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_a_third_style_is_matched_by_names(tmp_path: Path) -> None:
     script, data = importlib.import_module("third_style"), "emojibase-data/en"
     icons = {
         "grinning-face": {"body": "<a/>"},
@@ -190,7 +186,6 @@ def test_a_third_style_is_matched_by_names(tmp_path: Path, monkeypatch: pytest.M
 def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     attack, soak = importlib.import_module("attack"), importlib.import_module("soak")
     monkeypatch.setattr(attack, "attacks", lambda: {"smuggling": attack.smuggle})  # without seconds of drawing bombs
     for script in (attack, soak):
@@ -208,8 +203,7 @@ def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
     assert "--minutes must be at least 0.5" in capsys.readouterr().err
 
 
-def test_a_server_s_memory_is_in_millions_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def test_a_server_s_memory_is_in_millions_of_bytes() -> None:
     service = importlib.import_module("service")
     server = service.Server.__new__(service.Server)
     with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as process:
@@ -221,8 +215,7 @@ def test_a_server_s_memory_is_in_millions_of_bytes(monkeypatch: pytest.MonkeyPat
         process.kill()
 
 
-async def test_responses_after_an_open_loop_are_not_in_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+async def test_responses_after_an_open_loop_are_not_in_its_rate() -> None:
     ended, closed = asyncio.Event(), asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -266,14 +259,11 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_galler
 
 @pytest.mark.slow
 @needs("openvino", "hf")
-def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(tiny_data: Path, tmp_path: Path) -> None:
     import timm
     from tokenizers import Tokenizer, models
     from transformers import BertConfig, BertModel
 
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     pack, maps = importlib.import_module("photo_base").pack, np.random.default_rng(0).normal(size=(2, 352, 5, 5))
     pixels = 1 - pack(maps, maps[0, :, 0, 0], np.full(352, 10.0)).reshape(2, 5, 16, 5, 16, 3) / 255
     above, below = np.split(pixels.transpose(0, 1, 3, 2, 4, 5).reshape(2, 5, 5, -1)[..., :704], 2, axis=3)
@@ -306,7 +296,6 @@ def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(
 def test_every_benchmark_is_imported_and_names_its_options(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(script.parent))
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     is_command = "__main__" in script.read_text()
     with pytest.raises(SystemExit, match="0") if is_command else nullcontext():

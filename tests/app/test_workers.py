@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.commands import Command
 from tests.support.load import searching
-from tests.support.processes import free_port, is_alive
+from tests.support.processes import is_alive
 from tests.support.service import ADMIN, SERVE, bearer, serving_process
 
 pytestmark = pytest.mark.slow
@@ -129,16 +129,6 @@ def test_workers_end_with_their_supervisor(service: Service) -> None:
     wait(lambda: not any(map(is_alive, pids)))
     with pytest.raises(httpx.ConnectError):
         service.get("/healthz")
-
-
-def test_workers_that_cannot_start_end_with_the_reason(built_index: Path, tmp_path: Path) -> None:
-    index = Path(shutil.copytree(built_index, tmp_path / "index"))
-    (index / "versions/1/checkpoint/trainables.safetensors").unlink()
-    environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu", **WORKERS}
-    process = Command("-c", SERVE, environment=environment)
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "trainables.safetensors" in log.splitlines()[-1]
 
 
 def test_a_signal_to_stop_reaches_all_workers(built_index: Path) -> None:

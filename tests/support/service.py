@@ -156,6 +156,19 @@ def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[Fas
 
 
 @contextmanager
+def _ready_client(port: int, process: subprocess.Popen[str] | None = None) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        end, is_ready = time.monotonic() + 150, False
+        while not is_ready:
+            assert process is None or process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end, "it does not become ready"
+            time.sleep(0.1)  # each request is a line in a pipe that is not read yet
+            with suppress(httpx.TransportError):
+                is_ready = client.get("/readyz").status_code == 200
+        yield client
+
+
+@contextmanager
 def serving_process(
     index: Path, script: str = SERVE, **settings: str
 ) -> Iterator[tuple[Command, httpx.Client, list[str]]]:
@@ -164,13 +177,7 @@ def serving_process(
     environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(port), "DCAR_DEVICE": "cpu", **settings}
     process = Command("-c", script, environment=environment)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            end, is_ready = time.monotonic() + 150, False
-            while not is_ready:
-                assert time.monotonic() < end, "it does not become ready"
-                time.sleep(0.1)  # each request is a line in a pipe that is not read yet
-                with suppress(httpx.TransportError):
-                    is_ready = client.get("/readyz").status_code == 200
+        with _ready_client(port) as client:
             yield process, client, log
     finally:
         process.send_signal(signal.SIGTERM)
@@ -184,14 +191,7 @@ def serving_by(python: str, index: Path, **environment: str) -> Iterator[httpx.C
     command = [python, "-m", "app.cli", "serve", "--index", str(index), "--port", str(port)]
     process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            end, is_ready = time.monotonic() + 60, False
-            while not is_ready:
-                assert process.poll() is None, process.communicate()[1]
-                assert time.monotonic() < end, "it does not become ready"
-                time.sleep(0.05)
-                with suppress(httpx.TransportError):
-                    is_ready = client.get("/readyz").status_code == 200
+        with _ready_client(port, process) as client:
             yield client
     finally:
         process.terminate()
