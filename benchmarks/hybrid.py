@@ -59,7 +59,7 @@ class Index:
         self._vectors, self.lexical, self.rows = vectors, lexical, vectors.count
         self.manifest = SimpleNamespace(removed=0, spec=IndexSpec())
         self.live = np.ones(self.rows, np.bool_)
-        self.sample_vectors = self.vectors(spread_rows(np.arange(self.rows)))
+        self.sample_vectors = self.vectors(spread_rows(self.rows))
 
     def search(self, vectors: Floats, k: int, allowed: Any = None, *, is_narrow: bool = False) -> Any:
         """As `Artifact.search`."""

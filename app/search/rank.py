@@ -114,6 +114,8 @@ def word_rows(artifact: Artifact, vector: Floats, allowed: Allowed | None) -> Ma
         return lambda rows: row_cosines(artifact, vector, rows, allowed) > -np.inf
     if not artifact.manifest.removed:
         return allowed
+    if not artifact.manifest.spec.is_local:
+        return lambda rows: ~np.isin(rows, artifact.removed)
     return artifact.live if allowed is None else allowed & artifact.live
 
 

@@ -210,7 +210,7 @@ def calibrate(
     ]
     if len(queries) < _MIN_TEXTS:
         return {"cutoff": cutoff}
-    sample = index.vectors(spread_rows(np.arange(index.count)))
+    sample = index.vectors(spread_rows(index.count))
     return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)}
 
 
@@ -226,7 +226,7 @@ def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any
     if index.count < _MIN_ITEMS:
         return {}
     vectors = encode(common_words(_WORDS))  # [W, E]
-    sample = index.vectors(spread_rows(np.arange(index.count)))
+    sample = index.vectors(spread_rows(index.count))
     return {"cutoff": cutoff_of_words(vectors @ sample.T, index.search(vectors, 1)[0][:, 0])}
 
 

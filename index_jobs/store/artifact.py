@@ -201,11 +201,19 @@ class Artifact:
     def sample_vectors(self) -> Floats:
         """Vectors (m, E) of evenly spread items, which show how widely cosines vary; empty if the index keeps none."""
         try:
-            return self.vectors(spread_rows(np.flatnonzero(self.live)))
+            return self.vectors(self._nth_live(spread_rows(self.manifest.count)))
         except StoreUnavailableError:
             raise
         except ArtifactError:
             return np.empty((0, self.manifest.dim), np.float32)
+
+    def _nth_live(self, places: Rows) -> Rows:
+        """Return the rows at these places among those that were not removed."""
+        return places + np.searchsorted(self.removed - np.arange(len(self.removed)), places, "right")
+
+    def _is_removed(self, row: int) -> bool:
+        place = int(np.searchsorted(self.removed, row))
+        return place < len(self.removed) and bool(self.removed[place] == row)
 
     @property
     def checkpoint(self) -> Path:
@@ -273,7 +281,7 @@ class Artifact:
 
     def locate(self, row: int) -> tuple[Segment, int]:
         """Return the segment of a row, and its number there. Raise IndexError if the row is unknown or removed."""
-        if 0 <= row < self.rows and len(self.removed) and not self.live[row]:
+        if self._is_removed(row):
             raise IndexError(f"row {row} was removed")
         for segment, span in zip(self.segments, self._spans, strict=True):
             if span.start <= row < span.stop:
@@ -286,7 +294,7 @@ class Artifact:
             return known
         for segment, span in zip(reversed(self.segments), reversed(self._spans), strict=True):
             row = segment.items.row_of(item_id)
-            if row is not None and (not len(self.removed) or self.live[row + span.start]):
+            if row is not None and not self._is_removed(row + span.start):
                 return int(row + span.start)
         return None
 
@@ -378,8 +386,8 @@ class Artifact:
             folder: the folder whose images are looked at.
         """
         prefix = f"{folder}/" if folder else ""
-        live = np.flatnonzero(self.live)
-        sample = live[np.linspace(0, len(live) - 1, min(len(live), _SAMPLE), dtype=int)]
+        count = self.manifest.count
+        sample = self._nth_live(np.linspace(0, count - 1, min(count, _SAMPLE), dtype=np.int64))
         sampled = [self.image_location(row)[0] for row in sample.tolist()]
         paths = [path for path in sampled if not is_url(path) and f"{path}/".startswith(prefix)]
         missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110

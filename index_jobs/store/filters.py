@@ -73,7 +73,7 @@ class _Chosen:
 
     def __init__(self, artifact: "Artifact", rows: Rows) -> None:
         self._artifact, self._rows = artifact, rows
-        self.fields, self.rows, self.live = artifact.fields, len(rows), artifact.live[rows]
+        self.fields, self.rows, self.live = artifact.fields, len(rows), ~np.isin(rows, artifact.removed)
 
     def column(self, name: str) -> pa.ChunkedArray:
         return self._artifact.column(name, self._rows)

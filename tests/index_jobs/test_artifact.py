@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_rows_queries_and_fields_that_it_lacks_are_refused(published: Path) -> N
         artifact.search(np.zeros((1, 16), np.float32), 1)
     with pytest.raises(DataError, match="no item has the field 'colour'; there are: caption, category, color"):
         artifact.column("colour")
+
+
+@pytest.mark.parametrize("removed", [[], [0], [4, 5, 9], range(1, 10), range(9)])
+def test_removed_rows_are_skipped_without_a_mask(removed: Any) -> None:
+    artifact: Any = SimpleNamespace(removed=np.array(removed, np.int64))
+    live = np.setdiff1d(np.arange(10), artifact.removed)
+    assert Artifact._nth_live(artifact, np.arange(len(live))).tolist() == live.tolist()
+    assert [row for row in range(10) if not Artifact._is_removed(artifact, row)] == live.tolist()
 
 
 def test_another_encoder_is_refused_with_the_command_to_run(

@@ -40,9 +40,9 @@ def text_bonus(sample_vectors: Floats, vector: Floats, weight: float) -> float:
     return _SPREADS * weight / max(1 - weight, _LEAST_REST) * float(np.std(sample_vectors @ vector))
 
 
-def spread_rows(live: Rows) -> Rows:
-    """Return evenly spread rows, whose vectors are `sample_vectors`."""
-    return live[:: max(1, len(live) // _SAMPLE)][:_SAMPLE]
+def spread_rows(count: int) -> Rows:
+    """Return evenly spread rows of so many, whose vectors are `sample_vectors`."""
+    return np.arange(0, count, max(1, count // _SAMPLE))[:_SAMPLE]
 
 
 def hybrid_gains(
