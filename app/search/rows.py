@@ -6,7 +6,6 @@
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,35 +117,36 @@ class StoredGroups:
 
     def __init__(self, snapshot: Snapshot, name: str) -> None:
         self._snapshot, self._artifact, self._name = snapshot, snapshot.artifact, name
-        self._total, self._numbers = snapshot.artifact.rows, dict[Any, int]()
-        _single_values(self._artifact, name, NO_ROWS)
+        self._total = self._artifact.rows
+        self._values = _single_values(self._artifact, name, NO_ROWS).combine_chunks()
 
     def codes_of(self, rows: Rows) -> Rows:
         order = np.argsort(rows)
         encoded = _single_values(self._artifact, self._name, rows[order]).dictionary_encode().combine_chunks()
-        values = (math.nan if value != value else value for value in encoded.dictionary.to_pylist())
-        numbers = [self._numbers.setdefault(value, len(self._numbers)) for value in values]
+        self._values = pa.concat_arrays([self._values, encoded.dictionary]).unique()
+        numbers = pc.index_in(encoded.dictionary, self._values).to_numpy()
         codes: Rows = rows + self._total
         present = order[encoded.is_valid().to_numpy(zero_copy_only=False)]
-        codes[present] = np.array(numbers, np.int64)[encoded.indices.drop_null().to_numpy()]
+        codes[present] = numbers[encoded.indices.drop_null().to_numpy()]
         return codes
 
     def shown(self, rows: list[int], allowed: Allowed | None) -> list[dict[str, Any]]:
         given, codes = self._selection(allowed), self.codes_of(np.array(rows, np.int64))
-        values, counted = self._values(codes), given.added
+        numbers, values = self._values_of(codes)
+        counted = given.added
         counts = self._artifact.stored_counts(self._name, values, given)
         if counts is None:
             counted = np.flatnonzero(given.mask & filters.match_rows(self._artifact, {self._name: values}))
         others = Counter(self.codes_of(counted).tolist())
         groups = {
-            (code := self._numbers[value]): {"value": value, "count": (counts or {}).get(value, 0) + others[code]}
-            for value in values
+            code: {"value": value, "count": (counts or {}).get(value, 0) + others[code]}
+            for code, value in zip(numbers, values, strict=True)
         }
         return [groups.get(code, {"value": None, "count": 1}) for code in codes.tolist()]
 
     def outside(self, codes: Rows, allowed: Allowed | None) -> Allowed:
         given, alone = self._selection(allowed), codes[codes >= self._total] - self._total
-        condition = {self._name: {"not": self._values(codes)}}
+        condition = {self._name: {"not": self._values_of(codes)[1]}}
 
         def make_mask() -> Mask:
             mask = given.mask & filters.match_rows(self._artifact, condition)
@@ -161,10 +161,10 @@ class StoredGroups:
         assert isinstance(selection, Selection)
         return selection
 
-    def _values(self, codes: Rows) -> list[Any]:
-        """Return the values of numbered groups, those without one left out."""
-        values = [*self._numbers]
-        return [values[code] for code in np.unique(codes[codes < self._total]).tolist()]
+    def _values_of(self, codes: Rows) -> tuple[list[int], list[Any]]:
+        """Return the numbers of groups that have a value, and their values."""
+        numbers = np.unique(codes[codes < self._total])
+        return numbers.tolist(), self._values.take(pa.array(numbers)).to_pylist()
 
 
 Groups = GroupField | StoredGroups
