@@ -304,11 +304,11 @@ def test_killed_process_loses_no_change_of_metadata(index: Path, when: str, mome
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_every_job_ends_although_its_process_is_killed_twelve_times(index: Path) -> None:
+def test_every_job_ends_although_its_process_is_killed_eight_times(index: Path) -> None:
     """At random times, while jobs keep arriving."""
     generator = np.random.default_rng(0)
     jobs, expected, kills, longest = list[str](), ids_of(open_current(index)), 0, 2.0
-    while kills < 12:
+    while kills < 8:
         names = {f"n{number}" for number in generator.integers(0, 12, 2).tolist()}
         if generator.random() < 0.4:
             jobs.append(delete(index, *names))
