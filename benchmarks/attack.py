@@ -11,6 +11,7 @@
   peak of the memory of the server and its decoding processes. The first row is the service without an attack. In the
   second, a process that sends nothing keeps a core busy: on few cores, an attacker costs that much by running on the
   same machine.
+- At the end the server starts again, with the collections that an attack has created.
 - Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
   traversal, deep and long JSON, expensive filters, facets, pages and explanations, hostile images of every format, and
   changes of a second collection, whose items have as much metadata as they may and an image of 62 megapixels.
@@ -426,7 +427,7 @@ def main() -> None:
     created, settings = tempfile.TemporaryDirectory(), dict[str, object]()
     if given.only is None or not changes().keys().isdisjoint(given.only):
         settings = {
-            "collections": json.dumps({"hostile": str(hostile_collection(given.work))}), "max_collections": 10,
+            "collections": json.dumps({"hostile": str(hostile_collection(given.work))}), "max_collections": 100,
             "collections_dir": created.name, "writes": "true", "admin_key": ADMIN_KEY, "max_jobs": 50,
             "image_hosts": "localhost,::ffff:127.0.0.1", "thumbnail_cache_bytes": 0,
         }  # fmt: skip
@@ -442,6 +443,11 @@ def main() -> None:
                 failed += [f"{name}: {fault}" for fault in faults]
         status = Path(f"/proc/{server.process.pid}/status").read_text()
         print(f"highest memory of all: {int(status.split('VmHWM:')[1].split()[0]) * 1024 / 1e6:.0f} MB")
+        if settings:
+            server.stop()
+            server.start()
+            count = sum(1 for _ in Path(created.name).glob("*/collection.json"))
+            print(f"with {count} created collections, ready again after {server.ready_s:.1f} s")
     peak, ended = group.report()
     group.close()
     if group.path is None:
