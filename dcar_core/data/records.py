@@ -124,7 +124,10 @@ def _read_typed_csv(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> I
     for _, row in _read_csv_rows(name, open_file, None, lambda _: None):
         for column, cell in row.items():
             if cell and column not in fixed:
-                types[column] = _common_type(types.get(column), _type_of_cell(cell))
+                known, found = types.get(column), _type_of_cell(cell)
+                if known not in (None, found):  # a column that has cells of two types
+                    found = "float" if {known, found} == {"int", "float"} else "text"
+                types[column] = found
     for line, row in _read_csv_rows(name, open_file, None, on_bad_line):
         try:
             values = {column: _OF_CELL[types[column]](cell) for column, cell in row.items() if cell}
@@ -188,13 +191,6 @@ def _type_of_cell(cell: str) -> str:
         return "bool"
     values = _json_list(cell)
     return "texts" if values is not None and all(isinstance(value, str) for value in values) else "text"
-
-
-def _common_type(known: str | None, other: str) -> str:
-    """Return the type of a column that has cells of two types."""
-    if known is None or known == other:
-        return other
-    return "float" if {known, other} == {"int", "float"} else "text"
 
 
 def texts_of_cell(cell: str | None) -> list[Any] | None:

@@ -64,13 +64,14 @@ def sections(results: Results) -> list[Section]:
     )
     notes = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
     notes = [summary, _RECALL_NOTE, *notes, *filter(None, [results.get("recommendation")])]
+    cleaned = [[split, f"{n:,}", case] for split, counts in results["cleaning"].items() for case, n in counts.items()]
     found: list[Section] = [
         ("Recall", notes, recall_rows(results)),
         ("Significance", [_BOOTSTRAP_NOTE], significance_rows(results)),
         ("Other measures", [_MEASURES_NOTE], measures_rows(results)),
         ("Few pairs", ["Mean R@1 after training on this number of pairs of each category."], shots_rows(results)),
         ("Settings and cost", [], settings_rows(results)),
-        ("Data", [], data_rows(results)),
+        ("Data", [], [["split", "cases", "finding"], *cleaned]),
         (f"Weakest categories of {best}", [], category_rows(results, best)),
         (f"Most confused categories of {best}", [], confusion_rows(results, best)),
     ]
@@ -135,12 +136,6 @@ def settings_rows(results: Results) -> Rows:
             f"{seconds:.0f}", "-" if method["lr"] is None else f"{method['lr']:g}", *cells,
         ])  # fmt: skip
     return rows
-
-
-def data_rows(results: Results) -> Rows:
-    """Return what was found while the splits were read, with the number of cases."""
-    found = [(split, phrase, n) for split, counts in results["cleaning"].items() for phrase, n in counts.items()]
-    return [["split", "cases", "finding"], *([split, f"{n:,}", phrase] for split, phrase, n in found)]
 
 
 def category_rows(results: Results, name: str) -> Rows:

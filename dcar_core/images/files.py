@@ -5,6 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,7 +47,9 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                     members[last.removeprefix("./")] = TarSpan(member.offset_data, member.size)
                 elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):
                     members[last.removeprefix("./")] = target
-            if _has_more_data(tar):
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
+            if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, _BLOCK_BYTES), b"")):
                 raise DataError(
                     f"{path} has data after {last}, the last member that can be read (it ends at byte {tar.offset:,}): "
                     f"it is damaged, or two tars were concatenated; create it again"
@@ -54,13 +57,6 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
             return members
     except tarfile.TarError as error:
         raise DataError(f"{path} is not an uncompressed tar ({error}); decompress it first") from error
-
-
-def _has_more_data(tar: tarfile.TarFile) -> bool:
-    """Return whether there is anything but zeros behind the members: tarfile takes a damaged header for the end."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    return any(block.strip(b"\0") for block in iter(lambda: tar.fileobj.read(_BLOCK_BYTES), b""))
 
 
 class ImageRoot:
