@@ -160,7 +160,7 @@ class EncodingState:
         self.store = ShardStore(gallery, encoder, runtime, work, options)
         self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
         self.shards = {number: self._reopen(self.store.load(number), number) for number in range(len(self.store))}
-        reusable = ReusableVectors(list(self.store.other_galleries()))
+        reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():
             locations = image_locations(gallery.root, gallery.table, self.shards[number].missing)
             images, vectors = reusable.take(locations, self.store.dim)
@@ -181,13 +181,10 @@ class EncodingState:
 
     def _reopen(self, shard: Shard, number: int) -> Shard:
         """Return the shard with the failed images that are tried again as images that are still to do."""
-        kept = [failure for failure in shard.failed if not self._is_tried_again(failure.fault)]
+        again = {fault: fault.is_temporary or self._options.force for fault in ImageFault}
+        again[ImageFault.MISSING_DECODER] = ".heic" in IMAGE_SUFFIXES
+        kept = [failure for failure in shard.failed if not again[failure.fault]]
         return shard if len(kept) == len(shard.failed) else self.store.save(number, shard.images, shard.vectors(), kept)
-
-    def _is_tried_again(self, fault: ImageFault) -> bool:
-        if fault == ImageFault.MISSING_DECODER:
-            return ".heic" in IMAGE_SUFFIXES
-        return fault.is_temporary or self._options.force
 
     def windows(self) -> Iterator[Sequence[ImageLocation]]:
         """Yield the images that must be encoded, in windows of one shard."""

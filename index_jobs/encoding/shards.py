@@ -12,7 +12,7 @@
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,12 +115,6 @@ class ShardStore:
         """Return the folders of shards that the same encoder made of other galleries, complete or not."""
         return sorted({*self.path.parent.glob(f"{self._encoder_key}-*")} - {self.path})
 
-    def other_galleries(self) -> Iterator[Shard]:
-        """Yield the shards that the same encoder made of other galleries in the same way; damaged ones are left out."""
-        for path in (path for folder in self.other_folders() for path in sorted(folder.glob("[0-9]*.npz"))):
-            with contextlib.suppress(ArtifactError):
-                yield Shard.read(path)
-
     def extend(self, number: int, parts: Iterable[tuple[Images, Floats]], failed: Iterable[FailedImage] = ()) -> Shard:
         """Add images with their vectors, float32 (m, E), and failures to a shard."""
         shard, nothing = self.load(number), (np.empty(0, IMAGE), np.empty((0, self.dim), np.float32))
@@ -155,8 +149,12 @@ class ReusableVectors:
     encoded again.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards, self._starts = shards, np.cumsum([0, *(len(shard.images) for shard in shards)])
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._shards = shards = list[Shard]()
+        for path in (path for folder in folders for path in sorted(folder.glob("[0-9]*.npz"))):
+            with contextlib.suppress(ArtifactError):  # damaged
+                shards.append(Shard.read(path))
+        self._starts = np.cumsum([0, *(len(shard.images) for shard in shards)])
         self._images = np.concatenate([np.empty(0, IMAGE), *(shard.images for shard in shards)])
         self._hashes, self._positions = np.unique(self._images["location_hash"], return_index=True)
 

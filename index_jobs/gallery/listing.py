@@ -71,17 +71,13 @@ def list_folder(root: str) -> Iterator[GalleryImage]:
         if file_suffix(file.name) == ".tar":
             images += _tar_images(root, file, metadata, skipped)
         elif has_image_suffix(file.name):
-            fields = (metadata.find(file.name) if metadata else {}) or _fields_of_name(file.name)
+            folders, _, name = file.name.rpartition("/")
+            of_path = {"category": folders, "title": name.rpartition(".")[0].replace("_", " ").strip()}
+            fields = (metadata.find(file.name) if metadata else {}) or of_path
             images.append(file._replace(fields=fields))
     if metadata and images:
         metadata.report_unused()
     return _sorted_by_name(images, skipped)
-
-
-def _fields_of_name(name: str) -> Record:
-    """Describe an image without metadata by its path: the folders are its category, the file name is its title."""
-    folders, _, file = name.rpartition("/")
-    return {"category": folders, "title": file.rpartition(".")[0].replace("_", " ").strip()}
 
 
 def list_tar(location: str) -> Iterator[GalleryImage]:

@@ -173,7 +173,12 @@ def rollback(index: Path, to: int | None = None) -> int:
         raise ArtifactError(f"{index} holds no published index")
     with report_os_errors(index), _lock(index):
         if to is None:
-            to = _previous_version(index)
+            current = current_version_or_none(index)
+            earlier = [number for number in version_numbers(index) if current is None or number < current]
+            if not earlier:
+                raise ArtifactError(f"{index} has no version earlier than {current} to roll back to")
+            replaced = [manifest.replaced for manifest in list_versions(index) if manifest.version == current]
+            to = replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
         if store is not None and to in version_numbers(index):
             store.pull(to)
         open_version(index, to).verify()
@@ -182,15 +187,6 @@ def rollback(index: Path, to: int | None = None) -> int:
         write_current(index, to)
         _sync({manifest.spec.engine for manifest in list_versions(index)}, index, to)
     return to
-
-
-def _previous_version(index: Path) -> int:
-    current = current_version_or_none(index)
-    earlier = [number for number in version_numbers(index) if current is None or number < current]
-    if not earlier:
-        raise ArtifactError(f"{index} has no version earlier than {current} to roll back to")
-    replaced = [manifest.replaced for manifest in list_versions(index) if manifest.version == current]
-    return replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
 
 
 def _lock(index: Path) -> AbstractContextManager[None]:
