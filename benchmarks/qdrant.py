@@ -30,7 +30,6 @@ from index_jobs.engines.measure import NEIGHBOURS
 from index_jobs.engines.protocol import HeldOutQueries, NewIndex, load_engine
 from index_jobs.engines.qdrant import engine as qdrant_engine
 from index_jobs.engines.qdrant import index as qdrant_index
-from index_jobs.engines.qdrant.conditions import stored_conditions
 from index_jobs.selection import Selection
 from index_jobs.spec import IndexSpec
 
@@ -70,6 +69,8 @@ def measure(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> st
 
 def measure_parts(index: Any, fields: pa.Table, query: Floats) -> list[str]:
     """Return the rows of a table: p50 of parts of a search among the rows of one kind, in Qdrant and here."""
+    from index_jobs.engines.qdrant.conditions import stored_conditions
+
     client, name, count = index._client, index._name, index.count
     mask = pc.equal(fields["kind"], "k1").to_numpy()
     some = Selection(lambda: mask, ({"kind": "k1"},))
