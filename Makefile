@@ -1,5 +1,5 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
-# make test       tests of all installed parts, in JOBS=2 processes           (ARGS="-k name" for some)
+# make test       tests of all installed parts, in JOBS=3 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.store.filters*" for some)
@@ -11,7 +11,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 DOMAIN ?= twemoji
 EXTRAS ?= dev
-JOBS ?= 2
+JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
