@@ -71,9 +71,12 @@ def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) 
 @pytest.mark.slow
 @needs("qdrant-core", "qdrant")
 def test_qdrant_prints_its_table_beside_that_of_faiss() -> None:
-    rows = [line.split(" | ") for line in run("qdrant.py", "core", "--count", "600", "--dim", "16").splitlines()[4:]]
+    searches, parts = run("qdrant.py", "core", "--count", "600", "--dim", "16").split("\n\n")[-2:]
+    rows = [line.split(" | ") for line in searches.splitlines()[2:]]
     assert [row[0].partition(",")[0] for row in rows] == ["| qdrant", "| faiss"]
     assert all(float(cell.rstrip(" |").rsplit(" / ")[-1]) >= 0.95 for row in rows for cell in row[2:])
+    assert len(parts.splitlines()[2:]) == 4
+    assert all(float(cell.rstrip(" |")) > 0 for line in parts.splitlines()[2:] for cell in line.split(" | ")[1:])
 
 
 @pytest.mark.slow
