@@ -3,7 +3,7 @@
 - Every worker decodes one image within its limits: see `dcar_core.images.workers`.
 - Whose turn it is: the image of the caller, and then of the request, whose images have taken the least time while some
   of them were waiting. One caller, however many images it sends, leaves `_SPARE` workers to the others.
-- The wait of a caller's next request is expected by its requests in progress, and the mean time of its last images.
+- A caller's next request is expected to wait for its requests in progress, by the mean seconds of its last images.
 - Most images share `_MEMORY` each. A larger one gets the memory of the largest image; each caller can have one of these
   at a time, and all callers `_LARGE`.
 """
@@ -69,7 +69,7 @@ class Decoders:
             worker.close()
 
     def expected_wait(self) -> float:
-        """Return the seconds after which each request of this caller in progress will have had a turn; 0 for a few."""
+        """Return the seconds until this caller's next request would have its turn; 0 while few are in progress."""
         caller = current_caller.get()
         requests = {turn.request for turn in (*self._waiting, *self._running) if turn.caller == caller}
         return len(requests) * self._mean_s.get(caller, 0.0) / self._share if len(requests) >= _FEW else 0.0

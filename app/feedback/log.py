@@ -53,7 +53,6 @@ _RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones 
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 20_000  # rows of searches that wait for the disk
-_IDS = 32  # that are made at a time: alone, one takes three times as long
 _NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id: a nonce, the time, and a hash over both and the caller
 
 
@@ -66,7 +65,6 @@ class FeedbackLog:
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
         self._keyed = hashlib.blake2b(key=self._secret, digest_size=_MAC)
         self._numbers = itertools.count(int.from_bytes(os.urandom(_NONCE - 1)))  # of query ids, from a random one on
-        self._ids = dict[str, list[str]]()  # of the next searches, by caller; about a minute old at most
         # `QueryRow`s in JSON by query id. Two tables: taking single old entries out is slow.
         self._recent, self._earlier, self._recent_bytes = dict[str, bytes](), dict[str, bytes](), 0
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
@@ -115,24 +113,16 @@ class FeedbackLog:
             collection: None for the default one.
             compared: how the results were made, if they were compared with those of a candidate.
         """
-        if not (ids := self._ids.get(caller)):
-            ids = self._ids[caller] = self._make_ids(caller)
-        query_id = ids.pop()
+        now = time.time()
+        head = next(self._numbers).to_bytes(_NONCE) + int(now).to_bytes(_TIME)
+        query_id = base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
         text, is_hashed = query.query, not self._settings.feedback_texts
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
         if is_hashed and text:
             text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
         hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
         facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
-        row = (
-            query_id,
-            int(time.time() * 1000),
-            collection or self._default_collection,
-            text,
-            hits,
-            *facts,
-            *(compared or ()),
-        )
+        row = query_id, int(now * 1000), collection or self._default_collection, text, hits, *facts, *(compared or ())
         self._recent[query_id] = line = to_json(row)
         self._recent_bytes += len(line)
         if self._recent_bytes > _RECENT_BYTES:
@@ -142,11 +132,6 @@ class FeedbackLog:
         else:
             self._lost.labels("queries").inc()
         return query_id
-
-    def _make_ids(self, caller: str) -> list[str]:
-        now = int(time.time()).to_bytes(_TIME)
-        heads = [next(self._numbers).to_bytes(_NONCE) + now for _ in range(_IDS)]
-        return [base64.urlsafe_b64encode(head + self._mac(head, caller)).decode() for head in heads]
 
     def draw(self, client: str, query: str) -> tuple[float, str]:
         """Return a number from 0 to 1 that a client keeps, and the name of its draw for a query."""
@@ -253,7 +238,6 @@ class FeedbackLog:
     async def _roll(self) -> None:
         while True:
             await asyncio.sleep(_ROLL_S)
-            self._ids.clear()
             try:
                 await self._rolling.run(self._maintain)
                 if self._settings.compare is not None:

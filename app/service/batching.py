@@ -183,8 +183,9 @@ class Batcher:
         return None
 
     def require_room(self, earlier_wait: float = 0.0) -> None:
-        """Raise UnavailableError if a new query is not accepted: it would wait too long, before it gets here and then,
-        or the service shuts down.
+        """Raise UnavailableError if a new query is not accepted: it would wait too long, or the service shuts down.
+
+        earlier_wait: expected seconds until the query is in the queue.
         """
         if self._is_closing:
             raise UnavailableError("The service is shutting down.")

@@ -264,7 +264,10 @@ class Collections:
         return index
 
     async def open(self, name: str | None, field: str = "collection") -> Snapshot:
-        """Return the live snapshot of a collection, see `find`, which may be opened first. Raise UnavailableError."""
+        """Return the live snapshot of a collection, as `find`. A created one is opened first.
+
+        Raise UnavailableError if it is not open within `_OPEN_S`.
+        """
         index = self.find(name, field)
         if index.live is None and index.is_created:
             index.start()
@@ -310,7 +313,7 @@ class Collections:
         return None
 
     def start(self) -> None:
-        """Load every collection, one after the other, and begin to poll, in the background."""
+        """Load the collections of the settings, then created ones, and begin to poll, in the background."""
         for _, index in self:
             if not index.is_created:
                 index.start()

@@ -99,14 +99,13 @@ class SharedCompute(Compute):
         encoder = snapshot.encoder
 
         async def embed() -> list[Floats]:
+            self.require_image_room()
             pixels = await self._decode_pixels(data, snapshot.preprocess, crop, is_query=True)
             return await self.pixels([ImageRow(encoder, pixels)])
 
         make_key = partial(cache_key, encoder.fingerprint, "image", data)
         key = make_key() if len(data) <= _QUICK_BYTES else await self._pixel_threads.run(make_key)
         key += "" if crop is None else f":{crop.x},{crop.y},{crop.width},{crop.height}"
-        if self.cache.peek(key) is None and key not in self._computations:
-            self.require_image_room()
         return await self._cached(key, encoder.dim, embed)
 
     def require_image_room(self) -> None:
@@ -174,8 +173,6 @@ class SharedCompute(Compute):
             if vector is not None:
                 return vector, True
             with together():
-                if begun is None:
-                    self.batcher.require_room()  # before an image is decoded
                 (vector,) = await (begun or embed())
             self.cache.put(key, vector)
             return rounded(vector), False

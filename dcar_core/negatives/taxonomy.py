@@ -50,8 +50,7 @@ def load_taxonomy(file: Path) -> Taxonomy:
     groups, similar = (content.get(part, {}) for part in parts)
     for part, value in content.items():
         lists = value.values() if isinstance(value, dict) else [None]
-        given = [name for each in lists for name in (each if isinstance(each, list) else [None])]
-        if not all(isinstance(name, str) and name.strip() for name in given):
+        if not all(isinstance(names, list) and all(map(_is_name, names)) for names in lists):
             raise DataError(f"the taxonomy {file}: {part!r} must map names to lists of category names; like {_FORM}")
     names: dict[str, str] = {}
     of: dict[str, str] = {}
@@ -65,6 +64,10 @@ def load_taxonomy(file: Path) -> Taxonomy:
         for name in (category, *others):
             names.setdefault(fold_name(name), name)
     return Taxonomy(of, {fold_name(c): tuple(map(fold_name, others)) for c, others in similar.items()}, names)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def rank_categories(

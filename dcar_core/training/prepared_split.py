@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dcar_core.data import CleaningReport, Dataset
+from dcar_core.data import CleaningReport, Dataset, Sample
 from dcar_core.data.clean import fold_text
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import ReweightConfig
@@ -208,8 +208,7 @@ class FrozenFeatures:
         if places:
             rows, columns = torch.tensor(places, device=device).T
             features[rows, 1 + columns] = self.texts([samples[i].negatives[j] for i, j in places])
-            known = [(samples[i].category, [*samples[i].negative_categories[j : j + 1], ""][0]) for i, j in places]
-            is_other = [bool(other) and fold_name(other) != fold_name(own) for own, other in known]
+            is_other = [_has_other_category(samples[i], j) for i, j in places]
             weights[rows, 1 + columns] = 1 + alpha * torch.tensor(is_other, device=device).float()
         return features, weights
 
@@ -265,3 +264,9 @@ class FrozenFeatures:
 
     def _bar(self, items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
         return tqdm(items, label, total, disable=not self.progress, leave=False)
+
+
+def _has_other_category(sample: Sample, negative: int) -> bool:
+    """True if a negative caption is known to be of another category than the sample."""
+    category = sample.negative_categories[negative : negative + 1]
+    return any(category) and fold_name(category[0]) != fold_name(sample.category)

@@ -153,14 +153,7 @@ class _TrainingLoop:
                 "validation data": val_split.key,
                 **replace(config, amp=self.precision.name).to_dict(),
             }
-            content = load_state(run, self.identity, model.backbone.device)
-            if content is not None:
-                model.load_state_dict(content["trainables"], strict=False)
-                self.optimizer.load_state_dict(content["optimizer"])
-                self.precision.scaler.load_state_dict(content["scaler"])
-                torch.set_rng_state(content["random"].cpu())
-                self.progress = _Progress(**{each.name: content["progress"][each.name] for each in fields(_Progress)})
-                self.best_weights = content["best_weights"]
+            self._restore(run)
         self.saved = time.monotonic()
         self.started = self.saved - self.progress.seconds
 
@@ -259,6 +252,16 @@ class _TrainingLoop:
             "best_weights": self.best_weights,
         }
         save_state(self.run, self.identity, content)
+
+    def _restore(self, run: Path) -> None:
+        content = load_state(run, self.identity, self.model.backbone.device)
+        if content is not None:
+            self.model.load_state_dict(content["trainables"], strict=False)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.precision.scaler.load_state_dict(content["scaler"])
+            torch.set_rng_state(content["random"].cpu())
+            self.progress = _Progress(**{each.name: content["progress"][each.name] for each in fields(_Progress)})
+            self.best_weights = content["best_weights"]
 
     def _copy_trainables(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.trainables()}

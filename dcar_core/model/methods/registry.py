@@ -58,11 +58,16 @@ def require_runnable(config: ModelConfig, level: str, model: str, context: int) 
         raise ModelError(f"{config.method} needs {needed}, which {tower}; use the method {other}")
     if level != "full" and needs_rows:
         needed, tower = "image prompts, block adapters or patches", f"the image tower of {model} does not have"
-        plain = "coop" if config.reweight.train == "none" and config.loss.category == 0 else "dcar-text"
-        most_like = plain if config.adapter == AdapterConfig() else "dcar+-text"
-        other = most_like if level == "text" else "clip-adapter"
+        other = _text_variant(config) if level == "text" else "clip-adapter"
         raise ModelError(f"{config.method} needs {needed}, which {tower}; use the method {other}")
     if has_prompts and prompt.length > context - 1:
         raise ModelError(f"{prompt.length} prompts do not fit into the {context} tokens of {model}")
     if has_prompts and prompt.depth > MAX_DEPTH:
         raise ModelError(f"prompts for {prompt.depth} blocks are too many; a tower has at most {MAX_DEPTH}")
+
+
+def _text_variant(config: ModelConfig) -> str:
+    """The method that is most like this one without image prompts."""
+    if config.adapter != AdapterConfig():
+        return "dcar+-text"
+    return "coop" if config.reweight.train == "none" and config.loss.category == 0 else "dcar-text"
