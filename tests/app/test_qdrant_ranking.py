@@ -42,7 +42,7 @@ def write_gallery(folder: Path, numbers: range) -> Path:
             "category": rng.choice(["cat", "bird", ""]), "price": rng.choice([None, 5, 7.5, 10.25, 0.0, 99]),
             "stock": rng.choice([None, 0, 1, 2, 2**60, -3]), "sale": rng.choice([None, True, False]),
             "brand": rng.choice([None, *BRANDS]), "tags": rng.sample(TAGS, rng.randint(0, 3)),
-            'a.b["c"]': rng.choice([None, "x", "y"]),
+            'a.b["c"]': rng.choice([None, "x", "y"]), "gift": True if number == 4 else None,
         }  # fmt: skip
         if rng.random() < 0.2:
             del record["tags"]
@@ -68,15 +68,19 @@ def served(place: str, folder: Path) -> Iterator[str]:
 def opened(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Index, Index]]:
-    """The same index with FAISS and with Qdrant: built, with items added, changed and removed."""
+    """The same index with FAISS and with Qdrant: built, with items added, changed and removed.
+
+    The only `gift` is true, then removed, and then texts.
+    """
     root = tmp_path_factory.mktemp("both")
     gallery, more = (
         write_gallery(root / "gallery", range(COUNT)),
         write_gallery(root / "more", range(COUNT, COUNT + ADDED)),
     )
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"stock": None, "tags": ["new"]}), ("n71", {"sale": True}),
-        ("n9", {"caption": "", "category": "bird"}), ("n10", {"fresh": "yes"}), ("n6", {"brand": "Ibis & Co"}),
+        ("n3", {"price": 7.5, "brand": "lynx"}), ("n4", {"stock": None, "tags": ["new"], "gift": None}),
+        ("n71", {"sale": True}), ("n9", {"caption": "", "category": "bird", "gift": "true"}),
+        ("n10", {"fresh": "yes"}), ("n6", {"brand": "Ibis & Co"}),
     ]  # fmt: skip
     with served(request.param, tmp_path_factory.mktemp("core")) as url:
         found = []
@@ -97,6 +101,7 @@ def draw_condition(rng: random.Random, field: str) -> Any:
         "price": [5, 7.5, 10.25, -0.0, 99, 3], "stock": [0, 1, 2.0, 2.5, 2**60, 2**60 + 1, -3], "sale": [True, False],
         "brand": BRANDS, "tags": TAGS, 'a.b["c"]': ["x", "y"], "category": ["cat", "bird", ""],
         "caption": ["a lynx", ""], "id": [f"n{number}" for number in range(0, COUNT, 5)], "fresh": ["yes"],
+        "gift": ["true", "wrapped"],
     }  # fmt: skip
     some, is_number = [*values[field], None], field in ("price", "stock")
     kinds = [
@@ -122,7 +127,7 @@ def draw_condition(rng: random.Random, field: str) -> Any:
     return {name: rng.choice(values[field]) for name in bounds}
 
 
-FIELDS = ["price", "stock", "sale", "brand", "tags", 'a.b["c"]', "category", "caption", "id", "fresh"]
+FIELDS = ["price", "stock", "sale", "brand", "tags", 'a.b["c"]', "category", "caption", "id", "fresh", "gift"]
 
 
 def draw_filter(rng: random.Random) -> dict[str, Any]:
@@ -137,8 +142,8 @@ def draw_request(rng: random.Random) -> dict[str, Any]:
     }
     options: list[tuple[float, dict[str, Any]]] = [
         (0.7, {"filter": draw_filter(rng)}), (0.3, {"offset": rng.randint(0, 20)}),
-        (0.3, {"group_by": rng.choice(["brand", "category", "price", "stock", "sale", 'a.b["c"]'])}),
-        (0.2, {"facets": rng.sample(["brand", "tags", "price", "sale"], 2)}), (0.3, {"hybrid": True}),
+        (0.3, {"group_by": rng.choice(["brand", "category", "price", "stock", "sale", "gift", 'a.b["c"]'])}),
+        (0.2, {"facets": rng.sample(["brand", "tags", "price", "sale", "gift"], 2)}), (0.3, {"hybrid": True}),
         (0.2, {"without": "red"}),
         (0.2, {"more_like": ["n8", "n73"]}), (0.2, {"min_score": rng.choice([-0.2, 0.0, 0.1])}),
     ]  # fmt: skip
@@ -223,10 +228,11 @@ def test_searches_read_only_the_rows_that_they_meet(
 
 
 @pytest.mark.parametrize("condition", ["cheap", {"not": "cheap"}, {"gt": "c"}])
-def test_a_field_that_changed_its_type_is_matched_by_rows(condition: Any) -> None:
-    """All of its numbers were removed, and then it was given texts."""
+@pytest.mark.parametrize("kind", ["int64", "double", "bool"])
+def test_a_field_that_changed_its_type_is_matched_by_rows(condition: Any, kind: str) -> None:
+    """All of its values were removed, and then it was given texts, for which the server has no index."""
     from index_jobs.engines.qdrant.conditions import to_conditions
 
     selection = Selection(lambda: np.array([True, False, False]), ({"price": condition},))
-    sent = to_conditions(selection, {"price": ["price", "int64"]}).model_dump(exclude_none=True)
+    sent = to_conditions(selection, {"price": ["price", kind]}).model_dump(exclude_none=True)
     assert sent == {"must": [{"has_id": [0]}]}

@@ -98,6 +98,8 @@ def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Fi
     if kind == "double":
         parts += [_range(key, kind, {"gte": value, "lte": value}) for value in given]
     elif kind == "bool":
+        if not all(isinstance(value, bool) for value in given):
+            raise _NoCounterpartError
         parts += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for value in given]
     elif kind == "int64":
         given = [int(value) for value in given if abs(value) < 2**63 and value == int(value)]
