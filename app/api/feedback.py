@@ -17,6 +17,7 @@ from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.core.rate_limit import current_caller
 from app.feedback.compare import Compared, compare
+from app.feedback.log import FeedbackLog
 from app.feedback.store import EventRow
 from app.middleware.access import CALLER, Policy
 from app.search.query import Query, SearchResults
@@ -93,7 +94,7 @@ async def search_and_note(
             max_window=state.settings.max_window, is_shadow=wanted.is_shadow,
         )  # fmt: skip
         log.compared.labels("failed" if compared is None else "shadow" if wanted.is_shadow else "interleaved").inc()
-    return results, noted(request, query, results, has_image=image is not None, compared=compared)
+    return results, noted(log, request, query, results, has_image=image is not None, compared=compared)
 
 
 def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snapshot, str, str] | None:
@@ -113,13 +114,13 @@ def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snap
 
 
 def noted(
-    request: Request, query: Query, results: SearchResults, *, has_image: bool, compared: Compared | None = None
-) -> str | None:
+    log: FeedbackLog | None, request: Request, query: Query, results: SearchResults, *, has_image: bool,
+    compared: Compared | None = None,
+) -> str | None:  # fmt: skip
     """Note a search in the log, if there is one, and return its query id.
 
     One result with `explain` or `facets` is asked for about a list that was noted.
     """
-    log = state_of(request).feedback
     if log is None or (query.k == 1 and (query.explain or query.facets)):
         return None
     return log.note(

@@ -113,13 +113,14 @@ async def search_batch(request: Request) -> Response:
     images = await state_of(request).fetcher.read(request.scope, given)
     searches = [(query, images.get(place)) for place, query in queries.items()]
     results = await state_of(request).retriever.search_batch(snapshot, searches)
+    log = state_of(request).feedback
+    named = [
+        (found, noted(log, request, query, found, has_image=image is not None))
+        for (query, image), found in zip(searches, results, strict=True)
+    ]
 
     def make() -> dict[str, Any]:
-        answers = [
-            search_response(request, found, noted(request, query, found, has_image=image is not None))
-            for (query, image), found in zip(searches, results, strict=True)
-        ]
-        return {"index_version": results[0].version, "answers": answers}
+        return {"index_version": results[0].version, "answers": [search_response(request, *each) for each in named]}
 
     return await make_response(make, sum(map(result_chars, results)), "queries")
 

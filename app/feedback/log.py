@@ -1,12 +1,13 @@
 """The log of a running service: it names searches, accepts events, and stores both beside the event loop.
 
-- A query id holds its time and a MAC over it and the API key's name, so any process of the service recognizes its
-  caller, before and after a restart. Without API keys, whoever got the response knows its query id.
+- A query id names a batch of ids, and is a part of the MAC over the batch and the API key's name, so any process of the
+  service recognizes its caller, before and after a restart. Without API keys, whoever got the response knows its id.
 - Recent searches of this process are kept with their results, and events for other items are ignored. Events for an
   older search, or one of another process, are stored, as far as they are not too many; whoever reads the log compares
   them with the results that were shown.
 - A search waits for nothing: it becomes a row of JSON, which is written within a second. Nothing else of it is kept, as
-  objects that outlive their request cost more than the row. Accepted events are on the disk.
+  objects that outlive their request cost more than the row. The row of a cached page is made once, without its id and
+  its time. Accepted events are on the disk.
 - If the disk is full, rows are dropped and counted, and events get 503.
 """
 
@@ -14,7 +15,6 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import itertools
 import logging
 import os
 import time
@@ -53,7 +53,9 @@ _RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones 
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 20_000  # rows of searches that wait for the disk
-_NONCE, _TIME, _MAC = 8, 4, 12  # bytes of a query id: a nonce, the time, and a hash over both and the caller
+_MAC, _NONCE, _TIME = 9, 7, 4  # bytes of a query id: a part of the MAC, a byte that says which, a nonce and the time
+_BATCH = 64  # ids that are made at once, for searches within _BATCH_S
+_BATCH_S = 60
 
 
 class FeedbackLog:
@@ -63,13 +65,12 @@ class FeedbackLog:
         self._folder, self._settings, self._metrics = folder, settings, metrics
         self._default_collection = settings.default_collection
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
-        self._keyed = hashlib.blake2b(key=self._secret, digest_size=_MAC)
-        self._numbers = itertools.count(int.from_bytes(os.urandom(_NONCE - 1)))  # of query ids, from a random one on
-        # `QueryRow`s in JSON by query id. Two tables: taking single old entries out is slow.
+        self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when its batch ends, and ids to be given
+        # By query id `QueryRow`s in JSON without it and the time. Two tables: taking single old entries out is slow.
         self._recent, self._earlier, self._recent_bytes = dict[str, bytes](), dict[str, bytes](), 0
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._seen_count = 0
-        self._queries, self._events = list[bytes](), list[EventRow]()
+        self._queries, self._events = list[tuple[str, float, bytes]](), list[EventRow]()
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
         self._writing, self._rolling = ComputeThreads(1, "dcar-feedback"), ComputeThreads(1, "dcar-feedback-roll")
@@ -114,21 +115,27 @@ class FeedbackLog:
             compared: how the results were made, if they were compared with those of a candidate.
         """
         now = time.time()
-        head = next(self._numbers).to_bytes(_NONCE) + int(now).to_bytes(_TIME)
-        query_id = base64.urlsafe_b64encode(head + self._mac(head, caller)).decode()
-        text, is_hashed = query.query, not self._settings.feedback_texts
-        is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
-        if is_hashed and text:
-            text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
-        hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
-        facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
-        row = query_id, int(now * 1000), collection or self._default_collection, text, hits, *facts, *(compared or ())
-        self._recent[query_id] = line = to_json(row)
-        self._recent_bytes += len(line)
+        ends, ids = self._ids.get(caller, (0.0, []))
+        if now >= ends or not ids:
+            ids = self._make_ids(caller, int(now))
+            self._ids[caller] = now + _BATCH_S, ids
+        query_id, page = ids.pop(), results.memo.get("noted") if compared is None else None
+        if page is None:
+            text, is_hashed = query.query, not self._settings.feedback_texts
+            is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
+            if is_hashed and text:
+                text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
+            hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
+            facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
+            page = to_json((collection or self._default_collection, text, hits, *facts, *(compared or ())))[1:]
+            if compared is None:
+                results.memo["noted"] = page
+        self._recent[query_id] = page
+        self._recent_bytes += len(page)
         if self._recent_bytes > _RECENT_BYTES:
             self._recent, self._earlier, self._recent_bytes = {}, self._recent, 0
         if len(self._queries) < _MAX_QUERIES:
-            self._queries.append(line)
+            self._queries.append((query_id, now, page))
         else:
             self._lost.labels("queries").inc()
         return query_id
@@ -141,10 +148,14 @@ class FeedbackLog:
         )
         return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
-    def _mac(self, head: bytes, caller: str) -> bytes:
-        mac = self._keyed.copy()  # a quarter faster than with the key
-        mac.update(head + caller.encode())
-        return mac.digest()
+    def _make_ids(self, caller: str, now: int) -> list[str]:
+        batch = os.urandom(_NONCE) + now.to_bytes(_TIME)
+        mac = self._mac(batch, caller)
+        parts = (mac[place * _MAC : (place + 1) * _MAC] + bytes([place]) + batch for place in range(_BATCH))
+        return [base64.urlsafe_b64encode(part).decode() for part in parts]
+
+    def _mac(self, batch: bytes, caller: str) -> bytes:
+        return hashlib.shake_256(self._secret + batch + caller.encode()).digest(_BATCH * _MAC)
 
     def _is_of(self, caller: str, query_id: str) -> bool:
         """Return True if the service gave this id to this caller within the last day."""
@@ -152,9 +163,10 @@ class FeedbackLog:
             given = base64.b64decode(query_id.encode(), altchars=b"-_", validate=True)
         except ValueError:
             return False
-        head, mac = given[: _NONCE + _TIME], given[_NONCE + _TIME :]
-        age = time.time() - int.from_bytes(head[_NONCE:])
-        return hmac.compare_digest(mac, self._mac(head, caller)) and age <= _MAX_AGE_S
+        part, place, batch = given[:_MAC], int.from_bytes(given[_MAC : _MAC + 1]), given[_MAC + 1 :]
+        known = self._mac(batch, caller)[place * _MAC : (place + 1) * _MAC]
+        is_known = len(batch) == _NONCE + _TIME and hmac.compare_digest(part, known)
+        return is_known and time.time() - int.from_bytes(batch[_NONCE:]) <= _MAX_AGE_S
 
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[tuple[int, str, str]]:
         """Store events durably, and return (number, field, reason) of those that change nothing.
@@ -166,7 +178,8 @@ class FeedbackLog:
         for number, event in enumerate(events):
             key = event.client, event.action, event.item
             line = self._recent.get(event.query_id) or self._earlier.get(event.query_id)
-            search = QueryRow(*from_json(line)) if line else None  # None: of another process, or long ago
+            # None: of another process, or long ago
+            search = QueryRow(event.query_id, 0, *from_json(b"[" + line)) if line else None
             seen = self._seen.get(event.query_id, {})
             if not self._is_of(caller, event.query_id):
                 fault = "query_id", "is of no search of yours in the last day"
@@ -219,10 +232,11 @@ class FeedbackLog:
     async def _write(self) -> None:
         queries, events, waiting = self._queries, self._events, self._waiting
         self._queries, self._events, self._waiting = [], [], []
+        rows = (b'["%b",%d,%b' % (query_id.encode(), moment * 1000, page) for query_id, moment, page in queries)
         counts, is_stored = {"queries": len(queries), "events": len(events)}, False
         try:
             if queries or events:
-                await self._writing.run(self._journal.write, queries, events)
+                await self._writing.run(self._journal.write, rows, events)
             is_stored = True
         except OSError as error:
             if not self._is_failing:

@@ -17,7 +17,7 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, product
 from pathlib import Path
@@ -160,7 +160,7 @@ class Journal:
         self._size = 0
         self._day = ""
 
-    def write(self, queries: Sequence[bytes], events: Sequence[EventRow]) -> None:
+    def write(self, queries: Iterable[bytes], events: Sequence[EventRow]) -> None:
         """Store rows durably, queries as `QueryRow`s in JSON. Raise OSError if they cannot be; then none is."""
         line = b"[[%b],%b]\n" % (b",".join(queries), to_json(events))
         while True:

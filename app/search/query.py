@@ -216,7 +216,10 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class SearchResults:
-    """The matches of one query; see `app.api.schemas.SearchResponse`. count: of a sorted search."""
+    """The matches of one query; see `app.api.schemas.SearchResponse`.
+
+    count: of a sorted search. memo: what is made once of a cached page, by name.
+    """
 
     version: int
     matches: list[Match]
@@ -232,6 +235,7 @@ class SearchResults:
     has_exact_facets: bool = True
     count: int | None = None
     has_exact_count: bool = True
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.matches)
