@@ -103,26 +103,24 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
 
 
 def feedback(index: Path, seconds: float, rounds: int, what: str = "feedback", **settings: Any) -> None:
-    """Compare two servers in turns, new ones in each round: two equal processes may differ by 5 %."""
+    """Compare a server with itself while it logs feedback and while it does not; see `feedback_toggle`."""
     texts = [text_request(text) for text in itertools.islice(unique_texts(1), 500)]
     asked = itertools.cycle(texts)
-    without, more = [], []
+    without, more = list[float](), list[float]()
     for _ in range(rounds):
-        with (
-            tempfile.TemporaryDirectory() as log,
-            serving(index, cores={0}, threads=1) as off,
-            serving(index, cores={0}, threads=1, feedback=log, **settings) as on,
-        ):
-            took: dict[Server, list[float]] = {off: [], on: []}
-            for _ in range(4):
-                for server in took:
-                    began = server.cpu_s()
-                    tally = run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=seconds))
-                    took[server].append((server.cpu_s() - began) / len(tally.latencies) * 1e6)
-            without.append(statistics.median(took[off][1:]))  # the first ones warm up
-            more.append(statistics.median(took[on][1:]) - without[-1])
-    cost, error = statistics.mean(more), statistics.stdev(more) / len(more) ** 0.5
-    base = statistics.mean(without)
+        with tempfile.TemporaryDirectory() as log:
+            costs = Path(log, "costs.json")
+            toggled = {"module": "benchmarks.feedback_toggle", "environment": {"FEEDBACK_COSTS": str(costs)}}
+            with serving(index, cores={0}, threads=1, feedback=log, **toggled, **settings) as server:
+                run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=2))  # warms it up
+                warm = len(json.loads(costs.read_text(encoding="utf-8")))
+                run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=seconds))
+                pairs = json.loads(costs.read_text(encoding="utf-8"))[warm + 1 :]
+            without.append(statistics.median(off for off, _ in pairs))
+            differences = sorted(on - off for off, on in pairs)
+            more.append(statistics.mean(differences[len(pairs) // 10 : -(len(pairs) // 10) or None]))
+    cost, base = statistics.mean(more), statistics.mean(without)
+    error = statistics.stdev(more) / len(more) ** 0.5
     print(f"{base:.0f} us of CPU for a search, {cost:+.1f} (+/- {error:.1f}) with {what} ({cost / base:+.1%})")
 
 

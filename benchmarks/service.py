@@ -74,12 +74,22 @@ class Server:
     """A `dcar serve` process on some cores and in a group, with settings as in DCAR_*."""
 
     def __init__(
-        self, index: Path, *, cores: set[int] | None = None, group: MemoryGroup | None = None, **settings: Any
+        self,
+        index: Path,
+        *,
+        cores: set[int] | None = None,
+        group: MemoryGroup | None = None,
+        module: str = "app.cli",
+        environment: dict[str, str] | None = None,
+        **settings: Any,
     ) -> None:
+        """Start it. module: what is run, and environment: more variables for it."""
         self.port = free_port()
         given = {f"DCAR_{name.upper()}": str(value) for name, value in settings.items()}
-        environment = {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)} | given
-        command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(self.port)]
+        given = (
+            {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)} | given | (environment or {})
+        )
+        command = [sys.executable, "-m", module, "serve", "--index", str(index), "--port", str(self.port)]
 
         def prepare() -> None:
             if cores:
@@ -87,7 +97,7 @@ class Server:
             if group:
                 group.enter()
 
-        self._start = lambda: subprocess.Popen(command, env=os.environ | environment, preexec_fn=prepare)
+        self._start = lambda: subprocess.Popen(command, env=os.environ | given, preexec_fn=prepare)
         self.start()
 
     def start(self) -> None:
