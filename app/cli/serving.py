@@ -1,5 +1,6 @@
 """`dcar serve`, `dcar search` and `dcar demo`."""
 
+import gc
 import os
 import sys
 from functools import partial
@@ -172,7 +173,10 @@ def _pairs(option: str, form: str, values: list[str] | None) -> list[tuple[str, 
 
 def serve_index(**flags: object) -> None:
     """Serve with the settings of flags and the environment."""
+    gc.disable()  # what is imported stays
     from app.core.settings import load_settings
     from app.server import serve as run
 
+    gc.freeze()
+    gc.enable()
     run(load_settings(**flags))

@@ -1,5 +1,6 @@
 """The command line as a whole: what a user can fix is one line."""
 
+import gc
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from app.cli import app, main
+from app.cli.serving import serve_index
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.util.errors import DcarError, ImageError, ModelError, TrainingError
@@ -263,3 +265,12 @@ def test_training_takes_the_method_that_the_towers_can_run(tiny_data: Path, tmp_
     )
     assert result.exit_code == 0, result.output
     assert "dcar+-text" in result.stdout
+
+
+def test_serving_collects_garbage_but_not_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[bool, bool]] = []
+    gc.unfreeze()
+    monkeypatch.setattr("app.server.serve", lambda _: found.append((gc.isenabled(), gc.get_freeze_count() > 100_000)))
+    serve_index(index=tmp_path)
+    gc.unfreeze()
+    assert found == [(True, True)]
