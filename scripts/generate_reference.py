@@ -10,10 +10,13 @@
 """
 
 import argparse
+import ast
+import inspect
 import re
 import sys
 import textwrap
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +99,18 @@ def _line(parameter: Any) -> str:
 def settings_page() -> str:
     """The reference of the service's settings as Markdown."""
     schema = Settings.model_json_schema()["properties"]
+    (described,) = ast.parse(inspect.getsource(Settings)).body
+    assert isinstance(described, ast.ClassDef)
+    texts = {
+        field.target.id: text.value.value
+        for field, text in pairwise(described.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
     lines = []
     for name, field in Settings.model_fields.items():
         default = _setting_default(field.get_default(call_default_factory=True))
         about = "; ".join(filter(None, [default, _limits(schema[name])]))
-        text = " ".join((field.description or "").split())
+        text = " ".join(texts.get(name, "").split())
         lines.append(f"- `DCAR_{name.upper()}`{f' ({about})' if about else ''}: {_escape(text)}")
     return "\n\n".join([GENERATED, SETTINGS_INTRO, "\n".join(lines)]) + "\n"
 

@@ -121,9 +121,7 @@ Keys = Annotated[
 class Settings(BaseSettings):
     """Settings of the service. Every field is also an environment variable: `index` is DCAR_INDEX, and so on."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="DCAR_", frozen=True, env_ignore_empty=True, use_attribute_docstrings=True
-    )
+    model_config = SettingsConfigDict(env_prefix="DCAR_", frozen=True, env_ignore_empty=True)
 
     index: IndexDir
     """Directory or URL of the published index: the --out of `dcar index build`."""
