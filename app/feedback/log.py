@@ -34,7 +34,6 @@ from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
 from app.feedback import store
 from app.feedback.compare import Compared
-from app.feedback.insights import summarize
 from app.feedback.store import EventRow, QueryRow
 from app.search.errors import UnavailableError
 from app.search.query import Query, SearchResults
@@ -261,6 +260,8 @@ class FeedbackLog:
 
     async def insights(self, collection: str, fresh_s: float = _FRESH_S) -> dict[str, Any]:
         """Return `insights.summarize` of a collection, at most `fresh_s` old."""
+        from app.feedback.insights import summarize
+
         async with self._summary_lock:
             made, summary = self._summaries.get(collection, (-inf, {}))
             if time.monotonic() - made >= fresh_s:

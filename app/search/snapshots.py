@@ -177,10 +177,12 @@ def _warm_up(snapshot: Snapshot, *, is_shared: bool) -> None:
     encoder, artifact = snapshot.encoder, snapshot.artifact
     artifact.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
     _ = artifact.lexical, artifact.sample_vectors
-    for _ in range(0 if is_shared else 2):
+    if is_shared:
+        return
+    for _ in range(2):
         encoder.encode_pixels(np.zeros((1, 3, snapshot.preprocess.size, snapshot.preprocess.size), np.uint8))
         encoder.encode_text(["warm up"])
-        encoder.release()
+    encoder.release()
 
 
 def is_published(live: Snapshot, index: Path, version: int) -> bool:

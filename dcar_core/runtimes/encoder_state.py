@@ -13,7 +13,6 @@ Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixel
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 # Cost of a forward pass before its first token, in tokens: reading every weight once. Measured on a ViT-B/32: with AMX,
 # where a token costs little, 128 is up to a fifth faster than 32; without it, 16 to 64 made hardly a difference.
 PASS_COST = 128
+_NUMPY_THREADS = ThreadpoolController()  # found now, since later it would search more libraries
 
 RunGraph = Callable[[tuple[Any, ...]], Floats]
 
@@ -91,7 +91,7 @@ class FeatureAdapterArrays:
 
     def __call__(self, features: Floats) -> Floats:
         """(n, E) -> (n, E), normalized."""
-        with _numpy_threads().limit(limits=1, user_api="blas"):
+        with _NUMPY_THREADS.limit(limits=1, user_api="blas"):
             inner = np.maximum(features @ self.down.T + self.down_bias, 0)
             return normalize(features + inner @ self.up.T + self.up_bias)
 
@@ -173,11 +173,6 @@ class EncoderState:
         """Turn a text tower's features (n, E) into vectors (n, E)."""
         vectors = normalize(features)
         return vectors if self.text_adapter is None else self.text_adapter(vectors)
-
-
-@cache
-def _numpy_threads() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 def group_by_length(lengths: Rows, batch_size: int) -> list[Rows]:
