@@ -116,8 +116,9 @@ async def _once(
         if connection is None or not connection.alive:
             connection = await connect(port)
         status = await connection.ask(request)
-    except OSError:
+    except OSError as error:
         tally.broken += 1
+        print(f"broken: {error!r}", flush=True)
         return None
     took = time.perf_counter() - due
     tally.statuses[status] += 1

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,13 +21,17 @@ T = TypeVar("T")
 
 _NEWEST_WEIGHT = 0.05  # of the last call in the mean of their seconds,
 _LONGEST_S = 1.0  # of which one that hung tells nothing
+_NICE = 5
 
 
 class ComputeThreads(ThreadPoolExecutor):
-    """Threads of one kind of work. `run` waits for a call in one of them."""
+    """Threads of one kind of work. `run` waits for a call in one of them.
+
+    The event loop gets a processor before them: a fully used service then refuses requests in half of the time.
+    """
 
     def __init__(self, count: int, name: str) -> None:
-        super().__init__(count, name)
+        super().__init__(count, name, _give_way)
         self._in_progress, self._mean_s = 0, 0.0
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
@@ -47,6 +52,11 @@ class ComputeThreads(ThreadPoolExecutor):
     def expected_wait(self) -> float:
         """Return the seconds after which all calls in progress will have ended, by the mean of the last ones."""
         return self._in_progress * self._mean_s / self._max_workers
+
+
+def _give_way() -> None:
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(_NICE)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,6 +1,8 @@
 """Expensive filters, explanations and re-ranking do not delay other searches."""
 
 import asyncio
+import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,9 +11,20 @@ from typing import Any
 import pytest
 
 from app.core.rate_limit import current_caller
-from app.core.threads import FairThread
+from app.core.threads import ComputeThreads, FairThread
 from index_jobs.store import filters
 from tests.support.service import opened, until
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is one of the process")
+async def test_the_event_loop_has_a_processor_before_the_threads() -> None:
+    threads = ComputeThreads(1, "test")
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        assert await threads.run(os.getpriority, os.PRIO_PROCESS, 0) == min(mine + 5, 19)
+        assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+    finally:
+        threads.shutdown()
 
 
 async def test_searches_without_a_filter_do_not_wait_for_filters(
