@@ -55,6 +55,7 @@ _MAX_QUERIES = 20_000  # rows of searches that wait for the disk
 _MAC, _NONCE, _TIME = 9, 7, 4  # bytes of a query id: a part of the MAC, a byte that says which, a nonce and the time
 _BATCH = 64  # ids that are made at once, for searches within _BATCH_S
 _BATCH_S = 60
+_NO_IDS = 0.0, list[str]()
 
 
 class FeedbackLog:
@@ -114,7 +115,7 @@ class FeedbackLog:
             compared: how the results were made, if they were compared with those of a candidate.
         """
         now = time.time()
-        ends, ids = self._ids.get(caller, (0.0, []))
+        ends, ids = self._ids.get(caller, _NO_IDS)
         if now >= ends or not ids:
             ids = self._make_ids(caller, int(now))
             self._ids[caller] = now + _BATCH_S, ids
