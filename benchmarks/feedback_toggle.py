@@ -18,34 +18,33 @@ from fastapi import FastAPI
 import app.server
 from app.cli import main
 
-PHASE_S = 0.25
+PHASE_S = 0.1
 create_app = app.server.create_app
 
 
 async def alternate(state: Any) -> None:
     """Turn the log off and on, and note the microseconds of processor time of a request in each phase.
 
-    The log is written at the end of each phase, so that its time counts for this phase.
+    What the thread that writes the log takes is divided by the requests that were logged, whenever it writes.
     """
-    log, costs = state.feedback, list[tuple[float, float]]()
+    log, costs, logged = state.feedback, list[tuple[float, float]](), 0.0
 
     def answered() -> float:
-        return sum(
-            sample.value
-            for metric in state.metrics.requests.collect()
-            for sample in metric.samples
-            if sample.name.endswith("_count")
-        )
+        samples = (sample for metric in state.metrics.requests.collect() for sample in metric.samples)
+        return sum(sample.value for sample in samples if sample.name.endswith("_count"))
 
-    async def phase(feedback: Any) -> float:
-        state.feedback, before, began = feedback, answered(), time.process_time()
+    async def phase(feedback: Any) -> tuple[float, float, float]:
+        """Return the requests, their seconds without those of writing, and the seconds of writing so far."""
+        state.feedback, before, writing = feedback, answered(), await log._writing.run(time.thread_time)
+        began = time.process_time()
         await asyncio.sleep(PHASE_S)
-        if feedback is not None:
-            await log._flush()
-        return (time.process_time() - began) / max(answered() - before, 1) * 1e6
+        took, written = time.process_time() - began, await log._writing.run(time.thread_time)
+        return max(answered() - before, 1), took - (written - writing), written
 
     while True:
-        costs.append((await phase(None), await phase(log)))
+        (count, off, _), (count_on, on, written) = await phase(None), await phase(log)
+        logged += count_on
+        costs.append((off / count * 1e6, (on / count_on + written / logged) * 1e6))
         Path(os.environ["FEEDBACK_COSTS"]).write_text(json.dumps(costs), encoding="utf-8")
 
 

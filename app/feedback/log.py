@@ -23,6 +23,7 @@ from contextlib import suppress
 from functools import partial
 from math import inf
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any
 
 from prometheus_client import Counter
@@ -52,9 +53,10 @@ _RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones 
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 20_000  # rows of searches that wait for the disk
-_MAC, _NONCE, _TIME = 9, 7, 4  # bytes of a query id: a part of the MAC, a byte that says which, a nonce and the time
-_BATCH = 64  # ids that are made at once, for searches within _BATCH_S
-_BATCH_S = 60
+_MAC, _BATCH = 12, 16  # characters of a query id: a part of a MAC, one that says which part, and the batch:
+_NONCE, _TIME = 8, 4  # bytes
+_PLACES = ascii_letters + digits  # of parts
+_BATCH_S = 60  # in which the ids of a batch are given
 _NO_IDS = 0.0, list[str]()
 
 
@@ -149,24 +151,22 @@ class FeedbackLog:
         return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
     def _make_ids(self, caller: str, now: int) -> list[str]:
-        batch = os.urandom(_NONCE) + now.to_bytes(_TIME)
+        batch = base64.urlsafe_b64encode(os.urandom(_NONCE) + now.to_bytes(_TIME)).decode()
         mac = self._mac(batch, caller)
-        parts = (mac[place * _MAC : (place + 1) * _MAC] + bytes([place]) + batch for place in range(_BATCH))
-        return [base64.urlsafe_b64encode(part).decode() for part in parts]
+        return [f"{mac[place * _MAC : (place + 1) * _MAC]}{name}{batch}" for place, name in enumerate(_PLACES)]
 
-    def _mac(self, batch: bytes, caller: str) -> bytes:
-        return hashlib.shake_256(self._secret + batch + caller.encode()).digest(_BATCH * _MAC)
+    def _mac(self, batch: str, caller: str) -> str:
+        mac = hashlib.shake_256(self._secret + f"{batch}{caller}".encode()).digest(len(_PLACES) * _MAC * 3 // 4)
+        return base64.urlsafe_b64encode(mac).decode()
 
     def _is_of(self, caller: str, query_id: str) -> bool:
         """Return True if the service gave this id to this caller within the last day."""
-        try:
-            given = base64.b64decode(query_id.encode(), altchars=b"-_", validate=True)
-        except ValueError:
+        part, place, batch = query_id[:_MAC], _PLACES.find(query_id[_MAC : _MAC + 1]), query_id[_MAC + 1 :]
+        if len(batch) != _BATCH or not query_id.isascii():
             return False
-        part, place, batch = given[:_MAC], int.from_bytes(given[_MAC : _MAC + 1]), given[_MAC + 1 :]
         known = self._mac(batch, caller)[place * _MAC : (place + 1) * _MAC]
-        is_known = len(batch) == _NONCE + _TIME and hmac.compare_digest(part, known)
-        return is_known and time.time() - int.from_bytes(batch[_NONCE:]) <= _MAX_AGE_S
+        made = base64.urlsafe_b64decode(batch)[_NONCE:] if hmac.compare_digest(part, known) else b""
+        return time.time() - int.from_bytes(made) <= _MAX_AGE_S
 
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[tuple[int, str, str]]:
         """Store events durably, and return (number, field, reason) of those that change nothing.
