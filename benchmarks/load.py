@@ -21,6 +21,7 @@ import numpy as np
 Requests = Callable[[], bytes]
 Check = Callable[[bytes, bytes], None]  # of a request and the body of its 200
 TOLERANCE = 0.005  # of a score in bfloat16, which depends on the other queries of a batch
+IDLE_S = 5.0  # after which a connection is not used again; the service ends it after 10
 address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
 
 
@@ -61,7 +62,13 @@ class _Connection(asyncio.Protocol):
         self._wanted: int | None = None
         self._response: asyncio.Future[int] | None = None
         self._status = self._start = 0
-        self.alive = True
+        self._used = time.perf_counter()
+        self._is_open = True
+
+    @property
+    def alive(self) -> bool:
+        """False if it is closed, or may be while a request is on its way."""
+        return self._is_open and time.perf_counter() - self._used < IDLE_S
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]
@@ -91,12 +98,13 @@ class _Connection(asyncio.Protocol):
             length = 0 if at < 0 else int(head[at + 15 : head.find(b"\r", at) if b"\r" in head[at:] else None])
             self._start, self._wanted = end + 4, end + 4 + length
             if b"connection: close" in head:
-                self.alive = False
+                self._is_open = False
         if len(self._data) >= self._wanted and self._response is not None and not self._response.done():
+            self._used = time.perf_counter()
             self._response.set_result(self._status)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self.alive = False
+        self._is_open = False
         if self._response is not None and not self._response.done():
             self._response.set_exception(ConnectionError("closed without a response"))
 
