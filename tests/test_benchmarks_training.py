@@ -300,4 +300,4 @@ def test_every_benchmark_is_imported_and_names_its_options(
     is_command = "__main__" in script.read_text()
     with pytest.raises(SystemExit, match="0") if is_command else nullcontext():
         runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().out.startswith("usage: " if is_command else "")
+    assert capsys.readouterr().out.lower().startswith("usage: " if is_command else "")

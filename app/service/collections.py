@@ -191,9 +191,10 @@ class ServedIndex:
 
     async def _poll(self) -> None:
         while True:
-            version = None  # `reload` reports why it cannot be read
-            with contextlib.suppress(ArtifactError):
-                version = await self._collections.disk.run(current_version, self.index)
+            version = None
+            if self._failed_version is not None:
+                with contextlib.suppress(ArtifactError):  # `reload` reports why it cannot be read
+                    version = await self._collections.disk.run(current_version, self.index)
             if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
                 with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
