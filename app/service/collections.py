@@ -192,7 +192,7 @@ class ServedIndex:
     async def _poll(self) -> None:
         while True:
             version = None
-            if self._failed_version is not None:
+            if self.was_tried.is_set():
                 with contextlib.suppress(ArtifactError):  # `reload` reports why it cannot be read
                     version = await self._collections.disk.run(current_version, self.index)
             if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
