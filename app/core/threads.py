@@ -25,10 +25,7 @@ _NICE = 5
 
 
 class ComputeThreads(ThreadPoolExecutor):
-    """Threads of one kind of work. `run` waits for a call in one of them.
-
-    The event loop gets a processor before them: a fully used service then refuses requests in half of the time.
-    """
+    """Threads of one kind of work, which give way to the event loop. `run` waits for a call in one of them."""
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, name, _give_way)

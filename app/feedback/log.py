@@ -53,9 +53,9 @@ _RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones 
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 20_000  # rows of searches that wait for the disk
-_MAC, _BATCH = 12, 16  # characters of a query id: a part of a MAC, one that says which part, and the batch:
-_NONCE, _TIME = 8, 4  # bytes
-_PLACES = ascii_letters + digits  # of parts
+_MAC, _BATCH = 12, 16  # characters of a query id: a part of its batch's MAC, one of `_PLACES`, and the batch
+_PLACES = ascii_letters + digits  # name the parts of a MAC
+_NONCE, _TIME = 8, 4  # bytes of a batch
 _BATCH_S = 60  # in which the ids of a batch are given
 _NO_IDS = 0.0, list[str]()
 

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import main
-from index_jobs.store.lexical.analysis import _MARKS, index_terms, query_terms
+from index_jobs.store.lexical.analysis import index_terms, query_terms
 from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
 from index_jobs.store.versions import open_current
 from tests.support.commands import run
@@ -287,7 +286,3 @@ def test_chosen_metadata_fields_are_looked_up(tiny_checkpoint: Path, tmp_path: P
     assert found("qz17", "mirror", "velvet") == [1, 2, 0]
     assert main([*command, "--max-vanished", "1"]) == 0
     assert found("wx300", "mirror", "velvet") == [1, 1, 1]
-
-
-def test_marks_of_every_script_belong_to_words() -> None:
-    assert list(_MARKS) == [c for c in map(chr, range(0x370, 0xFE00)) if unicodedata.category(c) in {"Mn", "Mc"}]

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 _ACCENTS = re.compile(
     "[\u0300-\u036f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u0652\u0670]"  # Latin, Hebrew, Arabic
 )
-_MARKED = *range(0x370, 0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0xFE00)  # the gaps have no marks
 _MARKS = "".join(  # those above U+FDFF choose the form of an emoji, or are of scripts that are rare
-    mark for mark in map(chr, _MARKED) if unicodedata.category(mark) in {"Mn", "Mc"}
+    mark for mark in map(chr, range(0x370, 0xFE00)) if unicodedata.category(mark) in {"Mn", "Mc"}
 )
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _CJK_START = re.compile(f"[{_CJK}]")
