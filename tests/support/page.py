@@ -29,7 +29,7 @@ def ready(address: str) -> str:
         time.sleep(0.05)
 
 
-def until(condition: Any, seconds: float = 15) -> Any:
+def until(condition: Any, seconds: float = 60) -> Any:
     """Wait until it is true and does not stumble over an element that was just replaced."""
     from selenium.common.exceptions import WebDriverException
 
