@@ -177,6 +177,16 @@ def test_a_stage_that_costs_validation_recall_is_turned_off(
     assert reranked_recall(model, split) == before
 
 
+def test_a_stage_that_gains_nothing_is_turned_off(
+    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_stage, "mean_r1", lambda recall: 50.0)
+    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    split = prepare_split(training, model, for_training=True, progress=False)
+    train_second_stage(model, split, split, 0)
+    assert not model.config.reranks
+
+
 def test_images_beyond_the_memory_limit_are_left_out(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
