@@ -117,4 +117,4 @@ def interpolate(adapters: Adapters, before: Adapters, after: Adapters, share: fl
     """Set the adapters to `share` of the way from `before` to `after`."""
     for own, start, end in zip(adapters, before, after, strict=True):
         for parameter, old, new in zip(own.parameters(), start.parameters(), end.parameters(), strict=True):
-            parameter.copy_(old + share * (new - old))
+            parameter.copy_(old + share * (new - old) if share else old)  # `new` may not be finite

@@ -43,6 +43,18 @@ def test_a_share_that_costs_validation_recall_is_not_taken(
     assert mean_r1(tune_on_hard_negatives(model, splits[0], splits[1], 0)) >= mean_r1(before)
 
 
+def test_a_stage_that_becomes_infinite_leaves_the_adapters_as_they_were(
+    backbone: Backbone, training: Dataset, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(hard_negatives, "LEARNING_RATE", float("inf"))
+    monkeypatch.setattr(hard_negatives, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
+    model = seeded_model(backbone, method("block-adapters+"), 0)
+    split = prepare_split(training, model, for_training=True, progress=False)
+    before, recall = weights(model), evaluate(model, split)
+    assert tune_on_hard_negatives(model, split, split, 0) == recall
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 def test_images_that_a_caption_describes_are_no_negatives(backbone: Backbone, described_twice: Dataset) -> None:
     model = seeded_model(backbone, method("block-adapters+"), 0)
     split = prepare_split(described_twice, model, for_training=True, progress=False)
