@@ -84,8 +84,7 @@ class Report:
 class Impressions:
     """What clients saw, one entry for a result of a search. All arrays are (N,) and sorted by search.
 
-    search, text, item, client: codes. position: from 1. clicked: bool. rank: place in the response, from 0.
-    version: of the index.
+    search, text, item, client: codes. position: the rank in the response, from 1. clicked: bool. version: of the index.
     """
 
     search: np.ndarray
@@ -93,7 +92,6 @@ class Impressions:
     item: np.ndarray
     client: np.ndarray
     position: np.ndarray
-    rank: np.ndarray
     clicked: np.ndarray
     version: np.ndarray
 
@@ -212,13 +210,11 @@ class CodedLog:
         self._count("events of a second client on one search", is_shown & ~is_first)
         self.report.events = int((search >= 0).sum())
         self.report.clients = len(np.unique(client[is_first]))
-        position = pc.struct_field(details, ["position", "ordinal"]).fill_null(0)
         self.events = {
             "search": search[is_first],
             "item": item[is_first],
             "client": client[is_first],
             "action": np.asarray(events["action_name"].to_pylist(), object)[is_first],
-            "position": np.asarray(position, np.int64)[is_first],
             "rating": np.asarray(pc.struct_field(details, ["rating"]).fill_null(-1), np.int64)[is_first],
         }
         unknown = len(self.clients) + np.arange(len(queries))  # of a search without events
@@ -247,16 +243,9 @@ class CodedLog:
         is_click = np.isin(events["action"], CLICKS)
         clicked = np.isin(hit_key, event_key[is_click])
         seen = ~has_impressions[self.hit_search] | clicked | np.isin(hit_key, event_key[is_impression])
-        position = self.hit_rank + 1
-        given = np.flatnonzero(events["position"] > 0)
-        order = np.argsort(event_key[given], kind="stable")
-        keys = event_key[given][order]
-        place = np.minimum(np.searchsorted(keys, hit_key), max(len(keys) - 1, 0))
-        if len(keys):
-            position = np.where(keys[place] == hit_key, events["position"][given][order][place], position)
         found = Impressions(
-            self.hit_search, self.text[self.hit_search], self.hit_item, self.client_of[self.hit_search], position,
-            self.hit_rank, clicked, self.version[self.hit_search],
+            self.hit_search, self.text[self.hit_search], self.hit_item, self.client_of[self.hit_search],
+            self.hit_rank + 1, clicked, self.version[self.hit_search],
         )  # fmt: skip
         return found[counts[self.hit_search] & seen]
 

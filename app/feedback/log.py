@@ -191,10 +191,9 @@ class FeedbackLog:
                 fault = "query_id", "has too many events"
             else:
                 self._seen.setdefault(event.query_id, seen)[key] = event.rating
-                if search is not None:
-                    rank = search.offset + search.hits.index(event.item) + 1
-                    event = event._replace(collection=search.collection, position=event.position or rank)
-                accepted.append(event)
+                collection = "" if search is None else search.collection
+                rank = None if search is None else search.offset + search.hits.index(event.item) + 1
+                accepted.append(event._replace(collection=collection, position=rank))  # whatever the client says
                 continue
             ignored.append((number, *fault))
             self._ignored.labels(fault[0]).inc()

@@ -103,7 +103,7 @@ class QueryRow(NamedTuple):
 
 
 class EventRow(NamedTuple):
-    """What a client did with a result. position: where it was shown, from 1."""
+    """What a client did with a result. position: its rank, from 1; None if another process answered the search."""
 
     query_id: str
     time: int

@@ -73,7 +73,7 @@ async def test_searches_are_named_and_events_are_stored_in_the_columns_of_ubi(in
         assert await send(
             client,
             event(query_id, items[0], "shown"),
-            event(query_id, items[1], position=2, timestamp="2026-01-02T03:04:05Z"),
+            event(query_id, items[1], position=9000, timestamp="2026-01-02T03:04:05Z"),
             event(query_id, items[1], "judge", rating=3),
             event(ids[3], answers[2]["results"][0]["id"], "purchase"),
         ) == {"accepted": 4, "ignored": []}
@@ -93,7 +93,7 @@ async def test_searches_are_named_and_events_are_stored_in_the_columns_of_ubi(in
     actions = [row["action_name"] for row in events.to_pylist()]
     assert actions == ["impression", "click", "judge", "purchase", "save"]
     positions = [row["event_attributes"]["position"]["ordinal"] for row in events.to_pylist()]
-    assert positions == [1, 2, 2, 3, 3], "by rank, where the event has none"
+    assert positions == [1, 2, 2, 3, 3], "by rank, whatever the event says"
     second = events.to_pylist()[1]
     assert second["timestamp"].isoformat() == "2026-01-02T03:04:05+00:00"
     assert events.to_pylist()[2]["event_attributes"]["rating"] == 3
