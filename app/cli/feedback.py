@@ -66,7 +66,7 @@ def judge_command(
     judgements: Annotated[
         list[Path] | None,
         Argument(
-            help="Tables of query, item_id and grade (0 to 3), or TREC qrels. Without any, --page asks for --queries."
+            help="Tables of query, item_id, grade (0 to 3 or empty), or TREC qrels. If none, --page asks for --queries."
         ),
     ] = None,
     *,
@@ -94,6 +94,8 @@ def judge_command(
     if not judgements and not (queries and page):
         raise typer.BadParameter("give JUDGEMENTS, or --queries and --page to make some")
     judged = read_judgements(judgements or [], queries)
+    if not page and not any(judged.grades.values()):
+        raise typer.BadParameter("no row has a grade; add --page judge.html, a page that asks for them")
     opened = [_open_version(index, version, device)]
     if against is not None:
         number = int(against) if against.isdecimal() else None
@@ -108,7 +110,7 @@ def judge_command(
     for target, text in texts.items():
         if target is not None:
             write_bytes(target, text.encode())
-    if judgements:
+    if any(judged.grades.values()):
         typer.echo(judge.describe(runs))
 
 

@@ -2,6 +2,7 @@
 
 - A version is searched as the service searches it, and the first ten results of each query count.
 - A result without a judgement counts as 0, the standard of the field. Such results are counted, and can be listed.
+  Queries without any are left out.
 - The order of results decides, not their scores, so ties are as the service shows them.
 """
 
@@ -29,7 +30,7 @@ Pair = tuple[str, str]  # ids of a query and of an item
 
 @dataclass(frozen=True)
 class Run:
-    """The first results of each query. found: ids of items by the query's id. missing: judged ids not in the index."""
+    """The first results of each query. found: ids of items by the query's id. missing: listed ids not in the index."""
 
     name: str
     index: Index
@@ -39,14 +40,16 @@ class Run:
 
     @classmethod
     def of(cls, index: Index, name: str, judged: JudgedList, *, hybrid: bool = False) -> "Run":
-        """Search for every query. Raise DataError if a query has no words, or no judged item is in the index."""
+        """Search for every query. Raise DataError if a query has no words, or no listed item is in the index."""
         for query_id, text in judged.texts.items():
             if not normalize(text):
                 raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
-        items = {item for graded in judged.grades.values() for item in graded}
+        items = {item for graded in judged.grades.values() for item in graded} | {item for _, item in judged.blank}
         missing = sorted(item for item in items if index.snapshot.artifact.row_of(item) is None)
         if items and len(missing) == len(items):
-            raise DataError(f"no judged item is in {name}: {shorten(missing)}; item_id is the id of a search result")
+            raise DataError(
+                f"no item of the list is in {name}: {shorten(missing)}; item_id is the id of a search result"
+            )
         results = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
         shown = tqdm(results, name, total=len(judged.texts), unit="query", disable=None, leave=False)
         found = [[match.item.id for match in matches] for matches in shown]
@@ -87,7 +90,8 @@ def describe(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         names, values = [*names, "difference"], [*values, values[0] - values[1]]
     labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
-    groups = {"all": labels == labels} | {label: labels == label for label in sorted({*labels} - {""})}
+    graded = np.array([bool(judged.grades[query_id]) for query_id in judged.texts])
+    groups = {"all": graded} | {label: graded & (labels == label) for label in sorted({*labels[graded]} - {""})}
     rows, overall = [["queries", "index", *runs[0].measures], ["---"] * 5], list[Estimate]()
     for label, chosen in groups.items():
         estimates = estimate_means(np.concatenate(values, axis=1)[chosen])  # the same resamples for all
@@ -98,14 +102,14 @@ def describe(runs: Sequence[Run]) -> str:
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     for run in runs:
         lines.append(f"{run.name}: {len(run.unjudged):,} of {sum(map(len, run.found.values())):,} results not judged")
-        lines[-1] += f"; {len(run.missing):,} judged items not in it, {shorten(run.missing)}" if run.missing else ""
+        lines[-1] += f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
     if pairs := [f"{item} for {judged.texts[query_id]!r}" for query_id, item in order_unjudged(runs)]:
         lines.append(f"not judged, counted as 0: {shorten(pairs)}")
-    return "\n".join([*lines, _conclude(runs, overall)])
+    return "\n".join([*lines, _conclude(runs, overall, int(graded.sum()))])
 
 
-def _conclude(runs: Sequence[Run], overall: Sequence[Estimate]) -> str:
-    over = f"points of nDCG@{DEPTH} over {len(runs[0].judged.texts):,} queries"
+def _conclude(runs: Sequence[Run], overall: Sequence[Estimate], queries: int) -> str:
+    over = f"points of nDCG@{DEPTH} over {queries:,} queries"
     if len(runs) == 1:
         return f"{runs[0].name} has {overall[0].value:.1f} {over}."
     sign = 1 if overall[6].value >= 0 else -1

@@ -1,6 +1,7 @@
 """The page on which a person grades results, a key each: one HTML file, without a server.
 
-- The first pairs are those that settle a comparison soonest; see `judge.order_unjudged`.
+- Rows of the list without a grade come first, and then the pairs that settle a comparison soonest; see
+  `judge.order_unjudged`.
 - Texts are from strangers: they enter as JSON without "<" and are shown as text, and the page runs its own script only.
 """
 
@@ -21,7 +22,10 @@ _SIDE = 256  # pixels
 
 def judge_page(runs: Sequence[Run]) -> tuple[str, int]:
     """Return the page, and the number of pairs on it."""
-    pairs, tasks, items = order_unjudged(runs), list[tuple[str, str, str, int]](), list[tuple[str, str]]()
+    judged, nowhere = runs[0].judged, set.intersection(*(set(run.missing) for run in runs))
+    blank = (pair for pair in judged.blank if pair[1] not in judged.grades[pair[0]] and pair[1] not in nowhere)
+    pairs = [*dict.fromkeys([*blank, *order_unjudged(runs)])]
+    tasks, items = list[tuple[str, str, str, int]](), list[tuple[str, str]]()
     places, size = dict[str, int](), 0
     for query_id, item in pairs[:MAX_PAIRS]:
         if item not in places:
@@ -30,7 +34,7 @@ def judge_page(runs: Sequence[Run]) -> tuple[str, int]:
             size += len(items[-1][0])
         if size > MAX_BYTES:
             break
-        tasks.append((query_id, runs[0].judged.texts[query_id], item, places[item]))
+        tasks.append((query_id, judged.texts[query_id], item, places[item]))
     key = hashlib.sha256(json.dumps(tasks).encode()).hexdigest()
     content = {"key": f"dcar-judge-{key[:16]}", "total": len(pairs), "tasks": tasks, "items": items}
     template = (Path(__file__).parent / "judge.html").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Judged lists: how well items answer queries, in grades from 0 (does not fit) to 3.
 
-- A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have query_id and class.
+- A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have query_id and class. A row with an
+  empty grade is to be judged.
 - TREC qrels have "query_id 0 item_id grade" a line, and a file of "query_id<tab>text" their queries. An id there has no
   white space: `trec_id` writes it as %20.
 """
@@ -24,22 +25,29 @@ _SHOWN = 20  # faults of a list
 class JudgedList:
     """Queries by their ids; one without an id has its text as id.
 
-    texts: of the queries. grades: of items by their ids. classes: of the queries that have one.
+    texts: of the queries. grades: of items by their ids. classes: of the queries that have one. blank: ids of queries
+    and items to be judged.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
     grades: dict[str, dict[str, int]] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    blank: dict[tuple[str, str], None] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
         """Add a judgement. Raise DataError, which names the field, if it cannot be used."""
-        text, item, grade = (_filled(row, where, name) for name in ("query", "item_id", "grade"))
-        query_id, grade = label_text(row, where, "query_id") or text, grade.removesuffix(".0")
-        if grade not in ("0", "1", "2", "3"):
+        text, item = (_filled(row, where, name) for name in ("query", "item_id"))
+        is_blank = "grade" in row and not label_text(row, where, "grade")
+        query_id = label_text(row, where, "query_id") or text
+        grade = "" if is_blank else _filled(row, where, "grade").removesuffix(".0")
+        if not is_blank and grade not in ("0", "1", "2", "3"):
             raise DataError(f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r}; correct or remove it")
         if (known := self.texts.setdefault(query_id, text)) != text:
             raise DataError(f"{where}: query_id {query_id!r} is of {text!r} here, of {known!r} before; rename one")
-        if (graded := self.grades.setdefault(query_id, {}).setdefault(item, int(grade))) != int(grade):
+        grades = self.grades.setdefault(query_id, {})
+        if is_blank:
+            self.blank[query_id, item] = None
+        elif (graded := grades.setdefault(item, int(grade))) != int(grade):
             raise DataError(f"{where}: field 'grade' is {grade}, but {item!r} had {graded} for this query; remove one")
         if label := label_text(row, where, "class"):
             self.classes.setdefault(query_id, label)
@@ -99,8 +107,8 @@ def _read_rows(file: Path, texts: Mapping[str, str], faults: list[str]) -> Itera
         return
     for number, line in _lines(file):
         query_id, _, item, grade = (*line.split(None, 3), "", "", "")[:4]  # a cell too much makes the grade a wrong one
-        text = texts.get(unquote(query_id), "")
-        yield number, {"query_id": unquote(query_id), "query": text, "item_id": unquote(item), "grade": grade.strip()}
+        row = {"query_id": unquote(query_id), "query": texts.get(unquote(query_id), ""), "item_id": unquote(item)}
+        yield number, row | ({"grade": grade.strip()} if grade else {})
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

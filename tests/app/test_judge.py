@@ -99,7 +99,7 @@ def test_two_versions_are_compared_as_trec_eval_measures_them(versions: Path, tm
     grades = {(query_id, item): str(grade) for query_id, _, item, grade, _ in ROWS}
     assert [row["grade"] for row in rows] == [grades.get((row["query_id"], row["item_id"]), "") for row in rows]
     empty = sum(row["index"].endswith("2") and not row["grade"] for row in rows)
-    assert f"{versions} version 2: {empty} of 30 results not judged; 1 judged items not in it, sold" in done.stdout
+    assert f"{versions} version 2: {empty} of 30 results not judged; 1 listed items not in it, sold" in done.stdout
 
 
 def of(judged: JudgedList, **found: list[str]) -> judge.Run:
@@ -129,6 +129,33 @@ def test_pairs_that_move_the_difference_most_come_first() -> None:
     one, other = of(judged, q=["same", "judged", "only", "first"]), of(judged, q=["same", "first", "judged", "late"])
     assert [item for _, item in judge.order_unjudged([one, other])] == ["only", "late", "first", "same"]
     assert [item for _, item in judge.order_unjudged([one])] == ["same", "only", "first"]
+
+
+def test_rows_without_a_grade_are_asked_for_first(versions: Path, tmp_path: Path) -> None:
+    blank = [("", "azure", item, "", "") for item in ("cross/red.png", "sold", "circle/blue.png")]
+    table, page = write(tmp_path / "list.csv", blank), tmp_path / "judge.html"
+    given = "judge", table, "--index", versions
+    done = dcar(*given)
+    assert done.returncode == 2
+    assert "no row has a grade; add --page judge.html" in " ".join(done.stderr.split())
+    done = dcar(*given, "--page", page)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    asked = [(query_id, item) for query_id, _, item, _ in json.loads(content)["tasks"]]
+    assert asked[:2] == [("azure", "cross/red.png"), ("azure", "circle/blue.png")]
+    assert len({*asked}) == len(asked) >= 10
+    graded = write(tmp_path / "judged.csv", [("azure", "azure", "cross/red.png", 1, "")])
+    judged = JudgedList()
+    for row in (
+        {"query": "azure", "item_id": "cross/red.png", "grade": 1},
+        {"query": "none", "item_id": "x", "grade": ""},
+    ):
+        judged.add(row, "")
+    assert judge.describe([of(judged, azure=["cross/red.png"], none=["x"])]).endswith("over 1 queries.")
+    done = dcar("judge", graded, *given[1:], "--page", page)
+    assert done.returncode == 0, done.stderr
+    assert "over 1 queries." in done.stdout
+    assert '"tasks": [["azure", "azure", "circle/blue.png", ' in page.read_text()
 
 
 @pytest.mark.slow
@@ -183,7 +210,7 @@ def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: P
     index = Index.open(versions, device="cpu")
     judged = JudgedList()
     judged.add({"query": "red", "item_id": "elsewhere", "grade": 1}, "")
-    with pytest.raises(DataError, match=r"no judged item is in this index: elsewhere; item_id is the id"):
+    with pytest.raises(DataError, match=r"no item of the list is in this index: elsewhere; item_id is the id"):
         judge.Run.of(index, "this index", judged)
     judged.add({"query": "\u200b", "item_id": "circle/red.png", "grade": 1}, "")
     with pytest.raises(DataError, match="has no words that can be searched; correct"):

@@ -49,7 +49,7 @@ def test_lists_are_joined_and_a_query_without_an_id_has_its_text(tmp_path: Path)
 def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
     table = write(
         tmp_path / "list.csv",
-        "query_id,query,item_id,grade\nq1,red,a,4\nq1,,a,1\nq1,red,,1\nq1,red,b,\nq1,red,c,1\nq1,red,c,2\nq1,blue,d,1\nq1,red,e,1,9\n",
+        "query_id,query,item_id,grade\nq1,red,a,4\nq1,,a,1\nq1,red,,1\nq1,red,b,?\nq1,red,c,1\nq1,red,c,2\nq1,blue,d,1\nq1,red,e,1,9\n",
     )
     with pytest.raises(DataError) as caught:
         read_judgements([table])
@@ -58,7 +58,7 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         "line 3: field 'query' is missing or empty; the row has query_id, item_id, grade; "
         "texts of qrels are in --queries FILE",
         "line 4: field 'item_id' is missing or empty; the row has query_id, query, grade",
-        "line 5: field 'grade' is missing or empty; the row has query_id, query, item_id",
+        "line 5: field 'grade' must be 0, 1, 2 or 3, not '?'; correct or remove it",
         "line 7: field 'grade' is 2, but 'c' had 1 for this query; remove one",
         "line 8: query_id 'q1' is of 'blue' here, of 'red' before; rename one",
         "line 9: more cells than the header has columns; quote a text that has ','",
@@ -66,6 +66,16 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
     many = write(tmp_path / "many.csv", "query,item_id,grade\n" + "red,a,x\n" * 50)
     with pytest.raises(DataError, match=r"line 21: .*\n30 more rows cannot be used$"):
         read_judgements([many])
+
+
+def test_rows_with_an_empty_grade_are_to_be_judged(tmp_path: Path) -> None:
+    table = write(tmp_path / "list.csv", "query,item_id,grade\nred,a,\nred,b,2\nblue,a, \n")
+    lines = write(tmp_path / "list.jsonl", '{"query": "red", "item_id": "c", "grade": null}\n')
+    judged = read_judgements([table, lines])
+    assert judged.grades == {"red": {"b": 2}, "blue": {}}
+    assert [*judged.blank] == [("red", "a"), ("blue", "a"), ("red", "c")]
+    with pytest.raises(DataError, match="line 2: field 'grade' is missing or empty; the row has query, item_id"):
+        read_judgements([write(tmp_path / "other.csv", "query,item_id,rating\nred,a,\n")])
 
 
 def test_bad_qrels_and_empty_lists_say_what_to_do(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from app.feedback import store
 from app.feedback.store import EventRow, QueryRow
+from tests.support.commands import dcar
 from tests.support.page import Page, ready, served, until
 from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
 
@@ -71,6 +72,13 @@ def test_bad_queries_become_a_list_to_judge_in_two_clicks(both: Page, indexes: d
         assert {row["query"] for row in rows} == {'a "blue", round square'}
         assert {row["item_id"] for row in rows} <= set(ids)
         assert {row["grade"] for row in rows} == {""}
+        assert "dcar judge to-judge.csv --index INDEX --page judge.html" in page.one("main").text
+        judge_page = tmp_path / "judge.html"
+        done = dcar("judge", tmp_path / "to-judge.csv", "--index", indexes["shapes"], "--page", judge_page)
+        assert done.returncode == 0, done.stderr
+        asked = [f'"{row["item_id"]}"' for row in rows]
+        places = [judge_page.read_text().index(item) for item in asked]
+        assert places == sorted(places)
         wide = "return document.documentElement.scrollWidth <= (screen.width === 390 ? 390 : innerWidth)"
         assert page.driver.execute_script(wide)
         for theme in ("light", "dark"):
