@@ -47,11 +47,12 @@ def forget_command(
     client: Annotated[str, Argument(help="The client_id of the events.")],
     log: Annotated[Path, Option("--log", help="Directory of the log.")],
 ) -> None:
-    """Remove a client's events from the log, and the searches that only it acted on; a service may be running."""
+    """Remove a client's events and the searches that it made or alone acted on; a service may be running."""
     from app.feedback.store import forget, read_log
 
     read_log(log)  # refuses another directory
-    typer.echo(f"{log}: {forget(log, client):,} events removed")
+    events, searches = forget(log, client)
+    typer.echo(f"{log}: {events:,} events and {searches:,} searches removed")
 
 
 @judging.command(

@@ -144,10 +144,7 @@ class FeedbackLog:
 
     def draw(self, client: str, query: str) -> tuple[float, str]:
         """Return a number from 0 to 1 that a client keeps, and the name of its draw for a query."""
-        of_client, of_query = (
-            hashlib.blake2b(text.encode(), key=self._secret, digest_size=8).hexdigest()
-            for text in (client, f"{client}\n{query}")
-        )
+        of_client, of_query = (store.hash_name(self._secret, text) for text in (client, f"{client}\n{query}"))
         return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
     def _make_ids(self, caller: str, now: int) -> list[str]:

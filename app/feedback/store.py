@@ -13,6 +13,7 @@ FOLDER/ubi_events/<day>.<hex>.parquet
 - A torn last line of a killed process is skipped.
 """
 
+import hashlib
 import os
 import secrets
 import time
@@ -113,6 +114,11 @@ class EventRow(NamedTuple):
     item: str
     position: int | None
     rating: int | None
+
+
+def hash_name(secret: bytes, text: str) -> str:
+    """Return the hash of a name in the draws of comparisons."""
+    return hashlib.blake2b(text.encode(), key=secret, digest_size=8).hexdigest()
 
 
 def in_ubi(rows: Sequence[QueryRow] | Sequence[EventRow], schema: pa.Schema) -> pa.Table:
@@ -306,8 +312,12 @@ def _read_journal(path: Path) -> tuple[pa.Table, pa.Table]:
     return in_ubi(queries, QUERY_SCHEMA), in_ubi(events, EVENT_SCHEMA)
 
 
-def forget(folder: Path, client: str) -> int:
-    """Remove the events of a client, and the searches that only it acted on; return the number of removed events."""
+def forget(folder: Path, client: str) -> tuple[int, int]:
+    """Remove the events of a client, and the searches that it made or alone acted on; return their numbers.
+
+    A draw names the client that made a search.
+    """
+    draw = f"{hash_name(prepare(folder), client)}."
     roll(folder, everything=True)
     theirs, others, removed = set[str](), set[str](), 0
     for path, table in [*_parquet(folder / EVENTS, EVENT_SCHEMA)]:
@@ -315,10 +325,11 @@ def forget(folder: Path, client: str) -> int:
         theirs |= set(table.filter(is_theirs)["query_id"].to_pylist())
         others |= set(table.filter(pc.invert(is_theirs))["query_id"].to_pylist())
         removed += _keep(path, table, pc.invert(is_theirs))
-    gone = pa.array(theirs - others, pa.string())
-    for path, table in [*_parquet(folder / QUERIES, QUERY_SCHEMA)] if len(gone) else ():
-        _keep(path, table, pc.invert(pc.is_in(table["query_id"], gone)))
-    return removed
+    gone, searches = pa.array(theirs - others, pa.string()), 0
+    for path, table in [*_parquet(folder / QUERIES, QUERY_SCHEMA)]:
+        is_theirs = pc.starts_with(pc.struct_field(table["query_attributes"], "draw"), draw).fill_null(False)
+        searches += _keep(path, table, pc.invert(pc.or_(is_theirs, pc.is_in(table["query_id"], gone))))
+    return removed, searches
 
 
 def _keep(path: Path, table: pa.Table, mask: pa.ChunkedArray) -> int:

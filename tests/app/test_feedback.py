@@ -246,8 +246,9 @@ def test_the_setting_is_a_switch_or_a_directory(
     assert load_settings(index=Path("index")).feedback_folder == (Path(folder) if folder else None)
 
 
-def query_row(query_id: str) -> bytes:
-    return to_json(QueryRow(query_id, 1_700_000_000_000, "index", "red", ["a", "b"], "text", 0, 1, False))
+def query_row(query_id: str, **fields: Any) -> bytes:
+    row = QueryRow(query_id, 1_700_000_000_000, "index", "red", ["a", "b"], "text", 0, 1, False)
+    return to_json(row._replace(**fields))
 
 
 def event_row(query_id: str, client: str = "c1") -> EventRow:
@@ -333,18 +334,22 @@ def test_old_files_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None
 def test_a_client_is_forgotten_with_its_searches(tmp_path: Path) -> None:
     store.prepare(tmp_path)
     journal = Journal(tmp_path)
+    secret, name = (tmp_path / "key").read_bytes(), "gone"
+    draws = [f"{store.hash_name(secret, client)}.{store.hash_name(secret, client + ' red')}" for client in (name, "c1")]
+    compared = [query_row(f"by {draw[:4]}", candidate="new@2", draw=draw, teams="", shared=2) for draw in draws]
     journal.write(
-        [query_row("1"), query_row("2"), query_row("3")],
+        [query_row("1"), query_row("2"), query_row("3"), *compared],
         [event_row("1", "gone"), event_row("2", "gone"), event_row("2", "c1"), event_row("3", "c1")],
     )
-    assert store.forget(tmp_path, "gone") == 2
+    assert store.forget(tmp_path, name) == (2, 2)
     queries, events = store.read_log(tmp_path)
-    assert sorted(queries["query_id"].to_pylist()) == ["2", "3"]
+    assert sorted(queries["query_id"].to_pylist()) == ["2", "3", f"by {draws[1][:4]}"]
     assert events["client_id"].to_pylist() == ["c1", "c1"]
     journal.write([], [event_row("3", "later")])
     assert {client for client, _, _ in stored(tmp_path)} == {"c1", "later"}
     files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"gone" not in files
+    assert draws[0][:16] not in str(queries.to_pylist())
 
 
 async def test_a_flood_of_searches_takes_bounded_memory(

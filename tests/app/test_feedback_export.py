@@ -283,7 +283,7 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
     assert all(data.read(sample.image) for data in splits.values() for sample in data.samples)
     assert f"--data {tmp_path / 'out'} --images {root}" in done.stdout
     forgotten = dcar("feedback", "forget", "a", "--log", folder)
-    assert forgotten.stdout == f"{folder}: {len(items)} events removed\n"
+    assert forgotten.stdout == f"{folder}: {len(items)} events and {len(items)} searches removed\n"
     wrong = dcar("feedback", "forget", "a", "--log", tmp_path)
     assert "holds no feedback log" in wrong.stderr
 
