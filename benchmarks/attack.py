@@ -212,6 +212,7 @@ def changes() -> dict[str, Attack]:
     hosts = ("localhost", "[::ffff:127.0.0.1]")
     return {
         "pages of large metadata": flood(*pages),
+        "unread pages of large metadata": connections(250, lambda: iter(pages[:1]), is_read=False),
         "items of large metadata": flood(change("PUT", "/collections/hostile/items", items=items), connections=8),
         "thumbnails of 62 megapixels": flood(get("/collections/hostile/items/large/image?size=192"), connections=8),
         "images by URL": flood(*(batch(8, image=f"http://{host}/x") for host in hosts)),

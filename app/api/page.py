@@ -114,7 +114,7 @@ async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
             item["group"] = group
         return body
 
-    return await make_response(make, item_chars(page))
+    return await make_response(request, make, item_chars(page))
 
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)

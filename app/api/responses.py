@@ -38,8 +38,8 @@ class JsonResponse(Response):
         return to_json(content, inf_nan_mode="null")
 
 
-async def make_response(make: Callable[[], Any], texts: int, field: str = "k") -> JsonResponse:
-    """Return what `make` returns as JSON, made in a thread if it is long.
+async def make_response(request: Request, make: Callable[[], Any], texts: int, field: str = "k") -> JsonResponse:
+    """Return what `make` returns as JSON; a long one is made in a thread, and refused if others hold the memory.
 
     Args:
         texts: characters of the items' texts.
@@ -48,7 +48,10 @@ async def make_response(make: Callable[[], Any], texts: int, field: str = "k") -
     if texts > _MAX_CHARS:
         message = f"the texts and metadata take {texts / 2**20:.0f} MiB, at most {_MAX_CHARS // 2**20}; "
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
-    return JsonResponse(make()) if texts <= _QUICK_CHARS else await asyncio.to_thread(lambda: JsonResponse(make()))
+    if texts <= _QUICK_CHARS:
+        return JsonResponse(make())
+    state_of(request).bodies.hold_response(request.scope, texts)
+    return await asyncio.to_thread(lambda: JsonResponse(make()))
 
 
 def item_chars(items: Iterable[Item], *, with_metadata: bool = True) -> int:

@@ -1,25 +1,31 @@
-"""Limits of request bodies as they arrive, and the end of abandoned requests.
+"""Limits of request bodies as they arrive and of responses until they are sent, and the end of abandoned requests.
 
 - A body that announces too much is refused unread; a chunked one is refused at the first byte over its limit.
 - A body must be complete within `upload_s`. All unfinished bodies together may hold `in_flight` bytes; beyond that the
   largest one is dropped. The first UNCOUNTED_BYTES of a body do not count, so text searches never compete with uploads.
 - Bytes that a request fetches count as those of its body: see `byte_counter`.
+- All long responses that are being made or sent may hold UNSENT_BYTES, those of one caller half of it. So clients that
+  do not read cannot fill the memory.
 - Bytes that arrive after a refusal are discarded by the HTTP protocol.
 - A request whose client disconnects is cancelled, and the batcher skips its work.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.problems import Problem
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.middleware.access import Policy
 
 UNCOUNTED_BYTES = 64 * 2**10
+UNSENT_BYTES = 128 * 2**20
 _COUNT_BYTES = "dcar.count_bytes"  # scope key
+_UNSENT = "dcar.unsent"  # scope key: the bytes of a long response, by caller
 _WATCH_AFTER_S = 0.05
 
 
@@ -39,6 +45,7 @@ class BodyLimit:
         self._settings = settings
         self._bodies: set[_Body] = set()  # with a part of the budget
         self._held = 0
+        self._unsent = Counter[str]()  # bytes by caller
 
     async def run(self, app: ASGIApp, policy: Policy, scope: Scope, receive: Receive, send: Send) -> None:
         """Call an application with a limited body. Raise Problem if the body is refused."""
@@ -69,9 +76,21 @@ class BodyLimit:
                 await app(scope, limited_receive, noted_send)
         finally:
             self._release(body)
+            if _UNSENT in scope:
+                self._unsent -= scope[_UNSENT]
             del scope[_COUNT_BYTES]  # it is a reference cycle, which would cost a garbage collection
         if body.refusal is not None and not has_started:
             raise body.refusal
+
+    def hold_response(self, scope: Scope, size: int) -> None:
+        """Count the bytes of a response until it is sent. Raise Problem if they exceed the budget; one has room."""
+        caller = current_caller.get()
+        for held, most in ((self._unsent.total(), UNSENT_BYTES), (self._unsent[caller], UNSENT_BYTES // 2)):
+            if held and held + size > most:
+                detail = "Too many long responses are being sent. Try again in 1 s."
+                raise Problem(503, detail, headers={"Retry-After": "1"}, refused="responses")
+        scope[_UNSENT] = Counter({caller: size})
+        self._unsent += scope[_UNSENT]
 
     def _hold(self, body: "_Body", size: int) -> None:
         """Count bytes of a request. While the budget is exceeded, refuse the largest unfinished body."""

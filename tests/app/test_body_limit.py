@@ -10,9 +10,10 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from app.core.problems import Problem
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.middleware.access import Policy
-from app.middleware.body_limit import _WATCH_AFTER_S, UNCOUNTED_BYTES, BodyLimit, byte_counter
+from app.middleware.body_limit import _WATCH_AFTER_S, UNCOUNTED_BYTES, UNSENT_BYTES, BodyLimit, byte_counter
 
 LIMIT = 2**20 + 2 * UNCOUNTED_BYTES
 CHUNKED = [(b"transfer-encoding", b"chunked")]
@@ -196,6 +197,32 @@ async def test_fetched_bytes_have_room_in_the_budget_or_end_the_request() -> Non
     await asyncio.sleep(0.01)
     done.set()
     assert sorted([(await each)[0] for each in both]) == [200, 503]
+
+
+async def test_unsent_responses_have_a_budget_of_which_one_caller_gets_half() -> None:
+    is_read = asyncio.Event()
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        served.limit.hold_response(scope, size)
+        await is_read.wait()
+        await respond(send)
+
+    served, size, tasks = Served(handler), UNSENT_BYTES // 4, list[asyncio.Task[Response]]()
+    for caller in "aaabbbccc":
+        current_caller.set(caller)
+        tasks.append(asyncio.create_task(served(b"x")))
+    await asyncio.sleep(0.01)
+    assert [task.done() for task in tasks] == [False, False, True, False, False, True, True, True, True]
+    status, headers, body = tasks[2].result()
+    assert (status, headers[b"retry-after"], served.refused("responses")) == (503, b"1", 5)
+    assert json.loads(body)["detail"] == "Too many long responses are being sent. Try again in 1 s."
+    tasks[0].cancel()
+    await asyncio.sleep(0.01)
+    is_read.set()
+    assert [(await tasks[number])[0] for number in (1, 3, 4)] == [200] * 3
+    assert not served.limit._unsent
+    size = UNSENT_BYTES + 1
+    assert (await served(b"x"))[0] == 200, "one alone always has room"
 
 
 @pytest.mark.parametrize("headers", [[], [(b"host", b"x")], [(b"content-length", b"0")], [(b"content-length", b"1")]])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from app.api.schemas import BatchResponse, ItemsResponse
+from app.middleware.body_limit import UNSENT_BYTES
 from dcar_core import Encoder
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
@@ -258,6 +259,11 @@ async def test_long_metadata_are_bounded_in_responses(started: ServiceClient, mo
     assert (await started.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
     listed = (await started.get("/items", params={"k": 20})).json()
     assert (await started.get("/ui/browse", params={"k": 20})).json() == listed
+    bodies = started.app.state.bodies
+    assert not bodies._unsent, "they have been sent"
+    bodies._unsent["other"] = UNSENT_BYTES
+    assert_problem(await started.post("/search/text", json=query), 503)
+    bodies._unsent.clear()
     monkeypatch.setattr("app.api.responses._MAX_CHARS", 500)
     assert_problem(await started.post("/search/text", json=query), 422, "k")
     assert_problem(await started.post("/search/batch", json=batch), 422, "queries")
