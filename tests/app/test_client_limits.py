@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from dcar_client import AsyncClient, Client, ServiceError
-from dcar_client.limits import MAX_RESPONSE_BYTES, MAX_TEXT, OversizedResponseError
+from dcar_client import AsyncClient, BatchResponse, Client, ServiceError
+from dcar_client.limits import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_TEXT, OversizedResponseError
+from pydantic import ValidationError
 
 from tests.support.parts import needs
 
@@ -61,9 +62,14 @@ def endless(head: bytes, piece: bytes, every_s: float = 0) -> Callable[[socket.s
     return answer
 
 
-def bomb(connection: socket.socket) -> None:
-    data = gzip.compress(b" " * 2 * MAX_RESPONSE_BYTES)
-    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+def once(body: bytes, *headers: str) -> Callable[[socket.socket], None]:
+    head = "\r\n".join(["HTTP/1.1 200 OK", f"content-length: {len(body)}", *headers])
+    return lambda connection: connection.sendall(f"{head}\r\n\r\n".encode() + body)
+
+
+GZIP, IMAGE = "content-encoding: gzip", "content-type: image/png"
+BOMB = gzip.compress(b" " * 2 * MAX_JSON_BYTES)
+VALUES = b'{"results": [' + b"{}," * (MAX_JSON_VALUES // 2) + b"{}]}"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +78,16 @@ def bomb(connection: socket.socket) -> None:
         (endless(HEAD[:-2] + b"x-long: ", b"a", 0.1), 0.5, httpx.ReadTimeout),
         (endless(HEAD, b" ", 0.1), 0.5, httpx.ReadTimeout),
         (endless(HEAD, b" " * 2**20), 60, OversizedResponseError),
-        (bomb, 60, OversizedResponseError),
+        (once(BOMB, GZIP), 60, OversizedResponseError),
+        (once(gzip.compress(BOMB), GZIP + ", gzip"), 60, httpx.RemoteProtocolError),
+        (once(b"", "content-encoding: zstd"), 60, httpx.RemoteProtocolError),
+        (once(BOMB[:-1], GZIP, IMAGE), 60, httpx.RemoteProtocolError),
+        (once(gzip.compress(b"{}") * 2, GZIP), 60, httpx.RemoteProtocolError),
+        (once(b"{}", GZIP), 60, httpx.RemoteProtocolError),
+        (once(VALUES), 60, OversizedResponseError),
+        (once(b'{"status": "ok"}', IMAGE), 60, ServiceError),
     ],
-    ids=["slow headers", "slow body", "endless body", "bomb"],
+    ids=["headers", "body", "endless", "bomb", "bomb in bomb", "zstd", "cut off", "two", "not gzip", "values", "image"],
 )
 async def test_an_attempt_ends(answer: Callable[[socket.socket], None], timeout_s: float, error: Any) -> None:
     with answering_with(answer) as url:
@@ -83,6 +96,31 @@ async def test_an_attempt_ends(answer: Callable[[socket.socket], None], timeout_
         async with AsyncClient(url, timeout_s=timeout_s) as client:
             with pytest.raises(error):
                 await client.readiness()
+
+
+async def test_a_body_packed_by_gzip_is_asked_for_and_read() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["accept-encoding"] == "gzip"
+        return httpx.Response(200, json={"status": "ok"})
+
+    with Client("http://odd", transport=httpx.MockTransport(answer)) as client:
+        assert client.health().status == "ok"
+    with answering_with(once(gzip.compress(b'{"status": "ok"}'), GZIP)) as url:
+        with Client(url) as client:
+            assert client.health().status == "ok"
+        async with AsyncClient(url) as awaited:
+            assert (await awaited.health()).status == "ok"
+
+
+def test_the_first_wrong_value_of_a_list_ends_its_reading() -> None:
+    """A report of each takes a thousand times as much as the response."""
+    body = {"index_version": 1, "answers": [{"took_ms": 1.0, "cached": False, "results": [{}] * 9}] * 9}
+    with pytest.raises(ValidationError) as caught:
+        BatchResponse.model_validate(body)
+    assert {each["loc"][:4] for each in caught.value.errors()} == {
+        ("answers", 0, "index_version"),
+        ("answers", 0, "results", 0),
+    }
 
 
 def refusal(detail: str) -> httpx.MockTransport:

@@ -25,7 +25,7 @@ def test_the_generated_models_are_up_to_date() -> None:
 
 
 def test_every_model_is_exported() -> None:
-    own = {name for name, each in vars(models).items() if getattr(each, "__module__", "") == models.__name__}
+    own = {name for name, each in vars(models).items() if isinstance(each, type) and each.__module__ == models.__name__}
     assert own - {*dcar_client.__all__} == {"Model"}
 
 

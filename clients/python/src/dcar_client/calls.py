@@ -12,9 +12,10 @@ from typing import Any, Generic, Required, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from dcar_client.errors import error_from
+from dcar_client.limits import is_image, json_of
 from dcar_client.models import (
     BatchResponse,
     Collection,
@@ -275,15 +276,15 @@ def _chosen(ids: Sequence[str] | None, filter: Mapping[str, Any] | None) -> dict
 def _reader(model: type[M]) -> Callable[[httpx.Response], M]:
     def read(response: httpx.Response) -> M:
         try:
-            return model.model_validate_json(response.content)
-        except ValidationError:
+            return model.model_validate(json_of(response))
+        except ValueError:
             raise error_from(response) from None
 
     return read
 
 
 def _image_bytes(response: httpx.Response) -> bytes:
-    if not response.headers.get("content-type", "").startswith(("image/", "application/octet-stream")):
+    if not is_image(response):
         raise error_from(response)
     return response.content
 

@@ -1,7 +1,7 @@
 """`Client` and `AsyncClient`: the same methods, synchronous and asynchronous.
 
 - Responses are the models of `dcar_client.models`; every error response is a `ServiceError`.
-- An attempt has a deadline and a response a size, `dcar_client.limits.MAX_RESPONSE_BYTES`.
+- An attempt has a deadline, and a response the limits of `dcar_client.limits`.
 - 429 and 503 are retried after the time in `Retry-After`; connections that cannot be opened are retried too.
 """
 
@@ -229,7 +229,7 @@ class Client:
     def _attempt(self, call: Call[T]) -> httpx.Response:
         deadline.set(time.monotonic() + self._timeout_s)
         with self._http.stream(call.method, call.path, **call.arguments) as response:
-            response._content = read_bounded(response.iter_bytes())
+            read_bounded(response)
             return response
 
 
@@ -420,7 +420,7 @@ class AsyncClient:
                 asyncio.timeout(self._timeout_s),
                 self._http.stream(call.method, call.path, **call.arguments) as response,
             ):
-                response._content = await aread_bounded(response.aiter_bytes())
+                await aread_bounded(response)
                 return response
         except TimeoutError:
             raise httpx.ReadTimeout("the attempt takes longer than the timeout") from None
@@ -435,4 +435,5 @@ def _address(url: str, key: str | None) -> dict[str, Any]:
     given = httpx.URL(url)
     auth = (given.username, given.password) if given.userinfo else None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers["Accept-Encoding"] = "gzip"
     return {"base_url": given.copy_with(userinfo=b""), "auth": auth, "headers": headers}

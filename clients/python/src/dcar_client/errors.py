@@ -12,7 +12,7 @@ import contextlib
 import httpx
 from pydantic import ValidationError
 
-from dcar_client.limits import clean
+from dcar_client.limits import clean, json_of
 from dcar_client.models import FieldError, OpenAIErrorResponse, ProblemResponse
 
 
@@ -37,7 +37,7 @@ def error_from(response: httpx.Response) -> ServiceError:
     """Return the error that a response stands for, without the key of its request."""
     key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
     problem = None
-    with contextlib.suppress(ValidationError):
+    with contextlib.suppress(ValueError):
         given = _problem(response)
         texts = {name: clean(getattr(given, name), key) for name in ("type", "title", "detail")}
         faults = given.errors and [
@@ -49,10 +49,11 @@ def error_from(response: httpx.Response) -> ServiceError:
 
 
 def _problem(response: httpx.Response) -> ProblemResponse:
-    """Return the problem of a response, or that of an error in OpenAI's shape."""
+    """Return the problem of a response, or that of an error in OpenAI's shape. Raise ValueError if it has neither."""
+    body = json_of(response)
     with contextlib.suppress(ValidationError):
-        error = OpenAIErrorResponse.model_validate_json(response.content).error
+        error = OpenAIErrorResponse.model_validate(body).error
         faults = [FieldError(field=error.param, message=error.message)] if error.param else None
         title, status = response.reason_phrase, response.status_code
         return ProblemResponse(type="about:blank", title=title, status=status, detail=error.message, errors=faults)
-    return ProblemResponse.model_validate_json(response.content)
+    return ProblemResponse.model_validate(body)

@@ -6,14 +6,17 @@ The server may be broken, or may not be the service at all.
 import math
 import re
 import time
-from collections.abc import AsyncIterable, Iterable
+import zlib
 from contextvars import ContextVar
 from typing import Any
 
 import httpcore
 import httpx
+from pydantic_core import from_json
 
-MAX_RESPONSE_BYTES = 64 * 2**20
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 24 * 2**20  # texts of 16 MiB, the service's own limit, and what is around them
+MAX_JSON_VALUES = 1_000_000  # commas and brackets; what is between them may take some hundred bytes once parsed
 MAX_TEXT = 500
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")  # and marks that reverse text
 deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of the attempt, in monotonic seconds
@@ -63,30 +66,72 @@ def _left(timeout: float | None, error: type[Exception]) -> float:
     return min(math.inf if timeout is None else timeout, left)
 
 
-def read_bounded(chunks: Iterable[bytes]) -> bytes:
-    """Join the chunks of a response's decompressed body.
+def is_image(response: httpx.Response) -> bool:
+    """Return whether the body is an image by its type."""
+    kind: str = response.headers.get("content-type", "")
+    return kind.startswith(("image/", "application/octet-stream"))
+
+
+def json_of(response: httpx.Response) -> Any:
+    """Return the body's JSON. Models take it, not the text: each of their errors would parse it once more.
 
     Raises:
-        OversizedResponseError: they exceed `MAX_RESPONSE_BYTES`.
+        ValueError: it is not JSON, or an image by its type, which may be larger.
     """
-    body = bytearray()
-    for chunk in chunks:
-        _extend(body, chunk)
-    return bytes(body)
+    return from_json(b"" if is_image(response) else response.content)
 
 
-async def aread_bounded(chunks: AsyncIterable[bytes]) -> bytes:
-    """Join the chunks of a response, as `read_bounded` does."""
-    body = bytearray()
-    async for chunk in chunks:
-        _extend(body, chunk)
-    return bytes(body)
+def read_bounded(response: httpx.Response) -> None:
+    """Read the body of a response within the limits, unless its transport has read it.
+
+    Raises:
+        OversizedResponseError: it exceeds `MAX_IMAGE_BYTES`, `MAX_JSON_BYTES` or `MAX_JSON_VALUES`.
+        httpx.RemoteProtocolError: it is packed otherwise than once by gzip, which is all that requests accept.
+    """
+    if not response.is_stream_consumed:
+        body = _Body(response)
+        for chunk in response.iter_raw():
+            body.add(chunk)
+        response._content = body.end()
 
 
-def _extend(body: bytearray, chunk: bytes) -> None:
-    body += chunk
-    if len(body) > MAX_RESPONSE_BYTES:
-        raise OversizedResponseError(f"the response has more than {MAX_RESPONSE_BYTES >> 20} MB")
+async def aread_bounded(response: httpx.Response) -> None:
+    """Read the body of a response, as `read_bounded` does."""
+    if not response.is_stream_consumed:
+        body = _Body(response)
+        async for chunk in response.aiter_raw():
+            body.add(chunk)
+        response._content = body.end()
+
+
+class _Body:
+    def __init__(self, response: httpx.Response) -> None:
+        coding = response.headers.get("content-encoding", "identity").strip().lower()
+        if coding not in {"identity", "gzip"}:
+            raise httpx.RemoteProtocolError("the response is packed otherwise than once by gzip")
+        self._gzip = zlib.decompressobj(31) if coding == "gzip" else None
+        self._is_image = is_image(response)
+        self._most = MAX_IMAGE_BYTES if self._is_image else MAX_JSON_BYTES
+        self._data = bytearray()
+
+    def add(self, chunk: bytes) -> None:
+        if self._gzip:
+            try:
+                chunk = self._gzip.decompress(chunk, self._most + 1 - len(self._data))
+            except zlib.error as error:
+                raise httpx.RemoteProtocolError(f"the response is not gzip: {error}") from error
+            if self._gzip.unused_data:
+                raise httpx.RemoteProtocolError("the response goes on after the end of its gzip stream")
+        self._data += chunk
+        if len(self._data) > self._most:
+            raise OversizedResponseError(f"the response has more than {self._most >> 20} MiB")
+
+    def end(self) -> bytes:
+        if self._gzip and self._data and not self._gzip.eof:
+            raise httpx.RemoteProtocolError("the gzip stream of the response has no end")
+        if not self._is_image and sum(map(self._data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+            raise OversizedResponseError(f"the response has more than {MAX_JSON_VALUES:,} values")
+        return bytes(self._data)
 
 
 def clean(text: str, secret: str | None = None) -> str:
