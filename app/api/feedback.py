@@ -28,6 +28,7 @@ from index_jobs.store.versions import read_manifest, version_numbers
 routes = Routes("feedback")
 _LISTED = 20  # ignored events in a response
 _IMAGE_BYTES = 64 * 2**10  # of an image that tell it from others
+_CLIENT_CHARS = 100  # of the name of a client, as in events
 _VERSIONS = 20  # the newest ones, on the insights page
 _OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
 
@@ -123,9 +124,11 @@ def noted(
     """
     if log is None or (query.k == 1 and (query.explain or query.facets)):
         return None
+    client = next((value for name, value in request.scope["headers"] if name == b"x-client-id"), b"")
     return log.note(
-        request.scope.get(CALLER, ""), collection_of(request), query, results, has_image=has_image, compared=compared
-    )
+        request.scope.get(CALLER, ""), collection_of(request), query, results, has_image=has_image, compared=compared,
+        client=client.decode("latin-1") if len(client) <= _CLIENT_CHARS else "",
+    )  # fmt: skip
 
 
 def _row(event: FeedbackEvent) -> EventRow:

@@ -107,7 +107,7 @@ class FeedbackLog:
 
     def note(
         self, caller: str, collection: str | None, query: Query, results: SearchResults, *, has_image: bool,
-        compared: Compared | None = None,
+        compared: Compared | None = None, client: str = "",
     ) -> str:  # fmt: skip
         """Note a search, and return its query id.
 
@@ -115,6 +115,7 @@ class FeedbackLog:
             caller: the name of the API key; "" without keys.
             collection: None for the default one.
             compared: how the results were made, if they were compared with those of a candidate.
+            client: who searched, if the request names it.
         """
         now = time.time()
         ends, ids = self._ids.get(caller, _NO_IDS)
@@ -137,7 +138,8 @@ class FeedbackLog:
         if self._recent_bytes > _RECENT_BYTES:
             self._recent, self._earlier, self._recent_bytes = {}, self._recent, 0
         if len(self._queries) < _MAX_QUERIES:
-            self._queries.append((query_id, now, page))
+            row = b"%b,%b]" % (page[:-1] + b",null" * (4 * (compared is None)), to_json(client)) if client else page
+            self._queries.append((query_id, now, row))
         else:
             self._lost.labels("queries").inc()
         return query_id

@@ -61,6 +61,7 @@ QUERY_SCHEMA = pa.schema(
                 "shared": pa.int32(),
             }
         ),
+        "client_id": pa.string(),
     }
 )
 EVENT_SCHEMA = pa.schema(
@@ -101,6 +102,7 @@ class QueryRow(NamedTuple):
     draw: str | None = None
     teams: str | None = None
     shared: int | None = None
+    client: str | None = None
 
 
 class EventRow(NamedTuple):
@@ -315,7 +317,7 @@ def _read_journal(path: Path) -> tuple[pa.Table, pa.Table]:
 def forget(folder: Path, client: str) -> tuple[int, int]:
     """Remove the events of a client, and the searches that it made or alone acted on; return their numbers.
 
-    A draw names the client that made a search.
+    A search names its client, or its draw does.
     """
     draw = f"{hash_name(prepare(folder), client)}."
     roll(folder, everything=True)
@@ -327,7 +329,8 @@ def forget(folder: Path, client: str) -> tuple[int, int]:
         removed += _keep(path, table, pc.invert(is_theirs))
     gone, searches = pa.array(theirs - others, pa.string()), 0
     for path, table in [*_parquet(folder / QUERIES, QUERY_SCHEMA)]:
-        is_theirs = pc.starts_with(pc.struct_field(table["query_attributes"], "draw"), draw).fill_null(False)
+        is_drawn = pc.starts_with(pc.struct_field(table["query_attributes"], "draw"), draw).fill_null(False)
+        is_theirs = pc.or_(is_drawn, pc.equal(table["client_id"], client).fill_null(False))
         searches += _keep(path, table, pc.invert(pc.or_(is_theirs, pc.is_in(table["query_id"], gone))))
     return removed, searches
 

@@ -99,6 +99,21 @@ async def test_searches_are_named_and_events_are_stored_in_the_columns_of_ubi(in
     assert events.to_pylist()[2]["event_attributes"]["rating"] == 3
 
 
+async def test_a_search_has_the_client_that_its_request_names(index: Path) -> None:
+    async with opened(index, feedback=True) as client:
+        for headers in ({}, {"X-Client-ID": 'a"b'}, {"X-Client-ID": "c" * 200}, {}):
+            query_id, items = await searched(client, headers=headers)
+            assert (await send(client, event(query_id, items[0])))["accepted"] == 1
+    queries, _ = store.read_log(index / "feedback")
+    assert queries["client_id"].to_pylist() == [None, 'a"b', None, None]
+    (path,) = (index / "feedback" / "journal").iterdir()
+    store.roll(path.parent.parent, everything=True)
+    (path,) = (index / "feedback" / store.QUERIES).iterdir()
+    store.write_table(path, queries.drop_columns(["client_id"]))  # as earlier versions wrote it
+    assert store.read_log(index / "feedback")[0]["client_id"].null_count == 4
+    assert store.forget(index / "feedback", "nobody") == (0, 0)
+
+
 async def test_texts_are_hashed_unless_the_operator_stores_them(index: Path, tmp_path: Path) -> None:
     async with opened(index, feedback=tmp_path / "log") as client:
         await searched(client)
@@ -338,12 +353,12 @@ def test_a_client_is_forgotten_with_its_searches(tmp_path: Path) -> None:
     draws = [f"{store.hash_name(secret, client)}.{store.hash_name(secret, client + ' red')}" for client in (name, "c1")]
     compared = [query_row(f"by {draw[:4]}", candidate="new@2", draw=draw, teams="", shared=2) for draw in draws]
     journal.write(
-        [query_row("1"), query_row("2"), query_row("3"), *compared],
+        [*(query_row(each) for each in "123"), query_row("4", client=name), query_row("5", client="c1"), *compared],
         [event_row("1", "gone"), event_row("2", "gone"), event_row("2", "c1"), event_row("3", "c1")],
     )
-    assert store.forget(tmp_path, name) == (2, 2)
+    assert store.forget(tmp_path, name) == (2, 3)
     queries, events = store.read_log(tmp_path)
-    assert sorted(queries["query_id"].to_pylist()) == ["2", "3", f"by {draws[1][:4]}"]
+    assert sorted(queries["query_id"].to_pylist()) == ["2", "3", "5", f"by {draws[1][:4]}"]
     assert events["client_id"].to_pylist() == ["c1", "c1"]
     journal.write([], [event_row("3", "later")])
     assert {client for client, _, _ in stored(tmp_path)} == {"c1", "later"}

@@ -197,7 +197,7 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     )
     columns = [
         ids, times, pa.repeat("index", sessions), pa.array([f"text {each}" for each in text]), hits,
-        pa.repeat("id", sessions), attributes.take(pa.array(np.zeros(sessions, int))),
+        pa.repeat("id", sessions), attributes.take(pa.array(np.zeros(sessions, int))), pa.nulls(sessions, pa.string()),
     ]  # fmt: skip
     store.prepare(folder)
     queries = pa.Table.from_arrays(columns, schema=store.QUERY_SCHEMA)
