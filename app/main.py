@@ -126,7 +126,7 @@ def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCach
     add_of_manifest("dcar_index_items", "Items in the served version.", lambda manifest: manifest.count)
     recall = "Recall at 10 against exact search, as measured at build time."
     add_of_manifest("dcar_index_recall_at_10", recall, lambda manifest: manifest.measured.get("recall_at_10"))
-    degraded = "1 while the published version cannot be read or served, or a file of the served one is damaged."
+    degraded = "1 while the published version or its vector store cannot be used, or a file of it is damaged."
     add("dcar_index_degraded", degraded, lambda served: served.fault is not None)
     if cache.is_shared:
         breakers = {"read": cache.read_breaker, "write": cache.write_breaker}

@@ -54,7 +54,8 @@ def to_problem(error: Exception) -> Problem:
             return Problem(503, detail, headers={"Retry-After": str(seconds)})
         case StoreUnavailableError():
             logger.warning("%s", error)
-            return Problem(503, "The vector store is unavailable. Try again later.", headers={"Retry-After": "2"})
+            detail = "The vector store is unavailable. Try again later."
+            return Problem(503, detail, headers={"Retry-After": "2"}, refused="vector_store")
         case ImageError():
             return field_problem("file", str(error))
         case DataError():

@@ -3,7 +3,8 @@
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
 - A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
-- Its files are then compared with their checksums once. A damaged version stays in service, but degraded.
+- Its files are then compared with their checksums once. A damaged version stays in service, but degraded, as one does
+  whose vector store does not respond: the poller asks it.
 - A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
 - The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
   version.
@@ -51,6 +52,7 @@ class ServedIndex:
         live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
         damage: which file of the live version is damaged, likewise without directories; None if none is known.
+        store_fault: why the vector store of the live version could not be searched at the last poll; None if it could.
         was_tried: set once the first load has ended, or the collection is closed.
         is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
@@ -63,6 +65,7 @@ class ServedIndex:
         self.live: Snapshot | None = None
         self.reason: str | None = _OPENING if is_created else _LOADING
         self.damage: str | None = None
+        self.store_fault: str | None = None
         self.was_tried = asyncio.Event()
         self._collections = collections
         self._version = version
@@ -171,8 +174,8 @@ class ServedIndex:
 
     @property
     def fault(self) -> str | None:
-        """Why the collection is degraded: `reason`, or `damage`; None if it is not, or not open yet."""
-        return (self.reason or self.damage) if self.was_tried.is_set() else None
+        """Why the collection is degraded: `store_fault`, `reason` or `damage`; None if it is not, or not open yet."""
+        return (self.store_fault or self.reason or self.damage) if self.was_tried.is_set() else None
 
     def _record_failure(self, version: int | None, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
@@ -198,9 +201,21 @@ class ServedIndex:
             if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
                 with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
+            await self._ask_store()
             if self._collections.settings.poll_s == 0:
                 return
             await asyncio.sleep(self._collections.settings.poll_s)
+
+    async def _ask_store(self) -> None:
+        if self.live is None or self.live.artifact.manifest.spec.is_local:
+            self.store_fault = None
+            return
+        fault = await self._collections.disk.run(self.live.artifact.find_store_fault)
+        if fault is not None and self.store_fault is None:
+            logger.error("%s cannot be searched: %s", self.index, fault)
+        elif fault is None and self.store_fault is not None:
+            logger.info("%s can be searched again", self.index)
+        self.store_fault = fault
 
 
 class Collections:
@@ -295,7 +310,7 @@ class Collections:
 
     @property
     def reason(self) -> str | None:
-        """Why some published version is not served, or is damaged; None if all are served and none is."""
+        """Why some collection is degraded, see `ServedIndex.fault`; None if none is."""
         reasons = [self._with_name(name, index.fault) for name, index in self if index.fault is not None]
         return "; ".join(reasons) or None
 

@@ -96,6 +96,10 @@ class FieldIndex(VectorIndex, Protocol):
         """
         ...
 
+    def find_fault(self) -> str | None:
+        """Ask the store whether it can be searched. Return why not, or None."""
+        ...
+
 
 class Engine(Protocol):
     """Stores the vectors of versions and searches them. It is made with the URI of its name, "" without."""

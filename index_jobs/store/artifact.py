@@ -263,6 +263,13 @@ class Artifact:
             counts.update(part)
         return counts
 
+    def find_store_fault(self) -> str | None:
+        """Ask the engine's store whether it can be searched. Return why not, or None, also if the vectors are files."""
+        if self.manifest.spec.is_local:
+            return None
+        faults = (cast(FieldIndex, segment.vectors).find_fault() for segment in self.segments)
+        return next(filter(None, faults), None)
+
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
 

@@ -187,9 +187,9 @@ def test_filters_are_conditions_and_no_lists_of_rows(
         client = segment.vectors._client  # type: ignore[attr-defined]
         ask = client.query_batch_points
 
-        def noted(name: str, requests: Any, ask: Any = ask) -> Any:
+        def noted(name: str, requests: Any, ask: Any = ask, **given: Any) -> Any:
             sent.append(requests[0].filter.model_dump_json(exclude_none=True))
-            return ask(name, requests)
+            return ask(name, requests, **given)
 
         monkeypatch.setattr(client, "query_batch_points", noted)
     monkeypatch.setattr("index_jobs.store.filters.match_rows", None)

@@ -2,6 +2,7 @@
 
 - The id of a point is its row number. A search returns ids and scores, no fields.
 - Calls are repeated after a pause if the server is busy or the connection breaks, and end after a time limit.
+- A server that does not respond is tried by one read at a time. Others fail at once, so no thread waits for it.
 - A location is the URL of a server. A folder, or `:memory:`, is the client's local mode, which compares every vector.
   One process at a time can open a folder.
 """
@@ -31,6 +32,9 @@ API_KEY = "DCAR_QDRANT_API_KEY"
 BATCH = 256  # vectors in one call
 _SECONDS = 30  # of one call
 _ATTEMPTS, _READ_ATTEMPTS = 4, 2  # somebody waits for a search
+_READ_SECONDS = 4  # of one attempt, so both end before a request of the service does
+_QUERIES_PER_SECOND = 10  # at least; a job sends many at once
+_REST_SECONDS = 1  # between reads of a server that does not respond
 _PAUSE_SECONDS = 0.2  # before the second attempt; then twice as long each time
 _BUSY = frozenset({429, 500, 502, 503, 504})
 UNINDEXED = "caption"  # long and different, so a filter rarely names one
@@ -76,7 +80,7 @@ class QdrantIndex:
         self._is_local = "://" not in where
         if self._is_local and where != ":memory:" and not Path(where).exists():  # the client would create it
             raise ArtifactError(f"the folder {where} with the vectors is missing; restore it, or rebuild the index")
-        self._client = connect(where)
+        self._client, self._read = connect(where), _reads(where)
         if not call(lambda: self._client.collection_exists(self._name)):
             raise ArtifactError(f"{where} has no collection {self._name}; roll back, or rebuild the index")
         stored = call(lambda: self._client.count(self._name, exact=True)).count
@@ -111,8 +115,10 @@ class QdrantIndex:
             for vector in np.asarray(vectors, np.float32).tolist()
         ]
         for start in range(0, len(requests), BATCH):
-            ask = partial(self._client.query_batch_points, self._name, requests[start : start + BATCH])
-            for number, response in enumerate(call(ask, _READ_ATTEMPTS), start):
+            part = requests[start : start + BATCH]
+            seconds = _READ_SECONDS + len(part) // _QUERIES_PER_SECOND
+            ask = partial(self._client.query_batch_points, self._name, part, timeout=seconds)
+            for number, response in enumerate(self._read(ask), start):
                 hits = response.points
                 rows[number, : len(hits)] = [hit.id for hit in hits]
                 scores[number, : len(hits)] = [hit.score for hit in hits]
@@ -129,20 +135,63 @@ class QdrantIndex:
         conditions = stored_conditions(chosen, self._fields)
         if conditions is None or kind == "double" or field == UNINDEXED:
             return None
-        ask = partial(self._client.facet, self._name, key, conditions, len(values), exact=True)
-        return {hit.value: hit.count for hit in call(ask, _READ_ATTEMPTS).hits}
+        ask = partial(
+            self._client.facet, self._name, key, conditions, len(values), exact=True, timeout=_READ_SECONDS
+        )  # fmt: skip
+        return {hit.value: hit.count for hit in self._read(ask).hits}
+
+    def find_fault(self) -> str | None:
+        """As `FieldIndex.find_fault`."""
+        try:
+            self._read(lambda: self._client.count(self._name, exact=False, timeout=_READ_SECONDS))
+        except StoreUnavailableError as error:
+            return str(error)
+        return None
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
         vectors = np.empty((len(rows), self.dim), np.float32)
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH].tolist()
-            ask = partial(self._client.retrieve, self._name, part, with_payload=False, with_vectors=True)
-            by_row = {point.id: point.vector for point in call(ask, _READ_ATTEMPTS)}
+            ask = partial(
+                self._client.retrieve, self._name, part, with_payload=False, with_vectors=True, timeout=_READ_SECONDS
+            )
+            by_row = {point.id: point.vector for point in self._read(ask)}
             if missing := [row for row in part if row not in by_row]:
                 raise ArtifactError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
             vectors[start : start + len(part)] = [by_row[row] for row in part]
         return vectors
+
+
+class _Reads:
+    """Read from one server, for all threads."""
+
+    def __init__(self) -> None:
+        self._fault, self._retry_at, self._responded = "", 0.0, 0.0
+
+    def __call__(self, function: Callable[[], T]) -> T:
+        """As `call`. While the server does not respond, one read at a time tries it, and others fail at once."""
+        began = time.monotonic()
+        if self._fault:
+            if began < self._retry_at:
+                raise StoreUnavailableError(self._fault)
+            self._retry_at = began + _READ_ATTEMPTS * _READ_SECONDS
+        try:
+            result = call(function, _READ_ATTEMPTS)
+        except StoreUnavailableError as error:
+            if not _is_silence(error.__cause__):
+                self._fault = ""
+            elif self._responded < began:  # to no read meanwhile
+                self._fault, self._retry_at = str(error), time.monotonic() + _REST_SECONDS
+            raise
+        self._responded, self._fault = time.monotonic(), ""
+        return result
+
+
+@lru_cache
+def _reads(location: str) -> _Reads:
+    """Return the reads of a location, which its collections share."""
+    return _Reads()
 
 
 @lru_cache
@@ -174,8 +223,14 @@ def call(function: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
 
 def _is_temporary(error: Exception) -> bool:
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+    from qdrant_client.http.exceptions import UnexpectedResponse
 
-    return isinstance(error, ResponseHandlingException | ResourceExhaustedResponse) or (
-        isinstance(error, UnexpectedResponse) and error.status_code in _BUSY
-    )
+    is_busy = isinstance(error, UnexpectedResponse) and error.status_code in _BUSY
+    return is_busy or _is_silence(error) or isinstance(error, ResourceExhaustedResponse)
+
+
+def _is_silence(error: BaseException | None) -> bool:
+    """Return whether an error of the client means that no response came."""
+    from qdrant_client.http.exceptions import ResponseHandlingException
+
+    return isinstance(error, ResponseHandlingException)

@@ -1,0 +1,106 @@
+"""A Qdrant that is lost while the service runs: searches fail soon, and operators are told."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from dcar_core.util.errors import StoreUnavailableError
+from index_jobs.engines.qdrant import index as qdrant
+from index_jobs.rebuild import rebuild
+from index_jobs.store.versions import open_current
+from tests.support.parts import needs
+from tests.support.qdrant_server import QdrantServer, running_server
+from tests.support.responses import scrape
+from tests.support.service import WORDS, opened, until_ready
+
+pytestmark = needs("qdrant")
+
+
+@pytest.fixture
+def built(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, QdrantServer]]:
+    monkeypatch.setattr(qdrant, "_READ_SECONDS", 1)
+    monkeypatch.setattr(qdrant, "_REST_SECONDS", 0.1)
+    with running_server() as server:
+        monkeypatch.setattr(server.http, "handle_error", lambda *_: None)  # whoever waited is gone
+        engine = f"qdrant={server.url}"
+        rebuild(tiny_gallery, tiny_checkpoint, tmp_path / "index", engine=engine, progress=False)
+        yield tmp_path / "index", server
+
+
+async def test_a_lost_qdrant_degrades_the_service_until_it_is_back(built: tuple[Path, QdrantServer]) -> None:
+    index, server = built
+    async with opened(index, poll_s=0.02) as client:
+        assert (await until_ready(client, status="ready"))["reason"] is None
+        respond, server.respond = server.respond, lambda *_: (404, None)  # type: ignore[method-assign]
+        assert (await client.post("/search/text", json=WORDS)).status_code == 503
+        assert "404" in (await until_ready(client, status="degraded"))["reason"]
+        metrics = await scrape(client)
+        assert metrics["dcar_index_degraded", (("collection", "index"),)] == 1
+        assert metrics["dcar_refused_total", (("reason", "vector_store"),)] == 1
+        server.respond = respond  # type: ignore[method-assign]
+        await until_ready(client, status="ready")
+        assert (await scrape(client))["dcar_index_degraded", (("collection", "index"),)] == 0
+        assert (await client.post("/search/text", json=WORDS)).status_code == 200
+
+
+async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
+    built: tuple[Path, QdrantServer],
+) -> None:
+    index, server = built
+    async with opened(index, poll_s=0.02) as client:
+        await until_ready(client, status="ready")
+        place = f"/items/{quote(open_current(index).item(0).id, safe='')}"
+        goes_on, respond = threading.Event(), server.respond
+
+        def hang(method: str, path: str, body: bytes) -> tuple[int, object]:
+            goes_on.wait()
+            return respond(method, path, body)
+
+        server.respond = hang  # type: ignore[method-assign]
+        try:
+            began = time.monotonic()
+            asked = [client.post("/search/text", json={"query": f"red {number}"}) for number in range(30)]
+            responses = await asyncio.gather(*asked, client.get(place))
+            assert time.monotonic() - began < 8, "the first threads wait for two attempts of a second"
+            assert [each.status_code for each in responses] == [503] * 30 + [200]
+            assert {each.json()["detail"] for each in responses[:30]} == {
+                "The vector store is unavailable. Try again later."
+            }
+            assert "timed out" in (await until_ready(client, status="degraded"))["reason"]
+            began = time.monotonic()
+            assert (await client.get(place)).status_code == 200
+            assert time.monotonic() - began < 1
+        finally:
+            goes_on.set()
+        await until_ready(client, status="ready")
+
+
+def test_one_slow_search_stops_no_other(built: tuple[Path, QdrantServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdrant, "_REST_SECONDS", 60)
+    index, server = built
+    artifact, respond, goes_on = open_current(index), server.respond, threading.Event()
+    vectors = artifact.vectors(artifact.live.nonzero()[0])
+
+    def hang(method: str, path: str, body: bytes) -> tuple[int, object]:
+        if path.endswith("/batch"):
+            goes_on.wait()
+        return respond(method, path, body)
+
+    server.respond = hang  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(artifact.search, vectors[:1], 1)
+        while not slow.done():
+            artifact.vectors(artifact.live.nonzero()[0][:1])
+            time.sleep(0.05)
+        goes_on.set()
+    assert isinstance(slow.exception(), StoreUnavailableError)
+    assert artifact.find_store_fault() is None
+    assert artifact.search(vectors[:1], 1)[1].tolist() == [[0]]
