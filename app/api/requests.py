@@ -257,11 +257,15 @@ class DeleteItems(ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"]
 
 
 MAX_EVENTS = 500
-_SAME_ACTIONS = {"shown": "impression", "click_through": "click", "add_to_cart": "save"}  # other names in use
+_SAME_ACTIONS = {  # other names in use
+    "shown": "impression", "clicked": "click", "click_through": "click", "saved": "save", "add_to_cart": "save",
+    "bought": "purchase", "judged": "judge",
+}  # fmt: skip
 
 
 def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
-    if (info.data.get("action_name", "judge") == "judge") != (rating is not None):
+    action = info.data.get("action_name")  # None if it is wrong
+    if action is not None and (action == "judge") != (rating is not None):
         raise ValueError("belongs to the action `judge`, which needs it")
     return rating
 

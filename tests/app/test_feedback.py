@@ -114,6 +114,16 @@ async def test_a_search_has_the_client_that_its_request_names(index: Path) -> No
     assert store.forget(index / "feedback", "nobody") == (0, 0)
 
 
+async def test_actions_may_have_their_usual_names(index: Path) -> None:
+    names = {"shown": "impression", "clicked": "click", "bought": "purchase", "saved": "save", "judged": "judge"}
+    async with opened(index, feedback=True) as client:
+        query_id, items = await searched(client)
+        ratings = [{"rating": 2} if name == "judged" else {} for name in names]
+        events = [event(query_id, items[0], name, **rating) for name, rating in zip(names, ratings, strict=True)]
+        assert await send(client, *events) == {"accepted": 5, "ignored": []}
+    assert [action for _, action, _ in stored(index / "feedback")] == [*names.values()]
+
+
 async def test_texts_are_hashed_unless_the_operator_stores_them(index: Path, tmp_path: Path) -> None:
     async with opened(index, feedback=tmp_path / "log") as client:
         await searched(client)
@@ -163,6 +173,8 @@ async def test_bad_events_name_the_field_and_are_not_stored(index: Path, tmp_pat
         for body, status, field in BAD:
             response = await client.post("/feedback", content=body, headers={"Content-Type": "application/json"})
             assert_problem(response, status, field)
+        unknown = await client.post("/feedback", json={"events": [GOOD | {"action_name": "delete"}]})
+        assert [error["field"] for error in unknown.json()["errors"]] == ["events.0.action_name"]
         wrong = await client.post("/feedback", content=b"{}", headers={"Content-Type": "text/html"})
         assert_problem(wrong, 415, "Content-Type")
     assert stored(tmp_path) == []
