@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dcar_core.data import Annotations
 from tests.support.paths import ROOT
 
 EMOJI = ROOT / "examples" / "emoji"
@@ -39,6 +40,17 @@ def test_a_pytorch_without_muon_is_refused_before_training(tmp_path: Path, monke
     with pytest.raises(SystemExit, match=r"Muon needs PyTorch 2\.9 or newer, not "):
         importlib.import_module("train_base").main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("domain", "copies"), [("twemoji", 19), ("openmoji", 109)])
+def test_figures_are_also_given_without_copies(domain: str, copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EMOJI))
+    script = importlib.import_module("train_domains")
+    monkeypatch.setattr(script, "prepare_split", lambda part, *_, **__: part)
+    monkeypatch.setattr(script, "evaluate", lambda _, part: part.images)
+    splits, _ = Annotations(EMOJI / domain).load_all()
+    found = script.test_recall(None, domain, splits)
+    assert [len(images) for images in found.values()] == [1568, 758, 1568 - copies]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

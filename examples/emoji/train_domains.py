@@ -2,16 +2,19 @@
 
     python examples/emoji/train_domains.py
     python examples/emoji/train_domains.py --domains openmoji --seeds 1
+    python examples/emoji/train_domains.py --measure    # the bundled checkpoints, without any training
 
 - For each domain: zero-shot, then the method with three seeds. Validation emoji choose the best epoch of a run and the
   seed whose checkpoint is bundled; test emoji are read after the training of each run.
-- Figures are given for all test images and for the base emoji alone (without skin tones), each with its own gallery.
+- Figures are given for all test images, for the base emoji alone (without skin tones), and without the images whose
+  bytes are in training or validation too, each with its own gallery.
 - A finished run is not repeated, unless the base model, the data or the settings changed.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import TrainConfig
-from dcar_core.model.dcar import DCAR
+from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
@@ -30,6 +33,7 @@ from dcar_core.training.validation import evaluate
 
 HERE = Path(__file__).parent
 DOMAINS = ("twemoji", "openmoji")
+PARTS = {"all": "all", "base": "base only", "new": "without copies"}
 
 
 def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
@@ -44,7 +48,7 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
         for seed in range(seeds):
             run = runner.train(method(name), seed, args.lr)
             model, _ = load_checkpoint(runner.directory(method(name), seed, args.lr), backbone=backbone)
-            run |= {"method": name, "test": test_recall(model, domain, splits["test"])}
+            run |= {"method": name, "test": test_recall(model, domain, splits)}
             del run["history"]
             runs.append(run)
     adapted = [run for run in runs if run["method"] == args.method]
@@ -53,18 +57,34 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
     return {
         "runs": runs,
         "bundled_seed": best["seed"],
-        "zero_shot": {part: runs[0]["test"][part] for part in ("all", "base")},
-        "adapted": {part: summarise([run["test"][part] for run in adapted]) for part in ("all", "base")},
+        "zero_shot": {part: runs[0]["test"][part] for part in PARTS},
+        "adapted": {part: summarise([run["test"][part] for run in adapted]) for part in PARTS},
     }
 
 
-def test_recall(model: DCAR, domain: str, test: Dataset) -> dict[str, dict[str, float]]:
-    """Return recall on all test images, and on the base emoji alone."""
-    rows = map(json.loads, (HERE / domain / "metadata.jsonl").read_text().splitlines())
+def test_recall(model: DCAR, domain: str, splits: Mapping[str, Dataset]) -> dict[str, dict[str, float]]:
+    """Return recall on all test images, on the base emoji alone, and without copies of images of other splits."""
+    test, rows = splits["test"], map(json.loads, (HERE / domain / "metadata.jsonl").read_text().splitlines())
     base = {row["file_name"] for row in rows if row["base"]}
-    base_only = replace(test, samples=[sample for sample in test.samples if sample.image in base])
-    parts = {"all": test, "base": base_only}
-    return {name: evaluate(model, prepare_split(part, model, for_training=False)) for name, part in parts.items()}
+    known = {part.read(image) for name, part in splits.items() if name != "test" for image in part.images}
+    kept = {
+        "all": {*test.images},
+        "base": base,
+        "new": {image for image in test.images if test.read(image) not in known},
+    }
+    parts = (replace(test, samples=[each for each in test.samples if each.image in kept[part]]) for part in PARTS)
+    found = (evaluate(model, prepare_split(part, model, for_training=False, progress=False)) for part in parts)
+    return dict(zip(PARTS, found, strict=True))
+
+
+def measure(domain: str) -> None:
+    """Print R@1 in percent of the base model and of the bundled checkpoint."""
+    backbone = load_backbone(BackboneSource(str(HERE / "base")))
+    splits, _ = Annotations(HERE / domain).load_all(SPLITS)
+    adapted, _ = load_checkpoint(HERE / domain / "checkpoint", backbone=backbone)
+    for name, model in {"zero-shot": seeded_model(backbone, method("clip"), 0), "bundled": adapted}.items():
+        for part, recall in test_recall(model, domain, splits).items():
+            print(f"| {domain}, {PARTS[part]} | {name} | {recall['t2i_r1']:.1f} | {recall['i2t_r1']:.1f} |")
 
 
 def bundle(source: Path, target: Path) -> None:
@@ -81,9 +101,10 @@ def card(results: dict[str, dict]) -> str:
     lines = ["| style, test emoji | | text-to-image R@1 | R@5 | R@10 | image-to-text R@1 | R@5 | R@10 |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for domain, result in results.items():
-        for part, label in (("all", "all"), ("base", "base only")):
+        for part in result["adapted"]:
             plain, mean, std = result["zero_shot"][part], *(result["adapted"][part][k] for k in ("mean", "std"))
-            lines.append(f"| {domain}, {label} | zero-shot | " + " | ".join(f"{plain[c]:.1f}" for c in COLUMNS) + " |")
+            cells = " | ".join(f"{plain[c]:.1f}" for c in COLUMNS)
+            lines.append(f"| {domain}, {PARTS[part]} | zero-shot | {cells} |")
             cells = " | ".join(f"{mean[c]:.1f} ± {std[c]:.1f}" for c in COLUMNS)
             lines.append(f"| | adapted | {cells} |")
     return "\n".join(lines)
@@ -99,7 +120,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--work", type=Path, default=HERE / "build" / "domains", help="default: %(default)s")
+    parser.add_argument(
+        "--measure", action="store_true", help="print R@1 of the bundled checkpoints, and train nothing"
+    )
     args = parser.parse_args()
+    if args.measure:
+        for domain in args.domains:
+            measure(domain)
+        return
     file = HERE / "results.json"
     for domain in args.domains:
         result = adapt(domain, args)
