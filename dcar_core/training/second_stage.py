@@ -29,7 +29,7 @@ from dcar_core.util.retrieval_metrics import compute_ranks, recall_of_ranks
 
 EPOCHS, LEARNING_RATE, LATE_LEARNING_RATE = 6, 1e-3, 3e-3
 WEIGHTS = (0.0, 1.0, 0.5)  # of the second score; the first wins a tie
-MAX_BYTES = 2 * 2**30  # of images in memory: 7,000 for a ViT-B/32. Of more, a random part is learned from
+MAX_BYTES = 2 * 2**30  # of images in memory: 5,700 for a ViT-B/32. Of more, a random part is learned from
 _IMAGES = 32
 
 
