@@ -46,6 +46,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.training.objective import contrastive_loss
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.validation import evaluate
+from dcar_core.util.errors import DcarError
 
 EMOJI = ROOT / "examples" / "emoji"
 sys.path.insert(0, str(EMOJI))
@@ -255,4 +256,7 @@ def parse_arguments() -> Namespace:
 
 if __name__ == "__main__":
     arguments = parse_arguments()
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except DcarError as error:
+        sys.exit(str(error))

@@ -292,6 +292,13 @@ def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(t
     assert not categories[0] & categories[1]
 
 
+def test_a_clip_for_photos_without_maps_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = str(ROOT / "benchmarks" / "photo_base.py")
+    monkeypatch.setattr(sys, "argv", [script, "train", "--encoder", str(tmp_path), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"known\.jsonl does not exist"):
+        runpy.run_path(script, run_name="__main__")
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)
 def test_every_benchmark_is_imported_and_names_its_options(
     script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
