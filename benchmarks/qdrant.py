@@ -136,7 +136,7 @@ def main() -> None:
             engine, folder = load_engine(name), Path(temporary) / name.partition("=")[0]
             (folder / "versions").mkdir(parents=True)
             new = NewIndex(
-                index=folder, folder=folder, version=1, blocks=lambda: iter([vectors]), fields=fields,
+                name=str(folder), folder=folder, version=1, blocks=lambda: iter([vectors]), fields=fields,
                 count=len(vectors), dim=vectors.shape[1],
                 queries=HeldOutQueries(queries, "given", np.full(len(queries), -1)),
             )  # fmt: skip
@@ -155,7 +155,7 @@ def main() -> None:
             print(f"| {label} | {created.measured['build_seconds']} s | {' | '.join(cells)} |", flush=True)
             if name != "faiss":
                 parts = measure_parts(index, fields, timed[:1])
-            engine.sync(folder, 0)  # drops the collection, which no version names
+            engine.sync(folder, str(folder), 1)  # drops the collection, which no version names
     print("\n| p50 ms | in Qdrant | here |\n| --- | ---: | ---: |", *parts, sep="\n")
 
 

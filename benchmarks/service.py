@@ -259,8 +259,8 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
         )
         write_items(staging / ITEMS, table, np.arange(count))
         new = NewIndex(
-            index=out, folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim, queries=None,
-            fields=Items(staging / ITEMS).field_table(),
+            name=str(out), folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim,
+            queries=None, fields=Items(staging / ITEMS).field_table(),
         )  # fmt: skip
         created = load_engine(spec.engine).create(spec, new)
         write_lexical(staging / LEXICAL, item_texts(table, None))

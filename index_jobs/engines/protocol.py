@@ -44,7 +44,7 @@ class HeldOutQueries:
 class NewIndex:
     """An index to create, of L2-normalized vectors."""
 
-    index: Path
+    name: str  # of the index, as of `Engine.sync`
     folder: Path  # of the staged version or addition
     version: int
     blocks: Blocks
@@ -121,10 +121,13 @@ class Engine(Protocol):
         """Open the index of a version's folder. Raise ArtifactError if it is missing or damaged."""
         ...
 
-    def sync(self, index: Path, version: int) -> None:
-        """Follow a publication or a rollback, once `version` is current, and drop what no version names.
+    def sync(self, index: Path, name: str, version: int) -> None:
+        """Follow a publication or a rollback, once `version` is current, and drop what no version up to it names.
 
         A failure is logged: CURRENT decides what is served.
+
+        Args:
+            name: of the index, the same on every machine that publishes it.
         """
         ...
 

@@ -57,7 +57,7 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import index_path, store_of
+from index_jobs.store.location import index_name, index_path, store_of
 from index_jobs.store.manifest import (
     CHECKPOINT,
     CURRENT,
@@ -373,7 +373,7 @@ class _Build:
         rows = encoded.rows()
         field_types = write_items(staging / ITEMS, encoded.with_sizes(gallery.table), rows)
         new = NewIndex(
-            index=self.out, folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks,
+            name=index_name(self.out), folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks,
             fields=Items(staging / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
             queries=caption_queries(gallery.table, encoder), device=self.options.device,
         )  # fmt: skip

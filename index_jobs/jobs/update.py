@@ -36,6 +36,7 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.store.location import index_name
 from index_jobs.store.manifest import CHANGED, CHECKPOINT, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
 from index_jobs.store.versions import open_current, remove_directory
 
@@ -194,7 +195,7 @@ def _write_addition(
     write_failed(staging / folder / FAILED, gallery, encoded.failed)
     write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
     new_index = NewIndex(
-        index=current.path.parent.parent, folder=staging / folder, version=manifest.version + 1,
+        name=index_name(current.path.parent.parent), folder=staging / folder, version=manifest.version + 1,
         blocks=lambda: chain(blocks, encoded.blocks()), fields=Items(staging / folder / ITEMS).field_table(),
         count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
     )  # fmt: skip

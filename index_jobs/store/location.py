@@ -59,6 +59,12 @@ def store_of(index: Path) -> "IndexStore | None":
     return _open(index) if (index / _URL_FILE).is_file() else None
 
 
+def index_name(index: Path) -> str:
+    """Return the name of an index, the same on every machine that publishes it: its URL, or its absolute path."""
+    store = store_of(index)
+    return str(index.absolute()) if store is None else store.url
+
+
 @cache
 def _open(mirror: Path) -> "IndexStore":
     from index_jobs.store.remote import IndexStore

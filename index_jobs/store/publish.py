@@ -24,7 +24,7 @@ from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.location import store_of
+from index_jobs.store.location import index_name, store_of
 from index_jobs.store.manifest import MANIFEST, VERSIONS, FileInfo, Manifest, utc_now
 from index_jobs.store.versions import (
     STAGING,
@@ -130,11 +130,16 @@ def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.ke
     if store is not None:
         store.push(manifest.version, displaced)  # if that fails, the next writer removes what the store lacks
     write_current(index, manifest.version)
-    for number in displaced:
+    stores = {each.version: each.spec.engine.partition("?")[0] for each in manifests}
+    is_same_store = stores.get(manifest.replaced or 0) == stores[manifest.version]
+    last = [number for number in displaced if number == manifest.replaced and is_same_store]
+    for number in set(displaced).difference(last):
+        remove_directory(index, index / VERSIONS / str(number))
+    _sync({each.spec.engine for each in manifests}, index, manifest.version)
+    for number in last:  # services search it until they have loaded the new one, so its collections are dropped later
         remove_directory(index, index / VERSIONS / str(number))
     if store is not None:
         store.prune()
-    _sync({each.spec.engine for each in manifests}, index, manifest.version)
     return manifest
 
 
@@ -200,7 +205,7 @@ def _lock(index: Path) -> AbstractContextManager[None]:
 def _sync(engines: set[str], index: Path, version: int) -> None:
     for engine in sorted(engines):
         try:
-            load_engine(engine).sync(index, version)
+            load_engine(engine).sync(index, index_name(index), version)
         except DataError as error:  # of a version that another release wrote
             logger.warning("version %d is published, but not to the engine of an older one: %s", version, error)
 

@@ -18,6 +18,7 @@ from index_jobs.engines.protocol import load_engine
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
+from index_jobs.store.location import index_name
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.parts import needs
@@ -66,7 +67,7 @@ def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
     from index_jobs.engines.qdrant.engine import collection_prefix
     from index_jobs.engines.qdrant.index import connect
 
-    client, prefix = connect(url), collection_prefix(index)
+    client, prefix = connect(url), collection_prefix(index_name(index))
     names = [each.name for each in client.get_collections().collections if each.name.startswith(prefix)]
     aliases = [a.collection_name for a in client.get_aliases().aliases if a.alias_name == f"{prefix}_current"]
     return sorted(names), aliases
@@ -117,7 +118,7 @@ def test_collections_and_alias_follow_versions_rollback_and_updates(
     add(index, write_images(tmp_path / "others", "brown", shape="circle"), progress=False)
     assert len(open_current(index).segments) == 2, "small additions are merged"
     build(checkpoint=other_checkpoint, engine=f"qdrant={url}", margin=1, keep=1)
-    assert len(collections(url, index)[0]) == 1
+    assert len(collections(url, index)[0]) == 3, "services may still search the replaced version and its addition"
     assert len(verify_index(index)) == 1
     build(margin=1, keep=1)  # back to FAISS: nothing is left behind
     assert collections(url, index) == ([], [])
@@ -165,12 +166,44 @@ def test_a_collection_that_is_damaged_is_refused(index: Path, location: Any) -> 
         QdrantLocation.read(index / "nowhere/qdrant.json")
 
 
+def test_the_replaced_version_is_searched_until_the_next_publication(build: Build, url: str, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    build(engine=f"qdrant={url}")
+    before, first = open_current(index), collection_of(index, 1)
+    build(engine=f"qdrant={url}", force=True, keep=1)
+    assert before.search(before.vectors(np.arange(1)), 1)[1].tolist() == [[0]]
+    second = collection_of(index, 2)
+    assert collections(url, index) == (sorted([first, second]), [second])
+    build(engine=f"qdrant={url}", force=True, keep=1)
+    assert collections(url, index)[0] == sorted([second, collection_of(index, 3)])
+
+
+@needs("object-store")
+def test_machines_of_one_object_store_share_collections_and_drop_none_that_is_newer(
+    build: Build, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.object_store import Machines, ObjectStore
+
+    with ObjectStore() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        machines = Machines(tmp_path / "machines", "s3://bucket/shared/index")
+        one, other = machines["one"], machines["other"]
+        build(out=one, engine=f"qdrant={url}")
+        build(out=other, engine=f"qdrant={url}", force=True, keep=1)
+        found = collections(url, other)
+        assert found == collections(url, one)
+        assert len(found[0]) == 2
+        load_engine(f"qdrant={url}").sync(one, index_name(one), 1)
+        assert collections(url, other)[0] == found[0]
+
+
 def test_an_unreadable_version_keeps_its_collection(build: Build, url: str, tmp_path: Path) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
     name = collection_of(index, 1)
     (index / "versions/1/qdrant.json").write_text("{")
-    load_engine(f"qdrant={url}").sync(index, 1)
+    load_engine(f"qdrant={url}").sync(index, index_name(index), 1)
     assert collections(url, index)[0] == [name]
 
 
@@ -351,6 +384,7 @@ def test_a_restarted_server_has_every_published_version_and_no_other(
         assert (after.search(vectors, 5)[1] == found).all()
         assert rollback(index) == 1
         assert open_current(index).manifest.version == 1
+        replaced = collection_of(index, 1)
         build(engine=f"qdrant={server.url}", force=True, keep=1)
-        assert [path.name for path in folder.iterdir()] == [collection_of(index, 3)], "the space of others is free"
+        assert {path.name for path in folder.iterdir()} == {replaced, collection_of(index, 3)}, "other space is free"
         server.client.close()

@@ -49,7 +49,7 @@ class FaissEngine:
         """Memory-map the file."""
         return FaissIndex.open(folder / VECTORS, gpu=gpu)
 
-    def sync(self, index: Path, version: int) -> None:
+    def sync(self, index: Path, name: str, version: int) -> None:
         """Do nothing: files go with their folders."""
 
 

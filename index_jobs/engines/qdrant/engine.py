@@ -3,7 +3,8 @@
 - A collection is named after the index, the version and a random number; `qdrant.json` in the version names it. It
   belongs to a version once that is published with all of its points, so what a killed job has uploaded is never served.
 - CURRENT decides which version is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
-- Collections of removed versions and of killed jobs are dropped after a publication.
+- Collections of removed versions and of killed jobs are dropped after a publication, except those of higher numbers:
+  another machine may have published them since.
 - The key is read from DCAR_QDRANT_API_KEY and never written.
 """
 
@@ -73,7 +74,7 @@ class QdrantEngine:
         fields = {name: [keys[name], str(new.fields.schema.field(name).type)] for name in keys}
         location = QdrantLocation(
             location=self._location, count=new.count, dim=new.dim, fields=fields,
-            collection=f"{collection_prefix(new.index)}_v{new.version}_{secrets.token_hex(4)}",
+            collection=f"{collection_prefix(new.name)}_v{new.version}_{secrets.token_hex(4)}",
             is_quantized=bool(self._quantization) and not is_flat,
             hnsw_ef=None if is_flat else self._settings.get("hnsw_ef", QdrantIndex.min_width),
         )  # fmt: skip
@@ -96,11 +97,11 @@ class QdrantEngine:
         """Connect to the collection that `qdrant.json` names."""
         return QdrantIndex(QdrantLocation.read(folder / LOCATION))
 
-    def sync(self, index: Path, version: int) -> None:
+    def sync(self, index: Path, name: str, version: int) -> None:
         """Point the alias to the built collection of the current version, and drop those that no version names."""
         from qdrant_client import models
 
-        here, prefix, versions = self._location, collection_prefix(index), index / "versions"
+        here, prefix, versions = self._location, collection_prefix(name), index / "versions"
         alias = f"{prefix}_current"
         try:
             paths = [*versions.glob(f"[0-9]*/{LOCATION}"), *versions.glob(f"[0-9]*/*/{LOCATION}")]
@@ -116,9 +117,10 @@ class QdrantEngine:
             if steps:
                 call(lambda: client.update_collection_aliases(steps))  # all at once
             named = {place.collection for place in places.values()}
-            for name in [each.name for each in client.get_collections().collections]:
-                if name.startswith(f"{prefix}_v") and name not in named:
-                    client.delete_collection(name)
+            for each in [each.name for each in client.get_collections().collections]:
+                match = re.fullmatch(rf"{prefix}_v(\d+)_[0-9a-f]+", each)
+                if match and int(match[1]) <= version and each not in named:
+                    client.delete_collection(each)
         except Exception as error:
             logger.warning("the Qdrant at %s could not be updated to version %d: %s", here, version, error)
 
@@ -168,8 +170,7 @@ def _payload(record: dict[str, Any]) -> dict[str, Any]:
     return {key: each for key, each in record.items() if not (isinstance(each, float) and not math.isfinite(each))}
 
 
-def collection_prefix(index: Path) -> str:
-    """Return the prefix of an index's collections, which depends on its absolute path."""
-    path = index.absolute()
-    slug = re.sub(r"\W+", "_", path.name)[:40]
-    return f"dcar_{slug}_{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+def collection_prefix(name: str) -> str:
+    """Return the prefix of an index's collections. name: its absolute path or URL."""
+    slug = re.sub(r"\W+", "_", name.rpartition("/")[2])[:40]
+    return f"dcar_{slug}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
