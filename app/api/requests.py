@@ -43,6 +43,7 @@ from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 MAX_PUT_ITEMS = 256
 MAX_CHOSEN_ITEMS = 10_000
 MAX_LISTED_JOBS = 100
+_MAX_NAME, _SHOWN_NAME = 256, 40  # characters of a metadata field's name, allowed and in a message
 _OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside its metadata
 _ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
 
@@ -171,6 +172,8 @@ def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name in _OWN_FIELDS or not name.strip():
             raise ValueError(f"must not have the field {name!r}")
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"the name of the field {name[:_SHOWN_NAME]!r}... has more than {_MAX_NAME} characters")
     values: dict[str, Any] = from_json(to_json(given, inf_nan_mode="null"))
     if len(canonical_json(values)) > MAX_METADATA_BYTES:
         raise ValueError(f"takes at most {MAX_METADATA_BYTES // 2**10} KiB as JSON")

@@ -228,8 +228,10 @@ class JobResponse(BaseModel):
     index_version: int | None = Field(None, description="a version that has all changes of the job")
     failed: list[JobFailure] | None = Field(None, description="items that could not be put; all others were")
     reason: str | None = None
-    new_fields: list[str] | None = Field(None, description="metadata fields of the request that no item had")
-    dropped_fields: list[str] | None = Field(None, description="fields that an item had and its replacement lacks")
+    new_fields: list[str] | None = Field(None, description="metadata fields of the request that no item had, up to 20")
+    dropped_fields: list[str] | None = Field(
+        None, description="fields that an item had and its replacement lacks, up to 20"
+    )
     changed: int | None = Field(None, description="items whose fields a patch has changed")
     unknown: list[str] | None = Field(None, description="ids of a patch that the index lacks, the first 100")
 

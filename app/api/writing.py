@@ -4,6 +4,7 @@
 - An accepted request is answered 202 once its job is stored on disk. The index changes later.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 item_writes = Routes("items")
 collection_writes = Routes("collections")
 _ITEMS = Policy("write", body=items_bytes)
+_MAX_FIELDS = 1000  # of a collection that changes add to
+_MAX_NAMED = 20  # fields in a response, or in a list of a job
 _IMAGES_OWN = frozenset({"file_name"})  # fields that come with an image
 IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
 ItemPath = Annotated[NewItemId, PathParam(description="the id of an item")]
@@ -118,7 +121,8 @@ async def jobs(
     collections = state_of(request).collections
     await collections.sync()
     names = [name for name, _ in collections if may_read(request, name)]
-    return JsonResponse({"jobs": await state_of(request).writer.newest(names, limit)})
+    newest = await state_of(request).writer.newest(names, limit)
+    return await asyncio.to_thread(JsonResponse, {"jobs": newest})
 
 
 @item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
@@ -232,20 +236,27 @@ async def _require_item(request: Request, snapshot: Snapshot, item_id: str) -> N
 
 
 def _new_fields(artifact: Artifact, given: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
-    """Return the fields with a value that no item has, [] for a collection without items. Raise Problem if `strict`.
+    """Return the fields with a value that no item has, [] for a collection without items.
 
-    given: metadata by their places in the request.
+    Raise Problem if there are any and `strict`, or if the collection would have too many fields.
+
+    Args:
+        given: metadata by their places in the request.
     """
     new = {
         name: place
         for place, metadata in given.items()
         for name, value in metadata.items()
-        if artifact.rows and value is not None and name not in artifact.fields
+        if value is not None and name not in artifact.fields
     }
-    if strict and new:
-        faults = [(f"{place}.{name}", "no item has this field") for name, place in new.items()]
+    if new and (count := len(artifact.fields) + len(new)) > _MAX_FIELDS:
+        raise field_problem(
+            next(reversed(new.values())), f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}"
+        )
+    if strict and new and artifact.rows:
+        faults = [(f"{place}.{name}", "no item has this field") for name, place in new.items()][:_MAX_NAMED]
         raise Problem(422, "; ".join(": ".join(fault) for fault in faults), errors=faults)
-    return sorted(new)
+    return sorted(new)[:_MAX_NAMED] if artifact.rows else []
 
 
 def _dropped_fields(artifact: Artifact, items: Sequence[PutItem]) -> list[str]:
@@ -262,7 +273,7 @@ def _dropped_fields(artifact: Artifact, items: Sequence[PutItem]) -> list[str]:
                 )
             )
             dropped |= had - has - _IMAGES_OWN
-    return sorted(dropped)
+    return sorted(dropped)[:_MAX_NAMED]
 
 
 async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[tuple[bytes, str]]:

@@ -1,8 +1,10 @@
 """Every error that this project raises on purpose. A message says what happened and what to do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+
+_SHOWN_NAMES, _SHOWN_CHARS = 40, 80  # of a list of names
 
 
 class DcarError(Exception):
@@ -134,3 +136,10 @@ def requires_pytorch(feature: str) -> Iterator[None]:
 def is_panic(error: BaseException) -> bool:
     """Return whether a library in Rust panicked. Its exception is not an Exception, and cannot be imported."""
     return type(error).__name__ == "PanicException"
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Return names for a message in alphabetical order: the first ones of many, and the beginnings of long ones."""
+    ordered = sorted(names)
+    more = [f"and {len(ordered) - _SHOWN_NAMES:,} more"] if len(ordered) > _SHOWN_NAMES else []
+    return ", ".join([name[:_SHOWN_CHARS] for name in ordered[:_SHOWN_NAMES]] + more)

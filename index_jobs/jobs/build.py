@@ -39,6 +39,7 @@ from dcar_core.util.errors import (
     ImageFault,
     ModelError,
     StoreUnavailableError,
+    shown_names,
 )
 from dcar_core.util.files import hash_json
 from dcar_core.util.machine import is_installed
@@ -462,8 +463,8 @@ def _require_fields(gallery: Gallery, spec: IndexSpec) -> None:
     groups = [spec.group_field] if spec.group_field else []
     for option, names, found in (("--group-field", groups, {*types}), ("--text-fields", spec.text_fields or (), known)):
         if missing := [name for name in names if name not in found]:
-            listed = ", ".join(sorted(found))
-            message = f"{option}: no item has the field {' or '.join(map(repr, missing))}; there are: {listed}"
+            named = " or ".join(map(repr, missing))
+            message = f"{option}: no item has the field {named}; there are: {shown_names(found)}"
             if len(missing) == len(names):
                 raise DataError(message)
             logger.warning("%s", message)

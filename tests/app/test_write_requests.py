@@ -43,6 +43,13 @@ BAD: list[tuple[str, bytes, int, str]] = [
         "items.0.metadata",
     ),
     ("PUT", json.dumps({"items": [item("a", metadata={"x": "y" * 65_536})]}).encode(), 422, "items.0.metadata"),
+    ("PUT", json.dumps({"items": [item("a", metadata={"n" * 257: 1})]}).encode(), 422, "items.0.metadata"),
+    (
+        "PUT",
+        json.dumps({"items": [item(x, metadata={f"{x}{n}": n for n in range(500)}) for x in "ab"]}).encode(),
+        422,
+        "items.1.metadata",
+    ),
     ("PUT", json.dumps({"items": [item("a") | {"image": "%"}]}).encode(), 422, "items.0.image"),
     ("PUT", json.dumps({"items": [item("a"), item("b") | {"image": "AAAA"}]}).encode(), 422, "items.1.image"),
     ("DELETE", b"{}", 422, "ids"),
@@ -92,6 +99,9 @@ async def test_bad_requests_name_the_field_and_change_nothing(index: Path, in_pr
         given = item("a") | {"image": base64.b64encode(b"\x89PNG" + bytes(20_001)).decode()}
         assert_problem(await put(client, given), 413, "items.0.image")
         assert_problem(await put(client, *(item(str(number)) for number in range(257))), 422, "items")
+        path, many = "/items?strict=true", {f"{n}": n for n in range(900)}
+        misspelt = await client.patch(path, json={"ids": ["a"], "metadata": many}, headers=ADMINS)
+        assert len(misspelt.json()["errors"]) == 20
         for job in ("0" * 32, "x", "..%2F..%2Fprogress", "0" * 31 + "G"):
             assert (await client.get(f"/jobs/{job}", headers=ADMINS)).status_code == 404, job
         assert (await client.put("/collections/none/items", json={}, headers=ADMINS)).status_code == 404

@@ -279,9 +279,9 @@ class JobResponse(Model):
     """Items that could not be put; all others were."""
     reason: str | None = None
     new_fields: List[str] | None = None
-    """Metadata fields of the request that no item had."""
+    """Metadata fields of the request that no item had, up to 20."""
     dropped_fields: List[str] | None = None
-    """Fields that an item had and its replacement lacks."""
+    """Fields that an item had and its replacement lacks, up to 20."""
     changed: int | None = None
     """Items whose fields a patch has changed."""
     unknown: List[str] | None = None
