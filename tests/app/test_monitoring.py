@@ -29,6 +29,7 @@ QUERIES = {
     **{rule["alert"]: (rule["expr"], rule["annotations"]["summary"]) for rule in RULES},
 }
 TARGET_LABELS = {"instance", "job"}  # which Prometheus adds
+OF_CALLERS = {"rate", "key", "scope", "body_size", "slow_body"}  # reasons that the caller can change
 Series = dict[str, dict[str, set[str]]]
 
 
@@ -49,6 +50,7 @@ def live(built_index: Path) -> Series:
         for sample in family.samples:
             for label, value in sample.labels.items():
                 found[sample.name][label].add(value)
+    found["up"] = defaultdict(set)  # of Prometheus itself
     return found
 
 
@@ -90,9 +92,16 @@ def test_the_values_of_matchers_are_those_of_the_service(live: Series) -> None:
     routes = live["dcar_request_seconds_bucket"]["route"]
     assert [route for route in routes if re.fullmatch(".*/search/.*", route)] == ["/search/text"]
     source = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
-    (rule,) = (rule for rule in RULES if rule["alert"] == "DcarRefusing")
-    for reason in re.search('reason=~"(.*?)"', rule["expr"])[1].split("|"):  # type: ignore[index]
-        assert f'"{reason}"' in source
+    reasons = set(re.findall(r'(?:refused=|refused\.labels\()"(\w+)"', source))
+    rules = {rule["alert"]: rule["expr"] for rule in RULES}
+    alerted = re.search('reason=~"(.*?)"', rules["DcarRefusing"])[1].split("|")  # type: ignore[index]
+    assert set(alerted) == reasons - OF_CALLERS - {"vector_store"}, "overload, which more replicas would bear"
+    assert reasons >= OF_CALLERS
+    assert '+ sum(rate(dcar_refused_total{reason="event_loop"}' in rules["DcarRefusing"], "no request is counted there"
+    assert "event_loop" in live["dcar_refused_total"]["reason"], "from the start, or the sum would be empty"
+    assert 'reason="vector_store"' in rules["DcarVectorStore"]
+    documented = (ROOT / "docs/how-to/monitor.md").read_text().partition("`dcar_refused_total{reason}`: ")[2]
+    assert set(documented.partition("\n")[0].split(", ")) == reasons
 
 
 def test_prometheus_and_grafana_find_their_files() -> None:
