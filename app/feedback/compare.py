@@ -30,6 +30,8 @@ _PRIOR = 10.0
 _LEVEL = 0.05
 _CLIENT_CAP = 100  # votes
 _STEPS = 40  # of a bisection
+_COMPARED = 10  # results of a query
+_MAX_QUERIES, _LISTED = 20_000, 10  # whose results are compared; those that differ most
 _WAIT_S = 1.0  # for a candidate
 
 
@@ -38,12 +40,14 @@ class Compared(NamedTuple):
 
     candidate: its collection and version. draw: names the client, and the client with the query, by hashes. teams: one
     letter for each result, "" if the candidate's were not shown. shared: results that are on the first pages of both.
+    hits: ids of the candidate's first results if they were not shown.
     """
 
     candidate: str
     draw: str
     teams: str
     shared: int
+    hits: Sequence[str] | None = None
 
 
 async def compare(
@@ -79,7 +83,7 @@ async def compare(
     ids, other_ids = ([match.item.id for match in each] for each in (results.matches, matches))
     shared = len({*ids} & {*other_ids})
     if is_shadow:
-        return results, Compared(name, draw, "", shared)
+        return results, Compared(name, draw, "", shared, other_ids[:_COMPARED])
     shown = interleave(ids, other_ids, k, Random(f"{draw} {served.version} {name}"))
     page = [(matches if team == CANDIDATE else results.matches)[place] for team, place in shown]
     on_page = {match.item.id for match in page}
@@ -153,10 +157,28 @@ class Tally:
     results: int = 0
     shared: int = 0
     votes: dict[str, str] = field(default_factory=dict)  # teams by draw
+    pages: dict[str, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)  # of both, by query
 
     def add(self, shared: int, results: int) -> None:
         self.searches += 1
         self.shared, self.results = self.shared + shared, self.results + results
+
+    def add_page(self, query: str, served: Sequence[str], candidate: Sequence[str]) -> None:
+        """Add the first results of both versions, unless those of a later search are known."""
+        if len(self.pages) < _MAX_QUERIES:
+            self.pages.setdefault(query, (served[:_COMPARED], candidate[:_COMPARED]))
+
+    def _differing(self) -> list[dict[str, Any]]:
+        """Return the queries whose first results have least in common."""
+        shares = {
+            query: len({*served} & {*candidate}) / len({*served} | {*candidate})
+            for query, (served, candidate) in self.pages.items()
+            if {*served} != {*candidate}
+        }
+        return [
+            {"query": query, "served": self.pages[query][0], "candidate": self.pages[query][1]}
+            for query in sorted(shares, key=shares.__getitem__)[:_LISTED]
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Return the votes, the interval and the winner: "candidate", "served", or "" while there is none."""
@@ -168,6 +190,7 @@ class Tally:
         low, high = interval(counts[CANDIDATE], counts[SERVED])
         return {
             "searches": self.searches,
+            "differing": self._differing(),
             "overlap": self.shared / max(1, self.results),
             "wins": counts[CANDIDATE],
             "losses": counts[SERVED],

@@ -25,6 +25,7 @@ _POSITIONS = 24
 _LISTED = 50  # queries
 _FIRST = 10  # results of a query
 _COMPARISONS = 5
+_PAGES = "query_response_hit_ids", "candidate_hit_ids"
 _COUNTS = "searches", "clicked", "nothing"
 
 
@@ -89,17 +90,21 @@ class _Totals:
         for number in np.unique(version).tolist():
             self.versions[number] = self.versions.get(number, 0) + counts[version == number].sum(0)
         self._add_texts(log, counts, hits)
-        self._add_votes(log, attributes, version)
+        self._add_votes(log, queries, attributes, version)
 
-    def _add_votes(self, log: CodedLog, attributes: pa.StructArray, version: np.ndarray) -> None:
+    def _add_votes(self, log: CodedLog, queries: pa.Table, attributes: pa.StructArray, version: np.ndarray) -> None:
         rows = np.flatnonzero(np.asarray(attributes.field("candidate").is_valid()))[::-1]
         starts, ends = (np.searchsorted(log.hit_search, rows, side).tolist() for side in ("left", "right"))
         compared, first = dict[int, tuple[Tally, dict[str, Any], np.ndarray]](), dict[str, tuple[Tally, str]]()
+        pages = {name: queries[name].combine_chunks() for name in ("user_query", *_PAGES)}
         found = zip(rows.tolist(), attributes.take(pa.array(rows)).to_pylist(), starts, ends, strict=True)
         for row, facts, start, end in found:
             tally = self.tallies.setdefault((int(version[row]), facts["candidate"]), Tally())
             tally.add(facts["shared"], end - start)
             compared[row] = tally, facts, log.hit_item[start:end]
+            if log.is_usable[row] and pages["candidate_hit_ids"][row].is_valid:
+                query, *both = (pages[name][row].as_py() for name in ("user_query", *_PAGES))
+                tally.add_page(query.lower(), *both)
         events = log.events
         for place in np.flatnonzero(np.isin(events["action"], CLICKS) & np.isin(events["search"], rows)):
             tally, facts, items = compared[int(events["search"][place])]

@@ -138,8 +138,10 @@ class FeedbackLog:
         if self._recent_bytes > _RECENT_BYTES:
             self._recent, self._earlier, self._recent_bytes = {}, self._recent, 0
         if len(self._queries) < _MAX_QUERIES:
-            row = b"%b,%b]" % (page[:-1] + b",null" * (4 * (compared is None)), to_json(client)) if client else page
-            self._queries.append((query_id, now, row))
+            if client:
+                empty = b"" if compared else b",null" * len(Compared._fields)
+                page = b"%b%b,%b]" % (page[:-1], empty, to_json(client))
+            self._queries.append((query_id, now, page))
         else:
             self._lost.labels("queries").inc()
         return query_id

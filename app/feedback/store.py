@@ -61,6 +61,7 @@ QUERY_SCHEMA = pa.schema(
                 "shared": pa.int32(),
             }
         ),
+        "candidate_hit_ids": pa.list_(pa.string()),
         "client_id": pa.string(),
     }
 )
@@ -102,6 +103,7 @@ class QueryRow(NamedTuple):
     draw: str | None = None
     teams: str | None = None
     shared: int | None = None
+    candidate_hits: Sequence[str] | None = None
     client: str | None = None
 
 

@@ -96,12 +96,15 @@ function drawQuery({ query, searches, clicked, nothing, items }) {
   const link = make("a", { textContent: "Search", href: `../#${new URLSearchParams({ q: query, ...(collection ? { in: collection } : {}) })}` });
   link.setAttribute("aria-label", `Search for ${query}`);
   const facts = `${ofSearches(searches)}, ${clicked ? `${number(clicked)} with a click (${percent(share(clicked, searches))})` : "none with a click"}${nothing ? `, nothing fits in ${number(nothing)}` : ""} · `;
-  const pictures = make("div", { className: "pictures" }, ...items.map((id, i) => {
+  return make("li", {}, make("label", {}, box, make("span", { textContent: query, dir: "auto" })), make("p", {}, facts, link), drawPictures(items));
+}
+
+function drawPictures(items) {
+  return make("div", { className: "pictures" }, ...items.map((id, i) => {
     const image = make("img", { alt: `Result ${i + 1}: ${id}`, title: id, loading: "lazy", width: 64, height: 64 });
     showThumbnail(image, base(), id, SIDES);
     return image;
   }));
-  return make("li", {}, make("label", {}, box, make("span", { textContent: query, dir: "auto" })), make("p", {}, facts, link), pictures);
 }
 
 function drawSelection() {
@@ -125,7 +128,13 @@ function drawVersions(versions) {
   $("versions").replaceChildren(...table("Versions of the index", heads, rows));
 }
 
-function drawComparison({ served, candidate, searches, overlap, wins, losses, ties, low, high, winner }) {
+function drawDifferences(served, candidate, queries) {
+  const nodes = queries.map((each) => make("li", {}, make("strong", { textContent: each.query, dir: "auto" }),
+    make("p", { textContent: `Version ${served}` }), drawPictures(each.served), make("p", { textContent: candidate }), drawPictures(each.candidate)));
+  return make("details", {}, make("summary", { textContent: "Queries that differ most" }), make("ol", { className: "queries" }, ...nodes));
+}
+
+function drawComparison({ served, candidate, differing, searches, overlap, wins, losses, ties, low, high, winner }) {
   const verdict = { candidate: `${candidate} is better.`, served: `Version ${served} is better.` }[winner] ?? "No winner yet.";
   const facts = `${ofSearches(searches)} with ${percent(overlap)} of the results in common; ${number(wins)} won, ${number(losses)} lost, ${number(ties)} tied`;
   const line = make("i");
@@ -134,7 +143,8 @@ function drawComparison({ served, candidate, searches, overlap, wins, losses, ti
   const bounds = `${percent(low)} to ${percent(high)}`;
   const range = make("div", { className: `interval ${winner}`, role: "img", ariaLabel: `The candidate wins ${bounds} of the votes` }, line);
   const scale = make("div", { className: "scale", ariaHidden: "true" }, ...["0%", bounds, "100%"].map((textContent) => make("span", { textContent })));
-  return make("div", { className: "comparison" }, make("p", {}, make("strong", { textContent: `${candidate} against version ${served}: ${verdict}` }), make("br"), facts), range, scale);
+  return make("div", { className: "comparison" }, make("p", {}, make("strong", { textContent: `${candidate} against version ${served}: ${verdict}` }), make("br"), facts), range, scale,
+    ...(differing.length ? [drawDifferences(served, candidate, differing)] : []));
 }
 
 function draw(found) {
@@ -144,7 +154,8 @@ function draw(found) {
   const totals = [["Searches", number(searches)], ["With a click", percent(share(clicked, searches))], ["Nothing fits", percent(share(nothing, searches))]];
   $("totals").replaceChildren(...totals.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
   $("comparison").hidden = !found.comparisons.length;
-  $("comparisons").replaceChildren(...found.comparisons.map(drawComparison));
+  clearImages($("comparisons"));
+  $("comparisons").append(...found.comparisons.map(drawComparison));
   drawDays(days);
   drawPositions(positions);
   drawQueries($("worst"), worst);

@@ -180,7 +180,7 @@ async def test_a_version_in_the_shadow_is_measured_and_not_shown(
     rebuild(gallery, other_checkpoint, index, workers=0, progress=False, force=True)
     async with opened(index) as client:
         plain = await results(client)
-    async with opened(index, compare="@1:1:shadow", feedback=tmp_path, **ADMIN_ONLY) as client:
+    async with opened(index, compare="@1:1:shadow", feedback=tmp_path, feedback_texts=True, **ADMIN_ONLY) as client:
         await until(lambda: client.app.state.collections.candidate is not None)
         assert ids(await results(client)) == ids(plain)
         await client.app.state.feedback._flush()
@@ -188,6 +188,10 @@ async def test_a_version_in_the_shadow_is_measured_and_not_shown(
         (compared,) = found["comparisons"]
         assert (compared["served"], compared["candidate"], compared["wins"]) == (2, "index@1", 0)
         assert 0 < compared["overlap"] < 1
+        (differing,) = compared["differing"]
+        assert (differing["query"], differing["served"]) == (WORDS, ids(plain))
+        common = {*differing["candidate"]} & {*ids(plain)}
+        assert (len(differing["candidate"]), len(common)) == (8, round(8 * compared["overlap"]))
 
 
 async def test_first_clicks_are_votes_on_the_page_and_in_the_metrics(

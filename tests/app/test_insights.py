@@ -101,6 +101,23 @@ def test_the_latest_search_is_last_wherever_it_is_stored(tmp_path: Path) -> None
     assert [each["candidate"] for each in found["comparisons"]] == ["a@2", "a@1"]
 
 
+def test_queries_whose_results_differ_most_come_first(tmp_path: Path) -> None:
+    shadow = {"candidate": "a@1", "draw": "c.q", "teams": "", "shared": 1}
+    others: dict[str, Any] = {
+        "same": [*HITS[::-1]], "one": ["a", "b", "x"], "two": ["x", "y", "a"], "nothing": [], "shown": None,
+        "One": HITS,
+    }  # fmt: skip
+    searches = [
+        (str(number), text, shadow | {"candidate_hits": hits}) for number, (text, hits) in enumerate(others.items())
+    ]
+    write(tmp_path, "2026-01-01", [*searches, ("h", "9f86d0", shadow | {"candidate_hits": [], "is_hashed": True})], [])
+    (found,) = summarize(tmp_path, "index")["comparisons"]
+    assert found["differing"] == [
+        {"query": "nothing", "served": HITS, "candidate": []},
+        {"query": "two", "served": HITS, "candidate": ["x", "y", "a"]},
+    ], "of one, the last search found the same"
+
+
 def test_a_log_of_hashes_names_no_query(tmp_path: Path) -> None:
     write(tmp_path, "2026-01-01", [("1", "9f86d0", {"is_hashed": True})], [])
     found = summarize(tmp_path, "index")
