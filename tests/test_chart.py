@@ -47,6 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "object store": {"index": {"url": "s3://bucket/photos", "credentials": "store"}},
+    "feedback": {"feedbackClaim": "clicks"},
     "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
 }
 ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
@@ -165,6 +166,40 @@ def test_settings_are_those_of_the_service() -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "is_read_only"),
+    [
+        ({}, True), ({"writes": False}, True), ({"writes": "no"}, True), ({"feedback": "off"}, True),
+        ({"writes": 1}, False), ({"writes": "Yes"}, False), ({"feedback": True}, False),
+        ({"feedback": "/data/clicks"}, False),
+    ],
+)  # fmt: skip
+def test_the_claim_can_be_written_if_the_service_writes(settings: dict[str, Any], is_read_only: bool) -> None:
+    for index in ({"claim": "indexes"}, {}):
+        (deployment,) = of_kind("Deployment", {"settings": settings, "index": index})
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        (mount,) = (each for each in container["volumeMounts"] if each["name"] == "index")
+        assert mount["readOnly"] is is_read_only
+
+
+def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
+    (deployment,) = of_kind("Deployment", {"index": {"url": "s3://bucket/photos"}, "feedbackClaim": "clicks"})
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert {"name": "DCAR_FEEDBACK", "value": "/feedback"} in container["env"]
+    assert {"name": "feedback", "mountPath": "/feedback"} in container["volumeMounts"]
+
+
+def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
+    def notes(**values: Any) -> str:
+        with helm().Chart.load(CHART) as chart:
+            return str(chart.render(values, name="shop", namespace="search")["dcar/templates/NOTES.txt"])
+
+    index = {"url": "s3://bucket/photos"}
+    assert "networkPolicy.egress" in notes(index=index)
+    assert "networkPolicy.egress" not in notes(index=index, networkPolicy={"egress": [{"ports": [{"port": 443}]}]})
+    assert "networkPolicy.egress" not in notes()
+
+
+@pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"settings": {"max_kk": 1}}, "max_kk"),
@@ -172,10 +207,18 @@ def test_settings_are_those_of_the_service() -> None:
         ({"image": {"digest": "latest"}}, "digest"),
         ({"index": {"url": "s3:bucket"}}, "url"),
         ({"replica": 2}, "replica"),
+        ({"rebuild": {"schedule": "every day"}}, "schedule"),
+        ({"rebuild": {"schedule": "0 3 * * *"}}, "needs index.claim or index.url"),
+        ({"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}, "minReplicas is above"),
+        (
+            {"settings": {"admin_key": "x"}, "secretSettings": {"admin_key": {"name": "k", "key": "k"}}},
+            "admin_key is both",
+        ),
+        ({"index": {"url": "s3://bucket/photos"}, "settings": {"feedback": True}}, "needs feedbackClaim"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], reason: str) -> None:
-    with pytest.raises(helm().HelmValuesError, match=reason):
+    with pytest.raises(helm().HelmError, match=reason):
         render(values)
 
 

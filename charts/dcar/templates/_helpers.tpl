@@ -59,6 +59,16 @@ securityContext:
 {{ .Values.index.url | default (printf "/data/%s" .Values.index.path) }}
 {{- end }}
 
+{{- /* Not empty for a setting that is neither absent nor false, by the spellings of the service. */}}
+{{- define "dcar.is-on" -}}
+{{- if not (has (lower (toString .)) (list "" "<nil>" "false" "f" "0" "off" "no" "n")) }}on{{ end }}
+{{- end }}
+
+{{- /* Not empty if the service writes feedback to the volume of the index. */}}
+{{- define "dcar.writes-feedback" -}}
+{{- if not .Values.feedbackClaim }}{{ include "dcar.is-on" .Values.settings.feedback }}{{ end }}
+{{- end }}
+
 {{- define "dcar.credentials" -}}
 {{- with .Values.index.credentials -}}
 envFrom: [{secretRef: {name: {{ . }}}}]
