@@ -88,6 +88,39 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
     assert (asked.grades(np.roll(asked.queries, 1)) < 1).any()
 
 
+@pytest.mark.parametrize("domain", ["twemoji", "openmoji"])
+def test_folds_share_no_emoji_and_no_image(domain: str) -> None:
+    first, second = importlib.import_module("folds").folds(ROOT / "examples" / "emoji" / domain)
+    for splits in (first, second):
+        parts = [splits[name] for name in ("train", "val", "test")]
+        contents = [{part.read(image) for image in part.images} for part in parts]
+        for left, right in ((0, 1), (0, 2), (1, 2)):
+            assert not parts[left].categories & parts[right].categories
+            assert not contents[left] & contents[right]
+        assert len(splits["test"]) == len(splits["test"].images) > 1000
+    assert {*first["test"].images, *second["test"].images} == {
+        *first["train"].images,
+        *first["val"].images,
+        *first["test"].images,
+    }
+    assert len(first["test"]) + len(second["test"]) == 2376
+
+
+def test_the_categories_of_folds_are_pooled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for fold, category in enumerate(("dog", "cat")):
+        found = {"pairs": 1 + 2 * fold, "t2i_r1": 100 * (1 - fold), "i2t_r1": 50.0}
+        runs = {"methods": {name: {"runs": [{"categories": {category: found}}]} for name in "ab"}}
+        (tmp_path / str(fold)).mkdir()
+        write_json(tmp_path / str(fold) / "results.json", runs)
+    command = ["category_intervals.py", *(str(tmp_path / fold) for fold in "01"), "a", "b"]
+    for measure, value in (("", "37.5"), ("t2i_r1", "25.0")):
+        monkeypatch.setattr(sys, "argv", command + ["--measure", measure] * bool(measure))
+        importlib.import_module("category_intervals").main()
+        assert capsys.readouterr().out.startswith(f"a: {value} (")
+
+
 def test_the_grade_is_the_share_of_facts_that_hold(
     tiny_data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
