@@ -1,5 +1,6 @@
 """The Python client and its MCP tools against servers that are hostile or broken."""
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -183,3 +184,37 @@ async def test_mcp_results_name_images_of_the_service(image_url: str) -> None:
         url[0] = "/items/a/image"
         answer = await tools.get_item("a")
         assert answer.structured_content["image_url"] == "http://odd/items/a/image"
+
+
+@needs("mcp")
+async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
+    from dcar_client.mcp import THUMBNAILS_AT_A_TIME, GalleryTools
+    from mcp.server.mcpserver.exceptions import ToolError
+
+    odd = f"\x1b[2J\u202e{KEY} " + "long " * 2_000
+    asked = busiest = busy = 0
+
+    async def respond(request: httpx.Request) -> httpx.Response:
+        nonlocal asked, busiest, busy
+        if request.method == "GET":
+            asked, busy = asked + 1, busy + 1
+            busiest, size = max(busiest, busy), 1000 if asked == 1 else 2**21
+            await asyncio.sleep(0.01)
+            busy -= 1
+            return httpx.Response(200, content=bytes(size), headers={"content-type": "image/png"})
+        result = RESULT | {"id": odd, "caption": odd, "category": odd, "metadata": {odd: [odd] * most}}
+        body = {"results": [result] * found, "took_ms": 1.0, "cached": False, "index_version": 1}
+        return httpx.Response(200, json=body)
+
+    async with AsyncClient("http://odd", key=KEY, transport=httpx.MockTransport(respond)) as client:
+        tools = GalleryTools(client, "http://odd")
+        found, most = 300, 1
+        answer = await tools.search_by_words("red", k=9, thumbnails=True)
+        texts = [block.text for block in answer.content if block.type == "text"]
+        assert not [text for text in texts if KEY in text or "u001b" in text or "\x1b" in text or "\u202e" in text]
+        assert (len(answer.content), len(texts), asked, busiest) == (10, 9, 9, THUMBNAILS_AT_A_TIME)
+        assert len(answer.structured_content["results"]) == 9
+        assert sum(map(len, texts)) < 9 * 25_000
+        found, most = 9, 100
+        with pytest.raises(ToolError, match="more than 2 MiB; ask for fewer results"):
+            await tools.search_by_words("red", k=9)

@@ -12,7 +12,7 @@ import contextlib
 import httpx
 from pydantic import ValidationError
 
-from dcar_client.limits import clean, json_of
+from dcar_client.limits import clean, json_of, key_of
 from dcar_client.models import FieldError, OpenAIErrorResponse, ProblemResponse
 
 
@@ -35,7 +35,7 @@ class ServiceError(Exception):
 
 def error_from(response: httpx.Response) -> ServiceError:
     """Return the error that a response stands for, without the key of its request."""
-    key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
+    key = key_of(response.request.headers)
     problem = None
     with contextlib.suppress(ValueError):
         given = _problem(response)

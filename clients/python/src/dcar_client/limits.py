@@ -134,8 +134,14 @@ class _Body:
         return bytes(self._data)
 
 
-def clean(text: str, secret: str | None = None) -> str:
+def key_of(headers: httpx.Headers) -> str:
+    """Return the API key in the headers of a request; "" if there is none."""
+    key: str = headers.get("authorization", "")
+    return key.removeprefix("Bearer ")
+
+
+def clean(text: str, secret: str | None = None, most: int = MAX_TEXT) -> str:
     """Return a text of the server for people: without control characters and the secret, shortened."""
     text = text if not secret else text.replace(secret, "***")
-    text = _CONTROL.sub(" ", text[: 4 * MAX_TEXT])
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 3] + "..."
+    text = _CONTROL.sub(" ", text[: 4 * most])
+    return text if len(text) <= most else text[: most - 3] + "..."

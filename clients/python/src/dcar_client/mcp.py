@@ -19,9 +19,10 @@ from typing import Annotated, Any, TypeVar
 
 import httpx
 from pydantic import Field
+from pydantic_core import to_json
 
 from dcar_client import AsyncClient, ItemResponse, SearchOptions, SearchResponse, ServiceError
-from dcar_client.limits import clean
+from dcar_client.limits import clean, key_of
 
 try:
     from mcp.server.mcpserver import Image, MCPServer
@@ -32,6 +33,12 @@ except ImportError as error:
 
 THUMBNAIL_PX = 192
 MOST_RESULTS = 20
+MOST_CHARACTERS = 5_000  # of a text in an answer
+MOST_BYTES = (
+    2 * 2**20
+)  # of an answer without thumbnails; 20 items with as much metadata as the service allows take 1.3 MB
+MOST_THUMBNAIL_BYTES = 2**20
+THUMBNAILS_AT_A_TIME = 4
 READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 INSTRUCTIONS = (
     "Search a gallery of images. Tools return captions, categories and ids; set `thumbnails` to see the images. "
@@ -66,6 +73,8 @@ class GalleryTools:
     def __init__(self, client: AsyncClient, url: str, folder: Path | None = None) -> None:
         self._client, self._folder = client, folder
         self._url = str(httpx.URL(url).copy_with(userinfo=b"")).rstrip("/")
+        self._key = key_of(client._http.headers)
+        self._turns = asyncio.Semaphore(THUMBNAILS_AT_A_TIME)
 
     async def search_by_words(
         self,
@@ -83,7 +92,7 @@ class GalleryTools:
         options = SearchOptions(k=k, offset=offset, filter=filter, without=without, fields=fields or [], hybrid=hybrid)
         if sort:
             options["sort"] = sort
-        return await self._answer(self._client.search_text(query, **options), thumbnails)
+        return await self._answer(self._client.search_text(query, **options), thumbnails, k)
 
     async def search_by_picture(
         self,
@@ -99,13 +108,14 @@ class GalleryTools:
     ) -> Annotated[CallToolResult, SearchResponse]:
         """Find the images that resemble a picture, best first."""
         options = SearchOptions(k=k, offset=offset, filter=filter, without=without, fields=fields or [])
-        return await self._answer(self._client.search_image(self._picture(image, file), query, **options), thumbnails)
+        call = self._client.search_image(self._picture(image, file), query, **options)
+        return await self._answer(call, thumbnails, k)
 
     async def similar_items(
         self, item_id: ItemId, k: Count = 5, offset: Offset = 0, thumbnails: Thumbnails = False
     ) -> Annotated[CallToolResult, SearchResponse]:
         """Find the items that look most like one item, best first."""
-        return await self._answer(self._client.similar(item_id, k=k, offset=offset), thumbnails)
+        return await self._answer(self._client.similar(item_id, k=k, offset=offset), thumbnails, k)
 
     async def get_item(
         self, item_id: ItemId, thumbnail: Annotated[bool, Field(description="return a small image of it")] = False
@@ -128,28 +138,47 @@ class GalleryTools:
             raise ToolError(f"file: there is no file {file!r} in the folder of pictures")
         return path.read_bytes()
 
-    async def _answer(self, call: Awaitable[SearchResponse | ItemResponse], thumbnails: bool) -> CallToolResult:
-        """Return the service's response as JSON and as structured content, with thumbnails after it."""
+    async def _answer(
+        self, call: Awaitable[SearchResponse | ItemResponse], thumbnails: bool, k: int = 1
+    ) -> CallToolResult:
+        """Return the service's response as JSON and as structured content, with thumbnails after it.
+
+        The service may not be what it seems, so an answer is bounded, and its texts are clean.
+        """
         response = await _plain(call)
+        if isinstance(response, SearchResponse):
+            response.results = response.results[:k]
         items = response.results if isinstance(response, SearchResponse) else [response]
         for item in items:
             if not re.match(r"/[^/\\]", item.image_url):  # of another host
-                raise ToolError(f"the service names an image outside of itself: {clean(item.image_url)}")
+                raise ToolError(f"the service names an image outside of itself: {self._clean(item.image_url)}")
             item.image_url = self._url + item.image_url
-        content: list[TextContent | ImageContent] = [
-            TextContent(type="text", text=response.model_dump_json(exclude_unset=True))
-        ]
+        answer = self._clean(response.model_dump(mode="json", exclude_unset=True))
+        if len(text := to_json(answer)) > MOST_BYTES:
+            raise ToolError(f"the answer has more than {MOST_BYTES >> 20} MiB; ask for fewer results or `fields`")
+        content: list[TextContent | ImageContent] = [TextContent(type="text", text=text.decode())]
         if thumbnails:
             content += await asyncio.gather(*(self._thumbnail(item.id) for item in items))
-        return CallToolResult(content=content, structured_content=response.model_dump(mode="json", exclude_unset=True))
+        return CallToolResult(content=content, structured_content=answer)
 
     async def _thumbnail(self, item_id: str) -> ImageContent | TextContent:
         try:
-            data = await _plain(self._client.image(item_id, size=THUMBNAIL_PX))
+            async with self._turns:
+                data = await _plain(self._client.image(item_id, size=THUMBNAIL_PX))
+            if len(data) > MOST_THUMBNAIL_BYTES:
+                raise ToolError(f"it has more than {MOST_THUMBNAIL_BYTES >> 20} MiB")
         except ToolError as error:
-            return TextContent(type="text", text=f"no thumbnail of {item_id}: {error}")
+            return TextContent(type="text", text=f"no thumbnail of {clean(item_id, self._key)}: {error}")
         kind = {b"\x89P": "png", b"RI": "webp"}.get(data[:2], "jpeg")  # small files of both kinds are sent as they are
         return Image(data=data, format=kind).to_image_content()
+
+    def _clean(self, value: Any) -> Any:
+        """Return JSON with all of its texts cleaned."""
+        if isinstance(value, str):
+            return clean(value, self._key, MOST_CHARACTERS)
+        if isinstance(value, dict):
+            return {clean(name, self._key): self._clean(each) for name, each in value.items()}
+        return [self._clean(each) for each in value] if isinstance(value, list) else value
 
 
 async def _plain(call: Awaitable[T]) -> T:
