@@ -89,15 +89,15 @@ def make_entry(
     present = [name for name in captions if row.get(name) is not None]
     if not present:
         raise DataError(f"{where}: field {captions[0]!r} is missing; it has {', '.join(map(str, row)) or 'none'}")
-    read = (_texts(row, where, name) for name in present)
+    read = (texts_of(row, where, name) for name in present)
     filled = (texts for texts in read if any(text.strip() for text in texts))
     attributes = row.get("attributes")  # galleries use it in many ways
     fields: dict[str, Any] = {
-        "captions": next(filled, None) or _texts(row, where, present[0]) or ("",),
+        "captions": next(filled, None) or texts_of(row, where, present[0]) or ("",),
         "category": label_text(row, where, "category", "class_name"),
         "meta_category": label_text(row, where, "meta_category"),
-        "negatives": _texts(row, where, "negatives") or _texts(row, where, "negative"),
-        "negative_categories": _texts(row, where, "negative_categories") or _texts(row, where, "negative_class"),
+        "negatives": texts_of(row, where, "negatives") or texts_of(row, where, "negative"),
+        "negative_categories": texts_of(row, where, "negative_categories") or texts_of(row, where, "negative_class"),
         "attributes": tuple(attributes) if _is_texts(attributes) else (),
     }
     return Entry(image=image, path=path, **fields | more)
@@ -124,7 +124,7 @@ def label_text(row: Mapping[str, Any], where: str, *names: str) -> str:
     return ""
 
 
-def _texts(row: Mapping[str, Any], where: str, name: str) -> tuple[str, ...]:
+def texts_of(row: Mapping[str, Any], where: str, name: str) -> tuple[str, ...]:
     """Return the texts of a field with nothing, one text, or a list of texts. Raise DataError for anything else."""
     value = row.get(name)
     if value is None or isinstance(value, str):

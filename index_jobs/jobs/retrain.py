@@ -5,9 +5,11 @@
   except its checkpoint; additions and removals stay.
 - A hash divides the texts: eight tenths are learned from, one tenth chooses how far to go from the served adapter
   (WiSE-FT), and one tenth decides. The negatives of a text are the items that the index ranks highest for it.
-- Only what was shown can have been clicked. So the held-out pairs compare two models by the order that they give to
-  the first ten items of the served one [ours, after Sakai's condensed lists], each pair with its estimated relevance
-  as its weight. Among all items, every change would look worse.
+- Pairs with a relevance, such as clicks, are held out alone. Those without one, such as captions, teach the words that
+  nobody has clicked yet; together they weigh as much as the clicks [ours]. If no pair has a relevance, all are alike.
+- Only what was shown can have been clicked. So the held-out pairs compare two models by the place of each item among
+  those that were skipped for its text (Sakai's condensed lists), weighted by its relevance. Items that nobody judged
+  would make every change look worse. Without skipped items, the first ten of the served model are taken [ours].
 - A candidate is refused if it does not order both held-out tenths better, or if it loses more than the margin on the
   anchors: validation pairs, or without any the captions of the items.
 - The same command makes the same model. Pairs that the served model has learned from are not learned again.
@@ -30,7 +32,7 @@ from torch import nn
 
 from dcar_core import Encoder
 from dcar_core.data.clean import fold_text
-from dcar_core.data.entries import label_text, required_text
+from dcar_core.data.entries import label_text, required_text, texts_of
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
 from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
@@ -64,17 +66,33 @@ _SHOWN = 10  # items of a page of results
 
 @dataclass(frozen=True)
 class ItemPairs:
-    """Texts, the rows of their items, int64 (N,), and what they count, float32 (N,)."""
+    """Texts, the rows of their items, int64 (N,), and what they count, float32 (N,).
+
+    skipped: by folded text, the rows of wrong items.
+    """
 
     texts: list[str]
     rows: Rows
     weights: Floats
+    skipped: Mapping[str, set[int]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, places: Rows) -> "ItemPairs":
-        return ItemPairs([self.texts[place] for place in places.tolist()], self.rows[places], self.weights[places])
+        texts = [self.texts[place] for place in places.tolist()]
+        return ItemPairs(texts, self.rows[places], self.weights[places], self.skipped)
+
+    def comparable(self) -> "ItemPairs":
+        """Return the pairs of texts with skipped items, if any text has some."""
+        known = [not self.skipped or fold_text(text) in self.skipped for text in self.texts]
+        return self.take(np.flatnonzero(known))
+
+    def with_captions(self, captions: "ItemPairs") -> "ItemPairs":
+        """Return these pairs and captions, which together weigh as much."""
+        each = self.weights.sum() / max(len(captions), 1)
+        weights = np.concatenate([self.weights, np.full(len(captions), each, np.float32)])
+        return ItemPairs(self.texts + captions.texts, np.concatenate([self.rows, captions.rows]), weights)
 
     def divide(self) -> tuple["ItemPairs", "ItemPairs", "ItemPairs"]:
         """Return the pairs to learn from, those that choose, and those that decide, by a hash of the text."""
@@ -94,6 +112,7 @@ class RetrainSummary:
     published: bool = False
     reason: str
     pairs: int  # learned from
+    captions: int = 0  # learned from as well: pairs without a relevance, beside others with one
     left_out: dict[str, int]  # pairs, by reason
     share: float = 0.0  # of the change
     gate: dict[str, dict[str, Any]] = field(default_factory=dict)  # `GateVerdict`s on held-out pairs and on anchors
@@ -105,7 +124,7 @@ class RetrainSummary:
         steps = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
         lines = [
             f"version {self.version} {'' if self.published else 'stays '}published: {self.reason}",
-            f"learned from {self.pairs:,} pairs, {self.share:.0%} of the change taken",
+            f"learned from {self.pairs:,} pairs and {self.captions:,} captions, {self.share:.0%} of the change taken",
             *(f"left out: {count:,} pairs {reason}" for reason, count in self.left_out.items()),
             *(f"compared by {name}: {verdict['reason']}" for name, verdict in self.gate.items()),
             f"seconds from the command to the swap: {sum(self.seconds.values()):.1f} ({steps})",
@@ -143,16 +162,20 @@ def retrain(
     return replace(summary, notified=notify(services, index, summary.version)) if summary.published else summary
 
 
-def read_pairs(files: Sequence[Path], served: Artifact, gallery: Gallery) -> tuple[ItemPairs, dict[str, int]]:
-    """Return the pairs of items in the index, each once, and how many others there are, by reason.
+def read_pairs(
+    files: Sequence[Path], served: Artifact, gallery: Gallery
+) -> tuple[ItemPairs, ItemPairs, dict[str, int]]:
+    """Return the pairs of items in the index, each once, the captions, and how many others there are, by reason.
 
+    Captions are pairs without a relevance, if others have one.
     An item is known by its id, or by its image's location or name in the gallery.
     """
     names, places, offsets = (gallery.table[name].to_pylist() for name in ("name", "location", "offset"))
     live = np.flatnonzero(served.live).tolist()
     by_name = dict(zip(names, live, strict=True))
     by_name |= {place: row for place, offset, row in zip(places, offsets, live, strict=True) if offset == WHOLE_FILE}
-    found, texts, weights, unknown, repeated = dict[tuple[str, int], None](), list[str](), list[float](), 0, 0
+    found, texts, weights, unknown, repeated = dict[tuple[str, int], None](), list[str](), list[float | None](), 0, 0
+    skipped = dict[str, set[int]]()
     for given in files:
         file = given / "pairs.jsonl" if given.is_dir() else given
         if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
@@ -164,26 +187,39 @@ def read_pairs(files: Sequence[Path], served: Artifact, gallery: Gallery) -> tup
             weight = _weight(row, where)
             image = next((name for name in IMAGE_COLUMNS if row.get(name)), "image")
             number = served.row_of(item_id) if item_id else by_name.get(required_text(row, where, image))
+            wrong_texts = texts_of(row, where, "negatives")
             if number is None:
                 unknown += 1
-            elif (fold_text(text), number) in found:
+                continue
+            for wrong in wrong_texts:
+                skipped.setdefault(fold_text(wrong), set()).add(number)
+            if (fold_text(text), number) in found:
                 repeated += 1
             else:
                 found[fold_text(text), number] = None
                 texts.append(text)
                 weights.append(weight)
     rows = np.array([row for _, row in found], np.int64)
-    pairs, step = ItemPairs(texts, rows, np.array(weights, np.float32)), -(-len(texts) // MAX_PAIRS) or 1
-    kept = pairs.take(np.arange(0, len(pairs), step))
-    counts = {"not in the index": unknown, "repeated": repeated, f"beyond {MAX_PAIRS:,}": len(pairs) - len(kept)}
-    return kept, {reason: count for reason, count in counts.items() if count}
+    clicked = {fold_text(text) for text, weight in zip(texts, weights, strict=True) if weight is not None}
+    skipped = {text: rows for text, rows in skipped.items() if text in clicked}
+    everything = ItemPairs(
+        texts, rows, np.array([1 if each is None else each for each in weights], np.float32), skipped
+    )
+    kept = np.arange(0, len(texts), -(-len(texts) // MAX_PAIRS) or 1)
+    is_caption = np.array([each is None for each in weights], bool)[kept]
+    is_caption &= not is_caption.all()
+    counts = {"not in the index": unknown, "repeated": repeated, f"beyond {MAX_PAIRS:,}": len(texts) - len(kept)}
+    left_out = {reason: count for reason, count in counts.items() if count}
+    return everything.take(kept[~is_caption]), everything.take(kept[is_caption]), left_out
 
 
-def _weight(row: Mapping[str, Any], where: str) -> float:
-    """Return the relevance of a pair, 1 if the row has none."""
+def _weight(row: Mapping[str, Any], where: str) -> float | None:
+    """Return the relevance of a pair, None if the row has none."""
     value = row.get("relevance")
+    if value is None or value == "":
+        return None
     try:
-        weight = 1.0 if value is None or value == "" else float(value)
+        weight = float(value)
     except (TypeError, ValueError):
         weight = math.nan
     if not 0 < weight <= 1:
@@ -238,17 +274,21 @@ class _Retraining:
     ) -> RetrainSummary:
         """Learn, and compare with the served model; the summary says whether to publish."""
         served, gallery = self.served, live_gallery(self.served)
-        pairs, left_out = read_pairs(files, served, gallery)
-        learned, choosing, deciding = pairs.divide()
+        pairs, captions, left_out = read_pairs(files, served, gallery)
+        clicked, choosing, deciding = pairs.divide()
+        choosing, deciding = choosing.comparable(), deciding.comparable()
+        captions, _, _ = captions.divide()  # none may have the text of a held-out pair
+        learned = clicked.with_captions(captions)
         if (few := min(len({*each.texts}) for each in (choosing, deciding))) < MIN_HELD_OUT:
             raise DataError(
-                f"{', '.join(map(str, files))}: {len({*pairs.texts}):,} texts of items in the index are too few: "
-                f"a tenth chooses, another decides, and each needs {MIN_HELD_OUT}, not {few}"
+                f"{', '.join(map(str, files))}: {len({*pairs.comparable().texts}):,} texts of items in the index "
+                f"{'and with skipped ones ' if pairs.skipped else ''}are too few: a tenth chooses, another decides, "
+                f"and each needs {MIN_HELD_OUT}, not {few}"
             )
-        signature = hash_json([pairs.texts, pairs.rows.tolist(), pairs.weights.tolist()])
+        signature = hash_json([[each.texts, each.rows.tolist(), each.weights.tolist()] for each in (pairs, learned)])
         summary = RetrainSummary(
-            version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(learned),
-            left_out=left_out, seconds=self.seconds,
+            version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(clicked),
+            captions=len(captions), left_out=left_out, seconds=self.seconds,
         )  # fmt: skip
         if self.notes.get("retrained", {}).get("pairs") == signature:
             return summary
@@ -327,8 +367,13 @@ class _Retraining:
         return np.array([(rows * count)[:count] for rows in wrong], np.int64)  # a filtered graph may find fewer
 
     def _measure(self, pairs: ItemPairs) -> Callable[[_Texts], Floats]:
-        """Return a function of encoders: the nDCG of each pair's item, (N,), among it and the first served items."""
-        found = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1]  # [N, _SHOWN]
+        """Return a function of encoders: the nDCG of each pair's item, (N,), among it and the items to compare."""
+        if pairs.skipped:
+            skipped = [sorted(pairs.skipped[fold_text(text)]) for text in pairs.texts]
+            width = max(map(len, skipped))
+            found = np.array([rows + [-1] * (width - len(rows)) for rows in skipped], np.int64)  # [N, width]
+        else:
+            found = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1]  # [N, _SHOWN]
         rows = np.where(found < 0, pairs.rows[:, None], found)
         shown, places = np.unique(np.concatenate([pairs.rows[:, None], rows], 1), return_inverse=True)
         items, places = self.served.vectors(shown), places.reshape(len(pairs), -1)
@@ -348,8 +393,9 @@ class _Retraining:
         difference, visible = gate.difference_of(before, after, [*map(fold_text, pairs.texts)], pairs.weights)
         means = [{"ndcg": round(float(np.average(each, weights=pairs.weights)), 4)} for each in (before, after)]
         value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+        among = "items skipped" if pairs.skipped else f"{_SHOWN} items shown"
         reason = (
-            f"nDCG among the {_SHOWN} items shown {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over "
+            f"nDCG among the {among} {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over "
             f"{len(pairs):,} pairs: {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
         )
         return gate.GateVerdict(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.jobs import retrain as module
-from index_jobs.jobs.retrain import REPORT, ItemPairs, retrain
-from index_jobs.jobs.update import add, remove
+from index_jobs.jobs.retrain import REPORT, ItemPairs, read_pairs, retrain
+from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
@@ -83,6 +84,36 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
     again = retrain(index, [pairs], device="cpu")
     assert (again.published, again.version, current_version(index)) == (False, 2, 2)
     assert again.reason == "its model has learned from these pairs"
+
+
+def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
+    index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    rows, captions = [json.loads(line) for line in pairs.read_text().splitlines()], tmp_path / "captions.jsonl"
+    items = (tiny_gallery / "metadata.jsonl").read_text().splitlines()
+    lines = [
+        {"caption": f"all about {row['caption']}", "image": str(tiny_gallery / row["file_name"])}
+        for row in map(json.loads, items)
+    ]
+    captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clicks, last = tmp_path / "clicks.jsonl", rows[-len(WORDS) :]
+    for row in rows:
+        row["relevance"] = 0.5
+    last[0]["negatives"] = [row["caption"] for row in rows if row["image"] != last[0]["image"]]
+    clicks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    served = open_current(index)
+    found, taught, _ = read_pairs([clicks, captions], served, live_gallery(served))
+    assert (len(found), len(taught)) == (len(items) * len(WORDS), len(items))
+    learned, choosing, deciding = (each.comparable() for each in found.divide())
+    assert sum(map(len, (learned, choosing, deciding))) == len(rows) - len(WORDS), "those of texts with a skipped item"
+    both = learned.with_captions(taught)
+    assert both.weights[len(learned) :].sum() == pytest.approx(learned.weights.sum())
+    with suppress(GateError):
+        retrain(index, [clicks, captions], margin=1, device="cpu")
+    report = json.loads((index / REPORT).read_text())
+    assert report["gate"]["held-out pairs"]["pairs"] == len(deciding)
+    assert report["captions"] == len(taught.divide()[0])
+    assert "among the items skipped" in report["gate"]["held-out pairs"]["reason"]
 
 
 def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
