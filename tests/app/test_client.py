@@ -277,6 +277,7 @@ def test_a_response_of_something_else_is_a_service_error() -> None:
         ("nan", [1]),
         ("soon", [1]),
         ("Mon, 02 Jan 2006 15:04:05 GMT", [0]),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", [1]),
         ("31", []),
         ("inf", []),
         ("Fri, 31 Dec 2999 23:59:59 GMT", []),

@@ -31,7 +31,7 @@ def _retry_after(value: str) -> float:
     except ValueError:
         try:
             seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return DEFAULT_WAIT_S
         return max(0.0, seconds)
     return DEFAULT_WAIT_S if math.isnan(seconds) or seconds < 0 else seconds
