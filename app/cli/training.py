@@ -123,12 +123,16 @@ def retrain(
 ) -> None:
     """Tune the served model on new pairs, and publish it with the index if it ranks better.
 
-    Only an adapter behind the text tower learns, in seconds; after `dcar train`, a build encodes the images again.
+    Only an adapter behind the text tower learns, in seconds. The rest needs `dcar train`, which resumes, and a build.
     INDEX/retrain.json has the comparison. Exit status 6: not published.
     """
     started = time.perf_counter()
+    from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run
+    from index_jobs.store.versions import open_current
 
+    if rest := describe_rest(open_current(index).checkpoint):
+        typer.echo(f"{index}: {rest}", err=True)
     summary = run(
         index, pairs, validation=validation, judgements=judgements, margin=margin, device=device,
         services=notify or (), started=started,

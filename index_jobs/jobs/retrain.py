@@ -162,6 +162,19 @@ def retrain(
     return replace(summary, notified=notify(services, index, summary.version)) if summary.published else summary
 
 
+def describe_rest(checkpoint: Path) -> str:
+    """Return what a retraining leaves as it is, and what learning it costs; "" for a model without training."""
+    content = read_config(checkpoint)
+    notes, method = content.get("training", {}), content["model"]["method"]
+    if "epoch" not in notes:
+        return ""
+    took = f", took {notes['seconds']:,.0f} s" if "seconds" in notes else ""
+    return (
+        f"tunes the adapter of text features; whatever else {method} learns stays. To learn it all, run `dcar train` "
+        f"(epoch {notes['epoch']}{took}; it resumes) and then `dcar index build`"
+    )
+
+
 def read_pairs(
     files: Sequence[Path], served: Artifact, gallery: Gallery
 ) -> tuple[ItemPairs, ItemPairs, dict[str, int]]:

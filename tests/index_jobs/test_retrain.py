@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
+from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.jobs import retrain as module
 from index_jobs.jobs.retrain import REPORT, ItemPairs, read_pairs, retrain
@@ -56,6 +57,27 @@ def ranks_first(artifact: Artifact, pairs: Path) -> float:
     return float(
         np.mean([artifact.image_location(hit)[0] == row["image"] for hit, row in zip(found, rows, strict=True)])
     )
+
+
+def test_the_command_says_what_it_leaves_and_what_that_costs(
+    tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint, index = tmp_path / "checkpoint", tmp_path / "index"
+    copy_checkpoint(tiny_checkpoint, checkpoint)
+    content = json.loads((checkpoint / "config.json").read_text())
+    method = content["model"]["method"]
+    for notes, cost in (
+        ({}, ""),
+        ({"epoch": 5}, "(epoch 5; it"),
+        ({"epoch": 5, "seconds": 129.6}, "5, took 130 s; it"),
+    ):
+        (checkpoint / "config.json").write_text(json.dumps(content | {"training": notes}))
+        assert cost in module.describe_rest(checkpoint)
+        assert bool(module.describe_rest(checkpoint)) == bool(notes)
+    rebuild(tiny_gallery, checkpoint, index, workers=0, progress=False)
+    done = dcar("retrain", "--index", index, "--pairs", tmp_path / "none.jsonl")
+    assert f"{index}: tunes the adapter of text features; whatever else {method} learns stays." in done.stderr
+    assert "none.jsonl is not a table of pairs" in done.stderr
 
 
 @pytest.mark.slow
