@@ -35,6 +35,7 @@ IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMAGE_COLUMNS})  # whatever they look like
 LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
 MAX_LINE, MAX_COLUMNS, MAX_ROWS = 16_000_000, 10_000, 100_000_000  # characters of a line; of a file
+MAX_CELLS = 10_000_000  # of a CSV, or two for each of its characters: short rows get a cell for every column
 MAX_UNPACKED = 512 << 20  # bytes of a Parquet file in memory, or this many times its size:
 MAX_UNPACKED_RATIO = 200
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
@@ -140,9 +141,16 @@ def _read_csv_rows(
     name: str, open_file: OpenFile, used_columns: Sequence[str] | None, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
-        line = before = 0
+        line = before = cells = size = 0
+
+        def measured() -> Iterator[str]:
+            nonlocal size
+            for text in _lines(name, file):
+                size += len(text)
+                yield text
+
         try:
-            lines = _lines(name, file)
+            lines = measured()
             header = next(lines, "")
             if named := _SIGN_LINE.fullmatch(header):
                 header, before = next(lines, ""), 1
@@ -156,6 +164,10 @@ def _read_csv_rows(
             line = before + reader.line_num
             for row in reader:
                 line = before + reader.line_num
+                cells += len(row)
+                if cells > max(MAX_CELLS, 2 * size):
+                    reason = f"{cells:,} cells up to here, most of which are left out; write them, or remove columns"
+                    raise DataError(f"{name}, line {line}: {reason}")
                 if not any(row.values()):
                     continue
                 if None in row:

@@ -203,6 +203,14 @@ def test_text_files_without_bounds_are_refused(tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=message):
             count(tmp_path / name)
+    monkeypatch.setattr(records, "MAX_CELLS", 100_000)
+    header = "image," + ",".join(f"c{number}" for number in range(999))
+    (tmp_path / "l.csv").write_text(header + f"\na.png{',' * 999}" * 1000)
+    assert count(tmp_path / "l.csv") == 1000
+    for row in ("a.png", " "):
+        (tmp_path / "l.csv").write_text(header + f"\n{row}" * 1000)
+        with pytest.raises(DataError, match=r"l\.csv, line 102: 101,000 cells up to here, most of which are left out"):
+            count(tmp_path / "l.csv")
     monkeypatch.setattr(records, "MAX_ROWS", 2)
     (tmp_path / "l.csv").write_text("image\na.png\nb.png\n")
     assert count(tmp_path / "l.csv") == 2
