@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,26 +30,9 @@ class ComputeThreads(ThreadPoolExecutor):
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, name, _give_way)
-        self._in_progress, self._mean_s = 0, 0.0
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
-        self._in_progress += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self, self._timed, call, args)
-        finally:
-            self._in_progress -= 1
-
-    def _timed(self, call: Callable[..., T], args: tuple[object, ...]) -> T:
-        started = time.perf_counter()
-        try:
-            return call(*args)
-        finally:
-            took = min(time.perf_counter() - started, _LONGEST_S)
-            self._mean_s += _NEWEST_WEIGHT * (took - self._mean_s)
-
-    def expected_wait(self) -> float:
-        """Return the seconds after which all calls in progress will have ended, by the mean of the last ones."""
-        return self._in_progress * self._mean_s / self._max_workers
+        return await asyncio.get_running_loop().run_in_executor(self, partial(call, *args))
 
 
 def _give_way() -> None:
@@ -64,23 +48,35 @@ class _Call:
     request: str | None = field(default_factory=request_id.get)
 
 
-class FairThread(ComputeThreads):
-    """A thread whose next call is of the caller, and then of the request, that has had it for the least time.
+class FairThreads(ComputeThreads):
+    """Threads whose next call is of the caller, and then of the request, that has had them for the least time.
 
     Times count until neither has a call in progress.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(1, name)
+    def __init__(self, count: int, name: str) -> None:
+        super().__init__(count, name)
+        self._lock = threading.Lock()  # of what follows
         self._waiting: list[_Call] = []
+        self._running: list[_Call] = []
         self._spent: dict[tuple[str, str | None], float] = {}  # seconds of (caller, request), and of (caller, None)
+        self._mean_s = 0.0  # of the last calls
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         waiting = _Call(partial(call, *args))
-        self._waiting.append(waiting)
+        with self._lock:
+            self._waiting.append(waiting)
         self.submit(self._run_next)
         result: T = await asyncio.wrap_future(waiting.done)
         return result
+
+    def expected_wait(self) -> float:
+        """Return the seconds after which the calls will have ended that have their turn before this caller's next."""
+        with self._lock:
+            counts = Counter(each.caller for each in (*self._waiting, *self._running) if not each.done.cancelled())
+        own = counts.pop(current_caller.get(), 0)
+        before = own + sum(min(count, own + 1) for count in counts.values())
+        return before * self._mean_s / self._max_workers
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         super().shutdown(wait, cancel_futures=cancel_futures)
@@ -88,18 +84,34 @@ class FairThread(ComputeThreads):
             waiting.done.cancel()
 
     def _run_next(self) -> None:
-        following = min(self._waiting, key=self._spent_by)
-        self._waiting.remove(following)
-        started = time.monotonic()
+        with self._lock:
+            following = min(self._waiting, key=self._spent_by) if len(self._waiting) > 1 else self._waiting[0]
+            self._waiting.remove(following)
+            self._running.append(following)
+        started, finish = time.monotonic(), None
         if following.done.set_running_or_notify_cancel():
             try:
-                following.done.set_result(following.call())
+                finish = partial(following.done.set_result, following.call())
             except BaseException as error:
-                following.done.set_exception(error)
-        kept = {(each.caller, request) for each in (*self._waiting, following) for request in (each.request, None)}
-        self._spent = {key: self._spent.get(key, 0.0) for key in kept}
-        for request in (following.request, None):
-            self._spent[following.caller, request] += time.monotonic() - started
+                finish = partial(following.done.set_exception, error)
+        took = time.monotonic() - started
+        with self._lock:
+            self._end(following, took)
+            if finish is not None:
+                self._mean_s += _NEWEST_WEIGHT * (min(took, _LONGEST_S) - self._mean_s)
+        if finish is not None:
+            finish()
+
+    def _end(self, ended: _Call, took: float) -> None:
+        self._running.remove(ended)
+        own = [each for each in (*self._waiting, *self._running) if each.caller == ended.caller]
+        for request, is_left in (
+            (ended.request, any(each.request == ended.request for each in own)),
+            (None, bool(own)),
+        ):
+            spent = self._spent.pop((ended.caller, request), 0.0)
+            if is_left:
+                self._spent[ended.caller, request] = spent + took
 
     def _spent_by(self, waiting: _Call) -> tuple[float, float]:
         owners = (waiting.caller, None), (waiting.caller, waiting.request)

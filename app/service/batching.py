@@ -7,6 +7,7 @@
 - Cancelled work is skipped. `close` finishes the accepted work.
 - A query whose expected wait is longer than `max_queue_s` is refused at once, unless only a few wait for a slow model.
   Those of a batch, and an image that is decoded first, are accepted or refused `together`, by the first.
+- Callers take turns: the wait of a query is that for the work which has its turn before, not for all that waits.
 """
 
 import asyncio
@@ -18,11 +19,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterat
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from app.core.metrics import Metrics, PendingKind
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.core.supervision import supervise
 from app.core.threads import ComputeThreads
@@ -111,13 +114,14 @@ class BatchGroup(NamedTuple):
     run: Callable[[list[Any]], Floats | list[Floats]]
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Job:
     group: BatchGroup
     payload: Any
     future: asyncio.Future[Floats]
     arrived: float
     context: Any  # trace context of the request
+    caller: str
 
 
 class Batcher:
@@ -167,7 +171,8 @@ class Batcher:
         self.require_room()
         context = self._metrics.trace_context()
         future_of, now = asyncio.get_running_loop().create_future, time.monotonic()
-        jobs = [_Job(group, payload, future_of(), now, context) for payload in payloads]
+        caller = current_caller.get()
+        jobs = [_Job(group, payload, future_of(), now, context, caller) for payload in payloads]
         self._jobs += jobs
         self._counts[group] += len(jobs)
         self._has_arrived.set()
@@ -197,13 +202,27 @@ class Batcher:
             accepted.append(True)
 
     def _expected_wait(self) -> float:
-        """Return the expected seconds of all work in the queues, without the fixed part of a pass that has room.
+        """Return the expected seconds of all work in the queues or, if that is much, of what has its turn before."""
+        later = self._later_wait()
+        wait = later + self._seconds(self._counts)
+        return wait if wait <= self._max_queue / 2 else later + self._seconds(self._counts_before())
+
+    def _seconds(self, counts: Counter[BatchGroup]) -> float:
+        """Return the expected seconds of queries, without the fixed part of a pass that has room.
 
         A few queries for the model do not count, however slow it is.
         """
-        counts = self._counts.items() if self._counts.total() >= _FEW else ()
-        waiting = ((self._pass_times.get(group), count) for group, count in counts)
-        return self._later_wait() + sum(each.of(count, count // self._max_batch) for each, count in waiting if each)
+        waiting = ((self._pass_times.get(group), count) for group, count in counts.items() if counts.total() >= _FEW)
+        return sum(each.of(count, count // self._max_batch) for each, count in waiting if each)
+
+    def _counts_before(self) -> Counter[BatchGroup]:
+        """Return the numbers of queries that have their turn before a new one of this caller."""
+        caller, turns, before = current_caller.get(), Counter[str](), Counter[BatchGroup]()
+        last = sum(job.caller == caller for job in self._jobs)
+        for job in self._jobs:
+            before[job.group] += turns[job.caller] <= last
+            turns[job.caller] += 1
+        return before
 
     async def close(self) -> None:
         """Finish the accepted work, then end the thread."""
@@ -243,15 +262,20 @@ class Batcher:
         return sum(job.group == group and not job.future.done() for job in self._jobs)
 
     def _next_batch(self) -> list[_Job]:
-        """Take the oldest job and the jobs of its group, oldest first; the others keep their places."""
-        batch: list[_Job] = []
-        rest: list[_Job] = []
-        for job in self._jobs:
-            if job.future.done():
-                continue
-            is_chosen = len(batch) < self._max_batch and (not batch or job.group == batch[0].group)
-            (batch if is_chosen else rest).append(job)
-        self._keep(rest)
+        """Take the first job, and jobs of its group: one of each caller, oldest first, then a second one of each, ...
+
+        The others keep their places, except that those of the first job's caller go to the end.
+        """
+        jobs = [job for job in self._jobs if not job.future.done()]
+        turns, ranked = Counter[str](), list[tuple[int, _Job]]()
+        for job in jobs:
+            if job.group == jobs[0].group:
+                ranked.append((turns[job.caller], job))
+                turns[job.caller] += 1
+        batch = [job for _, job in sorted(ranked, key=itemgetter(0))[: self._max_batch]]
+        chosen = {*batch}
+        rest = [job for job in jobs if job not in chosen]
+        self._keep(sorted(rest, key=lambda job: job.caller == jobs[0].caller))
         return batch
 
     async def _run(self, batch: list[_Job]) -> None:

@@ -3,9 +3,9 @@
     text  -> cache or model thread (batched)
     image -> hash -> cache, or decoding process -> model thread (batched)
 
-- The event loop only waits. Filters have one thread, shared out between callers, so an expensive one delays no search
-  without a filter. Images of the gallery have their own threads: it may be a slow disk or another machine, and no
-  search waits for it.
+- The event loop only waits. Threads of searches are shared out between callers. Filters have one of their own, so an
+  expensive one delays no search without a filter. Images of the gallery have theirs: it may be a slow disk or another
+  machine, and no search waits for it.
 - Encoders that share a backbone share its forward passes: see `dcar_core.serving.multi_encoder_batch`.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from app.core.decoders import Decoders
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads, FairThread, run_in_new_thread
+from app.core.threads import ComputeThreads, FairThreads, run_in_new_thread
 from app.search.compute import Compute, Place
 from app.search.errors import UnavailableError
 from app.search.query import Crop
@@ -46,7 +46,7 @@ class SharedCompute(Compute):
         self._metrics = metrics
         self._computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
         threads = min(4, available_cores())
-        self._threads = {"search": ComputeThreads(threads, "dcar-search"), "filter": FairThread("dcar-filter")}
+        self._threads = {"search": FairThreads(threads, "dcar-search"), "filter": FairThreads(1, "dcar-filter")}
         self.batcher = Batcher(
             max_batch=settings.batch_size,
             max_wait_s=settings.batch_wait_ms / 1000,

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from app.core.metrics import Metrics
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
-from app.core.threads import ComputeThreads
+from app.core.threads import FairThreads
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
 from app.service import batching
@@ -256,7 +257,7 @@ async def test_a_few_queries_may_wait_for_a_model_however_slow_it_is(bench: Call
 
 
 async def test_a_query_is_refused_if_the_threads_after_the_model_are_behind(bench: Callable[..., Bench]) -> None:
-    threads, gate = ComputeThreads(2, "dcar-test"), threading.Event()
+    threads, gate = FairThreads(2, "dcar-test"), threading.Event()
     made = bench(max_queue_s=0.1, later_wait=threads.expected_wait)
     await asyncio.gather(*(threads.run(time.sleep, 0.02) for _ in range(40)))
     assert threads.expected_wait() == 0
@@ -271,6 +272,45 @@ async def test_a_query_is_refused_if_the_threads_after_the_model_are_behind(benc
     gate.set()
     await asyncio.gather(*waiting)
     await made.one("c")
+    threads.shutdown()
+
+
+async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[..., Bench]) -> None:
+    made, images = bench(max_batch=4, max_queue_s=0.1), Recorder()
+    waiting = [await made.held()]
+
+    async def submit(caller: str, *payloads: str, group: BatchGroup | None = None) -> None:
+        current_caller.set(caller)
+        waiting.extend(await made.submit(*payloads, group=group))
+
+    made.batcher._pass_times[made.group] = pass_time(0, 0.01)
+    await submit("a", *(f"a{number}" for number in range(10)))
+    with pytest.raises(UnavailableError):
+        await made.one("a refused one")
+    await submit("b", "b0", "b1")
+    await submit("c", "c0", group=BatchGroup("image", images))
+    await submit("d", "d0")
+    made.recorder.gate.set()
+    await asyncio.gather(*waiting)
+    assert made.recorder.batches[1:3] == [["a0", "b0", "d0", "a1"], ["b1", "a2", "a3", "a4"]]
+    assert made.recorder.batches[3:] == [["a5", "a6", "a7", "a8"], ["a9"]]
+    assert images.batches == [["c0"]]
+
+
+async def test_threads_of_searches_wait_for_what_has_its_turn_before(bench: Callable[..., Bench]) -> None:
+    threads, gate = FairThreads(1, "dcar-test"), threading.Event()
+    made = bench(max_queue_s=0.1, later_wait=threads.expected_wait)
+    await threads.run(time.sleep, 0.5)  # the mean becomes 0.025 s
+    current_caller.set("a")
+    waiting = [asyncio.create_task(threads.run(gate.wait, 60)) for _ in range(10)]
+    await asyncio.sleep(0)
+    with pytest.raises(UnavailableError):
+        await made.one("a")
+    current_caller.set("b")
+    assert 0.02 < threads.expected_wait() < 0.05, "one of the other caller"
+    await made.one("b")
+    gate.set()
+    await asyncio.gather(*waiting)
     threads.shutdown()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.core.rate_limit import current_caller
-from app.core.threads import ComputeThreads, FairThread
+from app.core.threads import ComputeThreads, FairThreads
 from index_jobs.store import filters
 from tests.support.service import opened, until
 
@@ -91,7 +91,7 @@ async def test_filters_and_facets_of_a_batch_give_way_to_the_filter_of_another_r
 
 
 async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
-    thread, order, gate = FairThread("dcar-test"), list[str](), threading.Event()
+    thread, order, gate = FairThreads(1, "dcar-test"), list[str](), threading.Event()
 
     def work(caller: str, seconds: float) -> None:
         assert gate.wait(60)
