@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from index_jobs.selection import Selection
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.changes import change_metadata
 from tests.support.parts import needs
-from tests.support.qdrant_server import running_server
+from tests.support.qdrant_server import qdrant_url, running_server
 
 pytestmark = needs("qdrant")
 
@@ -57,7 +57,8 @@ def write_gallery(folder: Path, numbers: range) -> Path:
 def served(place: str, folder: Path) -> Iterator[str]:
     """Yield a location: the server of QDRANT_URL or the local mode, or the core over HTTP."""
     if place == "local":
-        yield os.environ.get("QDRANT_URL", ":memory:")
+        with qdrant_url() if os.environ.get("QDRANT_URL") else nullcontext(":memory:") as url:
+            yield url
         return
     with running_server(folder) as server:
         yield server.url

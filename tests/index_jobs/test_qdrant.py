@@ -198,6 +198,17 @@ def test_machines_of_one_object_store_share_collections_and_drop_none_that_is_ne
         assert collections(url, other)[0] == found[0]
 
 
+def test_a_server_of_the_user_is_left_as_it_was(
+    build: Build, server: QdrantServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QDRANT_URL", server.url)
+    server.client.create_collection("theirs", {})
+    with qdrant_url() as url:
+        build(engine=f"qdrant={url}")
+        assert len(server.client.get_collections().collections) == 2
+    assert [each.name for each in server.client.get_collections().collections] == ["theirs"]
+
+
 def test_an_unreadable_version_keeps_its_collection(build: Build, url: str, tmp_path: Path) -> None:
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from index_jobs.engines.qdrant.index import connect
 from tests.support.qdrant_core import CoreClient
 
 _CONFIG = {  # which the engine does not read
@@ -139,9 +140,23 @@ def running_server(folder: Path | None = None) -> Iterator[QdrantServer]:
 
 @contextmanager
 def qdrant_url() -> Iterator[str]:
-    """Yield the URL of a server: of QDRANT_URL, or of one in this process."""
+    """Yield the URL of a server: of QDRANT_URL, which is left as it was, or of one in this process."""
     if url := os.environ.get("QDRANT_URL"):
-        yield url
+        from qdrant_client import QdrantClient
+
+        made, create = set[str](), QdrantClient.create_collection
+
+        def noted(client: Any, name: str, *given: Any, **options: Any) -> bool:
+            made.add(name)
+            return create(client, name, *given, **options)
+
+        QdrantClient.create_collection = noted  # type: ignore[method-assign]
+        try:
+            yield url
+        finally:
+            QdrantClient.create_collection = create  # type: ignore[method-assign]
+            for name in made:
+                connect(url).delete_collection(name)
         return
     with running_server() as server:
         yield server.url
