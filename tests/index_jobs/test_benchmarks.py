@@ -71,7 +71,8 @@ def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) 
 @pytest.mark.slow
 @needs("qdrant-core", "qdrant")
 def test_qdrant_prints_its_table_beside_that_of_faiss() -> None:
-    searches, parts = run("qdrant.py", "core", "--count", "600", "--dim", "16").split("\n\n")[-2:]
+    rate, _, searches, parts = run("qdrant.py", "core", "--count", "600", "--dim", "16").split("\n\n")[-4:]
+    assert re.search(r"^One core makes and serialises [\d,]+ points a second\.$", rate, re.M)
     rows = [line.split(" | ") for line in searches.splitlines()[2:]]
     assert [row[0].partition(",")[0] for row in rows] == ["| qdrant", "| faiss"]
     assert all(float(cell.rstrip(" |").rsplit(" / ")[-1]) >= 0.95 for row in rows for cell in row[2:])

@@ -82,7 +82,7 @@ class CoreClient:
 
         return models.CountResult(count=self._shards[name].count(self._core.CountRequest(exact=True)))
 
-    def facet(self, name: str, key: str, conditions: Any, limit: int, exact: bool) -> Any:
+    def facet(self, name: str, key: str, conditions: Any, limit: int, exact: bool, **_: Any) -> Any:
         from qdrant_client import models
 
         filter = self._condition(conditions) if conditions else None
@@ -95,7 +95,7 @@ class CoreClient:
         found = self._shards[name].retrieve(ids, with_payload=False, with_vector=True)
         return [models.Record(id=each.id, vector=each.vector) for each in found]
 
-    def query_batch_points(self, name: str, requests: Any) -> Any:
+    def query_batch_points(self, name: str, requests: Any, **_: Any) -> Any:
         core, found = self._core, []
         for each in requests:
             width = {"hnsw_ef": each.params.hnsw_ef, "exact": bool(each.params.exact)} if each.params else {}

@@ -21,7 +21,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
+import pyarrow as pa
 
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError, StoreUnavailableError
 from dcar_core.util.files import write_json
 from index_jobs.engines.faiss.tuning import tune
@@ -146,14 +148,9 @@ class QdrantEngine:
         fields, row = new.fields.rename_columns([key for key, _ in location.fields.values()]), 0
         for block in new.blocks():
             for start in range(0, len(block), BATCH):
-                part = np.asarray(block[start : start + BATCH]).tolist()
-                payloads = [_payload(record) for record in fields.slice(row, len(part)).to_pylist()]
-                points = [
-                    models.PointStruct(id=number, vector=vector, payload=payload)
-                    for number, (vector, payload) in enumerate(zip(part, payloads, strict=True), row)
-                ]
+                points = make_points(np.asarray(block[start : start + BATCH]), fields, row)
                 call(partial(client.upsert, name, points))
-                row += len(part)
+                row += len(points)
         deadline, greens = time.monotonic() + _INDEXING_SECONDS, 0
         while is_server and degree and greens < 2:  # the first may precede the graphs
             status = call(lambda: client.get_collection(name)).status
@@ -161,6 +158,17 @@ class QdrantEngine:
             if status == models.CollectionStatus.RED or time.monotonic() > deadline:
                 raise StoreUnavailableError(f"Qdrant has not indexed {name}; it is {status.value}")
             time.sleep(_POLL_SECONDS)
+
+
+def make_points(vectors: Floats, fields: pa.Table, row: int) -> list[Any]:
+    """Return the points of vectors (n, E). fields: of all rows, by their keys. row: of the first vector."""
+    from qdrant_client import models
+
+    records = fields.slice(row, len(vectors)).to_pylist()
+    return [
+        models.PointStruct(id=number, vector=vector, payload=_payload(record))
+        for number, (vector, record) in enumerate(zip(vectors.tolist(), records, strict=True), row)
+    ]
 
 
 def _payload(record: dict[str, Any]) -> dict[str, Any]:
