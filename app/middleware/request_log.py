@@ -144,6 +144,6 @@ def _is_loopback(address: str) -> bool:
 @lru_cache(maxsize=256)
 def _is_localhost_or_address(name: str) -> bool:
     try:
-        return name == "localhost" or bool(ip_address(name))
+        return name == "localhost" or ("%" not in name and bool(ip_address(name)))  # a zone can be any text
     except ValueError:
         return False

@@ -446,6 +446,7 @@ def test_request_needs_exactly_one_host(connection: socket.socket, version: byte
         ("[::1]:8000", 200),
         ("shop.example:80", 200),
         ("rebound.example", 421),
+        ("[fe80::1%rebound.example]", 421),
         ("127.0.0.1.rebound.example", 421),
         ("localhost.rebound.example:8000", 421),
         ("", 421),
