@@ -39,7 +39,8 @@ def export_command(
     report = export(log or index / "feedback", open_current(index), collection or index.resolve().name, out, options)
     typer.echo(str(report))
     images = f" --images {report.images}" if report.images else ""
-    typer.echo(f"{out}: dcar train --data {out}{images} ...")
+    train = f"dcar train --data {out}{images} ..."
+    typer.echo(f"{out}: {f'dcar retrain --index {index} --pairs {out}' if report.without_image else train}")
 
 
 @commands.command("forget", epilog=example("dcar feedback forget 5f0c2a --log index/feedback"))

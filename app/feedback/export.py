@@ -51,7 +51,10 @@ class Options:
 
 @dataclass
 class Report:
-    """What was exported, and what was left out. images: the `--images` that `dcar train` needs, if any."""
+    """What was exported, and what was left out.
+
+    images: the `--images` that `dcar train` needs, if any. without_image: rows whose image is no local file.
+    """
 
     searches: int = 0
     events: int = 0
@@ -64,6 +67,7 @@ class Report:
     pairs_at_several_positions: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     images: str | None = None
+    without_image: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -76,6 +80,10 @@ class Report:
         ]
         if not self.pairs_at_several_positions:
             lines.append("  no position bias was corrected: too few items were seen at several positions")
+        if self.without_image:
+            lines.append(
+                f"{self.without_image:,} rows have no local image; they are for `dcar retrain`, not `dcar train`"
+            )
         lines += [f"left out: {count:,} {reason}" for reason, count in self.left_out.most_common()]
         return "\n".join(lines)
 
@@ -315,7 +323,7 @@ def _pairs(
     within = _number_within(evidence.item[chosen]) < options.item_cap
     report.left_out[f"pairs of an item beyond its best {options.item_cap:,}"] += int((~within).sum())
     known = images.is_known[evidence.item[chosen]]
-    report.left_out["pairs of items that are no longer in the index, or have no local file"] += int((~known).sum())
+    report.left_out["pairs of items that are no longer in the index"] += int((~known).sum())
     chosen = chosen[within & known]
     is_wrong = usable & (evidence.skips >= options.min_clients) & _is_hardly_clicked(evidence, best)
     few = usable & (evidence.skips > 0) & (evidence.skips < options.min_clients) & (evidence.clicks == 0)
@@ -369,7 +377,7 @@ def _judged(
 class _Images:
     """The images of items, as `dcar train` finds them.
 
-    is_known: bool for each item: it is in the index, and its image is a local file.
+    is_known: bool for each item: it is in the index.
     root: the folder that holds the tars; None if every image is a file of its own.
     """
 
@@ -378,24 +386,24 @@ class _Images:
         self.root: str | None = None
         self._members = dict[str, dict[int, str]]()
         self._rows = [artifact.row_of(item) for item in items.to_pylist()]
-        self.is_known = np.array([row is not None and self._is_local(row) for row in self._rows], bool)
-
-    def _is_local(self, row: int) -> bool:
-        return os.path.isabs(self._artifact.image_location(row)[0])  # noqa: PTH117  of a URL, False
+        self.is_known = np.array([row is not None for row in self._rows], bool)
 
     def row(self, item: int) -> dict[str, Any]:
-        """Return the columns of an item in an annotation file, with its own caption."""
+        """Return the columns of an item in an annotation file: its own caption, and its image if it is a local file."""
         row = self._rows[item]
         assert row is not None
         location, offset = self._artifact.image_location(row)
         found = self._artifact.item(row)
+        texts = {"caption": found.caption, "category": found.category}
+        if not os.path.isabs(location):  # noqa: PTH117  a URL
+            return {"id": found.id, **texts}
         if offset >= 0:
             if location not in self._members:
                 spans = index_tar(Path(location))
                 self._members[location] = {span.offset: name for name, span in spans.items()}
             tar = Path(location)
             self.root, location = str(tar.parent), f"{tar.name}/{self._members[location][offset]}"
-        return {"id": found.id, "image": location, "caption": found.caption, "category": found.category}
+        return {"id": found.id, "image": location, **texts}
 
 
 def _write_pairs(
@@ -418,6 +426,7 @@ def _write_pairs(
         else:
             report.left_out["hard negatives of images without a caption"] += len(wrong[item])
             report.negatives -= len(wrong[item])
+    report.without_image = sum("image" not in row for row in rows)
     write_json_lines(path, rows)
 
 

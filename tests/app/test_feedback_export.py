@@ -113,7 +113,7 @@ def test_events_that_do_not_fit_a_search_count_nothing(artifact: Artifact, tmp_p
     [
         ({"is_hashed": True}, "searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"),
         ({"kind": "other"}, "searches without words, or with more than words"),
-        ({"hits": ["sold"]}, "pairs of items that are no longer in the index, or have no local file"),
+        ({"hits": ["sold"]}, "pairs of items that are no longer in the index"),
     ],
 )
 def test_what_cannot_become_a_pair_is_counted(
@@ -124,6 +124,16 @@ def test_what_cannot_become_a_pair_is_counted(
     rows, report = exported(log_of(tmp_path / "log", searches, **fields), artifact, tmp_path / "out")
     assert rows == []
     assert report.left_out[reason] > 0
+
+
+def test_items_of_an_object_store_become_pairs_with_their_ids(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Artifact, "image_location", lambda *_: ("s3://bucket/red.png", -1))
+    searches = {client: ("red", [(client, "click", HITS[0])]) for client in "ab"}
+    rows, report = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
+    assert [(row["id"], row["caption"], "image" in row) for row in rows] == [(HITS[0], "red", False)]
+    assert "1 rows have no local image; they are for `dcar retrain`" in str(report)
 
 
 def test_caps_bound_what_one_client_and_one_item_can_do(artifact: Artifact, tmp_path: Path) -> None:
@@ -197,8 +207,9 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     )
     columns = [
         ids, times, pa.repeat("index", sessions), pa.array([f"text {each}" for each in text]), hits,
-        pa.repeat("id", sessions), attributes.take(pa.array(np.zeros(sessions, int))), pa.nulls(sessions, pa.string()),
+        pa.repeat("id", sessions), attributes.take(pa.array(np.zeros(sessions, int))),
     ]  # fmt: skip
+    columns += [pa.nulls(sessions, each.type) for each in [*store.QUERY_SCHEMA][len(columns) :]]
     store.prepare(folder)
     queries = pa.Table.from_arrays(columns, schema=store.QUERY_SCHEMA)
     store.write_table(folder / store.QUERIES / "2026-01-01.0.parquet", queries)
