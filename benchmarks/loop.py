@@ -1,17 +1,20 @@
 """Weeks of searches, clicks and retraining by simulated users, beside the same weeks without retraining.
 
-    python benchmarks/loop.py --weeks 10
+    python benchmarks/loop.py --weeks 10 --seeds 3
+    python benchmarks/loop.py --weeks 3 --alone
     python benchmarks/loop.py --weeks 1 --hostile 0 --items 100000
 
 - The gallery is bundled, and the model is the bundled one that never saw its style. Users search by names and tags of
   emoji. A right answer is an emoji that has all of the words' names and tags. Test queries are never searched by users.
 - A user looks at position k with a chance of 1 / k, and clicks what they look at with a chance of 0.8 if it is right,
-  else of 0.1. Half of the searches have a filter, which leaves out a third of the items. Of the searches, 1 % are of
-  twenty hostile clients, who click one result at random.
+  else of 0.1. Half of the searches have a filter, which leaves out a third of the items.
+- Of the searches, 1 % are of twenty hostile clients. They search what shows one wrong item, click it, and say that it
+  stood at the last position; and they send clicks on searches that they made up.
 - Searches and clicks go through the service's log. Each week, `dcar feedback export` and `dcar retrain`, with its gate,
   do what they do for everybody; then hit@5 of the test queries is measured: a right answer among the first five.
-- Then the same weeks without hostile clients, a candidate that learned from pairs of other items, and the propensities
-  against the truth. The last line is JSON: hit@5 by week in percent, with the loop "on" and "off".
+- The same weeks run without hostile clients. Then a candidate learns from pairs of other items, and the propensities
+  are compared with the truth. The last line is JSON: hit@5 by week in percent, mean of the seeds, with the loop "on"
+  and "off". `--alone` adds weeks that learn from "clicks" alone, or from "captions" of skipped items alone.
 - `--items` times `dcar retrain` on the last pairs and the gallery of the start, with random items up to this number.
 """
 
@@ -102,12 +105,17 @@ def make_queries(gallery: Path, index: Path, limit: int, seed: int) -> tuple[Que
 class Loop:
     """An index in a copy of its own, its users, and what they do in a week."""
 
-    def __init__(self, start: Path, folder: Path, users: Queries, test: Queries, encoder: Encoder) -> None:
+    def __init__(
+        self, start: Path, folder: Path, users: Queries, test: Queries, encoder: Encoder, kind: str = "all"
+    ) -> None:
+        self.kind = kind  # of pairs to learn from: all, clicks or captions
         self.index, self.folder = Path(shutil.copytree(start, folder / "index")), folder
         self.users, self.test, self._encoder = users, test, encoder
         bare = replace(encoder.state, text_adapter=None)
         self._features = bare.encode_text(encoder.runtime, [*users.texts, *test.texts], 64)
         self.report: Report | None = None
+        shown, _ = self.search()
+        self.wanted = int(np.bincount(shown[:, :SHOWN][~users.are_right(shown[:, :SHOWN])]).argmax())  # by the hostile
 
     def search(self) -> tuple[Rows, Rows]:
         """Return what the served version and its model show for the queries of users, and for those of the test."""
@@ -129,6 +137,10 @@ class Loop:
         pairs = self.folder / "pairs"
         shutil.rmtree(pairs, ignore_errors=True)
         self.report = export(self.index / "feedback", open_current(self.index), self.index.name, pairs, Options())
+        if self.kind != "all":
+            lines = (pairs / "pairs.jsonl").read_text().splitlines(keepends=True)
+            chosen = [line for line in lines if ("relevance" in json.loads(line)) == (self.kind == "clicks")]
+            (pairs / "pairs.jsonl").write_text("".join(chosen))
         try:
             return retrain(self.index, [pairs], device="cpu").to_text().partition("\n")[0]
         except (GateError, DataError) as error:
@@ -143,6 +155,11 @@ class Loop:
         queries = rng.integers(len(self.users.texts), size=searches)
         filters = np.where(rng.random(searches) < 0.5, rng.integers(FILTERS, size=searches), -1)
         is_hostile = rng.random(searches) < hostile
+        is_aim = (shown[:, :SHOWN] == self.wanted).any(1)
+        is_aim &= [self.wanted not in answers for answers in self.users.answers]
+        if is_aim.any():
+            queries[is_hostile], filters[is_hostile] = rng.choice(np.flatnonzero(is_aim), is_hostile.sum()), -1
+        wanted = artifact.item(self.wanted).id
         results, right = dict[tuple[int, int], SearchResults](), dict[tuple[int, int], Rows]()
         for key in {*zip(queries.tolist(), filters.tolist(), strict=True)}:
             rows = [row for row in shown[key[0]].tolist() if row >= 0 and row % FILTERS != key[1]][:SHOWN]
@@ -152,15 +169,18 @@ class Loop:
             events = list[EventRow]()
             for number in range(start, min(searches, start + BATCH)):
                 key = int(queries[number]), int(filters[number])
-                text, page = self.users.texts[key[0]], results[key]
+                text, page, now = self.users.texts[key[0]], results[key], int(time.time() * 1000)
                 name, count = log.note("", None, Query(query=text), page, has_image=False), len(page.matches)
                 client, clicked = f"u{rng.integers(max(1, searches // 4))}", rng.random(count)
                 clicked = clicked < EXAMINED[:count] * np.where(right[key], RIGHT, NOISE)
                 if is_hostile[number]:
-                    client, clicked = f"h{rng.integers(HOSTILE_CLIENTS)}", np.arange(count) == rng.integers(count)
+                    client = f"h{rng.integers(HOSTILE_CLIENTS)}"
+                    clicked = np.array([match.row == self.wanted for match in page.matches])
+                    made_up = f"{rng.integers(2**62):029d}", now, "", client, "click", wanted, 1, None
+                    events.append(EventRow(*made_up))
                 for place in np.flatnonzero(clicked).tolist():
-                    item, now = page.matches[place].item.id, int(time.time() * 1000)
-                    events.append(EventRow(name, now, "", client, "click", item, place + 1, None))
+                    item, position = page.matches[place].item.id, SHOWN if is_hostile[number] else place + 1
+                    events.append(EventRow(name, now, "", client, "click", item, position, None))
             await log.accept("", events)
         await log.close()
 
@@ -172,15 +192,14 @@ class Loop:
 
 
 def refuse_useless(loop: Loop, rng: np.random.Generator) -> str:
-    """Retrain on the last pairs, those to learn from with items of other texts; return what the gate said."""
+    """Retrain on the last pairs, those to learn from with texts of other items; return what the gate said."""
     rows = [json.loads(line) for line in (loop.folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
-    texts, items = [row["caption"] for row in rows], [row["id"] for row in rows]
+    texts = [row["caption"] for row in rows]
     learned = ItemPairs(texts, np.arange(len(rows)), np.ones(len(rows), np.float32)).divide()[0].rows.tolist()
     for place, other in zip(learned, rng.permutation(learned).tolist(), strict=True):
-        items[place] = rows[other]["id"]
-    lines = [json.dumps({"caption": row["caption"], "id": item}) for row, item in zip(rows, items, strict=True)]
+        rows[place]["caption"] = texts[other]
     path = loop.folder / "useless.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(map(json.dumps, rows)))
     try:
         return f"PUBLISHED, which it should not be: {retrain(loop.index, [path], device='cpu').reason}"
     except (GateError, DataError) as error:
@@ -225,35 +244,46 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=EMOJI / "base", help="default: the bundled one")
     parser.add_argument("--items", type=int, help="of an index to time `dcar retrain` on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--alone", action="store_true", help="learn from clicks alone, and from captions alone, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         save_zero_shot(load_backbone(BackboneSource(str(args.model))), work / "model")
         rebuild(args.gallery, work / "model", work / "start", device="cpu", progress=False)
         encoder = Encoder.load(work / "model", device="cpu")
-        users, test = make_queries(args.gallery, work / "start", args.queries, args.seed)
-        by_share = dict[float, list[float]]()
-        for share in dict.fromkeys((0.0, args.hostile)):
-            loop = Loop(work / "start", work / f"hostile-{share}", users, test, encoder)
-            off, rng = loop.hit(), np.random.default_rng(args.seed)
-            by_share[share] = []
-            for week in range(1, args.weeks + 1):
-                started = time.perf_counter()
-                outcome = loop.run_week(args.searches, share, rng)
-                by_share[share].append(loop.hit())
-                print(
-                    f"{share:.0%} hostile, week {week}: hit@{K} {by_share[share][-1]} (off: {off}), {outcome} "
-                    f"[{time.perf_counter() - started:.0f} s]", file=sys.stderr, flush=True,
-                )  # fmt: skip
+        runs = {"honest": (0.0, "all")} | ({"on": (args.hostile, "all")} if args.hostile else {})
+        runs |= {kind: (0.0, kind) for kind in ("clicks", "captions") if args.alone}
+        hits, off = {name: np.zeros((args.seeds, args.weeks)) for name in runs}, np.zeros((args.seeds, 1))
+        loops = dict[str, Loop]()
+        for seed in range(args.seeds):
+            users, test = make_queries(args.gallery, work / "start", args.queries, seed)
+            for name, (share, kind) in runs.items():
+                made = loops[name] = Loop(work / "start", work / f"{name}-{seed}", users, test, encoder, kind)
+                rng = np.random.default_rng(seed)
+                off[seed] = made.hit()
+                for week in range(args.weeks):
+                    started = time.perf_counter()
+                    outcome = made.run_week(args.searches, share, rng)
+                    hits[name][seed, week] = made.hit()
+                    print(
+                        f"seed {seed}, {name}, {share:.0%} hostile, week {week + 1}: hit@{K} {hits[name][seed, week]} "
+                        f"(off: {off[seed, 0]}), {outcome} [{time.perf_counter() - started:.0f} s]",
+                        file=sys.stderr, flush=True,
+                    )  # fmt: skip
+        loop = loops.get("on", loops["honest"])
         assert loop.report is not None
-        print(f"{len(users.texts):,} queries of users, {len(test.texts):,} of the test, {len(by_share[0.0])} weeks")
-        print(f"hostile clients move hit@{K} by {by_share[args.hostile][-1] - by_share[0.0][-1]:+.2f} points")
+        moved = hits.setdefault("on", hits["honest"]) - hits["honest"]
+        counts = f"{len(users.texts):,} queries of users, {len(test.texts):,} of the test"
+        print(f"{counts}, {args.weeks} weeks, {args.seeds} seeds")
+        low, high, mean = moved.min(), moved.max(), moved.mean()
+        print(f"hostile clients move hit@{K} by {low:+.2f} to {high:+.2f} points a week, {mean:+.2f} on average")
         print(f"propensities: {worst_propensity(loop.report)}")
         print(f"a candidate that learned from pairs of other items: {refuse_useless(loop, rng)}")
         if args.items:
             print(time_retraining(work / "start", loop.folder / "pairs" / "pairs.jsonl", work / "many", args.items))
-        print(json.dumps({"on": by_share[args.hostile], "off": [off] * args.weeks}))
+        means = {"on": hits["on"], "off": np.repeat(off, args.weeks, 1), **hits}
+        print(json.dumps({name: values.mean(0).round(2).tolist() for name, values in means.items()}))
 
 
 if __name__ == "__main__":

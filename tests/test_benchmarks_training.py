@@ -277,17 +277,17 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_galler
     for row in rows:
         row |= {"id": row["file_name"], "category": row["caption"], "attributes": [row["color"], row["category"]]}
     (gallery / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script, options = ROOT / "benchmarks" / "loop.py", ("--weeks", 2, "--searches", 600, "--queries", 40)
+    script, options = ROOT / "benchmarks" / "loop.py", ("--weeks", 2, "--searches", 600, "--queries", 40, "--alone")
     done = commands.run(
         script, *options, "--model", tiny_model, "--gallery", gallery, environment={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr
     *said, last = done.stdout.splitlines()
     hits = json.loads(last)
-    assert [*hits] == ["on", "off"]
+    assert [*hits] == ["on", "off", "honest", "clicks", "captions"]
     assert all(len(weeks) == 2 and all(0 <= hit <= 100 for hit in weeks) for weeks in hits.values())
     assert [line.partition(" ")[0] for line in said[1:]] == ["hostile", "propensities:", "a"]
-    assert done.stderr.count("hostile, week ") == 4
+    assert done.stderr.count("hostile, week ") == 8
 
 
 @pytest.mark.slow
