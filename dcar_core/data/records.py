@@ -246,7 +246,8 @@ def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | 
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
             columns = [column for column in names if used_columns is None or column in used_columns]
             with pq.ParquetFile(source, read_dictionary=texts) as file:
-                for batch in file.iter_batches(columns=columns):
+                each_group = (file.iter_batches(row_groups=[group], columns=columns) for group in range(len(groups)))
+                for batch in chain.from_iterable(each_group):  # a batch of several groups could exceed the limit
                     unpacked += sum(map(_unpacked_size, batch.columns))
                     if unpacked > limit:
                         raise _too_large(name, unpacked, limit)
@@ -262,12 +263,16 @@ def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | 
 
 
 def _group_sizes(metadata: "pq.FileMetaData") -> list[tuple[int, int]]:
-    """Return the bytes of each row group, packed and unpacked. A value takes a byte or more."""
+    """Return the bytes of each row group, packed and unpacked. A value takes a byte or more, or its fixed width."""
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    widths = [max(1, metadata.schema.column(i).length) for i in range(metadata.num_columns)]
     return [
         (
             sum(column.total_compressed_size for column in columns),
-            sum(max(column.total_uncompressed_size, column.num_values) for column in columns),
+            sum(
+                max(column.total_uncompressed_size, column.num_values * width)
+                for column, width in zip(columns, widths, strict=True)
+            ),
         )
         for columns in ([group.column(i) for i in range(group.num_columns)] for group in groups)
     ]
@@ -286,6 +291,9 @@ def _unpacked_size(values: "pa.Array") -> int:
         return int(pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return _unpacked_size(values.flatten())
+    if pa.types.is_map(values.type) and len(values):
+        first, last = values.offsets[0].as_py(), values.offsets[-1].as_py()
+        return sum(_unpacked_size(each[first:last]) for each in (values.keys, values.items))
     return sum(map(_unpacked_size, values.flatten())) if pa.types.is_struct(values.type) else int(values.nbytes)
 
 

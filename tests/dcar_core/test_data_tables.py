@@ -225,9 +225,11 @@ def test_text_files_without_bounds_are_refused(tmp_path: Path, monkeypatch: pyte
         pa.array(["x" * 50_000] * 1000),
         pa.array([["x" * 50_000]] * 1000),
         pa.array([{"text": "x" * 50_000}] * 1000),
+        pa.array([None, *[[("text", "x" * 50_000)]] * 999], pa.map_(pa.string(), pa.string())),
+        pa.array([b"x" * 50_000] * 1000, pa.binary(50_000)),
         pa.array([str(number).zfill(50_000) for number in range(1000)]),
     ],
-    ids=["texts", "lists", "objects", "different texts"],
+    ids=["texts", "lists", "objects", "maps", "bytes", "different texts"],
 )
 def test_a_parquet_file_that_unpacks_to_far_more_is_refused(
     column: pa.Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -237,5 +239,8 @@ def test_a_parquet_file_that_unpacks_to_far_more_is_refused(
     assert file.stat().st_size < 100_000
     assert count(file) == 1000
     monkeypatch.setattr(records, "MAX_UNPACKED", 40 << 20)
+    with pytest.raises(DataError, match=r"list\.parquet unpacks to [\d,]+ bytes or more; .* 41,943,040 are read"):
+        count(file)
+    pq.write_table(pa.table({"caption": column}), file, compression="zstd", row_group_size=400)
     with pytest.raises(DataError, match=r"list\.parquet unpacks to [\d,]+ bytes or more; .* 41,943,040 are read"):
         count(file)
