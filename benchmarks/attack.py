@@ -15,8 +15,8 @@
 - Attacks: slow and idle connections, unread responses, unfinished and tiny-chunked bodies, request smuggling, path
   traversal, deep and long JSON, expensive filters, facets, pages and explanations, hostile images of every format, and
   changes of a second collection, whose items have as much metadata as they may and an image of 62 megapixels.
-- Exits with 1 if a request was answered 500, if a smuggled one was answered, if the attacker or an honest caller was
-  left without an answer, or if memory exceeded `MEMORY_MB`.
+- Exits with 1 if a request was answered 500, if a smuggled one was answered, if an answer under overload was wrong, if
+  the attacker or an honest caller was left without an answer, or if memory exceeded `MEMORY_MB`.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from hostile_files import (
     two_headers,
     two_kinds,
 )
-from load import Tally, address, closed_loop, image_request, open_loop, post
+from load import Tally, address, ask, closed_loop, image_request, open_loop, post, same_answer
 from serve import bomb, new_images, new_texts
 from service import MemoryGroup, Server, emoji, index_of, serving
 
@@ -162,14 +162,17 @@ async def smuggle(target: Target) -> None:
 
 
 async def overload(target: Target) -> None:
-    """Send more texts than the service can encode, at a fixed rate."""
-    seconds = target.until - time.monotonic()
-    tally = await open_loop(target.port, new_texts(time.time_ns()), rate=600, seconds=seconds)
+    """Send more texts than the service can encode, at a fixed rate, and compare some answers with those afterwards."""
+    seconds, answers = target.until - time.monotonic(), dict[bytes, bytes]()
+    texts, check = new_texts(time.time_ns()), answers.__setitem__
+    tally = await open_loop(target.port, texts, rate=600, seconds=seconds, check=check)
     target.outcomes.update({str(status): count for status, count in tally.statuses.items()})
     target.outcomes["closed"] += tally.broken
     if tally.refused:
         p99 = sorted(tally.refused)[int(0.99 * len(tally.refused))]
         target.outcomes[f"p99 of 200 {tally.percentile(99):.0f} ms, of 503 {1000 * p99:.0f} ms:"] = 1
+    for request in list(answers)[:: 1 + len(answers) // 50]:
+        target.outcomes["WRONG"] += not same_answer(answers[request], await ask(target.port, request))
 
 
 def endless(head: bytes, piece: bytes) -> Callable[[], Iterator[bytes]]:
@@ -340,7 +343,7 @@ def measure(server: Server, attack: Attack | None, seconds: float) -> tuple[str,
     process.kill()
     process.join()
     described = ", ".join(f"{count} x {outcome}" for outcome, count in sorted(outcomes.items()) if count)
-    faults = [name for name in ("500", "SMUGGLED", "attacker hangs") if outcomes[name]] + honest.faults()
+    faults = [name for name in ("500", "SMUGGLED", "WRONG", "attacker hangs") if outcomes[name]] + honest.faults()
     return f"{described or '-':40} | {honest.cells()}", faults
 
 
