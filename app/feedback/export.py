@@ -41,12 +41,17 @@ _MAX_NEGATIVES = 16  # texts of an image
 
 @dataclass(frozen=True)
 class Options:
-    """What counts. judges: clients whose judgements need no second opinion."""
+    """What counts.
+
+    judges: clients whose judgements need no second opinion. client_item_cap: texts for which a client's clicks on one
+    item count.
+    """
 
     min_clients: int = 2
     client_cap: int = 100
     item_cap: int = 100
     judges: frozenset[str] = frozenset()
+    client_item_cap: int = 3
 
 
 @dataclass
@@ -145,6 +150,7 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
     report.searches = len(queries)
     log = CodedLog(queries, events, options, report)
     seen = log.impressions(options.client_cap)
+    seen = seen[~_is_insistent(seen, options.client_item_cap, report)]
     propensities = estimate_propensities(seen)
     report.propensities = [round(float(each), 4) for each in propensities.examined]
     report.pairs_at_several_positions = propensities.pairs
@@ -265,6 +271,21 @@ def _number_within(groups: np.ndarray) -> np.ndarray:
     numbers = np.empty(len(groups), np.int64)
     numbers[order] = np.arange(len(groups)) - np.searchsorted(sorted_groups, sorted_groups)
     return numbers
+
+
+def _is_insistent(seen: Impressions, cap: int, report: Report) -> np.ndarray:
+    """Return bool (N,): a click of a client who had clicked the item for `cap` other texts."""
+    clicks = seen[seen.clicked]
+    items, texts = int(seen.item.max(initial=0)) + 1, int(seen.text.max(initial=0)) + 1
+    fan = clicks.client * items + clicks.item
+    keys, first, vote = np.unique(fan * texts + clicks.text, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # as they came
+    numbers = np.empty(len(keys), np.int64)
+    numbers[order] = _number_within((keys // texts)[order])
+    found = np.zeros(len(seen.clicked), bool)
+    found[seen.clicked] = numbers[vote] >= cap
+    report.left_out[f"clicks of a client on an item beyond its first {cap:,} texts"] += int(found.sum())
+    return found
 
 
 def estimate_propensities(seen: Impressions) -> Propensities:

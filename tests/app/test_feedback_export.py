@@ -142,12 +142,15 @@ def test_caps_bound_what_one_client_and_one_item_can_do(artifact: Artifact, tmp_
         for client in "ab":
             searches[f"{client}{number}"] = (f"text {number}", [(client, "click", HITS[0])])
     folder = log_of(tmp_path / "log", searches)
-    rows, report = exported(folder, artifact, tmp_path / "items", item_cap=3)
+    rows, report = exported(folder, artifact, tmp_path / "items", item_cap=3, client_item_cap=8)
     assert len(rows) == 3
     assert report.left_out["pairs of an item beyond its best 3"] == 5
     rows, report = exported(folder, artifact, tmp_path / "clients", client_cap=2)
     assert len(rows) == 2
     assert report.left_out["searches of a client beyond its first 2"] == 12
+    rows, report = exported(folder, artifact, tmp_path / "both")
+    assert {row["caption"] for row in rows} == {f"text {number}" for number in range(3)}
+    assert report.left_out["clicks of a client on an item beyond its first 3 texts"] == 10
 
 
 def test_judgements_by_hand_come_first(artifact: Artifact, tmp_path: Path) -> None:
