@@ -3,14 +3,15 @@
 - Only the adapter of text features is tuned [ours], for any model: what lies inside the towers stays as it is, and so
   do the vectors of the items. Nothing but texts is encoded, and the new version shares all files with the served one
   except its checkpoint; additions and removals stay.
-- A hash divides the texts: eight tenths are learned from, one tenth chooses how far to go from the served adapter
-  (WiSE-FT), and one tenth decides. The negatives of a text are the items that the index ranks highest for it.
+- A hash divides the texts: eight tenths are learned from, and two choose how far to go from the served adapter
+  (WiSE-FT). Each of these two is compared as far as the other one chose [ours], so both decide, and none for itself.
+  The negatives of a text are the items that the index ranks highest for it.
 - Pairs with a relevance, such as clicks, are held out alone. Those without one, such as captions, teach the words that
   nobody has clicked yet; together they weigh as much as the clicks [ours]. If no pair has a relevance, all are alike.
 - Only what was shown can have been clicked. So the held-out pairs compare two models by the place of each item among
   those that were skipped for its text (Sakai's condensed lists), weighted by its relevance. Items that nobody judged
   would make every change look worse. Without skipped items, the first ten of the served model are taken [ours].
-- A candidate is refused if it does not order both held-out tenths better, or if it loses more than the margin on the
+- A candidate is refused if it does not order the held-out pairs better, or if it loses more than the margin on the
   anchors: validation pairs, or without any the captions of the items.
 - The same command makes the same model. Pairs that the served model has learned from are not learned again.
 """
@@ -56,7 +57,8 @@ from index_jobs.store.manifest import CHECKPOINT, counted
 from index_jobs.store.versions import open_current
 
 REPORT = "retrain.json"
-MIN_HELD_OUT = 20  # texts that choose, and as many that decide
+HELD_OUT = 0, 1
+MIN_HELD_OUT = 20  # texts of each held-out tenth
 EPOCHS = 10
 MAX_PAIRS = 20_000  # evenly spread; each brings the vectors of its negatives into memory
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the change; the first wins a tie
@@ -94,14 +96,18 @@ class ItemPairs:
         weights = np.concatenate([self.weights, np.full(len(captions), each, np.float32)])
         return ItemPairs(self.texts + captions.texts, np.concatenate([self.rows, captions.rows]), weights)
 
-    def divide(self) -> tuple["ItemPairs", "ItemPairs", "ItemPairs"]:
-        """Return the pairs to learn from, those that choose, and those that decide, by a hash of the text."""
+    @property
+    def tenths(self) -> Rows:
+        """The tenth of each text by its hash, (N,). Those of `HELD_OUT` are not learned from."""
         digests = (hashlib.sha256(fold_text(text).encode()).digest() for text in self.texts)
-        tenths = np.array([int.from_bytes(digest[:4]) % 10 for digest in digests], np.int64)
-        learned, choosing, deciding = (
-            self.take(np.flatnonzero(each)) for each in (tenths > 1, tenths == 0, tenths == 1)
-        )
-        return learned, choosing, deciding
+        return np.array([int.from_bytes(digest[:4]) % 10 for digest in digests], np.int64)
+
+    def to_learn(self) -> "ItemPairs":
+        return self.take(np.flatnonzero(~np.isin(self.tenths, HELD_OUT)))
+
+    def held_out(self) -> list["ItemPairs"]:
+        """Return the pairs of each held-out tenth that can be compared."""
+        return [self.take(np.flatnonzero(self.tenths == tenth)).comparable() for tenth in HELD_OUT]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,14 +294,12 @@ class _Retraining:
         """Learn, and compare with the served model; the summary says whether to publish."""
         served, gallery = self.served, live_gallery(self.served)
         pairs, captions, left_out = read_pairs(files, served, gallery)
-        clicked, choosing, deciding = pairs.divide()
-        choosing, deciding = choosing.comparable(), deciding.comparable()
-        captions, _, _ = captions.divide()  # none may have the text of a held-out pair
-        learned = clicked.with_captions(captions)
-        if (few := min(len({*each.texts}) for each in (choosing, deciding))) < MIN_HELD_OUT:
+        clicked, captions = pairs.to_learn(), captions.to_learn()  # no caption may have the text of a held-out pair
+        learned, held = clicked.with_captions(captions), pairs.held_out()
+        if (few := min(len({*each.texts}) for each in held)) < MIN_HELD_OUT:
             raise DataError(
                 f"{', '.join(map(str, files))}: {len({*pairs.comparable().texts}):,} texts of items in the index "
-                f"{'and with skipped ones ' if pairs.skipped else ''}are too few: a tenth chooses, another decides, "
+                f"{'and with skipped ones ' if pairs.skipped else ''}are too few: two tenths compare the models, "
                 f"and each needs {MIN_HELD_OUT}, not {few}"
             )
         signature = hash_json([[each.texts, each.rows.tolist(), each.weights.tolist()] for each in (pairs, learned)])
@@ -308,11 +312,12 @@ class _Retraining:
         anchors = gate.find_pairs(gallery, validation)
         rows = self.live[anchors.rows] if anchors else np.empty(0, np.int64)
         anchored = ItemPairs(anchors.texts if anchors else [], rows, np.ones(len(rows), np.float32))
-        self._features([text for each in (learned, choosing, deciding, anchored) for text in each.texts])
+        self._features([text for each in (learned, *held, anchored) for text in each.texts])
         self._lap("encode")
-        share = self._tune(learned, choosing, anchored, margin)
+        self._learn(learned)
         self._lap("learn")
-        verdicts = {"held-out pairs": self._decide(deciding, margin)}
+        share, verdict = self._choose(held, anchored, margin)
+        verdicts = {"held-out pairs": verdict}
         before, after = ((served, each.encode_text) for each in (self.before, self.after))
         if anchors:
             verdicts[anchors.source] = gate.compare(*before, *after, anchors, margin)
@@ -333,11 +338,8 @@ class _Retraining:
             gate={name: asdict(verdict) for name, verdict in verdicts.items()},
         )  # fmt: skip
 
-    def _tune(self, learned: ItemPairs, choosing: ItemPairs, anchors: ItemPairs, margin: float) -> float:
-        """Tune the adapter, and return the share of the change that is kept.
-
-        The choosing pairs decide among the shares with which the anchors lose no more than the margin.
-        """
+    def _learn(self, learned: ItemPairs) -> None:
+        """Tune the adapter."""
         features, adapter = self._features(learned.texts), self.after.adapter
         shown, places = np.unique(
             np.concatenate([learned.rows[:, None], self._nearest_wrong(learned)], 1), return_inverse=True
@@ -353,15 +355,29 @@ class _Retraining:
             _SEED, weights=weights / weights.mean(), epochs=EPOCHS,
         )  # fmt: skip
         torch.set_num_threads(threads)
-        tuned, gains = deepcopy(adapter), dict[float, list[float]]()
-        held = [(self._measure(each), each.weights) for each in (choosing, anchors) if len(each)]
+
+    def _choose(self, held: Sequence[ItemPairs], anchors: ItemPairs, margin: float) -> tuple[float, gate.GateVerdict]:
+        """Keep a share of the change, and return it with the comparison by the held-out pairs.
+
+        Allowed are shares with which the anchors lose no more than the margin.
+        """
+        adapter, tuned = self.after.adapter, deepcopy(self.after.adapter)
+        measures = [self._measure(each) for each in (*held, anchors) if len(each)]
+        gains = dict[float, list[Floats]]()  # of each held-out tenth, and of the anchors
         for share in SHARES:
             interpolate((adapter,), (self.before.adapter,), (tuned,), share)
-            gains[share] = [float(np.average(gain(self.after), weights=weights)) for gain, weights in held]
-        kept = [share for share in SHARES if gains[0.0][1:] <= [gain + margin for gain in gains[share][1:]]]
-        best = max(kept, key=lambda share: gains[share][0])
-        interpolate((adapter,), (self.before.adapter,), (tuned,), best)
-        return best
+            gains[share] = [measure(self.after) for measure in measures]
+        least = [gain.mean() - margin for gain in gains[0.0][2:]]
+        kept = [share for share in SHARES if least <= [gain.mean() for gain in gains[share][2:]]]
+
+        def total(tenths: Sequence[int]) -> Callable[[float], float]:
+            return lambda share: sum(float(gains[share][each] @ held[each].weights) for each in tenths)
+
+        share, one, other = (max(kept, key=total(tenths)) for tenths in (HELD_OUT, HELD_OUT[:1], HELD_OUT[1:]))
+        interpolate((adapter,), (self.before.adapter,), (tuned,), share)
+        before, after = np.concatenate(gains[0.0][:2]), np.concatenate([gains[other][0], gains[one][1]])
+        verdict = self._compare_held_out(held, before, after, margin)
+        return share, replace(verdict, passed=verdict.passed and share > 0)
 
     def _nearest_wrong(self, pairs: ItemPairs) -> Rows:
         """Return the rows that the index ranks highest for each text, without those of its pairs: (N, m)."""
@@ -399,20 +415,21 @@ class _Retraining:
 
         return gains
 
-    def _decide(self, pairs: ItemPairs, margin: float) -> gate.GateVerdict:
+    @staticmethod
+    def _compare_held_out(held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float) -> gate.GateVerdict:
         """Compare both models by held-out pairs; the new one passes if it is better."""
-        gains = self._measure(pairs)
-        before, after = gains(self.before), gains(self.after)
-        difference, visible = gate.difference_of(before, after, [*map(fold_text, pairs.texts)], pairs.weights)
-        means = [{"ndcg": round(float(np.average(each, weights=pairs.weights)), 4)} for each in (before, after)]
+        texts = [fold_text(text) for each in held for text in each.texts]
+        weights = np.concatenate([each.weights for each in held])
+        difference, visible = gate.difference_of(before, after, texts, weights)
+        means = [{"ndcg": round(float(np.average(each, weights=weights)), 4)} for each in (before, after)]
         value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
-        among = "items skipped" if pairs.skipped else f"{_SHOWN} items shown"
+        among = "items skipped" if held[0].skipped else f"{_SHOWN} items shown"
         reason = (
             f"nDCG among the {among} {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over "
-            f"{len(pairs):,} pairs: {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+            f"{len(texts):,} pairs: {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
         )
         return gate.GateVerdict(
-            reason, margin, value > 0, True, len(pairs), pool=_SHOWN, source="held-out pairs",
+            reason, margin, value > 0, True, len(texts), pool=_SHOWN, source="held-out pairs",
             serving=means[0], rebuilt=means[1], difference=difference, visible=round(visible, 4),
         )  # fmt: skip
 

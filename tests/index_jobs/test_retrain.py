@@ -36,7 +36,7 @@ def write_pairs(path: Path, gallery: Path, *, words: Sequence[str] = WORDS, shuf
     images = [image for _, image in pairs]
     if shuffled:
         places = np.arange(len(pairs))
-        learned = ItemPairs([text for text, _ in pairs], places, np.ones(len(pairs), np.float32)).divide()[0].rows
+        learned = ItemPairs([text for text, _ in pairs], places, np.ones(len(pairs), np.float32)).to_learn().rows
         for place, other in zip(learned.tolist(), np.random.default_rng(0).permutation(learned).tolist(), strict=True):
             images[place] = pairs[other][1]
     lines = [{"caption": text, "image": image} for (text, _), image in zip(pairs, images, strict=True)]
@@ -126,15 +126,16 @@ def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
     served = open_current(index)
     found, taught, _ = read_pairs([clicks, captions], served, live_gallery(served))
     assert (len(found), len(taught)) == (len(items) * len(WORDS), len(items))
-    learned, choosing, deciding = (each.comparable() for each in found.divide())
-    assert sum(map(len, (learned, choosing, deciding))) == len(rows) - len(WORDS), "those of texts with a skipped item"
+    learned, held = found.to_learn(), found.held_out()
+    assert len(found.comparable()) == len(rows) - len(WORDS), "those of texts with a skipped item"
+    assert not {*learned.texts} & {text for each in held for text in each.texts}
     both = learned.with_captions(taught)
     assert both.weights[len(learned) :].sum() == pytest.approx(learned.weights.sum())
     with suppress(GateError):
         retrain(index, [clicks, captions], margin=1, device="cpu")
     report = json.loads((index / REPORT).read_text())
-    assert report["gate"]["held-out pairs"]["pairs"] == len(deciding)
-    assert report["captions"] == len(taught.divide()[0])
+    assert report["gate"]["held-out pairs"]["pairs"] == sum(map(len, held))
+    assert report["captions"] == len(taught.to_learn())
     assert "among the items skipped" in report["gate"]["held-out pairs"]["reason"]
 
 
