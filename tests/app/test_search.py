@@ -86,7 +86,7 @@ async def test_concurrent_queries_share_forward_passes_and_keep_their_results(bu
     for query, response in zip(queries, responses, strict=True):
         wanted = singles[query]["results"]
         scores = [r["score"] for r in response.json()["results"]]
-        np.testing.assert_allclose(scores, [r["score"] for r in wanted], atol=1e-5)
+        np.testing.assert_allclose(scores, [r["score"] for r in wanted], atol=5e-5)
 
 
 async def test_other_requests_are_served_while_the_model_works(built_index: Path) -> None:

@@ -11,6 +11,7 @@ from index_jobs.engines.measure import Benchmark, gallery_queries
 from index_jobs.engines.protocol import CreatedIndex, NewIndex, ScoredRows
 from index_jobs.selection import Allowed, to_mask
 from index_jobs.spec import IndexSpec
+from index_jobs.store.location import index_name
 
 REGISTRY_LINE = {"array": "tests.support.array_engine:ArrayEngine"}
 
@@ -59,5 +60,6 @@ class ArrayEngine:
     def open(self, folder: Path, *, gpu: bool = False) -> ArrayIndex:
         return ArrayIndex(np.load(folder / "vectors.npy", allow_pickle=False))
 
-    def sync(self, index: Path, version: int) -> None:
+    def sync(self, index: Path, name: str, version: int) -> None:
+        assert name == index_name(index)
         self.synced.append((self._uri, index, version))
