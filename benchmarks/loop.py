@@ -195,7 +195,7 @@ def refuse_useless(loop: Loop, rng: np.random.Generator) -> str:
     """Retrain on the last pairs, those to learn from with texts of other items; return what the gate said."""
     rows = [json.loads(line) for line in (loop.folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
     texts = [row["caption"] for row in rows]
-    learned = ItemPairs(texts, np.arange(len(rows)), np.ones(len(rows), np.float32)).to_learn().rows.tolist()
+    learned = ItemPairs(texts, np.arange(len(rows)), np.ones(len(rows), np.float32)).divide()[0].rows.tolist()
     for place, other in zip(learned, rng.permutation(learned).tolist(), strict=True):
         rows[place]["caption"] = texts[other]
     path = loop.folder / "useless.jsonl"

@@ -6,13 +6,15 @@
 - A hash divides the texts: eight tenths are learned from, and two choose how far to go from the served adapter
   (WiSE-FT). Each of these two is compared as far as the other one chose [ours], so both decide, and none for itself.
   The negatives of a text are the items that the index ranks highest for it.
-- Pairs with a relevance, such as clicks, are held out alone. Those without one, such as captions, teach the words that
-  nobody has clicked yet; together they weigh as much as the clicks [ours]. If no pair has a relevance, all are alike.
-- Only what was shown can have been clicked. So the held-out pairs compare two models by the place of each item among
-  those that were skipped for its text (Sakai's condensed lists), weighted by its relevance. Items that nobody judged
-  would make every change look worse. Without skipped items, the first ten of the served model are taken [ours].
+- Pairs with a relevance are clicks. Those without one, such as captions, stand for the words that nobody has clicked
+  yet; together they weigh as much as the clicks, in learning and in comparing [ours]. If no pair has a relevance, all
+  are alike.
+- Only what was shown can have been clicked. So held-out clicks compare two models by the place of each item among those
+  that were skipped for its text (Sakai's condensed lists), weighted by its relevance. Items that nobody judged would
+  make every change look worse. Captions are compared with the first ten of the served model; so are clicks if no pair
+  has a skipped item [ours].
 - A candidate is refused if it does not order the held-out pairs better, or if it loses more than the margin on the
-  anchors: validation pairs, or without any the captions of the items.
+  clicks among them, or on the anchors: validation pairs, or without any the captions of the items.
 - The same command makes the same model. Pairs that the served model has learned from are not learned again.
 """
 
@@ -57,8 +59,7 @@ from index_jobs.store.manifest import CHECKPOINT, counted
 from index_jobs.store.versions import open_current
 
 REPORT = "retrain.json"
-HELD_OUT = 0, 1
-MIN_HELD_OUT = 20  # texts of each held-out tenth
+MIN_HELD_OUT = 20  # texts with clicks in each held-out tenth
 EPOCHS = 10
 MAX_PAIRS = 20_000  # evenly spread; each brings the vectors of its negatives into memory
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the change; the first wins a tie
@@ -94,20 +95,15 @@ class ItemPairs:
         """Return these pairs and captions, which together weigh as much."""
         each = self.weights.sum() / max(len(captions), 1)
         weights = np.concatenate([self.weights, np.full(len(captions), each, np.float32)])
-        return ItemPairs(self.texts + captions.texts, np.concatenate([self.rows, captions.rows]), weights)
+        rows = np.concatenate([self.rows, captions.rows])
+        return ItemPairs(self.texts + captions.texts, rows, weights, self.skipped)
 
-    @property
-    def tenths(self) -> Rows:
-        """The tenth of each text by its hash, (N,). Those of `HELD_OUT` are not learned from."""
+    def divide(self) -> tuple["ItemPairs", "ItemPairs", "ItemPairs"]:
+        """Return the pairs to learn from, and two tenths that are held out, by a hash of the text."""
         digests = (hashlib.sha256(fold_text(text).encode()).digest() for text in self.texts)
-        return np.array([int.from_bytes(digest[:4]) % 10 for digest in digests], np.int64)
-
-    def to_learn(self) -> "ItemPairs":
-        return self.take(np.flatnonzero(~np.isin(self.tenths, HELD_OUT)))
-
-    def held_out(self) -> list["ItemPairs"]:
-        """Return the pairs of each held-out tenth that can be compared."""
-        return [self.take(np.flatnonzero(self.tenths == tenth)).comparable() for tenth in HELD_OUT]
+        tenths = np.array([int.from_bytes(digest[:4]) % 10 for digest in digests], np.int64)
+        learned, one, other = (self.take(np.flatnonzero(each)) for each in (tenths > 1, tenths == 0, tenths == 1))
+        return learned, one, other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,14 +290,16 @@ class _Retraining:
         """Learn, and compare with the served model; the summary says whether to publish."""
         served, gallery = self.served, live_gallery(self.served)
         pairs, captions, left_out = read_pairs(files, served, gallery)
-        clicked, captions = pairs.to_learn(), captions.to_learn()  # no caption may have the text of a held-out pair
-        learned, held = clicked.with_captions(captions), pairs.held_out()
-        if (few := min(len({*each.texts}) for each in held)) < MIN_HELD_OUT:
+        (clicked, *compared), (captions, *held_captions) = pairs.divide(), captions.divide()
+        compared = [each.comparable() for each in compared]
+        if (few := min(len({*each.texts}) for each in compared)) < MIN_HELD_OUT:
             raise DataError(
                 f"{', '.join(map(str, files))}: {len({*pairs.comparable().texts}):,} texts of items in the index "
                 f"{'and with skipped ones ' if pairs.skipped else ''}are too few: two tenths compare the models, "
                 f"and each needs {MIN_HELD_OUT}, not {few}"
             )
+        learned = clicked.with_captions(captions)
+        held = [each.with_captions(others) for each, others in zip(compared, held_captions, strict=True)]
         signature = hash_json([[each.texts, each.rows.tolist(), each.weights.tolist()] for each in (pairs, learned)])
         summary = RetrainSummary(
             version=served.manifest.version, reason="its model has learned from these pairs", pairs=len(clicked),
@@ -373,7 +371,7 @@ class _Retraining:
         def total(tenths: Sequence[int]) -> Callable[[float], float]:
             return lambda share: sum(float(gains[share][each] @ held[each].weights) for each in tenths)
 
-        share, one, other = (max(kept, key=total(tenths)) for tenths in (HELD_OUT, HELD_OUT[:1], HELD_OUT[1:]))
+        share, one, other = (max(kept, key=total(tenths)) for tenths in ((0, 1), (0,), (1,)))
         interpolate((adapter,), (self.before.adapter,), (tuned,), share)
         before, after = np.concatenate(gains[0.0][:2]), np.concatenate([gains[other][0], gains[one][1]])
         verdict = self._compare_held_out(held, before, after, margin)
@@ -397,12 +395,11 @@ class _Retraining:
 
     def _measure(self, pairs: ItemPairs) -> Callable[[_Texts], Floats]:
         """Return a function of encoders: the nDCG of each pair's item, (N,), among it and the items to compare."""
-        if pairs.skipped:
-            skipped = [sorted(pairs.skipped[fold_text(text)]) for text in pairs.texts]
-            width = max(map(len, skipped))
-            found = np.array([rows + [-1] * (width - len(rows)) for rows in skipped], np.int64)  # [N, width]
-        else:
-            found = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1]  # [N, _SHOWN]
+        shown = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1].tolist()
+        texts = map(fold_text, pairs.texts)
+        others = [sorted(pairs.skipped.get(text, ())) or rows for text, rows in zip(texts, shown, strict=True)]
+        width = max(map(len, others))
+        found = np.array([rows + [-1] * (width - len(rows)) for rows in others], np.int64)  # [N, width]
         rows = np.where(found < 0, pairs.rows[:, None], found)
         shown, places = np.unique(np.concatenate([pairs.rows[:, None], rows], 1), return_inverse=True)
         items, places = self.served.vectors(shown), places.reshape(len(pairs), -1)
@@ -418,18 +415,20 @@ class _Retraining:
     @staticmethod
     def _compare_held_out(held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float) -> gate.GateVerdict:
         """Compare both models by held-out pairs; the new one passes if it is better."""
-        texts = [fold_text(text) for each in held for text in each.texts]
+        texts, skipped = [fold_text(text) for each in held for text in each.texts], held[0].skipped
+        is_click = np.array([not skipped or text in skipped for text in texts])
         weights = np.concatenate([each.weights for each in held])
         difference, visible = gate.difference_of(before, after, texts, weights)
         means = [{"ndcg": round(float(np.average(each, weights=weights)), 4)} for each in (before, after)]
         value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
-        among = "items skipped" if held[0].skipped else f"{_SHOWN} items shown"
+        of_clicks = float(np.average((after - before)[is_click], weights=weights[is_click]))
+        alone = "" if is_click.all() else f"; of the {is_click.sum():,} clicks alone {100 * of_clicks:+.1f}"
         reason = (
-            f"nDCG among the {among} {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over "
-            f"{len(texts):,} pairs: {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+            f"nDCG {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over {len(texts):,} pairs: "
+            f"{value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}){alone}"
         )
         return gate.GateVerdict(
-            reason, margin, value > 0, True, len(texts), pool=_SHOWN, source="held-out pairs",
+            reason, margin, value > 0 and of_clicks >= -margin, True, len(texts), pool=_SHOWN, source="held-out pairs",
             serving=means[0], rebuilt=means[1], difference=difference, visible=round(visible, 4),
         )  # fmt: skip
 

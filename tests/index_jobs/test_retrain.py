@@ -14,7 +14,7 @@ from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.jobs import retrain as module
-from index_jobs.jobs.retrain import REPORT, ItemPairs, read_pairs, retrain
+from index_jobs.jobs.retrain import REPORT, ItemPairs, _Retraining, read_pairs, retrain
 from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
@@ -36,7 +36,7 @@ def write_pairs(path: Path, gallery: Path, *, words: Sequence[str] = WORDS, shuf
     images = [image for _, image in pairs]
     if shuffled:
         places = np.arange(len(pairs))
-        learned = ItemPairs([text for text, _ in pairs], places, np.ones(len(pairs), np.float32)).to_learn().rows
+        learned = ItemPairs([text for text, _ in pairs], places, np.ones(len(pairs), np.float32)).divide()[0].rows
         for place, other in zip(learned.tolist(), np.random.default_rng(0).permutation(learned).tolist(), strict=True):
             images[place] = pairs[other][1]
     lines = [{"caption": text, "image": image} for (text, _), image in zip(pairs, images, strict=True)]
@@ -90,7 +90,7 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
     done = dcar("retrain", *chain(*options.items()))
     assert done.returncode == 0, done.stderr
     assert f"notified {service}: not reached: " in done.stdout
-    assert done.stdout.startswith(f"{index}: version 2 published: by held-out pairs, nDCG among the 10 items shown ")
+    assert done.stdout.startswith(f"{index}: version 2 published: by held-out pairs, nDCG ")
     assert "seconds from the command to the swap: " in done.stdout
     published = open_current(index)
     published.verify()
@@ -126,7 +126,8 @@ def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
     served = open_current(index)
     found, taught, _ = read_pairs([clicks, captions], served, live_gallery(served))
     assert (len(found), len(taught)) == (len(items) * len(WORDS), len(items))
-    learned, held = found.to_learn(), found.held_out()
+    (learned, *held), (_, *captions_held) = found.divide(), taught.divide()
+    compared = sum(len(each.comparable()) for each in held) + sum(map(len, captions_held))
     assert len(found.comparable()) == len(rows) - len(WORDS), "those of texts with a skipped item"
     assert not {*learned.texts} & {text for each in held for text in each.texts}
     both = learned.with_captions(taught)
@@ -134,9 +135,19 @@ def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
     with suppress(GateError):
         retrain(index, [clicks, captions], margin=1, device="cpu")
     report = json.loads((index / REPORT).read_text())
-    assert report["gate"]["held-out pairs"]["pairs"] == sum(map(len, held))
-    assert report["captions"] == len(taught.to_learn())
-    assert "among the items skipped" in report["gate"]["held-out pairs"]["reason"]
+    assert report["gate"]["held-out pairs"]["pairs"] == compared
+    assert report["captions"] == len(taught.divide()[0])
+    assert "clicks alone" in report["gate"]["held-out pairs"]["reason"]
+
+
+def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
+    pairs = ItemPairs(["clicked", "caption"], np.array([0, 1]), np.ones(2, np.float32), {"clicked": {1}})
+    before, after = np.array([0.9, 0.5], np.float32), np.array([0.8, 0.9], np.float32)
+    for margin, passed in ((0.05, False), (0.2, True)):
+        verdict = _Retraining._compare_held_out([pairs], before, after, margin)
+        assert (verdict.passed, verdict.pairs) == (passed, 2)
+        assert "+15.0 points" in verdict.reason
+        assert verdict.reason.endswith("of the 1 clicks alone -10.0")
 
 
 def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
