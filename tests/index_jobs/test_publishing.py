@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +28,11 @@ Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path
 
 
 def test_a_refused_writer_does_not_wait(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(_: float) -> None:
-        raise AssertionError("waits")
+    here, sleep = threading.get_ident(), time.sleep
+
+    def wait(seconds: float) -> None:
+        assert threading.get_ident() != here, "waits"
+        sleep(seconds)  # a thread of an earlier test
 
     with open_staging(index):
         monkeypatch.setattr("time.sleep", wait)
