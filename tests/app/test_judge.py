@@ -132,7 +132,9 @@ def test_pairs_that_move_the_difference_most_come_first() -> None:
 
 
 def test_rows_without_a_grade_are_asked_for_first(versions: Path, tmp_path: Path) -> None:
-    blank = [("", "azure", item, "", "") for item in ("cross/red.png", "sold", "circle/blue.png")]
+    blank: list[tuple[object, ...]] = [
+        ("", "azure", item, "", "") for item in ("cross/red.png", "sold", "circle/blue.png")
+    ]
     table, page = write(tmp_path / "list.csv", blank), tmp_path / "judge.html"
     given = "judge", table, "--index", versions
     done = dcar(*given)

@@ -150,11 +150,11 @@ def qdrant_url() -> Iterator[str]:
             made.add(name)
             return create(client, name, *given, **options)
 
-        QdrantClient.create_collection = noted  # type: ignore[method-assign]
+        QdrantClient.create_collection = noted
         try:
             yield url
         finally:
-            QdrantClient.create_collection = create  # type: ignore[method-assign]
+            QdrantClient.create_collection = create
             for name in made:
                 connect(url).delete_collection(name)
         return
