@@ -119,7 +119,7 @@ def update_command(
     keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
     """Publish a version with other metadata of some items; nothing is encoded."""
-    from dcar_core.data.report import shorten
+    from dcar_core.util.errors import shorten
     from index_jobs.gallery.metadata import read_changes
     from index_jobs.store.changes import change_metadata
     from index_jobs.store.manifest import counted

@@ -129,9 +129,10 @@ def retrain(
     started = time.perf_counter()
     from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run
-    from index_jobs.store.versions import open_current
+    from index_jobs.store.manifest import CHECKPOINT, VERSIONS
+    from index_jobs.store.versions import require_index
 
-    if rest := describe_rest(open_current(index).checkpoint):
+    if rest := describe_rest(index / VERSIONS / str(require_index(index)) / CHECKPOINT):
         typer.echo(f"{index}: {rest}", err=True)
     summary = run(
         index, pairs, validation=validation, judgements=judgements, margin=margin, device=device,

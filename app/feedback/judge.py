@@ -18,9 +18,8 @@ from tqdm import tqdm
 from app.search import Index
 from app.search.query import normalize
 from dcar_core.data.judgements import JudgedList, trec_id
-from dcar_core.data.report import shorten
 from dcar_core.util.bootstrap import Estimate, estimate_means
-from dcar_core.util.errors import DataError
+from dcar_core.util.errors import DataError, shorten
 from dcar_core.util.files import csv_text
 from dcar_core.util.retrieval_metrics import graded_measures
 

@@ -14,7 +14,7 @@ from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQ
 from app.search.query import Query
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import shown_names
+from dcar_core.util.errors import list_fields
 
 _MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
 _MAX_CACHED_DEPTH = 50  # results up to the end of a page that is cached
@@ -93,7 +93,7 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
     known = snapshot.artifact.fields if query.fields else {}
     for name in query.fields:
         if name not in known and name != "*":
-            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {shown_names(known)}")
+            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {list_fields(known)}")
     manifest, is_judged = snapshot.artifact.manifest, not (has_image or query.without or more_rows or less_rows)
     min_score = snapshot.min_score if query.min_score == "auto" else query.min_score
     if query.min_score == "auto" and not is_judged:
@@ -142,7 +142,7 @@ def require_sortable(snapshot: Snapshot, sort: str) -> None:
     """Raise InvalidQueryError unless items have the field of a `sort`, with one value each."""
     name, fields = sort.removeprefix("-"), snapshot.artifact.fields
     if name not in fields:
-        raise InvalidQueryError("sort", f"no item has {name[:80]!r}; available: {shown_names(fields)}")
+        raise InvalidQueryError("sort", f"no item has {name[:80]!r}; available: {list_fields(fields)}")
     if fields[name].startswith("list"):
         raise InvalidQueryError("sort", f"{name!r} has several values per item; name a field with one")
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dcar_core.data.report import shorten
-from dcar_core.util.errors import DataError
+from dcar_core.util.errors import DataError, shorten
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,11 @@ from dcar_core.data.clean import clean_entries
 from dcar_core.data.entries import Entry
 from dcar_core.data.fdrd import read_fdrd
 from dcar_core.data.image_lookup import ImageFinder, find_shared_names, locate_images, name_without_lookup
-from dcar_core.data.report import CleaningReport, shorten
+from dcar_core.data.report import CleaningReport
 from dcar_core.data.samples import SPLITS, Dataset
 from dcar_core.data.tables import read_table, read_tar
 from dcar_core.images import ImageRoot
-from dcar_core.util.errors import DataError
+from dcar_core.util.errors import DataError, shorten
 
 ImagePolicy = Literal["require", "present", "skip", "ignore"]
 MISSING_IMAGES = "images missing, left out"

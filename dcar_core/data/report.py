@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dcar_core.util.errors import shorten
 from dcar_core.util.files import write_json
 
 REPORT_FILE = "cleaning.json"
-_SHOWN = 5
 
 
 @dataclass
@@ -38,12 +38,6 @@ class CleaningReport:
             names = self.names.get(phrase)
             lines.append(f"{number:7,} {phrase}" + (f": {shorten(names)}" if names else ""))
         return "\n".join(lines) or "nothing to repair"
-
-
-def shorten(names: Sequence[str]) -> str:
-    """Return the first names and the number of the others: "a, b, c and 4 more"."""
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def describe_reports(splits: Mapping[str, object], reports: Mapping[str, CleaningReport]) -> str:

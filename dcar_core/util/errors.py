@@ -1,10 +1,10 @@
 """Every error that this project raises on purpose. A message says what happened and what to do."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 
-_SHOWN_NAMES, _SHOWN_CHARS = 40, 80  # of a list of names
+_SHOWN, _SHOWN_FIELDS, _SHOWN_CHARS = 5, 40, 80  # names in a message, names of fields, characters of one
 
 
 class DcarError(Exception):
@@ -138,8 +138,12 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def shown_names(names: Iterable[str]) -> str:
-    """Return names for a message in alphabetical order: the first ones of many, and the beginnings of long ones."""
-    ordered = sorted(names)
-    more = [f"and {len(ordered) - _SHOWN_NAMES:,} more"] if len(ordered) > _SHOWN_NAMES else []
-    return ", ".join([name[:_SHOWN_CHARS] for name in ordered[:_SHOWN_NAMES]] + more)
+def shorten(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """Return the first names and the number of the others: "a, b, c and 4 more"."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def list_fields(names: Iterable[str]) -> str:
+    """Return names of fields for a message, in alphabetical order; long lists and long names are cut."""
+    return shorten([name[:_SHOWN_CHARS] for name in sorted(names)], _SHOWN_FIELDS)

@@ -17,11 +17,10 @@ from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
-from dcar_core.data.report import shorten
 from dcar_core.data.samples import SPLITS
 from dcar_core.data.tables import SIDECARS, USED_COLUMNS, parse_sidecar
 from dcar_core.images import TarSpan
-from dcar_core.util.errors import DataError
+from dcar_core.util.errors import DataError, shorten
 from index_jobs.gallery.storage import is_url, join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)

@@ -39,7 +39,7 @@ from dcar_core.util.errors import (
     ImageFault,
     ModelError,
     StoreUnavailableError,
-    shown_names,
+    list_fields,
 )
 from dcar_core.util.files import hash_json
 from dcar_core.util.machine import is_installed
@@ -464,7 +464,7 @@ def _require_fields(gallery: Gallery, spec: IndexSpec) -> None:
     for option, names, found in (("--group-field", groups, {*types}), ("--text-fields", spec.text_fields or (), known)):
         if missing := [name for name in names if name not in found]:
             named = " or ".join(map(repr, missing))
-            message = f"{option}: no item has the field {named}; there are: {shown_names(found)}"
+            message = f"{option}: no item has the field {named}; there are: {list_fields(found)}"
             if len(missing) == len(names):
                 raise DataError(message)
             logger.warning("%s", message)

@@ -65,6 +65,7 @@ MAX_PAIRS = 20_000  # evenly spread; each brings the vectors of its negatives in
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the change; the first wins a tie
 _SEED = 0
 _SHOWN = 10  # items of a page of results
+_MOST_SKIPPED = 50  # items of a text, whose vectors are in memory
 
 
 @dataclass(frozen=True)
@@ -395,9 +396,9 @@ class _Retraining:
 
     def _measure(self, pairs: ItemPairs) -> Callable[[_Texts], Floats]:
         """Return a function of encoders: the nDCG of each pair's item, (N,), among it and the items to compare."""
-        shown = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1].tolist()
-        texts = map(fold_text, pairs.texts)
-        others = [sorted(pairs.skipped.get(text, ())) or rows for text, rows in zip(texts, shown, strict=True)]
+        first = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1].tolist()
+        skipped = [sorted(pairs.skipped.get(fold_text(text), ()))[:_MOST_SKIPPED] for text in pairs.texts]
+        others = [own or rows for own, rows in zip(skipped, first, strict=True)]
         width = max(map(len, others))
         found = np.array([rows + [-1] * (width - len(rows)) for rows in others], np.int64)  # [N, width]
         rows = np.where(found < 0, pairs.rows[:, None], found)

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.arrays import Floats, Mask, Rows
-from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError, shown_names
+from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError, list_fields
 from dcar_core.util.files import atomic_writer, sha256_of
 from index_jobs.engines.protocol import FieldIndex, ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
@@ -324,7 +324,7 @@ class Artifact:
         Raise DataError if no segment has the field.
         """
         if name not in self._types:
-            raise DataError(f"no item has the field {name!r}; there are: {shown_names(self.fields)}")
+            raise DataError(f"no item has the field {name!r}; there are: {list_fields(self.fields)}")
         target = self._types[name]
         chunks = list[pa.Array]()
         for items, span in zip((segment.items for segment in self.segments), self._spans, strict=True):

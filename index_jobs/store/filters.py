@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core.util.arrays import Mask, Rows
-from dcar_core.util.errors import DataError, shown_names
+from dcar_core.util.errors import DataError, list_fields
 from dcar_core.util.json_text import replace_surrogates
 from index_jobs.selection import EMPTY_IS_MISSING, Selection
 
@@ -131,7 +131,7 @@ def _match_all(artifact: "Artifact | _Chosen", filter: Mapping[str, Any]) -> Mas
             mask &= _match_any(artifact, condition)
             continue
         if field not in artifact.fields:
-            raise FilterError(field, f"no item has this field; there are: {shown_names(artifact.fields)}")
+            raise FilterError(field, f"no item has this field; there are: {list_fields(artifact.fields)}")
         mask &= match_column(artifact.column(field), condition, field)
     return mask
 
