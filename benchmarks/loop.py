@@ -12,9 +12,10 @@
   stood at the last position; and they send clicks on searches that they made up.
 - Searches and clicks go through the service's log. Each week, `dcar feedback export` and `dcar retrain`, with its gate,
   do what they do for everybody; then hit@5 of the test queries is measured: a right answer among the first five.
-- The same weeks run without hostile clients. Then a candidate learns from pairs of other items, and the propensities
-  are compared with the truth. The last line is JSON: hit@5 by week in percent, mean of the seeds, with the loop "on"
-  and "off". `--alone` adds weeks that learn from "clicks" alone, or from "captions" of skipped items alone.
+- The same weeks run without hostile clients, with the same draws for everybody else. Then a candidate learns from pairs
+  of other items, and the propensities are compared with the truth. The last line is JSON: hit@5 by week in percent,
+  mean of the seeds, with the loop "on" and "off". `--alone` adds weeks that learn from "clicks" alone, or from
+  "captions" of skipped items alone.
 - `--items` times `dcar retrain` on the last pairs and the gallery of the start, with random items up to this number.
 """
 
@@ -129,10 +130,10 @@ class Loop:
         """Return hit@5 of the test queries, in percent."""
         return round(100 * float(self.test.are_right(self.search()[1][:, :K]).any(1).mean()), 2)
 
-    def run_week(self, searches: int, hostile: float, rng: np.random.Generator) -> str:
+    def run_week(self, searches: int, hostile: float, seed: int, week: int) -> str:
         """Search, click, export and retrain; return what came of it."""
         shown, _ = self.search()
-        asyncio.run(self._log(shown, searches, hostile, rng))
+        asyncio.run(self._log(shown, searches, hostile, *np.random.default_rng((seed, week)).spawn(2)))
         store.roll(self.index / "feedback", everything=True)
         pairs = self.folder / "pairs"
         shutil.rmtree(pairs, ignore_errors=True)
@@ -146,19 +147,24 @@ class Loop:
         except (GateError, DataError) as error:
             return str(error)
 
-    async def _log(self, shown: Rows, searches: int, hostile: float, rng: np.random.Generator) -> None:
-        """Send a week's searches and clicks to the log of a service."""
+    async def _log(
+        self, shown: Rows, searches: int, hostile: float, rng: np.random.Generator, attack: np.random.Generator
+    ) -> None:
+        """Send a week's searches and clicks to the log of a service.
+
+        rng: what the honest draw; attack: what the hostile draw.
+        """
         artifact = open_current(self.index)
         settings = Settings(index=self.index, feedback=True, feedback_texts=True)
         log = FeedbackLog(self.index / "feedback", settings, Metrics())
         log.start()
         queries = rng.integers(len(self.users.texts), size=searches)
         filters = np.where(rng.random(searches) < 0.5, rng.integers(FILTERS, size=searches), -1)
-        is_hostile = rng.random(searches) < hostile
+        is_hostile = attack.random(searches) < hostile
         is_aim = (shown[:, :SHOWN] == self.wanted).any(1)
         is_aim &= [self.wanted not in answers for answers in self.users.answers]
         if is_aim.any():
-            queries[is_hostile], filters[is_hostile] = rng.choice(np.flatnonzero(is_aim), is_hostile.sum()), -1
+            queries[is_hostile], filters[is_hostile] = attack.choice(np.flatnonzero(is_aim), is_hostile.sum()), -1
         wanted = artifact.item(self.wanted).id
         results, right = dict[tuple[int, int], SearchResults](), dict[tuple[int, int], Rows]()
         for key in {*zip(queries.tolist(), filters.tolist(), strict=True)}:
@@ -171,12 +177,12 @@ class Loop:
                 key = int(queries[number]), int(filters[number])
                 text, page, now = self.users.texts[key[0]], results[key], int(time.time() * 1000)
                 name, count = log.note("", None, Query(query=text), page, has_image=False), len(page.matches)
-                client, clicked = f"u{rng.integers(max(1, searches // 4))}", rng.random(count)
+                client, clicked = f"u{rng.integers(max(1, searches // 4))}", rng.random(SHOWN)[:count]
                 clicked = clicked < EXAMINED[:count] * np.where(right[key], RIGHT, NOISE)
                 if is_hostile[number]:
-                    client = f"h{rng.integers(HOSTILE_CLIENTS)}"
+                    client = f"h{attack.integers(HOSTILE_CLIENTS)}"
                     clicked = np.array([match.row == self.wanted for match in page.matches])
-                    made_up = f"{rng.integers(2**62):029d}", now, "", client, "click", wanted, 1, None
+                    made_up = f"{attack.integers(2**62):029d}", now, "", client, "click", wanted, 1, None
                     events.append(EventRow(*made_up))
                 for place in np.flatnonzero(clicked).tolist():
                     item, position = page.matches[place].item.id, SHOWN if is_hostile[number] else place + 1
@@ -191,12 +197,12 @@ class Loop:
         return match
 
 
-def refuse_useless(loop: Loop, rng: np.random.Generator) -> str:
+def refuse_useless(loop: Loop) -> str:
     """Retrain on the last pairs, those to learn from with texts of other items; return what the gate said."""
     rows = [json.loads(line) for line in (loop.folder / "pairs" / "pairs.jsonl").read_text().splitlines()]
     texts = [row["caption"] for row in rows]
     learned = ItemPairs(texts, np.arange(len(rows)), np.ones(len(rows), np.float32)).divide()[0].rows.tolist()
-    for place, other in zip(learned, rng.permutation(learned).tolist(), strict=True):
+    for place, other in zip(learned, np.random.default_rng(0).permutation(learned).tolist(), strict=True):
         rows[place]["caption"] = texts[other]
     path = loop.folder / "useless.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -260,11 +266,10 @@ def main() -> None:
             users, test = make_queries(args.gallery, work / "start", args.queries, seed)
             for name, (share, kind) in runs.items():
                 made = loops[name] = Loop(work / "start", work / f"{name}-{seed}", users, test, encoder, kind)
-                rng = np.random.default_rng(seed)
                 off[seed] = made.hit()
                 for week in range(args.weeks):
                     started = time.perf_counter()
-                    outcome = made.run_week(args.searches, share, rng)
+                    outcome = made.run_week(args.searches, share, seed, week)
                     hits[name][seed, week] = made.hit()
                     print(
                         f"seed {seed}, {name}, {share:.0%} hostile, week {week + 1}: hit@{K} {hits[name][seed, week]} "
@@ -279,7 +284,7 @@ def main() -> None:
         low, high, mean = moved.min(), moved.max(), moved.mean()
         print(f"hostile clients move hit@{K} by {low:+.2f} to {high:+.2f} points a week, {mean:+.2f} on average")
         print(f"propensities: {worst_propensity(loop.report)}")
-        print(f"a candidate that learned from pairs of other items: {refuse_useless(loop, rng)}")
+        print(f"a candidate that learned from pairs of other items: {refuse_useless(loop)}")
         if args.items:
             print(time_retraining(work / "start", loop.folder / "pairs" / "pairs.jsonl", work / "many", args.items))
         means = {"on": hits["on"], "off": np.repeat(off, args.weeks, 1), **hits}
