@@ -2,7 +2,7 @@
 
     make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji
-    python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji --pool validation --depth 413
+    python benchmarks/rerank.py data/index/twemoji --validation examples/emoji/twemoji --pool validation --depth 408
 
 - Every validation text searches the whole index, or with `--pool validation` the validation images alone. Its first
   `--depth` results are scored again with the exact token weights of the text for each result, by the code of the

@@ -10,7 +10,8 @@ which train_base.py reads, and writes for each domain (twemoji and openmoji):
     train.json val.json test.json     the pairs in FDRD's form, with swapped negatives; in train.json each image has a
                                       short caption too, and lists the short captions that are true of it
 
-- Emoji are split by the base emoji, so all skin tones of an emoji are in the same split.
+- Emoji are split by the base emoji, so all skin tones of an emoji are in the same split. A style may draw two emoji
+  alike: pairs of train and val whose image, byte for byte, is in a later split are left out.
 - Negatives of training pairs come from training emoji alone, so no method reads a caption of another split.
 - The output has the same bytes every time. A killed run resumes with the images that are missing.
 """
@@ -106,6 +107,16 @@ def add_short_captions(pairs: dict[str, dict], emoji: dict) -> None:
         pair["attributes"] = [text for text, needed in required.items() if needed <= own]
 
 
+def leave_out_copies(domain: str, splits: dict[str, dict]) -> None:
+    """Remove the pairs of train and val whose image is in a later split too."""
+    with tarfile.open(HERE / domain / "gallery.tar") as tar:
+        images = {Path(member.name).stem: tar.extractfile(member).read() for member in tar}
+    later: set[bytes] = set()
+    for split in ("test", "val", "train"):
+        splits[split] = {name: pair for name, pair in splits[split].items() if images[name] not in later}
+        later |= {images[name] for name in splits[split]}
+
+
 def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, int]:
     """Write metadata.jsonl and the splits' pairs; return the number of pairs of each split."""
     siblings: dict[str, list[str]] = {}
@@ -130,6 +141,7 @@ def write_annotations(domain: str, names: list[str], emoji: dict) -> dict[str, i
             "negative": [n for n, _ in swapped], "negative_class": [c for _, c in swapped],
         }  # fmt: skip
     add_short_captions(splits["train"], emoji)
+    leave_out_copies(domain, splits)
     folder = HERE / domain
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     for split, entries in splits.items():
