@@ -1,5 +1,6 @@
 """Pictures that the page requests with a key, and whose responses come late."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture
-def unlocked(page: Page, locked: str) -> str:
-    """The address of the service, whose key the page knows."""
+def unlocked(page: Page, locked: str) -> Iterator[str]:
+    """The address of the service, whose key the page knows until the test ends."""
     page.open(locked)
     until(lambda: page.one("#key-form").is_displayed() or page.all("#results .card"))
     page.driver.execute_script("sessionStorage.setItem('dcar.key', arguments[0])", ALICE)
-    return locked
+    yield locked
+    page.driver.execute_script("sessionStorage.clear()")
 
 
 def test_key_that_opens_no_collection_is_asked_for_once(page: Page, indexes: dict[str, Path]) -> None:
