@@ -150,6 +150,19 @@ def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
         assert verdict.reason.endswith("of the 1 clicks alone -10.0")
 
 
+def test_the_smallest_of_equally_good_changes_is_taken(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = module._Retraining(published, open_current(published), "cpu", 0.0)
+    weight = next(run.after.adapter.parameters())
+    start = weight.detach().clone()
+    weight.data += 1
+    moved = [lambda _: np.full(2, float((weight - start).mean() > 0.1), np.float32)] * 2
+    measures = iter(moved)
+    monkeypatch.setattr(run, "_measure", lambda _: next(measures))
+    held = [ItemPairs(["a", "b"], np.array([0, 1]), np.ones(2, np.float32))] * 2
+    share, verdict = run._choose(held, ItemPairs([], np.empty(0, np.int64), np.empty(0, np.float32)), 0.0)
+    assert (share, verdict.passed) == (0.25, True)
+
+
 def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
     index: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
