@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcar_core.model.open_clip_source import RANDOM, BackboneSource, load_open_clip
+from dcar_core.model.config import RANDOM, BackboneSource
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextTokenizer
 from dcar_core.model.towers.prompt_rows import AdapterMatrices
@@ -127,4 +127,6 @@ def load_backbone(source: BackboneSource, device: str = "cpu") -> Backbone:
         ModelError: an unknown name, weights that cannot be fetched or do not fit, a configuration that is not allowed.
         MissingExtraError: it needs transformers, which is not installed.
     """
+    from dcar_core.model.open_clip_source import load_open_clip  # which takes seconds to import
+
     return Backbone(source, *load_open_clip(source, device))

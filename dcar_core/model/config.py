@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import field, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
+
+from dcar_core.util.memory import WEIGHTS_FILE
 
 TrainWeights = Literal["none", "pair"]
 QueryWeights = Literal["none", "predicted"]
@@ -18,6 +21,7 @@ Temperature = Literal["frozen", "learned"]
 PromptValues = Literal["learned", "constant"]
 
 MODEL_CONFIG = "open_clip_config.json"  # in the directory of a model
+RANDOM = "random"  # instead of weights
 GRID = (5e-4, 2e-3, 5e-3, 1e-2)  # learning rates for tuning
 
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -206,3 +210,24 @@ class ModelConfig(_Config):
 
     def with_rerank_weight(self, weight: float) -> Self:
         return replace(self, rerank=replace(self.rerank, weight=weight))
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """The source of a backbone: an open_clip name or a directory, and for a name its weights.
+
+    pretrained: a tag, a file, or "random" for measurements of speed.
+    """
+
+    model: str
+    pretrained: str | None = None
+
+    @property
+    def directory(self) -> Path | None:
+        path = Path(self.model)
+        return path if path.is_dir() else None
+
+    @property
+    def weights_file(self) -> Path:
+        """Place of local weights, where nothing may be."""
+        return self.directory / WEIGHTS_FILE if self.directory else Path(self.pretrained or "")

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.utils import to_2tuple
 from torch import nn
 
-from dcar_core.model.config import MODEL_CONFIG
+from dcar_core.model.config import MODEL_CONFIG, RANDOM, BackboneSource
 from dcar_core.model.hub import cache_only, fetch
 from dcar_core.model.settings_hash import CLIP_VOCABULARY, vector_settings
 from dcar_core.model.text.cleaning import NORMALIZERS
@@ -34,7 +34,6 @@ from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, loa
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
 from dcar_core.util.memory import WEIGHTS_FILE, map_weights, read_shapes
 
-RANDOM = "random"
 HUB = "hf-hub:"
 
 _MODEL_FIELDS = {
@@ -50,27 +49,6 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _LARGEST = 1 << 20  # of any number in a configuration; real ones stay below 300,000
-
-
-@dataclass(frozen=True)
-class BackboneSource:
-    """The source of a backbone: an open_clip name or a directory, and for a name its weights.
-
-    pretrained: a tag, a file, or "random" for measurements of speed.
-    """
-
-    model: str
-    pretrained: str | None = None
-
-    @property
-    def directory(self) -> Path | None:
-        path = Path(self.model)
-        return path if path.is_dir() else None
-
-    @property
-    def weights_file(self) -> Path:
-        """Place of local weights, where nothing may be."""
-        return self.directory / WEIGHTS_FILE if self.directory else Path(self.pretrained or "")
 
 
 def builtin_models() -> dict[str, tuple[dict[str, Any], list[str]]]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.open_clip_source import read_config
 from dcar_core.model.text.hub_tokenizer import copy_from_hub
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import write_bytes, write_json
@@ -91,6 +90,8 @@ def merge(backbone: Backbone, changes: WeightChanges, parent: Path) -> Backbone:
     source, directory = backbone.source.directory, parent / "model.part"
     directory.mkdir(parents=True, exist_ok=True)
     if source is None:
+        from dcar_core.model.open_clip_source import read_config
+
         config, preprocess = read_config(backbone.source), dict(backbone.visual.preprocess_cfg)
         write_json(directory / MODEL_CONFIG, {"model_cfg": config, "preprocess_cfg": preprocess})
         text = config["text_cfg"]
