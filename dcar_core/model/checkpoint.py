@@ -69,11 +69,19 @@ def save_checkpoint(model: "DCAR", path: Path, *, training: dict[str, Any] | Non
         model = type(model)(merge(model.backbone, model.changes, path), model.config).eval()
     trainables = {name: p.detach().cpu().contiguous().numpy() for name, p in model.served()}
     source, backbone_hash = model.backbone.source, model.backbone.content_hash()
-    fingerprint = compute_fingerprint(backbone_hash, model.config, trainables)
     places = {"model": _relative(source.model, path), "pretrained": _relative(source.pretrained, path)}
+    return write_checkpoint(path, {**places, "sha256": backbone_hash}, model.config, trainables, training or {})
+
+
+def write_checkpoint(
+    path: Path, backbone: Mapping[str, Any], config: ModelConfig, trainables: Trainables, training: Mapping[str, Any]
+) -> str:
+    """Write trainables and config; return the fingerprint. backbone: as in `config.json`."""
+    path.mkdir(parents=True, exist_ok=True)
+    fingerprint = compute_fingerprint(backbone["sha256"], config, trainables)
     write_bytes(path / WEIGHTS, save(trainables, {"format": "pt"}))
-    content = {"format": FORMAT, "fingerprint": fingerprint, "backbone": {**places, "sha256": backbone_hash}}
-    write_json(path / CONFIG, {**content, "model": model.config.to_dict(), "training": training or {}})
+    content = {"format": FORMAT, "fingerprint": fingerprint, "backbone": backbone}
+    write_json(path / CONFIG, {**content, "model": config.to_dict(), "training": training})
     return fingerprint
 
 

@@ -101,7 +101,7 @@ class EncoderState:
     """One model's prompts, token weights and feature adapters, and what else a query needs beside a runtime.
 
     image_key: hash of what `image_features` depend on: the backbone and `image_inputs`.
-    dim: E. patch_grid: of the image tower, patches per side.
+    dim: E. scale: 1 / tau of the backbone. patch_grid: of the image tower, patches per side.
     reranks_by: how the model can score its first results again: exact token weights, a second stage, or not at all.
     tokenizer: its limit leaves room for the prompts.
     image_inputs: of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v), and the
@@ -112,6 +112,7 @@ class EncoderState:
     fingerprint: str
     image_key: str
     dim: int
+    scale: float
     patch_grid: int
     reranks_by: Literal["", "weights", "stage"]
     preprocess: Preprocess

@@ -280,6 +280,7 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
         fingerprint=fingerprint,
         image_key=image_key.hexdigest(),
         dim=backbone.embed_dim,
+        scale=float(backbone.scale),
         patch_grid=backbone.patch_grid,
         reranks_by="stage" if model.config.reranks else "weights" if model.config.reweight.train != "none" else "",
         preprocess=backbone.preprocess,
@@ -288,8 +289,8 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
         text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
         image_inputs=image_inputs,
         token_factors=_token_factors(model) if model.config.reweight.query == "predicted" else None,
-        text_adapter=_arrays_of(model.text_adapter),
-        image_adapter=_arrays_of(model.image_adapter),
+        text_adapter=adapter_arrays(model.text_adapter),
+        image_adapter=adapter_arrays(model.image_adapter),
     )
 
 
@@ -306,7 +307,7 @@ def _token_factors(model: DCAR) -> Floats | None:
     return np.concatenate(parts)
 
 
-def _arrays_of(adapter: FeatureAdapter | None) -> FeatureAdapterArrays | None:
+def adapter_arrays(adapter: FeatureAdapter | None) -> FeatureAdapterArrays | None:
     if adapter is None:
         return None
     down, up = adapter.down, adapter.up

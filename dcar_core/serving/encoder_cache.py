@@ -34,12 +34,13 @@ from dcar_core.runtimes.openvino_runtime import GRAPHS, OpenVinoRuntime, check_e
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
 from dcar_core.runtimes.selection import Probe, prove, reference_vectors
 from dcar_core.util import machine
+from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, MissingExtraError
-from dcar_core.util.files import default_cache_directory, write_bytes
+from dcar_core.util.files import default_cache_directory, link_or_copy, write_bytes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 8
+FORMAT = 9
 ENTRY = "encoder"  # name of an entry beside a portable export
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {
@@ -82,19 +83,35 @@ def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtim
         return
     texts, images = reference_vectors(loaded.model, Probe.synthetic(state.preprocess.size))
     arrays = {"probe_texts": texts, "probe_images": images}
-    content = {
-        "circumstances": {"format": FORMAT, "graphs": GRAPHS},
-        "export": runtime.directory.name,
-        "state": _pack(state, arrays),
-    }
-    arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
-    body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
     path = request.file(state.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
+        _write(path, state, arrays, runtime.directory.name)
     except OSError as error:
         logger.warning("the encoder cannot be cached in %s: %s", path.parent, error.strerror or error)
+
+
+def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: Floats) -> None:
+    """Copy the portable export of a checkpoint to one with another text adapter.
+
+    Args:
+        state: of the target.
+        probe_texts: its vectors of the texts of `Probe`, by which every start proves the export.
+    """
+    arrays, content = _read(source / PORTABLE / ENTRY)
+    (target / PORTABLE).mkdir()
+    for file in (source / PORTABLE).iterdir():
+        if file.name != ENTRY:
+            link_or_copy(file, target / PORTABLE / file.name)
+    probe = {"probe_texts": probe_texts, "probe_images": arrays["probe_images"]}
+    _write(target / PORTABLE / ENTRY, state, probe, content["export"])
+
+
+def exact_runtime(checkpoint: Path, device: str) -> str:
+    """Return the runtime that encodes in float32 and starts soonest: a portable export's, or else PyTorch's."""
+    request = LoadRequest(checkpoint, device, "openvino", None, default_cache_directory())
+    is_usable = request.may_use_export and has_portable(checkpoint) and machine.is_installed("openvino")
+    return "openvino" if is_usable else "torch"
 
 
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
@@ -147,6 +164,17 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     if (made["format"], made["graphs"]) != (FORMAT, GRAPHS):
         raise ValueError("another release made it; build the index again")
     return arrays, content
+
+
+def _write(path: Path, state: EncoderState, probe: Arrays, export: str) -> None:
+    """Write an entry. export: the name of its folder."""
+    arrays = dict(probe)
+    content = {
+        "circumstances": {"format": FORMAT, "graphs": GRAPHS}, "export": export, "state": _pack(state, arrays)
+    }  # fmt: skip
+    arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
+    body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
 
 
 def _open(request: LoadRequest, entry: Path, export: Path | None = None) -> tuple[EncoderState, Runtime]:

@@ -20,7 +20,6 @@
 
 import hashlib
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -38,10 +37,12 @@ from dcar_core.data.clean import fold_text
 from dcar_core.data.entries import label_text, required_text, texts_of
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
-from dcar_core.model.checkpoint import copy_checkpoint, read_config, save_checkpoint
-from dcar_core.model.dcar import DCAR
-from dcar_core.serving.encoder import add_portable_export
-from dcar_core.serving.encoder_cache import has_portable
+from dcar_core.model.checkpoint import Trainables, read_config, read_trainables, write_checkpoint
+from dcar_core.model.config import ModelConfig
+from dcar_core.model.dcar import FeatureAdapter
+from dcar_core.runtimes.graphs import adapter_arrays
+from dcar_core.runtimes.selection import Probe
+from dcar_core.serving.encoder_cache import copy_portable, exact_runtime, has_portable
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
@@ -64,6 +65,7 @@ EPOCHS = 10
 MAX_PAIRS = 20_000  # evenly spread; each brings the vectors of its negatives into memory
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the change; the first wins a tie
 _SEED = 0
+_ADAPTER = "text_adapter."  # before the names of its weights in a checkpoint
 _SHOWN = 10  # items of a page of results
 _MOST_SKIPPED = 50  # items of a text, whose vectors are in memory
 
@@ -248,11 +250,11 @@ class _Texts:
     """Encodes texts by their features before the adapter, and an adapter."""
 
     features: Callable[[Sequence[str]], torch.Tensor]
-    adapter: nn.Module
+    adapter: FeatureAdapter
 
     def encode_text(self, texts: Sequence[str], /) -> Floats:
         with torch.inference_mode():
-            vectors: Floats = self.adapter(self.features(texts)).cpu().numpy()
+            vectors: Floats = self.adapter(self.features(texts)).numpy()
         return vectors
 
 
@@ -263,14 +265,13 @@ class _Retraining:
         self.index, self.served, self.live = index, served, np.flatnonzero(served.live)
         self.seconds, self._last = dict[str, float](), started
         self._lap("start")
-        self.encoder = Encoder.load(served.checkpoint, device=device)
+        runtime = exact_runtime(served.checkpoint, device)
+        self.encoder = Encoder.load(served.checkpoint, device=device, runtime=runtime)
         served.require(self.encoder.fingerprint)
         self.notes = dict(read_config(served.checkpoint).get("training", {}))
-        self.model = _with_text_adapter(self.encoder.model)
-        assert self.model.text_adapter is not None
-        self.before, self.after = (
-            _Texts(self._features, each) for each in (deepcopy(self.model.text_adapter), self.model.text_adapter)
-        )
+        self.trainables = read_trainables(served.checkpoint)
+        adapter = _text_adapter(self.trainables, self.encoder.dim)
+        self.before, self.after = (_Texts(self._features, each) for each in (deepcopy(adapter), adapter))
         self._bare, self._known = replace(self.encoder.state, text_adapter=None), dict[str, Floats]()
         self.cutoff = served.manifest.cutoff
         self._lap("load")
@@ -283,7 +284,7 @@ class _Retraining:
         """Return the features of texts before the adapter, (n, E). Each text is encoded once."""
         if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
             self._known.update(zip(new, self._bare.encode_text(self.encoder.runtime, new, 64), strict=True))
-        return torch.from_numpy(np.stack([self._known[text] for text in texts])).to(self.model.backbone.device)
+        return torch.from_numpy(np.stack([self._known[text] for text in texts]))
 
     def compare(
         self, files: Sequence[Path], validation: Path | None, judged: JudgedList | None, margin: float
@@ -344,13 +345,13 @@ class _Retraining:
             np.concatenate([learned.rows[:, None], self._nearest_wrong(learned)], 1), return_inverse=True
         )
         rows, images, weights = (
-            torch.from_numpy(each).to(features.device)
+            torch.from_numpy(each)
             for each in (places.reshape(len(learned), -1), self.served.vectors(shown), learned.weights)
         )
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # for small products, where several would mostly wait for each other
         learn(
-            (adapter, nn.Identity()), (features, images), rows[:, 0], rows[:, 1:], float(self.model.backbone.scale),
+            (adapter, nn.Identity()), (features, images), rows[:, 0], rows[:, 1:], self.encoder.state.scale,
             _SEED, weights=weights / weights.mean(), epochs=EPOCHS,
         )  # fmt: skip
         torch.set_num_threads(threads)
@@ -435,12 +436,17 @@ class _Retraining:
 
     def publish(self, staging: Path, summary: RetrainSummary) -> int:
         """Publish the served version with the tuned model, and return its number."""
-        made, served = staging / "made", self.served
-        fingerprint = save_checkpoint(self.model, made, training=self.notes)
-        copy_checkpoint(made, staging / CHECKPOINT)
-        shutil.rmtree(made)
+        served, adapter, made = self.served, self.after.adapter, staging / CHECKPOINT
+        content = read_config(served.checkpoint)
+        config = ModelConfig.from_dict(content["model"])
+        method = "clip-adapter" if config.method == "clip" else config.method
+        config = replace(config, method=method, adapter=replace(config.adapter, text=True))
+        trainables = self.trainables | {f"{_ADAPTER}{name}": p.numpy() for name, p in adapter.state_dict().items()}
+        fingerprint = write_checkpoint(made, content["backbone"], config, trainables, self.notes)
         if has_portable(served.checkpoint):
-            add_portable_export(staging / CHECKPOINT, self.encoder.backbone)
+            state = replace(self.encoder.state, fingerprint=fingerprint, text_adapter=adapter_arrays(adapter))
+            probe = Probe.synthetic(state.preprocess.size)
+            copy_portable(served.checkpoint, made, state, self.after.encode_text(probe.texts))
         files = {name: info for name, info in served.manifest.files.items() if not name.startswith(f"{CHECKPOINT}/")}
         shared = publish.share_files(served.path, staging, files)
         manifest = replace(
@@ -452,11 +458,10 @@ class _Retraining:
         return manifest.version
 
 
-def _with_text_adapter(model: DCAR) -> DCAR:
-    """Return a copy of a model on its backbone. If it has no adapter of text features, the copy has a neutral one."""
-    adapter = replace(model.config.adapter, text=True)
-    name = "clip-adapter" if model.config.method == "clip" else model.config.method
+def _text_adapter(trainables: Trainables, width: int) -> FeatureAdapter:
+    """Return the adapter of text features in a model, or else a neutral one."""
     torch.manual_seed(_SEED)
-    made = DCAR(model.backbone, replace(model.config, method=name, adapter=adapter))
-    made.load_state_dict(dict(model.served()), strict=False)
-    return made.eval()
+    adapter = FeatureAdapter(width)
+    own = {name.removeprefix(_ADAPTER): torch.from_numpy(each) for name, each in trainables.items()}
+    adapter.load_state_dict({name: own.get(name, each) for name, each in adapter.state_dict().items()})
+    return adapter.eval()
