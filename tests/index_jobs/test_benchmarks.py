@@ -1,11 +1,9 @@
 """The benchmark scripts of indexes run; their figures are for a quiet machine."""
 
-import importlib
 import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow.csv as pa_csv
 import pytest
 
 from tests.support import commands
@@ -20,17 +18,6 @@ def run(script: str, *arguments: str | Path) -> str:
     done = commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_the_shop_of_the_first_hour_has_two_pictures_of_each_product(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    importlib.import_module("first_hour").make_shop(tmp_path / "shop", 40)
-    table = pa_csv.read_csv(tmp_path / "shop" / "products.csv")
-    products = table.group_by(["product", "title", "brand", "price"]).aggregate([("image", "count")])
-    assert products["image_count"].to_pylist() == [2] * 40
-    assert all((tmp_path / "shop" / name).is_file() for name in table["image"].to_pylist())
 
 
 @pytest.mark.slow
