@@ -3,7 +3,6 @@ r"""Compare index kinds: build time, memory, latency and recall, printed as a Ma
     python benchmarks/index_kinds.py                                        20,000 clustered vectors, every kind
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         an hour or more
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
-    python benchmarks/index_kinds.py --emoji --count 100000                 a trained encoder's vectors, texts to search
     python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --peers    your own, with other libraries beside
     python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --count 10000000 --filters --updates \
         --target 0.99 --target 0.95
@@ -33,7 +32,7 @@ from typing import Any
 
 import faiss
 import numpy as np
-from index_material import EMOJI_DIM, Material, allowed_rows, blocks, count_hits, read_whole
+from index_material import Material, allowed_rows, blocks, count_hits, read_whole
 from index_peers import PEERS
 
 from dcar_core.util.arrays import Floats, Rows
@@ -194,10 +193,8 @@ def resident() -> int:
 
 def show(results: list[Result], material: Material, memory: int) -> None:
     """Print the table of docs/benchmarks.md, and the choice of `auto`."""
-    about = {
-        "clusters": f"{material.count:,} clustered vectors of {material.dim}",
-        "emoji": f"{material.count:,} images drawn from the emoji, {material.dim} dimensions, queried by texts",
-    }.get(material.name, f"{material.count:,} vectors of {material.dim}, from {material.name}")
+    kind, source = ("vectors", f", from {material.name}") if material.files else ("clustered vectors", "")
+    about = f"{material.count:,} {kind} of {material.dim}{source}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [result | measured for result in results for measured in result["measured"]]
     filters = {f"of_{percent}": f"{percent} % allowed" for percent in PERCENTS}
@@ -236,7 +233,6 @@ def main() -> None:
         default=QUERIES,
         help="to tune with, and as many to measure; fixed by the first run of --out",
     )
-    parser.add_argument("--emoji", action="store_true", help="vectors of a trained encoder in place of clusters")
     parser.add_argument("--vectors", type=Path, help="your own: a .npy file, float32 (n, E), normalized")
     parser.add_argument("--queries", type=Path, help="for --vectors: a .npy file; half of them tune, half measure")
     parser.add_argument("--kind", action="append", help=f"may be repeated; default: {', '.join(KINDS)}")
@@ -265,8 +261,7 @@ def describe(given: argparse.Namespace, out: Path) -> Material:
         count, dim = np.load(given.vectors, mmap_mode="r").shape
         files = (given.vectors, given.queries)
         return Material(out, given.vectors.stem, given.count or count, dim, given.query_count, files)
-    name, dim = ("emoji", EMOJI_DIM) if given.emoji else ("clusters", given.dim)
-    return Material(out, name, given.count or 20_000, dim, given.query_count)
+    return Material(out, "clusters", given.count or 20_000, given.dim, given.query_count)
 
 
 def run(given: argparse.Namespace, material: Material, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 - Clusters: vectors around centres of unequal size, each wide in directions of its own, so the cluster alone does not
   give the neighbours. Queries are drawn from the same clusters.
-- Emoji: images drawn from the bundled galleries, and captions as queries.
 - Files: your own vectors and queries. Beyond the vectors of the file, copies follow, each moved by a part of the
   difference between two other vectors, which keeps the directions in which real vectors differ.
 """
@@ -14,15 +13,12 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from emoji_vectors import captions, load_encoder
-from emoji_vectors import vectors as drawn_emoji
 
 from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
 from index_jobs.engines.measure import find_neighbours
 from index_jobs.engines.protocol import HeldOutQueries
 
 BLOCK = 20_000
-EMOJI_DIM = 256
 SPREAD = 24  # directions in which a cluster is wide
 MOVED = 0.3  # of the difference between two vectors
 FILTERED_QUERIES = 200
@@ -56,7 +52,7 @@ class Clusters:
 class Material:
     """Files of vectors, queries to tune with, and queries to measure with their exact neighbours; made once.
 
-    name: "clusters", "emoji" or the name of the file. files: vectors and queries of its own, or None.
+    name: "clusters" or the name of the file. files: vectors and queries of its own, or None.
     """
 
     out: Path
@@ -137,9 +133,6 @@ class Material:
         if self.files:
             vectors, queries = (np.load(path, mmap_mode="r") for path in self.files)
             return grown(vectors, self.count), np.array(queries[: 2 * self.queries])
-        if self.name == "emoji":
-            model = load_encoder()
-            return drawn_emoji(model, self.count), model.encode_text(captions(2 * self.queries))
         clusters = Clusters(self.count, self.dim)
         starts = range(0, self.count, BLOCK)
         drawn = (clusters.draw(min(BLOCK, self.count - start), seed=start) for start in starts)

@@ -23,7 +23,7 @@ def run(script: str, *arguments: str | Path) -> str:
 @pytest.mark.slow
 def test_index_kinds_prints_its_table(tmp_path: Path) -> None:
     kinds = ("--kind", "flat", "--kind", "IVF8,Flat", "--kind", "auto")
-    size = ("--count", "300", "--query-count", "100", "--out", tmp_path, "--emoji")
+    size = ("--count", "300", "--query-count", "100", "--out", tmp_path)
     table = run("index_kinds.py", *size, *kinds).splitlines()
     rows = [line.split(" | ") for line in table if line.startswith("| `")]
     assert [row[0] for row in rows] == ["| `--kind`", "| `flat`", "| `IVF8,Flat`", "| `auto`"]
