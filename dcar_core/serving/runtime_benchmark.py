@@ -11,6 +11,7 @@ import resource
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -261,12 +262,7 @@ def _speeds(
 def _median_seconds(run: Callable[[], object]) -> float:
     """Time some calls; the first one, which prepares a shape, is not counted."""
     run()
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(run, number=1, repeat=_ROUNDS))
 
 
 def _judge(row: RuntimeResult, exact: dict[str, float]) -> RuntimeResult:
