@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from typer import Argument, Option
 
 from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
 from dcar_core.util.console import dump_json, show_progress
-from dcar_core.util.errors import CheckpointError, DcarError, ImageError, ImageFault
+from dcar_core.util.errors import DcarError, ImageError, ImageFault
 from dcar_core.util.files import require_writable
 from index_jobs.jobs.cli import Runtime
 
@@ -125,11 +124,7 @@ def demo(
     others.append(f"{domain}-clip")
     typer.echo()
     for number, (name, (gallery, checkpoint)) in enumerate(sources.items(), 1):
-        build = partial(rebuild, gallery, checkpoint, data / "index" / name, validation=gallery, runtime=runtime)
-        try:
-            summary = build()
-        except CheckpointError:  # an index of another release, whose model is gone
-            summary = build(force=True)
+        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, runtime=runtime)
         state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
         typer.echo(f"{number} of {len(sources)}: {summary.count:,} {name} images, {state}")
     typer.echo(_hints(base_url(host, port), others))
@@ -140,11 +135,10 @@ def demo(
 
 
 def bundled_checkpoint(out: Path, note: str = "") -> Path:
-    """Return a checkpoint of the unadapted bundled model; it is written once, and again if a release brings another."""
-    from dcar_core.model.checkpoint import is_checkpoint, read_config, save_zero_shot
+    """Return a checkpoint of the unadapted bundled model, which is written once."""
+    from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
 
-    backbones = {read_config(path)["backbone"]["sha256"] for path in EXAMPLES.glob("*/checkpoint")}
-    if not is_checkpoint(out) or read_config(out)["backbone"]["sha256"] not in backbones:
+    if not is_checkpoint(out):
         from dcar_core.model.backbone import BackboneSource, load_backbone
 
         save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out, note)

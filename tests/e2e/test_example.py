@@ -20,12 +20,8 @@ import httpx
 import numpy as np
 import pytest
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
 
 from dcar_core import Encoder
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import save_zero_shot
-from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.commands import Command
@@ -69,7 +65,6 @@ def data(examples: Path, run_folder: Path) -> tuple[Path, str]:
     folder, printed = run_folder / "demo", run_folder / "demo.txt"
     with FileLock(f"{folder}.lock"):
         if not printed.exists():
-            publish_without_a_model(folder / "index" / "twemoji", run_folder / "release")
             with start_demo(examples, folder) as (_, said):
                 printed.write_text(said)
     return folder, printed.read_text()
@@ -77,19 +72,6 @@ def data(examples: Path, run_folder: Path) -> tuple[Path, str]:
 
 def metadata(domain: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (EXAMPLES / domain / "metadata.jsonl").read_text().splitlines()]
-
-
-def publish_without_a_model(index: Path, work: Path) -> None:
-    """Publish an index of one twemoji by a base model of other weights, and delete this model."""
-    base = shutil.copytree(EXAMPLES / "base", work / "base")
-    weights = load_file(base / "open_clip_model.safetensors")
-    save_file(weights | {"logit_scale": weights["logit_scale"] + 1}, str(base / "open_clip_model.safetensors"))
-    save_zero_shot(load_backbone(BackboneSource(str(base))), work / "zero-shot")
-    row = metadata("twemoji")[0]
-    write_jsonl(work / "gallery" / "metadata.jsonl", row)
-    shutil.copy(EXAMPLES / "query.png", work / "gallery" / row["file_name"])
-    rebuild(work / "gallery", work / "zero-shot", index, progress=False)
-    shutil.rmtree(work)
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +170,6 @@ def start_demo(examples: Path, data: Path) -> Iterator[tuple[str, str]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
-
-
-def test_demo_replaces_an_index_of_a_release_with_another_model(data: tuple[Path, str]) -> None:
-    folder, said = data
-    assert re.search(r"3,944 twemoji images, indexed in", said)
-    assert open_current(folder / "index" / "twemoji").manifest.version == 2, "the first is of the release"
 
 
 def test_the_readme_shows_what_the_demo_prints(demo: tuple[str, str, float]) -> None:
