@@ -42,7 +42,7 @@ def is_checkpoint(path: Path) -> bool:
 def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Mapping[str, NDArray[np.float32]]) -> str:
     """Return 64 hex digits that identify one mapping from images and queries to vectors.
 
-    Settings that no vector depends on (the loss, the category adapter, pair weights) are left out.
+    Settings that no vector depends on (the loss, pair weights) are left out.
     """
     reweight = replace(config.reweight, token_feature="context", image_feature="pooled")  # the defaults, left out
     serving = {"prompt": config.prompt.to_dict(), "reweight": reweight.to_dict()}
@@ -51,7 +51,7 @@ def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Map
     if config.rerank.blocks:
         serving["rerank"] = config.rerank.to_dict()
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
-    for name in sorted(n for n in trainables if not n.startswith("caa.")):
+    for name in sorted(trainables):
         digest.update(f"{name} {trainables[name].shape}".encode())
         digest.update(np.ascontiguousarray(trainables[name], np.float32).tobytes())
     return digest.hexdigest()
@@ -143,12 +143,10 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     if backbone_hash != described["sha256"]:
         raise CheckpointError(
             f"{path} was trained on another backbone ({described['sha256'][:12]}) than {backbone.source.model} is "
-            f"({backbone_hash[:12]}), by its weights, tokenizer or preprocessing, or by an older version of this "
-            f"program that did not look at the tokenizer; train again on it, or point config.json to the right one"
+            f"({backbone_hash[:12]}), by its weights, tokenizer or preprocessing; train again on it, or point "
+            f"config.json to the right one"
         )
-    weights = {
-        name: value for name, value in read_trainables(path).items() if not name.startswith("caa.")
-    }  # older ones
+    weights = read_trainables(path)
     try:
         model = DCAR(backbone, ModelConfig.from_dict(content["model"]))
     except (ModelError, ValueError, KeyError, TypeError) as error:

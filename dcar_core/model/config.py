@@ -5,9 +5,8 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import ArgsKwargs
 
 from dcar_core.util.memory import WEIGHTS_FILE
 
@@ -32,16 +31,6 @@ _Number = float | int  # an integer stays one: fingerprints and the names of run
 @dataclass(frozen=True)
 class _Config:
     _omitted: ClassVar[frozenset[str]] = frozenset()
-    _former: ClassVar[Mapping[str, str | None]] = {}  # names in older checkpoints; None: without a meaning now
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rename(cls, given: Any) -> Any:
-        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-        if not isinstance(values, dict):
-            return given
-        current = {name: cls._former.get(name, name) for name in values}
-        return {new: values[name] for name, new in current.items() if new is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields; omit options of later versions at their defaults, so that older fingerprints stay."""
@@ -102,7 +91,6 @@ class ReweightConfig(_Config):
     token_feature: TokenFeature = "context"
     image_feature: ImageFeature = "pooled"
     _omitted = frozenset({"token_feature", "image_feature"})
-    _former: ClassVar[Mapping[str, str | None]] = {"word": "token_feature", "picture": "image_feature"}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -155,7 +143,6 @@ class LossConfig(_Config):
     late: Annotated[_Number, Field(ge=0, le=1)] = 0
     hard_negatives: bool = False
     _omitted = frozenset({"direction", "temperature", "late", "hard_negatives"})
-    _former: ClassVar[Mapping[str, str | None]] = {"consistency": None, "distance": None}
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
