@@ -193,9 +193,6 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     from index_jobs.store.versions import open_current
 
     artifact = open_current(index)
-    lexical = artifact.lexical
-    if lexical is None:
-        raise SystemExit(f"{index} has no lexical index; rebuild it")
     items = [artifact.item(row) for row in range(artifact.rows)]
     read = evaluate_queries.read_queries(queries, [item.metadata | {"category": item.category} for item in items])
     texts = [query.text for query in read]

@@ -123,7 +123,7 @@ async def catalogue(request: Request) -> Response:
     snapshot = await snapshot_of(request)
     artifact = snapshot.artifact
     settings = state_of(request).settings
-    has_words = artifact.lexical is not None and len(artifact.sample_vectors) > 0
+    has_words = len(artifact.sample_vectors) > 0
     fields = await asyncio.to_thread(snapshot.page_facts.find, "fields", lambda: _sort_fields(artifact))
     return JsonResponse(
         {

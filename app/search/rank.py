@@ -73,7 +73,7 @@ def hybrid_candidates(
         weight: of the words of `text`, above 0 and at most 1.
 
     Raises:
-        UnsupportedQueryError: the version has no lexical index.
+        UnsupportedQueryError: the index keeps no vectors.
     """
     lexical = require_words(artifact)
     mask = word_rows(artifact, vector, allowed)
@@ -99,12 +99,9 @@ def hybrid_candidates(
 
 
 def require_words(artifact: Artifact) -> LexicalIndex:
-    """Return the lexical index. Raise UnsupportedQueryError if the version has none, or keeps no vectors."""
+    """Return the lexical index. Raise UnsupportedQueryError if the index keeps no vectors."""
     if not len(artifact.sample_vectors):
         raise UnsupportedQueryError("Hybrid search needs vectors of items; the index keeps none.", field="hybrid")
-    if artifact.lexical is None:
-        message = "This index is older than hybrid search; rebuild it with `dcar index build`."
-        raise UnsupportedQueryError(message, field="hybrid")
     return artifact.lexical
 
 
@@ -214,7 +211,7 @@ class Levels(NamedTuple):
 
 def contained_share(artifact: Artifact, text: str) -> tuple[float, bool]:
     """Return the text score from which on an item contains the words of a query, and True if items have these words."""
-    is_familiar = artifact.lexical is None or artifact.lexical.known_share(text) >= _FAMILIAR
+    is_familiar = artifact.lexical.known_share(text) >= _FAMILIAR
     return _CONTAINED if is_familiar else _NEAR_SPELLING, is_familiar
 
 

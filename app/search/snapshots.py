@@ -176,7 +176,8 @@ def _warm_up(snapshot: Snapshot, *, is_shared: bool) -> None:
     """Search and encode once, which finds damage, converts the weights and reads what queries need."""
     encoder, artifact = snapshot.encoder, snapshot.artifact
     artifact.search(np.eye(1, encoder.dim, dtype=np.float32), 1)
-    _ = artifact.lexical, artifact.sample_vectors
+    if artifact.rows:
+        _ = artifact.lexical, artifact.sample_vectors
     if is_shared:
         return
     for _ in range(2):

@@ -148,7 +148,7 @@ class _Build:
             manifest = open_current(self.out).manifest
         except ArtifactError:
             return None
-        return manifest if manifest.spec == self.spec and manifest.is_as_built and manifest.has_term_lists else None
+        return manifest if manifest.spec == self.spec and manifest.is_as_built else None
 
     def run(self) -> RebuildSummary:
         """Build and publish a version."""

@@ -337,7 +337,7 @@ def _measure(
     is_target = artifact.search(vectors, _DEPTH, allowed)[1] == np.array(targets)[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
     measures = _measures(gains)
-    if with_words and artifact.lexical is not None:
+    if with_words:
         queries, weight = list(zip(texts, vectors, targets, strict=True)), artifact.manifest.words_weight
         hybrid = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
         measures |= _measures(hybrid[:, 0].astype(np.float32), "hybrid_")

@@ -244,7 +244,7 @@ def _publish(
     start = rows - additions[-1].count if additions != manifest.additions else rows  # of what is stored anew
     if len(changed := current.changed[current.changed < start]):
         write_rows(staging / CHANGED, changed)
-    if manifest.has_lexical and additions != manifest.additions:
+    if additions != manifest.additions:
         items = Items(staging / additions[-1].folder / ITEMS)
         texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
         for name in write_lexical(staging / LEXICAL, texts, rows - len(items)):  # tantivy has replaced these

@@ -188,10 +188,8 @@ class Artifact:
         return _read_rows(self.path / CHANGED, self.rows) if CHANGED in self.manifest.files else NO_ROWS
 
     @cached_property
-    def lexical(self) -> LexicalIndex | None:
-        """The words of the items; None in older versions. Raise ArtifactError if the index cannot be read."""
-        if not self.manifest.has_lexical:
-            return None
+    def lexical(self) -> LexicalIndex:
+        """The words of the items. Raise ArtifactError if the index cannot be read."""
         lexical = LexicalIndex(self.path / LEXICAL)
         if len(lexical) != self.rows:
             raise ArtifactError(f"{lexical.path} has {len(lexical):,} rows, but the index {self.rows:,}")

@@ -105,7 +105,7 @@ class _Draft:
             files.pop(CHANGED, None)
             write_rows(staging / CHANGED, np.union1d(current.changed, [*self.records]))
         shared = publish.share_files(current.path, staging, files)
-        if texts and manifest.has_lexical:
+        if texts:
             for name in replace_texts(staging / LEXICAL, texts):
                 shared.pop(name, None)
         change, changed = f"{change} {origin}".rstrip(), manifest.changed + len(self.records)

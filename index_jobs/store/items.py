@@ -31,7 +31,7 @@ from index_jobs.checks import check_file_once, require_rows
 logger = logging.getLogger(__name__)
 
 _BATCH = 65_536
-SIZE_COLUMNS = ["width", "height"]  # of the upright image in pixels, null if unknown; older files lack them
+SIZE_COLUMNS = ["width", "height"]  # of the upright image in pixels, null if unknown
 COLUMNS = ["id", "caption", "category", "location", "offset", "size", "metadata", *SIZE_COLUMNS]
 _BY_ID = "by_id"  # row numbers in the order of the ids
 _TYPES = {
@@ -190,15 +190,11 @@ class Items:
             names = self._schema.names
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-        self._missing = [name for name in SIZE_COLUMNS if name not in names]
         types = {name: self._schema.field(name).type for name in _TYPES if name in names}
-        if {**dict.fromkeys(self._missing, pa.int32()), **types} != _TYPES or any(
-            len(batch) != _BATCH for batch in self._batches[:-1]
-        ):
+        if types != _TYPES or any(len(batch) != _BATCH for batch in self._batches[:-1]):
             raise ArtifactError(f"{path} is not an items file of this version")
         # Cached, because a batch creates a new object for a column each time.
         self._cells = {name: [batch.column(name) for batch in self._batches] for name in types}
-        self._cells |= {name: [pa.nulls(len(batch)) for batch in self._batches] for name in self._missing}
         self._count = sum(len(batch) for batch in self._batches)
         check_file_once(path, self._check)
 
@@ -228,10 +224,7 @@ class Items:
 
     def table(self, rows: Rows | None = None) -> pa.Table:
         """Return all rows, or some, ascending, with the columns that `write_items` needs."""
-        table = pa.Table.from_batches(self._batches, self._schema)
-        for name in self._missing:
-            table = table.append_column(name, pa.nulls(len(self), pa.int32()))
-        table = table.select(COLUMNS)
+        table = pa.Table.from_batches(self._batches, self._schema).select(COLUMNS)
         return table if rows is None else take_rows(table, rows)
 
     def write_changed(self, path: Path, records: Mapping[int, Mapping[str, Any]], changed: Set[str]) -> None:

@@ -69,12 +69,12 @@ class Manifest:
     additions: list[Addition] = field(default_factory=list)
     removed: int = 0  # rows that are never found
     changed: int = 0  # items whose metadata changed after the build, each as often as it did
-    change: str = ""  # how this version differs from the one before, in words; "" in versions older than this field
+    change: str = ""  # how this version differs from the one before, in words
     origin: str = ""  # of changes that are a history of their own: OVER_HTTP or BY_WATCH; "" of other versions
     rebuild: str = ""  # why a rebuild is recommended, "" while it is not
     cutoff: dict[str, Any] = field(default_factory=dict)  # meaning of min_score "auto"; empty: not calibrated
-    runtime: str = ""  # runtime that encoded the images; "" in versions older than this field
-    replaced: int | None = None  # the previous version; None for the first, or in versions older than this field
+    runtime: str = ""  # runtime that encoded the images
+    replaced: int | None = None  # the previous version; None for the first
     number_texts: dict[str, str] = field(default_factory=dict)  # fields of texts such as "10,50", with an example
     hybrid_weight: float | None = None  # of the words, chosen by validation texts; None: not chosen
     metric: str = "inner_product"
@@ -84,11 +84,6 @@ class Manifest:
     def is_as_built(self) -> bool:
         """True if nothing was added, removed or changed after the build."""
         return not self.additions and not self.removed and not self.changed
-
-    @property
-    def has_lexical(self) -> bool:
-        """False for versions that are older than the lexical index."""
-        return any(name.startswith(f"{LEXICAL}/") for name in self.files)
 
     @property
     def folders(self) -> list[str]:
@@ -101,11 +96,6 @@ class Manifest:
         """The weight of the words in hybrid searches that name none."""
         return DEFAULT_WEIGHT if self.hybrid_weight is None else self.hybrid_weight
 
-    @property
-    def has_term_lists(self) -> bool:
-        """False for versions whose hybrid searches take longer; see `index_jobs.store.lexical.lexical_index`."""
-        return f"{LEXICAL}/terms.npy" in self.files
-
     def to_dict(self) -> dict[str, Any]:
         """Return the values with a checksum over all of them, which reveals a changed manifest."""
         values = asdict(self)
@@ -113,15 +103,14 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
-        """Read a manifest of this format, or of the former one. Raise ArtifactError if it is damaged."""
+        """Read a manifest of this format. Raise ArtifactError if it is damaged."""
         try:
             values = json.loads(path.read_bytes())
             checksum = values.pop("checksum", None)
-            if values.get("format") not in (FORMAT, FORMAT - 1):
+            if values.get("format") != FORMAT:
                 raise ArtifactError(f"{path} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
             if checksum != hash_json(values):
                 raise ArtifactError(f"{path} is corrupted: its checksum differs")
-            values = _upgraded(values)
             spec = IndexSpec(**values.pop("spec"))
             files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
             additions = [Addition(**addition) for addition in values.pop("additions")]
@@ -130,31 +119,3 @@ class Manifest:
             raise ArtifactError(f"{path} is missing") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
-
-
-def _upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a manifest in the present format. In format 2, the fields of the spec stood by themselves.
-
-    Which runtime and which share of failures were asked for is unknown; the defaults of `dcar index build` are assumed.
-    """
-    if values["format"] == FORMAT:
-        if "over_http" in values:  # in place of `origin`
-            values["origin"] = OVER_HTTP if values.pop("over_http") else ""
-        return values
-    values = {name: value for name, value in values.items() if name not in ("format", "checkpoint_signature")}
-    milvus = values.pop("milvus", "")
-    spec = {
-        "gallery": values.pop("source"),
-        "fingerprint": values.pop("fingerprint"),
-        "gallery_signature": values.pop("gallery_signature"),
-        "pairs_signature": values.get("cutoff", {}).pop("pairs_signature", ""),
-        "kind": values.pop("requested_kind"),
-        "engine": f"milvus={milvus}" if milvus else IndexSpec.engine,
-        "memory": values.pop("requested_memory"),
-        "target_recall": values.pop("target_recall"),
-        "text_fields": values.pop("text_fields", None),
-        "group_field": values.pop("group_field", ""),
-        "exact": values.pop("exact", False),
-        "runtime": "auto",
-    }
-    return values | {"spec": spec}

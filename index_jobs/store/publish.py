@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from dcar_core.util.errors import ArtifactError, DataError, DcarError
+from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
@@ -204,10 +204,7 @@ def _lock(index: Path) -> AbstractContextManager[None]:
 
 def _sync(engines: set[str], index: Path, version: int) -> None:
     for engine in sorted(engines):
-        try:
-            load_engine(engine).sync(index, index_name(index), version)
-        except DataError as error:  # of a version that another release wrote
-            logger.warning("version %d is published, but not to the engine of an older one: %s", version, error)
+        load_engine(engine).sync(index, index_name(index), version)
 
 
 def next_version(index: Path) -> int:

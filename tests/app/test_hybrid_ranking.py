@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from app.search.engine import rank_rows
-from app.search.errors import UnsupportedQueryError
 from app.search.plan import Plan
 from app.search.query import Query
 from app.search.rank import rank
@@ -95,12 +94,6 @@ def test_hybrid_results_are_folded_in_their_order(catalogue: Any) -> None:
     folded = rank(snapshot.artifact, vector, replace(plan, query=Query(query="red fish cake", fold=0.999)), 30)
     assert [each.row for each in folded] == [row for row in everything if row not in same - {best}][:30]
     assert {each.row: {*each.near} for each in folded if each.near} == {best: same - {best}}
-
-
-def test_an_index_without_words_says_how_to_get_them() -> None:
-    snapshot = snapshot_of(ArtifactStub(unit(np.random.default_rng(0), 60, 8)))
-    with pytest.raises(UnsupportedQueryError, match="rebuild"):
-        rank(snapshot.artifact, unit(np.random.default_rng(1), 8), Plan(Query(query="ghost"), words_weight=0.5), 5)
 
 
 @pytest.mark.parametrize("query", ["ghost", "red fish cake", "face smile car"])

@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,12 +152,12 @@ def test_scores_from_the_lists_of_terms_equal_those_of_tantivy(tmp_path: Path) -
     ]
     texts = [" ".join(generator.choices(words, k=generator.choice((1, 3, 9, 30, 80)))) for _ in range(300)]
     write_lexical(tmp_path / "lexical", [*texts, "", " ".join(map(str, range(1000)))])
-    lexical, older = LexicalIndex(tmp_path / "lexical"), LexicalIndex(tmp_path / "lexical")
-    older._lists = None
+    lexical = LexicalIndex(tmp_path / "lexical")
     rows = np.array(generator.sample(range(302), 302))
     for query in ("babem", "babem docun", "babem 7 unknown", " ".join(words[:9]), "of", "?!"):
-        np.testing.assert_allclose(lexical.score(query, rows), older.score(query, rows), rtol=1e-5)
-        assert len(older.search(query, 400)[1]) <= lexical.count_matches(query) <= 302
+        by_tantivy = lexical._score(replace(lexical._parse(query), has_similar=True), rows)
+        np.testing.assert_allclose(lexical.score(query, rows), by_tantivy, rtol=1e-5)
+        assert len(lexical.search(query, 400)[1]) <= lexical.count_matches(query) <= 302
 
 
 def test_rows_found_by_rare_terms_have_the_score_of_all_terms(tmp_path: Path) -> None:
@@ -168,17 +169,6 @@ def test_rows_found_by_rare_terms_have_the_score_of_all_terms(tmp_path: Path) ->
     assert (np.diff(scores) <= 0).all()
     np.testing.assert_allclose(scores, lexical.score("ghost face", rows), rtol=1e-6)
     assert len(lexical.search("face", 40, by_rare_terms=True)[1]) == 32, "a query without rare terms keeps the others"
-
-
-def test_an_index_without_lists_of_terms_is_read_and_updated(tmp_path: Path) -> None:
-    path = tmp_path / "lexical"
-    write_lexical(path, TEXTS)
-    for name in (STARTS, TERMS):
-        (path / name).unlink()
-    write_lexical(path, ["a blue car"], first_row=len(TEXTS))
-    scores = LexicalIndex(path).score("blue car", np.arange(len(TEXTS) + 1))
-    assert np.flatnonzero(scores).tolist() == [3, 6]
-    assert not (path / TERMS).exists()
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,6 @@ def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -
 
 def test_derived_facts_of_a_manifest(published: Path) -> None:
     manifest = open_version(published, 1).manifest
-    assert manifest.has_term_lists
-    assert not replace(manifest, files={}).has_term_lists
     assert manifest.words_weight == DEFAULT_WEIGHT
     assert replace(manifest, hybrid_weight=0.0).words_weight == 0
     addition = Addition(folder="added-2", count=1, kind="Flat", sources=["d"], roots=["/d", "/a"])

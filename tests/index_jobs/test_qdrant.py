@@ -351,24 +351,6 @@ def test_a_process_with_a_local_folder_ends_in_silence(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_a_version_of_an_engine_that_is_gone_is_to_be_rebuilt(
-    build: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from dcar_core.util.files import write_json
-    from index_jobs.store.manifest import Manifest
-
-    index = tmp_path / "index"
-    build()
-    path = index / "versions/1/manifest.json"
-    manifest = Manifest.read(path)
-    write_json(path, replace(manifest, spec=replace(manifest.spec, engine="milvus=http://host")).to_dict())
-    with pytest.raises(ArtifactError, match="unknown engine 'milvus'; there are: faiss, qdrant; rebuild the index"):
-        open_current(index)
-    assert build().version == 2
-    assert open_current(index).manifest.count == 24
-    assert "not to the engine of an older one" in caplog.text
-
-
 @pytest.mark.slow
 @needs("qdrant-core")
 def test_a_restarted_server_has_every_published_version_and_no_other(

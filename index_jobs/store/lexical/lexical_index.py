@@ -8,8 +8,7 @@
 - The best rows come from tantivy, the scores of chosen rows from lists of the terms of each row: `terms.npy`, uint32,
   the CRC-32 of each term, and `term_starts.npy`, int64 (rows + 1,), where those of a row begin. A row scores too high
   if one of its terms has the CRC of another term of the query, by a chance of one in some hundred millions.
-- For a query that matches terms one edit away, and in versions older than the lists, tantivy scores chosen rows too,
-  which takes longer.
+- For a query that matches terms one edit away, tantivy scores chosen rows too, which takes longer.
 - Readers open the files through links in a temporary directory, because tantivy locks a directory by writing to it, and
   versions may be mounted read-only.
 """
@@ -98,7 +97,7 @@ def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any
     """
     is_new = not (path / "meta.json").exists()
     path.mkdir(exist_ok=True)
-    earlier = _TermLists.open(path)
+    earlier = None if is_new else _TermLists.open(path)
     rows, lengths, crcs = array("q"), array("q"), array("I")
     try:
         index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path)
@@ -121,12 +120,11 @@ def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any
         lock.unlink()
     for name in _REPLACED:  # tantivy writes them for this user only; the service may run as another
         (path / name).chmod(apply_umask(0o666))
-    if is_new or earlier is not None:  # an older index stays without lists
-        new_rows, new_lengths = np.array(rows, np.int64), np.array(lengths, np.int64)
-        starts, all_terms = _spliced(earlier, kept, new_rows, new_lengths, np.array(crcs, np.uint32))
-        for name, values in ((STARTS, starts), (TERMS, all_terms)):
-            with atomic_writer(path / name) as file:
-                np.save(file, values, allow_pickle=False)
+    new_rows, new_lengths = np.array(rows, np.int64), np.array(lengths, np.int64)
+    starts, all_terms = _spliced(earlier, kept, new_rows, new_lengths, np.array(crcs, np.uint32))
+    for name, values in ((STARTS, starts), (TERMS, all_terms)):
+        with atomic_writer(path / name) as file:
+            np.save(file, values, allow_pickle=False)
     return {f"{path.name}/{name}" for name in (*_REPLACED, STARTS, TERMS)}
 
 
@@ -192,7 +190,7 @@ class LexicalIndex:
         proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
         self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
         self._lists = _TermLists.open(path)
-        if self._lists is not None and len(self._lists) != len(self):
+        if len(self._lists) != len(self):
             raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
 
     def __len__(self) -> int:
@@ -269,14 +267,13 @@ class LexicalIndex:
             elif len(term) >= _FUZZY_FROM and not term.isdecimal():
                 fuzzy = tantivy.Query.fuzzy_term_query(self._schema, _TERMS, term, distance=1)
                 similar.append(tantivy.Query.const_score_query(fuzzy, _FUZZY_SCORE * math.log1p(count)))
-        is_scored_by_lists = self._lists is not None and not similar
         return _ParsedQuery(
-            any_of(common + rare + similar), any_of(rare) if common and is_scored_by_lists else None, best, weights,
+            any_of(common + rare + similar), any_of(rare) if common and not similar else None, best, weights,
             count if similar else min(matches, count), bool(similar),
         )  # fmt: skip
 
     def _score(self, query: _ParsedQuery, rows: Rows) -> Floats:
-        if self._lists is not None and not query.has_similar:
+        if not query.has_similar:
             return self._lists.score(query.weights, rows) / np.float32(query.best_score or 1)
         scores = np.zeros(len(rows), np.float32)
         if query.whole is not None and len(rows):
@@ -305,10 +302,8 @@ class _TermLists:
         self._mean_length = len(terms) / max(len(starts) - 1, 1)
 
     @classmethod
-    def open(cls, path: Path) -> "_TermLists | None":
-        """Open the lists of a lexical index; None in older versions. Raise ArtifactError if they cannot be read."""
-        if not (path / TERMS).exists():
-            return None
+    def open(cls, path: Path) -> "_TermLists":
+        """Open the lists of a lexical index. Raise ArtifactError if they cannot be read."""
         try:
             starts, terms = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in (STARTS, TERMS))
         except Exception as error:  # NumPy raises many types for a header that it did not write
