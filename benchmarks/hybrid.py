@@ -2,16 +2,14 @@
 
     make demo    # once, for data/index/twemoji and openmoji; stop it when it serves
     python benchmarks/hybrid.py quality --index data/index/twemoji --queries examples/emoji/queries/test.tsv
-    python benchmarks/hybrid.py latency --items 100000
     python benchmarks/hybrid.py service --items 100000
 
 - Quality: hit@1, hit@5 and nDCG@10 of short queries over every item of a bundled gallery; `--queries` as in
   examples/emoji/evaluate_queries.py. `--weights` compares weights of the words; choose on validation.tsv.
-- Latency: p50 of one search on one core, without the encoding of the query; size and seconds of the lexical index.
-  Vectors are random around 1,000 centres, in an index of kind `auto`; texts are words of a Zipf distribution, and
-  queries are the words of an item. Each way has queries of its own, so that none has the caches warmed for it.
-- Service: p50 of POST /search/text over the same items, one query at a time, with the bundled model on one core and the
-  caller on another; for texts that are new, and for texts that were asked before. The ways alternate.
+- Service: p50 of POST /search/text, one query at a time, with the bundled model on one core and the caller on another;
+  for texts that are new, and for texts that were asked before. Vectors of items are random around 1,000 centres; texts
+  are words of a Zipf distribution, and queries are the words of an item. The ways alternate, and each has queries of
+  its own, so that none has the caches warmed for it.
 """
 
 import argparse
@@ -20,15 +18,11 @@ import os
 import random
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import faiss
 import numpy as np
 from index_material import read_whole
 from load import connect, text_request
@@ -38,13 +32,9 @@ from app.cli.serving import bundled_checkpoint
 from app.search.plan import Plan
 from app.search.query import Query
 from app.search.rank import rank
-from dcar_core.util.arrays import Floats, Rows
-from index_jobs.engines.faiss.build import build_index
-from index_jobs.engines.faiss.index import VECTORS, FaissIndex
-from index_jobs.engines.faiss.kinds import choose_kinds
-from index_jobs.spec import IndexSpec
-from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, spread_rows
-from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
+from dcar_core.util.arrays import Floats
+from index_jobs.engines.faiss.index import VECTORS
+from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 DIM, CENTRES, WORDS, WORDS_PER_ITEM = 256, 1000, 50_000, 12
@@ -52,40 +42,16 @@ SEARCHES = 200
 WAYS = (False, 1, DEFAULT_WEIGHT)  # `hybrid` of vectors, words and both
 
 
-class Index:
-    """The parts of an artifact that ranking reads, over made vectors and texts."""
-
-    def __init__(self, vectors: FaissIndex, lexical: LexicalIndex) -> None:
-        self._vectors, self.lexical, self.rows = vectors, lexical, vectors.count
-        self.manifest = SimpleNamespace(removed=0, spec=IndexSpec())
-        self.live = np.ones(self.rows, np.bool_)
-        self.sample_vectors = self.vectors(spread_rows(self.rows))
-
-    def search(self, vectors: Floats, k: int, allowed: Any = None, *, is_narrow: bool = False) -> Any:
-        """As `Artifact.search`."""
-        return self._vectors.search(vectors, k, allowed, is_narrow=is_narrow)
-
-    def vectors(self, rows: Rows) -> Floats:
-        """As `Artifact.vectors`."""
-        vectors: Floats = self._vectors.vectors(rows)
-        return vectors
-
-
-def make_material(items: int) -> tuple[Floats, list[str], Floats]:
-    """Return the vectors of made items, their texts, and query vectors for each of `WAYS`."""
+def make_material(items: int) -> tuple[Floats, list[str]]:
+    """Return the vectors of made items, and their texts."""
     rng, generator = np.random.default_rng(0), random.Random(0)
     centres = rng.standard_normal((CENTRES, DIM)).astype(np.float32)
-
-    def near_centres(count: int) -> Floats:
-        vectors = centres[rng.integers(0, CENTRES, count)] + rng.standard_normal((count, DIM)).astype(np.float32)
-        unit: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return unit
-
-    vectors = near_centres(items)
+    vectors = centres[rng.integers(0, CENTRES, items)] + rng.standard_normal((items, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     names = ["".join("abcdefghij"[int(digit)] for digit in str(number + 10_000)) for number in range(WORDS)]
     limits = np.cumsum(1 / np.arange(1, WORDS + 1)).tolist()
     texts = [" ".join(generator.choices(names, cum_weights=limits, k=WORDS_PER_ITEM)) for _ in range(items)]
-    return vectors, texts, near_centres(len(WAYS) * SEARCHES).reshape(len(WAYS), SEARCHES, DIM)
+    return vectors, texts
 
 
 def draw_queries(texts: list[str], words: int, generator: random.Random) -> list[list[str]]:
@@ -93,56 +59,9 @@ def draw_queries(texts: list[str], words: int, generator: random.Random) -> list
     return [[" ".join(generator.sample(generator.choice(texts).split(), words)) for _ in range(SEARCHES)] for _ in WAYS]
 
 
-def make_index(vectors: Floats, texts: list[str], folder: Path) -> Index:
-    """Return an index of the material."""
-    items = len(vectors)
-    faiss.omp_set_num_threads(2)
-
-    def blocks() -> Iterator[Floats]:
-        yield from np.array_split(vectors, -(-items // 65_536))
-
-    built = build_index(folder / VECTORS, blocks, items, DIM, choose_kinds("auto", items, DIM), target=0.99)
-    started = time.process_time()
-    write_lexical(folder / "lexical", texts)
-    seconds = time.process_time() - started
-    sizes = {file.name: file.stat().st_size / 1e6 for file in (folder / "lexical").iterdir()}
-    total, lists = sum(sizes.values()), sizes[TERMS] + sizes[STARTS]
-    print(
-        f"{items:,} items, {built.kind}; lexical index: {total:.1f} MB, {lists:.1f} of them lists of terms, "
-        f"written in {seconds:.1f} s of one core\n"
-    )
-    return Index(FaissIndex.open(folder / VECTORS), LexicalIndex(folder / "lexical"))
-
-
-def measure_latency(items: int) -> None:
-    """Print a table: one row for each number of query words, and each way of searching."""
-    with tempfile.TemporaryDirectory() as folder:
-        item_vectors, texts, vectors = make_material(items)
-        index = make_index(item_vectors, texts, Path(folder))
-        artifact: Any = index
-        faiss.omp_set_num_threads(1)
-        generator = random.Random(1)
-        print(
-            "| words in the query | vectors, ms | words, ms | both, ms | both / vectors |\n"
-            "| --- | --- | --- | --- | --- |"
-        )
-        for words in (1, 2, 4):
-            queries = draw_queries(texts, words, generator)
-            taken: list[list[float]] = [[] for _ in WAYS]
-            for search in range(SEARCHES):
-                for way, weight in enumerate(WAYS):
-                    plan = Plan(Query(query=queries[way][search]), words_weight=weight)
-                    started = time.perf_counter()
-                    rank(artifact, vectors[way, search], plan, 13)
-                    taken[way].append(1000 * (time.perf_counter() - started))
-            medians = [statistics.median(values) for values in taken]
-            cells = [*(f"{value:.2f}" for value in medians), f"{medians[2] / medians[0]:.2f}"]
-            print(f"| {words} | {' | '.join(cells)} |")
-
-
 def make_served(items: int, work: Path) -> tuple[Path, list[str]]:
     """Return a published index of made items, and their texts; the vectors are no longer in memory."""
-    vectors, texts, _ = make_material(items)
+    vectors, texts = make_material(items)
     return made_index(work / f"hybrid-{items}", bundled_checkpoint(work / "bundled"), lambda: vectors, texts), texts
 
 
@@ -220,18 +139,14 @@ def main() -> None:
         "--queries", type=Path, default=EMOJI / "queries" / "validation.tsv", help="default: %(default)s"
     )
     quality.add_argument("--weights", type=float, nargs="+", default=[0.0, DEFAULT_WEIGHT, 1.0])
-    latency = commands.add_parser("latency", help="how long a search takes")
-    latency.add_argument("--items", type=int, default=100_000, help="default: %(default)s")
     service = commands.add_parser("service", help="how long a request takes")
     service.add_argument("--items", type=int, default=100_000, help="default: %(default)s")
     service.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="default: %(default)s")
     args = parser.parse_args()
     if args.command == "quality":
         measure_quality(args.index, args.queries, args.weights)
-    elif args.command == "service":
-        measure_service(args.items, args.work)
     else:
-        measure_latency(args.items)
+        measure_service(args.items, args.work)
 
 
 if __name__ == "__main__":
