@@ -39,21 +39,20 @@ import uvloop
 from hostile_files import (
     encoded,
     heif_bomb,
-    many_chunks,
     many_comments,
     many_extents,
     many_scans,
-    many_segments,
     many_tags,
     many_tracks,
-    mutants,
     tile_bomb,
     two_headers,
     two_kinds,
 )
 from load import Tally, address, ask, closed_loop, image_request, open_loop, post, same_answer
-from serve import bomb, new_images, new_texts
+from serve import new_images, new_texts
 from service import MemoryGroup, Server, emoji, index_of, serving
+
+from tests.support.hostile_images import jpeg_with_segments, mutants, png_of_size, png_with_chunks
 
 ADMIN_KEY = "an admin key"
 ATTACKER = "127.0.0.2"  # another caller than the honest ones
@@ -259,7 +258,7 @@ def attacks() -> dict[str, Attack]:
         "writes without a key": post("/items", "application/json", bytes(20_000)).replace(b"POST", b"PUT", 1),
     }
     images = {
-        "PNG bomb": bomb(60_000, bytes(10**7)),
+        "PNG bomb": png_of_size(60_000, 60_000),
         "JPEG bomb": encoded("JPEG", 9_000),
         "GIF bomb": encoded("GIF", 9_000),
         "BMP bomb": encoded("BMP", 2_500),
@@ -273,9 +272,9 @@ def attacks() -> dict[str, Attack]:
         "TIFF tile bomb": tile_bomb(12_000),
         "TIFF with 5,000 tags": many_tags(5_000),
         "JPEG with 2,000 scans": many_scans(2_000),
-        "JPEG with 50,000 segments": many_segments(50_000),
+        "JPEG with 50,000 segments": jpeg_with_segments(50_000),
         "PNG with two headers": two_headers(2_500),
-        "PNG with 200,000 chunks": many_chunks(200_000),
+        "PNG with 200,000 chunks": png_with_chunks(200_000, b"tEXt"),
         "GIF with 1,000,000 comments": many_comments(1_000_000),
     }
     return {

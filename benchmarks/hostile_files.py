@@ -1,13 +1,12 @@
-"""Hostile image files of every format, for `attack.py`."""
+"""Hostile image files for `attack.py`, beside those of `tests/support/hostile_images.py`."""
 
 import io
-import random
 import struct
 import zlib
-from collections.abc import Iterator
 
 from PIL import Image
-from serve import png_chunk
+
+from tests.support.hostile_images import png_chunk
 
 
 def encoded(kind: str, side: int, **options: object) -> bytes:
@@ -22,18 +21,6 @@ def many_scans(count: int) -> bytes:
     data = encoded("JPEG", 1500, progressive=True)
     start = data.rindex(b"\xff\xda")
     return data[:start] + data[start:-2] * count + data[-2:]
-
-
-def many_segments(count: int) -> bytes:
-    """Return a JPEG with many small EXIF segments."""
-    data = encoded("JPEG", 64)
-    return data[:2] + (b"\xff\xe1\x00\x10Exif\x00\x00" + bytes(8)) * count + data[2:]
-
-
-def many_chunks(count: int) -> bytes:
-    """Return a PNG with many empty chunks."""
-    data = encoded("PNG", 64)
-    return data[:33] + png_chunk(b"tEXt", b"") * count + data[33:]
 
 
 def many_comments(count: int) -> bytes:
@@ -110,19 +97,3 @@ def two_kinds(side: int) -> bytes:
     place = data.index(b"mdat") + 4
     index = index.replace(struct.pack(">I", place), struct.pack(">I", place + len(other)))
     return data[: start - 4] + struct.pack(">I", end - start + 4 + len(other)) + index + other + data[end:]
-
-
-def mutants(count: int, seed: int = 0) -> Iterator[bytes]:
-    """Yield files of every format in which bytes were changed, cut out or repeated."""
-    draw = random.Random(seed)
-    files = [encoded(kind, 200) for kind in ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "TIFF", "BMP")]
-    for number in range(count):
-        data = bytearray(files[number % len(files)])
-        for _ in range(draw.randint(1, 12)):
-            data[draw.randrange(12, len(data))] = draw.randrange(256)
-        start, end = sorted(draw.sample(range(12, len(data)), 2))
-        if number % 3 == 1:
-            del data[start:end]
-        elif number % 3 == 2:
-            data[start:start] = data[start:end] * draw.randint(1, 1_000_000 // (end - start))
-        yield bytes(data)

@@ -26,11 +26,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from load import Requests, ask, closed_loop, image_request, post, same_answer, text_request, unique_texts
-from serve import bomb, images, new_images, new_texts
+from serve import images, new_images, new_texts
 from service import ROOT, MemoryGroup, Redis, Server, emoji
 
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import version_numbers
+from tests.support.hostile_images import png_of_size
 
 PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn
 LEAST_MINUTES = 0.5
@@ -71,7 +72,7 @@ def loads(item: str) -> dict[str, tuple[Requests, set[int]]]:
         "images": (new_images(), {200, 503}),
         "items": (lambda: next(found), {200, 503}),
         "broken images": (lambda: image_request(whole[0][: 2000 + next(number) % 9000]), {422, 503}),
-        "bombs": (lambda: image_request(bomb(30_000 + next(number) % 1000)), {422, 503}),
+        "bombs": (lambda: image_request(png_of_size(30_000 + next(number) % 1000, 30_000)), {422, 503}),
         "large bodies": (lambda: post("/search/text", "application/json", bytes(300_000)), {413}),
         "wrong requests": (lambda: next(wrong), {400, 415, 422, 503}),
         "absent things": (lambda: next(absent), {404}),
