@@ -2,15 +2,13 @@
 
     python benchmarks/serve.py cached       cached embeddings on one core, in the process and from Redis
     python benchmarks/serve.py feedback     processor time of a cached search with DCAR_FEEDBACK and without
-    python benchmarks/serve.py compare      the same with DCAR_COMPARE: every search is compared, with the same index
     python benchmarks/serve.py uncached     unique texts and images at 1, 8, 32, 128 connections, in turns with the
                                             bare encoder in batches of the size that the service formed
     python benchmarks/serve.py overload     four times as many requests as the service can answer
     python benchmarks/serve.py mixed        600 requests a second for a minute: texts, known texts, filters and images
-    python benchmarks/serve.py poison       truncated images and decompression bombs between good ones
     python benchmarks/serve.py changes      PATCH of items: seconds from the request to the first search that shows it
 
-- In `cached`, `overload` and `poison` the server has core 0 to itself, and another core sends the load. In `uncached`
+- In `cached` and `overload` the server has core 0 to itself, and another core sends the load. In `uncached`
   and `mixed` it has every core, as in production. Each figure is the median of `--rounds`.
 - `uncached` and `changes` run on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
 """
@@ -23,11 +21,9 @@ import json
 import os
 import shutil
 import statistics
-import struct
 import tempfile
 import time
-import zlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,7 +100,7 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
         redis.kill()
 
 
-def feedback(index: Path, seconds: float, rounds: int, what: str = "feedback", **settings: Any) -> None:
+def feedback(index: Path, seconds: float, rounds: int) -> None:
     """Compare a server with itself while it logs feedback and while it does not; see `feedback_toggle`."""
     texts = [text_request(text) for text in itertools.islice(unique_texts(1), 500)]
     asked = itertools.cycle(texts)
@@ -113,7 +109,7 @@ def feedback(index: Path, seconds: float, rounds: int, what: str = "feedback", *
         with tempfile.TemporaryDirectory() as log:
             costs = Path(log, "costs.json")
             toggled = {"module": "benchmarks.feedback_toggle", "environment": {"FEEDBACK_COSTS": str(costs)}}
-            with serving(index, cores={0}, threads=1, feedback=log, **toggled, **settings) as server:
+            with serving(index, cores={0}, threads=1, feedback=log, **toggled) as server:
                 run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=2))  # warms it up
                 warm = len(json.loads(costs.read_text(encoding="utf-8")))
                 run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=seconds))
@@ -123,7 +119,7 @@ def feedback(index: Path, seconds: float, rounds: int, what: str = "feedback", *
             more.append(statistics.mean(differences[len(pairs) // 10 : -(len(pairs) // 10) or None]))
     cost, base = statistics.mean(more), statistics.mean(without)
     error = statistics.stdev(more) / len(more) ** 0.5
-    print(f"{base:.0f} us of CPU for a search, {cost:+.1f} (+/- {error:.1f}) with {what} ({cost / base:+.1%})")
+    print(f"{base:.0f} us of CPU for a search, {cost:+.1f} (+/- {error:.1f}) with feedback ({cost / base:+.1%})")
 
 
 class Bare:
@@ -263,46 +259,6 @@ def mixed(index: Path, seconds: float, rate: float, settings: dict[str, Any]) ->
         raise SystemExit("got through: " + ", ".join(f"{count} {name}" for name, count in faults.items() if count))
 
 
-def png_chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def bomb(side: int, data: bytes = b"\0") -> bytes:
-    """Return a small PNG that announces side x side pixels, and has some bytes of them."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(data, 9)) + png_chunk(b"IEND", b"")
-
-
-async def _beside(port: int, good: Requests, bad: Requests | None, seconds: float) -> tuple[Tally, Tally]:
-    loads = [closed_loop(port, good, connections=4, seconds=seconds)]
-    if bad is not None:
-        loads.append(closed_loop(port, bad, connections=2, seconds=seconds))
-    tallies = await asyncio.gather(*loads)
-    return tallies[0], tallies[1] if bad is not None else Tally()
-
-
-def poison(index: Path, seconds: float, rounds: int) -> None:
-    import uvloop
-
-    whole = images(4)
-    kinds: dict[str, Callable[[int], bytes]] = {
-        "nothing else": lambda n: b"",
-        "truncated": lambda n: whole[n % 4][: 9000 + n % 3000],
-        "bombs": lambda n: bomb(60_000 + n % 1000),
-        "good ones": lambda n: whole[n % 4] + n.to_bytes(8, "big"),
-    }
-    with serving(index, cores={0}, threads=1, cache_size=0) as server:
-        run(closed_loop(server.port, new_images(), connections=4, seconds=2))
-        for name, make in kinds.items():
-            number = itertools.count()
-            bad = None if name == "nothing else" else (lambda make=make, n=number: image_request(make(next(n))))
-            pairs = [uvloop.run(_beside(server.port, new_images(), bad, seconds)) for _ in range(rounds)]
-            good = median([pair[0] for pair in pairs])
-            took = [x * 1000 for pair in pairs for x in pair[1].latencies]
-            answered = f"; they are answered in {np.median(took):.1f} ms" if took else ""
-            print(f"beside {name:14} {good}{answered}", flush=True)
-
-
 def changes(index: Path, rounds: int) -> None:
     """Change a copy of an index, whose files are hard links."""
     key = "an admin key"
@@ -337,9 +293,7 @@ def _seconds_to_change(client: httpx.Client, field: str, chosen: dict[str, Any],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "what", choices=["cached", "feedback", "compare", "uncached", "overload", "mixed", "poison", "changes"]
-    )
+    parser.add_argument("what", choices=["cached", "feedback", "uncached", "overload", "mixed", "changes"])
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the indexes")
     parser.add_argument("--index", type=Path, help="serve this index instead")
     parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached` and `changes`")
@@ -359,9 +313,6 @@ def main() -> None:
         cached(index, given.seconds, given.rounds)
     elif given.what == "feedback":
         feedback(index, given.seconds, given.rounds)
-    elif given.what == "compare":
-        collections = json.dumps({"candidate": str(index)})
-        feedback(index, given.seconds, given.rounds, "a comparison", collections=collections, compare="candidate:1")
     elif given.what in ("uncached", "mixed"):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
         if given.what == "mixed":
@@ -370,10 +321,8 @@ def main() -> None:
             uncached(index, given.seconds, given.rounds, settings)
     elif given.what == "changes":
         changes(index, given.rounds)
-    elif given.what == "overload":
-        overload(index, given.seconds, given.rounds)
     else:
-        poison(index, given.seconds, given.rounds)
+        overload(index, given.seconds, given.rounds)
 
 
 if __name__ == "__main__":
