@@ -1,6 +1,6 @@
-"""hnswlib, usearch and ScaNN for `index_kinds.py --peers`: built as their documents advise, tuned by our own code.
+"""hnswlib and ScaNN for `index_kinds.py --peers`: built as their documents advise, tuned by our own code.
 
-    pip install hnswlib usearch scann      any of them; one that is missing is skipped
+    pip install hnswlib scann      one that is missing is skipped
 
 Each class has the names that `index_jobs.engines.faiss.tuning` sets: the width of a search, and for ScaNN the number of
 re-ranked candidates as a multiple of ten.
@@ -17,36 +17,12 @@ CONSTRUCTION = 200  # width of a search for the links of a new vector in a graph
 DEGREE = 24
 
 
-class Peer:
-    """A library beside FAISS. loaded: its index."""
-
-    module = ""
+class Hnswlib:
     settings = f"M {DEGREE}, {CONSTRUCTION} in construction"
     width, min_width, max_width, has_reranking = "ef", 10, 4096, False
 
     def __init__(self, loaded: Any) -> None:
         self.loaded = loaded
-
-    @classmethod
-    def build(cls, vectors: Floats) -> "Peer":
-        raise NotImplementedError
-
-    @classmethod
-    def open(cls, path: Path, dim: int) -> "Peer":
-        raise NotImplementedError
-
-    def set(self, name: str, value: int) -> None:
-        """Set a search parameter by its name."""
-
-    def search(self, vectors: Floats, k: int) -> tuple[Floats, Rows]:
-        raise NotImplementedError
-
-    def save(self, path: Path) -> None:
-        self.loaded.save(str(path))
-
-
-class Hnswlib(Peer):
-    module = "hnswlib"
 
     @classmethod
     def build(cls, vectors: Floats) -> "Hnswlib":
@@ -76,44 +52,12 @@ class Hnswlib(Peer):
         return 1 - distances, rows.astype(np.int64)
 
 
-class Usearch(Peer):
-    module = "usearch"
-
-    @classmethod
-    def build(cls, vectors: Floats) -> "Usearch":
-        peer = cls._empty(vectors.shape[1])
-        peer.loaded.add(np.arange(len(vectors)), np.ascontiguousarray(vectors))
-        return peer
-
-    @classmethod
-    def open(cls, path: Path, dim: int) -> "Usearch":
-        peer = cls._empty(dim)
-        peer.loaded.load(str(path))
-        return peer
-
-    @classmethod
-    def _empty(cls, dim: int) -> "Usearch":
-        from usearch.index import Index
-
-        return cls(Index(ndim=dim, metric="ip", dtype="f32", connectivity=DEGREE, expansion_add=CONSTRUCTION))
-
-    def set(self, name: str, value: int) -> None:
-        self.loaded.expansion_search = value
-
-    def search(self, vectors: Floats, k: int) -> tuple[Floats, Rows]:
-        found = self.loaded.search(vectors, k)
-        keys, distances = found.keys.reshape(len(vectors), -1), found.distances.reshape(len(vectors), -1)
-        return 1 - distances, keys.astype(np.int64)
-
-
-class Scann(Peer):
-    module = "scann"
+class Scann:
     settings = "3 sqrt(count) leaves, 2 dimensions a code, threshold 0.2"
-    width, min_width, has_reranking = "leaves", 1, True
+    width, min_width, max_width, has_reranking = "leaves", 1, 4096, True
 
     def __init__(self, loaded: Any) -> None:
-        super().__init__(loaded)
-        self.leaves, self.candidates = 100, 50
+        self.loaded, self.leaves, self.candidates = loaded, 100, 50
 
     @classmethod
     def build(cls, vectors: Floats) -> "Scann":
@@ -149,4 +93,4 @@ class Scann(Peer):
         return np.array(scores), np.array(rows).astype(np.int64)
 
 
-PEERS: dict[str, type[Peer]] = {peer.module: peer for peer in (Hnswlib, Usearch, Scann)}
+PEERS: dict[str, type[Hnswlib | Scann]] = {"hnswlib": Hnswlib, "scann": Scann}
