@@ -244,10 +244,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="keep vectors and results here for later kinds (default: discard them)"
     )
-    parser.add_argument("--build-only", action="store_true", help="build now and measure in a later run; needs --out")
     given = parser.parse_args()
-    if given.build_only and not given.out:
-        parser.error("--build-only needs --out")
     if bool(given.vectors) != bool(given.queries):
         parser.error("--vectors and --queries belong together")
     with tempfile.TemporaryDirectory() as temporary:
@@ -280,11 +277,9 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
             targets = given.target or [IndexSpec.target_recall]
             results[kind] = make(kind, material.index(kind), vectors, queries, memory, targets)
         notes.write_text(json.dumps(results, indent=2))
-        if not given.build_only:
-            try_out(results[kind], material, given.filters, given.updates)
-            notes.write_text(json.dumps(results, indent=2))
-    if not given.build_only:
-        show([result for result in results.values() if "measured" in result], material, memory)
+        try_out(results[kind], material, given.filters, given.updates)
+        notes.write_text(json.dumps(results, indent=2))
+    show([result for result in results.values() if "measured" in result], material, memory)
 
 
 if __name__ == "__main__":
