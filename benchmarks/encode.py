@@ -5,7 +5,6 @@
     python benchmarks/encode.py --runtime openvino-bf16          the default of index jobs where it is fastest
     python benchmarks/encode.py --device cuda --runtime cuda-bf16
     python benchmarks/encode.py --memory 100000                  peak memory over 100,000 images, minutes
-    python benchmarks/encode.py --memory 100000 --tars           the same from webdataset tars of 10,000 each
 
 - The bare encoder is the forward pass of the same runtime over one batch of pixels in memory. It takes turns with the
   job in rounds, so other load affects both. The ratio is the figure to quote; rates depend on the machine.
@@ -16,8 +15,8 @@
 - The rate at which the device multiplies bfloat16 matrices, and the operations of an image, tell what a perfect job
   would reach.
 - Memory is that of the job and its worker processes together, sampled over time; a small encoder leaves the most to the
-  rest. 256 images are drawn; the others are hard links to them, or copies of their bytes. The size of the gallery's
-  table is printed separately, since only the table may grow with the gallery.
+  rest. 256 images are drawn; the others are hard links to them. The size of the gallery's table is printed separately,
+  since only the table may grow with the gallery.
 """
 
 import argparse
@@ -25,7 +24,6 @@ import io
 import itertools
 import json
 import os
-import tarfile
 import tempfile
 import threading
 import time
@@ -48,7 +46,6 @@ from index_jobs.gallery.scan import scan
 from index_jobs.spec import BuildOptions
 
 DRAWN = 256
-IN_A_TAR = 10_000
 SHARD_ROWS = 1024
 BASE = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "base"
 
@@ -79,21 +76,6 @@ def gallery(folder: Path, count: int, size: tuple[int, int]) -> Path:
         path = folder / f"{number // 1000:04}" / f"{number:07}.jpg"
         path.parent.mkdir(exist_ok=True)
         os.link(drawn[number % len(drawn)], path)
-    return folder
-
-
-def tars(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """Write `count` images with captions, 10,000 per webdataset tar."""
-    drawn = [picture(number, size) for number in range(min(DRAWN, count))]
-    folder.mkdir(parents=True)
-    for start in range(0, count, IN_A_TAR):
-        with tarfile.open(folder / f"{start // IN_A_TAR:05}.tar", "w") as tar:
-            for number in range(start, min(count, start + IN_A_TAR)):
-                members = {"jpg": drawn[number % len(drawn)], "txt": f"picture number {number}".encode()}
-                for suffix, data in members.items():
-                    member = tarfile.TarInfo(f"{number:07}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
     return folder
 
 
@@ -229,8 +211,7 @@ def sampled(shards: Path, samples: list[tuple[int, int]]) -> Iterator[None]:
 
 
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    make = tars if arguments.tars else gallery
-    source, work, count = make(folder / "pictures", arguments.memory, (160, 120)), folder / "work", arguments.memory
+    source, work, count = gallery(folder / "pictures", arguments.memory, (160, 120)), folder / "work", arguments.memory
     encoder = Encoder.load(BASE)
     encoder.encode_pixels(np.zeros((arguments.batch_size, 3, 48, 48), np.uint8))
     before, start = resident(os.getpid()), time.perf_counter()
@@ -275,7 +256,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--memory", type=int, metavar="PICTURES", help="measure memory instead")
-    parser.add_argument("--tars", action="store_true", help="with --memory, pictures in tars instead of a folder")
     parser.add_argument("--dir", type=Path, help="where pictures and shards are put for the while (default: temporary)")
     arguments = parser.parse_args()
     if arguments.threads:

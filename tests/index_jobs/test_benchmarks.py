@@ -68,9 +68,8 @@ def test_qdrant_prints_its_table_beside_that_of_faiss() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tars", [(), ("--tars",)])
-def test_encode_prints_memory(tars: tuple[str, ...]) -> None:
-    told = run("encode.py", "--memory", "60", "--threads", "1", *tars)
+def test_encode_prints_memory() -> None:
+    told = run("encode.py", "--memory", "60", "--threads", "1")
     assert re.search(r"scanned 60 pictures in .*; the table takes \d+ MiB, \d\d\d bytes a picture", told)
     assert re.search(r"encoded 60 pictures, \d+/s; peak \d+ MiB in all, \d+ MiB over the first tenth", told)
 
