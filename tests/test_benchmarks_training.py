@@ -9,7 +9,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -214,26 +213,6 @@ def test_a_third_style_is_matched_by_names(tmp_path: Path) -> None:
     assert {code: svg.partition("viewBox=")[2] for code, svg in found.items()} == {
         "1f600": '"0 0 64 64"><a/></svg>', "1f63f": '"0 0 32 64"><b/></svg>',
     }  # fmt: skip
-
-
-def test_attacks_that_do_not_exist_and_a_soak_of_seconds_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    attack, soak = importlib.import_module("attack"), importlib.import_module("soak")
-    monkeypatch.setattr(attack, "attacks", lambda: {"smuggling": attack.smuggle})  # without seconds of drawing bombs
-    for script in (attack, soak):
-        monkeypatch.setattr(script, "emoji", lambda _: pytest.fail("an index is built"))
-    monkeypatch.setattr(sys, "argv", ["attack.py", "--only", "smuggling", "smugling"])
-    with pytest.raises(SystemExit, match="2"):
-        attack.main()
-    assert "--only names no attack: smugling; there are: (none), (a busy core), smuggling" in capsys.readouterr().err
-    good, lost = attack.Tally(statuses=Counter({200: 9, 503: 1})), attack.Tally(statuses=Counter({500: 2}), broken=1)
-    assert attack.Honest(good, good, good, 1999).faults() == []
-    assert attack.Honest(good, lost, good, 2001).faults() == ["1 lost", "2 failed", "2001 MB"]
-    monkeypatch.setattr(sys, "argv", ["soak.py", "--minutes", "0.1"])
-    with pytest.raises(SystemExit, match="2"):
-        soak.main()
-    assert "--minutes must be at least 0.5" in capsys.readouterr().err
 
 
 def test_a_server_s_memory_is_in_millions_of_bytes() -> None:
