@@ -183,8 +183,7 @@ _add_page("/favicon.ico", "icon.svg")
 
 @routes.add("GET", "/openapi.json", _PUBLIC)
 async def openapi(request: Request) -> Response:
-    root = request.scope.get("root_path", "").rstrip("/")
-    return JsonResponse(request.app.openapi() | ({"servers": [{"url": root}]} if root else {}))
+    return JsonResponse(request.app.openapi())
 
 
 @routes.add("GET", "/ui/{name}", _PUBLIC)

@@ -222,7 +222,7 @@ def _items_path(request: Request) -> str:
     """Return the URL path of the items of the request's collection."""
     collection = collection_of(request)
     prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
-    return f"{request.scope.get('root_path', '')}{prefix}/items"
+    return f"{prefix}/items"
 
 
 def _image_url(items: str, item_id: str) -> str:

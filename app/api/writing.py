@@ -298,7 +298,7 @@ async def _accept(
 ) -> Response:
     async with _storing("job", state_of(request).collections, _name(request)):
         job = await state_of(request).writer.accept(_name(request), kind, items, images, more)
-    return JsonResponse(job, 202, headers={"Location": f"{request.scope.get('root_path', '')}/jobs/{job['id']}"})
+    return JsonResponse(job, 202, headers={"Location": f"/jobs/{job['id']}"})
 
 
 @asynccontextmanager

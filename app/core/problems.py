@@ -81,7 +81,7 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
 
     def response(self, scope: Scope) -> Response:
         """Return the response to a request, in the shape that its path asks for."""
-        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPENAI_PATH):
+        if scope["path"].startswith(OPENAI_PATH):
             return Response(to_json(self.openai_body()), self.status, self.headers, "application/json")
         return Response(to_json(self.body()), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 

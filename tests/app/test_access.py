@@ -77,14 +77,6 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
         assert [(await client.get("/metrics")).status_code for _ in range(2)] == [200, 200]
 
 
-async def test_open_paths_stay_open_below_a_root_path(built_index: Path) -> None:
-    async with opened(built_index, **KEYS) as client:
-        client._transport.root_path = "/images"  # type: ignore[attr-defined]
-        assert (await client.get("/images/healthz")).status_code == 200
-        assert (await client.get("/images/collections")).status_code == 401
-        assert (await client.post("/images/admin/reload", headers=bearer(ADMIN))).status_code == 200
-
-
 @pytest.mark.redis
 async def test_rates_are_shared_in_redis_and_local_without_it(redis_server: RedisServer) -> None:
     first, second = (RateLimiter("4/minute", redis_url=redis_server.url, timeout_s=1) for _ in range(2))

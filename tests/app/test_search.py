@@ -22,7 +22,6 @@ from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
-from tests.support.images import png
 from tests.support.searches import close, ranked
 from tests.support.service import ServiceClient, before_encoding, hold, opened
 
@@ -146,24 +145,12 @@ async def test_items_have_images_and_similar_items(started: ServiceClient, galle
     assert len(everything) == 23
 
 
-async def test_readiness_names_the_version_and_urls_respect_the_root_path(built_index: Path) -> None:
-    async with opened(built_index) as client:
-        ready = (await client.get("/readyz")).json()
-        ReadinessResponse.model_validate(ready, strict=True)
-        assert ready == {
-            "status": "ready",
-            "index_version": 1,
-            "count": 24,
-            "reason": None,
-            "model_note": None,
-            "opening": 0,
-        }
-        client._transport.root_path = "/pictures"  # type: ignore[attr-defined]
-        body = (await client.get("/pictures/items/circle%2Fred.png")).json()
-        assert body["image_url"] == "/pictures/items/circle%2Fred.png/image"
-        image = png("red")
-        response = await client.post("/pictures/search/image", files={"file": image})
-        assert response.status_code == 200
+async def test_readiness_names_the_version(started: ServiceClient) -> None:
+    ready = (await started.get("/readyz")).json()
+    ReadinessResponse.model_validate(ready, strict=True)
+    assert ready == {
+        "status": "ready", "index_version": 1, "count": 24, "reason": None, "model_note": None, "opening": 0,
+    }  # fmt: skip
 
 
 def test_an_index_of_another_encoder_is_refused(index: Path) -> None:
