@@ -42,13 +42,7 @@ _NUMBERS = frozenset({"int64", "double"})
 
 _PUBLIC = Policy("open", "service", cost=0, is_private=True)
 _UI = files("app") / "ui"
-_MEDIA_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".png": "image/png",
-    ".svg": "image/svg+xml",
-}
+_MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -209,6 +203,6 @@ def _files() -> dict[str, tuple[bytes, str, str]]:
         media_type = _MEDIA_TYPES.get(PurePath(each.name).suffix)
         if media_type is not None:
             data = each.read_bytes()
-            charset = "" if media_type == "image/png" else "; charset=utf-8"
-            found[each.name] = data, media_type + charset, f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
+            etag = f'"{hashlib.blake2b(data, digest_size=16).hexdigest()}"'
+            found[each.name] = data, f"{media_type}; charset=utf-8", etag
     return found
