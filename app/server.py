@@ -105,9 +105,9 @@ def _run(settings: Settings, listener: socket.socket, on_ready: Callable[[], Non
     end_without_threads(_THREADS_S)
 
 
-def server_config(app: ASGIApp, metrics: Metrics | None = None) -> uvicorn.Config:
+def server_config(app: ASGIApp, metrics: Metrics) -> uvicorn.Config:
     """Return uvicorn's configuration for an application, with limited connections."""
-    refused = (metrics or Metrics()).refused.labels("event_loop").inc
+    refused = metrics.refused.labels("event_loop").inc
     return uvicorn.Config(
         track_requests(app),
         http=cast(type[asyncio.Protocol], partial(BoundedProtocol, refused=refused)),  # uvicorn only calls it

@@ -130,7 +130,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
-        refused: Callable[[], object] = lambda: None,
+        refused: Callable[[], object],
         **options: Any,
     ) -> None:
         """Take what uvicorn gives. refused: called for each search that is refused here."""

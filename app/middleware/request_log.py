@@ -44,7 +44,7 @@ _CLIENT_CLOSED = 499  # logged if the client disconnected before the response
 class RequestLog:
     """Log and count each request, under an id. allowed_hosts: names of this service; "*" allows all."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, allowed_hosts: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, allowed_hosts: Collection[str]) -> None:
         self._app = app
         self._metrics = metrics
         self._allowed_hosts = frozenset(allowed_hosts)
