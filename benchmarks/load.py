@@ -20,6 +20,7 @@ import numpy as np
 
 Requests = Callable[[], bytes]
 Check = Callable[[bytes, bytes], None]  # of a request and the body of its 200
+MOST = 1000  # requests of an open loop at a time
 TOLERANCE = 0.005  # of a score in bfloat16, which depends on the other queries of a batch
 IDLE_S = 5.0  # after which a connection is not used again; the service ends it after 10
 address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
@@ -175,14 +176,12 @@ async def closed_loop(
     return tally
 
 
-async def open_loop(
-    port: int, requests: Requests, *, rate: float, seconds: float, most: int = 1000, check: Check | None = None
-) -> Tally:
-    """Send a fixed rate of requests whether earlier ones are finished or not; at most `most` run at a time."""
+async def open_loop(port: int, requests: Requests, *, rate: float, seconds: float, check: Check | None = None) -> Tally:
+    """Send a fixed rate of requests whether earlier ones are finished or not; at most `MOST` run at a time."""
     tally = Tally()
     idle: list[_Connection] = []
     running: set[asyncio.Task[None]] = set()
-    free = asyncio.Semaphore(most)
+    free = asyncio.Semaphore(MOST)
     began = time.perf_counter()
 
     async def one(due: float) -> None:
@@ -227,16 +226,16 @@ def same_answer(body: bytes, alone: bytes) -> bool:
     return len(scores[0]) == len(scores[1])
 
 
-def text_request(query: str, k: int = 10, **options: Any) -> bytes:
+def text_request(query: str, **options: Any) -> bytes:
     """Return a POST /search/text."""
-    return post("/search/text", "application/json", json.dumps({"query": query, "k": k} | options).encode())
+    return post("/search/text", "application/json", json.dumps({"query": query, "k": 10} | options).encode())
 
 
-def image_request(image: bytes, k: int = 10) -> bytes:
+def image_request(image: bytes) -> bytes:
     """Return a POST /search/image."""
     body = (
-        b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\n%d\r\n'
-        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % (k, image)
+        b'--b\r\nContent-Disposition: form-data; name="k"\r\n\r\n10\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n%b\r\n--b--\r\n' % image
     )
     return post("/search/image", "multipart/form-data; boundary=b", body)
 
