@@ -1,4 +1,4 @@
-"""Checks of a file's contents, once for each process, and limits of an item's texts."""
+"""Checks of a file's contents, once for each process, and limits of an item's texts and metadata."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,17 @@ from typing import Any
 from dcar_core.util.errors import ArtifactError
 
 MAX_METADATA_BYTES = 64 * 2**10  # of one item, as canonical JSON
+MAX_METADATA_LEVELS = 100  # of objects and lists, that of the fields included; parsers of responses read about 200
 MAX_CAPTION_CHARS = 10_000
 _checked = set[tuple[int, int, int, int]]()  # device, inode, size and time of change of files
+
+
+def is_too_deep(value: Any, levels: int = MAX_METADATA_LEVELS) -> bool:
+    """Return whether a JSON value nests objects and lists in more levels."""
+    if not isinstance(value, dict | list | tuple):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return not levels or any(is_too_deep(part, levels - 1) for part in parts)
 
 
 def require_rows(rows: Any, count: int) -> None:

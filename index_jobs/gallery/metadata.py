@@ -21,6 +21,7 @@ from dcar_core.data.samples import SPLITS
 from dcar_core.data.tables import SIDECARS, USED_COLUMNS, parse_sidecar
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError, shorten
+from index_jobs.checks import MAX_METADATA_LEVELS, is_too_deep
 from index_jobs.gallery.storage import is_url, join_location, open_location, parent_folder
 
 logger = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def read_changes(location: str) -> Iterator[tuple[str, Record]]:
     has_nulls = PurePosixPath(location).suffix.lower() == ".jsonl"
     for number, record in read_gallery_records(location):
         given = {name: value for name, value in record.items() if has_nulls or value not in (None, "")}
-        item_id, caption, category, fields = split_fields(given)
+        item_id, caption, category, fields = split_fields(given, f"{location}, row {number}")
         if not item_id:
             columns = ", ".join(record) or "none"
             raise DataError(f"{location}, row {number}: no id; the table needs a column id, and it has {columns}")
@@ -213,11 +214,14 @@ def read_changes(location: str) -> Iterator[tuple[str, Record]]:
         yield item_id, {name: value for name, value in fields.items() if name != "file_name"}
 
 
-def split_fields(fields: Record) -> tuple[str, str, str, Record]:
+def split_fields(fields: Record, where: str) -> tuple[str, str, str, Record]:
     """Return (id, caption, category, all other fields as JSON values); missing texts are "".
 
-    Of a list of captions, the first is the caption, and the list stays as `captions`.
+    Of a list of captions, the first is the caption, and the list stays as `captions`. Raise DataError, which names
+    `where`, if they are nested too deeply.
     """
+    if is_too_deep(fields):
+        raise DataError(f"the metadata of {where} have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
     others = {key: _to_json(value) for key, value in fields.items() if key not in {"id", "caption", "category"}}
     caption = fields.get("caption")
     if isinstance(caption, list):

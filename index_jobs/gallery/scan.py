@@ -176,11 +176,9 @@ def _row(image: GalleryImage, prefix: str) -> dict[str, Any]:
     name = prefix + image.name
     try:
         digest = hashlib.sha256(name.encode()).hexdigest()
-        stated_id, caption, category, metadata = split_fields(image.fields)
+        stated_id, caption, category, metadata = split_fields(image.fields, image.name)
     except UnicodeEncodeError:
         raise DataError(f"the name {image.name!r} is not UTF-8; rename the file") from None
-    except RecursionError:
-        raise DataError(f"the metadata of {image.name} are nested too deeply; flatten them") from None
     size = len(canonical_json(metadata))
     if size > MAX_METADATA_BYTES:
         longest = max(metadata, key=lambda field: len(canonical_json(metadata[field])))

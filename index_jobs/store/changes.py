@@ -14,7 +14,7 @@ import numpy as np
 
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import canonical_json
-from index_jobs.checks import MAX_METADATA_BYTES
+from index_jobs.checks import MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
@@ -57,8 +57,11 @@ class _Draft:
         """Merge fields into items, and return how many changed.
 
         Raises:
-            DataError: a value has another type than its field, or an item would become too large; none is changed.
+            DataError: a value has another type than its field or too many levels, or an item would become too large;
+                none is changed.
         """
+        if is_too_deep(fields):
+            raise DataError(f"the fields have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
         types = {name: str(type_of(value)) for name, value in fields.items() if value is not None}
         for name, given in types.items():
             if not fit_one_field(current := self._types.get(name, given), given):

@@ -131,6 +131,7 @@ def test_wrong_changes_publish_nothing(index: Path) -> None:
         ([(first, {"prise": 3})], True, "no item has the field 'prise'"),
         ([("a", {"price": 3})], False, "none of the 1 ids"),
         ([(first, {"text": "x" * 70_000})], False, "more than 64 KiB"),
+        ([(first, {"deep": json.loads("[" * 100 + "]" * 100)})], False, "more than 100 nested levels"),
     ]
     for changes, strict, message in wrong:
         with pytest.raises(DataError, match=message):

@@ -211,7 +211,12 @@ def lines(*rows: str) -> Any:
         (
             "l.jsonl",
             lines(f'{{"path": "a.png", "n": {"[" * 800}{"]" * 800}}}'),
-            r"a\.png.* nested too deeply|line 1: not JSON",
+            r"a\.png.* nested levels|line 1: not JSON",
+        ),
+        (
+            "l.jsonl",
+            lines(f'{{"path": "a.png", "n": {"[" * 99}{"]" * 99}}}', f'{{"path": "b.png", "n": {"[" * 100}{"]" * 100}}}'),
+            r"the metadata of b\.png have more than 100 nested levels; flatten them",
         ),
         ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, line 3 is not CSV"),
         (
