@@ -7,12 +7,12 @@ Tar members that share a key are one sample: 0001.jpg with 0001.txt (one caption
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dcar_core.data.entries import Entry, RowLimit, label_text, make_entry, required_text
-from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, read_records
+from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, MAX_LINE, read_records
 from dcar_core.data.report import CleaningReport
-from dcar_core.images import ImageRoot, has_image_suffix
+from dcar_core.images import TarSpan, has_image_suffix, index_tar
 from dcar_core.util.errors import DataError
 from dcar_core.util.json_text import parse_json
 
@@ -62,9 +62,9 @@ def _make_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
 
 def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
     """Yield the samples of one webdataset shard, whose images are named "shard.tar/member"."""
-    tar = ImageRoot(file)
+    spans = index_tar(file)
     samples: dict[str, dict[str, str]] = {}
-    for name in tar.shards[file.name][1]:
+    for name in spans:
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = name
@@ -79,7 +79,8 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
             report.add("tar samples without an image, left out", names=[f"{file.name}/{key}"])
             continue
         with limit.row():
-            row = _sample_row(tar, members, f"{file}, sample {key!r}")
+            sidecars = {each: spans[members[each]] for each in SIDECARS if each in members}
+            row = _sample_row(file, sidecars, f"{file}, sample {key!r}")
             if "caption" not in row and "captions" not in row:
                 report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
                 continue
@@ -87,21 +88,28 @@ def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
     limit.finish()
 
 
-def _sample_row(tar: ImageRoot, members: Mapping[str, str], where: str) -> dict[str, Any]:
+def _sample_row(file: Path, sidecars: Mapping[str, TarSpan], where: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    for extension in (each for each in SIDECARS if each in members):
-        if extension != "cls" or not label_text(row, where, "category", "class_name"):
-            row |= parse_sidecar(where, extension, tar.read(members[extension]))
+    with file.open("rb") as tar:
+        for extension, span in sidecars.items():
+            if extension != "cls" or not label_text(row, where, "category", "class_name"):
+                row |= read_sidecar(where, extension, tar, span)
     return row
 
 
-def parse_sidecar(where: str, extension: str, data: bytes) -> dict[str, Any]:
+def read_sidecar(where: str, extension: str, tar: BinaryIO, span: TarSpan) -> dict[str, Any]:
     """Return what a tar member says of its image: .json is a row, .cls a category, .txt has a caption on each line."""
+    if span.size > MAX_LINE:
+        raise DataError(f"{where}: its .{extension} has {span.size:,} bytes; at most {MAX_LINE:,} are read")
+    tar.seek(span.offset)
     try:
-        text = data.decode("utf-8-sig").strip()
-        captions = [line.strip() for line in split_lines(text) if line.strip()]
-        texts = {"cls": {"category": text}, "txt": {"caption": captions if len(captions) > 1 else text}}
-        row = texts[extension] if extension in texts else parse_json(text)
+        text = tar.read(span.size).decode("utf-8-sig").strip()
+        if extension == "cls":
+            return {"category": text}
+        if extension == "txt":
+            captions = [line.strip() for line in split_lines(text) if line.strip()]
+            return {"caption": captions if len(captions) > 1 else text}
+        row = parse_json(text)
     except ValueError as error:
         raise DataError(f"{where}: its .{extension} cannot be read: {error}") from error
     if not isinstance(row, dict):

@@ -18,7 +18,7 @@ from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.samples import SPLITS
-from dcar_core.data.tables import SIDECARS, USED_COLUMNS, parse_sidecar
+from dcar_core.data.tables import SIDECARS, USED_COLUMNS, read_sidecar
 from dcar_core.images import TarSpan
 from dcar_core.util.errors import DataError, shorten
 from index_jobs.checks import MAX_METADATA_LEVELS, is_too_deep
@@ -188,9 +188,8 @@ def read_sidecars(tar: str, file: BinaryIO, members: Mapping[str, TarSpan]) -> d
         base, _, extension = path.name.partition(".")
         if extension.lower() not in SIDECARS or not base:
             continue
-        file.seek(span.offset)
         record = records.setdefault((path.parent / base).as_posix(), {})
-        record.update(parse_sidecar(f"{tar}, {member}", extension.lower(), file.read(span.size)))
+        record.update(read_sidecar(f"{tar}, {member}", extension.lower(), file, span))
     return records
 
 

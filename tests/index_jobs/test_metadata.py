@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dcar_core.data import Annotations
+from dcar_core.data.records import MAX_LINE
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
@@ -215,7 +216,7 @@ def lines(*rows: str) -> Any:
         ),
         (
             "l.jsonl",
-            lines(f'{{"path": "a.png", "n": {"[" * 99}{"]" * 99}}}', f'{{"path": "b.png", "n": {"[" * 100}{"]" * 100}}}'),
+            lines(*(f'{{"path": "{name}.png", "n": {"[" * n}{"]" * n}}}' for name, n in (("a", 99), ("b", 100)))),
             r"the metadata of b\.png have more than 100 nested levels; flatten them",
         ),
         ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, line 3 is not CSV"),
@@ -242,6 +243,15 @@ def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         tar = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.json": b'{"n": ' + text + b"}"})
         with pytest.raises(DataError, match=r"t\.tar, a\.json: its \.json cannot be read"):
             scan(tar)
+
+
+def test_a_large_sidecar_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "train.tar", {"a.png": png(), "a.txt": b"a\n" * (MAX_LINE // 2 + 1)})
+    says = r"its \.txt has 16,000,002 bytes; at most 16,000,000 are read"
+    with pytest.raises(DataError, match=rf"train\.tar, a\.txt: {says}"):
+        scan(tar)
+    with pytest.raises(DataError, match=rf"train\.tar, sample 'a': {says}"):
+        Annotations(tmp_path).load("train")
 
 
 def test_odd_path_fails_one_image_only(build: Build, tmp_path: Path) -> None:
