@@ -196,6 +196,28 @@ def test_tar_with_sparse_files_is_refused(tmp_path: Path) -> None:
         index_tar(tmp_path / "t.tar")
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.size": "zz"},
+        {"GNU.sparse.map": "1,abc", "GNU.sparse.size": "3"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "abc"},
+        {"size": "99999999999999999999"},
+        {"size": "-5"},
+    ],
+    ids=str,
+)
+def test_tar_with_odd_headers_is_refused(headers: dict[str, str], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("a.png")
+        member.pax_headers, member.size = headers, 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    for file in (None, io.BytesIO((tmp_path / "t.tar").read_bytes())):
+        with pytest.raises(DataError, match=r"t\.tar "):
+            index_tar(tmp_path / "t.tar", file)
+
+
 @pytest.mark.parametrize("end", [0, 512, 1024, 10_240, 3_000_000])
 def test_a_tar_may_end_with_any_number_of_zeros(end: int, tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(TAR[:7680] + bytes(end))
