@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from datetime import datetime
 from typing import Any
@@ -46,7 +46,7 @@ async def make_response(request: Request, make: Callable[[], Any], texts: int, f
         field: of the request, which is at fault if they are too many.
     """
     if texts > _MAX_CHARS:
-        message = f"the texts and metadata take {texts / 2**20:.0f} MiB, at most {_MAX_CHARS // 2**20}; "
+        message = f"the texts and metadata take more than {_MAX_CHARS // 2**20} MiB; "
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
     if texts <= _QUICK_CHARS:
         return JsonResponse(make())
@@ -54,15 +54,40 @@ async def make_response(request: Request, make: Callable[[], Any], texts: int, f
     return await asyncio.to_thread(lambda: JsonResponse(make()))
 
 
-def item_chars(items: Iterable[Item], *, with_metadata: bool = True) -> int:
-    """Return the length of the captions of items, and of their metadata as JSON."""
-    return sum(len(item.caption) + (item.metadata_bytes if with_metadata else 0) for item in items)
+def item_chars(items: Iterable[Item]) -> int:
+    """Return the length of the texts and metadata of items as JSON, or of so many as exceed the limit."""
+    return _total(_text_chars(item) + item.metadata_bytes for item in items)
 
 
-def result_chars(results: SearchResults) -> int:
-    """Return the length of the texts of results, with all of the metadata that fields are taken from."""
-    facets = len(str(results.facets)) if results.facets else 0
-    return facets + item_chars((match.item for match in results.matches), with_metadata=bool(results.fields))
+def result_chars(searches: Iterable[SearchResults]) -> int:
+    """Return the same of results, with all of the metadata that fields are taken from."""
+    return _total(size for results in searches for size in _result_sizes(results))
+
+
+def _result_sizes(results: SearchResults) -> Iterator[int]:
+    yield len(str(results.facets)) if results.facets else 0
+    for match in results.matches:
+        others = [*match.folded, *map(str, (match.group or {}).values())]
+        metadata = match.item.metadata_bytes if results.fields else 0
+        yield _text_chars(match.item) + metadata + sum(map(_json_chars, others))
+
+
+def _text_chars(item: Item) -> int:
+    return 4 * len(item.id.encode()) + _json_chars(item.caption) + _json_chars(item.category)  # the URL has the id, too
+
+
+def _json_chars(text: str) -> int:
+    """Return the length of a text as JSON, in which a control character takes six."""
+    return len(text) if text.isascii() and text.isprintable() else len(to_json(text))
+
+
+def _total(sizes: Iterable[int]) -> int:
+    total = 0
+    for size in sizes:
+        total += size
+        if total > _MAX_CHARS:
+            break
+    return total
 
 
 class ImageResponse(Response):

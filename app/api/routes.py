@@ -84,7 +84,7 @@ async def search_text(request: Request) -> Response:
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
     results, query_id = await search_and_note(request, snapshot, query, image)
-    return await make_response(request, lambda: search_response(request, results, query_id), result_chars(results))
+    return await make_response(request, lambda: search_response(request, results, query_id), result_chars([results]))
 
 
 @search.add(
@@ -122,7 +122,7 @@ async def search_batch(request: Request) -> Response:
     def make() -> dict[str, Any]:
         return {"index_version": results[0].version, "answers": [search_response(request, *each) for each in named]}
 
-    return await make_response(request, make, sum(map(result_chars, results)), "queries")
+    return await make_response(request, make, result_chars(results), "queries")
 
 
 @gallery.add("GET", "/items", Policy("read"), schemas.ItemsResponse)

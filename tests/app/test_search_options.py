@@ -1,17 +1,21 @@
 """Search options, each compared with the same result computed by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from app.api.responses import result_chars
 from app.api.schemas import BatchResponse, ItemsResponse
 from app.middleware.body_limit import UNSENT_BYTES
+from app.search.query import Match, SearchResults
 from dcar_core import Encoder
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, Item
 from index_jobs.store.versions import open_current
 from tests.support.images import png
 from tests.support.responses import assert_problem
@@ -271,6 +275,17 @@ async def test_long_metadata_are_bounded_in_responses(started: ServiceClient, mo
         assert_problem(await started.get(path, params={"k": 20}), 422, "k")
     short = query | {"k": 2}
     assert (await started.post("/search/text", json=short)).json()["results"] == whole[:2]
+
+
+def test_every_text_of_a_response_counts() -> None:
+    item = Item("é" * 10, "\n" * 10, "c", None, None, pa.scalar('{"a":1}'))
+    match = Match(0, 0.5, folded=["f" * 7], group={"value": "v" * 100, "count": 1234})
+    match.item = item
+    results = SearchResults(version=1, matches=[match], facets={"x": []}, fields=("*",))
+    without = replace(results, fields=(), facets=None)
+    assert result_chars([without]) == 4 * 20 + len(json.dumps("\n" * 10)) + 1 + 7 + 100 + 4
+    assert result_chars([results, without]) == 2 * result_chars([without]) + 7 + len("{'x': []}")
+    assert result_chars([results] * 1_000_000) < 16 * 2**20 + 1000, "no longer than needed"
 
 
 async def test_items_are_listed_page_by_page(started: ServiceClient, artifact: Artifact) -> None:
