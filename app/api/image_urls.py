@@ -35,6 +35,7 @@ _TIMEOUT_S = 10.0  # of one image, including the time in the queue
 _AT_ONCE = 16
 _AT_ONCE_EACH = 4  # of one caller
 MAX_URLS = 8  # of one request
+_MAX_URL = 8192  # characters
 _READ_BYTES = 64 * 2**10  # parsed at a time: in 2 ms if every chunk has one byte
 _OVERHEAD_BYTES = 64 * 2**10  # of heads and chunk sizes; beyond it they may be as large as the body
 _PORTS = {"http": 80, "https": 443}
@@ -133,6 +134,8 @@ class ImageFetcher:
     def _check(self, url: str) -> SplitResult:
         if not self._hosts:
             raise field_problem("image", "this service fetches no images by URL; send the file in base64")
+        if len(url) > _MAX_URL:
+            raise field_problem("image", f"a URL has at most {_MAX_URL:,} characters")
         try:
             parts = urlsplit(url)
             port = parts.port or _PORTS[parts.scheme]

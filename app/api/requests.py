@@ -36,7 +36,7 @@ from app.api.image_urls import PIECE, require_size
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import DEFAULT_K, MAX_QUERIES, Settings
 from app.middleware.access import PART_BYTES, query_bytes
-from app.search.query import GroupBy, Query, check_text, parse_fields
+from app.search.query import GroupBy, Query, check_filter, check_text, parse_fields
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
 
@@ -48,10 +48,11 @@ _OWN_FIELDS = ("id", "caption", "category", "file_name")  # of an item, beside i
 _ITEM_ID = re.compile(r"(?!\s|\.{1,2}$)[^\x00-\x1f\x7f]+(?<!\s)(?<!/image)(?<!/similar)")
 
 # Images make a body large, but neither its number of values nor its other characters. Both hold up the event loop.
-_LARGE_JSON_BYTES = 2**20
+_LARGE_JSON_BYTES = 64 * 2**10
 _MAX_JSON_VALUES = 50_000
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 _MAX_FIELD_BYTES = 16 * 2**10
+_MAX_CONTENT_TYPE = 300  # characters; the time to parse one grows with the square of its length
 _MAX_EXPLAINED = 32  # results in one batch: on two cores about as many seconds as a search may take
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
@@ -248,7 +249,11 @@ class ChosenItems(Strict):
     """Items, by `ids`, of which the index may lack some, or by a `filter` as in searches."""
 
     ids: Annotated[list[NewItemId] | None, Field(min_length=1, max_length=MAX_CHOSEN_ITEMS), FailFast()] = None
-    filter: Annotated[dict[str, Any] | None, Field(min_length=1, description="instead of ids, as in searches")] = None
+    filter: Annotated[
+        dict[str, Any] | None,
+        Field(min_length=1, description="instead of ids, as in searches"),
+        AfterValidator(check_filter),
+    ] = None
 
 
 class PatchItems(PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"], "metadata": {"size": 3}}]}):
@@ -380,6 +385,8 @@ def _field_names(model: type[BaseModel]) -> frozenset[str]:
 
 def _check_content_type(request: Request, expected: str, *others: str) -> str:
     content_type: str = request.headers.get("content-type", "")
+    if len(content_type) > _MAX_CONTENT_TYPE:
+        raise field_problem("Content-Type", f"at most {_MAX_CONTENT_TYPE} characters", status=400)
     media_type = content_type.split(";")[0].strip().lower()
     if media_type not in (expected, *others):
         raise field_problem("Content-Type", f"must be {expected}, not {media_type or 'absent'}", status=415)

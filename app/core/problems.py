@@ -23,6 +23,7 @@ _OPENAI_CODES = {(401, "Authorization"): "invalid_api_key", (404, "model"): "mod
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}  # RFC 9110's; Python before 3.13 has older ones
 _UNION_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]|bool")  # in pydantic's location of a union's fault
 _MAX_FAULTS = 20  # listed in one response
+_MAX_NAME, _MAX_MESSAGE, _MAX_DETAIL = 200, 1000, 5000  # characters; names and values may be the caller's
 _MAX_GUESSED = 40  # characters of an unknown field that is compared with the known ones
 _MAX_EXAMINED = 1000  # a hostile body has many thousands, and each takes microseconds in the event loop
 
@@ -44,6 +45,10 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
     errors: Sequence[tuple[str, str]] = ()
     headers: dict[str, str] = field(default_factory=dict)
     refused: str | None = None
+
+    def __post_init__(self) -> None:
+        self.detail = _shortened(self.detail, _MAX_DETAIL)
+        self.errors = [(_shortened(name, _MAX_NAME), _shortened(text, _MAX_MESSAGE)) for name, text in self.errors]
 
     def __str__(self) -> str:
         return self.detail
@@ -86,6 +91,10 @@ class Problem(Exception):  # noqa: N818 - the name in RFC 9457
         return Response(to_json(self.body()), self.status, headers=self.headers, media_type=MEDIA_TYPE)
 
 
+def _shortened(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def field_problem(name: str, message: str, *, status: int = 422, **options: Any) -> Problem:
     """Return a problem with one field; its detail repeats the message. options: other arguments of `Problem`."""
     return Problem(status, f"{name}: {message}", errors=[(name, message)], **options)
@@ -118,7 +127,7 @@ def from_validation(
 
 
 def _field_name(fault: Mapping[str, Any]) -> str:
-    places = [str(place) for place in fault["loc"]]
+    places = [_shortened(str(place), _MAX_NAME) for place in fault["loc"]]
     unknown = [places.pop()] if fault["type"] == "extra_forbidden" else []  # the caller's own word
     return ".".join([*(place for place in places if not _UNION_BRANCH.fullmatch(place)), *unknown]) or "body"
 

@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
@@ -87,21 +86,19 @@ def _check_offset(offset: int, info: ValidationInfo) -> int:
     return offset
 
 
-def _check_filter(filter: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
+def check_filter(filter: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
     if info.context is None or not filter:
         return filter
-    sizes = accumulate(map(len, _texts_in(filter)))  # most that are too long need not become JSON again
-    if any(size > _MAX_FILTER_BYTES for size in sizes) or len(to_json(filter)) > _MAX_FILTER_BYTES:
+    size, parts = 0, list[Any]([filter])
+    while parts and size <= _MAX_FILTER_BYTES:  # most that are too long need not become JSON again
+        part = parts.pop()
+        if isinstance(part, str | list | dict):
+            size += len(part)
+        if isinstance(part, list | dict) and size <= _MAX_FILTER_BYTES:
+            parts += [*part, *part.values()] if isinstance(part, dict) else part
+    if size > _MAX_FILTER_BYTES or len(to_json(filter)) > _MAX_FILTER_BYTES:
         raise ValueError(f"takes at most {_MAX_FILTER_BYTES // 2**10} KiB as JSON")
     return filter
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value if isinstance(value, list) else chain(value, value.values()):
-            yield from _texts_in(each)
 
 
 class Weights(BaseModel):
@@ -148,7 +145,7 @@ class Query(BaseModel):
     offset: Annotated[int, AfterValidator(_check_offset)] = Field(
         0, ge=0, strict=True, description="results to skip: `next_offset` of the previous page"
     )
-    filter: Annotated[dict[str, Any] | None, AfterValidator(_check_filter)] = Field(
+    filter: Annotated[dict[str, Any] | None, AfterValidator(check_filter)] = Field(
         None,
         description="conditions on id, caption, category and metadata fields: a value, a list of values, or "
         '{"in", "not", "contains", "gt", "gte", "lt", "lte"}; null matches a missing value; {"$or": [filter, ..]}',

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import hashlib
 import io
+import json
 import socket
 import threading
 import time
@@ -139,6 +140,13 @@ async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
         ({"image": base64.b64encode(bytes(2**20)).decode()}, 422, "queries.0: image: not an image"),
         ({"query": "x", "filter": {"a": "x" * 2**20}}, 422, "filter: takes at most 64 KiB"),
         ({"query": "x", "filter": {"a": ["x" * 1000] * 1000}}, 422, "filter: takes at most 64 KiB"),
+        ({"query": "x", "filter": json.loads("[" * 190 + '"",' * 40_000 + '""' + "]" * 190)}, 422, "queries.0.filter"),
+        (
+            {"query": "x", "filter": {"a": json.loads("[" * 180 + '"",' * 40_000 + '""' + "]" * 180)}},
+            422,
+            "at most 64 KiB",
+        ),
+        ({"query": "x", "filter": {"a": [0] * 60_000}}, 413, "at most 50,000 values"),
         ({"query": "x", "filter": {f"{key:030}": 1 for key in range(60_000)}}, 413, "at most 50,000 values"),
         ({"query": "x", "filter": {"a": "\U0001f600" * 2**20}}, 413, "at most 2 MiB besides images in base64"),
     ],
