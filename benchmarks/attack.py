@@ -64,8 +64,8 @@ MEMORY_MB = 2000  # of the server and its decoding processes
 MEMORY_BYTES = 2 * 2**30  # as docker-compose.yml sets; the server is limited to it where that is possible
 SHORT = {
     "unfinished uploads", "tiny chunks", "smuggling", "600 texts a second", "nested JSON", "long filters",
-    "slow filters", "long contains", "whole pages", "batches of explanations", "writes without a key",
-    "200 mutated images", "batches of 12 megapixels",
+    "slow filters", "long contains", "long names", "nested values", "long content types", "whole pages",
+    "batches of explanations", "writes without a key", "200 mutated images", "batches of 12 megapixels",
 }  # fmt: skip
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 
@@ -211,10 +211,12 @@ def changes() -> dict[str, Attack]:
     ]
     patches = [change("PATCH", "/collections/hostile/items/1", metadata={"price": n}) for n in range(200)]
     pages = [get(f"/collections/hostile/items?k={k}") for k in (200, 2)]
+    grouped = [{"query": f"cat {n}", "k": 200, "group_by": "text"} for n in range(32)]
     hosts = ("localhost", "[::ffff:127.0.0.1]")
     return {
         "pages of large metadata": flood(*pages),
         "unread pages of large metadata": connections(250, lambda: iter(pages[:1]), is_read=False),
+        "groups of long values": flood(change("POST", "/collections/hostile/search/batch", queries=grouped)),
         "items of large metadata": flood(change("PUT", "/collections/hostile/items", items=items), connections=8),
         "thumbnails of 62 megapixels": flood(get("/collections/hostile/items/large/image?size=192"), connections=8),
         "images by URL": flood(*(batch(8, image=f"http://{host}/x") for host in hosts)),
@@ -235,10 +237,13 @@ def attacks() -> dict[str, Attack]:
         "//etc/passwd",
     ]
     upload = FORM + b"Content-Length: 20971000\r\n\r\n" + PART
+    long_type = FORM[:-2] + b";" * 60_000 + b"\r\nContent-Length: 0\r\n\r\n"
     chunked = b"POST /search/text HTTP/1.1\r\n" + HOST + JSON + b"Transfer-Encoding: chunked\r\n\r\n"
     chunked_upload = FORM + b"Transfer-Encoding: chunked\r\n\r\n"
     large = b"GET /ui/swagger-ui-bundle.js HTTP/1.1\r\n" + HOST + b"\r\n"
     contains = {"$or": [{"caption": {"contains": f"{n} no such words"}} for n in range(32)]}
+    nested = b'{"queries":[{"query":"x","filter":{"id":%s}}]}' % (b"[" * 190 + b'"",' * 300_000 + b'""' + b"]" * 190)
+    repeats = json.dumps({"query": "cat", "filter": {"text": {"contains": "x" * 255 + "y"}}}).encode()
     picture = base64.b64encode(encoded("PNG", 3_464)).decode()
     slow = itertools.count()
 
@@ -254,6 +259,9 @@ def attacks() -> dict[str, Attack]:
         "all facets": batch(query="cat", min_score=-1, facets=["id", "caption", "category"]),
         "batches of 12 megapixels": batch(image=picture),
         "nested JSON": post("/search/batch", "application/json", b'{"queries":' + b'{"a":[' * 4_000_000),
+        "long names": post("/search/batch", "application/json", b'{"queries":[{"%s":1}]}' % (b"A" * 26_000_000)),
+        "nested values": post("/search/batch", "application/json", nested),
+        "long contains of repeats": post("/collections/hostile/search/text", "application/json", repeats),
         "many strings": post("/search/batch", "application/json", b'{"queries":["' + b'x","' * 90_000 + b'"]}'),
         "writes without a key": post("/items", "application/json", bytes(20_000)).replace(b"POST", b"PUT", 1),
     }
@@ -288,6 +296,7 @@ def attacks() -> dict[str, Attack]:
         "pipelined requests": again(connections(20, lambda: iter([PROBE * 2000]))),
         "unread responses": connections(100, lambda: iter([large * 20]), is_read=False),
         "smuggling": smuggle,
+        "long content types": flood(long_type),
         "Host of another site": flood(b"GET /items HTTP/1.1\r\nHost: rebound.example\r\n\r\n"),
         "600 texts a second": overload,
         "no Host, and two": flood(b"GET /healthz HTTP/1.1\r\n\r\n", PROBE[:-2] + HOST + b"\r\n"),
