@@ -10,6 +10,7 @@ docs/reference/data-formats.md has the rules of columns, delimiters and types.
 
 import csv
 import io
+import logging
 import math
 import re
 from collections import Counter
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+logger = logging.getLogger(__name__)
+
 Record = dict[str, Any]
 OpenFile = Callable[[], BinaryIO]
 OnBadLine = Callable[[DataError], None]
@@ -36,8 +39,10 @@ TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMA
 LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
 MAX_LINE, MAX_COLUMNS, MAX_ROWS = 16_000_000, 10_000, 100_000_000  # characters of a line; of a file
 MAX_CELLS = 10_000_000  # of a CSV, or two for each of its characters: short rows get a cell for every column
+MAX_PACKED_ROWS = 1_000_000  # of a Parquet file, or 20 for each of its bytes; numbered names take a tenth of one
 MAX_UNPACKED = 512 << 20  # bytes of a Parquet file in memory, or this many times its size:
 MAX_UNPACKED_RATIO = 200
+_REPORTED = 100_000  # rows
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -62,7 +67,7 @@ def read_records(
     Args:
         name: the path or URL for messages; its suffix decides the format.
         open_file: opens the file; called twice for a CSV with `infer_types`.
-        used_columns: those to read of a parquet file, and that must not occur twice in a CSV header; None for all.
+        used_columns: those to read of a parquet file, and that must not occur twice; None for all.
         on_bad_line: receives the error of a line that is skipped; by default it is raised.
 
     Raises:
@@ -85,6 +90,8 @@ def read_records(
         for number, row in enumerate(rows, 1):
             if number > MAX_ROWS:
                 raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
+            if number % _REPORTED == 0:
+                logger.info("reading %s: %s rows so far", name, f"{number:,}")
             yield row
     except UnicodeDecodeError as error:
         hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
@@ -188,10 +195,17 @@ def _column_names(name: str, header: Sequence[str], used_columns: Sequence[str] 
         raise DataError(f"{name} has {len(names):,} columns; at most {MAX_COLUMNS:,} are read")
     free = _KNOWN_COLUMNS - set(names)
     columns = [low if (low := column.lower()) in free else column for column in names]
-    used = Counter(column for column in columns if column and (used_columns is None or column in used_columns))
-    for column in used - Counter(set(used)):
-        raise DataError(f"{name} has two columns named {column!r}; rename one of them")
+    _require_distinct(name, [column for column in columns if column and _is_used(column, used_columns)])
     return columns
+
+
+def _is_used(column: str, used_columns: Sequence[str] | None) -> bool:
+    return used_columns is None or column in used_columns
+
+
+def _require_distinct(name: str, columns: Sequence[str]) -> None:
+    for column in Counter(columns) - Counter(set(columns)):
+        raise DataError(f"{name} has two columns named {column!r}; rename one of them")
 
 
 def _type_of_cell(cell: str) -> str:
@@ -237,14 +251,17 @@ def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | 
     row = unpacked = 0
     with open_file() as source:
         try:
-            metadata, names = pq.read_metadata(source), pq.read_schema(source).names
+            metadata, names, size = pq.read_metadata(source), pq.read_schema(source).names, source.seek(0, io.SEEK_END)
+            columns = [column for column in names if _is_used(column, used_columns)]
+            if metadata.num_rows > (most := max(MAX_PACKED_ROWS, 20 * size)):
+                reason = f"{metadata.num_rows:,} rows in {size:,} bytes, at most {most:,}; split it"
+                raise DataError(f"{name} has {reason}")
             groups = in_own_process(_group_sizes, metadata)  # pyarrow aborts at damaged metadata of a column
             limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * sum(packed for packed, _ in groups))
             if (largest := max((unpacked for _, unpacked in groups), default=0)) > limit:
                 raise _too_large(name, largest, limit)
             leaves = map(metadata.schema.column, range(metadata.num_columns))
             texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-            columns = [column for column in names if used_columns is None or column in used_columns]
             with pq.ParquetFile(source, read_dictionary=texts) as file:
                 each_group = (file.iter_batches(row_groups=[group], columns=columns) for group in range(len(groups)))
                 for batch in chain.from_iterable(each_group):  # a batch of several groups could exceed the limit

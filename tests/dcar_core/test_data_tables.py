@@ -162,6 +162,10 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     for content, message in (
         (b"not parquet", r"train\.parquet is not a parquet file"),
         (damaged[:4] + b"\xff" * 36 + damaged[40:], r"train\.parquet is damaged, or cannot be read: .+"),
+        (
+            pa.table([["a.png"], ["a"], ["b"]], ["image", "caption", "caption"]),
+            "has two columns named 'caption'; rename",
+        ),
         ({"caption": ["a"]}, "no column file_name or image or path, which every row needs; it has caption"),
         ({"img": ["a.png"], "text": ["a"]}, "path, which every row needs; it has img, text"),
         ({"image": [{"bytes": b"x", "path": "a.png"}], "caption": ["a"]}, r"holds the images themselves; write them"),
@@ -217,6 +221,22 @@ def test_text_files_without_bounds_are_refused(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "l.csv").write_text("image\na.png\nb.png\nc.png\n")
     with pytest.raises(DataError, match="more than 2 rows; split it"):
         count(tmp_path / "l.csv")
+
+
+def test_a_parquet_file_with_too_many_rows_for_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"image": ["a.png"] * 100_000}), file)
+    monkeypatch.setattr(records, "_REPORTED", 40_000)
+    with caplog.at_level("INFO"):
+        assert count(file) == 100_000
+    assert caplog.messages == [f"reading {file}: {number},000 rows so far" for number in (40, 80)]
+    monkeypatch.setattr(records, "MAX_PACKED_ROWS", 50_000)
+    with pytest.raises(DataError, match=r"list\.parquet has 100,000 rows in [\d,]+ bytes, at most 50,000"):
+        count(file)
+    pq.write_table(pa.table({"image": [f"{number}.png" for number in range(100_000)]}), file)
+    assert count(file) == 100_000
 
 
 @pytest.mark.parametrize(
