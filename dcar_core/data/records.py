@@ -253,6 +253,7 @@ def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | 
         try:
             metadata, names, size = pq.read_metadata(source), pq.read_schema(source).names, source.seek(0, io.SEEK_END)
             columns = [column for column in names if _is_used(column, used_columns)]
+            _require_distinct(name, columns)
             if metadata.num_rows > (most := max(MAX_PACKED_ROWS, 20 * size)):
                 reason = f"{metadata.num_rows:,} rows in {size:,} bytes, at most {most:,}; split it"
                 raise DataError(f"{name} has {reason}")
