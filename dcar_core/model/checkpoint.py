@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save
 from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.files import link_or_copy, write_bytes, write_json
+from dcar_core.util.json_text import parse_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need it
     from dcar_core.model.backbone import Backbone
@@ -93,15 +94,15 @@ def read_config(path: Path) -> dict[str, Any]:
             message += f"; it is a model: `dcar zero-shot --model {path} --out DIR` makes a checkpoint of it"
         raise CheckpointError(message)
     try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        content = parse_json((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path / CONFIG} is not format {FORMAT}; train again, or use the version that wrote it")
-    kinds = {"model": dict, "backbone": dict, "fingerprint": str}
+    kinds = {"model": dict, "backbone": dict, "fingerprint": str, "training": dict}
     of_backbone = {"model": str, "sha256": str, "pretrained": str | None}
-    if not (_has(content, kinds) and _has(content["backbone"], of_backbone)):
-        raise CheckpointError(f"{path / CONFIG} lacks the model, the backbone or the fingerprint; copy the whole file")
+    if not (_has({"training": {}, **content}, kinds) and _has(content["backbone"], of_backbone)):
+        raise CheckpointError(f"{path / CONFIG} has no valid model, backbone, fingerprint or training; copy it again")
     return content
 
 

@@ -117,5 +117,5 @@ class Manifest:
             return cls(spec=spec, files=files, additions=additions, **values)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error

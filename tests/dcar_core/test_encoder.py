@@ -99,7 +99,7 @@ def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, t
     copy_checkpoint(tiny_checkpoint, tmp_path)
     good = (tmp_path / "config.json").read_text()
     content = json.loads(good)
-    incomplete, model = "lacks the model, the backbone or the fingerprint", content["model"]
+    incomplete, model = "has no valid model, backbone, fingerprint or training", content["model"]
     tuning = {"scope": "attention", "rank": 10**15}
     for changed, message in (
         (good.replace('"depth": 1', '"depth": 2'), "does not fit"),
@@ -108,6 +108,8 @@ def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, t
         (good.replace('"format": 1', '"format": 2'), "is not format 1; train again"),
         ('{"format": 1}', incomplete),
         ({"fingerprint": None}, incomplete),
+        ({"training": [1]}, incomplete),
+        (f'{{"format": 1, "model": {"[" * 200_000}{"]" * 200_000}}}', "is not JSON: nested too deeply"),
         ({"backbone": {**content["backbone"], "model": 5}}, incomplete),
         ({"model": {**model, "adapter": {**model.get("adapter", {}), "blocks": 10**15}}}, "blocks: Input should be"),
         ({"model": {**model, "fine_tune": tuning}}, "fine_tune: Unexpected keyword argument"),

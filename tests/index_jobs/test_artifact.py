@@ -169,6 +169,12 @@ def test_a_changed_manifest_is_refused(index: Path, change: dict[str, Any], says
     assert list_versions(index) == []
 
 
+def test_a_manifest_that_is_nested_too_deeply_is_refused(index: Path) -> None:
+    (index / "versions" / "1" / "manifest.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read: maximum recursion depth"):
+        open_current(index)
+
+
 def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
     assert current_version(tmp_path / "nowhere") is None
     assert list_versions(tmp_path / "nowhere") == []
