@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import httpx
 import pytest
 from dcar_client import AsyncClient, BatchResponse, Client, ServiceError
-from dcar_client.limits import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_TEXT, OversizedResponseError
+from dcar_client.limits import MAX_JSON_BYTES, MAX_JSON_VALUES, MAX_TEXT, OversizedResponseError, clean
 from pydantic import ValidationError
 
 from tests.support.parts import needs
 
 KEY = "k" * 32
+BASIC = "bWU6c2VjcmV0LXdvcmQ="  # me:secret-word
 RESULT = {"rank": 1, "id": "a", "score": 0.5, "caption": "", "category": "", "image_url": "/items/a/image"}
 
 
@@ -143,6 +145,44 @@ def test_errors_hold_no_key_no_control_characters_and_little_text() -> None:
     assert len(caught.value.problem.errors or ()) == 20
 
 
+@pytest.mark.parametrize(
+    ("address", "key"), [("http://", KEY), ("http://me:secret-word@", None)], ids=["key", "password"]
+)
+@pytest.mark.parametrize("head", ["HTTP/1.1 {}\r\n\r\n", "HTTP/1.1 200 OK\r\n{} \r\n\r\n"], ids=["status", "header"])
+async def test_a_secret_in_place_of_http_is_not_repeated(head: str, address: str, key: str | None) -> None:
+    def echo(connection: socket.socket) -> None:
+        connection.sendall(head.format(f"{KEY}\x1b secret-word {BASIC}").encode())
+
+    with answering_with(echo) as url:
+        url = url.replace("http://", address)
+        with Client(url, key=key) as client, pytest.raises(httpx.RemoteProtocolError) as caught:
+            client.readiness()
+        async with AsyncClient(url, key=key) as awaited:
+            with pytest.raises(httpx.RemoteProtocolError) as caught_too:
+                await awaited.readiness()
+    for error in (caught.value, caught_too.value):
+        text = "".join(traceback.format_exception(error))
+        assert "***" in text
+        assert not [secret for secret in ([KEY] if key else ["secret-word", BASIC]) if secret in text]
+
+
+@pytest.mark.parametrize("between", ["", "\u200b", "\u200d", "\ufeff\u2060", "\x07"])
+def test_errors_hold_no_password_whatever_is_between_its_letters(between: str) -> None:
+    transport = refusal(" ".join(map(between.join, ("secret-word", BASIC, "family"))))
+    with Client("http://me:secret-word@odd", transport=transport) as client, pytest.raises(ServiceError) as caught:
+        client.readiness()
+    assert str(caught.value).startswith("422: *** *** f")
+    assert caught.value.problem
+    assert caught.value.problem.title.startswith("*** *** f")
+
+
+def test_joiners_of_languages_and_emoji_stay() -> None:
+    assert (
+        clean("\u200b\U0001f469\u200d\U0001f4bb \u0645\u06cc\u200c\u0634\u0648\u062f")
+        == " \U0001f469\u200d\U0001f4bb \u0645\u06cc\u200c\u0634\u0648\u062f"
+    )
+
+
 @pytest.mark.parametrize("score", ["NaN", "1e999", "-Infinity"])
 def test_scores_are_finite(score: str) -> None:
     body = json.dumps({"results": [RESULT], "took_ms": 1.0, "cached": False, "index_version": 1}).replace("0.5", score)
@@ -184,6 +224,17 @@ async def test_mcp_results_name_images_of_the_service(image_url: str) -> None:
         url[0] = "/items/a/image"
         answer = await tools.get_item("a")
         assert answer.structured_content["image_url"] == "http://odd/items/a/image"
+
+
+@needs("mcp")
+async def test_mcp_results_hold_no_password() -> None:
+    from dcar_client.mcp import GalleryTools
+
+    item = {"id": "a", "caption": f"secret-word {BASIC}", "category": "", "metadata": {}, "image_url": "/items/a/image"}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={**item, "index_version": 1}))
+    async with AsyncClient("http://me:secret-word@odd", transport=transport) as client:
+        answer = await GalleryTools(client, "http://me:secret-word@odd").get_item("a")
+    assert answer.structured_content["caption"] == "*** ***"
 
 
 @needs("mcp")

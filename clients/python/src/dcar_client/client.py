@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import base64
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import httpx
 from dcar_client import calls
 from dcar_client.calls import Call, ItemFields, NewEvent, NewItem, NewQuery, path_segment
 from dcar_client.errors import error_from
-from dcar_client.limits import aread_bounded, deadline, end_at_deadline, read_bounded
+from dcar_client.limits import aread_bounded, clean_errors, deadline, end_at_deadline, read_bounded
 from dcar_client.models import (
     Collection,
     EmbeddingsResponse,
@@ -228,7 +229,7 @@ class Client:
 
     def _attempt(self, call: Call[T]) -> httpx.Response:
         deadline.set(time.monotonic() + self._timeout_s)
-        with self._http.stream(call.method, call.path, **call.arguments) as response:
+        with clean_errors(self._http.headers), self._http.stream(call.method, call.path, **call.arguments) as response:
             read_bounded(response)
             return response
 
@@ -416,12 +417,13 @@ class AsyncClient:
 
     async def _attempt(self, call: Call[T]) -> httpx.Response:
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._http.stream(call.method, call.path, **call.arguments) as response,
-            ):
-                await aread_bounded(response)
-                return response
+            with clean_errors(self._http.headers):
+                async with (
+                    asyncio.timeout(self._timeout_s),
+                    self._http.stream(call.method, call.path, **call.arguments) as response,
+                ):
+                    await aread_bounded(response)
+                    return response
         except TimeoutError:
             raise httpx.ReadTimeout("the attempt takes longer than the timeout") from None
 
@@ -433,7 +435,10 @@ def _prefix(collection: str | None) -> str:
 def _address(url: str, key: str | None) -> dict[str, Any]:
     """Return arguments of httpx's clients: an address without credentials, which logs may contain, and these apart."""
     given = httpx.URL(url)
-    auth = (given.username, given.password) if given.userinfo else None
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    headers["Accept-Encoding"] = "gzip"
-    return {"base_url": given.copy_with(userinfo=b""), "auth": auth, "headers": headers}
+    headers = {"Accept-Encoding": "gzip"}
+    if given.userinfo:
+        user = f"{given.username}:{given.password}".encode()
+        headers["Authorization"] = f"Basic {base64.b64encode(user).decode()}"
+    elif key:
+        headers["Authorization"] = f"Bearer {key}"
+    return {"base_url": given.copy_with(userinfo=b""), "headers": headers}

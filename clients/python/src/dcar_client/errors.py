@@ -8,11 +8,12 @@ error: see `dcar_client.limits.clean`.
 """
 
 import contextlib
+from functools import partial
 
 import httpx
 from pydantic import ValidationError
 
-from dcar_client.limits import clean, json_of, key_of
+from dcar_client.limits import clean, json_of, secrets_of
 from dcar_client.models import FieldError, OpenAIErrorResponse, ProblemResponse
 
 
@@ -34,17 +35,17 @@ class ServiceError(Exception):
 
 
 def error_from(response: httpx.Response) -> ServiceError:
-    """Return the error that a response stands for, without the key of its request."""
-    key = key_of(response.request.headers)
+    """Return the error that a response stands for, without the key or password of its request."""
+    plain = partial(clean, secrets=secrets_of(response.request.headers))
     problem = None
     with contextlib.suppress(ValueError):
         given = _problem(response)
-        texts = {name: clean(getattr(given, name), key) for name in ("type", "title", "detail")}
+        texts = {name: plain(getattr(given, name)) for name in ("type", "title", "detail")}
         faults = given.errors and [
-            FieldError(field=clean(each.field, key), message=clean(each.message, key)) for each in given.errors[:20]
+            FieldError(field=plain(each.field), message=plain(each.message)) for each in given.errors[:20]
         ]
         problem = given.model_copy(update={**texts, "errors": faults})
-    request_id = clean(response.headers.get("x-request-id", ""), key) or None
+    request_id = plain(response.headers.get("x-request-id", "")) or None
     return ServiceError(response.status_code, problem, request_id)
 
 

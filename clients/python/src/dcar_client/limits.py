@@ -3,10 +3,13 @@
 The server may be broken, or may not be the service at all.
 """
 
+import base64
 import math
 import re
 import time
 import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +21,9 @@ MAX_IMAGE_BYTES = 64 * 2**20
 MAX_JSON_BYTES = 24 * 2**20  # texts of 16 MiB, the service's own limit, and what is around them
 MAX_JSON_VALUES = 1_000_000  # commas and brackets; what is between them may take some hundred bytes once parsed
 MAX_TEXT = 500
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]+")  # and marks that reverse text
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # and marks without a sign
+_CONTROL = re.compile(f"[{_CONTROLS}]+")
+_HIDDEN = rf"[{_CONTROLS}\u00ad\u200c\u200d]*"  # some languages and emoji need the last two
 deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)  # of the attempt, in monotonic seconds
 
 
@@ -134,14 +139,26 @@ class _Body:
         return bytes(self._data)
 
 
-def key_of(headers: httpx.Headers) -> str:
-    """Return the API key in the headers of a request; "" if there is none."""
-    key: str = headers.get("authorization", "")
-    return key.removeprefix("Bearer ")
+def secrets_of(headers: httpx.Headers) -> list[str]:
+    """Return the API key in the headers of a request, or the password, plain and as it is sent; they may have none."""
+    kind, _, sent = headers.get("authorization", "").partition(" ")
+    password = base64.b64decode(sent).decode().partition(":")[2] if kind == "Basic" else ""
+    return [secret for secret in (sent, password) if secret]
 
 
-def clean(text: str, secret: str | None = None, most: int = MAX_TEXT) -> str:
-    """Return a text of the server for people: without control characters and the secret, shortened."""
-    text = text if not secret else text.replace(secret, "***")
+@contextmanager
+def clean_errors(headers: httpx.Headers) -> Iterator[None]:
+    """Clean the messages of httpx, which repeat what the server sends in place of HTTP; headers: of the request."""
+    try:
+        yield
+    except httpx.RemoteProtocolError as error:
+        error.args = (clean(str(error), secrets_of(headers)),)
+        raise error from None
+
+
+def clean(text: str, secrets: Iterable[str] = (), most: int = MAX_TEXT) -> str:
+    """Return a text of the server for people: without control characters and secrets, shortened."""
+    for secret in secrets:
+        text = re.sub(_HIDDEN.join(map(re.escape, secret)), "***", text)
     text = _CONTROL.sub(" ", text[: 4 * most])
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -22,7 +22,7 @@ from pydantic import Field
 from pydantic_core import to_json
 
 from dcar_client import AsyncClient, ItemResponse, SearchOptions, SearchResponse, ServiceError
-from dcar_client.limits import clean, key_of
+from dcar_client.limits import clean, secrets_of
 
 try:
     from mcp.server.mcpserver import Image, MCPServer
@@ -73,7 +73,7 @@ class GalleryTools:
     def __init__(self, client: AsyncClient, url: str, folder: Path | None = None) -> None:
         self._client, self._folder = client, folder
         self._url = str(httpx.URL(url).copy_with(userinfo=b"")).rstrip("/")
-        self._key = key_of(client._http.headers)
+        self._secrets = secrets_of(client._http.headers)
         self._turns = asyncio.Semaphore(THUMBNAILS_AT_A_TIME)
 
     async def search_by_words(
@@ -168,16 +168,16 @@ class GalleryTools:
             if len(data) > MOST_THUMBNAIL_BYTES:
                 raise ToolError(f"it has more than {MOST_THUMBNAIL_BYTES >> 20} MiB")
         except ToolError as error:
-            return TextContent(type="text", text=f"no thumbnail of {clean(item_id, self._key)}: {error}")
+            return TextContent(type="text", text=f"no thumbnail of {clean(item_id, self._secrets)}: {error}")
         kind = {b"\x89P": "png", b"RI": "webp"}.get(data[:2], "jpeg")  # small files of both kinds are sent as they are
         return Image(data=data, format=kind).to_image_content()
 
     def _clean(self, value: Any) -> Any:
         """Return JSON with all of its texts cleaned."""
         if isinstance(value, str):
-            return clean(value, self._key, MOST_CHARACTERS)
+            return clean(value, self._secrets, MOST_CHARACTERS)
         if isinstance(value, dict):
-            return {clean(name, self._key): self._clean(each) for name, each in value.items()}
+            return {clean(name, self._secrets): self._clean(each) for name, each in value.items()}
         return [self._clean(each) for each in value] if isinstance(value, list) else value
 
 
