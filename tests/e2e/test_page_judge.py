@@ -14,6 +14,13 @@ from tests.support.page import Page, until
 pytestmark = pytest.mark.browser
 
 
+def keeps_storage(page: Page) -> bool:
+    """Return whether the browser keeps what a page stores: one that has just started sometimes loses it once."""
+    page.driver.execute_script("localStorage.setItem('kept', '')")
+    page.driver.refresh()
+    return bool(page.driver.execute_script("return 'kept' in localStorage"))
+
+
 def test_keys_grade_results_and_the_download_is_a_judged_list(
     page: Page, indexes: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -26,6 +33,7 @@ def test_keys_grade_results_and_the_download_is_a_judged_list(
     folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
     page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
     page.open((tmp_path / "judge.html").as_uri())
+    until(lambda: keeps_storage(page))
     assert page.one("#query").text == text
     assert page.driver.execute_script("return document.querySelector('#image').naturalWidth") > 0
     for key in "3s0z2x":
