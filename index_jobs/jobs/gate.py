@@ -278,7 +278,10 @@ def compare(
 
 
 def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, EncodeTexts]) -> GateVerdict:
-    """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin."""
+    """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin.
+
+    A list without a relevant item on both sides does not pass.
+    """
     artifacts, queries = [artifact for artifact, _ in sides], list[tuple[str, dict[str, int]]]()
     for query_id, text in judged.texts.items():
         known = {
@@ -288,7 +291,8 @@ def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact,
         }
         queries += [(text, known)] * any(known.values())
     if not queries:
-        return replace(verdict, reason=f"{verdict.reason}; no relevant item of the judged list is in both indexes")
+        reason = f"{verdict.reason}; no relevant item of the judged list is in both indexes, so it compares nothing"
+        return replace(verdict, reason=reason, passed=False)
     pairs = zip(sides, artifacts[::-1], strict=True)
     before, after = ({"judged_ndcg_at_10": _judged_ndcg(*side, other, queries)} for side, other in pairs)
     values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (before, after))

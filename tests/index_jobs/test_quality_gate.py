@@ -145,10 +145,9 @@ def test_a_judged_list_decides_without_captions(
     (allowed := tmp_path / "allowed.csv").write_text(
         f"query,item_id,grade\nred,sold,3\nred,{ids['circle/red.png']},0\n"
     )
-    found = build(gallery, checkpoint=models.worse, judgements=allowed).gate
-    assert found is not None
-    assert (found["compared"], found["passed"]) == (False, True)
-    assert found["reason"].endswith("; no relevant item of the judged list is in both indexes")
+    with pytest.raises(RejectedError, match="no relevant item of the judged list is in both indexes, so it compares"):
+        build(gallery, checkpoint=models.worse, judgements=allowed)
+    assert build(gallery, checkpoint=models.worse, judgements=allowed, force=True).version == 2
 
 
 def test_a_bad_judged_list_ends_the_build_before_it_begins(build: Build, tmp_path: Path) -> None:
