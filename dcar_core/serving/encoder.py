@@ -12,6 +12,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,6 +235,21 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
             link_or_copy(path, checkpoint / PORTABLE / path.name)
     except (RuntimeUnavailableError, MissingExtraError) as error:
         logger.warning("services of this model will need PyTorch: %s", error)
+
+
+def load_exact(checkpoint: Path, device: str) -> Encoder:
+    """Load a checkpoint on a runtime in float32: its portable export's, which starts soonest, or else PyTorch's."""
+    request = encoder_cache.LoadRequest(checkpoint, device, "openvino", None, default_cache_directory())
+    if request.may_use_export and encoder_cache.has_portable(checkpoint):
+        with suppress(MissingExtraError, RuntimeUnavailableError):
+            return Encoder.load(checkpoint, device=device, runtime=request.runtime)
+    return Encoder.load(checkpoint, device=device)
+
+
+def has_started_portable(encoder: Encoder, checkpoint: Path) -> bool:
+    """Return whether an encoder runs the portable export of a checkpoint."""
+    portable = (checkpoint / PORTABLE).resolve()
+    return isinstance(encoder.runtime, OpenVinoRuntime) and encoder.runtime.directory.resolve() == portable
 
 
 def pick_device(device: str) -> str:

@@ -107,13 +107,6 @@ def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: 
     _write(target / PORTABLE / ENTRY, state, probe, content["export"])
 
 
-def exact_runtime(checkpoint: Path, device: str) -> str:
-    """Return the runtime that encodes in float32 and starts soonest: a portable export's, or else PyTorch's."""
-    request = LoadRequest(checkpoint, device, "openvino", None, default_cache_directory())
-    is_usable = request.may_use_export and has_portable(checkpoint) and machine.is_installed("openvino")
-    return "openvino" if is_usable else "torch"
-
-
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
     request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())

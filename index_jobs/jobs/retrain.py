@@ -19,6 +19,7 @@
 """
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,17 +33,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from dcar_core import Encoder
 from dcar_core.data.clean import fold_text
 from dcar_core.data.entries import label_text, required_text, texts_of
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
-from dcar_core.model.checkpoint import Trainables, read_config, read_trainables, write_checkpoint
+from dcar_core.model.checkpoint import PORTABLE, Trainables, read_config, read_trainables, write_checkpoint
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.dcar import FeatureAdapter
 from dcar_core.runtimes.graphs import adapter_arrays
 from dcar_core.runtimes.selection import Probe
-from dcar_core.serving.encoder_cache import copy_portable, exact_runtime, has_portable
+from dcar_core.serving.encoder import add_portable_export, has_started_portable, load_exact
+from dcar_core.serving.encoder_cache import copy_portable
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError
@@ -58,6 +59,8 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.manifest import CHECKPOINT, counted
 from index_jobs.store.versions import open_current
+
+logger = logging.getLogger(__name__)
 
 REPORT = "retrain.json"
 MIN_HELD_OUT = 20  # texts with clicks in each held-out tenth
@@ -161,7 +164,8 @@ def retrain(
         summary = run.compare(files, validation, judged, margin)
         if summary.published:
             summary = replace(summary, version=run.publish(staging, summary))
-        write_json(index / REPORT, asdict(summary))
+        if summary.gate:
+            write_json(index / REPORT, asdict(summary))
     if summary.gate and not summary.published:
         raise GateError(f"not published: {summary.reason}; {index / REPORT} has the figures")
     return replace(summary, notified=notify(services, index, summary.version)) if summary.published else summary
@@ -265,8 +269,7 @@ class _Retraining:
         self.index, self.served, self.live = index, served, np.flatnonzero(served.live)
         self.seconds, self._last = dict[str, float](), started
         self._lap("start")
-        runtime = exact_runtime(served.checkpoint, device)
-        self.encoder = Encoder.load(served.checkpoint, device=device, runtime=runtime)
+        self.encoder = load_exact(served.checkpoint, device)
         served.require(self.encoder.fingerprint)
         self.notes = dict(read_config(served.checkpoint).get("training", {}))
         self.trainables = read_trainables(served.checkpoint)
@@ -326,6 +329,8 @@ class _Retraining:
         if validation and "pairs" in self.cutoff:
             self.cutoff = gate.cutoff_of_pairs(served, self.after.encode_text(anchored.texts), rows)
         elif self.cutoff:
+            if "pairs" in self.cutoff:
+                logger.warning("the cut-off came from validation pairs, and now from common words; give --validation")
             found = gate.calibrate_by_words(served.segments[0].vectors, self.after.encode_text)
             self.cutoff = found.get("cutoff", self.cutoff)
         self._lap("gate")
@@ -443,15 +448,18 @@ class _Retraining:
         config = replace(config, method=method, adapter=replace(config.adapter, text=True))
         trainables = self.trainables | {f"{_ADAPTER}{name}": p.numpy() for name, p in adapter.state_dict().items()}
         fingerprint = write_checkpoint(made, content["backbone"], config, trainables, self.notes)
-        if has_portable(served.checkpoint):
+        if has_started_portable(self.encoder, served.checkpoint):
             state = replace(self.encoder.state, fingerprint=fingerprint, text_adapter=adapter_arrays(adapter))
             probe = Probe.synthetic(state.preprocess.size)
             copy_portable(served.checkpoint, made, state, self.after.encode_text(probe.texts))
+        elif (served.checkpoint / PORTABLE).is_dir():
+            add_portable_export(made, self.encoder.backbone)
         files = {name: info for name, info in served.manifest.files.items() if not name.startswith(f"{CHECKPOINT}/")}
         shared = publish.share_files(served.path, staging, files)
+        gain = 100 * summary.gate["held-out pairs"]["difference"]["value"]
         manifest = replace(
-            served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff,
-            change=f"model retrained on {counted(summary.pairs, 'pair')}", origin="",
+            served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff, origin="",
+            change=f"model retrained on {counted(summary.pairs, 'pair')}: nDCG of others {gain:+.1f} points",
         )  # fmt: skip
         manifest = publish.publish_version(self.index, staging, manifest, shared)
         self._lap("publish")

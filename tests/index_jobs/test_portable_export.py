@@ -13,7 +13,8 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.serving import encoder_cache
-from dcar_core.util.errors import DcarError
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError
+from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
 from index_jobs.store.versions import open_current, open_version
 from tests.support.parts import needs
@@ -51,24 +52,60 @@ def test_versions_of_a_model_share_one_export(index: Path, build: Build, exports
     assert weights(index, 4).samefile(weights(index, 3)), "a checkpoint brings its own"
 
 
-def test_a_retrained_version_carries_an_export_of_its_own(index: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def pairs(tiny_gallery: Path, tmp_path: Path) -> Path:
     rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
         "".join(
             json.dumps({"caption": f"{word} of {row['caption']}", "image": str(tiny_gallery / row["file_name"])}) + "\n"
             for row in rows
             for word in ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign", "stamp", "badge")
         )
     )
-    subprocess.run([sys.executable, "-c", RETRAIN_WITHOUT_OPEN_CLIP, index, pairs], check=True)
-    assert weights(index, 2).samefile(weights(index, 1))
+    return path
+
+
+def require_own_export(index: Path, cache: Path) -> None:
     checkpoint = open_current(index).checkpoint
-    quick = Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=tmp_path / "cache")
+    quick = Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache)
     assert quick.backbone is None
     texts = ["photo of a red square", "a tile"]
     whole = Encoder.load(checkpoint, device="cpu")
     np.testing.assert_allclose(quick.encode_text(texts), whole.encode_text(texts), atol=1e-5)
+
+
+def test_a_retrained_version_carries_an_export_of_its_own(index: Path, pairs: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", RETRAIN_WITHOUT_OPEN_CLIP, index, pairs], check=True)
+    assert weights(index, 2).samefile(weights(index, 1))
+    require_own_export(index, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("fault", ["damaged", "of another release", "cannot be proven"])
+def test_a_retraining_replaces_an_export_that_it_cannot_use(
+    index: Path, pairs: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "damaged":
+        file = weights(index, 1)
+        content = file.read_bytes()
+        file.unlink()  # it has other names
+        file.write_bytes(bytes(100) + content[100:])
+    elif fault == "of another release":
+        monkeypatch.setattr(encoder_cache, "FORMAT", encoder_cache.FORMAT + 1)
+    else:
+        load = Encoder.load
+
+        def fail(*given: Any, runtime: str = "torch", **options: Any) -> Encoder:
+            if runtime != "torch":
+                raise RuntimeUnavailableError("its vectors are not float32's here")
+            return load(*given, runtime=runtime, **options)
+
+        monkeypatch.setattr(Encoder, "load", fail)
+    assert retrain(index, [pairs], device="cpu", margin=1).published
+    if fault == "cannot be proven":
+        assert not weights(index, 2).exists()
+    else:
+        require_own_export(index, tmp_path / "cache")
 
 
 def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(

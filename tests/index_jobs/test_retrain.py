@@ -1,6 +1,7 @@
 """Retraining on pairs: a model that ranks better is published with the same vectors, and any other is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -106,6 +107,8 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
     again = retrain(index, [pairs], device="cpu")
     assert (again.published, again.version, current_version(index)) == (False, 2, 2)
     assert again.reason == "its model has learned from these pairs"
+    assert json.loads((index / REPORT).read_text()) == report, "of the last comparison"
+    assert re.fullmatch(r"model retrained on [\d,]+ pairs: nDCG of others \+[\d.]+ points", published.manifest.change)
 
 
 def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
@@ -221,6 +224,9 @@ def test_a_loss_on_a_judged_list_refuses_a_model(index: Path, pairs: Path, tmp_p
         retrain(index, [pairs], judgements=judged, margin=0.3, device="cpu")
     verdict = json.loads((index / REPORT).read_text())["gate"]["held-out pairs"]
     assert (verdict["passed"], verdict["difference"]["value"] > 0) == (False, True)
+    judged.write_text("query,item_id,grade\nred,nosuch,3\n")
+    with pytest.raises(GateError, match="no relevant item of the judged list is in both indexes, so it compares"):
+        retrain(index, [pairs], judgements=judged, margin=1, device="cpu")
     judged.write_text("query,item_id,grade\nred,a,7\n")
     with pytest.raises(DataError, match=r"judged\.csv, line 2: field 'grade' must be 0, 1, 2 or 3"):
         retrain(index, [pairs], judgements=judged, device="cpu")
