@@ -1,6 +1,7 @@
 """The routes of feedback, and searches that its log notes."""
 
 import asyncio
+import re
 import zlib
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api.requests import FeedbackEvent, FeedbackEvents, read_json
+from app.api.requests import CLIENT_NAME, FeedbackEvent, FeedbackEvents, read_json
 from app.api.responses import JsonResponse
 from app.api.routing import Routes, collection_of, state_of
 from app.api.schemas import FeedbackResponse
@@ -28,7 +29,8 @@ from index_jobs.store.versions import read_manifest, version_numbers
 routes = Routes("feedback")
 _LISTED = 20  # ignored events in a response
 _IMAGE_BYTES = 64 * 2**10  # of an image that tell it from others
-_CLIENT_CHARS = 100  # of the name of a client, as in events
+_CLIENT = re.compile(CLIENT_NAME)
+_DAY_S = 24 * 3600
 _VERSIONS = 20  # the newest ones, on the insights page
 _OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
 
@@ -105,7 +107,7 @@ def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snap
         return None
     if query.k == 1 or query.offset or query.sort or query.group_by or query.fold or query.more_like or query.less_like:
         return None
-    client = request.headers.get("x-client-id") or current_caller.get()
+    client = _client_of(request) or current_caller.get()
     live = state.collections.candidate
     if live is None or state.feedback.draw(client, "")[0] >= wanted.share:
         return None
@@ -124,15 +126,23 @@ def noted(
     """
     if log is None or (query.k == 1 and (query.explain or query.facets)):
         return None
-    client = next((value for name, value in request.scope["headers"] if name == b"x-client-id"), b"")
     return log.note(
         request.scope.get(CALLER, ""), collection_of(request), query, results, has_image=has_image, compared=compared,
-        client=client.decode("latin-1") if len(client) <= _CLIENT_CHARS else "",
+        client=_client_of(request),
     )  # fmt: skip
 
 
+def _client_of(request: Request) -> str:
+    """Return the client that a request names, "" for none, or for a name that an event could not have."""
+    name = next((value for name, value in request.scope["headers"] if name == b"x-client-id"), b"").decode("latin-1")
+    return name if _CLIENT.fullmatch(name) else ""
+
+
 def _row(event: FeedbackEvent) -> EventRow:
-    moment = event.timestamp or datetime.now(UTC)
-    milliseconds = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
-    given = event.client_id, event.action_name, event.object_id, event.position, event.rating
-    return EventRow(event.query_id, milliseconds, "", *given)
+    now = moment = datetime.now(UTC)
+    if event.timestamp is not None:
+        given = event.timestamp if event.timestamp.tzinfo else event.timestamp.replace(tzinfo=UTC)
+        moment = given if abs((given - now).total_seconds()) < _DAY_S else now  # a search has events for a day
+    milliseconds = int(moment.timestamp() * 1000)
+    facts = event.client_id, event.action_name, event.object_id, event.position, event.rating
+    return EventRow(event.query_id, milliseconds, "", *facts)

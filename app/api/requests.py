@@ -265,6 +265,7 @@ class DeleteItems(ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"]
 
 
 MAX_EVENTS = 500
+CLIENT_NAME = "^[!-~]{1,100}$"
 _SAME_ACTIONS = {  # other names in use
     "shown": "impression", "clicked": "click", "click_through": "click", "saved": "save", "add_to_cart": "save",
     "bought": "purchase", "judged": "judge",
@@ -283,7 +284,7 @@ class FeedbackEvent(Strict):
 
     query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
     client_id: Annotated[
-        str, Field(pattern=r"^[!-~]{1,100}$", description="who did it: 1 to 100 ASCII characters without spaces")
+        str, Field(pattern=CLIENT_NAME, description="who did it: 1 to 100 ASCII characters without spaces")
     ]
     action_name: Annotated[
         Literal["impression", "click", "save", "purchase", "judge"],
@@ -293,7 +294,7 @@ class FeedbackEvent(Strict):
     position: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = Field(
         None, description="ignored: the log stores the result's `rank`"
     )
-    timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent")
+    timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent, or over a day away")
     rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(
         None, validate_default=True, description="of `judge`: from 0, wrong, to 3, exactly right"
     )

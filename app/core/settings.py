@@ -230,7 +230,7 @@ class Settings(BaseSettings):
     feedback_days: int = Field(90, ge=1)
     """Days after which rows of the log are removed."""
     feedback_bytes: int = Field(2 * 2**30, ge=2**20)
-    """Largest size of the log in bytes; the oldest rows are removed."""
+    """Largest size of the log in bytes, beside 32 MiB of each process; the oldest rows are removed."""
 
     compare: Annotated[Comparison | None, NoDecode, BeforeValidator(_parse_comparison)] = None
     """Collection, or version of the default one, to compare with for a share of the clients: candidate:0.2, @3:0.2, or

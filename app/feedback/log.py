@@ -71,7 +71,7 @@ class FeedbackLog:
         # By query id `QueryRow`s in JSON without it and the time. Two tables: taking single old entries out is slow.
         self._recent, self._earlier, self._recent_bytes = dict[str, bytes](), dict[str, bytes](), 0
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
-        self._seen_count = 0
+        self._counts, self._accepted = dict[str, int](), 0  # events of a search, and of all
         self._queries, self._events = list[tuple[str, float, bytes]](), list[EventRow]()
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
@@ -188,19 +188,20 @@ class FeedbackLog:
                 fault = "object_id", "was not among the results"
             elif seen.get(key, -1) == event.rating:
                 fault = "action_name", "is known already"
-            elif len(seen) >= _MAX_EVENTS:
+            elif self._counts.get(event.query_id, 0) >= _MAX_EVENTS:
                 fault = "query_id", "has too many events"
             else:
                 self._seen.setdefault(event.query_id, seen)[key] = event.rating
+                self._counts[event.query_id] = self._counts.get(event.query_id, 0) + 1
                 collection = "" if search is None else search.collection
                 rank = None if search is None else search.offset + search.hits.index(event.item) + 1
                 accepted.append(event._replace(collection=collection, position=rank))  # whatever the client says
                 continue
             ignored.append((number, *fault))
             self._ignored.labels(fault[0]).inc()
-        self._seen_count += len(accepted)
-        if self._seen_count > _MAX_SEEN:
-            self._seen, self._seen_count = {}, 0
+        self._accepted += len(accepted)
+        if self._accepted > _MAX_SEEN:
+            self._seen, self._counts, self._accepted = {}, {}, 0
         self._events += accepted
         if accepted and not await self._are_stored():
             for event in accepted:  # so that they may be sent again

@@ -1,6 +1,7 @@
 """The files of the log: durable journals, and the Parquet files that they become.
 
 FOLDER/key                           secret of the service: signs query ids, hashes texts
+FOLDER/lock                          held while Parquet files are written or filtered
 FOLDER/journal/<day>.<hex>.jsonl     a journal of one process; each line is a batch of rows
 FOLDER/journal/<day>.<hex>.taken     one that is being turned into Parquet
 FOLDER/ubi_queries/<day>.<hex>.parquet
@@ -19,7 +20,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import chain, product
 from pathlib import Path
 from string import ascii_letters, digits
@@ -32,9 +33,11 @@ from pydantic_core import from_json, to_json
 
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import atomic_writer
+from dcar_core.util.processes import hold_lock
 
 JOURNAL, QUERIES, EVENTS = "journal", "ubi_queries", "ubi_events"
 _LARGE_BYTES = 32 * 2**20  # of a journal
+_WAIT_S = 600  # for another process
 _ROW_BYTES = 300  # of a search in a journal, with ten results
 _TIME = pa.timestamp("ms", "UTC")
 _STARTS = ["".join(pair) for pair in product(ascii_letters + digits + "-_", repeat=2)]  # of query ids
@@ -211,8 +214,18 @@ def is_due(folder: Path) -> bool:
     return any(path.suffix == ".taken" or _is_over(path) for path in (folder / JOURNAL).iterdir())
 
 
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Wait until no other process changes Parquet files."""
+    return hold_lock(folder / "lock", f"another process changes the files of {folder}; try again later", _WAIT_S)
+
+
 def roll(folder: Path, *, everything: bool = False) -> None:
     """Turn journals of past days, and large ones, into Parquet files."""
+    with _alone(folder):
+        _roll(folder, everything=everything)
+
+
+def _roll(folder: Path, *, everything: bool) -> None:
     for path in sorted((folder / JOURNAL).glob("*.jsonl")):
         if everything or _is_over(path):
             with suppress(FileNotFoundError):
@@ -322,7 +335,12 @@ def forget(folder: Path, client: str) -> tuple[int, int]:
     A search names its client, or its draw does.
     """
     draw = f"{hash_name(prepare(folder), client)}."
-    roll(folder, everything=True)
+    with _alone(folder):
+        _roll(folder, everything=True)
+        return _forget(folder, client, draw)
+
+
+def _forget(folder: Path, client: str, draw: str) -> tuple[int, int]:
     theirs, others, removed = set[str](), set[str](), 0
     for path, table in [*_parquet(folder / EVENTS, EVENT_SCHEMA)]:
         is_theirs = pc.equal(table["client_id"], client)
