@@ -38,7 +38,7 @@ from app.core.settings import DEFAULT_K, MAX_QUERIES, Settings
 from app.middleware.access import PART_BYTES, query_bytes
 from app.search.query import GroupBy, Query, check_filter, check_text, parse_fields
 from dcar_core.util.files import canonical_json
-from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES
+from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
 
 MAX_PUT_ITEMS = 256
 MAX_CHOSEN_ITEMS = 10_000
@@ -175,6 +175,8 @@ def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"must not have the field {name!r}")
         if len(name) > _MAX_NAME:
             raise ValueError(f"the name of the field {name[:_SHOWN_NAME]!r}... has more than {_MAX_NAME} characters")
+    if is_too_deep(given):
+        raise ValueError(f"has more than {MAX_METADATA_LEVELS} nested levels; flatten it")
     values: dict[str, Any] = from_json(to_json(given, inf_nan_mode="null"))
     if len(canonical_json(values)) > MAX_METADATA_BYTES:
         raise ValueError(f"takes at most {MAX_METADATA_BYTES // 2**10} KiB as JSON")

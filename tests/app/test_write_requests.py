@@ -44,6 +44,7 @@ BAD: list[tuple[str, bytes, int, str]] = [
     ),
     ("PUT", json.dumps({"items": [item("a", metadata={"x": "y" * 65_536})]}).encode(), 422, "items.0.metadata"),
     ("PUT", json.dumps({"items": [item("a", metadata={"n" * 257: 1})]}).encode(), 422, "items.0.metadata"),
+    ("PATCH", b'{"ids": ["a"], "metadata": {"x": %s}}' % (b"[" * 100 + b"]" * 100), 422, "metadata"),
     (
         "PUT",
         json.dumps({"items": [item(x, metadata={f"{x}{n}": n for n in range(500)}) for x in "ab"]}).encode(),
