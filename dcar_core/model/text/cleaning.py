@@ -10,7 +10,9 @@ import string
 from collections.abc import Callable
 
 # Spellings that a CLIP tokenizer reads as SOS or EOT, or that look the same to a reader.
-_CLIP_CONTROL = re.compile(r"<\s*/?\s*\|?\s*(?:start_?of_?text|end_?of_?text)\s*\|?\s*>", re.IGNORECASE)
+_CLIP_CONTROL = re.compile(  # possessive: with backtracking, 1,000 spaces would take half a minute
+    r"<\s*+/?\s*+\|?\s*+(?:start_?of_?text|end_?of_?text)\s*+\|?\s*+>", re.IGNORECASE
+)
 # An ampersand that was escaped again and again, in any spelling that `html.unescape` resolves.
 _NESTED_AMPERSAND = re.compile(r"&(?:amp;?|AMP;?|#0*38(?:;|(?!\d))|#[xX]0*26(?:;|(?![0-9a-fA-F])))+")
 _UNESCAPE_PASSES = 8
