@@ -55,12 +55,13 @@ from app.search.errors import BatchQueryError, UnavailableError
 from app.search.plan import row_of
 from app.search.query import Query
 from app.search.snapshots import Snapshot
-from app.service.batching import together
+from app.service.batching import SharedTasks, together
 from dcar_core.util.errors import DcarError, ImageError
 
 _UPLOAD = Policy("read", body=form_bytes, field="file")
 _BATCH = Policy("read", body=batch_bytes)
 _FORM = "multipart/form-data"
+_rendering = SharedTasks[bytes]()  # of metrics, one thread for all who wait
 _PROMPT_S = 1.0  # of an upload that is not refused any more once it was accepted
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
@@ -278,7 +279,8 @@ async def readyz(request: Request) -> Response:
 )
 async def metrics(request: Request) -> Response:
     """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
-    return Response(await run_in_new_thread(state_of(request).metrics.render), media_type=CONTENT_TYPE)
+    render = state_of(request).metrics.render
+    return Response(await _rendering.run(render, lambda: run_in_new_thread(render)), media_type=CONTENT_TYPE)
 
 
 @service.add("POST", "/admin/reload", Policy("admin", "service"), schemas.ReloadResponse, errors=(503,))

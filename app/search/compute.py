@@ -25,7 +25,7 @@ class Compute:
     encoded: vectors (E,) of normalized texts that were encoded before, in one batch.
     """
 
-    chunk_turn: AbstractAsyncContextManager[Any] = nullcontext()
+    chunk_turn: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext
     encoded: Mapping[str, Floats] = {}
 
     async def texts(self, rows: Sequence[TextRow]) -> list[Floats]:

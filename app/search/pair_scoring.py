@@ -140,7 +140,7 @@ async def _in_chunks(
 ) -> list[Floats]:
     vectors: list[Floats] = []
     for start in range(0, len(images), _CHUNK):
-        async with compute.chunk_turn:
+        async with compute.chunk_turn():
             vectors.extend(await encode(images[start : start + _CHUNK]))
     return vectors
 

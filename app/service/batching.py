@@ -326,14 +326,18 @@ class Admission:
         self._settings = settings
         self._metrics = metrics
         self.pending = Counter[PendingKind]()
+        self._pending_of = Counter[tuple[PendingKind, str]]()  # of each caller
 
     @asynccontextmanager
     async def __call__(self, count: int = 1, *, kind: PendingKind = "searches") -> AsyncIterator[None]:
         """Count work in progress. Raise UnavailableError if there is too much of it, or if it takes too long."""
-        if self.pending[kind] + count > self._settings.max_pending:
+        most, own = self._settings.max_pending, (kind, current_caller.get())
+        share = max(most // 2, min(most, self._settings.max_queries))  # of one caller
+        if self.pending[kind] + count > most or self._pending_of[own] + count > share:
             self._metrics.refused.labels("queue_full").inc()
             raise UnavailableError(_BUSY, retry_after_s=1)
         self.pending[kind] += count
+        self._pending_of[own] += count
         self._metrics.pending[kind].inc(count)
         deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
@@ -346,4 +350,7 @@ class Admission:
             raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
         finally:
             self.pending[kind] -= count
+            self._pending_of[own] -= count
+            if not self._pending_of[own]:
+                del self._pending_of[own]
             self._metrics.pending[kind].dec(count)

@@ -10,12 +10,15 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from app.core.decoders import Decoders
 from app.core.metrics import Metrics
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.core.threads import ComputeThreads, FairThreads, run_in_new_thread
 from app.search.compute import Compute, Place
@@ -55,11 +58,17 @@ class SharedCompute(Compute):
             later_wait=self._threads["search"].expected_wait,
         )
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
-        self.chunk_turn = asyncio.Semaphore(1)  # together, concurrent requests have one chunk in the model's queue
+        self._turn, self._turns_of = asyncio.Semaphore(1), WeakValueDictionary[str, asyncio.Semaphore]()
         self.timed = metrics.timed  # type: ignore[method-assign]
         self._pixel_threads = ComputeThreads(threads, "dcar-pixels")  # hash files, and resize what PyTorch is to resize
         self._decoders = Decoders(settings.max_pixels)
         self._query_limits = settings.max_pixels, frozenset(map(ImageFormat, settings.image_formats))
+
+    @asynccontextmanager
+    async def chunk_turn(self) -> AsyncIterator[None]:
+        """Keep one chunk of all requests in the model's queue; callers take turns."""
+        async with self._turns_of.setdefault(current_caller.get(), asyncio.Semaphore(1)), self._turn:
+            yield
 
     def start(self) -> None:
         self.batcher.start()

@@ -27,6 +27,21 @@ async def test_the_event_loop_has_a_processor_before_the_threads() -> None:
         threads.shutdown()
 
 
+async def test_chunks_of_images_take_turns_by_caller(built_index: Path) -> None:
+    async with opened(built_index) as client:
+        compute, order = client.app.state.retriever.compute, list[str]()
+
+        async def encode(caller: str) -> None:
+            current_caller.set(caller)
+            async with compute.chunk_turn():
+                order.append(caller)
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(*(asyncio.create_task(encode(caller)) for caller in ["many"] * 20 + ["one"]))
+        assert order.index("one") <= 2
+        assert not compute._turns_of
+
+
 async def test_searches_without_a_filter_do_not_wait_for_filters(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 
 from app.api.responses import JsonResponse
 from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.search import engine
 from app.search.engine import rank_rows
+from app.search.errors import UnavailableError
 from app.search.plan import Plan
 from app.search.query import Match
 from app.search.snapshots import Snapshot, load_snapshot
@@ -23,7 +26,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.searches import close, ranked
-from tests.support.service import ServiceClient, before_encoding, hold, opened
+from tests.support.service import KEYS, ServiceClient, before_encoding, hold, opened
 
 
 async def test_text_search_equals_encoder_and_index(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
@@ -112,6 +115,37 @@ async def test_searches_beyond_max_pending_are_refused(built_index: Path) -> Non
         for count, status in ((2, 200), (3, 503), (2, 200)):  # each search of a batch counts
             batch = {"queries": [{"query": f"q{i}"} for i in range(count)]}
             assert (await client.post("/search/batch", json=batch)).status_code == status
+
+
+async def test_one_caller_has_at_most_half_of_what_may_be_pending(built_index: Path) -> None:
+    async with opened(built_index, max_pending=8, max_queries=4, **KEYS) as client:
+        admission = client.app.state.retriever._admission
+        current_caller.set("alice")
+        async with admission(4):
+            with pytest.raises(UnavailableError):
+                await admission().__aenter__()
+            current_caller.set("bob")
+            async with admission(4):
+                pass
+        assert not admission._pending_of
+
+
+async def test_all_who_wait_for_metrics_share_one_thread(
+    started: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered, gate = list[int](), threading.Event()
+
+    def render() -> bytes:
+        rendered.append(1)
+        assert gate.wait(60)
+        return b"metrics"
+
+    monkeypatch.setattr(started.app.state.metrics, "render", render)
+    tasks = [asyncio.create_task(started.get("/metrics")) for _ in range(50)]
+    await asyncio.sleep(0.2)
+    gate.set()
+    assert {(await task).content for task in tasks} == {b"metrics"}
+    assert len(rendered) == 1
 
 
 async def test_items_have_images_and_similar_items(started: ServiceClient, gallery: Path) -> None:
