@@ -9,6 +9,7 @@
 
 import asyncio
 import re
+from collections import deque
 from datetime import datetime
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -36,7 +37,7 @@ from app.api.image_urls import PIECE, require_size
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import DEFAULT_K, MAX_QUERIES, Settings
 from app.middleware.access import PART_BYTES, query_bytes
-from app.search.query import GroupBy, Query, check_filter, check_text, parse_fields
+from app.search.query import GroupBy, Query, check_filter, check_text, checked_parts, parse_fields
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
 
@@ -175,6 +176,7 @@ def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"must not have the field {name!r}")
         if len(name) > _MAX_NAME:
             raise ValueError(f"the name of the field {name[:_SHOWN_NAME]!r}... has more than {_MAX_NAME} characters")
+    deque(checked_parts(given), maxlen=0)
     if is_too_deep(given):
         raise ValueError(f"has more than {MAX_METADATA_LEVELS} nested levels; flatten it")
     values: dict[str, Any] = from_json(to_json(given, inf_nan_mode="null"))

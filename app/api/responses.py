@@ -65,7 +65,8 @@ def result_chars(searches: Iterable[SearchResults]) -> int:
 
 
 def _result_sizes(results: SearchResults) -> Iterator[int]:
-    yield len(str(results.facets)) if results.facets else 0
+    for facet in (results.facets or {}).values():
+        yield from (_json_chars(str(value["value"])) for value in facet)
     for match in results.matches:
         others = [*match.folded, *map(str, (match.group or {}).values())]
         metadata = match.item.metadata_bytes if results.fields else 0

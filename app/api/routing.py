@@ -19,7 +19,7 @@ from app.api.image_urls import ImageFetcher
 from app.api.openapi import operation_options
 from app.core.keys import ApiKey
 from app.core.metrics import Metrics
-from app.core.problems import Problem
+from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
 from app.middleware.access import API_KEY, UNKNOWN, Access, Policy
@@ -30,6 +30,7 @@ from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
 
 COLLECTION = "/collections/{collection}"
+_MAX_PARAMETERS = 100  # in a query string
 ItemId = Annotated[str, Path(description="the id of an item, as results give it", max_length=1024)]
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[Response]])
 
@@ -48,6 +49,8 @@ class GuardedRoute(APIRoute):
         if self.policy is None:
             await refuse_unknown(scope, receive, send)
             return
+        if scope["query_string"].count(b"&") >= _MAX_PARAMETERS:
+            raise field_problem("URL", f"at most {_MAX_PARAMETERS} parameters", status=400)
         state: ServiceState = scope["app"].state
         await state.access.check(scope, self.policy)
         if scope["method"] not in (methods := self.methods or set()):

@@ -176,11 +176,14 @@ class FeedbackLog:
             UnavailableError: they cannot be stored; the same request may be sent again.
         """
         ignored, accepted = list[tuple[int, str, str]](), list[EventRow]()
+        searches = dict[str, QueryRow | None]()
         for number, event in enumerate(events):
             key = event.client, event.action, event.item
-            line = self._recent.get(event.query_id) or self._earlier.get(event.query_id)
-            # None: of another process, or long ago
-            search = QueryRow(event.query_id, 0, *from_json(b"[" + line)) if line else None
+            if event.query_id not in searches:
+                line = self._recent.get(event.query_id) or self._earlier.get(event.query_id)
+                # None: of another process, or long ago
+                searches[event.query_id] = QueryRow(event.query_id, 0, *from_json(b"[" + line)) if line else None
+            search = searches[event.query_id]
             seen = self._seen.get(event.query_id, {})
             if not self._is_of(caller, event.query_id):
                 fault = "query_id", "is of no search of yours in the last day"

@@ -19,7 +19,7 @@ from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
 _MAX_SCORED = 10_000  # rows that are compared with a min_score
-_MAX_CACHED_CHARS = 64 * 2**10  # of one facet; its values may be long texts
+_MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
 
@@ -53,7 +53,7 @@ def count_facets(
             facet = snapshot.facets.use(key)
             if facet is None:
                 facet = count_values(artifact, name, artifact.live if allowed is None else to_mask(allowed), groups)
-                if len(str(facet)) <= _MAX_CACHED_CHARS:
+                if 4 * len(str(facet)) <= _MAX_CACHED_BYTES:
                     snapshot.facets.keep(key, facet)
             facets[name] = facet
         return facets, True

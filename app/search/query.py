@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
@@ -44,6 +45,7 @@ Sort = Annotated[
 _LIST_FIELDS = frozenset({"more_like", "less_like", "fields", "facets"})
 _TEXT_FIELDS = frozenset({"query", "without", "sort"})
 _OMITTED_IF_EMPTY = _LIST_FIELDS | {"filter", "weights", "crop"}
+_MAX_BITS = 1000  # of a number; the time to print one grows with the square of its length
 _MAX_FILTER_BYTES = 64 * 2**10  # as JSON; the body of a text search holds no more
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
@@ -89,16 +91,23 @@ def _check_offset(offset: int, info: ValidationInfo) -> int:
 def check_filter(filter: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
     if info.context is None or not filter:
         return filter
-    size, parts = 0, list[Any]([filter])
-    while parts and size <= _MAX_FILTER_BYTES:  # most that are too long need not become JSON again
-        part = parts.pop()
-        if isinstance(part, str | list | dict):
-            size += len(part)
-        if isinstance(part, list | dict) and size <= _MAX_FILTER_BYTES:
-            parts += [*part, *part.values()] if isinstance(part, dict) else part
-    if size > _MAX_FILTER_BYTES or len(to_json(filter)) > _MAX_FILTER_BYTES:
+    sizes = accumulate(len(part) if isinstance(part, str | list | dict) else 1 for part in checked_parts(filter))
+    # most that are too long need not become JSON again
+    if any(size > _MAX_FILTER_BYTES for size in sizes) or len(to_json(filter)) > _MAX_FILTER_BYTES:
         raise ValueError(f"takes at most {_MAX_FILTER_BYTES // 2**10} KiB as JSON")
     return filter
+
+
+def checked_parts(value: Any) -> Iterator[Any]:
+    """Yield a JSON value and all that it contains, names included. Raise ValueError for a number of many digits."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, int) and part.bit_length() > _MAX_BITS:
+            raise ValueError("numbers have at most 300 digits")
+        yield part
+        if isinstance(part, list | dict):
+            parts += [*part, *part.values()] if isinstance(part, dict) else part
 
 
 class Weights(BaseModel):

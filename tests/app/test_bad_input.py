@@ -94,6 +94,19 @@ async def test_long_names_and_values_of_callers_are_cut_in_responses(built_index
         assert (response.status_code, len(response.content) < 10_000) == (422, True)
 
 
+async def test_many_parameters_and_long_numbers_are_refused(built_index: Path) -> None:
+    async with opened(built_index, writes=True, admin_key="long enough") as client:
+        assert_problem(await client.get("/items?" + "&".join(f"a{n}" for n in range(5000))), 400, "URL")
+        long = json.loads("9" * 4000)
+        query = {"query": "a", "filter": {"id": [long]}}
+        for path, body in (("/search/text", query), ("/search/batch", {"queries": [query]})):
+            problem = assert_problem(await client.post(path, json=body), 422)
+            assert "numbers have at most 300 digits" in problem["detail"]
+        patch = {"ids": ["a"], "metadata": {"price": long}}
+        refused = await client.patch("/items", json=patch, headers={"X-API-Key": "long enough"})
+        assert_problem(refused, 422, "metadata")
+
+
 async def test_a_long_content_type_is_refused_unparsed(started: ServiceClient) -> None:
     for path in ("/search/image", "/search/text"):
         long = {"Content-Type": "multipart/form-data; boundary=b" + ";" * 60_000}

@@ -196,7 +196,7 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
 ) -> None:
     if not is_small:
         monkeypatch.setattr("app.search.snapshots._MAX_MASK_BYTES", 2 * 24)
-        monkeypatch.setattr("app.search.facets._MAX_CACHED_CHARS", 10)
+        monkeypatch.setattr("app.search.facets._MAX_CACHED_BYTES", 10)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
         for number in range(20):
