@@ -414,7 +414,9 @@ def hostile_collection(work: Path) -> Path:
     gallery.mkdir(parents=True, exist_ok=True)
     for number in range(256):
         (gallery / f"{number}.png").write_bytes(small + number.to_bytes(2, "big"))
-        lines.append(json.dumps({"file_name": f"{number}.png", "id": f"{number}", "text": f"{number:03}" + "x" * 60_000}))
+        lines.append(
+            json.dumps({"file_name": f"{number}.png", "id": f"{number}", "text": f"{number:03}" + "x" * 60_000})
+        )
     (gallery / "large.png").write_bytes(encoded("PNG", 7_874))
     lines.append(json.dumps({"file_name": "large.png", "id": "large"}))
     (gallery / "metadata.jsonl").write_text("\n".join(lines))
