@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import pyarrow.compute as pc
 from fastapi import Query as QueryParam
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from app.api.requests import FilterQuery, ItemsQuery, check_k
@@ -177,7 +177,12 @@ _add_page("/favicon.ico", "icon.svg")
 
 @routes.add("GET", "/openapi.json", _PUBLIC)
 async def openapi(request: Request) -> Response:
-    return JsonResponse(request.app.openapi())
+    return Response(_document(request.app), media_type=JsonResponse.media_type)
+
+
+@cache
+def _document(app: FastAPI) -> bytes:
+    return bytes(JsonResponse(app.openapi()).body)
 
 
 @routes.add("GET", "/ui/{name}", _PUBLIC)
