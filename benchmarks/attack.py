@@ -64,8 +64,8 @@ MEMORY_MB = 2000  # of the server and its decoding processes
 MEMORY_BYTES = 2 * 2**30  # as docker-compose.yml sets; the server is limited to it where that is possible
 SHORT = {
     "unfinished uploads", "tiny chunks", "smuggling", "600 texts a second", "nested JSON", "long filters",
-    "slow filters", "long contains", "long names", "nested values", "long content types", "whole pages",
-    "batches of explanations", "writes without a key", "200 mutated images", "batches of 12 megapixels",
+    "slow filters", "long contains", "long names", "nested values", "long content types", "spaces", "metrics",
+    "whole pages", "batches of explanations", "writes without a key", "200 mutated images", "batches of 12 megapixels",
 }  # fmt: skip
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 
@@ -259,6 +259,7 @@ def attacks() -> dict[str, Attack]:
         "all facets": batch(query="cat", min_score=-1, facets=["id", "caption", "category"]),
         "batches of 12 megapixels": batch(image=picture),
         "nested JSON": post("/search/batch", "application/json", b'{"queries":' + b'{"a":[' * 4_000_000),
+        "long numbers": batch(query="cat", filter={"id": [10**300] * 200}),
         "long names": post("/search/batch", "application/json", b'{"queries":[{"%s":1}]}' % (b"A" * 26_000_000)),
         "nested values": post("/search/batch", "application/json", nested),
         "long contains of repeats": post("/collections/hostile/search/text", "application/json", repeats),
@@ -302,6 +303,9 @@ def attacks() -> dict[str, Attack]:
         "no Host, and two": flood(b"GET /healthz HTTP/1.1\r\n\r\n", PROBE[:-2] + HOST + b"\r\n"),
         "traversal": flood(*(f"GET {path} HTTP/1.1\r\n".encode() + HOST + b"\r\n" for path in paths)),
         "deep JSON": flood(post("/search/text", "application/json", b'{"filter":' + b'{"a":' * 12_000)),
+        "spaces": flood(text(query="<" + " " * 495 + "endoftext" + " " * 490)),
+        "metrics": flood(get("/metrics"), connections=400),
+        "many batches of explanations": flood(batch(k=1, query="a cat", explain=True), connections=20),
         "nested entities": flood(text(query="&" + "amp;" * 249)),
         "expensive filters": flood(text(query="cat", filter=contains)),
         "bodies of 26 MB": flood(batch(image="A" * 800_000), connections=16),

@@ -15,8 +15,8 @@ from pathlib import PurePath
 from typing import Annotated, Any
 
 import pyarrow.compute as pc
-from fastapi import Query as QueryParam
 from fastapi import FastAPI, Request
+from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api.requests import FilterQuery, ItemsQuery, check_k
