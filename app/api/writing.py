@@ -42,6 +42,7 @@ from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ImageError, LockedError
+from dcar_core.util.files import canonical_json
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.writes import JobKind, create_collection, drop_collection
 
@@ -51,6 +52,7 @@ item_writes = Routes("items")
 collection_writes = Routes("collections")
 _ITEMS = Policy("write", body=items_bytes)
 _MAX_FIELDS = 1000  # of a collection that changes add to
+_MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
 _MAX_NAMED = 20  # fields in a response, or in a list of a job
 _IMAGES_OWN = frozenset({"file_name"})  # fields that come with an image
 IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
@@ -225,6 +227,11 @@ async def _change(
         mask = await state_of(request).retriever.compute.run("search", filter_mask, snapshot, chosen.filter)
         notes["items"] = int(np.count_nonzero(mask))
     items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
+    count, each = notes.get("items", len(items)), len(canonical_json(fields or {}))
+    if fields and count * each > _MAX_CHANGE_BYTES:
+        message = f"{count:,} items with {each:,} bytes of fields take more than {_MAX_CHANGE_BYTES // 2**20} MiB; "
+        message += "choose fewer items at a time, or send shorter fields"
+        raise field_problem("ids" if chosen.filter is None else "filter", message)
     return await _accept(request, kind, items, (), {"filter": chosen.filter, "fields": fields or {}, "notes": notes})
 
 

@@ -5,6 +5,7 @@
 - No model is needed, so a service makes these changes by itself. Changes with images take a process and seconds.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from index_jobs.store.writes import WriteJob, WriteQueue, sweep
 
 _MAX_LISTED = 100  # unknown ids in the status of a job
 _MAX_HERE = 10_000  # items of a batch that a service changes itself; more of them need memory and hold up searches
+_MAX_HERE_BYTES = 16 * 2**20  # of their fields, as JSON; the peak of memory is 15 times as high
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,15 @@ class ChangeSummary:
     unknown: list[str]
 
 
-class _Draft:
-    """The items of a version with changed fields."""
+class _TooLargeError(Exception):
+    """The fields of changed items take more memory than a process may use."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
+
+class _Draft:
+    """The items of a version with changed fields, of at most so many bytes as JSON."""
+
+    def __init__(self, artifact: Artifact, most: float = math.inf) -> None:
+        self._artifact, self._left = artifact, most
         self._types = dict(artifact.fields)
         self._given = set[str]()
         self.records: dict[int, dict[str, Any]] = {}  # all fields of the changed rows
@@ -59,6 +65,7 @@ class _Draft:
         Raises:
             DataError: a value has another type than its field or too many levels, or an item would become too large;
                 none is changed.
+            _TooLargeError: the items do not fit.
         """
         if is_too_deep(fields):
             raise DataError(f"the fields have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
@@ -72,9 +79,13 @@ class _Draft:
             after = {name: value for name, value in {**before, **fields}.items() if fields.get(name, "") is not None}
             if after != before:
                 merged[row] = after
-                if len(canonical_json(after)) > MAX_METADATA_BYTES:
+                size = len(canonical_json(after))
+                if size > MAX_METADATA_BYTES:
                     name = self._artifact.item(row).id
                     raise DataError(f"the fields of {name!r} would take more than {MAX_METADATA_BYTES // 2**10} KiB")
+                self._left -= size
+                if self._left < 0:
+                    raise _TooLargeError
         if merged:
             self.records |= merged
             self._given |= fields.keys()
@@ -174,7 +185,10 @@ def apply_waiting(index: Path, keep: int) -> bool:
                 break
             queue.set_progress([job.name for job in jobs], 1, 0, count)
             try:
-                apply_patches(queue, index, jobs, keep)
+                apply_patches(queue, index, jobs, keep, _MAX_HERE_BYTES)
+            except _TooLargeError:
+                queue.clear_progress()
+                break
             except (DcarError, OSError):
                 queue.clear_progress()  # the jobs are not to blame
                 raise
@@ -183,15 +197,18 @@ def apply_waiting(index: Path, keep: int) -> bool:
     return bool(jobs)
 
 
-def apply_patches(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], keep: int) -> None:
-    """Publish the changes of some jobs of the kind patch, and record their ends."""
+def apply_patches(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], keep: int, most: float = math.inf) -> None:
+    """Publish the changes of some jobs of the kind patch, and record their ends.
+
+    Raise _TooLargeError, and change nothing, if the changed items have more bytes as JSON than `most`.
+    """
     ends, version = list[dict[str, Any]](), None
     if open_published(index) is None:
         ends = [{"status": "done", "changed": 0, "unknown": _ids(job)[:_MAX_LISTED]} for job in jobs]
     else:
         with publish.open_staging(index) as staging:
             current = open_current(index)
-            draft, version = _Draft(current), current.manifest.version
+            draft, version = _Draft(current, most), current.manifest.version
             for job in jobs:
                 try:
                     found = {item_id: current.row_of(item_id) for item_id in _ids(job)}

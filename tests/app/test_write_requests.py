@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from app.api import writing
 from app.core.keys import key_hash, new_key
 from app.core.settings import load_settings
 from app.service import write_worker
@@ -66,6 +67,8 @@ BAD: list[tuple[str, bytes, int, str]] = [
     ("PATCH", b'{"filter": {"price": 3}, "caption": ""}', 422, "filter.price"),
     ("PATCH", b'{"ids": ["a"], "metadata": {"caption": "b"}}', 422, "metadata"),
     ("PATCH", b'{"ids": ["a"], "image": "AAAA"}', 422, "image"),
+    ("PATCH", json.dumps({"ids": [f"{n}" for n in range(200)], "caption": "x" * 9000}).encode(), 422, "ids"),
+    ("PATCH", b'{"filter": {"id": {"not": "a"}}, "metadata": {"x": "%s"}}' % (b"x" * 60_000), 422, "filter"),
 ]
 BAD_ITEM: list[tuple[str, str, bytes, int, str]] = [
     ("PUT", "/items/a", json.dumps({"image": "%"}).encode(), 422, "image"),
@@ -84,7 +87,10 @@ BAD_ITEM: list[tuple[str, str, bytes, int, str]] = [
 ]  # fmt: skip
 
 
-async def test_bad_requests_name_the_field_and_change_nothing(index: Path, in_process: list[int]) -> None:
+async def test_bad_requests_name_the_field_and_change_nothing(
+    index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_MAX_CHANGE_BYTES", 2**20)
     async with opened(index, max_upload_bytes=20_000, **WRITES) as client:
         for method, body, status, field in BAD:
             response = await client.request(method, "/items", content=body, headers={**ADMINS, **JSON})

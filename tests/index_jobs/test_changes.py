@@ -202,7 +202,11 @@ def test_service_leaves_large_and_begun_batches_to_a_process(index: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(store_changes, "_MAX_HERE", 1)
         assert apply_waiting(index, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(store_changes, "_MAX_HERE_BYTES", 70)  # of one item
+        assert apply_waiting(index, 3)
     assert version_numbers(index) == [1, 2]
+    assert not WriteQueue(index).progress()
     assert not apply_waiting(index, 3)
     assert metadata(open_current(index), second)["price"] == 2
 
