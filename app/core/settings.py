@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     batch_wait_ms: float = Field(2.0, ge=0, le=100)
     """Longest time in milliseconds that a batch waits for more queries, under load only."""
     max_pending: int = Field(512, ge=1)
-    """Largest number of searches in progress. Further requests get 503."""
+    """Largest number of searches in progress, half of them by one caller. Further requests get 503."""
     max_queue_ms: int = Field(200, ge=1)
     """Longest expected wait for decoding, model and index in milliseconds. Searches beyond it get 503 at once."""
     deadline_ms: int = Field(10_000, ge=1)
