@@ -35,6 +35,7 @@ from index_jobs.store.writes import WriteJob, WriteQueue, sweep
 logger = logging.getLogger(__name__)
 
 MAX_STARTS = 100  # far more than restarts of a machine or a service explain
+_MAX_PATCH_STARTS = 3  # a change of metadata alone takes seconds, so restarts seldom meet it
 _PROGRESS_S = 1.0
 _LIST = "batch.jsonl"
 
@@ -63,9 +64,10 @@ def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: di
     """Apply jobs together, or in halves where that fails."""
     names, progress = [job.name for job in jobs], queue.progress()
     starts = progress["starts"] + 1 if progress.get("jobs") == names else 1
+    most = _MAX_PATCH_STARTS if jobs[0].kind == "patch" else MAX_STARTS
     try:
-        if starts > MAX_STARTS:
-            raise DataError(f"given up: the process that applied it ended {MAX_STARTS} times before it was done")
+        if starts > most:
+            raise DataError(f"given up: the process that applied it ended {most} times before it was done")
         queue.set_progress(names, starts, 0, sum(len(job.items) for job in jobs))
         if jobs[0].kind == "patch":
             apply_patches(queue, index, jobs, options["keep"])

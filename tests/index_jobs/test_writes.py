@@ -15,6 +15,7 @@ from index_jobs.jobs import apply
 from index_jobs.jobs.apply import apply_writes
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import rebuild
+from index_jobs.store import changes as store_changes
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
@@ -198,6 +199,26 @@ def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.
     assert [status(index, job)["status"] for job in jobs] == ["done", "failed", "done"]
     assert "given up" in status(index, jobs[1])["reason"]
     assert {"a", "c"} <= ids_of(open_current(index))
+
+
+def test_change_of_metadata_that_ends_its_process_thrice_is_given_up(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [patch(index, filter={"id": {"not": "a"}}, text="deadly"), delete(index, "unknown")]
+
+    def die(*_: Any) -> None:
+        raise SystemExit("killed")
+
+    monkeypatch.setattr(store_changes, "apply_patches", die)  # by the service
+    monkeypatch.setattr(apply, "apply_patches", die)
+    with pytest.raises(SystemExit):
+        store_changes.apply_waiting(index, 3)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            apply_writes(index)
+    apply_writes(index)
+    assert [status(index, job)["status"] for job in jobs] == ["failed", "done"]
+    assert "ended 3 times" in status(index, jobs[0])["reason"]
 
 
 def test_images_that_no_version_shows_are_removed(index: Path) -> None:
