@@ -33,6 +33,7 @@ from index_jobs.selection import Allowed
 from index_jobs.store.location import published_index
 from index_jobs.store.versions import open_current, open_version
 
+_MAX_PAGE_BYTES = 64 * 2**10  # of the texts of a page that is cached
 _BATCH = 64  # texts that are encoded at a time
 
 
@@ -64,7 +65,7 @@ async def search(
     results: SearchResults | None = snapshot.pages.use(key)
     if results is None:
         results = await _find(compute, snapshot, plan, vector, allowed, settings)
-        if key is not None:
+        if key is not None and sum(match.item.text_bytes for match in results.matches) <= _MAX_PAGE_BYTES:
             snapshot.pages.keep(key, results)
     if query.facets and not query.sort:
         given = query.facets, query.filter, plan.group_by, vector, plan.min_score

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, MANIF
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
+_CACHED_BYTES = 2048  # of the texts of one; longer ones are read again
 _SAMPLE = 16  # images whose presence stands for the gallery's
 
 
@@ -66,6 +68,11 @@ class Item:
     def metadata_bytes(self) -> int:
         """Length of the metadata as JSON."""
         return int(self.fields.as_buffer().size)
+
+    @property
+    def text_bytes(self) -> int:
+        """Memory of the texts outside of the mapped file."""
+        return sum(map(sys.getsizeof, (self.id, self.caption, self.category)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,12 +341,14 @@ class Artifact:
         return pa.chunked_array(chunks, target)
 
     def item(self, row: int) -> Item:
-        """Return one item; those of recent searches are cached. Raise IndexError if the row is unknown or removed."""
+        """Return one item; short ones of recent searches are cached. Raise IndexError if the row is unknown or removed."""
         if (cached := self._items.get(row)) is not None:
             return cached
         segment, position = self.locate(row)
         cells = [segment.items.cell(position, column) for column in _ITEM_COLUMNS]
         item = Item(*[*cells, segment.items.scalar(position, "metadata")])
+        if item.text_bytes > _CACHED_BYTES:
+            return item
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
             self.known.clear()

@@ -207,6 +207,15 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
         assert sum(len(str(key)) for cache in (snapshot.masks, snapshot.facets) for key in cache) < 10_000
 
 
+async def test_pages_of_long_texts_are_not_cached(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(built_index) as client:
+        snapshot = client.app.state.collections[None].live
+        for most in (100, 10_000):
+            monkeypatch.setattr("app.search.engine._MAX_PAGE_BYTES", most)
+            assert (await client.post("/search/text", json=WORDS)).is_success
+            assert len(snapshot.pages) == (most > 100)
+
+
 async def test_large_image_is_hashed_and_read_in_threads(
     built_index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

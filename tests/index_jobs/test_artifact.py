@@ -51,6 +51,10 @@ def test_search_and_items(
     assert [artifact.row_of(each) for each in ids] == list(range(24))
     assert [artifact.row_of(artifact.item(row).id) for row in range(24)] == list(range(24)), "of items that were shown"
     assert len(artifact.known) <= 5
+    monkeypatch.setattr("index_jobs.store.artifact._CACHED_BYTES", 100)
+    other = open_current(published)
+    assert other.item(0) == other.item(0)
+    assert not other.known, "long texts are read again"
     for unknown in ("", "0", "zzz", "../../etc/passwd", "\ud800"):
         assert artifact.row_of(unknown) is None
 
