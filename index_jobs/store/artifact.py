@@ -341,7 +341,7 @@ class Artifact:
         return pa.chunked_array(chunks, target)
 
     def item(self, row: int) -> Item:
-        """Return one item; short ones of recent searches are cached. Raise IndexError if the row is unknown or removed."""
+        """Return one item; recent short ones are cached. Raise IndexError if the row is unknown or removed."""
         if (cached := self._items.get(row)) is not None:
             return cached
         segment, position = self.locate(row)
