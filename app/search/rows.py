@@ -25,6 +25,7 @@ from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
+_LONG_BYTES = 256  # mean length from which values are sorted to number them, which takes no memory
 
 
 def mask_key(filter: dict[str, Any]) -> str:
@@ -76,16 +77,16 @@ def field_values(artifact: Artifact, name: str, option: str, rows: Rows | None =
 
 @dataclass(frozen=True, slots=True)
 class GroupField:
-    """The groups of all rows.
+    """The groups of all rows. Their values, which may be long texts, are read when they are shown.
 
     Attributes:
         codes: number of each row's group, int64 (rows,).
-        values: value of each numbered group; rows without a value have higher numbers.
-        counts: number of live rows of each numbered group.
+        counts: number of live rows of each group that has a value; rows without one have higher numbers.
     """
 
+    artifact: Artifact
+    name: str
     codes: Rows
-    values: list[Any]
     counts: Rows
 
     def codes_of(self, rows: Rows) -> Rows:
@@ -96,11 +97,14 @@ class GroupField:
         """Return the value of each row's group, None without one, and its number of allowed rows, None for all."""
         counts = self.counts
         if allowed is not None:
-            counts = np.bincount(self.codes[to_mask(allowed)], minlength=len(self.values))
-        alone = {"value": None, "count": 1}
+            counts = np.bincount(self.codes[to_mask(allowed)], minlength=len(counts))
+        different = np.unique(np.array(rows, np.int64))
+        values = dict(
+            zip(different.tolist(), _single_values(self.artifact, self.name, different).to_pylist(), strict=True)
+        )
         return [
-            {"value": self.values[code], "count": int(counts[code])} if code < len(self.values) else alone
-            for code in self.codes[rows].tolist()
+            {"value": values[row], "count": int(counts[code]) if code < len(self.counts) else 1}
+            for row, code in zip(rows, self.codes[rows].tolist(), strict=True)
         ]
 
     def outside(self, codes: Rows, allowed: Allowed | None) -> Allowed:
@@ -182,13 +186,18 @@ def group_field(snapshot: Snapshot, name: str) -> Groups:
         return StoredGroups(snapshot, name)
 
     def read() -> GroupField:
-        encoded = _single_values(snapshot.artifact, name).dictionary_encode().combine_chunks()
-        values = encoded.dictionary.to_pylist()
-        codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        alone = np.flatnonzero(codes < 0)
-        codes[alone] = len(values) + alone
-        counts = np.bincount(codes[snapshot.artifact.live], minlength=len(values))[: len(values)]
-        return GroupField(codes, values, counts)
+        artifact = snapshot.artifact
+        _single_values(artifact, name, NO_ROWS)  # raises
+        column = artifact.column(name)
+        is_missing = pc.equal(column, "").fill_null(True) if name in EMPTY_IS_MISSING else column.is_null()
+        if column.nbytes > _LONG_BYTES * len(column):  # a dictionary would copy them, more than once
+            codes = pc.rank(column, tiebreaker="dense").to_numpy().astype(np.int64) - 1
+        else:
+            encoded = column.dictionary_encode().combine_chunks()
+            codes = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        count, alone = int(codes.max(initial=-1)) + 1, np.flatnonzero(is_missing.to_numpy())
+        codes[alone] = count + alone
+        return GroupField(artifact, name, codes, np.bincount(codes[artifact.live], minlength=count)[:count])
 
     groups: GroupField = snapshot.groups.find(name, read)
     return groups

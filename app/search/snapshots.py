@@ -28,7 +28,7 @@ _MAX_PAGES = 1000  # about 8 kB each
 _MAX_MASKS = 16
 _MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
 _MAX_GROUPS = 8
-_MAX_GROUP_BYTES = 512 * 2**20  # of all of them; one of different texts takes about 80 bytes an item
+_MAX_GROUP_BYTES = 512 * 2**20  # of all of them, at most 16 bytes an item each
 _MAX_FACETS = 64
 _MAX_ORDERS = 8
 _MAX_ORDER_BYTES = 256 * 2**20  # of all of them, 12 bytes an item each
@@ -160,7 +160,7 @@ def load_snapshot(
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     rows = max(1, artifact.rows)
     masks = Recent[str, Allowed](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
-    groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (80 * rows))))
+    groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (16 * rows))))
     orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
     pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))
     snapshot = Snapshot(

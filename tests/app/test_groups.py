@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from app.search.engine import rank_rows
@@ -95,6 +96,28 @@ def test_threads_may_fill_and_trim_a_cache_at_once() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert len(cache) <= 8
+
+
+@pytest.mark.parametrize("name", ["product", "caption"])
+def test_groups_of_long_values_are_those_of_short_ones_and_take_little_memory(name: str) -> None:
+    rng, count, size = np.random.default_rng(0), 300, 10_000
+    short = [value if name == "product" else value or "" for value in products_of(rng, count, 90)]
+    long = [value and value.ljust(size, "x") for value in short]
+    artifacts = [ArtifactStub(unit(rng, count, 16), **{name: values}) for values in (short, long)]
+    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
+    at_first = pool.max_memory()
+    try:
+        pa.set_memory_pool(pool)
+        expected, groups = (group_field(snapshot_of(artifact), name) for artifact in artifacts)
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < at_first + 20 * size
+    every = np.arange(count)
+    assert first_rows(groups, every).tolist() == first_rows(expected, every).tolist()
+    for mask in (None, rng.random(count) < 0.5):
+        found, others = groups.shown([*every], mask), expected.shown([*every], mask)
+        assert [each["count"] for each in found] == [each["count"] for each in others]
+        assert [each["value"] for each in found] == [value or None for value in long]
 
 
 def test_one_huge_group_does_not_hide_the_others() -> None:

@@ -11,6 +11,7 @@ from app.search.snapshots import Recent
 from dcar_core.util.errors import DataError
 from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.spec import IndexSpec
+from index_jobs.store.items import take_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 
@@ -32,16 +33,18 @@ class ArtifactStub:
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
         self.manifest: Any = SimpleNamespace(removed=0, kind=kind, additions=[], spec=IndexSpec())
-        self._columns = columns
+        half = self.rows // 2
+        self._columns = {
+            name: pa.chunked_array([values[:half], values[half:]], pa.array(values).type)
+            for name, values in columns.items()
+        }
         self.sample_vectors = vectors[:50]
 
-    def column(self, name: str, rows: None = None) -> pa.ChunkedArray:
+    def column(self, name: str, rows: Any = None) -> pa.ChunkedArray:
         if name not in self._columns:
             raise DataError(f"no item has the field {name!r}")
-        half = self.rows // 2
-        values = self._columns[name]
-        kind = pa.array(values).type
-        return pa.chunked_array([pa.array(values[:half], kind), pa.array(values[half:], kind)])
+        column = self._columns[name]
+        return column if rows is None else take_rows(pa.table({name: column}), rows)[name]
 
 
 def snapshot_of(artifact: Any) -> Any:
