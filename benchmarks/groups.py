@@ -57,7 +57,7 @@ def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
         built = build_index(Path(folder) / "index", lambda: iter([vectors]), count, dim, choices)
         index = FaissIndex.open(Path(folder) / "index")
     artifact: Any = SimpleNamespace(search=index.search, vectors=index.vectors, rows=index.count)
-    groups = GroupField(products, list(range(int(products.max()) + 1)), np.bincount(products))
+    groups = GroupField(artifact, "product", products, np.bincount(products))
     recalls, times = [], []
     faiss.omp_set_num_threads(1)
     plan = Plan(Query())

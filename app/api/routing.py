@@ -50,7 +50,7 @@ class GuardedRoute(APIRoute):
             await refuse_unknown(scope, receive, send)
             return
         if scope["query_string"].count(b"&") >= _MAX_PARAMETERS:
-            raise field_problem("URL", f"at most {_MAX_PARAMETERS} parameters", status=400)
+            raise field_problem("URL", f"at most {_MAX_PARAMETERS} parameters")
         state: ServiceState = scope["app"].state
         await state.access.check(scope, self.policy)
         if scope["method"] not in (methods := self.methods or set()):

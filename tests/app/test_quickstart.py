@@ -22,7 +22,7 @@ from app.cli import app
 from app.cli.options import EXAMPLES
 from app.cli.quickstart import _open_when_ready
 from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import read_config, save_zero_shot
+from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.serving.encoder import Encoder
@@ -56,11 +56,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
-    photos: Path, tiny_model: Path, tmp_path: Path, served: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    photos: Path, tmp_path: Path, served: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     command = ["quickstart", str(photos), "--data", str(tmp_path / "data"), "--port", str(free_port()), "--no-open"]
-    of_another_release = load_backbone(BackboneSource(str(tiny_model)))
-    save_zero_shot(of_another_release, tmp_path / "data" / "zero-shot" / "bundled")
     first = CliRunner().invoke(app, command, catch_exceptions=False)
     assert first.output.count("the model hub cannot be reached") == 1
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "the hub's error is said once"
