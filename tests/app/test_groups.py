@@ -103,7 +103,8 @@ def test_groups_of_long_values_are_those_of_short_ones_and_take_little_memory(na
     rng, count, size = np.random.default_rng(0), 300, 10_000
     short = [value if name == "product" else value or "" for value in products_of(rng, count, 90)]
     long = [value and value.ljust(size, "x") for value in short]
-    artifacts = [ArtifactStub(unit(rng, count, 16), **{name: values}) for values in (short, long)]
+    columns = [dict[str, Any]({name: values}) for values in (short, long)]
+    artifacts = [ArtifactStub(unit(rng, count, 16), **each) for each in columns]
     before, pool = pa.default_memory_pool(), pa.system_memory_pool()
     at_first = pool.max_memory()
     try:
