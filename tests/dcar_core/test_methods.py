@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_core.data import Annotations, Dataset
+from dcar_core.model import open_clip_source
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods import weight_changes
 from dcar_core.model.methods.flyp import interpolate
 from dcar_core.model.methods.promptsrc import consistency_loss
 from dcar_core.model.methods.registry import METHODS, method
@@ -103,8 +103,9 @@ def test_a_merged_model_has_the_configuration_of_its_text_encoder(
         (directory / encoder / "config.json").rename(directory / "config.json")
         files = {file.name: file for file in (*directory.iterdir(), *(directory / encoder).iterdir())}
         monkeypatch.setattr("dcar_core.model.text.hub_tokenizer.fetch", lambda name, file: files.get(file))
-        monkeypatch.setattr(weight_changes, "read_config", lambda source: config)
-        original.source = BackboneSource("xlm-roberta-base-ViT-B-32", RANDOM)
+        read, original.source = open_clip_source.read_config, BackboneSource("xlm-roberta-base-ViT-B-32", RANDOM)
+        of_hub = {original.source: config}
+        monkeypatch.setattr(open_clip_source, "read_config", lambda source: of_hub.get(source) or read(source))
     merged = merge(original, model.changes, tmp_path / "out")
     assert merged.source.directory is not None
     assert (merged.source.directory / encoder / "config.json").is_file()
