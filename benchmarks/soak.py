@@ -30,7 +30,7 @@ from serve import images, new_images, new_texts
 from service import ROOT, MemoryGroup, Redis, Server, emoji
 
 from index_jobs.store.publish import rollback
-from index_jobs.store.versions import version_numbers
+from index_jobs.store.versions import open_current, read_manifest, version_numbers
 from tests.support.hostile_images import png_of_size
 
 PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn
@@ -100,7 +100,9 @@ async def disconnect_early(port: int, until: float) -> None:
 
 
 async def swaps(index: Path, until: float, every: float, log: list[str]) -> None:
-    versions = itertools.cycle(version_numbers(index))
+    model = open_current(index).manifest.spec.fingerprint  # another one answers otherwise
+    numbers = version_numbers(index)
+    versions = itertools.cycle([n for n in numbers if read_manifest(index, n).spec.fingerprint == model])
     while time.monotonic() + every < until:
         await asyncio.sleep(every)
         version = next(versions)
