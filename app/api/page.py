@@ -182,6 +182,7 @@ async def openapi(request: Request) -> Response:
 
 @cache
 def _document(app: FastAPI) -> bytes:
+    """Return the OpenAPI document as JSON; the page and tools ask for it again and again."""
     return bytes(JsonResponse(app.openapi()).body)
 
 

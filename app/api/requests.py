@@ -9,7 +9,6 @@
 
 import asyncio
 import re
-from collections import deque
 from datetime import datetime
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -176,7 +175,8 @@ def _check_metadata(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"must not have the field {name!r}")
         if len(name) > _MAX_NAME:
             raise ValueError(f"the name of the field {name[:_SHOWN_NAME]!r}... has more than {_MAX_NAME} characters")
-    deque(checked_parts(given), maxlen=0)
+    for _ in checked_parts(given):  # refuses long numbers
+        pass
     if is_too_deep(given):
         raise ValueError(f"has more than {MAX_METADATA_LEVELS} nested levels; flatten it")
     values: dict[str, Any] = from_json(to_json(given, inf_nan_mode="null"))

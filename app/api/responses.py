@@ -55,7 +55,7 @@ async def make_response(request: Request, make: Callable[[], Any], texts: int, f
 
 
 def item_chars(items: Iterable[Item]) -> int:
-    """Return the length of the texts and metadata of items as JSON, or of so many as exceed the limit."""
+    """Return the length of the texts and metadata of items as JSON. Counting ends beyond the limit."""
     return _total(_text_chars(item) + item.metadata_bytes for item in items)
 
 
