@@ -16,7 +16,8 @@
   head without a body, which a proxy could not ask another one for again; and it saves a system call.
 - While the event loop is behind, searches by text are refused here, at a tenth of the cost of a refusal by the
   application. Otherwise the loop would spend all of its time on refusals.
-- Where open files get scarce, a new connection ends the one that has been without a request for the longest time.
+- Where open files get scarce, a new connection ends the one that has sent nothing for the longest time, among those
+  without a request and those whose body has not arrived.
 - Responses are sent in pieces, and a client that does not take one within WRITE_S is disconnected. The system buffers
   UNSENT_BYTES; by default it would take megabytes.
 """
@@ -56,7 +57,7 @@ _CROWD = 8  # if so many requests have begun since the one before: otherwise som
 _LATE_LOOKS = 2  # in a row, after which the loop is behind; a single long step is not
 _SMALL_BYTES = 4096  # of a request that may be refused here
 _STATE_KEY = "dcar.connection"
-_idle: dict["BoundedProtocol", None] = {}  # connections without a request, the idlest first
+_silent: dict["BoundedProtocol", None] = {}  # connections whose clients have to send something, the idlest first
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
@@ -153,14 +154,15 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         with contextlib.suppress(AttributeError, OSError):  # the system has no such option, or it is a Unix socket
             connection = transport.get_extra_info("socket")
-            if connection.fileno() >= _most_files() - _SPARE_FILES and _idle:  # the system gives the lowest free number
-                next(iter(_idle))._close()
+            if connection.fileno() >= _most_files() - _SPARE_FILES and _silent:  # the system gives the lowest free number
+                next(iter(_silent))._close()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._joining = _JoiningTransport(self._transport)
         self._inner.connection_made(cast(asyncio.Transport, self._joining))
         self._expect_head()
 
     def connection_lost(self, error: Exception | None) -> None:
+        _silent.pop(self, None)
         for name in [*self._timers]:
             self._stop(name)
         self._inner.connection_lost(error)
@@ -283,18 +285,26 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._in_head = False
         self._heads += not self._parser.should_upgrade()
         self._unframed = 0
+        self._note_silence()
 
     def on_body(self, body: bytes) -> None:
         self._unframed = 0
+        self._note_silence()
 
     def on_message_complete(self) -> None:
         self._in_message = False
         self._unframed = 0
+        if self._heads > self._finished:
+            _silent.pop(self, None)
+
+    def _note_silence(self) -> None:
+        _silent.pop(self, None)
+        _silent[self] = None  # the last one
 
     def _expect_head(self) -> None:
         # A loop that is behind calls timers before it reads what has come in time.
         self._start("head", HEAD_S, self._start, "head", _GRACE_S, self._refuse, b"408 Request Timeout")
-        _idle[self] = None
+        self._note_silence()
 
     def _refuse(self, status: bytes) -> None:
         if not self._heads:  # else a response may be half written
@@ -306,12 +316,11 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._timers[timer] = asyncio.get_running_loop().call_later(seconds, action, *args)
 
     def _stop(self, timer: str) -> None:
-        if timer == "head":
-            _idle.pop(self, None)
         if (handle := self._timers.pop(timer, None)) is not None:
             handle.cancel()
 
     def _close(self) -> None:
+        _silent.pop(self, None)
         self._stop("head")
         self._transport.close()  # after all is written, which needs a client that reads
         self._start("close", WRITE_S, self._transport.abort)

@@ -157,13 +157,29 @@ def test_silent_connection_is_refused_408(connection: socket.socket) -> None:
 def test_where_files_are_scarce_a_new_connection_ends_the_idlest(
     port: int, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connection.sendall(HEALTH)
-    assert read_response(connection).startswith(b"HTTP/1.1 200")  # accepted, and idle from now on
-    monkeypatch.setattr("app.middleware.http_protocol._most_files", lambda: 0)
-    with socket.create_connection(("127.0.0.1", port)) as other:
-        other.sendall(HEALTH)
-        assert read_response(other).startswith(b"HTTP/1.1 200")
-        assert read_until_closed(connection) == b""
+    half, body = SEARCH + b"Content-Length: 16\r\n\r\n", b'{"query": "red"}'
+    with (
+        socket.create_connection(("127.0.0.1", port)) as sending,
+        socket.create_connection(("127.0.0.1", port)) as used,
+    ):
+        for each, data, status in (
+            (connection, half, b""),
+            (sending, half, b""),
+            (used, HEALTH, b"200"),
+            (sending, body[:8], b""),
+        ):
+            each.sendall(data)
+            assert not status or read_response(each)[9:12] == status
+            time.sleep(0.1)
+        monkeypatch.setattr("app.middleware.http_protocol._most_files", lambda: 0)
+        for ended in (connection, used):
+            with socket.create_connection(("127.0.0.1", port)) as other:
+                other.sendall(HEALTH)
+                assert read_response(other)[9:12] == b"200"
+                assert read_until_closed(ended) == b""
+        monkeypatch.undo()
+        sending.sendall(body[8:])
+        assert read_response(sending)[9:12] == b"200"
 
 
 def test_searches_are_refused_at_once_while_the_loop_is_behind(
