@@ -147,19 +147,16 @@ class Retriever:
         """
         row, artifact = row_of(snapshot, item_id), snapshot.artifact
 
-        def read() -> tuple[str, bytes | None, bytes]:
-            name = f"{artifact.image_key(row)}_{side}.{thumbnail_format}"
-            data = self._thumbnails.get(name)
-            return name, data, b"" if data else artifact.image_bytes(row)
-
         try:
             async with self._admission(kind="pictures"):
-                name, data, source = await self.image_threads.run(read)
+                name = f"{await self.image_threads.run(artifact.image_key, row)}_{side}.{thumbnail_format}"
+                data = await self.compute.thumbnail_threads.run(self._thumbnails.get, name)
                 if data is None:
+                    source = await self.image_threads.run(artifact.image_bytes, row)
                     try:
                         make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                         data = await self.compute.decode(source, make)
-                        await self.image_threads.run(self._thumbnails.put, name, data)
+                        await self.compute.thumbnail_threads.run(self._thumbnails.put, name, data)
                     except ImageError as error:
                         if error.fault != ImageFault.TOO_LARGE:
                             raise

@@ -1,5 +1,6 @@
 """What the search page needs beside the API: thumbnails, the gallery in an order, familiar words."""
 
+import asyncio
 import io
 import json
 import os
@@ -153,6 +154,22 @@ async def test_small_drawings_are_sent_as_they_are(started: ServiceClient) -> No
     assert (await started.get(f"/items/{quote(ODD_ID, safe='')}/image?size=192")).status_code == 200
     assert_problem(await started.get("/items/circle%2Fred.png/image?size=999"), 422, "size")
     assert_problem(await started.get("/items/unknown/image?size=192"), 404, "id")
+
+
+async def test_a_cache_that_hangs_delays_no_image(
+    photos: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(ThumbnailCache, "get", lambda *_: answers.wait(30) and None)
+    try:
+        async with opened(photos, **cache, deadline_ms=500) as client:
+            url = f"/items/{await item_id(client, 'print.jpg')}/image"
+            waiting = [asyncio.create_task(client.get(f"{url}?size=192")) for _ in range(20)]
+            await asyncio.sleep(0.1)
+            assert (await client.get(url)).status_code == 200
+            assert {(await each).status_code for each in waiting} == {503}
+    finally:
+        answers.set()
 
 
 async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, cache: dict[str, Any]) -> None:
