@@ -141,4 +141,4 @@ def write_json(path: Path, value: Any) -> None:
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Replace `path` with a line of JSON for each value, atomically."""
     with atomic_writer(path) as file:
-        file.writelines(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values)
+        file.writelines(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n" for value in values)

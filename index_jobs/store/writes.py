@@ -1,6 +1,7 @@
 """Changes that were accepted over HTTP: the queue of an index, and the collections that were created.
 
-INDEX/writes/queue/<job>.json   an accepted job that has not ended; writing this file accepts it
+INDEX/writes/queue/<job>.json   an accepted job that has not ended; writing this file accepts it. Its first line is the
+                                job's summary, its second one the job
 INDEX/writes/ended/<job>.json   how a job ended; kept for a week
 INDEX/writes/images/<job>/      its image files, which stay there for the index
 INDEX/writes/progress.json      the jobs that are being applied, the number of starts, and of encoded images
@@ -37,7 +38,7 @@ import pyarrow.compute as pc
 
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import fsync_path, fsync_tree, write_json
+from dcar_core.util.files import fsync_path, fsync_tree, write_json, write_json_lines
 from dcar_core.util.processes import hold_lock
 from index_jobs.spec import IndexSpec
 from index_jobs.store.artifact import Artifact
@@ -129,7 +130,8 @@ class WriteQueue:
                 for parent in (folder, self.images, self.folder):
                     fsync_path(parent)
             stored = [{**item, "file": file} for item, file in zip(items, files, strict=True)] if images else [*items]
-            write_json(path, {"kind": kind, "accepted": _now(), "items": stored, **(more or {})})
+            fields = {"kind": kind, "accepted": _now(), "items": stored, **(more or {})}
+            write_json_lines(path, [WriteJob(name, **fields).summary, fields])
         except OSError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -140,7 +142,14 @@ class WriteQueue:
         return [name for name in sorted(_jobs_in(self._queue)) if not (self.ended / f"{name}.json").exists()]
 
     def read(self, name: str) -> WriteJob:
-        return WriteJob(name, **json.loads((self._queue / f"{name}.json").read_bytes()))
+        _, _, job = (self._queue / f"{name}.json").read_bytes().partition(b"\n")
+        return WriteJob(name, **json.loads(job))
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        """Return the `summary` of a waiting job, without the time that reading its items takes."""
+        with (self._queue / f"{name}.json").open("rb") as file:
+            summary: dict[str, Any] = json.loads(file.readline())
+        return summary
 
     def next_batch(self) -> list[WriteJob]:
         """Return the first waiting jobs that can be applied together; the same ones again if a process was killed.
@@ -170,8 +179,8 @@ class WriteQueue:
         """Return True if a waiting job puts this item."""
         for name in self.waiting():
             with contextlib.suppress(FileNotFoundError):  # it has ended
-                job = self.read(name)
-                if job.kind == "put" and any(item["id"] == item_id for item in job.items):
+                is_put = self._summary(name)["kind"] == "put"
+                if is_put and any(item["id"] == item_id for item in self.read(name).items):
                     return True
         return False
 
@@ -189,11 +198,11 @@ class WriteQueue:
                 ended: dict[str, Any] = json.loads((self.ended / f"{name}.json").read_bytes())
                 return ended
             with contextlib.suppress(FileNotFoundError):
-                job, progress = self.read(name), self.progress()
+                summary, progress = self._summary(name), self.progress()
                 if name not in progress.get("jobs", ()):
-                    return {**job.summary, "status": "waiting"}
+                    return {**summary, "status": "waiting"}
                 done = {each: progress[each] for each in ("done", "total")}
-                return {**job.summary, "status": "running", "progress": done}
+                return {**summary, "status": "running", "progress": done}
         return None
 
     def progress(self) -> dict[str, Any]:

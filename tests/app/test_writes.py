@@ -167,7 +167,7 @@ async def test_full_disk_refuses_a_job_as_a_whole(
 
     async with opened(index, **WRITES) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("index_jobs.store.writes.write_json", fail)
+            patch.setattr("index_jobs.store.writes.write_json_lines", fail)
             response = await put(client, item("a"))
         assert_problem(response, 503)
         assert response.headers["retry-after"] == "10"

@@ -52,6 +52,15 @@ def test_waiting_jobs_become_one_version_with_their_images(index: Path, encoder:
     assert verify_index(index)[-1].version == 2
 
 
+def test_the_status_of_a_waiting_job_is_read_without_its_items(index: Path) -> None:
+    ids = [f"{number:01000d}" for number in range(10_000)]
+    job = delete(index, *ids)
+    (path,) = (index / "writes" / "queue").glob("*.json")
+    path.write_bytes(path.read_bytes()[:200])
+    found = status(index, job)
+    assert (found["kind"], found["items"], found["status"]) == ("delete", 10_000, "waiting")
+
+
 def test_last_change_of_an_id_wins(index: Path) -> None:
     put(index, "a", "b", color="pink")
     put(index, "a", color="cyan")
