@@ -53,7 +53,8 @@ _MAX_JSON_VALUES = 50_000
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
 _MAX_FIELD_BYTES = 16 * 2**10
 _MAX_CONTENT_TYPE = 300  # characters; the time to parse one grows with the square of its length
-_MAX_EXPLAINED = 32  # results in one batch: on two cores about as many seconds as a search may take
+# Results in one batch: on two cores, a ViT-B/32 takes about as many seconds for them as a search may take.
+_MAX_EXPLAINED, _MAX_RERANKED = 32, 320
 _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii", b"ascii", b"iso-8859-1", b"latin-1", b"windows-1252"})
 
 M = TypeVar("M", bound=BaseModel)
@@ -65,13 +66,15 @@ def _check_count(given: list[Any], info: ValidationInfo) -> list[Any]:
     return given
 
 
-def _check_explained(queries: list[Any], info: ValidationInfo) -> list[Any]:
-    most = 0 if info.context is None else info.context.explain_results
-    explained = sum(min(query.k, most) for query in queries if query.explain)
-    if explained > max(_MAX_EXPLAINED, most):
-        raise ValueError(
-            f"at most {_MAX_EXPLAINED} results with `explain` in a batch, not {explained}; lower k or send fewer"
-        )
+def _check_costly(queries: list[Any], info: ValidationInfo) -> list[Any]:
+    settings = info.context
+    if settings is None:
+        return queries
+    explained = [min(query.k, settings.explain_results) for query in queries if query.explain]
+    reranked = [settings.rerank_depth for query in queries if query.rerank]
+    for option, results, most in (("explain", explained, _MAX_EXPLAINED), ("rerank", reranked, _MAX_RERANKED)):
+        if sum(results) > max(most, *results, 0):
+            raise ValueError(f"at most {most} results with `{option}` in a batch, not {sum(results)}; send fewer")
     return queries
 
 
@@ -156,7 +159,7 @@ class BatchQuery(Strict, json_schema_extra={"examples": [{"queries": [{"query": 
         Field(min_length=1, max_length=MAX_QUERIES),
         FailFast(),
         AfterValidator(_check_count),
-        AfterValidator(_check_explained),
+        AfterValidator(_check_costly),
     ]
 
 

@@ -154,7 +154,8 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         with contextlib.suppress(AttributeError, OSError):  # the system has no such option, or it is a Unix socket
             connection = transport.get_extra_info("socket")
-            if connection.fileno() >= _most_files() - _SPARE_FILES and _silent:  # the system gives the lowest free number
+            is_scarce = connection.fileno() >= _most_files() - _SPARE_FILES  # the system gives the lowest free number
+            if is_scarce and _silent:
                 next(iter(_silent))._close()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._joining = _JoiningTransport(self._transport)
