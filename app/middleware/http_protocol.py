@@ -58,6 +58,7 @@ _LATE_LOOKS = 2  # in a row, after which the loop is behind; a single long step 
 _SMALL_BYTES = 4096  # of a request that may be refused here
 _STATE_KEY = "dcar.connection"
 _silent: dict["BoundedProtocol", None] = {}  # connections whose clients have to send something, the idlest first
+_crowding: set["BoundedProtocol"] = set()  # connections with one of the last files; with any, files are scarce
 _UPGRADE = re.compile(rb"\r\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
@@ -154,8 +155,9 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         with contextlib.suppress(AttributeError, OSError):  # the system has no such option, or it is a Unix socket
             connection = transport.get_extra_info("socket")
-            is_scarce = connection.fileno() >= _most_files() - _SPARE_FILES  # the system gives the lowest free number
-            if is_scarce and _silent:
+            if connection.fileno() >= _most_files() - _SPARE_FILES:  # the system gives the lowest free number
+                _crowding.add(self)
+            if _crowding and _silent:
                 next(iter(_silent))._close()
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         self._joining = _JoiningTransport(self._transport)
@@ -164,6 +166,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         _silent.pop(self, None)
+        _crowding.discard(self)
         for name in [*self._timers]:
             self._stop(name)
         self._inner.connection_lost(error)

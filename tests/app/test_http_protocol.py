@@ -171,13 +171,13 @@ def test_where_files_are_scarce_a_new_connection_ends_the_idlest(
             each.sendall(data)
             assert not status or read_response(each)[9:12] == status
             time.sleep(0.1)
-        monkeypatch.setattr("app.middleware.http_protocol._most_files", lambda: 0)
-        for ended in (connection, used):
-            with socket.create_connection(("127.0.0.1", port)) as other:
+        with contextlib.ExitStack() as stack:
+            for most, ended in ((0, connection), (10**6, used)):  # a low number may be free although files are scarce
+                monkeypatch.setattr("app.middleware.http_protocol._most_files", lambda most=most: most)
+                other = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                 other.sendall(HEALTH)
                 assert read_response(other)[9:12] == b"200"
                 assert read_until_closed(ended) == b""
-        monkeypatch.undo()
         sending.sendall(body[8:])
         assert read_response(sending)[9:12] == b"200"
 
