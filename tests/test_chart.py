@@ -21,7 +21,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 9, "cpuPercent": 50}},
     "rebuild": {
         "index": {"claim": "indexes", "path": "photos"},
-        "rebuild": {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"], "resources": {"limits": {"cpu": "4"}}},
+        "rebuild": {
+            "schedule": "0 3 * * *",
+            "image": "dcar:full",
+            "args": ["--gallery", "/gallery"],
+            "resources": {"limits": {"cpu": "4"}},
+        },
     },
     "gallery": {"gallery": {"claim": "photos", "path": "/photos"}},
     "digest": {"image": {"digest": DIGEST}, "imagePullSecrets": [{"name": "registry"}]},
@@ -130,6 +135,16 @@ def test_the_image_is_taken_by_its_digest() -> None:
     assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"dcar@{DIGEST}"
 
 
+def test_indexing_has_an_image_of_its_own_beside_one_that_only_serves() -> None:
+    values: dict[str, Any] = {"image": {"tag": "1.0-serve"}, "rebuild": {"image": "dcar:1.0"}}
+    service, test = pods(render(values))
+    assert [service["containers"][0]["image"], test["containers"][0]["image"]] == ["dcar:1.0-serve"] * 2
+    assert service["initContainers"][0]["image"] == "dcar:1.0", "which indexes the bundled emoji"
+    values |= {"index": {"claim": "indexes"}, "rebuild": {"schedule": "@daily", "image": "dcar:1.0"}}
+    _, job, _ = pods(render(values))
+    assert job["containers"][0]["image"] == "dcar:1.0"
+
+
 def test_an_index_in_an_object_store_needs_no_claim() -> None:
     index = {"url": "s3://bucket/photos", "credentials": "store"}
     values: dict[str, Any] = {"index": index, "rebuild": {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"]}}
@@ -205,6 +220,7 @@ def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
         ({"settings": {"max_kk": 1}}, "max_kk"),
         ({"secretSettings": {"admin_key": "plain"}}, "admin_key"),
         ({"image": {"digest": "latest"}}, "digest"),
+        ({"rebuild": {"image": "dcar"}}, "image"),
         ({"index": {"url": "s3:bucket"}}, "url"),
         ({"replica": 2}, "replica"),
         ({"rebuild": {"schedule": "every day"}}, "schedule"),

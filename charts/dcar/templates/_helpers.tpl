@@ -45,10 +45,12 @@ volumes:
 {{- end }}
 {{- end }}
 
+{{- define "dcar.image" -}}
+{{- with .Values.image }}{{ .repository }}{{ .digest | empty | ternary (printf ":%s" .tag) (printf "@%s" .digest) }}{{ end }}
+{{- end }}
+
 {{- define "dcar.container" -}}
-{{- $image := .Values.image -}}
-image: "{{ $image.repository }}{{ $image.digest | empty | ternary (printf ":%s" $image.tag) (printf "@%s" $image.digest) }}"
-imagePullPolicy: {{ $image.pullPolicy }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
@@ -84,6 +86,7 @@ envFrom: [{secretRef: {name: {{ . }}}}]
 {{- end }}
 
 {{- define "dcar.rebuild" -}}
+image: {{ .Values.rebuild.image | default (include "dcar.image" .) | quote }}
 command: [python, -m, index_jobs.rebuild]
 args: {{ concat .Values.rebuild.args (list "--out" (include "dcar.index" .)) | toJson }}
 {{ include "dcar.credentials" . }}
