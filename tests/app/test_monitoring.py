@@ -78,6 +78,10 @@ def test_a_query_asks_for_what_the_service_has(query: str, text: str, live: Seri
         known |= labels.keys()
         for matcher in selector.matchers.matchers:
             assert matcher.name in labels.keys() | TARGET_LABELS, f"{selector.name} has no label {matcher.name}"
+            if matcher.name == "job":
+                assert str(matcher.op) == "MatchOp.Re"
+                for job in ("dcar", "shop-dcar"):  # of docker-compose.yml, and of the chart's release `shop`
+                    assert re.fullmatch(matcher.value, job)
     for each in parts:
         grouped = getattr(getattr(each, "modifier", None), "labels", [])
         assert set(grouped) <= known
