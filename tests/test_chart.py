@@ -203,6 +203,17 @@ def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
     assert {"name": "feedback", "mountPath": "/feedback"} in container["volumeMounts"]
 
 
+def test_a_network_policy_with_peers_admits_the_test_too() -> None:
+    (policy,) = of_kind("NetworkPolicy", OPTIONS["network"])
+    (test,) = of_kind("Pod", OPTIONS["network"])
+    (shop, own) = (each["podSelector"]["matchLabels"] for each in policy["spec"]["ingress"][0]["from"])
+    assert shop == {"app": "shop"}
+    assert own == test["metadata"]["labels"]
+    assert own != policy["spec"]["podSelector"]["matchLabels"]
+    (policy,) = of_kind("NetworkPolicy", {})
+    assert "from" not in policy["spec"]["ingress"][0]
+
+
 def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
     def notes(**values: Any) -> str:
         with helm().Chart.load(CHART) as chart:
