@@ -63,11 +63,11 @@ def helm() -> Any:
     return importlib.import_module("helm_python")
 
 
-def render(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the objects of a release named `shop`."""
+def render(values: dict[str, Any], name: str = "shop") -> list[dict[str, Any]]:
+    """Return the objects of a release."""
     with helm().Chart.load(CHART) as chart:
         chart.validate_schema(values)
-        manifests = chart.render(values, name="shop", namespace="search")
+        manifests = chart.render(values, name=name, namespace="search")
     del manifests["dcar/templates/NOTES.txt"]
     return [each for text in manifests.values() for each in yaml.safe_load_all(text) if each]
 
@@ -84,16 +84,44 @@ def pods(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield each["spec"] if each["kind"] == "Pod" else spec["template"]["spec"]
 
 
-@pytest.mark.parametrize("values", [*OPTIONS.values(), ALL], ids=[*OPTIONS, "all"])
-def test_each_option_renders_objects_that_kubernetes_accepts(values: dict[str, Any]) -> None:
+def require_valid(objects: list[dict[str, Any]]) -> None:
+    """Check objects against the schemas of an old and a new Kubernetes."""
     kubernetes_validate = importlib.import_module("kubernetes_validate")
-    report = helm().lint(CHART, values, strict=True)
-    assert report["errors"] == []
-    assert [each for each in report["messages"] if each["severity"] > 1] == []
-    for each in render(values):
+    for each in objects:
         if not each["apiVersion"].startswith("monitoring.coreos.com/"):  # of the Prometheus operator
             for version in ("1.27", "1.34"):
                 kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("values", [*OPTIONS.values(), ALL], ids=[*OPTIONS, "all"])
+def test_each_option_renders_objects_that_kubernetes_accepts(values: dict[str, Any]) -> None:
+    report = helm().lint(CHART, values, strict=True)
+    assert report["errors"] == []
+    assert [each for each in report["messages"] if each["severity"] > 1] == []
+    require_valid(render(values))
+
+
+def test_names_that_look_like_numbers_stay_names() -> None:
+    values: dict[str, Any] = {
+        "index": {"claim": "123", "credentials": "1e3"},
+        "feedbackClaim": "true",
+        "gallery": {"claim": "456", "path": "/a, b"},
+        "rebuild": {"schedule": "0 3 * * *"},
+        "cacheSize": "500",
+    }
+    objects = render(values, name="789")
+    require_valid(objects)
+    service, job, _ = pods(objects)
+    assert [each["mountPath"] for each in job["containers"][0]["volumeMounts"]] == ["/data", "/tmp", "/cache", "/a, b"]
+    assert {"claimName": "true"} in [each.get("persistentVolumeClaim") for each in service["volumes"]]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    ["", "@daily", "@every 90m", "0 3 * * *", "*/15 0-23/2 1,15 1-12 0", "5  4 ? JAN-MAR mon,THU", "59 23 31 12 6"],
+)
+def test_schedules_of_kubernetes_are_accepted(schedule: str) -> None:
+    assert render({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}})
 
 
 def leaves(values: dict[str, Any]) -> set[tuple[str, ...]]:
@@ -234,7 +262,20 @@ def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
         ({"rebuild": {"image": "dcar"}}, "image"),
         ({"index": {"url": "s3:bucket"}}, "url"),
         ({"replica": 2}, "replica"),
-        ({"rebuild": {"schedule": "every day"}}, "schedule"),
+        *(
+            ({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}}, "schedule")
+            for schedule in (
+                "every day",
+                "60 3 * * *",
+                "0 24 * * *",
+                "0 3 32 * *",
+                "0 3 * 13 *",
+                "0 3 * * 7",
+                "0 3 * *",
+            )
+        ),
+        ({"cacheSize": "lots"}, "cacheSize"),
+        ({"monitoring": {"interval": "often"}}, "interval"),
         ({"rebuild": {"schedule": "0 3 * * *"}}, "needs index.claim or index.url"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}, "minReplicas is above"),
         (

@@ -1,6 +1,6 @@
 {{- define "dcar.labels" -}}
 app.kubernetes.io/name: {{ .Chart.Name }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "dcar.name" -}}
@@ -28,18 +28,18 @@ tolerations: {{ toJson . }}
 {{- end }}
 volumes:
   - {name: tmp, emptyDir: {sizeLimit: 1Gi}}
-  - {name: cache, emptyDir: {sizeLimit: {{ .Values.cacheSize }}}}
+  - {name: cache, emptyDir: {sizeLimit: {{ .Values.cacheSize | quote }}}}
 {{- end }}
 
 {{- define "dcar.gallery" -}}
 {{- with .Values.gallery.claim -}}
-- {name: gallery, persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}}
+- {name: gallery, persistentVolumeClaim: {claimName: {{ quote . }}, readOnly: true}}
 {{- end }}
 {{- end }}
 
 {{- define "dcar.index-volume" -}}
 {{- with .Values.index.claim -}}
-- {name: index, persistentVolumeClaim: {claimName: {{ . }}}}
+- {name: index, persistentVolumeClaim: {claimName: {{ quote . }}}}
 {{- else -}}
 - {name: index, emptyDir: {}}
 {{- end }}
@@ -73,7 +73,7 @@ securityContext:
 
 {{- define "dcar.credentials" -}}
 {{- with .Values.index.credentials -}}
-envFrom: [{secretRef: {name: {{ . }}}}]
+envFrom: [{secretRef: {name: {{ quote . }}}}]
 {{- end }}
 {{- end }}
 
@@ -81,7 +81,7 @@ envFrom: [{secretRef: {name: {{ . }}}}]
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /cache}
 {{- if .Values.gallery.claim }}
-- {name: gallery, mountPath: {{ .Values.gallery.path }}, readOnly: true}
+- {name: gallery, mountPath: {{ .Values.gallery.path | quote }}, readOnly: true}
 {{- end }}
 {{- end }}
 
