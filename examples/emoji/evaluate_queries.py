@@ -10,8 +10,8 @@
   checkpoint. --split test ranks the images of the test emoji alone, for the queries that these answer. --held-out
   ranks all images, for the queries that no image of a training emoji answers.
 - Many single words are tags or names of emoji, which the base model was trained on. --new-texts leaves them out.
-- With --captions, the items' captions are ranked in place of their images: what is left to the image tower. With
-  --encoder, the sentence encoder of phrases.py ranks them as well.
+- With --captions, the items' captions are ranked as well, and the sums of both vectors: what is left to the image
+  tower. With --encoder, the sentence encoder of phrases.py ranks the captions, too.
 - A hit@k is a query with a right answer among the first k. nDCG@10 counts every right answer alike.
 """
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=HERE / "base", help="default: %(default)s")
     parser.add_argument("--zero-shot", action="store_true", help="the base model alone, without the checkpoints")
     parser.add_argument("--checkpoints", type=Path, nargs="+", help="of one domain; default: the bundled one of each")
-    parser.add_argument("--captions", action="store_true", help="rank the captions of the items, not their images")
+    parser.add_argument("--captions", action="store_true", help="rank the captions of the items as well")
     parser.add_argument("--encoder", type=Path, help="with --captions: the folder of a sentence encoder")
     args = parser.parse_args()
     if args.encoder is not None and not args.captions:
@@ -186,9 +186,14 @@ def main() -> None:
             results[f"{domain}, sentence encoder"] = queries, measure(scores, queries)
         for name, source in models.items():
             encoder = Encoder.load(source)
-            items = encoder.encode_text(captions) if args.captions else encoder.encode_images(images)
-            scores = encoder.encode_text(texts) @ items.T
-            results[f"{domain}, {name}"] = queries, measure(scores, queries)
+            items = {"": encoder.encode_images(images)}
+            if args.captions:
+                items |= {", captions": encoder.encode_text(captions)}
+                summed = np.sum([*items.values()], axis=0)
+                items |= {", images + captions": summed / np.linalg.norm(summed, axis=1, keepdims=True)}
+            for kind, vectors in items.items():
+                scores = encoder.encode_text(texts) @ vectors.T
+                results[f"{domain}, {name}{kind}"] = queries, measure(scores, queries)
     print(table(results))
 
 
