@@ -217,6 +217,13 @@ class IndexStore:
             remove_directory(self.mirror, self._folder(number))
         for number in sorted(stored):
             self._pull_manifest(number)
+        for manifest in list_versions(self.mirror):
+            if manifest.spec.is_local:
+                continue
+            try:  # an engine drops what no version names
+                self._pull_version(manifest.version, only=f"{manifest.spec.engine.partition('=')[0]}.json")
+            except (ArtifactError, FileNotFoundError) as error:
+                logger.warning("version %d cannot be used: %s", manifest.version, error)
 
     def _pull_manifest(self, version: int) -> Path:
         """Bring the manifest of a version, and return its folder; files of another version of that number go."""
@@ -229,7 +236,8 @@ class IndexStore:
             write_bytes(path, data)
         return folder
 
-    def _pull_version(self, version: int) -> None:
+    def _pull_version(self, version: int, only: str = "") -> None:
+        """Bring the files of a version. only: those of this name, in any of its folders."""
         folder = self._pull_manifest(version)
         here = {
             info.sha256: self._folder(manifest.version) / name
@@ -241,10 +249,11 @@ class IndexStore:
             if not _is_inside(name) or not _HASH.fullmatch(info.sha256):
                 raise ArtifactError(f"{self.url} is corrupted: version {version} names the file {name!r}")
             path = folder / name
-            if not path.exists():
+            if only in ("", path.name) and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._bring(path, info, here.get(info.sha256))
-        os.utime(folder)
+        if not only:
+            os.utime(folder)
 
     def _bring(self, path: Path, info: FileInfo, same: Path | None) -> None:
         """Make a file of a link to the same contents, or of a blob."""

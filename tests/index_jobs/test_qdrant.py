@@ -21,6 +21,7 @@ from index_jobs.selection import Selection
 from index_jobs.store.location import index_name
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
+from tests.support.object_store import Machines, ObjectStore
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.qdrant_server import QdrantServer, qdrant_url, running_server
@@ -178,24 +179,37 @@ def test_the_replaced_version_is_searched_until_the_next_publication(build: Buil
     assert collections(url, index)[0] == sorted([second, collection_of(index, 3)])
 
 
-@needs("object-store")
-def test_machines_of_one_object_store_share_collections_and_drop_none_that_is_newer(
-    build: Build, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.support.object_store import Machines, ObjectStore
-
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
+    """Machines of one index in an object store."""
     with ObjectStore() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        machines = Machines(tmp_path / "machines", "s3://bucket/shared/index")
-        one, other = machines["one"], machines["other"]
-        build(out=one, engine=f"qdrant={url}")
-        build(out=other, engine=f"qdrant={url}", force=True, keep=1)
-        found = collections(url, other)
-        assert found == collections(url, one)
-        assert len(found[0]) == 2
-        load_engine(f"qdrant={url}").sync(one, index_name(one), 1)
-        assert collections(url, other)[0] == found[0]
+        yield Machines(tmp_path / "machines", "s3://bucket/shared/index")
+
+
+@needs("object-store")
+def test_machines_of_one_object_store_share_collections_and_drop_none_that_is_newer(
+    build: Build, url: str, machines: Machines
+) -> None:
+    one, other = machines["one"], machines["other"]
+    build(out=one, engine=f"qdrant={url}")
+    build(out=other, engine=f"qdrant={url}", force=True, keep=1)
+    found = collections(url, other)
+    assert found == collections(url, one)
+    assert len(found[0]) == 2
+    load_engine(f"qdrant={url}").sync(one, index_name(one), 1)
+    assert collections(url, other)[0] == found[0]
+
+
+@needs("object-store")
+def test_new_machine_keeps_the_collections_of_versions_that_it_has_not_read(
+    build: Build, url: str, machines: Machines
+) -> None:
+    for name in ("one", "one", "new"):
+        build(out=machines[name], engine=f"qdrant={url}", force=True)
+    assert len(collections(url, machines["one"])[0]) == 3
+    assert rollback(machines["another"], 1) == 1
 
 
 def test_a_server_of_the_user_is_left_as_it_was(
