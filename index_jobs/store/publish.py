@@ -203,8 +203,19 @@ def _lock(index: Path) -> AbstractContextManager[None]:
 
 
 def _sync(engines: set[str], index: Path, version: int) -> None:
+    """Let engines follow CURRENT. The last writer to do so finds what other machines have published meanwhile."""
     for engine in sorted(engines):
         load_engine(engine).sync(index, index_name(index), version)
+    store = store_of(index)
+    if store is None or engines == {"faiss"}:
+        return
+    try:
+        newest = store.pull(history=True)
+    except ArtifactError as error:
+        logger.warning("whether another machine has published meanwhile is unknown: %s", error)
+        return
+    if newest not in (None, version):
+        _sync(engines.union(manifest.spec.engine for manifest in list_versions(index)), index, newest)
 
 
 def next_version(index: Path) -> int:

@@ -18,6 +18,7 @@ from index_jobs.engines.protocol import load_engine
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
+from index_jobs.store import publish
 from index_jobs.store.location import index_name
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
@@ -210,6 +211,26 @@ def test_new_machine_keeps_the_collections_of_versions_that_it_has_not_read(
         build(out=machines[name], engine=f"qdrant={url}", force=True)
     assert len(collections(url, machines["one"])[0]) == 3
     assert rollback(machines["another"], 1) == 1
+
+
+@needs("object-store")
+def test_alias_follows_a_version_that_is_published_while_another_machine_moves_it(
+    build: Build, url: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, sync = machines["one"], machines["other"], publish._sync
+
+    def late(*given: Any) -> None:
+        monkeypatch.setattr(publish, "_sync", sync)
+        build(out=other, engine=f"qdrant={url}", force=True)
+        sync(*given)
+
+    build(out=one, engine=f"qdrant={url}")
+    monkeypatch.setattr(publish, "_sync", late)
+    assert build(out=one, engine=f"qdrant={url}", force=True).version == 2
+    assert current_version(one) == 3
+    assert collections(url, one) == (
+        sorted(collection_of(other, version) for version in (1, 2, 3)), [collection_of(other, 3)]
+    )  # fmt: skip
 
 
 def test_a_server_of_the_user_is_left_as_it_was(
