@@ -62,7 +62,10 @@ def report_os_errors(index: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_staging(index: Path) -> Iterator[Path]:
-    """Lock the index for this writer and yield an empty staging directory, which is removed at the end."""
+    """Lock the index for this writer and yield an empty staging directory, which is removed at the end.
+
+    Raise LockedError also in place of an ArtifactError, if another machine has published meanwhile.
+    """
     with _lock(index):
         if (store := store_of(index)) is not None:
             store.pull(history=True)
@@ -74,6 +77,10 @@ def open_staging(index: Path) -> Iterator[Path]:
         staging.mkdir()
         try:
             yield staging
+        except ArtifactError:  # perhaps of a collection that the winner of a race has dropped
+            if store is not None:
+                store.require_base()
+            raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 

@@ -141,6 +141,13 @@ class IndexStore:
                 raise self._lost_race() from error
             self._current = text, _identity(stored)
 
+    def require_base(self) -> None:
+        """Raise LockedError if another writer has published since the last `pull`."""
+        before = self._current
+        with self._report():
+            if self._read_current() != (before[0] if before else b""):
+                raise self._lost_race()
+
     def prune(self) -> None:
         """Delete removed versions, and old blobs that none has. A failure is logged, and left to the next writer."""
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
+from dcar_core.util.errors import ArtifactError, DataError, LockedError, StoreUnavailableError
 from index_jobs.engines.protocol import load_engine
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
@@ -231,6 +231,25 @@ def test_alias_follows_a_version_that_is_published_while_another_machine_moves_i
     assert collections(url, one) == (
         sorted(collection_of(other, version) for version in (1, 2, 3)), [collection_of(other, 3)]
     )  # fmt: skip
+
+
+@needs("object-store")
+def test_build_whose_collection_a_faster_machine_drops_has_lost_the_race(
+    build: Build, url: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from index_jobs.engines.qdrant import engine
+
+    make_points = engine.make_points
+
+    def late(*given: Any) -> Any:
+        monkeypatch.setattr(engine, "make_points", make_points)
+        build(out=machines["other"], engine=f"qdrant={url}")
+        return make_points(*given)
+
+    monkeypatch.setattr(engine, "make_points", late)
+    with pytest.raises(LockedError, match=f"has published to {machines.url} meanwhile; run the same command again"):
+        build(out=machines["one"], engine=f"qdrant={url}")
+    assert build(out=machines["one"], engine=f"qdrant={url}").reused
 
 
 def test_a_server_of_the_user_is_left_as_it_was(
