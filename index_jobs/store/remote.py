@@ -223,7 +223,10 @@ class IndexStore:
         for number in set(version_numbers(self.mirror)) - stored:
             remove_directory(self.mirror, self._folder(number))
         for number in sorted(stored):
-            self._pull_manifest(number)
+            try:
+                self._pull_manifest(number)
+            except FileNotFoundError:  # since the list, another writer has removed it, or lost its race
+                remove_directory(self.mirror, self._folder(number))
         for manifest in list_versions(self.mirror):
             if manifest.spec.is_local:
                 continue

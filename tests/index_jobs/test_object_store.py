@@ -239,6 +239,17 @@ def test_publications_and_rollbacks_at_once_never_lose_the_published_version(mir
 
 
 @needs("object-store")
+def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(mirror: Path, machines: Machines) -> None:
+    publish_copy(mirror)
+    rollback(mirror)
+    key, other = "versions/2/manifest.json", machines["other"]
+    assert store_of(other).pull(history=True) == 1  # type: ignore[union-attr]
+    with before(other, "get", lambda: store(mirror).delete(key), key=key):
+        assert publish_copy(other) == 2
+    assert pull(machines["reader"]) == 2
+
+
+@needs("object-store")
 def test_what_a_killed_publisher_has_not_removed_the_next_one_does(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
