@@ -13,6 +13,7 @@ import numpy as np
 from dcar_core.util.arrays import Mask, Rows
 
 EMPTY_IS_MISSING = frozenset({"caption", "category"})  # fields whose empty texts are missing values
+UNINDEXED = "caption"  # long and different, so engines compare it slowly, and a filter rarely names it
 NO_ROWS: Rows = np.empty(0, np.int64)
 
 

@@ -21,6 +21,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.changes import change_metadata
+from index_jobs.store.filters import select_rows
 from tests.support.parts import needs
 from tests.support.qdrant_server import qdrant_url, running_server
 
@@ -111,7 +112,7 @@ def draw_condition(rng: random.Random, field: str) -> Any:
         "in",
         "not",
         *(["range"] * 3 if is_number else []),
-        *(["contains"] if field == "brand" else []),
+        *(["contains", "range"] if field in TEXTS else []),
     ]
     match rng.choice(kinds):
         case "value":
@@ -123,11 +124,12 @@ def draw_condition(rng: random.Random, field: str) -> Any:
         case "not":
             return {"not": draw_condition(rng, field)}
         case "contains":
-            return {"contains": rng.choice(["I", "lö"])}
+            return {"contains": rng.choice(["I", "lö", "x", "", "n1", "zz"])}
     bounds = rng.sample(["gt", "gte", "lt", "lte"], rng.randint(1, 2))
     return {name: rng.choice(values[field]) for name in bounds}
 
 
+TEXTS = ["brand", "tags", 'a.b["c"]', "category", "caption", "id", "gift"]
 FIELDS = ["price", "stock", "sale", "brand", "tags", 'a.b["c"]', "category", "caption", "id", "fresh", "gift"]
 
 
@@ -168,7 +170,10 @@ def response(index: Index, request: dict[str, Any]) -> Any:
 
 
 @pytest.mark.slow
-def test_random_requests_have_equal_responses(opened: tuple[Index, Index], request: pytest.FixtureRequest) -> None:
+def test_random_requests_have_equal_responses(
+    opened: tuple[Index, Index], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index_jobs.store.filters._MAX_VALUES_BYTES", 40)  # so some are lists of rows
     rng, filled, count = random.Random(7), 0, REQUESTS[request.node.callspec.params["opened"]]
     for _ in range(count):
         drawn = draw_request(rng)
@@ -202,6 +207,24 @@ def test_filters_are_conditions_and_no_lists_of_rows(
     assert '"key":"price","range":{"gt":6.0}' in sent[0]
     assert '"key":"brand","match":{"any":["lynx","12"]}' in sent[0]
     assert [ids[row] for row in built["should"][1]["has_id"]] == ["n3"], "its changed price fits"
+
+
+@pytest.mark.parametrize(
+    ("condition", "values"),
+    [
+        ({"contains": "I"}, ["Ibis & Co"]),
+        ({"contains": "zz"}, []),
+        ({"not": {"gte": "a", "lt": "m"}}, ["lynx"]),
+    ],
+)
+def test_substrings_and_ranges_of_texts_are_lists_of_values(
+    opened: tuple[Index, Index], monkeypatch: pytest.MonkeyPatch, condition: Any, values: list[str]
+) -> None:
+    artifact = opened[1].snapshot.artifact
+    monkeypatch.setattr("index_jobs.store.filters.match_rows", None)
+    sent = json.dumps(select_rows(artifact, {"$or": [{"brand": condition}]}).filters)
+    assert sent == json.dumps([{"$or": [{"brand": {"not": values} if "not" in condition else values}]}])
+    assert select_rows(artifact, {"caption": condition}).filters == ({"caption": condition},), "which has no index"
 
 
 def test_searches_read_only_the_rows_that_they_meet(

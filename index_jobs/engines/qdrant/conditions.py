@@ -1,7 +1,8 @@
 """Filters of `store.filters` as conditions of Qdrant.
 
 - A stored point has every field of its row: null where the item has none, so that null is told from an empty list.
-- `contains` and ranges of texts have no counterpart. Filters with them become lists of row numbers.
+- `contains` and ranges of texts have no counterpart. `store.filters` puts values in their place; where these would be
+  too many, filters become lists of row numbers.
 """
 
 import math

@@ -29,8 +29,8 @@ from dcar_core.util.files import write_json
 from index_jobs.engines.faiss.tuning import tune
 from index_jobs.engines.measure import Benchmark, gallery_queries
 from index_jobs.engines.protocol import CreatedIndex, NewIndex
-from index_jobs.engines.qdrant.index import BATCH, LOCATION, UNINDEXED, QdrantIndex, QdrantLocation, call, connect
-from index_jobs.selection import EMPTY_IS_MISSING
+from index_jobs.engines.qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation, call, connect
+from index_jobs.selection import EMPTY_IS_MISSING, UNINDEXED
 from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import numpy as np
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, MissingExtraError, StoreUnavailableError
 from index_jobs.engines.protocol import ScoredRows
-from index_jobs.selection import Allowed, Selection
+from index_jobs.selection import UNINDEXED, Allowed, Selection
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -37,7 +37,6 @@ _QUERIES_PER_SECOND = 10  # at least; a job sends many at once
 _REST_SECONDS = 1  # between reads of a server that does not respond
 _PAUSE_SECONDS = 0.2  # before the second attempt; then twice as long each time
 _BUSY = frozenset({429, 500, 502, 503, 504})
-UNINDEXED = "caption"  # long and different, so a filter rarely names one
 _OVERSAMPLING = 2.0  # candidates of quantized vectors that are compared again, in multiples of k
 
 T = TypeVar("T")
