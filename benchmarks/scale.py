@@ -5,14 +5,16 @@
     python benchmarks/scale.py --day 60 --store   the same with the index in SeaweedFS, which is lost for a while
 
 - Qdrant is its own core, in a process that speaks Qdrant's protocol (`tests/support/qdrant_server.py`).
-- In a day, versions are published and rolled back, items change over HTTP (not in a store), and replicas and Redis are
-  killed. Each response is compared with a search here of the version that it names, and each accepted change with it.
+- In a day, versions are published and rolled back, items change over HTTP, or with a store by jobs of another machine,
+  and replicas and Redis are killed. Each response is compared with a search here of the version that it names, and each
+  accepted change with it.
 """
 
 import argparse
 import asyncio
 import base64
 import itertools
+import json
 import os
 import random
 import shutil
@@ -38,6 +40,8 @@ from app.core.settings import Settings
 from app.search import Index
 from app.search.snapshots import load_snapshot
 from dcar_core.util.errors import LockedError, StoreUnavailableError
+from index_jobs.jobs.update import add, remove
+from index_jobs.store.changes import change_metadata
 from index_jobs.store.location import published_index
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current
@@ -49,8 +53,9 @@ CONNECTIONS = 16
 TIE = 0.002  # results whose scores differ by less may change places: batches in bfloat16 round differently
 TEXTS = list(itertools.islice(unique_texts(1), 300))
 ADMIN = {"Authorization": "Bearer an admin key"}
-IMAGE = base64.b64encode((ROOT / "examples/emoji/query.png").read_bytes()).decode()
-WRITES = {"writes": "true", "admin_key": "an admin key", "keep_writes": 10**6}
+IMAGE = ROOT / "examples/emoji/query.png"
+KEEP = 10**6  # all versions, to compare with
+WRITES = {"writes": "true", "admin_key": "an admin key", "keep_writes": KEEP}
 QDRANT = """
 import sys, time; from pathlib import Path; from tests.support.qdrant_server import running_server
 with running_server(Path(sys.argv[1])) as server:
@@ -121,10 +126,13 @@ def table(index: Path, seconds: float, rounds: int) -> bool:
 
 
 class Day:
-    """Two replicas on one index, and what was seen of them. index: where versions are published."""
+    """Two replicas on one index, and what was seen of them. index: where versions are published; store: of the index.
 
-    def __init__(self, index: Path, seconds: float, store: ObjectStore | None) -> None:
-        self.index, self.seconds, self.store = index, seconds, store
+    other: the index on another machine with that store, whose jobs change items.
+    """
+
+    def __init__(self, index: Path, seconds: float, store: ObjectStore | None, other: Path) -> None:
+        self.index, self.seconds, self.store, self.other = index, seconds, store, other
         self.found: dict[tuple[int, str], set[tuple[str, ...]]] = {}  # of a version and a text: the ids
         self.jobs: dict[str, tuple[str, Any]] = {}  # of accepted changes: the item, and its stamp; None: deleted
         self.ended: dict[str, dict[str, Any]] = {}
@@ -136,15 +144,16 @@ class Day:
     async def run(self, port: int, servers: list[Server], redis: Redis) -> None:
         self.began, self.end = time.monotonic(), time.monotonic() + self.seconds
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=ADMIN) as client:
-            work = [self.read(client), self.read(client), self.publish(), self.harm(servers, redis)]
-            await asyncio.gather(*work, *([] if self.store else [self.write(client)]))
+            work = [self.read(client), self.read(client), self.publish(), self.harm(servers, redis), self.write(client)]
+            await asyncio.gather(*work)
             for _ in range(240):  # until all jobs have ended, and both serve the current version
                 for job in self.jobs.keys() - self.ended.keys():
                     body = (await client.get(f"/jobs/{job}")).json()
                     self.ended |= {job: body} if body["status"] in ("done", "failed") else {}
                 states = [httpx.get(f"http://127.0.0.1:{server.port}/readyz", timeout=60).json() for server in servers]
                 ready = {(body["status"], body.get("index_version")) for body in states}
-                if len(self.ended) == len(self.jobs) and ready == {("ready", current_version(self.index))}:
+                current = current_version(published_index(self.index))
+                if len(self.ended) == len(self.jobs) and ready == {("ready", current)}:
                     break
                 await asyncio.sleep(0.5)
             else:
@@ -170,21 +179,45 @@ class Day:
         ids = [open_current(self.index).item(row).id for row in range(500)]
         for number in itertools.count():
             item, stamp, method = ids[number % len(ids)], number if number % 20 < 19 else None, "PATCH"
-            body: dict[str, Any] = {"ids": [item], "metadata": {"stamp": number}}
             if number % 10 == 9:
-                item = f"day-{number // 20}"
-                put = {"id": item, "image": IMAGE, "metadata": {"stamp": number}}
-                method, body = ("DELETE", {"ids": [item]}) if stamp is None else ("PUT", {"items": [put]})
-            status = 0
-            while status != 202:  # a client repeats what was not accepted
+                item, method = f"day-{number // 20}", "DELETE" if stamp is None else "PUT"
+            job = None
+            while job is None:  # a client repeats what was not accepted
                 if time.monotonic() > self.end:
                     return
-                with suppress(httpx.TransportError):
-                    answer = await client.request(method, "/items", json=body)
-                    status = answer.status_code
-                self.events["changes sent again"] += status != 202
+                if self.store:
+                    job = await asyncio.to_thread(self.publish_change, method, item, number)
+                else:
+                    job = await self.send(client, method, item, number)
+                self.events["changes sent again"] += job is None
                 await asyncio.sleep(self.seconds / 300)
-            self.jobs[answer.json()["id"]] = item, stamp
+            self.jobs[job] = item, stamp
+
+    async def send(self, client: httpx.AsyncClient, method: str, item: str, stamp: int) -> str | None:
+        """Send a change, and return the job; None if it was not accepted."""
+        put = {"id": item, "image": base64.b64encode(IMAGE.read_bytes()).decode(), "metadata": {"stamp": stamp}}
+        bodies: dict[str, Any] = {"PATCH": {"ids": [item], "metadata": put["metadata"]}, "PUT": {"items": [put]}}
+        with suppress(httpx.TransportError):
+            answer = await client.request(method, "/items", json=bodies.get(method, {"ids": [item]}))
+            return str(answer.json()["id"]) if answer.status_code == 202 else None
+        return None
+
+    def publish_change(self, method: str, item: str, stamp: int) -> str | None:
+        """Make a change on the other machine, as `send` does by the service."""
+        try:
+            if method == "PATCH":
+                version = change_metadata(self.other, [(item, {"stamp": stamp})], "the day", keep=KEEP).version
+            elif method == "PUT":
+                gallery = self.other / "day.jsonl"
+                gallery.write_text(json.dumps({"id": item, "file_name": str(IMAGE), "stamp": stamp}))
+                given = {"replace_existing": True, "workers": 0, "device": "cpu", "progress": False}
+                version = add(self.other, gallery, keep=KEEP, **given).version
+            else:
+                version = remove(self.other, [item], missing_ok=True, keep=KEEP).version
+        except (LockedError, StoreUnavailableError):
+            return None
+        self.ended[job := f"{method} {stamp}"] = {"status": "done", "index_version": version}
+        return job
 
     async def publish(self) -> None:
         """Publish twice, roll back once, and so on."""
@@ -195,7 +228,7 @@ class Day:
                     if number % 3 == 0:
                         await asyncio.to_thread(rollback, self.index)
                     else:
-                        await asyncio.to_thread(publish_copy, self.index, 10**6)
+                        await asyncio.to_thread(publish_copy, self.index, KEEP)
                     self.events["rollbacks" if number % 3 == 0 else "publications"] += 1
                     break
                 except (LockedError, StoreUnavailableError):  # a change is being applied, or the store is lost
@@ -255,13 +288,13 @@ def day(source: Path, minutes: float, has_store: bool) -> bool:
             store.start()
             stack.callback(store.stop)
             os.environ.update(store.environment)
-            index, shared = machines["here"], shared | {"index": machines.url}
+            index, other, shared = machines["here"], machines["there"], shared | {"index": machines.url}
             given = [shared | {"runtime_cache": folder / name} for name in "ab"]
             publish_copy(index, source=source)
         else:
-            index = Path(shutil.copytree(source, folder / source.name))
+            index = other = Path(shutil.copytree(source, folder / source.name))
             given = [shared | WRITES | {"index": index}] * 2
-        seen = Day(index, 60 * minutes, store)
+        seen = Day(index, 60 * minutes, store, other)
         with services(*given) as (port, servers):
             uvloop.run(seen.run(port, servers, redis))
         seen.compare()
