@@ -130,6 +130,7 @@ def update_command(
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
         typer.echo(f"{counted(len(summary.unknown), 'unknown id')}: {shorten(summary.unknown)}")
+    _recommend(summary.rebuild)
 
 
 @commands.command("watch", epilog=example("dcar index watch index"))

@@ -43,10 +43,6 @@ from index_jobs.store.versions import open_current, remove_directory
 logger = logging.getLogger(__name__)
 
 WORK = "work-added"
-MAX_ADDITIONS = 8
-REMOVED_SHARE = 0.2
-ADDED_SHARE = 0.2
-ADDED_ROWS = 20_000  # compared one by one in every search, in addition to the built index
 _CONFIG = f"{CHECKPOINT}/config.json"
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
@@ -178,7 +174,7 @@ def _write_addition(
     manifest = current.manifest
     kept, size = len(manifest.additions), len(encoded)
     for addition in reversed(manifest.additions):
-        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, ADDED_ROWS - size):
+        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, publish.ADDED_ROWS - size):
             break
         kept, size = kept - 1, size + addition.count
     merged, folder = manifest.additions[kept:], f"added-{manifest.version + 1}"
@@ -224,18 +220,10 @@ def _publish(
     origin: str,
 ) -> Manifest:
     """Publish a version that shares all files with the current one but merged additions and the removed rows."""
-    manifest, added = current.manifest, sum(addition.count for addition in additions)
-    built = current.rows - sum(addition.count for addition in manifest.additions)
-    rows = built + added
+    manifest = current.manifest
+    rows = current.rows + sum(each.count for each in additions) - sum(each.count for each in manifest.additions)
     if len(removed) == rows:
         raise DataError("no item would be left; delete the index or the collection instead")
-    reasons = []
-    if len(additions) >= MAX_ADDITIONS:
-        reasons.append(f"every search goes through {len(additions)} additions")
-    if added > max(ADDED_SHARE * built, ADDED_ROWS):
-        reasons.append(f"{added:,} of {rows:,} items are outside the built index")
-    if len(removed) > REMOVED_SHARE * rows:
-        reasons.append(f"{len(removed):,} of {rows:,} rows are removed, and skipped in every search")
     merged = tuple(f"{addition.folder}/" for addition in manifest.additions if addition not in additions)
     files = {name: info for name, info in manifest.files.items() if not name.startswith((*merged, REMOVED, CHANGED))}
     shared = publish.share_files(current.path, staging, files)
@@ -254,7 +242,6 @@ def _publish(
         count=rows - len(removed),
         removed=len(removed),
         additions=additions,
-        rebuild="; ".join(reasons),
         change=f"{change} {origin}".rstrip(),
         origin=origin,
     )

@@ -168,7 +168,7 @@ class Artifact:
             folder = path / addition.folder
             segments.append(Segment(engine.open(folder), Items(folder / ITEMS), "", addition.roots))
         added = [addition.count for addition in manifest.additions]
-        total = manifest.count + manifest.removed
+        total = manifest.rows
         for segment, count in zip(segments, [total - sum(added), *added], strict=True):
             actual = (segment.vectors.count, len(segment.items), segment.vectors.dim)
             if actual != (count, count, manifest.dim):
@@ -176,7 +176,7 @@ class Artifact:
                     f"{path} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
                     f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
                 )
-        removed = _read_rows(path / REMOVED, total) if manifest.removed else NO_ROWS
+        removed = read_rows(path / REMOVED, total) if manifest.removed else NO_ROWS
         if len(removed) != manifest.removed:
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
         return cls(path, manifest, segments, removed, image_access)
@@ -192,7 +192,7 @@ class Artifact:
     @cached_property
     def changed(self) -> Rows:
         """Rows whose fields differ from those that the engine stored with the vectors, ascending."""
-        return _read_rows(self.path / CHANGED, self.rows) if CHANGED in self.manifest.files else NO_ROWS
+        return read_rows(self.path / CHANGED, self.rows) if CHANGED in self.manifest.files else NO_ROWS
 
     @cached_property
     def lexical(self) -> LexicalIndex:
@@ -471,7 +471,8 @@ def write_rows(path: Path, rows: Rows) -> None:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 
 
-def _read_rows(path: Path, total: int) -> Rows:
+def read_rows(path: Path, total: int) -> Rows:
+    """Read row numbers below a total. Raise ArtifactError if the file is damaged."""
     try:
         rows: Rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -33,12 +33,13 @@ _MAX_HERE_BYTES = 16 * 2**20  # of their fields, as JSON; the peak of memory is 
 
 @dataclass(frozen=True)
 class ChangeSummary:
-    """Result of a change of metadata. unknown: ids that the index lacks."""
+    """Result of a change of metadata. unknown: ids that the index lacks. rebuild: as of `Manifest`."""
 
     version: int
     changed: int
     new_fields: list[str]
     unknown: list[str]
+    rebuild: str
 
 
 class _TooLargeError(Exception):
@@ -161,11 +162,11 @@ def change_metadata(
             raise DataError(f"none of the {len(unknown):,} ids of {source} is in the index, such as {unknown[:1]}")
         if strict and draft.new_fields:
             raise DataError(f"no item has the field {' or '.join(map(repr, draft.new_fields))}; nothing is changed")
-        version, count = current.manifest.version, len(draft.records)
+        manifest, count = current.manifest, len(draft.records)
         if count:
             change = f"metadata of {source}: {counted(count, 'item')} changed"
-            version = draft.publish(index, staging, change, keep=keep).version
-    return ChangeSummary(version, count, draft.new_fields, unknown)
+            manifest = draft.publish(index, staging, change, keep=keep)
+    return ChangeSummary(manifest.version, count, draft.new_fields, unknown, manifest.rebuild)
 
 
 def apply_waiting(index: Path, keep: int) -> bool:

@@ -81,6 +81,11 @@ class Manifest:
     format: int = FORMAT
 
     @property
+    def rows(self) -> int:
+        """All rows, removed ones included."""
+        return self.count + self.removed
+
+    @property
     def is_as_built(self) -> bool:
         """True if nothing was added, removed or changed after the build."""
         return not self.additions and not self.removed and not self.changed

@@ -16,16 +16,20 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
+
+import numpy as np
 
 from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
+from index_jobs.selection import NO_ROWS
 from index_jobs.spec import BuildOptions
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, read_rows
 from index_jobs.store.location import index_name, store_of
-from index_jobs.store.manifest import MANIFEST, VERSIONS, FileInfo, Manifest, utc_now
+from index_jobs.store.manifest import CHANGED, MANIFEST, REMOVED, VERSIONS, FileInfo, Manifest, utc_now
 from index_jobs.store.versions import (
     STAGING,
     current_version_or_none,
@@ -39,6 +43,9 @@ from index_jobs.store.versions import (
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+ADDED_ROWS = 20_000  # compared one by one in every search, in addition to the built index
+_MAX_ADDITIONS, _ADDED_SHARE, _HIDDEN_SHARE = 8, 0.2, 0.2  # beyond these, a rebuild is recommended
+_NAMED_ROWS = 20_000  # also beyond this many rows that each search names to an engine
 _SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
@@ -96,7 +103,7 @@ def prepare_version(index: Path, staging: Path, manifest: Manifest, shared: Mapp
     """Complete the staged files with a manifest, flush them to disk, and verify them; within `open_staging`.
 
     Args:
-        manifest: its version, time and files are filled in here.
+        manifest: its version, time, files and the reasons for a rebuild are filled in here.
         shared: files linked from a published version, which are not read again.
 
     Raises:
@@ -109,14 +116,29 @@ def prepare_version(index: Path, staging: Path, manifest: Manifest, shared: Mapp
     files = {
         name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
     }
+    hidden = [read_rows(staging / name, manifest.rows) for name in (REMOVED, CHANGED) if name in files]
     manifest = replace(
-        manifest, version=next_version(index), created=utc_now(), files=files, replaced=current_version_or_none(index)
-    )
+        manifest, version=next_version(index), created=utc_now(), files=files, replaced=current_version_or_none(index),
+        rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
+    )  # fmt: skip
     write_json(staging / MANIFEST, manifest.to_dict())
     fsync_tree(staging, skip=shared)
     staged = Artifact.open(staging)
     staged.verify(skip=shared)
     return staged
+
+
+def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
+    """Yield why a rebuild is recommended. hidden: rows that are removed, or changed since an engine stored them."""
+    rows, added, limit = manifest.rows, sum(each.count for each in manifest.additions), _HIDDEN_SHARE * manifest.rows
+    if len(manifest.additions) >= _MAX_ADDITIONS:
+        yield f"every search goes through {len(manifest.additions)} additions"
+    if added > max(_ADDED_SHARE * (rows - added), ADDED_ROWS):
+        yield f"{added:,} of {rows:,} items are outside the built index"
+    if manifest.spec.is_local and hidden > limit:
+        yield f"{hidden:,} of {rows:,} rows are removed, and skipped in every search"
+    if not manifest.spec.is_local and hidden > min(limit, _NAMED_ROWS):
+        yield f"{hidden:,} of {rows:,} rows are removed or changed, and named in every search"
 
 
 def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.keep) -> Manifest:

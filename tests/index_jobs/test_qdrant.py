@@ -19,6 +19,7 @@ from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
 from index_jobs.store import publish
+from index_jobs.store.changes import change_metadata
 from index_jobs.store.location import index_name
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
@@ -155,6 +156,23 @@ def test_a_half_uploaded_version_is_never_served(
     assert collections(server.url, index) == (
         sorted(collection_of(index, version) for version in (1, 2)), [collection_of(index, 2)]
     )  # fmt: skip
+
+
+def test_rebuild_is_recommended_once_searches_name_many_rows(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "index"
+    build(engine="qdrant=:memory:")
+    ids = [open_current(index).item(row).id for row in range(5)]
+    assert change_metadata(index, [(each, {"price": 1}) for each in ids[:4]], "a test").rebuild == ""
+    assert remove(index, ids[3:4]).rebuild == ""
+    reason = "of 24 rows are removed or changed, and named in every search"
+    assert change_metadata(index, [(ids[4], {"price": 1})], "a test").rebuild == f"5 {reason}"
+    rollback(index)
+    monkeypatch.setattr(publish, "_NAMED_ROWS", 3)
+    assert remove(index, ids[:1]).rebuild == f"4 {reason}"
+    assert build(engine="qdrant=:memory:").version == 6
+    assert open_current(index).manifest.rebuild == ""
 
 
 def test_a_collection_that_is_damaged_is_refused(index: Path, location: Any) -> None:

@@ -13,8 +13,8 @@ from app.cli import app
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, LockedError
 from index_jobs.engines.faiss import index as faiss_index
-from index_jobs.jobs import update as updates
 from index_jobs.jobs.update import add, remove
+from index_jobs.store import publish
 from index_jobs.store.versions import current_version, open_current, open_version, verify_index
 from tests.support.commands import dcar
 from tests.support.updates import nearest_ids, write_images
@@ -74,7 +74,7 @@ def test_manifest_recommends_a_rebuild(
     ids = [open_current(index).item(row).id for row in range(6)]
     assert remove(index, ids[:4]).rebuild == ""
     assert remove(index, ids[4:5]).rebuild.startswith("5 of 24 rows are removed")
-    monkeypatch.setattr(updates, "ADDED_ROWS", 3)
+    monkeypatch.setattr(publish, "ADDED_ROWS", 3)
     more = write_images(tmp_path / "more", "pink", "cyan", "lime", "navy", "teal", "gold")
     assert "6 of 30 items are outside the built index" in add(index, more, progress=False).rebuild
     monkeypatch.undo()
