@@ -32,7 +32,7 @@ from app.search.rank import (
 from app.search.rows import field_values, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Rows
-from index_jobs.selection import Allowed
+from index_jobs.selection import Allowed, to_mask
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 
@@ -66,6 +66,16 @@ def places_of(snapshot: Snapshot, sort: str, rows: Rows) -> Rows:
     order, places = np.argsort(rows), np.empty(len(rows), np.int64)
     places[order] = _read_places(snapshot.artifact, sort, rows[order])
     return places
+
+
+def sort_rows(snapshot: Snapshot, sort: str, allowed: Allowed | None) -> Rows:
+    """Return the allowed rows, None for all live ones, in the order of a field; those of equal value in the index's."""
+    mask = snapshot.artifact.live if allowed is None else to_mask(allowed)
+    if allowed is not None and not snapshot.artifact.manifest.spec.is_local:
+        rows = np.flatnonzero(mask)
+        return rows[np.argsort(places_of(snapshot, sort, rows), kind="stable")]
+    order = sort_order(snapshot, sort).rows
+    return order[mask[order]]
 
 
 def _read_places(artifact: Artifact, sort: str, rows: Rows | None = None) -> Rows:

@@ -22,7 +22,7 @@ from app.search.plan import require_sortable, row_of
 from app.search.query import Query, SearchResults
 from app.search.rows import first_rows, group_field
 from app.search.snapshots import Snapshot
-from app.search.sorting import sort_order
+from app.search.sorting import sort_rows
 from app.service.batching import Admission, together
 from app.service.compute import SharedCompute
 from app.service.files import ImageFile
@@ -108,9 +108,10 @@ class Retriever:
         name = snapshot.artifact.manifest.spec.group_field if group_by is None else group_by
 
         def list_items(allowed: Allowed | None) -> tuple[int, list[Item]]:
-            chosen = snapshot.artifact.live if allowed is None else to_mask(allowed)
-            order = sort_order(snapshot, sort).rows if sort else None
-            rows = np.flatnonzero(chosen) if order is None else order[chosen[order]]
+            if sort:
+                rows = sort_rows(snapshot, sort, allowed)
+            else:
+                rows = np.flatnonzero(snapshot.artifact.live if allowed is None else to_mask(allowed))
             if name and len(rows):
                 rows = first_rows(group_field(snapshot, name), rows)
             return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]

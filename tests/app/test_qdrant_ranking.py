@@ -15,6 +15,8 @@ from PIL import Image
 
 from app.search import Index
 from app.search.errors import SearchError
+from app.search.rows import filter_rows
+from app.search.sorting import sort_rows
 from dcar_core.util.arrays import Rows
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
@@ -249,6 +251,18 @@ def test_searches_read_only_the_rows_that_they_meet(
     monkeypatch.setattr("index_jobs.store.filters.match_rows", None)
     assert [response(there, request) for request in requests] == expected
     assert all(found[0] for found in expected)
+
+
+def test_sorted_items_of_a_filter_are_those_of_faiss_and_sort_no_other_row(opened: tuple[Index, Index]) -> None:
+    for sort in ("price", "-brand", "-stock"):
+        for filter in ({"price": {"gte": 5}}, {"brand": {"contains": "l"}}, None):
+            here, there = (
+                sort_rows(index.snapshot, sort, filter_rows(index.snapshot, filter) if filter else None)
+                for index in opened
+            )
+            assert there.tolist() == here.tolist()
+            assert len(here)
+            assert (opened[1].snapshot.orders.use(sort) is None) == bool(filter)
 
 
 @pytest.mark.parametrize("condition", ["cheap", {"not": "cheap"}, {"gt": "c"}])
