@@ -155,7 +155,7 @@ def qdrant_url() -> Iterator[str]:
             yield url
         finally:
             QdrantClient.create_collection = create
-            for name in made:
+            for name in filter(connect(url).collection_exists, made):
                 connect(url).delete_collection(name)
         return
     with running_server() as server:
