@@ -25,5 +25,4 @@ lock() {
 
 lock requirements.lock torch "$@"
 lock requirements-serve.lock openvino "$@"
-uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --quiet --output-file /dev/null # all resolve
 lock requirements-ci.lock "torch,$(sed -n 's/^export EXTRAS=//p' .ci/run)" "$@"

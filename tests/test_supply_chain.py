@@ -1,13 +1,18 @@
 """Lock files and the requirements that they fulfil."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.parts import needs
 from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -37,6 +42,16 @@ def test_the_locks_fit_the_requirements(name: str) -> None:
             )
     assert "--hash=sha256:" in text
     assert not re.search(rf"(?m)^{OF_TORCH.pattern}", text), "its build is the user's choice"
+
+
+@needs("registry")
+def test_all_extras_resolve_together(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "install", "--target", tmp_path, "uv"], check=True)
+    options = ["--universal", "--python-version=3.11", "--quiet", f"--output-file={os.devnull}", "--system-certs"]
+    subprocess.run(  # with the system's certificates, which tests run without
+        [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--all-extras", *options],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path), "SSL_CERT_DIR": ""}, check=True,
+    )  # fmt: skip
 
 
 FAULTY = {
