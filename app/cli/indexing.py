@@ -13,6 +13,7 @@ from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import KEEP_WRITES, BuildOptions
 from index_jobs.store.location import index_path, published_index, store_of
+from index_jobs.store.names import location_of
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Item
@@ -37,7 +38,8 @@ def list_command(index: Index) -> None:
     versions = list_versions(index)
     if not versions:
         require_index(index)  # raises with the command to run
-        raise ArtifactError(f"{index} has no readable version; `dcar index verify {index}` says why")
+        name = location_of(index)
+        raise ArtifactError(f"{name} has no readable version; `dcar index verify {name}` says why")
     for manifest in sorted(versions, key=lambda m: -m.version):
         mark = "*" if manifest.version == current else " "
         typer.echo(
@@ -73,7 +75,7 @@ def rollback_command(
     """Make an earlier version the current one."""
     from index_jobs.store.publish import rollback
 
-    typer.echo(f"{index}: version {rollback(index, to)} is current")
+    typer.echo(f"{location_of(index)}: version {rollback(index, to)} is current")
 
 
 @commands.command("add", epilog=example("dcar index add index --gallery new-photos"))
@@ -89,7 +91,8 @@ def add_command(
 
     summary = add(index, gallery, replace_existing=replace, **options)
     added = f"{summary.added:,} added" + (f", {summary.removed:,} of them replaced" if summary.removed else "")
-    typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({added}, {summary.failed} broken)")
+    outcome = f"{summary.count:,} images ({added}, {summary.failed} broken)"
+    typer.echo(f"{location_of(index)}: version {summary.version}, {outcome}")
     _recommend(summary.rebuild)
 
 
@@ -99,7 +102,7 @@ def apply_command(index: Index, keep: KeepWrites = KEEP_WRITES, **options: Any) 
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
     from index_jobs.jobs.apply import apply_writes
 
-    typer.echo(f"{index}: {apply_writes(index, keep=keep, **options):,} jobs applied")
+    typer.echo(f"{location_of(index)}: {apply_writes(index, keep=keep, **options):,} jobs applied")
 
 
 @commands.command("update", epilog=example("dcar index update index --metadata prices.csv"))
@@ -125,7 +128,7 @@ def update_command(
     from index_jobs.store.manifest import counted
 
     summary = change_metadata(index, read_changes(str(metadata)), metadata.name, strict=strict, keep=keep)
-    typer.echo(f"{index}: version {summary.version}, {counted(summary.changed, 'item')} changed")
+    typer.echo(f"{location_of(index)}: version {summary.version}, {counted(summary.changed, 'item')} changed")
     if summary.new_fields:
         typer.echo(f"new fields: {', '.join(summary.new_fields)}")
     if summary.unknown:
@@ -179,7 +182,7 @@ def relocate_command(
     if gallery is None and model is None:
         raise typer.BadParameter("give --gallery or --model with the new place")
     manifest = relocate(index, gallery=gallery, former=former, model=model, keep=keep)
-    typer.echo(f"{index}: version {manifest.version}, images at {', '.join(manifest.folders)}")
+    typer.echo(f"{location_of(index)}: version {manifest.version}, images at {', '.join(manifest.folders)}")
 
 
 @commands.command(
@@ -205,7 +208,8 @@ def remove_command(
     if filter:
         chosen += [item.id for item in _matching_items(index, filter)]
     summary = remove(index, chosen, missing_ok=missing_ok, keep=keep)
-    typer.echo(f"{index}: version {summary.version}, {summary.count:,} images ({summary.removed:,} removed)")
+    outcome = f"{summary.count:,} images ({summary.removed:,} removed)"
+    typer.echo(f"{location_of(index)}: version {summary.version}, {outcome}")
     _recommend(summary.rebuild)
 
 

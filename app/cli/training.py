@@ -130,15 +130,16 @@ def retrain(
     from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run
     from index_jobs.store.manifest import CHECKPOINT, VERSIONS
+    from index_jobs.store.names import location_of
     from index_jobs.store.versions import require_index
 
     if rest := describe_rest(index / VERSIONS / str(require_index(index)) / CHECKPOINT):
-        typer.echo(f"{index}: {rest}", err=True)
+        typer.echo(f"{location_of(index)}: {rest}", err=True)
     summary = run(
         index, pairs, validation=validation, judgements=judgements, margin=margin, device=device,
         services=notify or (), started=started,
     )  # fmt: skip
-    typer.echo(f"{index}: {summary.to_text()}")
+    typer.echo(f"{location_of(index)}: {summary.to_text()}")
 
 
 @commands.command("zero-shot", epilog=example("dcar zero-shot --model ViT-B-32-quickgelu --out clip"))

@@ -32,6 +32,7 @@ from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.location import store_of
 from index_jobs.store.manifest import PUBLISHED_CHANNEL
+from index_jobs.store.names import location_of
 from index_jobs.store.versions import current_version, require_index
 from index_jobs.store.writes import list_collections
 
@@ -140,7 +141,8 @@ class ServedIndex:
                 await stop(self._check)
                 self._check = asyncio.create_task(self._find_damage(snapshot.artifact), name="dcar-integrity")
                 count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
-                logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, self.index, count, seconds)
+                where = location_of(self.index)
+                logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, where, count, seconds)
             if lost is not None:
                 raise self._record_failure(version, lost, "served, and its object store is not followed")
             self.reason, self._failed_version = None, None

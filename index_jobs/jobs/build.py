@@ -58,7 +58,7 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import index_name, index_path, store_of
+from index_jobs.store.location import index_path, store_of
 from index_jobs.store.manifest import (
     CHECKPOINT,
     CURRENT,
@@ -71,6 +71,7 @@ from index_jobs.store.manifest import (
     Manifest,
     counted,
 )
+from index_jobs.store.names import index_name, location_of
 from index_jobs.store.versions import current_version_or_none, open_current, remove_directory
 
 logger = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class _Build:
         return RebuildSummary(
             **{name: getattr(manifest, name) for name in _SUMMARY},
             fingerprint=manifest.spec.fingerprint,
-            index=str(self.out),
+            index=location_of(self.out),
             published=published and encoded is not None,
             reused=encoded is None,
             unread=unread,

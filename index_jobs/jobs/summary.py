@@ -1,10 +1,10 @@
 """Summary of a rebuild, as an object, as JSON and as text."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import GateError
+from index_jobs.store.location import index_path
 from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS
 
 
@@ -64,7 +64,7 @@ class RebuildSummary:
 
     def notes(self) -> list[str]:
         """Return a line for each kind of images or fields that searches leave out or treat as something else."""
-        version, lines = Path(self.index) / VERSIONS / str(self.version), list[str]()
+        version, lines = index_path(self.index) / VERSIONS / str(self.version), list[str]()
         if self.failed:
             lines.append(f"broken images, left out: {self.failed:,}, with reasons in {version / FAILED}")
         if self.duplicates:

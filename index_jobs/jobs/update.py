@@ -36,8 +36,8 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import index_name
 from index_jobs.store.manifest import CHANGED, CHECKPOINT, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
+from index_jobs.store.names import index_name
 from index_jobs.store.versions import open_current, remove_directory
 
 logger = logging.getLogger(__name__)

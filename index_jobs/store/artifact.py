@@ -36,6 +36,7 @@ from index_jobs.store.items import Items, common_type, take_rows, typed_array
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
 from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
+from index_jobs.store.names import location_of
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
@@ -434,7 +435,7 @@ class Artifact:
     def require(self, fingerprint: str) -> None:
         """Raise FingerprintError, which names the command to run, for an encoder that did not encode this index."""
         if fingerprint != self.manifest.spec.fingerprint:
-            index, spec = self.path.parent.parent, self.manifest.spec
+            index, spec = location_of(self.path.parent.parent), self.manifest.spec
             raise FingerprintError(
                 f"version {self.manifest.version} of {index} was built by encoder {spec.fingerprint[:12]}, not by "
                 f"{fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {spec.gallery} --checkpoint "

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from dcar_core.util.errors import DataError, DcarError, MissingExtraError
 from dcar_core.util.files import default_cache_directory, write_bytes
+from index_jobs.store.names import URL_FILE, location_of
 
 if TYPE_CHECKING:
     from index_jobs.store.remote import IndexStore
 
-_URL_FILE = "store.url"
-_URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)")  # pathlib makes one slash of two
+_URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)  # pathlib makes one slash of two
 
 
 def index_path(location: str | Path) -> Path:
@@ -29,7 +29,7 @@ def index_path(location: str | Path) -> Path:
     match = _URL.fullmatch(str(location).rstrip("/"))
     if match is None:
         return Path(location)
-    scheme, key = match.groups()
+    scheme, key = match[1].lower(), match[2]
     if any(part in ("", ".", "..") for part in key.split("/")):
         raise DataError(f"{location} is not the URL of an index, such as s3://bucket/index")
     try:
@@ -39,7 +39,7 @@ def index_path(location: str | Path) -> Path:
     mirror = default_cache_directory() / "indexes" / scheme / key
     try:
         mirror.mkdir(parents=True, exist_ok=True)
-        write_bytes(mirror / _URL_FILE, f"{scheme}://{key}\n".encode(), shared=True)
+        write_bytes(mirror / URL_FILE, f"{scheme}://{key}\n".encode(), shared=True)
     except OSError as error:
         reason = f"{mirror} cannot be written: {error.strerror}"
         raise DcarError(f"{reason}; name another cache by DCAR_RUNTIME_CACHE") from None
@@ -56,17 +56,11 @@ def published_index(location: str | Path, version: int | None = None) -> Path:
 
 def store_of(index: Path) -> "IndexStore | None":
     """Return the object store that a directory mirrors; None for any other index."""
-    return _open(index) if (index / _URL_FILE).is_file() else None
-
-
-def index_name(index: Path) -> str:
-    """Return the name of an index, the same on every machine that publishes it: its URL, or its absolute path."""
-    store = store_of(index)
-    return str(index.absolute()) if store is None else store.url
+    return _open(index) if (index / URL_FILE).is_file() else None
 
 
 @cache
 def _open(mirror: Path) -> "IndexStore":
     from index_jobs.store.remote import IndexStore
 
-    return IndexStore(mirror, (mirror / _URL_FILE).read_text().strip())
+    return IndexStore(mirror, location_of(mirror))

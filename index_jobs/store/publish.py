@@ -28,8 +28,9 @@ from index_jobs.engines.protocol import load_engine
 from index_jobs.selection import NO_ROWS
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact, read_rows
-from index_jobs.store.location import index_name, store_of
+from index_jobs.store.location import store_of
 from index_jobs.store.manifest import CHANGED, MANIFEST, REMOVED, VERSIONS, FileInfo, Manifest, utc_now
+from index_jobs.store.names import index_name, location_of
 from index_jobs.store.versions import (
     STAGING,
     current_version_or_none,
@@ -204,13 +205,13 @@ def rollback(index: Path, to: int | None = None) -> int:
     if (store := store_of(index)) is not None:
         store.pull(history=True)
     if not version_numbers(index):
-        raise ArtifactError(f"{index} holds no published index")
+        raise ArtifactError(f"{location_of(index)} holds no published index")
     with report_os_errors(index), _lock(index):
         if to is None:
             current = current_version_or_none(index)
             earlier = [number for number in version_numbers(index) if current is None or number < current]
             if not earlier:
-                raise ArtifactError(f"{index} has no version earlier than {current} to roll back to")
+                raise ArtifactError(f"{location_of(index)} has no version earlier than {current} to roll back to")
             replaced = [manifest.replaced for manifest in list_versions(index) if manifest.version == current]
             to = replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
         if store is not None and to in version_numbers(index):

@@ -23,6 +23,7 @@ from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import write_bytes
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, Manifest
+from index_jobs.store.names import location_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,13 @@ def current_version_or_none(index: Path) -> int | None:
 
 def require_index(index: Path) -> int:
     """Return the version that CURRENT names. Raise ArtifactError, which names the command to run, if there is none."""
-    version = current_version(index)
+    version, name = current_version(index), location_of(index)
     if version is None and version_numbers(index):
-        raise ArtifactError(f"{index} has versions but no CURRENT; `dcar index rollback {index}` restores the newest")
+        raise ArtifactError(f"{name} has versions but no CURRENT; `dcar index rollback {name}` restores the newest")
     if version is None:
         raise ArtifactError(
-            f"{index} holds no published index; make one with "
-            f"`dcar index build --gallery PATH --checkpoint DIR --out {index}`"
+            f"{name} holds no published index; make one with "
+            f"`dcar index build --gallery PATH --checkpoint DIR --out {name}`"
         )
     return version
 
@@ -91,7 +92,7 @@ def open_version(index: Path, version: int, access: ImageAccess | None = None) -
     path = index / VERSIONS / str(version)
     if not path.is_dir():
         available = ", ".join(map(str, version_numbers(index))) or "none"
-        raise ArtifactError(f"{index} has no version {version}; it has {available}")
+        raise ArtifactError(f"{location_of(index)} has no version {version}; it has {available}")
     return Artifact.open(path, access)
 
 

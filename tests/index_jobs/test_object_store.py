@@ -118,6 +118,8 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
     built = run("app.cli", "index", "build", *arguments, environment=machines.cache("builder"))
     assert built.returncode == 0, built.stderr
     assert json.loads(built.stdout)["version"] == 1
+    again = run("app.cli", "index", "build", *arguments[:-2], environment=machines.cache("builder")).stdout
+    assert again.startswith(f"{machines.url}: version 1 is up to date"), "people know no mirror"
     assert pull(machines["reader"]) == 1
     before = open_current(machines["reader"])
     rows = np.arange(before.rows)
@@ -418,6 +420,16 @@ def test_store_that_does_not_respond_is_reported_in_one_line(
 def test_url_that_names_no_index_is_refused(url: str) -> None:
     with pytest.raises(DataError, match="is not the URL of an index, such as s3://bucket/index"):
         index_path(url)
+
+
+@needs("object-store")
+def test_messages_name_the_url_whose_scheme_may_be_in_capitals(machines: Machines) -> None:
+    mirror, url = machines["machine"], machines.url
+    assert Machines(mirror.parents[5], url.replace("s3", "S3"))["machine"] == mirror
+    with pytest.raises(ArtifactError, match=rf"^{url} holds no published index; .* --out {url}`$"):
+        open_current(mirror)
+    with pytest.raises(ArtifactError, match=rf"^{url} holds no published index$"):
+        rollback(mirror)
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
 from index_jobs.store import publish
 from index_jobs.store.changes import change_metadata
-from index_jobs.store.location import index_name
+from index_jobs.store.names import index_name
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
 from tests.support.object_store import Machines, ObjectStore

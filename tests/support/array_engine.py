@@ -11,7 +11,7 @@ from index_jobs.engines.measure import Benchmark, gallery_queries
 from index_jobs.engines.protocol import CreatedIndex, NewIndex, ScoredRows
 from index_jobs.selection import Allowed, to_mask
 from index_jobs.spec import IndexSpec
-from index_jobs.store.location import index_name
+from index_jobs.store.names import index_name
 
 REGISTRY_LINE = {"array": "tests.support.array_engine:ArrayEngine"}
 
