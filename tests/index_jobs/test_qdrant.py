@@ -204,7 +204,7 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machin
     with ObjectStore() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        yield Machines(tmp_path / "machines", "s3://bucket/shared/index")
+        yield Machines(tmp_path / "machines", f"s3://bucket/{tmp_path.name}/index")
 
 
 @needs("object-store")
