@@ -314,7 +314,8 @@ async def _storing(what: str, collections: Collections, name: str | None = None)
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and collections[name].is_created:
+        is_gone = isinstance(error, FileNotFoundError | FileExistsError)  # the latter where it goes between two calls
+        if is_gone and collections[name].is_created:
             await collections.sync()
             raise CollectionNotFoundError(str(name), "collection") from None  # even if there is a new one of this name
         logger.warning("a %s cannot be stored: %s", what, error)

@@ -54,6 +54,7 @@ class ServedIndex:
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
         damage: which file of the live version is damaged, likewise without directories; None if none is known.
         store_fault: why the vector store of the live version could not be searched at the last poll; None if it could.
+        waiting_jobs: number of changes of its items that have not ended, when they were last counted.
         was_tried: set once the first load has ended, or the collection is closed.
         is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
@@ -67,6 +68,7 @@ class ServedIndex:
         self.reason: str | None = _OPENING if is_created else _LOADING
         self.damage: str | None = None
         self.store_fault: str | None = None
+        self.waiting_jobs = 0
         self.was_tried = asyncio.Event()
         self._collections = collections
         self._version = version

@@ -16,7 +16,6 @@ import errno
 import logging
 import os
 import sys
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -76,13 +75,12 @@ class WriteWorker:
         self._looking = ComputeThreads(1, "dcar-queue")
         self._changing = ComputeThreads(1, "dcar-changes")
         self._accepting = 0
-        self._waiting = Counter[str]()  # jobs of a collection, when they were last counted
-        names = collections if settings.writes else ()
+        served = collections if settings.writes else ()
         metrics.add_gauge(
             "dcar_jobs_waiting",
             "Changes of items that have not ended.",
             "collection",
-            lambda: [(name, float(self._waiting[name])) for name, _ in names],
+            lambda: [(name, float(each.waiting_jobs)) for name, each in served],
         )
 
     def start(self) -> None:
@@ -111,14 +109,14 @@ class WriteWorker:
         served = self._collections[collection]
         if self._accepting >= _MAX_ACCEPTING:
             raise UnavailableError("Too many changes are being stored.", retry_after_s=2)
-        if self._waiting[collection] >= self._settings.max_jobs:
+        if served.waiting_jobs >= self._settings.max_jobs:
             raise UnavailableError("Too many changes of this collection wait to be applied.", retry_after_s=30)
         self._accepting += 1
-        self._waiting[collection] += 1
+        served.waiting_jobs += 1
         try:
             job = await self._storing.run(WriteQueue(served.index).accept, kind, items, images, more)
         except BaseException:
-            self._waiting[collection] -= 1
+            served.waiting_jobs -= 1
             raise
         finally:
             self._accepting -= 1
@@ -168,7 +166,7 @@ class WriteWorker:
     async def _run(self) -> None:
         while True:
             self._arrived.clear()
-            waiting = [(name, served) for name, served in self._collections if await self._count(name, served)]
+            waiting = [(name, served) for name, served in self._collections if await self._count(served)]
             outcomes = [await self._apply(name, served) for name, served in waiting]
             if not all(outcomes):
                 await asyncio.sleep(_RETRY_S)
@@ -177,9 +175,9 @@ class WriteWorker:
                 async with asyncio.timeout(_POLL_S):  # `wait_for` can lose a cancellation in Python 3.11
                     await self._arrived.wait()
 
-    async def _count(self, name: str, served: ServedIndex) -> int:
-        self._waiting[name] = len(await self._looking.run(WriteQueue(served.index).waiting))
-        return self._waiting[name]
+    async def _count(self, served: ServedIndex) -> int:
+        served.waiting_jobs = len(await self._looking.run(WriteQueue(served.index).waiting))
+        return served.waiting_jobs
 
     async def _apply(self, name: str, served: ServedIndex) -> bool:
         """Apply the waiting jobs of a collection, and return False if they have to wait."""
@@ -197,7 +195,7 @@ class WriteWorker:
                 log = logger.info if code == LockedError.exit_code else logger.warning
                 log("the jobs of %s wait: %s", name, reason)
             self._reasons[name] = reason
-        await self._count(name, served)
+        await self._count(served)
         with contextlib.suppress(DcarError):  # logged, and shown by /readyz
             await served.reload()
         return code == 0

@@ -312,7 +312,12 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         write_json(staging / _DESCRIPTION, {"name": name})
         fsync_tree(staging)
-        staging.rename(target)
+        try:
+            staging.rename(target)
+        except OSError:
+            if not (target / _DESCRIPTION).exists():  # `FileLock` makes a folder again that was dropped meanwhile
+                _put_aside(target)
+                staging.rename(target)
         fsync_path(folder)
     except OSError:
         if not (target / _DESCRIPTION).exists():  # otherwise another request has created it
@@ -324,6 +329,10 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
 def drop_collection(index: Path) -> None:
     """Remove a created collection with its versions and images. Raise LockedError if its jobs are being applied."""
     with WriteQueue(index).lock(_DROP_S):  # for as long as another drop, or a change of metadata, takes at most
-        index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))  # a killed removal leaves no half of it
+        _put_aside(index)  # a killed removal leaves no half of it
     for leftover in index.parent.glob(f"{_OLD}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_aside(index: Path) -> None:
+    index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))

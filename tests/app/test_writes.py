@@ -254,6 +254,11 @@ async def test_waiting_jobs_and_created_collections_have_quotas(index: Path, tmp
         names = ("one", "two", "one")
         created = [await client.put(f"/collections/{name}", headers=ADMINS) for name in names]
         assert [each.status_code for each in created] == [200, 409, 200]
+        for _ in range(2):
+            accepted = [await put(client, item("a"), path="/collections/one/items") for _ in range(3)]
+            assert [each.status_code for each in accepted] == [202, 202, 503]
+            assert (await client.delete("/collections/one", headers=ADMINS)).status_code == 204
+            assert (await client.put("/collections/one", headers=ADMINS)).status_code == 200
         assert (await client.delete("/collections/one", headers=ADMINS)).status_code == 204
         assert (await client.put("/collections/two", headers=ADMINS)).status_code == 200
 

@@ -21,6 +21,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import current_version, open_current, verify_index
 from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections, sweep
 from tests.support.commands import Command, dcar, run
+from tests.support.files import write_file
 from tests.support.jobs import delete, patch, picture, put, status
 
 
@@ -366,6 +367,9 @@ def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path
     create_collection(folder, "lamps", tiny_checkpoint)
     create_collection(folder, "lamps", tiny_checkpoint)
     (index,) = list_collections(folder).values()
+    drop_collection(index)
+    write_file(index / "writes" / ".lock", b"")  # as a drop that has waited for another one leaves it
+    create_collection(folder, "lamps", tiny_checkpoint)
     early = delete(index, "a")
     apply_writes(index)
     assert status(index, early)["status"] == "done"
