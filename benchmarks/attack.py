@@ -385,7 +385,7 @@ async def _send_honest(server: Server, seconds: float) -> Honest:
     async def watch() -> None:
         nonlocal peak
         while time.monotonic() < until:
-            peak = max(peak, server.memory_mb())
+            peak = max(peak, server.memory_mb(shared=True))
             await asyncio.sleep(0.1)
 
     loop = partial(closed_loop, server.port, connections=1, seconds=seconds)

@@ -100,7 +100,7 @@ def test_threads_may_fill_and_trim_a_cache_at_once() -> None:
 
 @pytest.mark.parametrize("name", ["product", "caption"])
 def test_groups_of_long_values_are_those_of_short_ones_and_take_little_memory(name: str) -> None:
-    rng, count, size = np.random.default_rng(0), 300, 10_000
+    rng, count, size = np.random.default_rng(0), 300, 4000
     short = [value if name == "product" else value or "" for value in products_of(rng, count, 90)]
     long = [value and value.ljust(size, "x") for value in short]
     columns = [dict[str, Any]({name: values}) for values in (short, long)]
@@ -132,9 +132,13 @@ def test_one_huge_group_does_not_hide_the_others() -> None:
 
 
 def test_a_field_that_cannot_group_is_named() -> None:
-    snapshot = snapshot_of(ArtifactStub(unit(np.random.default_rng(0), 60, 8), tags=[["a", "b"]] * 60))
+    snapshot = snapshot_of(
+        ArtifactStub(unit(np.random.default_rng(0), 60, 8), tags=[["a", "b"]] * 60, text=["x" * 5000] * 60)
+    )
     with pytest.raises(InvalidQueryError, match="several values"):
         group_field(snapshot, "tags")
+    with pytest.raises(InvalidQueryError, match="over 4,096 bytes"):
+        group_field(snapshot, "text")
     with pytest.raises(InvalidQueryError, match="no item has"):
         group_field(snapshot, "brand")
     with pytest.raises(InvalidQueryError, match="no item has"):
