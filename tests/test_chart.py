@@ -284,8 +284,9 @@ def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
         ),
         ({"index": {"url": "s3://bucket/photos"}, "settings": {"feedback": True}}, "needs feedbackClaim"),
         ({"index": {"url": "s3://bucket/photos", "claim": "c"}, "settings": {"writes": True}}, "only jobs publish"),
-        ({"settings": {"writes": True}, "replicas": 2}, "needs index.claim"),
-        ({"settings": {"writes": "yes"}, "autoscaling": {"enabled": True, "minReplicas": 1}}, "needs index.claim"),
+        ({"settings": {"writes": True}, "replicas": 2}, "need index.claim"),
+        ({"settings": {"feedback": True}, "replicas": 2}, "need index.claim"),
+        ({"settings": {"writes": "yes"}, "autoscaling": {"enabled": True, "minReplicas": 1}}, "need index.claim"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], reason: str) -> None:
