@@ -257,6 +257,8 @@ class BoundedProtocol(asyncio.BufferedProtocol):
         self._cycle = cycle
         self._pending += 1
         self._stop("head")
+        if not self._in_message:
+            _silent.pop(self, None)
 
     def hold_head(self) -> None:
         """Write the head that follows together with what comes after it."""

@@ -304,6 +304,21 @@ def test_pipelined_requests_are_answered_in_order(connection: socket.socket) -> 
     assert [each[:3] for each in responses] == [b"200", b"401", b"200", b"401"]
 
 
+def test_a_connection_is_not_silent_while_a_request_is_answered(
+    connection: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    are_silent, started = list[bool](), http_protocol.BoundedProtocol.request_started
+
+    def record(protocol: http_protocol.BoundedProtocol, cycle: Any) -> None:
+        started(protocol, cycle)
+        are_silent.append(protocol in http_protocol._silent)
+
+    monkeypatch.setattr(http_protocol.BoundedProtocol, "request_started", record)
+    connection.sendall(2 * HEALTH)
+    assert [read_response(connection)[9:12] for _ in range(2)] == 2 * [b"200"]
+    assert are_silent == [False, False]
+
+
 def test_thousands_of_pipelined_requests_are_answered_one_after_the_other(connection: socket.socket) -> None:
     count = 3000
     sender = threading.Thread(target=connection.sendall, args=(HEALTH * count,))
