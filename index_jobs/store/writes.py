@@ -316,7 +316,8 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
             staging.rename(target)
         except OSError:
             if not (target / _DESCRIPTION).exists():  # `FileLock` makes a folder again that was dropped meanwhile
-                _put_aside(target)
+                with contextlib.suppress(FileNotFoundError):
+                    _put_aside(target)
                 staging.rename(target)
         fsync_path(folder)
     except OSError:
