@@ -304,8 +304,9 @@ class BoundedProtocol(asyncio.BufferedProtocol):
             _silent.pop(self, None)
 
     def _note_silence(self) -> None:
+        """Count the time without bytes of this connection from now on."""
         _silent.pop(self, None)
-        _silent[self] = None  # the last one
+        _silent[self] = None
 
     def _expect_head(self) -> None:
         # A loop that is behind calls timers before it reads what has come in time.

@@ -73,6 +73,7 @@ def select_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Selection:
 
 
 def _by_values(artifact: "Artifact", filter: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a filter with the values that fit in place of substrings and ranges of texts."""
     return {
         field: [_by_values(artifact, part) for part in each] if field == _OR else _fitting_values(artifact, field, each)
         for field, each in filter.items()

@@ -6,6 +6,7 @@ INDEX/writes/ended/<job>.json   how a job ended; kept for a week
 INDEX/writes/images/<job>/      its image files, which stay there for the index
 INDEX/writes/progress.json      the jobs that are being applied, the number of starts, and of encoded images
 INDEX/writes/.lock              held by the process that applies jobs
+FOLDER/.lock                    held while a collection is put into the folder
 FOLDER/<hash>/collection.json   the name of a created collection; that of its folder is a hash of it
 FOLDER/<hash>/checkpoint/       the model that its items are encoded with
 FOLDER/<hash>/...               an index directory, once the first items are published; until then `empty_artifact`
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 WRITES = "writes"
 _JOB = re.compile(r"[0-9a-f]{32}")
 _DESCRIPTION = "collection.json"
-_NEW, _OLD = ".new-", ".old-"
+_NEW, _OLD, _LOCK = ".new-", ".old-", ".lock"
 
 BATCH_ITEMS = 2000
 _SWEEP_S = 3600.0
@@ -229,7 +230,7 @@ class WriteQueue:
         """Admit one process that applies jobs. Raise LockedError if another one does, for so long."""
         self.folder.mkdir(exist_ok=True)
         message = f"another process applies the jobs in {self.folder}; wait until it has ended"
-        return hold_lock(self.folder / ".lock", message, wait_s)
+        return hold_lock(self.folder / _LOCK, message, wait_s)
 
 
 def _jobs_in(folder: Path) -> set[str]:
@@ -312,17 +313,12 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
         copy_checkpoint(checkpoint, staging / CHECKPOINT)
         write_json(staging / _DESCRIPTION, {"name": name})
         fsync_tree(staging)
-        try:
-            staging.rename(target)
-        except OSError:
-            if not (target / _DESCRIPTION).exists():  # `FileLock` makes a folder again that was dropped meanwhile
+        with hold_lock(folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1):
+            if not (target / _DESCRIPTION).exists():  # otherwise another request has created it
                 with contextlib.suppress(FileNotFoundError):
-                    _put_aside(target)
+                    _put_aside(target)  # a drop that waits for another one makes the folder again, for its lock
                 staging.rename(target)
-        fsync_path(folder)
-    except OSError:
-        if not (target / _DESCRIPTION).exists():  # otherwise another request has created it
-            raise
+                fsync_path(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -336,4 +332,5 @@ def drop_collection(index: Path) -> None:
 
 
 def _put_aside(index: Path) -> None:
+    """Give a folder a name under which it is removed."""
     index.rename(index.with_name(f"{_OLD}{secrets.token_hex(8)}"))
