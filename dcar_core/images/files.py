@@ -33,14 +33,14 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
         DataError: not a tar, a compressed tar, one with sparse files, or one with more data behind its last member.
     """
     members: dict[str, TarSpan] = {}
-    last = ""
+    last, end = "", 0
     try:
         with tarfile.open(path, "r:", fileobj=file) as tar:
             for count, member in enumerate(tar, 1):
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all, at a kilobyte each
                 if count % _REPORTED == 0:
                     logger.info("listing %s: %s members so far", path, f"{count:,}")
-                last = member.name
+                last, end = member.name, tar.offset
                 if member.issparse():
                     raise DataError(f"{path} has {last} as a sparse file; create it again without tar's option -S")
                 if member.isreg():
@@ -48,10 +48,10 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                 elif member.islnk() and (target := members.get(member.linkname.removeprefix("./"))):
                     members[last.removeprefix("./")] = target
             assert tar.fileobj is not None
-            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end
+            tar.fileobj.seek(end)  # tarfile takes a damaged header for the end
             if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, _BLOCK_BYTES), b"")):
                 raise DataError(
-                    f"{path} has data after {last}, the last member that can be read (it ends at byte {tar.offset:,}): "
+                    f"{path} has data after {last or 'its start'}, the last that can be read (up to byte {end:,}): "
                     f"it is damaged, or two tars were concatenated; create it again"
                 )
             return members

@@ -102,7 +102,7 @@ async def test_loaded_server_freezes_objects(tmp_path: Path) -> None:
     _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
     try:
         await server.on_tick(1)
-        assert gc.get_freeze_count() == before
+        assert gc.get_freeze_count() <= before
         collections["index"].live = cast(Snapshot, SimpleNamespace(encoder=encoder))
         await server.on_tick(2)
         assert gc.get_freeze_count() > before + 10_000
