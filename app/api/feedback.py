@@ -134,8 +134,10 @@ def noted(
 
 def _client_of(request: Request) -> str:
     """Return the client that a request names, "" for none, or for a name that an event could not have."""
-    name = next((value for name, value in request.scope["headers"] if name == b"x-client-id"), b"").decode("latin-1")
-    return name if _CLIENT.fullmatch(name) else ""
+    for name, value in request.scope["headers"]:
+        if name == b"x-client-id":
+            return client if _CLIENT.fullmatch(client := value.decode("latin-1")) else ""
+    return ""
 
 
 def _row(event: FeedbackEvent) -> EventRow:

@@ -18,6 +18,7 @@ import hmac
 import logging
 import os
 import time
+from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -50,6 +51,7 @@ _MEASURE_S = 600.0  # between two summaries for the metrics of a comparison
 _STORE_S = 10.0  # longest wait for the disk
 _MAX_AGE_S = 24 * 3600  # of a search, for events
 _RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones are no longer kept with their results
+_BATCH_BYTES = 8 * 2**10  # of a batch without its rows
 _MAX_EVENTS = 1000  # of one search in one process
 _MAX_SEEN = 200_000  # events that are recognized when they are sent again
 _MAX_QUERIES = 20_000  # rows of searches that wait for the disk
@@ -57,7 +59,19 @@ _MAC, _BATCH = 12, 16  # characters of a query id: a part of its batch's MAC, on
 _PLACES = ascii_letters + digits  # name the parts of a MAC
 _NONCE, _TIME = 8, 4  # bytes of a batch
 _BATCH_S = 60  # in which the ids of a batch are given
-_NO_IDS = 0.0, list[str]()
+
+
+class _Batch:
+    """Ids given to one caller, and of each search that got one its time, and its `QueryRow` in JSON without both.
+
+    written: rows that the journal has, or that were lost.
+    """
+
+    __slots__ = "began", "ids", "rows", "times", "written"
+
+    def __init__(self, began: float, ids: list[str]) -> None:
+        self.began, self.ids = began, ids
+        self.rows, self.times, self.written = list[bytes](), array("d"), 0
 
 
 class FeedbackLog:
@@ -67,12 +81,12 @@ class FeedbackLog:
         self._folder, self._settings, self._metrics = folder, settings, metrics
         self._default_collection = settings.default_collection
         self._secret, self._journal = store.prepare(folder), store.Journal(folder)
-        self._ids = dict[str, tuple[float, list[str]]]()  # of a caller: when its batch ends, and ids to be given
-        # By query id `QueryRow`s in JSON without it and the time. Two tables: taking single old entries out is slow.
-        self._recent, self._earlier, self._recent_bytes = dict[str, bytes](), dict[str, bytes](), 0
+        self._current = dict[str, _Batch]()  # by caller
+        # Batches by name. Two tables: taking single old entries out is slow.
+        self._recent, self._earlier, self._recent_bytes = dict[str, _Batch](), dict[str, _Batch](), 0
         self._seen = dict[str, dict[tuple[str, str, str], int | None]]()  # of a search: events and their ratings
         self._counts, self._accepted = dict[str, int](), 0  # events of a search, and of all
-        self._queries, self._events = list[tuple[str, float, bytes]](), list[EventRow]()
+        self._unwritten, self._events = list[_Batch](), list[EventRow]()
         self._waiting: list[asyncio.Future[bool]] = []
         self._wanted, self._lock, self._tasks = asyncio.Event(), asyncio.Lock(), list[asyncio.Task[None]]()
         self._writing, self._rolling = ComputeThreads(1, "dcar-feedback"), ComputeThreads(1, "dcar-feedback-roll")
@@ -117,12 +131,10 @@ class FeedbackLog:
             compared: how the results were made, if they were compared with those of a candidate.
             client: who searched, if the request names it.
         """
-        now = time.time()
-        ends, ids = self._ids.get(caller, _NO_IDS)
-        if now >= ends or not ids:
-            ids = self._make_ids(caller, int(now))
-            self._ids[caller] = now + _BATCH_S, ids
-        query_id, page = ids.pop(), results.memo.get("noted") if compared is None else None
+        batch = self._current.get(caller)
+        if batch is None or len(batch.rows) == len(_PLACES):
+            batch = self._begin_batch(caller)
+        page = results.memo.get("noted") if compared is None else None
         if page is None:
             text, is_hashed = query.query, not self._settings.feedback_texts
             is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
@@ -131,30 +143,37 @@ class FeedbackLog:
             hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
             facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
             page = to_json((collection or self._default_collection, text, hits, *facts, *(compared or ())))[1:]
+            self._recent_bytes += len(page)
             if compared is None:
                 results.memo["noted"] = page
-        self._recent[query_id] = page
-        self._recent_bytes += len(page)
+        if client:
+            empty = b"" if compared else b",null" * len(Compared._fields)
+            page = b"%b%b,%b]" % (page[:-1], empty, to_json(client))
+            self._recent_bytes += len(page)
+        batch.times.append(time.time())
+        batch.rows.append(page)
+        return batch.ids[len(batch.rows) - 1]
+
+    def _begin_batch(self, caller: str) -> _Batch:
+        if sum(len(each.rows) - each.written for each in self._unwritten) >= _MAX_QUERIES:
+            oldest = self._unwritten.pop(0)
+            self._lost.labels("queries").inc(len(oldest.rows) - oldest.written)
+            self._current = {caller: each for caller, each in self._current.items() if each is not oldest}
         if self._recent_bytes > _RECENT_BYTES:
             self._recent, self._earlier, self._recent_bytes = {}, self._recent, 0
-        if len(self._queries) < _MAX_QUERIES:
-            if client:
-                empty = b"" if compared else b",null" * len(Compared._fields)
-                page = b"%b%b,%b]" % (page[:-1], empty, to_json(client))
-            self._queries.append((query_id, now, page))
-        else:
-            self._lost.labels("queries").inc()
-        return query_id
+        now = time.time()
+        name = base64.urlsafe_b64encode(os.urandom(_NONCE) + int(now).to_bytes(_TIME)).decode()
+        mac = self._mac(name, caller)
+        ids = [f"{mac[place * _MAC : (place + 1) * _MAC]}{letter}{name}" for place, letter in enumerate(_PLACES)]
+        batch = self._current[caller] = self._recent[name] = _Batch(now, ids)
+        self._unwritten.append(batch)
+        self._recent_bytes += _BATCH_BYTES
+        return batch
 
     def draw(self, client: str, query: str) -> tuple[float, str]:
         """Return a number from 0 to 1 that a client keeps, and the name of its draw for a query."""
         of_client, of_query = (store.hash_name(self._secret, text) for text in (client, f"{client}\n{query}"))
         return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
-
-    def _make_ids(self, caller: str, now: int) -> list[str]:
-        batch = base64.urlsafe_b64encode(os.urandom(_NONCE) + now.to_bytes(_TIME)).decode()
-        mac = self._mac(batch, caller)
-        return [f"{mac[place * _MAC : (place + 1) * _MAC]}{name}{batch}" for place, name in enumerate(_PLACES)]
 
     def _mac(self, batch: str, caller: str) -> str:
         mac = hashlib.shake_256(self._secret + f"{batch}{caller}".encode()).digest(len(_PLACES) * _MAC * 3 // 4)
@@ -169,6 +188,14 @@ class FeedbackLog:
         made = base64.urlsafe_b64decode(batch)[_NONCE:] if hmac.compare_digest(part, known) else b""
         return time.time() - int.from_bytes(made) <= _MAX_AGE_S
 
+    def _find(self, query_id: str) -> QueryRow | None:
+        """Return a recent search of this process, without its time."""
+        name = query_id[_MAC + 1 :]
+        batch, place = self._recent.get(name) or self._earlier.get(name), _PLACES.find(query_id[_MAC : _MAC + 1])
+        if batch is None or place >= len(batch.rows) or batch.ids[place] != query_id:
+            return None
+        return QueryRow(query_id, 0, *from_json(b"[" + batch.rows[place]))
+
     async def accept(self, caller: str, events: Sequence[EventRow]) -> list[tuple[int, str, str]]:
         """Store events durably, and return (number, field, reason) of those that change nothing.
 
@@ -180,9 +207,7 @@ class FeedbackLog:
         for number, event in enumerate(events):
             key = event.client, event.action, event.item
             if event.query_id not in searches:
-                line = self._recent.get(event.query_id) or self._earlier.get(event.query_id)
-                # None: of another process, or long ago
-                searches[event.query_id] = QueryRow(event.query_id, 0, *from_json(b"[" + line)) if line else None
+                searches[event.query_id] = self._find(event.query_id)
             search = searches[event.query_id]
             seen = self._seen.get(event.query_id, {})
             if not self._is_of(caller, event.query_id):
@@ -234,12 +259,16 @@ class FeedbackLog:
             await self._write()
 
     async def _write(self) -> None:
-        queries, events, waiting = self._queries, self._events, self._waiting
-        self._queries, self._events, self._waiting = [], [], []
-        rows = (b'["%b",%d,%b' % (query_id.encode(), moment * 1000, page) for query_id, moment, page in queries)
-        counts, is_stored = {"queries": len(queries), "events": len(events)}, False
+        parts, events, waiting = self._take(), self._events, self._waiting
+        self._events, self._waiting = [], []
+        rows = (
+            b'["%b",%d,%b' % (batch.ids[place].encode(), batch.times[place] * 1000, batch.rows[place])
+            for batch, places in parts
+            for place in places
+        )
+        counts, is_stored = {"queries": sum(len(places) for _, places in parts), "events": len(events)}, False
         try:
-            if queries or events:
+            if parts or events:
                 await self._writing.run(self._journal.write, rows, events)
             is_stored = True
         except OSError as error:
@@ -252,6 +281,16 @@ class FeedbackLog:
             for done in waiting:
                 if not done.done():
                     done.set_result(is_stored)
+
+    def _take(self) -> list[tuple[_Batch, range]]:
+        """Return the rows that were not written, by batches. Those that are full, or have lasted, take no more."""
+        parts, now = [(batch, range(batch.written, len(batch.rows))) for batch in self._unwritten], time.time()
+        for batch, places in parts:
+            batch.written = places.stop
+        self._current = {caller: each for caller, each in self._current.items() if now - each.began < _BATCH_S}
+        current = set(map(id, self._current.values()))
+        self._unwritten = [batch for batch in self._unwritten if id(batch) in current]
+        return [(batch, places) for batch, places in parts if places]
 
     async def _roll(self) -> None:
         while True:

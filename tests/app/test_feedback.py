@@ -1,5 +1,6 @@
 """Feedback: query ids, the events that are accepted, and the log that holds both."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -101,6 +102,26 @@ async def test_searches_are_named_and_events_are_stored_in_the_columns_of_ubi(in
     assert first["timestamp"] > an_hour_ago, "an absurd time is the present"
     assert second["timestamp"] == an_hour_ago
     assert events.to_pylist()[2]["event_attributes"]["rating"] == 3
+
+
+async def test_each_search_is_stored_once_when_a_batch_of_ids_is_full_or_has_lasted(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.feedback.log._PLACES", "abc")
+    monkeypatch.setattr("app.feedback.log._BATCH_S", 0.02)
+    monkeypatch.setattr("app.feedback.log._FLUSH_S", 0.01)
+    began, named = datetime.now(UTC), list[str]()
+    async with opened(index, feedback=tmp_path, **KEYS) as client:
+        for number in range(24):
+            query_id, items = await searched(client, headers=bearer(BOB if number % 5 else ALICE))
+            named.append(query_id)
+            if number % 8 == 0:
+                await asyncio.sleep(0.05)
+        assert (await send(client, event(query_id, items[0]), headers=bearer(BOB)))["accepted"] == 1
+    rows = store.read_log(tmp_path)[0].to_pylist()
+    assert sorted(row["query_id"] for row in rows) == sorted(named)
+    moments = {row["query_id"]: row["timestamp"] for row in rows}
+    assert began - timedelta(milliseconds=1) < moments[named[0]] < moments[named[-1]]
 
 
 async def test_a_search_has_the_client_that_its_request_names(index: Path) -> None:
@@ -394,6 +415,7 @@ async def test_a_flood_of_searches_takes_bounded_memory(
     monkeypatch.setattr("app.feedback.log._RECENT_BYTES", 500)
     monkeypatch.setattr("app.feedback.log._MAX_SEEN", 2)
     monkeypatch.setattr("app.feedback.log._MAX_QUERIES", 3)
+    monkeypatch.setattr("app.feedback.log._PLACES", "a")  # a search in a batch
     monkeypatch.setattr("app.feedback.log._FLUSH_S", 60.0)  # a disk that does not answer
     async with opened(index, feedback=tmp_path) as client:
         searches = [await searched(client) for _ in range(4)]
