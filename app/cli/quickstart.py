@@ -20,7 +20,7 @@ from app.cli.options import EXAMPLES, ModelName, Pretrained, example
 from app.cli.serving import bundled_checkpoint, serve_index
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.console import show_progress
-from dcar_core.util.errors import DataError, HubUnavailableError
+from dcar_core.util.errors import DataError, DcarError, HubUnavailableError
 from dcar_core.util.files import require_writable
 from dcar_core.util.processes import process_context
 from index_jobs.jobs.cli import Runtime
@@ -96,7 +96,10 @@ def _watching(index: Path, runtime: str) -> Iterator[None]:
 def _watch(index: Path, runtime: str) -> None:
     from index_jobs.jobs.watch import watch
 
-    watch(index, typer.echo, runtime=runtime)
+    try:
+        watch(index, typer.echo, runtime=runtime)
+    except DcarError as error:
+        typer.echo(f"warning: not watched: {error}", err=True)
 
 
 def _checkpoint(model: str, pretrained: str | None, folder: Path) -> tuple[Path, list[str]]:

@@ -212,10 +212,13 @@ class EncodingState:
         write_failed(path, gallery, self._failed)
         names = gallery.table["name"]
         examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self._failed)[:3])
+        what, limit, remedy = "no image", "", ""
+        if count < total:
+            what, limit = "too few images", f", at most {self._options.spec.max_failed:.1%} may"
+            remedy = ", or raise --max-failed"
         raise DataError(
-            f"{'no image' if count == total else 'too few images'} of {gallery.location} can be read: {count:,} of "
-            f"{total:,} failed, at most {self._options.spec.max_failed:.1%} may. {examples}. {path} lists them; repair "
-            f"or remove them, or raise --max-failed"
+            f"{what} of {gallery.location} can be read: {count:,} of {total:,} failed{limit}. {examples}. {path} lists "
+            f"them; repair or remove them{remedy}"
         )
 
     def result(self) -> EncodedGallery:

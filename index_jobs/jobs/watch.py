@@ -51,7 +51,13 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
     Args:
         say: called with a line for each update, and for each reason to wait.
         options: keep (of changes), max_vanished, notify, device and runtime of `BuildOptions`.
+
+    Raises:
+        DataError, ArtifactError: at the start, there is no index, or its gallery cannot be watched.
     """
+    settings = BuildOptions.of({"keep": KEEP_WRITES, "max_failed": 1.0, "progress": False, **options})
+    watched, parent = _WatchedGallery(index, say, settings), multiprocessing.parent_process()
+    watched.open()  # what is missing now is a mistyped name, not a disk that comes back
     stop, reason = threading.Event(), ""
 
     def end(*_: object) -> None:
@@ -60,8 +66,6 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    settings = BuildOptions.of({"keep": KEEP_WRITES, "max_failed": 1.0, "progress": False, **options})
-    watched, parent = _WatchedGallery(index, say, settings), multiprocessing.parent_process()
     while not stop.is_set():
         started, is_due, rested = time.monotonic(), True, 0.0
         try:
@@ -144,7 +148,8 @@ class _WatchedGallery:
 
     def _publish(self, changed: Gallery, gone: list[str]) -> dict[str, int]:
         """Publish a version, and return what it changes. Images that cannot be read are reported."""
-        keep = self._options.keep
+        current, keep = open_current(self._index), self._options.keep
+        gone = [item_id for item_id in gone if current.row_of(item_id) is not None]  # others could not be read
         if len(changed):
             try:
                 done = add(

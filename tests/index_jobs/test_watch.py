@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.jobs.apply import apply_writes
+from index_jobs.jobs.watch import watch as watch_index
 from index_jobs.store.versions import list_versions, open_current, version_numbers
 from tests.support.commands import Command
 from tests.support.images import draw, encoded
@@ -111,7 +113,12 @@ def test_a_file_that_is_being_copied_waits_and_a_broken_one_is_tried_again(
     (gallery / "half.png").write_bytes(data[: len(data) // 2])
     line = watching.line()
     assert line.startswith("left out until they change: ")
-    assert "half.png" in line
+    assert "1 of 1 failed. half.png: " in line
+    assert "max-failed" not in line, "the watch has no such option"
+    (gallery / "half.png").unlink()
+    assert watching.is_silent(1), "an image that was never in the index is not removed from it"
+    (gallery / "half.png").write_bytes(data[: len(data) // 2])
+    assert watching.line().startswith("left out until they change: ")
     (gallery / "whole.png").write_bytes(data)
     assert watching.line().startswith("1 added: version 3"), "a broken image is reported once"
     with (gallery / "half.png").open("ab") as file:
@@ -143,6 +150,16 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, i
     (aside / "circle").rename(gallery / "circle")
     assert watching.line().startswith("6 removed: version 4, 13 images")
     assert watching.end() == 0
+
+
+def test_a_watch_without_an_index_or_a_gallery_on_this_machine_ends_with_an_error(
+    gallery: Path, build: Build, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="holds no published index"):
+        watch_index(tmp_path / "indx", print)
+    build([str(gallery), f"more={gallery / 'square'}"])
+    with pytest.raises(DataError, match="one gallery on this machine can be watched"):
+        watch_index(tmp_path / "index", print)
 
 
 def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path, index: Path, watch: Watch) -> None:
