@@ -218,6 +218,6 @@ def _relative(value: str | None, base: Path) -> str | None:
 
 
 def _absolute(value: str | None, base: Path) -> str | None:
-    if value and not Path(value).is_absolute() and (base / value).exists():
+    if value and not Path(value).is_absolute() and (value.startswith("../") or (base / value).exists()):
         return str((base / value).resolve())
     return value
