@@ -318,6 +318,8 @@ def relocate(
             if not old:
                 raise DataError(f"name the folder that was moved with --from: {', '.join(manifest.folders)}")
             new = parent_folder(new).rstrip("/") if not is_url(new) and Path(new).is_file() else new
+            if old == new:
+                raise DataError(f"the images of {index} are in {new} already")
             # In a list of galleries, [NAME=]LOCATION with commas between, and in a single location.
             moved = re.compile(rf"(^|(?<=, )|(?<==)){re.escape(old)}(?=/|, |$)")
             manifest = _move_manifest(manifest, lambda location: moved.sub(lambda _: new, location))

@@ -190,6 +190,8 @@ def test_a_place_without_the_images_is_refused(index: Path, tmp_path: Path) -> N
         relocate(index, gallery=str(tmp_path / "empty"))
     with pytest.raises(DataError, match=f"no image of .* is below {tmp_path}; they are in "):
         relocate(index, gallery=str(tmp_path / "empty"), former=str(tmp_path))
+    with pytest.raises(DataError, match=f"the images of {index} are in .* already"):
+        relocate(index, gallery=open_current(index).manifest.root)
     assert current_version(index) == 1
 
 
