@@ -69,7 +69,7 @@ class FieldTypes:
                     continue
                 frequency[name] += 1
                 value_type = type_of(value)
-                if isinstance(value, str) and (name in examples or name not in types):
+                if isinstance(value, str) and name != "file_name" and (name in examples or name not in types):
                     if _NUMBER_LIKE.fullmatch(value):
                         examples[name] = examples.get(name, "") if value.isdecimal() else value
                     else:

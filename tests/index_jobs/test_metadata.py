@@ -355,8 +355,8 @@ def test_the_summary_names_fields_of_text_that_looks_like_numbers(build: Build, 
         {"price": "$9", "weight": "9", "year": 2000, "name": "A-4", "size": "3", "zip": "02"},
     ]
     for row in rows:
-        write_file(tmp_path / "photos" / f"{row['name']}.png", png())
-    write_jsonl(tmp_path / "photos" / "metadata.jsonl", *(row | {"file_name": f"{row['name']}.png"} for row in rows))
+        write_file(tmp_path / "photos" / f"{row['year']}.png", png())
+    write_jsonl(tmp_path / "photos" / "metadata.jsonl", *(row | {"file_name": f"{row['year']}.png"} for row in rows))
     for _ in range(2):  # published, then up to date
         shown = build(tmp_path / "photos").to_text()
         assert "fields of text that looks like numbers: price ('$9'), size ('12 cm'), weight ('10,50');" in shown
