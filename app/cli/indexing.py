@@ -203,10 +203,10 @@ def remove_command(
 
     lines = read_text(ids_file).split("\n") if ids_file else []
     chosen = [*(ids or []), *(line.strip() for line in lines if line.strip())]
-    if not chosen and not filter:
-        raise typer.BadParameter("give ids, --ids-file with one id a line, or --filter with a condition")
+    if bool(chosen) == bool(filter):
+        raise typer.BadParameter("give either ids, also by --ids-file with one a line, or --filter with a condition")
     if filter:
-        chosen += [item.id for item in _matching_items(index, filter)]
+        chosen = [item.id for item in _matching_items(index, filter)]
     summary = remove(index, chosen, missing_ok=missing_ok, keep=keep)
     outcome = f"{summary.count:,} images ({summary.removed:,} removed)"
     typer.echo(f"{location_of(index)}: version {summary.version}, {outcome}")

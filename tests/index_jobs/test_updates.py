@@ -156,6 +156,8 @@ def test_add_and_remove_commands_publish_versions(index: Path, tmp_path: Path) -
     assert "version 3, 24 images (3 removed)" in run("remove", index, "pink", "--ids-file", tmp_path / "ids")
     assert "3 items removed" in run("list", index).splitlines()[0]
     assert run("remove", index).startswith("2 ")
+    both = run("remove", index, open_current(index).item(0).id, "--filter", '{"category": "circle"}')
+    assert both.startswith("2 "), "it may mean all of both, or what is in both"
     with pytest.raises(DataError, match="pink"):
         run("remove", index, "pink")
     assert "version 3, 24 images (0 removed)" in run("remove", index, "pink", "--missing-ok")
