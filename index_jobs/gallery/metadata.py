@@ -199,15 +199,17 @@ def read_changes(location: str) -> Iterator[tuple[str, Record]]:
     An empty cell of a CSV or Parquet table changes nothing. The image of an item stays, so its file name does as well.
 
     Raises:
-        DataError: the table cannot be read, or a row has no id.
+        DataError: the table cannot be read, a row has no id, or two have the same.
     """
-    has_nulls = PurePosixPath(location).suffix.lower() == ".jsonl"
+    has_nulls, seen = PurePosixPath(location).suffix.lower() == ".jsonl", dict[str, int]()
     for number, record in read_gallery_records(location):
         given = {name: value for name, value in record.items() if has_nulls or value not in (None, "")}
         item_id, caption, category, fields = split_fields(given, f"{location}, row {number}")
         if not item_id:
             columns = ", ".join(record) or "none"
             raise DataError(f"{location}, row {number}: no id; the table needs a column id, and it has {columns}")
+        if (first := seen.setdefault(item_id, number)) != number:
+            raise DataError(f"{location}: rows {first} and {number} both have the id {item_id!r}; keep one")
         texts = {"caption": caption, "category": category}
         fields |= {name: text or None for name, text in texts.items() if text or name in given}
         yield item_id, {name: value for name, value in fields.items() if name != "file_name"}

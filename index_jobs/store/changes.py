@@ -158,8 +158,10 @@ def change_metadata(
                 continue
             known += 1
             draft.merge([row], fields)
+        if not known and not unknown:
+            raise DataError(f"{source} has no rows")
         if not known:
-            raise DataError(f"none of the {len(unknown):,} ids of {source} is in the index, such as {unknown[:1]}")
+            raise DataError(f"none of the {len(unknown):,} ids of {source} is in the index, such as {unknown[0]!r}")
         if strict and draft.new_fields:
             raise DataError(f"no item has the field {' or '.join(map(repr, draft.new_fields))}; nothing is changed")
         manifest, count = current.manifest, len(draft.records)

@@ -129,7 +129,8 @@ def test_wrong_changes_publish_nothing(index: Path) -> None:
         ([(first, {"price": "cheap"})], False, "'price' is int64 in the index, not string"),
         ([(first, {"stock": 3}), (first, {"stock": "three"})], False, "'stock' is int64 in the index"),
         ([(first, {"prise": 3})], True, "no item has the field 'prise'"),
-        ([("a", {"price": 3})], False, "none of the 1 ids"),
+        ([("a", {"price": 3})], False, "none of the 1 ids of prices.csv is in the index, such as 'a'"),
+        ([], False, "prices.csv has no rows"),
         ([(first, {"text": "x" * 70_000})], False, "more than 64 KiB"),
         ([(first, {"deep": json.loads("[" * 100 + "]" * 100)})], False, "more than 100 nested levels"),
     ]
@@ -162,6 +163,9 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     assert (refused.returncode, "no item has the field 'prise'" in refused.stderr) == (3, True)
     table.write_text("sku,price\na,1\n")
     with pytest.raises(DataError, match=r"row 2: no id; .* it has sku, price"):
+        list(read_changes(str(table)))
+    table.write_text("id,price\na,1\nb,2\na,3\n")
+    with pytest.raises(DataError, match="rows 2 and 4 both have the id 'a'; keep one"):
         list(read_changes(str(table)))
 
 
