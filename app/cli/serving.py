@@ -87,7 +87,9 @@ def search(
     if as_json:
         typer.echo(dump_json(body))
         return
-    if found.nothing_fits:
+    if not body["results"]:
+        typer.echo("nothing found: no item fulfils the filter and reaches min_score", err=True)
+    elif found.nothing_fits:
         typer.echo("nothing fits well; these are the nearest", err=True)
     for result in body["results"]:
         name = f"{result['title']} ({result['file_name']})" if result["title"] else result["file_name"]

@@ -214,7 +214,10 @@ class Index:
         except ValidationError as error:
             fault = error.errors()[0]
             field = ".".join(str(place) for place in fault["loc"]) or "query"
-            raise InvalidQueryError(field, fault["msg"].removeprefix("Value error, ")) from None
+            message = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "extra_forbidden" and fault["loc"] == (field,):
+                message = f"unknown option; there are: {', '.join(sorted(Query.model_fields))}"
+            raise InvalidQueryError(field, message) from None
         try:
             data = Path(image).read_bytes() if isinstance(image, str | Path) else image
             steps = search(self._compute, self.snapshot, checked, data, self._settings)

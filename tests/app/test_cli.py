@@ -142,6 +142,8 @@ def test_a_search_prints_titles_with_their_files(tiny_checkpoint: Path, tmp_path
     rebuild(tmp_path / "photos", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     done = CliRunner().invoke(app, ["search", "red", "--index", str(tmp_path / "index")], catch_exceptions=False)
     assert sorted(line.split("  ")[-1].strip() for line in done.stdout.splitlines()) == ["Red dot (a.png)", "b.png"]
+    nothing = ["search", "red", "--index", str(tmp_path / "index"), "--filter", '{"title": "Blue"}']
+    assert "no item fulfils the filter" in CliRunner().invoke(app, nothing, catch_exceptions=False).stderr
 
 
 @pytest.mark.parametrize("options", [[], ["--hybrid"], ["--filter", '{"category": ["circle", "cross"]}']])

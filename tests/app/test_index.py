@@ -73,6 +73,8 @@ def test_wrong_options_and_images_are_errors_that_name_them(opened_index: Index,
         with pytest.raises(InvalidQueryError) as caught:
             opened_index.search(**options)
         assert caught.value.field == field
+    with pytest.raises(InvalidQueryError, match=r"limit: unknown option; there are: .*, k, "):
+        opened_index.search("red", limit=3)
     with pytest.raises(ItemNotFoundError):
         opened_index.search(more_like=["nothing"])
     with pytest.raises(ImageError, match=r"none\.png: No such file"):
