@@ -77,6 +77,9 @@ class Annotations:
         """
         report = CleaningReport()
         entries = self._select(split, report)
+        if self.path.is_dir():
+            unread = [file.name for form in [*_forms(self.path, split)][1:] for file in form]
+            report.add("files of annotations that are not read, as another one comes first", names=unread)
         for note in (note for entry in entries for note in entry.notes):
             report.add(note)
         if image_policy == "ignore":
@@ -163,7 +166,10 @@ class Annotations:
     def _files(self, split: str) -> list[Path]:
         """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""
         files = {name: annotation_files(self.path, name) for name in SPLITS}
-        return files[split] if any(files.values()) else _table(self.path, "metadata") or sorted(self.path.glob("*.tar"))
+        if any(files.values()):
+            return files[split]
+        first, *_ = [*_tables(self.path, "metadata"), sorted(self.path.glob("*.tar"))]
+        return first
 
     def _entries_of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """Return the entries of a split; none if no file holds it."""
@@ -214,21 +220,26 @@ def annotation_files(path: Path, split: str) -> list[Path]:
     """Return the files of a directory, or the single file, that may hold a split."""
     if path.is_file():
         return [path]
+    first, *_ = [*_forms(path, split), []]
+    if len(first) > 1 and first[0].suffix == ".json":
+        raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in first])}); name one of them")
+    return first
+
+
+def _forms(path: Path, split: str) -> Iterator[list[Path]]:
+    """Yield the files of each form that a directory has for a split, in the order of precedence."""
     named = list[Path]()
     for name in _NAMES[split]:
-        if table := _table(path, name, (".json", *_TABLES)):
-            return table
+        yield from _tables(path, name, (".json", *_TABLES))
         shards = sorted(p for p in path.glob("*.tar") if re.fullmatch(rf"{name}([_\-.]\d+)?", p.stem))
-        if shards:
-            return shards
+        yield from [shards] if shards else []
         named += sorted(path.glob(f"*_{name}.json"))
-    if len(named) > 1:
-        raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in named])}); name one of them")
-    return named or _table(path, "pairs", (*_TABLES, ".json"))
+    yield from [named] if named else []
+    yield from _tables(path, "pairs", (*_TABLES, ".json"))
 
 
-def _table(path: Path, name: str, suffixes: Sequence[str] = _TABLES) -> list[Path]:
-    return [file for suffix in suffixes if (file := path / f"{name}{suffix}").is_file()][:1]
+def _tables(path: Path, name: str, suffixes: Sequence[str] = _TABLES) -> list[list[Path]]:
+    return [[file] for suffix in suffixes if (file := path / f"{name}{suffix}").is_file()]
 
 
 def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:

@@ -204,6 +204,19 @@ def test_split_is_the_name_of_its_file(tmp_path: Path) -> None:
         read(tmp_path, "test")
 
 
+def test_files_that_another_form_hides_are_named(tmp_path: Path) -> None:
+    write_json(tmp_path / "pairs.json", {"a": entry()})
+    assert not read(tmp_path)[1].names
+    (tmp_path / "pairs.csv").write_text("image,caption,split\n1.png,one,train\n2.png,two,val\n")
+    write_jsonl(tmp_path / "valid.jsonl", {"image": "3.png", "caption": "three"})
+    _, reports = Annotations(tmp_path).load_all(None, "ignore")
+    what = "files of annotations that are not read, as another one comes first"
+    assert {split: report.names[what] for split, report in reports.items()} == {
+        "train": ["pairs.json"],
+        "val": ["pairs.csv", "pairs.json"],
+    }
+
+
 @pytest.mark.parametrize("place", ["Maine_Coon_12.jpg", "pets/images/Maine_Coon_12.jpg", "deep/er/Maine_Coon_12.jpg"])
 def test_images_are_found_below_another_root(tmp_path: Path, place: str) -> None:
     file = write_json(tmp_path / "train.json", {"Maine_Coon_12": older("Maine_Coon_12")})
