@@ -37,8 +37,11 @@ def serve(
     """
     if index is None and not os.environ.get("DCAR_INDEX"):
         raise DcarError("no index: give --index DIR, a directory that `dcar index build --out DIR` wrote")
-    collections = {name: Path(path) for name, path in _pairs("--collection", "NAME=DIR", collection)} or None
-    serve_index(index=index, host=host, port=port, workers=workers, runtime=runtime, collections=collections)
+    pairs = _pairs("--collection", "NAME=DIR", collection)
+    collections = {name: Path(path) for name, path in pairs}
+    if len(collections) < len(pairs):
+        raise DcarError("--collection gives two indexes one name; give each a name of its own")
+    serve_index(index=index, host=host, port=port, workers=workers, runtime=runtime, collections=collections or None)
 
 
 @commands.command(

@@ -15,6 +15,10 @@ from tests.support.commands import dcar
         (("serve",), "no index: give --index DIR"),
         (("serve", "--index", "/nowhere", "--collection", "one"), "--collection is NAME=DIR, not 'one'"),
         (
+            ("serve", "--index", "/nowhere", "--collection", "one=/a", "--collection", "one=/b"),
+            "--collection gives two indexes one name",
+        ),
+        (
             ("evaluate", "--data", "/nowhere", "--methods", "dcarr", "--out", "/tmp/x", "--model", "{model}"),
             "there are: clip",
         ),
