@@ -145,6 +145,8 @@ def _scan_one(location: str, name: str) -> tuple[str, pa.Table]:
             raise
         file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if reason == location:  # all that fsspec says about a file that it cannot open
+            reason = "it does not exist, or its store cannot be reached"
         raise DataError(f"the gallery {location} cannot be read: {reason}{file}") from error
     if not batches:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))

@@ -231,6 +231,11 @@ def test_network_errors_are_retried(
             "http://127.0.0.1:9/g does not exist, or its store cannot be reached",
             marks=needs("http"),
         ),
+        pytest.param(
+            "http://127.0.0.1:9/list.csv",
+            "list.csv cannot be read: it does not exist, or its store cannot be reached",
+            marks=needs("http"),
+        ),
     ],
 )
 def test_a_bad_url_is_an_error_that_names_it(store: Any, place: str, says: str) -> None:
