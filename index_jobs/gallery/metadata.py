@@ -56,6 +56,8 @@ class GalleryMetadata:
             first, _ = records.setdefault(_plain_name(name), (line, record))
             if first != line:
                 raise DataError(f"{path}: rows {first} and {line} both describe {_plain_name(name)}; keep one")
+        if not records:
+            raise DataError(f"{path} has no rows; fill or remove it")
         return cls(path, {name: record for name, (_, record) in records.items()})
 
     @classmethod

@@ -136,6 +136,14 @@ def test_columns_without_a_name_are_left_out(header: str, tmp_path: Path) -> Non
     assert found["metadata"] == {"file_name": "a.png", "Unnamed: 0": 7, "path": "a.png", "size": 9}
 
 
+@pytest.mark.parametrize(("name", "content"), [("metadata.jsonl", b""), ("metadata.csv", b"file_name,caption\n")])
+def test_metadata_without_rows_is_an_error(name: str, content: bytes, tmp_path: Path) -> None:
+    write_file(tmp_path / "a.png", png())
+    write_file(tmp_path / name, content)
+    with pytest.raises(DataError, match=rf"{name} has no rows; fill or remove it"):
+        scan(tmp_path)
+
+
 def test_pairs_that_are_no_pairs_are_an_error(tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
     write_file(tmp_path / "pairs.csv", b"image,text\na.png,a\n")
