@@ -43,7 +43,9 @@ def find_data_sets(root: Path) -> tuple[dict[str, Path], list[str]]:
             else:
                 usable[name] = root / name
     if not usable:
-        raise DataError(f"{root} has none of the paper's data sets, folders such as {root / 'dtd'} with pairs.jsonl")
+        found = [f"; {line}" for name, line in zip(PAPER, missing, strict=True) if (root / name).is_dir()]
+        needed = f"folders such as {root / 'dtd'} with train.json and test.json{''.join(found)}"
+        raise DataError(f"{root} has none of the paper's data sets that can be used, {needed}")
     return usable, missing
 
 

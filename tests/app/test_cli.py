@@ -92,6 +92,11 @@ def test_preset_of_the_paper_shows_its_figures_next_to_ours(tiny_model: Path, ti
     done = CliRunner().invoke(app, [*command, "--model", str(tiny_model)])
     assert done.exit_code == 0, done.output
     assert "pets is left out: " in done.stderr
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "pets").symlink_to(tmp_path / "pets")
+    none = CliRunner().invoke(app, ["evaluate", "--preset", "paper", "--data", str(tmp_path / "some"), "--out", "x"])
+    assert "with train.json and test.json; pets is left out: " in str(none.exception)
+    assert "cars is left out" not in str(none.exception)
     results = json.loads((tmp_path / "out" / "dtd" / "results.json").read_text())
     assert results["grid"] == [1e-3]
     ours = [results["methods"][name]["mean"]["t2i_r1"] for name in ("clip", "clip-adapter")]
