@@ -28,7 +28,7 @@ COCO = "the form of COCO or of Karpathy's splits, which is not read"
         ("train.json", '{"k": {"file_name": "a.png"}}', "entry 'k': field 'positive' is missing"),
         ("train.json", '{"k": {"positive": "a"}}', "entry 'k': field 'file_path' is missing"),
         ("train.json", '{"k": {"file_name": "a.png", "positive": {"a": 1}}}', "'positive' must be text or a list of"),
-        ("train.json", "{}", "has no train pairs; it needs pairs"),
+        ("train.json", "{}", "has no train pairs in train.json; it needs pairs"),
         ("train.json", '{"k": {"file_name": "a.png", "positive": " "}}', "no train pairs that can be used"),
         ("train.json", "\udcff", "is not UTF-8"),
         ("train.json", '{"images": [{"filename": "1.jpg"}]}', COCO),
