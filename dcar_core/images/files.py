@@ -56,6 +56,8 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                 )
             return members
     except tarfile.TarError as error:
+        if last:
+            raise DataError(f"{path} is cut short or damaged after {last} ({error}); create it again") from error
         raise DataError(f"{path} is not an uncompressed tar ({error}); decompress it first") from error
     except (ValueError, OverflowError) as error:  # tarfile does not check the numbers of extended headers
         raise DataError(f"{path} has an odd header after {last or 'its start'} ({error}); create it again") from error
