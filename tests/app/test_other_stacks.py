@@ -182,15 +182,22 @@ def test_a_missing_extra_is_named(module: str, blocked: str, monkeypatch: pytest
 
 
 @needs("mcp")
-def test_the_mcp_server_names_a_key_variable_that_is_not_set(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["http://127.0.0.1:9", "--api-key-env", "NOT_SET"], "the environment variable NOT_SET is not set"),
+        (["127.0.0.1:8000"], "127.0.0.1:8000 is not an address such as http://"),
+    ],
+)
+def test_the_mcp_server_names_a_wrong_option_at_its_start(
+    given: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dcar_client.mcp import main
 
-    monkeypatch.setattr(sys, "argv", ["dcar-mcp", "--url", "http://127.0.0.1:9", "--api-key-env", "NOT_SET"])
+    monkeypatch.setattr(sys, "argv", ["dcar-mcp", "--url", *given])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "the environment variable NOT_SET is not set" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @needs("langchain")

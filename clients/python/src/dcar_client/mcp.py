@@ -219,6 +219,8 @@ def main() -> None:
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that has the API key")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="folder whose files may be search pictures")
     given = parser.parse_args()
+    if not given.url.startswith(("http://", "https://")):
+        parser.error(f"--url: {given.url} is not an address such as http://127.0.0.1:8000")
     key = os.environ.get(given.api_key_env) if given.api_key_env else None
     if given.api_key_env and not key:
         parser.error(f"--api-key-env: the environment variable {given.api_key_env} is not set")
