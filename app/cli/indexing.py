@@ -197,7 +197,7 @@ def remove_command(
     missing_ok: Annotated[bool, Option("--missing-ok", help="Ignore ids that are not in the index.")] = False,
     keep: job_cli.Keep = BuildOptions.keep,
 ) -> None:
-    """Publish a version that never finds some items, without a rebuild."""
+    """Publish a version without some items; a rebuild indexes those whose images are still there."""
     from dcar_core.data.entries import read_text
     from index_jobs.jobs.update import remove
 
