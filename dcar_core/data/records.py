@@ -182,7 +182,7 @@ def _read_csv_rows(
                     on_bad_line(DataError(f"{name}, line {line}: {reason}"))
                     continue
                 row.pop("", None)
-                yield line, row
+                yield line, {column: cell.rstrip(" ") for column, cell in row.items()}
         except csv.Error as error:
             hint = "is a quote not closed, not doubled inside a text, or followed by a space?"
             raise DataError(f"{name}, line {line + 1} is not CSV: {error}; {hint}") from error

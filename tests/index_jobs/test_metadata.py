@@ -128,6 +128,17 @@ def test_a_first_line_names_the_sign(first: str, tmp_path: Path) -> None:
         scan(table)
 
 
+def test_spaces_around_the_cells_of_a_csv_do_not_count(tmp_path: Path) -> None:
+    write_file(tmp_path / "a.png", png())
+    table = write_file(
+        tmp_path / "pairs.csv", b"path , caption , category , brand , size\na.png , red , cup , Acme , 9 \n"
+    )
+    assert Annotations(tmp_path).load("train", "require")[0].images == ["a.png"]
+    row = rows_of(scan(table))["a.png"]
+    assert (row["caption"], row["category"]) == ("red", "cup")
+    assert row["metadata"] == {"file_name": "a.png", "path": "a.png", "brand": "Acme", "size": 9}
+
+
 @pytest.mark.parametrize("header", [",Unnamed: 0,path,size", "Unnamed: 0,,path,size, ", ",,Unnamed: 0,path,size,"])
 def test_columns_without_a_name_are_left_out(header: str, tmp_path: Path) -> None:
     cells = {"path": "a.png", "size": "9", "Unnamed: 0": "7"}

@@ -179,7 +179,11 @@ def described(**fields: str) -> dict[str, bytes]:
         (described(id="x" * 1025), "", r"the id 'x{80}' is longer than 1024 characters; give another"),
         ({"g.tar.gz": tar_bytes({"a.png": png()}, "w:gz")}, "", "is a compressed tar.*decompress it first"),
         ({"g.tar": tar_bytes({"a.png": png()}, "w:gz")}, "g.tar", "is not an uncompressed tar"),
-        ({"g.tar": tar_bytes({"a.png": png(), "b.png": bytes(4000)})[:2500]}, "g.tar", r"is cut short .* after [ab]\.png"),
+        (
+            {"g.tar": tar_bytes({"a.png": png(), "b.png": bytes(4000)})[:2500]},
+            "g.tar",
+            r"is cut short .* after [ab]\.png",
+        ),
         (
             {"sub/a.png": png(), "metadata.jsonl": jsonl({"file_name": "other/a.png"})},
             "",
