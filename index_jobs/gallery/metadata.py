@@ -27,6 +27,7 @@ from index_jobs.gallery.storage import is_url, join_location, open_location, par
 logger = logging.getLogger(__name__)
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_NOT_TAKEN = "captions and categories are not taken from the annotations in %s: %s"
 _TRAINING_COLUMNS = {*USED_COLUMNS, "id"}  # annotations may number captions, so their ids are not those of items
 
 
@@ -78,20 +79,28 @@ class GalleryMetadata:
                 return cls.from_other_table(folder, names)
             if any(file.suffix == ".tar" for file in files):
                 return None
-            splits, reports = Annotations(Path(folder)).load_all(None, "present")
+            annotations = Annotations(Path(folder))
+            loaded = {}
+            for split in annotations.splits():
+                try:
+                    loaded[split] = annotations.load(split, "present")
+                except NoPairsError as error:  # the images of a split may be elsewhere
+                    logger.warning(_NOT_TAKEN, folder, error)
         except DataError as error:
-            is_named = any(file.stem == "pairs" for file in files) and not isinstance(error, NoPairsError)
-            if is_named or isinstance(error, BadRowsError):
+            if any(file.stem == "pairs" for file in files) or isinstance(error, BadRowsError):
                 raise
-            logger.warning("captions and categories are not taken from the annotations in %s: %s", folder, error)
+            logger.warning(_NOT_TAKEN, folder, error)
             return None
+        if not loaded:
+            return None
+        reports = [report for _, report in loaded.values()]
         for phrase, finding in ((SKIPPED_ROWS, "rows"), (MISSING_IMAGES, "missing images")):
-            names = {name: None for report in reports.values() for name in report.names.get(phrase, ())}
+            names = {name: None for report in reports for name in report.names.get(phrase, ())}
             if names:
                 logger.warning(
                     "%d %s of the annotations in %s are left out: %s", len(names), finding, folder, shorten([*names])
                 )
-        for sample in (sample for data in splits.values() for sample in data.samples):
+        for sample in (sample for data, _ in loaded.values() for sample in data.samples):
             record = records.setdefault(sample.image, {"captions": [], "category": sample.category})
             record["captions"].append(sample.caption)
         for record in records.values():

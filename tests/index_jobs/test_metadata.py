@@ -307,6 +307,17 @@ def test_folder_without_metadata_uses_its_annotations(tmp_path: Path, caplog: py
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
 
 
+def test_a_split_whose_images_are_elsewhere_leaves_the_captions_of_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_file(tmp_path / "a.png", png())
+    write_file(tmp_path / "pairs.csv", b"image,caption,split\na.png,red,train\nother/b.png,blue,val\n")
+    assert rows_of(scan(tmp_path))["a.png"]["caption"] == "red"
+    assert "has no val pairs that can be used" in caplog.text
+    (tmp_path / "a.png").rename(tmp_path / "c.png")
+    assert rows_of(scan(tmp_path))["c.png"]["caption"] == ""
+
+
 def test_each_line_of_a_text_beside_an_image_is_a_caption(tmp_path: Path) -> None:
     members = {"0.png": png(), "0.txt": b"one\n\n two \n", "1.png": png(), "1.txt": b"alone\n"}
     rows = rows_of(scan(write_tar(tmp_path / "a.tar", members)))
