@@ -135,6 +135,8 @@ def _field_name(fault: Mapping[str, Any]) -> str:
 def _message(fault: Mapping[str, Any], known: Collection[str]) -> str:
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][-1])[:_MAX_GUESSED]
+        if name in known:
+            return "belongs to another part of the body"
         begun = sorted((each for each in known if each.startswith(name)), key=len)
         meant = [*begun, *get_close_matches(name, known, 1)]
         return f"unknown field; did you mean {meant[0]}?" if meant else "unknown field"

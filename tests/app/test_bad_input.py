@@ -69,6 +69,7 @@ async def test_a_misspelt_field_is_told_with_the_name_that_was_meant(started: Se
         ("search/text", {"query": "cat", "filters": {}}, {"filters": "unknown field; did you mean filter?"}),
         ("search/batch", {"queries": [{"querry": "cat"}]}, {"queries.0.querry": "unknown field; did you mean query?"}),
         ("search/text", {"query": "cat", "zzz": 1}, {"zzz": "unknown field"}),
+        ("search/batch", {"queries": [{"query": "cat"}], "k": 2}, {"k": "belongs to another part of the body"}),
     ):
         problem = assert_problem(await started.post(f"/{path}", json=body), 422)
         assert {each["field"]: each["message"] for each in problem["errors"]} == faults
