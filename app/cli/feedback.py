@@ -38,6 +38,8 @@ def export_command(
     options = Options(min_clients, client_cap, item_cap, frozenset(judge or ()))
     report = export(log or index / "feedback", open_current(index), collection or index.resolve().name, out, options)
     typer.echo(str(report))
+    if not report.pairs:
+        return
     images = f" --images {report.images}" if report.images else ""
     train = f"dcar train --data {out}{images} ..."
     typer.echo(f"{out}: {f'dcar retrain --index {index} --pairs {out}' if report.without_image else train}")

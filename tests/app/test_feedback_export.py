@@ -298,6 +298,8 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
     assert f"--data {tmp_path / 'out'} --images {root}" in done.stdout
     forgotten = dcar("feedback", "forget", "a", "--log", folder)
     assert forgotten.stdout == f"{folder}: {len(items)} events and {len(items)} searches removed\n"
+    few = dcar("feedback", "export", "--index", index, "--out", tmp_path / "few")
+    assert ("pairs: 0," in few.stdout, "dcar train" in few.stdout) == (True, False), "nothing to train on"
     wrong = dcar("feedback", "forget", "a", "--log", tmp_path)
     assert "holds no feedback log" in wrong.stderr
 
