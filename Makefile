@@ -17,7 +17,8 @@ BIN := $(VENV)/bin
 
 .PHONY: install demo test check coverage mutants reference
 comma := ,
-INSTALLED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+UNLOCKED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+INSTALLED := $(UNLOCKED)$(if $(LOCK),-$(notdir $(LOCK)))
 
 install: $(INSTALLED)
 
@@ -26,14 +27,14 @@ install: $(INSTALLED)
 #
 # A venv that was interrupted, or failed because python3-venv is missing, lacks pip and `activate`, and is made again. One of uv
 # lacks pip alone, and gets it.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON="; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || if test -f $(BIN)/activate && $(BIN)/python -c '' 2>/dev/null; \
 	then $(BIN)/python -m ensurepip; else $(PYTHON) -m venv $(VENV); fi
 	@test -z "$(LOCK)" || $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement $(LOCK)
 	@echo "installing into $(VENV); without an index of CPU builds, PyTorch for Linux is a download of several GB"
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[torch,$(EXTRAS)]'
-	@touch $@
+	@touch $(UNLOCKED) $@
 
 demo: install
 	@$(BIN)/dcar demo --host $(HOST) --port $(PORT) --domain $(DOMAIN)

@@ -1,4 +1,4 @@
-"""`make mutants`, and `make install` where a virtual environment is unfinished, or has no pip."""
+"""`make mutants`, and `make install` where a virtual environment is there, unfinished, or has no pip."""
 
 import os
 import shutil
@@ -59,3 +59,23 @@ def test_install_goes_on_from_any_virtual_environment(found: str, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert (place / "bin" / "activate").is_file()
     assert (place / "kept").exists(), "nothing is deleted"
+
+
+@needs("make")
+def test_a_lock_is_installed_into_an_environment_without_one(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "a.lock", ".venv/.installed-dev"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def plan(*given: str) -> str:
+        usual = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "EXTRAS", "LOCK"}}
+        command = ["make", "-n", "install", *given]
+        done = subprocess.run(command, cwd=tmp_path, env=usual, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    assert "Nothing to be done" in plan()
+    assert "--requirement a.lock" in plan("LOCK=a.lock")
+    assert "No rule to make target 'b.lock'" in plan("LOCK=b.lock")
+    (tmp_path / ".venv" / ".installed-dev-a.lock").touch()
+    assert "Nothing to be done" in plan("LOCK=a.lock")
