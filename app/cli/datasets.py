@@ -126,7 +126,7 @@ def caption_command(
     )  # fmt: skip
     outcome = caption_images(images, out, drafter, judging_model if judge else None, options, restart=restart)
     typer.echo(str(outcome))
-    if outcome.failed:
+    if outcome.failed or not outcome.accepted:
         raise typer.Exit(1)
 
 

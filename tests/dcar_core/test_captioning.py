@@ -145,6 +145,10 @@ def test_command_writes_annotations_and_a_summary(photos: Path) -> None:
         done = dcar(*command, "--price", "cheap", environment=environment)
         assert done.returncode == 2
         assert "a price is IN,OUT" in done.stderr
+    with VisionServer(lambda *_: "I'm sorry, I can't help.") as server:
+        command[3], command[command.index("--out") + 1] = server.url, str(photos.parent / "none.json")
+        done = dcar(*command, environment=environment)
+        assert (done.returncode, "none.json: 0 captions" in done.stdout) == (1, True)
     without = "import sys; sys.modules['openai'] = None; sys.argv[0] = 'dcar'; from app.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", without, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
