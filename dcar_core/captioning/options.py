@@ -88,7 +88,7 @@ class CaptioningResult:
     """Outcome of a run.
 
     Names of images: given_up (no draft was accepted), failed (retried by the next run), broken (unreadable), loose
-    (outside of the category folders). usage and cost include earlier runs.
+    (outside of the category folders), linked (folders that are links). usage and cost include earlier runs.
     """
 
     out: Path
@@ -98,6 +98,7 @@ class CaptioningResult:
     failed: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     loose: list[str] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
     usage: dict[str, Counter[str]] = field(default_factory=dict)  # of "draft" and "judge"; see `endpoint.USAGE`
     cost: float | None = None
 
@@ -110,6 +111,7 @@ class CaptioningResult:
         for what, names in (
             ("images given up, all drafts rejected", self.given_up),
             ("images outside of category folders, left out", self.loose),
+            ("links to folders, not followed", self.linked),
             ("images unreadable, left out", [f"{name} ({why})" for name, why in sorted(self.broken.items())]),
             ("images failed, retried by the same command", [f"{n} ({why})" for n, why in sorted(self.failed.items())]),
         ):

@@ -54,14 +54,14 @@ def caption_images(
         raise DataError(f"{out}: the annotations are JSON; give --out a name that ends in .json")
     if out.exists() and not journal_file.exists():
         raise DataError(f"{out} exists and was not written by this command; give another --out")
-    names, loose = _list_images(images)
+    names, loose, linked = _list_images(images)
     out.parent.mkdir(parents=True, exist_ok=True)
     with hold_lock(out.with_name(f".{out.name}.lock"), f"another run is writing to {out}"):
         if restart:
             journal_file.unlink(missing_ok=True)
         journal = CaptionJournal(journal_file, options.settings(drafter, judge))
         models = {"draft": drafter} | ({"judge": judge} if judge is not None else {})
-        run = _Run(images, models, options, journal, CaptioningResult(out, loose=loose))
+        run = _Run(images, models, options, journal, CaptioningResult(out, loose=loose, linked=linked))
         try:
             asyncio.run(run.process(names))
         except ExceptionGroup as group:  # of the tasks, the first of which failed and ended the others
@@ -76,16 +76,17 @@ def _beside(out: Path, what: str) -> Path:
     return out.with_name(f"{out.stem}.{what}.jsonl")
 
 
-def _list_images(images: Path) -> tuple[list[str], list[str]]:
-    """List the images in category folders, and the images outside of them; a folder `_` is not a category."""
+def _list_images(images: Path) -> tuple[list[str], list[str], list[str]]:
+    """List the images in category folders, those outside of them, and links to folders; `_` is not a category."""
     if not images.is_dir():
         raise DataError(f"{images} is not a directory; --images takes one with a folder for each category")
-    files = (p.relative_to(images) for p in images.rglob("*") if has_image_suffix(p.name) and p.is_file())
-    shown = sorted(p.as_posix() for p in files if not any(part.startswith(".") for part in p.parts))
+    below = [p for p in images.rglob("*") if not any(part.startswith(".") for part in p.relative_to(images).parts)]
+    shown = sorted(p.relative_to(images).as_posix() for p in below if has_image_suffix(p.name) and p.is_file())
+    linked = sorted(p.relative_to(images).as_posix() for p in below if p.is_symlink() and p.is_dir())
     inside = [name for name in shown if "/" in name and fold_name(folder_category(name)[0])]
     if not inside:
         raise DataError(f"{images} has no images in folders; use one folder per category")
-    return inside, sorted(set(shown) - set(inside))
+    return inside, sorted(set(shown) - set(inside)), linked
 
 
 def folder_category(name: str) -> tuple[str, str]:

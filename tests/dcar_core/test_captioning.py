@@ -33,11 +33,13 @@ def test_a_folder_for_each_category_becomes_a_data_set(photos: Path) -> None:
     Image.new("RGB", (900, 300), "green").save(photos / "birds" / "barn_owl" / "wide.jpg")
     (photos / "owl" / "cut.png").write_bytes((photos / "owl" / "1.png").read_bytes()[:60])
     draw("red", "square").save(photos / "loose.png")
+    (photos / "more").symlink_to(photos / "birds")
     (photos / "owl" / "notes.txt").write_text("not a picture")
     with VisionServer() as server:
         found = ask(photos, server, key=f" {KEY}\r\n", side=256)
     assert found.accepted == 5
     assert found.loose == ["loose.png"]
+    assert found.linked == ["more"]
     assert list(found.broken) == ["owl/cut.png"]
     entries = captions(photos)
     assert set(entries) == {"birds/barn_owl/wide.jpg", *(f"{c}/{i}.png" for c in ("owl", "red_fox") for i in (1, 2))}
