@@ -272,7 +272,8 @@ addEventListener("popstate", (event) => {
 });
 addEventListener("keydown", (event) => {
   if (handleCardKey(event) || event.ctrlKey || event.metaKey || event.altKey || $("detail").open) return;
-  if (event.key === "/" && !event.target.matches?.("input, textarea, select")) {
+  const isFree = event.target === query ? !query.value : !event.target.matches?.("input, textarea, select");
+  if (event.key === "/" && isFree) {
     event.preventDefault();
     query.focus();
     query.select();

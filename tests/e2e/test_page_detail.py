@@ -164,6 +164,8 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str)
     closed(page)
     until(lambda: focused() == shown[0])
     assert press("/") == "query"
+    press("/")
+    assert page.one("#query").get_attribute("value") == "", "the page begins in the box, where the key has no other use"
 
 
 def test_near_duplicates_are_one_result(page: Page, site: str) -> None:
