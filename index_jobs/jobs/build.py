@@ -158,7 +158,10 @@ class _Build:
             _require_fields(gallery, self.spec)  # before a model is loaded
             copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
             logger.info("%s images; loading the model", f"{len(gallery):,}")
-            replicas, runtime = self._load_replicas(staging / CHECKPOINT)
+            try:
+                replicas, runtime = self._load_replicas(staging / CHECKPOINT)
+            except (CheckpointError, ModelError) as error:  # the copy is removed
+                raise type(error)(str(error).replace(str(staging / CHECKPOINT), str(self.checkpoint))) from error
             self.encoder = replicas[0]
             least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
             store = ShardStore(gallery, self.encoder, runtime, self.work, options)

@@ -1,5 +1,6 @@
 """Several galleries in one index, galleries that have shrunk, and galleries or a model that were moved."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -223,6 +224,8 @@ def test_a_moved_model_is_found_at_its_new_place(
             match=r"does not exist; if it was moved, name its new place: for an index by `dcar index relocate",
         ):
             Encoder.load(place, device="cpu")
+    with pytest.raises(ModelError, match=rf"else as backbone\.model in {re.escape(str(checkpoint))}/config\.json"):
+        build(checkpoint=checkpoint, out=tmp_path / "other index")
     relocate(index, model=tmp_path / "moved")
     artifact = open_current(index)
     artifact.require(Encoder.load(artifact.checkpoint, device="cpu").fingerprint)
