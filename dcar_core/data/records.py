@@ -75,6 +75,10 @@ def read_records(
     """
     suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
     rows: Iterator[tuple[int, Record]]
+    if suffix not in RECORD_SUFFIXES:
+        raise DataError(
+            f"{name} is not a table of one of the kinds {', '.join(sorted(RECORD_SUFFIXES))}; save it as such"
+        )
     if suffix == ".jsonl":
         rows = _read_jsonl(name, open_file, on_bad_line)
     elif suffix == ".csv" and infer_types:

@@ -167,6 +167,8 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
     table.write_text("id,price\na,1\nb,2\na,3\n")
     with pytest.raises(DataError, match="rows 2 and 4 both have the id 'a'; keep one"):
         list(read_changes(str(table)))
+    with pytest.raises(DataError, match=r"prices\.xlsx is not a table of one of the kinds \.csv, \.jsonl, \.parquet"):
+        list(read_changes(str(table.with_suffix(".xlsx"))))
 
 
 def test_jobs_merge_in_their_order_by_ids_and_by_filter(index: Path) -> None:
