@@ -26,6 +26,7 @@ from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
 from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
+from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.store.changes import apply_waiting
 from index_jobs.store.location import store_of
@@ -58,6 +59,8 @@ def require_writable(settings: Settings) -> None:
             raise DcarError(f"{store.url} is in an object store, to which only jobs publish; unset DCAR_WRITES")
         if not os.access(index, os.W_OK):
             raise DcarError(f"{index} cannot be written, which DCAR_WRITES needs; unset it, or allow it")
+    if settings.writes and settings.collections_dir is not None:
+        files.require_writable(settings.collections_dir)
     if settings.feedback is True and store_of(settings.index) is not None:
         raise DcarError("DCAR_FEEDBACK must name a directory: that of an index in an object store is a cache")
 

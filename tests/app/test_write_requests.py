@@ -14,6 +14,7 @@ from app.core.keys import key_hash, new_key
 from app.core.settings import load_settings
 from app.service import write_worker
 from dcar_core.util.errors import DcarError
+from tests.support.files import write_file
 from tests.support.images import encoded
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, opened
@@ -186,7 +187,13 @@ async def test_image_that_only_queries_may_have_is_refused(index: Path, in_proce
     assert not in_process
 
 
-def test_index_that_cannot_be_written_is_an_error_at_the_start(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_written_is_an_error_at_the_start(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_file(tmp_path / "collections", b"")
+    with pytest.raises(DcarError, match=r"collections cannot be written: .* is not a directory"):
+        write_worker.require_writable(load_settings(index=index, collections_dir=file, **WRITES))
+    write_worker.require_writable(load_settings(index=index, collections_dir=tmp_path / "new" / "folder", **WRITES))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     write_worker.require_writable(load_settings(index=index))
     with pytest.raises(DcarError, match="cannot be written, which DCAR_WRITES needs"):
