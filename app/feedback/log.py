@@ -262,11 +262,11 @@ class FeedbackLog:
         parts, events, waiting = self._take(), self._events, self._waiting
         self._events, self._waiting = [], []
         rows = (
-            b'["%b",%d,%b' % (batch.ids[place].encode(), batch.times[place] * 1000, batch.rows[place])
-            for batch, places in parts
-            for place in places
+            b'["%b",%d,%b' % (query_id.encode(), moment * 1000, row)
+            for batch, new in parts
+            for query_id, moment, row in zip(batch.ids[new], batch.times[new], batch.rows[new], strict=True)
         )
-        counts, is_stored = {"queries": sum(len(places) for _, places in parts), "events": len(events)}, False
+        counts, is_stored = {"queries": sum(new.stop - new.start for _, new in parts), "events": len(events)}, False
         try:
             if parts or events:
                 await self._writing.run(self._journal.write, rows, events)
@@ -282,15 +282,15 @@ class FeedbackLog:
                 if not done.done():
                     done.set_result(is_stored)
 
-    def _take(self) -> list[tuple[_Batch, range]]:
+    def _take(self) -> list[tuple[_Batch, slice]]:
         """Return the rows that were not written, by batches. Those that are full, or have lasted, take no more."""
-        parts, now = [(batch, range(batch.written, len(batch.rows))) for batch in self._unwritten], time.time()
-        for batch, places in parts:
-            batch.written = places.stop
+        parts, now = [(batch, slice(batch.written, len(batch.rows))) for batch in self._unwritten], time.time()
+        for batch, new in parts:
+            batch.written = new.stop
         self._current = {caller: each for caller, each in self._current.items() if now - each.began < _BATCH_S}
         current = set(map(id, self._current.values()))
         self._unwritten = [batch for batch in self._unwritten if id(batch) in current]
-        return [(batch, places) for batch, places in parts if places]
+        return [(batch, new) for batch, new in parts if new.start < new.stop]
 
     async def _roll(self) -> None:
         while True:
