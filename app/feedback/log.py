@@ -62,9 +62,9 @@ _BATCH_S = 60  # in which the ids of a batch are given
 
 
 class _Batch:
-    """Ids given to one caller, and of each search that got one its time, and its `QueryRow` in JSON without both.
+    """Ids for one caller, and the searches that were given them, in this order.
 
-    written: rows that the journal has, or that were lost.
+    rows: `QueryRow`s in JSON without id and time. written: number of rows that were handed to the journal.
     """
 
     __slots__ = "began", "ids", "rows", "times", "written"
@@ -189,7 +189,7 @@ class FeedbackLog:
         return time.time() - int.from_bytes(made) <= _MAX_AGE_S
 
     def _find(self, query_id: str) -> QueryRow | None:
-        """Return a recent search of this process, without its time."""
+        """Return a search without its time; None if it was long ago, or of another process."""
         name = query_id[_MAC + 1 :]
         batch, place = self._recent.get(name) or self._earlier.get(name), _PLACES.find(query_id[_MAC : _MAC + 1])
         if batch is None or place >= len(batch.rows) or batch.ids[place] != query_id:
@@ -283,13 +283,13 @@ class FeedbackLog:
                     done.set_result(is_stored)
 
     def _take(self) -> list[tuple[_Batch, slice]]:
-        """Return the rows that were not written, by batches. Those that are full, or have lasted, take no more."""
+        """Return the rows that were not written, by batches, and end the batches that have lasted."""
         parts, now = [(batch, slice(batch.written, len(batch.rows))) for batch in self._unwritten], time.time()
         for batch, new in parts:
             batch.written = new.stop
         self._current = {caller: each for caller, each in self._current.items() if now - each.began < _BATCH_S}
-        current = set(map(id, self._current.values()))
-        self._unwritten = [batch for batch in self._unwritten if id(batch) in current]
+        open_batches = set(self._current.values())
+        self._unwritten = [batch for batch in self._unwritten if batch in open_batches]
         return [(batch, new) for batch, new in parts if new.start < new.stop]
 
     async def _roll(self) -> None:
