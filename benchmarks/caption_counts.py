@@ -1,6 +1,6 @@
 """Recall by the number of captions: a part of the bundled example, split 80 / 10 / 10 as `dcar train` splits a table.
 
-    python benchmarks/caption_counts.py examples/emoji/twemoji [--methods clip-adapter,block-adapters] [--seeds 2]
+    python benchmarks/caption_counts.py examples/emoji/twemoji [--methods query-prompts] [--seeds 2]
 
 - A tenth of the captions chooses the epoch, a tenth is left out, and the whole test split of the example measures, so
   that rows differ in what was learned alone.
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="examples/emoji/base")
     parser.add_argument("--pretrained")
-    parser.add_argument("--methods", default="clip-adapter,block-adapters")
+    parser.add_argument("--methods", default="clip-adapter,block-adapters,query-prompts")
     parser.add_argument("--counts", default=",".join(map(str, COUNTS)))
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()

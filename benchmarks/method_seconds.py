@@ -23,7 +23,7 @@ from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.train import train
 from index_jobs.rebuild import rebuild
 
-METHODS = "clip-adapter,coop,dcar,maple,dcar+,block-adapters,promptsrc,prolip,lora,flyp"
+METHODS = "clip-adapter,coop,dcar,maple,dcar+,block-adapters,query-prompts,promptsrc,prolip,lora,flyp"
 HEADINGS = ["method", "training", "images encoded", "rebuild", "training to published", "bytes per domain", "backbone"]
 
 
