@@ -46,6 +46,7 @@ _FUZZY_SCORE = 0.5
 _COMMON_SHARE = 0.05  # of the items, from which on a term is common
 _CACHED_QUERIES = 1000
 _REPLACED = {"meta.json", ".managed.json"}  # by every commit
+_MARGIN = 1.2  # of rows, beyond the share that is allowed
 _SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
 TERMS, STARTS = "terms.npy", "term_starts.npy"
 _K1, _B = 1.2, 0.75  # tantivy's
@@ -213,10 +214,12 @@ class LexicalIndex:
         query = self._parse(text)
         if query.whole is None:
             return np.empty(0, np.float32), np.empty(0, np.int64)
-        if isinstance(allowed, np.ndarray) and np.count_nonzero(allowed) <= _SET_ROWS:
-            rows = np.flatnonzero(allowed)
-            return _best(self._score(query, rows), rows, k)
         is_partial, width = by_rare_terms and query.rare is not None, k
+        if isinstance(allowed, np.ndarray):
+            if (count := np.count_nonzero(allowed)) <= _SET_ROWS:
+                rows = np.flatnonzero(allowed)
+                return _best(self._score(query, rows), rows, k)
+            width = int(_MARGIN * k * len(allowed) / count)  # one search is then mostly enough
         while True:
             scores, rows = self._hits(query.rare if is_partial else query.whole, width, query.best_score)
             if allowed is None:
