@@ -405,11 +405,12 @@ class Collections:
         - A notice is only a hint for services that use Redis anyway: CURRENT decides, and is polled.
         - One notice a second is read, so a flood of them costs nothing: each reload finds the newest version, whatever
           waits.
-        - After any failure, which is logged at debug level, it connects again.
+        - After any failure it connects again. A failure at the start is logged as a warning, later ones at debug level.
         - Redis clusters are not supported here: a service that uses one relies on polling.
         """
         from redis.asyncio import RedisCluster
 
+        level = logging.WARNING
         while True:
             client = connect(url, timeout_s=_REDIS_S)
             if isinstance(client, RedisCluster):
@@ -417,13 +418,15 @@ class Collections:
             try:
                 async with client.pubsub() as channel:
                     await channel.subscribe(PUBLISHED_CHANNEL)
+                    level = logging.DEBUG
                     while True:
                         if await channel.get_message(ignore_subscribe_messages=True, timeout=_REDIS_S):
                             with contextlib.suppress(DcarError):  # logged, and shown by /readyz
                                 await self.reload()
                             await asyncio.sleep(_NOTICE_PAUSE_S)
             except Exception as error:
-                logger.debug("no notices from Redis: %s", error)
+                logger.log(level, "Redis cannot be used yet (%s); going on without it", error)
+                level = logging.DEBUG
             finally:
                 with contextlib.suppress(Exception):
                     await disconnect(client)

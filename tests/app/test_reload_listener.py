@@ -1,6 +1,7 @@
 """A rebuild notifies the running service; polling is off in these tests."""
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 import redis
 
+from app.service import collections
 from index_jobs.jobs.notify import notify
 from index_jobs.rebuild import rebuild
 from index_jobs.store.manifest import PUBLISHED_CHANNEL
+from tests.support.processes import free_port
 from tests.support.redis_server import RedisServer
 from tests.support.service import opened, serving, until, until_ready
 
@@ -33,6 +36,17 @@ async def test_a_rebuild_notifies_the_service_over_redis(
         await until_ready(client, index_version=2)
         await asyncio.to_thread(redis_server.stop)
         assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_redis_that_does_not_respond_at_the_start_is_named_once(
+    index: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collections, "_REDIS_S", 0.05)
+    with caplog.at_level(logging.DEBUG, logger="app.service.collections"):
+        async with opened(index, redis_url=f"redis://127.0.0.1:{free_port()}"):
+            await until(lambda: caplog.text.count("Redis cannot be used yet (Error ") > 2)
+    levels = [record.levelname for record in caplog.records if "Redis" in record.message]
+    assert levels == ["WARNING"] + ["DEBUG"] * (len(levels) - 1)
 
 
 FLOOD = "for i = 1, ARGV[2] do redis.call('publish', ARGV[1], i) end"  # run by Redis, so it takes none of our time
