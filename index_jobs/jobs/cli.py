@@ -41,12 +41,13 @@ Exit codes:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "800MiB"; a bare number is bytes."""
+    """Return the bytes of a size such as "800MiB"; a bare number is bytes, and less than a megabyte is refused."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise typer.BadParameter(f"{text!r} is not a size; give one such as 800MiB or 4GiB")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    power = " KMGT".index(match[2].upper() or " ") if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size < 1_000_000:
+        raise typer.BadParameter(f"{text!r} is not a size of a megabyte or more; give one such as 800MiB or 4GiB")
+    return size
 
 
 def parse_service(text: str) -> str:
