@@ -199,6 +199,8 @@ def calibrate(
     texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
     if not texts:
         return {}
+    if len(texts) < _MIN_TEXTS:
+        logger.warning("the cut-off follows from %d validation pairs only; give %d or more", len(texts), _MIN_TEXTS)
     positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     vectors = encoder.encode_text(texts)
     cutoff = cutoff_of_pairs(index, vectors, positions)

@@ -139,7 +139,7 @@ def test_captions_are_sampled_from_more_text_than_an_array_holds() -> None:
 
 
 def test_cutoff_is_calibrated_on_validation_pairs(
-    build: Build, encoder: Encoder, tiny_data: Path, tmp_path: Path
+    build: Build, encoder: Encoder, tiny_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On those whose image can be read."""
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
@@ -148,7 +148,9 @@ def test_cutoff_is_calibrated_on_validation_pairs(
     (data / broken.image).write_bytes(b"no picture")
     assert build(data, max_failed=0.1).published
     assert open_current(index).manifest.cutoff == {}
+    assert "follows from" not in caplog.text
     assert build(data, max_failed=0.1, validation=data).published, "it was not calibrated"
+    assert "the cut-off follows from 5 validation pairs only; give 100 or more" in caplog.text
     found = open_current(index).manifest.cutoff
     texts = encoder.encode_text([sample.caption for sample in samples])
     pictures = encoder.encode_images([data / sample.image for sample in samples])
