@@ -5,7 +5,8 @@
 
 - The collection is created, filled and tuned by the engine, as `dcar index build` does, and dropped at the end.
 - Filters are conditions for Qdrant and a mask for FAISS, whose time does not include making the mask.
-- The second table compares other parts of a search in Qdrant with what they take over rows and columns at hand.
+- The second table compares other parts of a search in Qdrant with what they take over rows and columns at hand; in the
+  core also words, drawn by Zipf's law, as sparse vectors with the lexical index.
 - `index_material.py` describes the vectors; --vectors and --queries take your own.
 """
 
@@ -37,6 +38,12 @@ CATEGORIES, BRANDS = 8, 200  # so that a filter allows 12.5 % and 0.5 % of the r
 IMAGES = 5  # of each product
 TIMED, PART_ROWS, PART_TIMES = 300, 512, 7
 RATED = 20_480  # points that are made to measure their rate
+WORDS, OF_ITEM, WORD_ROWS = 50_000, 8, 512  # in all, of each item, and rows found by them
+BATCH = 1000  # points that the core is given at once
+WORD_QUERIES = {"rare": [3000, 9000], "common": [2, 40, 700]}  # the words' places by frequency
+
+
+Parts = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]  # by name: in Qdrant, and here
 
 
 def use_core(folder: Path) -> str:
@@ -68,7 +75,49 @@ def measure(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> st
     return "{:.2f} / {:.2f} / {:.3f}".format(*np.percentile(times, [50, 99]), hits / truth.size)
 
 
-def measure_parts(index: Any, fields: pa.Table, query: Floats) -> list[str]:
+def word(number: int) -> str:
+    """Return a word of letters."""
+    letters = f"{number:05d}".translate(str.maketrans("0123456789", "bdfghklmnp"))
+    return "".join(f"{letter}a" for letter in letters)
+
+
+def word_parts(folder: Path, kinds: list[str]) -> Parts:
+    """Return searches by words in the core and in the lexical index. kinds: of the items, whose words are drawn."""
+    import qdrant_edge as core
+
+    from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
+
+    shares = 1 / np.arange(1, WORDS + 1)
+    drawn = np.random.default_rng(0).choice(WORDS, (len(kinds), OF_ITEM), p=shares / shares.sum())
+    (folder / "words").mkdir()
+    shard = core.EdgeShard.create(
+        str(folder / "words"), core.EdgeConfig(vectors={}, sparse_vectors={"words": core.EdgeSparseVectorParams()})
+    )
+    shard.update(core.UpdateOperation.create_field_index("kind", core.PayloadSchemaType.Keyword))
+    for start in range(0, len(kinds), BATCH):
+        points = [
+            core.Point(row, {"words": core.SparseVector(numbers, [1.0] * len(numbers))}, {"kind": kinds[row]})
+            for row, numbers in enumerate((np.unique(each).tolist() for each in drawn[start : start + BATCH]), start)
+        ]
+        shard.update(core.UpdateOperation.upsert_points(points))
+    shard.optimize()
+    write_lexical(folder / "lexical", (" ".join(map(word, numbers)) for numbers in drawn))
+    lexical, mask = LexicalIndex(folder / "lexical"), np.array(kinds) == "k1"
+    some = core.Filter(must=[core.FieldCondition("kind", match=core.MatchValue("k1"))])
+
+    def ways(numbers: list[int], filter: Any, allowed: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        query = core.Query.Nearest(core.SparseVector(numbers, [1.0] * len(numbers)), using="words")
+        request = core.QueryRequest(limit=WORD_ROWS, query=query, filter=filter, with_payload=False)
+        return lambda: shard.query(request), lambda: lexical.search(" ".join(map(word, numbers)), WORD_ROWS, allowed)
+
+    return {
+        f"{WORD_ROWS} rows by {name} words{label}": ways(numbers, *given)
+        for name, numbers in WORD_QUERIES.items()
+        for label, given in (("", (None, None)), (" and kind", (some, mask)))
+    }
+
+
+def measure_parts(index: Any, fields: pa.Table, query: Floats, more: Parts) -> list[str]:
     """Return the rows of a table: p50 of parts of a search among the rows of one kind, in Qdrant and here."""
     from index_jobs.engines.qdrant.conditions import stored_conditions
 
@@ -91,7 +140,7 @@ def measure_parts(index: Any, fields: pa.Table, query: Floats) -> list[str]:
             lambda: pc.value_counts(column.filter(pc.equal(fields["kind"], "k1"))),
         )
 
-    parts = {
+    parts: Parts = {
         f"cosines of {PART_ROWS} rows": (
             lambda: index.search(query, PART_ROWS, Selection(lambda: mask).within(rows)),
             lambda: index.vectors(rows) @ query[0],
@@ -99,6 +148,7 @@ def measure_parts(index: Any, fields: pa.Table, query: Floats) -> list[str]:
         "sizes of 10 groups": (lambda: index.stored_counts("product", sizes, some), group_table),
         f"counts of {BRANDS} values": facet("brand"),
         f"counts of {len(fields['product'].unique())} values": facet("product"),
+        **more,
     }
 
     def median(way: Callable[[], Any]) -> str:
@@ -167,7 +217,8 @@ def main() -> None:
             label = f"{name.partition('=')[0]}, {created.measured['parameters']}"
             print(f"| {label} | {created.measured['build_seconds']} s | {' | '.join(cells)} |", flush=True)
             if name != "faiss":
-                parts = measure_parts(index, fields, timed[:1])
+                more = word_parts(Path(temporary), fields["kind"].to_pylist()) if given.location == "core" else {}
+                parts = measure_parts(index, fields, timed[:1], more)
             engine.sync(folder, str(folder), 1)  # drops the collection, which no version names
     print("\n| p50 ms | in Qdrant | here |\n| --- | ---: | ---: |", *parts, sep="\n")
 
