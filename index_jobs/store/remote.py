@@ -119,10 +119,7 @@ class IndexStore:
                 if blob["size"] != info.size or (info.sha256 not in kept and blob["last_modified"] < recent):
                     chunk_size = max(_PART_BYTES, info.size // _MAX_PARTS)
                     self._store.put(f"{_BLOBS}/{info.sha256}", folder / name, chunk_size=chunk_size)
-            try:
-                self._store.put(key, (folder / MANIFEST).read_bytes(), mode="create")
-            except self._refusals as error:
-                raise self._lost_race() from error
+            self._put(key, (folder / MANIFEST).read_bytes(), "create")
             self._removed.update(displaced)
             try:
                 self.point(version)
@@ -135,10 +132,7 @@ class IndexStore:
         words = [version, sha256_of(self._folder(version) / MANIFEST), *sorted(self._removed)]
         text = f"{' '.join(map(str, words))}\n".encode()
         with self._report():
-            try:
-                stored = self._store.put(CURRENT, text, mode=self._current[1] if self._current else "create")
-            except self._refusals as error:
-                raise self._lost_race() from error
+            stored = self._put(CURRENT, text, self._current[1] if self._current else "create")
             self._current = text, _identity(stored)
 
     def require_base(self) -> None:
@@ -306,14 +300,27 @@ class IndexStore:
         manifests = (each for each in list_versions(self.mirror) if each.version in versions)
         return {info.sha256 for manifest in manifests for info in manifest.files.values()}
 
+    def _put(self, key: str, data: bytes, mode: Any) -> Mapping[str, Any]:
+        """Write an object on a condition, and return what identifies it. Raise LockedError if it does not hold.
+
+        A store that writes but does not respond refuses the next attempt, so what it has then decides.
+        """
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+        try:
+            stored: Mapping[str, Any] = self._store.put(key, data, mode=mode)
+        except BaseError as error:
+            with suppress(BaseError, FileNotFoundError):
+                found = self._store.get(key)
+                if bytes(found.bytes()) == data:
+                    return dict(found.meta)
+            if isinstance(error, (AlreadyExistsError, PreconditionError)):
+                raise self._lost_race() from error
+            raise
+        return stored
+
     def _lost_race(self) -> LockedError:
         return LockedError(f"another job has published to {self.url} meanwhile; run the same command again")
-
-    @property
-    def _refusals(self) -> tuple[type[Exception], ...]:
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
-
-        return AlreadyExistsError, PreconditionError
 
     @contextmanager
     def _report(self) -> Iterator[None]:

@@ -241,6 +241,34 @@ def test_publications_and_rollbacks_at_once_never_lose_the_published_version(mir
 
 
 @needs("object-store")
+@pytest.mark.parametrize("key", ["versions/", "CURRENT"])
+@pytest.mark.parametrize("is_repeated", [True, False])
+def test_write_whose_response_is_lost_is_no_lost_race(
+    is_repeated: bool, key: str, mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from obstore.exceptions import GenericError
+
+    real, lost = store(mirror), list[str]()
+
+    class Store:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def put(self, name: str, *given: Any, **options: Any) -> Any:
+            if name.startswith(key):
+                lost.append(str(real.put(name, *given, **options)))
+                if not is_repeated:
+                    raise GenericError("connection reset")
+            return real.put(name, *given, **options)
+
+    monkeypatch.setattr(store_of(mirror), "_store", Store())
+    assert publish_copy(mirror) == 2
+    assert pull(machines["reader"]) == 2
+    assert publish_copy(mirror) == 3, "it knows what it has written"
+    assert len(lost) == 2
+
+
+@needs("object-store")
 def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(mirror: Path, machines: Machines) -> None:
     publish_copy(mirror)
     rollback(mirror)
