@@ -43,7 +43,7 @@ def write_gallery(folder: Path, numbers: range) -> Path:
         record = {
             "id": f"n{number}", "caption": rng.choice(["a lynx", "soft red lion", "the ibis", ""]),
             "category": rng.choice(["cat", "bird", ""]), "price": rng.choice([None, 5, 7.5, 10.25, 0.0, 99]),
-            "stock": rng.choice([None, 0, 1, 2, 2**60, -3]), "sale": rng.choice([None, True, False]),
+            "stock": rng.choice([None, 0, 1, 2, 2**60, -(2**63)]), "sale": rng.choice([None, True, False]),
             "brand": rng.choice([None, *BRANDS]), "tags": rng.sample(TAGS, rng.randint(0, 3)),
             'a.b["c"]': rng.choice([None, "x", "y"]), "gift": True if number == 4 else None,
         }  # fmt: skip
@@ -102,8 +102,8 @@ def opened(
 
 def draw_condition(rng: random.Random, field: str) -> Any:
     values: dict[str, list[Any]] = {
-        "price": [5, 7.5, 10.25, -0.0, 99, 3], "stock": [0, 1, 2.0, 2.5, 2**60, 2**60 + 1, -3], "sale": [True, False],
-        "brand": BRANDS, "tags": TAGS, 'a.b["c"]': ["x", "y"], "category": ["cat", "bird", ""],
+        "price": [5, 7.5, 10.25, -0.0, 99, 3], "stock": [0, 1, 2.0, 2.5, 2**60, 2**60 + 1, -(2**63)],
+        "sale": [True, False], "brand": BRANDS, "tags": TAGS, 'a.b["c"]': ["x", "y"], "category": ["cat", "bird", ""],
         "caption": ["a lynx", ""], "id": [f"n{number}" for number in range(0, COUNT, 5)], "fresh": ["yes"],
         "gift": ["true", "wrapped"],
     }  # fmt: skip
@@ -274,3 +274,13 @@ def test_a_field_that_changed_its_type_is_matched_by_rows(condition: Any, kind: 
     selection = Selection(lambda: np.array([True, False, False]), ({"price": condition},))
     sent = to_conditions(selection, {"price": ["price", kind]}).model_dump(exclude_none=True)
     assert sent == {"must": [{"has_id": [0]}]}
+
+
+def test_bounds_of_integers_are_integers() -> None:
+    """A server compares the integers of a field with a bound whose fraction it has cut off."""
+    from index_jobs.engines.qdrant.conditions import to_conditions
+
+    bounds = {"gt": -2.5, "gte": -2.5, "lt": 2.5, "lte": 2.5}
+    sent = to_conditions(Selection(lambda: np.ones(1, np.bool_), ({"stock": bounds},)), {"stock": ["stock", "int64"]})
+    limits = sent.model_dump(exclude_none=True)["must"][0]["must"][0]["must"][0]["range"]
+    assert limits == {"gt": -3, "gte": -2, "lt": 3, "lte": 2}

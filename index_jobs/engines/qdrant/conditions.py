@@ -103,7 +103,7 @@ def _one_of(field: str, key: str, kind: str, values: Sequence[Any]) -> models.Fi
             raise _NoCounterpartError
         parts += [models.FieldCondition(key=key, match=models.MatchValue(value=value)) for value in given]
     elif kind == "int64":
-        given = [int(value) for value in given if abs(value) < 2**63 and value == int(value)]
+        given = [int(value) for value in given if -(2**63) <= value < 2**63 and value == int(value)]
     else:
         given = [replace_surrogates(value) for value in given]
     if given and kind not in ("double", "bool"):
@@ -116,6 +116,10 @@ def _range(key: str, kind: str, bounds: Mapping[str, Any]) -> Any:
         return _NOTHING
     if kind not in _NUMBERS or not all(_is_exact(bound, kind) for bound in bounds.values()):
         raise _NoCounterpartError
+    if kind == "int64":  # servers cut off the fraction of a bound
+        bounds = {
+            name: math.floor(bound) if name in ("gt", "lte") else math.ceil(bound) for name, bound in bounds.items()
+        }
     return models.FieldCondition(key=key, range=models.Range(**{name: float(bound) for name, bound in bounds.items()}))
 
 
