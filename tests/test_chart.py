@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "object store": {"index": {"url": "s3://bucket/photos", "credentials": "store"}},
     "feedback": {"feedbackClaim": "clicks"},
     "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
+    "variables": {"env": {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": 4096}},
 }
 ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
 ALL |= OPTIONS["monitoring"] | OPTIONS["nodes"]
@@ -82,6 +83,13 @@ def pods(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         spec = spec.get("jobTemplate", {}).get("spec", spec)
         if each["kind"] == "Pod" or "template" in spec:
             yield each["spec"] if each["kind"] == "Pod" else spec["template"]["spec"]
+
+
+def variables(container: dict[str, Any]) -> dict[str, Any]:
+    """Return the variables of a container, each given once; None for those from Secrets."""
+    found = {each["name"]: each.get("value") for each in container.get("env", [])}
+    assert len(found) == len(container.get("env", []))
+    return found
 
 
 def require_valid(objects: list[dict[str, Any]]) -> None:
@@ -191,7 +199,9 @@ def test_an_index_in_an_object_store_needs_no_claim() -> None:
     service, job, _ = pods(render(values))
     assert [each["name"] for each in service["volumes"]] == ["tmp", "cache"], "replicas do not wait for the job's claim"
     assert {"name": "index", "mountPath": "/data"} in job["containers"][0]["volumeMounts"]
-    assert job["containers"][0]["env"] == [{"name": "DCAR_RUNTIME_CACHE", "value": "/data"}], "its vectors stay there"
+    kept = {"DCAR_RUNTIME_CACHE": "/data", "HF_HOME": "/data/hub"}
+    assert variables(job["containers"][0]) == kept, "its vectors stay there"
+    assert "HF_HOME" not in variables(service["containers"][0])
 
 
 def test_settings_are_those_of_the_service() -> None:
@@ -199,9 +209,9 @@ def test_settings_are_those_of_the_service() -> None:
     assert set(names) == Settings.model_fields.keys() - {"index", "host", "port", "runtime_cache"}, "make reference"
     (deployment,) = of_kind("Deployment", OPTIONS["settings"])
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    variables = {each["name"]: each.get("value") for each in container["env"]}
-    assert variables.pop("DCAR_ADMIN_KEY") is None, "its value stays in the Secret"
-    fields = {name.removeprefix("DCAR_").lower(): value for name, value in variables.items()}
+    given = variables(container)
+    assert given.pop("DCAR_ADMIN_KEY") is None, "its value stays in the Secret"
+    fields = {name.removeprefix("DCAR_").lower(): value for name, value in given.items()}
     settings = Settings.model_validate(fields | {"admin_key": "a" * 8})
     assert (settings.max_k, settings.max_upload_bytes, settings.batch_wait_ms) == (100, 20971520, 0.5)
     assert settings.drain_s == 5, "the chart's own"
@@ -222,6 +232,17 @@ def test_the_claim_can_be_written_if_the_service_writes(settings: dict[str, Any]
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         (mount,) = (each for each in container["volumeMounts"] if each["name"] == "index")
         assert mount["readOnly"] is is_read_only
+
+
+def test_weights_that_the_job_fetches_are_on_the_claim_for_the_service() -> None:
+    service, job, _ = pods(render({"index": {"claim": "indexes"}, "rebuild": {"schedule": "@daily"}}))
+    for (container,) in (service["containers"], job["containers"]):
+        assert variables(container)["HF_HOME"] == "/data/hub", "the network policy keeps the service from the hub"
+        assert "/data" in [each["mountPath"] for each in container["volumeMounts"]]
+    service, _ = pods(render({}))
+    assert "HF_HOME" not in variables(service["containers"][0])
+    service, _ = pods(render({"index": {"claim": "indexes"}, "env": {"HF_HOME": "/weights"}}))
+    assert variables(service["containers"][0])["HF_HOME"] == "/weights"
 
 
 def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
@@ -262,6 +283,7 @@ def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
         ({"rebuild": {"image": "dcar"}}, "image"),
         ({"index": {"url": "s3:bucket"}}, "url"),
         ({"replica": 2}, "replica"),
+        ({"env": {"DCAR_MAX_K": 100}}, "DCAR_MAX_K"),
         *(
             ({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}}, "schedule")
             for schedule in (

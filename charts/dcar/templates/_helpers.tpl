@@ -77,6 +77,15 @@ envFrom: [{secretRef: {name: {{ quote . }}}}]
 {{- end }}
 {{- end }}
 
+{{- /* A container's variables, from a list: the root, and defaults, before which the values of `env` come. */}}
+{{- define "dcar.variables" -}}
+{{- $variables := index . 1 }}
+{{- range $name, $value := (index . 0).Values.env }}{{ $_ := set $variables $name $value }}{{ end }}
+{{- range $name, $value := $variables }}
+- {name: {{ quote $name }}, value: {{ kindIs "float64" $value | ternary (toJson $value) (toString $value) | quote }}}
+{{- end }}
+{{- end }}
+
 {{- define "dcar.mounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /cache}
@@ -90,8 +99,10 @@ image: {{ .Values.rebuild.image | default (include "dcar.image" .) | quote }}
 command: [python, -m, index_jobs.rebuild]
 args: {{ concat .Values.rebuild.args (list "--out" (include "dcar.index" .)) | toJson }}
 {{ include "dcar.credentials" . }}
-{{- if and .Values.index.url .Values.index.claim }}
-env: [{name: DCAR_RUNTIME_CACHE, value: /data}]
+{{- $kept := ternary (dict "HF_HOME" "/data/hub") dict (not (empty .Values.index.claim)) }}
+{{- if and .Values.index.claim .Values.index.url }}{{ $_ := set $kept "DCAR_RUNTIME_CACHE" "/data" }}{{ end }}
+{{- with include "dcar.variables" (list . $kept) }}
+env: {{- . | nindent 2 }}
 {{- end }}
 volumeMounts:
   {{- if or .Values.index.claim (not .Values.index.url) }}
