@@ -245,6 +245,12 @@ def test_weights_that_the_job_fetches_are_on_the_claim_for_the_service() -> None
     assert variables(service["containers"][0])["HF_HOME"] == "/weights"
 
 
+@pytest.mark.parametrize(("drain_s", "grace_s"), [(None, 40), (0, 35), (60, 95), ("60", 95), (0.5, 36)])
+def test_pods_have_time_to_drain_before_they_are_killed(drain_s: object, grace_s: int) -> None:
+    (pod, _) = pods(render({"settings": {} if drain_s is None else {"drain_s": drain_s}}))
+    assert pod["terminationGracePeriodSeconds"] == grace_s
+
+
 def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
     (deployment,) = of_kind("Deployment", {"index": {"url": "s3://bucket/photos"}, "feedbackClaim": "clicks"})
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
