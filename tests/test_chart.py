@@ -54,10 +54,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "object store": {"index": {"url": "s3://bucket/photos", "credentials": "store"}},
     "feedback": {"feedbackClaim": "clicks"},
     "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
+    "strategy": {"strategy": "Recreate"},
     "variables": {"env": {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": 4096}},
 }
 ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
-ALL |= OPTIONS["monitoring"] | OPTIONS["nodes"]
+for _name in ("monitoring", "nodes", "strategy", "variables", "mounts", "pods"):
+    ALL |= OPTIONS[_name]
 
 
 def helm() -> Any:
@@ -251,6 +253,13 @@ def test_pods_have_time_to_drain_before_they_are_killed(drain_s: object, grace_s
     assert pod["terminationGracePeriodSeconds"] == grace_s
 
 
+def test_a_pod_can_end_before_its_successor_starts() -> None:
+    (deployment,) = of_kind("Deployment", {})
+    assert deployment["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}}
+    (deployment,) = of_kind("Deployment", OPTIONS["strategy"])
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+
+
 def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
     (deployment,) = of_kind("Deployment", {"index": {"url": "s3://bucket/photos"}, "feedbackClaim": "clicks"})
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
@@ -289,6 +298,7 @@ def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
         ({"rebuild": {"image": "dcar"}}, "image"),
         ({"index": {"url": "s3:bucket"}}, "url"),
         ({"replica": 2}, "replica"),
+        ({"strategy": "Rolling"}, "strategy"),
         ({"env": {"DCAR_MAX_K": 100}}, "DCAR_MAX_K"),
         *(
             ({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}}, "schedule")
