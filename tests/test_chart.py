@@ -56,6 +56,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
     "strategy": {"strategy": "Recreate"},
     "variables": {"env": {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": 4096}},
+    "mounts": {
+        "mounts": {
+            "/etc/redis": {"secret": {"secretName": "redis-ca"}},
+            "/more": {"persistentVolumeClaim": {"claimName": "more", "readOnly": True}},
+        }
+    },
+    "pods": {
+        "pod": {
+            "serviceAccountName": "reads-buckets",
+            "priorityClassName": "high",
+            "runtimeClassName": "nvidia",
+            "affinity": {"nodeAffinity": {}},
+        }
+    },
 }
 ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
 for _name in ("monitoring", "nodes", "strategy", "variables", "mounts", "pods"):
@@ -247,6 +261,22 @@ def test_weights_that_the_job_fetches_are_on_the_claim_for_the_service() -> None
     assert variables(service["containers"][0])["HF_HOME"] == "/weights"
 
 
+def test_variables_and_mounts_reach_service_and_job() -> None:
+    values = OPTIONS["variables"] | OPTIONS["mounts"] | OPTIONS["rebuild"]
+    service, job, test = pods(render(values))
+    for pod in (service, job):
+        (container,) = pod["containers"]
+        given = variables(container)
+        assert (given["FORWARDED_ALLOW_IPS"], given["OTEL_BSP_MAX_QUEUE_SIZE"]) == ("10.0.0.0/8", "4096")
+        sources = {each["name"]: each for each in pod["volumes"]}
+        mounted = {each["mountPath"]: each for each in container["volumeMounts"]}
+        assert {each["name"] for each in mounted.values()} == sources.keys()
+        for path, source in values["mounts"].items():
+            assert mounted[path]["readOnly"] is True
+            assert sources[mounted[path]["name"]].items() >= source.items()
+    assert [each["name"] for each in test["volumes"]] == ["tmp", "cache"], "the test waits for no claim"
+
+
 @pytest.mark.parametrize(("drain_s", "grace_s"), [(None, 40), (0, 35), (60, 95), ("60", 95), (0.5, 36)])
 def test_pods_have_time_to_drain_before_they_are_killed(drain_s: object, grace_s: int) -> None:
     (pod, _) = pods(render({"settings": {} if drain_s is None else {"drain_s": drain_s}}))
@@ -300,6 +330,8 @@ def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
         ({"replica": 2}, "replica"),
         ({"strategy": "Rolling"}, "strategy"),
         ({"env": {"DCAR_MAX_K": 100}}, "DCAR_MAX_K"),
+        ({"mounts": {"etc": {"emptyDir": {}}}}, "etc"),
+        ({"pod": {"serviceAccount": "reads-buckets"}}, "serviceAccount"),
         *(
             ({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}}, "schedule")
             for schedule in (

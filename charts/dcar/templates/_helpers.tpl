@@ -26,14 +26,21 @@ nodeSelector: {{ toJson . }}
 {{- with .Values.tolerations }}
 tolerations: {{ toJson . }}
 {{- end }}
+{{- with .Values.pod }}
+{{ toYaml . }}
+{{- end }}
 volumes:
   - {name: tmp, emptyDir: {sizeLimit: 1Gi}}
   - {name: cache, emptyDir: {sizeLimit: {{ .Values.cacheSize | quote }}}}
 {{- end }}
 
-{{- define "dcar.gallery" -}}
-{{- with .Values.gallery.claim -}}
+{{- /* Volumes of the service and the job alone, which the test does not wait for. */}}
+{{- define "dcar.volumes" -}}
+{{- with .Values.gallery.claim }}
 - {name: gallery, persistentVolumeClaim: {claimName: {{ quote . }}, readOnly: true}}
+{{- end }}
+{{- range $i, $path := keys .Values.mounts | sortAlpha }}
+- {{ merge (dict "name" (printf "mount-%d" $i)) (get $.Values.mounts $path) | toJson }}
 {{- end }}
 {{- end }}
 
@@ -91,6 +98,9 @@ envFrom: [{secretRef: {name: {{ quote . }}}}]
 - {name: cache, mountPath: /cache}
 {{- if .Values.gallery.claim }}
 - {name: gallery, mountPath: {{ .Values.gallery.path | quote }}, readOnly: true}
+{{- end }}
+{{- range $i, $path := keys .Values.mounts | sortAlpha }}
+- {name: mount-{{ $i }}, mountPath: {{ $path | quote }}, readOnly: true}
 {{- end }}
 {{- end }}
 
