@@ -222,7 +222,7 @@ def test_an_index_in_an_object_store_needs_no_claim() -> None:
 
 def test_settings_are_those_of_the_service() -> None:
     names = json.loads((CHART / "values.schema.json").read_text())["definitions"]["setting"]["enum"]
-    assert set(names) == Settings.model_fields.keys() - {"index", "host", "port", "runtime_cache"}, "make reference"
+    assert set(names) == Settings.model_fields.keys() - {"index", "port", "runtime_cache"}, "make reference"
     (deployment,) = of_kind("Deployment", OPTIONS["settings"])
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     given = variables(container)
