@@ -290,6 +290,17 @@ def test_a_pod_can_end_before_its_successor_starts() -> None:
     assert deployment["spec"]["strategy"] == {"type": "Recreate"}
 
 
+def test_without_a_tag_the_image_is_of_the_version_of_the_chart() -> None:
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    service, test = pods(render({}))
+    assert service["containers"][0]["image"] == test["containers"][0]["image"] == f"dcar:{version}"
+
+
+def test_the_alerts_recognize_the_job_of_the_longest_release() -> None:
+    (service,) = (each for each in render({}, name="r" * 53) if each["kind"] == "Service")
+    assert service["metadata"]["name"] == f"{'r' * 47}-dcar"
+
+
 def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
     (deployment,) = of_kind("Deployment", {"index": {"url": "s3://bucket/photos"}, "feedbackClaim": "clicks"})
     (container,) = deployment["spec"]["template"]["spec"]["containers"]

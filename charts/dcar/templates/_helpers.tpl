@@ -4,7 +4,7 @@ app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "dcar.name" -}}
-{{ contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name) | trunc 52 | trimSuffix "-" }}
+{{ contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" (trunc 47 .Release.Name) .Chart.Name) | trunc 52 | trimSuffix "-" }}
 {{- end }}
 
 {{- define "dcar.pod" -}}
@@ -53,7 +53,7 @@ volumes:
 {{- end }}
 
 {{- define "dcar.image" -}}
-{{- with .Values.image }}{{ .repository }}{{ .digest | empty | ternary (printf ":%s" .tag) (printf "@%s" .digest) }}{{ end }}
+{{- with .Values.image }}{{ .repository }}{{ .digest | empty | ternary (printf ":%s" (default $.Chart.AppVersion .tag)) (printf "@%s" .digest) }}{{ end }}
 {{- end }}
 
 {{- define "dcar.container" -}}
