@@ -89,6 +89,11 @@ def render(values: dict[str, Any], name: str = "shop") -> list[dict[str, Any]]:
     return [each for text in manifests.values() for each in yaml.safe_load_all(text) if each]
 
 
+def notes(**values: Any) -> str:
+    with helm().Chart.load(CHART) as chart:
+        return str(chart.render(values, name="shop", namespace="search")["dcar/templates/NOTES.txt"])
+
+
 def of_kind(kind: str, values: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in render(values) if each["kind"] == kind]
 
@@ -320,14 +325,18 @@ def test_a_network_policy_with_peers_admits_the_test_too() -> None:
 
 
 def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
-    def notes(**values: Any) -> str:
-        with helm().Chart.load(CHART) as chart:
-            return str(chart.render(values, name="shop", namespace="search")["dcar/templates/NOTES.txt"])
-
     index = {"url": "s3://bucket/photos"}
     assert "networkPolicy.egress" in notes(index=index)
     assert "networkPolicy.egress" not in notes(index=index, networkPolicy={"egress": [{"ports": [{"port": 443}]}]})
+    for settings in ({"redis_url": "redis://redis"}, {"tracing": True}, {"image_hosts": "pictures.example"}):
+        assert "networkPolicy.egress" in notes(settings=settings)
     assert "networkPolicy.egress" not in notes()
+
+
+def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
+    run = "kubectl --namespace search create job --from=cronjob/shop-dcar first"
+    assert run in notes(index={"claim": "indexes"}, rebuild={"schedule": "@daily"})
+    assert "create job" not in notes(index={"claim": "indexes"})
 
 
 @pytest.mark.parametrize(
