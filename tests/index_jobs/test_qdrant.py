@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,25 @@ def test_the_key_is_written_nowhere(build: Build, tmp_path: Path, monkeypatch: p
     build(engine="qdrant=:memory:")
     path = open_current(tmp_path / "index").path
     assert not [file for file in path.rglob("*") if file.is_file() and b"hidden-word" in file.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("key", "sent"), [("hidden-word\n", "hidden-word"), (" ", None), ("hidden\nword", ""), ("ü", "")]
+)
+def test_the_key_is_sent_without_its_newline_and_never_shown(
+    server: QdrantServer, monkeypatch: pytest.MonkeyPatch, key: str, sent: str | None
+) -> None:
+    from index_jobs.engines.qdrant import index
+
+    monkeypatch.setenv("DCAR_QDRANT_API_KEY", key)
+    server.failures, server.failure = 1, 403
+    warns = pytest.warns(UserWarning, match="insecure connection") if sent else nullcontext()
+    with warns, pytest.raises(StoreUnavailableError) as raised:
+        index.call(index.connect(server.url).get_collections)
+    reason = "has characters that no key has" if sent == "" else "it refuses the key of DCAR_QDRANT_API_KEY: .*403"
+    assert re.search(reason, str(raised.value))
+    assert "hidden" not in str(raised.value)
+    assert server.keys == ([] if sent == "" else [sent])
 
 
 def test_an_unreachable_server_is_an_error_before_encoding(build: Build) -> None:

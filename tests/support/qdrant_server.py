@@ -28,15 +28,16 @@ class QdrantServer:
     """A server in this process.
 
     Attributes:
-        failures: responses of status 503 to send next.
-        calls: method, path and body of each request.
+        failures: responses of the status `failure` to send next.
+        calls: method, path and body of each request. keys: of each request.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         """folder: with collections of the core; None for the local mode."""
         from qdrant_client import QdrantClient
 
-        self.failures, self.calls = 0, list[tuple[str, str, Any]]()
+        self.failures, self.failure, self.calls = 0, 503, list[tuple[str, str, Any]]()
+        self.keys: list[str | None] = []
         self.client: Any = CoreClient(folder) if folder else QdrantClient(":memory:")
         self._lock = threading.Lock()
         server = self
@@ -47,6 +48,7 @@ class QdrantServer:
             def log_message(self, *_: object) -> None: ...
 
             def _respond(self) -> None:
+                server.keys.append(self.headers.get("api-key"))
                 length = int(self.headers.get("content-length", 0))
                 status, result = server.respond(self.command, urlsplit(self.path).path, self.rfile.read(length))
                 body = json.dumps({"result": result, "status": "ok", "time": 0.0}).encode()
@@ -68,7 +70,7 @@ class QdrantServer:
             self.calls.append((method, path, content))
             if self.failures:
                 self.failures -= 1
-                return 503, None
+                return self.failure, None
             place = re.fullmatch(r"/collections/([^/]+)(/.*)?", path)
             name, rest = (place[1], place[2] or "") if place and place[1] != "aliases" else ("", path)
             if name and method + rest not in ("PUT", "GET/exists") and not self.client.collection_exists(name):

@@ -202,7 +202,10 @@ def connect(location: str) -> "QdrantClient":
         raise MissingExtraError("vectors in Qdrant", "qdrant") from None
     place: dict[str, Any] = {"location": location} if location == ":memory:" else {"path": location}
     if "://" in location:
-        place = {"url": location, "api_key": os.environ.get(API_KEY), "timeout": _SECONDS, "check_compatibility": False}
+        key = os.environ.get(API_KEY, "").strip()  # files of secrets end with a newline
+        if not (key.isascii() and key.isprintable()):  # the client's error would show it
+            raise StoreUnavailableError(f"Qdrant is unavailable: {API_KEY} has characters that no key has")
+        place = {"url": location, "api_key": key or None, "timeout": _SECONDS, "check_compatibility": False}
     client = call(lambda: QdrantClient(**place, force_disable_check_same_thread=True))
     atexit.register(client.close)  # later, the local mode could not
     return client
@@ -215,7 +218,9 @@ def call(function: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
             return function()
         except Exception as error:
             if attempt + 1 == attempts or not _is_temporary(error):
-                raise StoreUnavailableError(f"Qdrant is unavailable: {' '.join(str(error).split())[:300]}") from error
+                is_refused = getattr(error, "status_code", None) in (401, 403)
+                reason = f"it refuses the key of {API_KEY}: " * is_refused + " ".join(str(error).split())[:300]
+                raise StoreUnavailableError(f"Qdrant is unavailable: {reason}") from error
             time.sleep(_PAUSE_SECONDS * 2**attempt)
     raise AssertionError
 
