@@ -71,6 +71,8 @@ def test_each_image_of_the_bake_file_is_a_target_of_the_dockerfile() -> None:
     assert {target["target"] for target in images.values()} == {"serve", "full"} < {*stages}
     assert stages[-1] == "full", "the default"
     assert set(bake["group"]["default"]["targets"]) <= images.keys()
+    guide = (ROOT / "docs" / "how-to" / "containers.md").read_text()
+    assert "docker buildx bake --file docker-bake.json" in guide, "else the services of docker-compose.yml join them"
     assert bake["target"]["common"]["args"].keys() <= {*re.findall(r"\b[A-Z_]+\b", dockerfile)}
     for lock in re.findall(r'ARG \w*LOCK="(.+)"', dockerfile):
         assert (ROOT / lock).is_file()
