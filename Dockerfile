@@ -70,12 +70,13 @@ RUN --mount=type=cache,target=/var/cache/pip \
     pip wheel --no-deps --wheel-dir /dist . \
     && pip --python /opt/venv/bin/python install --no-index --no-deps --no-cache-dir /dist/*.whl
 
-# The user is numeric, so an orchestrator can verify that it is not root. Volumes: /data for indexes, /cache for exported
-# models and their measurements.
+# The user is numeric, so an orchestrator can verify that it is not root. Volumes: /data for indexes, /cache for weights,
+# exported models and their measurements.
 FROM ${BASE} AS service
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin dcar \
     && install -d -o dcar -g dcar /data /cache
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DCAR_HOST=0.0.0.0 DCAR_PORT=8000 DCAR_RUNTIME_CACHE=/cache
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 DCAR_HOST=0.0.0.0 DCAR_PORT=8000 DCAR_RUNTIME_CACHE=/cache \
+    HF_HOME=/cache/hub
 WORKDIR /app
 USER 10001:10001
 EXPOSE 8000
