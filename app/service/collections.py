@@ -4,7 +4,7 @@
 - A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
 - Its files are then compared with their checksums once. A damaged version stays in service, but degraded, as one does
-  whose vector store does not respond: the poller asks it.
+  whose vector store does not respond: the poller asks it. Damaged files of an object store are brought anew, once.
 - A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
 - The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
   version.
@@ -72,6 +72,7 @@ class ServedIndex:
         self.was_tried = asyncio.Event()
         self._collections = collections
         self._version = version
+        self._repaired: int | None = None  # a version whose damaged files were brought anew
         self._failed_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
@@ -119,7 +120,9 @@ class ServedIndex:
 
     async def _load(self) -> bool:
         collections, disk = self._collections, self._collections.disk
+        repaired = self._repaired
         lost = await self._pull()
+        is_repaired = self._repaired != repaired
         async with collections.load_lock:
             is_dropped = self.is_created and not await disk.run(self.index.is_dir)
             if self._is_closing or is_dropped:
@@ -128,10 +131,9 @@ class ServedIndex:
             try:
                 is_empty = self.is_created and await disk.run(current_version, self.index) is None
                 version = 0 if is_empty else self._version or await disk.run(require_index, self.index)
-                if self.live is None or not await disk.run(is_published, self.live, self.index, version):
-                    snapshot = await run_in_new_thread(
-                        load_snapshot, self.index, collections.settings, collections.loaded, is_empty, self._version
-                    )
+                is_new = self.live is None or not await disk.run(is_published, self.live, self.index, version)
+                if is_new or is_repaired:
+                    snapshot = await self._open(version, is_empty)
             except ENDS:
                 raise
             except BaseException as error:
@@ -160,11 +162,33 @@ class ServedIndex:
             return None
         try:
             await run_in_new_thread(store.pull, self._version)
+            if self.live is not None and self.damage is not None:
+                await self._repair(self.live.version)
         except OSError as error:
             return ArtifactError(f"{self.index} cannot be written: {error.strerror}")
         except DcarError as error:
             return error
         return None
+
+    async def _open(self, version: int | None, is_empty: bool) -> Snapshot:
+        """Load a version, whose damaged files are brought anew if it cannot be loaded."""
+        collections = self._collections
+        arguments = self.index, collections.settings, collections.loaded, is_empty, self._version
+        try:
+            return await run_in_new_thread(load_snapshot, *arguments)
+        except BaseException as error:
+            if isinstance(error, ENDS) or not await self._repair(version):
+                raise
+        return await run_in_new_thread(load_snapshot, *arguments)
+
+    async def _repair(self, version: int | None) -> bool:
+        """Bring damaged files of a version anew from its object store, once. Return False if that was done before."""
+        store = store_of(self.index)
+        if store is None or version is None or version == self._repaired:
+            return False
+        await run_in_new_thread(store.repair, version)
+        self._repaired = version
+        return True
 
     async def _find_damage(self, artifact: Artifact) -> None:
         def is_served() -> bool:

@@ -104,6 +104,15 @@ class IndexStore:
             self._pulled = text
             return number
 
+    def repair(self, version: int) -> None:
+        """Bring files of a pulled version anew that differ from their checksums."""
+        with FileLock(self.mirror / _PULL_LOCK), self._report():
+            for name, info in read_manifest(self.mirror, version).files.items():
+                path = self._folder(version) / name
+                if not path.exists() or sha256_of(path) != info.sha256:
+                    logger.warning("%s is damaged: bringing it anew", path)
+                    self._bring(path, info, None)
+
     def push(self, version: int, displaced: Collection[int]) -> None:
         """Publish a version of the mirror; those that it displaces are removed by `prune`.
 

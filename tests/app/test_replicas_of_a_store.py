@@ -10,7 +10,7 @@ import pytest
 from app.core.settings import Settings
 from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
-from index_jobs.store.location import index_path, store_of
+from index_jobs.store.location import index_path, published_index, store_of
 from index_jobs.store.publish import rollback
 from tests.support.object_store import ACCESS, Machines, ObjectStore
 from tests.support.parts import needs
@@ -76,6 +76,24 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
     async with opened(replica, poll_s=0.05) as restarted:
         await until_ready(restarted, status="degraded", index_version=3)
         assert (await restarted.post("/search/text", json=WORDS)).json()["results"] == found["results"]
+
+
+@needs("seaweedfs")
+@pytest.mark.parametrize("name", ["items.arrow", "index.faiss"])
+async def test_file_that_is_damaged_on_the_disk_is_brought_anew(
+    name: str, built_index: Path, machines: Machines
+) -> None:
+    """Whether the version cannot be opened, or the damage is found once it is served."""
+    publish_copy(machines["builder"], source=built_index)
+    published_index(replica := machines["replica"])
+    damaged, whole = replica / "versions/1" / name, (built_index / "versions/1" / name).read_bytes()
+    damaged.write_bytes(bytes(whole[:64]) + bytes(len(whole) - 64) if name == "items.arrow" else whole[:-1] + b"?")
+    failures = list[DcarError]()
+    async with opened(replica, ready=False, on_start_failure=failures.append, poll_s=0.05) as client:
+        await until(lambda: damaged.read_bytes() == whole)
+        await until_ready(client, status="ready", index_version=1)
+        assert (await client.post("/search/text", json=WORDS)).status_code == 200
+    assert failures == []
 
 
 @needs("object-store")
