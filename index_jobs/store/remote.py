@@ -19,6 +19,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ from dcar_core.util.errors import StoreUnavailableError as UnavailableError
 from dcar_core.util.files import atomic_writer, sha256_of, write_bytes
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
 from index_jobs.store.versions import (
+    STAGING,
     current_version_or_none,
     list_versions,
     read_manifest,
@@ -303,6 +305,8 @@ class IndexStore:
         folders = [self._folder(number) for number in version_numbers(self.mirror)]
         for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime)[: -_KEPT if trim else 0]:
             remove_directory(self.mirror, folder)
+        for leftover in (self.mirror / VERSIONS).glob(f"{STAGING}*-*"):  # of a killed removal
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _hashes(self, versions: Collection[int]) -> set[str]:
         """Return the blobs of some versions of the mirror."""

@@ -368,11 +368,15 @@ def test_old_versions_and_their_blobs_are_removed(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = set[int]()
+    assert pull(machines["reader"]) == 1
+    killed = machines["reader"] / "versions/.tmp-7-1"  # while it was removing a version
+    killed.mkdir()
     for _ in range(5):
         remove(mirror, [first_id(mirror)], keep=2)
         assert pull(machines["reader"]) == current_version(mirror)
         assert len(version_numbers(machines["reader"])) <= 3, "a replica's disk does not fill up"
         blobs.add(len(store(mirror).list("blobs/").collect()))
+    assert not killed.exists()
     found = store(mirror).list_with_delimiter("versions/")["common_prefixes"]
     assert sorted(found) == ["versions/5", "versions/6"]
     monkeypatch.setattr("index_jobs.store.remote._GRACE", timedelta(0))
