@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from index_jobs.store.remote import IndexStore
 
 _URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)  # pathlib makes one slash of two
+_OTHER_URL = re.compile(r"[a-z][a-z0-9+.-]+:(/|$)", re.IGNORECASE)
 
 
 def index_path(location: str | Path) -> Path:
@@ -27,10 +28,13 @@ def index_path(location: str | Path) -> Path:
         DcarError: the cache cannot be written.
     """
     match = _URL.fullmatch(str(location).rstrip("/"))
-    if match is None:
+    if match is None and not _OTHER_URL.match(str(location)):
         return Path(location)
-    scheme, key = match[1].lower(), match[2]
-    if any(part in ("", ".", "..") for part in key.split("/")):
+    scheme, key = (match[1].lower(), match[2]) if match else ("", "")
+    parts = key.split("/")
+    if ":" in parts[0] or re.search("[?#]", key):
+        raise DataError("the URL of an index has neither credentials, which come from the environment, nor ? or #")
+    if any(part in ("", ".", "..") for part in parts):
         raise DataError(f"{location} is not the URL of an index, such as s3://bucket/index")
     try:
         import obstore  # noqa: F401

@@ -448,10 +448,18 @@ def test_store_that_does_not_respond_is_reported_in_one_line(
         publish_copy(machines["builder"], source=published)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/../etc", "s3://bucket//index", "gs://./index"])
+@pytest.mark.parametrize("url", ["s3://bucket/../etc", "s3://bucket//index", "gs://./index", "s3://", "file:///index"])
 def test_url_that_names_no_index_is_refused(url: str) -> None:
-    with pytest.raises(DataError, match="is not the URL of an index, such as s3://bucket/index"):
+    for location in (url, Path("https://bucket.host/index")):
+        with pytest.raises(DataError, match="is not the URL of an index, such as s3://bucket/index"):
+            index_path(location)
+
+
+@pytest.mark.parametrize("url", ["s3://key:SECRET@bucket/index", "az://c/index?sig=SECRET", "s3://bucket/index#SECRET"])
+def test_url_with_more_than_a_place_is_refused_without_its_secrets(url: str) -> None:
+    with pytest.raises(DataError, match="neither credentials, which come from the environment, nor") as refused:
         index_path(url)
+    assert "SECRET" not in str(refused.value)
 
 
 @needs("object-store")
