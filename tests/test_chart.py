@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,6 +152,12 @@ def test_names_that_look_like_numbers_stay_names() -> None:
 )
 def test_schedules_of_kubernetes_are_accepted(schedule: str) -> None:
     assert render({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}})
+
+
+def test_the_values_of_the_guide_are_accepted() -> None:
+    guide = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    require_valid(render(yaml.safe_load(example)))
 
 
 def leaves(values: dict[str, Any]) -> set[tuple[str, ...]]:
@@ -374,6 +381,11 @@ def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
         ),
         ({"index": {"url": "s3://bucket/photos"}, "settings": {"feedback": True}}, "needs feedbackClaim"),
         ({"index": {"url": "s3://bucket/photos", "claim": "c"}, "settings": {"writes": True}}, "only jobs publish"),
+        (
+            {"monitoring": {"enabled": True}, "secretSettings": {"api_keys": {"name": "k", "key": "k"}}},
+            "needs monitoring.key",
+        ),
+        ({"monitoring": {"enabled": True}, "settings": {"api_keys": "shop:abc"}}, "needs monitoring.key"),
         ({"settings": {"writes": True}, "replicas": 2}, "need index.claim"),
         ({"settings": {"feedback": True}, "replicas": 2}, "need index.claim"),
         ({"settings": {"writes": "yes"}, "autoscaling": {"enabled": True, "minReplicas": 1}}, "need index.claim"),
