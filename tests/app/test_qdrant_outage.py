@@ -51,6 +51,23 @@ async def test_a_lost_qdrant_degrades_the_service_until_it_is_back(built: tuple[
         assert (await client.post("/search/text", json=WORDS)).status_code == 200
 
 
+async def test_lost_points_degrade_the_service_until_they_are_back(built: tuple[Path, QdrantServer]) -> None:
+    from qdrant_client import models
+
+    index, server = built
+    client, name = server.client, server.client.get_collections().collections[0].name
+    lost = client.retrieve(name, [3], with_vectors=True)[0]
+    similar = f"/items/{quote(open_current(index).item(3).id, safe='')}/similar"
+    async with opened(index, poll_s=0.02) as service:
+        await until_ready(service, status="ready")
+        client.delete(name, [3])
+        assert "has 23 vectors, not 24" in (await until_ready(service, status="degraded"))["reason"]
+        assert (await service.get(similar)).status_code == 503, "not that the index keeps no vectors"
+        client.upsert(name, [models.PointStruct(id=3, vector=lost.vector, payload=lost.payload)])
+        await until_ready(service, status="ready")
+        assert (await service.get(similar)).status_code == 200
+
+
 async def test_a_qdrant_that_hangs_holds_no_search_to_the_deadline_and_no_item(
     built: tuple[Path, QdrantServer],
 ) -> None:

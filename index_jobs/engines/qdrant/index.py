@@ -82,11 +82,13 @@ class QdrantIndex:
         self._client, self._read = connect(where), _reads(where)
         if not call(lambda: self._client.collection_exists(self._name)):
             raise ArtifactError(f"{where} has no collection {self._name}; roll back, or rebuild the index")
-        stored = call(lambda: self._client.count(self._name, exact=True)).count
-        if stored != self.count:
-            raise ArtifactError(
-                f"collection {self._name} has {stored:,} vectors, not {self.count:,}; roll back, or rebuild the index"
-            )
+        if fault := self._count_fault(call(lambda: self._client.count(self._name, exact=True)).count):
+            raise ArtifactError(fault)
+
+    def _count_fault(self, stored: int) -> str | None:
+        if stored == self.count:
+            return None
+        return f"collection {self._name} has {stored:,} vectors, not {self.count:,}; roll back, or rebuild the index"
 
     def set(self, name: str, value: int) -> None:
         """Set the width of searches."""
@@ -141,11 +143,16 @@ class QdrantIndex:
 
     def find_fault(self) -> str | None:
         """As `FieldIndex.find_fault`."""
+
+        def count(*, is_exact: bool) -> int:
+            return self._read(lambda: self._client.count(self._name, exact=is_exact, timeout=_READ_SECONDS)).count
+
         try:
-            self._read(lambda: self._client.count(self._name, exact=False, timeout=_READ_SECONDS))
+            if count(is_exact=False) >= self.count:  # an exact one reads every id
+                return None
+            return self._count_fault(count(is_exact=True))
         except StoreUnavailableError as error:
             return str(error)
-        return None
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
@@ -157,7 +164,7 @@ class QdrantIndex:
             )
             by_row = {point.id: point.vector for point in self._read(ask)}
             if missing := [row for row in part if row not in by_row]:
-                raise ArtifactError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
+                raise StoreUnavailableError(f"collection {self._name} lacks row {missing[0]}; rebuild the index")
             vectors[start : start + len(part)] = [by_row[row] for row in part]
         return vectors
 
