@@ -341,6 +341,19 @@ def test_given_rows_are_compared_exactly(build: Build, server: QdrantServer, tmp
     assert sent["filter"]["must_not"] == [{"has_id": [3]}]
 
 
+def test_many_searches_that_name_many_rows_are_sent_in_small_parts(
+    build: Build, server: QdrantServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(engine=f"qdrant={server.url}")
+    artifact = open_current(tmp_path / "index")
+    vectors, mask = artifact.vectors(np.arange(24)), np.arange(24) % 2 == 0
+    whole = artifact.search(vectors, 5, mask)
+    monkeypatch.setattr("index_jobs.engines.qdrant.index._FILTER_BYTES", 500)
+    server.calls.clear()
+    assert all(map(np.array_equal, artifact.search(vectors, 5, mask), whole))
+    assert [len(body["searches"]) for _, path, body in server.calls if path.endswith("/batch")] == [8, 8, 8]
+
+
 def test_the_width_of_a_graph_is_tuned(build: Build, server: QdrantServer, tmp_path: Path) -> None:
     summary = build(engine=f"qdrant={server.url}", kind="hnsw")
     tuned = summary.measured["parameters"]["hnsw_ef"]

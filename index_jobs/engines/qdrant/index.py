@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LOCATION = "qdrant.json"
 API_KEY = "DCAR_QDRANT_API_KEY"
 BATCH = 256  # vectors in one call
+_FILTER_BYTES = 2**20  # of the filters in one call, each of which may name many rows; servers take bodies of 32 MB
 _SECONDS = 30  # of one call
 _ATTEMPTS, _READ_ATTEMPTS = 4, 2  # somebody waits for a search
 _READ_SECONDS = 4  # of one attempt, so both end before a request of the service does
@@ -115,8 +116,10 @@ class QdrantIndex:
             models.QueryRequest(query=vector, filter=conditions, params=parameters, limit=min(k, self.count))
             for vector in np.asarray(vectors, np.float32).tolist()
         ]
-        for start in range(0, len(requests), BATCH):
-            part = requests[start : start + BATCH]
+        size = len(conditions.model_dump_json(exclude_none=True)) if conditions and len(requests) > 1 else 0
+        step = max(1, min(BATCH, _FILTER_BYTES // (size + 1)))
+        for start in range(0, len(requests), step):
+            part = requests[start : start + step]
             seconds = _READ_SECONDS + len(part) // _QUERIES_PER_SECOND
             ask = partial(self._client.query_batch_points, self._name, part, timeout=seconds)
             for number, response in enumerate(self._read(ask), start):
