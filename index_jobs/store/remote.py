@@ -90,7 +90,7 @@ class IndexStore:
             if text and text == self._pulled and not history:
                 return number
             if number is None and not history:
-                raise ArtifactError(f"{self.url} holds no published index; make one with `dcar index build`")
+                raise self._unpublished()
             if history:
                 self._pull_history()
             if not files:
@@ -98,10 +98,10 @@ class IndexStore:
             try:
                 if number is not None:
                     self._pull_version(number)
-            except ArtifactError as error:
-                if not history or isinstance(error, UnavailableError):
+            except (ArtifactError, FileNotFoundError) as error:
+                if not history:
                     raise
-                logger.warning("the published version cannot be used: %s", error)
+                logger.warning("the published version cannot be used: %s", str(error).partition("\n")[0])
             self._write_current(number, trim=not history)
             self._pulled = text
             return number
@@ -194,8 +194,10 @@ class IndexStore:
 
     def verify(self) -> list[Manifest]:
         """Compare every blob of every version with its checksum, and return the manifests."""
-        self.pull(history=True, files=False)
-        manifests = [read_manifest(self.mirror, number) for number in version_numbers(self.mirror)]
+        published, numbers = self.pull(history=True, files=False), version_numbers(self.mirror)
+        if published not in numbers:
+            raise self._unpublished()
+        manifests = [read_manifest(self.mirror, number) for number in numbers]
         with self._report():
             for info in {info for manifest in manifests for info in manifest.files.values()}:
                 for _ in self._read_blob(info):
@@ -331,6 +333,10 @@ class IndexStore:
                 raise self._lost_race() from error
             raise
         return stored
+
+    def _unpublished(self) -> ArtifactError:
+        command = "make one with `dcar index build`, or roll back to one of `dcar index list`"
+        return ArtifactError(f"{self.url} holds no published index; {command}")
 
     def _lost_race(self) -> LockedError:
         return LockedError(f"another job has published to {self.url} meanwhile; run the same command again")

@@ -336,11 +336,28 @@ def test_corrupted_blob_is_refused_until_it_is_published_again(damage: Any, mirr
     assert current_version(machines["reader"]) == 1
     with pytest.raises(ArtifactError):
         store_of(machines["reader"]).verify()  # type: ignore[union-attr]
+    assert store_of(machines["job"]).pull(history=True) == 3, "which can replace it"  # type: ignore[union-attr]
     store(mirror).delete(key)
     with pytest.raises(ArtifactError, match="lacks an object"):
         published_index(machines["reader"])
+    assert rollback(machines["operator"]) == 2
     publish_copy(mirror)
     assert pull(machines["reader"]) == 4
+
+
+@needs("object-store")
+@pytest.mark.parametrize("damage", [b"", b"?", b"9 of no version\n", None])
+def test_lost_current_fails_verification_until_a_rollback(
+    damage: bytes | None, mirror: Path, machines: Machines
+) -> None:
+    found = store_of(mirror)
+    assert found is not None
+    assert [manifest.version for manifest in found.verify()] == [1]
+    store(mirror).delete("CURRENT") if damage is None else store(mirror).put("CURRENT", damage)
+    with pytest.raises(ArtifactError, match="holds no published index; make one with `dcar index build`, or roll back"):
+        found.verify()
+    assert rollback(machines["operator"]) == 1
+    assert len(found.verify()) == 1
 
 
 @needs("object-store")
