@@ -146,16 +146,17 @@ class QdrantIndex:
 
     def find_fault(self) -> str | None:
         """As `FieldIndex.find_fault`."""
-
-        def count(*, is_exact: bool) -> int:
-            return self._read(lambda: self._client.count(self._name, exact=is_exact, timeout=_READ_SECONDS)).count
-
+        stored = 0
         try:
-            if count(is_exact=False) >= self.count:  # an exact one reads every id
-                return None
-            return self._count_fault(count(is_exact=True))
+            for is_exact in (False, True):  # an exact count reads every id
+                stored = self._read(
+                    partial(self._client.count, self._name, exact=is_exact, timeout=_READ_SECONDS)
+                ).count
+                if stored >= self.count:
+                    return None
         except StoreUnavailableError as error:
             return str(error)
+        return self._count_fault(stored)
 
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
