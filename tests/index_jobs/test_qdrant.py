@@ -366,6 +366,26 @@ def test_unknown_settings_are_refused(uri: str) -> None:
         load_engine(f"qdrant={uri}")
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("qdrant:6333?hnsw_ef=9", "qdrant:6333 would be a folder; give the URL of the server, http://qdrant:6333"),
+        ("http://me:hidden@127.0.0.1:9", "has no user or password; set DCAR_QDRANT_API_KEY"),
+    ],
+)
+def test_a_place_that_is_not_what_it_seems_is_refused(build: Build, place: str, message: str) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        build(engine=f"qdrant={place}")
+    assert "hidden" not in str(raised.value)
+
+
+def test_the_alias_follows_a_url_with_and_without_a_slash(build: Build, url: str, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    for slash in ("/", "", "/"):
+        build(engine=f"qdrant={url}{slash}", force=True)
+        assert collections(url, index)[1] == [collection_of(index, current_version(index))]
+
+
 def test_a_kind_that_qdrant_lacks_is_refused(build: Build, url: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="can be of kind auto, flat, hnsw, not 'ivf-pq'"):
         build(engine=f"qdrant={url}", kind="ivf-pq")

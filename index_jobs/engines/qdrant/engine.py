@@ -29,7 +29,7 @@ from dcar_core.util.files import write_json
 from index_jobs.engines.faiss.tuning import tune
 from index_jobs.engines.measure import Benchmark, gallery_queries
 from index_jobs.engines.protocol import CreatedIndex, NewIndex
-from index_jobs.engines.qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation, call, connect
+from index_jobs.engines.qdrant.index import API_KEY, BATCH, LOCATION, QdrantIndex, QdrantLocation, call, connect
 from index_jobs.selection import EMPTY_IS_MISSING, UNINDEXED
 from index_jobs.spec import IndexSpec
 
@@ -49,7 +49,8 @@ class QdrantEngine:
 
     def __init__(self, uri: str) -> None:
         """uri: LOCATION?shard_number=2&replication_factor=2&quantization=int8&hnsw_ef=128, with any of the settings."""
-        self._location, _, query = uri.partition("?")
+        location, _, query = uri.partition("?")
+        self._location = location.rstrip("/") if "://" in location else location
         given = dict(parse_qsl(query, keep_blank_values=True))
         self._quantization = given.pop("quantization", "")
         is_known = given.keys() <= _SETTINGS and all(text.isdecimal() and int(text) for text in given.values())
@@ -64,6 +65,10 @@ class QdrantEngine:
         """Check that Qdrant has the kind and responds."""
         if spec.kind not in _KINDS:
             raise DataError(f"vectors in Qdrant can be of kind {', '.join(_KINDS)}, not {spec.kind!r}")
+        if re.fullmatch(r"[\w.-]+:\d+", self._location):
+            raise DataError(f"{self._location} would be a folder; give the URL of the server, http://{self._location}")
+        if "://" in self._location and "@" in self._location:  # the client does not send it, but it would be published
+            raise DataError(f"the URL of a Qdrant has no user or password; set {API_KEY}")
         call(connect(self._location).get_collections, attempts=1)
         return 0
 
@@ -113,7 +118,7 @@ class QdrantEngine:
             steps: list[Any] = []
             if any(each.alias_name == alias for each in client.get_aliases().aliases):
                 steps.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)))
-            if served and served.location == here:
+            if served and served.location.rstrip("/") == here.rstrip("/"):
                 create = models.CreateAlias(collection_name=served.collection, alias_name=alias)
                 steps.append(models.CreateAliasOperation(create_alias=create))
             if steps:
