@@ -51,7 +51,9 @@ _PART_BYTES, _PARTS = 8 * 2**20, 8  # of a blob; this many are fetched at a time
 _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
 _KEPT = 3  # versions on the disk of a replica: those that were in use last
 _GRACE = timedelta(days=1)  # younger blobs may belong to a version that is being published
-_CLIENT: Any = {"timeout": "60s", "connect_timeout": "5s", "allow_http": True}  # of an endpoint that is configured so
+_UPLOADS = 4  # parts of a blob that are sent at a time; each may take as long as a silent store is waited for
+_CLIENT: Any = {"read_timeout": "60s", "timeout": "1h", "connect_timeout": "5s"}  # a slow line is no silent store
+_CLIENT["allow_http"] = True  # of an endpoint that is configured so
 _RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
@@ -129,7 +131,9 @@ class IndexStore:
                 blob = stored.get(f"{_BLOBS}/{info.sha256}", {"size": -1})
                 if blob["size"] != info.size or (info.sha256 not in kept and blob["last_modified"] < recent):
                     chunk_size = max(_PART_BYTES, info.size // _MAX_PARTS)
-                    self._store.put(f"{_BLOBS}/{info.sha256}", folder / name, chunk_size=chunk_size)
+                    self._store.put(
+                        f"{_BLOBS}/{info.sha256}", folder / name, chunk_size=chunk_size, max_concurrency=_UPLOADS
+                    )
             self._put(key, (folder / MANIFEST).read_bytes(), "create")
             self._removed.update(displaced)
             try:

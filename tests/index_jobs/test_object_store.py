@@ -1,10 +1,12 @@
 """An index in object storage, on a real server: publications, races, kills, damage, and disks that do not fill up."""
 
+import hashlib
 import json
 import os
 import shutil
 import sys
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,9 +40,10 @@ from index_jobs.spec import BuildOptions
 from index_jobs.store.location import index_path, published_index, store_of
 from index_jobs.store.manifest import FileInfo
 from index_jobs.store.publish import open_staging, publish_version, rollback
+from index_jobs.store.remote import _CLIENT
 from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
 from tests.support.commands import run
-from tests.support.object_store import Machines, ObjectStore
+from tests.support.object_store import Machines, ObjectStore, slow_line
 from tests.support.parts import needs
 from tests.support.versions import Build, copy_files, publish_copy
 
@@ -463,6 +466,24 @@ def test_store_that_does_not_respond_is_reported_in_one_line(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreUnavailableError, match=r"^s3://bucket/\w+/index is not available: HTTP error: [^\n]+$"):
         publish_copy(machines["builder"], source=published)
+
+
+@needs("object-store")
+def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
+    server: ObjectStore, mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(200_000)
+    blob = FileInfo(len(data), hashlib.sha256(data).hexdigest())
+    store(mirror).put(f"blobs/{blob.sha256}", data)
+    short = {name: "1s" if value == "60s" else value for name, value in _CLIENT.items()}
+    monkeypatch.setattr("index_jobs.store.remote._CLIENT", short)
+    with slow_line(server.port, 0.01) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        reader = store_of(machines["reader"])
+        assert reader is not None
+        started = time.monotonic()
+        assert b"".join(map(bytes, reader._read_blob(blob))) == data
+    assert time.monotonic() - started > 1.5
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/../etc", "s3://bucket//index", "gs://./index", "s3://", "file:///index"])
