@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -27,6 +28,8 @@ def run_command(command: Callable[[], object]) -> int:
     Errors of `DcarError` and files that cannot be used become one line; any other exception is a bug and passes.
     """
     _prepare_streams()
+    if os.getpid() == 1:  # of a container: the kernel ignores signals to this process that have no handler
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LogFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

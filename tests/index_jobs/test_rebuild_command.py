@@ -1,7 +1,9 @@
 """The rebuild command in both forms: its output, its help, its exit codes, and the services that it notifies."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +49,20 @@ def run_as(form: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
         dcar()
     assert isinstance(ended.value.code, int)
     return ended.value.code
+
+
+def test_the_first_process_of_a_container_is_interrupted_by_sigterm(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, before = os.getpid(), signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the kernel does for this process
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr("index_jobs.jobs.build.rebuild", lambda *_, **__: os.kill(own, signal.SIGTERM))
+    arguments = ("--gallery", str(tmp_path), "--checkpoint", str(tmp_path), "--out", str(tmp_path / "index"))
+    try:
+        assert run_as("module", *arguments, monkeypatch=monkeypatch) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted; run the same command again" in capsys.readouterr().err
 
 
 def test_both_forms_have_the_same_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
