@@ -87,23 +87,27 @@ class IndexStore:
             if version is not None:
                 self._pull_version(version)
                 return version
-            text = self._read_current()
-            number = int(text.split()[0]) if re.match(rb"\d{1,18} ", text) else None
-            if text and text == self._pulled and not history:
-                return number
-            if number is None and not history:
-                raise self._unpublished()
-            if history:
-                self._pull_history()
-            if not files:
-                return number
-            try:
-                if number is not None:
-                    self._pull_version(number)
-            except (ArtifactError, FileNotFoundError) as error:
-                if not history:
-                    raise
-                logger.warning("the published version cannot be used: %s", str(error).partition("\n")[0])
+            while True:
+                text = self._read_current()
+                number = int(text.split()[0]) if re.match(rb"\d{1,18} ", text) else None
+                if text and text == self._pulled and not history:
+                    return number
+                if number is None and not history:
+                    raise self._unpublished()
+                if history:
+                    self._pull_history()
+                if not files:
+                    return number
+                try:
+                    if number is not None:
+                        self._pull_version(number)
+                    break
+                except (ArtifactError, FileNotFoundError) as error:
+                    if history:
+                        logger.warning("the published version cannot be used: %s", str(error).partition("\n")[0])
+                        break
+                    if self._read_current() == text:  # otherwise another writer has removed it meanwhile
+                        raise
             self._write_current(number, trim=not history)
             self._pulled = text
             return number

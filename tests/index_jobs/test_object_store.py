@@ -408,6 +408,17 @@ def test_old_versions_and_their_blobs_are_removed(
 
 
 @needs("object-store")
+def test_replica_whose_version_is_removed_meanwhile_takes_the_next_one(
+    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("index_jobs.store.remote._GRACE", timedelta(0))
+    remove(mirror, [first_id(mirror)])
+    key = f"blobs/{open_current(mirror).manifest.files['removed.npy'].sha256}"
+    with before(machines["reader"], "get_range", lambda: remove(mirror, [first_id(mirror)], keep=1), key):
+        assert pull(machines["reader"]) == 3
+
+
+@needs("object-store")
 def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, machines: Machines) -> None:
     assert pull(machines["reader"]) == 1
     store(mirror).delete([each["path"] for each in store(mirror).list().collect()])
