@@ -225,7 +225,9 @@ class IndexStore:
             self._current = bytes(found.bytes()), _identity(found.meta)
         except NotModifiedError:
             pass
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
             self._current = None
         return self._current[0] if self._current else b""
 
@@ -378,4 +380,6 @@ def _identity(meta: Mapping[str, Any]) -> dict[str, str]:
 
 def _first_line(error: Exception) -> str:
     """Return what a store has responded, without the times of attempts, which differ each time."""
-    return str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]
+    line = str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    return f"{line} ({code[1]})" if code else line

@@ -480,6 +480,14 @@ def test_store_that_does_not_respond_is_reported_in_one_line(
 
 
 @needs("object-store")
+def test_bucket_that_does_not_exist_is_not_an_empty_index(machines: Machines) -> None:
+    for history in (False, True):
+        found = store_of(Machines(machines["machine"].parents[5], "s3://no-bucket/index")["machine"])
+        with pytest.raises(ArtifactError, match=r"^s3://no-bucket/index .*: 404 Not Found \(NoSuchBucket\)$"):
+            found.pull(history=history)  # type: ignore[union-attr]
+
+
+@needs("object-store")
 def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
     server: ObjectStore, mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
