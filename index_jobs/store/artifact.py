@@ -138,16 +138,17 @@ class Artifact:
     """One opened version.
 
     rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose item was removed.
+    changed: rows whose fields differ from those that the engine stored with the vectors, ascending.
     image_access: limits on the images that are read; None for no limit. known: rows of items of recent searches, by id.
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, segments: Sequence[Segment], removed: Rows,
+        self, path: Path, manifest: Manifest, segments: Sequence[Segment], removed: Rows, changed: Rows = NO_ROWS,
         image_access: ImageAccess | None = None,
     ) -> None:  # fmt: skip
         """Take the opened parts of a version; `open` opens them."""
         self.path, self.manifest, self.segments, self.image_access = path, manifest, segments, image_access
-        self.removed, self._items, self.known = removed, dict[int, Item](), dict[str, int]()
+        self.removed, self.changed, self._items, self.known = removed, changed, dict[int, Item](), dict[str, int]()
         stops = np.cumsum([0, *(segment.vectors.count for segment in segments)]).tolist()
         self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
 
@@ -180,7 +181,8 @@ class Artifact:
         removed = read_rows(path / REMOVED, total) if manifest.removed else NO_ROWS
         if len(removed) != manifest.removed:
             raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
-        return cls(path, manifest, segments, removed, image_access)
+        changed = read_rows(path / CHANGED, total) if CHANGED in manifest.files else NO_ROWS
+        return cls(path, manifest, segments, removed, changed, image_access)
 
     @cached_property
     def live(self) -> Mask:
@@ -189,11 +191,6 @@ class Artifact:
         mask[self.removed] = False
         mask.flags.writeable = False
         return mask
-
-    @cached_property
-    def changed(self) -> Rows:
-        """Rows whose fields differ from those that the engine stored with the vectors, ascending."""
-        return read_rows(self.path / CHANGED, self.rows) if CHANGED in self.manifest.files else NO_ROWS
 
     @cached_property
     def lexical(self) -> LexicalIndex:

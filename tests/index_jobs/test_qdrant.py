@@ -22,6 +22,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.selection import Selection
 from index_jobs.store import publish
 from index_jobs.store.changes import change_metadata
+from index_jobs.store.filters import select_rows
 from index_jobs.store.names import index_name
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import current_version, open_current, verify_index
@@ -175,6 +176,18 @@ def test_rebuild_is_recommended_once_searches_name_many_rows(
     assert remove(index, ids[:1]).rebuild == f"4 {reason}"
     assert build(engine="qdrant=:memory:").version == 6
     assert open_current(index).manifest.rebuild == ""
+
+
+def test_a_version_that_was_removed_is_filtered_while_it_is_open(build: Build, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    build(engine="qdrant=:memory:")
+    first = open_current(index).item(0).id
+    change_metadata(index, [(first, {"price": 1})], "a test")
+    before = open_current(index)
+    for price in (2, 3):
+        change_metadata(index, [(first, {"price": price})], "a test", keep=1)
+    assert not before.path.exists()
+    assert before.search(before.vectors(np.arange(1)), 2, select_rows(before, {"price": 1}))[1].tolist() == [[0, -1]]
 
 
 def test_a_collection_that_is_damaged_is_refused(index: Path, location: Any) -> None:
