@@ -124,4 +124,4 @@ def _range(key: str, kind: str, bounds: Mapping[str, Any]) -> Any:
 
 
 def _is_exact(bound: Any, kind: str) -> bool:
-    return math.isfinite(bound) and (abs(bound) < _EXACT or (kind == "double" and isinstance(bound, float)))
+    return abs(bound) < _EXACT or (kind == "double" and isinstance(bound, float) and math.isfinite(bound))
