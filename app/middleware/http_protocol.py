@@ -18,6 +18,7 @@
   application. Otherwise the loop would spend all of its time on refusals.
 - Where open files get scarce, a new connection ends the one that has sent nothing for the longest time, among those
   without a request and those whose body has not arrived.
+- A stop closes idle connections. A new one has NEW_S to send its request: it may have been accepted just before.
 - Responses are sent in pieces, and a client that does not take one within WRITE_S is disconnected. The system buffers
   UNSENT_BYTES; by default it would take megabytes.
 """
@@ -43,6 +44,7 @@ from app.middleware.request_log import SAFE_HEADERS
 
 HEAD_S = 10.0
 WRITE_S = 30.0
+NEW_S = 0.3
 HEAD_BYTES = 64 * 2**10
 READ_BYTES = 64 * 2**10
 PARSED_BYTES = 512  # parsed before the clock is first read; the number doubles before each further reading
@@ -124,6 +126,16 @@ def track_requests(app: ASGIApp) -> ASGIApp:
     return tracked
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol; at a stop, a connection without a request yet may send its first one."""
+
+    def shutdown(self) -> None:
+        if self.cycle is None:
+            self.loop.call_later(NEW_S, super().shutdown)
+        else:
+            super().shutdown()
+
+
 class BoundedProtocol(asyncio.BufferedProtocol):
     """Passes a connection's bytes to uvicorn's protocol as long as they keep to the limits."""
 
@@ -137,7 +149,7 @@ class BoundedProtocol(asyncio.BufferedProtocol):
     ) -> None:
         """Take what uvicorn gives. refused: called for each search that is refused here."""
         self._refused = refused
-        self._inner = HttpToolsProtocol(config, server_state, {**app_state, _STATE_KEY: self}, **options)
+        self._inner = _Protocol(config, server_state, {**app_state, _STATE_KEY: self}, **options)
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's parser
         self._timers: dict[str, asyncio.TimerHandle] = {}  # "head", "write", "close"

@@ -154,6 +154,29 @@ def test_silent_connection_is_refused_408(connection: socket.socket) -> None:
     assert read_until_closed(connection).startswith(b"HTTP/1.1 408")
 
 
+def test_request_on_a_connection_that_is_new_when_the_service_stops_is_answered(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.middleware.http_protocol.HEAD_S", 10)
+    monkeypatch.setattr("app.middleware.http_protocol.NEW_S", 5)
+    answers = list[bytes]()
+
+    def ask(port: int, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                socket.create_connection(("127.0.0.1", port)).close()
+                time.sleep(0.01)
+        with connection:
+            connection.sendall(HEALTH)
+            answers.append(connection.recv(100))
+
+    with serving(built_index, runtime="torch") as (_, port):
+        thread = threading.Thread(target=ask, args=(port, socket.create_connection(("127.0.0.1", port))))
+        thread.start()
+    thread.join()
+    assert answers[0].startswith(b"HTTP/1.1 200")
+
+
 def test_where_files_are_scarce_a_new_connection_ends_the_idlest(
     port: int, connection: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
