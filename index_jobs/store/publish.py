@@ -216,6 +216,7 @@ def rollback(index: Path, to: int | None = None) -> int:
             to = replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
         if store is not None and to in version_numbers(index):
             store.pull(to)
+            store.repair(to)
         open_version(index, to).verify()
         if store is not None:
             store.point(to)

@@ -117,7 +117,7 @@ class IndexStore:
         with FileLock(self.mirror / _PULL_LOCK), self._report():
             for name, info in read_manifest(self.mirror, version).files.items():
                 path = self._folder(version) / name
-                if not path.exists() or sha256_of(path) != info.sha256:
+                if not _is_here(path, info) or sha256_of(path) != info.sha256:
                     logger.warning("%s is damaged: bringing it anew", path)
                     self._bring(path, info, None)
 
@@ -270,13 +270,13 @@ class IndexStore:
             info.sha256: self._folder(manifest.version) / name
             for manifest in list_versions(self.mirror)
             for name, info in manifest.files.items()
-            if _is_inside(name) and (self._folder(manifest.version) / name).exists()
+            if _is_inside(name) and _is_here(self._folder(manifest.version) / name, info)
         }
         for name, info in Manifest.read(folder / MANIFEST).files.items():
             if not _is_inside(name) or not _HASH.fullmatch(info.sha256):
                 raise ArtifactError(f"{self.url} is corrupted: version {version} names the file {name!r}")
             path = folder / name
-            if only in ("", path.name) and not path.exists():
+            if only in ("", path.name) and not _is_here(path, info):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._bring(path, info, here.get(info.sha256))
         if not only:
@@ -371,6 +371,11 @@ def _manifest_key(version: int) -> str:
 def _is_inside(name: str) -> bool:
     """Return whether a name that a manifest gives to a file stays in the folder of its version."""
     return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
+def _is_here(path: Path, info: FileInfo) -> bool:
+    """Return whether a file is on this disk with its size; `repair` compares checksums."""
+    return path.is_file() and path.stat().st_size == info.size
 
 
 def _identity(meta: Mapping[str, Any]) -> dict[str, str]:

@@ -364,6 +364,19 @@ def test_lost_current_fails_verification_until_a_rollback(
 
 
 @needs("object-store")
+def test_jobs_work_on_a_machine_whose_files_are_damaged(mirror: Path, machines: Machines) -> None:
+    publish_copy(mirror)
+    for number, damage in ((1, lambda data: data[:-1] + b"?"), (2, lambda data: data[:9])):
+        path = mirror / f"versions/{number}/index.faiss"
+        path.write_bytes(damage(path.read_bytes()))
+    assert pull(machines["reader"]) == 2
+    remove(mirror, [first_id(machines["reader"])])
+    assert pull(machines["reader"]) == 3
+    assert rollback(mirror, 1) == 1
+    assert pull(mirror) == 1
+
+
+@needs("object-store")
 def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Machines) -> None:
     manifest = open_current(mirror).manifest
     for name in ("../../outside", "/tmp/outside"):
