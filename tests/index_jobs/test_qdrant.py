@@ -469,11 +469,15 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
     assert "nothing is compared with it: Qdrant" in caplog.text
 
 
-def test_a_local_folder_is_found_again_and_never_made(build: Build, tmp_path: Path) -> None:
+def test_a_local_folder_is_found_again_and_never_made(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from index_jobs.engines.qdrant.index import connect
 
     folder = str(tmp_path / "vectors")
-    build(engine=f"qdrant={folder}")
+    monkeypatch.chdir(tmp_path)
+    build(engine="qdrant=vectors")
+    monkeypatch.chdir("/")
     connect(folder).close()
     connect.cache_clear()  # as in another process
     artifact = open_current(tmp_path / "index")

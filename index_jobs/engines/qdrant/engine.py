@@ -51,6 +51,8 @@ class QdrantEngine:
         """uri: LOCATION?shard_number=2&replication_factor=2&quantization=int8&hnsw_ef=128, with any of the settings."""
         location, _, query = uri.partition("?")
         self._location = location.rstrip("/") if "://" in location else location
+        if location and location != ":memory:" and "://" not in location:
+            self._location = str(Path(location).absolute())  # services start elsewhere
         given = dict(parse_qsl(query, keep_blank_values=True))
         self._quantization = given.pop("quantization", "")
         is_known = given.keys() <= _SETTINGS and all(text.isdecimal() and int(text) for text in given.values())
@@ -65,9 +67,10 @@ class QdrantEngine:
         """Check that Qdrant has the kind and responds."""
         if spec.kind not in _KINDS:
             raise DataError(f"vectors in Qdrant can be of kind {', '.join(_KINDS)}, not {spec.kind!r}")
-        if re.fullmatch(r"[\w.-]+:\d+", self._location):
-            raise DataError(f"{self._location} would be a folder; give the URL of the server, http://{self._location}")
-        if "://" in self._location and "@" in self._location:  # the client does not send it, but it would be published
+        is_url, name = "://" in self._location, Path(self._location).name
+        if not is_url and re.fullmatch(r"[\w.-]+:\d+", name) and not Path(self._location).exists():
+            raise DataError(f"{name} would be a folder; give the URL of the server, http://{name}")
+        if is_url and "@" in self._location:  # the client does not send it, but it would be published
             raise DataError(f"the URL of a Qdrant has no user or password; set {API_KEY}")
         call(connect(self._location).get_collections, attempts=1)
         return 0
