@@ -194,9 +194,11 @@ class WriteWorker:
         else:
             lines = errors.strip().splitlines() or [f"the process that applies jobs ended with status {code}"]
             reason = lines[-1].removeprefix("error: ")
+            is_locked = code == LockedError.exit_code
+            if not is_locked:
+                self._metrics.task_failures.labels("changes of items").inc()
             if self._reasons.get(name) != reason:
-                log = logger.info if code == LockedError.exit_code else logger.warning
-                log("the jobs of %s wait: %s", name, reason)
+                (logger.info if is_locked else logger.warning)("the jobs of %s wait: %s", name, reason)
             self._reasons[name] = reason
         await self._count(served)
         with contextlib.suppress(DcarError):  # logged, and shown by /readyz

@@ -190,6 +190,22 @@ async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatc
 
             await until(tells_why)
         assert (await ended(client, response))["status"] == "done"
+        assert not any(name == "dcar_task_failures_total" for name, _ in await scrape(client))
+
+
+async def test_jobs_that_cannot_be_applied_count_as_failures(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object) -> tuple[int, str]:
+        return 1, "error: No space left on device\n"
+
+    monkeypatch.setattr(write_worker, "_RETRY_S", 0.05)
+    monkeypatch.setattr(WriteWorker, "run_apply", fail)
+    async with opened(index, **WRITES) as client:
+        assert (await put(client, item("a"))).status_code == 202
+
+        async def counts() -> bool:
+            return (await scrape(client)).get(("dcar_task_failures_total", (("task", "changes of items"),)), 0) > 3
+
+        await until(counts)
 
 
 async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
