@@ -133,9 +133,9 @@ def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCach
         breakers |= {} if rates is None else {"count": rates.breaker}
         metrics.add_gauge(
             "dcar_redis_breaker_open",
-            "1 while Redis is not used because it failed.",
+            "1 while Redis is not used because it failed, up to a minute after the last request for it.",
             "use",
-            lambda: [(use, float(breaker.is_open)) for use, breaker in breakers.items()],
+            lambda: [(use, float(breaker.is_known_open)) for use, breaker in breakers.items()],
         )
 
 

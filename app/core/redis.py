@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a service without Redis starts without it
 logger = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3
+_KNOWN_S = 60.0  # after the last trial; without requests nobody tries whether a store responds again
 _MAX_CONNECTIONS = 32  # of one server; more commands wait for a free one
 _PORTS = {"sentinel": 26_379, "cluster": 6379}
 _SEVERAL = re.compile(  # what redis-py has no URL for
@@ -122,6 +123,11 @@ class CircuitBreaker:
     @property
     def is_open(self) -> bool:
         return self._failures >= _MOST_FAILURES
+
+    @property
+    def is_known_open(self) -> bool:
+        """Whether it is open, and the store was tried a short time ago."""
+        return self.is_open and time.monotonic() < self._retry_at + _KNOWN_S
 
     def allows(self) -> bool:
         """Return True if the store may be used now."""

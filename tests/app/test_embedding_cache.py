@@ -23,6 +23,7 @@ from app.core.redis import CircuitBreaker
 from app.core.settings import Settings
 from app.service.embedding_cache import EmbeddingCache, _pack, cache_key, rounded
 from tests.support.redis_server import RedisServer
+from tests.support.responses import scrape
 from tests.support.service import opened, until
 
 VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
@@ -228,7 +229,9 @@ async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypat
 
 @pytest.mark.slow
 @pytest.mark.redis
-async def test_results_are_the_same_with_and_without_redis(built_index: Path, redis_server: RedisServer) -> None:
+async def test_results_are_the_same_with_and_without_redis(
+    built_index: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {
         "redis_url": redis_server.url,
         "redis_timeout_ms": 500,
@@ -264,6 +267,11 @@ async def test_results_are_the_same_with_and_without_redis(built_index: Path, re
             assert response["cached"] is False
             assert response["results"] == first["results"]
         assert breaker.is_open
+        name = "dcar_redis_breaker_open", (("use", "read"),)
+        assert (await scrape(client))[name] == 1
+        monkeypatch.setattr("app.core.redis._KNOWN_S", 0)
+        await asyncio.sleep(breaker._pause)
+        assert (await scrape(client))[name] == 0, "nobody has tried since"
         redis_server.start()
         await until(cached)
         assert not breaker.is_open
