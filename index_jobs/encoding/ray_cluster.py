@@ -140,7 +140,7 @@ def shared_inputs(
 ) -> Iterator[list[str]]:
     """Put what workers need into the object store, and yield the names of the files that all of them need.
 
-    At the end, of a failed job too, everything that machines have exchanged is deleted.
+    At the end, of a failed job too, everything that its machines have exchanged is deleted.
     """
     needed = [path for path in checkpoint.rglob("*") if runtime != "torch" or path.parent.name != PORTABLE]
     files = {f"{CHECKPOINT}/{path.relative_to(checkpoint)}": path for path in needed if path.is_file()}
@@ -151,7 +151,7 @@ def shared_inputs(
             remote.share(f"{store.path.name}/{name}", path)
         yield [*files]
     finally:
-        remote.end_sharing()
+        remote.end_sharing(store.path.name)
 
 
 def _make_shards(todo: list[int], task: tuple[Any, ...], options: BuildOptions) -> Iterator[int]:

@@ -192,11 +192,16 @@ class IndexStore:
             with atomic_writer(path) as file:
                 file.writelines(found.stream())
 
-    def end_sharing(self) -> None:
-        """Delete what is shared. A failure is logged, and left to the next `end_sharing`."""
+    def end_sharing(self, folder: str) -> None:
+        """Delete what is shared in a folder, and what others left a day ago. A failure is logged."""
+        oldest = datetime.now(UTC) - _GRACE
         try:
             with self._report():
-                self._store.delete([each["path"] for each in self._store.list(f"{_EXCHANGE}/").collect()])
+                shared = self._store.list(f"{_EXCHANGE}/").collect()
+                own = f"{_EXCHANGE}/{folder}/"
+                self._store.delete(
+                    [each["path"] for each in shared if each["path"].startswith(own) or each["last_modified"] < oldest]
+                )
         except ArtifactError as error:
             logger.warning("what a cluster has exchanged is kept: %s", error)
 

@@ -37,6 +37,7 @@ from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs.update import remove
 from index_jobs.spec import BuildOptions
+from index_jobs.store import remote as remote_module
 from index_jobs.store.location import index_path, published_index, store_of
 from index_jobs.store.manifest import FileInfo
 from index_jobs.store.publish import open_staging, publish_version, rollback
@@ -447,7 +448,12 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, mach
 
 @needs("object-store")
 def test_workers_of_a_cluster_exchange_their_shards_through_the_store(
-    machines: Machines, encoder: Encoder, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+    machines: Machines,
+    encoder: Encoder,
+    tiny_gallery: Path,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As Ray's workers do: what they get is pickled, and their machine sees no file of the job's."""
     index, options = machines["builder"], BuildOptions(progress=False, device="cpu", batch_size=4, shard_rows=8)
@@ -480,6 +486,10 @@ def test_workers_of_a_cluster_exchange_their_shards_through_the_store(
         for worker in workers:
             worker.scratch.cleanup()
         assert len(store(index).list("exchange/").collect()) == len(shared) + 3
+        remote.share("another job/shard", shards.path_of(0))
+    assert [each["path"] for each in store(index).list("exchange/").collect()] == ["exchange/another job/shard"]
+    monkeypatch.setattr(remote_module, "_GRACE", timedelta(0))
+    remote.end_sharing("a later job")
     assert store(index).list("exchange/").collect() == []
 
 
