@@ -5,7 +5,8 @@
 - All workers accept from the socket. The supervisor keeps it open, so connections that nobody has accepted yet survive
   the end of a worker, which is replaced.
 - A signal to stop goes to every worker, which finishes its requests. Workers also end when their supervisor is gone.
-- Metrics are files of one folder, which the worker that is asked for them adds up.
+- Metrics are files of one folder, which the worker that is asked for them adds up. The supervisor counts the workers
+  that end.
 """
 
 import logging
@@ -24,6 +25,7 @@ from typing import Any
 
 from prometheus_client.multiprocess import mark_process_dead
 
+from app.core.metrics import Metrics, share_metrics
 from app.core.settings import Settings
 from dcar_core.util.errors import DcarError
 from dcar_core.util.processes import process_context
@@ -56,6 +58,8 @@ class _Workers:
         self._context = process_context()
         self._work, self._settings, self._listener, self._folder = work, settings, listener, folder
         self._running: list[tuple[Any, float]] = []  # processes, and when they were started
+        share_metrics(folder)
+        self._failures = Metrics().task_failures.labels("worker")
         self._is_stopping = False
 
     def run(self, count: int) -> None:
@@ -92,6 +96,7 @@ class _Workers:
             for ended in [each for each in self._running if not each[0].is_alive()]:
                 if time.monotonic() - ended[1] >= _LEAST_S and not self._is_stopping:
                     logger.warning("a worker ended with status %s: starting another", ended[0].exitcode)
+                    self._failures.inc()
                     mark_process_dead(ended[0].pid, self._folder)  # type: ignore[no-untyped-call]
                     self._running.remove(ended)
 

@@ -149,7 +149,10 @@ def _folder() -> Path | None:
 
 
 class _Processes(Collector):
-    """Memory, processor time and files of this process, or the sums of all workers."""
+    """Memory, processor time and files of this process, or the sums of all workers and their supervisor.
+
+    Processor time includes that of workers that have ended, since a counter that falls looks like one that began anew.
+    """
 
     def collect(self) -> Iterable[Metric]:
         folder, summed = _folder(), dict[str, Metric]()
@@ -157,11 +160,23 @@ class _Processes(Collector):
         for pid in found:
             for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
                 before = summed.get(family.name)
-                if before is not None and family.name != "process_start_time_seconds":
-                    (one,), (other,) = before.samples, family.samples
-                    family.samples = [one._replace(value=one.value + other.value)]
+                if before is not None:
+                    values = before.samples[0].value, family.samples[0].value
+                    _set(family, min(values) if family.name == "process_start_time_seconds" else sum(values))
                 summed[family.name] = family
+        if folder is not None and (times := summed.get("process_cpu_seconds")) is not None:
+            _set(times, times.samples[0].value + _ended_seconds())
         return summed.values()
+
+
+def _set(family: Metric, value: float) -> None:
+    family.samples = [family.samples[0]._replace(value=value)]
+
+
+def _ended_seconds() -> float:
+    """Return the processor time of this worker's siblings that have ended."""
+    fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")  # cutime, cstime
 
 
 class _ReadAtScrape(Collector):

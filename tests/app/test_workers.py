@@ -28,7 +28,8 @@ class Service:
         self.process, self.url, self._folder = process, url, folder
 
     def pids(self) -> set[int]:
-        return {int(path.stem.split("_")[-1]) for path in self._folder.glob("*/gauge_livesum_*.db")}
+        found = {int(path.stem.split("_")[-1]) for path in self._folder.glob("*/gauge_livesum_*.db")}
+        return found - {self.process.pid}
 
     def get(self, path: str) -> httpx.Response:
         """Send a request over a connection of its own, which any worker may accept."""
@@ -111,15 +112,20 @@ def test_writes_are_applied_once_and_published_under_load_without_a_failed_reque
 def test_a_killed_worker_is_replaced_and_the_others_go_on(service: Service) -> None:
     before = service.pids()
     victim, other = before
-    served = service.sample("dcar_request_seconds_count")
+    names = "dcar_request_seconds_count", "process_cpu_seconds_total"
+    served, computed = map(service.sample, names)
+    started = service.sample("process_start_time_seconds")
     os.kill(victim, signal.SIGKILL)
     wait(lambda: not is_alive(victim))
+    assert service.sample("process_cpu_seconds_total") >= computed, "else a rate would take the rest for new seconds"
     with searching(service.url) as statuses:
         wait(lambda: len(service.pids()) == 2 and victim not in service.pids())
         wait(lambda: len(statuses) > 50)
     assert other in service.pids()
     assert set(statuses) == {200}, "no connection waits for the killed one, or for one that cannot search yet"
     assert service.sample("dcar_request_seconds_count") > served, "what it counted stays"
+    assert service.sample("process_start_time_seconds") == started, "of the service"
+    assert service.sample("dcar_task_failures_total", task="worker") == 1
 
 
 def test_workers_end_with_their_supervisor(service: Service) -> None:
