@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import cast
@@ -52,8 +52,16 @@ _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets 
 
 
 def serve(settings: Settings) -> None:
-    """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model."""
+    """Run until interrupted. Raise DcarError if the service cannot start: no index, a taken port, a broken model.
+
+    With logs in JSON, the error is logged, and SystemExit raised instead.
+    """
     _configure_logs(settings)
+    with _as_json(settings):
+        _serve(settings)
+
+
+def _serve(settings: Settings) -> None:
     for index in settings.indexes.values():
         if store_of(index) is None:  # the first load reports a store's
             require_index(index)
@@ -73,13 +81,30 @@ def _work(settings: Settings, listener: socket.socket, folder: str, on_ready: Ca
     """Run one of several workers, in a process of its own."""
     _configure_logs(settings)
     share_metrics(folder)
-    with listener:
+    with listener, _as_json(settings, passes=DcarError):  # the supervisor gets it
         _run(settings, listener, on_ready)
 
 
 def _configure_logs(settings: Settings) -> None:
     logging.config.dictConfig(log_config(settings.log_level, settings.log_format))
     logging.captureWarnings(True)
+
+
+def _log_thread(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
+        logger.error("unexpected error in a thread", exc_info=failed.exc_value)
+
+
+@contextlib.contextmanager
+def _as_json(settings: Settings, passes: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Log the error that ends the process, if logs are JSON; otherwise it is printed as text."""
+    try:
+        yield
+    except Exception as error:
+        if settings.log_format != "json" or isinstance(error, passes):
+            raise
+        logger.critical("%s", error, exc_info=not isinstance(error, DcarError))
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 def _run(settings: Settings, listener: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
@@ -90,6 +115,7 @@ def _run(settings: Settings, listener: socket.socket, on_ready: Callable[[], Non
         failures.append(error)
         server.should_exit = True
 
+    threading.excepthook = _log_thread
     tracer = start_tracing() if settings.tracing else None
     threadpool_limits(1, "blas")  # products are small here; beside a busy model two threads take longer than one
     _raise_open_file_limit()

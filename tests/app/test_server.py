@@ -1,6 +1,7 @@
 """The server process: start, shutdown, and what keeps it from pauses."""
 
 import gc
+import json
 import signal
 import socket
 from pathlib import Path
@@ -83,6 +84,30 @@ def test_server_with_a_broken_index_exits_with_the_reason(workers: str, index: P
     assert process.returncode == 1
     assert "trainables.safetensors" in log.splitlines()[-1]
     assert workers != "1" or log.count("trainables.safetensors") == 1, "logged once"
+
+
+FAILING = """
+import threading, app.server
+def fail(*_, **__):
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    raise {error}
+app.server.create_app = fail
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["ValueError('a bug')", "app.server.DcarError('a fault')"])
+def test_every_line_of_a_failed_start_is_json(error: str, built_index: Path) -> None:
+    environment = {"DCAR_INDEX": str(built_index), "DCAR_PORT": "0", "DCAR_LOG_FORMAT": "json"}
+    process = Command("-c", FAILING.format(error=error) + SERVE, environment=environment)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert any("ZeroDivisionError" in line.get("exc_info", "") for line in lines)
+    assert any(error.split("'")[1] in line["message"] for line in lines)
+    assert lines[-1]["level"] == "CRITICAL"
 
 
 def _server_of(collections: Any, **given: Any) -> _Server:
