@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dcar_core.util.errors import ArtifactError, LockedError
+from dcar_core.util.errors import ArtifactError, LockedError, is_panic
 from dcar_core.util.errors import StoreUnavailableError as UnavailableError
 from dcar_core.util.files import atomic_writer, sha256_of, write_bytes
 from index_jobs.store.manifest import CURRENT, MANIFEST, VERSIONS, FileInfo, Manifest
@@ -299,12 +299,13 @@ class IndexStore:
     def _read_blob(self, info: FileInfo) -> Iterator[Any]:
         """Yield a blob in parts, several of which are fetched at once. Raise ArtifactError at its end if it differs."""
         key, digest = f"{_BLOBS}/{info.sha256}", hashlib.sha256()
+        is_whole = info.size <= _PART_BYTES or self._store.head(key)["size"] == info.size  # no part is beyond the end
 
         def read(start: int) -> Any:
             return self._store.get_range(key, start=start, length=min(_PART_BYTES, info.size - start))
 
         with ThreadPoolExecutor(_PARTS) as pool:
-            for first in range(0, info.size, _PARTS * _PART_BYTES):
+            for first in range(0, info.size if is_whole else 0, _PARTS * _PART_BYTES):
                 for part in pool.map(read, range(first, min(info.size, first + _PARTS * _PART_BYTES), _PART_BYTES)):
                     digest.update(part)
                     yield part
@@ -367,6 +368,11 @@ class IndexStore:
             raise ArtifactError(f"{self.url} lacks an object: {_first_line(error)}") from error
         except BaseError as error:
             raise UnavailableError(f"{self.url} is not available: {_first_line(error)}") from error
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            reason = f"{error}; is the endpoint in the environment a URL?"
+            raise UnavailableError(f"{self.url} is not available: {reason}") from error
 
 
 def _manifest_key(version: int) -> str:
