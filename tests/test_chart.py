@@ -375,6 +375,7 @@ def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
         ({"monitoring": {"interval": "often"}}, "interval"),
         ({"rebuild": {"schedule": "0 3 * * *"}}, "needs index.claim or index.url"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}, "minReplicas is above"),
+        ({"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}, "needs resources.requests.cpu"),
         (
             {"settings": {"admin_key": "x"}, "secretSettings": {"admin_key": {"name": "k", "key": "k"}}},
             "admin_key is both",
