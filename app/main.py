@@ -124,6 +124,8 @@ def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCach
 
     add_of_manifest("dcar_index_version", "Served version.", lambda manifest: manifest.version)
     add_of_manifest("dcar_index_items", "Items in the served version.", lambda manifest: manifest.count)
+    created = "When the served version was made, in Unix seconds."
+    add_of_manifest("dcar_index_created_timestamp_seconds", created, lambda manifest: manifest.created_s)
     recall = "Recall at 10 against exact search, as measured at build time."
     add_of_manifest("dcar_index_recall_at_10", recall, lambda manifest: manifest.measured.get("recall_at_10"))
     degraded = "1 while the published version or its vector store cannot be used, or a file of it is damaged."

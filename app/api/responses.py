@@ -5,7 +5,6 @@ import base64
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -181,9 +180,8 @@ def collection_response(collections: Collections, name: str) -> dict[str, Any]:
 
 def model_response(name: str, live: Snapshot) -> dict[str, Any]:
     """Return the body of a `ServedModel`."""
-    created = live.artifact.manifest.created
-    seconds = int(datetime.fromisoformat(created).timestamp()) if created else 0
-    return {"id": name, "object": "model", "created": seconds, "owned_by": "dcar"}
+    created = int(live.artifact.manifest.created_s or 0)
+    return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
 
 
 def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:

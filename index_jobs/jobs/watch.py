@@ -10,7 +10,6 @@
 - Items that came from elsewhere, as over HTTP, are left alone.
 """
 
-import datetime
 import multiprocessing
 import signal
 import threading
@@ -189,7 +188,7 @@ def _indexed_states(current: Artifact, states: dict[str, _State]) -> dict[str, _
     A file that is newer than the version has changed. Texts are compared unless metadata were changed in the index.
     """
     manifest, found = current.manifest, dict[str, _State]()
-    published = 10**9 * (1 + int(datetime.datetime.fromisoformat(manifest.created).timestamp()))  # it is in seconds
+    published = 10**9 * (1 + int(manifest.created_s or 0))  # it is in seconds
     for item_id, (path, size, _, *texts) in _states(live_gallery(current)).items():
         now = states.get(item_id)
         if path.startswith(f"{manifest.root}/") or (now and now[0] == path):

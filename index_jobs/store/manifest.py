@@ -86,6 +86,11 @@ class Manifest:
         return self.count + self.removed
 
     @property
+    def created_s(self) -> float | None:
+        """`created` in Unix seconds; None without items."""
+        return datetime.datetime.fromisoformat(self.created).timestamp() if self.created else None
+
+    @property
     def is_as_built(self) -> bool:
         """True if nothing was added, removed or changed after the build."""
         return not self.additions and not self.removed and not self.changed

@@ -39,6 +39,8 @@ async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path
         assert found["dcar_index_version", (("collection", "index"),)] == 1
         assert found["dcar_index_items", (("collection", "index"),)] == 24
         assert found["dcar_index_degraded", (("collection", "index"),)] == 0
+        created = found["dcar_index_created_timestamp_seconds", (("collection", "index"),)]
+        assert created == pytest.approx(time.time(), abs=3600)
         measured = client.app.state.collections[None].live.artifact.manifest.measured
         assert found["dcar_index_recall_at_10", (("collection", "index"),)] == measured["recall_at_10"] > 0.9
         explained = {"query": "red", "rerank": True, "explain": True, "k": 1}
