@@ -107,6 +107,8 @@ class DecodeWorker:
                 stdout=subprocess.PIPE,
                 env=os.environ | _ENVIRONMENT,
             )
+            if self._is_closed:  # meanwhile, and without this process
+                self._process.kill()
 
     def close(self) -> None:
         """End the process, whatever it does. A thread that waits for it gets an ImageError."""

@@ -179,6 +179,24 @@ def test_closing_ends_a_process_at_work() -> None:
     assert refusal(worker, conversions.sleep)[0] == ImageFault.UNREADABLE
 
 
+def test_closing_ends_a_process_that_is_being_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, start, is_starting = DecodeWorker(), subprocess.Popen, threading.Event()
+
+    def start_slowly(*given: Any, **options: Any) -> Any:
+        is_starting.set()
+        time.sleep(0.5)
+        return start(*given, **options)
+
+    monkeypatch.setattr(workers.subprocess, "Popen", start_slowly)
+    thread = threading.Thread(target=refusal, args=(worker, conversions.wait))
+    thread.start()
+    assert is_starting.wait(10)
+    began = time.monotonic()
+    worker.close()
+    thread.join()
+    assert time.monotonic() - began < 8, "before the deadline of the image"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_a_worker_ends_with_a_killed_parent_and_needs_no_torch() -> None:
