@@ -3,6 +3,7 @@
 import atexit
 import gc
 import json
+import logging
 import os
 import shutil
 import sys
@@ -82,8 +83,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, None, None]:
-    """Exempt what the tests of a module have imported as well, once the module has ended."""
+    """Undo levels of logs that a command has set, and exempt what a module has imported, once it has ended."""
     yield
+    for package in ("app", "dcar_core", "index_jobs"):
+        logging.getLogger(package).setLevel(logging.NOTSET)
     if nextitem is None or nextitem.path != item.path:
         gc.collect()
         gc.freeze()

@@ -172,6 +172,9 @@ def test_request_on_a_connection_that_is_new_when_the_service_stops_is_answered(
 
     with serving(built_index, runtime="torch") as (_, port):
         thread = threading.Thread(target=ask, args=(port, socket.create_connection(("127.0.0.1", port))))
+        with socket.create_connection(("127.0.0.1", port)) as later:
+            later.sendall(HEALTH)
+            assert later.recv(100), "so the first one was accepted"
         thread.start()
     thread.join()
     assert answers[0].startswith(b"HTTP/1.1 200")
