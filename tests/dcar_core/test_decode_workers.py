@@ -187,7 +187,7 @@ def test_closing_ends_a_process_that_is_being_started(monkeypatch: pytest.Monkey
         time.sleep(0.5)
         return start(*given, **options)
 
-    monkeypatch.setattr(workers.subprocess, "Popen", start_slowly)
+    monkeypatch.setattr(subprocess, "Popen", start_slowly)
     thread = threading.Thread(target=refusal, args=(worker, conversions.wait))
     thread.start()
     assert is_starting.wait(10)

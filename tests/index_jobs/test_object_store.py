@@ -373,9 +373,9 @@ def test_lost_current_fails_verification_until_a_rollback(
 @needs("object-store")
 def test_jobs_work_on_a_machine_whose_files_are_damaged(mirror: Path, machines: Machines) -> None:
     publish_copy(mirror)
-    for number, damage in ((1, lambda data: data[:-1] + b"?"), (2, lambda data: data[:9])):
+    for number, end in ((1, b"?"), (2, b"")):
         path = mirror / f"versions/{number}/index.faiss"
-        path.write_bytes(damage(path.read_bytes()))
+        path.write_bytes(path.read_bytes()[:-1] + end)
     assert pull(machines["reader"]) == 2
     remove(mirror, [first_id(machines["reader"])])
     assert pull(machines["reader"]) == 3
