@@ -33,6 +33,7 @@ from index_jobs.engines.qdrant import engine as qdrant_engine
 from index_jobs.engines.qdrant import index as qdrant_index
 from index_jobs.selection import Selection
 from index_jobs.spec import IndexSpec
+from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 
 CATEGORIES, BRANDS = 8, 200  # so that a filter allows 12.5 % and 0.5 % of the rows
 IMAGES = 5  # of each product
@@ -41,7 +42,6 @@ RATED = 20_480  # points that are made to measure their rate
 WORDS, OF_ITEM, WORD_ROWS = 50_000, 8, 512  # in all, of each item, and rows found by them
 BATCH = 1000  # points that the core is given at once
 WORD_QUERIES = {"rare": [3000, 9000], "common": [2, 40, 700]}  # the words' places by frequency
-
 
 Parts = dict[str, tuple[Callable[[], Any], Callable[[], Any]]]  # by name: in Qdrant, and here
 
@@ -84,8 +84,6 @@ def word(number: int) -> str:
 def word_parts(folder: Path, kinds: list[str]) -> Parts:
     """Return searches by words in the core and in the lexical index. kinds: of the items, whose words are drawn."""
     import qdrant_edge as core
-
-    from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 
     shares = 1 / np.arange(1, WORDS + 1)
     drawn = np.random.default_rng(0).choice(WORDS, (len(kinds), OF_ITEM), p=shares / shares.sum())

@@ -126,7 +126,7 @@ class CircuitBreaker:
 
     @property
     def is_known_open(self) -> bool:
-        """Whether it is open, and the store was tried a short time ago."""
+        """True if it is open, and the store was tried a short time ago."""
         return self.is_open and time.monotonic() < self._retry_at + _KNOWN_S
 
     def allows(self) -> bool:

@@ -107,7 +107,7 @@ class DecodeWorker:
                 stdout=subprocess.PIPE,
                 env=os.environ | _ENVIRONMENT,
             )
-            if self._is_closed:  # meanwhile, and without this process
+            if self._is_closed:  # `close` came meanwhile, and did not see this process
                 self._process.kill()
 
     def close(self) -> None:

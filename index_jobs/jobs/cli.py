@@ -43,8 +43,9 @@ Exit codes:
 def parse_size(text: str) -> int:
     """Return the bytes of a size such as "800MiB"; a bare number is bytes, and less than a megabyte is refused."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    power = " KMGT".index(match[2].upper() or " ") if match else 0
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    size = 0
+    if match:
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
     if size < 1_000_000:
         raise typer.BadParameter(f"{text!r} is not a size of a megabyte or more; give one such as 800MiB or 4GiB")
     return size

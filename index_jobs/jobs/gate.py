@@ -46,7 +46,7 @@ from index_jobs.store.manifest import LEXICAL
 logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
-_MIN_TEXTS = 100  # validation texts that choose the weight of the words
+_MIN_TEXTS = 100  # validation texts that choose the weight of the words; a cut-off by fewer is rough
 _WORDS, _MIN_ITEMS = 300, 30  # words whose scores make a cut-off without validation texts, from so many items on
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found

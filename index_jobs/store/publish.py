@@ -217,8 +217,10 @@ def rollback(index: Path, to: int | None = None) -> int:
         if store is not None and to in version_numbers(index):
             store.pull(to)
             store.repair(to)
-        open_version(index, to).verify()
-        if store is not None:
+        artifact = open_version(index, to)
+        if store is None:
+            artifact.verify()
+        else:  # `repair` has read every file
             store.point(to)
         write_current(index, to)
         _sync({manifest.spec.engine for manifest in list_versions(index)}, index, to)

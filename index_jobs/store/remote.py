@@ -52,8 +52,12 @@ _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
 _KEPT = 3  # versions on the disk of a replica: those that were in use last
 _GRACE = timedelta(days=1)  # younger blobs may belong to a version that is being published
 _UPLOADS = 4  # parts of a blob that are sent at a time; each may take as long as a silent store is waited for
-_CLIENT: Any = {"read_timeout": "60s", "timeout": "1h", "connect_timeout": "5s"}  # a slow line is no silent store
-_CLIENT["allow_http"] = True  # of an endpoint that is configured so
+_CLIENT: Any = {
+    "connect_timeout": "5s",
+    "read_timeout": "60s",  # of a silent store
+    "timeout": "1h",  # of a slow line
+    "allow_http": True,  # of an endpoint that is configured so
+}
 _RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 

@@ -63,7 +63,7 @@ def test_qdrant_prints_its_table_beside_that_of_faiss() -> None:
     rows = [line.split(" | ") for line in searches.splitlines()[2:]]
     assert [row[0].partition(",")[0] for row in rows] == ["| qdrant", "| faiss"]
     assert all(float(cell.rstrip(" |").rsplit(" / ")[-1]) >= 0.95 for row in rows for cell in row[2:])
-    assert len(parts.splitlines()[2:]) == 4
+    assert len(parts.splitlines()[2:]) == 8
     assert all(float(cell.rstrip(" |")) > 0 for line in parts.splitlines()[2:] for cell in line.split(" | ")[1:])
 
 

@@ -50,9 +50,11 @@ class QdrantEngine:
     def __init__(self, uri: str) -> None:
         """uri: LOCATION?shard_number=2&replication_factor=2&quantization=int8&hnsw_ef=128, with any of the settings."""
         location, _, query = uri.partition("?")
-        self._location = location.rstrip("/") if "://" in location else location
-        if location and location != ":memory:" and "://" not in location:
-            self._location = str(Path(location).absolute())  # services start elsewhere
+        if "://" in location:
+            location = location.rstrip("/")
+        elif location not in ("", ":memory:"):
+            location = str(Path(location).absolute())  # services start elsewhere
+        self._location = location
         given = dict(parse_qsl(query, keep_blank_values=True))
         self._quantization = given.pop("quantization", "")
         is_known = given.keys() <= _SETTINGS and all(text.isdecimal() and int(text) for text in given.values())
