@@ -159,7 +159,7 @@ class Settings(BaseSettings):
     """Longest time in milliseconds that a batch waits for more queries, under load only."""
     max_pending: int = Field(512, ge=1)
     """Largest number of searches in progress, half of them by one caller. Further requests get 503."""
-    max_queue_ms: int = Field(200, ge=1)
+    max_queue_ms: int = Field(2000, ge=1)
     """Longest expected wait for decoding, model and index in milliseconds. Searches beyond it get 503 at once."""
     deadline_ms: int = Field(10_000, ge=1)
     """Time limit of a search in milliseconds. After it the response is 503."""

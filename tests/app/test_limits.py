@@ -26,7 +26,7 @@ from dcar_core.serving.multi_encoder_batch import encode_text_rows
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer
-from tests.support.service import WORDS, hold, opened, restore, serving, until
+from tests.support.service import WORDS, before_encoding, hold, opened, restore, serving, until
 
 
 async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path) -> None:
@@ -46,6 +46,19 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         text = (await client.get("/metrics")).text
         assert 'dcar_refused_total{reason="late"} 3.0' in text
         assert 'dcar_pending{what="searches"} 0.0' in text
+
+
+async def test_many_closed_loops_of_one_caller_are_refused_nothing(built_index: Path) -> None:
+    """256 texts at a time, of a model that answers some 400 a second."""
+    async with opened(built_index, cache_size=0) as client:
+        before_encoding(client.app.state.collections[None].live.encoder, lambda texts: time.sleep(0.08))
+
+        async def ask(loop: int) -> list[int]:
+            queries = [{"query": f"loop {loop}, query {number}"} for number in range(3)]
+            return [(await client.post("/search/text", json=query)).status_code for query in queries]
+
+        statuses = await asyncio.gather(*map(ask, range(256)))
+        assert {status for each in statuses for status in each} == {200}
 
 
 async def test_full_queue_refuses_new_queries_and_answers_cached_ones(
