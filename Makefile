@@ -1,6 +1,7 @@
 # make demo       search the bundled emoji galleries on http://127.0.0.1:8000  (PORT=, HOST=, DOMAIN=openmoji)
 # make test       tests of all installed parts, in JOBS=3 processes           (ARGS="-k name" for some)
-# make check      lint, format, types, import direction
+# make check      lint, format, types, import direction, sizes
+# make size       lines by folder against their budgets
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.store.filters*" for some)
 # make reference  generated pages of docs, and the client's models
@@ -15,7 +16,7 @@ JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check coverage mutants reference
+.PHONY: install demo test check size coverage mutants reference
 comma := ,
 UNLOCKED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 INSTALLED := $(UNLOCKED)$(if $(LOCK),-$(notdir $(LOCK)))
@@ -47,6 +48,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(BIN)/python scripts/size.py
+
+size:
+	@$(PYTHON) scripts/size.py
 
 reference: install
 	$(BIN)/python scripts/generate_reference.py
