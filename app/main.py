@@ -7,7 +7,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -21,7 +20,6 @@ from app.api.routing import GuardedRoute, refuse_unknown
 from app.core.metrics import Metrics, Tracer
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
-from app.core.supervision import stop, supervise
 from app.feedback.log import FeedbackLog
 from app.middleware.access import Access
 from app.middleware.body_limit import BodyLimit
@@ -46,9 +44,9 @@ def create_app(
         tracer: records spans of the stages of a search.
     """
     metrics, is_traced = Metrics(tracer), tracer is not None
-    redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
     rates = None
     if settings.rate_limit is not None:
+        redis_url = settings.redis_url.get_secret_value() if settings.redis_url else None
         rates = RateLimiter(settings.rate_limit, redis_url=redis_url, timeout_s=settings.redis_timeout_ms / 1000)
 
     @asynccontextmanager
@@ -75,9 +73,6 @@ def create_app(
             if feedback is not None:
                 feedback.start()
                 stack.push_async_callback(feedback.close)
-            if redis_url is not None:
-                supervised = supervise("reload listener", partial(collections.listen, redis_url), metrics)
-                stack.push_async_callback(stop, asyncio.create_task(supervised, name="dcar-reload-listener"))
             yield
 
     app = FastAPI(

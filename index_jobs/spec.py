@@ -4,7 +4,7 @@ A field declared by `_option` is an option of `dcar index build`; its help descr
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -122,12 +122,6 @@ class BuildOptions:
         False,
         "Publish although nothing has changed, the new index ranks worse or cannot be compared, or the gallery has "
         "shrunk. Images that failed are tried again.",
-    )
-    notify: Sequence[str] | None = _option(
-        None,
-        "Notify services of the new version; may be repeated. redis://HOST reaches every service on that Redis, "
-        "http://HOST:PORT one service, with the key in DCAR_ADMIN_KEY. Default: services poll.",
-        metavar="URL",
     )
     keep_shards: bool = _option(
         True,

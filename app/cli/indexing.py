@@ -137,7 +137,7 @@ def update_command(
 
 
 @commands.command("watch", epilog=example("dcar index watch index"))
-@job_cli.with_options("max_vanished", "notify", "device", "runtime")
+@job_cli.with_options("max_vanished", "device", "runtime")
 def watch_command(index: FilledIndex, keep: KeepWrites = KEEP_WRITES, **options: Any) -> None:
     """Follow the gallery of an index: publish new, changed and removed images until Ctrl-C."""
     from index_jobs.jobs.watch import watch

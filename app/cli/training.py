@@ -15,7 +15,6 @@ from app.cli.options import example
 from dcar_core.model.config import GRID, PromptValues, Temperature, TrainConfig
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.util.files import require_writable
-from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import BuildOptions
 
 if TYPE_CHECKING:
@@ -118,7 +117,6 @@ def retrain(
     validation: Annotated[Path | None, Option(metavar="DATA", help="As for `dcar index build`.")] = None,
     judgements: Annotated[Path | None, Option(metavar="FILE", help="As for `dcar index build`.")] = None,
     margin: Annotated[float, Option(min=0, max=1, help="As for `dcar index build`.")] = BuildOptions.margin,
-    notify: job_cli.Notify = None,
     device: options.Device = "auto",
 ) -> None:
     """Tune the served model on new pairs, and publish it with the index if it ranks better.
@@ -136,9 +134,8 @@ def retrain(
     if rest := describe_rest(index / VERSIONS / str(require_index(index)) / CHECKPOINT):
         typer.echo(f"{location_of(index)}: {rest}", err=True)
     summary = run(
-        index, pairs, validation=validation, judgements=judgements, margin=margin, device=device,
-        services=notify or (), started=started,
-    )  # fmt: skip
+        index, pairs, validation=validation, judgements=judgements, margin=margin, device=device, started=started
+    )
     typer.echo(f"{location_of(index)}: {summary.to_text()}")
 
 

@@ -5,7 +5,7 @@
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
 - Its files are then compared with their checksums once. A damaged version stays in service, but degraded, as one does
   whose vector store does not respond: the poller asks it. Damaged files of an object store are brought anew, once.
-- A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload` and notices over Redis.
+- A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload`.
 - The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
   version.
 - Created collections are opened after these, one after the other. A request for one that has not had its turn opens it
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from app.core.metrics import Metrics
-from app.core.redis import connect, disconnect
 from app.core.settings import Settings
 from app.core.supervision import ENDS, stop, supervise
 from app.core.threads import ComputeThreads, run_in_new_thread
@@ -31,7 +30,6 @@ from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.location import store_of
-from index_jobs.store.manifest import PUBLISHED_CHANNEL
 from index_jobs.store.names import location_of
 from index_jobs.store.versions import current_version, require_index
 from index_jobs.store.writes import list_collections
@@ -41,7 +39,6 @@ logger = logging.getLogger(__name__)
 _RETRY_S = 30.0
 _CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
 _LOOK_S = 1.0  # for a look at the gallery
-_REDIS_S, _NOTICE_PAUSE_S = 5.0, 1.0  # for Redis to respond, and until it is asked again; between two notices
 _OPEN_S = 5.0  # for a collection that is being opened
 _LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
 
@@ -422,39 +419,6 @@ class Collections:
         if failures:
             raise DcarError("; ".join(failures))
         return changed
-
-    async def listen(self, url: str) -> None:
-        """Reload all collections at each notice of a new version over the Redis at `url`.
-
-        - A notice is only a hint for services that use Redis anyway: CURRENT decides, and is polled.
-        - One notice a second is read, so a flood of them costs nothing: each reload finds the newest version, whatever
-          waits.
-        - After any failure it connects again. A failure at the start is logged as a warning, later ones at debug level.
-        - Redis clusters are not supported here: a service that uses one relies on polling.
-        """
-        from redis.asyncio import RedisCluster
-
-        level = logging.WARNING
-        while True:
-            client = connect(url, timeout_s=_REDIS_S)
-            if isinstance(client, RedisCluster):
-                return
-            try:
-                async with client.pubsub() as channel:
-                    await channel.subscribe(PUBLISHED_CHANNEL)
-                    level = logging.DEBUG
-                    while True:
-                        if await channel.get_message(ignore_subscribe_messages=True, timeout=_REDIS_S):
-                            with contextlib.suppress(DcarError):  # logged, and shown by /readyz
-                                await self.reload()
-                            await asyncio.sleep(_NOTICE_PAUSE_S)
-            except Exception as error:
-                logger.log(level, "Redis cannot be used yet (%s); going on without it", error)
-                level = logging.DEBUG
-            finally:
-                with contextlib.suppress(Exception):
-                    await disconnect(client)
-            await asyncio.sleep(_REDIS_S)
 
     def _with_name(self, name: str, message: str) -> str:
         return message if len(self._indexes) == 1 else f"{name}: {message}"

@@ -1,4 +1,4 @@
-"""The build of a version: encode, create the vector index, compare with the served version, publish, notify.
+"""The build of a version: encode, create the vector index, compare with the served version, publish.
 
 - A build whose spec is that of the served version returns at once, without importing PyTorch.
 - The checkpoint is copied first and loaded from the copy, so a version contains the model that encoded it.
@@ -51,7 +51,6 @@ from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs import gate
-from index_jobs.jobs.notify import notify
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
 from index_jobs.store import publish
@@ -189,8 +188,7 @@ class _Build:
                 publish.clean_work(out, self.work, lambda path: path == store.path)
             else:
                 remove_directory(out, self.work)
-        notified = notify(options.notify or (), out, manifest.version)
-        return self.summarize(manifest, encoded, verdict, changes=changes, notified=notified)
+        return self.summarize(manifest, encoded, verdict, changes=changes)
 
     def summarize(
         self,

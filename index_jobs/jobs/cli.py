@@ -18,7 +18,6 @@ import typer
 
 from dcar_core.util.console import show_progress
 from dcar_core.util.errors import DcarError
-from index_jobs.jobs.notify import SCHEMES
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
 
@@ -51,17 +50,11 @@ def parse_size(text: str) -> int:
     return size
 
 
-def parse_service(text: str) -> str:
-    if not text.startswith(SCHEMES):
-        raise typer.BadParameter(f"must begin with one of {', '.join(SCHEMES)}, not {text!r}")
-    return text
-
-
 def parse_names(text: str) -> list[str]:
     return sorted({name.strip() for name in text.split(",") if name.strip()})
 
 
-_PARSERS = {"memory": parse_size, "notify": parse_service, "text_fields": parse_names}
+_PARSERS = {"memory": parse_size, "text_fields": parse_names}
 _FLAGS = ("exact", "force")  # without a form that begins with --no-
 _FIELDS = {each.name: each for options in (IndexSpec, BuildOptions) for each in fields(options) if each.metadata}
 
@@ -90,11 +83,8 @@ Galleries = Annotated[
 ]
 Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="Checkpoint of `dcar train` or `dcar zero-shot`.")]
 Keep = Annotated[int, _option("keep")]
-Notify = Annotated[
-    list[str] | None, typer.Option(parser=parse_service, metavar="URL", help="As for `dcar index build`.")
-]
 Runtime = Annotated[str, _option("runtime")]
-_TYPES = get_type_hints(IndexSpec) | get_type_hints(BuildOptions) | {"notify": list[str], "text_fields": str}
+_TYPES = get_type_hints(IndexSpec) | get_type_hints(BuildOptions) | {"text_fields": str}
 Command = TypeVar("Command", bound=Callable[..., None])
 
 

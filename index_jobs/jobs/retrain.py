@@ -52,7 +52,6 @@ from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, open_location
 from index_jobs.jobs import gate
-from index_jobs.jobs.notify import notify
 from index_jobs.jobs.update import live_gallery
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
@@ -125,7 +124,6 @@ class RetrainSummary:
     share: float = 0.0  # of the change
     gate: dict[str, dict[str, Any]] = field(default_factory=dict)  # `GateVerdict`s on held-out pairs and on anchors
     seconds: dict[str, float]  # of each step
-    notified: dict[str, str] = field(default_factory=dict)  # outcome for each service
 
     def to_text(self) -> str:
         """Return the summary as a few lines for people."""
@@ -136,22 +134,19 @@ class RetrainSummary:
             *(f"left out: {count:,} pairs {reason}" for reason, count in self.left_out.items()),
             *(f"compared by {name}: {verdict['reason']}" for name, verdict in self.gate.items()),
             f"seconds from the command to the swap: {sum(self.seconds.values()):.1f} ({steps})",
-            *(f"notified {service}: {outcome}" for service, outcome in self.notified.items()),
         ]
         return "\n".join(lines)
 
 
 def retrain(
     index: Path, files: Sequence[Path], *, validation: Path | None = None, judgements: Path | None = None,
-    margin: float = BuildOptions.margin, device: str = "auto", services: Sequence[str] = (),
-    started: float | None = None,
+    margin: float = BuildOptions.margin, device: str = "auto", started: float | None = None,
 ) -> RetrainSummary:  # fmt: skip
     """Tune the served model on pairs, and publish a version with it if it ranks better.
 
     Args:
         files: tables with the columns caption and id or image, or directories with pairs.jsonl.
         validation, judgements, margin: as in `BuildOptions`. device: auto, cpu, cuda, cuda:1 or mps.
-        services: URLs to notify of the new version.
         started: `time.perf_counter()` at the start of the command.
 
     Raises:
@@ -168,7 +163,7 @@ def retrain(
             write_json(index / REPORT, asdict(summary))
     if summary.gate and not summary.published:
         raise GateError(f"not published: {summary.reason}; {index / REPORT} has the figures")
-    return replace(summary, notified=notify(services, index, summary.version)) if summary.published else summary
+    return summary
 
 
 def describe_rest(checkpoint: Path) -> str:

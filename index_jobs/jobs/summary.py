@@ -1,6 +1,6 @@
 """Summary of a rebuild, as an object, as JSON and as text."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from dcar_core.util.errors import GateError
@@ -33,7 +33,6 @@ class RebuildSummary:
     cutoff: dict[str, Any]  # as in the manifest
     changes: dict[str, int] | None = None  # items that came, went and changed since the served version
     gate: dict[str, Any] | None = None  # comparison with the served version; see `gate.GateVerdict`
-    notified: dict[str, str] = field(default_factory=dict)  # outcome for each service
     hint: str = ""  # what to do next
 
     def to_text(self) -> str:
@@ -57,7 +56,6 @@ class RebuildSummary:
             )
             lines.append(f"results are likely from a score of {self.cutoff['min_score']:.3f} on")
         lines += self.notes()
-        lines += [f"notified {service}: {outcome}" for service, outcome in self.notified.items()]
         if self.hint:
             lines.append(self.hint)
         return "\n".join(lines)

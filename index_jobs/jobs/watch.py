@@ -28,7 +28,6 @@ from index_jobs.encoding.devices import load_replicas
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.gallery.storage import is_url, join_location
 from index_jobs.jobs.apply import read_failures
-from index_jobs.jobs.notify import notify
 from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.spec import KEEP_WRITES, BuildOptions
 from index_jobs.store.artifact import Artifact
@@ -49,7 +48,7 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
 
     Args:
         say: called with a line for each update, and for each reason to wait.
-        options: keep (of changes), max_vanished, notify, device and runtime of `BuildOptions`.
+        options: keep (of changes), max_vanished, device and runtime of `BuildOptions`.
 
     Raises:
         DataError, ArtifactError: at the start, there is no index, or its gallery cannot be watched.
@@ -140,9 +139,8 @@ class _WatchedGallery:
             self._known = {key: state for key, state in known.items() if key not in gone} | changed
             if done := ", ".join(f"{count:,} {name}" for name, count in counts.items() if count):
                 manifest = open_current(self._index).manifest
-                told = notify(self._options.notify or (), self._index, manifest.version).items()
                 version, seconds = f"version {manifest.version}, {manifest.count:,} images", time.monotonic() - started
-                self._say("; ".join([f"{done}: {version}, after {seconds:.1f} s", *map(": ".join, told)]))
+                self._say(f"{done}: {version}, after {seconds:.1f} s")
         return self._known != states
 
     def _publish(self, changed: Gallery, gone: list[str]) -> dict[str, int]:

@@ -16,7 +16,6 @@ CURRENT, VERSIONS = "CURRENT", "versions"
 MANIFEST, ITEMS, REMOVED, CHANGED = "manifest.json", "items.arrow", "removed.npy", "changed.npy"
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
 OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
-PUBLISHED_CHANNEL = "dcar:published"  # of Redis, where services hear of new versions
 
 
 def utc_now() -> str:
