@@ -205,7 +205,7 @@ def evaluate(
 ) -> None:
     """Train and test several methods with several seeds, and the untouched model; recommend one in the last line.
 
-    It prints tables, and writes results.* and report.html to --out.
+    It prints tables, and writes results.* and recall.svg to --out.
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
@@ -251,7 +251,7 @@ def evaluate(
             on_message=lambda line: typer.echo(line, err=True),
         )  # fmt: skip
         typer.echo(all_tables(result))
-        typer.echo(f"{directory / 'report.html'} shows more, without a server")
+        typer.echo(f"{directory / 'results.md'} has more")
         typer.echo(result["recommendation"])
     if preset:
         typer.echo(paper_tables(results))

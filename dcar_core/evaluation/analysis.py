@@ -21,7 +21,7 @@ from dcar_core.util.retrieval_metrics import (
     recall_of_ranks,
 )
 
-MAX_CONFUSIONS, MAX_EXAMPLES = 8, 3
+MAX_CONFUSIONS = 8
 _BATCH = 256  # negatives that are encoded at a time
 
 
@@ -30,9 +30,9 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
 
     Returns:
         recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
-        confusions: the most frequent {category, taken_for, count, of, examples}, by the first image found for each
-        caption; hits: the fields of `bootstrap.Hits`; measures: others by their headings; reranked: what differs with
-        `rerank`, of a model with a second stage.
+        confusions: the most frequent {category, taken_for, count, of}, by the first image found for each caption;
+        hits: the fields of `bootstrap.Hits`; measures: others by their headings; reranked: what differs with `rerank`,
+        of a model with a second stage.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
@@ -108,15 +108,13 @@ def _recall_by_category(data: Dataset, image_of: Rows, ranks: Ranks) -> dict[str
 def _confusions(data: Dataset, image_of: Rows, first_image: Rows) -> list[dict[str, Any]]:
     captions_in = Counter(sample.category for sample in data.samples)
     _, firsts = np.unique(image_of, return_index=True)  # the first pair of each image
-    confused: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    confused = Counter[tuple[str, str]]()
     for sample, image in zip(data.samples, first_image, strict=True):
-        found = data.samples[firsts[image]]
-        if sample.category and found.category and found.category != sample.category:
-            example = {"caption": sample.caption, "image": sample.image, "found": found.image}
-            confused[sample.category, found.category].append(example)
-    most_frequent = sorted(confused.items(), key=lambda item: (-len(item[1]), item[0]))[:MAX_CONFUSIONS]
+        category, found = sample.category, data.samples[firsts[image]].category
+        if category and found and found != category:
+            confused[category, found] += 1
+    most_frequent = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]
     return [
-        {"category": category, "taken_for": other, "count": len(examples), "of": captions_in[category],
-         "examples": examples[:MAX_EXAMPLES]}
-        for (category, other), examples in most_frequent
-    ]  # fmt: skip
+        {"category": category, "taken_for": other, "count": count, "of": captions_in[category]}
+        for (category, other), count in most_frequent
+    ]

@@ -19,9 +19,9 @@ import numpy as np
 from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset, ImagePolicy, describe_reports, save_reports
 from dcar_core.evaluation.analysis import serving_cost
 from dcar_core.evaluation.method_runner import MethodRunner
-from dcar_core.evaluation.report import write_report
+from dcar_core.evaluation.plot import plot_recall
 from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
-from dcar_core.evaluation.tables import Results, best_method, spread, summarise
+from dcar_core.evaluation.tables import Results, best_method, results_csv, results_markdown, spread, summarise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
@@ -63,7 +63,7 @@ def compare(
     features: Path | None = None,
     on_message: Callable[[str], None] = lambda line: None,
 ) -> Results:
-    """Train and test every method with every seed; write results.json, .csv, .md and report.html to `out`.
+    """Train and test every method with every seed; write results.json, .csv, .md and recall.svg to `out`.
 
     Args:
         negatives, taxonomy: see `negatives.add_negatives`.
@@ -157,7 +157,9 @@ def compare(
         raise DivergedError("; ".join(results["diverged"].values()))
     add_significance(results, hits)
     write_json(out / "results.json", results)
-    write_report(results, splits["test"], out)
+    (out / "results.csv").write_text(results_csv(results), encoding="utf-8")
+    plot = plot_recall(results, out / "recall.svg")
+    (out / "results.md").write_text(results_markdown(results, plot), encoding="utf-8")
     return results
 
 

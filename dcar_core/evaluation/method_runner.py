@@ -75,7 +75,6 @@ class MethodRunner:
                     "seconds": round(result.seconds, 1),
                     "query": model.config.reweight.query,
                     "val": result.best,
-                    "history": result.history,
                 }
             write_json(record_file, record)
             delete_state(directory)

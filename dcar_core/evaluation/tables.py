@@ -1,4 +1,4 @@
-"""Results as tables: sections of every report, in Markdown for results.md and the terminal, and results.csv.
+"""Results as tables, in Markdown for results.md and the terminal, and results.csv.
 
 All figures are percentages. In every table, the headings come first.
 """
@@ -33,7 +33,6 @@ _MEASURES_NOTE = (
 
 Results = dict[str, Any]
 Rows = list[list[str]]
-Section = tuple[str, list[str], Rows]
 
 
 def all_tables(results: Results) -> str:
@@ -43,16 +42,8 @@ def all_tables(results: Results) -> str:
     return "\n".join([unit, *(markdown(rows) for t in tables if (rows := t(results)))])
 
 
-def results_markdown(results: Results) -> str:
-    """Return results.md."""
-    parts = [f"# {results['data']}"]
-    for heading, notes, rows in sections(results):
-        parts += [f"## {heading}", *notes, markdown(rows)]
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
-
-
-def sections(results: Results) -> list[Section]:
-    """Return the sections of results.md and report.html that have something to show: heading, notes and table."""
+def results_markdown(results: Results, plot: str) -> str:
+    """Return results.md. plot: Markdown behind the table of recall."""
     pairs, settings, best = results["pairs"], results["training"], best_method(results)
     tuning = ", learning rates tuned on validation with equal budgets" if results["grid"] else ""
     loss = "" if results["loss"] == "both" else f" Only the {results['loss']} contrastive loss is used."
@@ -65,7 +56,7 @@ def sections(results: Results) -> list[Section]:
     notes = [f"{name} is left out: {reason}" for name, reason in results["diverged"].items()]
     notes = [summary, _RECALL_NOTE, *notes, *filter(None, [results.get("recommendation")])]
     cleaned = [[split, f"{n:,}", case] for split, counts in results["cleaning"].items() for case, n in counts.items()]
-    found: list[Section] = [
+    sections = [
         ("Recall", notes, recall_rows(results)),
         ("Significance", [_BOOTSTRAP_NOTE], significance_rows(results)),
         ("Other measures", [_MEASURES_NOTE], measures_rows(results)),
@@ -75,7 +66,11 @@ def sections(results: Results) -> list[Section]:
         (f"Weakest categories of {best}", [], category_rows(results, best)),
         (f"Most confused categories of {best}", [], confusion_rows(results, best)),
     ]
-    return [section for section in found if section[2]]
+    parts = [f"# {results['data']}"]
+    for heading, texts, rows in sections:
+        if rows:
+            parts += [f"## {heading}", *texts, markdown(rows).rstrip(), *([plot] if heading == "Recall" else [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def recall_rows(results: Results) -> Rows:

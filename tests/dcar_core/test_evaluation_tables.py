@@ -1,9 +1,7 @@
-"""Tables, report and analysis of known results, and the cost of serving."""
+"""Tables, plot and analysis of known results, and the cost of serving."""
 
 import csv
-import importlib
 import io
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,26 +13,22 @@ import torch
 
 import dcar_core.evaluation.analysis as module
 from dcar_core.data import Dataset
-from dcar_core.evaluation import compare, summarise
+from dcar_core.evaluation import summarise
 from dcar_core.evaluation.analysis import analyse, serving_cost
 from dcar_core.evaluation.comparison import best_baseline
-from dcar_core.evaluation.report import report_html
+from dcar_core.evaluation.plot import plot_recall
 from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, results_csv, results_markdown, shots_rows
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.util.arrays import Floats
-from tests.support.parts import needs
-
-QUICK = TrainConfig(epochs=2, batch_size=6)
 
 
 def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
     """Return a run's record. weak: R@1 of the category "weak"."""
     return {
-        "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0, "history": [],
+        "seed": seed, "lr": 2e-3, "trainable": 5, "query": "none", "epoch": 1, "seconds": 1.0,
         "val": dict.fromkeys(COLUMNS, val), "test": {c: test + i for i, c in enumerate(COLUMNS)},
         "hard_negative_accuracy": test, "confusions": [], "measures": {"nDCG@10 text-to-image": test},
         "categories": {
@@ -80,12 +74,10 @@ def test_the_csv_holds_test_results() -> None:
 def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
     results = example_results()
     assert mean_categories(results, "chosen")["weak"] == {"pairs": 4, "t2i_r1": 30, "i2t_r1": 40}
-    lines = results_markdown(results).partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
+    lines = results_markdown(results, "").partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
     assert [line for line in lines if line.startswith("| ")][2:] == [  # categories of few pairs are left out
         "| weak | 4 | 30.0 | 40.0 |", "| known | 3 | 90.0 | 80.0 |",
     ]  # fmt: skip
-    page = report_html(results, str).partition("<h2>Weakest categories of chosen</h2>")[2]
-    assert "<td>weak</td><td>4</td><td>30.0</td><td>40.0</td>" in page
 
 
 def test_the_shots_end_with_all_pairs_and_their_spread() -> None:
@@ -97,47 +89,10 @@ def test_the_shots_end_with_all_pairs_and_their_spread() -> None:
     ]  # fmt: skip
 
 
-def test_the_highest_mean_is_bold() -> None:
-    assert report_html(example_results(), str).count('<td class="best">7') == 7  # all of tempting's, from 71.0 on
-
-
-def test_the_report_without_matplotlib_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_without_matplotlib_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "dcar_core.evaluation.plots", raising=False)
-    monkeypatch.delattr("dcar_core.evaluation.plots", raising=False)
-    page = report_html(example_results(), str)
-    assert "pip install 'dcar[plots]'" in page
-    assert "<svg" not in page
-
-
-@needs("plots")
-def test_curves_have_a_line_for_each_method() -> None:
-    plots = importlib.import_module("dcar_core.evaluation.plots")
-    results, names = example_results(), [f"method {number}" for number in range(12)]
-    results["methods"] = dict.fromkeys(names, results["methods"]["chosen"])
-    results["shots"] = {name: {"1": {"mean": 20.0, "std": 1.5}, "16": {"mean": 30.0, "std": 0.0}} for name in names}
-    drawn = plots.draw_plots(results)
-    assert all(drawn["Few pairs"].count(f">{text}<") == 1 for text in (*names, "16"))
-    assert drawn["Recall"].count("<svg") == 2
-    assert drawn["Significance"] == drawn["Other measures"] == "", "without a baseline, and without epochs"
-
-
-def test_the_report_escapes_names_from_the_data(
-    backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "<b>data"
-    folder.mkdir()
-    for split in ("train", "val", "test"):
-        content = json.loads((tiny_data / f"{split}.json").read_text())
-        for i, entry in enumerate(content.values()):
-            entry["class_name"] = f"<img src=x>{i % 2}"
-            entry["positive"] += " <script>alert(1)</script>"
-        (folder / f"{split}.json").write_text(json.dumps(content))
-    compare(backbone, folder, ["clip"], 1, tmp_path / "out", QUICK, images=tiny_gallery)
-    text = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;img src=x&gt;0" in text
-    for wrong in ("<img src=x", "<script", "<b>data"):
-        assert wrong not in text
+    assert "pip install 'dcar[plots]'" in plot_recall(example_results(), tmp_path / "recall.svg")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_baseline_is_the_best_method_besides_dcar_and_its_parts() -> None:
@@ -177,11 +132,7 @@ def test_analysis_equals_a_hand_calculation(
     assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives
     assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
     assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
-    _, two, three = training.samples[:3]
-    assert found["confusions"] == [
-        {"category": "a", "taken_for": "b", "count": 1, "of": 2,
-         "examples": [{"caption": two.caption, "image": two.image, "found": three.image}]}
-    ]  # fmt: skip
+    assert found["confusions"] == [{"category": "a", "taken_for": "b", "count": 1, "of": 2}]
 
 
 def test_a_caption_at_rank_two_is_no_hit(

@@ -169,7 +169,7 @@ def walked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 reader.read(block)
         finally:
             reader.close()
-    assert (folder / "results" / "report.html").is_file()
+    assert (folder / "results" / "results.md").is_file()
     (folder / "new-photos" / "wren").mkdir(parents=True)
     draw("pink", "cross").save(folder / "new-photos" / "wren" / "101.jpg")
     prices = re.search(
