@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from app.cli.options import Device, Filter, IndexDir, example
+from app.cli.options import Filter, example
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
@@ -143,27 +143,6 @@ def watch_command(index: FilledIndex, keep: KeepWrites = KEEP_WRITES, **options:
     from index_jobs.jobs.watch import watch
 
     watch(index, typer.echo, keep=keep, **options)
-
-
-@commands.command("report", epilog=example("dcar index report --index index --out report.html"))
-def report_command(
-    index: IndexDir,
-    out: Annotated[Path, Option(dir_okay=False, help="Page to write, next to a Parquet file of every item.")],
-    threshold: Annotated[
-        float, Option("--duplicates-from", min=0, max=1, help="Least cosine of near-duplicates.")
-    ] = 0.95,
-    device: Device = "auto",
-) -> None:
-    """Report near-duplicates, captions that do not fit, categories that overlap, and images unlike all others."""
-    from dcar_core.util.files import require_writable
-    from index_jobs.jobs.report import write_report
-
-    require_writable(out.parent)  # before minutes are spent
-    for finding in write_report(index, out, threshold=threshold, device=device):
-        first = f", such as {finding.cases[0][1]}" if finding.total else ""
-        typer.echo(f"{finding.title}: {finding.total:,}{first}")
-    items = out.with_suffix(".parquet")
-    typer.echo(f"{out} shows them; all items: embedding-atlas {items} --text caption --vector vector")
 
 
 @commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))

@@ -15,9 +15,9 @@ figcaption { max-width: 16rem; font-size: 13px; } details { margin: .6rem 0; } s
 """
 
 
-def html_page(title: str, body: str, style: str = "") -> str:
-    """Return the page; body: HTML below the heading. style: CSS after that of all pages."""
+def html_page(title: str, body: str) -> str:
+    """Return the page; body: HTML below the heading."""
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style><body><h1>{escape(title)}</h1>{body}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style><body><h1>{escape(title)}</h1>{body}</body></html>\n"
     )

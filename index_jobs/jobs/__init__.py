@@ -1,5 +1,5 @@
-"""The jobs: build, update (add, remove, relocate), apply (changes over HTTP), watch (a gallery), retrain (on clicks),
-report (on a gallery); the quality gate; their command line.
+"""The jobs: build, update (add, remove, relocate), apply (changes over HTTP), watch (a gallery), retrain (on clicks);
+the quality gate; their command line.
 
 In: a gallery, a checkpoint and options. Out: a published version and a summary.
 `index_jobs.rebuild` and the CLI import it; it imports every other folder of `index_jobs`.
