@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import zlib
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,19 +15,14 @@ from app.api.responses import JsonResponse
 from app.api.routing import Routes, collection_of, state_of
 from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
-from app.core.rate_limit import current_caller
-from app.feedback.compare import Compared, compare
-from app.feedback.log import FeedbackLog
 from app.feedback.store import EventRow
 from app.middleware.access import CALLER, Policy
 from app.search.query import Query, SearchResults
-from app.search.snapshots import Snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.versions import read_manifest, version_numbers
 
 routes = Routes("feedback")
 _LISTED = 20  # ignored events in a response
-_IMAGE_BYTES = 64 * 2**10  # of an image that tell it from others
 _CLIENT = re.compile(CLIENT_NAME)
 _DAY_S = 24 * 3600
 _VERSIONS = 20  # the newest ones, on the insights page
@@ -79,56 +73,17 @@ def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, 
     return found
 
 
-async def search_and_note(
-    request: Request, snapshot: Snapshot, query: Query, image: bytes | None
-) -> tuple[SearchResults, str | None]:
-    """Return the results of a search, perhaps interleaved with those of a candidate, and its query id."""
-    state, compared = state_of(request), None
-    log, wanted, search = state.feedback, state.settings.compare, state.retriever.search
-    if log is None:
-        return await search(snapshot, query, image), None
-    if wanted is None or (candidate := _candidate(request, snapshot, query)) is None:
-        results = await search(snapshot, query, image)
-    else:
-        live, client, name = candidate
-        _, draw = log.draw(client, f"{query.model_dump_json()} {zlib.crc32((image or b'')[:_IMAGE_BYTES])}")
-        results, compared = await compare(
-            lambda version: search(version, query, image), snapshot, live, name, draw, k=query.k,
-            max_window=state.settings.max_window, is_shadow=wanted.is_shadow,
-        )  # fmt: skip
-        log.compared.labels("failed" if compared is None else "shadow" if wanted.is_shadow else "interleaved").inc()
-    return results, noted(log, request, query, results, has_image=image is not None, compared=compared)
-
-
-def _candidate(request: Request, snapshot: Snapshot, query: Query) -> tuple[Snapshot, str, str] | None:
-    """Return the version to compare with, the client, and the version's name, if this search is in the share."""
-    state, wanted = state_of(request), state_of(request).settings.compare
-    if wanted is None or state.feedback is None or collection_of(request) not in (None, state.collections.default):
-        return None
-    if query.k == 1 or query.offset or query.sort or query.group_by or query.fold or query.more_like or query.less_like:
-        return None
-    client = _client_of(request) or current_caller.get()
-    live = state.collections.candidate
-    if live is None or state.feedback.draw(client, "")[0] >= wanted.share:
-        return None
-    if query.group_by is None and any(each.artifact.manifest.spec.group_field for each in (snapshot, live)):
-        return None
-    return live, client, f"{wanted.candidate if wanted.version is None else state.collections.default}@{live.version}"
-
-
-def noted(
-    log: FeedbackLog | None, request: Request, query: Query, results: SearchResults, *, has_image: bool,
-    compared: Compared | None = None,
-) -> str | None:  # fmt: skip
+def noted(request: Request, query: Query, results: SearchResults, *, has_image: bool) -> str | None:
     """Note a search in the log, if there is one, and return its query id.
 
     One result with `explain` or `facets` is asked for about a list that was noted.
     """
+    log = state_of(request).feedback
     if log is None or (query.k == 1 and (query.explain or query.facets)):
         return None
     return log.note(
-        request.scope.get(CALLER, ""), collection_of(request), query, results, has_image=has_image, compared=compared,
-        client=_client_of(request),
+        request.scope.get(CALLER, ""), collection_of(request), query, results,
+        has_image=has_image, client=_client_of(request),
     )  # fmt: skip
 
 

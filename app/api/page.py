@@ -128,7 +128,6 @@ async def catalogue(request: Request) -> Response:
             "hybrid_by_default": has_words and settings.page_hybrid,
             "model_note": snapshot.model_note,
             "languages": snapshot.languages,
-            "is_compared": settings.compare is not None,
             "max_k": min(settings.max_k, settings.max_window),
         }
     )

@@ -13,7 +13,7 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api import feedback, page, schemas
-from app.api.feedback import noted, search_and_note
+from app.api.feedback import noted
 from app.api.image_urls import decode_base64
 from app.api.page import ThumbnailSize, thumbnail_response
 from app.api.requests import (
@@ -84,7 +84,8 @@ async def search_text(request: Request) -> Response:
 
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
-    results, query_id = await search_and_note(request, snapshot, query, image)
+    results = await state_of(request).retriever.search(snapshot, query, image)
+    query_id = noted(request, query, results, has_image=image is not None)
     return await make_response(request, lambda: search_response(request, results, query_id), result_chars([results]))
 
 
@@ -114,9 +115,8 @@ async def search_batch(request: Request) -> Response:
     images = await state_of(request).fetcher.read(request.scope, given)
     searches = [(query, images.get(place)) for place, query in queries.items()]
     results = await state_of(request).retriever.search_batch(snapshot, searches)
-    log = state_of(request).feedback
     named = [
-        (found, noted(log, request, query, found, has_image=image is not None))
+        (found, noted(request, query, found, has_image=image is not None))
         for (query, image), found in zip(searches, results, strict=True)
     ]
 

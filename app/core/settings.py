@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
@@ -25,7 +25,6 @@ from index_jobs.store.location import index_path
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries
 COLLECTION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_COMPARISON = re.compile(rf"(@[1-9]\d{{0,8}}|{COLLECTION_NAME.pattern}):(0?\.\d+|1|1\.0*)(?::(interleave|shadow))?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")
 # Variables with our prefix that are not settings: of other commands, of docker-compose.yml, and of Kubernetes, which
 # describes a service named dcar to every container.
@@ -61,28 +60,6 @@ def _check_origins(value: tuple[str, ...]) -> tuple[str, ...]:
 def _check_rate(value: str) -> str:
     parse_rate(value)
     return value
-
-
-class Comparison(NamedTuple):
-    """What searches are compared with. candidate: a collection, or @ and a version of the default one."""
-
-    candidate: str
-    share: float
-    is_shadow: bool
-
-    @property
-    def version(self) -> int | None:
-        """The version of the default collection; None for another collection."""
-        return int(self.candidate[1:]) if self.candidate.startswith("@") else None
-
-
-def _parse_comparison(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    match = _COMPARISON.fullmatch(value.strip())
-    if match is None or not 0 < float(match[2]) <= 1:
-        raise ValueError("must be a collection, or @ and a version, and a share, as in candidate:0.2 or @3:0.2:shadow")
-    return Comparison(match[1], float(match[2]), match[3] == "shadow")
 
 
 def _check_redis_url(value: SecretStr) -> SecretStr:
@@ -232,10 +209,6 @@ class Settings(BaseSettings):
     feedback_bytes: int = Field(2 * 2**30, ge=2**20)
     """Largest size of the log in bytes, beside 32 MiB of each process; the oldest rows are removed."""
 
-    compare: Annotated[Comparison | None, NoDecode, BeforeValidator(_parse_comparison)] = None
-    """Collection, or version of the default one, to compare with for a share of the clients: candidate:0.2, @3:0.2, or
-    @3:0.2:shadow. Needs DCAR_FEEDBACK."""
-
     page_hybrid: bool = True
     """Start the search page with `Words too` on, which looks up the words of a search as well."""
     thumbnail_cache: Path | None = None
@@ -276,15 +249,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name[:80]!r} is not a collection name; use letters, digits, '.', '_' and '-'")
             if name == default:
                 raise ValueError(f"{name!r} is the name of the default collection, after its directory; choose another")
-        return value
-
-    @field_validator("compare")
-    @classmethod
-    def _require_candidate(cls, value: Comparison | None, info: ValidationInfo) -> Comparison | None:
-        if value and not info.data.get("feedback"):
-            raise ValueError("needs DCAR_FEEDBACK, whose log holds the result")
-        if value and value.version is None and value.candidate not in info.data.get("collections", {}):
-            raise ValueError(f"{value.candidate} is not in DCAR_COLLECTIONS; @3 is a version of the default collection")
         return value
 
     @field_validator("feedback_texts")

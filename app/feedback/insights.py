@@ -14,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.feedback.compare import Tally
-from app.feedback.export import CLICKS, CodedLog, Options, Report, once
+from app.feedback.export import CodedLog, Options, Report, once
 from app.feedback.store import EVENT_SCHEMA, list_days, read_log
 
 _DAYS, _SECONDS = 30, 20.0
@@ -24,8 +23,6 @@ _MAX_TEXTS = 20_000  # of a day, those that were searched most
 _POSITIONS = 24
 _LISTED = 50  # queries
 _FIRST = 10  # results of a query
-_COMPARISONS = 5
-_PAGES = "query_response_hit_ids", "candidate_hit_ids"
 _COUNTS = "searches", "clicked", "nothing"
 
 
@@ -37,7 +34,6 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
     - versions: searches and clicked ones by the number of the index's version.
     - worst: queries with less clicks than the average one, by their searches without a click. unmet: those that
       nothing fits. Both with their first results, as the last search showed them.
-    - comparisons: see `compare.Tally`; the latest one first.
     - every: n, see above. is_partial: the time did not suffice for all days.
 
     Raises:
@@ -65,7 +61,6 @@ class _Totals:
         self.shown, self.clicked = np.zeros(_POSITIONS + 1, np.int64), np.zeros(_POSITIONS + 1, np.int64)
         self.has_hashes = False
         self.texts = list[pa.Table]()
-        self.tallies = dict[tuple[int, str], Tally]()  # by the served version and the candidate
 
     def add(self, day: str, queries: pa.Table, events: pa.Table) -> None:
         """Add the searches of a day."""
@@ -90,30 +85,6 @@ class _Totals:
         for number in np.unique(version).tolist():
             self.versions[number] = self.versions.get(number, 0) + counts[version == number].sum(0)
         self._add_texts(log, counts, hits)
-        self._add_votes(log, queries, attributes, version)
-
-    def _add_votes(self, log: CodedLog, queries: pa.Table, attributes: pa.StructArray, version: np.ndarray) -> None:
-        rows = np.flatnonzero(np.asarray(attributes.field("candidate").is_valid()))[::-1]
-        starts, ends = (np.searchsorted(log.hit_search, rows, side).tolist() for side in ("left", "right"))
-        compared, first = dict[int, tuple[Tally, dict[str, Any], np.ndarray]](), dict[str, tuple[Tally, str]]()
-        pages = {name: queries[name].combine_chunks() for name in ("user_query", *_PAGES)}
-        found = zip(rows.tolist(), attributes.take(pa.array(rows)).to_pylist(), starts, ends, strict=True)
-        for row, facts, start, end in found:
-            tally = self.tallies.setdefault((int(version[row]), facts["candidate"]), Tally())
-            tally.add(facts["shared"], end - start)
-            compared[row] = tally, facts, log.hit_item[start:end]
-            if log.is_usable[row] and pages["candidate_hit_ids"][row].is_valid:
-                query, *both = (pages[name][row].as_py() for name in ("user_query", *_PAGES))
-                tally.add_page(query.lower(), *both)
-        events = log.events
-        for place in np.flatnonzero(np.isin(events["action"], CLICKS) & np.isin(events["search"], rows)):
-            tally, facts, items = compared[int(events["search"][place])]
-            if facts["teams"]:
-                team = facts["teams"][int(np.argmax(items == events["item"][place]))]
-                first.setdefault(facts["draw"], (tally, team))
-        for draw, (tally, team) in reversed(first.items()):
-            tally.votes.pop(draw, None)  # an earlier click counts instead
-            tally.votes[draw] = team
 
     def _add_texts(self, log: CodedLog, counts: np.ndarray, hits: pa.ChunkedArray) -> None:
         rows = np.flatnonzero(log.is_usable & (counts[:, 0] > 0))
@@ -142,10 +113,6 @@ class _Totals:
             "worst": worst,
             "unmet": unmet,
             "has_hashes": self.has_hashes,
-            "comparisons": [
-                {"served": served, "candidate": candidate, **tally.summary()}
-                for (served, candidate), tally in [*self.tallies.items()][:_COMPARISONS]
-            ],
         }
 
     def _queries(self, every: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -21,7 +21,6 @@ import time
 from array import array
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from math import inf
 from pathlib import Path
 from string import ascii_letters, digits
@@ -35,7 +34,6 @@ from app.core.settings import Settings
 from app.core.supervision import stop, supervise
 from app.core.threads import ComputeThreads
 from app.feedback import store
-from app.feedback.compare import Compared
 from app.feedback.store import EventRow, QueryRow
 from app.search.errors import UnavailableError
 from app.search.query import Query, SearchResults
@@ -47,7 +45,6 @@ logger = logging.getLogger(__name__)
 _FLUSH_S = 1.0
 _ROLL_S = 60.0
 _FRESH_S = 60.0  # of a summary
-_MEASURE_S = 600.0  # between two summaries for the metrics of a comparison
 _STORE_S = 10.0  # longest wait for the disk
 _MAX_AGE_S = 24 * 3600  # of a search, for events
 _RECENT_BYTES = 8 * 2**20  # of searches, some 25,000, after which earlier ones are no longer kept with their results
@@ -98,11 +95,6 @@ class FeedbackLog:
 
         self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", "kind")
         self._lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", "kind")
-        self.compared = counter("dcar_compared_total", "Searches that were compared with a candidate.", "outcome")
-        if settings.compare is not None:
-            votes, bounds = (partial(self._comparison, each) for each in (("wins", "losses", "ties"), ("low", "high")))
-            metrics.add_gauge("dcar_compare_votes", "Votes of the comparison.", "outcome", votes)
-            metrics.add_gauge("dcar_compare_win_share", "Interval of the share of votes won.", "bound", bounds)
         self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", "reason")
 
     def start(self) -> None:
@@ -121,20 +113,19 @@ class FeedbackLog:
 
     def note(
         self, caller: str, collection: str | None, query: Query, results: SearchResults, *, has_image: bool,
-        compared: Compared | None = None, client: str = "",
+        client: str = "",
     ) -> str:  # fmt: skip
         """Note a search, and return its query id.
 
         Args:
             caller: the name of the API key; "" without keys.
             collection: None for the default one.
-            compared: how the results were made, if they were compared with those of a candidate.
             client: who searched, if the request names it.
         """
         batch = self._current.get(caller)
         if batch is None or len(batch.rows) == len(_PLACES):
             batch = self._begin_batch(caller)
-        page = results.memo.get("noted") if compared is None else None
+        page = results.memo.get("noted")
         if page is None:
             text, is_hashed = query.query, not self._settings.feedback_texts
             is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
@@ -142,13 +133,11 @@ class FeedbackLog:
                 text = hashlib.blake2b(text.encode(), key=self._secret, digest_size=16).hexdigest()
             hits, kind = [match.item.id for match in results.matches], "text" if is_text else "other"
             facts = kind, results.offset, results.version, is_hashed, results.nothing_fits
-            page = to_json((collection or self._default_collection, text, hits, *facts, *(compared or ())))[1:]
+            page = to_json((collection or self._default_collection, text, hits, *facts))[1:]
             self._recent_bytes += len(page)
-            if compared is None:
-                results.memo["noted"] = page
+            results.memo["noted"] = page
         if client:
-            empty = b"" if compared else b",null" * len(Compared._fields)
-            page = b"%b%b,%b]" % (page[:-1], empty, to_json(client))
+            page = b"%b,%b]" % (page[:-1], to_json(client))
             self._recent_bytes += len(page)
         batch.times.append(time.time())
         batch.rows.append(page)
@@ -169,11 +158,6 @@ class FeedbackLog:
         self._unwritten.append(batch)
         self._recent_bytes += _BATCH_BYTES
         return batch
-
-    def draw(self, client: str, query: str) -> tuple[float, str]:
-        """Return a number from 0 to 1 that a client keeps, and the name of its draw for a query."""
-        of_client, of_query = (store.hash_name(self._secret, text) for text in (client, f"{client}\n{query}"))
-        return int(of_client, 16) / 2**64, f"{of_client}.{of_query}"
 
     def _mac(self, batch: str, caller: str) -> str:
         mac = hashlib.shake_256(self._secret + f"{batch}{caller}".encode()).digest(len(_PLACES) * _MAC * 3 // 4)
@@ -297,26 +281,19 @@ class FeedbackLog:
             await asyncio.sleep(_ROLL_S)
             try:
                 await self._rolling.run(self._maintain)
-                if self._settings.compare is not None:
-                    await self.insights(self._default_collection, _MEASURE_S)
             except (OSError, DcarError) as error:
                 logger.warning("the feedback log cannot be rolled or pruned: %s", error)
 
-    async def insights(self, collection: str, fresh_s: float = _FRESH_S) -> dict[str, Any]:
-        """Return `insights.summarize` of a collection, at most `fresh_s` old."""
+    async def insights(self, collection: str) -> dict[str, Any]:
+        """Return `insights.summarize` of a collection, at most a minute old."""
         from app.feedback.insights import summarize
 
         async with self._summary_lock:
             made, summary = self._summaries.get(collection, (-inf, {}))
-            if time.monotonic() - made >= fresh_s:
+            if time.monotonic() - made >= _FRESH_S:
                 summary = await self._rolling.run(in_own_process, summarize, self._folder, collection)
                 self._summaries[collection] = time.monotonic(), summary
         return summary
-
-    def _comparison(self, names: Sequence[str]) -> list[tuple[str, float]]:
-        """Return values of the latest comparison in the last summary."""
-        _, summary = self._summaries.get(self._default_collection, (0.0, dict[str, Any]()))
-        return [(name, float(found[name])) for found in summary.get("comparisons", ())[:1] for name in names]
 
     def _maintain(self) -> None:
         if store.is_due(self._folder):

@@ -14,7 +14,6 @@ FOLDER/ubi_events/<day>.<hex>.parquet
 - A torn last line of a killed process is skipped.
 """
 
-import hashlib
 import os
 import secrets
 import time
@@ -58,13 +57,8 @@ QUERY_SCHEMA = pa.schema(
                 "index_version": pa.int32(),
                 "is_hashed": pa.bool_(),
                 "nothing_fits": pa.bool_(),
-                "candidate": pa.string(),
-                "draw": pa.string(),
-                "teams": pa.string(),
-                "shared": pa.int32(),
             }
         ),
-        "candidate_hit_ids": pa.list_(pa.string()),
         "client_id": pa.string(),
     }
 )
@@ -102,11 +96,6 @@ class QueryRow(NamedTuple):
     version: int
     is_hashed: bool
     nothing_fits: bool = False
-    candidate: str | None = None  # this and the following: see `compare.Compared`
-    draw: str | None = None
-    teams: str | None = None
-    shared: int | None = None
-    candidate_hits: Sequence[str] | None = None
     client: str | None = None
 
 
@@ -121,11 +110,6 @@ class EventRow(NamedTuple):
     item: str
     position: int | None
     rating: int | None
-
-
-def hash_name(secret: bytes, text: str) -> str:
-    """Return the hash of a name in the draws of comparisons."""
-    return hashlib.blake2b(text.encode(), key=secret, digest_size=8).hexdigest()
 
 
 def in_ubi(rows: Sequence[QueryRow] | Sequence[EventRow], schema: pa.Schema) -> pa.Table:
@@ -330,28 +314,19 @@ def _read_journal(path: Path) -> tuple[pa.Table, pa.Table]:
 
 
 def forget(folder: Path, client: str) -> tuple[int, int]:
-    """Remove the events of a client, and the searches that it made or alone acted on; return their numbers.
-
-    A search names its client, or its draw does.
-    """
-    draw = f"{hash_name(prepare(folder), client)}."
+    """Remove the events of a client, and the searches that it made or alone acted on; return their numbers."""
+    theirs, others, removed, searches = set[str](), set[str](), 0, 0
     with _alone(folder):
         _roll(folder, everything=True)
-        return _forget(folder, client, draw)
-
-
-def _forget(folder: Path, client: str, draw: str) -> tuple[int, int]:
-    theirs, others, removed = set[str](), set[str](), 0
-    for path, table in [*_parquet(folder / EVENTS, EVENT_SCHEMA)]:
-        is_theirs = pc.equal(table["client_id"], client)
-        theirs |= set(table.filter(is_theirs)["query_id"].to_pylist())
-        others |= set(table.filter(pc.invert(is_theirs))["query_id"].to_pylist())
-        removed += _keep(path, table, pc.invert(is_theirs))
-    gone, searches = pa.array(theirs - others, pa.string()), 0
-    for path, table in [*_parquet(folder / QUERIES, QUERY_SCHEMA)]:
-        is_drawn = pc.starts_with(pc.struct_field(table["query_attributes"], "draw"), draw).fill_null(False)
-        is_theirs = pc.or_(is_drawn, pc.equal(table["client_id"], client).fill_null(False))
-        searches += _keep(path, table, pc.invert(pc.or_(is_theirs, pc.is_in(table["query_id"], gone))))
+        for path, table in [*_parquet(folder / EVENTS, EVENT_SCHEMA)]:
+            is_theirs = pc.equal(table["client_id"], client)
+            theirs |= set(table.filter(is_theirs)["query_id"].to_pylist())
+            others |= set(table.filter(pc.invert(is_theirs))["query_id"].to_pylist())
+            removed += _keep(path, table, pc.invert(is_theirs))
+        gone = pa.array(theirs - others, pa.string())
+        for path, table in [*_parquet(folder / QUERIES, QUERY_SCHEMA)]:
+            is_theirs = pc.equal(table["client_id"], client).fill_null(False)
+            searches += _keep(path, table, pc.invert(pc.or_(is_theirs, pc.is_in(table["query_id"], gone))))
     return removed, searches
 
 

@@ -44,7 +44,7 @@ _LOADING, _OPENING = "The model is being loaded.", "The collection is being open
 
 
 class ServedIndex:
-    """One published index and its live snapshot: of a version, or of the one that is published.
+    """One published index and its live snapshot.
 
     Attributes:
         live: the snapshot in use; None while the first one is loaded.
@@ -56,9 +56,7 @@ class ServedIndex:
         is_created: True for a collection that was created over HTTP; without items it is version 0.
     """
 
-    def __init__(
-        self, index: Path, collections: "Collections", *, is_created: bool = False, version: int | None = None
-    ) -> None:
+    def __init__(self, index: Path, collections: "Collections", *, is_created: bool = False) -> None:
         self.index = index
         self.is_created = is_created
         self.live: Snapshot | None = None
@@ -68,7 +66,6 @@ class ServedIndex:
         self.waiting_jobs = 0
         self.was_tried = asyncio.Event()
         self._collections = collections
-        self._version = version
         self._repaired: int | None = None  # a version whose damaged files were brought anew
         self._failed_version: int | None = None
         self._retry_at = 0.0
@@ -127,7 +124,7 @@ class ServedIndex:
             version, snapshot, started = None, None, time.perf_counter()
             try:
                 is_empty = self.is_created and await disk.run(current_version, self.index) is None
-                version = 0 if is_empty else self._version or await disk.run(require_index, self.index)
+                version = 0 if is_empty else await disk.run(require_index, self.index)
                 is_new = self.live is None or not await disk.run(is_published, self.live, self.index, version)
                 if is_new or is_repaired:
                     snapshot = await self._open(version, is_empty)
@@ -158,7 +155,7 @@ class ServedIndex:
         if store is None:
             return None
         try:
-            await run_in_new_thread(store.pull, self._version)
+            await run_in_new_thread(store.pull)
             if self.live is not None and self.damage is not None:
                 await self._repair(self.live.version)
         except OSError as error:
@@ -170,7 +167,7 @@ class ServedIndex:
     async def _open(self, version: int | None, is_empty: bool) -> Snapshot:
         """Load a version, whose damaged files are brought anew if it cannot be loaded."""
         collections = self._collections
-        arguments = self.index, collections.settings, collections.loaded, is_empty, self._version
+        arguments = self.index, collections.settings, collections.loaded, is_empty
         try:
             return await run_in_new_thread(load_snapshot, *arguments)
         except BaseException as error:
@@ -267,10 +264,6 @@ class Collections:
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
-        compared = settings.compare
-        self._pinned: ServedIndex | None = None  # a version that searches are compared with
-        if compared is not None and compared.version is not None:
-            self._pinned = ServedIndex(settings.index, self, version=compared.version)
         self._sync_lock = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self._opener: asyncio.Task[None] | None = None
@@ -281,15 +274,7 @@ class Collections:
     @property
     def loaded(self) -> list[Snapshot]:
         """The live snapshots of all collections."""
-        pinned = [self._pinned] if self._pinned else []
-        return [index.live for index in (*self._indexes.values(), *pinned) if index.live is not None]
-
-    @property
-    def candidate(self) -> Snapshot | None:
-        """The version that DCAR_COMPARE names; None if it is not loaded."""
-        compared = self.settings.compare
-        served = self._pinned or (self._indexes.get(compared.candidate) if compared else None)
-        return served.live if served else None
+        return [index.live for index in self._indexes.values() if index.live is not None]
 
     def __iter__(self) -> Iterator[tuple[str, ServedIndex]]:
         return iter([*self._indexes.items()])
@@ -358,8 +343,6 @@ class Collections:
         for _, index in self:
             if not index.is_created:
                 index.start()
-        if self._pinned is not None:
-            self._pinned.start()
         if self.settings.collections_dir is not None:
             opener = supervise("collections opener", self._open_created, self.metrics)
             self._opener = asyncio.create_task(opener, name="dcar-opener")
@@ -374,8 +357,6 @@ class Collections:
     async def close(self) -> None:
         await stop(self._watcher)
         await stop(self._opener)
-        if self._pinned is not None:
-            await self._pinned.close()
         await asyncio.gather(*(index.close() for _, index in self))
         self.disk.shutdown(wait=False, cancel_futures=True)
         self.checker.shutdown(wait=False, cancel_futures=True)

@@ -46,7 +46,7 @@ export function report({ query_id, id, position }, action_name, more = {}) {
 }
 
 // Returns the name of this browser, which is made at its first use.
-export function clientId() {
+function clientId() {
   if (client) return client;
   const made = Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
   try {

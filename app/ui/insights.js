@@ -128,34 +128,12 @@ function drawVersions(versions) {
   $("versions").replaceChildren(...table("Versions of the index", heads, rows));
 }
 
-function drawDifferences(served, candidate, queries) {
-  const nodes = queries.map((each) => make("li", {}, make("strong", { textContent: each.query, dir: "auto" }),
-    make("p", { textContent: `Version ${served}` }), drawPictures(each.served), make("p", { textContent: candidate }), drawPictures(each.candidate)));
-  return make("details", {}, make("summary", { textContent: "Queries that differ most" }), make("ol", { className: "queries" }, ...nodes));
-}
-
-function drawComparison({ served, candidate, differing, searches, overlap, wins, losses, ties, low, high, winner }) {
-  const verdict = { candidate: `${candidate} is better.`, served: `Version ${served} is better.` }[winner] ?? "No winner yet.";
-  const facts = `${ofSearches(searches)} with ${percent(overlap)} of the results in common; ${number(wins)} won, ${number(losses)} lost, ${number(ties)} tied`;
-  const line = make("i");
-  line.style.setProperty("--low", low);
-  line.style.setProperty("--high", high);
-  const bounds = `${percent(low)} to ${percent(high)}`;
-  const range = make("div", { className: `interval ${winner}`, role: "img", ariaLabel: `The candidate wins ${bounds} of the votes` }, line);
-  const scale = make("div", { className: "scale", ariaHidden: "true" }, ...["0%", bounds, "100%"].map((textContent) => make("span", { textContent })));
-  return make("div", { className: "comparison" }, make("p", {}, make("strong", { textContent: `${candidate} against version ${served}: ${verdict}` }), make("br"), facts), range, scale,
-    ...(differing.length ? [drawDifferences(served, candidate, differing)] : []));
-}
-
 function draw(found) {
   const { days, positions, versions, worst, unmet, every, is_partial, has_hashes } = found;
   const sums = ["searches", "clicked", "nothing"].map((name) => days.reduce((sum, day) => sum + day[name], 0));
   const [searches, clicked, nothing] = sums;
   const totals = [["Searches", number(searches)], ["With a click", percent(share(clicked, searches))], ["Nothing fits", percent(share(nothing, searches))]];
   $("totals").replaceChildren(...totals.map(([name, value]) => make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
-  $("comparison").hidden = !found.comparisons.length;
-  clearImages($("comparisons"));
-  $("comparisons").append(...found.comparisons.map(drawComparison));
   drawDays(days);
   drawPositions(positions);
   drawQueries($("worst"), worst);

@@ -2,7 +2,6 @@
 
 import { hasFilter, hasSubject } from "./address.js";
 import { parseCrop } from "./crop.js";
-import { clientId } from "./feedback.js";
 import { images, shrink } from "./upload.js";
 
 const KEY = "dcar.key";
@@ -67,7 +66,7 @@ export async function browse(base, { k = BROWSED, filter = {}, ...options }, sig
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue
 
-// Returns {fields, group_field, has_words, has_cutoff, hybrid_by_default, model_note, languages, is_compared, max_k}: see `app/api/page.py`.
+// Returns {fields, group_field, has_words, has_cutoff, hybrid_by_default, model_note, languages, max_k}: see `app/api/page.py`.
 export function loadCatalogue(base) {
   if (!catalogues.has(base)) {
     const loading = requestJson(`${base}ui/catalogue`);
@@ -187,24 +186,23 @@ export async function loadExplanation(state, base, id, signal) {
   return found.results[0]?.explanation;
 }
 
-async function send(state, base, options, signal) {
-  const headers = (await loadCatalogue(base)).is_compared ? { "X-Client-ID": clientId() } : {};
-  if (state.picture) return searchByImage(state, options, base, headers, signal);
-  return postJson(`${base}search/text`, state.q ? { ...options, query: state.q } : options, signal, headers);
+function send(state, base, options, signal) {
+  if (state.picture) return searchByImage(state, options, base, signal);
+  return postJson(`${base}search/text`, state.q ? { ...options, query: state.q } : options, signal);
 }
 
-function postJson(path, body, signal, more = {}) {
-  const headers = { "Content-Type": "application/json", ...more };
+function postJson(path, body, signal) {
+  const headers = { "Content-Type": "application/json" };
   return requestJson(path, { method: "POST", headers, body: JSON.stringify(body), signal });
 }
 
-async function searchByImage(state, options, base, headers, signal) {
+async function searchByImage(state, options, base, signal) {
   const body = new FormData(), { file } = images.get(state.picture);
   await file.slice(0, 1).arrayBuffer().catch(() => { throw new ServiceError("This file cannot be read.", 422); }); // a folder, or deleted
   body.append("file", await shrink(file, options.crop), file.name);
   if (state.q) body.append("query", state.q);
   for (const [name, value] of Object.entries(options)) body.append(name, name === "without" || name === "sort" ? value : JSON.stringify(value));
-  return requestJson(`${base}search/image`, { method: "POST", headers, body, signal });
+  return requestJson(`${base}search/image`, { method: "POST", body, signal });
 }
 
 export const imagePath = (base, id) => `${base}items/${encodeURIComponent(id)}/image`;

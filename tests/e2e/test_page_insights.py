@@ -30,9 +30,7 @@ def write_log(folder: Path, name: str, ids: list[str], days: int = 12) -> Path:
         for number in range(int(rng.integers(20, 60))):
             text = ["a red circle", 'a "blue", round square', "green", "a zebra"][number % 4]
             hits, query_id = rng.permutation(ids)[:10].tolist(), f"{day}-{number}"
-            row = QueryRow(query_id, moment, name, text, hits, "text", 0, 1, False, text == "a zebra")
-            compared = "new@2", f"{number}.{query_id}", "-" + "CS" * 4 + "C", 7, hits[: 2 + number % 4]
-            queries.append(QueryRow(*row[:10], *compared))
+            queries.append(QueryRow(query_id, moment, name, text, hits, "text", 0, 1, False, text == "a zebra"))
             places = np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist() if number % 2 == 0 else []
             events += [EventRow(query_id, moment, "", "c", "click", hits[p], p + 1, None) for p in places]
         for kind, rows, schema in (
@@ -56,10 +54,6 @@ def test_bad_queries_become_a_list_to_judge_in_two_clicks(both: Page, indexes: d
         until(lambda: page.all("#worst input"))
         assert len(page.all("#days .column")) == 12
         assert len(page.all("#positions .column")) == 10
-        assert "new@2 against version 1: " in page.one("#comparisons").text
-        page.one("#comparisons summary").click()
-        assert len(page.all("#comparisons li")) == 4
-        assert page.all("#comparisons li p")[1].text == "new@2"
         pictures = "return [...document.querySelectorAll('.pictures img')].every(i => i.complete && i.naturalWidth > 0)"
         page.driver.execute_script("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
         until(lambda: page.driver.execute_script(pictures))
