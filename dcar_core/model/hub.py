@@ -1,14 +1,9 @@
 """Files of models from the Hugging Face hub, through its own client and cache.
 
 - What is cached is used without asking the hub, so a service starts without it.
-- Weights that were broken off resume where they ended, also in another process; the hub's client begins anew.
 - Every failure is one `ModelError` that says what to do.
 """
 
-import errno
-import hashlib
-import re
-import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -16,14 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
-from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import HubUnavailableError, ModelError
 from dcar_core.util.files import DISK_ERRORS
 
-_TIMEOUT_S = 5.0
-_CONTENT_HASH = re.compile(r"[0-9a-f]{40,64}")  # an ETag that names the content
+TIMEOUT_S = 5.0
 
 
 def fetch(repository: str, *names: str) -> Path | None:
@@ -33,8 +24,8 @@ def fetch(repository: str, *names: str) -> Path | None:
         HubUnavailableError: it is not cached, and the hub cannot be reached.
         ModelError: the hub refuses, the connection breaks, or the disk is full.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = [try_to_load_from_cache(repository, name) for name in names]
     for place in cached:
@@ -49,58 +40,34 @@ def fetch(repository: str, *names: str) -> Path | None:
         )
     for name in names:
         try:
-            return _download(repository, name)
+            return Path(hf_hub_download(repository, name))
+        except LocalEntryNotFoundError as error:  # the hub could not be asked
+            reason = _reason(repository, error.__cause__ or error)
         except EntryNotFoundError:
             continue
-        except GatedRepoError:
-            page = f"{constants.ENDPOINT}/{repository}"
-            reason = f"is for accounts that accepted its terms: accept them at {page}, and set HF_TOKEN to your token"
-        except RepositoryNotFoundError:
-            reason = "is not on the hub, or is private: correct the name, or set HF_TOKEN to a token that may read it"
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            is_refused = status in (401, 403)
-            remedy = "set HF_TOKEN to a token that may read it" if is_refused else "try again later"
-            reason = f"cannot be read, the hub responds with {status}: {remedy}"
         except Exception as error:  # of the HTTP library in use
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                reason = f"does not fit in {constants.HF_HUB_CACHE}: free space, or set HF_HOME to another disk"
-            else:
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                reason = f"could not be downloaded ({first}): run the same command again, it resumes"
+            reason = _reason(repository, error)
         raise ModelError(f"{name} of {repository} {reason}") from None
     return None
 
 
-def _download(repository: str, name: str) -> Path:
-    """Download a file into the hub's cache, with a bar on stderr."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.file_download import http_get, repo_folder_name
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+def _reason(repository: str, error: BaseException) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    url = hf_hub_url(repository, name)
-    try:
-        entry = get_hf_file_metadata(url)
-    except EntryNotFoundError:
-        return Path(hf_hub_download(repository, name))  # raises it as well, and remembers it in the cache
-    if entry.size and _CONTENT_HASH.fullmatch(digest := entry.etag or ""):
-        blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"), "blobs")
-        blobs.mkdir(parents=True, exist_ok=True)
-        part = blobs / f"{digest}.part"
-        with FileLock(f"{part}.lock"), part.open("ab") as file:
-            done = file.tell()
-            if shutil.disk_usage(blobs).free < entry.size - done:
-                raise OSError(errno.ENOSPC, "")
-            with progress_bar(entry.size, name, "B", unit_scale=True, initial=done) as bar:
-                http_get(
-                    url, file, resume_size=done, headers=build_hf_headers(), expected_size=entry.size, _tqdm_bar=bar
-                )
-        if done and len(digest) == 64 and hashlib.sha256(part.read_bytes()).hexdigest() != digest:
-            part.unlink()
-            raise OSError("the resumed file was damaged")
-        part.replace(blobs / digest)  # where the hub's client finds it
-    return Path(hf_hub_download(repository, name))
+    if isinstance(error, GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        return f"is for accounts that accepted its terms: accept them at {page}, and set HF_TOKEN to your token"
+    if isinstance(error, RepositoryNotFoundError):
+        return "is not on the hub, or is private: correct the name, or set HF_TOKEN to a token that may read it"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        remedy = "set HF_TOKEN to a token that may read it" if status in (401, 403) else "try again later"
+        return f"cannot be read, the hub responds with {status}: {remedy}"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"does not fit in {constants.HF_HUB_CACHE}: free space, or set HF_HOME to another disk"
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"could not be downloaded ({first}): run the same command again"
 
 
 @contextmanager
@@ -124,7 +91,7 @@ def hub_is_reachable() -> bool:
     def ask() -> None:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         try:
-            urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
+            urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
         except urllib.error.HTTPError as error:
             error.close()
         except (OSError, ValueError):
@@ -135,5 +102,5 @@ def hub_is_reachable() -> bool:
         return False
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(_TIMEOUT_S)
+    asking.join(TIMEOUT_S)
     return found.is_set()

@@ -54,14 +54,10 @@ def refusal(*names: str) -> str:
     return message
 
 
-def test_a_file_is_downloaded_once_with_a_bar_and_found_without_the_hub(
-    server: HubServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_is_downloaded_once_and_found_without_the_hub(server: HubServer) -> None:
     found = fetch("org/tiny", WEIGHTS_FILE)
     assert found is not None
     assert found.read_bytes() == CONTENT
-    assert re.search(rf"{WEIGHTS_FILE}: 100%.*102k/102k .*B/s", capsys.readouterr().err), "name, size and rate"
-    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.part"))
     server.asked.clear()
     assert fetch("org/tiny", WEIGHTS_FILE) == found
     assert not server.asked
@@ -71,28 +67,12 @@ def test_a_file_is_downloaded_once_with_a_bar_and_found_without_the_hub(
     assert len(server.asked) == asked
 
 
-def test_a_broken_connection_resumes_by_itself(server: HubServer) -> None:
-    server.cut = [25_000, 35_000]
-    found = fetch("org/tiny", WEIGHTS_FILE)
-    assert found is not None
-    assert found.read_bytes() == CONTENT
-    assert server.ranges(WEIGHTS_FILE) == [None, "bytes=20000-", "bytes=50000-"]
-
-
-@pytest.mark.parametrize("is_damaged", [False, True])
-def test_a_download_that_ended_resumes_with_the_next_command(server: HubServer, is_damaged: bool) -> None:
+def test_a_broken_connection_says_what_to_do(server: HubServer) -> None:
     server.cut = [25_000, *[0] * 5]
-    assert "could not be downloaded" in refusal()
-    (part,) = Path(constants.HF_HUB_CACHE).rglob("*.part")
-    assert part.stat().st_size == 2 * CHUNK
-    server.asked.clear()
-    if is_damaged:
-        part.write_bytes(bytes(2 * CHUNK))
-        assert "the resumed file was damaged" in refusal()
+    assert refusal().endswith(": run the same command again")
     found = fetch("org/tiny", WEIGHTS_FILE)
     assert found is not None
     assert found.read_bytes() == CONTENT
-    assert server.ranges(WEIGHTS_FILE) == ["bytes=20000-", None][: 1 + is_damaged]
 
 
 def test_a_private_repository_asks_for_a_token_and_takes_it(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,23 +94,16 @@ def test_what_the_hub_does_not_have_is_named(server: HubServer, monkeypatch: pyt
         load_backbone(BackboneSource("hf-hub:org/none"))
 
 
-def test_a_full_disk_is_named_before_the_download(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=len(CONTENT) - 1))
-    assert f"does not fit in {constants.HF_HUB_CACHE}: free space, or set HF_HOME" in refusal()
-    assert not server.ranges(WEIGHTS_FILE)
-
-
-def test_a_command_downloads_a_model_shows_it_and_starts_offline_with_it(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_command_downloads_a_model_and_starts_offline_with_it(tiny_model: Path, tmp_path: Path) -> None:
     files = {f"org/tiny/{file.name}": file.read_bytes() for file in tiny_model.iterdir()}
-    with hub_serving(files, drip=0.01) as server:
+    with hub_serving(files) as server:
         environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         command = ["-c", MAIN, "zero-shot", "--model", "hf-hub:org/tiny", "--out"]
         full = run(*command, tmp_path / "full", environment=environment, file_size=1_000_000)
-        assert (full.returncode, full.stderr.count("\nerror: ")) == (4, 1)
+        assert (full.returncode, full.stderr.count("error: ")) == (4, 1)
         assert "does not fit in" in full.stderr
         done = run(*command, tmp_path / "first", environment=environment)
         assert done.returncode == 0, done.stderr
-        assert re.search(rf"{WEIGHTS_FILE}: 100%.*M/13.5M .*B/s", done.stderr)
     offline = run(*command, tmp_path / "second", environment=environment)
     assert offline.stdout.replace("second", "first") == done.stdout
     elsewhere = environment | {"HF_HOME": str(tmp_path / "empty")}
@@ -167,7 +140,7 @@ def test_the_hub_is_reachable_if_it_responds_at_all(server: HubServer, monkeypat
 
 
 def test_a_hub_that_never_responds_is_known_in_time(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub._TIMEOUT_S <= 5
-    monkeypatch.setattr(hub, "_TIMEOUT_S", 0.2)
+    assert hub.TIMEOUT_S <= 5
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
     server.stalls = True
     assert not hub_is_reachable()

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from tests.support.processes import answering
 
@@ -24,8 +23,7 @@ class HubServer:
         refused_as: the hub's name for the refusal of a caller without a token.
         stalls: accept requests and never answer.
         cut: bytes of the body after which a download breaks off, once for each entry.
-        drip: seconds between the parts of a body.
-        asked: method, path and `Range` of each request.
+        asked: path of each request.
     """
 
     files: Mapping[str, bytes]
@@ -33,19 +31,14 @@ class HubServer:
     refused_as: str = "GatedRepo"
     stalls: bool = False
     cut: list[int] = field(default_factory=list)
-    drip: float = 0.0
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     url: str = ""
-
-    def ranges(self, file: str) -> list[str | None]:
-        """Return the `Range` of each download of a file."""
-        return [span for method, path, span in self.asked if method == "GET" and path.endswith(f"/{file}")]
 
 
 @contextmanager
-def hub_serving(files: Mapping[str, bytes], **faults: Any) -> Iterator[HubServer]:
+def hub_serving(files: Mapping[str, bytes]) -> Iterator[HubServer]:
     """Serve files on loopback; `HF_ENDPOINT` is the server's `url`."""
-    hub = HubServer(files, **faults)
+    hub = HubServer(files)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -60,7 +53,7 @@ def hub_serving(files: Mapping[str, bytes], **faults: Any) -> Iterator[HubServer
             pass
 
         def _answer(self) -> None:
-            hub.asked.append((self.command, self.path, self.headers.get("Range")))
+            hub.asked.append(self.path)
             if hub.stalls:
                 time.sleep(1)
                 return None
@@ -91,11 +84,8 @@ def hub_serving(files: Mapping[str, bytes], **faults: Any) -> Iterator[HubServer
             if self.command == "HEAD":
                 return
             end = hub.cut.pop(0) if hub.cut and len(body) > hub.cut[0] else len(body)
-            step = max(len(body) // 20, 1) if hub.drip else len(body) + 1
             with suppress(ConnectionError):  # a client that gave up
-                for place in range(0, end, step):
-                    self.wfile.write(body[place : min(place + step, end)])
-                    time.sleep(hub.drip)
+                self.wfile.write(body[:end])
             self.close_connection = end < len(body)
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
