@@ -68,11 +68,8 @@ def forget_command(
 def judge_command(
     context: typer.Context,
     judgements: Annotated[
-        list[Path] | None,
-        Argument(
-            help="Tables of query, item_id, grade (0 to 3 or empty), or TREC qrels. If none, --page asks for --queries."
-        ),
-    ] = None,
+        list[Path], Argument(help="Tables of query, item_id, grade (0 to 3 or empty), or TREC qrels.")
+    ],
     *,
     index: IndexDir,
     version: Annotated[int | None, Option(min=1, help="Version of the index. Default: the current one.")] = None,
@@ -81,7 +78,6 @@ def judge_command(
     hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
     run: Annotated[Path | None, Option(help="Write the results: as a TREC run, or all with grades as .csv.")] = None,
     qrels: Annotated[Path | None, Option(help="Write the judgements as TREC qrels.")] = None,
-    page: Annotated[Path | None, Option(help="Write an HTML page that asks for missing grades.")] = None,
     device: Device = "auto",
 ) -> None:
     """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
@@ -89,17 +85,12 @@ def judge_command(
     Brackets hold 95 % intervals over the queries, paired in a comparison. Results without a judgement count as 0.
     """
     from app.feedback import judge
-    from app.feedback.judge_page import judge_page
     from dcar_core.data.judgements import read_judgements
     from dcar_core.util.files import require_writable, write_bytes
 
-    for path in filter(None, (run, qrels, page)):
+    for path in filter(None, (run, qrels)):
         require_writable(path.parent)
-    if not judgements and not (queries and page):
-        raise typer.BadParameter("give JUDGEMENTS, or --queries and --page to make some")
-    judged = read_judgements(judgements or [], queries)
-    if not page and not any(judged.grades.values()):
-        raise typer.BadParameter("no row has a grade; add --page judge.html, a page that asks for them")
+    judged = read_judgements(judgements, queries)
     opened = [_open_version(index, version, device)]
     if against is not None:
         number = int(against) if against.isdecimal() else None
@@ -108,14 +99,10 @@ def judge_command(
         )
     runs = [judge.Run.of(each, name, judged, hybrid=hybrid) for each, name in opened]
     texts = {run: judge.write_run(runs, as_csv=run is not None and run.suffix == ".csv"), qrels: judged.to_qrels()}
-    if page is not None:
-        texts[page], pairs = judge_page(runs)
-        typer.echo(f"{page}: {pairs:,} results to judge")
     for target, text in texts.items():
         if target is not None:
             write_bytes(target, text.encode())
-    if any(judged.grades.values()):
-        typer.echo(judge.describe(runs))
+    typer.echo(judge.describe(runs))
 
 
 def _open_version(path: Path, version: int | None, device: str) -> tuple["Index", str]:

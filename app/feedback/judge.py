@@ -2,11 +2,9 @@
 
 - A version is searched as the service searches it, and the first ten results of each query count.
 - A result without a judgement counts as 0, the standard of the field. Such results are counted, and can be listed.
-  Queries without any are left out.
 - The order of results decides, not their scores, so ties are as the service shows them.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,9 +41,9 @@ class Run:
         for query_id, text in judged.texts.items():
             if not normalize(text):
                 raise DataError(f"the query {query_id!r} has no words that can be searched; correct or remove it")
-        items = {item for graded in judged.grades.values() for item in graded} | {item for _, item in judged.blank}
+        items = {item for graded in judged.grades.values() for item in graded}
         missing = sorted(item for item in items if index.snapshot.artifact.row_of(item) is None)
-        if items and len(missing) == len(items):
+        if len(missing) == len(items):
             raise DataError(
                 f"no item of the list is in {name}: {shorten(missing)}; item_id is the id of a search result"
             )
@@ -63,23 +61,14 @@ class Run:
         return graded_measures(grades, [np.array([*graded.values()]) for graded in self.judged.grades.values()])
 
     @cached_property
-    def unjudged(self) -> dict[Pair, float]:
-        """The discount in nDCG of each result without a judgement."""
-        return {
-            (query_id, item): 1 / math.log2(2 + place)
+    def unjudged(self) -> list[Pair]:
+        """The results without a judgement."""
+        return [
+            (query_id, item)
             for query_id, items in self.found.items()
-            for place, item in enumerate(items)
+            for item in items
             if item not in self.judged.grades[query_id]
-        }
-
-
-def order_unjudged(runs: Sequence[Run]) -> list[Pair]:
-    """Return the pairs without a judgement, those first whose grade moves the difference of two nDCGs most.
-
-    That is the difference of their discounts. Of one run, they are in the order of ranks.
-    """
-    first, second = runs[0].unjudged, runs[1].unjudged if len(runs) > 1 else {}
-    return sorted(first | second, key=lambda pair: -abs(first.get(pair, 0) - second.get(pair, 0)))
+        ]
 
 
 def describe(runs: Sequence[Run]) -> str:
@@ -89,8 +78,7 @@ def describe(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         names, values = [*names, "difference"], [*values, values[0] - values[1]]
     labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
-    graded = np.array([bool(judged.grades[query_id]) for query_id in judged.texts])
-    groups = {"all": graded} | {label: graded & (labels == label) for label in sorted({*labels[graded]} - {""})}
+    groups = {"all": np.ones(len(labels), bool)} | {label: labels == label for label in sorted({*labels} - {""})}
     rows, overall = [["queries", "index", *runs[0].measures], ["---"] * 5], list[Estimate]()
     for label, chosen in groups.items():
         estimates = estimate_means(np.concatenate(values, axis=1)[chosen])  # the same resamples for all
@@ -102,9 +90,10 @@ def describe(runs: Sequence[Run]) -> str:
     for run in runs:
         lines.append(f"{run.name}: {len(run.unjudged):,} of {sum(map(len, run.found.values())):,} results not judged")
         lines[-1] += f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
-    if pairs := [f"{item} for {judged.texts[query_id]!r}" for query_id, item in order_unjudged(runs)]:
-        lines.append(f"not judged, counted as 0: {shorten(pairs)}")
-    return "\n".join([*lines, _conclude(runs, overall, int(graded.sum()))])
+    if pairs := dict.fromkeys(pair for run in runs for pair in run.unjudged):
+        shown = shorten([f"{item} for {judged.texts[query_id]!r}" for query_id, item in pairs])
+        lines.append(f"not judged, counted as 0: {shown}")
+    return "\n".join([*lines, _conclude(runs, overall, len(labels))])
 
 
 def _conclude(runs: Sequence[Run], overall: Sequence[Estimate], queries: int) -> str:

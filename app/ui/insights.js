@@ -1,4 +1,4 @@
-// The insights page: figures of the feedback log, and queries as a list to judge.
+// The insights page: figures of the feedback log, and queries that disappoint.
 
 import { number, percent } from "./format.js";
 import { clearImages, loadInsights, savedKey, saveKey, showThumbnail } from "./service.js";
@@ -8,7 +8,6 @@ const SIDES = [192, 192]; // pixels of a thumbnail
 const SHOWN = 10; // queries that are shown at first
 
 const $ = (id) => document.getElementById(id);
-const chosen = new Map(); // query -> ids of its first results
 let collection = new URLSearchParams(location.hash.slice(1)).get("in") ?? "";
 const base = () => (collection ? `../collections/${encodeURIComponent(collection)}/` : "../");
 
@@ -86,30 +85,16 @@ function drawQueries(list, queries) {
 }
 
 function drawQuery({ query, searches, clicked, nothing, items }) {
-  const box = make("input", { type: "checkbox", checked: chosen.has(query), value: query });
-  box.addEventListener("change", () => {
-    if (box.checked) chosen.set(query, items);
-    else chosen.delete(query);
-    for (const other of document.querySelectorAll(".queries input")) other.checked = chosen.has(other.value);
-    drawSelection();
-  });
   const link = make("a", { textContent: "Search", href: `../#${new URLSearchParams({ q: query, ...(collection ? { in: collection } : {}) })}` });
   link.setAttribute("aria-label", `Search for ${query}`);
   const facts = `${ofSearches(searches)}, ${clicked ? `${number(clicked)} with a click (${percent(share(clicked, searches))})` : "none with a click"}${nothing ? `, nothing fits in ${number(nothing)}` : ""} · `;
-  return make("li", {}, make("label", {}, box, make("span", { textContent: query, dir: "auto" })), make("p", {}, facts, link), drawPictures(items));
+  return make("li", {}, make("strong", { textContent: query, dir: "auto" }), make("p", {}, facts, link), make("div", { className: "pictures" }, ...items.map(drawPicture)));
 }
 
-function drawPictures(items) {
-  return make("div", { className: "pictures" }, ...items.map((id, i) => {
-    const image = make("img", { alt: `Result ${i + 1}: ${id}`, title: id, loading: "lazy", width: 64, height: 64 });
-    showThumbnail(image, base(), id, SIDES);
-    return image;
-  }));
-}
-
-function drawSelection() {
-  $("selection").hidden = !chosen.size;
-  $("selected-count").textContent = `${chosen.size} selected`;
+function drawPicture(id, i) {
+  const image = make("img", { alt: `Result ${i + 1}: ${id}`, title: id, loading: "lazy", width: 64, height: 64 });
+  showThumbnail(image, base(), id, SIDES);
+  return image;
 }
 
 function drawVersions(versions) {
@@ -168,24 +153,9 @@ async function load() {
   }
 }
 
-const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
-
-$("download").addEventListener("click", () => {
-  const rows = [...chosen].flatMap(([query, ids]) => ids.map((id) => `${quoted(query)},${quoted(id)},`));
-  const url = URL.createObjectURL(new Blob([["query,item_id,grade", ...rows, ""].join("\n")], { type: "text/csv" }));
-  make("a", { href: url, download: "to-judge.csv" }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60000);
-});
-$("clear").addEventListener("click", () => {
-  chosen.clear();
-  for (const box of document.querySelectorAll(".queries input")) box.checked = false;
-  drawSelection();
-});
 $("collection").addEventListener("change", () => {
   collection = $("collection").value;
   history.replaceState(null, "", `#${new URLSearchParams({ in: collection })}`);
-  chosen.clear();
-  drawSelection();
   load();
 });
 $("key-form").addEventListener("submit", (event) => {

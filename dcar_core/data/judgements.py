@@ -1,7 +1,7 @@
 """Judged lists: how well items answer queries, in grades from 0 (does not fit) to 3.
 
 - A table (.csv, .jsonl, .parquet) has columns query, item_id and grade, and may have query_id and class. A row with an
-  empty grade is to be judged.
+  empty grade does not count.
 - TREC qrels have "query_id 0 item_id grade" a line, and a file of "query_id<tab>text" their queries. An id there has no
   white space: `trec_id` writes it as %20.
 """
@@ -25,29 +25,24 @@ _SHOWN = 20  # faults of a list
 class JudgedList:
     """Queries by their ids; one without an id has its text as id.
 
-    texts: of the queries. grades: of items by their ids. classes: of the queries that have one. blank: ids of queries
-    and items to be judged.
+    texts: of the queries. grades: of items by their ids. classes: of the queries that have one.
     """
 
     texts: dict[str, str] = field(default_factory=dict)
     grades: dict[str, dict[str, int]] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
-    blank: dict[tuple[str, str], None] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any], where: str) -> None:
         """Add a judgement. Raise DataError, which names the field, if it cannot be used."""
-        text, item = (_filled(row, where, name) for name in ("query", "item_id"))
-        is_blank = "grade" in row and not label_text(row, where, "grade")
-        query_id = label_text(row, where, "query_id") or text
-        grade = "" if is_blank else _filled(row, where, "grade").removesuffix(".0")
-        if not is_blank and grade not in ("0", "1", "2", "3"):
+        if "grade" in row and not label_text(row, where, "grade"):
+            return
+        text, item, grade = (_filled(row, where, name) for name in ("query", "item_id", "grade"))
+        query_id, grade = label_text(row, where, "query_id") or text, grade.removesuffix(".0")
+        if grade not in ("0", "1", "2", "3"):
             raise DataError(f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r}; correct or remove it")
         if (known := self.texts.setdefault(query_id, text)) != text:
             raise DataError(f"{where}: query_id {query_id!r} is of {text!r} here, of {known!r} before; rename one")
-        grades = self.grades.setdefault(query_id, {})
-        if is_blank:
-            self.blank[query_id, item] = None
-        elif (graded := grades.setdefault(item, int(grade))) != int(grade):
+        if (graded := self.grades.setdefault(query_id, {}).setdefault(item, int(grade))) != int(grade):
             raise DataError(f"{where}: field 'grade' is {grade}, but {item!r} had {graded} for this query; remove one")
         if label := label_text(row, where, "class"):
             self.classes.setdefault(query_id, label)
@@ -66,7 +61,7 @@ def trec_id(name: str) -> str:
 
 
 def read_judgements(files: Sequence[Path], queries: Path | None = None) -> JudgedList:
-    """Return the judgements of all files. Without files, the queries have none yet.
+    """Return the judgements of all files.
 
     Args:
         queries: the texts of the queries of qrels.
@@ -77,7 +72,7 @@ def read_judgements(files: Sequence[Path], queries: Path | None = None) -> Judge
     faults = list[str]()
     parts = [] if queries is None else [line.partition("\t") for _, line in _lines(queries)]
     texts = {unquote(query_id.strip()): text.strip() for query_id, _, text in parts}
-    judged = JudgedList() if files else JudgedList(texts, {query_id: {} for query_id in texts})
+    judged = JudgedList()
     for file in files:
         for number, row in _read_rows(file, texts, faults):
             try:
@@ -88,8 +83,8 @@ def read_judgements(files: Sequence[Path], queries: Path | None = None) -> Judge
         rest = [f"{len(faults) - _SHOWN:,} more rows cannot be used"] * (len(faults) > _SHOWN)
         raise DataError("\n".join([*faults[:_SHOWN], *rest]))
     if not judged.texts:
-        where = ", ".join(map(str, [*files, *[queries] * (queries is not None)])) or "nothing"
-        raise DataError(f"{where} has no judgement: give rows of query, item_id and grade")
+        names = ", ".join(map(str, files))
+        raise DataError(f"{names} has no judgement: give rows of query, item_id and grade")
     return judged
 
 

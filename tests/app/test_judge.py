@@ -2,14 +2,13 @@
 
 import csv
 import importlib
-import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from app.feedback import judge, judge_page
+from app.feedback import judge
 from app.search import Index, engine
 from dcar_core.data.judgements import JudgedList
 from dcar_core.util.errors import DataError
@@ -123,43 +122,6 @@ def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
     assert unsure.endswith(" (95 % interval +0.0 to +3.7).")
 
 
-def test_pairs_that_move_the_difference_most_come_first() -> None:
-    judged = JudgedList()
-    judged.add({"query": "q", "item_id": "judged", "grade": 0}, "")
-    one, other = of(judged, q=["same", "judged", "only", "first"]), of(judged, q=["same", "first", "judged", "late"])
-    assert [item for _, item in judge.order_unjudged([one, other])] == ["only", "late", "first", "same"]
-    assert [item for _, item in judge.order_unjudged([one])] == ["same", "only", "first"]
-
-
-def test_rows_without_a_grade_are_asked_for_first(versions: Path, tmp_path: Path) -> None:
-    blank: list[tuple[object, ...]] = [
-        ("", "azure", item, "", "") for item in ("cross/red.png", "sold", "circle/blue.png")
-    ]
-    table, page = write(tmp_path / "list.csv", blank), tmp_path / "judge.html"
-    given = "judge", table, "--index", versions
-    done = dcar(*given)
-    assert done.returncode == 2
-    assert "no row has a grade; add --page judge.html" in " ".join(done.stderr.split())
-    done = dcar(*given, "--page", page)
-    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
-    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
-    asked = [(query_id, item) for query_id, _, item, _ in json.loads(content)["tasks"]]
-    assert asked[:2] == [("azure", "cross/red.png"), ("azure", "circle/blue.png")]
-    assert len({*asked}) == len(asked) >= 10
-    graded = write(tmp_path / "judged.csv", [("azure", "azure", "cross/red.png", 1, "")])
-    judged = JudgedList()
-    for row in (
-        {"query": "azure", "item_id": "cross/red.png", "grade": 1},
-        {"query": "none", "item_id": "x", "grade": ""},
-    ):
-        judged.add(row, "")
-    assert judge.describe([of(judged, azure=["cross/red.png"], none=["x"])]).endswith("over 1 queries.")
-    done = dcar("judge", graded, *given[1:], "--page", page)
-    assert done.returncode == 0, done.stderr
-    assert "over 1 queries." in done.stdout
-    assert '"tasks": [["azure", "azure", "circle/blue.png", ' in page.read_text()
-
-
 @pytest.mark.slow
 def test_a_checkpoint_encodes_the_gallery_of_the_index(versions: Path, other_checkpoint: Path, tmp_path: Path) -> None:
     table, found = write(tmp_path / "list.csv", [*ROWS]), []
@@ -172,42 +134,6 @@ def test_a_checkpoint_encodes_the_gallery_of_the_index(versions: Path, other_che
     assert done.stdout.splitlines()[-1].count(str(other_checkpoint)) == 1
 
 
-def test_queries_without_judgements_go_on_a_page(versions: Path, tmp_path: Path) -> None:
-    (tmp_path / "queries.tsv").write_text("q1\ta red circle\n")
-    page = tmp_path / "judge.html"
-    done = dcar("judge", "--queries", tmp_path / "queries.tsv", "--index", versions, "--page", page)
-    assert (done.returncode, done.stdout) == (0, f"{page}: 10 results to judge\n")
-    assert '["q1", "a red circle", ' in page.read_text()
-    done = dcar("judge", "--index", versions)
-    assert done.returncode == 2
-    assert "give JUDGEMENTS, or --queries and --page" in " ".join(done.stderr.split())
-
-
-def test_the_page_is_bounded_and_strangers_write_no_markup(
-    versions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judged, wrong = JudgedList(), "</script><script>alert(1)</script><!--\u2028"
-    judged.add({"query": wrong, "item_id": "circle/red.png", "grade": 3}, "")
-    runs = [judge.Run.of(Index.open(versions, device="cpu", version=number), str(number), judged) for number in (1, 2)]
-    text, count = judge_page.judge_page(runs)
-    assert (text.count("<script"), text.count("<!--"), text.count("</script")) == (2, 0, 2)
-    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
-    content = json.loads(content)
-    assert [tuple(task[::2]) for task in content["tasks"]] == judge.order_unjudged(runs)
-    assert {task[1] for task in content["tasks"]} == {wrong}
-    assert len(content["tasks"]) == content["total"] == count > 10
-    for query_id, _, item, place in content["tasks"]:
-        image, caption = content["items"][place]
-        shape, color = Path(item).parent.name, Path(item).stem
-        assert item == ODD_ID or caption == f"a {color} {shape}"
-        assert image.startswith("data:image/jpeg;base64,")
-        assert query_id == wrong
-    monkeypatch.setattr(judge_page, "MAX_BYTES", 3 * len(image))
-    assert 1 < judge_page.judge_page(runs)[1] < 10
-    monkeypatch.setattr(judge_page, "MAX_PAIRS", 1)
-    assert judge_page.judge_page(runs)[1] == 1
-
-
 def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: Path) -> None:
     index = Index.open(versions, device="cpu")
     judged = JudgedList()
@@ -217,6 +143,9 @@ def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: P
     judged.add({"query": "\u200b", "item_id": "circle/red.png", "grade": 1}, "")
     with pytest.raises(DataError, match="has no words that can be searched; correct"):
         judge.Run.of(index, "this index", judged)
+    table = write(tmp_path / "list.csv", [("q1", "red", "circle/red.png", "", "")])
+    done = dcar("judge", table, "--index", versions)
+    assert (done.returncode, "list.csv has no judgement: give rows" in done.stderr) == (3, True)
     table = write(tmp_path / "list.csv", [*ROWS])
     for given, message in (
         (("--version", 9), "has no version 9; it has 1, 2"),

@@ -68,12 +68,11 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         read_judgements([many])
 
 
-def test_rows_with_an_empty_grade_are_to_be_judged(tmp_path: Path) -> None:
+def test_rows_with_an_empty_grade_do_not_count(tmp_path: Path) -> None:
     table = write(tmp_path / "list.csv", "query,item_id,grade\nred,a,\nred,b,2\nblue,a, \n")
     lines = write(tmp_path / "list.jsonl", '{"query": "red", "item_id": "c", "grade": null}\n')
     judged = read_judgements([table, lines])
-    assert judged.grades == {"red": {"b": 2}, "blue": {}}
-    assert [*judged.blank] == [("red", "a"), ("blue", "a"), ("red", "c")]
+    assert (judged.texts, judged.grades) == ({"red": "red"}, {"red": {"b": 2}})
     with pytest.raises(DataError, match="line 2: field 'grade' is missing or empty; the row has query, item_id"):
         read_judgements([write(tmp_path / "other.csv", "query,item_id,rating\nred,a,\n")])
 

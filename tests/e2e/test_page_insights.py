@@ -1,6 +1,5 @@
-"""The insights page: figures of the log, and the way from queries to a list to judge."""
+"""The insights page: figures of the log, and the way from queries to their searches."""
 
-import csv
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 
 from app.feedback import store
 from app.feedback.store import EventRow, QueryRow
-from tests.support.commands import dcar
 from tests.support.page import Page, ready, served, until
 from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
 
@@ -41,7 +39,7 @@ def write_log(folder: Path, name: str, ids: list[str], days: int = 12) -> Path:
     return folder
 
 
-def test_bad_queries_become_a_list_to_judge_in_two_clicks(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
+def test_the_figures_of_the_log_are_shown(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
     page = both
     with served(indexes["shapes"], feedback=tmp_path / "log", **ADMIN_ONLY) as address:
         ids = [each["id"] for each in httpx.get(f"{ready(address)}/items", params={"k": 24}).json()["items"]]
@@ -51,31 +49,16 @@ def test_bad_queries_become_a_list_to_judge_in_two_clicks(both: Page, indexes: d
         page.one("#key").send_keys("wrong key" + "\n")
         until(lambda: "does not know" in page.one("#error").text)
         page.one("#key").send_keys(ADMIN + "\n")
-        until(lambda: page.all("#worst input"))
+        until(lambda: page.all("#worst strong"))
         assert len(page.all("#days .column")) == 12
         assert len(page.all("#positions .column")) == 10
         pictures = "return [...document.querySelectorAll('.pictures img')].every(i => i.complete && i.naturalWidth > 0)"
         page.driver.execute_script("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
         until(lambda: page.driver.execute_script(pictures))
-        boxes = page.all("#worst input")
-        assert [box.get_attribute("value") for box in boxes] == ['a "blue", round square', "a zebra"]
-        page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-        boxes[0].click()
-        page.one("#download").click()
-        until(lambda: (tmp_path / "to-judge.csv").exists())
-        with (tmp_path / "to-judge.csv").open(encoding="utf-8", newline="") as file:
-            rows = [*csv.DictReader(file)]
-        assert len(rows) == 10
-        assert {row["query"] for row in rows} == {'a "blue", round square'}
-        assert {row["item_id"] for row in rows} <= set(ids)
-        assert {row["grade"] for row in rows} == {""}
-        assert "dcar judge to-judge.csv --index INDEX --page judge.html" in page.one("main").text
-        judge_page = tmp_path / "judge.html"
-        done = dcar("judge", tmp_path / "to-judge.csv", "--index", indexes["shapes"], "--page", judge_page)
-        assert done.returncode == 0, done.stderr
-        asked = [f'"{row["item_id"]}"' for row in rows]
-        places = [judge_page.read_text().index(item) for item in asked]
-        assert places == sorted(places)
+        queries = [each.text for each in page.all("#worst strong")]
+        assert queries == ['a "blue", round square', "a zebra"]
+        links = [each.get_attribute("href") for each in page.all("#worst a")]
+        assert links[1] == f"{address}/#q=a+zebra"
         wide = "return document.documentElement.scrollWidth <= (screen.width === 390 ? 390 : innerWidth)"
         assert page.driver.execute_script(wide)
         for theme in ("light", "dark"):
