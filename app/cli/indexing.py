@@ -1,4 +1,4 @@
-"""`dcar index`: build, watch, add, remove, apply, update, relocate, items, list, verify, rollback."""
+"""`dcar index`: build, watch, add, remove, apply, update, items, list, verify, rollback."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,25 +143,6 @@ def watch_command(index: FilledIndex, keep: KeepWrites = KEEP_WRITES, **options:
     from index_jobs.jobs.watch import watch
 
     watch(index, typer.echo, keep=keep, **options)
-
-
-@commands.command("relocate", epilog=example("dcar index relocate index --gallery /mnt/new/photos"))
-def relocate_command(
-    index: Index,
-    gallery: Annotated[str | None, Option(metavar="LOCATION", help="New location of the gallery.")] = None,
-    former: Annotated[
-        str | None, Option("--from", metavar="FOLDER", help="Folder that was moved there. Default: the gallery's root.")
-    ] = None,
-    model: Annotated[Path | None, Option(exists=True, help="New directory or file of the backbone.")] = None,
-    keep: job_cli.Keep = BuildOptions.keep,
-) -> None:
-    """Publish a version that looks for its images or model elsewhere; nothing is encoded."""
-    from index_jobs.jobs.update import relocate
-
-    if gallery is None and model is None:
-        raise typer.BadParameter("give --gallery or --model with the new place")
-    manifest = relocate(index, gallery=gallery, former=former, model=model, keep=keep)
-    typer.echo(f"{location_of(index)}: version {manifest.version}, images at {', '.join(manifest.folders)}")
 
 
 @commands.command(

@@ -137,7 +137,7 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
             if place and Path(place).is_absolute() and not Path(place).exists():
                 raise ModelError(
                     f"{place}, the backbone of {path}, does not exist; if it was moved, name its new place: for an "
-                    f"index by `dcar index relocate INDEX --model PLACE`, else as backbone.{key} in {path / CONFIG}"
+                    f"index by `dcar index build --model PLACE`, else as backbone.{key} in {path / CONFIG}"
                 )
         backbone = load_backbone(BackboneSource(str(places["model"]), places["pretrained"]), device)
     backbone_hash = backbone.content_hash()
@@ -164,11 +164,30 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     return model.eval(), fingerprint
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a checkpoint and make its backbone's path absolute, so that the copy loads from any directory."""
-    content = read_config(source)
-    for key in ("model", "pretrained"):
-        content["backbone"][key] = _absolute(content["backbone"][key], source)
+def read_portable_config(path: Path, model: Path | None = None) -> dict[str, Any]:
+    """Return the configuration with absolute paths of the backbone, so that a copy loads from any directory.
+
+    Args:
+        model: the new directory or file of a backbone that was moved.
+
+    Raises:
+        CheckpointError: see `read_config`.
+        ModelError: the backbone comes from a hub.
+    """
+    content = read_config(path)
+    backbone = content["backbone"]
+    backbone |= {key: _absolute(backbone[key], path) for key in ("model", "pretrained")}
+    if model is not None:
+        local = [key for key in ("model", "pretrained") if backbone[key] and Path(backbone[key]).is_absolute()]
+        if not local:
+            raise ModelError(f"the model {backbone['model']} comes from a hub, so it has no location to change")
+        backbone[local[0] if model.is_dir() else local[-1]] = str(model.absolute())
+    return content
+
+
+def copy_checkpoint(source: Path, target: Path, model: Path | None = None) -> None:
+    """Copy a checkpoint with the configuration that `read_portable_config` returns."""
+    content = read_portable_config(source, model)
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
     write_json(target / CONFIG, content)

@@ -30,14 +30,14 @@ from index_jobs.encoding.devices import encode_windows
 from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
-from index_jobs.gallery.storage import ImageLocation, is_url
+from index_jobs.gallery.storage import ImageLocation, is_url, join_location
 from index_jobs.spec import BuildOptions
 from index_jobs.store.items import SIZE_COLUMNS, take_rows
 from index_jobs.store.manifest import FAILED
 
 logger = logging.getLogger(__name__)
 
-LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns"]  # the fields of `ImageLocation` after the row
+LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]  # the fields of `ImageLocation` after the row
 
 EncodedWindows = Iterator[tuple[DecodedWindow, Floats]]
 
@@ -144,9 +144,11 @@ def save_shard(store: ShardStore, number: int, windows: EncodedWindows) -> Shard
 
 def image_locations(root: str, table: pa.Table, rows: Sequence[int]) -> list[ImageLocation]:
     """Return the locations of some rows of a gallery, ascending. table: needs only the LOCATION_COLUMNS."""
-    root = root if is_url(root) else ""
     columns = take_rows(table.select(LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
-    return [ImageLocation(*(row, *values.values(), root)) for row, values in zip(rows, columns, strict=True)]
+    for values in columns:
+        if is_url(url := join_location(root, values["location"])):  # two galleries may use the same names
+            values["name"] = url
+    return [ImageLocation(*(row, *values.values())) for row, values in zip(rows, columns, strict=True)]
 
 
 class EncodingState:

@@ -145,8 +145,7 @@ class ReusableVectors:
     """Vectors that the same encoder has computed for other galleries.
 
     A changed gallery is a new one with shards of its own. Images that it shares with an earlier gallery, recognised by
-    location (of a gallery at a URL with its root), size and time of change, are copied from there instead of being
-    encoded again.
+    name (at a URL, by the URL), size and time of change, are copied from there instead of being encoded again.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:

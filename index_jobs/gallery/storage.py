@@ -38,8 +38,7 @@ _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
 class ImageLocation:
     """The gallery row of an image, the location of its bytes, and a number that changes when they do.
 
-    root: the URL of the gallery, since two galleries may use the same names. Empty for a gallery on this machine, which
-        can then be moved.
+    name: the URL of the image, or its name in a gallery on this machine, which can then be moved.
     """
 
     row: int
@@ -47,12 +46,12 @@ class ImageLocation:
     offset: int
     size: int
     version: int = 0
-    root: str = ""
+    name: str = ""
 
     @property
     def location_hash(self) -> int:
-        """64 bits of everything but the row, so the same image of another gallery has the same hash."""
-        value = f"{join_location(self.root, self.location)}\0{self.offset}\0{self.size}\0{self.version}"
+        """64 bits that the same image of another gallery has as well."""
+        value = f"{self.name}\0{self.offset}\0{self.size}\0{self.version}"
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest())
 
 

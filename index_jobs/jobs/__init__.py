@@ -1,4 +1,4 @@
-"""The jobs: build, update (add, remove, relocate), apply (changes over HTTP), watch (a gallery), retrain (on clicks);
+"""The jobs: build, update (add, remove), apply (changes over HTTP), watch (a gallery), retrain (on clicks);
 the quality gate; their command line.
 
 In: a gallery, a checkpoint and options. Out: a published version and a summary.

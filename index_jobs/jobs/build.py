@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dcar_core import Encoder
 from dcar_core.data.judgements import read_judgements
-from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, read_config
+from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, read_config, read_portable_config
 from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
 from dcar_core.serving.encoder import add_portable_export
 from dcar_core.serving.encoder_cache import has_portable
@@ -145,19 +145,24 @@ class _Build:
     def find_published(self) -> Manifest | None:
         """Return the served version's manifest if it is what this build would publish."""
         try:
-            manifest = open_current(self.out).manifest
-        except ArtifactError:
+            served = open_current(self.out)
+            backbone = read_config(served.checkpoint)["backbone"]
+        except (ArtifactError, CheckpointError):
             return None
-        return manifest if manifest.spec == self.spec and manifest.is_as_built else None
+        is_same = served.manifest.spec == self.spec and served.manifest.is_as_built
+        is_same = is_same and backbone == read_portable_config(self.checkpoint, self.options.model)["backbone"]
+        return served.manifest if is_same else None
 
     def run(self) -> RebuildSummary:
         """Build and publish a version."""
         out, options, gallery = self.out, self.options, self.gallery
         with publish.open_staging(out) as staging:
             _require_fields(gallery, self.spec)  # before a model is loaded
-            copy_checkpoint(self.checkpoint, staging / CHECKPOINT)
+            copy_checkpoint(self.checkpoint, staging / CHECKPOINT, options.model)
             logger.info("%s images; loading the model", f"{len(gallery):,}")
             try:
+                if options.model is not None:
+                    Encoder.load(staging / CHECKPOINT, device="cpu")  # an export would load with any backbone
                 replicas, runtime = self._load_replicas(staging / CHECKPOINT)
             except (CheckpointError, ModelError) as error:  # the copy is removed
                 raise type(error)(str(error).replace(str(staging / CHECKPOINT), str(self.checkpoint))) from error

@@ -1,17 +1,14 @@
-"""Versions that are made without a rebuild: items added or removed, or a gallery or model that was moved.
+"""Versions that are made without a rebuild: items added or removed.
 
 - An update is a new version. It shares every unchanged file with the one before by hard links, and rolls back like any.
 - Added images are encoded by the version's own model into a segment of their own. Small earlier additions are merged
   into it, so a thousand small additions leave a handful of segments.
 - Removed items are a list of rows that searches skip, until a rebuild; the manifest says when that is recommended.
-- A relocation writes the items with absolute locations below the former folder, and the configuration of a checkpoint
-  whose model was moved. Nothing is encoded.
 """
 
-import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -24,26 +21,24 @@ import pyarrow.compute as pc
 from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
-from dcar_core.util.files import write_json
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_failed
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
-from index_jobs.gallery.storage import is_url, join_location, parent_folder
+from index_jobs.gallery.storage import join_location
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.manifest import CHANGED, CHECKPOINT, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
+from index_jobs.store.manifest import CHANGED, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
 from index_jobs.store.names import index_name
 from index_jobs.store.versions import open_current, remove_directory
 
 logger = logging.getLogger(__name__)
 
 WORK = "work-added"
-_CONFIG = f"{CHECKPOINT}/config.json"
 _MERGE_RATIO = 2  # earlier additions up to this multiple of the new rows are merged, so segments grow geometrically
 
 
@@ -289,100 +284,3 @@ def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> 
                 f"NAME=LOCATION keeps both, with NAME/ before the new ids (--replace takes the indexed ones out)"
             )
     return DataError(f"{message}, such as {existing[0]!r}, and are the same files; --replace indexes them again")
-
-
-def relocate(
-    index: Path,
-    *,
-    gallery: str | None = None,
-    former: str | None = None,
-    model: Path | None = None,
-    keep: int = BuildOptions.keep,
-) -> Manifest:
-    """Publish a version with another location of its images, its model, or both.
-
-    Args:
-        gallery: the new folder of the images, or the new location of the tar or list.
-        former: the folder that was moved there; None for the root of the gallery.
-        model: the new directory or file of the backbone.
-
-    Raises:
-        DataError: most sampled images are missing at the new location, or the model comes from a hub.
-        CheckpointError, ModelError: the model at the new location is another one, or cannot be loaded.
-    """
-    with publish.report_os_errors(index), publish.open_staging(index) as staging:
-        current = open_current(index)
-        manifest, written = current.manifest, set[str]()
-        if gallery is not None:
-            old, new = _absolute(former or manifest.root), _absolute(gallery)
-            if not old:
-                raise DataError(f"name the folder that was moved with --from: {', '.join(manifest.folders)}")
-            new = parent_folder(new).rstrip("/") if not is_url(new) and Path(new).is_file() else new
-            if old == new:
-                raise DataError(f"the images of {index} are in {new} already")
-            # In a list of galleries, [NAME=]LOCATION with commas between, and in a single location.
-            moved = re.compile(rf"(^|(?<=, )|(?<==)){re.escape(old)}(?=/|, |$)")
-            manifest = _move_manifest(manifest, lambda location: moved.sub(lambda _: new, location))
-            written |= _write_moved_items(current, staging, old, new)
-            if manifest.folders == current.manifest.folders and not written:
-                raise DataError(f"no image of {index} is below {old}; they are in {', '.join(manifest.folders)}")
-        if model is not None:
-            _write_config(current, staging, model.absolute())
-            written.add(_CONFIG)
-        kept = {name: info for name, info in current.manifest.files.items() if name not in written}
-        shared = publish.share_files(current.path, staging, kept)
-        if model is not None:
-            current.require(Encoder.load(staging / CHECKPOINT, device="cpu").fingerprint)  # it may be another model
-        manifest = replace(manifest, change="images or model relocated", origin="")
-        staged = publish.prepare_version(index, staging, manifest, shared)
-        if gallery is not None and (fault := staged.find_gallery_fault(new)):
-            raise DataError(f"nothing is published: {fault}; give the new location of {old}")
-        for folder in (each for each in manifest.folders if not is_url(each) and not Path(each).exists()):
-            logger.warning("%s is missing as well; relocate it with --from %s", folder, folder)
-        return publish.commit_version(index, staged, keep=keep)
-
-
-def _absolute(location: str) -> str:
-    return (location if is_url(location) or not location else str(Path(location).absolute())).rstrip("/")
-
-
-def _move_manifest(manifest: Manifest, move: Callable[[str], str]) -> Manifest:
-    """Return the manifest with other locations of its galleries."""
-    additions = [
-        replace(addition, sources=[*map(move, addition.sources)], roots=[*map(move, addition.roots)])
-        for addition in manifest.additions
-    ]
-    return replace(
-        manifest,
-        spec=replace(manifest.spec, gallery=move(manifest.spec.gallery)),
-        root=move(manifest.root),
-        roots=[*map(move, manifest.roots)],
-        additions=additions,
-    )
-
-
-def _write_moved_items(current: Artifact, staging: Path, old: str, new: str) -> set[str]:
-    """Write the items that have absolute locations below the former folder, and return the names of their files."""
-    names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in current.manifest.additions)]
-    written = set[str]()
-    for name, segment in zip(names, current.segments, strict=True):
-        table = segment.items.table()
-        locations = table["location"]
-        moved = pc.replace_substring_regex(locations, rf"^{re.escape(old)}(/|$)", new.replace("\\", r"\\") + r"\1")
-        if moved != locations:
-            (staging / name).parent.mkdir(exist_ok=True)
-            table = table.set_column(table.schema.get_field_index("location"), "location", moved)
-            write_items(staging / name, table, np.arange(len(moved)))
-            written.add(name)
-    return written
-
-
-def _write_config(current: Artifact, staging: Path, model: Path) -> None:
-    config: dict[str, Any] = json.loads((current.path / _CONFIG).read_text(encoding="utf-8"))
-    backbone = config["backbone"]
-    local = [key for key in ("model", "pretrained") if backbone[key] and Path(backbone[key]).is_absolute()]
-    if not local:
-        raise DataError(f"the model {backbone['model']} comes from a hub, so it has no location to change")
-    backbone[local[0] if model.is_dir() else local[-1]] = str(model)
-    (staging / CHECKPOINT).mkdir(exist_ok=True)
-    write_json(staging / _CONFIG, config)

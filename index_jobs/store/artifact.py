@@ -388,20 +388,16 @@ class Artifact:
             location = self.image_access.resolve(segment.root, location, offset, size, segment.roots)
         return segment.root, location, offset, size
 
-    def find_gallery_fault(self, folder: str = "") -> str | None:
+    def find_gallery_fault(self) -> str | None:
         """Return a reason if local images are gone, such as after a move; else None.
 
         They count as gone if more than half of a sample is missing, or if one is missing and so is the whole folder of
         its gallery.
-
-        Args:
-            folder: the folder whose images are looked at.
         """
-        prefix = f"{folder}/" if folder else ""
         count = self.manifest.count
         sample = self._nth_live(np.linspace(0, count - 1, min(count, _SAMPLE), dtype=np.int64))
         sampled = [self.image_location(row)[0] for row in sample.tolist()]
-        paths = [path for path in sampled if not is_url(path) and f"{path}/".startswith(prefix)]
+        paths = [path for path in sampled if not is_url(path)]
         missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
         if 2 * len(missing) > len(paths):
             return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"

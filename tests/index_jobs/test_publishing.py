@@ -116,9 +116,6 @@ def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypat
     for path in paths[:12]:
         path.unlink()
     assert artifact.find_gallery_fault() is None
-    missing = f"1 of 1 sampled images are not in the gallery, such as {paths[0]}"
-    assert artifact.find_gallery_fault(str(paths[0])) == missing
-    assert artifact.find_gallery_fault(str(paths[23])) is None
     paths[20].unlink()
     assert artifact.find_gallery_fault() == f"13 of 24 sampled images are not in the gallery, such as {paths[0]}"
 
