@@ -22,8 +22,9 @@ import torch
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
-from dcar_core.model.config import MODEL_CONFIG, ModelConfig
+from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR
+from dcar_core.model.methods.registry import method
 from tests.support import parts
 from tests.support.images import draw
 
@@ -113,12 +114,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _checkpoint(model: Path, path: Path, seed: int) -> Path:
+def _checkpoint(model: Path, path: Path, seed: int, name: str = "dcar", noise: float = 0.02) -> Path:
     torch.manual_seed(seed)
-    dcar = DCAR(load_backbone(BackboneSource(str(model))), ModelConfig())
+    dcar = DCAR(load_backbone(BackboneSource(str(model))), method(name))
     with torch.no_grad():
         for _, parameter in dcar.trainables():
-            parameter.add_(0.02 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     save_checkpoint(dcar, path)
     return path
 
@@ -132,6 +133,12 @@ def tiny_checkpoint(tiny_model: Path) -> Path:
 def other_checkpoint(tiny_model: Path) -> Path:
     """The same backbone, other trainables: another fingerprint."""
     return _checkpoint(tiny_model, tiny_model.parent / "other", 2)
+
+
+@pytest.fixture(scope="session")
+def reranking_checkpoint(tiny_model: Path) -> Path:
+    """The same backbone with a second stage."""
+    return _checkpoint(tiny_model, tiny_model.parent / "reranking", 3, "query-prompts", noise=0.1)
 
 
 @pytest.fixture(scope="session")

@@ -54,8 +54,7 @@ class Result(BaseModel):
     width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
         results are sorted by both scores.
-    rerank_score: `score` plus that of the second stage, or the cosine under the exact token weights of this (query,
-        item) pair; re-ranked results are sorted by it.
+    rerank_score: `score` plus that of the second stage; re-ranked results are sorted by it.
     folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
     """
 

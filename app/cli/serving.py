@@ -48,7 +48,7 @@ def serve(
     epilog=example(
         'dcar search "red sports car" --index index -k 5',
         """dcar search photo.jpg --index index --filter '{"category": "shoes"}' --json""",
-        """dcar search "red shoe" --index index --option more_like=4f1c0a --option rerank=true""",
+        """dcar search "red shoe" --index index --option more_like=4f1c0a --option fold=0.9""",
     )
 )
 def search(

@@ -1,8 +1,7 @@
 """Re-ranking and explanation of (query, result) pairs.
 
-- Re-ranking scores the query with each candidate's image again: by the model's second stage, or, with DCAR's exact
-  weights for the pair, the query is encoded once for each candidate and compared with its vector. A candidate without
-  its image keeps its score and comes after the others.
+- Re-ranking scores the query with each candidate's image again, by the model's second stage. A candidate without its
+  image keeps its score and comes after the others.
 - Explanations are measured, and need only the encoder: how much the score falls when a part of the image is blanked, or
   when a word of the query is left out.
 - Images are encoded in small chunks, one at a time for all requests, so other queries get their turn.
@@ -32,44 +31,33 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", Pixels, Floats)
 
 MAX_PARTS = 6  # of a relevance map, in each direction
+MAX_FEATURE_BYTES = 40 * 2**20  # of cached features: 540 images of a ViT-B/32
 _MAX_WORDS = 32  # of a query, of which the effect is measured
 _CHUNK = 4  # images of one forward pass, so other queries wait for a short one only
 _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest": "contain"}  # by `Preprocess.resize`
 _NO_IMAGES = "This query needs the images of its results, and none of them is in the gallery any more."
-_MAX_FEATURE_BYTES = 40 * 2**20  # of cached features: 20,000 of 512 dimensions; 500 images of a ViT-B/32's second stage
 
 
 async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequence[Match]) -> list[Match]:
-    """Return the same matches, scored and sorted by the second stage or by the exact pair weights.
+    """Return the same matches, scored and sorted by the second stage.
 
     Raises:
-        UnsupportedQueryError: the model has neither, every image is missing, or PyTorch is not installed.
+        UnsupportedQueryError: every image is missing, or PyTorch is not installed.
         UnavailableError: the full model cannot be loaded.
     """
-    if not snapshot.encoder.state.reranks_by:
-        raise UnsupportedQueryError(
-            "This model cannot re-rank, or validation turned its second stage off. Leave `rerank` out."
-        )
     if not ranked:
         return []
     reranker = await _reranker(compute, snapshot)
     features = await _image_features(compute, snapshot, reranker, [match.row for match in ranked])
     if not features:
         raise UnsupportedQueryError(_NO_IMAGES)
-    if snapshot.encoder.state.reranks_by == "stage":
-        second = await _in_chunks(
-            compute, lambda chunk: compute.run("model", reranker.scores, text, np.stack(chunk)), list(features.values())
-        )
-        first = {match.row: match.score for match in ranked}
-        scores = {row: first[row] + float(found) for row, found in zip(features, second, strict=True)}
-    else:
-        factors = await compute.run("model", reranker.factors, text, np.stack(list(features.values())))  # [C, n]
-        texts = np.stack(await compute.texts([TextRow(snapshot.encoder, text, each) for each in factors]))  # [C, E]
-        images = await compute.run("search", row_vectors, snapshot.artifact, list(features))  # [C, E]
-        scores = dict(zip(features, np.einsum("ce,ce->c", texts, images).tolist(), strict=True))
+    second = await _in_chunks(
+        compute, lambda chunk: compute.run("model", reranker.scores, text, np.stack(chunk)), list(features.values())
+    )
+    added = dict(zip(features, map(float, second), strict=True))
     for match in ranked:
-        match.rerank_score = scores.get(match.row)
-    return sorted(ranked, key=lambda match: -scores.get(match.row, -math.inf))
+        match.rerank_score = match.score + added[match.row] if match.row in added else None
+    return sorted(ranked, key=lambda match: math.inf if match.rerank_score is None else -match.rerank_score)
 
 
 async def explain(compute: Compute, snapshot: Snapshot, text: str, vector: Floats, page: Sequence[Match]) -> None:
@@ -130,7 +118,7 @@ async def _image_features(
         compute, lambda chunk: compute.run("model", reranker.image_features, np.stack(chunk)), list(images.values())
     )
     for row, feature in zip(images, computed, strict=True):
-        features[row], cache.size = feature, _MAX_FEATURE_BYTES // feature.nbytes
+        features[row], cache.size = feature, MAX_FEATURE_BYTES // feature.nbytes
         cache.keep(row, feature)
     return {row: features[row] for row in rows if row in features}
 
@@ -146,7 +134,7 @@ async def _in_chunks(
 
 
 async def _reranker(compute: Compute, snapshot: Snapshot) -> Any:
-    """Return a `QueryReranker` or `PairWeights`."""
+    """Return the snapshot's `QueryReranker`."""
     try:
         return await compute.run("load", lambda: snapshot.reranker)  # may load the model
     except MissingExtraError as error:

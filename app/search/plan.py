@@ -121,6 +121,10 @@ def make_plan(snapshot: Snapshot, query: Query, settings: Settings, *, has_image
     )
     if query.sort:
         _check_sort(snapshot, plan)
+    if query.rerank and not snapshot.encoder.state.reranks:
+        reason = "This model cannot re-rank: it has no second stage, or validation turned it off."
+        remedy = "Leave `rerank` out, or train a model with `dcar train --method query-prompts`."
+        raise UnsupportedQueryError(f"{reason} {remedy}", field="rerank")
     return plan
 
 

@@ -194,8 +194,7 @@ class Query(BaseModel):
     rerank: bool = Field(
         False,
         strict=True,
-        description="score the first results again, by the model's second stage or exact token weights; 409 if it has "
-        "neither",
+        description="score the first results again, by the model's second stage; 409 if it has none",
     )
     explain: bool = Field(False, strict=True, description="show which parts of images and words contribute to scores")
 

@@ -109,11 +109,11 @@ class Snapshot:
 
     @cached_property
     def reranker(self) -> Any:
-        """A `QueryReranker` or `PairWeights`. The first look may load the model for seconds: not in the event loop."""
+        """A `QueryReranker`. The first look may load the model for seconds: not in the event loop."""
         with requires_pytorch("re-ranking"):  # importing it takes seconds; the health check need not wait
-            from dcar_core.serving.second_scores import PairWeights, QueryReranker
+            from dcar_core.serving.second_scores import QueryReranker
 
-            return (QueryReranker if self.encoder.state.reranks_by == "stage" else PairWeights)(self.encoder)
+            return QueryReranker(self.encoder)
 
 
 def load_snapshot(

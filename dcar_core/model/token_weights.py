@@ -1,6 +1,6 @@
 """Dynamic token re-weighting (section 2 of the method): how much each token of a caption has to do with its image.
 
-- `pair_weights` needs the paired image, so it belongs to training and to re-ranking, where both are known.
+- `pair_weights` needs the paired image, so it belongs to training.
 - `TokenWeightHead` [ours] predicts the weight from the token alone, for queries, which have no image.
 
 Letters: B batch, n tokens, P patches, W_t width, E joint space.

@@ -14,7 +14,7 @@ Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixel
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -102,7 +102,7 @@ class EncoderState:
 
     image_key: hash of what `image_features` depend on: the backbone and `image_inputs`.
     dim: E. scale: 1 / tau of the backbone. patch_grid: of the image tower, patches per side.
-    reranks_by: how the model can score its first results again: exact token weights, a second stage, or not at all.
+    reranks: True if the model has a second stage, which scores first results again.
     tokenizer: its limit leaves room for the prompts.
     image_inputs: of the image graph after the pixels, as far as there are any: prompts (depth, 1, k, W_v), and the
         matrices of the blocks' adapters, two of (D, 1, r, W_v).
@@ -114,7 +114,7 @@ class EncoderState:
     dim: int
     scale: float
     patch_grid: int
-    reranks_by: Literal["", "weights", "stage"]
+    reranks: bool
     preprocess: Preprocess
     tokenizer: TextTokenizer
     layout: TextLayout

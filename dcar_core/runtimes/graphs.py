@@ -282,7 +282,7 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
         dim=backbone.embed_dim,
         scale=float(backbone.scale),
         patch_grid=backbone.patch_grid,
-        reranks_by="stage" if model.config.reranks else "weights" if model.config.reweight.train != "none" else "",
+        reranks=model.config.reranks,
         preprocess=backbone.preprocess,
         tokenizer=backbone.text_tokenizer(model.prompt_tokens),
         layout=backbone.layout,

@@ -40,7 +40,7 @@ from dcar_core.util.files import default_cache_directory, link_or_copy, write_by
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 9
+FORMAT = 10
 ENTRY = "encoder"  # name of an entry beside a portable export
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {

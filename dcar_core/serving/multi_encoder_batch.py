@@ -18,11 +18,10 @@ from dcar_core.util.arrays import Floats, Pixels
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextRow:
-    """A text for one encoder. weights: float32 (n,), a factor a token as `PairWeights` gives; None: as a query."""
+    """A text for one encoder."""
 
     encoder: Encoder
     text: str
-    weights: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,13 +60,9 @@ def _text_features(rows: Sequence[TextRow]) -> Floats:
     encoders = [row.encoder for row in rows]
     state = encoders[0].state
     tokens = state.tokens([row.text for row in rows])  # [B, n]; prompts of one shape leave the same room
-    weights = np.ones(tokens.shape, np.float32)
+    weights = np.empty(tokens.shape, np.float32)
     for places in _grouped(encoders, id):
         weights[places] = encoders[places[0]].state.query_weights(tokens[places])
-    for place, row in enumerate(rows):
-        if row.weights is not None:
-            weights[place] = 1
-            weights[place, : len(row.weights)] = row.weights
     prompts = [encoder.state.text_prompts for encoder in encoders]
     return state.encode_tokens(encoders[0].runtime, tokens, weights, prompts, len(rows))
 

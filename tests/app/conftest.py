@@ -41,6 +41,14 @@ def built_index(gallery: Path, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def reranking_index(gallery: Path, reranking_checkpoint: Path) -> Path:
+    """The same gallery, encoded by a model with a second stage. Do not change it."""
+    out = gallery.parent / "reranking"
+    rebuild(gallery, reranking_checkpoint, out, workers=0, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
 def products(gallery: Path, tiny_checkpoint: Path) -> Path:
     """An index in which the images of one color are one product."""
     out = gallery.parent / "products"

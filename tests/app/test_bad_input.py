@@ -193,8 +193,8 @@ async def test_a_form_on_a_full_disk_may_be_sent_again(started: ServiceClient, m
     assert refused.headers["retry-after"] == "10"
 
 
-async def test_queries_of_a_batch_have_the_limits_of_single_searches(built_index: Path) -> None:
-    async with opened(built_index, rerank_depth=150) as client:
+async def test_queries_of_a_batch_have_the_limits_of_single_searches(reranking_index: Path) -> None:
+    async with opened(reranking_index, rerank_depth=150) as client:
         explained = [{"query": f"red {n}", "k": 8, "explain": True} for n in range(5)]
         reranked = [{"query": f"red {n}", "rerank": True} for n in range(3)]
         for queries, field in (

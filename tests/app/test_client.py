@@ -1,5 +1,6 @@
 """The Python client against the whole service on a real port, and against services that misbehave."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def ended_job(index: Path) -> str:
     return job
 
 
-def test_every_model_holds_all_that_the_service_sends(index: Path, gallery: Path, tmp_path: Path) -> None:
+def test_every_model_holds_all_that_the_service_sends(reranking_index: Path, gallery: Path, tmp_path: Path) -> None:
+    index = Path(shutil.copytree(reranking_index, tmp_path / "index"))
     seen: set[type[BaseModel]] = set()
     transport = RecordingTransport()
 

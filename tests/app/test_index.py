@@ -11,7 +11,7 @@ from app.search.errors import InvalidQueryError, ItemNotFoundError
 from dcar_core.util.errors import ImageError
 from tests.support.images import png
 from tests.support.searches import close
-from tests.support.service import ServiceClient
+from tests.support.service import ServiceClient, opened
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def opened_index(built_index: Path) -> Index:
         {"query": "red", "more_like": ["circle/red.png"], "less_like": ["cross/blue.png"], "min_score": 0.1},
         {"query": "red circle", "hybrid": 0.5, "group_by": "category"},
         {"query": "red", "fold": 0.9},
-        {"query": "a red square", "rerank": True, "explain": True},
+        {"query": "a red square", "explain": True},
         {"more_like": ["circle/red.png"]},
     ],
     ids=lambda options: " ".join(options),
@@ -37,6 +37,13 @@ async def test_index_searches_as_the_service_does(
     started: ServiceClient, opened_index: Index, options: dict[str, Any]
 ) -> None:
     _compare(opened_index.search(**options), await started.post("/search/text", json=options))
+
+
+async def test_index_reranks_as_the_service_does(reranking_index: Path) -> None:
+    options: dict[str, Any] = {"query": "a red square", "rerank": True}
+    async with opened(reranking_index) as client:
+        answer = await client.post("/search/text", json=options)
+    _compare(Index.open(reranking_index, device="cpu").search(**options), answer)
 
 
 async def test_index_searches_by_image_as_the_service_does(

@@ -18,8 +18,8 @@ from tests.support.service import SERVE, ServiceClient, before_encoding, opened,
 REQUEST_LOG = "app.middleware.request_log"
 
 
-async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path) -> None:
-    async with opened(built_index) as client:
+async def test_metrics_count_stages_cache_lookups_and_requests(reranking_index: Path) -> None:
+    async with opened(reranking_index) as client:
         for k in (3, 4, 4):  # embedded, then with a cached embedding, then with cached results
             assert (await client.post("/search/text", json={"query": "red", "k": k})).status_code == 200
         assert (await client.post("/search/image", files={"file": png()})).status_code == 200
@@ -36,13 +36,13 @@ async def test_metrics_count_stages_cache_lookups_and_requests(built_index: Path
         assert found["dcar_batch_size_sum", ()] == 2
         assert found["dcar_batch_size_count", ()] == 2
         assert found["dcar_cache_lookups_total", (("level", "memory"), ("outcome", "hit"))] == 2
-        assert found["dcar_index_version", (("collection", "index"),)] == 1
-        assert found["dcar_index_items", (("collection", "index"),)] == 24
-        assert found["dcar_index_degraded", (("collection", "index"),)] == 0
-        created = found["dcar_index_created_timestamp_seconds", (("collection", "index"),)]
+        assert found["dcar_index_version", (("collection", "reranking"),)] == 1
+        assert found["dcar_index_items", (("collection", "reranking"),)] == 24
+        assert found["dcar_index_degraded", (("collection", "reranking"),)] == 0
+        created = found["dcar_index_created_timestamp_seconds", (("collection", "reranking"),)]
         assert created == pytest.approx(time.time(), abs=3600)
         measured = client.app.state.collections[None].live.artifact.manifest.measured
-        assert found["dcar_index_recall_at_10", (("collection", "index"),)] == measured["recall_at_10"] > 0.9
+        assert found["dcar_index_recall_at_10", (("collection", "reranking"),)] == measured["recall_at_10"] > 0.9
         explained = {"query": "red", "rerank": True, "explain": True, "k": 1}
         assert (await client.post("/search/text", json=explained)).status_code == 200
         later = await scrape(client)

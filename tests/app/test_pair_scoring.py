@@ -1,4 +1,4 @@
-"""Pairs of a query and a result: re-ranking by exact weights, and measured explanations."""
+"""Pairs of a query and a result: re-ranking by the second stage, and measured explanations."""
 
 import asyncio
 import shutil
@@ -7,52 +7,45 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from app.search import pair_scoring
 from dcar_core import Encoder
-from dcar_core.model.config import ModelConfig
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.dcar import DCAR, SecondStage
+from dcar_core.model.methods.registry import method
+from dcar_core.model.query_prompts import take
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.searches import Client, ids
 from tests.support.service import opened
 
 
-async def test_reranking_applies_the_exact_weights_to_every_candidate(
-    built_index: Path, encoder: Encoder, artifact: Artifact
+async def test_reranking_adds_the_score_of_the_second_stage_to_the_cosine(
+    reranking_index: Path, reranking_checkpoint: Path
 ) -> None:
-    import torch
-
-    from dcar_core.model.token_weights import blend, pair_weights
-
-    model = encoder.model
-    tokens = model.backbone.tokenize(["a red square"], model.prompt_tokens)
-    expected: dict[str, float] = {}
-    with torch.inference_mode():
-
-        def frozen(pixels: np.ndarray) -> torch.Tensor:
-            return model.backbone.encode_image(torch.from_numpy(encoder.preprocess.normalize(pixels[None])))
-
-        blank = frozen(encoder.preprocess.blank())[0]
-        for row in range(artifact.rows):
-            pixels = encoder.preprocess(artifact.image_bytes(row))
-            image = frozen(pixels)
-            raw = pair_weights(model.backbone.text_tower.token_features(tokens), image, blank)
-            factors = blend(raw, model.backbone.layout.caption_mask(tokens), model.config.reweight)
-            vector = model.encode_text(tokens, factors)[0].numpy()
-            expected[artifact.item(row).id] = float(vector @ artifact.vectors(np.array([row]))[0])
-    async with opened(built_index, rerank_depth=8) as http:
-        client = Client(http)
+    model = Encoder.load(reranking_checkpoint, device="cpu").model
+    stage = SecondStage(model)
+    texts = take(stage.texts(model.backbone.tokenize(["a red square"])), torch.zeros(8, dtype=torch.long))
+    async with opened(reranking_index, rerank_depth=8) as http:
+        client, snapshot = Client(http), http.app.state.collections[None].live
         plain = await client.text(query="a red square", k=24)
         some = {"id": [ids(plain)[place] for place in (2, 5)]}  # their features are cached afterwards
         await client.text(query="a blue circle", filter=some, rerank=True)
-        again = await client.text(query="a red square", k=24, rerank=True)
-        assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
-        assert ids(again)[8:] == ids(plain)[8:]
-        rescored = [r["rerank_score"] for r in again["results"][:8]]
-        assert rescored == sorted(rescored, reverse=True)
-        np.testing.assert_allclose(rescored, [expected[i] for i in ids(again)[:8]], atol=1e-5)
+        for _ in range(2):  # computed, and from the cache
+            again = await client.text(query="a red square", k=24, rerank=True)
+            assert sorted(ids(again)[:8]) == sorted(ids(plain)[:8])
+            assert ids(again)[8:] == ids(plain)[8:]
+            rows = [snapshot.artifact.row_of(each) for each in ids(again)[:8]]
+            pixels = np.stack([snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row)) for row in rows])
+            images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+            expected = [r["score"] for r in again["results"][:8]] + stage.scores(texts, images).numpy()
+            rescored = [r["rerank_score"] for r in again["results"][:8]]
+            np.testing.assert_allclose(rescored, expected, atol=2e-3)
+            assert rescored == sorted(rescored, reverse=True)
+            assert len(snapshot.image_features) == 8
         assert all("rerank_score" not in r for r in again["results"][8:])
         assert {r["id"]: r["score"] for r in again["results"]} == {r["id"]: r["score"] for r in plain["results"]}
         pages = [ids(await client.text(query="a red square", k=4, offset=o, rerank=True)) for o in (0, 4, 8)]
@@ -63,11 +56,11 @@ async def test_reranking_applies_the_exact_weights_to_every_candidate(
 
 
 async def test_concurrent_reranking_works_with_a_small_feature_cache(
-    built_index: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    reranking_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A feature that one request drops stays usable for another; images of the gallery may exceed max_pixels."""
-    monkeypatch.setattr(pair_scoring, "_MAX_FEATURE_BYTES", 3 * 4 * encoder.dim)
-    async with opened(built_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
+    monkeypatch.setattr(pair_scoring, "MAX_FEATURE_BYTES", 3 * 17 * 64 * 2)
+    async with opened(reranking_index, rerank_depth=8, cache_size=0, max_pixels=900) as http:
         bodies = [{"query": f"a red square {i}", "k": 8, "offset": i, "rerank": True} for i in range(16)]
         responses = await asyncio.gather(*(http.post("/search/text", json=body) for body in bodies))
         assert {response.status_code for response in responses} == {200}, responses[0].text
@@ -75,34 +68,36 @@ async def test_concurrent_reranking_works_with_a_small_feature_cache(
         assert len(http.app.state.collections[None].live.image_features) <= 3
 
 
-async def test_a_batch_of_reranked_queries_does_not_overload_itself(built_index: Path) -> None:
+async def test_a_batch_of_reranked_queries_does_not_overload_itself(reranking_index: Path) -> None:
     """Re-ranked at once, its queries would wait longer than max_queue_ms."""
-    async with opened(built_index, max_queue_ms=1, cache_size=0) as http:
+    async with opened(reranking_index, max_queue_ms=1, cache_size=0) as http:
         body = {"queries": [{"query": f"a red square {i}", "k": 8, "rerank": True} for i in range(8)]}
         for _ in range(2):  # the first one measures the cost
             assert (await http.post("/search/batch", json=body)).status_code == 200
 
 
-@pytest.mark.slow
-async def test_reranking_without_token_weights_or_images_is_refused(
-    tmp_path: Path, gallery: Path, tiny_model: Path, tiny_checkpoint: Path
+@pytest.mark.parametrize("method_name", ["dcar", "dcar+", "block-adapters+", "query-prompts"])
+async def test_a_model_without_a_second_stage_does_not_rerank(
+    method_name: str, tmp_path: Path, gallery: Path, tiny_model: Path
 ) -> None:
-    from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.checkpoint import save_checkpoint
-    from dcar_core.model.config import PromptConfig, ReweightConfig
-    from dcar_core.model.dcar import DCAR
-
-    plain = ModelConfig(prompt=PromptConfig(length=0), reweight=ReweightConfig(train="none"))
-    save_checkpoint(DCAR(load_backbone(BackboneSource(str(tiny_model))), plain), tmp_path / "clip")
-    changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
-    rebuild(changing, tmp_path / "clip", tmp_path / "plain", workers=0, progress=False)
-    rebuild(changing, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
-    body = {"query": "red", "rerank": True, "k": 24}
-    async with opened(tmp_path / "plain") as http:
-        detail = assert_problem(await http.post("/search/text", json=body), 409)["detail"]
-        assert detail.endswith("cannot re-rank, or validation turned its second stage off. Leave `rerank` out.")
+    """Nor does one whose second stage validation turned off."""
+    config = method(method_name).with_rerank_weight(0)
+    save_checkpoint(DCAR(load_backbone(BackboneSource(str(tiny_model))), config), tmp_path / "checkpoint")
+    rebuild(gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False)
+    async with opened(tmp_path / "index") as http:
+        body = {"query": "red", "rerank": True}
+        detail = assert_problem(await http.post("/search/text", json=body), 409, "rerank")["detail"]
+        assert detail.startswith("This model cannot re-rank: it has no second stage, or validation turned it off. ")
+        assert "train a model with `dcar train --method query-prompts`" in detail
         explained = (await http.post("/search/text", json={"query": "red", "explain": True, "k": 1})).json()
         assert "words" not in explained["results"][0]["explanation"], "a single word cannot be left out"
+
+
+@pytest.mark.slow
+async def test_reranking_without_images_is_refused(tmp_path: Path, gallery: Path, reranking_checkpoint: Path) -> None:
+    changing = Path(shutil.copytree(gallery, tmp_path / "gallery"))
+    rebuild(changing, reranking_checkpoint, tmp_path / "index", workers=0, progress=False)
+    body = {"query": "red", "rerank": True, "k": 24}
     (changing / "circle/red.png").unlink()
     async with opened(tmp_path / "index", rerank_depth=24) as http:
         results = (await http.post("/search/text", json=body | {"explain": True})).json()["results"]
@@ -123,53 +118,9 @@ async def test_reranking_without_token_weights_or_images_is_refused(
         assert (await http.post("/search/text", json=body | {"rerank": False})).status_code == 200
 
 
-@pytest.mark.slow
-async def test_reranking_by_the_second_stage_adds_its_score_to_the_cosine(
-    tmp_path: Path, gallery: Path, tiny_model: Path
-) -> None:
-    import torch
-
-    from dcar_core.model.backbone import BackboneSource, load_backbone
-    from dcar_core.model.checkpoint import save_checkpoint
-    from dcar_core.model.dcar import SecondStage, seeded_model
-    from dcar_core.model.methods.registry import method
-    from dcar_core.model.query_prompts import take
-
-    model = seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("query-prompts"), 0).eval()
-    with torch.no_grad():
-        for _, parameter in model.trainables():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    save_checkpoint(model, tmp_path / "checkpoint")
-    rebuild(gallery, tmp_path / "checkpoint", tmp_path / "index", workers=0, progress=False)
-    stage, body = SecondStage(model), {"query": "a red square", "rerank": True, "k": 24}
-    async with opened(tmp_path / "index", rerank_depth=10) as http:
-        client = Client(http)
-        plain = await client.text(query="a red square", k=24)
-        for _ in range(2):  # computed, and from the cache
-            again = await client.text(**body)
-            assert sorted(ids(again)[:10]) == sorted(ids(plain)[:10])
-            assert ids(again)[10:] == ids(plain)[10:]
-            snapshot = http.app.state.collections[None].live
-            rows = [snapshot.artifact.row_of(each) for each in ids(again)[:10]]
-            pixels = np.stack([snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row)) for row in rows])
-            images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
-            texts = take(stage.texts(model.backbone.tokenize(["a red square"])), torch.zeros(10, dtype=torch.long))
-            expected = [r["score"] for r in again["results"][:10]] + stage.scores(texts, images).numpy()
-            found = [r["rerank_score"] for r in again["results"][:10]]
-            np.testing.assert_allclose(found, expected, atol=2e-3)
-            assert found == sorted(found, reverse=True)
-            assert len(snapshot.image_features) == 10
-    off = tmp_path / "off"
-    model.config = model.config.with_rerank_weight(0)
-    save_checkpoint(model, tmp_path / "checkpoint")
-    rebuild(gallery, tmp_path / "checkpoint", off, workers=0, progress=False)
-    async with opened(off) as http:
-        assert "cannot re-rank" in assert_problem(await http.post("/search/text", json=body), 409)["detail"]
-
-
-async def test_images_are_read_in_their_own_threads(built_index: Path) -> None:
+async def test_images_are_read_in_their_own_threads(reranking_index: Path) -> None:
     """A gallery that hangs must not block the check for new versions."""
-    async with opened(built_index) as http:
+    async with opened(reranking_index) as http:
         artifact = http.app.state.collections[None].live.artifact
         read, threads = artifact.image_bytes, set[str]()
 

@@ -58,9 +58,9 @@ async def test_a_load_continues_when_its_caller_leaves(index: Path, monkeypatch:
 
 @needs("openvino")
 @pytest.mark.slow
-async def test_the_model_is_loaded_from_the_served_version(index: Path, tmp_path: Path) -> None:
+async def test_the_model_is_loaded_from_the_served_version(reranking_index: Path, tmp_path: Path) -> None:
     """Start without the model, then update until the first version is deleted."""
-    cache = tmp_path / "cache"
+    index, cache = Path(shutil.copytree(reranking_index, tmp_path / "reranking")), tmp_path / "cache"
 
     for start in range(2):
         async with opened(index, runtime="openvino", runtime_cache=cache, poll_s=0, **ADMIN_ONLY) as client:

@@ -50,13 +50,15 @@ async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-async def test_a_later_start_loads_no_model_and_has_the_same_results(built_index: Path, runtime_cache: Path) -> None:
+async def test_a_later_start_loads_no_model_and_has_the_same_results(
+    reranking_index: Path, runtime_cache: Path
+) -> None:
     settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache}
 
-    async with opened(built_index, **settings) as http:
+    async with opened(reranking_index, **settings) as http:
         assert live(http).backbone is not None
         first = await ask(http, PLAIN), await ask(http, DEEP)
-    async with opened(built_index, **settings) as http:
+    async with opened(reranking_index, **settings) as http:
         assert live(http).backbone is None
         assert await ask(http, PLAIN) == first[0]
         assert live(http).backbone is None, "a plain search needs no model"
@@ -68,13 +70,13 @@ async def test_a_later_start_loads_no_model_and_has_the_same_results(built_index
 async def test_a_missing_model_fails_only_queries_that_need_it(
     gallery: Path,
     tiny_model: Path,
-    tiny_checkpoint: Path,
+    reranking_checkpoint: Path,
     runtime_cache: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = Path(shutil.copytree(tiny_model.parent, tmp_path / "models"))
-    rebuild(gallery, model / tiny_checkpoint.name, tmp_path / "index", workers=0, progress=False)
+    rebuild(gallery, model / reranking_checkpoint.name, tmp_path / "index", workers=0, progress=False)
     settings: dict[str, Any] = {"runtime": "openvino", "runtime_cache": runtime_cache}
 
     async with opened(tmp_path / "index", **settings) as http:
@@ -111,12 +113,12 @@ def test_dcar_search_runs_without_pytorch(
 
 @pytest.mark.slow
 def test_a_published_version_is_served_and_changed_without_pytorch(
-    gallery: Path, tiny_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gallery: Path, reranking_checkpoint: Path, exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DCAR_RUNTIME_CACHE", str(exports.parent))
-    rebuild(gallery, tiny_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)
+    rebuild(gallery, reranking_checkpoint, tmp_path / "index", runtime="openvino", workers=0, progress=False)
     texts, photo = ["a red square", "naïve 😿"], base64.b64encode(png("red")).decode()
-    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+    encoder = Encoder.load(reranking_checkpoint, device="cpu")
     expected = np.concatenate([encoder.encode_text(texts), encoder.encode_images([png("red")])])
 
     settings = {

@@ -2,22 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
-from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig, ReweightConfig
+from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.encoder_state import Runtime
 from dcar_core.serving.encoder import Encoder
 from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
-from dcar_core.serving.second_scores import PairWeights
-from dcar_core.training.prepared_split import prepare_split
 
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
 SAME = {"a": ModelConfig(), "b": ModelConfig().with_query_weights("predicted")}
@@ -95,42 +91,3 @@ def test_mixed_image_rows_equal_each_encoder_alone(
 def test_encoders_differ_enough_to_reveal_a_mix_up(encoders: dict[str, Encoder]) -> None:
     vectors = np.concatenate([encoder.encode_text(["a red square"]) for encoder in encoders.values()])
     assert (vectors @ vectors.T - np.eye(len(vectors))).max() < 0.999
-
-
-def test_rows_with_token_weights_mix_with_ordinary_ones(encoders: dict[str, Encoder]) -> None:
-    encoder = encoders["a"]
-    pairs = PairWeights(encoder)
-    frozen = pairs.image_features(np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), np.uint8))
-    factors = pairs.factors("a red square", frozen)  # [3, n]
-    assert factors.shape[0] == 3
-    assert (factors[:, 0] == 1).all()
-    assert (factors[:, -1] == 1).all()
-    assert abs(factors[:, 1:-1] - 1).max() > 0.01
-    rows = [*(TextRow(encoder, "a red square", each) for each in factors), TextRow(encoders["b"], "a longer text here")]
-    mixed = encode_text_rows(rows)
-    tokens = encoder.model.backbone.tokenize(["a red square"], encoder.model.prompt_tokens)
-    with torch.inference_mode():
-        alone = encoder.model.encode_text(tokens.expand(3, -1), torch.from_numpy(factors)).numpy()
-    np.testing.assert_allclose(mixed[:3], alone, atol=2e-6)
-    np.testing.assert_allclose(mixed[3], encoders["b"].encode_text(["a longer text here"])[0], atol=2e-6)
-
-
-@pytest.mark.parametrize("option", [{}, {"token_feature": "alone"}, {"image_feature": "patches"}])
-def test_pair_weights_are_the_same_in_training_and_serving(
-    option: dict[str, Any], tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig(reweight=ReweightConfig(**option)))
-    training = Annotations(tiny_data).load("train")[0]
-    trained = prepare_split(training, model, for_training=True, progress=False).pair_weights
-    plain = DCAR(model.backbone, ModelConfig())
-    usual = prepare_split(training, plain, for_training=True, progress=False).pair_weights
-    save_checkpoint(model, tmp_path / "checkpoint")
-    encoder = Encoder.load(tmp_path / "checkpoint", device="cpu", exact=True)
-    pairs = PairWeights(encoder)
-    assert trained is not None
-    for sample, wanted in zip(training.samples, trained, strict=True):
-        frozen = pairs.image_features(encoder.preprocess(training.read(sample.image))[None])
-        found = pairs.factors(sample.caption, frozen)[0]
-        np.testing.assert_allclose(found, wanted[: len(found)], atol=1e-4)
-    assert usual is not None
-    assert (float((trained - usual).abs().max()) > 0.01) == bool(option)

@@ -1,4 +1,4 @@
-"""Families of models go the whole way: train, checkpoint, index, serve, search, re-rank, explain, restart."""
+"""Families of models go the whole way: train, checkpoint, index, serve, search, explain, restart."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,10 +72,10 @@ async def searched(http: ServiceClient) -> list[float]:
     return [result["score"] for body in bodies for result in body["results"]]
 
 
-async def searched_deeply(http: ServiceClient) -> list[float]:
-    """Search by text, re-ranked and explained; return the scores."""
-    deep = await Client(http).text(**QUERY, rerank=True, explain=True)
-    assert all("rerank_score" in result and result["explanation"]["words"] for result in deep["results"])
+async def explained(http: ServiceClient) -> list[float]:
+    """Search by text with explanations; return the scores."""
+    deep = await Client(http).text(**QUERY, explain=True)
+    assert all(result["explanation"]["words"] for result in deep["results"])
     return sorted(result["score"] for result in deep["results"])
 
 
@@ -93,14 +93,14 @@ async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_pat
     for runtime in runtimes:
         async with opened(index, runtime=runtime, runtime_cache=tmp_path / "cache") as http:
             assert live(http).runtime.name == runtime
-            scores.append([*await searched(http), *await searched_deeply(http)])
+            scores.append([*await searched(http), *await explained(http)])
     for each in scores[1:]:
         np.testing.assert_allclose(each, scores[0], atol=2e-3)
     if family in WITH_OPENVINO or family == "MobileCLIP-S":
         async with opened(index, runtime=runtimes[-1], runtime_cache=tmp_path / "cache") as http:
             again = await searched(http)
             assert len(runtimes) == 1 or live(http).backbone is None, "a later start on an export needs no model"
-            again += await searched_deeply(http)
+            again += await explained(http)
         np.testing.assert_allclose(again, scores[0], atol=2e-3)
 
 

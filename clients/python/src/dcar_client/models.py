@@ -96,8 +96,7 @@ class Result(Model):
     width, height: of the upright image in pixels; null if the index does not know them.
     text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
         results are sorted by both scores.
-    rerank_score: `score` plus that of the second stage, or the cosine under the exact token weights of this (query,
-        item) pair; re-ranked results are sorted by it.
+    rerank_score: `score` plus that of the second stage; re-ranked results are sorted by it.
     folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
     """
 
@@ -425,7 +424,7 @@ class SearchOptions(TypedDict, total=False):
     facets: list[str]
     """Fields whose values are counted over all items that fulfil `filter` and reach `min_score`."""
     rerank: bool
-    """Score the first results again, by the model's second stage or exact token weights; 409 if it has neither."""
+    """Score the first results again, by the model's second stage; 409 if it has none."""
     explain: bool
     """Show which parts of images and words contribute to scores."""
 
