@@ -219,7 +219,8 @@ class Settings(BaseSettings):
     """Directories, separated by commas, from which images are served besides the gallery's own: for lists with absolute
     paths, and for links to files outside of the gallery."""
     image_hosts: Hosts = ()
-    """Hosts, or buckets, separated by commas, whose images the service fetches by URL. Unset: none."""
+    """Trusted hosts, or buckets, separated by commas, whose images the service fetches by URL. Needs the extra `http`.
+    Unset: none."""
     image_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = (80, 443)
     """Ports that a request may name in a URL, separated by commas."""
 

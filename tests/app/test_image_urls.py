@@ -1,8 +1,12 @@
 """Query images by URL: which are fetched, and what their hosts may do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import gzip
+import socket
+import sys
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +15,49 @@ import pytest
 from app.api import image_urls
 from app.api.image_urls import ImageFetcher, is_public
 from app.core.problems import Problem
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
-from app.middleware import body_limit
+from app.main import create_app
+from dcar_core.util.errors import MissingExtraError
 from tests.support.images import png
+from tests.support.parts import needs
 from tests.support.responses import assert_problem
 from tests.support.service import opened, until
 from tests.support.writes import WRITES, put
 
 HOST = "pictures.example"
-SCOPE: dict[str, Any] = {body_limit._COUNT_BYTES: lambda _: None}
 
 
-URL = f"http://{HOST}/a.png?size=2#x"
+@pytest.fixture
+def addresses(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The addresses of hosts, beside those of the machine's resolver."""
+    known, resolve = {HOST: ["127.0.0.1"]}, socket.getaddrinfo
+
+    def look_up(host: Any, *given: Any, **options: Any) -> list[Any]:
+        if host not in known:
+            return resolve(host, *given, **options)
+        return [found for address in known[host] for found in resolve(address, *given, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return known
 
 
-def resolve_to(port: int, *addresses: str) -> Callable[[str, int], Any]:
-    async def resolve(host: str, _: int) -> list[tuple[str, int]]:
-        return [(address, port) for address in addresses]
-
-    return resolve
+@pytest.fixture
+def all_public(addresses: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_urls, "is_public", lambda address: ip_address(address).is_loopback)
 
 
-def fetcher(index: Path, port: int, **given: Any) -> ImageFetcher:
-    settings = Settings(index=index, image_hosts=(HOST,), max_upload_bytes=given.pop("max_upload_bytes", 2048))
-    return ImageFetcher(settings, **{"resolve": resolve_to(port, "127.0.0.1"), "is_allowed": lambda _: True, **given})
+def url_of(port: int, host: str = HOST) -> str:
+    return f"http://{host}:{port}/a.png?size=2#x"
+
+
+def ignore(size: int) -> None:
+    """Count no bytes."""
+
+
+def fetcher(index: Path, *ports: int, hosts: tuple[str, ...] = (HOST,), max_upload_bytes: int = 2048) -> ImageFetcher:
+    settings = Settings(index=index, image_hosts=hosts, image_ports=ports, max_upload_bytes=max_upload_bytes)
+    return ImageFetcher(settings)
 
 
 @asynccontextmanager
@@ -64,17 +87,23 @@ def ok(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
+@needs("http")
+@pytest.mark.usefixtures("all_public")
 async def test_a_batch_searches_with_an_image_by_its_url(built_index: Path) -> None:
-    async with opened(built_index, image_hosts=(HOST,)) as client, served(ok(png())) as (port, requests):
-        client.app.state.fetcher = fetcher(built_index, port, is_allowed=lambda address: address == "127.0.0.1")
-        queries = [{"query": "red"}, {"image": URL, "k": 2}]
+    async with (
+        served(ok(png())) as (port, requests),
+        opened(built_index, image_hosts=(HOST,), image_ports=(port,)) as client,
+    ):
+        queries = [{"query": "red"}, {"image": url_of(port), "k": 2}]
         answers = (await client.post("/search/batch", json={"queries": queries})).json()["answers"]
         image = (await client.post("/search/image", files={"file": ("a.png", png())}, data={"k": "2"})).json()
         assert answers[1]["results"] == image["results"]
         assert requests[0].startswith(b"GET /a.png?size=2 HTTP/1.1\r\n")
-        assert f"Host: {HOST}\r\n".encode() in requests[0]
+        assert f"Host: {HOST}:{port}\r\n".encode() in requests[0]
 
 
+@needs("http")
+@pytest.mark.usefixtures("all_public")
 async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Path) -> None:
     large, kind = ok(png() + bytes(900_000)), {"Content-Type": "multipart/form-data; boundary=b"}
     go, arrived = asyncio.Event(), asyncio.Event()
@@ -85,9 +114,13 @@ async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Pat
         await go.wait()
         yield b"\r\n--b--\r\n"
 
-    async with opened(built_index, max_in_flight_bytes=2**20) as client, served(large) as (port, _):
-        client.app.state.fetcher = fetcher(built_index, port, max_upload_bytes=2**20)
-        body = {"queries": [{"image": URL}]}
+    async with (
+        served(large) as (port, _),
+        opened(
+            built_index, image_hosts=(HOST,), image_ports=(port,), max_in_flight_bytes=2**20, max_upload_bytes=2**20
+        ) as client,
+    ):
+        body = {"queries": [{"image": url_of(port)}]}
         assert (await client.post("/search/batch", json=body)).status_code == 200, "a single request always has room"
         uploading = asyncio.create_task(client.post("/search/image", content=upload(), headers=kind))
         await arrived.wait()
@@ -99,11 +132,14 @@ async def test_fetched_bytes_count_against_the_budget_of_bodies(built_index: Pat
         assert (await client.post("/search/batch", json=body)).status_code == 200, "refused requests free their part"
 
 
-@pytest.mark.usefixtures("no_writer")
+@needs("http")
+@pytest.mark.usefixtures("no_writer", "all_public")
 async def test_an_item_is_put_with_an_image_by_its_url(index: Path) -> None:
-    async with opened(index, image_hosts=(HOST,), **WRITES) as client, served(ok(png())) as (port, _):
-        client.app.state.fetcher = fetcher(index, port, is_allowed=lambda address: address == "127.0.0.1")
-        given = {"id": "a", "image": URL}
+    async with (
+        served(ok(png())) as (port, _),
+        opened(index, image_hosts=(HOST,), image_ports=(port,), **WRITES) as client,
+    ):
+        given = {"id": "a", "image": url_of(port)}
         other = {"id": "b", "image": "http://other.example/a.png"}
         assert_problem(await put(client, given, other), 422, "items.1.image")
         assert_problem(await put(client, *(given | {"id": f"{number}"} for number in range(9))), 422, "items")
@@ -123,19 +159,33 @@ async def test_without_allowed_hosts_no_url_is_fetched(built_index: Path) -> Non
         assert (response.status_code, response.json()["errors"][0]["field"]) == (422, "queries")
 
 
+async def test_hosts_without_aiohttp_end_the_start_with_the_command(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(MissingExtraError, match=r"DCAR_IMAGE_HOSTS\) needs .* pip install 'dcar\[http\]'"):
+        create_app(Settings(index=built_index, image_hosts=(HOST,)))
+    create_app(Settings(index=built_index))
+
+
+@needs("http")
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.0.1", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1",
      "fd00::1", "::ffff:8.8.8.8", "64:ff9b::7f00:1", "2002:7f00:1::", "::8.8.8.8", "::ffff:0:8.8.8.8", "64:ff9b:1::1",
      "fec0::1", "3fff::1", "5f00::1", "2001:db8::1"],
 )  # fmt: skip
-async def test_nothing_is_sent_to_an_address_that_is_not_public(tmp_path: Path, address: str) -> None:
+async def test_nothing_is_sent_to_an_address_that_is_not_public(
+    tmp_path: Path, address: str, addresses: dict[str, list[str]]
+) -> None:
     assert not is_public(address)
     async with served(ok(b"x")) as (port, requests):
-        for addresses in ([address], ["8.8.8.8", address], []):
-            resolve = resolve_to(port, *addresses)
+        for addresses[HOST] in ([address], ["8.8.8.8", address], []):
             with pytest.raises(Problem, match="not public"):
-                await fetcher(tmp_path, port, resolve=resolve, is_allowed=is_public).fetch(SCOPE, URL)
+                await fetcher(tmp_path, port).fetch(url_of(port), ignore)
+        literal = f"[{address}]" if ":" in address else address
+        with pytest.raises(Problem, match="not public"):
+            await fetcher(tmp_path, port, hosts=(address,)).fetch(url_of(port, literal), ignore)
         assert not requests
 
 
@@ -144,21 +194,22 @@ def test_public_addresses_are_allowed() -> None:
     assert is_public("2001:4860:4860::8888")
 
 
+@needs("http")
 @pytest.mark.parametrize(
     "url",
     ["http://other.example/a", f"http://user@{HOST}/a", f"http://{HOST}:99999/a", f"http://{HOST}/a b", "http://[::1",
      f"http://{HOST}:22/a", f"http://{HOST}.other.example/", "http:///a", f"http://{HOST}/\r\nX: y",
-     f"https://{HOST}\\@other.example/"],
+     f"https://{HOST}\\@other.example/", f"http://{HOST}/" + "a" * 9000],
 )  # fmt: skip
-async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str) -> None:
-    async def fail(host: str, port: int) -> list[str]:
-        raise AssertionError
-
-    with pytest.raises(Problem) as caught:
-        await fetcher(tmp_path, 0, resolve=fail).fetch(SCOPE, url)
+async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str, addresses: dict[str, list[str]]) -> None:
+    addresses.clear()
+    with pytest.raises(Problem, match=r"this service fetches no images|a URL has|not a valid URL") as caught:
+        await fetcher(tmp_path, 80, 443).fetch(url, ignore)
     assert caught.value.errors[0][0] == "image"
 
 
+@needs("http")
+@pytest.mark.usefixtures("all_public")
 @pytest.mark.parametrize(
     ("answer", "status", "message"),
     [
@@ -169,8 +220,8 @@ async def test_other_hosts_and_odd_urls_are_refused(tmp_path: Path, url: str) ->
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", 422, "does not answer"),
         (b"SSH-2.0-server\r\n\r\n", 422, "does not answer"),
         (b"", 422, "does not answer"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 422, "answered 100"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 16_000, 422, "does not answer"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 422, "does not answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 20_001, 413, "MiB"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 12_000, 422, "does not answer"),
     ],
     ids=["redirect", "missing", "too large", "endless", "cut off", "no HTTP", "closed", "interim", "chunks", "heads"],
@@ -180,30 +231,42 @@ async def test_other_answers_than_an_image_name_the_field(
 ) -> None:
     async with served(answer) as (port, requests):
         with pytest.raises(Problem, match=message) as caught:
-            await fetcher(tmp_path, port, max_upload_bytes=20_000).fetch(SCOPE, URL)
-        assert (caught.value.status, caught.value.errors[0][0], len(requests)) == (status, "image", 1)
+            await fetcher(tmp_path, port, max_upload_bytes=20_000).fetch(url_of(port), ignore)
+        assert (caught.value.status, caught.value.errors[0][0], len({*requests})) == (status, "image", 1)
 
 
+@needs("http")
+@pytest.mark.usefixtures("all_public")
+async def test_an_encoding_that_was_not_asked_for_is_not_undone(tmp_path: Path) -> None:
+    packed = gzip.compress(bytes(100_000))
+    answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
+    async with served(answer + packed) as (port, _):
+        assert await fetcher(tmp_path, port).fetch(url_of(port), ignore) == packed
+
+
+@needs("http")
+@pytest.mark.usefixtures("all_public")
 async def test_a_slow_host_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_urls, "_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(image_urls, "TIMEOUT_S", 0.05)
     async with served(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", stays_open=True) as (port, _):
         with pytest.raises(Problem, match="more than") as caught:
-            await fetcher(tmp_path, port).fetch(SCOPE, URL)
+            await fetcher(tmp_path, port).fetch(url_of(port), ignore)
     assert caught.value.status == 422
 
 
+@needs("http")
+@pytest.mark.usefixtures("all_public")
 async def test_slow_hosts_of_one_caller_leave_places_to_others(tmp_path: Path) -> None:
     async with served(b"", stays_open=True) as (slow, requests), served(ok(b"image")) as (quick, _):
+        both = fetcher(tmp_path, slow, quick)
 
-        async def resolve(host: str, _: int) -> list[tuple[str, int]]:
-            return [("127.0.0.1", quick if host == HOST else slow)]
+        async def fetch(caller: int, port: int) -> bytes:
+            current_caller.set(f"192.0.2.{caller}")
+            return await both.fetch(url_of(port), ignore)
 
-        settings = Settings(index=tmp_path, image_hosts=(HOST, "slow.example"))
-        both = ImageFetcher(settings, resolve, lambda _: True)
-        callers: list[dict[str, Any]] = [{**SCOPE, "client": (f"192.0.2.{number}", 1)} for number in range(3)]
-        waits = [asyncio.create_task(both.fetch(each, "http://slow.example/")) for each in callers[:2] * 8]
+        waits = [asyncio.create_task(fetch(caller, slow)) for caller in (0, 1) * 8]
         await until(lambda: len(requests) == 8)
-        assert await both.fetch(callers[2], URL) == b"image"
+        assert await asyncio.create_task(fetch(2, quick)) == b"image"
         for wait in waits:
             wait.cancel()
         await asyncio.wait(waits)

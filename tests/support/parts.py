@@ -71,7 +71,7 @@ PARTS = {
     "time": _Asked("what takes many seconds", "TEST_LONG=1 make test", in_ci=False),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
-    "http": _extra("galleries at URLs", "http", "aiohttp"),
+    "http": _extra("galleries and images at URLs", "http", "aiohttp"),
     "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
     "qdrant-core": _extra("Qdrant's core", "stacks", "qdrant_edge"),
     "promql": _extra("queries of metrics", "charts", "promql_parser"),
