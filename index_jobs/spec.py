@@ -105,9 +105,6 @@ class BuildOptions:
         None, "New directory or file of the checkpoint's backbone, if it was moved.", metavar="PLACE", exists=True
     )
     device: str = _option("auto", "auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")
-    pixel_cache: Path | None = _option(  # noqa: RUF009
-        None, "Keep decoded images here for the next rebuild: 150 KB an image at 224 pixels.", metavar="DIR"
-    )
     shard_rows: int = _option(1024, "Images per shard, which is the work that a killed run can lose.", min=1)
     validation: Path | None = _option(  # noqa: RUF009
         None,

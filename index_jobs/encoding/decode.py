@@ -23,7 +23,6 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Pixels
 from dcar_core.util.errors import ImageError, ImageFault
 from dcar_core.util.machine import available_cores
-from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import IMAGE, FailedImage, Images
 from index_jobs.gallery.storage import ImageLocation, read_images
 
@@ -67,7 +66,6 @@ def decode_windows(
     windows: Iterator[Sequence[ImageLocation]],
     preprocess: Preprocess,
     workers: int,
-    cache: PixelCache | None = None,
 ) -> Generator[DecodedWindow, None, None]:
     """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
     processes = [DecodeWorker() for _ in range(workers)]
@@ -80,7 +78,7 @@ def decode_windows(
     threads = ThreadPoolExecutor(parallel, "decode", take_worker)
     try:
         yield from map_ahead(
-            threads, lambda window: _decode_window(root, window, preprocess, mine.worker, cache),
+            threads, lambda window: _decode_window(root, window, preprocess, mine.worker),
             windows, _WINDOWS_AHEAD + parallel,
         )  # fmt: skip
     finally:
@@ -103,30 +101,21 @@ def map_ahead(
 
 
 def _decode_window(
-    root: str, locations: Sequence[ImageLocation], preprocess: Preprocess, worker: DecodeWorker | None,
-    cache: PixelCache | None,
-) -> DecodedWindow:  # fmt: skip
-    """Read and decode the images of a window, through the cache if there is one."""
-    images = cache.get(root, locations) if cache else {}
-    missing = [location for location in locations if location.row not in images]
-    decoded: dict[ImageLocation, Decoded] = {}
-    failed = []
-    for location, data in zip(missing, read_images(root, missing), strict=True):
-        result = _decode_image(location.row, data, preprocess, worker)
-        if isinstance(result, FailedImage):
-            failed.append(result)
+    root: str, locations: Sequence[ImageLocation], preprocess: Preprocess, worker: DecodeWorker | None
+) -> DecodedWindow:
+    """Read and decode the images of a window."""
+    stacked, records, failed = [], [], []
+    for location, data in zip(locations, read_images(root, locations), strict=True):
+        image = _decode_image(location.row, data, preprocess, worker)
+        if isinstance(image, FailedImage):
+            failed.append(image)
         else:
-            images[location.row] = decoded[location] = result
-    if cache and decoded:
-        cache.put(root, decoded)
-    ordered = [location for location in locations if location.row in images]
-    stacked = [images[location.row].result for location in ordered]
-    records = np.empty(len(ordered), IMAGE)
-    for i, location in enumerate(ordered):
-        pixels, width, height = images[location.row]
-        pixel_hash = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest())
-        records[i] = (location.row, location.location_hash, pixel_hash, (width, height))
-    return DecodedWindow(np.stack(stacked) if stacked else np.empty((0, 3, 0, 0), np.uint8), records, tuple(failed))
+            pixels, *size = image
+            pixel_hash = int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest())
+            stacked.append(pixels)
+            records.append((location.row, location.location_hash, pixel_hash, tuple(size)))
+    pixels = np.stack(stacked) if stacked else np.empty((0, 3, 0, 0), np.uint8)
+    return DecodedWindow(pixels, np.array(records, IMAGE), tuple(failed))
 
 
 def _decode_image(

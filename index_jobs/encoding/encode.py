@@ -27,7 +27,6 @@ from dcar_core.util.errors import DataError, ImageFault
 from dcar_core.util.files import write_json_lines
 from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
 from index_jobs.encoding.devices import encode_windows
-from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, is_url, join_location
@@ -90,9 +89,7 @@ class EncodedGallery:
         return (self.adapt(shard.vectors()) for shard in self.shards)
 
 
-def encode_gallery(
-    gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions, cache: PixelCache | None = None
-) -> EncodedGallery:
+def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions) -> EncodedGallery:
     """Encode every image that has no vector yet.
 
     Args:
@@ -106,7 +103,7 @@ def encode_gallery(
     """
     state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
     workers = worker_count(options.workers, state.remaining)
-    decoded = decode_windows(gallery.root, state.windows(), replicas[0].preprocess, workers, cache)
+    decoded = decode_windows(gallery.root, state.windows(), replicas[0].preprocess, workers)
 
     def checked() -> Iterator[DecodedWindow]:
         for window in decoded:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.encode import LOCATION_COLUMNS, EncodedGallery, EncodingState, save_shard, split_windows
-from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.spec import BuildOptions
@@ -66,13 +64,12 @@ class ShardWorker:
             checkpoint = store.path / CHECKPOINT
             for name in shared:
                 self.remote.receive(f"{store.path.name}/{name}", store.path / name)
-        self.store, self.root, self.options, folder = store, root, options, options.pixel_cache
+        self.store, self.root, self.options = store, root, options
         self.replicas = load_replicas(checkpoint, options.device, exact=options.spec.exact, runtime=runtime)
         if self.replicas[0].image_key != image_key:
             raise DcarError(f"a worker loaded another model from {checkpoint}; give every machine the same checkpoint")
         with pa.memory_map(str(store.path / _LOCATIONS)) as source:
             self.table = pa.ipc.open_file(source).read_all()
-        self.cache = PixelCache(folder, self.replicas[0].preprocess) if folder else None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Make the shards of batch["shard"] and return the batch."""
@@ -85,7 +82,7 @@ class ShardWorker:
             shard = self.store.load(number)
             if shard.missing:
                 windows = split_windows(shard, self.root, self.table, self.options.batch_size)
-                decoded = decode_windows(self.root, windows, self.replicas[0].preprocess, workers, self.cache)
+                decoded = decode_windows(self.root, windows, self.replicas[0].preprocess, workers)
                 with closing(decoded), closing(encode_windows(decoded, self.replicas)) as encoded:
                     save_shard(self.store, number, encoded)
             if self.remote is not None:
@@ -109,7 +106,6 @@ def encode_on_ray(
     state = EncodingState(gallery, encoder, work, options, runtime)
     if state.todo:
         write_locations(state.store, gallery.table)
-        options = replace(options, pixel_cache=options.pixel_cache and options.pixel_cache.absolute())
         task: tuple[Any, ...] = (state.store, gallery.root, checkpoint.absolute(), encoder.image_key, runtime, options)
         remote = store_of(work.parent)
         with ExitStack() as stack:

@@ -45,7 +45,6 @@ from dcar_core.util.files import hash_json
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
-from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
@@ -353,8 +352,7 @@ class _Build:
             from index_jobs.encoding.ray_cluster import encode_on_ray
 
             return encode_on_ray(self.gallery, replicas[0], self.work, options, checkpoint=checkpoint, runtime=runtime)
-        cache = PixelCache(options.pixel_cache, replicas[0].preprocess) if options.pixel_cache else None
-        return encode_gallery(self.gallery, replicas, self.work, options, cache)
+        return encode_gallery(self.gallery, replicas, self.work, options)
 
     def _add_portable_export(self, staging: Path) -> dict[str, FileInfo]:
         """Add what serves the model without PyTorch, if OpenVINO is installed; return the files of the served version.

@@ -208,6 +208,25 @@ def test_job_resumes_after_its_gallery_was_unavailable(
     assert (summary.count, summary.failed) == (24, 0)
 
 
+def test_exact_pixels_make_a_new_version(build: Build, tmp_path: Path) -> None:
+    def run(exact: bool) -> tuple[int, bool, int]:
+        summary = build(exact=exact)
+        return summary.version, open_current(tmp_path / "index").manifest.spec.exact, summary.encoded
+
+    assert [run(False), run(True), run(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
+    assert run(False) == (3, False, 24), "vectors of exact pixels are not those of others"
+
+
+def test_equal_images_are_listed(build: Build, gallery: Path, tmp_path: Path) -> None:
+    shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
+    assert build(gallery).duplicates == 1
+    artifact = open_current(tmp_path / "index")
+    (line,) = (artifact.path / "duplicates.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert (found["name"], found["same_as"]["name"]) == ("circle/zz again.png", "circle/red.png")
+    assert artifact.row_of(found["same_as"]["id"]) == 5
+
+
 @pytest.mark.slow
 def test_training_behind_the_image_tower_needs_no_encoding(
     build: Build, gallery: Path, tiny_model: Path, tmp_path: Path

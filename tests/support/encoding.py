@@ -8,18 +8,15 @@ import numpy as np
 from dcar_core import Encoder
 from dcar_core.util.arrays import Floats
 from index_jobs.encoding.encode import EncodedGallery, encode_gallery
-from index_jobs.encoding.pixel_cache import PixelCache
 from index_jobs.gallery.scan import scan
 from index_jobs.spec import BuildOptions
 
 
-def encode(
-    gallery: Path, encoders: Encoder | list[Encoder], work: Path, cache: PixelCache | None = None, **options: Any
-) -> EncodedGallery:
+def encode(gallery: Path, encoders: Encoder | list[Encoder], work: Path, **options: Any) -> EncodedGallery:
     """Encode a gallery with small windows and shards."""
     given = BuildOptions.of({"batch_size": 4, "shard_rows": 8, "progress": False, **options})
     replicas = encoders if isinstance(encoders, list) else [encoders]
-    return encode_gallery(scan(gallery), replicas, work, given, cache)
+    return encode_gallery(scan(gallery), replicas, work, given)
 
 
 def vectors_of(encoded: EncodedGallery) -> Floats:
