@@ -67,6 +67,7 @@ SHORT = {
     "slow filters", "long contains", "long names", "nested values", "long content types", "spaces", "metrics",
     "whole pages", "batches of explanations", "writes without a key", "200 mutated images", "batches of 12 megapixels",
 }  # fmt: skip
+LARGE_IMAGES = 8  # of 62 megapixels
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
 
 
@@ -211,6 +212,8 @@ def changes() -> dict[str, Attack]:
     ]
     patches = [change("PATCH", "/collections/hostile/items/1", metadata={"price": n}) for n in range(200)]
     pages = [get(f"/collections/hostile/items?k={k}") for k in (200, 2)]
+    sizes = itertools.product(range(LARGE_IMAGES), (192, 384, 1280))  # so that few of them are cached
+    large = [get(f"/collections/hostile/items/large{n}/image?size={size}") for n, size in sizes]
     grouped = [{"query": f"cat {n}", "k": 200, "group_by": "text"} for n in range(32)]
     hosts = ("localhost", "[::ffff:127.0.0.1]")
     return {
@@ -218,7 +221,7 @@ def changes() -> dict[str, Attack]:
         "unread pages of large metadata": connections(250, lambda: iter(pages[:1]), is_read=False),
         "groups of long values": flood(change("POST", "/collections/hostile/search/batch", queries=grouped)),
         "items of large metadata": flood(change("PUT", "/collections/hostile/items", items=items), connections=8),
-        "thumbnails of 62 megapixels": flood(get("/collections/hostile/items/large/image?size=192"), connections=8),
+        "thumbnails of 62 megapixels": flood(*large, connections=8),
         "images by URL": flood(*(batch(8, image=f"http://{host}/x") for host in hosts)),
         "jobs of others": flood(get("/jobs/x"), get("/jobs?limit=100")),
         "changes of items": flood(*patches, connections=8),
@@ -413,7 +416,7 @@ async def spin(target: Target) -> None:
 
 
 def hostile_collection(work: Path) -> Path:
-    """Return an index of items with as much metadata as they may have, one with an image of 62 megapixels."""
+    """Return an index of items with as much metadata as they may have, and of images of 62 megapixels."""
     small, lines, gallery = encoded("PNG", 8), list[str](), work / "hostile-gallery"
     gallery.mkdir(parents=True, exist_ok=True)
     for number in range(256):
@@ -421,8 +424,10 @@ def hostile_collection(work: Path) -> Path:
         lines.append(
             json.dumps({"file_name": f"{number}.png", "id": f"{number}", "text": f"{number:03}" + "x" * 60_000})
         )
-    (gallery / "large.png").write_bytes(encoded("PNG", 7_874))
-    lines.append(json.dumps({"file_name": "large.png", "id": "large"}))
+    large = encoded("PNG", 7_874)
+    for number in range(LARGE_IMAGES):
+        (gallery / f"large{number}.png").write_bytes(large)
+        lines.append(json.dumps({"file_name": f"large{number}.png", "id": f"large{number}"}))
     (gallery / "metadata.jsonl").write_text("\n".join(lines))
     return index_of(gallery, work / "hostile")
 
@@ -447,7 +452,7 @@ def main() -> None:
         settings = {
             "collections": json.dumps({"hostile": str(hostile_collection(given.work))}), "max_collections": 100,
             "collections_dir": created.name, "writes": "true", "admin_key": ADMIN_KEY, "max_jobs": 50,
-            "image_hosts": "localhost,::ffff:127.0.0.1", "thumbnail_cache_bytes": 0,
+            "image_hosts": "localhost,::ffff:127.0.0.1",
         }  # fmt: skip
     with created, serving(given.index or emoji(given.work), group=group, **settings) as server:
         asyncio.run(_explain_once(server.port))

@@ -211,10 +211,6 @@ class Settings(BaseSettings):
 
     page_hybrid: bool = True
     """Start the search page with `Words too` on, which looks up the words of a search as well."""
-    thumbnail_cache: Path | None = None
-    """Directory of cached thumbnails. Unset: below DCAR_RUNTIME_CACHE, else the user's cache."""
-    thumbnail_cache_bytes: int = Field(512 * 2**20, ge=0)
-    """Largest size of the cached thumbnails in bytes. 0 caches none."""
     image_roots: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)] = ()
     """Directories, separated by commas, from which images are served besides the gallery's own: for lists with absolute
     paths, and for links to files outside of the gallery."""

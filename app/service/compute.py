@@ -38,7 +38,6 @@ from dcar_core.util.machine import available_cores
 T = TypeVar("T")
 
 _IMAGE_THREADS = 8
-_THUMBNAIL_THREADS = 2
 _QUICK_BYTES = 256 * 2**10  # of a file that is hashed in the event loop, in less time than a thread takes to begin
 
 
@@ -59,7 +58,6 @@ class SharedCompute(Compute):
             later_wait=self._threads["search"].expected_wait,
         )
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
-        self.thumbnail_threads = ComputeThreads(_THUMBNAIL_THREADS, "dcar-thumbnail")  # its cache's disk may hang
         self._turn, self._turns_of = asyncio.Semaphore(1), WeakValueDictionary[str, asyncio.Semaphore]()
         self.timed = metrics.timed  # type: ignore[method-assign]
         self._pixel_threads = ComputeThreads(threads, "dcar-pixels")  # hash files, and resize what PyTorch is to resize
@@ -82,7 +80,7 @@ class SharedCompute(Compute):
         await self.cache.close()
         self._threads["search"].shutdown()
         self._decoders.close()
-        for threads in (self._threads["filter"], self._pixel_threads, self.image_threads, self.thumbnail_threads):
+        for threads in (self._threads["filter"], self._pixel_threads, self.image_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 
     async def texts(self, rows: Sequence[TextRow]) -> list[Floats]:

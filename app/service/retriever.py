@@ -2,7 +2,8 @@
 
 - At most `max_pending` searches are in progress; more are refused at once, like those the batcher has no room for. Each
   search has a deadline, and cancelled work is skipped.
-- Images of items have the same limits. Their thumbnails are made by the processes that decode images, and cached.
+- Images of items have the same limits. Their thumbnails are made by the processes that decode images, and the last ones
+  used are kept in memory.
 """
 
 import asyncio
@@ -15,13 +16,12 @@ import numpy as np
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.core.thumbnail_cache import ThumbnailCache
 from app.search import engine
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError
 from app.search.plan import require_sortable, row_of
 from app.search.query import Query, SearchResults
 from app.search.rows import first_rows, group_field
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Recent, Snapshot
 from app.search.sorting import sort_rows
 from app.service.batching import Admission, together
 from app.service.compute import SharedCompute
@@ -29,11 +29,24 @@ from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
-from dcar_core.util.files import default_cache_directory
 from index_jobs.selection import Allowed, to_mask
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
+
+_THUMBNAIL_BYTES = 64 * 2**20
+
+
+class RecentBytes(Recent[str, bytes]):
+    """A cache of the entries that were used last, up to `size` bytes together. One thread uses it."""
+
+    total = 0
+
+    def keep(self, key: str, value: bytes) -> None:
+        self.total += len(value) - len(self.pop(key, b""))
+        self[key] = value
+        while self.total > self.size:
+            self.total -= len(self.pop(next(iter(self))))
 
 
 class Retriever:
@@ -46,8 +59,7 @@ class Retriever:
         self.start, self.close = self.compute.start, self.compute.close
         self.require_room, self.require_image_room = self.compute.batcher.require_room, self.compute.require_image_room
         self.image_threads = self.compute.image_threads
-        folder = settings.thumbnail_cache or default_cache_directory() / "thumbnails"
-        self._thumbnails = ThumbnailCache(folder, settings.thumbnail_cache_bytes)
+        self._thumbnails = RecentBytes(_THUMBNAIL_BYTES)
 
     @property
     def fault(self) -> str | None:
@@ -151,13 +163,13 @@ class Retriever:
         try:
             async with self._admission(kind="pictures"):
                 name = f"{await self.image_threads.run(artifact.image_key, row)}_{side}.{thumbnail_format}"
-                data = await self.compute.thumbnail_threads.run(self._thumbnails.get, name)
+                data = self._thumbnails.use(name)
                 if data is None:
                     source = await self.image_threads.run(artifact.image_bytes, row)
                     try:
                         make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                         data = await self.compute.decode(source, make)
-                        await self.compute.thumbnail_threads.run(self._thumbnails.put, name, data)
+                        self._thumbnails.keep(name, data)
                     except ImageError as error:
                         if error.fault != ImageFault.TOO_LARGE:
                             raise

@@ -1,9 +1,7 @@
 """What the search page needs beside the API: thumbnails, the gallery in an order, familiar words."""
 
-import asyncio
 import io
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from PIL import Image
 
 from app.core.keys import key_hash
-from app.core.thumbnail_cache import ThumbnailCache
+from app.service.retriever import RecentBytes
 from dcar_core.images import workers
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
@@ -62,11 +60,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
     return gallery.parent / "index"
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> dict[str, Any]:
-    return {"thumbnail_cache": tmp_path / "thumbnails"}
-
-
 async def ids(client: ServiceClient, **query: Any) -> list[str]:
     response = await client.get("/ui/browse", params=query)
     assert response.status_code == 200, response.text
@@ -79,9 +72,7 @@ async def item_id(client: ServiceClient, name: str) -> str:
 
 
 @pytest.mark.slow
-async def test_thumbnails_are_small_and_upright(
-    photos: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_thumbnails_are_small_and_upright(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, jobs = DecodeWorker.run, list[bytes]()
 
     def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
@@ -89,7 +80,7 @@ async def test_thumbnails_are_small_and_upright(
         return run(worker, convert, data, limits)
 
     monkeypatch.setattr(DecodeWorker, "run", recorded)
-    async with opened(photos, **cache) as client:
+    async with opened(photos) as client:
         for name, size in (("phone.jpg", (288, 384)), ("print.jpg", (384, 288)), ("scan.tif", (384, 288))):
             url = f"/items/{await item_id(client, name)}/image?size=384"
             response = await client.get(url, headers=WEBP)
@@ -109,7 +100,7 @@ async def test_thumbnails_are_small_and_upright(
 
 
 @needs("heic")
-async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_path: Path, cache: dict[str, Any]) -> None:
+async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_path: Path) -> None:
     import pillow_heif
 
     (tmp_path / "gallery").mkdir()
@@ -117,7 +108,7 @@ async def test_heic_photos_are_searched_and_shown(tiny_checkpoint: Path, tmp_pat
         path = tmp_path / "gallery" / f"{color}.heic"
         pillow_heif.from_pillow(Image.new("RGB", (400, 300), color)).save(path, quality=90)
     rebuild(tmp_path / "gallery", tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
-    async with opened(tmp_path / "index", **cache) as client:
+    async with opened(tmp_path / "index") as client:
         files = {"file": ("photo.heic", path.read_bytes(), "image/heic")}
         found = await client.post("/search/image", files=files, data={"fields": "file_name"})
         best = found.json()["results"][0]
@@ -156,33 +147,21 @@ async def test_small_drawings_are_sent_as_they_are(started: ServiceClient) -> No
     assert_problem(await started.get("/items/unknown/image?size=192"), 404, "id")
 
 
-async def test_a_cache_that_hangs_delays_no_image(
-    photos: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers = threading.Event()
-    monkeypatch.setattr(ThumbnailCache, "get", lambda *_: answers.wait(30) and None)
-    try:
-        async with opened(photos, **cache, deadline_ms=500) as client:
-            url = f"/items/{await item_id(client, 'print.jpg')}/image"
-            waiting = [asyncio.create_task(client.get(f"{url}?size=192")) for _ in range(20)]
-            await asyncio.sleep(0.1)
-            assert (await client.get(url)).status_code == 200
-            assert {(await each).status_code for each in waiting} == {503}
-    finally:
-        answers.set()
+async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, files = DecodeWorker.run, list[bytes]()
 
+    def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
+        files.append(data)
+        return run(worker, convert, data, limits)
 
-async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, cache: dict[str, Any]) -> None:
-    async with opened(photos, **cache) as client:
+    path = photos.parent / "gallery" / "print.jpg"
+    content = path.read_bytes()
+    monkeypatch.setattr(DecodeWorker, "run", recorded)
+    async with opened(photos) as client:
         url = f"/items/{await item_id(client, 'print.jpg')}/image?size=192"
         first = await client.get(url)
-        files = [path for path in cache["thumbnail_cache"].rglob("*") if path.is_file()]
-        assert [path.read_bytes() for path in files] == [first.content]
-        (cached,) = files
-        cached.write_bytes(first.content + b"of the cache")
-        assert (await client.get(url)).content == first.content + b"of the cache", "it is made once"
-        path = photos.parent / "gallery" / "print.jpg"
-        content = path.read_bytes()
+        assert (await client.get(url)).content == first.content
+        assert files == [content], "it is made once"
         try:
             Image.new("RGB", (900, 600), "red").save(path)
             changed = await client.get(url)
@@ -192,35 +171,17 @@ async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, cache: dict[st
             path.write_bytes(content)
 
 
-def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
-    cache = ThumbnailCache(tmp_path, 10_000)
-    for number in range(9):
-        cache.put(f"{number:032}_192.webp", PNG.ljust(1_000))
-        os.utime(tmp_path / "00" / f"{number:032}_192.webp", (number, number))
-    assert cache.get(f"{0:032}_192.webp") == PNG.ljust(1_000)  # the oldest becomes the newest
-    for number in range(9, 12):
-        cache.put(f"{number:032}_192.webp", PNG.ljust(1_000))
-    kept = {int(path.name[:32]) for path in tmp_path.rglob("*.webp")}
-    assert {0, 9, 10, 11} <= kept
-    assert not {1, 2} & kept
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.webp")) <= 10_000
-    (tmp_path / "00" / f"{11:032}_192.webp").write_bytes(b"damaged")
-    assert cache.get(f"{11:032}_192.webp") is None
-    cache.put("big", PNG.ljust(9_500))
-    assert cache.get("big") is None
-
-
-def test_cache_without_a_disk_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("")
-    cache = ThumbnailCache(tmp_path / "file" / "below", 10_000)
-    for name in ("one", "two"):
-        cache.put(name, PNG)
-        assert cache.get(name) is None
-    assert len(caplog.records) == 1, "one warning"
-    off = ThumbnailCache(tmp_path / "off", 0)
-    off.put("one", PNG)
-    assert off.get("one") is None
-    assert not (tmp_path / "off").exists()
+def test_thumbnails_that_were_used_last_are_kept() -> None:
+    cache = RecentBytes(100)
+    for name in "abcd":
+        cache.keep(name, bytes(30))
+        assert cache.use("a"), "it becomes the newest"
+    assert [*cache] == ["c", "d", "a"]
+    cache.keep("a", bytes(70))
+    assert [*cache] == ["d", "a"]
+    assert (cache.use("a"), cache.total) == (bytes(70), 100)
+    cache.keep("big", bytes(101))
+    assert (len(cache), cache.total) == (0, 0)
 
 
 async def test_browsing_filters_and_sorts(photos: Path) -> None:
