@@ -14,7 +14,7 @@ from limits.aio.storage import MemoryStorage
 from limits.aio.storage.redis import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from app.core.redis import CircuitBreaker, Client, connect, disconnect
+from app.core.redis import CircuitBreaker, connect
 
 current_caller = ContextVar("caller", default="")  # of the current request
 _MARGIN_S = 0.05  # added to the computed wait
@@ -57,12 +57,15 @@ class RateLimiter:
         self._rate = parse_rate(rate)
         self._timeout = timeout_s
         self._local = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._client: Client | None = None
+        self._client = connect(redis_url) if redis_url is not None else None
         self._shared: SlidingWindowCounterRateLimiter | None = None
         self.breaker = CircuitBreaker("a shared count of requests")
-        if redis_url is not None:
-            self._client = connect(redis_url, timeout_s=timeout_s)
-            self._shared = SlidingWindowCounterRateLimiter(_Storage(self._client))
+        if self._client is not None:
+            pool: Any = self._client.connection_pool
+            storage = RedisStorage(
+                "async+redis://", implementation="redispy", key_prefix="dcar:rate", connection_pool=pool
+            )
+            self._shared = SlidingWindowCounterRateLimiter(storage)
 
     async def charge(self, caller: str, extra: int | None = None) -> float:
         """Count one request. Return 0 if it is allowed, else the seconds until a retry may succeed.
@@ -80,7 +83,7 @@ class RateLimiter:
 
     async def close(self) -> None:
         if self._client is not None:
-            await disconnect(self._client)
+            await self._client.aclose()
 
     async def _hit(self, limiter: SlidingWindowCounterRateLimiter, caller: str, count: int) -> float:
         if await limiter.hit(self._rate, caller, cost=count):
@@ -105,16 +108,3 @@ def _seconds_until_room(
     if current < below and earlier:
         return max(0.0, earlier_ends_in - (below - current) * expiry / earlier)
     return rest + expiry * max(0.0, 1 - below / current) if current >= below else 0.0
-
-
-class _Storage(RedisStorage):
-    """The storage of `limits` on a client of `app.core.redis`, which may be a sentinel's or a cluster's."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        super().__init__("async+redis://", implementation="redispy", key_prefix="dcar:rate")
-
-    def configure_bridge(self) -> None:
-        bridge: Any = self.bridge
-        bridge.storage = self._client
-        bridge.connection_getter = lambda _: self._client

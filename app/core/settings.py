@@ -63,7 +63,7 @@ def _check_rate(value: str) -> str:
 
 
 def _check_redis_url(value: SecretStr) -> SecretStr:
-    connect(value.get_secret_value(), timeout_s=1)  # which checks it, and connects later
+    connect(value.get_secret_value())  # which checks it, and connects later
     return value
 
 
@@ -142,8 +142,8 @@ class Settings(BaseSettings):
     """Time limit of a search in milliseconds. After it the response is 503."""
 
     redis_url: Annotated[SecretStr, AfterValidator(_check_redis_url)] | None = None
-    """Redis for cached embeddings and rate limits: redis://, rediss://, unix:, redis+sentinel:// or
-    redis+cluster://. Unset: processes share nothing."""
+    """Redis for cached embeddings and rate limits: redis://, rediss:// or unix://. Unset: processes
+    share nothing."""
     redis_timeout_ms: int = Field(100, ge=1)
     """Time limit of a Redis command in milliseconds. A slower response is treated as a failure."""
     cache_size: int = Field(10_000, ge=0)

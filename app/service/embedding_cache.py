@@ -11,16 +11,19 @@
 import asyncio
 import hashlib
 import zlib
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from app.core.metrics import Metrics
-from app.core.redis import CircuitBreaker, Client, connect, disconnect
+from app.core.redis import CircuitBreaker, connect
 from app.core.settings import Settings
 from app.search.snapshots import Recent
 from dcar_core.util.arrays import Floats
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 _DTYPE = np.dtype("<f2")
 _CHECKSUM_BYTES = 4
@@ -57,7 +60,7 @@ class EmbeddingCache:
         self._entries = Recent[str, NDArray[np.float16]](settings.cache_size)
         self._ttl, self._timeout = settings.cache_ttl_s, settings.redis_timeout_ms / 1000
         self.is_shared = url is not None  # so `get` may find what `peek` does not
-        self._redis = connect(url.get_secret_value(), timeout_s=self._timeout) if url else None  # connects when used
+        self._redis = connect(url.get_secret_value()) if url else None  # connects when used
         self.read_breaker = CircuitBreaker("cached embeddings")
         self.write_breaker = CircuitBreaker("caching new embeddings")
         self._writes: set[asyncio.Task[None]] = set()
@@ -98,7 +101,7 @@ class EmbeddingCache:
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
 
-    async def _write(self, redis: Client, key: str, value: bytes) -> None:
+    async def _write(self, redis: "Redis", key: str, value: bytes) -> None:
         outcome = "error"
         async with self.write_breaker.attempt(self._timeout):
             await redis.set(key, value, ex=self._ttl)
@@ -110,7 +113,7 @@ class EmbeddingCache:
         if self._writes:
             await asyncio.wait(self._writes, timeout=_CLOSE_TIMEOUT_S)
         if self._redis is not None:
-            await disconnect(self._redis)
+            await self._redis.aclose()
 
 
 def _pack(key: str, vector: Floats) -> bytes:

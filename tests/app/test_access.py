@@ -84,9 +84,11 @@ async def test_rates_are_shared_in_redis_and_local_without_it(redis_server: Redi
     assert [wait == 0 for wait in waits] == [True] * 4 + [False] * 2
     assert all(0 < wait <= 60.1 for wait in waits[4:])
     for _ in range(2):
-        first.breaker.failed(OSError("lost"))
+        async with first.breaker.attempt(1):
+            raise OSError("lost")
     await first.charge("bob")
-    first.breaker.failed(OSError("lost"))
+    async with first.breaker.attempt(1):
+        raise OSError("lost")
     assert not first.breaker.is_open, "a success between failures counts"
     redis_server.stop()
     assert [await first.charge("alice") == 0 for _ in range(6)] == [True] * 4 + [False] * 2

@@ -65,19 +65,20 @@ def test_a_caller_cannot_change_a_cached_vector() -> None:
         kept[0] = 5
 
 
-def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("app.core.redis.time", SimpleNamespace(monotonic=lambda: now))
     breaker = CircuitBreaker("the cache")
-    for _ in range(2):
-        breaker.failed(OSError("x"))
+    for _ in range(3):
         assert breaker.allows()
-    breaker.failed(OSError("x"))
+        async with breaker.attempt(1):
+            raise OSError("x")
     assert not breaker.allows()
     now = 5.1
     assert breaker.allows(), "one trial"
     assert not breaker.allows(), "and no stampede"
-    breaker.succeeded()
+    async with breaker.attempt(1):
+        pass
     assert breaker.allows()
 
 
@@ -260,7 +261,7 @@ async def test_results_are_the_same_with_and_without_redis(
         assert (await ask())["cached"] is True
         cache = client.app.state.retriever.compute.cache
         breaker = cache.read_breaker
-        breaker._pause = cache.write_breaker._pause = 0.2
+        monkeypatch.setattr("app.core.redis.PAUSE_S", 0.2)
         redis_server.stop()
         for _ in range(4):
             response = await ask()
@@ -269,8 +270,8 @@ async def test_results_are_the_same_with_and_without_redis(
         assert breaker.is_open
         name = "dcar_redis_breaker_open", (("use", "read"),)
         assert (await scrape(client))[name] == 1
-        monkeypatch.setattr("app.core.redis._KNOWN_S", 0)
-        await asyncio.sleep(breaker._pause)
+        monkeypatch.setattr("app.core.redis.KNOWN_S", 0)
+        await asyncio.sleep(0.2)
         assert (await scrape(client))[name] == 0, "nobody has tried since"
         redis_server.start()
         await until(cached)
