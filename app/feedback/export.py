@@ -29,7 +29,6 @@ from dcar_core.util.errors import DcarError
 from dcar_core.util.files import csv_text, write_bytes, write_json, write_json_lines
 from index_jobs.store.artifact import Artifact
 
-METHOD = "position-based click model, from pairs seen at several positions"
 MAX_WEIGHT = 10.0  # of a click, by the inverse of its position's propensity
 PRIOR = 5.0  # looks without a click that each pair starts with
 _CERTAIN = 1.64 / 2  # of the square root of a count of clicks: 1.64 standard deviations
@@ -67,13 +66,16 @@ class Report:
     pairs: int = 0
     negatives: int = 0
     judged: int = 0
-    method: str = METHOD
+    method: str = "position-based click model, from pairs seen at several positions"
     propensities: list[float] = field(default_factory=list)
     pairs_at_several_positions: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     images: str | None = None
     without_image: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, reason: str, mask: np.ndarray) -> None:
+        self.left_out[reason] += int(mask.sum())
 
     def __str__(self) -> str:
         lines = [
@@ -144,20 +146,20 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
             raise DcarError(f"{out} already holds {name}; give --out a new directory")
     report = Report(options=asdict(options) | {"judges": sorted(options.judges), "collection": collection})
     queries, events = read_log(folder)
-    queries = once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"])
+    queries = once(queries.filter(pc.equal(queries["application"], collection)))
     if not len(queries):
         raise DcarError(f"{folder} has no search of the collection {collection!r}; name another by --collection")
     report.searches = len(queries)
-    log = CodedLog(queries, events, options, report)
+    log = CodedLog(queries, events, report)
     seen = log.impressions(options.client_cap)
     seen = seen[~_is_insistent(seen, options.client_item_cap, report)]
     propensities = estimate_propensities(seen)
     report.propensities = [round(float(each), 4) for each in propensities.examined]
     report.pairs_at_several_positions = propensities.pairs
-    evidence = weigh(seen, propensities)
+    evidence = weigh(seen[np.isin(seen.text, log.text[log.is_usable])], propensities)
     images = _Images(artifact, log.items)
-    pairs, negatives = _pairs(evidence, log, images, options, report)
-    judged = _judged(evidence, log, images, options, report)
+    pairs, negatives = _pairs(evidence, images, options, report)
+    judged = _judged(evidence, log, options, report)
     report.pairs, report.negatives, report.judged = len(pairs), sum(map(len, negatives.values())), len(judged)
     out.mkdir(parents=True, exist_ok=True)
     _write_judged(out, judged)
@@ -168,10 +170,10 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
     return report
 
 
-def once(table: pa.Table, columns: Sequence[str]) -> pa.Table:
-    """Return the first of the rows that are equal in some columns."""
-    numbered = table.append_column("row", pa.array(np.arange(len(table))))
-    return table.take(numbered.group_by([*columns]).aggregate([("row", "min")])["row_min"].sort())
+def once(queries: pa.Table) -> pa.Table:
+    """Return the first row of each search."""
+    numbered = queries.append_column("row", pa.array(np.arange(len(queries))))
+    return queries.take(numbered.group_by("query_id").aggregate([("row", "min")])["row_min"].sort())
 
 
 def _codes(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
@@ -182,25 +184,24 @@ def _codes(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
 class CodedLog:
     """The tables of the log as codes of searches, texts, items and clients."""
 
-    def __init__(self, queries: pa.Table, events: pa.Table, options: Options, report: Report) -> None:
+    def __init__(self, queries: pa.Table, events: pa.Table, report: Report) -> None:
         attributes = queries["query_attributes"].combine_chunks()
-        self.report, self.options = report, options
+        self.report = report
         hits = queries["query_response_hit_ids"].combine_chunks()
         texts = pc.utf8_lower(queries["user_query"])
         self.items, self.texts = pc.unique(hits.flatten()), pc.unique(texts)
         self.text = _codes(texts, self.texts)
         kind, hashed = attributes.field("kind"), attributes.field("is_hashed")
         self.version = np.asarray(attributes.field("index_version"))
-        self.is_usable = np.asarray(pc.and_(pc.equal(kind, "text"), pc.invert(hashed)))
         self.hit_search = np.asarray(pc.list_parent_indices(hits), np.int64)
         self.hit_item = _codes(hits.flatten(), self.items)
         starts = np.searchsorted(self.hit_search, np.arange(len(queries)))
         self.hit_rank = np.arange(len(self.hit_search)) - starts[self.hit_search]
         self.hit_rank += np.asarray(attributes.field("offset"))[self.hit_search]
-        report.left_out["searches without words, or with more than words"] += int(np.sum(np.asarray(kind) == "other"))
-        report.left_out["searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"] += int(
-            np.sum(np.asarray(hashed) & (np.asarray(kind) == "text"))
-        )
+        is_text = np.asarray(kind) == "text"
+        report.leave_out("searches without words, or with more than words", ~is_text)
+        report.leave_out("searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)", is_text & np.asarray(hashed))
+        self.is_usable = is_text & ~np.asarray(hashed)
         self._take_events(queries, events)
 
     def _take_events(self, queries: pa.Table, events: pa.Table) -> None:
@@ -219,9 +220,9 @@ class CodedLog:
         first = np.full(len(queries), -1)
         first[search[is_shown][::-1]] = client[is_shown][::-1]  # the earliest is written last
         is_first = is_shown & (first[search] == client)
-        self._count("events for searches that are not in the log, or are of another collection", search < 0)
-        self._count("events for items that were not shown", (search >= 0) & ~is_shown)
-        self._count("events of a second client on one search", is_shown & ~is_first)
+        self.report.leave_out("events for searches that are not in the log, or are of another collection", search < 0)
+        self.report.leave_out("events for items that were not shown", (search >= 0) & ~is_shown)
+        self.report.leave_out("events of a second client on one search", is_shown & ~is_first)
         self.report.events = int((search >= 0).sum())
         self.report.clients = len(np.unique(client[is_first]))
         self.events = {
@@ -233,9 +234,6 @@ class CodedLog:
         }
         unknown = len(self.clients) + np.arange(len(queries))  # of a search without events
         self.client_of = np.where(first < 0, unknown, first)
-
-    def _count(self, reason: str, mask: np.ndarray) -> None:
-        self.report.left_out[reason] += int(mask.sum())
 
     def impressions(self, client_cap: int) -> Impressions:
         """Return what counts as seen.
@@ -250,7 +248,7 @@ class CodedLog:
         counts = has_events if is_impression.any() else np.ones(searches, bool)
         over = np.zeros(searches, bool)
         over[counts] = _number_within(self.client_of[counts]) >= client_cap
-        self._count(f"searches of a client beyond its first {client_cap:,}", over)
+        self.report.leave_out(f"searches of a client beyond its first {client_cap:,}", over)
         counts &= ~over
         width = len(self.items) + 1
         hit_key, event_key = self.hit_search * width + self.hit_item, events["search"] * width + events["item"]
@@ -284,7 +282,7 @@ def _is_insistent(seen: Impressions, cap: int, report: Report) -> np.ndarray:
     numbers[order] = _number_within((keys // texts)[order])
     found = np.zeros(len(seen.clicked), bool)
     found[seen.clicked] = numbers[vote] >= cap
-    report.left_out[f"clicks of a client on an item beyond its first {cap:,} texts"] += int(found.sum())
+    report.leave_out(f"clicks of a client on an item beyond its first {cap:,} texts", found)
     return found
 
 
@@ -324,60 +322,54 @@ def weigh(seen: Impressions, propensities: Propensities) -> Evidence:
     return Evidence(seen.text[first], seen.item[first], relevance, estimate, clicks, skips)
 
 
+def _shares(evidence: Evidence, min_clients: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what each pair has of the relevance of its text's best item, and whether it was hardly ever clicked."""
+    enough = evidence.clicks >= min_clients
+    best = np.zeros(int(evidence.text.max(initial=-1)) + 1)
+    np.maximum.at(best, evidence.text[enough], evidence.relevance[enough])
+    best = best[evidence.text]
+    return evidence.relevance / np.maximum(best, 1e-9), (evidence.estimate <= _SKIPPED * best) & (best > 0)
+
+
 def _pairs(
-    evidence: Evidence, log: CodedLog, images: "_Images", options: Options, report: Report
+    evidence: Evidence, images: "_Images", options: Options, report: Report
 ) -> tuple[list[tuple[int, int, float]], dict[int, list[int]]]:
     """Return the training pairs (item, text, relevance), and the texts that are wrong for an item."""
-    usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
-    enough = evidence.clicks >= options.min_clients
-    best = np.zeros(len(log.texts))
-    np.maximum.at(best, evidence.text[enough], evidence.relevance[enough])
-    share = evidence.relevance / np.maximum(best[evidence.text], 1e-9)
-    clicked = usable & (evidence.clicks > 0)
-    report.left_out[f"clicked pairs with fewer than {options.min_clients} clients"] += int((clicked & ~enough).sum())
-    fits = clicked & enough & (share >= _FIT)
-    report.left_out["clicked pairs of less than two thirds of the relevance of their query's best"] += int(
-        (clicked & enough & ~fits).sum()
-    )
+    share, is_hardly_clicked = _shares(evidence, options.min_clients)
+    clicks, skips, enough = evidence.clicks, evidence.skips, evidence.clicks >= options.min_clients
+    report.leave_out(f"clicked pairs with fewer than {options.min_clients} clients", (clicks > 0) & ~enough)
+    fits = enough & (share >= _FIT)
+    weak = "clicked pairs of less than two thirds of the relevance of their query's best"
+    report.leave_out(weak, enough & ~fits)
     chosen = np.flatnonzero(fits)
     chosen = chosen[np.argsort(-evidence.relevance[chosen], kind="stable")]
     within = _number_within(evidence.item[chosen]) < options.item_cap
-    report.left_out[f"pairs of an item beyond its best {options.item_cap:,}"] += int((~within).sum())
+    report.leave_out(f"pairs of an item beyond its best {options.item_cap:,}", ~within)
     known = images.is_known[evidence.item[chosen]]
-    report.left_out["pairs of items that are no longer in the index"] += int((~known).sum())
-    chosen = chosen[within & known]
-    is_wrong = usable & (evidence.skips >= options.min_clients) & _is_hardly_clicked(evidence, best)
-    few = usable & (evidence.skips > 0) & (evidence.skips < options.min_clients) & (evidence.clicks == 0)
-    report.left_out[f"images skipped by fewer than {options.min_clients} clients"] += int(few.sum())
+    report.leave_out("pairs of items that are no longer in the index", ~known)
+    few = (skips > 0) & (skips < options.min_clients) & (clicks == 0)
+    report.leave_out(f"images skipped by fewer than {options.min_clients} clients", few)
     negatives = dict[int, list[int]]()
-    for place in np.flatnonzero(is_wrong & images.is_known[evidence.item]):
-        texts = negatives.setdefault(int(evidence.item[place]), [])
+    is_wrong = (skips >= options.min_clients) & is_hardly_clicked & images.is_known[evidence.item]
+    for item, text in zip(evidence.item[is_wrong].tolist(), evidence.text[is_wrong].tolist(), strict=True):
+        texts = negatives.setdefault(item, [])
         if len(texts) < _MAX_NEGATIVES:
-            texts.append(int(evidence.text[place]))
-    relevance = np.maximum(evidence.relevance, 1e-6).round(6).tolist()
-    return [(int(evidence.item[each]), int(evidence.text[each]), relevance[each]) for each in chosen], negatives
-
-
-def _is_hardly_clicked(evidence: Evidence, best: np.ndarray) -> np.ndarray:
-    """Return bool (P,), given the relevance of the best item of each text."""
-    hardly: np.ndarray = (evidence.estimate <= _SKIPPED * best[evidence.text]) & (best[evidence.text] > 0)
-    return hardly
+            texts.append(text)
+    chosen = chosen[within & known]
+    columns = evidence.item, evidence.text, np.maximum(evidence.relevance, 1e-6).round(6)
+    return [*zip(*(column[chosen].tolist() for column in columns), strict=True)], negatives
 
 
 def _judged(
-    evidence: Evidence, log: CodedLog, images: "_Images", options: Options, report: Report
+    evidence: Evidence, log: CodedLog, options: Options, report: Report
 ) -> list[tuple[str, str, int, str, int]]:
     """Return (text, item id, grade 0 to 3, source, clients). Judgements by hand come before clicks."""
-    usable = np.isin(evidence.text, np.unique(log.text[log.is_usable]))
-    best = np.zeros(len(log.texts))
-    np.maximum.at(best, evidence.text, np.where(evidence.clicks >= options.min_clients, evidence.relevance, 0))
-    share = evidence.relevance / np.maximum(best[evidence.text], 1e-9)
-    found = dict[tuple[int, int], tuple[int, str, int]]()
-    counted = usable & (best[evidence.text] > 0) & (evidence.clicks + evidence.skips >= options.min_clients)
+    share, is_hardly_clicked = _shares(evidence, options.min_clients)
+    clients = evidence.clicks + evidence.skips
     grades = np.where(evidence.clicks >= options.min_clients, np.ceil(3 * np.minimum(share, 1)), 0)
-    for place in np.flatnonzero(counted & ((grades > 0) | _is_hardly_clicked(evidence, best))):
-        key = int(evidence.text[place]), int(evidence.item[place])
-        found[key] = int(grades[place]), "clicks", int(evidence.clicks[place] + evidence.skips[place])
+    counted = (clients >= options.min_clients) & ((grades > 0) | is_hardly_clicked)
+    columns = (each[counted].astype(int).tolist() for each in (evidence.text, evidence.item, grades, clients))
+    found = {(text, item): (grade, "clicks", count) for text, item, grade, count in zip(*columns, strict=True)}
     ratings = dict[tuple[int, int], dict[str, int]]()
     for place in np.flatnonzero(log.events["rating"] >= 0):
         search = log.events["search"][place]

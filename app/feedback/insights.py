@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.feedback.export import CodedLog, Options, Report, once
+from app.feedback.export import CodedLog, Report, once
 from app.feedback.store import EVENT_SCHEMA, list_days, read_log
 
 _DAYS, _SECONDS = 30, 20.0
@@ -46,7 +46,7 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
         if is_partial := time.monotonic() > end:
             break
         queries, events = read_log(folder, day, every)
-        queries = once(queries.filter(pc.equal(queries["application"], collection)), ["query_id"]).sort_by("timestamp")
+        queries = once(queries.filter(pc.equal(queries["application"], collection))).sort_by("timestamp")
         found.add(day, queries, pa.concat_tables([events, later]))
         later = events  # a search of late evening may be clicked after midnight
     return found.summary(every) | {"every": every, "is_partial": is_partial}
@@ -67,7 +67,7 @@ class _Totals:
         self.days[day] = np.zeros(len(_COUNTS), np.int64)
         if not len(queries):
             return
-        log = CodedLog(queries, events, Options(), Report())
+        log = CodedLog(queries, events, Report())
         seen = log.impressions(len(queries))
         within = seen.position <= _POSITIONS
         self.shown += np.bincount(seen.position[within], minlength=_POSITIONS + 1)
