@@ -49,9 +49,9 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
 
 
 async def test_many_closed_loops_of_one_caller_are_refused_nothing(built_index: Path) -> None:
-    """256 texts at a time, of a model that answers some 400 a second."""
+    """256 texts at a time, of a model that answers some 600 a second."""
     async with opened(built_index, cache_size=0) as client:
-        before_encoding(client.app.state.collections[None].live.encoder, lambda texts: time.sleep(0.08))
+        before_encoding(client.app.state.collections[None].live.encoder, lambda texts: time.sleep(0.05))
 
         async def ask(loop: int) -> list[int]:
             queries = [{"query": f"loop {loop}, query {number}"} for number in range(3)]
