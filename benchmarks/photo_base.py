@@ -228,7 +228,7 @@ def within(args: Namespace) -> None:
 
 def _r1(model: DCAR, data: Dataset) -> np.ndarray:
     """Return R@1, text-to-image and image-to-text."""
-    recall = evaluate(model, prepare_split(data, model, for_training=False, progress=False))
+    recall = evaluate(model, prepare_split(data, model, for_training=False))
     return np.array([recall["t2i_r1"], recall["i2t_r1"]])
 
 

@@ -72,7 +72,7 @@ def seconds_per_batch(model: DCAR, data: PreparedSplit, args: argparse.Namespace
 def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[PreparedSplit, float]:
     """Return the prepared split and the seconds it took."""
     started = clock()
-    return prepare_split(training, model, for_training=True, progress=False, cache=cache), clock() - started
+    return prepare_split(training, model, for_training=True, cache=cache), clock() - started
 
 
 def prepare_process(args: argparse.Namespace) -> None:

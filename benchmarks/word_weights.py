@@ -148,10 +148,10 @@ def main() -> None:
     splits, _ = Annotations(args.data).load_all(("train", args.split))
     data, groups = splits[args.split], new_categories(splits["train"], splits[args.split])
     backbone = load_backbone(BackboneSource(args.model))
-    frozen, hits = FrozenFeatures(data, backbone, FeatureCache(None, backbone), False), defaultdict[str, dict](dict)
+    frozen, hits = FrozenFeatures(data, backbone, FeatureCache(None, backbone)), defaultdict[str, dict](dict)
     for directory in args.checkpoints:
         model, _ = load_checkpoint(directory, backbone=backbone)
-        split = prepare_split(data, model.eval(), for_training=False, progress=False)
+        split = prepare_split(data, model.eval(), for_training=False)
         found: Rows = {}
         if model.head is not None:
             found, agreement = weighted_queries(model, split, frozen)

@@ -1,7 +1,6 @@
 """`dcar train`, `dcar retrain`, `dcar zero-shot` and `dcar evaluate`."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +27,7 @@ PAPER_MODEL = "ViT-B-32-quickgelu"  # as OpenAI trained it
 UNTOUCHED_IS_AS_GOOD = 3  # exit status of `dcar train`
 
 
-@commands.command(
-    epilog=example(
-        "dcar train --data my/catalogue --out checkpoint",
-        "torchrun --nproc-per-node 2 -m app.cli train --data my/catalogue --out checkpoint",
-    )
-)
+@commands.command(epilog=example("dcar train --data my/catalogue --out checkpoint"))
 def train(
     data: options.Data,
     out: options.Out,
@@ -88,8 +82,7 @@ def train(
     request = describe_request(data, model, pretrained, config, **given)
     finished = None if restart else find_finished(out, request)
     if finished is not None:
-        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes
-            _report(out, finished, "already trained: ", "; --restart trains again")
+        _report(out, finished, "already trained: ", "; --restart trains again")
         return
     from dcar_core.model.backbone import BackboneSource
     from dcar_core.training.adapt import adapt
@@ -99,8 +92,7 @@ def train(
         restart=restart, device=device, request=request,
         on_data=lambda description: typer.echo(description, err=True), **given,
     )  # fmt: skip
-    if done is not None:
-        _report(out, done)
+    _report(out, done)
 
 
 @commands.command(epilog=example("dcar retrain --index index --pairs pairs", "dcar index rollback index"))

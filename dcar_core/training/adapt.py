@@ -1,7 +1,4 @@
-"""A whole training, as `dcar train` does it: data, negatives, the loop, a checkpoint, and a verdict.
-
-Under torchrun every process calls `adapt`; the leader alone writes files and gets a result.
-"""
+"""A whole training, as `dcar train` does it: data, negatives, the loop, a checkpoint, and a verdict."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +16,6 @@ from dcar_core.model.methods.registry import DEFAULT, default_method
 from dcar_core.model.methods.registry import method as config_of
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.serving.encoder import pick_device
-from dcar_core.training.distributed import torchrun_group
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.finished import FinishedTraining
 from dcar_core.training.prepared_split import prepare_split, report_truncation
@@ -152,8 +148,8 @@ def adapt(
     device: str = "auto",
     request: Mapping[str, Any] | None = None,
     on_data: Callable[[str], None] = lambda description: None,
-) -> FinishedTraining | None:
-    """Adapt a model to a data set, and write its checkpoint to `out`; None for torchrun's processes but the leader.
+) -> FinishedTraining:
+    """Adapt a model to a data set, and write its checkpoint to `out`.
 
     Args:
         method: a name of `methods.registry`; default: by the model's level.
@@ -170,53 +166,46 @@ def adapt(
         DivergedError: the loss or a vector is not finite.
     """
     require_own_config(out)
-    with torchrun_group(pick_device(device)) as (group, here):
-        splits, reports = Annotations(data, images).load_all(("train", "val"), "skip" if skip_broken else "require")
-        backbone = load_backbone(source, here)
-        default = default_method(backbone)
-        chosen = config_of(method or default).with_loss_direction(loss)
-        model = seeded_model(backbone, chosen, config.seed)
-        splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
-        report_truncation(splits, reports, backbone, model.prompt_tokens)
-        if group.is_leader:
-            on_data(describe_reports(splits, reports))
-            if method is None and default != DEFAULT:
-                on_data(f"method {default}: the image tower of {source.model} does not have what {DEFAULT} needs")
-            save_reports(reports, out)
-        with group.leader_first():
-            if restart and group.is_leader:
-                delete_state(out)
-        cache = FeatureCache(features or out / "features", backbone)
-        try:
-            result = train(
-                model,
-                splits["train"],
-                splits["val"],
-                config,
-                run=out,
-                cache=cache,
-                tensorboard=tensorboard,
-                group=group,
-            )
-        except DivergedError:  # a resumed run would diverge again, and refuse a lower rate
-            if group.is_leader:
-                delete_state(out)
-            raise
-        if not group.is_leader:
-            return None
-        verdict = None
-        if result.history:  # else there was nothing to learn
-            verdict = _compare(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
-        done = FinishedTraining(
-            result.epoch, round(result.seconds, 1), "", str(verdict or ""), verdict is None or verdict.is_worth_it
+    splits, reports = Annotations(data, images).load_all(("train", "val"), "skip" if skip_broken else "require")
+    backbone = load_backbone(source, pick_device(device))
+    default = default_method(backbone)
+    chosen = config_of(method or default).with_loss_direction(loss)
+    model = seeded_model(backbone, chosen, config.seed)
+    splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
+    report_truncation(splits, reports, backbone, model.prompt_tokens)
+    on_data(describe_reports(splits, reports))
+    if method is None and default != DEFAULT:
+        on_data(f"method {default}: the image tower of {source.model} does not have what {DEFAULT} needs")
+    save_reports(reports, out)
+    if restart:
+        delete_state(out)
+    cache = FeatureCache(features or out / "features", backbone)
+    try:
+        result = train(
+            model,
+            splits["train"],
+            splits["val"],
+            config,
+            run=out,
+            cache=cache,
+            tensorboard=tensorboard,
         )
-        notes = {**config.to_dict(), "validation": result.best, **asdict(done)}
-        if request is not None:
-            notes["request"] = {**request, "method": None if chosen.method == default else chosen.method}
-        fingerprint = save_checkpoint(model, out, training=notes)
-        if result.history:  # another method's unfinished run stays
-            delete_state(out)
-        return replace(done, fingerprint=fingerprint)
+    except DivergedError:  # a resumed run would diverge again, and refuse a lower rate
+        delete_state(out)
+        raise
+    verdict = None
+    if result.history:  # else there was nothing to learn
+        verdict = _compare(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
+    done = FinishedTraining(
+        result.epoch, round(result.seconds, 1), "", str(verdict or ""), verdict is None or verdict.is_worth_it
+    )
+    notes = {**config.to_dict(), "validation": result.best, **asdict(done)}
+    if request is not None:
+        notes["request"] = {**request, "method": None if chosen.method == default else chosen.method}
+    fingerprint = save_checkpoint(model, out, training=notes)
+    if result.history:  # another method's unfinished run stays
+        delete_state(out)
+    return replace(done, fingerprint=fingerprint)
 
 
 def _compare(

@@ -6,7 +6,7 @@
 - GradCache (Gao et al. 2021): compute the features of all parts, then the gradient of the loss with respect to the
   features, then backpropagate part by part through the encoders.
 - The other terms are means, to which each part adds its share.
-- The result does not depend on the number of parts and processes. More than one part costs a second forward pass.
+- The result does not depend on the number of parts. More than one part costs a second forward pass.
 """
 
 from functools import partial
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dcar_core.model.config import Amp, LossDirection
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.util.arrays import Rows
 
@@ -48,33 +47,26 @@ def accumulate_gradients(
     rows: Rows,
     *,
     parts: int = 1,
-    group: ProcessGroup = SINGLE_PROCESS,
     precision: MixedPrecision | None = None,
 ) -> float:
     """Set the trainables' (scaled) gradients of L over the pairs `rows`; return L."""
     precision = precision or MixedPrecision("off", model.backbone.device)
-    shares = [np.array_split(share, parts) for share in np.array_split(rows, group.size)]
-    local_parts = [part for part in shares[group.rank] if len(part)]
-    keeps_graph = len(local_parts) == 1
+    filled = [part for part in np.array_split(rows, parts) if len(part)]
+    keeps_graph = len(filled) == 1
 
     def forward(part: Rows) -> tuple[Tensor, Tensor, Tensor]:
         with precision.autocast():
             return encode_part(model, data, part, rows)
 
     with torch.set_grad_enabled(keeps_graph):
-        outputs = [forward(part) for part in local_parts]
-    sizes = [sum(map(len, share)) for share in shares]
-    empty = (torch.empty(0, *rows, device=model.backbone.device) for rows in _feature_shapes(model, data))
-    text, image = (
-        group.gather(torch.cat([none, *(output[i].detach() for output in outputs)]), sizes).requires_grad_()
-        for i, none in enumerate(empty)
-    )
+        outputs = [forward(part) for part in filled]
+    text, image = (torch.cat([output[i].detach() for output in outputs]).requires_grad_() for i in (0, 1))
     contrastive = batch_terms(model, data, rows, text, image)
     learned = [] if model.log_scale is None else [model.log_scale]
     text_grad, image_grad, *scale_grad = torch.autograd.grad(contrastive, (text, image, *learned))
-    start, other_losses = sum(sizes[: group.rank]), contrastive.new_zeros(())
-    for i, part in enumerate(local_parts):
-        own_text, own_image, own_losses = outputs[i] if keeps_graph else forward(part)
+    start, other_losses = 0, contrastive.new_zeros(())
+    for part, output in zip(filled, outputs, strict=True):
+        own_text, own_image, own_losses = output if keeps_graph else forward(part)
         own = slice(start, start + len(part))
         # The gradient of this sum equals that of L, because the feature gradients are those of L_con.
         surrogate = (own_text * text_grad[own]).sum() + (own_image * image_grad[own]).sum() + own_losses
@@ -82,18 +74,9 @@ def accumulate_gradients(
         other_losses, start = other_losses + own_losses.detach(), start + len(part)
     penalty = penalty_term(model)
     surrogate = penalty + sum(own * grad for own, grad in zip(learned, scale_grad, strict=True))
-    if surrogate.requires_grad and group.is_leader:
+    if surrogate.requires_grad:
         precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
-    group.sum_gradients(p for _, p in model.trainables() if p.requires_grad)
-    return float(contrastive.detach() + group.sum(other_losses) + penalty.detach())
-
-
-def _feature_shapes(model: DCAR, data: PreparedSplit) -> list[tuple[int, ...]]:
-    """Return the shapes of one text's and one image's features, as `encode_part` returns them."""
-    dim = model.backbone.embed_dim
-    if model.config.loss.late == 0:
-        return [(dim,), (dim,)]
-    return [(1 + data.tokens.shape[1], dim), (1 + model.backbone.patch_grid**2, dim)]
+    return float(contrastive.detach() + other_losses + penalty.detach())
 
 
 def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ A tower without trained parts (both towers of CLIP-Adapter, CoOp's image tower) 
 images are not even decoded once the features are in the cache.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class PreparedSplit:
 
 
 def prepare_split(
-    data: Dataset, model: DCAR, *, for_training: bool, progress: bool = True, cache: FeatureCache | None = None
+    data: Dataset, model: DCAR, *, for_training: bool, cache: FeatureCache | None = None
 ) -> PreparedSplit:
     """Decode the images, tokenise the captions, and run the frozen encoders once for what the method needs.
 
@@ -93,7 +92,7 @@ def prepare_split(
     """
     backbone, config = model.backbone, model.config
     cache = cache or FeatureCache(None, backbone)
-    frozen = FrozenFeatures(data, backbone, cache, progress)
+    frozen = FrozenFeatures(data, backbone, cache)
     captions = [sample.caption for sample in data.samples]
     groups: dict[str, int] = {}
     caption_group = np.array([groups.setdefault(fold_text(caption), len(groups)) for caption in captions])
@@ -163,8 +162,8 @@ class FrozenFeatures:
     Shapes: N pairs, I images, E the joint space.
     """
 
-    def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache, progress: bool = True) -> None:
-        self.data, self.backbone, self.cache, self.progress = data, backbone, cache, progress
+    def __init__(self, data: Dataset, backbone: Backbone, cache: FeatureCache) -> None:
+        self.data, self.backbone, self.cache = data, backbone, cache
         self.names = data.images
         row_of = {name: row for row, name in enumerate(self.names)}
         self.image_of = np.array([row_of[sample.image] for sample in data.samples])
@@ -223,13 +222,13 @@ class FrozenFeatures:
 
         with ThreadPoolExecutor(min(8, available_cores())) as pool:  # Pillow releases the GIL while it decodes
             rows = range(len(self.names))
-            for _ in self._bar(pool.map(decode, rows), f"reading {self.data.split} images", len(rows)):
+            for _ in tqdm(pool.map(decode, rows), f"reading {self.data.split} images", len(rows), leave=False):
                 pass
 
     @torch.no_grad()
     def _encode_images(self, pixels: Pixels) -> Tensor:
         backbone, parts = self.backbone, []
-        for i in self._bar(range(0, len(pixels), IMAGE_BATCH), "frozen image features"):
+        for i in tqdm(range(0, len(pixels), IMAGE_BATCH), "frozen image features", leave=False):
             batch = backbone.normalized(pixels[i : i + IMAGE_BATCH])
             parts.append(F.normalize(backbone.encode_image(batch), dim=-1))
         return torch.cat(parts)
@@ -241,7 +240,7 @@ class FrozenFeatures:
         lengths = self.backbone.layout.lengths(tokens)
         order = torch.argsort(lengths)
         out = torch.empty(len(texts), self.backbone.embed_dim, device=tokens.device)
-        for i in self._bar(range(0, len(texts), TEXT_BATCH), "frozen text features"):
+        for i in tqdm(range(0, len(texts), TEXT_BATCH), "frozen text features", leave=False):
             rows = order[i : i + TEXT_BATCH]
             part = tokens[rows, : int(lengths[rows[-1]])]
             out[rows] = F.normalize(self.backbone.encode_text(part), dim=-1)
@@ -255,15 +254,12 @@ class FrozenFeatures:
         blank, parts = encode(self.backbone.preprocess.blank()[None])[0], []
         pooled = self.images() if config.image_feature == "pooled" else None
         size = TEXT_BATCH if pooled is not None else IMAGE_BATCH
-        for i in self._bar(range(0, len(tokens), size), "token weights"):
+        for i in tqdm(range(0, len(tokens), size), "token weights", leave=False):
             words, rows = token_text_features(self.backbone, tokens[i : i + size], config), self.image_of[i : i + size]
             # Patch features are computed per batch: an image has dozens of patches, too many to keep.
             images = pooled[rows] if pooled is not None else encode(self.pixels()[rows])
             parts.append(pair_weights(words, images, blank))
         return torch.cat(parts)
-
-    def _bar(self, items: Iterable[Any], label: str, total: int | None = None) -> Iterable[Any]:
-        return tqdm(items, label, total, disable=not self.progress, leave=False)
 
 
 def _has_other_category(sample: Sample, negative: int) -> bool:

@@ -33,12 +33,10 @@ MAX_BYTES = 2 * 2**30  # of images in memory: 5,700 for a ViT-B/32. Of more, a r
 _IMAGES = 32
 
 
-def train_second_stage(
-    model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int, *, progress: bool = False
-) -> None:
+def train_second_stage(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> None:
     """Train the second stage in place, and set its weight."""
     with torch.enable_grad():
-        _learn(model, training, seed, progress)
+        _learn(model, training, seed)
     text, image = encode_captions(model, validation), encode_images(model, validation)
     ranks, first = compute_ranks(text, image, validation.image_of), first_images(model, validation, text, image)
     recalls = {
@@ -49,10 +47,10 @@ def train_second_stage(
     model.config = model.config.with_rerank_weight(best)
 
 
-def _learn(model: DCAR, split: PreparedSplit, seed: int, progress: bool) -> None:
+def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
     """Minimise the cross-entropy of each caption's image among it and hard negatives, by each part of the score."""
     stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.scale.detach()
-    kept, images = _image_parts(stage, split, random, progress)
+    kept, images = image_parts(stage, split, random)
     pairs = np.flatnonzero(np.isin(split.image_of, kept))
     texts, own = caption_parts(stage, split.tokens[pairs]), np.searchsorted(kept, split.image_of[pairs])
     right, _ = split.right_answers()
@@ -65,7 +63,7 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int, progress: bool) -> None
     )
     batches = hard_batches(torch.from_numpy(own).to(nearest.device), nearest, optimizer, EPOCHS, random)
     total = EPOCHS * math.ceil(len(own) / BATCH)
-    for rows, shown in tqdm(batches, "training the second stage", total, unit="batch", disable=not progress):
+    for rows, shown in tqdm(batches, "training the second stage", total, unit="batch"):
         repeated = rows[:, None].expand_as(shown).flatten()
         of_text, of_image = take(texts, repeated), take(images, shown.flatten())
         prompted = scale * stage.prompted(of_text, of_image).view_as(shown)
@@ -79,9 +77,7 @@ def _learn(model: DCAR, split: PreparedSplit, seed: int, progress: bool) -> None
         optimizer.step()
 
 
-def _image_parts(
-    stage: SecondStage, split: PreparedSplit, random: np.random.Generator, progress: bool
-) -> tuple[Rows, ClassRowInputs]:
+def image_parts(stage: SecondStage, split: PreparedSplit, random: np.random.Generator) -> tuple[Rows, ClassRowInputs]:
     """Return the rows of images that fit into MAX_BYTES, sorted, and their parts in half precision."""
 
     def parts_of(rows: Rows) -> ClassRowInputs:
@@ -92,5 +88,5 @@ def _image_parts(
     bytes_each = sum(each.nbytes for each in parts_of(np.arange(1)))
     kept = np.sort(random.permutation(images)[: max(2, MAX_BYTES // bytes_each)])
     chunks = np.array_split(kept, range(_IMAGES, len(kept), _IMAGES))
-    read = tqdm(chunks, "images of the second stage", unit=f"x {_IMAGES}", leave=False, disable=not progress)
+    read = tqdm(chunks, "images of the second stage", unit=f"x {_IMAGES}", leave=False)
     return kept, ClassRowInputs(*map(torch.cat, zip(*map(parts_of, read), strict=True)))

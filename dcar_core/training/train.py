@@ -6,7 +6,6 @@
   Validation also decides whether queries use the predicted token weights. The test split is never read.
 - With a run directory, a killed run resumes where it stopped. On the CPU the final weights equal those of an
   uninterrupted run bit for bit.
-- Under torchrun the processes share each batch; only the leader writes files.
 """
 
 import math
@@ -21,9 +20,8 @@ import torch
 from torch import Tensor
 
 from dcar_core.data import Dataset
-from dcar_core.model.config import QueryWeights, TrainConfig
+from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.distributed import SINGLE_PROCESS, ProcessGroup
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.hard_negatives import tune_on_hard_negatives
 from dcar_core.training.objective import MixedPrecision, accumulate_gradients
@@ -81,7 +79,6 @@ def train(
     run: Path | None = None,
     cache: FeatureCache | None = None,
     tensorboard: bool = False,
-    group: ProcessGroup = SINGLE_PROCESS,
 ) -> TrainResult:
     """Train in place. The model ends at its best epoch, in eval mode.
 
@@ -95,20 +92,18 @@ def train(
         TrainingError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)
-    with group.leader_first():
-        train_split = prepare_split(training, model, for_training=True, progress=group.is_leader, cache=cache)
-        val_split = prepare_split(validation, model, for_training=False, progress=group.is_leader, cache=cache)
+    train_split = prepare_split(training, model, for_training=True, cache=cache)
+    val_split = prepare_split(validation, model, for_training=False, cache=cache)
     if not any(p.requires_grad for _, p in model.trainables()):  # zero-shot CLIP
-        if run is not None and group.is_leader:
+        if run is not None:
             (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
-    loop = _TrainingLoop(model, train_split, val_split, config, run, group)
-    board = run / "tensorboard" if run is not None and tensorboard and group.is_leader else None
+    loop = _TrainingLoop(model, train_split, val_split, config, run)
+    board = run / "tensorboard" if run is not None and tensorboard else None
     with (
         tensorboard_log(board, loop.progress.epoch) as log,
         progress_bar(
-            loop.total_steps, f"training {model.config.method}", "batch", is_shown=group.is_leader,
-            initial=loop.finished_steps,
+            loop.total_steps, f"training {model.config.method}", "batch", initial=loop.finished_steps
         ) as bar,
     ):  # fmt: skip
         while not loop.is_finished:
@@ -133,10 +128,9 @@ class _TrainingLoop:
         val_split: PreparedSplit,
         config: TrainConfig,
         run: Path | None,
-        group: ProcessGroup,
     ) -> None:
         self.model, self.train_split, self.val_split = model, train_split, val_split
-        self.config, self.run, self.group = config, run, group
+        self.config, self.run = config, run
         self.parameters = [p for _, p in model.trainables() if p.requires_grad]
         self.lr = config.lr * model.method.lr_factor
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=config.weight_decay)
@@ -180,17 +174,7 @@ class _TrainingLoop:
 
     def finish_epoch(self) -> dict[str, Any]:
         """Validate, keep the best weights, and return the record. Raise DivergedError if a vector is not finite."""
-        choice: tuple[QueryWeights, Recall] | DivergedError | None = None
-        if self.group.is_leader:
-            try:
-                choice = choose_query_weights(self.model, self.val_split)
-            except DivergedError as error:
-                choice = error
-        choice = self.group.broadcast(choice)  # the leader's; an error too, for which the others would wait
-        assert choice is not None
-        if isinstance(choice, DivergedError):
-            raise choice
-        query, recall = choice
+        query, recall = choose_query_weights(self.model, self.val_split)
         at, seconds, loss = self.progress, time.monotonic() - self.started, float(np.mean(self.progress.losses))
         record = {"epoch": at.epoch + 1, "loss": loss, "query": query, **recall, "seconds": seconds}
         at.history.append(record)
@@ -198,7 +182,7 @@ class _TrainingLoop:
         if at.best_epoch == 0 or mean_r1(recall) > mean_r1(at.best):
             at.best_epoch, self.best_weights = at.epoch, self._copy_trainables()
         self._save()
-        if self.run is not None and self.group.is_leader:
+        if self.run is not None:
             write_csv(self.run, at.history)
         return record
 
@@ -214,7 +198,7 @@ class _TrainingLoop:
         if model.config.loss.hard_negatives:
             recall = tune_on_hard_negatives(model, self.train_split, self.val_split, self.config.seed)
         if model.query_prompts is not None:
-            train_second_stage(model, self.train_split, self.val_split, self.config.seed, progress=self.group.is_leader)
+            train_second_stage(model, self.train_split, self.val_split, self.config.seed)
         return TrainResult(recall, at.best_epoch, time.monotonic() - self.started, at.history)
 
     def _step(self, rows: Rows) -> None:
@@ -222,8 +206,7 @@ class _TrainingLoop:
             options["lr"] = self.lr * _lr_factor(self.finished_steps, self.total_steps, self.config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
         loss = accumulate_gradients(
-            self.model, self.train_split, rows, parts=self.config.accumulate, group=self.group,
-            precision=self.precision,
+            self.model, self.train_split, rows, parts=self.config.accumulate, precision=self.precision
         )  # fmt: skip
         if not math.isfinite(loss):
             raise DivergedError(
@@ -241,7 +224,7 @@ class _TrainingLoop:
     def _save(self) -> None:
         self.saved = time.monotonic()
         self.progress.seconds = self.saved - self.started
-        if self.run is None or not self.group.is_leader:
+        if self.run is None:
             return
         content = {
             "trainables": {name: p.detach() for name, p in self.model.trainables()},

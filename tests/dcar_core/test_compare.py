@@ -70,7 +70,7 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
     # the saved checkpoint reproduces the reported number
     run = results["methods"]["dcar"]["runs"][1]
     model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
-    test = prepare_split(Annotations(tiny_data).load("test")[0], model, for_training=False, progress=False)
+    test = prepare_split(Annotations(tiny_data).load("test")[0], model, for_training=False)
     assert evaluate(model, test) == run["test"]
     assert fingerprint == run["fingerprint"]
 

@@ -119,7 +119,7 @@ def analysed(
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
     monkeypatch.setattr(module, "encode_images", lambda *_: image)
     monkeypatch.setattr(module, "_encode_negatives", lambda *_: negatives)
-    return analyse(model, data, prepare_split(data, model, for_training=False, progress=False))
+    return analyse(model, data, prepare_split(data, model, for_training=False))
 
 
 def test_analysis_equals_a_hand_calculation(
@@ -151,7 +151,7 @@ def test_hard_negatives_are_encoded_as_queries(name: str, backbone: Backbone, tr
     model = seeded_model(backbone, method(name).with_query_weights("predicted"), 0)
     if model.head is not None:
         torch.nn.init.normal_(model.head.linear.weight)
-    prepared = prepare_split(training, model, for_training=False, progress=False)
+    prepared = prepare_split(training, model, for_training=False)
     found = analyse(model, training, prepared)["hard_negative_accuracy"]
     hits = []
     for sample in training.samples:

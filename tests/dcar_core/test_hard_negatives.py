@@ -24,7 +24,7 @@ def test_the_stage_moves_the_feature_adapters_alone_and_costs_no_validation_reca
     backbone: Backbone, training: Dataset
 ) -> None:
     model = seeded_model(backbone, method("block-adapters+"), 0)
-    split = prepare_split(training, model, for_training=True, progress=False)
+    split = prepare_split(training, model, for_training=True)
     before, recall = weights(model), evaluate(model, split)
     found = tune_on_hard_negatives(model, split, split, 0)
     changed = {name.split(".")[0] for name, value in weights(model).items() if not torch.equal(value, before[name])}
@@ -38,7 +38,7 @@ def test_a_share_that_costs_validation_recall_is_not_taken(
 ) -> None:
     monkeypatch.setattr(hard_negatives, "LEARNING_RATE", 10.0)  # ruins the adapters
     model = seeded_model(backbone, method("block-adapters+"), 0)
-    splits = [prepare_split(data, model, for_training=True, progress=False) for data in pairs]
+    splits = [prepare_split(data, model, for_training=True) for data in pairs]
     before = evaluate(model, splits[1])
     assert mean_r1(tune_on_hard_negatives(model, splits[0], splits[1], 0)) >= mean_r1(before)
 
@@ -49,7 +49,7 @@ def test_a_stage_that_becomes_infinite_leaves_the_adapters_as_they_were(
     monkeypatch.setattr(hard_negatives, "LEARNING_RATE", float("inf"))
     monkeypatch.setattr(hard_negatives, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
     model = seeded_model(backbone, method("block-adapters+"), 0)
-    split = prepare_split(training, model, for_training=True, progress=False)
+    split = prepare_split(training, model, for_training=True)
     before, recall = weights(model), evaluate(model, split)
     assert tune_on_hard_negatives(model, split, split, 0) == recall
     assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
@@ -57,7 +57,7 @@ def test_a_stage_that_becomes_infinite_leaves_the_adapters_as_they_were(
 
 def test_images_that_a_caption_describes_are_no_negatives(backbone: Backbone, described_twice: Dataset) -> None:
     model = seeded_model(backbone, method("block-adapters+"), 0)
-    split = prepare_split(described_twice, model, for_training=True, progress=False)
+    split = prepare_split(described_twice, model, for_training=True)
     texts, images = (torch.from_numpy(encode(model, split)) for encode in (encode_captions, encode_images))
     nearest = hard_negatives.nearest_wrong_images(texts, images, split.right_answers()[0])
     right, _ = split.right_answers()
@@ -70,7 +70,7 @@ def test_training_ends_with_the_stage(backbone: Backbone, pairs: tuple[Dataset, 
     for name in ("block-adapters", "block-adapters+"):
         model = seeded_model(backbone, method(name), 0)
         result = train(model, *pairs, config)
-        validation = prepare_split(pairs[1], model, for_training=False, progress=False)
+        validation = prepare_split(pairs[1], model, for_training=False)
         assert result.best == evaluate(model, validation)
         found[name] = mean_r1(result.best)
     assert found["block-adapters+"] >= found["block-adapters"]

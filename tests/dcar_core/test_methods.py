@@ -133,7 +133,7 @@ def test_a_tower_without_a_projection_is_refused(tiny_model: Path) -> None:
 def test_the_distance_from_the_frozen_weights_is_part_of_the_loss(backbone: Backbone, tiny_data: Path) -> None:
     model = changed_model(backbone, "prolip")
     assert model.changes is not None
-    data = prepare_split(Annotations(tiny_data).load("train")[0], model, for_training=True, progress=False)
+    data = prepare_split(Annotations(tiny_data).load("train")[0], model, for_training=True)
     rows = np.arange(len(data))
     with_distance = batch_loss(model, data, rows)
     model.config = method("flyp")  # the same loss without the distance
@@ -230,7 +230,7 @@ def test_every_method_takes_a_step_where_the_towers_have_widths_of_their_own(
     pairs = replace(training, samples=training.samples[:2])
     for name in METHODS.keys() - {"clip"}:
         model = seeded_model(backbone, method(name), 0)
-        data = prepare_split(pairs, model, for_training=True, progress=False)
+        data = prepare_split(pairs, model, for_training=True)
         assert np.isfinite(accumulate_gradients(model, data, np.arange(2))), name
         gradients = {part: p.grad for part, p in model.trainables()}
         for part, gradient in gradients.items():

@@ -76,9 +76,7 @@ def test_category_names_are_case_folded_and_eight_negatives_are_used(backbone: B
     assert prepared.candidate_weights is not None
     assert prepared.candidate_weights[0].tolist() == [1.0] + [1.0, 1.5] * 4
     unknown = replace(training.samples[0], category="", negatives=("one", "two"), negative_categories=("", "face"))
-    prepared = prepare_split(
-        replace(training, samples=[unknown]), DCAR(backbone, method("dcar")), for_training=True, progress=False
-    )
+    prepared = prepare_split(replace(training, samples=[unknown]), DCAR(backbone, method("dcar")), for_training=True)
     assert prepared.candidate_weights is not None
     assert prepared.candidate_weights[0].tolist() == [1.0, 1.0, 1.5], (
         "an unknown category is not known to be another one"
@@ -101,9 +99,7 @@ def test_true_caption_is_no_negative_of_its_image(backbone: Backbone, training: 
         replace(other, caption="birthday  party"),
         replace(other, caption="loud"),
     ]
-    data = prepare_split(
-        replace(training, samples=samples), DCAR(backbone, method("coop")), for_training=True, progress=False
-    )
+    data = prepare_split(replace(training, samples=samples), DCAR(backbone, method("coop")), for_training=True)
     found = data.positives(np.arange(6))
     wanted = np.array(
         [  # of the image of:  gift gift popper cat other other
@@ -126,9 +122,7 @@ def test_feature_cache_returns_the_computed_features(backbone: Backbone, trainin
     for config in (shorter, *map(method, ("dcar", "clip-adapter", "dcar-alone", "dcar-patches"))):
         model, plain = move_weights(DCAR(backbone, config), training)
         for _ in range(2):  # the second time from the disk
-            cached = prepare_split(
-                training, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone)
-            )
+            cached = prepare_split(training, model, for_training=True, cache=FeatureCache(tmp_path, backbone))
             for field, one in vars(plain).items():
                 other = getattr(cached, field)
                 assert (one is None) == (other is None)
@@ -153,7 +147,7 @@ def test_feature_cache_misses_for_other_images_texts_and_weights(
 ) -> None:
     def entries(backbone: Backbone, data: Dataset) -> int:
         model = seeded_model(backbone, method("clip-adapter"), 0)
-        prepare_split(data, model, for_training=True, progress=False, cache=FeatureCache(tmp_path, backbone))
+        prepare_split(data, model, for_training=True, cache=FeatureCache(tmp_path, backbone))
         return len([path for path in tmp_path.rglob("*") if path.is_file()])
 
     assert entries(backbone, training) == entries(backbone, training) == 3  # pixels, images, texts

@@ -85,7 +85,7 @@ def test_constant_prompts_are_those_of_no_query(model: DCAR) -> None:
 
 
 def test_images_without_prompts_have_their_own_vectors(model: DCAR, training: Dataset) -> None:
-    stage, split = SecondStage(model), prepare_split(training, model, for_training=False, progress=False)
+    stage, split = SecondStage(model), prepare_split(training, model, for_training=False)
     assert split.pixels is not None
     found = stage.vectors(stage.images(stage.image_rows(model.backbone.normalized(split.pixels))))
     np.testing.assert_allclose(found, encode_images(model, split), atol=1e-5)
@@ -103,7 +103,7 @@ def test_late_interaction_is_the_mean_of_the_best_patches(model: DCAR) -> None:
 
 
 def test_a_chunk_of_images_scores_like_a_pair_alone(model: DCAR, pairs: tuple[Dataset, Dataset]) -> None:
-    split, stage = prepare_split(pairs[1], model, for_training=False, progress=False), SecondStage(model)
+    split, stage = prepare_split(pairs[1], model, for_training=False), SecondStage(model)
     first = first_images(model, split, encode_captions(model, split), encode_images(model, split))
     assert split.pixels is not None
     for text, place in ((0, 0), (2, 1)):
@@ -117,14 +117,14 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
-    split = prepare_split(training, model, for_training=True, progress=False)
+    split = prepare_split(training, model, for_training=True)
     start = {name: parameter.detach().clone() for name, parameter in model.trainables()}
     vectors, before = encode_captions(model, split), evaluate(model, split)
     margins = []
     for epochs in (1, 60):
         monkeypatch.setattr(second_stage, "EPOCHS", epochs)
         model.load_state_dict(start, strict=False)
-        train_second_stage(model, split, split, 0, progress=True)
+        train_second_stage(model, split, split, 0)
         assert "training the second stage: 100%" in capsys.readouterr().err
         first = first_images(model, split, vectors, encode_images(model, split))
         own = first.rows == split.image_of[:, None]
@@ -147,7 +147,7 @@ def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs:
         result = train(model, *pairs, TrainConfig(epochs=2, batch_size=6))
         assert result.seconds > result.history[-1]["seconds"], "what follows the epochs takes time too"
         results.append(result.best)
-        split = prepare_split(pairs[1], model, for_training=False, progress=False)
+        split = prepare_split(pairs[1], model, for_training=False)
         vectors.append((encode_captions(model, split), encode_images(model, split)))
     for found, expected in zip(*vectors, strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -169,7 +169,7 @@ def test_a_stage_that_costs_validation_recall_is_turned_off(
     monkeypatch.setattr(second_stage, "first_images", prefers_wrong_images)
     monkeypatch.setattr(second_stage, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
-    split = prepare_split(training, model, for_training=True, progress=False)
+    split = prepare_split(training, model, for_training=True)
     before = evaluate(model, split)
     assert before["t2i_r5"] > 0
     train_second_stage(model, split, split, 0)
@@ -182,7 +182,7 @@ def test_a_stage_that_gains_nothing_is_turned_off(
 ) -> None:
     monkeypatch.setattr(second_stage, "mean_r1", lambda recall: 50.0)
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
-    split = prepare_split(training, model, for_training=True, progress=False)
+    split = prepare_split(training, model, for_training=True)
     train_second_stage(model, split, split, 0)
     assert not model.config.reranks
 
@@ -191,14 +191,14 @@ def test_images_beyond_the_memory_limit_are_left_out(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
-    split = prepare_split(training, model, for_training=True, progress=False)
+    split = prepare_split(training, model, for_training=True)
     stage, random = SecondStage(model), np.random.default_rng
-    _, whole = second_stage._image_parts(stage, split, random(0), False)
+    _, whole = second_stage.image_parts(stage, split, random(0))
     monkeypatch.setattr(second_stage, "MAX_BYTES", sum(each[:5].nbytes for each in whole))
-    kept, images = second_stage._image_parts(stage, split, random(0), False)
+    kept, images = second_stage.image_parts(stage, split, random(0))
     assert len(kept) == len(images.first) == 5
     torch.testing.assert_close(images.patches, whole.patches[kept])
-    second_stage._learn(model, split, 0, False)
+    train_second_stage(model, split, split, 0)
 
 
 def test_a_checkpoint_keeps_the_stage_and_its_weight(model: DCAR, training: Dataset, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_checkpoint_keeps_the_stage_and_its_weight(model: DCAR, training: Data
     loaded, fingerprint = load_checkpoint(tmp_path)
     assert fingerprint == fingerprints[1] != fingerprints[0]
     assert loaded.config == model.config
-    split = prepare_split(training, model, for_training=False, progress=False)
+    split = prepare_split(training, model, for_training=False)
     vectors = encode_captions(model, split), encode_images(model, split)
     np.testing.assert_array_equal(
         first_images(loaded, split, *vectors).second, first_images(model, split, *vectors).second
@@ -268,7 +268,7 @@ def test_training_and_comparison_report_both_stages(
     results = compare(model.backbone, tiny_data, methods, 1, tmp_path / "compared", config)
     (run,) = results["methods"]["query-prompts"]["runs"]
     loaded, _ = load_checkpoint(tmp_path / "compared" / run["run"], backbone=model.backbone)
-    split = prepare_split(Annotations(tiny_data).load("test")[0], loaded, for_training=False, progress=False)
+    split = prepare_split(Annotations(tiny_data).load("test")[0], loaded, for_training=False)
     assert evaluate(loaded, split) == run["test"]
     (again,) = results["methods"]["query-prompts" + WITH_RERANK]["runs"]
     assert again["test"] == reranked_recall(loaded, split)

@@ -34,7 +34,7 @@ def new_model(backbone: Backbone, name: str) -> DCAR:
 
 
 def prepared(data: Dataset, model: DCAR, *, for_training: bool = False) -> PreparedSplit:
-    return prepare_split(data, model, for_training=for_training, progress=False)
+    return prepare_split(data, model, for_training=for_training)
 
 
 @pytest.mark.parametrize("name", list(METHODS))

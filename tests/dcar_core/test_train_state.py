@@ -1,4 +1,4 @@
-"""Training runs that are killed and resumed, or that several processes share."""
+"""Training runs that are killed and resumed."""
 
 import csv
 import os
@@ -17,15 +17,13 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import Amp, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
-from dcar_core.training.distributed import ProcessGroup
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.training.objective import accumulate_gradients
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
-from dcar_core.util.errors import DivergedError, TrainingError
+from dcar_core.util.errors import TrainingError
 from tests.support.commands import Command, run
 from tests.support.paths import TRAIN_PROCESS
-from tests.support.processes import free_port
 
 T = TypeVar("T")
 Pairs = tuple[Dataset, Dataset]
@@ -175,40 +173,15 @@ def test_a_state_runs_no_code(backbone: Backbone, training: Dataset, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "parts"), [("0", 3), ("01", 1), ("01", 2)])
-def test_parts_and_processes_learn_what_one_process_learns(
-    processes: str, parts: int, uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+def test_parts_learn_what_whole_batches_teach(
+    uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Batches of five and two (12 pairs): processes get unequal shares, and some parts are empty."""
-    arguments = [tiny_model, tiny_data, tmp_path, "dcar", parts]
-    torchrun = {"WORLD_SIZE": str(len(processes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [
-        Command(TRAIN_PROCESS, *arguments, environment=torchrun | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in processes
-    ]
-    for process in started:
-        _, errors = process.communicate()
-        assert process.wait() == 0, errors
+    """Batches of five and two (12 pairs): some parts are empty."""
+    train_in_process(tiny_model, tiny_data, tmp_path, "dcar", 3)
     expected, found = weights(uninterrupted), weights(tmp_path)
     for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)
     assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
-
-
-def test_the_other_processes_learn_that_the_leader_found_no_finite_vectors(backbone: Backbone, pairs: Pairs) -> None:
-    """The leader alone validates; the others would wait for its result, and end with a broken connection."""
-    sent = list[object]()
-
-    class Leader(ProcessGroup):
-        def broadcast(self, value: T) -> T:
-            sent.append(value)
-            return value
-
-    model = seeded_model(backbone, method("clip-adapter"), seed=0)
-    config = TrainConfig(epochs=1, batch_size=64, lr=1e25)
-    with pytest.raises(DivergedError, match="its vectors are not finite"):
-        train(model, *pairs, config, group=Leader())
-    assert isinstance(sent[-1], DivergedError)
 
 
 def losses(run: Path) -> list[float]:

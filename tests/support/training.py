@@ -22,7 +22,7 @@ def move_weights(model: DCAR, data: Dataset) -> tuple[DCAR, PreparedSplit]:
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return model, prepare_split(data, model, for_training=True, progress=False)
+    return model, prepare_split(data, model, for_training=True)
 
 
 def batch_loss(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
