@@ -8,16 +8,16 @@ cd "$(dirname "$0")/.."
 device=${DEVICE:-cuda}
 python=${PYTHON:-.venv/bin/python}
 if [ "$device" = cuda ]; then
-  runtimes=cuda-fp16,cuda-bf16 runtime=cuda-bf16 captions=2000 model=ViT-B-32 pictures=8192 batch=256 vectors=1000000 batches=20
+  runtime=cuda-fp16 captions=2000 model=ViT-B-32 pictures=8192 batch=256 vectors=1000000 batches=20
   kinds=(hnsw gpu-flat gpu-ivf gpu-cagra) methods=clip-adapter,dcar,block-adapters
 else
-  runtimes=torch-bf16 runtime=torch captions=64 model=ViT-S-16-alt pictures=16 batch=8 vectors=2000 batches=1
+  runtime=torch captions=64 model=ViT-S-16-alt pictures=16 batch=8 vectors=2000 batches=1
   kinds=(flat) methods=clip-adapter
 fi
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 if [ "$device" = cuda ]; then run "$python" -m pytest -q -m gpu tests; fi
-run "$python" -m app.cli benchmark --device "$device" --limit "$captions" --runtimes "torch,$runtimes"
+run "$python" benchmarks/runtimes.py --device "$device" --pictures "$captions" --runtimes "$runtime"
 run "$python" benchmarks/training_cost.py --device "$device" --model "$model" --batches "$batches" --batch-size "$batch" --methods "$methods"
 run "$python" benchmarks/encode.py --device "$device" --runtime "$runtime" --model "$model" --pictures "$pictures" --batch-size "$batch"
 run "$python" benchmarks/index_kinds.py --count "$vectors" "${kinds[@]/#/--kind=}"

@@ -33,11 +33,11 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import default_method, method
 from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.select import select_towers
-from dcar_core.runtimes.registry import RUNTIME_KINDS
+from dcar_core.runtimes.registry import EXPORTED
 from dcar_core.util import machine
 
 MODELS = ("ViT-B-32", "MobileCLIP2-S0", "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "xlm-roberta-base-ViT-B-32")
-RUNTIMES = ("torch", "torch-bf16", "openvino", "openvino-bf16")
+RUNTIMES = ("torch", "openvino", "openvino-bf16")
 EQUAL = (
     "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2", "PE-Core-B-16", "PE-Core-T-16-384", "EVA02-B-16", "ViTamin-S",
     "coca_ViT-B-32", "MobileCLIP2-S0",
@@ -144,11 +144,10 @@ def write_tokenizer(directory: Path, captions: list[str], *, has_start: bool) ->
 
 def measure(name: str, checkpoint: Path, runtime: str, cache: Path, data: Path, count: int) -> str:
     """Start twice where the first start exports; return the Markdown row of the last."""
-    kind = RUNTIME_KINDS[runtime]
-    if kind.needs and (reason := machine.missing_instructions(kind.needs)):
+    if runtime == "openvino-bf16" and (reason := machine.missing_bf16()):
         return f"| {name} | {runtime} | {reason.partition('(')[0].strip()} | | | | |"
     command = [sys.executable, "-c", _MEASURE, str(checkpoint), runtime, str(cache), str(data), str(count)]
-    for _ in range(2 if kind.extra else 1):
+    for _ in range(2 if runtime in EXPORTED else 1):
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if done.returncode:
             return f"| {name} | {runtime} | {done.stderr.strip().splitlines()[-1][:120]} | | | | |"

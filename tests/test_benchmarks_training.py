@@ -36,7 +36,7 @@ TABLES = {  # commands, and patterns of what they print
     "query_time.py --model {model} --methods dcar --rounds 1":
         r"(\n\| .*){12}",  # a head, a line, and four queries and images alone and in batches
     "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4 --work {work}":
-        r"\| reference \| .*\(1\.0 x\).*\n\| torch \|",
+        r"\| reference \| .*\n\| torch \| \d+ \(.*\n\n4 captions, 4 images, ",
     "models.py --models tiny --runtimes torch --pictures 8 --work {work}": r"\n\| tiny \| torch \| \d+ \| \d+ ms \| ",
     "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1 --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
     "method_seconds.py --data {data} --model {model} --methods clip-adapter,lora --epochs 1":

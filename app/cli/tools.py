@@ -1,18 +1,15 @@
-"""`dcar models`, `dcar benchmark` and `dcar key`: list models, measure the encoder runtimes, create an API key."""
+"""`dcar models` and `dcar key`: list models, create an API key."""
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
 
-from app.cli.options import EXAMPLES, Device, Images, Pretrained, example
+from app.cli.options import example
 from dcar_core.model.recommended import RECOMMENDED
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import DcarError, ModelError
-from dcar_core.util.files import require_writable
 
 commands = typer.Typer()
 
@@ -61,44 +58,6 @@ def models(
             f"{entry.context_length:2} tokens  {entry.languages:7}  {libraries:{needs_width}}  "
             f"{', '.join(entry.pretrained) or '-'}"
         )
-
-
-@commands.command(epilog=example("dcar benchmark --checkpoint checkpoint --data my/catalogue"))
-def benchmark(
-    checkpoint: Annotated[str, Option(help="Checkpoint, model directory, or open_clip model.")] = str(
-        EXAMPLES / "twemoji" / "checkpoint"
-    ),
-    data: Annotated[Path, Option(help="Annotations with a test split, as for training.")] = EXAMPLES / "twemoji",
-    runtimes: Annotated[
-        str,
-        Option(help="Runtimes, separated by commas; an unknown name lists all. Default: those of `auto`, and int8."),
-    ] = "",
-    out: Annotated[Path | None, Option(help="JSON file for all measurements.")] = None,
-    images: Images = None,
-    pretrained: Pretrained = None,
-    limit: Annotated[int, Option(min=1, help="Maximum captions of the test split to use.")] = 2000,
-    cache: Annotated[
-        Path | None, Option(envvar="DCAR_RUNTIME_CACHE", help="Cache of exports. Default: the user's.")
-    ] = None,
-    device: Device = "auto",
-) -> None:
-    """Measure every runtime on this machine with real captions and images, and name the fastest for `--runtime`.
-
-    Without options it uses the bundled emoji. int8 is calibrated on the training split.
-    """
-    if out is not None:
-        require_writable(out.parent)
-    from dcar_core.serving.runtime_benchmark import benchmark as run
-
-    names = [name.strip() for name in runtimes.split(",") if name.strip()]
-    report = run(
-        checkpoint, data, runtimes=names, pretrained=pretrained, images=images, cache=cache, device=device,
-        limit=limit, say=lambda line: typer.echo(line, err=True),
-    )  # fmt: skip
-    typer.echo(report)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(asdict(report), indent=2) + "\n")
 
 
 @commands.command(epilog=example("dcar key webshop"))

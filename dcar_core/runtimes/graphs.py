@@ -110,6 +110,7 @@ class PrefixTextGraph(nn.Module):
 
     mask: Tensor  # causal, (L, L)
     has_weights = True
+    depth = 0  # one export serves prompts of every depth
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -218,10 +219,11 @@ class PromptTextGraph(nn.Module):
 TextGraph = PrefixTextGraph | PromptTextGraph
 
 
-def text_graph(backbone: Backbone, depth: int) -> TextGraph:
-    """The text graph that fits a backbone, in eval mode. depth: of the text prompts, 0 for none."""
-    graph = PrefixTextGraph(backbone) if PrefixTextGraph.fits(backbone) else PromptTextGraph(backbone, depth)
-    return graph.eval()
+def graphs_of(model: DCAR) -> tuple[TextGraph, ImageGraph]:
+    """Return the graphs of a model's towers, in eval mode."""
+    backbone, (text_depth, image_depth) = model.backbone, model.config.prompt.depths
+    text = PrefixTextGraph(backbone) if PrefixTextGraph.fits(backbone) else PromptTextGraph(backbone, text_depth)
+    return text.eval(), ImageGraph(backbone, image_depth, has_adapters=model.block_adapters is not None).eval()
 
 
 @contextmanager
@@ -238,23 +240,23 @@ def tracing() -> Iterator[None]:
 
 
 class TorchRuntime(Runtime):
-    """Both graphs in PyTorch: as they are, with weights of another type, or compiled.
+    """Both graphs in PyTorch: as they are, or in half precision and compiled.
 
     One compilation, of seconds or a minute, serves every batch and length, except those of size 1, for which PyTorch
     compiles other graphs. CUDA graphs are not used: each shape would need one, and only the thread that recorded a
     graph can run it.
     """
 
-    def __init__(
-        self, name: str, text: TextGraph, image: ImageGraph, dtype: torch.dtype, *, compiled: bool = False
-    ) -> None:
-        device, scale, shift = image.scale.device, image.scale, image.shift
-        if dtype != torch.float32:
-            text, image = copy.deepcopy(text).to(dtype).eval(), copy.deepcopy(image).to(dtype).eval()
+    def __init__(self, model: DCAR, *, is_half: bool = False) -> None:
+        text, image = graphs_of(model)
+        device, dtype = image.scale.device, torch.float16 if is_half else torch.float32
+        if is_half:
+            scale, shift = image.scale, image.shift
+            text, image = copy.deepcopy(text).half(), copy.deepcopy(image).half()
             image.scale, image.shift = scale, shift
-        if compiled:
             text.compile(dynamic=True)
             image.compile(dynamic=True)
+        name = "cuda-fp16" if is_half else "torch"
         super().__init__(name, *(partial(_run, graph, device, dtype) for graph in (text, image)))
 
 
@@ -269,10 +271,9 @@ def _run(graph: nn.Module, device: torch.device, dtype: torch.dtype, inputs: tup
 @torch.inference_mode()
 def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderState:
     """Extract the state of a model as it is now. backbone_hash: as `Backbone.content_hash`."""
-    backbone, prompts = model.backbone, model.prompts
+    backbone, prompts, (graph, _) = model.backbone, model.prompts, graphs_of(model)
     text, image = (None, None) if prompts is None else (prompts.text_prompts(), prompts.image_prompts())
     adapters = () if model.block_adapters is None else model.block_adapters.matrices()
-    graph = text_graph(backbone, 0 if text is None else len(text))
     image_inputs = tuple(_to_numpy(each.unsqueeze(1)) for each in (image, *adapters) if each is not None)
     image_key = hashlib.sha256(backbone_hash.encode() + b"".join(each.tobytes() for each in image_inputs))
     inputs = tuple(_to_numpy(each) for each in graph.prompt_inputs(text))

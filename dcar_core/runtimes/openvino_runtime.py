@@ -1,4 +1,4 @@
-"""OpenVINO: both graphs converted once, then compiled for this processor in float32, bfloat16 or int8.
+"""OpenVINO: both graphs converted once, then compiled for this processor in float32 or bfloat16.
 
     CACHE/exports/NAME/manifest.json    the checksum of every file
     CACHE/exports/NAME/*.xml, *.bin
@@ -6,24 +6,19 @@
 - NAME says what an export depends on, versions of libraries included, so an upgrade exports again beside the old one.
 - Exports are checked at every use. They are written aside and renamed under a lock, so a killed process leaves no half
   of one in place. Nothing is a pickle: reading a cache never runs code.
-- float32 and bfloat16 share one export: the type is a hint at compilation.
-- int8 has its own: NNCF measures the ranges of activations on the user's captions and images. Prompts move them, so
-  such an export belongs to one encoder and carries its fingerprint.
+- Both precisions share one export: the type is a hint at compilation.
 - Shapes are dynamic; a few kernels are built when a shape comes for the first time.
 """
 
-import contextlib
 import json
 import logging
 import shutil
 import sys
 import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import version as version_of
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +26,11 @@ from filelock import FileLock
 
 from dcar_core.runtimes.encoder_state import Runtime
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
+from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import apply_umask, sha256_of
 
 if TYPE_CHECKING:
+    from dcar_core.model.dcar import DCAR
     from dcar_core.runtimes.graphs import ImageGraph, TextGraph
 
 logger = logging.getLogger(__name__)
@@ -54,52 +50,18 @@ def library() -> Any:
     return openvino
 
 
-def version() -> str:
-    """The versions that an export belongs to: OpenVINO's and PyTorch's."""
-    return f"{library().__version__.split('-')[0]}-torch-{version_of('torch').split('+')[0]}"
+def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
+    """Return the directory of a model's checked export; make it where there is none.
 
-
-def write(directory: Path, text: "TextGraph", image: "ImageGraph") -> None:
-    """Convert and save both graphs, weights in float32."""
-    from dcar_core.runtimes.graphs import tracing
-
-    openvino = library()
-    graphs: tuple[tuple[str, TextGraph | ImageGraph], ...] = ((TEXT, text), (IMAGE, image))
-    for name, graph in graphs:
-        inputs, shapes = graph.example()
-        with tracing():
-            model = openvino.convert_model(
-                graph, example_input=inputs, input=[openvino.PartialShape(shape) for shape in shapes]
-            )
-        openvino.save_model(model, directory / name, compress_to_fp16=False)
-
-
-def write_int8(directory: Path, exact: Path, inputs: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
-    """Quantize the graphs of an exact export by the ranges that these inputs of each give. Needs nncf."""
-    openvino = library()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # for its progress bars
-        warnings.simplefilter("ignore")
-        try:
-            import nncf
-        except ImportError:
-            raise MissingExtraError("calibrating int8", "int8") from None
-        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level also mutes handlers not its own
-        for name, samples in inputs.items():
-            model = nncf.quantize(
-                openvino.Core().read_model(exact / name),
-                nncf.Dataset(samples),
-                model_type=nncf.ModelType.TRANSFORMER,
-                preset=nncf.QuantizationPreset.MIXED,
-                subset_size=len(samples),
-            )
-            openvino.save_model(model, directory / name, compress_to_fp16=False)
-
-
-def ensure_export(final: Path, write: Callable[[Path], None]) -> Path:
-    """Return the directory of a checked export; make it with `write(directory)` where there is none.
-
+    Its name has the depths of image and text prompts, such as d4t0, and "a" for adapters of blocks.
     Raise RuntimeUnavailableError if it is corrupted, or cannot be made or written.
     """
+    from dcar_core.runtimes.graphs import graphs_of
+
+    text, image = graphs_of(model)
+    inputs = f"d{image.depth}t{text.depth}" + ("a" if image.has_adapters else "")
+    versions = f"{library().__version__.split('-')[0]}-torch-{version('torch').split('+')[0]}"
+    final = cache / "exports" / f"{backbone_hash[:16]}_{inputs}_openvino_{versions}_g{GRAPHS}"
     try:
         if not final.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -108,25 +70,35 @@ def ensure_export(final: Path, write: Callable[[Path], None]) -> Path:
                     shutil.rmtree(left, ignore_errors=True)
                 if not final.is_dir():
                     logger.info("converting the model for OpenVINO, once")
-                    _make(final, write)
+                    _export(final, text, image)
         check_export(final)
     except OSError as error:
         raise RuntimeUnavailableError(
-            f"the cache of exports in {final.parents[1]} cannot be used: {error.strerror or error}; name another "
-            f"directory"
+            f"the cache of exports in {cache} cannot be used: {error.strerror or error}; name another directory"
         ) from error
     return final
 
 
-def _make(final: Path, write: Callable[[Path], None]) -> None:
+def _export(final: Path, text: "TextGraph", image: "ImageGraph") -> None:
+    """Convert and save both graphs, weights in float32."""
+    from dcar_core.runtimes.graphs import tracing
+
+    openvino = library()
     aside = Path(tempfile.mkdtemp(prefix=final.name + ".part-", dir=final.parent))
+    graphs: tuple[tuple[str, TextGraph | ImageGraph], ...] = ((TEXT, text), (IMAGE, image))
     try:
-        write(aside)
+        for name, graph in graphs:
+            inputs, shapes = graph.example()
+            with tracing():
+                converted = openvino.convert_model(
+                    graph, example_input=inputs, input=[openvino.PartialShape(shape) for shape in shapes]
+                )
+            openvino.save_model(converted, aside / name, compress_to_fp16=False)
         files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
         aside.chmod(apply_umask(0o777))  # an export made by a job also serves the service, run by another user
         aside.rename(final)
-    except (DcarError, OSError):
+    except OSError:
         raise
     except Exception as error:  # exporters raise errors of any kind
         if "iostream error" in str(error):  # all that OpenVINO says of a write that fails
@@ -149,10 +121,7 @@ def check_export(final: Path) -> None:
 
 
 class OpenVinoRuntime(Runtime):
-    """Both graphs of an export, compiled; needs neither the model nor PyTorch.
-
-    hint: "f32" or "bf16", for graphs that are not int8.
-    """
+    """Both graphs of an export, compiled; needs neither the model nor PyTorch. hint: "f32" or "bf16"."""
 
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         core = library().Core()

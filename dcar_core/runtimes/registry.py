@@ -1,164 +1,172 @@
-"""The runtimes by name, what each needs, and how one is opened for a model.
+"""The runtimes by name, and the choice of one for a model: by name, or by a rule (`auto`).
 
 - A runtime belongs to a backbone: encoders that share one share it as well, so that their queries can share a batch.
 - A runtime on an export needs neither the model nor PyTorch to be opened: see `open_export`.
+- Every start compares the vectors of a small probe with those of PyTorch in float32, of `DCAR.encode_query` and
+  `encode_image`, the path of training and evaluation.
+- `auto` passes over a runtime that fails, with a warning that names the reason; `torch` always remains.
 """
 
+import logging
+import sys
 import weakref
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from dcar_core.runtimes import openvino_runtime as openvino
+import numpy as np
+
 from dcar_core.runtimes.encoder_state import EncoderState, Runtime
-from dcar_core.runtimes.openvino_runtime import GRAPHS, check_export, ensure_export
+from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
 from dcar_core.util import machine
-from dcar_core.util.arrays import Pixels
-from dcar_core.util.errors import RuntimeUnavailableError
+from dcar_core.util.arrays import Floats, Pixels
+from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 
 if TYPE_CHECKING:
-    from dcar_core.model.backbone import Backbone
     from dcar_core.model.dcar import DCAR
-    from dcar_core.runtimes.graphs import ImageGraph, TextGraph
+
+logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-INT8_SAMPLES = 200  # captions and images that int8 is calibrated on; more hardly change the ranges
+EXPORTED = {"openvino-bf16": "bf16", "openvino": "f32"}  # runtimes on an export, and OpenVINO's name of the precision
+RUNTIMES = ("torch", "cuda-fp16", *EXPORTED)
+LEAST_COSINE = 0.999
+PROBE_TEXTS = (
+    "a red sports car seen from behind",
+    "crying cat",
+    "",
+    "two brown dogs run across a wet lawn, one with a yellow ball",
+    "This is a photo of a monkshood. The image shows purple petals, a thin green stem and a blurred garden behind it.",
+    "7 of 9",
+    "a woman with dark skin tone waving",
+    "striped, woven, blue and white fabric",
+)
 
-
-@dataclass(frozen=True)
-class RuntimeKind:
-    """A runtime. on: the device. needs: instructions that the processor must have. extra: the optional dependency."""
-
-    precision: Literal["fp32", "bf16", "fp16", "int8"]
-    on: Literal["any", "cpu", "cuda"] = "cpu"
-    needs: Literal["bf16", "int8"] | None = None
-    extra: str | None = None
-
-
-RUNTIME_KINDS = {
-    "torch": RuntimeKind("fp32", "any"),
-    "torch-bf16": RuntimeKind("bf16", needs="bf16"),
-    "torch-compile": RuntimeKind("bf16", needs="bf16"),
-    "openvino": RuntimeKind("fp32", extra="openvino"),
-    "openvino-bf16": RuntimeKind("bf16", needs="bf16", extra="openvino"),
-    "openvino-int8": RuntimeKind("int8", needs="int8", extra="openvino"),
-    "cuda-fp16": RuntimeKind("fp16", "cuda"),
-    "cuda-bf16": RuntimeKind("bf16", "cuda"),
-}
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory, and what names its exports.
-
-    backbone_hash: as `Backbone.content_hash`. cache: the directory of exports.
-    """
-
-    model: "DCAR"
-    backbone_hash: str
-    fingerprint: str
-    cache: Path
-
-    @property
-    def backbone(self) -> "Backbone":
-        return self.model.backbone
-
-    def graphs(self) -> "tuple[TextGraph, ImageGraph]":
-        from dcar_core.runtimes.graphs import ImageGraph, text_graph
-
-        text, image = self.model.config.prompt.depths
-        has_adapters = self.model.block_adapters is not None
-        return text_graph(self.backbone, text), ImageGraph(self.backbone, image, has_adapters=has_adapters).eval()
-
-    def export_directory(self, *, calibrated: bool = False) -> Path:
-        """Return the place of the float32 export, or of the int8 export of this encoder.
-
-        Its name has the depths of image and text prompts, such as d4t0, and "a" for adapters of blocks.
-        """
-        from dcar_core.runtimes.graphs import PrefixTextGraph
-
-        text, image = self.model.config.prompt.depths
-        text = 0 if PrefixTextGraph.fits(self.backbone) else text  # that graph serves every depth
-        inputs = f"d{image}t{text}" + ("a" if self.model.block_adapters is not None else "")
-        name = f"{self.backbone_hash[:16]}_{inputs}_{'openvino-int8' if calibrated else 'openvino'}"
-        owner = f"_{self.fingerprint[:16]}" if calibrated else ""
-        return self.cache / "exports" / f"{name}_{openvino.version()}_g{GRAPHS}{owner}"
-
-    def is_calibrated(self) -> bool:
-        return self.export_directory(calibrated=True).is_dir()
-
-    def export(self) -> Path:
-        """Return the directory of the checked float32 export; make it if there is none."""
-        return ensure_export(self.export_directory(), lambda path: openvino.write(path, *self.graphs()))
-
-    def calibrate(self, state: EncoderState, texts: Sequence[str], pixels: Pixels) -> Path:
-        """Make the int8 export of this encoder, unless there is one, with at most INT8_SAMPLES of each kind."""
-        exact, tokens, prompts = self.export(), state.tokens(texts[:INT8_SAMPLES]), state.text_prompts
-        weights, captions = state.query_weights(tokens), []
-        for row, length in enumerate(state.text_lengths(tokens)):  # one at a time, so that padding is not measured
-            place = slice(row, row + 1), slice(prompts.skipped, int(length))
-            captions.append(prompts.graph_inputs(tokens[place], weights[place]))
-        images = [(image[None], *state.image_inputs) for image in pixels[:INT8_SAMPLES]]
-        inputs = {openvino.TEXT: captions, openvino.IMAGE: images}
-        directory = self.export_directory(calibrated=True)
-        return ensure_export(directory, lambda path: openvino.write_int8(path, exact, inputs))
-
-
+Vectors = tuple[Floats, Floats]  # of the probe's texts (n, E) and images (m, E)
 _open: "weakref.WeakValueDictionary[Hashable, Runtime]" = weakref.WeakValueDictionary()
 
 
-def require_known(name: str) -> None:
-    """Raise an error that lists all names if there is no such runtime."""
-    if name != AUTO and name not in RUNTIME_KINDS:
-        raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(RUNTIME_KINDS)}")
+def check_runtime(name: str) -> None:
+    """Raise RuntimeUnavailableError if there is no such runtime, or if this processor cannot run it."""
+    if name != AUTO and name not in RUNTIMES:
+        raise RuntimeUnavailableError(f"no runtime is named {name!r}; there are: {AUTO}, {', '.join(RUNTIMES)}")
+    if name == "openvino-bf16" and (reason := machine.missing_bf16()):
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason}")
 
 
-def open_runtime(name: str, loaded: LoadedModel) -> Runtime:
+def auto_exports() -> list[str]:
+    """Return the runtimes on an export that `auto` tries, in this order."""
+    return [name for name in EXPORTED if name == "openvino" or machine.missing_bf16() is None]
+
+
+def auto_runtimes(device: str) -> list[str]:
+    """Return what `auto` tries on a type of device, in this order.
+
+    docs/explanation/runtimes.md has the measurements behind the rule.
+    """
+    if device == "cuda":
+        return ["cuda-fp16", "torch"]
+    return [*(auto_exports() if device == "cpu" and machine.is_installed("openvino") else []), "torch"]
+
+
+def load_runtime(name: str, state: EncoderState, model: "DCAR", export: Callable[[], Path]) -> Runtime:
+    """Open a runtime by name, or the first that can be used by `auto`, which never fails.
+
+    export: as of `open_runtime`. Raise RuntimeUnavailableError or MissingExtraError if the named runtime cannot be used
+    here.
+    """
+    if name != AUTO:
+        return _open_and_check(name, state, model, export)
+    names = auto_runtimes(model.backbone.device.type)
+    for each, following in pairwise(names):
+        try:
+            return _open_and_check(each, state, model, export)
+        except DcarError as error:
+            logger.warning("%s; using the runtime %s instead", error, following)
+    return open_runtime(names[-1], model, export)
+
+
+def _open_and_check(name: str, state: EncoderState, model: "DCAR", export: Callable[[], Path]) -> Runtime:
+    """Open a runtime and run it with one row and with several, because some compile only then, or fail."""
+    try:
+        runtime = open_runtime(name, model, export)
+        state.encode_text(runtime, PROBE_TEXTS[:1], 1)
+        state.encode_pixels(runtime, probe_images(state.preprocess.size)[:1])
+        check_vectors(state, runtime, reference_vectors(model))
+    except DcarError:
+        raise
+    except Exception as error:  # libraries raise errors of any kind
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason}") from error
+    return runtime
+
+
+def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtime:
     """Open a runtime by name, or return the one that is open for this backbone.
 
-    Raise RuntimeUnavailableError, with the reason, or MissingExtraError if it cannot be used here.
+    Args:
+        export: returns the directory of the model's checked export.
+
+    Raises:
+        RuntimeUnavailableError, MissingExtraError: it cannot be used here, with the reason.
     """
-    import torch
+    from dcar_core.runtimes.graphs import TorchRuntime
 
-    require_known(name)
-    kind, device = RUNTIME_KINDS[name], loaded.backbone.device.type
-    if kind.on not in ("any", device):
-        where = "a GPU (--device cuda)" if kind.on == "cuda" else "the processor (--device cpu)"
-        raise RuntimeUnavailableError(f"the runtime {name} needs {where}, but the device is {device}")
-    _require_instructions(name)
-    if kind.precision == "int8":
-        if not loaded.is_calibrated():
-            raise RuntimeUnavailableError(
-                f"the runtime {name} must first be calibrated on your images and captions: "
-                f"dcar benchmark --checkpoint DIR --data PATH"
-            )
-        check_export(loaded.export_directory(calibrated=True))
-        return open_export(name, loaded.export_directory(calibrated=True), torch.get_num_threads())
-    if kind.extra is not None:
-        return open_export(name, loaded.export(), torch.get_num_threads())
-    key = name, loaded.backbone
+    check_runtime(name)
+    device = model.backbone.device.type
+    needed = {"torch": device, "cuda-fp16": "cuda"}.get(name, "cpu")
+    if device != needed:
+        where = "a GPU" if needed == "cuda" else "the processor"
+        raise RuntimeUnavailableError(
+            f"the runtime {name} needs {where} (--device {needed}), but the device is {device}"
+        )
+    if name in EXPORTED:
+        return open_export(name, export())
+    key = name, model.backbone
     if (runtime := _open.get(key)) is None:
-        from dcar_core.runtimes.graphs import TorchRuntime
-
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind.precision, torch.float32)
-        compiled = name == "torch-compile" or kind.on == "cuda"
-        runtime = _open[key] = TorchRuntime(name, *loaded.graphs(), dtype, compiled=compiled)
+        runtime = _open[key] = TorchRuntime(model, is_half=name == "cuda-fp16")
     return runtime
 
 
-def open_export(name: str, directory: Path, threads: int) -> Runtime:
+def open_export(name: str, directory: Path, threads: int | None = None) -> Runtime:
     """Open a runtime on a checked export, or return the one that is open; errors as of `open_runtime`."""
-    _require_instructions(name)
+    torch = sys.modules.get("torch")
+    threads = threads or (torch.get_num_threads() if torch else machine.available_cores())
     key = name, directory.resolve(), threads
     if (runtime := _open.get(key)) is None:
-        is_fp32 = RUNTIME_KINDS[name].precision == "fp32" or machine.missing_instructions("bf16") is not None
-        hint = "f32" if is_fp32 else "bf16"
-        runtime = _open[key] = openvino.OpenVinoRuntime(name, directory, hint=hint, threads=threads)
+        runtime = _open[key] = OpenVinoRuntime(name, directory, hint=EXPORTED[name], threads=threads)
     return runtime
 
 
-def _require_instructions(name: str) -> None:
-    needs = RUNTIME_KINDS[name].needs
-    if needs is not None and (reason := machine.missing_instructions(needs)):
-        raise RuntimeUnavailableError(f"the runtime {name} cannot be used: {reason}")
+def probe_images(size: int) -> Pixels:
+    """Return smooth coloured images with some noise, uint8 (4, 3, size, size)."""
+    rng = np.random.default_rng(0)
+    at = np.linspace(0, 2 * np.pi, size)
+    waves = rng.uniform(0.3, 3, (4, 3, 2))
+    smooth = np.sin(waves[..., :1] * at)[..., None] * np.cos(waves[..., 1:] * at)[..., None, :]  # [4, 3, size, size]
+    values = 127.5 + 100 * smooth + rng.normal(0, 8, smooth.shape)
+    return values.clip(0, 255).round().astype(np.uint8)
+
+
+def reference_vectors(model: "DCAR") -> Vectors:
+    """Compute the probe's vectors by PyTorch in float32, eager."""
+    import torch
+
+    backbone = model.backbone
+    with torch.inference_mode():
+        texts = model.encode_query(backbone.tokenize(PROBE_TEXTS, model.prompt_tokens))
+        images = model.encode_image(backbone.normalized(probe_images(backbone.preprocess.size)))
+        return texts.cpu().numpy(), images.cpu().numpy()
+
+
+def check_vectors(state: EncoderState, runtime: Runtime, expected: Vectors) -> None:
+    """Raise RuntimeUnavailableError unless a runtime gives the vectors of `reference_vectors`."""
+    images = state.encode_pixels(runtime, probe_images(state.preprocess.size))
+    found = state.encode_text(runtime, PROBE_TEXTS, 64), images
+    text, image = (np.einsum("ne,ne->n", *pair).min() for pair in zip(found, expected, strict=True))
+    if not (text >= LEAST_COSINE and image >= LEAST_COSINE):  # true for NaN, too
+        raise RuntimeUnavailableError(
+            f"the runtime {runtime.name} cannot be used: its vectors are not float32's here: cosine {text:.5f} (text), "
+            f"{image:.5f} (image); at least {LEAST_COSINE} is required"
+        )

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ from PIL import Image
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, is_checkpoint, load_checkpoint, read_config
 from dcar_core.runtimes.encoder_state import EncoderState, Runtime
-from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
-from dcar_core.runtimes.registry import LoadedModel, require_known
+from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime, ensure_export
+from dcar_core.runtimes.registry import check_runtime, load_runtime
 from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ImageError, MissingExtraError, ModelError, RuntimeUnavailableError, requires_pytorch
@@ -43,30 +44,32 @@ class Encoder:
     def __init__(
         self,
         state: EncoderState,
-        loaded: LoadedModel | Callable[[Path], LoadedModel],
+        model: "DCAR | None",
         runtime: Runtime,
         *,
         exact: bool = False,
         checkpoint: Path | None = None,
+        load_model: "Callable[[Path], DCAR] | None" = None,
     ) -> None:
-        """loaded: the model, or a function that loads it from `checkpoint`."""
+        """model: None to load it from `checkpoint` by `load_model` when something needs it."""
         self.state = state
         self.runtime = runtime
         self.fingerprint, self.image_key = state.fingerprint, state.image_key
         self.dim = state.dim
         has_torch = not isinstance(runtime, OpenVinoRuntime)
         self.preprocess = state.preprocess if exact else state.preprocess.fast(torch=has_torch)
-        self._loaded = loaded
+        self._model, self._load_model = model, load_model
         self._checkpoints = [] if checkpoint is None else [checkpoint]
         self._turn = threading.Lock()
 
     @property
-    def loaded(self) -> LoadedModel:
-        """The model and what belongs to it; the first call may have to load it, which takes seconds."""
+    def model(self) -> "DCAR":
+        """The model; the first call may have to load it, which takes seconds."""
         with self._turn:
-            if not isinstance(self._loaded, LoadedModel):
-                self._loaded = self._loaded(next(filter(is_checkpoint, self._checkpoints), self._checkpoints[0]))
-            return self._loaded
+            if self._model is None:
+                assert self._load_model is not None
+                self._model = self._load_model(next(filter(is_checkpoint, self._checkpoints), self._checkpoints[0]))
+            return self._model
 
     def add_checkpoint_path(self, path: Path) -> None:
         """Name another copy of the checkpoint, since the first may be deleted before anything needs the model."""
@@ -75,14 +78,9 @@ class Encoder:
             self._checkpoints = [path, *others]
 
     @property
-    def model(self) -> "DCAR":
-        """The model; see `loaded`."""
-        return self.loaded.model
-
-    @property
     def backbone(self) -> "Backbone | None":
         """The model's backbone, if it is in memory."""
-        return self._loaded.backbone if isinstance(self._loaded, LoadedModel) else None
+        return None if self._model is None else self._model.backbone
 
     @classmethod
     def load(
@@ -106,7 +104,7 @@ class Encoder:
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
             runtime: "torch", "auto" (by what is installed and the processor has), or another name of
-                `runtimes.registry.RUNTIME_KINDS`.
+                `runtimes.registry.RUNTIMES`.
             cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number, or the available cores without it.
@@ -115,10 +113,10 @@ class Encoder:
             CheckpointError, ModelError: with what to do.
             RuntimeUnavailableError, MissingExtraError: the named runtime cannot be used here.
         """
-        require_known(runtime)
+        check_runtime(runtime)
         path, cache = Path(source), cache or default_cache_directory()
 
-        def load_model(path: Path) -> LoadedModel:
+        def load_model(path: Path) -> "tuple[DCAR, str, str]":
             if threads is not None:
                 import torch
 
@@ -131,36 +129,25 @@ class Encoder:
                 from dcar_core.model.dcar import DCAR
                 from dcar_core.model.methods.registry import method
 
-                model = DCAR(
-                    load_backbone(BackboneSource(str(source), pretrained), pick_device(device)), method("clip")
-                )
-                backbone_hash = model.backbone.content_hash()
+                named = load_backbone(BackboneSource(str(source), pretrained), pick_device(device))
+                model, backbone_hash = DCAR(named, method("clip")), named.content_hash()
                 fingerprint = compute_fingerprint(backbone_hash, model.config, {})
-            return LoadedModel(model.eval(), backbone_hash, fingerprint, cache)
+            return model.eval(), backbone_hash, fingerprint
 
-        request = encoder_cache.LoadRequest(path, device, runtime, threads, cache) if is_checkpoint(path) else None
-        if request is not None and (cached := encoder_cache.restore(request)) is not None:
-            state, export = cached
-            return cls(state, load_model, export, exact=exact, checkpoint=path)
+        uses_export = is_checkpoint(path) and encoder_cache.may_use_export(device, runtime)
+        if uses_export and (cached := encoder_cache.restore(path, runtime, threads, cache)) is not None:
+            state, opened = cached
+            return cls(state, None, opened, exact=exact, checkpoint=path, load_model=lambda path: load_model(path)[0])
 
         with requires_pytorch(f"loading {source} without a portable export for this runtime"):
             from dcar_core.runtimes.graphs import extract_state
-            from dcar_core.runtimes.selection import load_runtime
 
-            loaded = load_model(path)
-        state = extract_state(loaded.model, loaded.fingerprint, loaded.backbone_hash)
-        encoder = cls(state, loaded, load_runtime(runtime, state, loaded), exact=exact)
-        if request is not None:
-            encoder_cache.store(request, state, loaded, encoder.runtime)
-        return encoder
-
-    def with_runtime(self, name: str) -> "Encoder":
-        """Return the same encoder on another runtime."""
-        from dcar_core.runtimes.selection import load_runtime
-
-        encoder = Encoder(self.state, self.loaded, load_runtime(name, self.state, self.loaded))
-        encoder.preprocess = self.preprocess
-        return encoder
+            model, backbone_hash, fingerprint = load_model(path)
+        state = extract_state(model, fingerprint, backbone_hash)
+        opened = load_runtime(runtime, state, model, partial(ensure_export, model, backbone_hash, cache))
+        if uses_export and isinstance(opened, OpenVinoRuntime):
+            encoder_cache.store(cache, state, model, opened.directory)
+        return cls(state, model, opened, exact=exact)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
         """Encode texts -> float32 (n, E), L2-normalized. Texts beyond the context are cut."""
@@ -220,29 +207,28 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
     Args:
         backbone: of the checkpoint, if it is in memory; one on the CPU saves a second copy.
     """
-    request = encoder_cache.LoadRequest(checkpoint, "cpu", "openvino", None, default_cache_directory())
+    cache, portable = default_cache_directory(), checkpoint / PORTABLE
     shared = backbone if backbone is not None and backbone.device.type == "cpu" else None
-    shutil.rmtree(checkpoint / PORTABLE, ignore_errors=True)  # of another release
+    shutil.rmtree(portable, ignore_errors=True)  # of another release
     try:
-        encoder = Encoder.load(checkpoint, device=request.device, runtime=request.runtime, backbone=shared)
+        encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache, backbone=shared)
         assert isinstance(encoder.runtime, OpenVinoRuntime)
-        entry = request.file(encoder.fingerprint)
+        entry = encoder_cache.entry_path(cache, encoder.fingerprint)
         if not entry.is_file():
             raise RuntimeUnavailableError(f"{entry.parent} cannot be written")
-        (checkpoint / PORTABLE).mkdir()
-        link_or_copy(entry, checkpoint / PORTABLE / encoder_cache.ENTRY)
+        portable.mkdir()
+        link_or_copy(entry, portable / encoder_cache.ENTRY)
         for path in encoder.runtime.directory.iterdir():
-            link_or_copy(path, checkpoint / PORTABLE / path.name)
+            link_or_copy(path, portable / path.name)
     except (RuntimeUnavailableError, MissingExtraError) as error:
         logger.warning("services of this model will need PyTorch: %s", error)
 
 
 def load_exact(checkpoint: Path, device: str) -> Encoder:
     """Load a checkpoint on a runtime in float32: its portable export's, which starts soonest, or else PyTorch's."""
-    request = encoder_cache.LoadRequest(checkpoint, device, "openvino", None, default_cache_directory())
-    if request.may_use_export and encoder_cache.has_portable(checkpoint):
+    if encoder_cache.may_use_export(device, "openvino") and encoder_cache.has_portable(checkpoint):
         with suppress(MissingExtraError, RuntimeUnavailableError):
-            return Encoder.load(checkpoint, device=device, runtime=request.runtime)
+            return Encoder.load(checkpoint, device=device, runtime="openvino")
     return Encoder.load(checkpoint, device=device)
 
 

@@ -1,7 +1,7 @@
 """Cached states of encoders, each with the name of its export, for later starts without PyTorch.
 
-    CACHE/encoders/FINGERPRINT_RUNTIME    sha256, then safetensors
-    CHECKPOINT/portable/encoder           the same, beside the export itself; see `add_portable_export`
+    CACHE/encoders/FINGERPRINT     sha256, then safetensors
+    CHECKPOINT/portable/encoder    the same, beside the export itself; see `add_portable_export`
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.
@@ -15,9 +15,10 @@ import json
 import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +31,23 @@ from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
-from dcar_core.runtimes.openvino_runtime import GRAPHS, OpenVinoRuntime, check_export
-from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS, LoadedModel, open_export
-from dcar_core.runtimes.selection import Probe, prove, reference_vectors
+from dcar_core.runtimes.openvino_runtime import GRAPHS, check_export
+from dcar_core.runtimes.registry import (
+    AUTO,
+    EXPORTED,
+    Vectors,
+    auto_exports,
+    check_vectors,
+    open_export,
+    reference_vectors,
+)
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DcarError, MissingExtraError
+from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import default_cache_directory, link_or_copy, write_bytes
+
+if TYPE_CHECKING:
+    from dcar_core.model.dcar import DCAR
 
 logger = logging.getLogger(__name__)
 
@@ -53,40 +64,27 @@ _FAULTS = (DcarError, OSError, SafetensorError, ValueError, KeyError, TypeError)
 Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class LoadRequest:
-    """The arguments of `Encoder.load` that an entry depends on."""
-
-    checkpoint: Path
-    device: str
-    runtime: str
-    threads: int | None
-    cache: Path
-
-    @property
-    def may_use_export(self) -> bool:
-        may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
-        has_gpu = may_have_gpu and machine.is_installed("torch")
-        on_cpu = self.device == "cpu" or (self.device == "auto" and not has_gpu)
-        return on_cpu and (self.runtime == AUTO or RUNTIME_KINDS[self.runtime].extra is not None)
-
-    def file(self, fingerprint: str) -> Path:
-        return self.cache / "encoders" / f"{fingerprint[:16]}_{self.runtime}"
+def may_use_export(device: str, runtime: str) -> bool:
+    """Return whether `Encoder.load` with these arguments may run an export."""
+    may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
+    has_gpu = may_have_gpu and machine.is_installed("torch")
+    on_cpu = device == "cpu" or (device == "auto" and not has_gpu)
+    return on_cpu and (runtime == AUTO or runtime in EXPORTED)
 
 
-def store(request: LoadRequest, state: EncoderState, loaded: LoadedModel, runtime: Runtime) -> None:
-    """Write an entry, if the runtime, whose vectors have been proven, runs an export.
+def entry_path(cache: Path, fingerprint: str) -> Path:
+    return cache / "encoders" / fingerprint[:16]
+
+
+def store(cache: Path, state: EncoderState, model: "DCAR", export: Path) -> None:
+    """Write an entry for an export whose vectors have been checked.
 
     A cache that cannot be written only makes later starts slower.
     """
-    if not request.may_use_export or not isinstance(runtime, OpenVinoRuntime):
-        return
-    texts, images = reference_vectors(loaded.model, Probe.synthetic(state.preprocess.size))
-    arrays = {"probe_texts": texts, "probe_images": images}
-    path = request.file(state.fingerprint)
+    path = entry_path(cache, state.fingerprint)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, state, arrays, runtime.directory.name)
+        _write(path, state, reference_vectors(model), export.name)
     except OSError as error:
         logger.warning("the encoder cannot be cached in %s: %s", path.parent, error.strerror or error)
 
@@ -96,39 +94,36 @@ def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: 
 
     Args:
         state: of the target.
-        probe_texts: its vectors of the texts of `Probe`, by which every start proves the export.
+        probe_texts: its vectors of `PROBE_TEXTS`, by which every start checks the export.
     """
     arrays, content = _read(source / PORTABLE / ENTRY)
     (target / PORTABLE).mkdir()
     for file in (source / PORTABLE).iterdir():
         if file.name != ENTRY:
             link_or_copy(file, target / PORTABLE / file.name)
-    probe = {"probe_texts": probe_texts, "probe_images": arrays["probe_images"]}
-    _write(target / PORTABLE / ENTRY, state, probe, content["export"])
+    _write(target / PORTABLE / ENTRY, state, (probe_texts, arrays["probe_images"]), content["export"])
 
 
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
-    request = LoadRequest(checkpoint, device, AUTO, None, default_cache_directory())
-    return request.may_use_export and (has_portable(checkpoint) or request.file(fingerprint).is_file())
+    is_cached = entry_path(default_cache_directory(), fingerprint).is_file()
+    return may_use_export(device, AUTO) and (is_cached or has_portable(checkpoint))
 
 
-def restore(request: LoadRequest) -> tuple[EncoderState, Runtime] | None:
+def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
     """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
-    if not request.may_use_export:
-        return None
-    portable = request.checkpoint / PORTABLE
-    if portable.is_dir() and request.runtime != "openvino-int8":
+    portable = checkpoint / PORTABLE
+    if portable.is_dir():
         try:
-            return _open(request, portable / ENTRY, portable)
+            return _open(portable / ENTRY, portable, checkpoint, runtime, threads)
         except _FAULTS as error:
             is_expected = isinstance(error, MissingExtraError) and machine.is_installed("torch")
             level = logging.DEBUG if is_expected else logging.WARNING
-            logger.log(level, "the portable export of %s cannot be used: %s", request.checkpoint, error)
+            logger.log(level, "the portable export of %s cannot be used: %s", checkpoint, error)
     try:
-        return _open(request, request.file(_fingerprint(request.checkpoint)))
+        return _open(entry_path(cache, _fingerprint(checkpoint)), None, checkpoint, runtime, threads)
     except _FAULTS as error:
-        logger.debug("no cached state of %s can be used: %s", request.checkpoint, error)
+        logger.debug("no cached state of %s can be used: %s", checkpoint, error)
         return None
 
 
@@ -159,9 +154,9 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, content
 
 
-def _write(path: Path, state: EncoderState, probe: Arrays, export: str) -> None:
+def _write(path: Path, state: EncoderState, probe: Vectors, export: str) -> None:
     """Write an entry. export: the name of its folder."""
-    arrays = dict(probe)
+    arrays: Arrays = {"probe_texts": probe[0], "probe_images": probe[1]}
     content = {
         "circumstances": {"format": FORMAT, "graphs": GRAPHS}, "export": export, "state": _pack(state, arrays)
     }  # fmt: skip
@@ -170,29 +165,32 @@ def _write(path: Path, state: EncoderState, probe: Arrays, export: str) -> None:
     write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
 
 
-def _open(request: LoadRequest, entry: Path, export: Path | None = None) -> tuple[EncoderState, Runtime]:
+def _open(
+    entry: Path, export: Path | None, checkpoint: Path, runtime: str, threads: int | None
+) -> tuple[EncoderState, Runtime]:
     """Open an export by the first runtime that gives the probe's vectors.
 
     export: None for the one in the cache that the entry names.
     """
     arrays, content = _read(entry)
     state: EncoderState = _unpack(content["state"], arrays)
-    if state.fingerprint != _fingerprint(request.checkpoint):
+    if state.fingerprint != _fingerprint(checkpoint):
         raise ValueError("it is of another checkpoint")
-    export, names = export or request.cache / "exports" / content["export"], [request.runtime]
-    if request.runtime == AUTO:
-        names = ["openvino"] if machine.missing_instructions("bf16") else ["openvino-bf16", "openvino"]
-    torch = sys.modules.get("torch")
-    threads = request.threads or (torch.get_num_threads() if torch else machine.available_cores())
-    probe, expected = Probe.synthetic(state.preprocess.size), (arrays["probe_texts"], arrays["probe_images"])
+    directory = export or entry.parents[1] / "exports" / content["export"]
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_export, export)  # while it is compiled
-        for name in names:
-            runtime = open_export(name, export, threads)
+        checked = pool.submit(check_export, directory)  # while it is compiled
+
+        def opened(name: str) -> Runtime:
+            found = open_export(name, directory, threads)
             checked.result()
-            if (proof := prove(state, runtime, probe, expected)).holds:
-                return state, runtime
-    raise ValueError(f"its vectors are others: {proof}")
+            check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
+            return found
+
+        *others, last = auto_exports() if runtime == AUTO else [runtime]
+        for name in others:
+            with suppress(RuntimeUnavailableError):
+                return state, opened(name)
+        return state, opened(last)
 
 
 def _pack(value: Any, arrays: Arrays) -> Any:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from dcar_core import Encoder
 from dcar_core.data.judgements import read_judgements
 from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, read_config, read_portable_config
-from dcar_core.runtimes.registry import AUTO, RUNTIME_KINDS
+from dcar_core.runtimes.registry import AUTO, EXPORTED
 from dcar_core.serving.encoder import add_portable_export
 from dcar_core.serving.encoder_cache import has_portable
 from dcar_core.util.errors import (
@@ -360,7 +360,7 @@ class _Build:
         They are shared if it has the same model. A model that comes with an export keeps it.
         """
         runtime = self.spec.runtime
-        is_wanted = runtime == AUTO or RUNTIME_KINDS[runtime].extra == "openvino"
+        is_wanted = runtime == AUTO or runtime in EXPORTED
         if not is_wanted or has_portable(staging / CHECKPOINT) or not is_installed("openvino"):
             return {}
         served = self.served

@@ -41,7 +41,7 @@ from dcar_core.model.checkpoint import PORTABLE, Trainables, read_config, read_t
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.dcar import FeatureAdapter
 from dcar_core.runtimes.graphs import adapter_arrays
-from dcar_core.runtimes.selection import Probe
+from dcar_core.runtimes.registry import PROBE_TEXTS
 from dcar_core.serving.encoder import add_portable_export, has_started_portable, load_exact
 from dcar_core.serving.encoder_cache import copy_portable
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
@@ -445,8 +445,7 @@ class _Retraining:
         fingerprint = write_checkpoint(made, content["backbone"], config, trainables, self.notes)
         if has_started_portable(self.encoder, served.checkpoint):
             state = replace(self.encoder.state, fingerprint=fingerprint, text_adapter=adapter_arrays(adapter))
-            probe = Probe.synthetic(state.preprocess.size)
-            copy_portable(served.checkpoint, made, state, self.after.encode_text(probe.texts))
+            copy_portable(served.checkpoint, made, state, self.after.encode_text(PROBE_TEXTS))
         elif (served.checkpoint / PORTABLE).is_dir():
             add_portable_export(made, self.encoder.backbone)
         files = {name: info for name, info in served.manifest.files.items() if not name.startswith(f"{CHECKPOINT}/")}

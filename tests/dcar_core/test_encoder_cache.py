@@ -15,7 +15,6 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.registry import LoadedModel
 from dcar_core.serving import encoder_cache
 from tests.support.parts import needs
 
@@ -83,7 +82,6 @@ def test_model_is_loaded_on_first_use(checkpoint: Path, cache: Path) -> None:
     quick = load(checkpoint, cache)
     tokens = quick.model.backbone.tokenize(TEXTS, quick.model.prompt_tokens)
     assert not is_from_cache(quick)
-    assert isinstance(quick.loaded, LoadedModel)
     with torch.inference_mode():
         wanted = Encoder.load(checkpoint, device="cpu").model.encode_query(tokens)
         np.testing.assert_array_equal(quick.model.encode_query(tokens), wanted)
@@ -99,14 +97,15 @@ def test_model_is_loaded_from_another_copy_of_its_checkpoint(checkpoint: Path, c
     quick.add_checkpoint_path(other)
     quick.add_checkpoint_path(other)
     shutil.rmtree(other)
-    assert isinstance(quick.loaded, LoadedModel)
+    assert isinstance(quick.model, DCAR)
 
 
 @pytest.mark.slow
-def test_auto_starts_from_its_own_entry(checkpoint: Path, kept: Path, tmp_path: Path) -> None:
+def test_auto_and_a_named_runtime_share_an_entry(checkpoint: Path, kept: Path, tmp_path: Path) -> None:
     shutil.copytree(kept / "exports", tmp_path / "exports")
     assert not is_from_cache(load(checkpoint, tmp_path, "auto"))
     assert is_from_cache(load(checkpoint, tmp_path, "auto"))
+    assert is_from_cache(load(checkpoint, tmp_path, "openvino"))
 
 
 @pytest.mark.slow
@@ -139,7 +138,7 @@ def test_export_of_other_weights_is_not_used(checkpoint: Path, cache: Path, list
         content = json.loads(manifest.read_text())
         content["files"]["image.bin"] = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest.write_text(json.dumps(content))
-    assert encoder_cache.restore(encoder_cache.LoadRequest(checkpoint, "cpu", "openvino", None, cache)) is None
+    assert encoder_cache.restore(checkpoint, "openvino", None, cache) is None
 
 
 @pytest.mark.slow

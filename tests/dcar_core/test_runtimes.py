@@ -1,11 +1,10 @@
-"""Every runtime gives the vectors of PyTorch in float32; `dcar benchmark` finds the fastest of those that hold."""
+"""Every runtime gives the vectors of PyTorch in float32, and `auto` follows its rule."""
 
 import importlib.util
-import logging
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,25 +16,31 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from dcar_core import Encoder
-from dcar_core.data import Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, group_by_length, join_inputs
+from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, Runtime, group_by_length, join_inputs
 from dcar_core.runtimes.graphs import TorchRuntime, extract_state
-from dcar_core.runtimes.registry import RUNTIME_KINDS, LoadedModel, open_runtime
-from dcar_core.runtimes.selection import Probe, Proof, preferred_runtimes, prove, reference_vectors
-from dcar_core.serving import runtime_benchmark as module
-from dcar_core.serving.runtime_benchmark import RuntimeReport, RuntimeResult, benchmark
+from dcar_core.runtimes.openvino_runtime import ensure_export
+from dcar_core.runtimes.registry import (
+    LEAST_COSINE,
+    PROBE_TEXTS,
+    auto_runtimes,
+    check_vectors,
+    open_runtime,
+    probe_images,
+    reference_vectors,
+)
 from dcar_core.util import machine
-from dcar_core.util.errors import DataError
+from dcar_core.util.errors import RuntimeUnavailableError
 from tests.support.parts import needs
 
 
 def named(*names: str) -> list[Any]:
-    """Parameters of a test: names of runtimes, each skipped without its extra."""
-    extras = ((name, RUNTIME_KINDS[name].extra) for name in names)
-    return [pytest.param(name, marks=needs(extra)) if extra else name for name, extra in extras]
+    """Parameters of a test: names of runtimes, each skipped where it cannot run."""
+    bf16 = pytest.mark.skipif(machine.missing_bf16() is not None, reason=str(machine.missing_bf16()))
+    marks = {"openvino": [needs("openvino")], "openvino-bf16": [needs("openvino"), bf16]}
+    return [pytest.param(name, marks=marks.get(name, [])) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +52,15 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class Case:
-    """A model, its state, and what runtimes are opened for."""
+    """A model, its state, and its export."""
 
-    def __init__(self, model: DCAR, cache: Path, fingerprint: str = "f" * 64) -> None:
-        self.model = model
-        self.state = extract_state(model, fingerprint, model.backbone.content_hash())
-        self.loaded = LoadedModel(model, model.backbone.content_hash(), fingerprint, cache)
+    def __init__(self, model: DCAR, cache: Path) -> None:
+        backbone_hash = model.backbone.content_hash()
+        self.model, self.state = model, extract_state(model, "f" * 64, backbone_hash)
+        self.export = partial(ensure_export, model, backbone_hash, cache)
 
-    def proof(self, name: str, probe: Probe) -> Proof:
-        return prove(self.state, open_runtime(name, self.loaded), probe, reference_vectors(self.model, probe))
+    def open(self, name: str) -> Runtime:
+        return open_runtime(name, self.model, self.export)
 
 
 def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> Case:
@@ -68,12 +73,6 @@ def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> C
     return Case(model, cache)
 
 
-def require_instructions(name: str) -> None:
-    kind = RUNTIME_KINDS[name]
-    if kind.needs and machine.missing_instructions(kind.needs):
-        pytest.skip(str(machine.missing_instructions(kind.needs)))
-
-
 PLAIN = ModelConfig(prompt=PromptConfig(length=0))
 ADAPTERS = AdapterConfig(text=True, image=True, blocks=6)
 BLOCKS = ModelConfig(prompt=PromptConfig(length=0), adapter=ADAPTERS)
@@ -82,42 +81,19 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS).wit
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [PLAIN, ModelConfig(), BLOCKS, DEEP], ids=["plain", "dcar", "blocks", "deep"])
-@pytest.mark.parametrize("name", named("torch", "torch-bf16", "openvino", "openvino-bf16"))
+@pytest.mark.parametrize("name", named("torch", "openvino", "openvino-bf16"))
 def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
-    kind = RUNTIME_KINDS[name]
-    require_instructions(name)
-    proof = moved(tiny_model, config, cache).proof(name, Probe.synthetic(32))
-    assert proof.holds, str(proof)
-    assert min(proof.text, proof.image) > (0.99999 if kind.precision == "fp32" else 0.999)
-
-
-@needs("int8")
-@pytest.mark.slow
-def test_openvino_int8_vectors_are_near(tiny_model: Path, cache: Path) -> None:
-    """Random weights of 64 columns are harder to quantise than a real model, so this asks for less than `auto` does."""
-    require_instructions("openvino-int8")
-    case, probe = moved(tiny_model, ModelConfig(), cache), Probe.synthetic(32, 24)
-    state, where = case.state, case.loaded
-    handler = logging.NullHandler()  # stands for one of the service
-    logging.getLogger("nncf").addHandler(handler)
-    directory = where.calibrate(state, probe.texts, probe.pixels)
-    assert handler.level == logging.NOTSET
-    assert "Fake" in (directory / "text.xml").read_text()
-    runtime, (texts, pictures) = open_runtime("openvino-int8", where), reference_vectors(case.model, probe)
-    text = (state.encode_text(runtime, probe.texts, 1) * texts).sum(1)
-    picture = (state.encode_pixels(runtime, probe.pixels) * pictures).sum(1)
-    assert picture.min() > 0.98
-    # With AMX, OpenVINO 2026.4 gets single texts of this tiny model wrong (0.8). So the least of them is proved.
-    assert np.median(text) > 0.99
-    proof = prove(state, runtime, probe, (texts, pictures))
-    assert proof.text < text.min() + 0.001
-    assert proof.holds == (min(proof.text, proof.image) >= 0.995)
+    case = moved(tiny_model, config, cache)
+    state, runtime = case.state, case.open(name)
+    found = state.encode_text(runtime, PROBE_TEXTS, 64), state.encode_pixels(runtime, probe_images(32))
+    for vectors, expected in zip(found, reference_vectors(case.model), strict=True):
+        assert (vectors * expected).sum(1).min() > (0.999 if name == "openvino-bf16" else 0.99999)
 
 
 @pytest.mark.parametrize("name", named("torch", "openvino"))
 def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
     first, second = (moved(tiny_model, DEEP, cache, seed) for seed in (1, 2))
-    one, other, runtime = first.state, second.state, open_runtime(name, first.loaded)
+    one, other, runtime = first.state, second.state, first.open(name)
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
     weights = np.ones(tokens.shape, np.float32)
     prompts = [one.text_prompts, other.text_prompts, other.text_prompts]
@@ -126,7 +102,7 @@ def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, n
     np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.text_prompts), atol=1e-5)
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01
     assert [each.shape[2] for each in one.image_inputs] == [3, 6, 6], "prompts and the adapters' matrices"
-    pixels = Probe.synthetic(32, 2).pixels
+    pixels = probe_images(32)[:2]
     joined = zip(one.image_inputs, other.image_inputs, strict=True)
     both = runtime.image(pixels, tuple(np.concatenate(parts, 1) for parts in joined))
     np.testing.assert_allclose(both[:1], runtime.image(pixels[:1], one.image_inputs), atol=1e-5)
@@ -140,10 +116,8 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
     longer = moved(tiny_model, ModelConfig(prompt=PromptConfig(length=6)), cache)
     lengths = [case.state.text_prompts.inputs[0].shape[3] for case in (first, longer)]
     assert lengths == [5, 7], "SOS and the prompts"
-    assert first.loaded.export_directory() == longer.loaded.export_directory()
-    probe = Probe.synthetic(32)
-    runtime = open_runtime("openvino", first.loaded)
-    assert prove(longer.state, runtime, probe, reference_vectors(longer.model, probe)).holds
+    assert first.export() == longer.export()
+    check_vectors(longer.state, first.open("openvino"), reference_vectors(longer.model))
 
 
 def test_feature_adapters_leave_no_thread_of_blas_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,25 +150,26 @@ def test_length_batches_pad_little() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "installed", "instructions", "millions", "names"),
+    ("device", "installed", "instructions", "names"),
     [
-        ("cpu", True, "avx512_bf16", 150, ["openvino-bf16", "torch-bf16", "torch"]),
-        ("cpu", True, "avx512_bf16", 6, ["openvino-bf16", "torch"]),
-        ("cpu", True, "avx2", 150, ["openvino", "torch"]),
-        ("cpu", False, "avx512_bf16", 150, ["torch-bf16", "torch"]),
-        ("cpu", False, "avx2", 150, ["torch"]),
-        ("cuda", True, "avx512_bf16", 150, ["cuda-fp16", "torch"]),
-        ("mps", True, "avx512_bf16", 150, ["torch"]),
+        ("cpu", True, "flags : sse2 avx512_bf16", ["openvino-bf16", "openvino", "torch"]),
+        ("cpu", True, "Features : fp asimd bf16", ["openvino-bf16", "openvino", "torch"]),
+        ("cpu", True, "flags : sse2 avx2", ["openvino", "torch"]),
+        ("cpu", True, None, ["openvino", "torch"]),
+        ("cpu", False, "flags : sse2 avx512_bf16", ["torch"]),
+        ("cuda", True, "flags : sse2 avx512_bf16", ["cuda-fp16", "torch"]),
+        ("mps", True, "flags : sse2 avx512_bf16", ["torch"]),
     ],
 )
-def test_auto_decides_by_device_libraries_instructions_and_size(
-    device: str, installed: bool, instructions: str, millions: int, names: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_decides_by_device_libraries_and_instructions(
+    device: str, installed: bool, instructions: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     monkeypatch.setattr(machine, "is_installed", lambda library: installed)
-    monkeypatch.setattr(machine, "_cpuinfo", lambda *_: instructions)
-    weights = [torch.empty(1_000_000, millions, device="meta")]
-    backbone: Any = SimpleNamespace(device=torch.device(device), parameters=lambda: weights)
-    assert preferred_runtimes(backbone) == names
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    if instructions is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\n{instructions}\n")
+    assert auto_runtimes(device) == names
 
 
 @needs("time")
@@ -212,28 +187,27 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend=backend, **given))
     case = moved(tiny_model, DEEP, cache)
-    plain, state = open_runtime("torch", case.loaded), case.state
-    runtime = TorchRuntime("torch-compile", *case.loaded.graphs(), torch.float32, compiled=True)
+    plain, state, runtime = case.open("torch"), case.state, TorchRuntime(case.model, is_half=True)
     texts = [" ".join("abcdefghijklmnopqrstuvw"[: 1 + i % 20]) for i in range(40)]
     groups = [texts[:n] for n in (1, 2, 3, 7, 32)] + [[text] for text in texts] + [[""], ["", ""]]
     for group in groups:
         vectors = state.encode_text(runtime, group, 32)
-        np.testing.assert_allclose(vectors, state.encode_text(plain, group, 32), atol=1e-5)
+        np.testing.assert_allclose(vectors, state.encode_text(plain, group, 32), atol=5e-3)
     assert len(graphs) <= 6
-    pixels = Probe.synthetic(32, 33).pixels
+    pixels = np.tile(probe_images(32), (9, 1, 1, 1))
     for n in (1, 2, 3, 8, 33):
         np.testing.assert_allclose(
-            state.encode_pixels(runtime, pixels[:n]), state.encode_pixels(plain, pixels[:n]), atol=1e-5
+            state.encode_pixels(runtime, pixels[:n]), state.encode_pixels(plain, pixels[:n]), atol=5e-3
         )
     assert len(graphs) <= 9
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torch", "cuda-fp16", "cuda-bf16"])
+@pytest.mark.parametrize("name", ["torch", "cuda-fp16"])
 def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     wanted = Encoder.load(tiny_checkpoint, device="cpu")
     given = Encoder.load(tiny_checkpoint, device="cuda", runtime=name, cache=tmp_path)
-    texts, pixels = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)], Probe.synthetic(32, 40).pixels
+    texts, pixels = [" ".join("abcdefghij"[: 1 + i % 10]) for i in range(40)], np.tile(probe_images(32), (10, 1, 1, 1))
 
     def both(encoder: Encoder) -> NDArray[np.float32]:
         parts = [encoder.encode_pixels(pixels[:n]) for n in (1, 7, 40)]
@@ -245,84 +219,20 @@ def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name:
         assert (vectors * both(wanted)).sum(1).min() > 0.999
 
 
-@pytest.mark.parametrize(("name", "least"), [("openvino", 0.999), ("torch-bf16", 0.999), ("openvino-int8", 0.995)])
 @pytest.mark.parametrize("side", ["text", "image"])
-def test_the_proof_has_a_threshold_for_each_precision(name: str, least: float, side: str) -> None:
-    """A single vector below it is enough, of texts or of images."""
+def test_a_single_vector_below_the_threshold_is_enough(side: str) -> None:
     unit = np.tile(np.eye(1, 4, dtype=np.float32), (8, 1))
 
-    def proof(cosine: float) -> Proof:
+    def check(cosine: float) -> None:
         off = unit.copy()
         off[-1, :2] = cosine, np.sqrt(1 - cosine**2)
         texts, images = (off, unit) if side == "text" else (unit, off)
-        state: Any = SimpleNamespace(encode_text=lambda *_: texts, encode_pixels=lambda *_: images)
-        runtime: Any = SimpleNamespace(name=name)
-        return prove(state, runtime, Probe.synthetic(8, 8), (unit, unit))
+        state: Any = SimpleNamespace(
+            encode_text=lambda *_: texts, encode_pixels=lambda *_: images, preprocess=SimpleNamespace(size=8)
+        )
+        check_vectors(state, Runtime("openvino", *[lambda _: unit] * 2), (unit, unit))
 
-    assert proof(least + 0.0002).holds
-    assert not proof(least - 0.0002).holds
-    assert not proof(np.nan).holds
-
-
-def row(name: str, speed: float, recall: float) -> RuntimeResult:
-    speeds = {"texts_per_s": speed, "text_ms": 1000 / speed, "images_per_s": speed, "image_ms": 1000 / speed}
-    return RuntimeResult(name, "", speeds, {"t2i_r1": recall, "i2t_r1": recall})
-
-
-@pytest.mark.slow
-def test_every_runtime_is_measured_and_the_fastest_is_named(
-    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    report = benchmark(str(tiny_checkpoint), tiny_data, cache=tmp_path, device="cpu", runtimes=["torch", "cuda-fp16"])
-    first, torch, cuda = report.rows
-    assert (first.name, torch.name, cuda.name) == ("reference", "torch", "cuda-fp16")
-    assert (torch.reason, min(torch.speeds.values()) > 0, torch.cost["memory"] > 50) == ("", True, True)
-    shown = str(report)
-    assert "cuda-fp16       the runtime cuda-fp16 needs a GPU" in shown
-    assert f"fastest here: torch; auto tries {report.auto} first" in shown
-
-
-def measured(
-    rows: list[RuntimeResult], checkpoint: Path, data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> RuntimeReport:
-    """A report of rows that stand for what the processes of the runtimes measure, in place of minutes."""
-    names, found = [each.name for each in rows], iter(rows)
-    monkeypatch.setattr(module, "in_own_process", lambda *job: next(found))
-    monkeypatch.setattr(module, "_calibrate", lambda *given: None)
-    return benchmark(str(checkpoint), data, runtimes=names, cache=cache, device="cpu")
-
-
-@needs("openvino")
-def test_runtime_that_loses_recall_is_not_the_fastest(
-    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [row("torch", 10, 60), row("openvino", 30, 60), row("openvino-int8", 90, 59)]
-    report = measured(rows, tiny_checkpoint, tiny_data, tmp_path, monkeypatch)
-    assert [each.name for each in report.rows] == ["reference", "torch", "openvino", "openvino-int8"]
-    assert report.rows[3].reason == "recall@1 is 1.0 points lower"
-    assert report.fastest == "openvino"
-    assert "no recall of torch" in module._judge(row("openvino-int8", 90, 59), {}).reason
-
-
-def test_a_broken_image_is_named(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    (first, *_) = Annotations(data).load("test")[0].images
-    (data / first).write_bytes(b"")
-    with pytest.raises(DataError, match=f"^test: {re.escape(first)}: the file is empty$"):
-        benchmark(str(tiny_checkpoint), data, runtimes=["torch"], cache=tmp_path, device="cpu")
-
-
-def test_error_of_a_library_fails_one_row(
-    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(measure: object, load: object, name: str, *rest: object) -> RuntimeResult:
-        if name == "openvino":
-            raise RuntimeError("no kernel image is available\nand a long story")
-        return row(name, 10, 60)
-
-    monkeypatch.setattr(module, "in_own_process", fails)
-    report = benchmark(str(tiny_checkpoint), tiny_data, runtimes=["openvino", "torch"], cache=tmp_path, device="cpu")
-    assert [(each.name, each.reason) for each in report.rows[1:]] == [
-        ("torch", ""),
-        ("openvino", "RuntimeError: no kernel image is available"),
-    ]
+    check(LEAST_COSINE + 0.0002)
+    for wrong in (LEAST_COSINE - 0.0002, np.nan):
+        with pytest.raises(RuntimeUnavailableError, match=r"cosine .* at least 0\.999 is required"):
+            check(wrong)

@@ -1,6 +1,7 @@
 """Families of models go the whole way: train, checkpoint, index, serve, search, explain, restart."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import default_method, method
-from dcar_core.runtimes.registry import RUNTIME_KINDS, open_runtime
-from dcar_core.runtimes.selection import Probe
+from dcar_core.runtimes.openvino_runtime import ensure_export
+from dcar_core.runtimes.registry import PROBE_TEXTS, open_runtime, probe_images
 from dcar_core.training.train import train
 from dcar_core.util import machine
 from index_jobs.rebuild import rebuild
@@ -39,7 +40,6 @@ FAMILIES = {  # one for each kind of towers
 WITH_OPENVINO = ("SigLIP2", "XLM-R")  # whose conversion takes seconds
 QUERY = {"query": "a red square", "k": 2}
 IN_LOW_PRECISION = ("SigLIP2", "MobileCLIP-S")
-PRECISIONS = {"openvino-bf16": "openvino", "openvino-int8": "int8"}  # and the parts that they need
 
 
 @pytest.fixture(autouse=True)
@@ -104,26 +104,18 @@ async def test_a_family_goes_the_whole_way(family: str, tiny_data: Path, tmp_pat
         np.testing.assert_allclose(again, scores[0], atol=2e-3)
 
 
-def is_available(runtime: str) -> bool:
-    instructions = RUNTIME_KINDS[runtime].needs
-    return PARTS[PRECISIONS[runtime]].is_present and not (instructions and machine.missing_instructions(instructions))
-
-
 @uses_parts
+@needs("openvino")
+@pytest.mark.skipif(machine.missing_bf16() is not None, reason=str(machine.missing_bf16()))
 @pytest.mark.parametrize("family", IN_LOW_PRECISION)
-def test_other_precisions_are_near(family: str, tiny_data: Path, tmp_path: Path) -> None:
-    """One training and one export of each library serve all; int8 for OpenVINO is calibrated on its export."""
-    runtimes = [runtime for runtime in PRECISIONS if is_available(runtime)]
-    if not runtimes:
-        pytest.skip(f"neither of {', '.join(PRECISIONS)} runs here")
+def test_bfloat16_is_near(family: str, tiny_data: Path, tmp_path: Path) -> None:
     exact = Encoder.load(trained(family, tiny_data, tmp_path), device="cpu", cache=tmp_path / "cache")
-    probe = Probe.synthetic(exact.preprocess.size, 16)
-    wanted = exact.encode_text(probe.texts), exact.encode_pixels(probe.pixels)
-    for runtime in runtimes:
-        if runtime == "openvino-int8":
-            exact.loaded.calibrate(exact.state, probe.texts, probe.pixels)
-        # not proven: random weights of 32 columns lose more than a real model's
-        near = Encoder(exact.state, exact.loaded, open_runtime(runtime, exact.loaded))
-        found = near.encode_text(probe.texts), near.encode_pixels(probe.pixels)
-        cosines = [float(np.median((one * other).sum(1))) for one, other in zip(found, wanted, strict=True)]
-        assert min(cosines) > 0.98, f"{runtime}: {cosines}"
+    export = partial(ensure_export, exact.model, exact.model.backbone.content_hash(), tmp_path / "cache")
+    # not checked: random weights of 32 columns lose more than a real model's
+    near = Encoder(exact.state, exact.model, open_runtime("openvino-bf16", exact.model, export))
+    pixels = probe_images(exact.preprocess.size)
+    for one, other in (
+        (exact.encode_text(PROBE_TEXTS), near.encode_text(PROBE_TEXTS)),
+        (exact.encode_pixels(pixels), near.encode_pixels(pixels)),
+    ):
+        assert np.median((one * other).sum(1)) > 0.98

@@ -57,7 +57,7 @@ def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
 
 def test_devices_work_concurrently_and_in_order(tiny_checkpoint: Path) -> None:
     encoder = Encoder.load(tiny_checkpoint, device="cpu")
-    replicas = [Barrier(encoder.state, encoder.loaded, encoder.runtime) for _ in range(2)]
+    replicas = [Barrier(encoder.state, encoder.model, encoder.runtime) for _ in range(2)]
     replicas[0].barrier = replicas[1].barrier = threading.Barrier(2)
     taken: list[int] = []
     expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))

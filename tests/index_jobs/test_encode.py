@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.graphs import TorchRuntime
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.encode import EncodedGallery, EncodingState
@@ -33,7 +32,7 @@ class Counting(Encoder):
     """A real encoder that counts its forward passes and can fail in one."""
 
     def __init__(self, encoder: Encoder, die_at: int | None = None) -> None:
-        super().__init__(encoder.state, encoder.loaded, encoder.runtime)
+        super().__init__(encoder.state, encoder.model, encoder.runtime)
         self.die_at, self.calls = die_at, 0
 
     def image_features(self, pixels: NDArray[np.uint8]) -> Floats:
@@ -72,9 +71,17 @@ def test_interrupted_run_goes_on_to_the_same_bits(encoder: Encoder, tiny_gallery
     assert third.calls == 0
 
 
+class Rounding(TorchRuntime):
+    """Stands for another runtime, whose vectors differ in their last digits."""
+
+    def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
+        return super().image(pixels, inputs).astype(np.float16).astype(np.float32)
+
+
 def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
-    runtime = TorchRuntime("torch-bf16", *encoder.loaded.graphs(), torch.bfloat16)
-    other = Encoder(encoder.state, encoder.loaded, runtime)
+    runtime = Rounding(encoder.model)
+    runtime.name = "rounding"
+    other = Encoder(encoder.state, encoder.model, runtime)
 
     def run(model: Counting, work: str) -> EncodedGallery:
         return encode(tiny_gallery, model, tmp_path / work)

@@ -66,7 +66,6 @@ PARTS = {
     "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
     "gpu": _Gpu("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
     "openvino": _extra("OpenVINO", "openvino", "openvino"),
-    "int8": _extra("OpenVINO in int8", "int8", "openvino", "nncf"),
     "registry": _Asked("a registry of packages", "TEST_REGISTRY=1 make test", in_ci=False),
     "time": _Asked("what takes many seconds", "TEST_LONG=1 make test", in_ci=False),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
