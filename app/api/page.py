@@ -29,7 +29,7 @@ from app.search.rows import filter_rows, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
-from index_jobs.selection import EMPTY_IS_MISSING
+from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.store.artifact import Artifact, Item
 
 routes = Routes()

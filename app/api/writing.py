@@ -37,7 +37,7 @@ from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
 from app.middleware.access import Policy, out_of_scope
 from app.search.errors import CollectionNotFoundError, ItemNotFoundError
-from app.search.rows import filter_mask
+from app.search.rows import filter_rows
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
@@ -223,8 +223,8 @@ async def _change(
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     notes = {**(notes or {})}
-    if chosen.filter is not None:
-        mask = await state_of(request).retriever.compute.run("search", filter_mask, snapshot, chosen.filter)
+    if (filter := chosen.filter) is not None:
+        mask = await state_of(request).retriever.compute.run("search", lambda: filter_rows(snapshot, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
     items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
     count, each = notes.get("items", len(items)), len(canonical_json(fields or {}))

@@ -29,7 +29,7 @@ from dcar_core.serving import encoder_cache
 from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
-from index_jobs.selection import Allowed
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.location import published_index
 from index_jobs.store.versions import open_current, open_version
 
@@ -74,7 +74,7 @@ async def search(
     return replace(results, is_cached=is_cached, took_ms=(time.perf_counter() - started) * 1000, fields=query.fields)
 
 
-async def find_rows(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> Allowed | None:
+async def find_rows(compute: Compute, snapshot: Snapshot, filter: dict[str, Any] | None) -> RowFilter | None:
     """Return the rows that fulfil a filter; None if there is no filter or no row."""
     if not filter or not snapshot.artifact.rows:
         return None
@@ -104,7 +104,7 @@ async def _query_vector(compute: Compute, snapshot: Snapshot, plan: Plan, image:
 
 
 async def _find(
-    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None, settings: Settings
+    compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, allowed: RowFilter | None, settings: Settings
 ) -> SearchResults:
     query = plan.query
     with compute.timed("search"):  # sorting, which may take long, is in the thread of filters
@@ -126,7 +126,7 @@ async def _find(
     )
 
 
-def _find_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> Found:
+def _find_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: RowFilter | None) -> Found:
     """Return the matches up to the next page, those of the page with items, and other fields of the results."""
     import faiss
 
@@ -142,18 +142,18 @@ def _find_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allow
     return ranked, facts
 
 
-def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> list[Match]:
+def rank_rows(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: RowFilter | None) -> list[Match]:
     """Return the ranked rows, or the best row of each group, up to the next page."""
     if not plan.group_by:
         return rank(snapshot.artifact, vector, plan, plan.depth, allowed)
     groups = group_field(snapshot, plan.group_by)
     if plan.excluded_rows:  # a mask costs less: excluded rows widen the search
-        allowed = groups.outside(groups.codes_of(np.fromiter(plan.excluded_rows, np.int64)), allowed)
+        allowed = groups.outside(groups.codes[np.fromiter(plan.excluded_rows, np.int64)], allowed)
         plan = replace(plan, excluded_rows=frozenset())
     return rank_groups(partial(rank, snapshot.artifact, vector, plan), plan.depth, groups, allowed)
 
 
-def _describe(snapshot: Snapshot, plan: Plan, ranked: list[Match], allowed: Allowed | None) -> None:
+def _describe(snapshot: Snapshot, plan: Plan, ranked: list[Match], allowed: RowFilter | None) -> None:
     """Add items and groups to the matches of the page."""
     item, page = snapshot.artifact.item, ranked[plan.query.offset : plan.end]
     for match in page:

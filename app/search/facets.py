@@ -11,10 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from app.search.rows import Groups, field_values, filter_rows, group_field, mask_key
+from app.search.rows import GroupField, field_values, filter_rows, group_field, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
-from index_jobs.selection import to_mask
 from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
@@ -52,7 +51,7 @@ def count_facets(
             key = name, mask_key(filter) if filter else "", group_by
             facet = snapshot.facets.use(key)
             if facet is None:
-                facet = count_values(artifact, name, artifact.live if allowed is None else to_mask(allowed), groups)
+                facet = count_values(artifact, name, artifact.live if allowed is None else allowed.mask, groups)
                 if 4 * len(str(facet)) <= _MAX_CACHED_BYTES:
                     snapshot.facets.keep(key, facet)
             facets[name] = facet
@@ -71,7 +70,7 @@ def is_exact_index(artifact: Artifact) -> bool:
 
 
 def count_values(
-    artifact: Artifact, name: str, mask: Mask, groups: Groups | None = None, limit: int = MAX_VALUES
+    artifact: Artifact, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
 ) -> Facet:
     """Return the values of a field with their counts, the most frequent first; ranges in their order.
 
@@ -87,7 +86,7 @@ def count_values(
         chosen = pc.list_flatten(chosen)
     present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
     chosen, rows = chosen.drop_null(), rows[present]
-    owners = rows if groups is None else groups.codes_of(rows)
+    owners = rows if groups is None else groups.codes[rows]
     if is_list or groups is not None:  # a list may repeat a value, and a group has several rows
         pairs = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])
         chosen, owners = pairs["value"], pairs["owner"].to_numpy()

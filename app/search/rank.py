@@ -9,7 +9,6 @@
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from app.search.plan import Plan
 from app.search.query import Level, Match
 from app.search.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
-from index_jobs.selection import Allowed, Selection
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex
@@ -47,7 +46,7 @@ class Candidates(NamedTuple):
 
 
 def vector_candidates(
-    artifact: Artifact, vector: Floats, width: int, allowed: Allowed | None, *, is_narrow: bool = False
+    artifact: Artifact, vector: Floats, width: int, allowed: RowFilter | None, *, is_narrow: bool = False
 ) -> Candidates:
     """Return the `width` rows with the highest cosines."""
     scores, rows = artifact.search(vector[None], width, allowed, is_narrow=is_narrow)  # [1, width], [1, width]
@@ -58,7 +57,7 @@ def vector_candidates(
 
 
 def hybrid_candidates(
-    artifact: Artifact, vector: Floats, text: str, weight: float, width: int, allowed: Allowed | None
+    artifact: Artifact, vector: Floats, text: str, weight: float, width: int, allowed: RowFilter | None
 ) -> Candidates:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
@@ -76,7 +75,7 @@ def hybrid_candidates(
         UnsupportedQueryError: the index keeps no vectors.
     """
     lexical = require_words(artifact)
-    mask = word_rows(artifact, vector, allowed)
+    mask = word_mask(artifact, allowed)
     is_text_complete = lexical.count_matches(text) < _TEXT_ROWS
     limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
     text_scores, text_rows = lexical.search(text, limit, mask, by_rare_terms=not is_text_complete)
@@ -89,7 +88,7 @@ def hybrid_candidates(
     near_scores = is_same @ text_scores if is_text_complete else lexical.score(text, near.rows)
     is_far = ~is_same.any(0)
     far_rows = text_rows[is_far]
-    far_cosines = row_cosines(artifact, vector, far_rows)
+    far_cosines = row_vectors(artifact, far_rows) @ vector
     cosines, scores = np.concatenate((near.cosines, far_cosines)), np.concatenate((near_scores, text_scores[is_far]))
     bonus: Any = np.float32(text_bonus(artifact.sample_vectors, vector, weight))
     return Candidates(
@@ -105,32 +104,14 @@ def require_words(artifact: Artifact) -> LexicalIndex:
     return artifact.lexical
 
 
-def word_rows(artifact: Artifact, vector: Floats, allowed: Allowed | None) -> Mask | Callable[[Rows], Mask] | None:
-    """Return the rows that may be found by their words, as `LexicalIndex.search` takes them, without removed ones."""
-    if isinstance(allowed, Selection):
-        return lambda rows: row_cosines(artifact, vector, rows, allowed) > -np.inf
-    if not artifact.manifest.removed:
-        return allowed
-    if not artifact.manifest.spec.is_local:
-        return lambda rows: ~np.isin(rows, artifact.removed)
-    return artifact.live if allowed is None else allowed & artifact.live
+def word_mask(artifact: Artifact, allowed: RowFilter | None) -> Mask | None:
+    """Return the rows that may be found by their words, bool (rows,); None for all."""
+    if allowed is None:
+        return artifact.live if artifact.manifest.removed else None
+    return allowed.mask
 
 
-def row_cosines(artifact: Artifact, vector: Floats, rows: Rows, among: Selection | None = None) -> Floats:
-    """Return the cosine of each of these distinct rows, (m,); -inf for one that is not in a selection.
-
-    Raise UnsupportedQueryError if the index keeps no vectors.
-    """
-    if artifact.manifest.spec.is_local or not len(rows):
-        return row_vectors(artifact, rows) @ vector
-    cosines, order = np.full(len(rows), -np.inf, np.float32), np.argsort(rows)
-    scores, found = artifact.search(vector[None], len(rows), (among or Selection(lambda: artifact.live)).within(rows))
-    is_found = found[0] >= 0
-    cosines[order[np.searchsorted(rows, found[0][is_found], sorter=order)]] = scores[0][is_found]
-    return cosines
-
-
-def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, allowed: Allowed | None = None) -> list[Match]:
+def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[Match]:
     """Return the `count` best rows of a plan among the allowed ones; see `rows.filter_rows`.
 
     Raises:

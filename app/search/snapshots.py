@@ -18,7 +18,7 @@ from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, requires_pytorch
-from index_jobs.selection import Allowed
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.artifact import Artifact, ImageAccess
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, open_version, read_manifest
@@ -89,7 +89,7 @@ class Snapshot:
     preprocess: Preprocess
     backbone: str
     pages: Recent[Hashable, Any]
-    masks: Recent[str, Allowed]
+    masks: Recent[str, RowFilter]
     groups: Recent[str, Any]
     orders: Recent[str, Any]
     facets: Recent[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: Recent(_MAX_FACETS))
@@ -159,7 +159,7 @@ def load_snapshot(
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     rows = max(1, artifact.rows)
-    masks = Recent[str, Allowed](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
+    masks = Recent[str, RowFilter](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
     groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (16 * rows))))
     orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
     pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))

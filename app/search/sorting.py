@@ -25,14 +25,13 @@ from app.search.rank import (
     find_levels,
     fold_matches,
     require_words,
-    row_cosines,
     vector_candidates,
-    word_rows,
+    word_mask,
 )
-from app.search.rows import field_values, group_field
+from app.search.rows import field_values, group_field, row_vectors
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Rows
-from index_jobs.selection import Allowed, to_mask
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import text_bonus
 
@@ -59,28 +58,15 @@ def sort_order(snapshot: Snapshot, sort: str) -> SortOrder:
     return order
 
 
-def places_of(snapshot: Snapshot, sort: str, rows: Rows) -> Rows:
-    """Return the places of rows in the order of a field; where the engine keeps the fields, among these rows."""
-    if snapshot.artifact.manifest.spec.is_local:
-        return sort_order(snapshot, sort).places[rows]
-    order, places = np.argsort(rows), np.empty(len(rows), np.int64)
-    places[order] = _read_places(snapshot.artifact, sort, rows[order])
-    return places
-
-
-def sort_rows(snapshot: Snapshot, sort: str, allowed: Allowed | None) -> Rows:
+def sort_rows(snapshot: Snapshot, sort: str, allowed: RowFilter | None) -> Rows:
     """Return the allowed rows, None for all live ones, in the order of a field; those of equal value in the index's."""
-    mask = snapshot.artifact.live if allowed is None else to_mask(allowed)
-    if allowed is not None and not snapshot.artifact.manifest.spec.is_local:
-        rows = np.flatnonzero(mask)
-        return rows[np.argsort(places_of(snapshot, sort, rows), kind="stable")]
-    order = sort_order(snapshot, sort).rows
+    mask, order = (allowed or snapshot.artifact.live_rows).mask, sort_order(snapshot, sort).rows
     return order[mask[order]]
 
 
-def _read_places(artifact: Artifact, sort: str, rows: Rows | None = None) -> Rows:
-    """Return the places of all rows, or of some, ascending. Texts are in order regardless of case; "" is missing."""
-    column = field_values(artifact, sort.removeprefix("-"), "sort", rows)
+def _read_places(artifact: Artifact, sort: str) -> Rows:
+    """Return the places of all rows. Texts are in order regardless of case; "" is missing."""
+    column = field_values(artifact, sort.removeprefix("-"), "sort")
     if pa.types.is_string(column.type):
         column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
     elif pa.types.is_floating(column.type):
@@ -90,7 +76,7 @@ def _read_places(artifact: Artifact, sort: str, rows: Rows | None = None) -> Row
     return places
 
 
-def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowed | None) -> Found:
+def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: RowFilter | None) -> Found:
     """Return the sorted matches of a plan among the allowed rows up to the next page, and other fields of the results.
 
     Counts are exact unless there are more than `MAX_SORTED`, or an approximate index may have missed some.
@@ -102,9 +88,9 @@ def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: Allowe
     groups = group_field(snapshot, plan.group_by) if plan.group_by else None
     found, levels, is_complete = _find_matches(artifact, plan, vector, allowed)
     excluded = np.fromiter(plan.excluded_rows, np.int64)
-    keys, excluded = (rows if groups is None else groups.codes_of(rows) for rows in (found.rows, excluded))
+    keys, excluded = (rows if groups is None else groups.codes[rows] for rows in (found.rows, excluded))
     is_excluded = np.isin(keys, excluded)
-    sequence = np.lexsort((found.rows, -found.rank_scores, places_of(snapshot, query.sort, found.rows)))
+    sequence = np.lexsort((found.rows, -found.rank_scores, sort_order(snapshot, query.sort).places[found.rows]))
     sequence = sequence[~is_excluded[sequence]]
     matched = np.zeros(artifact.rows, np.bool_)
     matched[found.rows[sequence]] = True
@@ -136,7 +122,7 @@ def _has_likely(levels: Levels, found: Candidates, places: Rows) -> bool:
 
 
 def _find_matches(
-    artifact: Artifact, plan: Plan, vector: Floats, allowed: Allowed | None
+    artifact: Artifact, plan: Plan, vector: Floats, allowed: RowFilter | None
 ) -> tuple[Candidates, Levels | None, bool]:
     """Return the matches of a plan, the levels of its query, and False if there may be more matches."""
     near, best, is_complete = _find_near(artifact, plan, vector, allowed)
@@ -148,19 +134,19 @@ def _find_matches(
     rows, cosines, scores = near.rows, near.cosines, lexical.score(text, near.rows)
     if plan.min_score is None:
         contained = contained_share(artifact, text)[0] if levels is None else levels.contained
-        text_scores, text_rows = lexical.search(text, MAX_SORTED, word_rows(artifact, vector, allowed))
+        text_scores, text_rows = lexical.search(text, MAX_SORTED, word_mask(artifact, allowed))
         is_complete &= len(text_rows) < MAX_SORTED or bool(text_scores[-1] < contained)
         is_added = (text_scores >= contained) & ~np.isin(text_rows, rows)
         if is_added.any():
             added = text_rows[is_added]
             rows, scores = np.concatenate((rows, added)), np.concatenate((scores, text_scores[is_added]))
-            cosines = np.concatenate((cosines, row_cosines(artifact, vector, added)))
+            cosines = np.concatenate((cosines, row_vectors(artifact, added) @ vector))
     near = near._replace(rows=rows, cosines=cosines, text_scores=scores, rank_scores=cosines + bonus * scores)
     return near, levels, is_complete
 
 
 def _find_near(
-    artifact: Artifact, plan: Plan, vector: Floats, allowed: Allowed | None
+    artifact: Artifact, plan: Plan, vector: Floats, allowed: RowFilter | None
 ) -> tuple[Candidates, float, bool]:
     """Return the rows that reach the cut-off, the best cosine of all, and False if more rows may reach it."""
     lowest = plan.min_score

@@ -29,7 +29,7 @@ from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
-from index_jobs.selection import Allowed, to_mask
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
@@ -119,11 +119,11 @@ class Retriever:
             require_sortable(snapshot, sort)
         name = snapshot.artifact.manifest.spec.group_field if group_by is None else group_by
 
-        def list_items(allowed: Allowed | None) -> tuple[int, list[Item]]:
+        def list_items(allowed: RowFilter | None) -> tuple[int, list[Item]]:
             if sort:
                 rows = sort_rows(snapshot, sort, allowed)
             else:
-                rows = np.flatnonzero(snapshot.artifact.live if allowed is None else to_mask(allowed))
+                rows = np.flatnonzero(snapshot.artifact.live if allowed is None else allowed.mask)
             if name and len(rows):
                 rows = first_rows(group_field(snapshot, name), rows)
             return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]

@@ -1,29 +1,32 @@
-"""Vector engines by name, and what one does, in six verbs: plan, create, open and sync, and of an opened index search
-and vectors.
+"""Vector engines by name, and what one does: plan, create, open and sync, and of an opened index search and vectors.
 
 - The metric is the inner product of normalized vectors, which is the cosine similarity.
 - Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work alike with
   every engine.
-- What an engine keeps of a version, or of an addition, is in its folder: the vectors, or the name of what stores them
-  elsewhere.
-- A new engine is a file of its own and a line in `ENGINES`.
+- What an engine keeps of a version, or of an addition, is in its folder: the vectors, or in NAME.json the name of what
+  stores them elsewhere.
+- An engine other than FAISS is a plug-in: a distribution with an entry point `NAME = "module:Class"` in the group
+  `dcar.engines`. Its class extends `Engine`, and what it opens `VectorIndex`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.arrays import Blocks, Floats, Rows
 from dcar_core.util.errors import DataError
-from index_jobs.selection import Allowed, Selection
+from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 
-ENGINES = {
+ENTRY_POINTS = "dcar.engines"  # the group
+_BUILT_IN = {
     "faiss": "index_jobs.engines.faiss.build:FaissEngine",
     "qdrant": "index_jobs.engines.qdrant.engine:QdrantEngine",
 }
@@ -65,45 +68,37 @@ class CreatedIndex:
     gpu: bool = False  # searched on a GPU if there is one
 
 
-class VectorIndex(Protocol):
+class VectorIndex(ABC):
     """Vectors by row number. Safe for concurrent searches."""
 
     count: int
     dim: int
 
-    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    @abstractmethod
+    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query, float32 (n, E).
 
         Args:
-            mask: the rows that may be found, bool (count,), or a `Selection`, whose conditions an engine may evaluate
-                itself; None for all.
-            is_narrow: without a mask, search no wider than for a few results; more of the last ones are missed.
+            rows: those that may be found, by their mask or by conditions; None for all.
+            is_narrow: without `rows`, search no wider than for a few results; more of the last ones are missed.
         """
-        ...
 
+    @abstractmethod
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind."""
-        ...
-
-
-class FieldIndex(VectorIndex, Protocol):
-    """What an engine opens that keeps the fields of rows: searches give it conditions, and it counts values."""
-
-    def stored_counts(self, field: str, values: list[Any], selection: Selection) -> dict[Any, int] | None:
-        """Return how many rows of a selection were stored with each of some values; None if the engine cannot tell.
-
-        Rows that the selection adds are not counted.
-        """
-        ...
 
     def find_fault(self) -> str | None:
-        """Ask the store whether it can be searched. Return why not, or None."""
-        ...
+        """Return why searches fail at present, or None. A service that is asked whether it is ready calls this."""
+        return None
 
 
-class Engine(Protocol):
-    """Stores the vectors of versions and searches them. It is made with the URI of its name, "" without."""
+class Engine(ABC):
+    """Stores the vectors of versions and searches them. It is made with the URI of its name, "" without.
 
+    An engine with a URI has its own copy of the fields of items, as they were when the vectors were stored.
+    """
+
+    @abstractmethod
     def plan(self, spec: IndexSpec, count: int, dim: int, device: str) -> int:
         """Check that an index can be created, before anything is encoded. Return the least bytes of its file, or 0.
 
@@ -111,17 +106,16 @@ class Engine(Protocol):
             DataError: the engine has no such kind, or none that fits the memory.
             StoreUnavailableError, MissingExtraError: the store does not respond, or a library or a device is missing.
         """
-        ...
 
+    @abstractmethod
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Store the vectors, and measure the recall and latency of searches."""
-        ...
 
+    @abstractmethod
     def open(self, folder: Path, *, gpu: bool = False) -> VectorIndex:
         """Open the index of a version's folder. Raise ArtifactError if it is missing or damaged."""
-        ...
 
-    def sync(self, index: Path, name: str, version: int) -> None:
+    def sync(self, index: Path, name: str, version: int) -> None:  # noqa: B027
         """Follow a publication or a rollback, once `version` is current, and drop what no version up to it names.
 
         A failure is logged: CURRENT decides what is served.
@@ -129,7 +123,6 @@ class Engine(Protocol):
         Args:
             name: of the index, the same on every machine that publishes it.
         """
-        ...
 
 
 def load_engine(text: str) -> Engine:
@@ -139,10 +132,17 @@ def load_engine(text: str) -> Engine:
         DataError: no engine has this name, or it needs a URI, or takes none.
     """
     name, _, uri = text.partition("=")
-    if name not in ENGINES:
-        raise DataError(f"unknown engine {name!r}; there are: {', '.join(ENGINES)}")
-    engine: Engine = resolve_name(ENGINES[name])(uri)
-    return engine
+    if name in _BUILT_IN:
+        engine: Engine = resolve_name(_BUILT_IN[name])(uri)
+        return engine
+    plug_ins = entry_points(group=ENTRY_POINTS)
+    if name not in plug_ins.names:
+        raise DataError(
+            f"unknown engine {name!r}; installed are: {', '.join([*_BUILT_IN, *sorted(plug_ins.names)])}. Others are "
+            f"plug-ins, which `pip install` adds to this environment; see docs/explanation/index-kinds.md"
+        )
+    plugged: Engine = plug_ins[name].load()(uri)
+    return plugged
 
 
 def merge_top_k(scores: Sequence[Floats], rows: Sequence[Rows], k: int) -> ScoredRows:

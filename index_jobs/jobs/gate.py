@@ -28,7 +28,7 @@ from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
 from dcar_core.serving.score_cutoff import compute_cutoff, cutoff_of_words
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import hash_json
@@ -37,6 +37,7 @@ from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
+from index_jobs.row_filter import RowFilter
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import choose_weight, hybrid_gains, spread_rows
@@ -314,17 +315,17 @@ def _judged_ndcg(
 ) -> float:
     """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
     graded = [{artifact.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
-    vectors, shared = encode([text for text, _ in queries]), _shared_rows(artifact, other)
-    rows = artifact.search(vectors, 10, None if shared.all() else shared)[1]
+    vectors = encode([text for text, _ in queries])
+    rows = artifact.search(vectors, 10, _shared_rows(artifact, other))[1]
     found = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
     measures = graded_measures(np.array(found), [np.array([*own.values()]) for own in graded])
     return round(float(measures["nDCG@10"].mean()) / 100, 4)
 
 
-def _shared_rows(artifact: Artifact, other: Artifact) -> Mask:
-    """Return bool (rows,): the items of an index that another has as well."""
-    mask: Mask = pc.is_in(artifact.column("id"), other.column("id").filter(other.live)).to_numpy() & artifact.live
-    return mask
+def _shared_rows(artifact: Artifact, other: Artifact) -> RowFilter | None:
+    """Return the items of an index that another has as well; None for all."""
+    mask = pc.is_in(artifact.column("id"), other.column("id").filter(other.live)).to_numpy() & artifact.live
+    return None if mask.all() else RowFilter.of_mask(mask)
 
 
 def _measure(
@@ -337,17 +338,15 @@ def _measure(
         hybrid searches if asked for; and the number of items that were searched.
     """
     texts, targets = [text for text, _ in pairs], [artifact.row_of(item_id) or 0 for _, item_id in pairs]
-    is_shared = _shared_rows(artifact, other)
-    allowed = None if is_shared.all() else is_shared
-    vectors = encode(texts)
-    is_target = artifact.search(vectors, _DEPTH, allowed)[1] == np.array(targets)[:, None]
+    shared, vectors = _shared_rows(artifact, other), encode(texts)
+    is_target = artifact.search(vectors, _DEPTH, shared)[1] == np.array(targets)[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
     measures = _measures(gains)
     if with_words:
         queries, weight = list(zip(texts, vectors, targets, strict=True)), artifact.manifest.words_weight
-        hybrid = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], allowed)
+        hybrid = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], shared)
         measures |= _measures(hybrid[:, 0].astype(np.float32), "hybrid_")
-    return gains, measures, int(np.count_nonzero(is_shared))
+    return gains, measures, int(np.count_nonzero(artifact.live if shared is None else shared.mask))
 
 
 def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:

@@ -14,13 +14,12 @@ import hashlib
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -29,9 +28,9 @@ import pyarrow as pa
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError, list_fields
 from dcar_core.util.files import atomic_writer, sha256_of
-from index_jobs.engines.protocol import FieldIndex, ScoredRows, VectorIndex, load_engine, merge_top_k
+from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
-from index_jobs.selection import NO_ROWS, Allowed, Selection
+from index_jobs.row_filter import NO_ROWS, RowFilter
 from index_jobs.store.items import Items, common_type, take_rows, typed_array
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
@@ -164,7 +163,7 @@ class Artifact:
         try:
             engine = load_engine(manifest.spec.engine)
         except DataError as error:
-            raise ArtifactError(f"{path} cannot be opened: {error}; rebuild the index with one of these") from None
+            raise ArtifactError(f"{path} cannot be opened: {error}") from None
         segments = [Segment(engine.open(path, gpu=manifest.gpu), Items(path / ITEMS), manifest.root, manifest.roots)]
         for addition in manifest.additions:
             folder = path / addition.folder
@@ -191,6 +190,11 @@ class Artifact:
         mask[self.removed] = False
         mask.flags.writeable = False
         return mask
+
+    @cached_property
+    def live_rows(self) -> RowFilter:
+        """The rows whose item was not removed."""
+        return RowFilter(lambda: self.live, {}, self.removed)
 
     @cached_property
     def lexical(self) -> LexicalIndex:
@@ -223,12 +227,12 @@ class Artifact:
         """The model that encoded the vectors, for `Encoder.load`."""
         return self.path / CHECKPOINT
 
-    def search(self, vectors: Floats, k: int, allowed: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query.
 
         Args:
             vectors: float32 (n, E), L2-normalized.
-            allowed: the rows that may be found, bool (rows,), or by conditions; None for all.
+            rows: live rows that may be found; None for all of them.
             is_narrow: as in `VectorIndex.search`.
 
         Returns:
@@ -239,39 +243,21 @@ class Artifact:
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dim:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
-        if len(self.removed):
-            if allowed is None:
-                allowed = Selection(lambda: self.live, hidden=self.removed)
-            elif not isinstance(allowed, Selection):
-                allowed = allowed & self.live
+        if rows is None and len(self.removed):
+            rows = self.live_rows
         if len(self.segments) == 1:
-            return self.segments[0].vectors.search(vectors, k, allowed, is_narrow=is_narrow)
-        scores, rows = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
+            return self.segments[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
+        scores, found = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
         for segment, span in zip(self.segments, self._spans, strict=True):
-            part: Allowed | None = None
-            if allowed is not None:
-                part = allowed.part(span) if isinstance(allowed, Selection) else allowed[span.start : span.stop]
+            part = None if rows is None else rows.part(span)
             segment_scores, positions = segment.vectors.search(vectors, k, part, is_narrow=is_narrow)
             scores.append(segment_scores)
-            rows.append(np.where(positions >= 0, positions + span.start, -1))
-        return merge_top_k(scores, rows, k)
-
-    def stored_counts(self, name: str, values: list[Any], selection: Selection) -> dict[Any, int] | None:
-        """As `FieldIndex.stored_counts`, whose engine the version has."""
-        counts = Counter[Any]()
-        for segment, span in zip(self.segments, self._spans, strict=True):
-            part = cast(FieldIndex, segment.vectors).stored_counts(name, values, selection.part(span))
-            if part is None:
-                return None
-            counts.update(part)
-        return counts
+            found.append(np.where(positions >= 0, positions + span.start, -1))
+        return merge_top_k(scores, found, k)
 
     def find_store_fault(self) -> str | None:
-        """Ask the engine's store whether it can be searched. Return why not, or None, also if the vectors are files."""
-        if self.manifest.spec.is_local:
-            return None
-        faults = (cast(FieldIndex, segment.vectors).find_fault() for segment in self.segments)
-        return next(filter(None, faults), None)
+        """Ask the engine whether it can be searched. Return why not, or None."""
+        return next(filter(None, (segment.vectors.find_fault() for segment in self.segments)), None)
 
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError, list_fields
 from dcar_core.util.json_text import replace_surrogates
-from index_jobs.selection import EMPTY_IS_MISSING, UNINDEXED, Selection
+from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Artifact
@@ -31,7 +31,6 @@ _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_e
 _OR = "$or"
 _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
 _MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
-_MAX_VALUES_BYTES = 32 * 2**10  # of the values that stand for a substring or a range of texts; some 1,000
 _MAX_SUBSTRING = 256  # characters of "contains"; the automaton of a longer one may not fit the memory that it may use
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
@@ -58,40 +57,16 @@ def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     return _match_all(artifact, filter)
 
 
-def select_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Selection:
-    """Return the live items that meet every condition, for an engine that keeps their fields.
+def filter_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> RowFilter:
+    """Return the live items that meet every condition. The mask is made by `match_rows` when it is first read.
 
-    Only rows whose fields have changed since are compared here, and all with a substring or a range of texts, in whose
-    place come the values that fit. Raise FilterError as `match_rows`.
+    Raise FilterError if no item has such a field, or a condition does not fit it.
     """
     _require_few(filter, 0)
     changed = artifact.changed
-    added = changed[_match_all(_Chosen(artifact, changed), filter)]
-    is_quick = len(list(_condition_fields(filter))) * artifact.rows <= _MAX_CONDITION_ROWS
-    stored = _by_values(artifact, filter) if is_quick else filter
-    return Selection(lambda: match_rows(artifact, filter), (stored,), np.union1d(changed, artifact.removed), added)
-
-
-def _by_values(artifact: "Artifact", filter: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a filter with the values that fit in place of substrings and ranges of texts."""
-    return {
-        field: [_by_values(artifact, part) for part in each] if field == _OR else _fitting_values(artifact, field, each)
-        for field, each in filter.items()
-    }
-
-
-def _fitting_values(artifact: "Artifact", field: str, condition: Any) -> Any:
-    """Return the values that fit a substring or a range of texts, unless they are long; other conditions as given."""
-    if not isinstance(condition, dict) or field == UNINDEXED:
-        return condition
-    if condition.keys() == {"not"}:
-        return {"not": _fitting_values(artifact, field, condition["not"])}
-    is_range = condition.keys() <= _RANGES.keys() and any(isinstance(bound, str) for bound in condition.values())
-    if not is_range and condition.keys() != {"contains"}:
-        return condition
-    members = _members(artifact.column(field))[0]
-    fitting = members.filter(pa.array(match_column(members, condition, field))).unique()
-    return fitting.to_pylist() if fitting.nbytes <= _MAX_VALUES_BYTES else condition
+    included = changed[_match_all(_Chosen(artifact, changed), filter)]
+    excluded = np.union1d(changed, artifact.removed)
+    return RowFilter(lambda: match_rows(artifact, filter), filter, excluded, included)
 
 
 class _Chosen:

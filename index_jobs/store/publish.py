@@ -25,7 +25,7 @@ from dcar_core.util.errors import ArtifactError, DcarError
 from dcar_core.util.files import fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
 from dcar_core.util.processes import hold_lock
 from index_jobs.engines.protocol import load_engine
-from index_jobs.selection import NO_ROWS
+from index_jobs.row_filter import NO_ROWS
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact, read_rows
 from index_jobs.store.location import store_of

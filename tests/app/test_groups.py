@@ -18,6 +18,7 @@ from app.search.query import Query
 from app.search.rank import rank
 from app.search.rows import first_rows, group_field, rank_groups
 from app.search.snapshots import Recent
+from index_jobs.row_filter import RowFilter
 from tests.support.ranking import ArtifactStub, first_of_each, snapshot_of, unit
 
 PLAIN = Plan(Query())
@@ -35,16 +36,15 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str, seed: int) -> N
     snapshot = snapshot_of(ArtifactStub(vectors, kind, product=values))
     groups, search = group_field(snapshot, "product"), partial(rank, snapshot.artifact, vectors[0], PLAIN)
     for mask in (None, rng.random(count) < 0.5):
-        expected = first_of_each([each.row for each in search(count, mask)], values)
+        allowed = None if mask is None else RowFilter.of_mask(mask)
+        expected = first_of_each([each.row for each in search(count, allowed)], values)
         for size in (1, 5, 24, len(expected), len(expected) + 5):
-            assert [each.row for each in rank_groups(search, size, groups, mask)] == expected[:size]
-        allowed = np.ones(count, np.bool_) if mask is None else mask
-        assert first_rows(groups, np.flatnonzero(allowed)).tolist() == first_of_each(
-            np.flatnonzero(allowed).tolist(), values
-        )
-        sizes = Counter(value for value, inside in zip(values, allowed.tolist(), strict=True) if inside)
+            assert [each.row for each in rank_groups(search, size, groups, allowed)] == expected[:size]
+        inside = np.arange(count) if mask is None else np.flatnonzero(mask)
+        assert first_rows(groups, inside).tolist() == first_of_each(inside.tolist(), values)
+        sizes = Counter(values[row] for row in inside)
         rows = expected[:24]
-        assert groups.shown(rows, mask) == [
+        assert groups.shown(rows, allowed) == [
             {"value": values[row], "count": 1 if values[row] is None else sizes[values[row]]} for row in rows
         ]
 
@@ -116,7 +116,8 @@ def test_groups_of_long_values_are_those_of_short_ones_and_take_little_memory(na
     every = np.arange(count)
     assert first_rows(groups, every).tolist() == first_rows(expected, every).tolist()
     for mask in (None, rng.random(count) < 0.5):
-        found, others = groups.shown([*every], mask), expected.shown([*every], mask)
+        allowed = None if mask is None else RowFilter.of_mask(mask)
+        found, others = groups.shown([*every], allowed), expected.shown([*every], allowed)
         assert [each["count"] for each in found] == [each["count"] for each in others]
         assert [each["value"] for each in found] == [value or None for value in long]
 

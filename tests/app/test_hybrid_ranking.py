@@ -11,6 +11,7 @@ from app.search.engine import rank_rows
 from app.search.plan import Plan
 from app.search.query import Query
 from app.search.rank import rank
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from tests.support.ranking import ArtifactStub, first_of_each, snapshot_of, unit
@@ -35,21 +36,21 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, np.ndarray
 def test_hybrid_order_equals_the_sum_over_all_rows(catalogue: Any, query: str, weight: float) -> None:
     snapshot, vectors, lexical = catalogue
     vector = unit(np.random.default_rng(len(query)), 24)
-    allowed = np.random.default_rng(1).random(400) < 0.7
     plan = Plan(Query(query=query), words_weight=weight)
     text_scores = lexical.score(query, np.arange(400))
     scores = vectors @ vector + np.float32(text_bonus(snapshot.artifact.sample_vectors, vector, weight)) * text_scores
-    for mask in (None, allowed):
+    for mask in (None, np.random.default_rng(1).random(400) < 0.7):
+        allowed = None if mask is None else RowFilter.of_mask(mask)
         rows = np.arange(400) if mask is None else np.flatnonzero(mask)
         expected = sorted(zip((-scores[rows]).round(5).tolist(), rows.tolist(), strict=True))
-        ranked = rank(snapshot.artifact, vector, plan, 400, mask)
+        ranked = rank(snapshot.artifact, vector, plan, 400, allowed)
         np.testing.assert_allclose([scores[each.row] for each in ranked], [-score for score, _ in expected], atol=2e-5)
         assert sorted(each.row for each in ranked) == sorted(rows.tolist())
         for each in ranked:
             assert each.text_score == pytest.approx(text_scores[each.row], abs=1e-6)
             assert each.score == pytest.approx(float(vectors[each.row] @ vector), abs=1e-5)
         for count in (1, 7, 40, 150):
-            page = rank(snapshot.artifact, vector, plan, count, mask)
+            page = rank(snapshot.artifact, vector, plan, count, allowed)
             assert [each.row for each in page] == [each.row for each in ranked[:count]]
 
 
@@ -104,9 +105,10 @@ def test_hybrid_products_equal_those_of_all_rows(catalogue: Any, query: str, exc
     grouped = snapshot_of(ArtifactStub(vectors, lexical=lexical, product=products))
     words = Plan(Query(query=query), words_weight=0.7)
     for mask in (None, np.random.default_rng(2).random(400) < 0.5):
-        everything = [each.row for each in rank(snapshot.artifact, vectors[5], words, 400, mask)]
+        allowed = None if mask is None else RowFilter.of_mask(mask)
+        everything = [each.row for each in rank(snapshot.artifact, vectors[5], words, 400, allowed)]
         others = [row for row in everything if products[row] not in {products[each] for each in excluded}]
         expected = first_of_each(others, products)
         for end in (3, 20, 40):
             plan = replace(words, query=Query(query=query, k=end), excluded_rows=excluded, group_by="product")
-            assert [each.row for each in rank_rows(grouped, plan, vectors[5], mask)] == expected[: end + 1]
+            assert [each.row for each in rank_rows(grouped, plan, vectors[5], allowed)] == expected[: end + 1]

@@ -20,6 +20,7 @@ from app.search.rank import contained_share
 from app.search.snapshots import Recent
 from app.search.sorting import sort_matches
 from index_jobs.jobs.update import add, remove
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.lexical.fusion import text_bonus
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from tests.support.files import write_jsonl
@@ -90,7 +91,7 @@ def test_sorted_matches_equal_a_plain_sort_of_all_rows_that_fit(lexical: Lexical
             is_judged=data.draw(st.booleans()),
         )
         snapshot: Any = SimpleNamespace(artifact=artifact, groups=Recent(8), orders=Recent(8))
-        matches, facts = sort_matches(snapshot, plan, vector, mask)
+        matches, facts = sort_matches(snapshot, plan, vector, None if mask is None else RowFilter.of_mask(mask))
 
         cosines, texts = vectors @ vector, np.zeros(ROWS, np.float32)
         relevance, lowest, contained = cosines, plan.min_score, math.inf

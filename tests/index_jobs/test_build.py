@@ -15,6 +15,7 @@ from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex, free_gpu_memory
 from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, machine_memory
 from index_jobs.engines.protocol import HeldOutQueries
+from index_jobs.row_filter import RowFilter
 from tests.support.vectors import DIM, blocks, build, clustered, recall
 
 faiss: Any = typed_faiss
@@ -149,7 +150,7 @@ def test_gpu_results_equal_those_of_the_cpu(kind: str, gallery: Floats, file: Pa
     assert same.mean() > 0.95
     np.testing.assert_allclose(scores[same], gpu_scores[same], atol=1e-3)
     mask = np.arange(len(gallery)) % 3 == 0
-    assert mask[on_gpu.search(queries, 10, mask)[1]].all()
+    assert mask[on_gpu.search(queries, 10, RowFilter.of_mask(mask))[1]].all()
 
 
 @pytest.mark.parametrize(

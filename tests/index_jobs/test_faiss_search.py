@@ -16,6 +16,7 @@ from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.engines.faiss.build import fill_index
 from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, write_faiss
 from index_jobs.engines.protocol import merge_top_k
+from index_jobs.row_filter import RowFilter
 from index_jobs.store.items import MAX_FIELDS, FieldTypes, typed_array
 from tests.support.vectors import blocks, build, choices_of, recall, unit
 
@@ -133,7 +134,7 @@ def test_filtered_search_finds_the_nearest_allowed_rows(
     queries = vectors[generator.integers(COUNT, size=60)]
     for share in (0.6, 0.05, 0.003):
         mask = generator.random(COUNT) < share
-        scores, rows = index.search(queries, 10, mask)
+        scores, rows = index.search(queries, 10, RowFilter.of_mask(mask))
         assert (scores.dtype, rows.dtype, rows.shape) == (np.dtype(np.float32), np.dtype(np.int64), (60, 10))
         assert mask[rows[rows >= 0]].all()
         assert (np.diff(scores[:, :10]) <= 1e-6).all()
@@ -156,7 +157,7 @@ def test_allowed_rows_far_from_the_query_are_found(kind: str, monkeypatch: pytes
     side = vectors[:, 1] > np.quantile(vectors[:, 1], 0.7)  # allowed rows start near some queries only
     queries = vectors[generator.integers(6000, size=60)]
     for mask in (far, side):
-        rows = index.search(queries, 10, mask)[1]
+        rows = index.search(queries, 10, RowFilter.of_mask(mask))[1]
         assert (rows >= 0).all()
         assert mask[rows].all()
         assert recall(rows, queries, vectors, mask) >= (0.85 if "PQ" in kind else 0.9)
@@ -172,7 +173,7 @@ def test_exact_searches_compare_the_stored_vectors(
     write_faiss(fill(vectors, kind), tmp_path / "index.faiss")
     index = FaissIndex.open(tmp_path / "index.faiss")
     mask = np.arange(COUNT) % 4 == 1
-    scores, rows = index.search(vectors[:20], 10, mask)
+    scores, rows = index.search(vectors[:20], 10, RowFilter.of_mask(mask))
     assert mask[rows].all()
     exact = np.where(mask, vectors[:20] @ index._index.reconstruct_batch(np.arange(COUNT)).T, -1)
     np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :10], atol=1e-5)
@@ -184,10 +185,10 @@ def test_fewer_allowed_rows_than_k_are_padded(kind: str, built: Callable[[str], 
     index = FaissIndex(built(kind))
     few = np.zeros(COUNT, np.bool_)
     few[[7, 4000]] = True
-    rows = index.search(vectors[:3], 5, few)[1]
+    rows = index.search(vectors[:3], 5, RowFilter.of_mask(few))[1]
     assert [sorted(found) for found in rows.tolist()] == [[-1, -1, -1, 7, 4000]] * 3
     assert (rows[:, 2:] == -1).all()
-    assert (index.search(vectors[:2], 5, np.zeros(COUNT, np.bool_))[1] == -1).all()
+    assert (index.search(vectors[:2], 5, RowFilter.of_mask(np.zeros(COUNT, np.bool_)))[1] == -1).all()
 
 
 def test_missing_results_sort_last_whatever_their_score() -> None:
@@ -249,7 +250,8 @@ def test_many_results_of_a_filter_are_complete_and_near(
     """An index that was tuned for ten results holds fewer allowed rows in as many lists, or on as short a way."""
     monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 0)
     mask = np.random.default_rng(1).random(6400) < 0.5
-    rows = FaissIndex(fill(unclustered, kind, **width)).search(unclustered[:20], 200, mask)[1]
+    index = FaissIndex(fill(unclustered, kind, **width))
+    rows = index.search(unclustered[:20], 200, RowFilter.of_mask(mask))[1]
     assert (rows >= 0).all()
     assert recall(rows, unclustered[:20], unclustered, mask) > 0.7
 
@@ -260,5 +262,7 @@ def test_filtered_graph_finds_more_of_the_nearest_rows_than_an_unfiltered_one(
     monkeypatch.setattr(faiss_index, "EXACT_UP_TO", 0)
     index, queries = FaissIndex(fill(unclustered, "HNSW8", efSearch=20)), unclustered[:500] + 0.1
     masks = (np.ones(6400, np.bool_), np.random.default_rng(1).random(6400) < 0.9)
-    recalls = [recall(index.search(queries, 10, mask)[1], queries, unclustered, mask) for mask in masks]
+    recalls = [
+        recall(index.search(queries, 10, RowFilter.of_mask(mask))[1], queries, unclustered, mask) for mask in masks
+    ]
     assert recalls[1] > recalls[0] + 0.012

@@ -1,46 +1,31 @@
-"""A vector engine of a hundred lines less than any other: one array, compared as a whole. Tests add it by a line."""
+"""A third party's vector engine: one array, compared as a whole. `tests/index_jobs/test_engines.py` installs it."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
 from index_jobs.engines.measure import Benchmark, gallery_queries
-from index_jobs.engines.protocol import CreatedIndex, NewIndex, ScoredRows
-from index_jobs.selection import Allowed, to_mask
+from index_jobs.engines.protocol import CreatedIndex, Engine, NewIndex, ScoredRows, VectorIndex, merge_top_k
+from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
-from index_jobs.store.names import index_name
-
-REGISTRY_LINE = {"array": "tests.support.array_engine:ArrayEngine"}
 
 
-class ArrayIndex:
-    """All vectors in memory."""
-
+class ArrayIndex(VectorIndex):
     def __init__(self, array: Floats) -> None:
-        self._array = array
-        self.count, self.dim = array.shape
+        self._array, (self.count, self.dim) = array, array.shape
 
-    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
-        scores = vectors @ self._array.T
-        if mask is not None:
-            scores[:, ~to_mask(mask)] = -np.inf
-        scores = np.pad(scores, ((0, 0), (0, k)), constant_values=-np.inf)
-        rows = np.argsort(-scores, 1, kind="stable")[:, :k]
-        scores = np.take_along_axis(scores, rows, 1)
-        return scores, np.where(np.isinf(scores), -1, rows)
+    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
+        numbers = np.arange(self.count) if rows is None else np.where(rows.mask, np.arange(self.count), -1)
+        return merge_top_k([vectors @ self._array.T], [np.tile(numbers, (len(vectors), 1))], k)
 
     def vectors(self, rows: Rows) -> Floats:
-        found: Floats = self._array[rows]
-        return found
+        return np.asarray(self._array[rows])
 
 
-class ArrayEngine:
-    """Keeps `vectors.npy` in the version's folder. synced: the versions that `sync` was called with, by index."""
-
-    synced: list[tuple[str, Path, int]] = []  # noqa: RUF012  shared on purpose
+class ArrayEngine(Engine):
+    synced: list[tuple[str, str, int]] = []  # noqa: RUF012  URI, name of the index and version of each call
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -51,15 +36,13 @@ class ArrayEngine:
         return 4 * count * dim
 
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
-        array = np.concatenate([np.asarray(block) for block in new.blocks()])
-        np.save(new.folder / "vectors.npy", array)
-        queries = new.queries or gallery_queries(new.blocks, new.count)
-        measured: dict[str, Any] = Benchmark(new.blocks, queries, target=spec.target_recall).measure(ArrayIndex(array))
-        return CreatedIndex(kind="array", reason="requested", measured=measured)
+        index = ArrayIndex(np.concatenate([np.asarray(block) for block in new.blocks()]))
+        np.save(new.folder / "vectors.npy", index.vectors(np.arange(index.count)))
+        benchmark = Benchmark(new.blocks, gallery_queries(new.blocks, new.count), target=spec.target_recall)
+        return CreatedIndex(kind="array", reason="requested", measured=benchmark.measure(index))
 
     def open(self, folder: Path, *, gpu: bool = False) -> ArrayIndex:
         return ArrayIndex(np.load(folder / "vectors.npy", allow_pickle=False))
 
     def sync(self, index: Path, name: str, version: int) -> None:
-        assert name == index_name(index)
-        self.synced.append((self._uri, index, version))
+        self.synced.append((self._uri, name, version))

@@ -10,6 +10,7 @@ import pyarrow as pa
 from app.search.snapshots import Recent
 from dcar_core.util.errors import DataError
 from index_jobs.engines.faiss.index import FaissIndex
+from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 from index_jobs.store.items import take_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
@@ -32,6 +33,7 @@ class ArtifactStub:
         self.rows, self.lexical = len(vectors), lexical
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
+        self.live_rows = RowFilter.of_mask(self.live)
         self.manifest: Any = SimpleNamespace(removed=0, kind=kind, additions=[], spec=IndexSpec())
         half = self.rows // 2
         self._columns = {

@@ -20,7 +20,7 @@ from index_jobs.engines.faiss.index import VECTORS, FaissIndex, faiss, faiss_rea
 from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, list_count
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors
-from index_jobs.engines.protocol import CreatedIndex, HeldOutQueries, NewIndex
+from index_jobs.engines.protocol import CreatedIndex, Engine, HeldOutQueries, NewIndex
 from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ _LARGE_GRAPH = 500_000  # vectors from which on a graph is built with a wider se
 _CONSTRUCTION_WIDTH, _LARGE_CONSTRUCTION_WIDTH = 100, 200
 
 
-class FaissEngine:
-    """Vectors in a file of the version; see `index_jobs.engines.protocol.Engine`."""
+class FaissEngine(Engine):
+    """Vectors in a file of the version; see `Engine`."""
 
     def __init__(self, uri: str = "") -> None:
         if uri:
@@ -48,9 +48,6 @@ class FaissEngine:
     def open(self, folder: Path, *, gpu: bool = False) -> FaissIndex:
         """Memory-map the file."""
         return FaissIndex.open(folder / VECTORS, gpu=gpu)
-
-    def sync(self, index: Path, name: str, version: int) -> None:
-        """Do nothing: files go with their folders."""
 
 
 def _choices(spec: IndexSpec, count: int, dim: int, device: str) -> list[IndexChoice]:

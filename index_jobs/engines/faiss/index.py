@@ -25,8 +25,8 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import atomic_writer
 from index_jobs.checks import check_file_once, require_rows
-from index_jobs.engines.protocol import ScoredRows, merge_top_k
-from index_jobs.selection import Allowed, to_mask
+from index_jobs.engines.protocol import ScoredRows, VectorIndex, merge_top_k
+from index_jobs.row_filter import RowFilter
 
 faiss: Any = typed_faiss  # its type hints have the C++ signatures only
 
@@ -66,7 +66,7 @@ class RowSelection:
         return faiss.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))
 
 
-class FaissIndex:
+class FaissIndex(VectorIndex):
     """An index with the search parameters that it has when this is created. Safe for concurrent searches."""
 
     def __init__(self, index: Any, *, on_gpu: bool = False) -> None:
@@ -110,12 +110,14 @@ class FaissIndex:
         except RuntimeError as error:
             raise ArtifactError(f"{path} cannot be read as a FAISS index: {faiss_reason(error)}") from error
 
-    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
+    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """As `VectorIndex.search`."""
         vectors = np.ascontiguousarray(vectors, np.float32)
-        selection = None if mask is None else RowSelection(to_mask(mask))
-        if selection is not None and selection.count < self.count:
+        if rows is not None and (selection := RowSelection(rows.mask)).count < self.count:
             return self._search_selection(vectors, k, selection)
+        return self._search_all(vectors, k, is_narrow=is_narrow)
+
+    def _search_all(self, vectors: Floats, k: int, *, is_narrow: bool) -> ScoredRows:
         width = self._tuned
         if self._maximum and self.count and k > _TUNED_FOR:
             power = 1 << (k - 1).bit_length()  # most pages of one result list then have the same width

@@ -1,8 +1,7 @@
 """Filters of `store.filters` as conditions of Qdrant.
 
 - A stored point has every field of its row: null where the item has none, so that null is told from an empty list.
-- `contains` and ranges of texts have no counterpart. `store.filters` puts values in their place; where these would be
-  too many, filters become lists of row numbers.
+- `contains` and ranges of texts have no counterpart: such filters become lists of row numbers.
 """
 
 import math
@@ -15,7 +14,7 @@ from qdrant_client import models
 
 from dcar_core.util.arrays import Rows
 from dcar_core.util.json_text import replace_surrogates
-from index_jobs.selection import EMPTY_IS_MISSING, Allowed, Selection
+from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 
 _RANGES = frozenset({"gt", "gte", "lt", "lte"})
 _EXACT = 2**53  # integers below are exact as floats, which ranges are
@@ -33,29 +32,19 @@ def payload_keys(names: Iterable[str]) -> dict[str, str]:
     return {name: name if _PLAIN.fullmatch(name) else f"field-{number}" for number, name in enumerate(names)}
 
 
-def to_conditions(allowed: Allowed, fields: Mapping[str, Sequence[str]]) -> models.Filter:
-    """Return the conditions of rows. fields: key and Arrow type of each stored field."""
-    if isinstance(allowed, Selection):
-        found, among = stored_conditions(allowed, fields), allowed.among
-        if found is None:
-            if among is None:
-                return to_conditions(allowed.mask, fields)
-            return models.Filter(must=[_rows(among[allowed.mask[among]])])
-        return models.Filter(should=[found, _rows(allowed.added)]) if len(allowed.added) else found
-    hidden = np.flatnonzero(~allowed)
-    if 2 * len(hidden) <= len(allowed):
-        return models.Filter(must_not=[_rows(hidden)])
-    return models.Filter(must=[_rows(np.flatnonzero(allowed))])
-
-
-def stored_conditions(selection: Selection, fields: Mapping[str, Sequence[str]]) -> models.Filter | None:
-    """Return the conditions of rows without added ones; None if Qdrant cannot evaluate them."""
+def to_conditions(rows: RowFilter, fields: Mapping[str, Sequence[str]], count: int) -> models.Filter:
+    """Return the conditions of rows. fields: key and Arrow type of each stored field. count: of stored rows."""
     try:
-        parts: list[Any] = [_all_of(filter, fields) for filter in selection.filters]
+        if 2 * len(rows.excluded) > count:
+            raise _NoCounterpartError  # it takes less to name the others
+        stored: list[Any] = [_all_of(rows.filter, fields)]
     except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
-        return None
-    parts += [] if selection.among is None else [_rows(selection.among)]
-    return models.Filter(must=parts, must_not=[_rows(selection.hidden)] if len(selection.hidden) else None)
+        hidden = np.flatnonzero(~rows.mask)
+        if 2 * len(hidden) > count:
+            return models.Filter(must=[_rows(np.flatnonzero(rows.mask))])
+        return models.Filter(must_not=[_rows(hidden)])
+    found = models.Filter(must=stored, must_not=[_rows(rows.excluded)] if len(rows.excluded) else None)
+    return models.Filter(should=[found, _rows(rows.included)]) if len(rows.included) else found
 
 
 def _rows(rows: Rows) -> models.HasIdCondition:

@@ -28,9 +28,9 @@ from dcar_core.util.errors import DataError, StoreUnavailableError
 from dcar_core.util.files import write_json
 from index_jobs.engines.faiss.tuning import tune
 from index_jobs.engines.measure import Benchmark, gallery_queries
-from index_jobs.engines.protocol import CreatedIndex, NewIndex
+from index_jobs.engines.protocol import CreatedIndex, Engine, NewIndex
 from index_jobs.engines.qdrant.index import API_KEY, BATCH, LOCATION, QdrantIndex, QdrantLocation, call, connect
-from index_jobs.selection import EMPTY_IS_MISSING, UNINDEXED
+from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,12 @@ _FLAT_UP_TO = 20_000  # vectors that `auto` compares one by one
 _DEGREE, _CONSTRUCTION_WIDTH = 24, 200
 _SETTINGS = frozenset({"shard_number", "replication_factor", "hnsw_ef"})
 _QUANTIZATIONS = {"int8": {"scalar": {"type": "int8", "always_ram": True}}, "binary": {"binary": {"always_ram": True}}}
+_UNINDEXED = "caption"  # a long text, and seldom in a filter
 _INDEXES = {"bool": "bool", "int64": "integer", "double": "float"}  # of payload fields by type; others are keywords
 _INDEXING_SECONDS, _POLL_SECONDS = 6 * 3600, 1  # that a server may take to build its graphs
 
 
-class QdrantEngine:
+class QdrantEngine(Engine):
     """Collections of one Qdrant; see `index_jobs.engines.protocol.Engine`."""
 
     def __init__(self, uri: str) -> None:
@@ -152,7 +153,7 @@ class QdrantEngine:
         call(create, attempts=1)
         is_server = "://" in location.location
         for field, (key, kind) in location.fields.items():
-            if is_server and field != UNINDEXED:  # before the points: the graph then has links for filters
+            if is_server and field != _UNINDEXED:  # before the points: the graph then has links for filters
                 schema = models.PayloadSchemaType(_INDEXES.get(kind, "keyword"))
                 call(partial(client.create_payload_index, name, key, schema))
         fields, row = new.fields.rename_columns([key for key, _ in location.fields.values()]), 0

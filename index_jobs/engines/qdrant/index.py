@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,8 +21,8 @@ import numpy as np
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, MissingExtraError, StoreUnavailableError
-from index_jobs.engines.protocol import ScoredRows
-from index_jobs.selection import UNINDEXED, Allowed, Selection
+from index_jobs.engines.protocol import ScoredRows, VectorIndex
+from index_jobs.row_filter import RowFilter
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -66,7 +66,7 @@ class QdrantLocation:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
 
 
-class QdrantIndex:
+class QdrantIndex(VectorIndex):
     """One collection. Safe for concurrent searches. It is tunable as `engines.faiss.tuning` describes."""
 
     width, min_width, max_width, has_reranking = "hnsw_ef", 16, 4096, False
@@ -95,22 +95,22 @@ class QdrantIndex:
         """Set the width of searches."""
         self.ef = value
 
-    def search(self, vectors: Floats, k: int, mask: Allowed | None = None, *, is_narrow: bool = False) -> ScoredRows:
-        """As `VectorIndex.search`. Conditions are evaluated by Qdrant; a mask is sent as a list of rows."""
+    def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
+        """As `VectorIndex.search`. Qdrant evaluates the conditions."""
         from qdrant_client import models
 
         from index_jobs.engines.qdrant.conditions import to_conditions
 
-        conditions = None if mask is None else to_conditions(mask, self._fields)
-        parameters, is_among = None, isinstance(mask, Selection) and mask.among is not None
+        conditions = None if rows is None else to_conditions(rows, self._fields, self.count)
+        parameters = None
         if not self._is_local:  # it has none
             rescoring = models.QuantizationSearchParams(rescore=True, oversampling=_OVERSAMPLING)
             parameters = models.SearchParams(
                 hnsw_ef=self.ef,
-                exact=self.ef is None or is_among,
+                exact=self.ef is None,
                 quantization=rescoring if self._is_quantized else None,
             )
-        rows = np.full((len(vectors), k), -1, np.int64)
+        found = np.full((len(vectors), k), -1, np.int64)
         scores = np.full((len(vectors), k), -np.inf, np.float32)
         requests = [
             models.QueryRequest(query=vector, filter=conditions, params=parameters, limit=min(k, self.count))
@@ -124,28 +124,12 @@ class QdrantIndex:
             ask = partial(self._client.query_batch_points, self._name, part, timeout=seconds)
             for number, response in enumerate(self._read(ask), start):
                 hits = response.points
-                rows[number, : len(hits)] = [hit.id for hit in hits]
+                found[number, : len(hits)] = [hit.id for hit in hits]
                 scores[number, : len(hits)] = [hit.score for hit in hits]
-        return scores, rows
-
-    def stored_counts(self, field: str, values: list[Any], selection: Selection) -> dict[Any, int] | None:
-        """As `FieldIndex.stored_counts`. Qdrant counts values of fields that it indexes, unless they are floats."""
-        from index_jobs.engines.qdrant.conditions import stored_conditions
-
-        key, kind = self._fields.get(field, ("", ""))
-        if not (key and values):
-            return {}
-        chosen = replace(selection, filters=(*selection.filters, {field: values}))
-        conditions = stored_conditions(chosen, self._fields)
-        if conditions is None or kind == "double" or field == UNINDEXED:
-            return None
-        ask = partial(
-            self._client.facet, self._name, key, conditions, len(values), exact=True, timeout=_READ_SECONDS
-        )  # fmt: skip
-        return {hit.value: hit.count for hit in self._read(ask).hits}
+        return scores, found
 
     def find_fault(self) -> str | None:
-        """As `FieldIndex.find_fault`."""
+        """As `VectorIndex.find_fault`."""
         stored = 0
         try:
             for is_exact in (False, True):  # an exact count reads every id

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dcar_core.util.arrays import Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Rows
 
 if TYPE_CHECKING:
     from index_jobs.engines.protocol import ScoredRows
+    from index_jobs.row_filter import RowFilter
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example
@@ -27,7 +28,7 @@ _DEPTH = 100  # rows of each list; an image below this rank counts as not found
 
 
 class _Vectors(Protocol):
-    def search(self, vectors: Floats, k: int, mask: Mask | None = None, /) -> "ScoredRows": ...
+    def search(self, vectors: Floats, k: int, rows: "RowFilter | None" = None, /) -> "ScoredRows": ...
     def vectors(self, rows: Rows, /) -> Floats: ...
 
 
@@ -51,17 +52,17 @@ def hybrid_gains(
     sample_vectors: Floats,
     queries: Sequence[tuple[str, Floats, int]],
     weights: Sequence[float],
-    allowed: Mask | None = None,
+    allowed: "RowFilter | None" = None,
 ) -> NDArray[np.float64]:
     """Return 1 / log2(1 + rank) of each query's item under each weight, 0 below rank 100: (queries, weights).
 
     Args:
         queries: text, vector (E,) and the row of the item.
     """
-    gains = np.zeros((len(queries), len(weights)))
+    gains, mask = np.zeros((len(queries), len(weights))), None if allowed is None else allowed.mask
     for number, (text, vector, target) in enumerate(queries):
         near = index.search(vector[None], _DEPTH, allowed)[1][0]
-        rows = np.union1d(near[near >= 0], lexical.search(text, _DEPTH, allowed)[1])
+        rows = np.union1d(near[near >= 0], lexical.search(text, _DEPTH, mask)[1])
         position = int(np.searchsorted(rows, target))
         if position == len(rows) or rows[position] != target:
             continue

@@ -199,12 +199,12 @@ class LexicalIndex:
         return count
 
     def search(
-        self, text: str, k: int, allowed: Mask | Callable[[Rows], Mask] | None = None, *, by_rare_terms: bool = False
+        self, text: str, k: int, allowed: Mask | None = None, *, by_rare_terms: bool = False
     ) -> tuple[Floats, Rows]:
         """Return the k rows with the highest scores among the allowed ones; rows without any term are left out.
 
         Args:
-            allowed: bool (rows,), or what tells which of some rows are allowed.
+            allowed: bool (rows,); None for all rows.
             by_rare_terms: find the rows by the terms that at most a twentieth of the items contain, if there are some.
                 That takes a tenth of the time; a row that only contains common terms is missed.
 
@@ -215,21 +215,17 @@ class LexicalIndex:
         if query.whole is None:
             return np.empty(0, np.float32), np.empty(0, np.int64)
         is_partial, width = by_rare_terms and query.rare is not None, k
-        if isinstance(allowed, np.ndarray):
+        if allowed is not None:
             if (count := np.count_nonzero(allowed)) <= _SET_ROWS:
                 rows = np.flatnonzero(allowed)
                 return _best(self._score(query, rows), rows, k)
             width = int(_MARGIN * k * len(allowed) / count)  # one search is then mostly enough
         while True:
             scores, rows = self._hits(query.rare if is_partial else query.whole, width, query.best_score)
-            if allowed is None:
-                inside = np.ones(len(rows), np.bool_)
-            else:
-                inside = allowed(rows) if callable(allowed) else allowed[rows]
+            inside = np.ones(len(rows), np.bool_) if allowed is None else allowed[rows]
             if len(rows) < width or np.count_nonzero(inside) >= k:
                 scores, rows = scores[inside][:k], rows[inside][:k]
-                is_final = not (is_partial or callable(allowed))  # few allowed rows have the scores of their lists
-                return (scores, rows) if is_final else _best(self._score(query, rows), rows, k)
+                return _best(self._score(query, rows), rows, k) if is_partial else (scores, rows)
             width *= 4
 
     def score(self, text: str, rows: Rows) -> Floats:
