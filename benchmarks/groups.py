@@ -27,6 +27,7 @@ from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.engines.faiss.kinds import choose_kinds
+from index_jobs.row_filter import RowFilter
 
 DIM, CENTRES, MOST_IMAGES, NOISE, K, SEARCHES = 256, 1000, 9, 0.5, 10, 200
 
@@ -56,7 +57,8 @@ def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
         choices = choose_kinds(kind, count, dim)
         built = build_index(Path(folder) / "index", lambda: iter([vectors]), count, dim, choices)
         index = FaissIndex.open(Path(folder) / "index")
-    artifact: Any = SimpleNamespace(search=index.search, vectors=index.vectors, rows=index.count)
+    every = RowFilter.of_mask(np.ones(count, np.bool_))
+    artifact: Any = SimpleNamespace(search=index.search, vectors=index.vectors, rows=count, live_rows=every)
     groups = GroupField(artifact, "product", products, np.bincount(products))
     recalls, times = [], []
     faiss.omp_set_num_threads(1)

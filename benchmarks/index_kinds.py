@@ -43,6 +43,7 @@ from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark
 from index_jobs.engines.protocol import HeldOutQueries
+from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 from index_jobs.store.artifact import Artifact, Segment, write_rows
 from index_jobs.store.manifest import Manifest
@@ -144,9 +145,8 @@ def measure(task: dict[str, Any]) -> Result:
     found = timed(lambda query: index.search(query, NEIGHBOURS), queries, truth)
     found["resident_mb"] = round((resident() - before) / 1e6, 1)
     for percent, exact in task.get("filters", {}).items():
-        mask = allowed_rows(task["count"], percent)
-        mask.flags.writeable = False
-        filtered = timed(lambda query, mask=mask: index.search(query, NEIGHBOURS, mask), queries, np.load(exact))
+        rows = RowFilter.of_mask(allowed_rows(task["count"], percent))
+        filtered = timed(lambda query, rows=rows: index.search(query, NEIGHBOURS, rows), queries, np.load(exact))
         found[f"of_{percent}"] = f"{filtered['p50_ms']} ms, {filtered['recall_at_10']}"
     if "added" in task:
         found |= measure_update(index, np.load(task["added"]), path.parent, queries, np.load(task["updated"]))
@@ -164,7 +164,7 @@ def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floa
         segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
         updated = Artifact(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)
         seconds = time.perf_counter() - start
-        found = timed(lambda query: updated.search(query, NEIGHBOURS, None), queries, truth)
+        found = timed(lambda query: updated.search(query, NEIGHBOURS), queries, truth)
     return {"update_s": round(seconds, 2), "updated": f"{found['p50_ms']} ms, {found['recall_at_10']}"}
 
 

@@ -1,13 +1,12 @@
-"""One process, two workers, two replicas and Qdrant behind one service, under one load; and a day of two replicas.
+"""One process, two workers and two replicas under one load; and a day of two replicas.
 
     python benchmarks/scale.py                    the table, in Markdown
     python benchmarks/scale.py --day 60           a day in 60 minutes; exits with 1 if anything was lost or wrong
     python benchmarks/scale.py --day 60 --store   the same with the index in SeaweedFS, which is lost for a while
 
-- Qdrant is its own core, in a process that speaks Qdrant's protocol (`tests/support/qdrant_server.py`).
-- In a day, versions are published and rolled back, items change over HTTP, or with a store by jobs of another machine,
-  and replicas and Redis are killed. Each response is compared with a search here of the version that it names, and each
-  accepted change with it.
+In a day, versions are published and rolled back, items change over HTTP, or with a store by jobs of another machine,
+and replicas and Redis are killed. Each response is compared with a search here of the version that it names, and each
+accepted change with it.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -56,11 +54,6 @@ ADMIN = {"Authorization": "Bearer an admin key"}
 IMAGE = ROOT / "examples/emoji/query.png"
 KEEP = 10**6  # all versions, to compare with
 WRITES = {"writes": "true", "admin_key": "an admin key", "keep_writes": KEEP}
-QDRANT = """
-import sys, time; from pathlib import Path; from tests.support.qdrant_server import running_server
-with running_server(Path(sys.argv[1])) as server:
-    print(server.url, flush=True); time.sleep(1e9)
-"""
 
 
 @contextmanager
@@ -76,23 +69,6 @@ def services(*each: dict[str, Any]) -> Iterator[tuple[int, list[Server]]]:
         yield port, servers
 
 
-@contextmanager
-def with_qdrant(index: Path) -> Iterator[tuple[int, list[Server]]]:
-    """A service on the same gallery, whose vectors are in Qdrant."""
-    with tempfile.TemporaryDirectory(dir=index.parent) as folder, ExitStack() as stack:
-        (core := Path(folder) / "core").mkdir()
-        qdrant = subprocess.Popen([sys.executable, "-c", QDRANT, core], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        stack.callback(qdrant.wait)
-        stack.callback(qdrant.kill)
-        assert qdrant.stdout is not None
-        engine, copy = f"qdrant={qdrant.stdout.readline().strip()}", shutil.copytree(index, Path(folder) / index.name)
-        built = open_current(index).manifest
-        command = ["index", "build", "--gallery", built.spec.gallery, "--checkpoint", built.checkpoint]
-        command += ["--out", str(copy), "--engine", engine]
-        subprocess.run([sys.executable, "-m", "app.cli", *command], check=True, cwd=ROOT)
-        yield stack.enter_context(services({"index": copy}))
-
-
 def table(index: Path, seconds: float, rounds: int) -> bool:
     one, half = {"index": index}, {"index": index, "threads": 1}
     with services(one), services(half):  # exports are made
@@ -101,7 +77,6 @@ def table(index: Path, seconds: float, rounds: int) -> bool:
         "one process": services(one),
         "two workers": services(one | {"workers": 2}),
         "two replicas behind nginx": services(half, half),
-        "Qdrant behind one service": with_qdrant(index),
     }
     expected, whole = list[list[str]](), True
     print("| | new texts/s | p99 ms | known texts/s | p99 ms | MB | answers |")

@@ -29,7 +29,7 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*?#@]+")
 # Variables with our prefix that are not settings: of other commands, of docker-compose.yml, and of Kubernetes, which
 # describes a service named dcar to every container.
 _OTHER_VARIABLES = re.compile(
-    r"FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|QDRANT_API_KEY|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
+    r"FEATURES|CAPTION_API_KEY|JUDGE_API_KEY|REQUIRE_ALL|DOMAIN|PORT_PUBLISHED|MEMORY|IMAGE"
     r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
 )
 

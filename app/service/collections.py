@@ -229,10 +229,7 @@ class ServedIndex:
             await asyncio.sleep(self._collections.settings.poll_s)
 
     async def _ask_store(self) -> None:
-        if self.live is None or self.live.artifact.manifest.spec.is_local:
-            self.store_fault = None
-            return
-        fault = await self._collections.disk.run(self.live.artifact.find_store_fault)
+        fault = await self._collections.disk.run(self.live.artifact.find_store_fault) if self.live else None
         if fault is not None and self.store_fault is None:
             logger.error("%s cannot be searched: %s", self.index, fault)
         elif fault is None and self.store_fault is not None:

@@ -28,7 +28,6 @@ from index_jobs.spec import IndexSpec
 ENTRY_POINTS = "dcar.engines"  # the group
 _BUILT_IN = {
     "faiss": "index_jobs.engines.faiss.build:FaissEngine",
-    "qdrant": "index_jobs.engines.qdrant.engine:QdrantEngine",
 }
 
 ScoredRows = tuple[Floats, Rows]  # scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer

@@ -200,7 +200,7 @@ async def test_an_unavailable_vector_store_is_a_503_with_retry_after(built_index
         artifact = client.app.state.collections[None].live.artifact
 
         def away(*_: object, **__: object) -> None:
-            raise StoreUnavailableError("Qdrant does not respond: timed out")
+            raise StoreUnavailableError("the store does not respond: timed out")
 
         artifact.search = artifact.vectors = away
         for path, body in (

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from tests.support import commands
-from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.vectors import clustered
 
@@ -53,18 +52,6 @@ def test_index_kinds_takes_vectors_of_a_file_and_more_like_them(tmp_path: Path) 
     assert float(ours[2][-1]) >= 0.95 > float(ours[3][-1]) >= 0.5
     for row in ours:
         assert all(float(filtered.rsplit(", ")[1]) >= 0.9 for filtered in (*row[-6:-3], row[-2]))
-
-
-@pytest.mark.slow
-@needs("qdrant-core", "qdrant")
-def test_qdrant_prints_its_table_beside_that_of_faiss() -> None:
-    rate, _, searches, parts = run("qdrant.py", "core", "--count", "600", "--dim", "16").split("\n\n")[-4:]
-    assert re.search(r"^One core makes and serialises [\d,]+ points a second\.$", rate, re.M)
-    rows = [line.split(" | ") for line in searches.splitlines()[2:]]
-    assert [row[0].partition(",")[0] for row in rows] == ["| qdrant", "| faiss"]
-    assert all(float(cell.rstrip(" |").rsplit(" / ")[-1]) >= 0.95 for row in rows for cell in row[2:])
-    assert len(parts.splitlines()[2:]) == 8
-    assert all(float(cell.rstrip(" |")) > 0 for line in parts.splitlines()[2:] for cell in line.split(" | ")[1:])
 
 
 @pytest.mark.slow

@@ -71,8 +71,6 @@ PARTS = {
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries and images at URLs", "http", "aiohttp"),
-    "qdrant": _extra("Qdrant", "qdrant", "qdrant_client"),
-    "qdrant-core": _extra("Qdrant's core", "stacks", "qdrant_edge"),
     "promql": _extra("queries of metrics", "charts", "promql_parser"),
     "promtool": Part("alerts", "apt-get install prometheus", programs=("promtool",)),
     "helm": _extra("the Helm chart", "charts", "helm_python", "kubernetes_validate"),

@@ -1,10 +1,6 @@
-"""Qdrant's HTTP interface as far as the engine uses it, over its client's local mode or over its core.
-
-What the engine sends is parsed by the client's own models. `QDRANT_URL` names a real server for the tests instead.
-"""
+"""Qdrant's HTTP interface over its core, as far as the engine uses it. The client's own models parse what is sent."""
 
 import json
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -14,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from index_jobs.engines.qdrant.index import connect
-from tests.support.qdrant_core import CoreClient
+from qdrant_client import models
+from qdrant_core import CoreClient
 
 _CONFIG = {  # which the engine does not read
     "params": {}, "hnsw_config": {"m": 0, "ef_construct": 0, "full_scan_threshold": 0},
@@ -32,13 +28,10 @@ class QdrantServer:
         calls: method, path and body of each request. keys: of each request.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """folder: with collections of the core; None for the local mode."""
-        from qdrant_client import QdrantClient
-
+    def __init__(self, folder: Path) -> None:
         self.failures, self.failure, self.calls = 0, 503, list[tuple[str, str, Any]]()
         self.keys: list[str | None] = []
-        self.client: Any = CoreClient(folder) if folder else QdrantClient(":memory:")
+        self.client = CoreClient(folder)
         self._lock = threading.Lock()
         server = self
 
@@ -64,6 +57,10 @@ class QdrantServer:
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
+    def searches(self) -> list[list[dict[str, Any]]]:
+        """Return the searches of each call."""
+        return [body["searches"] for _, path, body in self.calls if path.endswith("/batch")]
+
     def respond(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
         content = json.loads(body) if body else {}
         with self._lock:
@@ -78,8 +75,6 @@ class QdrantServer:
             return 200, self._result(method + rest, name, content)
 
     def _result(self, route: str, name: str, body: Any) -> Any:
-        from qdrant_client import models
-
         client, done = self.client, {"operation_id": 0, "status": "completed"}
         match route:
             case "GET/collections":
@@ -101,26 +96,18 @@ class QdrantServer:
             case "GET/exists":
                 return {"exists": client.collection_exists(name)}
             case "PUT/index":
-                if isinstance(client, CoreClient):  # the local mode has none
-                    given_index = models.CreateFieldIndex(**body)
-                    client.create_payload_index(name, given_index.field_name, given_index.field_schema)
+                index = models.CreateFieldIndex(**body)
+                client.create_payload_index(name, index.field_name, index.field_schema)
                 return done
             case "PUT/points":
                 client.upsert(name, models.PointsList(**body).points)
                 return done
             case "POST/points/count":
                 return client.count(name).model_dump()
-            case "POST/facet":
-                request = models.FacetRequest(**body)
-                return client.facet(name, request.key, request.filter, request.limit, request.exact).model_dump()
             case "POST/points":
-                points = client.retrieve(name, body["ids"], with_payload=False, with_vectors=True)
-                return [point.model_dump(mode="json") for point in points]
+                return [point.model_dump(mode="json") for point in client.retrieve(name, body["ids"])]
             case "POST/points/query/batch":
-                requests = [models.QueryRequest(**each) for each in body["searches"]]
-                if not isinstance(client, CoreClient):
-                    requests = [request.model_copy(update={"params": None}) for request in requests]
-                found = client.query_batch_points(name, requests)
+                found = client.query_batch_points(name, [models.QueryRequest(**each) for each in body["searches"]])
                 return [
                     {"points": [{"id": p.id, "version": 0, "score": p.score} for p in each.points]} for each in found
                 ]
@@ -128,7 +115,7 @@ class QdrantServer:
 
 
 @contextmanager
-def running_server(folder: Path | None = None) -> Iterator[QdrantServer]:
+def running_server(folder: Path) -> Iterator[QdrantServer]:
     server = QdrantServer(folder)
     thread = threading.Thread(target=server.http.serve_forever, args=(0.05,))
     thread.start()
@@ -138,27 +125,4 @@ def running_server(folder: Path | None = None) -> Iterator[QdrantServer]:
         server.http.shutdown()
         server.http.server_close()
         thread.join()
-
-
-@contextmanager
-def qdrant_url() -> Iterator[str]:
-    """Yield the URL of a server: of QDRANT_URL, which is left as it was, or of one in this process."""
-    if url := os.environ.get("QDRANT_URL"):
-        from qdrant_client import QdrantClient
-
-        made, create = set[str](), QdrantClient.create_collection
-
-        def noted(client: Any, name: str, *given: Any, **options: Any) -> bool:
-            made.add(name)
-            return create(client, name, *given, **options)
-
-        QdrantClient.create_collection = noted
-        try:
-            yield url
-        finally:
-            QdrantClient.create_collection = create
-            for name in filter(connect(url).collection_exists, made):
-                connect(url).delete_collection(name)
-        return
-    with running_server() as server:
-        yield server.url
+        server.client.close()

@@ -37,7 +37,7 @@ def to_conditions(rows: RowFilter, fields: Mapping[str, Sequence[str]], count: i
     try:
         if 2 * len(rows.excluded) > count:
             raise _NoCounterpartError  # it takes less to name the others
-        stored: list[Any] = [_all_of(rows.filter, fields)]
+        stored: list[Any] | None = [_all_of(rows.filter, fields)] if rows.filter else None
     except (_NoCounterpartError, TypeError, AttributeError):  # or a field has got values of another type since
         hidden = np.flatnonzero(~rows.mask)
         if 2 * len(hidden) > count:

@@ -5,7 +5,7 @@
 - CURRENT decides which version is served. The alias `<name>_current` follows it, also in a rollback, for other readers.
 - Collections of removed versions and of killed jobs are dropped after a publication, except those of higher numbers:
   another machine may have published them since.
-- The key is read from DCAR_QDRANT_API_KEY and never written.
+- The key is read from QDRANT_API_KEY and never written.
 """
 
 import hashlib
@@ -22,14 +22,17 @@ from urllib.parse import parse_qsl
 
 import numpy as np
 import pyarrow as pa
+from qdrant_client import models
 
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError, StoreUnavailableError
 from dcar_core.util.files import write_json
+from dcar_qdrant.conditions import payload_keys
+from dcar_qdrant.connection import API_KEY, call, connect
+from dcar_qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation
 from index_jobs.engines.faiss.tuning import tune
 from index_jobs.engines.measure import Benchmark, gallery_queries
 from index_jobs.engines.protocol import CreatedIndex, Engine, NewIndex
-from index_jobs.engines.qdrant.index import API_KEY, BATCH, LOCATION, QdrantIndex, QdrantLocation, call, connect
 from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.spec import IndexSpec
 
@@ -42,7 +45,8 @@ _SETTINGS = frozenset({"shard_number", "replication_factor", "hnsw_ef"})
 _QUANTIZATIONS = {"int8": {"scalar": {"type": "int8", "always_ram": True}}, "binary": {"binary": {"always_ram": True}}}
 _UNINDEXED = "caption"  # a long text, and seldom in a filter
 _INDEXES = {"bool": "bool", "int64": "integer", "double": "float"}  # of payload fields by type; others are keywords
-_INDEXING_SECONDS, _POLL_SECONDS = 6 * 3600, 1  # that a server may take to build its graphs
+POLL_SECONDS = 1  # between looks whether a server has built its graphs
+_INDEXING_SECONDS = 6 * 3600  # that it may take
 
 
 class QdrantEngine(Engine):
@@ -80,8 +84,6 @@ class QdrantEngine(Engine):
 
     def create(self, spec: IndexSpec, new: NewIndex) -> CreatedIndex:
         """Create, fill and tune a collection, and write `qdrant.json`."""
-        from index_jobs.engines.qdrant.conditions import payload_keys
-
         is_flat = spec.kind == "flat" or (spec.kind == "auto" and new.count <= _FLAT_UP_TO)
         keys = payload_keys(new.fields.column_names)
         fields = {name: [keys[name], str(new.fields.schema.field(name).type)] for name in keys}
@@ -112,8 +114,6 @@ class QdrantEngine(Engine):
 
     def sync(self, index: Path, name: str, version: int) -> None:
         """Point the alias to the built collection of the current version, and drop those that no version names."""
-        from qdrant_client import models
-
         here, prefix, versions = self._location, collection_prefix(name), index / "versions"
         alias = f"{prefix}_current"
         try:
@@ -139,8 +139,6 @@ class QdrantEngine(Engine):
 
     def _fill(self, location: QdrantLocation, new: NewIndex) -> None:
         """Create a collection, upload points with their fields, and wait until they are indexed."""
-        from qdrant_client import models
-
         settings, name, client = self._settings, location.collection, connect(location.location)
         degree = _DEGREE if location.hnsw_ef else 0  # 0 builds no graph
         quantization: Any = _QUANTIZATIONS[self._quantization] if location.is_quantized else None
@@ -168,13 +166,11 @@ class QdrantEngine(Engine):
             greens = greens + 1 if status == models.CollectionStatus.GREEN else 0
             if status == models.CollectionStatus.RED or time.monotonic() > deadline:
                 raise StoreUnavailableError(f"Qdrant has not indexed {name}; it is {status.value}")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def make_points(vectors: Floats, fields: pa.Table, row: int) -> list[Any]:
     """Return the points of vectors (n, E). fields: of all rows, by their keys. row: of the first vector."""
-    from qdrant_client import models
-
     records = fields.slice(row, len(vectors)).to_pylist()
     return [
         models.PointStruct(id=number, vector=vector, payload=_payload(record))
