@@ -45,9 +45,6 @@ class DecodedWindow:
     images: Images
     failed: tuple[FailedImage, ...]
 
-    def __len__(self) -> int:
-        return len(self.images) + len(self.failed)
-
 
 def worker_count(workers: int | None, images: int) -> int:
     """Return the number of decoding processes; 0 decodes in threads of this process, without limits.

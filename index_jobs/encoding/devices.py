@@ -10,6 +10,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,15 @@ from dcar_core.runtimes.registry import AUTO
 from dcar_core.util.arrays import Floats
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.decode import DecodedWindow, map_ahead
+from index_jobs.encoding.shards import FailedImage, Images
+
+
+class EncodedWindow(NamedTuple):
+    """The images of a window that can be read, their features, float32 (m, E), and the others."""
+
+    images: Images
+    features: Floats
+    failed: tuple[FailedImage, ...]
 
 
 def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime: str = "torch") -> list[Encoder]:
@@ -47,12 +57,13 @@ def load_replicas(checkpoint: Path, device: str, *, exact: bool = False, runtime
 
 def encode_windows(
     windows: Iterator[DecodedWindow], replicas: Sequence[Encoder]
-) -> Generator[tuple[DecodedWindow, Floats], None, None]:
-    """Yield each window with its features, float32 (m, E), in order; at most two windows per replica are under way."""
+) -> Generator[EncodedWindow, None, None]:
+    """Yield each window with its features, in order; at most two windows per replica are under way."""
 
-    def encode(encoder: Encoder, window: DecodedWindow) -> tuple[DecodedWindow, Floats]:
+    def encode(encoder: Encoder, window: DecodedWindow) -> EncodedWindow:
         has_images = len(window.pixels) > 0
-        return window, encoder.image_features(window.pixels) if has_images else np.empty((0, encoder.dim), np.float32)
+        features = encoder.image_features(window.pixels) if has_images else np.empty((0, encoder.dim), np.float32)
+        return EncodedWindow(window.images, features, window.failed)
 
     if len(replicas) == 1:
         yield from (encode(replicas[0], window) for window in windows)

@@ -11,9 +11,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,8 @@ from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.console import progress_bar
 from dcar_core.util.errors import DataError, ImageFault
 from dcar_core.util.files import write_json_lines
-from index_jobs.encoding.decode import DecodedWindow, decode_windows, worker_count
-from index_jobs.encoding.devices import encode_windows
+from index_jobs.encoding.decode import decode_windows, worker_count
+from index_jobs.encoding.devices import EncodedWindow, encode_windows
 from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, is_url, join_location
@@ -36,9 +37,7 @@ from index_jobs.store.manifest import FAILED
 
 logger = logging.getLogger(__name__)
 
-LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]  # the fields of `ImageLocation` after the row
-
-EncodedWindows = Iterator[tuple[DecodedWindow, Floats]]
+_LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]  # the fields of `ImageLocation` after the row
 
 
 @dataclass(frozen=True)
@@ -103,53 +102,16 @@ def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, op
     """
     state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
     workers = worker_count(options.workers, state.remaining)
-    decoded = decode_windows(gallery.root, state.windows(), replicas[0].preprocess, workers)
-
-    def checked() -> Iterator[DecodedWindow]:
-        for window in decoded:
-            state.add_failed(window.failed)  # before the forward pass, so that a hopeless job ends early
-            yield window
-
-    def counted() -> EncodedWindows:
-        for window, features in encoded:
-            state.advance(len(window))
-            yield window, features
-
-    with state.bar, closing(decoded), closing(encode_windows(checked(), replicas)) as encoded:
-        windows = counted()
+    windows = (window for number in state.todo for window in state.windows(number))
+    decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers)
+    with state.bar, closing(decoded), closing(encode_windows(decoded, replicas)) as encoded:
         for number in state.todo:
-            state.shards[number] = save_shard(state.store, number, windows)
+            state.save(number, islice(encoded, -(-len(state.shards[number].missing) // options.batch_size)))
     return state.result()
 
 
-def split_windows(shard: Shard, root: str, table: pa.Table, batch: int) -> Iterator[Sequence[ImageLocation]]:
-    """Return the images of a shard that are still to do, in windows. table: needs only the LOCATION_COLUMNS."""
-    locations = image_locations(root, table, shard.missing)
-    return (locations[start : start + batch] for start in range(0, len(locations), batch))
-
-
-def save_shard(store: ShardStore, number: int, windows: EncodedWindows) -> Shard:
-    """Consume the windows of a shard and write it."""
-    parts, failed, missing = list[tuple[Images, Floats]](), list[FailedImage](), len(store.load(number).missing)
-    while missing:  # keeps no window: the pixels of a shard take 150 MB
-        window, encoded = next(windows)
-        parts.append((window.images, encoded))
-        failed += window.failed
-        missing -= len(window)
-    return store.extend(number, parts, failed)
-
-
-def image_locations(root: str, table: pa.Table, rows: Sequence[int]) -> list[ImageLocation]:
-    """Return the locations of some rows of a gallery, ascending. table: needs only the LOCATION_COLUMNS."""
-    columns = take_rows(table.select(LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
-    for values in columns:
-        if is_url(url := join_location(root, values["location"])):  # two galleries may use the same names
-            values["name"] = url
-    return [ImageLocation(*(row, *values.values())) for row, values in zip(rows, columns, strict=True)]
-
-
 class EncodingState:
-    """The encoding of one gallery, here or on a cluster: fill `shards` for every number in `todo`, then call `result`.
+    """The encoding of one gallery, here or on a cluster: `save` every shard in `todo`, then call `result`.
 
     bar: the progress on stderr.
     """
@@ -158,11 +120,10 @@ class EncodingState:
         """Load the shards. runtime: the one that will make the vectors."""
         self.store = ShardStore(gallery, encoder, runtime, work, options)
         self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
-        self.shards = {number: self._reopen(self.store.load(number), number) for number in range(len(self.store))}
+        self.shards = [self._reopen(self.store.load(number), number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():
-            locations = image_locations(gallery.root, gallery.table, self.shards[number].missing)
-            images, vectors = reusable.take(locations, self.store.dim)
+            images, vectors = reusable.take(self._locations(number), self.store.dim)
             if len(images):
                 self.shards[number] = self.store.extend(number, [(images, vectors)])
         self.todo = self._unfinished()
@@ -170,13 +131,13 @@ class EncodingState:
         self.resumed = len(gallery) - self.remaining
         if self.resumed:
             logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
-        self._failed = [failure for shard in self.shards.values() for failure in shard.failed]
+        self._failed = [failure for shard in self.shards for failure in shard.failed]
         self._check_failed()
         self._start = time.perf_counter()
         self.bar = progress_bar(len(gallery), "encode", "img", is_shown=options.progress, initial=self.resumed)
 
     def _unfinished(self) -> list[int]:
-        return [number for number, shard in self.shards.items() if shard.missing]
+        return [number for number, shard in enumerate(self.shards) if shard.missing]
 
     def _reopen(self, shard: Shard, number: int) -> Shard:
         """Return the shard with the failed images that are tried again as images that are still to do."""
@@ -185,21 +146,33 @@ class EncodingState:
         kept = [failure for failure in shard.failed if not again[failure.fault]]
         return shard if len(kept) == len(shard.failed) else self.store.save(number, shard.images, shard.vectors(), kept)
 
-    def windows(self) -> Iterator[Sequence[ImageLocation]]:
-        """Yield the images that must be encoded, in windows of one shard."""
-        root, table, batch = self._gallery.root, self._gallery.table, self._options.batch_size
-        return (window for number in self.todo for window in split_windows(self.shards[number], root, table, batch))
+    def _locations(self, number: int) -> list[ImageLocation]:
+        rows = self.shards[number].missing
+        columns = take_rows(self._gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
+        for values in columns:
+            if is_url(url := join_location(self._gallery.root, values["location"])):  # galleries may use the same names
+                values["name"] = url
+        return [ImageLocation(*(row, *values.values())) for row, values in zip(rows, columns, strict=True)]
 
-    def advance(self, images: int) -> None:
-        if self._options.on_encoded is not None:
-            self._options.on_encoded(images)
-        self.bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
-        self.bar.update(images)
+    def windows(self, number: int) -> list[list[ImageLocation]]:
+        """Return the images of a shard that must be encoded, in windows."""
+        locations, batch = self._locations(number), self._options.batch_size
+        return [locations[start : start + batch] for start in range(0, len(locations), batch)]
 
-    def add_failed(self, failed: Sequence[FailedImage]) -> None:
-        if failed:
-            self._failed += failed
+    def save(self, number: int, windows: Iterable[EncodedWindow]) -> None:
+        """Add encoded windows to a shard. Raise DataError once too many images have failed."""
+        parts, failed = list[tuple[Images, Floats]](), list[FailedImage]()
+        for window in windows:
+            parts.append((window.images, window.features))
+            failed += window.failed
+            self._failed += window.failed
             self._check_failed()
+            count = len(window.images) + len(window.failed)
+            if self._options.on_encoded is not None:
+                self._options.on_encoded(count)
+            self.bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
+            self.bar.update(count)
+        self.shards[number] = self.store.extend(number, parts, failed)
 
     def _check_failed(self, *, final: bool = False) -> None:
         """Compare the failures with the limit; final: no image follows."""
@@ -224,9 +197,8 @@ class EncodingState:
         """Return the encoded gallery, once no shard is left to do."""
         seconds = time.perf_counter() - self._start
         self._check_failed(final=True)
-        shards = [self.shards[number] for number in sorted(self.shards)]
-        images = np.concatenate([shard.images for shard in shards])
-        return EncodedGallery(shards, images, self._adapt, sorted(self._failed), self.remaining, self.resumed, seconds)
+        images, failed = np.concatenate([shard.images for shard in self.shards]), sorted(self._failed)
+        return EncodedGallery(self.shards, images, self._adapt, failed, self.remaining, self.resumed, seconds)
 
 
 def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:

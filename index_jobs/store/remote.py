@@ -4,7 +4,6 @@ URL/CURRENT                      the version that is served, its manifest's sha2
                                  publication removes; replaced if unchanged (If-Match)
 URL/versions/<n>/manifest.json   created if there is none (If-None-Match: *), after the blobs that it names
 URL/blobs/<sha256>               the contents of files, which versions share
-URL/exchange/                    only while a cluster encodes: what its machines exchange
 
 - A machine keeps a mirror: an index directory in its cache. Jobs and services run on it as on any other index; they
   `pull` before, and a job pushes what it publishes.
@@ -45,7 +44,7 @@ from index_jobs.store.versions import (
 
 logger = logging.getLogger(__name__)
 
-_PULL_LOCK, _BLOBS, _EXCHANGE = ".pull.lock", "blobs", "exchange"
+_PULL_LOCK, _BLOBS = ".pull.lock", "blobs"
 _HASH = re.compile("[0-9a-f]{64}")
 _PART_BYTES, _PARTS = 8 * 2**20, 8  # of a blob; this many are fetched at a time
 _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
@@ -179,35 +178,6 @@ class IndexStore:
                 self._store.delete([each["path"] for each in unused if each["last_modified"] < oldest])
         except ArtifactError as error:
             logger.warning("old versions are kept: %s", error)
-
-    def share(self, name: str, path: Path) -> None:
-        """Put a file where other machines of a cluster `receive` it, until `end_sharing`."""
-        with self._report():
-            self._store.put(f"{_EXCHANGE}/{name}", path)
-
-    def receive(self, name: str, path: Path) -> None:
-        """Get a shared file, if there is one."""
-        with self._report():
-            try:
-                found = self._store.get(f"{_EXCHANGE}/{name}")
-            except FileNotFoundError:
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_writer(path) as file:
-                file.writelines(found.stream())
-
-    def end_sharing(self, folder: str) -> None:
-        """Delete what is shared in a folder, and what others left a day ago. A failure is logged."""
-        oldest = datetime.now(UTC) - _GRACE
-        try:
-            with self._report():
-                shared = self._store.list(f"{_EXCHANGE}/").collect()
-                own = f"{_EXCHANGE}/{folder}/"
-                self._store.delete(
-                    [each["path"] for each in shared if each["path"].startswith(own) or each["last_modified"] < oldest]
-                )
-        except ArtifactError as error:
-            logger.warning("what a cluster has exchanged is kept: %s", error)
 
     def verify(self) -> list[Manifest]:
         """Compare every blob of every version with its checksum, and return the manifests."""

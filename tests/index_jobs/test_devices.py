@@ -44,15 +44,15 @@ class Barrier(Encoder):
         return super().image_features(pixels)
 
 
-def decoded(pixels: Pixels) -> DecodedWindow:
-    return DecodedWindow(pixels, np.zeros(1, IMAGE), ())
+def decoded(pixels: Pixels, number: int = 0) -> DecodedWindow:
+    return DecodedWindow(pixels, np.array([(number, 0, 0, (0, 0))], IMAGE), ())
 
 
 def windows(count: int, taken: list[int]) -> Iterator[DecodedWindow]:
     for number in range(count):
         taken.append(number)
         pixels = np.full((1, 3, 32, 32), number, np.uint8)
-        yield decoded(pixels)
+        yield decoded(pixels, number)
 
 
 def test_devices_work_concurrently_and_in_order(tiny_checkpoint: Path) -> None:
@@ -61,9 +61,9 @@ def test_devices_work_concurrently_and_in_order(tiny_checkpoint: Path) -> None:
     replicas[0].barrier = replicas[1].barrier = threading.Barrier(2)
     taken: list[int] = []
     expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))
-    for number, (window, vectors) in enumerate(encode_windows(windows(8, taken), replicas)):
-        assert window.pixels[0, 0, 0, 0] == number
-        np.testing.assert_allclose(vectors[0], expected[number], atol=1e-5)
+    for number, window in enumerate(encode_windows(windows(8, taken), replicas)):
+        assert window.images["row"] == number
+        np.testing.assert_allclose(window.features[0], expected[number], atol=1e-5)
         assert len(taken) <= number + 5  # decoded windows do not pile up
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -11,18 +10,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dcar_core import Encoder
-from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint
 from dcar_core.util.errors import (
     ArtifactError,
     DataError,
@@ -31,12 +26,7 @@ from dcar_core.util.errors import (
     MissingExtraError,
     StoreUnavailableError,
 )
-from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.ray_cluster import ShardWorker, shared_inputs, write_locations
-from index_jobs.encoding.shards import ShardStore
-from index_jobs.gallery.scan import scan
 from index_jobs.jobs.update import remove
-from index_jobs.spec import BuildOptions
 from index_jobs.store import remote as remote_module
 from index_jobs.store.location import index_path, published_index, store_of
 from index_jobs.store.manifest import FileInfo
@@ -450,53 +440,6 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, mach
         publish_version(machines["other"], staging, manifest, {})
     assert pull(machines["reader"]) == 1
     assert open_current(machines["reader"]).manifest.change == "another"
-
-
-@needs("object-store")
-def test_workers_of_a_cluster_exchange_their_shards_through_the_store(
-    machines: Machines,
-    encoder: Encoder,
-    tiny_gallery: Path,
-    tiny_checkpoint: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As Ray's workers do: what they get is pickled, and their machine sees no file of the job's."""
-    index, options = machines["builder"], BuildOptions(progress=False, device="cpu", batch_size=4, shard_rows=8)
-    gallery, remote = scan(tiny_gallery), store_of(index)
-    assert remote is not None
-    alone = encode_gallery(gallery, [encoder], tmp_path / "alone", options).shards
-    shards = ShardStore(gallery, encoder, "torch", index / "work", options)
-    shards.extend(0, [(alone[0].images[:4], alone[0].vectors()[:4])])  # begun by an earlier run
-    write_locations(shards, gallery.table)
-    copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
-    (tmp_path / "checkpoint" / PORTABLE).mkdir()
-    (tmp_path / "checkpoint" / PORTABLE / "image.bin").touch()
-    inputs = partial(shared_inputs, remote, shards, tmp_path / "checkpoint", range(3), "torch")
-    with pytest.raises(DcarError, match="of a worker"), inputs():
-        raise DcarError("a failure of a worker")
-    assert store(index).list("exchange/").collect() == []
-    with inputs() as shared:
-        assert f"checkpoint/{PORTABLE}/image.bin" not in shared, "which PyTorch does not read"
-        shutil.rmtree(tmp_path / "checkpoint")
-        task = (shards, gallery.root, Path("/nowhere"), encoder.image_key, "torch", options, remote.url, shared)
-        shutil.move(index / "work", tmp_path / "moved")
-        workers = [ShardWorker(*deepcopy(task)) for _ in range(2)]
-        for number in range(3):
-            workers[number % 2]({"shard": np.array([number])})
-            remote.receive(f"{shards.path.name}/{shards.path_of(number).name}", shards.path_of(number))
-            made = shards.load(number)
-            np.testing.assert_array_equal(made.images, alone[number].images)
-            np.testing.assert_array_equal(made.vectors(), alone[number].vectors())
-        assert [*workers[0].store.path.glob("*.npz")] == [], "a worker's disk does not fill up"
-        for worker in workers:
-            worker.scratch.cleanup()
-        assert len(store(index).list("exchange/").collect()) == len(shared) + 3
-        remote.share("another job/shard", shards.path_of(0))
-    assert [each["path"] for each in store(index).list("exchange/").collect()] == ["exchange/another job/shard"]
-    monkeypatch.setattr(remote_module, "_GRACE", timedelta(0))
-    remote.end_sharing("a later job")
-    assert store(index).list("exchange/").collect() == []
 
 
 @needs("object-store")

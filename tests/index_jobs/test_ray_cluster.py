@@ -7,22 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from dcar_core import Encoder
 from dcar_core.util.errors import MissingExtraError
-from index_jobs.encoding.encode import encode_gallery
-from index_jobs.encoding.ray_cluster import ShardWorker, write_locations
-from index_jobs.encoding.shards import ShardStore
-from index_jobs.gallery.scan import scan
 from index_jobs.rebuild import rebuild
-from index_jobs.spec import BuildOptions
 from index_jobs.store.versions import open_current, verify_index
 from tests.support.commands import Command
-from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 from tests.support.processes import children_of, is_alive
@@ -53,7 +45,7 @@ def workers_of(pid: int) -> list[int]:
             title = Path(f"/proc/{child}/cmdline").read_bytes()
         except OSError:
             continue
-        if title.startswith(b"ray::") and b"MapWorker" in title:
+        if title.startswith(b"ray::") and b"ShardWorker" in title:
             found.append(child)
     return found
 
@@ -97,21 +89,6 @@ def test_killed_ray_worker_changes_no_vector(gallery: Path, tiny_checkpoint: Pat
     np.testing.assert_allclose(ours.vectors(every), theirs.vectors(every), atol=1e-5)
     for name in ("failed.jsonl", "duplicates.jsonl"):
         assert (ours.path / name).read_bytes() == (theirs.path / name).read_bytes()
-
-
-def test_a_worker_marks_images_at_urls_as_one_machine_does(
-    encoder: Encoder, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    memory, options = fsspec.filesystem("memory"), BuildOptions(progress=False, device="cpu")
-    memory.pipe({"/ray/a.png": png("red"), "/ray/items.csv": b"file_name\na.png\n"})
-    gallery = scan("memory://ray/items.csv")
-    store = ShardStore(gallery, encoder, "torch", tmp_path / "there", options)
-    write_locations(store, gallery.table)
-    worker = ShardWorker(store, gallery.root, tiny_checkpoint, encoder.image_key, "torch", options)
-    worker({"shard": np.array([0])})
-    made, (alone,) = store.load(0), encode_gallery(gallery, [encoder], tmp_path / "here", options).shards
-    memory.rm("/ray", recursive=True)
-    np.testing.assert_array_equal(made.images, alone.images)
 
 
 def test_missing_ray_names_its_extra(
