@@ -115,22 +115,19 @@ class FaissIndex(VectorIndex):
         vectors = np.ascontiguousarray(vectors, np.float32)
         if rows is not None and (selection := RowSelection(rows.mask)).count < self.count:
             return self._search_selection(vectors, k, selection)
-        return self._search_all(vectors, k, is_narrow=is_narrow)
-
-    def _search_all(self, vectors: Floats, k: int, *, is_narrow: bool) -> ScoredRows:
         width = self._tuned
         if self._maximum and self.count and k > _TUNED_FOR:
             power = 1 << (k - 1).bit_length()  # most pages of one result list then have the same width
             width = max(width, min(self._maximum, self._width_for(_NARROW if is_narrow else power)))
         if width == self._tuned:
             with self._turn:
-                scores, rows = (self._unfiltered if k <= MAX_GPU_K else self._index).search(vectors, k)
+                scores, found = (self._unfiltered if k <= MAX_GPU_K else self._index).search(vectors, k)
         else:
-            scores, rows = self._search(vectors, k, width)
-        while width < self._maximum and k <= self.count and (short := rows[:, -1] < 0).any():
+            scores, found = self._search(vectors, k, width)
+        while width < self._maximum and k <= self.count and (short := found[:, -1] < 0).any():
             width = min(2 * width, self._maximum)
-            scores[short], rows[short] = self._search(vectors[short], k, width)
-        return scores, rows
+            scores[short], found[short] = self._search(vectors[short], k, width)
+        return scores, found
 
     def _search_selection(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
         if selection.count <= EXACT_UP_TO or not self._maximum:
