@@ -150,7 +150,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def exports(tiny_checkpoint: Path, run_folder: Path) -> Path:
-    """OpenVINO's graphs of the tiny model, exported once for all processes of a run: copy them into a runtime cache."""
+    """OpenVINO's graphs of the tiny model, exported once for all processes of a run: see `copy_exports`."""
     cache = run_folder / "runtime-cache"
     Encoder.load(tiny_checkpoint, device="cpu", runtime="openvino", cache=cache)  # waits while another exports them
     return cache / "exports"

@@ -146,7 +146,7 @@ class Encoder:
         state = extract_state(model, fingerprint, backbone_hash)
         opened = load_runtime(runtime, state, model, partial(ensure_export, model, backbone_hash, cache))
         if uses_export and isinstance(opened, OpenVinoRuntime):
-            encoder_cache.store(cache, state, model, opened.directory)
+            encoder_cache.store(opened.directory, state, model)
         return cls(state, model, opened, exact=exact)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
@@ -207,19 +207,18 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
     Args:
         backbone: of the checkpoint, if it is in memory; one on the CPU saves a second copy.
     """
-    cache, portable = default_cache_directory(), checkpoint / PORTABLE
+    portable = checkpoint / PORTABLE
     shared = backbone if backbone is not None and backbone.device.type == "cpu" else None
     shutil.rmtree(portable, ignore_errors=True)  # of another release
     try:
-        encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache, backbone=shared)
+        encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", backbone=shared)
         assert isinstance(encoder.runtime, OpenVinoRuntime)
-        entry = encoder_cache.entry_path(cache, encoder.fingerprint)
+        export = encoder.runtime.directory
+        entry = export / encoder_cache.entry_name(encoder.fingerprint)
         if not entry.is_file():
-            raise RuntimeUnavailableError(f"{entry.parent} cannot be written")
-        portable.mkdir()
+            raise RuntimeUnavailableError(f"{export} cannot be written")
+        encoder_cache.copy_export(export, portable)
         link_or_copy(entry, portable / encoder_cache.ENTRY)
-        for path in encoder.runtime.directory.iterdir():
-            link_or_copy(path, portable / path.name)
     except (RuntimeUnavailableError, MissingExtraError) as error:
         logger.warning("services of this model will need PyTorch: %s", error)
 

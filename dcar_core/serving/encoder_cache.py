@@ -1,7 +1,7 @@
-"""Cached states of encoders, each with the name of its export, for later starts without PyTorch.
+"""Cached states of encoders, each beside its export, for later starts without PyTorch.
 
-    CACHE/encoders/FINGERPRINT     sha256, then safetensors
-    CHECKPOINT/portable/encoder    the same, beside the export itself; see `add_portable_export`
+    CACHE/exports/NAME/encoder-FINGERPRINT    sha256, then safetensors
+    CHECKPOINT/portable/encoder               the same; see `add_portable_export`
 
 - Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
   needs for re-ranking alone.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMAT = 10
-ENTRY = "encoder"  # name of an entry beside a portable export
+ENTRY = "encoder"
 _GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # what `auto` might prefer to the processor
 _DATACLASSES: dict[str, Any] = {
     kind.__name__: kind
@@ -72,21 +72,19 @@ def may_use_export(device: str, runtime: str) -> bool:
     return on_cpu and (runtime == AUTO or runtime in EXPORTED)
 
 
-def entry_path(cache: Path, fingerprint: str) -> Path:
-    return cache / "encoders" / fingerprint[:16]
+def entry_name(fingerprint: str) -> str:
+    return f"{ENTRY}-{fingerprint[:16]}"
 
 
-def store(cache: Path, state: EncoderState, model: "DCAR", export: Path) -> None:
+def store(export: Path, state: EncoderState, model: "DCAR") -> None:
     """Write an entry for an export whose vectors have been checked.
 
     A cache that cannot be written only makes later starts slower.
     """
-    path = entry_path(cache, state.fingerprint)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, state, reference_vectors(model), export.name)
+        _write(export / entry_name(state.fingerprint), state, reference_vectors(model))
     except OSError as error:
-        logger.warning("the encoder cannot be cached in %s: %s", path.parent, error.strerror or error)
+        logger.warning("the encoder cannot be cached in %s: %s", export, error.strerror or error)
 
 
 def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: Floats) -> None:
@@ -96,35 +94,37 @@ def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: 
         state: of the target.
         probe_texts: its vectors of `PROBE_TEXTS`, by which every start checks the export.
     """
-    arrays, content = _read(source / PORTABLE / ENTRY)
-    (target / PORTABLE).mkdir()
-    for file in (source / PORTABLE).iterdir():
-        if file.name != ENTRY:
-            link_or_copy(file, target / PORTABLE / file.name)
-    _write(target / PORTABLE / ENTRY, state, (probe_texts, arrays["probe_images"]), content["export"])
+    arrays, _ = _read(source / PORTABLE / ENTRY)
+    copy_export(source / PORTABLE, target / PORTABLE)
+    _write(target / PORTABLE / ENTRY, state, (probe_texts, arrays["probe_images"]))
+
+
+def copy_export(source: Path, target: Path) -> None:
+    """Copy an export without the entries beside it."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.suffix in (".json", ".xml", ".bin"):
+            link_or_copy(file, target / file.name)
 
 
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
-    is_cached = entry_path(default_cache_directory(), fingerprint).is_file()
+    is_cached = any(default_cache_directory().glob(f"exports/*/{entry_name(fingerprint)}"))
     return may_use_export(device, AUTO) and (is_cached or has_portable(checkpoint))
 
 
 def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
     """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
-    portable = checkpoint / PORTABLE
-    if portable.is_dir():
+    portable, fingerprint = checkpoint / PORTABLE / ENTRY, read_config(checkpoint).get("fingerprint", "")
+    own = [portable] if portable.parent.is_dir() else []
+    for entry in [*own, *sorted(cache.glob(f"exports/*/{entry_name(fingerprint)}"))]:
         try:
-            return _open(portable / ENTRY, portable, checkpoint, runtime, threads)
+            return _open(entry, checkpoint, runtime, threads)
         except _FAULTS as error:
             is_expected = isinstance(error, MissingExtraError) and machine.is_installed("torch")
-            level = logging.DEBUG if is_expected else logging.WARNING
-            logger.log(level, "the portable export of %s cannot be used: %s", checkpoint, error)
-    try:
-        return _open(entry_path(cache, _fingerprint(checkpoint)), None, checkpoint, runtime, threads)
-    except _FAULTS as error:
-        logger.debug("no cached state of %s can be used: %s", checkpoint, error)
-        return None
+            level = logging.DEBUG if is_expected or entry != portable else logging.WARNING
+            logger.log(level, "the export in %s cannot be used: %s", entry.parent, error)
+    return None
 
 
 def has_portable(checkpoint: Path) -> bool:
@@ -134,12 +134,6 @@ def has_portable(checkpoint: Path) -> bool:
     except (OSError, SafetensorError, ValueError, KeyError):
         return False
     return True
-
-
-def _fingerprint(checkpoint: Path) -> str:
-    described = read_config(checkpoint)
-    config = ModelConfig.from_dict(described["model"])
-    return compute_fingerprint(described["backbone"]["sha256"], config, read_trainables(checkpoint))
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
@@ -154,34 +148,27 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, content
 
 
-def _write(path: Path, state: EncoderState, probe: Vectors, export: str) -> None:
-    """Write an entry. export: the name of its folder."""
+def _write(path: Path, state: EncoderState, probe: Vectors) -> None:
     arrays: Arrays = {"probe_texts": probe[0], "probe_images": probe[1]}
-    content = {
-        "circumstances": {"format": FORMAT, "graphs": GRAPHS}, "export": export, "state": _pack(state, arrays)
-    }  # fmt: skip
+    content = {"circumstances": {"format": FORMAT, "graphs": GRAPHS}, "state": _pack(state, arrays)}
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
     body = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
     write_bytes(path, hashlib.sha256(body).digest() + body, shared=True)
 
 
-def _open(
-    entry: Path, export: Path | None, checkpoint: Path, runtime: str, threads: int | None
-) -> tuple[EncoderState, Runtime]:
-    """Open an export by the first runtime that gives the probe's vectors.
-
-    export: None for the one in the cache that the entry names.
-    """
+def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> tuple[EncoderState, Runtime]:
+    """Open the export beside an entry by the first runtime that gives the probe's vectors."""
     arrays, content = _read(entry)
     state: EncoderState = _unpack(content["state"], arrays)
-    if state.fingerprint != _fingerprint(checkpoint):
+    described = read_config(checkpoint)
+    config, trainables = ModelConfig.from_dict(described["model"]), read_trainables(checkpoint)
+    if state.fingerprint != compute_fingerprint(described["backbone"]["sha256"], config, trainables):
         raise ValueError("it is of another checkpoint")
-    directory = export or entry.parents[1] / "exports" / content["export"]
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_export, directory)  # while it is compiled
+        checked = pool.submit(check_export, entry.parent)  # while it is compiled
 
         def opened(name: str) -> Runtime:
-            found = open_export(name, directory, threads)
+            found = open_export(name, entry.parent, threads)
             checked.result()
             check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
             return found

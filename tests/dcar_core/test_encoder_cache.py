@@ -16,6 +16,7 @@ from dcar_core.model.checkpoint import copy_checkpoint, save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.serving import encoder_cache
+from tests.support.files import copy_exports
 from tests.support.parts import needs
 
 pytestmark = needs("openvino")
@@ -48,7 +49,7 @@ def kept(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that a first start has filled."""
     cache = tmp_path_factory.mktemp("kept")
     load(checkpoint, cache)
-    assert len(list((cache / "encoders").iterdir())) == 1
+    entry_of(cache)
     return cache
 
 
@@ -60,6 +61,11 @@ def cache(kept: Path, tmp_path: Path) -> Path:
 
 def load(checkpoint: Path, cache: Path, runtime: str = "openvino") -> Encoder:
     return Encoder.load(checkpoint, device="cpu", runtime=runtime, cache=cache)
+
+
+def entry_of(cache: Path) -> Path:
+    (entry,) = cache.glob("exports/*/encoder-*")
+    return entry
 
 
 def is_from_cache(encoder: Encoder) -> bool:
@@ -102,7 +108,7 @@ def test_model_is_loaded_from_another_copy_of_its_checkpoint(checkpoint: Path, c
 
 @pytest.mark.slow
 def test_auto_and_a_named_runtime_share_an_entry(checkpoint: Path, kept: Path, tmp_path: Path) -> None:
-    shutil.copytree(kept / "exports", tmp_path / "exports")
+    copy_exports(kept / "exports", tmp_path)
     assert not is_from_cache(load(checkpoint, tmp_path, "auto"))
     assert is_from_cache(load(checkpoint, tmp_path, "auto"))
     assert is_from_cache(load(checkpoint, tmp_path, "openvino"))
@@ -113,7 +119,7 @@ def test_auto_and_a_named_runtime_share_an_entry(checkpoint: Path, kept: Path, t
 def test_entry_is_not_used_after_any_change(
     what: str, checkpoint: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (entry,) = (cache / "encoders").iterdir()
+    entry = entry_of(cache)
     if what == "entry":
         content = bytearray(entry.read_bytes())
         content[-1] ^= 1
@@ -143,7 +149,7 @@ def test_export_of_other_weights_is_not_used(checkpoint: Path, cache: Path, list
 
 @pytest.mark.slow
 def test_other_checkpoint_has_its_own_entry(checkpoint: Path, exports: Path, cache: Path, tmp_path: Path) -> None:
-    shutil.copytree(exports, cache / "exports", dirs_exist_ok=True)
+    copy_exports(exports, cache)
     copy_checkpoint(checkpoint, tmp_path / "copy")
     assert is_from_cache(load(tmp_path / "copy", cache)), "the same, elsewhere"
     other = DCAR(load_backbone(BackboneSource(str(checkpoint.parent / "base"))), ModelConfig())
@@ -152,7 +158,8 @@ def test_other_checkpoint_has_its_own_entry(checkpoint: Path, exports: Path, cac
 
 
 def test_unwritable_cache_is_a_warning(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.rmtree(cache / "encoders")
-    (cache / "encoders").write_text("in the way")
+    entry = entry_of(cache)
+    entry.unlink()
+    entry.mkdir()
     assert load(checkpoint, cache).encode_text(TEXTS).shape == (3, 32)
     assert "cannot be cached" in caplog.text

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import default_cache_directory
 from tests.support.commands import run
+from tests.support.files import copy_exports
 from tests.support.parts import needs
 
 pytestmark = needs("openvino")
@@ -29,7 +29,7 @@ NAME = NAMES[0]
 @pytest.fixture
 def chosen(exports: Path, tmp_path: Path) -> Path:
     """A cache with an export that a test may break. Each load has a backbone of its own, as at a start."""
-    shutil.copytree(exports, tmp_path / "cache" / "exports")
+    copy_exports(exports, tmp_path / "cache")
     return tmp_path / "cache"
 
 

@@ -1,7 +1,6 @@
 """Every runtime gives the vectors of PyTorch in float32, and `auto` follows its rule."""
 
 import importlib.util
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -33,6 +32,7 @@ from dcar_core.runtimes.registry import (
 )
 from dcar_core.util import machine
 from dcar_core.util.errors import RuntimeUnavailableError
+from tests.support.files import copy_exports
 from tests.support.parts import needs
 
 
@@ -47,7 +47,7 @@ def named(*names: str) -> list[Any]:
 def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     if importlib.util.find_spec("openvino"):
-        shutil.copytree(request.getfixturevalue("exports"), cache / "exports")
+        copy_exports(request.getfixturevalue("exports"), cache)
     return cache
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -60,3 +61,8 @@ def tar_bytes(members: dict[str, bytes], mode: str = "w") -> bytes:
 def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     """Write a tar of these members, in this order."""
     return write_file(path, tar_bytes(members, mode))
+
+
+def copy_exports(exports: Path, cache: Path) -> None:
+    """Copy exported graphs into a runtime cache, without the encoders that are cached beside them."""
+    shutil.copytree(exports, cache / "exports", ignore=shutil.ignore_patterns("*encoder-*"), dirs_exist_ok=True)
