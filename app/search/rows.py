@@ -93,9 +93,8 @@ class GroupField:
         if allowed is not None:
             counts = np.bincount(self.codes[allowed.mask], minlength=len(counts))
         different = np.unique(np.array(rows, np.int64))
-        values = dict(
-            zip(different.tolist(), _single_values(self.artifact, self.name, different).to_pylist(), strict=True)
-        )
+        shown = field_values(self.artifact, self.name, "group_by", different).to_pylist()
+        values = dict(zip(different.tolist(), shown, strict=True))
         return [
             {"value": values[row], "count": int(counts[code]) if code < len(self.counts) else 1}
             for row, code in zip(rows, self.codes[rows].tolist(), strict=True)
@@ -113,12 +112,17 @@ def first_rows(groups: GroupField, rows: Rows) -> Rows:
 
 
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
-    """Return a field's groups. Raise InvalidQueryError if there is no such field, or if it holds lists."""
+    """Return a field's groups. Raise InvalidQueryError if no item has it, or if it holds lists or long texts."""
 
     def read() -> GroupField:
         artifact = snapshot.artifact
-        _single_values(artifact, name, NO_ROWS)  # raises
-        column = _short_values(artifact.column(name), name)
+        kind = field_values(artifact, name, "group_by", NO_ROWS).type
+        if pa.types.is_list(kind):
+            raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
+        column = artifact.column(name)
+        if pa.types.is_string(kind) and (pc.max(pc.binary_length(column)).as_py() or 0) > _MAX_VALUE_BYTES:
+            message = f"{name!r} has values of over {_MAX_VALUE_BYTES:,} bytes; name another field"
+            raise InvalidQueryError("group_by", message)
         is_missing = pc.equal(column, "").fill_null(True) if name in EMPTY_IS_MISSING else column.is_null()
         if column.nbytes > _LONG_BYTES * len(column):  # a dictionary would copy them, more than once
             codes = pc.rank(column, tiebreaker="dense").to_numpy().astype(np.int64) - 1
@@ -131,23 +135,6 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
 
     groups: GroupField = snapshot.groups.find(name, read)
     return groups
-
-
-def _single_values(artifact: Artifact, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
-    column = field_values(artifact, name, "group_by", rows)
-    if pa.types.is_list(column.type):
-        raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
-    return _short_values(column, name)
-
-
-def _short_values(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
-    """Return the column. Raise InvalidQueryError if it has a text that is too long for a group."""
-    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if is_text and (pc.max(pc.binary_length(column)).as_py() or 0) > _MAX_VALUE_BYTES:
-        raise InvalidQueryError(
-            "group_by", f"{name!r} has values of over {_MAX_VALUE_BYTES:,} bytes; name another field"
-        )
-    return column
 
 
 def rank_groups(

@@ -53,8 +53,18 @@ class SortOrder:
 
 
 def sort_order(snapshot: Snapshot, sort: str) -> SortOrder:
-    """Return the order of a field, see `plan.require_sortable`; it is cached."""
-    order: SortOrder = snapshot.orders.find(sort, lambda: SortOrder(_read_places(snapshot.artifact, sort)))
+    """Return the order of a field, which is cached. Texts are in order regardless of case; "" is missing."""
+
+    def read() -> SortOrder:
+        column = field_values(snapshot.artifact, sort.removeprefix("-"), "sort")
+        if pa.types.is_string(column.type):
+            column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
+        elif pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), None, column)
+        direction = "descending" if sort.startswith("-") else "ascending"
+        return SortOrder(pc.rank(column, direction, tiebreaker="dense").to_numpy().astype(np.int32))
+
+    order: SortOrder = snapshot.orders.find(sort, read)
     return order
 
 
@@ -62,18 +72,6 @@ def sort_rows(snapshot: Snapshot, sort: str, allowed: RowFilter | None) -> Rows:
     """Return the allowed rows, None for all live ones, in the order of a field; those of equal value in the index's."""
     mask, order = (allowed or snapshot.artifact.live_rows).mask, sort_order(snapshot, sort).rows
     return order[mask[order]]
-
-
-def _read_places(artifact: Artifact, sort: str) -> Rows:
-    """Return the places of all rows. Texts are in order regardless of case; "" is missing."""
-    column = field_values(artifact, sort.removeprefix("-"), "sort")
-    if pa.types.is_string(column.type):
-        column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
-    elif pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
-    direction = "descending" if sort.startswith("-") else "ascending"
-    places: Rows = pc.rank(column, direction, tiebreaker="dense").to_numpy().astype(np.int32)
-    return places
 
 
 def sort_matches(snapshot: Snapshot, plan: Plan, vector: Floats, allowed: RowFilter | None) -> Found:
