@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import parts
@@ -74,6 +75,43 @@ def test_test_modules_share_helpers_through_support_alone() -> None:
     for path in TESTS:
         names = re.findall(r"^\s*(?:from|import) (tests\b[\w.]*|test_\w+)", path.read_text(), re.M)
         assert [name for name in names if not f"{name}.".startswith("tests.support.")] == [], path
+
+
+# Files that still use private names; the list only shrinks.
+PRIVATE = """
+app/test_batching.py app/test_catalogue_search.py app/test_created_collections.py app/test_decoders.py
+app/test_fairness.py app/test_feedback.py app/test_http_protocol.py app/test_hybrid_ranking.py app/test_insights.py
+app/test_judge.py app/test_limits.py app/test_search_options.py app/test_server.py app/test_sorting.py
+app/test_write_requests.py app/test_writes.py dcar_core/test_bad_models.py dcar_core/test_data_tables.py
+dcar_core/test_decode_workers.py dcar_core/test_evaluation_tables.py dcar_core/test_images.py
+dcar_core/test_preprocess.py dcar_core/test_retrieval_metrics.py dcar_core/test_train.py dcar_core/test_verdict.py
+index_jobs/conftest.py index_jobs/test_artifact.py index_jobs/test_changes.py index_jobs/test_faiss_search.py
+index_jobs/test_filters.py index_jobs/test_fusion.py index_jobs/test_lexical.py index_jobs/test_object_store.py
+index_jobs/test_publishing.py index_jobs/test_retrain.py index_jobs/test_storage.py index_jobs/test_tuning.py
+index_jobs/test_updates.py index_jobs/test_writes.py support/vision_server.py
+"""
+
+
+def private_uses(path: Path, private: set[str]) -> Iterator[str]:
+    """Yield attributes, imports and patch targets of a test module that are private names of the packages."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [each.name for each in node.names]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"[\w.]+", str(node.value)):
+            names = str(node.value).split(".")
+        else:
+            continue
+        yield from (f"{path.name}:{node.lineno}: {name}" for name in names if name in private)
+
+
+def test_tests_use_public_names_alone() -> None:
+    defined = re.compile(r"(?:\b(?:def|class) |\bself\.|^)(_[a-zA-Z]\w*)", re.M)
+    private = {name for package in PACKAGES for path in modules(package) for name in defined.findall(path.read_text())}
+    uses = {path.relative_to(ROOT / "tests").as_posix(): [*private_uses(path, private)] for path in TESTS}
+    assert {name: found for name, found in uses.items() if found and name not in PRIVATE.split()} == {}
+    assert [name for name in PRIVATE.split() if not uses.get(name)] == [], "these are done: shorten the list"
 
 
 def test_async_tests_run_on_anyio() -> None:

@@ -73,8 +73,8 @@ def quickstart(
     typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes(), f"3 of 3: serve {url}"]))
     typer.echo(_hints(gallery, out, source, has_captions=any(scanned.table["caption"].to_pylist())))
     sys.stdout.flush()
-    if page and _has_browser():
-        threading.Thread(target=_open_when_ready, args=(url,), daemon=True).start()
+    if page and has_browser():
+        threading.Thread(target=open_when_ready, args=(url,), daemon=True).start()
     with _watching(out, runtime) if watch else contextlib.nullcontext():
         poll_s = _POLL_S if watch else None
         serve_index(index=out, host=host, port=port, runtime=runtime, poll_s=poll_s)
@@ -158,13 +158,13 @@ def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool)
     )
 
 
-def _has_browser() -> bool:
+def has_browser() -> bool:
     """Return True if a graphical browser can be opened; one for text would take over this terminal."""
     is_desktop = sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     return is_desktop and sys.stdout.isatty()
 
 
-def _open_when_ready(url: str) -> None:
+def open_when_ready(url: str) -> None:
     while True:
         try:
             urllib.request.urlopen(f"{url}readyz", timeout=5).close()

@@ -91,10 +91,10 @@ class RateLimiter:
         storage: Any = limiter.storage
         window = await storage.get_sliding_window(self._rate.key_for(caller), self._rate.get_expiry())
         # A refused request with extra cost counts its first unit again when it is retried.
-        return _seconds_until_room(self._rate, count if count == 1 else count + 1, *window) + _MARGIN_S
+        return seconds_until_room(self._rate, count if count == 1 else count + 1, *window) + _MARGIN_S
 
 
-def _seconds_until_room(
+def seconds_until_room(
     rate: RateLimitItem, count: int, earlier: int, earlier_ends_in: float, current: int, current_ends_in: float
 ) -> float:
     """Return the seconds until `count` more are allowed if nothing else is requested meanwhile.

@@ -94,7 +94,7 @@ class FeedbackLog:
             return Counter(name, description, [label], registry=metrics.registry)
 
         self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", "kind")
-        self._lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", "kind")
+        self.lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", "kind")
         self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", "reason")
 
     def start(self) -> None:
@@ -146,7 +146,7 @@ class FeedbackLog:
     def _begin_batch(self, caller: str) -> _Batch:
         if sum(len(each.rows) - each.written for each in self._unwritten) >= _MAX_QUERIES:
             oldest = self._unwritten.pop(0)
-            self._lost.labels("queries").inc(len(oldest.rows) - oldest.written)
+            self.lost.labels("queries").inc(len(oldest.rows) - oldest.written)
             self._current = {caller: each for caller, each in self._current.items() if each is not oldest}
         if self._recent_bytes > _RECENT_BYTES:
             self._recent, self._earlier, self._recent_bytes = {}, self._recent, 0
@@ -261,7 +261,7 @@ class FeedbackLog:
         finally:
             self._is_failing = not is_stored
             for kind, count in counts.items():
-                (self._stored if is_stored else self._lost).labels(kind).inc(count)
+                (self._stored if is_stored else self.lost).labels(kind).inc(count)
             for done in waiting:
                 if not done.done():
                     done.set_result(is_stored)

@@ -26,7 +26,7 @@ UNCOUNTED_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**20
 _COUNT_BYTES = "dcar.count_bytes"  # scope key
 _UNSENT = "dcar.unsent"  # scope key: the bytes of a long response, by caller
-_WATCH_AFTER_S = 0.05
+WATCH_AFTER_S = 0.05
 
 
 def byte_counter(scope: Scope) -> Callable[[int], None]:
@@ -140,7 +140,7 @@ class _Body:
         self._is_cancelled = False
 
     def __enter__(self) -> None:
-        self._timer = self._loop.call_later(_WATCH_AFTER_S, self._check)
+        self._timer = self._loop.call_later(WATCH_AFTER_S, self._check)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
         self._timer.cancel()
@@ -163,7 +163,7 @@ class _Body:
         if self.is_complete:
             self._watcher = self._loop.create_task(self._wait_for_disconnect())
         elif now < self._deadline:
-            self._timer = self._loop.call_at(min(now + _WATCH_AFTER_S, self._deadline), self._check)
+            self._timer = self._loop.call_at(min(now + WATCH_AFTER_S, self._deadline), self._check)
         else:
             detail = f"The body did not arrive within {self._upload_s:g} seconds."
             self.cancel(Problem(408, detail, refused="slow_body"))

@@ -36,9 +36,9 @@ from index_jobs.store.writes import list_collections
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 30.0
-_CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
-_LOOK_S = 1.0  # for a look at the gallery
+RETRY_S = 30.0
+CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
+LOOK_S = 1.0  # for a look at the gallery
 _OPEN_S = 5.0  # for a collection that is being opened
 _LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
 
@@ -93,7 +93,7 @@ class ServedIndex:
         self.was_tried.set()
         await stop(self._poller)
         if self._loads:
-            await asyncio.wait(self._loads, timeout=_CLOSE_S)
+            await asyncio.wait(self._loads, timeout=CLOSE_S)
         await stop(self._check)
         self.live = self._check = None  # an ended task refers to both until a full garbage collection, which is rare
 
@@ -207,7 +207,7 @@ class ServedIndex:
             self._collections.on_start_failure(failure)
         elif reason != self.reason:
             logger.error("version %s of %s is %s: %s", version or "?", self.index, state, failure)
-        self.reason, self._failed_version, self._retry_at = reason, version, time.monotonic() + _RETRY_S
+        self.reason, self._failed_version, self._retry_at = reason, version, time.monotonic() + RETRY_S
         return failure
 
     def _record_poll_failure(self, error: BaseException) -> None:
@@ -326,7 +326,7 @@ class Collections:
         if self._look is None or self._look.done():  # callers share one look, which may hang on a network disk
             self._look = asyncio.create_task(run_in_new_thread(self._find_gallery_fault))
         look = self._look
-        done, _ = await asyncio.wait([look], timeout=_LOOK_S)
+        done, _ = await asyncio.wait([look], timeout=LOOK_S)
         return look.result() if done else "the gallery does not respond"
 
     def _find_gallery_fault(self) -> str | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _DTYPE = np.dtype("<f2")
 _CHECKSUM_BYTES = 4
 _FORMAT = 2  # part of the key; raise it when the format of a value changes
-_MAX_WRITES = 256  # pending at a time
+MAX_WRITES = 256  # pending at a time
 _CLOSE_TIMEOUT_S = 1.0
 
 
@@ -94,7 +94,7 @@ class EmbeddingCache:
         self._entries.keep(key, vector.astype(_DTYPE))
         if self._redis is None:
             return
-        if len(self._writes) >= _MAX_WRITES or not self.write_breaker.allows():
+        if len(self._writes) >= MAX_WRITES or not self.write_breaker.allows():
             self._metrics.writes.labels("skipped").inc()
             return
         task = asyncio.create_task(self._write(self._redis, key, _pack(key, vector)))

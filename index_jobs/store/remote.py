@@ -51,13 +51,13 @@ _MAX_PARTS = 5_000  # of an upload; stores allow 10,000
 _KEPT = 3  # versions on the disk of a replica: those that were in use last
 _GRACE = timedelta(days=1)  # younger blobs may belong to a version that is being published
 _UPLOADS = 4  # parts of a blob that are sent at a time; each may take as long as a silent store is waited for
-_CLIENT: Any = {
+CLIENT: Any = {
     "connect_timeout": "5s",
     "read_timeout": "60s",  # of a silent store
     "timeout": "1h",  # of a slow line
     "allow_http": True,  # of an endpoint that is configured so
 }
-_RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
+RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
 class IndexStore:
@@ -72,7 +72,7 @@ class IndexStore:
 
         self.mirror, self.url = mirror, url
         with self._report():
-            self._store: Any = from_url(url, client_options=_CLIENT, retry_config=_RETRIES)
+            self._store: Any = from_url(url, client_options=CLIENT, retry_config=RETRIES)
         self._current: tuple[bytes, dict[str, str]] | None = None  # as it was read last, and what identifies it
         self._pulled: bytes | None = None  # CURRENT of the last complete pull
         self._removed = set[int]()  # versions that CURRENT names as removed, and the store still has

@@ -114,8 +114,4 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def no_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Apply no jobs, and leave their number to requests."""
-
-    async def wait(_: WriteWorker) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(WriteWorker, "_run", wait)
+    monkeypatch.setattr(WriteWorker, "start", lambda _: None)

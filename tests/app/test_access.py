@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from app.core.keys import ApiKey, find_key_name, is_key, key_hash, key_in, new_key, parse_keys
-from app.core.rate_limit import RateLimiter, _seconds_until_room, network_of, parse_rate
+from app.core.rate_limit import RateLimiter, network_of, parse_rate, seconds_until_room
 from tests.support.redis_server import RedisServer
 from tests.support.service import ADMIN, ALICE, BOB, KEYS, WORDS, bearer, opened
 
@@ -68,7 +68,7 @@ async def test_caller_over_its_rate_is_refused_429(built_index: Path) -> None:
     async with opened(built_index, rate_limit="1/minute") as client:
 
         async def collections(address: str) -> int:
-            client._transport.client = address, 1  # type: ignore[attr-defined]
+            client.transport.client = address, 1
             return (await client.get("/collections")).status_code
 
         addresses = ("10.0.0.1", "10.0.0.1", "10.0.0.2", "2001:db8::1", "2001:db8::2", "2001:db8:0:1::1")
@@ -242,4 +242,4 @@ def test_a_key_is_read_from_two_headers() -> None:
     ],
 )
 def test_the_announced_wait_is_exact(count: int, window: tuple[int, float, int, float], seconds: float) -> None:
-    assert _seconds_until_room(parse_rate("10 per 20 seconds"), count, *window) == pytest.approx(seconds)
+    assert seconds_until_room(parse_rate("10 per 20 seconds"), count, *window) == pytest.approx(seconds)

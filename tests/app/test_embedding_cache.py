@@ -2,26 +2,24 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-import redis.asyncio
 from pydantic import SecretStr
 
 from app.core.metrics import Metrics
 from app.core.rate_limit import RateLimiter
-from app.core.redis import CircuitBreaker
+from app.core.redis import CircuitBreaker, connect
 from app.core.settings import Settings
-from app.service.embedding_cache import EmbeddingCache, _pack, cache_key, rounded
+from app.service.embedding_cache import EmbeddingCache, cache_key, rounded
+from dcar_core.util.arrays import Floats
 from tests.support.redis_server import RedisServer
 from tests.support.responses import scrape
 from tests.support.service import opened, until
@@ -39,13 +37,6 @@ def cache_of(url: str | None, size: int = 0, metrics: Metrics | None = None, *, 
         cache_size=size, redis_url=SecretStr(url) if url else None, redis_timeout_ms=int(1000 * timeout_s)
     )
     return EmbeddingCache(settings, metrics or Metrics())
-
-
-@pytest.fixture
-def caches(redis_server: RedisServer) -> Callable[..., EmbeddingCache]:
-    """Return a function that makes caches in front of one Redis."""
-
-    return partial(cache_of, redis_server.url)
 
 
 def test_keys_differ_by_encoder_kind_and_content() -> None:
@@ -92,7 +83,7 @@ async def test_a_faulty_redis_fails_no_search_and_costs_little(
         url = server.url
     async with opened(built_index, redis_url=url, cache_size=0, rate_limit="1000/minute") as client:
         if server is not None:
-            os.kill(server._process.pid, signal.SIGSTOP)
+            server.send_signal(signal.SIGSTOP)
         try:
             for _ in range(6):
                 started = time.perf_counter()
@@ -102,7 +93,7 @@ async def test_a_faulty_redis_fails_no_search_and_costs_little(
             metrics = (await client.get("/metrics")).text
         finally:
             if server is not None:
-                os.kill(server._process.pid, signal.SIGCONT)
+                server.send_signal(signal.SIGCONT)
         for use in ("read", "count") if server else ("read", "write", "count"):  # hanging writes may still wait
             assert f'dcar_redis_breaker_open{{use="{use}"}} 1.0' in metrics
         for outcome in ("error", "skipped"):  # not used after three failures
@@ -110,13 +101,20 @@ async def test_a_faulty_redis_fails_no_search_and_costs_little(
 
 
 @pytest.mark.redis
-async def test_corrupted_values_are_not_used(caches: Callable[..., EmbeddingCache]) -> None:
+async def test_corrupted_values_are_not_used(redis_server: RedisServer) -> None:
     metrics = Metrics()
-    cache, store = caches(metrics=metrics), cast(redis.asyncio.Redis, caches()._redis)
-    true = _pack("other", VECTOR)
-    await store.set("other", true)
+    cache = cache_of(redis_server.url, metrics=metrics)
+    store: Any = connect(redis_server.url)
+
+    async def stored(key: str, vector: Floats) -> bytes:
+        writer = cache_of(redis_server.url)
+        writer.put(key, vector)
+        await writer.close()
+        return bytes(await store.get(key))
+
+    true = await stored("other", VECTOR)
     bent = bytes([*true[:-1], true[-1] ^ 1])
-    nan, nothing = (_pack("key", np.full(32, fill, np.float32)) for fill in (np.nan, 0))
+    nan, nothing = [await stored("key", np.full(32, fill, np.float32)) for fill in (np.nan, 0)]
     for value in (b"", b"x", true[:-1], true * 2, bent, nan, nothing, true):
         await store.set("key", value)
         assert await cache.get("key", 32) is None
@@ -161,15 +159,17 @@ async def test_an_invalid_or_no_redis_reply_fails_no_search(reply: bytes) -> Non
     patient = "?socket_timeout=60&socket_connect_timeout=60"  # the service has its own time-outs
     for options in ("", "?protocol=2", patient):
         url = f"redis://127.0.0.1:{port}/0{options}"
-        cache = cache_of(url, timeout_s=0.1)
+        metrics = Metrics()
+        cache = cache_of(url, metrics=metrics, timeout_s=0.1)
         rates = RateLimiter("2/minute", redis_url=url, timeout_s=0.1)
         async with asyncio.timeout(20):
             for _ in range(4):
                 assert await cache.get("key", 32) is None
                 cache.put("key", VECTOR)
-                assert await asyncio.gather(*cache._writes, return_exceptions=True) in ([None], [])
             assert min([await rates.charge("alice") for _ in range(3)]) >= 0
-        await cache.close()
+            await cache.close()
+            outcomes = [count(metrics, "dcar_cache_writes_total", outcome=each) for each in ("ok", "error", "skipped")]
+            assert sum(outcomes) == 4, "each write ends without an exception"
         await rates.close()
     server.close()
 
@@ -198,24 +198,29 @@ async def test_each_query_is_counted_once(built_index: Path) -> None:
 
 
 @pytest.mark.redis
-async def test_a_full_redis_is_still_read(caches: Callable[..., EmbeddingCache]) -> None:
+async def test_a_full_redis_is_still_read(redis_server: RedisServer) -> None:
     metrics = Metrics()
-    cache, store = caches(metrics=metrics), cast(redis.asyncio.Redis, caches()._redis)
-    await store.set("key", _pack("key", VECTOR))
+    cache = cache_of(redis_server.url, metrics=metrics)
+    store: Any = connect(redis_server.url)
+    cache.put("key", VECTOR)
+    await until(partial(store.exists, "key"))
     await store.config_set("maxmemory", "1")
+
+    def writes() -> dict[str, float]:
+        return {name: count(metrics, "dcar_cache_writes_total", outcome=name) for name in ("ok", "error", "skipped")}
+
     for i in range(5):
         cache.put(f"more {i}", VECTOR)
-        await asyncio.gather(*cache._writes)
+        await until(lambda: sum(writes().values()) == i + 2)  # noqa: B023
     assert (cache.write_breaker.is_open, cache.read_breaker.is_open) == (True, False)
     assert await cache.get("key", 32) is not None
-    for outcome, expected in (("error", 3), ("skipped", 2)):
-        assert count(metrics, "dcar_cache_writes_total", outcome=outcome) == expected
+    assert writes() == {"ok": 1, "error": 3, "skipped": 2}
     await store.aclose()
     await cache.close()
 
 
 async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.service.embedding_cache._MAX_WRITES", 2)
+    monkeypatch.setattr("app.service.embedding_cache.MAX_WRITES", 2)
     metrics = Metrics()
     cache = cache_of("redis://127.0.0.1:1/0", 10, metrics, timeout_s=0.1)
     for i in range(5):
@@ -223,8 +228,7 @@ async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypat
         known = cache.peek(f"key {i}")
         assert known is not None
         np.testing.assert_array_equal(known, ROUNDED)
-    assert len(cache._writes) == 2, "the number of pending writes is bounded"
-    assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 3
+    assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 3, "pending writes are bounded"
     await cache.close()
 
 
@@ -254,9 +258,10 @@ async def test_results_are_the_same_with_and_without_redis(
 
         await until(cached)
         assert (await ask())["results"] == first["results"]
-        store = client.app.state.retriever.compute.cache._redis
+        store = connect(redis_server.url)
         (key,) = await store.keys("dcar:*")
         assert 0 < await store.ttl(key) <= 100
+        await store.aclose()
     async with opened(built_index, **given) as client:  # as another process would
         assert (await ask())["cached"] is True
         cache = client.app.state.retriever.compute.cache

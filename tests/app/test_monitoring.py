@@ -39,19 +39,17 @@ def live(built_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Series:
     found: Series = defaultdict(lambda: defaultdict(set))
     redis, feedback = f"redis://127.0.0.1:{free_port()}", tmp_path_factory.mktemp("feedback")
     with serving(built_index, redis_url=redis, rate_limit="2/minute", feedback=feedback) as (app, port):
+        for counter in (app.state.metrics.task_failures, app.state.feedback.lost):
+            counter.labels("none yet")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
             statuses = [client.post("/search/text", json={"query": "red"}).status_code for _ in range(3)]
             text = client.get("/metrics").text
         assert statuses == [200, 200, 429]
-        failures = app.state.metrics.task_failures, app.state.feedback._lost  # none yet
-        declared = {each._name: each._labelnames for each in failures}
     for family in text_string_to_metric_families(text):
-        names = {sample.name for sample in family.samples} or {f"{family.name}_total"}
-        for name in names:
-            found[name].update({label: set() for label in declared.get(family.name, ())})
         for sample in family.samples:
+            labels = found[sample.name]  # also of a metric without labels
             for label, value in sample.labels.items():
-                found[sample.name][label].add(value)
+                labels[label].add(value)
     found["up"] = defaultdict(set)  # of Prometheus itself
     return found
 

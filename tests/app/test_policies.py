@@ -1,15 +1,15 @@
 """Policies: every route declares what it needs, and nothing else is reachable."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api import page
+from app.api import feedback
 from app.api.requests import DeleteItems, read_json
 from app.api.responses import JsonResponse
+from app.api.routing import Routes
 from app.core.settings import Settings
 from app.main import create_app
 from app.middleware.access import Policy
@@ -46,23 +46,15 @@ async def test_a_route_without_a_policy_is_not_reachable(built_index: Path) -> N
         assert "nothing at /bare" in response.json()["detail"]
 
 
-@pytest.fixture
-def added() -> Iterator[None]:
-    """A route that a module of routes declares, as any other: with a policy, a body and a response."""
-    before = [*page.routes._routes]
+async def test_a_route_needs_no_other_file_than_its_own(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body, routes = {"ids": ["a"]}, Routes("feedback")
+    monkeypatch.setattr(feedback, "routes", routes)
 
-    @page.routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=DeleteItems, errors=(409,))
+    @routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=DeleteItems, errors=(409,))
     async def echo(request: Request) -> Response:
         """Answer with the ids of the request."""
         return JsonResponse((await read_json(request, DeleteItems)).ids)
 
-    yield
-    page.routes._routes[:] = before
-
-
-@pytest.mark.usefixtures("added")
-async def test_a_route_needs_no_other_file_than_its_own(built_index: Path) -> None:
-    body = {"ids": ["a"]}
     async with opened(built_index, collections={"other": built_index}, writes=True, **KEYS) as client:
         for path in ("/echo", "/collections/other/echo"):
             assert_problem(await client.put(path, json=body), 401, "Authorization")

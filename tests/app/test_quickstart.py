@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.cli.options import EXAMPLES
-from app.cli.quickstart import _open_when_ready
+from app.cli.quickstart import open_when_ready
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG
@@ -94,8 +94,8 @@ def test_broken_images_are_counted_and_captions_are_what_the_model_is_adapted_to
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages, port = queue.Queue[str](), free_port()
-    monkeypatch.setattr("app.cli.quickstart._has_browser", lambda: True)
-    monkeypatch.setattr("app.cli.quickstart._open_when_ready", pages.put)
+    monkeypatch.setattr("app.cli.quickstart.has_browser", lambda: True)
+    monkeypatch.setattr("app.cli.quickstart.open_when_ready", pages.put)
     (photos / "broken.png").write_bytes(png()[:40])
     (photos / "pairs.csv").write_text("image,caption\ncat.png,a green cat\n")
     command = ["quickstart", str(photos), "--model", str(EXAMPLES / "base"), "--data", str(tmp_path / "data")]
@@ -127,7 +127,7 @@ def test_the_page_is_opened_once_the_service_is_ready(monkeypatch: pytest.Monkey
     server = http.server.HTTPServer(("127.0.0.1", 0), Service)
     url = f"http://127.0.0.1:{server.server_port}/"
     with answering(server):
-        _open_when_ready(url)
+        open_when_ready(url)
     assert (pages, statuses) == ([url], [])
 
 

@@ -105,7 +105,7 @@ async def test_a_long_load_does_not_keep_the_service(index: Path, monkeypatch: p
         release.wait(60)
         raise OSError("too late")
 
-    monkeypatch.setattr("app.service.collections._CLOSE_S", 0.1)
+    monkeypatch.setattr("app.service.collections.CLOSE_S", 0.1)
     async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         monkeypatch.setattr("app.service.collections.load_snapshot", hanging)
         rollback(index, 2)

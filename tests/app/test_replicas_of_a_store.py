@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Iterator[ObjectStore]:
 def machines(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("app.service.collections._RETRY_S", 0.2)
+    monkeypatch.setattr("app.service.collections.RETRY_S", 0.2)
     return Machines(tmp_path, "s3://bucket/shop/index")
 
 
@@ -49,8 +49,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
     assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
-    monkeypatch.setattr("index_jobs.store.remote._CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
-    monkeypatch.setattr("index_jobs.store.remote._RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("index_jobs.store.remote.CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
+    monkeypatch.setattr("index_jobs.store.remote.RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()

@@ -12,11 +12,9 @@ import pytest
 
 from app.api.responses import JsonResponse
 from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
-from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.search import engine
 from app.search.engine import rank_rows
-from app.search.errors import UnavailableError
 from app.search.plan import Plan
 from app.search.query import Match
 from app.search.snapshots import Snapshot, load_snapshot
@@ -26,7 +24,7 @@ from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.searches import close, ranked
-from tests.support.service import KEYS, ServiceClient, before_encoding, hold, opened
+from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, before_encoding, hold, opened, until
 
 
 async def test_text_search_equals_encoder_and_index(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
@@ -119,15 +117,17 @@ async def test_searches_beyond_max_pending_are_refused(built_index: Path) -> Non
 
 async def test_one_caller_has_at_most_half_of_what_may_be_pending(built_index: Path) -> None:
     async with opened(built_index, max_pending=8, max_queries=4, **KEYS) as client:
-        admission = client.app.state.retriever._admission
-        current_caller.set("alice")
-        async with admission(4):
-            with pytest.raises(UnavailableError):
-                await admission().__aenter__()
-            current_caller.set("bob")
-            async with admission(4):
-                pass
-        assert not admission._pending_of
+        gate, _ = hold(client.app.state.collections[None].live.encoder)
+        tasks = [
+            asyncio.create_task(client.post("/search/text", json={"query": f"{number}"}, headers=bearer(key)))
+            for number, key in enumerate([ALICE] * 5 + [BOB] * 4)
+        ]
+        await until(lambda: any(task.done() for task in tasks))
+        gate.set()
+        assert [(await task).status_code for task in tasks] == [200] * 4 + [503] + [200] * 4
+        batch = {"queries": [{"query": f"again {number}"} for number in range(4)]}
+        answer = await client.post("/search/batch", json=batch, headers=bearer(ALICE))
+        assert answer.status_code == 200, "the ended ones count no more"
 
 
 async def test_all_who_wait_for_metrics_share_one_thread(

@@ -84,7 +84,7 @@ async def test_repaired_version_is_loaded_later(
     index: Path, newer_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = newer_weights.read_bytes()
-    monkeypatch.setattr("app.service.collections._RETRY_S", 0.1)
+    monkeypatch.setattr("app.service.collections.RETRY_S", 0.1)
     async with opened(index, poll_s=0.02) as client:
         newer_weights.write_bytes(whole[:100])
         publish(index, "2")

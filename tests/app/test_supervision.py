@@ -97,7 +97,7 @@ async def test_a_hung_gallery_degrades_readiness_and_holds_up_nothing_else(
         assert gate.wait(20)
 
     monkeypatch.setattr(Artifact, "find_gallery_fault", hang)
-    monkeypatch.setattr("app.service.collections._LOOK_S", 0.05)
+    monkeypatch.setattr("app.service.collections.LOOK_S", 0.05)
     async with opened(built_index, poll_s=0) as client:
         probes = await asyncio.gather(*(client.get("/readyz") for _ in range(os.cpu_count() or 1) for _ in range(8)))
         assert {(each.json()["status"], each.json()["reason"]) for each in probes} == {

@@ -31,7 +31,7 @@ from index_jobs.store import remote as remote_module
 from index_jobs.store.location import index_path, published_index, store_of
 from index_jobs.store.manifest import FileInfo
 from index_jobs.store.publish import open_staging, publish_version, rollback
-from index_jobs.store.remote import _CLIENT
+from index_jobs.store.remote import CLIENT
 from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
 from tests.support.commands import run
 from tests.support.object_store import Machines, ObjectStore, slow_line
@@ -477,8 +477,8 @@ def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
     data = os.urandom(200_000)
     blob = FileInfo(len(data), hashlib.sha256(data).hexdigest())
     store(mirror).put(f"blobs/{blob.sha256}", data)
-    short = {name: "1s" if value == "60s" else value for name, value in _CLIENT.items()}
-    monkeypatch.setattr("index_jobs.store.remote._CLIENT", short)
+    short = {name: "1s" if value == "60s" else value for name, value in CLIENT.items()}
+    monkeypatch.setattr("index_jobs.store.remote.CLIENT", short)
     with slow_line(server.port, 0.01) as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         reader = store_of(machines["reader"])

@@ -106,6 +106,7 @@ class ServiceClient(httpx.AsyncClient):
     """A client of an application in this process."""
 
     app: FastAPI
+    transport: httpx.ASGITransport
 
 
 @asynccontextmanager
@@ -119,7 +120,7 @@ async def opened(
         app.router.lifespan_context(app),
         ServiceClient(transport=transport, base_url="http://testserver") as client,
     ):
-        client.app = app
+        client.app, client.transport = app, transport
         if ready:
             await until(lambda: _is_ready(app))
         yield client
