@@ -10,11 +10,12 @@
 import asyncio
 import base64
 import ipaddress
+import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 from starlette.types import Scope
@@ -26,15 +27,12 @@ from app.core.threads import run_in_new_thread
 from app.middleware.body_limit import byte_counter
 from dcar_core.util.errors import MissingExtraError
 
-if TYPE_CHECKING:
-    from yarl import URL
-
 PIECE = 2**20  # bytes looked at, or characters of base64, before other threads may have their turn
 TIMEOUT_S = 10.0  # of one image, including the time in the queue
 MAX_URLS = 8  # of one request
 _AT_ONCE = 16
 _AT_ONCE_EACH = 4  # of one caller
-_MAX_URL = 8192  # characters
+_URL = re.compile("[!-~]{1,8192}")  # printable ASCII
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity"}
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
@@ -100,11 +98,7 @@ class ImageFetcher:
                 raise MissingExtraError("fetching images by URL (DCAR_IMAGE_HOSTS)", "http") from None
 
     async def read(self, scope: Scope, images: Mapping[str, str]) -> dict[str, bytes]:
-        """Return the files of the images of a request, by their places in it. Raise Problem with the place of a fault.
-
-        Args:
-            images: in base64, as data URIs or URLs.
-        """
+        """Return the files of images in base64 or at URLs, by their places. Raise Problem with the place of a fault."""
         urls = {place: image for place, image in images.items() if image.startswith(("http://", "https://"))}
         if len(urls) > MAX_URLS:
             field = next(iter(urls)).partition(".")[0]
@@ -124,8 +118,7 @@ class ImageFetcher:
     async def fetch(self, url: str, count: Callable[[int], None]) -> bytes:
         """Return the file at a URL. Raise Problem with the field "image" if it may not be fetched, or cannot be.
 
-        Args:
-            count: is told the number of received bytes, and raises Problem if they are too many.
+        count: is called with the size of each part, and raises Problem if the budget is exceeded.
         """
         checked = self._check(url)
         own_turns = self._turns_of.setdefault(current_caller.get(), asyncio.Semaphore(_AT_ONCE_EACH))
@@ -135,7 +128,7 @@ class ImageFetcher:
         except TimeoutError:
             raise field_problem("image", f"the host took more than {TIMEOUT_S:g} seconds") from None
 
-    def _check(self, text: str) -> "URL":
+    def _check(self, text: str) -> Any:
         if not self._hosts:
             raise field_problem("image", "this service fetches no images by URL; send the file in base64")
         from yarl import URL
@@ -145,16 +138,15 @@ class ImageFetcher:
             host, port = (url.raw_host or "").lower(), url.port
         except ValueError:
             raise field_problem("image", "is not a valid URL") from None
-        is_plain = text.isascii() and text.isprintable() and " " not in text
-        if not is_plain or len(text) > _MAX_URL or "@" in url.raw_authority:
-            raise field_problem("image", f"a URL has at most {_MAX_URL:,} printable ASCII characters, and no user name")
+        if not _URL.fullmatch(text) or url.raw_user is not None:
+            raise field_problem("image", "a URL has at most 8,192 printable ASCII characters, and no user name")
         if host not in self._hosts or port not in self._ports:
             raise field_problem("image", f"this service fetches no images from {host}:{port}")
         with suppress(ValueError):  # of a name, whose addresses the resolver checks
             _require_public(host)
         return url
 
-    async def _download(self, url: "URL", count: Callable[[int], None]) -> bytes:
+    async def _download(self, url: Any, count: Callable[[int], None]) -> bytes:
         import aiohttp
 
         connector, body = aiohttp.TCPConnector(resolver=_PublicResolver(), use_dns_cache=False), bytearray()
