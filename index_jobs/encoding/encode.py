@@ -100,7 +100,7 @@ def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, op
         ArtifactError: a shard of an earlier run is corrupted.
         OSError: the disk is full or cannot be written.
     """
-    state = EncodingState(gallery, replicas[0], work, options, replicas[0].runtime.name)
+    state = EncodingState(gallery, replicas[0], work, options)
     workers = worker_count(options.workers, state.remaining)
     windows = (window for number in state.todo for window in state.windows(number))
     decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers)
@@ -116,9 +116,9 @@ class EncodingState:
     bar: the progress on stderr.
     """
 
-    def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions, runtime: str) -> None:
-        """Load the shards. runtime: the one that will make the vectors."""
-        self.store = ShardStore(gallery, encoder, runtime, work, options)
+    def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions) -> None:
+        """Load the shards."""
+        self.store = ShardStore(gallery, encoder, work, options)
         self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
         self.shards = [self._reopen(self.store.load(number), number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())

@@ -45,16 +45,16 @@ class ShardWorker:
 
 
 def encode_on_ray(
-    gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions, *, checkpoint: Path, runtime: str
+    gallery: Gallery, encoder: Encoder, checkpoint: Path, work: Path, options: BuildOptions
 ) -> EncodedGallery:
-    """Encode every image that has no vector yet on the cluster. checkpoint, runtime: what every worker loads."""
-    state = EncodingState(gallery, encoder, work, options, runtime)
+    """Encode as `encode_gallery` does, on a Ray cluster. Its workers load the encoder from the checkpoint."""
+    state = EncodingState(gallery, encoder, work, options)
     if not state.todo:
         return state.result()
     ray = _connect(options.ray)
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
     try:
-        task = ray.put(files), gallery.root, options.device, options.spec.exact, runtime
+        task = ray.put(files), gallery.root, options.device, options.spec.exact, encoder.runtime.name
         with redirect_stdout(sys.stderr), state.bar:  # stdout is for the summary
             for number, windows in _encode_shards(ray, state, options, task):
                 state.save(number, windows)

@@ -87,12 +87,12 @@ class Shard:
 class ShardStore:
     """The shards of one job in `work/<key>/`."""
 
-    def __init__(self, gallery: Gallery, encoder: Encoder, runtime: str, work: Path, options: BuildOptions) -> None:
-        """Name the folder of the shards that a runtime makes of a gallery."""
+    def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions) -> None:
+        """Name the folder of the shards that an encoder makes of a gallery."""
         batch = options.batch_size
         self.count, self.dim, self.shard_rows = len(gallery), encoder.dim, -(-options.shard_rows // batch) * batch
         pixels = encoder.preprocess.to_dict()
-        self._encoder_key = hash_json([FORMAT, encoder.image_key, runtime, pixels, encoder.dim])[:12]
+        self._encoder_key = hash_json([FORMAT, encoder.image_key, encoder.runtime.name, pixels, encoder.dim])[:12]
         gallery_key = hash_json([gallery.vectors_signature, self.count, batch, self.shard_rows])[:12]
         self.path = work / f"{self._encoder_key}-{gallery_key}"
 

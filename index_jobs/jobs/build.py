@@ -162,21 +162,21 @@ class _Build:
             try:
                 if options.model is not None:
                     Encoder.load(staging / CHECKPOINT, device="cpu")  # an export would load with any backbone
-                replicas, runtime = self._load_replicas(staging / CHECKPOINT)
+                replicas = self._load_replicas(staging / CHECKPOINT)
             except (CheckpointError, ModelError) as error:  # the copy is removed
                 raise type(error)(str(error).replace(str(staging / CHECKPOINT), str(self.checkpoint))) from error
             self.encoder = replicas[0]
             least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
-            store = ShardStore(gallery, self.encoder, runtime, self.work, options)
+            store = ShardStore(gallery, self.encoder, self.work, options)
             self.served = self._open_served()
             self._require_few_removed()
             self._load_served_encoder("cpu")  # a check; encoding may need its memory
             shared = self._add_portable_export(staging)  # before the space that is left is measured
             self._make_room(store, least_bytes)
-            encoded = self._encode(replicas, runtime, staging / CHECKPOINT)
+            encoded = self._encode(replicas, staging / CHECKPOINT)
             self._clean_work(store)
             changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
-            staged = publish.prepare_version(out, staging, self._stage(staging, encoded, runtime), shared)
+            staged = publish.prepare_version(out, staging, self._stage(staging, encoded), shared)
             verdict = self._require_no_worse(staged, encoded)
             manifest = publish.commit_version(out, staged, keep=options.keep)
             if self.served is not None and not self.served.manifest.is_as_built:
@@ -338,21 +338,17 @@ class _Build:
             raise RejectedError(f"{message}; {remedy}", summary)
         return verdict
 
-    def _load_replicas(self, checkpoint: Path) -> tuple[list[Encoder], str]:
-        """Return encoders, and the runtime that encodes the images: on a cluster it is not theirs."""
-        device, exact, runtime = self.options.device, self.spec.exact, self.spec.runtime
-        if self.options.ray:
-            return load_replicas(checkpoint, device, exact=exact), "torch" if runtime == AUTO else runtime
-        replicas = load_replicas(checkpoint, device, exact=exact, runtime=runtime)
-        return replicas, replicas[0].runtime.name
+    def _load_replicas(self, checkpoint: Path) -> list[Encoder]:
+        is_open = self.options.ray and self.spec.runtime == AUTO  # the fastest runtime here may not run on a cluster
+        runtime = "torch" if is_open else self.spec.runtime
+        return load_replicas(checkpoint, self.options.device, exact=self.spec.exact, runtime=runtime)
 
-    def _encode(self, replicas: list[Encoder], runtime: str, checkpoint: Path) -> EncodedGallery:
-        options = self.options
-        if options.ray:
+    def _encode(self, replicas: list[Encoder], checkpoint: Path) -> EncodedGallery:
+        if self.options.ray:
             from index_jobs.encoding.ray_cluster import encode_on_ray
 
-            return encode_on_ray(self.gallery, replicas[0], self.work, options, checkpoint=checkpoint, runtime=runtime)
-        return encode_gallery(self.gallery, replicas, self.work, options)
+            return encode_on_ray(self.gallery, self.encoder, checkpoint, self.work, self.options)
+        return encode_gallery(self.gallery, replicas, self.work, self.options)
 
     def _add_portable_export(self, staging: Path) -> dict[str, FileInfo]:
         """Add what serves the model without PyTorch, if OpenVINO is installed; return the files of the served version.
@@ -372,7 +368,7 @@ class _Build:
         add_portable_export(staging / CHECKPOINT, self.encoder.backbone)
         return {}
 
-    def _stage(self, staging: Path, encoded: EncodedGallery, runtime: str) -> Manifest:
+    def _stage(self, staging: Path, encoded: EncodedGallery) -> Manifest:
         """Write vectors, items and failures, and return their manifest."""
         gallery, spec, encoder = self.gallery, self.spec, self.encoder
         engine = load_engine(spec.engine)
@@ -410,7 +406,7 @@ class _Build:
             origin=self.options.origin,
             failed=len(encoded.failed),
             number_texts=field_types.number_texts,
-            runtime=runtime,
+            runtime=self.encoder.runtime.name,
             **calibrated,
         )
 

@@ -203,7 +203,7 @@ def test_a_mended_image_is_to_do_for_every_worker(encoder: Encoder, gallery: Pat
     encode(gallery, encoder, tmp_path / "work", max_failed=0.5)
     (tmp_path / "later.png").write_bytes(content)
     options = BuildOptions(batch_size=4, shard_rows=8)
-    state = EncodingState(scan(gallery), encoder, tmp_path / "work", options, encoder.runtime.name)
+    state = EncodingState(scan(gallery), encoder, tmp_path / "work", options)
     assert (state.todo, state.remaining) == ([0], 1)
     assert state.store.load(0).missing == [0]
 
@@ -257,7 +257,7 @@ def test_a_huge_file_is_one_failed_image_and_is_not_read(form: str, tmp_path: Pa
 def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path
 ) -> None:
-    store = ShardStore(scan(tiny_gallery), encoder, "torch", tmp_path, BuildOptions(batch_size=20, shard_rows=20))
+    store = ShardStore(scan(tiny_gallery), encoder, tmp_path, BuildOptions(batch_size=20, shard_rows=20))
     assert (len(store), store.load(0).missing, store.load(1).missing) == (2, [*range(20)], [*range(20, 24)])
     images = np.array([(9, 2**63 + 7, 2**64 - 1, (40, 30)), (3, 1, 2, (0, 0))], IMAGE)
     vectors = np.stack([np.full(encoder.dim, row, np.float32) for row in (9, 3)])
