@@ -11,6 +11,7 @@ import typer
 from typer import Option
 
 from app.cli import datasets, feedback, indexing, quickstart, serving, tools, training
+from app.cli.adapter import add_plugins
 from dcar_core.util.console import run_command
 
 app = typer.Typer(
@@ -50,5 +51,10 @@ app.add_typer(quickstart.commands)
 app.add_typer(tools.commands)
 
 
+def _run() -> None:
+    add_plugins(app)
+    app()
+
+
 def main() -> None:
-    raise SystemExit(run_command(app))
+    raise SystemExit(run_command(_run))

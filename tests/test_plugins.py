@@ -1,0 +1,103 @@
+"""A third party's plug-in: a module and the metadata of a distribution, found on the path."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+COMMAND = '''
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from dcar_core.util.options import option
+
+@dataclass(frozen=True)
+class GreetOptions:
+    names: tuple[str, ...]
+    greeting: Literal["hello", "bye"] = option("hello", "What is said.", kw_only=True)
+    file: Path | None = option(None, "Where it is written.", kw_only=True)
+    ages: tuple[int, ...] = option((), "One for each name.", kw_only=True, min=0)
+    size: tuple[int, int] = option((1, 2), kw_only=True)
+    shout: bool = option(False, "In capitals.", kw_only=True)
+    stop: bool = option(True, "With a full stop.", kw_only=True)
+    count: int = option(1, "How often.", kw_only=True, flags=("-n",))
+
+    def __post_init__(self):
+        if self.ages and len(self.ages) != len(self.names):
+            raise ValueError("give an age for each name, or none")
+
+def greet(options: GreetOptions) -> int:
+    """Greet people.
+
+    Example:
+      dcar hello greet Ada --shout
+    """
+    print(options)
+    return 3 if options.greeting == "bye" else 0
+'''
+
+
+def dcar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "app.cli", *arguments]
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder of the path with a plug-in of the commands `dcar hello greet` and `dcar data greet`."""
+    (tmp_path / "greetings.py").write_text(COMMAND)
+    metadata = tmp_path / "greetings-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: greetings\nVersion: 1\n")
+    names = ("hello.greet", "data.greet")
+    lines = ["[dcar.commands]", *(f"{name} = greetings:greet" for name in names)]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_command_of_another_distribution_runs(folder: Path) -> None:
+    done = dcar(folder, "hello", "greet", "Ada", "Bo", "--ages", "36", "--ages", "4", "--size", "3", "4", "-n", "2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip() == (
+        "GreetOptions(names=('Ada', 'Bo'), greeting='hello', file=None, ages=(36, 4), size=(3, 4), shout=False, "
+        "stop=True, count=2)"
+    )
+    done = dcar(folder, "data", "greet", "Ada", "--greeting", "bye", "--file", "a.txt", "--shout", "--no-stop")
+    assert done.returncode == 3
+    assert "greeting='bye', file=PosixPath('a.txt'), ages=(), size=(1, 2), shout=True, stop=False" in done.stdout
+    for wrong, says in (
+        (["Ada", "--ages", "1", "--ages", "2"], "give an age for each name, or none"),
+        (["Ada", "--ages", "-1"], "'--ages'"),
+        (["Ada", "--greeting", "hi"], "'--greeting'"),
+        ([], "Missing argument"),
+    ):
+        done = dcar(folder, "hello", "greet", *wrong)
+        assert done.returncode == 2
+        assert says in done.stderr
+
+
+@pytest.mark.slow
+def test_a_command_shows_its_help_and_example(folder: Path) -> None:
+    done = dcar(folder, "hello", "greet", "--help")
+    for text in ("Greet people.", "What is said.", "--shout ", "--stop / --no-stop", "-n "):
+        assert text in done.stdout
+    assert done.stdout.rstrip().endswith("Example:\n    dcar hello greet Ada --shout")
+    assert "check" in dcar(folder, "data", "--help").stdout, "the command joins those of the group"
+
+
+@pytest.mark.slow
+def test_a_plugin_that_cannot_be_loaded_is_named(folder: Path) -> None:
+    (folder / "greetings.py").write_text("import nothing_of_this_name")
+    done = dcar(folder, "models")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "error: the plug-in greetings:greet cannot be loaded (No module named 'nothing_of_this_name'); update or "
+        "uninstall it"
+    )
