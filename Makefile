@@ -2,6 +2,7 @@
 # make test       tests of all installed parts, in JOBS=3 processes           (ARGS="-k name" for some)
 # make check      lint, format, types, import direction, sizes
 # make size       lines by folder against their budgets
+# make test-plugins  the plug-ins, installed into the same environment, and their tests    (ARGS= as above)
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
 # make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.store.filters*" for some)
 # make reference  generated pages of docs, and the client's models
@@ -16,7 +17,7 @@ JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test check size coverage mutants reference
+.PHONY: install demo test test-plugins check size coverage mutants reference
 comma := ,
 UNLOCKED := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 INSTALLED := $(UNLOCKED)$(if $(LOCK),-$(notdir $(LOCK)))
@@ -42,6 +43,13 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=10 $(ARGS)
+
+test-plugins: $(VENV)/.plugins
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal plugins $(ARGS)
+
+$(VENV)/.plugins: $(wildcard plugins/*/pyproject.toml) | install
+	$(BIN)/python -m pip install --disable-pip-version-check $(foreach file,$(wildcard plugins/*/pyproject.toml),--editable './$(dir $(file))[test]')
+	@touch $@
 
 check: install
 	$(BIN)/ruff check .

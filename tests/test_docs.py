@@ -25,6 +25,7 @@ PAGES = sorted(
         *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "examples").glob("*/README.md"),
         ROOT / "clients/python/README.md",
+        *(ROOT / "plugins").rglob("README.md"),
     ]
 )
 MAX_WORDS, MAX_BENCHMARKS, MAX_ALL = 1500, 5000, 30_000  # of letters or digits
@@ -116,8 +117,8 @@ def unknown_options(words: list[str]) -> list[str]:
         source = script.read_text(encoding="utf-8")
         known = {option for option in given if re.search(rf"{option}\b", source)}
     elif words[0] == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return [word for word in words[1:] if re.fullmatch("[a-z]+", word) and word not in targets]
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return [word for word in words[1:] if re.fullmatch("[a-z-]+", word) and word not in targets]
     else:
         return []
     return [option for option in given if option not in known]
@@ -168,7 +169,7 @@ def test_every_image_of_the_documentation_is_used() -> None:
     assert set((ROOT / "docs").rglob("*.webp")) <= used
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if ROOT / "plugins" not in page.parents], ids=name)
 @pytest.mark.slow
 def test_documented_commands_and_options_exist(page: Path) -> None:
     for words in shell_commands(page):
@@ -189,7 +190,8 @@ def test_wrong_command_is_noticed() -> None:
 def test_named_source_files_exist() -> None:
     for page in PAGES:
         for path in re.findall(
-            r"`((?:app|index_jobs|dcar_core|clients|docs|tests|benchmarks|scripts|examples)/[\w/.-]+)`", prose(page)
+            r"`((?:app|index_jobs|dcar_core|clients|docs|tests|benchmarks|plugins|scripts|examples)/[\w/.-]+)`",
+            prose(page),
         ):
             assert (ROOT / path).exists(), f"{name(page)} names {path}"
 
@@ -222,7 +224,7 @@ def test_the_architecture_lists_every_folder() -> None:
 def test_named_variables_exist() -> None:
     """Every DCAR_* variable of the documentation is a setting, or is read somewhere in the code."""
     sources = [*ROOT.glob("docker-compose.yml"), ROOT / "Makefile", ROOT / ".ci" / "run"]
-    for folder in ("app", "index_jobs", "dcar_core", "tests"):
+    for folder in ("app", "index_jobs", "dcar_core", "plugins", "tests"):
         sources += (path for path in (ROOT / folder).rglob("*.py") if path != Path(__file__))
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     known = {f"DCAR_{field.upper()}" for field in Settings.model_fields}

@@ -139,19 +139,13 @@ def _short_hash(place: Path) -> str:
 
 
 def _hints(gallery: Path, index: Path, source: list[str], *, has_captions: bool) -> str:
-    images, pairs = shlex.quote(str(gallery)), shlex.quote(str(gallery / "pairs.json"))
-    if has_captions:
-        start = "To adapt the model to the captions, and serve the result:\n"
-    elif not gallery.is_dir():
-        start = "To adapt the model, write a table of captions (docs/tutorial.md):\n"
-    else:
-        start = (
-            "To adapt the model, write a table of captions (docs/tutorial.md). With a folder per category, a vision\n"
-            "model can write it:\n"
-            f"  dcar data caption --images {images} --out {pairs} --url URL --model MODEL\n"
-        )
+    images = shlex.quote(str(gallery))
+    written = (
+        " to the captions, and serve the result" if has_captions else ", write a table of captions (docs/tutorial.md)"
+    )
     return (
-        f"{start}  dcar train --data {images} {shlex.join(source)} --out adapted\n"
+        f"To adapt the model{written}:\n"
+        f"  dcar train --data {images} {shlex.join(source)} --out adapted\n"
         f"  dcar index build --gallery {images} --checkpoint adapted --out {shlex.quote(str(index))}"
         f" --validation {images}\n"
         f"Stop with Ctrl-C."

@@ -161,8 +161,7 @@ class Annotations:
         packed = [file.name for pattern in ("*.tar.*", "*.tgz") for file in self.path.glob(pattern)]
         unpack = f"; unpack {shorten(packed)} first" if packed else ""
         read = f" in {shorten([file.name for file in self._read_files])}" if self._read_files else ""
-        needed = f"it needs {_FORMS}{unpack}. `dcar data caption` writes captions with a vision model"
-        return DataError(f"{self.path} has no {splits} pairs{read}; {needed}")
+        return DataError(f"{self.path} has no {splits} pairs{read}; it needs {_FORMS}{unpack}")
 
     def _files(self, split: str) -> list[Path]:
         """Return the files that may hold a split. A gallery's own files are used if there are no annotations."""

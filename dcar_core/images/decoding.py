@@ -7,7 +7,6 @@
 - Files of strangers are decoded in processes with limits: see `workers`.
 """
 
-import base64
 import io
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
@@ -148,15 +147,6 @@ def make_thumbnail(opened: OpenedImage, side: int, thumbnail_format: ThumbnailFo
     buffer = io.BytesIO()
     image.save(buffer, thumbnail_format, **_OPTIONS[thumbnail_format])
     return buffer.getvalue()
-
-
-def jpeg_data_uri(source: ImageSource, side: int) -> str:
-    """Return an image as a JPEG data URI with a longer side of at most `side` pixels. Raise ImageError."""
-    image = open_image(source, at_least=side)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
     samples --taxonomy--> categories, most similar first --generate--> negatives --complete--> samples with negatives
 
 In: samples with captions and categories. Out: the same samples with negative captions.
-`training`, `captioning`, `evaluation` and the CLI import it; it imports `data`, `model` and `util`.
+`training`, `evaluation` and the CLI import it; it imports `data`, `model` and `util`.
 """
 
 from dcar_core.negatives.complete import LETTER_FUNCTIONS, add_negatives, backbone_functions

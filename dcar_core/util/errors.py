@@ -49,14 +49,6 @@ class ImageError(DataError):
         return type(self), (str(self), self.fault)
 
 
-class CaptionError(DcarError):
-    """Captions cannot be requested: the key, the model, the address, or the journal of another run."""
-
-
-class EndpointError(CaptionError):
-    """One request was refused or never answered. The message is the reason."""
-
-
 class ModelError(DcarError):
     """The backbone is unknown, unsupported or cannot be loaded."""
 

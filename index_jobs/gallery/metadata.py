@@ -128,7 +128,7 @@ class GalleryMetadata:
         if others:
             suffix = PurePosixPath(others[0]).suffix
             forms = f"metadata{suffix} (column file_name) or pairs{suffix} (columns image and caption)"
-            name = "pairs.json (in the form of `dcar data caption`)" if suffix == ".json" else forms
+            name = "pairs.json (in the FDRD format)" if suffix == ".json" else forms
             logger.warning("%s is not read: call it %s", others[0], name)
         return None
 

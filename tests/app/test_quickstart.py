@@ -74,7 +74,6 @@ def test_without_a_hub_the_bundled_model_indexes_and_serves_a_folder(
         "2 of 3: index",
         "3 of 3: serve",
     ]
-    assert f"dcar data caption --images '{photos}' --out '{photos}/pairs.json' --url " in first.output
     assert f"dcar train --data '{photos}' --model " in first.output
     (flags,) = served
     artifact = open_current(flags["index"])

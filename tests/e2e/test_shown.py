@@ -2,7 +2,7 @@
 
 - The tutorial runs first, in a fresh directory with 72 drawn pictures. Each guide continues in a copy of it.
 - A tiny model and short trainings take the place of CLIP and of real ones.
-- Requests to the demo are in `test_example.py`, captions of a vision model in `test_write_captions.py`.
+- Requests to the demo are in `test_example.py`.
 """
 
 import csv
@@ -43,7 +43,7 @@ COLORS = {
     "black": "at night",
 }
 GROUNDS = {(255, 255, 255): "in the snow", (160, 160, 160): "in the fog", (250, 240, 120): "in a field"}
-ELSEWHERE = {"search.md", "re-rank-and-explain.md", "write-captions.md"}  # the tests named above
+ELSEWHERE = {"search.md", "re-rank-and-explain.md"}  # the tests named above
 
 
 def runs(block: Shown) -> bool:

@@ -1,4 +1,4 @@
-"""The commands of docs/how-to/write-captions.md: from captions of a vision model to an index that has them."""
+"""The commands of the README: from captions of a vision model to an index that has them."""
 
 import re
 import shlex
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from vision_server import VisionServer
 
 from app.cli import app
+from app.cli.adapter import add_plugins
 from index_jobs.store.versions import open_current
 from tests.support.images import draw
 from tests.support.shown import assert_shown, shown_blocks
-from tests.support.vision_server import VisionServer
 
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("square", "circle", "triangle", "cross")
@@ -21,10 +22,11 @@ def test_captions_of_a_vision_model_reach_the_index(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    add_plugins(app)
     for number, (shape, color) in enumerate((s, c) for s in SHAPES for c in COLORS):
         (tmp_path / "photos" / shape).mkdir(parents=True, exist_ok=True)
         draw(color, shape).save(tmp_path / "photos" / shape / f"photo {number}.png")
-    (block,) = shown_blocks("docs/how-to/write-captions.md")
+    block, _ = shown_blocks("plugins/dcar-caption/README.md")
     commands, printed = [line for line in block.lines if line.startswith("dcar ")], ""
     with VisionServer() as server:
         for command, status in zip(commands, ([0], [0, 3], [0]), strict=True):  # 3: one epoch made it no better
