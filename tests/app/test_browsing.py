@@ -59,6 +59,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
     return gallery.parent / "index"
 
 
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """The module of the function and the file of each job of the decoding processes."""
+    run, jobs = DecodeWorker.run, list[tuple[str, bytes]]()
+
+    def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
+        jobs.append((getattr(convert, "func", convert).__module__, data))
+        return run(worker, convert, data, limits)
+
+    monkeypatch.setattr(DecodeWorker, "run", recorded)
+    return jobs
+
+
 async def ids(client: ServiceClient, **query: Any) -> list[str]:
     response = await client.get("/ui/browse", params=query)
     assert response.status_code == 200, response.text
@@ -71,14 +84,7 @@ async def item_id(client: ServiceClient, name: str) -> str:
 
 
 @pytest.mark.slow
-async def test_thumbnails_are_small_and_upright(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, modules = DecodeWorker.run, set[str]()
-
-    def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
-        modules.add(getattr(convert, "func", convert).__module__)
-        return run(worker, convert, data, limits)
-
-    monkeypatch.setattr(DecodeWorker, "run", recorded)
+async def test_thumbnails_are_small_and_upright(photos: Path, decoded: list[tuple[str, bytes]]) -> None:
     async with opened(photos) as client:
         for name, size in (("phone.jpg", (288, 384)), ("print.jpg", (384, 288)), ("scan.tif", (384, 288))):
             url = f"/items/{await item_id(client, name)}/image?size=384"
@@ -94,8 +100,8 @@ async def test_thumbnails_are_small_and_upright(photos: Path, monkeypatch: pytes
             assert fallback.headers["etag"] != response.headers["etag"]
             again = await client.get(url, headers={**WEBP, "If-None-Match": response.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
-    assert modules
-    assert not [name for name in modules if name.startswith("app.")], "a decoding process would import the service"
+    assert decoded
+    assert not [name for name, _ in decoded if name.startswith("app.")], "a decoding process would import the service"
 
 
 @needs("heic")
@@ -146,21 +152,14 @@ async def test_small_drawings_are_sent_as_they_are(started: ServiceClient) -> No
     assert_problem(await started.get("/items/unknown/image?size=192"), 404, "id")
 
 
-async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, files = DecodeWorker.run, list[bytes]()
-
-    def recorded(worker: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> Decoded:
-        files.append(data)
-        return run(worker, convert, data, limits)
-
+async def test_a_changed_image_gets_a_new_thumbnail(photos: Path, decoded: list[tuple[str, bytes]]) -> None:
     path = photos.parent / "gallery" / "print.jpg"
     content = path.read_bytes()
-    monkeypatch.setattr(DecodeWorker, "run", recorded)
     async with opened(photos) as client:
         url = f"/items/{await item_id(client, 'print.jpg')}/image?size=192"
         first = await client.get(url)
         assert (await client.get(url)).content == first.content
-        assert files == [content], "it is made once"
+        assert [data for _, data in decoded] == [content], "it is made once"
         try:
             Image.new("RGB", (900, 600), "red").save(path)
             changed = await client.get(url)

@@ -38,13 +38,6 @@ def test_a_file_that_the_system_refuses_is_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {out}: Not a directory"
 
 
-@pytest.mark.parametrize("command", [["build", "--checkpoint", "c", "--out", "i"], ["add", "i"]])
-def test_a_number_out_of_range_is_refused_before_anything_is_loaded(command: list[str]) -> None:
-    done = CliRunner().invoke(app, ["index", *command, "--gallery", "g", "--workers", "-1"])
-    assert done.exit_code == 2
-    assert "--workers" in done.output
-
-
 @pytest.mark.parametrize("command", [["train", "--method", "dcarr"], ["evaluate", "--methods", "clip,dcarr"]])
 def test_an_unknown_method_is_told_before_anything_is_loaded(command: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--data", str(tmp_path), "--out", "o", "--model", "no such model"])
@@ -53,35 +46,25 @@ def test_an_unknown_method_is_told_before_anything_is_loaded(command: list[str],
 
 
 @pytest.mark.parametrize(
-    ("command", "option", "value", "wanted"),
+    ("command", "option", "wanted"),
     [
-        ("train", "--loss", "text", "image-to-text"),
-        ("evaluate", "--loss", "text", "image-to-text"),
-        ("evaluate", "--prompts", "blank", "constant"),
-        ("evaluate", "--anchor", "-1", "greater than or equal to 0"),
-        ("evaluate", "--temperature", "0.1", "learned"),
+        ("index build --gallery g --checkpoint c --out i", "--workers -1", "--workers"),
+        ("index add i --gallery g", "--workers -1", "--workers"),
+        ("train", "--loss text", "image-to-text"),
+        ("evaluate", "--loss text", "image-to-text"),
+        ("evaluate", "--prompts blank", "constant"),
+        ("evaluate", "--anchor -1", "greater than or equal to 0"),
+        ("evaluate", "--temperature 0.1", "learned"),
+        ("evaluate", "--grid 1e-3", "--grid names the learning rates of --tune"),
+        ("evaluate", "--tune --lr 1e-3", "--tune chooses the learning rate"),
     ],
 )
-def test_an_unknown_training_option_is_refused_before_anything_is_loaded(
-    command: str, option: str, value: str, wanted: str
-) -> None:
-    done = CliRunner().invoke(app, [command, "--data", "d", "--out", "o", "--model", "no such model", option, value])
+def test_a_wrong_option_is_refused_before_anything_is_loaded(command: str, option: str, wanted: str) -> None:
+    needed = "" if command.startswith("index") else " --data d --out o --model missing"
+    done = CliRunner().invoke(app, f"{command}{needed} {option}")
     assert done.exit_code == 2
-    assert option in done.output
-    assert wanted in done.output
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--grid", "1e-3"], "--grid names the learning rates of --tune"),
-        (["--tune", "--lr", "1e-3"], "--tune chooses the learning rate"),
-    ],
-)
-def test_learning_rates_that_would_be_ignored_are_refused(options: list[str], message: str) -> None:
-    done = CliRunner().invoke(app, ["evaluate", "--data", "d", "--out", "o", "--model", "no such model", *options])
-    assert done.exit_code == 2
-    assert message in " ".join(done.output.replace("│", "").split())
+    assert option.split()[0] in done.output
+    assert wanted in " ".join(done.output.replace("│", "").split())
 
 
 def test_preset_of_the_paper_shows_its_figures_next_to_ours(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
