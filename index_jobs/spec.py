@@ -1,6 +1,6 @@
 """What was asked for in a build: `IndexSpec`, which a version's manifest stores, and `BuildOptions`, how the job runs.
 
-A field declared by `_option` is an option of `dcar index build`; its help describes it. `jobs.cli` makes the command.
+A field declared by `option` is an option of `dcar index build`; its help describes it. `jobs.cli` makes the command.
 """
 
 import math
@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dcar_core.util.errors import DataError
+from dcar_core.util.options import option
 
 KEEP_WRITES = 5  # versions that changes over HTTP or by a watch keep of theirs
 _SHARE = {"metavar": "SHARE", "min": 0, "max": 1}
-
-
-def _option(default: Any, help: str, **declared: Any) -> Any:
-    """Return a field that is an option. declared: further arguments of `typer.Option`, such as min and max."""
-    return field(default=default, metadata={"help": help, **declared})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,34 +27,34 @@ class IndexSpec:
     gallery_signature: str = ""  # of the names, files and metadata of the images
     fingerprint: str = ""  # of the encoder
     pairs_signature: str = ""  # of the validation pairs; "" without
-    kind: str = _option(
+    kind: str = option(
         "auto",
         "Kind of index: auto (by count, dimensions, memory and device), flat (exact), hnsw, ivf, ivf-pq-fp16, ivf-pq, "
         "pq, gpu-flat, gpu-ivf, gpu-cagra, or a FAISS index_factory string such as IVF1024,SQ8.",
     )
-    engine: str = _option(
+    engine: str = option(
         "faiss",
         "What stores and searches the vectors: faiss, a file of the index, or another engine and its location; see "
         "docs/explanation/index-kinds.md.",
         metavar="NAME[=URI]",
     )
-    memory: int | None = _option(
+    memory: int | None = option(
         None,
         "Memory that the index may take, such as 800MiB or 4GiB. Building it also holds a sample of the vectors. "
         "Default: half of the machine's or container's memory.",
         metavar="SIZE",
     )
-    target_recall: float = _option(0.99, "Recall at 10, against exact search, to tune parameters to.", **_SHARE)
-    text_fields: tuple[str, ...] | None = _option(
+    target_recall: float = option(0.99, "Recall at 10, against exact search, to tune parameters to.", **_SHARE)
+    text_fields: tuple[str, ...] | None = option(
         None,
         "Metadata fields whose words hybrid searches look up, separated by commas. Default: every field with text. Id, "
         "caption and category are always looked up.",
         metavar="NAMES",
     )
-    group_field: str = _option("", "Metadata field that names the product: searches return each once.", metavar="NAME")
-    max_failed: float = _option(0.05, "Share of images that may be unreadable; failed.jsonl lists them.", **_SHARE)
-    exact: bool = _option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
-    runtime: str = _option(
+    group_field: str = option("", "Metadata field that names the product: searches return each once.", metavar="NAME")
+    max_failed: float = option(0.05, "Share of images that may be unreadable; failed.jsonl lists them.", **_SHARE)
+    exact: bool = option(False, "Decode every JPEG at full size, bit for bit as open_clip does.")
+    runtime: str = option(
         "torch",
         "Encoder runtime: auto (by what is installed and the processor), torch, openvino-bf16, and others of "
         "docs/how-to/choose-a-runtime.md.",
@@ -81,49 +77,49 @@ class BuildOptions:
     """How a build runs. Apart from the spec, nothing here changes what is published."""
 
     spec: IndexSpec = field(default_factory=IndexSpec)
-    workers: int | None = _option(
+    workers: int | None = option(
         None,
         "Decoding processes; 0 decodes in threads of the job, without limits. Default: all cores (beyond 4, all but "
         "one), fewer for a small gallery.",
         min=0,
     )
-    batch_size: int = _option(64, "Images per forward pass.", min=1)
-    ray: str | None = _option(
+    batch_size: int = option(64, "Images per forward pass.", min=1)
+    ray: str | None = option(
         None,
         "Encode on a Ray cluster: its address, auto for the cluster of this machine, or local to start one. --workers "
         "is then the number of its workers.",
         metavar="ADDRESS",
     )
-    keep: int = _option(3, "Versions to keep, with the new one. Changes over HTTP or by a watch are kept apart.", min=1)
-    max_vanished: float = _option(
+    keep: int = option(3, "Versions to keep, with the new one. Changes over HTTP or by a watch are kept apart.", min=1)
+    max_vanished: float = option(
         0.2,
         "Share of the served index's images that may be gone from the gallery, 0 to 1; with more, nothing is "
         "published.",
         **_SHARE,
     )
-    model: Path | None = _option(  # noqa: RUF009
+    model: Path | None = option(
         None, "New directory or file of the checkpoint's backbone, if it was moved.", metavar="PLACE", exists=True
     )
-    device: str = _option("auto", "auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")
-    shard_rows: int = _option(1024, "Images per shard, which is the work that a killed run can lose.", min=1)
-    validation: Path | None = _option(  # noqa: RUF009
+    device: str = option("auto", "auto (every GPU, or the CPU), cpu, cuda:1, mps, or several: cuda:0,cuda:1.")
+    shard_rows: int = option(1024, "Images per shard, which is the work that a killed run can lose.", min=1)
+    validation: Path | None = option(
         None,
         "Data set as for `dcar train --data`. Its val pairs with images in the gallery compare the new index with the "
         'served one and calibrate `min_score: "auto"`. Default: compare by the gallery\'s captions.',
         metavar="DATA",
     )
-    judgements: Path | None = _option(  # noqa: RUF009
+    judgements: Path | None = option(
         None,
         "Table of judgements as for `dcar judge`; the new index is also compared by its nDCG at 10.",
         metavar="FILE",
     )
-    margin: float = _option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
-    force: bool = _option(
+    margin: float = option(0.02, "Recall at 1 or 10, or nDCG, that the new index may lose and still pass.", **_SHARE)
+    force: bool = option(
         False,
         "Publish although nothing has changed, the new index ranks worse or cannot be compared, or the gallery has "
         "shrunk. Images that failed are tried again.",
     )
-    keep_shards: bool = _option(
+    keep_shards: bool = option(
         True,
         "Keep the vectors in OUT/work, those of a rejected index included, so that the next rebuild encodes only new "
         "images.",

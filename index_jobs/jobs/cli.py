@@ -55,13 +55,14 @@ def parse_names(text: str) -> list[str]:
 
 
 _PARSERS = {"memory": parse_size, "text_fields": parse_names}
-_FLAGS = ("exact", "force")  # without a form that begins with --no-
 _FIELDS = {each.name: each for options in (IndexSpec, BuildOptions) for each in fields(options) if each.metadata}
 
 
 def _option(name: str) -> Any:
-    """Return the declaration of the option that a field is."""
-    return typer.Option(*[f"--{name}"] * (name in _FLAGS), parser=_PARSERS.get(name), **_FIELDS[name].metadata)
+    """Return the declaration of the option that a field is; one that is off by default has no --no form."""
+    field = _FIELDS[name]
+    flags = [f"--{name}"] if field.default is False else []
+    return typer.Option(*flags, parser=_PARSERS.get(name), **field.metadata)
 
 
 Gallery = Annotated[
