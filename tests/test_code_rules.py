@@ -88,7 +88,7 @@ dcar_core/test_preprocess.py dcar_core/test_retrieval_metrics.py dcar_core/test_
 index_jobs/conftest.py index_jobs/test_artifact.py index_jobs/test_changes.py index_jobs/test_faiss_search.py
 index_jobs/test_filters.py index_jobs/test_fusion.py index_jobs/test_lexical.py index_jobs/test_object_store.py
 index_jobs/test_publishing.py index_jobs/test_retrain.py index_jobs/test_storage.py index_jobs/test_tuning.py
-index_jobs/test_updates.py index_jobs/test_writes.py support/vision_server.py
+index_jobs/test_updates.py index_jobs/test_writes.py
 """
 
 
