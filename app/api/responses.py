@@ -23,8 +23,8 @@ from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Item
 
 _IMAGE_MAX_AGE_S = 3600
-_MAX_CHARS = 16 * 2**20  # of texts in a response; a page of the largest items takes 14 MiB
-_QUICK_CHARS = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
+MAX_CHARS = 16 * 2**20  # of texts in a response; a page of the largest items takes 14 MiB
+QUICK_CHARS = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
 
 
@@ -44,10 +44,10 @@ async def make_response(request: Request, make: Callable[[], Any], texts: int, f
         texts: characters of the items' texts.
         field: of the request, which is at fault if they are too many.
     """
-    if texts > _MAX_CHARS:
-        message = f"the texts and metadata take more than {_MAX_CHARS // 2**20} MiB; "
+    if texts > MAX_CHARS:
+        message = f"the texts and metadata take more than {MAX_CHARS // 2**20} MiB; "
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
-    if texts <= _QUICK_CHARS:
+    if texts <= QUICK_CHARS:
         return JsonResponse(make())
     state_of(request).bodies.hold_response(request.scope, texts)
     return await asyncio.to_thread(lambda: JsonResponse(make()))
@@ -85,7 +85,7 @@ def _total(sizes: Iterable[int]) -> int:
     total = 0
     for size in sizes:
         total += size
-        if total > _MAX_CHARS:
+        if total > MAX_CHARS:
             break
     return total
 

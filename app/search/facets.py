@@ -17,7 +17,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
-_MAX_SCORED = 10_000  # rows that are compared with a min_score
+MAX_SCORED = 10_000  # rows that are compared with a min_score
 _MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
@@ -36,7 +36,7 @@ def count_facets(
     """Return the facets of the rows that fulfil a filter, and False if they are approximate. They are cached.
 
     Args:
-        vector: of the query, (E,). With a `min_score`, those of the best `_MAX_SCORED` rows count that reach it, as the
+        vector: of the query, (E,). With a `min_score`, those of the best `MAX_SCORED` rows count that reach it, as the
             index finds them.
 
     Raises:
@@ -56,11 +56,11 @@ def count_facets(
                     snapshot.facets.keep(key, facet)
             facets[name] = facet
         return facets, True
-    scores, rows = artifact.search(vector[None], min(_MAX_SCORED, artifact.rows), allowed)
+    scores, rows = artifact.search(vector[None], min(MAX_SCORED, artifact.rows), allowed)
     reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
     scored = np.zeros(artifact.rows, np.bool_)
     scored[reached] = True
-    is_exact = len(reached) < _MAX_SCORED and is_exact_index(artifact)
+    is_exact = len(reached) < MAX_SCORED and is_exact_index(artifact)
     return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
 
 

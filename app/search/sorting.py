@@ -37,7 +37,7 @@ from index_jobs.store.lexical.fusion import text_bonus
 
 MAX_SORTED = 10_000
 Found = tuple[list[Match], dict[str, Any]]  # matches up to the next page, and other fields of the results
-_FIRST_WIDTH = 1_000  # nearest rows that are looked at before `MAX_SORTED` of them
+FIRST_WIDTH = 1_000  # nearest rows that are looked at before `MAX_SORTED` of them
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _find_near(
     lowest = plan.min_score
     if lowest is None:
         lowest = artifact.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
-    widths = (1,) if lowest == np.inf else (_FIRST_WIDTH, MAX_SORTED)
+    widths = (1,) if lowest == np.inf else (FIRST_WIDTH, MAX_SORTED)
     for width in widths:
         found = vector_candidates(artifact, vector, min(width, artifact.rows), allowed)
         is_reached = np.array([round(cosine, 6) >= lowest for cosine in found.cosines.tolist()], np.bool_)

@@ -1,91 +1,393 @@
-"""Search options, each compared with the same result computed by hand."""
+"""Search options, alone and combined, against `Oracle`, which computes the same with NumPy."""
 
+import base64
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
-from app.api.responses import result_chars
-from app.api.schemas import BatchResponse, ItemsResponse
+from app.api.responses import result_chars, search_body
+from app.api.schemas import BatchResponse, ItemsResponse, SearchResponse
+from app.cli import app
 from app.middleware.body_limit import UNSENT_BYTES
+from app.search import Index
 from app.search.query import Match, SearchResults
-from dcar_core import Encoder
+from app.service.embedding_cache import rounded
+from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact, Item
-from index_jobs.store.versions import open_current
-from tests.support.images import png
+from index_jobs.store.artifact import Item
+from tests.conftest import COLORS, SHAPES
+from tests.support.files import write_jsonl
+from tests.support.images import draw, encoded
+from tests.support.oracle import Oracle
 from tests.support.responses import assert_problem
-from tests.support.searches import Client, close, ids, ranked
 from tests.support.service import ServiceClient, opened
 
-
-async def test_pages_together_equal_one_large_page(built_index: Path) -> None:
-    async with opened(built_index, max_window=20) as http:
-        client = Client(http)
-        whole = await client.text(query="red", k=20)
-        assert "next_offset" not in whole, "the window ends here"
-        pages: list[str] = []
-        offset: int | None = 0
-        while offset is not None:
-            page = await client.text(query="red", k=6, offset=offset)
-            assert [r["rank"] for r in page["results"]] == list(range(offset + 1, offset + 7))
-            pages += ids(page)
-            offset = page.get("next_offset")
-        assert pages == ids(whole)[:18], "another page would exceed the window"
-        assert_problem(await http.post("/search/text", json={"query": "red", "k": 6, "offset": 15}), 422, "offset")
-    async with opened(built_index) as http:
-        client = Client(http)
-        last = await client.text(query="red", k=10, offset=20)
-        assert len(last["results"]) == 4
-        assert "next_offset" not in last
-        assert "next_offset" not in await client.text(query="red", k=24)
-        assert (await client.text(query="red", k=23))["next_offset"] == 23
-        assert (await client.text(query="red", offset=500))["results"] == []
-        similar = (await http.get("/items/circle%2Fred.png/similar", params={"k": 5, "offset": 5})).json()
-        first = (await http.get("/items/circle%2Fred.png/similar", params={"k": 10})).json()
-        assert ids(similar) == ids(first)[5:]
+ITEMS, ADDED, REMOVED = 150, 8, ("item3", "item40", "item151")
+LEFT = {"x": 0, "y": 0, "width": 0.5, "height": 1}
+RIGHT = LEFT | {"x": 0.5}
 
 
-async def test_filtered_search_returns_k_matching_results(started: ServiceClient) -> None:
-    client = Client(started)
-    order = ids(await client.text(query="red square", k=24))
-
-    async def found(**filter: Any) -> list[str]:
-        return ids(await client.text(query="red square", k=6, filter=filter))
-
-    crosses = [item for item in order if item.startswith(("cross", "été"))]
-    assert await found(category="cross") == crosses, "all six, at any rank"
-    both = [i for i in order if i.startswith(("circle", "square"))]
-    assert await found(category=["circle", "square"]) == both[:6]
-    assert await found(category={"not": ["circle", "square", "triangle"]}) == crosses
-    assert sorted(await found(color="red")) == [f"{s}/red.png" for s in ("circle", "cross", "square", "triangle")]
-    assert await found(color="red", category="circle") == ["circle/red.png"]
-    assert await found(color={"gt": "green", "lt": "purple"}) == [i for i in order if "orange" in i]
-    assert await found(color="pink") == []
-    form = await client.image(png(), k="4", filter='{"color": "red"}')
-    assert len(form["results"]) == 4
-    bad = await started.post("/search/image", files={"file": png()}, data={"filter": "red"})
-    assert_problem(bad, 422, "filter")
+def halves() -> Image.Image:
+    image = Image.new("RGB", (80, 40), "blue")
+    image.paste("red", (0, 0, 40, 40))
+    return image
 
 
-async def test_invalid_json_and_charsets_in_forms_name_the_field(started: ServiceClient) -> None:
+HALVES = encoded(halves())
+
+
+def shop(folder: Path, numbers: range) -> Path:
+    """Write images, some of them equal, with fields of all types, which some of them lack."""
+    folder.mkdir()
+    rows = list[dict[str, Any]]()
+    for number in numbers:
+        rng = random.Random(number)
+        color, shape = rng.choice(COLORS), rng.choice(SHAPES)
+        image = draw(color, shape)
+        if number % 4:
+            noise = np.random.default_rng(number).integers(0, 255, (48, 48, 3), np.uint8)
+            image = Image.blend(image, Image.fromarray(noise), rng.choice([0.2, 0.5, 0.8]))
+        image.save(folder / f"{number}.png")
+        fields = {
+            "caption": rng.choice(["", f"a {color} {shape}", f"a {color} {shape}, WX-{number}", f"{shape} mirror"]),
+            "category": rng.choice(["", "cat", "dog", "Étoile"]), "color": color,
+            "price": rng.choice([None, round(rng.gauss(20, 9), 2)]), "stock": rng.choice([None, -1, 0, 7, 10]),
+            "brand": rng.choice([None, "", "acme", "Acme", "zeta", "été"]), "sale": rng.choice([None, True, False]),
+            "tags": rng.choice([None, ["a"], ["b", "c"], ["a", "c", "d"]]), "product": rng.choice([None, *"pqrstuvw"]),
+            "story": "x" * 5000, "note": "".join(rng.choices("éz9Z \uffff\U0001f600'", k=3)),
+        }  # fmt: skip
+        row = {name: value for name, value in fields.items() if value is not None}
+        rows.append({"file_name": f"{number}.png", "id": f"item{number}", **row})
+    write_jsonl(folder / "metadata.jsonl", *rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def catalogue(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index with added and removed items."""
+    root = tmp_path_factory.mktemp("options")
+    rebuild(shop(root / "shop", range(ITEMS)), tiny_checkpoint, root / "index", workers=0, progress=False)
+    add(root / "index", shop(root / "more", range(ITEMS, ITEMS + ADDED)), progress=False)
+    remove(root / "index", REMOVED)
+    return root / "index"
+
+
+@pytest.fixture(scope="module")
+def searched(catalogue: Path) -> tuple[Index, Oracle]:
+    index = Index.open(catalogue, device="cpu")
+    return index, Oracle(index.snapshot)
+
+
+RED = "a red square"
+TABLE: list[dict[str, Any]] = [  # "top 9", "share 0.1" and "cutoff" as in `Oracle.prepare`
+    {"query": RED},
+    {"query": "  a red\tsquare\u200b ", "k": 155},
+    {"query": RED, "k": 154, "offset": 1},
+    {"query": RED, "k": 7, "offset": 151},
+    {"query": "x", "offset": 500},
+    *(
+        {"query": RED, "k": 20, "filter": filter}
+        for filter in (
+            {"category": "cat"}, {"category": ["cat", "dog"], "color": "red"}, {"category": None}, {"brand": None},
+            {"category": {"not": ["cat", None]}}, {"brand": {"not": "acme"}}, {"color": "pink"}, {"sale": True},
+            {"color": {"gt": "green", "lt": "purple"}}, {"price": {"gte": 15, "lt": 25.5}}, {"stock": {"lte": 0}},
+            {"tags": "c"}, {"tags": {"in": ["b", "d"], "not": "a"}}, {"caption": {"contains": "wX-1"}},
+            {"$or": [{"color": "red", "sale": False}, {"price": {"gt": 30}}], "stock": {"not": None}},
+            {"id": ["item3", "item4"]}, {},
+        )
+    ),
+    {"query": RED, "k": 155, "min_score": "top 10"},
+    {"query": RED, "min_score": 1.0},
+    {"query": RED, "k": 155, "cutoff": (20, 3)},
+    {"query": RED, "k": 4, "offset": 30, "cutoff": (20, 3)},
+    {"query": RED, "k": 155, "cutoff": (20, 3), "min_score": "auto"},
+    {"query": "zzqx blorp", "k": 155, "cutoff": (20, 3)},
+    {"query": "zzqx blorp", "k": 155, "cutoff": (20, 0)},
+    {"query": "red mirorr zzqx", "k": 155, "cutoff": (20, 0), "hybrid": 0.5},
+    {"query": RED, "k": 155, "cutoff": (20, 0), "hybrid": True},
+    {"query": RED, "filter": {"color": "blue"}, "cutoff": (1, 0)},
+    {"query": RED, "without": "blue", "weights": {"without": 0}, "cutoff": (20, 3)},
+    {"query": "a circle", "without": "  red ", "k": 50},
+    {"query": "a circle", "without": "red", "weights": {"without": 0.8}},
+    {"query": "a circle", "without": "red", "weights": {"text": 5e-5, "without": 5e-5}},
+    {"more_like": ["item5"], "k": 154},
+    {"more_like": ["item5"], "k": 5, "offset": 5},
+    {"more_like": ["item5", "item152"], "without": "red"},
+    {"more_like": ["item5"], "group_by": "product", "k": 50},
+    {"query": "red", "less_like": ["item9"], "group_by": "product", "sort": "price", "min_score": "top 90", "k": 90},
+    {"query": "red", "more_like": ["item5", "item8"], "less_like": ["item9"], "weights": {"more": 2, "less": 0.25}},
+    {"image": HALVES, "k": 50, "cutoff": (20, 3)},
+    {"image": HALVES, "crop": LEFT, "less_like": ["item4", "item8"]},
+    {"image": HALVES, "query": RED, "weights": {"text": 3, "image": 0.5}, "hybrid": 0.8},
+    {"image": HALVES, "query": "circle", "without": "red", "crop": RIGHT},
+    {"image": HALVES, "query": RED, "weights": {"text": 0}, "fields": ["color"]},
+    {"image": HALVES, "sort": "-caption", "min_score": "top 40", "facets": ["color"], "k": 60},
+    {"query": "x", "k": 155, "fold": "share 0.1"},
+    {"query": "x", "k": 4, "offset": 4, "fold": "share 0.3"},
+    {"query": RED, "k": 155, "fold": 1.0, "hybrid": True},
+    {"query": RED, "fold": "share 0.1", "sort": "price", "min_score": "top 60"},
+    *({"query": query, "k": 155, "hybrid": weight} for query in (RED, "mirorr", "WX12") for weight in (0.05, 1.0)),
+    {"query": "wx 155", "hybrid": 1, "k": 1},
+    {"query": RED, "without": "blue", "hybrid": True, "min_score": "top 30", "k": 50},
+    {"query": "red mirror", "hybrid": 0.7, "group_by": "product", "filter": {"sale": True}, "k": 3, "offset": 3},
+    *({"query": "x", "group_by": name, "k": 4, "offset": at} for name in ("product", "category") for at in (0, 4)),
+    {"query": "x", "group_by": "color", "filter": {"category": ["cat", "dog"]}, "facets": ["product", "color"]},
+    {"query": "x", "group_by": "price", "min_score": "top 20", "facets": ["price", "tags"], "k": 50},
+    *(
+        {"query": "x", "k": 1, "facets": ["category", "tags", "sale", "stock", "price", "note", "id"], **more}
+        for more in ({}, {"group_by": "product"}, {"filter": {"color": "red"}}, {"min_score": "top 60"})
+    ),
+    *(
+        {"query": RED, "sort": sort, "k": 60, "cutoff": (50, 3), "facets": ["color"], **more}
+        for sort in ("price", "-price", "brand", "-brand", "-sale", "stock", "id")
+        for more in ({}, {"hybrid": True, "group_by": "product"})
+    ),
+    {"query": RED, "sort": "-caption", "k": 2, "offset": 2, "min_score": "top 30", "cutoff": (50, 3)},
+    {"query": "red mirror", "sort": "caption", "hybrid": True, "without": "square", "k": 60},
+    {"query": "zzz", "sort": "caption", "min_score": 1.0, "facets": ["color"]},
+    {"query": RED, "fields": ["*"]},
+    {"query": RED, "fields": ["color", "price", "id", "caption"], "k": 30},
+]  # fmt: skip
+
+
+def search(searched: tuple[Index, Oracle], row: dict[str, Any]) -> None:
+    index, oracle = searched
+    options = oracle.prepare(row)
+    oracle.check(search_body(index.search(**options)), **options)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: str(row | {"image": "halves"} if "image" in row else row))
+def test_results_are_those_of_the_oracle(searched: tuple[Index, Oracle], row: dict[str, Any]) -> None:
+    search(searched, row)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_combined_options_give_the_results_of_the_oracle(searched: tuple[Index, Oracle], seed: int) -> None:
+    draw = random.Random(seed)
+    row: dict[str, Any] = {
+        "query": draw.choice([RED, "blue mirror", "gohst zzz", "WX-12 circle", ""]),
+        "without": draw.choice(["", "", "red"]),
+        "more_like": draw.choice([(), (), ("item5",), ("item20", "item152")]),
+        "less_like": draw.choice([(), (), ("item9",)]),
+        "k": draw.choice([1, 5, 24, 155]),
+        "offset": draw.choice([0, 0, 3, 20]),
+        "min_score": draw.choice([None, "top 60"]),
+        "filter": draw.choice([None, None, {"sale": True}, {"price": {"gt": 18}}, {"color": {"not": ["red", "blue"]}}]),
+        "facets": draw.choice([(), ("tags", "price", "brand")]),
+        "fields": draw.choice([(), ("price",)]),
+    }
+    if not row["query"]:
+        row["more_like"] = row["more_like"] or ("item7",)
+    elif draw.random() < 0.5:
+        row["hybrid"] = draw.choice([True, 0.2, 0.95])
+    row |= draw.choice([{}, {"group_by": "product"}, {"group_by": "brand"}, {"fold": "share 0.05"}])
+    if draw.random() < 0.5:
+        row["cutoff"] = (draw.choice([20, 100]), draw.choice([0, 3]))
+    is_text = row["query"] and not (row["without"] or row["more_like"] or row["less_like"])
+    if row["min_score"] or row.get("hybrid") or ("cutoff" in row and is_text):
+        row["sort"] = draw.choice(["", "", "price", "-stock", "brand", "-sale"])
+    search(searched, row)
+
+
+async def test_the_service_answers_the_table_as_the_oracle(catalogue: Path) -> None:
+    async with opened(catalogue, poll_s=0) as http:
+        oracle = Oracle(http.app.state.collections[None].live, rounded)
+        for row in TABLE:
+            options = oracle.prepare(row)
+            plain, image = {**options}, options.get("image")
+            if image is None:
+                answer = await http.post("/search/text", json=plain)
+            else:
+                form = {name: value if name in ("query", "without", "sort") else json.dumps(value)
+                        for name, value in plain.items() if name != "image"}  # fmt: skip
+                answer = await http.post("/search/image", files={"file": image}, data=form)
+                plain["image"] = base64.b64encode(image).decode()
+            batch = await http.post("/search/batch", json={"queries": [{"query": "blue"}, plain]})
+            assert (answer.status_code, batch.status_code) == (200, 200), answer.text + batch.text
+            SearchResponse.model_validate(answer.json(), strict=True)
+            BatchResponse.model_validate(batch.json(), strict=True)
+            for body in (answer.json(), batch.json()["answers"][1]):
+                oracle.check(body, **options)
+
+
+async def test_listings_are_those_of_the_oracle(catalogue: Path, products: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {}, {"filter": {"category": ["cat"]}}, {"sort": "price"}, {"sort": "-price", "group_by": "product"},
+        {"sort": "brand", "filter": {"price": {"gt": 20}}}, {"group_by": "color"},
+    ]  # fmt: skip
+    for index, listings in ((catalogue, rows), (products, [{}, {"group_by": ""}, {"group_by": "category"}])):
+        async with opened(index) as http:
+            oracle = Oracle(http.app.state.collections[None].live)
+            for given in listings:
+                params = {name: json.dumps(value) if name == "filter" else value for name, value in given.items()}
+                expected, found, offset = oracle.listed(**given), list[dict[str, Any]](), 0
+                while offset is not None:
+                    page = (await http.get("/items", params={"k": 40, "offset": offset, **params})).json()
+                    ItemsResponse.model_validate(page, strict=True)
+                    assert page["count"] == len(expected)
+                    found, offset = found + page["items"], page.get("next_offset")
+                assert [each["id"] for each in found] == expected, given
+            one = (await http.get(f"/items/{quote(found[0]['id'], safe='')}")).json()
+            item = oracle.items[oracle.row_of[found[0]["id"]]]
+            assert one == found[0] | {"index_version": page["index_version"]}
+            assert (one["caption"], one["category"], one["metadata"]) == (item.caption, item.category, item.metadata)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "x"}, {"more_like": ["circle/red.png"]}, {"query": "x", "group_by": "", "k": 24},
+        {"query": "x", "fold": 1.0, "k": 24}, {"query": "red", "hybrid": True, "sort": "-caption"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_group_field_of_an_index_is_the_default(products: Path, row: dict[str, Any]) -> None:
+    index = Index.open(products, device="cpu")
+    search((index, Oracle(index.snapshot)), row)
+
+
+def test_hybrid_true_is_the_weight_that_the_build_chose(searched: tuple[Index, Oracle]) -> None:
+    index, oracle = searched
+    oracle.change_manifest(hybrid_weight=0.02)
+    first, same, other = (
+        [each.row for each in index.search(RED, hybrid=weight, k=155)] for weight in (True, 0.02, 0.7)
+    )
+    assert first == same != other
+
+
+INVALID: list[tuple[dict[str, Any], str]] = [
+    ({"filter": {"weight": 3}}, "filter.weight"),
+    ({"filter": {"color": 3}}, "filter.color"),
+    ({"filter": {"color": {"near": "red"}}}, "filter.color"),
+    ({"filter": ["red"]}, "filter"),
+    *(({"min_score": wrong}, "min_score") for wrong in (2, -2, "high", True)),
+    *(({"min_score": "auto", name: ["item4"]}, "min_score") for name in ("more_like", "less_like")),
+    ({"min_score": "auto", "without": "red"}, "min_score"),
+    ({"more_like": ["item3"]}, "more_like"),
+    ({"query": "", "without": "red", "more_like": ["nothing"]}, "more_like"),
+    ({"more_like": ["a"] * 40}, "more_like"),
+    ({"less_like": ["nothing"]}, "less_like"),
+    ({"query": "", "less_like": ["item4"]}, "less_like"),
+    ({"weights": {"text": 0}}, "weights"),
+    ({"query": "red", "without": "red", "weights": {"without": 1}}, "weights"),
+    ({"query": "", "more_like": ["item4"], "less_like": ["item4"], "weights": {"more": 1, "less": 1}}, "weights"),
+    *(({"fold": wrong}, "fold") for wrong in (0, 1.5, "much")),
+    ({"fields": ["colour"]}, "fields"),
+    ({"crop": LEFT}, "crop"),
+    *(({"hybrid": wrong}, "hybrid") for wrong in (1.5, -0.1, "yes", None)),
+    ({"hybrid": True, "rerank": True}, "hybrid"),
+    ({"query": "", "more_like": ["item4"], "hybrid": True}, "hybrid"),
+    *(({"group_by": wrong}, "group_by") for wrong in ("weight", "tags", "story", 7, "c" * 1025)),
+    ({"group_by": "color", "fold": 0.9}, "group_by"),
+    *(({"facets": wrong}, "facets") for wrong in (["weight"], "color", ["color"] * 9)),
+    ({"query": "", "without": "red"}, "without"),
+    *(({"without": wrong}, "without") for wrong in (" ", "<|endoftext|>", "r" * 21, 7)),
+    ({"k": 20, "offset": 181}, "offset"),
+    *(({"sort": wrong, "min_score": 0.1}, "sort") for wrong in ("weight", "-", "tags", 3)),
+    ({"sort": "color", "rerank": True, "min_score": 0.1}, "sort"),
+    ({"sort": "color", "more_like": ["item4"]}, "sort"),
+]
+INVALID_IMAGES: list[tuple[dict[str, Any], str]] = [
+    ({"filter": "red"}, "filter"),
+    ({"filter": r'{"category": "\ud800"}'}, "filter"),
+    ({"filter": r'{"\ud800": 1}'}, "filter"),
+    ({"filter": '{"category": ' + "[" * 5000 + "]" * 5000 + "}"}, "filter"),
+    ({"weights": r'{"\udfff": 1}'}, "weights"),
+    *(
+        ({"weights": wrong}, "weights")
+        for wrong in ('{"text": -1}', '{"text": "a"}', '{"colour": 1}', "3", '{"text": NaN}')
+    ),
+    ({"query": "x", "weights": '{"text": 0, "image": 0}'}, "weights"),
+    *(({"min_score": wrong}, "min_score") for wrong in (r'"\ud800"', "auto")),
+    ({"without": " "}, "without"),
+    ({"crop": '{"x": 0.6, "y": 0, "width": 0.5, "height": 1}'}, "crop"),
+    ({"crop": '{"x": 0, "y": 0, "width": 0, "height": 1}'}, "crop.width"),
+    ({"crop": '{"x": -0.1, "y": 0, "width": 0.5, "height": 1}'}, "crop.x"),
+    ({"crop": '{"x": "0", "y": 0, "width": 0.5, "height": 1}'}, "crop.x"),
+    ({"crop": '{"x": 0, "y": 0, "width": 0.5}'}, "crop.height"),
+    ({"crop": json.dumps(LEFT | {"z": 1})}, "crop.z"),
+    ({"crop": "[0, 0, 1, 1]"}, "crop"),
+    ({"crop": "left"}, "crop"),
+]
+INVALID_LISTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"filter": "{"}, "filter"), ({"filter": "[]"}, "filter"), ({"filter": '{"colour": 1}'}, "filter.colour"),
+    ({"k": 201}, "k"), ({"k": 0}, "k"), ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
+    ({"group_by": "weight"}, "group_by"), *(({"sort": wrong}, "sort") for wrong in ("weight", "-", "tags")),
+]  # fmt: skip
+INVALID_BATCHES: list[tuple[Any, int, str]] = [
+    ([], 422, "queries"),
+    ([{"query": "x"}] * 5, 422, "queries"),
+    ([{"query": "x"}, {"query": ""}], 422, "queries.1.query"),
+    ([{"query": "x"}, {"query": "y", "k": 0}], 422, "queries.1.k"),
+    ([{"query": "x", "filter": {"a": 1}}], 422, "queries.0.filter.a"),
+    ([{"query": "x", "sort": "weight"}], 422, "queries.0.sort"),
+    ([{"query": "x", "sort": "color"}], 409, "queries.0.sort"),
+    ([{"image": "no base64!"}], 422, "queries.0.image"),
+    ([{"image": base64.b64encode(b"no image").decode()}], 422, "queries.0.image"),
+    ([{"image": base64.b64encode(bytes(20_001)).decode()}], 413, "queries.0.image"),
+    ([{"image": ""}], 422, "queries.0.image"),
+    ([{"image": None}], 422, "queries.0.query"),
+]
+
+
+async def test_invalid_options_name_the_field(catalogue: Path) -> None:
+    picture = {"file": HALVES}
+    limits: dict[str, Any] = {
+        "poll_s": 0,
+        "max_query_chars": 20,
+        "max_window": 200,
+        "max_queries": 4,
+        "max_upload_bytes": 20_000,
+    }
+    async with opened(catalogue, **limits) as http:
+        Oracle(http.app.state.collections[None].live).change_manifest(cutoff={})
+        for body, field in INVALID:
+            problem = assert_problem(await http.post("/search/text", json={"query": "x", **body}), 422)
+            assert problem["errors"][0]["field"].startswith(field), body
+            if field == "fields":
+                assert "available: brand, caption, category, color, file_name, id" in problem["detail"]
+        for form, field in INVALID_IMAGES:
+            problem = assert_problem(await http.post("/search/image", files=picture, data=form), 422)
+            assert all(each["field"].startswith(field) for each in problem["errors"]), form
+        for params, field in INVALID_LISTINGS:
+            assert_problem(await http.get("/items", params=params), 422, field)
+        for queries, status, field in INVALID_BATCHES:
+            assert_problem(await http.post("/search/batch", json={"queries": queries}), status, field)
+        assert_problem(await http.post("/search/batch", content=b"{}"), 415)
+        for name, given in (("min_score", {"min_score": "auto"}), ("sort", {"sort": "color"})):
+            problem = assert_problem(await http.post("/search/text", json={"query": "x", **given}), 409, name)
+            assert "--validation" in problem["detail"]
+        longest = {"query": "\U0001f534" * 20, "without": "\U0001f534" * 20}
+        assert (await http.post("/search/text", json=longest)).status_code == 200
+        assert "next_offset" not in (await http.post("/search/text", json={"query": "x", "k": 80, "offset": 60})).json()
+
+
+async def test_forms_repeat_lists_omit_nulls_and_know_charsets(started: ServiceClient) -> None:
+    async def found(**form: Any) -> Any:
+        answer = await started.post("/search/image", files={"file": HALVES}, data={"k": "24", **form})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["results"]
+
+    ids = ["circle/red.png", "cross/blue.png"]
+    assert (
+        await found(less_like=ids) == await found(less_like=json.dumps(ids)) != await found(group_by="null", filter="")
+    )
+    assert await found(without="7") != await found()
     body = b'--b\r\nContent-Disposition: form-data; name="query"\r\n\r\nxn--a\r\n'
-    body += b'--b\r\nContent-Disposition: form-data; name="file"; filename="p"\r\n\r\n' + png() + b"\r\n--b--\r\n"
-
-    for name, value in (
-        ("filter", r'{"category": "\ud800"}'),
-        ("filter", r'{"\ud800": 1}'),
-        ("filter", '{"category": ' + "[" * 5000 + "]" * 5000 + "}"),
-        ("weights", r'{"\udfff": 1}'),
-        ("min_score", r'"\ud800"'),
-    ):
-        response = await started.post("/search/image", files={"file": png()}, data={name: value})
-        problem = assert_problem(response, 422)
-        assert all(each["field"].startswith(name) for each in problem["errors"])
+    body += (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="p"\r\n\r\n'
+        + encoded(halves())
+        + b"\r\n--b--\r\n"
+    )
     for charset, status in (
         *((codec, 400) for codec in ("idna", "punycode", "undefined", "utf-7", "rot13", "zlib", "no-such", "")),
         *((codec, 200) for codec in ("utf-8", "UTF-8", '"utf-8"', "us-ascii", "iso-8859-1")),
@@ -97,190 +399,70 @@ async def test_invalid_json_and_charsets_in_forms_name_the_field(started: Servic
             assert_problem(response, 400, "Content-Type")
 
 
-async def test_min_score_drops_lower_results(started: ServiceClient) -> None:
-    client = Client(started)
-    whole = await client.text(query="red", k=24)
-    cut = whole["results"][9]["score"]
-    some = await client.text(query="red", k=24, min_score=cut - 1e-6)
-    assert ids(some) == ids(whole)[:10]
-    assert some["min_score"] == cut - 1e-6
-    assert (await client.text(query="red", min_score=1.0))["results"] == []
-    assert "min_score" not in whole
-    never = assert_problem(
-        await started.post("/search/text", json={"query": "x", "min_score": "auto"}), 409, "min_score"
-    )
-    assert "--validation" in never["detail"]
-    by_picture = await started.post("/search/image", files={"file": png()}, data={"min_score": "auto"})
-    assert_problem(by_picture, 422, "min_score")
+async def test_crops_are_of_the_upright_image_and_cached_by_their_place(built_index: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: the upper half is the left one of the stored file
+    turned = encoded(halves().transpose(Image.Transpose.ROTATE_90), exif=exif)
+    async with opened(built_index) as http:
+        bodies = []
+        for data, crop in ((halves(), LEFT), (halves(), LEFT), (halves(), None), (None, LEFT),
+                           (halves(), {"x": 0.1, "y": 0.2, "width": 1e-9, "height": 1e-9})):  # fmt: skip
+            file = turned if data is None else encoded(data)
+            form = {"crop": json.dumps(crop)} if crop else {}
+            bodies.append((await http.post("/search/image", files={"file": file}, data=form)).json())
+        assert [each["cached"] for each in bodies[:3]] == [False, True, False]
+        assert bodies[0]["results"] == bodies[1]["results"] == bodies[3]["results"] != bodies[2]["results"]
+        assert bodies[4]["results"], "one pixel"
 
 
-async def test_levels_and_the_auto_min_score_follow_from_the_cutoff_of_the_index(
+async def test_texts_are_cached_separately_from_the_subtracted_ones(built_index: Path) -> None:
+    async with opened(built_index) as http:
+        cached = []
+        for options in ({}, {"without": "red"}, {"without": "red", "k": 3}):
+            body = (await http.post("/search/text", json={"query": "a circle", **options})).json()
+            cached.append(body["cached"])
+        assert cached == [False, False, True]
+
+
+async def test_levels_follow_from_the_calibration_of_the_build(
     tiny_data: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     rebuild(tiny_data, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, validation=tiny_data)
-    cut = open_current(tmp_path / "index").manifest.cutoff["min_score"]
     async with opened(tmp_path / "index") as http:
-        client = Client(http)
+        oracle = Oracle(http.app.state.collections[None].live, rounded)
         (collection,) = (await http.get("/collections")).json()["collections"]
-        whole = await client.text(query="red", k=24)
-        assert whole["cutoff"] == collection["min_score"] == cut
-        levels = [result["level"] for result in whole["results"]]
-        assert levels == ["likely" if result["score"] >= cut else "unlikely" for result in whole["results"]]
-        assert whole["nothing_fits"] == ("likely" not in levels)
-        page = await client.text(query="red", k=4, offset=20)
-        assert [each["level"] for each in page["results"]] == levels[20:]
-        assert page["nothing_fits"] == whole["nothing_fits"]
-        auto = await client.text(query="red", k=24, min_score="auto")
-        assert auto["min_score"] == cut
-        assert ids(auto) == [r["id"] for r in whole["results"] if r["score"] >= cut]
-        assert 0 < len(auto["results"]) < 24
-        by_image = await client.image(png())
-        assert ({each["level"] for each in by_image["results"]}, by_image["nothing_fits"]) == ({"possible"}, False)
-        assert "cutoff" not in by_image
-        equal = await client.text(query="red", without="blue", weights={"without": 0})  # the same vector
-        assert ("cutoff" in equal, "cutoff" in await client.text(query="red")) == (False, True)
+        assert collection["min_score"] == oracle.artifact.manifest.cutoff["min_score"]
+        for more in ({}, {"min_score": "auto"}):
+            options: dict[str, Any] = {"query": "red", "k": 24, **more}
+            body = (await http.post("/search/text", json=options)).json()
+            oracle.check(body, **options)
+            assert 0 < len([each for each in body["results"] if each["level"] == "likely"]) < 24
 
 
-async def test_text_and_image_are_weighted(
-    started: ServiceClient, gallery: Path, encoder: Encoder, artifact: Artifact
-) -> None:
-    data = (gallery / "circle/blue.png").read_bytes()
-    text, image = encoder.encode_text(["a red square"])[0], encoder.encode_images([data])[0]
-
-    client = Client(started)
-    both = await client.image(data, k="24", query="a red square")
-    close(both, ranked(artifact, text + image))
-    words = await client.image(data, k="24", query="a red square", weights='{"text": 3, "image": 0.5}')
-    close(words, ranked(artifact, 3 * text + 0.5 * image))
-    alone = await client.image(data, k="24", query="a red square", weights='{"text": 0}')
-    close(alone, ranked(artifact, image))
-    for wrong in ('{"text": -1}', '{"text": "a"}', '{"colour": 1}', "3", '{"text": NaN}'):
-        response = await started.post("/search/image", files={"file": data}, data={"weights": wrong})
-        assert response.status_code == 422, wrong
-    nothing = {"query": "x", "weights": json.dumps({"text": 0, "image": 0})}
-    assert_problem(await started.post("/search/image", files={"file": data}, data=nothing), 422, "weights")
-
-
-async def test_more_like_and_less_like_shift_the_query(
-    started: ServiceClient, encoder: Encoder, artifact: Artifact
-) -> None:
-    def vector(item: str) -> np.ndarray:
-        row = artifact.row_of(item)
-        assert row is not None
-        return artifact.vectors(np.array([row]))[0]
-
-    text = encoder.encode_text(["red"])[0]
-    a, b, c = (vector(item) for item in ("circle/red.png", "cross/blue.png", "square/green.png"))
-
-    client = Client(started)
-    more = await client.text(more_like=["circle/red.png"], k=23)
-    similar = (await started.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
-    assert more["results"] == similar["results"]
-    two = await client.text(more_like=["circle/red.png", "cross/blue.png"], k=24)
-    given = {"circle/red.png", "cross/blue.png", "square/green.png"}
-    close(two, [each for each in ranked(artifact, a + b) if each[0] not in given - {"square/green.png"}])
-    few = (await started.get("/items/circle%2Fred.png/similar", params={"k": 5})).json()
-    assert (ids(few), few["next_offset"]) == (ids(similar)[:5], 5), "excluded items do not use up results"
-    all_of_it = await client.text(
-        query="red", k=24, more_like=["circle/red.png", "cross/blue.png"], less_like=["square/green.png"],
-        weights={"more": 2, "less": 0.25},
-    )  # fmt: skip
-    wanted = ranked(artifact, text + 2 * (a + b) / 2 - 0.25 * c)
-    close(all_of_it, [each for each in wanted if each[0] not in given])
-    form = await client.image(png(), less_like=["circle/red.png", "cross/blue.png"], k="24")
-    same = await client.image(png(), less_like='["circle/red.png", "cross/blue.png"]', k="24")
-    assert [each["id"] for each in same["results"]] == [each["id"] for each in form["results"]]
-    assert not {"circle/red.png", "cross/blue.png"} & set(ids(form))
-
-
-async def test_near_duplicates_are_folded(started: ServiceClient) -> None:
-    client = Client(started)
-    plain = await client.text(query="x", k=24)
-    folded = await client.text(query="x", k=24, fold=0.95)
-    groups = [[result["id"], *result.get("folded", [])] for result in folded["results"]]
-    assert sorted(each for group in groups for each in group) == sorted(ids(plain))
-    assert 1 < len(groups) < 24
-    assert ids(folded) == [each for each in ids(plain) if each in ids(folded)]
-    first = await client.text(query="x", k=3, fold=0.95)
-    second = await client.text(query="x", k=3, offset=3, fold=0.95)
-    assert ids(first) + ids(second) == ids(folded)[:6], "other items fill the page"
-
-
-async def test_batch_answers_each_query(built_index: Path) -> None:
-    async with opened(built_index, max_queries=4, cache_size=0) as http:
-        client = Client(http)
-        queries: list[dict[str, Any]] = [
-            {"query": "red", "k": 3},
-            {"query": "blue circle", "filter": {"category": "circle"}},
-            {"more_like": ["cross/blue.png"], "k": 2, "offset": 1},
-            {"query": "red", "k": 3},
-        ]
-        response = await http.post("/search/batch", json={"queries": queries})
-        body = response.json()
-        BatchResponse.model_validate(body, strict=True)
-        assert [len(each["results"]) for each in body["answers"]] == [3, 6, 2, 3]
-        for query, each in zip(queries, body["answers"], strict=True):
-            alone = await client.text(**query)
-            np.testing.assert_allclose(
-                [r["score"] for r in each["results"]], [r["score"] for r in alone["results"]], atol=1e-5
-            )
-        for wrong, field in (
-            ({"queries": []}, "queries"),
-            ({"queries": [{"query": "x"}] * 5}, "queries"),
-            ({"queries": [{"query": "x"}, {"query": ""}]}, "queries.1.query"),
-            ({"queries": [{"query": "x"}, {"query": "y", "k": 0}]}, "queries.1.k"),
-            ({"queries": [{"query": "x", "filter": {"a": 1}}]}, "queries.0.filter.a"),
-        ):
-            assert_problem(await http.post("/search/batch", json=wrong), 422, field)
-        assert_problem(await http.post("/search/batch", content=b"{}"), 415)
-
-
-async def test_results_have_the_requested_fields(started: ServiceClient, artifact: Artifact) -> None:
-    client = Client(started)
-    plain = await client.text(query="a red square", k=3)
-    assert all("metadata" not in result for result in plain["results"])
-    every = {"file_name", "color"}
-    for fields, wanted in ((["color"], {"color"}), (["*"], every), (["id", "caption"], set())):
-        results = (await client.text(query="a red square", k=3, fields=fields))["results"]
-        assert [result["id"] for result in results] == ids(plain)
-        for result in results:
-            assert result["metadata"].keys() == wanted
-            for name, value in result["metadata"].items():
-                row = artifact.row_of(result["id"])
-                assert row is not None
-                assert artifact.item(row).metadata[name] == value
-    form = {"fields": '["file_name"]', "k": "1"}
-    found = (await started.post("/search/image", files={"file": png()}, data=form)).json()["results"]
-    assert found[0]["metadata"].keys() == {"file_name"}
-
-
-async def test_long_metadata_are_bounded_in_responses(started: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     query = {"query": "red", "k": 20, "fields": ["*"]}
     batch = {"queries": [query, {"query": "blue", "facets": ["category"]}]}
-    whole = (await started.post("/search/text", json=query)).json()["results"]
-    monkeypatch.setattr("app.api.responses._QUICK_CHARS", 0)  # made in a thread
-    assert (await started.post("/search/text", json=query)).json()["results"] == whole
-    assert (await started.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
-    listed = (await started.get("/items", params={"k": 20})).json()
-    assert (await started.get("/ui/browse", params={"k": 20})).json() == listed
-    bodies = started.app.state.bodies
-    assert not bodies._unsent, "they have been sent"
-    bodies._unsent["other"] = UNSENT_BYTES
-    assert_problem(await started.post("/search/text", json=query), 503)
-    bodies._unsent.clear()
-    monkeypatch.setattr("app.api.responses._MAX_CHARS", 500)
-    assert_problem(await started.post("/search/text", json=query), 422, "k")
-    assert_problem(await started.post("/search/batch", json=batch), 422, "queries")
-    for path in ("/items", "/ui/browse"):
-        assert_problem(await started.get(path, params={"k": 20}), 422, "k")
-    short = query | {"k": 2}
-    assert (await started.post("/search/text", json=short)).json()["results"] == whole[:2]
+    async with opened(built_index) as http:
+        whole = (await http.post("/search/text", json=query)).json()["results"]
+        monkeypatch.setattr("app.api.responses.QUICK_CHARS", 0)  # made in a thread
+        assert (await http.post("/search/text", json=query)).json()["results"] == whole
+        assert (await http.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
+        listed = (await http.get("/items", params={"k": 20})).json()
+        assert (await http.get("/ui/browse", params={"k": 20})).json() == listed
+        http.app.state.bodies.hold_response({}, UNSENT_BYTES)
+        assert_problem(await http.post("/search/text", json=query), 503)
+        monkeypatch.setattr("app.api.responses.QUICK_CHARS", 500)
+        monkeypatch.setattr("app.api.responses.MAX_CHARS", 500)
+        assert_problem(await http.post("/search/text", json=query), 422, "k")
+        assert_problem(await http.post("/search/batch", json=batch), 422, "queries")
+        for path in ("/items", "/ui/browse"):
+            assert_problem(await http.get(path, params={"k": 20}), 422, "k")
+        assert (await http.post("/search/text", json=query | {"k": 2})).json()["results"] == whole[:2]
 
 
 def test_every_text_of_a_response_counts() -> None:
-    item = Item("é" * 10, "\n" * 10, "c", None, None, pa.scalar('{"a":1}'))
     match = Match(0, 0.5, folded=["f" * 7], group={"value": "v" * 100, "count": 1234})
-    match.item = item
+    match.item = Item("é" * 10, "\n" * 10, "c", None, None, pa.scalar('{"a":1}'))
     facets: dict[str, list[dict[str, Any]]] = {"x": [{"value": "\n" * 10, "count": 1}, {"value": 3, "count": 2}]}
     results = SearchResults(version=1, matches=[match], facets=facets, fields=("*",))
     without = replace(results, fields=(), facets=None)
@@ -289,63 +471,27 @@ def test_every_text_of_a_response_counts() -> None:
     assert result_chars([results] * 1_000_000) < 16 * 2**20 + 1000, "no longer than needed"
 
 
-async def test_items_are_listed_page_by_page(started: ServiceClient, artifact: Artifact) -> None:
-    whole, offset = list[dict[str, Any]](), 0
-    while offset is not None:
-        page = (await started.get("/items", params={"k": 7, "offset": offset})).json()
-        assert (page["count"], page["index_version"]) == (24, 1)
-        whole += page["items"]
-        offset = page.get("next_offset")
-    assert [each["id"] for each in whole] == [artifact.item(row).id for row in range(24)]
-    one = (await started.get("/items/circle%2Fred.png")).json()
-    del one["index_version"]
-    assert one in whole
-    some = (await started.get("/items", params={"filter": '{"category": ["circle"]}'})).json()
-    assert {each["category"] for each in some["items"]} == {"circle"}
-    assert (some["count"], len(some["items"])) == (6, 6)
-    ItemsResponse.model_validate(some, strict=True)
-    for given, field in (
-        ({"filter": "{"}, "filter"), ({"filter": "[]"}, "filter"),
-        ({"filter": '{"colour": 1}'}, "filter.colour"), ({"k": 201}, "k"), ({"k": 0}, "k"),
-        ({"offset": -1}, "offset"), ({"filters": "{}"}, "filters"),
-    ):  # fmt: skip
-        assert_problem(await started.get("/items", params=given), 422, field)
+def test_the_command_line_subtracts_without_too(built_index: Path) -> None:
+    asked = ["search", "a circle", "--index", str(built_index), "--without", "red", "-k", "24", "--json"]
+    body = json.loads(CliRunner().invoke(app, asked).stdout)
+    expected = Index.open(built_index, device="cpu").search("a circle", without="red", k=24)
+    assert [each["id"] for each in body["results"]] == [each.item.id for each in expected]
 
 
-ITEM, LEFT = "circle/red.png", {"x": 0, "y": 0, "width": 0.5, "height": 1}
-INVALID: list[tuple[dict[str, Any], str]] = [
-    ({"query": "x", "filter": {"price": 3}}, "filter.price"),
-    ({"query": "x", "filter": {"color": 3}}, "filter.color"),
-    ({"query": "x", "filter": {"color": {"near": "red"}}}, "filter.color"),
-    ({"query": "x", "filter": ["red"]}, "filter"),
-    *(({"query": "x", "min_score": wrong}, "min_score") for wrong in (2, -2, "high", True)),
-    *(({"query": "x", "min_score": "auto", name: [ITEM]}, "min_score") for name in ("more_like", "less_like")),
-    ({"query": "x", "min_score": "auto", "without": "red"}, "min_score"),
-    ({"more_like": ["nothing"]}, "more_like"),
-    ({"query": "", "without": "red", "more_like": ["nothing"]}, "more_like"),
-    ({"query": "x", "more_like": ["a"] * 40}, "more_like"),
-    ({"query": "x", "less_like": ["nothing"]}, "less_like"),
-    ({"less_like": [ITEM]}, "less_like"),
-    ({"query": "x", "weights": {"text": 0}}, "weights"),
-    ({"query": "red", "without": "red", "weights": {"without": 1}}, "weights"),
-    ({"more_like": [ITEM], "less_like": [ITEM], "weights": {"more": 1, "less": 1}}, "weights"),
-    *(({"query": "x", "fold": wrong}, "fold") for wrong in (0, 1.5, "much")),
-    ({"query": "x", "fields": ["colour"]}, "fields"),
-    ({"query": "red", "crop": LEFT}, "crop"),
-    *(({"query": "x", "hybrid": wrong}, "hybrid") for wrong in (1.5, -0.1, "yes", None)),
-    ({"query": "x", "hybrid": True, "rerank": True}, "hybrid"),
-    ({"more_like": [ITEM], "hybrid": True}, "hybrid"),
-    *(({"query": "x", "group_by": wrong}, "group_by") for wrong in ("brand", 7, "c" * 1025)),
-    ({"query": "x", "group_by": "color", "fold": 0.9}, "group_by"),
-    *(({"query": "x", "facets": wrong}, "facets") for wrong in (["brand"], "color", ["color"] * 9)),
-    ({"without": "red"}, "without"),
-    *(({"query": "x", "without": wrong}, "without") for wrong in (" ", "<|endoftext|>", "r" * 1001, 7)),
-]
-
-
-async def test_invalid_options_name_the_field(started: ServiceClient) -> None:
-    for body, field in INVALID:
-        problem = assert_problem(await started.post("/search/text", json=body), 422)
-        assert problem["errors"][0]["field"].startswith(field), body
-        if field == "fields":
-            assert "available: caption, category, color, file_name, id" in problem["detail"]
+async def test_counts_of_the_best_rows_alone_are_approximate(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(built_index) as http:
+        best = [
+            each["id"] for each in (await http.post("/search/text", json={"query": "red", "k": 5})).json()["results"]
+        ]
+        for name in ("facets.MAX_SCORED", "sorting.MAX_SORTED"):
+            monkeypatch.setattr(f"app.search.{name}", 5)
+        monkeypatch.setattr("app.search.sorting.FIRST_WIDTH", 2)
+        query = {"query": "red", "min_score": -1.0, "facets": ["color"]}
+        for options in ({}, {"sort": "caption"}):
+            body = (await http.post("/search/text", json=query | options)).json()
+            assert body["facets_approximate"]
+            assert sum(each["count"] for each in body["facets"]["color"]) == 5
+        assert (body["count"], body["count_approximate"]) == (5, True)
+        assert {each["id"] for each in body["results"]} == {*best}

@@ -1,4 +1,4 @@
-"""An artifact of random vectors for tests of the ranking, and plain computations over all of its rows."""
+"""An artifact of random vectors for tests of the ranking."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -57,11 +57,3 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
     vectors = rng.standard_normal(shape).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors
-
-
-def first_of_each(rows: list[int], values: list[Any]) -> list[int]:
-    """Return the first row of each value; one without a value is a group of its own."""
-    first: dict[Any, int] = {}
-    for row in rows:
-        first.setdefault(row if values[row] is None else values[row], row)
-    return list(first.values())
