@@ -12,8 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,12 +33,8 @@ _IMAGES_PER_WORKER = 100  # a process takes as long to start as to decode these
 _WINDOWS_AHEAD = 2  # windows in flight beyond those being decoded
 
 
-@dataclass(frozen=True)
-class DecodedWindow:
-    """A decoded window.
-
-    pixels: uint8 (m, 3, S, S) of the readable images, in order. images: their records. failed: the other images.
-    """
+class DecodedWindow(NamedTuple):
+    """The images of a window that can be read, as pixels, uint8 (m, 3, S, S), and as records, and the others."""
 
     pixels: Pixels
     images: Images
@@ -59,10 +54,7 @@ def worker_count(workers: int | None, images: int) -> int:
 
 
 def decode_windows(
-    root: str,
-    windows: Iterator[Sequence[ImageLocation]],
-    preprocess: Preprocess,
-    workers: int,
+    root: str, windows: Iterable[Sequence[ImageLocation]], preprocess: Preprocess, workers: int
 ) -> Generator[DecodedWindow, None, None]:
     """Decode the windows of a gallery in order, with `workers` from `worker_count`."""
     processes = [DecodeWorker() for _ in range(workers)]

@@ -11,9 +11,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -40,86 +39,19 @@ logger = logging.getLogger(__name__)
 _LOCATION_COLUMNS = ["location", "offset", "size", "mtime_ns", "name"]  # the fields of `ImageLocation` after the row
 
 
-@dataclass(frozen=True)
 class EncodedGallery:
-    """A gallery in shards. This run encoded `encoded` images in `seconds`; earlier runs had encoded `resumed`.
+    """A gallery in shards. It is complete once every shard in `todo` was given to `save`, and `finish` was called.
 
-    images: records of those with a vector, in gallery order. adapt: turns the features of the shards into vectors.
+    images: then records of those with a vector, in gallery order. failed: the others.
+    encoded, seconds: images and duration of this run. resumed: images of earlier runs. bar: the progress on stderr.
     """
 
-    shards: list[Shard]
     images: Images
-    adapt: Callable[[Floats], Floats]
-    failed: list[FailedImage]
-    encoded: int
-    resumed: int
     seconds: float
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def unread(self) -> int:
-        """Number of failed images that a later run may be able to read."""
-        return sum(failure.fault.is_temporary for failure in self.failed)
-
-    def rows(self) -> Rows:
-        """Gallery row of every vector, int64 (n,), ascending."""
-        rows: Rows = self.images["row"]
-        return rows
-
-    def with_sizes(self, table: pa.Table) -> pa.Table:
-        """Return the gallery's table with the columns of `SIZE_COLUMNS`, null where a size is unknown."""
-        sizes = np.zeros((table.num_rows, 2), np.int32)
-        sizes[self.images["row"]] = self.images["size"]
-        for name, column in zip(SIZE_COLUMNS, sizes.T, strict=True):
-            table = table.append_column(name, pa.array(column, mask=column <= 0))
-        return table
-
-    def duplicates(self) -> list[tuple[int, int]]:
-        """(gallery row, first row with the same pixels) of every repeated image."""
-        rows = self.rows()
-        _, first, group = np.unique(self.images["pixel_hash"], return_index=True, return_inverse=True)
-        same = first[group]
-        return [(int(rows[i]), int(rows[same[i]])) for i in np.flatnonzero(same != np.arange(len(rows)))]
-
-    def blocks(self) -> Iterator[Floats]:
-        """The vectors, float32 (m, E) at a time."""
-        return (self.adapt(shard.vectors()) for shard in self.shards)
-
-
-def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions) -> EncodedGallery:
-    """Encode every image that has no vector yet.
-
-    Args:
-        replicas: the encoders of `load_replicas`.
-        work: the directory of the shards; see `ShardStore`.
-
-    Raises:
-        DataError: too many images cannot be read, or none can.
-        ArtifactError: a shard of an earlier run is corrupted.
-        OSError: the disk is full or cannot be written.
-    """
-    state = EncodingState(gallery, replicas[0], work, options)
-    workers = worker_count(options.workers, state.remaining)
-    windows = (window for number in state.todo for window in state.windows(number))
-    decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers)
-    with state.bar, closing(decoded), closing(encode_windows(decoded, replicas)) as encoded:
-        for number in state.todo:
-            state.save(number, islice(encoded, -(-len(state.shards[number].missing) // options.batch_size)))
-    return state.result()
-
-
-class EncodingState:
-    """The encoding of one gallery, here or on a cluster: `save` every shard in `todo`, then call `result`.
-
-    bar: the progress on stderr.
-    """
-
     def __init__(self, gallery: Gallery, encoder: Encoder, work: Path, options: BuildOptions) -> None:
-        """Load the shards."""
         self.store = ShardStore(gallery, encoder, work, options)
-        self._gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
+        self.gallery, self._options, self._adapt = gallery, options, encoder.adapt_images
         self.shards = [self._reopen(self.store.load(number), number) for number in range(len(self.store))]
         reusable = ReusableVectors(self.store.other_folders())
         for number in self._unfinished() if len(reusable) else ():
@@ -127,11 +59,11 @@ class EncodingState:
             if len(images):
                 self.shards[number] = self.store.extend(number, [(images, vectors)])
         self.todo = self._unfinished()
-        self.remaining = sum(len(self.shards[number].missing) for number in self.todo)
-        self.resumed = len(gallery) - self.remaining
+        self.encoded = sum(len(self.shards[number].missing) for number in self.todo)
+        self.resumed = len(gallery) - self.encoded
         if self.resumed:
             logger.info("%d of %d images have vectors already", self.resumed, len(gallery))
-        self._failed = [failure for shard in self.shards for failure in shard.failed]
+        self.failed = [failure for shard in self.shards for failure in shard.failed]
         self._check_failed()
         self._start = time.perf_counter()
         self.bar = progress_bar(len(gallery), "encode", "img", is_shown=options.progress, initial=self.resumed)
@@ -148,9 +80,9 @@ class EncodingState:
 
     def _locations(self, number: int) -> list[ImageLocation]:
         rows = self.shards[number].missing
-        columns = take_rows(self._gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
+        columns = take_rows(self.gallery.table.select(_LOCATION_COLUMNS), np.array(rows, np.int64)).to_pylist()
         for values in columns:
-            if is_url(url := join_location(self._gallery.root, values["location"])):  # galleries may use the same names
+            if is_url(url := join_location(self.gallery.root, values["location"])):  # galleries may use the same names
                 values["name"] = url
         return [ImageLocation(*(row, *values.values())) for row, values in zip(rows, columns, strict=True)]
 
@@ -165,25 +97,25 @@ class EncodingState:
         for window in windows:
             parts.append((window.images, window.features))
             failed += window.failed
-            self._failed += window.failed
+            self.failed += window.failed
             self._check_failed()
             count = len(window.images) + len(window.failed)
             if self._options.on_encoded is not None:
                 self._options.on_encoded(count)
-            self.bar.set_postfix_str(f"{len(self._failed)} failed", refresh=False)
+            self.bar.set_postfix_str(f"{len(self.failed)} failed", refresh=False)
             self.bar.update(count)
         self.shards[number] = self.store.extend(number, parts, failed)
 
     def _check_failed(self, *, final: bool = False) -> None:
         """Compare the failures with the limit; final: no image follows."""
-        gallery, count, total = self._gallery, len(self._failed), len(self._gallery)
+        gallery, count, total = self.gallery, len(self.failed), len(self.gallery)
         if count <= self._options.spec.max_failed * total and not (final and count == total):
             return
         self.store.path.mkdir(parents=True, exist_ok=True)
         path = self.store.path / FAILED
-        write_failed(path, gallery, self._failed)
+        self.write_failed(path)
         names = gallery.table["name"]
-        examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self._failed)[:3])
+        examples = "; ".join(f"{names[failure.row].as_py()}: {failure.reason}" for failure in sorted(self.failed)[:3])
         what, limit, remedy = "no image", "", ""
         if count < total:
             what, limit = "too few images", f", at most {self._options.spec.max_failed:.1%} may"
@@ -193,25 +125,76 @@ class EncodingState:
             f"them; repair or remove them{remedy}"
         )
 
-    def result(self) -> EncodedGallery:
-        """Return the encoded gallery, once no shard is left to do."""
-        seconds = time.perf_counter() - self._start
+    def finish(self) -> "EncodedGallery":
+        self.seconds = time.perf_counter() - self._start
         self._check_failed(final=True)
-        images, failed = np.concatenate([shard.images for shard in self.shards]), sorted(self._failed)
-        return EncodedGallery(self.shards, images, self._adapt, failed, self.remaining, self.resumed, seconds)
+        self.images = np.concatenate([shard.images for shard in self.shards])
+        self.failed.sort()
+        return self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def unread(self) -> int:
+        """Number of failed images that a later run may be able to read."""
+        return sum(failure.fault.is_temporary for failure in self.failed)
+
+    def rows(self) -> Rows:
+        """Gallery row of every vector, int64 (n,), ascending."""
+        rows: Rows = self.images["row"]
+        return rows
+
+    def table(self) -> pa.Table:
+        """Return the gallery's table with the columns of `SIZE_COLUMNS`, null where a size is unknown."""
+        table = self.gallery.table
+        sizes = np.zeros((table.num_rows, 2), np.int32)
+        sizes[self.images["row"]] = self.images["size"]
+        for name, column in zip(SIZE_COLUMNS, sizes.T, strict=True):
+            table = table.append_column(name, pa.array(column, mask=column <= 0))
+        return table
+
+    def duplicates(self) -> list[tuple[int, int]]:
+        """(gallery row, first row with the same pixels) of every repeated image."""
+        rows = self.rows()
+        _, first, group = np.unique(self.images["pixel_hash"], return_index=True, return_inverse=True)
+        same = first[group]
+        return [(int(rows[i]), int(rows[same[i]])) for i in np.flatnonzero(same != np.arange(len(rows)))]
+
+    def blocks(self) -> Iterator[Floats]:
+        """The vectors, float32 (m, E) at a time."""
+        return (self._adapt(shard.vectors()) for shard in self.shards)
+
+    def write_failed(self, path: Path) -> None:
+        """Write id, name, reason and fault of each image without a vector, in gallery order, as JSON lines."""
+        lines = ({**self._name(row), "reason": reason, "fault": fault} for row, reason, fault in sorted(self.failed))
+        write_json_lines(path, lines)
+
+    def write_duplicates(self, path: Path) -> None:
+        """Write each image whose pixels an earlier one has, with that one's id and name, as JSON lines."""
+        write_json_lines(path, ({**self._name(row), "same_as": self._name(first)} for row, first in self.duplicates()))
+
+    def _name(self, row: int) -> dict[str, str]:
+        return {column: self.gallery.table[column][row].as_py() for column in ("id", "name")}
 
 
-def write_failed(path: Path, gallery: Gallery, failed: list[FailedImage]) -> None:
-    """Write `failed.jsonl`: id, name, reason and fault of each image without a vector, in gallery order."""
-    lines = ({**_name(gallery, row), "reason": reason, "fault": fault} for row, reason, fault in sorted(failed))
-    write_json_lines(path, lines)
+def encode_gallery(gallery: Gallery, replicas: Sequence[Encoder], work: Path, options: BuildOptions) -> EncodedGallery:
+    """Encode every image that has no vector yet.
 
+    Args:
+        replicas: the encoders of `load_replicas`.
+        work: the directory of the shards; see `ShardStore`.
 
-def write_duplicates(path: Path, gallery: Gallery, duplicates: list[tuple[int, int]]) -> None:
-    """Write `duplicates.jsonl`: each image whose pixels an earlier one has, with that one's id and name."""
-    lines = ({**_name(gallery, row), "same_as": _name(gallery, first)} for row, first in duplicates)
-    write_json_lines(path, lines)
-
-
-def _name(gallery: Gallery, row: int) -> dict[str, str]:
-    return {column: gallery.table[column][row].as_py() for column in ("id", "name")}
+    Raises:
+        DataError: too many images cannot be read, or none can.
+        ArtifactError: a shard of an earlier run is corrupted.
+        OSError: the disk is full or cannot be written.
+    """
+    encoded = EncodedGallery(gallery, replicas[0], work, options)
+    windows = (window for number in encoded.todo for window in encoded.windows(number))
+    workers = worker_count(options.workers, encoded.encoded)
+    decoded = decode_windows(gallery.root, windows, replicas[0].preprocess, workers)
+    with encoded.bar, closing(decoded), closing(encode_windows(decoded, replicas)) as vectors:
+        for number in encoded.todo:
+            encoded.save(number, islice(vectors, -(-len(encoded.shards[number].missing) // options.batch_size)))
+    return encoded.finish()

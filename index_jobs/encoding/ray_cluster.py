@@ -20,7 +20,7 @@ from dcar_core.util.errors import DcarError, MissingExtraError
 from dcar_core.util.machine import available_cores
 from index_jobs.encoding.decode import decode_windows
 from index_jobs.encoding.devices import EncodedWindow, encode_windows, load_replicas
-from index_jobs.encoding.encode import EncodedGallery, EncodingState
+from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation
 from index_jobs.spec import BuildOptions
@@ -39,7 +39,7 @@ class ShardWorker:
         self._root = root
 
     def encode(self, windows: Sequence[Sequence[ImageLocation]]) -> list[EncodedWindow]:
-        decoded = decode_windows(self._root, iter(windows), self._models[0].preprocess, min(_CORES, available_cores()))
+        decoded = decode_windows(self._root, windows, self._models[0].preprocess, min(_CORES, available_cores()))
         with closing(decoded), closing(encode_windows(decoded, self._models)) as encoded:
             return list(encoded)
 
@@ -48,22 +48,22 @@ def encode_on_ray(
     gallery: Gallery, encoder: Encoder, checkpoint: Path, work: Path, options: BuildOptions
 ) -> EncodedGallery:
     """Encode as `encode_gallery` does, on a Ray cluster. Its workers load the encoder from the checkpoint."""
-    state = EncodingState(gallery, encoder, work, options)
-    if not state.todo:
-        return state.result()
+    encoded = EncodedGallery(gallery, encoder, work, options)
+    if not encoded.todo:
+        return encoded.finish()
     ray = _connect(options.ray)
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.is_file()}
     try:
         task = ray.put(files), gallery.root, options.device, options.spec.exact, encoder.runtime.name
-        with redirect_stdout(sys.stderr), state.bar:  # stdout is for the summary
-            for number, windows in _encode_shards(ray, state, options, task):
-                state.save(number, windows)
+        with redirect_stdout(sys.stderr), encoded.bar:  # stdout is for the summary
+            for number, windows in _encode_shards(ray, encoded, options, task):
+                encoded.save(number, windows)
     except ray.exceptions.RayError as error:
         cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
         raise DcarError(f"encoding on Ray failed: {cause}; the same command continues where it stopped") from error
     finally:
         ray.shutdown()
-    return state.result()
+    return encoded.finish()
 
 
 def _connect(address: str | None) -> Any:
@@ -80,21 +80,21 @@ def _connect(address: str | None) -> Any:
     return ray
 
 
-def _encode_shards(ray: Any, state: EncodingState, options: BuildOptions, task: Any) -> Iterator[tuple[int, Any]]:
+def _encode_shards(ray: Any, gallery: EncodedGallery, options: BuildOptions, task: Any) -> Iterator[tuple[int, Any]]:
     """Yield the shards as workers complete them. task: the arguments of `ShardWorker`."""
     room = ray.cluster_resources()
     gpus = int(room.get("GPU", 0)) if options.device in {"auto", "cuda"} else 0
     count = options.workers or gpus or max(1, int(room.get("CPU", 1)) // _CORES)
     share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(room.get("CPU", 1)) // count)}
     kind = ray.remote(ShardWorker).options(max_restarts=-1, max_task_retries=-1, **share)
-    workers = [kind.remote(*task) for _ in range(min(count, len(state.todo)))]
+    workers = [kind.remote(*task) for _ in range(min(count, len(gallery.todo)))]
     pending: dict[Any, tuple[Any, int | None]] = {worker.__ray_ready__.remote(): (worker, None) for worker in workers}
-    todo, left = iter(state.todo), len(state.todo)
+    todo, left = iter(gallery.todo), len(gallery.todo)
     while left:
         (done,), _ = ray.wait([*pending])
         (worker, number), windows = pending.pop(done), ray.get(done)
         if (following := next(todo, None)) is not None:
-            pending[worker.encode.remote(state.windows(following))] = worker, following
+            pending[worker.encode.remote(gallery.windows(following))] = worker, following
         if number is not None:
             left -= 1
             yield number, windows

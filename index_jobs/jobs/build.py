@@ -44,7 +44,7 @@ from dcar_core.util.errors import (
 from dcar_core.util.files import hash_json
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.devices import load_replicas
-from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_duplicates, write_failed
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
@@ -373,7 +373,7 @@ class _Build:
         gallery, spec, encoder = self.gallery, self.spec, self.encoder
         engine = load_engine(spec.engine)
         rows = encoded.rows()
-        field_types = write_items(staging / ITEMS, encoded.with_sizes(gallery.table), rows)
+        field_types = write_items(staging / ITEMS, encoded.table(), rows)
         new = NewIndex(
             name=index_name(self.out), folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks,
             fields=Items(staging / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
@@ -384,8 +384,8 @@ class _Build:
         logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
         logger.info("indexing the words of the items")
         write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
-        write_failed(staging / FAILED, gallery, encoded.failed)
-        write_duplicates(staging / DUPLICATES, gallery, encoded.duplicates())
+        encoded.write_failed(staging / FAILED)
+        encoded.write_duplicates(staging / DUPLICATES)
         logger.info("measuring the scores of matches")
         index = engine.open(staging)
         if self.options.validation and self.pairs:

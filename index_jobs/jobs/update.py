@@ -22,7 +22,7 @@ from dcar_core import Encoder
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError
 from index_jobs.encoding.devices import load_replicas
-from index_jobs.encoding.encode import EncodedGallery, encode_gallery, write_failed
+from index_jobs.encoding.encode import EncodedGallery, encode_gallery
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
@@ -133,7 +133,7 @@ def add(
         replaced = [item_id for item_id in existing if item_id in encoded_ids]  # a broken image replaces nothing
         rows = _rows_of(current, [*replaced, *removed_ids], missing_ok=True)
         removed = np.union1d(np.flatnonzero(~current.live), rows)
-        additions, removed = _write_addition(staging, current, scanned, encoded, removed, replicas[0])
+        additions, removed = _write_addition(staging, current, encoded, removed, replicas[0])
         change = f"{counted(len(encoded), 'image')} added"
         change += f" from {scanned.location.rpartition('/')[2]}" if not settings.origin else ""
         change += f", {counted(len(rows), 'item')} removed or replaced" if len(rows) else ""
@@ -156,7 +156,7 @@ def _rows_of(artifact: Artifact, ids: Sequence[str], *, missing_ok: bool) -> Row
 
 
 def _write_addition(
-    staging: Path, current: Artifact, gallery: Gallery, encoded: EncodedGallery, removed: Rows, encoder: Encoder
+    staging: Path, current: Artifact, encoded: EncodedGallery, removed: Rows, encoder: Encoder
 ) -> tuple[list[Addition], Rows]:
     """Write the new segment, with small earlier additions merged into it.
 
@@ -166,7 +166,7 @@ def _write_addition(
     Returns:
         the additions of the new version, and its removed rows: merged additions lose theirs.
     """
-    manifest = current.manifest
+    manifest, gallery = current.manifest, encoded.gallery
     kept, size = len(manifest.additions), len(encoded)
     for addition in reversed(manifest.additions):
         if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, publish.ADDED_ROWS - size):
@@ -181,9 +181,9 @@ def _write_addition(
         tables.append(Items(current.path / addition.folder / ITEMS).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
-    new = absolute_locations(encoded.with_sizes(gallery.table), gallery.root).select(COLUMNS)
+    new = absolute_locations(encoded.table(), gallery.root).select(COLUMNS)
     table = pa.concat_tables([*tables, take_rows(new, encoded.rows())])
-    write_failed(staging / folder / FAILED, gallery, encoded.failed)
+    encoded.write_failed(staging / folder / FAILED)
     write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
     new_index = NewIndex(
         name=index_name(current.path.parent.parent), folder=staging / folder, version=manifest.version + 1,

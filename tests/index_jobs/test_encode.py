@@ -17,7 +17,7 @@ from dcar_core.runtimes.graphs import TorchRuntime
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import decode_windows
-from index_jobs.encoding.encode import EncodedGallery, EncodingState
+from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.encoding.shards import IMAGE, FailedImage, ShardStore
 from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import ImageLocation
@@ -203,8 +203,8 @@ def test_a_mended_image_is_to_do_for_every_worker(encoder: Encoder, gallery: Pat
     encode(gallery, encoder, tmp_path / "work", max_failed=0.5)
     (tmp_path / "later.png").write_bytes(content)
     options = BuildOptions(batch_size=4, shard_rows=8)
-    state = EncodingState(scan(gallery), encoder, tmp_path / "work", options)
-    assert (state.todo, state.remaining) == ([0], 1)
+    state = EncodedGallery(scan(gallery), encoder, tmp_path / "work", options)
+    assert (state.todo, state.encoded) == ([0], 1)
     assert state.store.load(0).missing == [0]
 
 
