@@ -24,7 +24,6 @@ from app.service.embedding_cache import rounded
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Item
-from tests.conftest import COLORS, SHAPES
 from tests.support.files import write_jsonl
 from tests.support.images import draw, encoded
 from tests.support.oracle import Oracle
@@ -51,7 +50,7 @@ def shop(folder: Path, numbers: range) -> Path:
     rows = list[dict[str, Any]]()
     for number in numbers:
         rng = random.Random(number)
-        color, shape = rng.choice(COLORS), rng.choice(SHAPES)
+        color, shape = rng.choice(["red", "green", "blue", "orange"]), rng.choice(["square", "circle", "cross"])
         image = draw(color, shape)
         if number % 4:
             noise = np.random.default_rng(number).integers(0, 255, (48, 48, 3), np.uint8)
