@@ -112,8 +112,8 @@ class Loop:
         self.kind = kind  # of pairs to learn from: all, clicks or captions
         self.index, self.folder = Path(shutil.copytree(start, folder / "index")), folder
         self.users, self.test, self._encoder = users, test, encoder
-        bare = replace(encoder.state, text_adapter=None)
-        self._features = bare.encode_text(encoder.runtime, [*users.texts, *test.texts], 64)
+        bare = Encoder(replace(encoder.state, text_adapter=None), None, encoder.runtime)
+        self._features = bare.encode_text([*users.texts, *test.texts])
         self.report: Report | None = None
         shown, _ = self.search()
         self.wanted = int(np.bincount(shown[:, :SHOWN][~users.are_right(shown[:, :SHOWN])]).argmax())  # by the hostile

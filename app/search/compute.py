@@ -11,7 +11,7 @@ from app.core.metrics import Stage
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from dcar_core.images import OpenedImage
-from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError
 

@@ -26,7 +26,7 @@ from app.search.rows import filter_rows, group_field, mask_key, rank_groups, row
 from app.search.snapshots import Snapshot, load_snapshot
 from app.search.sorting import Found, sort_matches
 from dcar_core.serving import encoder_cache
-from dcar_core.serving.multi_encoder_batch import TextRow, encode_text_rows
+from dcar_core.serving.encoder import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
 from index_jobs.row_filter import RowFilter

@@ -22,7 +22,7 @@ from app.search.errors import UnavailableError, UnsupportedQueryError, without_d
 from app.search.query import Match, ObjectFit
 from app.search.rows import row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow
+from dcar_core.serving.encoder import ImageRow, TextRow
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import DcarError, MissingExtraError
 

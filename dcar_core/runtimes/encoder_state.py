@@ -3,15 +3,17 @@
 texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  --> vectors
 pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
-A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs.
-`graphs.extract_state` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
-Feature adapters are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further
-threads would wait busily for the next product and take the cores from the towers.
+- A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs. So
+  rows of several encoders share a pass, where these inputs have one shape, and each gets the vector that its encoder
+  gives alone.
+- `graphs.extract_state` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
+- Feature adapters are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further
+  threads would wait busily for the next product and take the cores from the towers.
 
 Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `runtimes.graphs`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -45,21 +47,6 @@ class TextPrompts:
     skipped: int
     has_weights: bool
 
-    @property
-    def shape(self) -> tuple[tuple[int, ...], ...]:
-        """Equal for prompts that may share a batch."""
-        return tuple((each.shape[0], *each.shape[2:]) for each in self.inputs)
-
-    def graph_inputs(self, tokens: TokenIds, weights: Floats) -> tuple[TokenIds | Floats, ...]:
-        """The inputs of a text graph in their order."""
-        return (tokens, weights, *self.inputs) if self.has_weights else (tokens,)
-
-
-def join_inputs(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
-    """Join the inputs of each row of a batch along axis 1, unless all rows have the same."""
-    is_shared = all(each is rows[0] for each in rows)
-    return rows[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
-
 
 class Runtime:
     """Both towers. Several threads may use it at once; a library that cannot run twice at once lets them take turns.
@@ -73,7 +60,7 @@ class Runtime:
 
     def text(self, tokens: TokenIds, weights: Floats, prompts: TextPrompts) -> Floats:
         """tokens (B, n) without the skipped ones, weights (B, n) -> text features (B, E), not normalized."""
-        return self._run_text(prompts.graph_inputs(tokens, weights))
+        return self._run_text((tokens, weights, *prompts.inputs) if prompts.has_weights else (tokens,))
 
     def image(self, pixels: Pixels, inputs: tuple[Floats, ...]) -> Floats:
         """pixels (B, 3, S, S), `image_inputs` of one or of B encoders -> features (B, E), not normalized."""
@@ -136,44 +123,64 @@ class EncoderState:
             return np.ones(tokens.shape, np.float32)
         return np.where(self.layout.caption_mask(tokens), self.token_factors[tokens], np.float32(1))
 
-    def encode_text(self, runtime: Runtime, texts: Sequence[str], batch_size: int) -> Floats:
-        """Return (n, E), L2-normalized, with at most `batch_size` texts in a forward pass."""
-        tokens = self.tokens(texts)
-        prompts = [self.text_prompts] * len(texts)
-        return self.finish_text(self.encode_tokens(runtime, tokens, self.query_weights(tokens), prompts, batch_size))
-
-    def encode_tokens(
-        self, runtime: Runtime, tokens: TokenIds, weights: Floats, prompts: Sequence[TextPrompts], batch_size: int
-    ) -> Floats:
-        """Run the text tower over tokens and weights (n, L), by length, each row with its own prompts -> (n, E)."""
-        out, lengths = np.empty((len(tokens), self.dim), np.float32), self.text_lengths(tokens)
-        for rows in group_by_length(lengths, batch_size):
-            group = replace(prompts[rows[0]], inputs=join_inputs([prompts[row].inputs for row in rows]))
-            part = slice(group.skipped, int(lengths[rows[-1]]))
-            out[rows] = runtime.text(tokens[rows, part], weights[rows, part], group)
-        return out
-
-    def text_lengths(self, tokens: TokenIds) -> Rows:
-        """Tokens of each text that the tower must see, (n,)."""
-        lengths: Rows = self.layout.lengths(tokens)
-        return np.full_like(lengths, tokens.shape[1]) if self.layout.reads_padding else lengths
-
-    def encode_pixels(self, runtime: Runtime, pixels: Pixels) -> Floats:
-        """uint8 (n, 3, S, S) -> (n, E), L2-normalized, in one forward pass."""
-        return self.adapt_images(self.image_features(runtime, pixels))
-
-    def image_features(self, runtime: Runtime, pixels: Pixels) -> Floats:
-        """uint8 (n, 3, S, S) -> (n, E), L2-normalized, before the adapter."""
-        return normalize(runtime.image(pixels, self.image_inputs))
-
-    def adapt_images(self, features: Floats) -> Floats:
-        """Turn the result of `image_features` (n, E) into vectors (n, E)."""
-        return features if self.image_adapter is None else self.image_adapter(features)
-
     def finish_text(self, features: Floats) -> Floats:
         """Turn a text tower's features (n, E) into vectors (n, E)."""
         vectors = normalize(features)
         return vectors if self.text_adapter is None else self.text_adapter(vectors)
+
+    def adapt_images(self, features: Floats) -> Floats:
+        """Turn normalized features of images (n, E) into vectors (n, E)."""
+        return features if self.image_adapter is None else self.image_adapter(features)
+
+
+def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequence[str], batch_size: int) -> Floats:
+    """Encode each text with its own state -> (n, E), L2-normalized; at most `batch_size` in a pass, by length."""
+    out = np.empty((len(texts), states[0].dim), np.float32)
+    for rows in _grouped(states, lambda state: _shapes(state.text_prompts.inputs)):
+        state, prompts = states[rows[0]], [states[row].text_prompts for row in rows]
+        tokens = state.tokens([texts[row] for row in rows])  # [m, n]; prompts of one shape leave the same room
+        weights, lengths = np.empty(tokens.shape, np.float32), state.layout.lengths(tokens)
+        for same in _grouped([states[row] for row in rows], id):
+            weights[same] = states[rows[same[0]]].query_weights(tokens[same])
+        if state.layout.reads_padding:
+            lengths[:] = tokens.shape[1]
+        for part in group_by_length(lengths, batch_size):
+            inputs = _join([prompts[place].inputs for place in part])
+            seen = slice(prompts[0].skipped, int(lengths[part[-1]]))
+            features = runtime.text(tokens[part, seen], weights[part, seen], replace(prompts[0], inputs=inputs))
+            out[[rows[place] for place in part]] = features
+    for rows in _grouped(states, id):
+        out[rows] = states[rows[0]].finish_text(out[rows])
+    return out
+
+
+def encode_pixels(runtime: Runtime, states: Sequence[EncoderState], pixels: Sequence[Pixels]) -> Floats:
+    """Encode images, uint8 (3, S, S), each with its own state -> (n, E), L2-normalized."""
+    out = np.empty((len(states), states[0].dim), np.float32)
+    for rows in _grouped(states, lambda state: _shapes(state.image_inputs)):
+        inputs = _join([states[row].image_inputs for row in rows])
+        out[rows] = normalize(runtime.image(np.stack([pixels[row] for row in rows]), inputs))
+    for rows in _grouped(states, id):
+        out[rows] = states[rows[0]].adapt_images(out[rows])
+    return out
+
+
+def _grouped(states: Sequence[EncoderState], key: Callable[[EncoderState], Hashable]) -> Iterable[list[int]]:
+    """Return the rows of the states that have the same key."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, state in enumerate(states):
+        rows.setdefault(key(state), []).append(row)
+    return rows.values()
+
+
+def _shapes(inputs: tuple[Floats, ...]) -> Hashable:
+    return tuple(each.shape for each in inputs)
+
+
+def _join(rows: Sequence[tuple[Floats, ...]]) -> tuple[Floats, ...]:
+    """Join the inputs of each row of a batch along axis 1, unless all rows have the same."""
+    is_shared = all(each is rows[0] for each in rows)
+    return rows[0] if is_shared else tuple(np.concatenate(parts, 1) for parts in zip(*rows, strict=True))
 
 
 def group_by_length(lengths: Rows, batch_size: int) -> list[Rows]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcar_core.runtimes.encoder_state import EncoderState, Runtime
+from dcar_core.runtimes.encoder_state import EncoderState, Runtime, encode_pixels, encode_texts
 from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels
@@ -91,8 +91,8 @@ def _open_and_check(name: str, state: EncoderState, model: "DCAR", export: Calla
     """Open a runtime and run it with one row and with several, because some compile only then, or fail."""
     try:
         runtime = open_runtime(name, model, export)
-        state.encode_text(runtime, PROBE_TEXTS[:1], 1)
-        state.encode_pixels(runtime, probe_images(state.preprocess.size)[:1])
+        encode_texts(runtime, [state], PROBE_TEXTS[:1], 1)
+        encode_pixels(runtime, [state], [*probe_images(state.preprocess.size)[:1]])
         check_vectors(state, runtime, reference_vectors(model))
     except DcarError:
         raise
@@ -162,8 +162,9 @@ def reference_vectors(model: "DCAR") -> Vectors:
 
 def check_vectors(state: EncoderState, runtime: Runtime, expected: Vectors) -> None:
     """Raise RuntimeUnavailableError unless a runtime gives the vectors of `reference_vectors`."""
-    images = state.encode_pixels(runtime, probe_images(state.preprocess.size))
-    found = state.encode_text(runtime, PROBE_TEXTS, 64), images
+    images = probe_images(state.preprocess.size)
+    texts = encode_texts(runtime, [state] * len(PROBE_TEXTS), PROBE_TEXTS, 64)
+    found = texts, encode_pixels(runtime, [state] * len(images), [*images])
     text, image = (np.einsum("ne,ne->n", *pair).min() for pair in zip(found, expected, strict=True))
     if not (text >= LEAST_COSINE and image >= LEAST_COSINE):  # true for NaN, too
         raise RuntimeUnavailableError(

@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from PIL import Image
 
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, is_checkpoint, load_checkpoint, read_config
-from dcar_core.runtimes.encoder_state import EncoderState, Runtime
+from dcar_core.runtimes.encoder_state import EncoderState, Runtime, encode_pixels, encode_texts, normalize
 from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime, ensure_export
 from dcar_core.runtimes.registry import check_runtime, load_runtime
 from dcar_core.serving import encoder_cache
@@ -154,7 +155,9 @@ class Encoder:
         is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not is_list or not all(isinstance(each, str) for each in texts):
             raise TypeError("encode_text takes a list of texts, such as [text]")
-        return self.state.encode_text(self.runtime, texts, batch_size)
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        return encode_texts(self.runtime, [self.state] * len(texts), texts, batch_size)
 
     def encode_images(self, images: Sequence[ImageSource], batch_size: int = 32) -> Floats:
         """Encode images (PIL, path or bytes) -> float32 (n, E), L2-normalized.
@@ -179,11 +182,11 @@ class Encoder:
 
     def encode_pixels(self, pixels: Pixels) -> Floats:
         """uint8 (n, 3, S, S), from `preprocess` -> float32 (n, E), L2-normalized, in one forward pass."""
-        return self.state.encode_pixels(self.runtime, pixels)
+        return self.adapt_images(self.image_features(pixels))
 
     def image_features(self, pixels: Pixels) -> Floats:
         """Encode as `encode_pixels`, before the adapter of image features; `image_key` names what decides on these."""
-        return self.state.image_features(self.runtime, pixels)
+        return normalize(self.runtime.image(pixels, self.state.image_inputs))
 
     def adapt_images(self, features: Floats) -> Floats:
         """Turn `image_features` (n, E) into vectors (n, E)."""
@@ -197,6 +200,34 @@ class Encoder:
             places += [Path(source.model), Path(source.pretrained or source.model)]
         release_pages(places)
         trim_heap()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextRow:
+    """A text for one encoder."""
+
+    encoder: Encoder
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageRow:
+    """An image for one encoder: uint8 (3, S, S), from its `preprocess`."""
+
+    encoder: Encoder
+    pixels: Pixels
+
+
+def encode_text_rows(rows: Sequence[TextRow]) -> Floats:
+    """Encode texts -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
+    states = [row.encoder.state for row in rows]
+    return encode_texts(rows[0].encoder.runtime, states, [row.text for row in rows], len(rows))
+
+
+def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
+    """Encode images -> float32 (B, E), L2-normalized. All encoders must share one runtime."""
+    states = [row.encoder.state for row in rows]
+    return encode_pixels(rows[0].encoder.runtime, states, [row.pixels for row in rows])
 
 
 def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:

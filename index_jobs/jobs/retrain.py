@@ -42,7 +42,7 @@ from dcar_core.model.config import ModelConfig
 from dcar_core.model.dcar import FeatureAdapter
 from dcar_core.runtimes.graphs import adapter_arrays
 from dcar_core.runtimes.registry import PROBE_TEXTS
-from dcar_core.serving.encoder import add_portable_export, has_started_portable, load_exact
+from dcar_core.serving.encoder import Encoder, add_portable_export, has_started_portable, load_exact
 from dcar_core.serving.encoder_cache import copy_portable
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
@@ -270,7 +270,8 @@ class _Retraining:
         self.trainables = read_trainables(served.checkpoint)
         adapter = _text_adapter(self.trainables, self.encoder.dim)
         self.before, self.after = (_Texts(self._features, each) for each in (deepcopy(adapter), adapter))
-        self._bare, self._known = replace(self.encoder.state, text_adapter=None), dict[str, Floats]()
+        bare = replace(self.encoder.state, text_adapter=None)
+        self._bare, self._known = Encoder(bare, None, self.encoder.runtime), dict[str, Floats]()
         self.cutoff = served.manifest.cutoff
         self._lap("load")
 
@@ -281,7 +282,7 @@ class _Retraining:
     def _features(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the features of texts before the adapter, (n, E). Each text is encoded once."""
         if new := [text for text in dict.fromkeys(texts) if text not in self._known]:
-            self._known.update(zip(new, self._bare.encode_text(self.encoder.runtime, new, 64), strict=True))
+            self._known.update(zip(new, self._bare.encode_text(new), strict=True))
         return torch.from_numpy(np.stack([self._known[text] for text in texts]))
 
     def compare(

@@ -22,7 +22,7 @@ from app.api.requests import read_image_query
 from app.search.rows import mask_key
 from app.service.batching import BatchGroup, PassTime
 from app.service.files import PIECE_BYTES
-from dcar_core.serving.multi_encoder_batch import encode_text_rows
+from dcar_core.serving.encoder import encode_text_rows
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
 from tests.support.redis_server import RedisServer

@@ -12,8 +12,7 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.runtimes.encoder_state import Runtime
-from dcar_core.serving.encoder import Encoder
-from dcar_core.serving.multi_encoder_batch import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.serving.encoder import Encoder, ImageRow, TextRow, encode_image_rows, encode_text_rows
 
 TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
 SAME = {"a": ModelConfig(), "b": ModelConfig().with_query_weights("predicted")}

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, Runtime, group_by_length, join_inputs
+from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, group_by_length
 from dcar_core.runtimes.graphs import TorchRuntime, extract_state
 from dcar_core.runtimes.openvino_runtime import ensure_export
 from dcar_core.runtimes.registry import (
@@ -59,8 +58,8 @@ class Case:
         self.model, self.state = model, extract_state(model, "f" * 64, backbone_hash)
         self.export = partial(ensure_export, model, backbone_hash, cache)
 
-    def open(self, name: str) -> Runtime:
-        return open_runtime(name, self.model, self.export)
+    def open(self, name: str) -> Encoder:
+        return Encoder(self.state, self.model, open_runtime(name, self.model, self.export))
 
 
 def moved(model_dir: Path, config: ModelConfig, cache: Path, seed: int = 3) -> Case:
@@ -84,8 +83,8 @@ DEEP = ModelConfig(prompt=PromptConfig(length=3, depth=2), adapter=ADAPTERS).wit
 @pytest.mark.parametrize("name", named("torch", "openvino", "openvino-bf16"))
 def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: str, config: ModelConfig) -> None:
     case = moved(tiny_model, config, cache)
-    state, runtime = case.state, case.open(name)
-    found = state.encode_text(runtime, PROBE_TEXTS, 64), state.encode_pixels(runtime, probe_images(32))
+    encoder = case.open(name)
+    found = encoder.encode_text(PROBE_TEXTS), encoder.encode_pixels(probe_images(32))
     for vectors, expected in zip(found, reference_vectors(case.model), strict=True):
         assert (vectors * expected).sum(1).min() > (0.999 if name == "openvino-bf16" else 0.99999)
 
@@ -93,18 +92,20 @@ def test_runtime_gives_the_models_vectors(tiny_model: Path, cache: Path, name: s
 @pytest.mark.parametrize("name", named("torch", "openvino"))
 def test_rows_of_several_adapters_share_a_batch(tiny_model: Path, cache: Path, name: str) -> None:
     first, second = (moved(tiny_model, DEEP, cache, seed) for seed in (1, 2))
-    one, other, runtime = first.state, second.state, first.open(name)
+    one, other, runtime = first.state, second.state, first.open(name).runtime
     tokens = one.tokens(["a red square", "a green circle", "a red square"])[:, one.text_prompts.skipped :]
     weights = np.ones(tokens.shape, np.float32)
     prompts = [one.text_prompts, other.text_prompts, other.text_prompts]
-    mixed = runtime.text(tokens, weights, replace(prompts[0], inputs=join_inputs([each.inputs for each in prompts])))
+    parts = zip(*(each.inputs for each in prompts), strict=True)
+    joined = tuple(np.concatenate(part, 1) for part in parts)
+    mixed = runtime.text(tokens, weights, replace(prompts[0], inputs=joined))
     np.testing.assert_allclose(mixed[:1], runtime.text(tokens[:1], weights[:1], one.text_prompts), atol=1e-5)
     np.testing.assert_allclose(mixed[1:], runtime.text(tokens[1:], weights[1:], other.text_prompts), atol=1e-5)
     assert np.abs(mixed[0] - mixed[2]).max() > 0.01
     assert [each.shape[2] for each in one.image_inputs] == [3, 6, 6], "prompts and the adapters' matrices"
     pixels = probe_images(32)[:2]
-    joined = zip(one.image_inputs, other.image_inputs, strict=True)
-    both = runtime.image(pixels, tuple(np.concatenate(parts, 1) for parts in joined))
+    parts = zip(one.image_inputs, other.image_inputs, strict=True)
+    both = runtime.image(pixels, tuple(np.concatenate(part, 1) for part in parts))
     np.testing.assert_allclose(both[:1], runtime.image(pixels[:1], one.image_inputs), atol=1e-5)
     np.testing.assert_allclose(both[1:], runtime.image(pixels[1:], other.image_inputs), atol=1e-5)
     assert np.abs(both[0] - runtime.image(pixels[:1], other.image_inputs)[0]).max() > 0.01
@@ -117,7 +118,7 @@ def test_one_export_serves_every_number_of_prompts(tiny_model: Path, cache: Path
     lengths = [case.state.text_prompts.inputs[0].shape[3] for case in (first, longer)]
     assert lengths == [5, 7], "SOS and the prompts"
     assert first.export() == longer.export()
-    check_vectors(longer.state, first.open("openvino"), reference_vectors(longer.model))
+    check_vectors(longer.state, first.open("openvino").runtime, reference_vectors(longer.model))
 
 
 def test_feature_adapters_leave_no_thread_of_blas_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,18 +188,15 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: whole(self, backend=backend, **given))
     case = moved(tiny_model, DEEP, cache)
-    plain, state, runtime = case.open("torch"), case.state, TorchRuntime(case.model, is_half=True)
+    plain, half = case.open("torch"), Encoder(case.state, case.model, TorchRuntime(case.model, is_half=True))
     texts = [" ".join("abcdefghijklmnopqrstuvw"[: 1 + i % 20]) for i in range(40)]
     groups = [texts[:n] for n in (1, 2, 3, 7, 32)] + [[text] for text in texts] + [[""], ["", ""]]
     for group in groups:
-        vectors = state.encode_text(runtime, group, 32)
-        np.testing.assert_allclose(vectors, state.encode_text(plain, group, 32), atol=5e-3)
+        np.testing.assert_allclose(half.encode_text(group), plain.encode_text(group), atol=5e-3)
     assert len(graphs) <= 6
     pixels = np.tile(probe_images(32), (9, 1, 1, 1))
     for n in (1, 2, 3, 8, 33):
-        np.testing.assert_allclose(
-            state.encode_pixels(runtime, pixels[:n]), state.encode_pixels(plain, pixels[:n]), atol=5e-3
-        )
+        np.testing.assert_allclose(half.encode_pixels(pixels[:n]), plain.encode_pixels(pixels[:n]), atol=5e-3)
     assert len(graphs) <= 9
 
 
@@ -219,18 +217,16 @@ def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name:
         assert (vectors * both(wanted)).sum(1).min() > 0.999
 
 
-@pytest.mark.parametrize("side", ["text", "image"])
-def test_a_single_vector_below_the_threshold_is_enough(side: str) -> None:
-    unit = np.tile(np.eye(1, 4, dtype=np.float32), (8, 1))
+@pytest.mark.parametrize("side", [0, 1], ids=["text", "image"])
+def test_a_single_vector_below_the_threshold_is_enough(tiny_model: Path, tmp_path: Path, side: int) -> None:
+    case = moved(tiny_model, PLAIN, tmp_path)
+    encoder = case.open("torch")
+    expected = reference_vectors(case.model)
 
     def check(cosine: float) -> None:
-        off = unit.copy()
-        off[-1, :2] = cosine, np.sqrt(1 - cosine**2)
-        texts, images = (off, unit) if side == "text" else (unit, off)
-        state: Any = SimpleNamespace(
-            encode_text=lambda *_: texts, encode_pixels=lambda *_: images, preprocess=SimpleNamespace(size=8)
-        )
-        check_vectors(state, Runtime("openvino", *[lambda _: unit] * 2), (unit, unit))
+        wrong = [vectors.copy() for vectors in expected]
+        wrong[side][-1] *= cosine
+        check_vectors(case.state, encoder.runtime, (wrong[0], wrong[1]))
 
     check(LEAST_COSINE + 0.0002)
     for wrong in (LEAST_COSINE - 0.0002, np.nan):
