@@ -47,12 +47,12 @@ async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequen
     """
     if not ranked:
         return []
-    reranker = await _reranker(compute, snapshot)
-    features = await _image_features(compute, snapshot, reranker, [match.row for match in ranked])
+    stage = await _second_stage(compute, snapshot)
+    features = await _image_features(compute, snapshot, stage, [match.row for match in ranked])
     if not features:
         raise UnsupportedQueryError(_NO_IMAGES)
     second = await _in_chunks(
-        compute, lambda chunk: compute.run("model", reranker.scores, text, np.stack(chunk)), list(features.values())
+        compute, lambda chunk: compute.run("model", stage.query_scores, text, np.stack(chunk)), list(features.values())
     )
     added = dict(zip(features, map(float, second), strict=True))
     for match in ranked:
@@ -107,15 +107,13 @@ async def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: 
     return relevance
 
 
-async def _image_features(
-    compute: Compute, snapshot: Snapshot, reranker: Any, rows: Sequence[int]
-) -> dict[int, Floats]:
+async def _image_features(compute: Compute, snapshot: Snapshot, stage: Any, rows: Sequence[int]) -> dict[int, Floats]:
     """Return the `image_features` of the rows whose images exist, by row and in their order."""
     cache = snapshot.image_features
     features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
     images = await compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
     computed = await _in_chunks(
-        compute, lambda chunk: compute.run("model", reranker.image_features, np.stack(chunk)), list(images.values())
+        compute, lambda chunk: compute.run("model", stage.image_features, np.stack(chunk)), list(images.values())
     )
     for row, feature in zip(images, computed, strict=True):
         features[row], cache.size = feature, MAX_FEATURE_BYTES // feature.nbytes
@@ -133,10 +131,10 @@ async def _in_chunks(
     return vectors
 
 
-async def _reranker(compute: Compute, snapshot: Snapshot) -> Any:
-    """Return the snapshot's `QueryReranker`."""
+async def _second_stage(compute: Compute, snapshot: Snapshot) -> Any:
+    """Return the snapshot's `SecondStage`."""
     try:
-        return await compute.run("load", lambda: snapshot.reranker)  # may load the model
+        return await compute.run("load", lambda: snapshot.second_stage)  # may load the model
     except MissingExtraError as error:
         raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
     except DcarError as error:

@@ -108,12 +108,12 @@ class Snapshot:
         return self.artifact.manifest.cutoff.get("min_score")
 
     @cached_property
-    def reranker(self) -> Any:
-        """A `QueryReranker`. The first look may load the model for seconds: not in the event loop."""
+    def second_stage(self) -> Any:
+        """The model's `SecondStage`. The first look may load the model for seconds: not in the event loop."""
         with requires_pytorch("re-ranking"):  # importing it takes seconds; the health check need not wait
-            from dcar_core.serving.second_scores import QueryReranker
+            from dcar_core.model.dcar import SecondStage
 
-            return QueryReranker(self.encoder)
+            return SecondStage(self.encoder.model)
 
 
 def load_snapshot(

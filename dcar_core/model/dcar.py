@@ -25,10 +25,11 @@ from dcar_core.model.config import ModelConfig, PromptConfig
 from dcar_core.model.methods.method import Method
 from dcar_core.model.methods.registry import METHODS, has_second_stage, require_runnable
 from dcar_core.model.methods.weight_changes import WeightChanges
-from dcar_core.model.query_prompts import LATE, PROMPTED, QueryParts, QueryPrompts
+from dcar_core.model.query_prompts import LATE, PROMPTED, QueryParts, QueryPrompts, take
 from dcar_core.model.token_weights import TokenWeightHead
 from dcar_core.model.towers.image import ClassRowInputs, NativeImage
 from dcar_core.model.towers.text import PROMPT_STD
+from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ModelError
 
 INITIAL_TEXT = "a photo of a"
@@ -275,6 +276,21 @@ class SecondStage:
     def scores(self, texts: QueryParts, images: ClassRowInputs) -> Tensor:
         """Second scores (M,) of M texts with as many images."""
         return PROMPTED * self.prompted(texts, images) + LATE * self.layers.late(texts, images.patches)
+
+    def image_features(self, pixels: Pixels) -> Floats:
+        """uint8 (C, 3, S, S), from `preprocess` -> what `query_scores` needs of images, float16 (C, 1 + P, W_v)."""
+        rows: Floats = self.image_rows(self.model.backbone.normalized(pixels)).half().cpu().numpy()
+        return rows
+
+    @torch.inference_mode()
+    def query_scores(self, text: str, image_features: Floats) -> Floats:
+        """Return the second scores (C,) of a query with each image, times their weight."""
+        backbone, config = self.model.backbone, self.model.config.rerank
+        texts = self.texts(backbone.tokenize([text], self.model.prompt_tokens))
+        images = self.images(torch.from_numpy(image_features).to(backbone.device).float())
+        pairs = take(texts, torch.zeros(len(image_features), dtype=torch.long))
+        scores: Floats = self.scores(pairs, images).float().cpu().numpy()
+        return scores * config.weight
 
 
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
