@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from dcar_core import Encoder
-from dcar_core.serving.score_cutoff import compute_cutoff
 from index_jobs.gallery.scan import scan
 from index_jobs.jobs import gate
+from index_jobs.jobs.cutoff import compute_cutoff
 from index_jobs.store.versions import open_current
 
 UNRELATED_TEXTS = (

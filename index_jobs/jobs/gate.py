@@ -27,7 +27,6 @@ from dcar_core.data import MISSING_IMAGES, Annotations
 from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
-from dcar_core.serving.score_cutoff import compute_cutoff, cutoff_of_words
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.bootstrap import Hits, compare_hits
 from dcar_core.util.errors import DataError
@@ -37,6 +36,7 @@ from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
+from index_jobs.jobs.cutoff import compute_cutoff, cutoff_of_words
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
