@@ -4,11 +4,9 @@ texts -> tokens and weights ----> runtime.text  --> normalize --> text adapter  
 pixels -------------------------> runtime.image --> normalize --> image adapter --> vectors
 
 - A runtime belongs to a backbone and knows no encoder: prompts, adapters of blocks and token weights are inputs. So
-  rows of several encoders share a pass, where these inputs have one shape, and each gets the vector that its encoder
-  gives alone.
-- `graphs.extract_state` computes the state from a model; `serving.encoder_cache` keeps it for later starts.
-- Feature adapters are small and are applied here, outside of any exported graph, in one thread of NumPy's BLAS: further
-  threads would wait busily for the next product and take the cores from the towers.
+  rows of several encoders share a pass where these have one shape, and get the vectors that each encoder gives alone.
+- Feature adapters are applied here, outside of any export, in one thread of NumPy's BLAS: further threads would wait
+  busily for the next product and take the cores from the towers.
 
 Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `runtimes.graphs`.
 """
@@ -25,8 +23,8 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
 from dcar_core.util.arrays import Floats, Pixels, Rows, TokenIds
 
-# Cost of a forward pass before its first token, in tokens: reading every weight once. Measured on a ViT-B/32: with AMX,
-# where a token costs little, 128 is up to a fifth faster than 32; without it, 16 to 64 made hardly a difference.
+# Cost of a forward pass before its first token, in tokens. On a ViT-B/32 with AMX, 128 is up to a fifth faster than 32;
+# without it, 16 to 64 made hardly a difference.
 PASS_COST = 128
 _NUMPY_THREADS = ThreadpoolController()  # found now, since later it would search more libraries
 
@@ -49,10 +47,7 @@ class TextPrompts:
 
 
 class Runtime:
-    """Both towers. Several threads may use it at once; a library that cannot run twice at once lets them take turns.
-
-    run_text, run_image: run a tower's graph over its inputs.
-    """
+    """Both towers. Several threads may use it at once. run_text, run_image: run a tower's graph over its inputs."""
 
     def __init__(self, name: str, run_text: RunGraph, run_image: RunGraph) -> None:
         self.name = name

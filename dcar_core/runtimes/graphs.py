@@ -67,8 +67,7 @@ class AttentionBlock(nn.Module):
 class ImageGraph(nn.Module):
     """(pixels, prompts, down, up) -> image features (B, E), not normalized. Pixels are normalized inside.
 
-    depth: depth of the prompts in an export, 0 for none. has_adapters: True if the blocks in an export have adapters.
-    Without an export, any inputs are accepted.
+    depth, has_adapters: of the prompts and blocks in an export; without one, any inputs are accepted.
     """
 
     scale: Tensor
@@ -77,24 +76,18 @@ class ImageGraph(nn.Module):
     def __init__(self, backbone: Backbone, depth: int, *, has_adapters: bool) -> None:
         super().__init__()
         tower = backbone.image_tower
-        self.depth, self.size, self.tower = depth, backbone.preprocess.size, tower
-        self.has_adapters = has_adapters
+        self.depth, self.has_adapters, self.size, self.tower = depth, has_adapters, backbone.preprocess.size, tower
         self.encoder: nn.Module = tower.module  # registered, to be converted with it
-        std = torch.tensor(backbone.preprocess.std).reshape(1, 3, 1, 1)
-        mean = torch.tensor(backbone.preprocess.mean).reshape(1, 3, 1, 1)
+        mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (backbone.preprocess.mean, backbone.preprocess.std))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         self.to(backbone.device)
 
     def forward(self, pixels: Tensor, *inputs: Tensor) -> Tensor:
-        """
-        Args:
-            pixels: uint8 (B, 3, S, S).
-            inputs: prompts (depth, R, k, W_v), then both matrices (D, R, r, W_v) of adapters, each if there are some.
-        """
+        """pixels: uint8 (B, 3, S, S). inputs: prompts (depth, R, k, W_v), then two (D, R, r, W_v), as far as used."""
         prompts = inputs[0] if len(inputs) in (1, 3) else None
         adapters = (inputs[-2], inputs[-1]) if len(inputs) in (2, 3) else None
-        x = pixels.float() * self.scale + self.shift  # in float32 until here: bfloat16 has 8 bits
+        x = pixels.float() * self.scale + self.shift  # in float32 until here: float16 has 11 bits
         return self.tower.encode(x.to(next(self.encoder.parameters()).dtype), prompts, adapters)
 
     def example(self) -> Example:
@@ -146,12 +139,7 @@ class PrefixTextGraph(nn.Module):
         return torch.stack(keys), torch.stack(values)
 
     def forward(self, tokens: Tensor, weights: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """
-        Args:
-            tokens: int64 (B, n) without start tokens.
-            weights: (B, n) factors of the token embeddings.
-            keys, values: (D, R, H, p, d) from `prompt_inputs`.
-        """
+        """tokens, weights of their embeddings: (B, n) without start tokens. keys, values: (D, R, H, p, d)."""
         batch, n = tokens.shape
         p = keys.shape[3]
         last = ((tokens == self.end_id).long().cumsum(-1) == 0).long().sum(-1)  # the first end token
@@ -178,7 +166,7 @@ class PrefixTextGraph(nn.Module):
 class PromptTextGraph(nn.Module):
     """(tokens, weights, prompts) -> text features (B, E), not normalized; of tokens alone for a tower without prompts.
 
-    depth: depth of the prompts in an export, 0 for none. Without an export, any prompts are accepted.
+    depth: of the prompts in an export; without one, any prompts are accepted.
     """
 
     skipped = 0
@@ -194,12 +182,7 @@ class PromptTextGraph(nn.Module):
         return () if prompts is None else (prompts.unsqueeze(1),)
 
     def forward(self, tokens: Tensor, weights: Tensor | None = None, prompts: Tensor | None = None) -> Tensor:
-        """
-        Args:
-            tokens: int64 (B, n); of the context without the prompts where the tower reads its padding.
-            weights: (B, n) factors of the token embeddings.
-            prompts: (depth, R, k, W_t).
-        """
+        """tokens, weights of their embeddings: (B, n). prompts: (depth, R, k, W_t)."""
         return self.tower.encode(tokens, prompts, weights)
 
     def example(self) -> Example:
@@ -242,9 +225,8 @@ def tracing() -> Iterator[None]:
 class TorchRuntime(Runtime):
     """Both graphs in PyTorch: as they are, or in half precision and compiled.
 
-    One compilation, of seconds or a minute, serves every batch and length, except those of size 1, for which PyTorch
-    compiles other graphs. CUDA graphs are not used: each shape would need one, and only the thread that recorded a
-    graph can run it.
+    One compilation serves every batch and length, except those of size 1. CUDA graphs are not used: each shape would
+    need one, and only the thread that recorded a graph can run it.
     """
 
     def __init__(self, model: DCAR, *, is_half: bool = False) -> None:
@@ -256,8 +238,8 @@ class TorchRuntime(Runtime):
             image.scale, image.shift = scale, shift
             text.compile(dynamic=True)
             image.compile(dynamic=True)
-        name = "cuda-fp16" if is_half else "torch"
-        super().__init__(name, *(partial(_run, graph, device, dtype) for graph in (text, image)))
+        runs = (partial(_run, graph, device, dtype) for graph in (text, image))
+        super().__init__("cuda-fp16" if is_half else "torch", *runs)
 
 
 @torch.inference_mode()

@@ -4,10 +4,8 @@
     CACHE/exports/NAME/*.xml, *.bin
 
 - NAME says what an export depends on, versions of libraries included, so an upgrade exports again beside the old one.
-- Exports are checked at every use. They are written aside and renamed under a lock, so a killed process leaves no half
-  of one in place. Nothing is a pickle: reading a cache never runs code.
+- Exports are checked at every use, and renamed into place when they are whole. None is a pickle, which could run code.
 - Both precisions share one export: the type is a hint at compilation.
-- Shapes are dynamic; a few kernels are built when a shape comes for the first time.
 """
 
 import json

@@ -1,9 +1,7 @@
 """The runtimes by name, and the choice of one for a model: by name, or by a rule (`auto`).
 
 - A runtime belongs to a backbone: encoders that share one share it as well, so that their queries can share a batch.
-- A runtime on an export needs neither the model nor PyTorch to be opened: see `open_export`.
-- Every start compares the vectors of a small probe with those of PyTorch in float32, of `DCAR.encode_query` and
-  `encode_image`, the path of training and evaluation.
+- Every start compares the vectors of a small probe with those of PyTorch in float32, the path of training.
 - `auto` passes over a runtime that fails, with a warning that names the reason; `torch` always remains.
 """
 
@@ -61,21 +59,14 @@ def auto_exports() -> list[str]:
 
 
 def auto_runtimes(device: str) -> list[str]:
-    """Return what `auto` tries on a type of device, in this order.
-
-    docs/explanation/runtimes.md has the measurements behind the rule.
-    """
+    """Return what `auto` tries on a type of device, in this order; docs/explanation/runtimes.md says why."""
     if device == "cuda":
         return ["cuda-fp16", "torch"]
     return [*(auto_exports() if device == "cpu" and machine.is_installed("openvino") else []), "torch"]
 
 
 def load_runtime(name: str, state: EncoderState, model: "DCAR", export: Callable[[], Path]) -> Runtime:
-    """Open a runtime by name, or the first that can be used by `auto`, which never fails.
-
-    export: as of `open_runtime`. Raise RuntimeUnavailableError or MissingExtraError if the named runtime cannot be used
-    here.
-    """
+    """Open a runtime by name, or the first that can be used by `auto`, which never fails; see `open_runtime`."""
     if name != AUTO:
         return _open_and_check(name, state, model, export)
     names = auto_runtimes(model.backbone.device.type)
@@ -105,11 +96,8 @@ def _open_and_check(name: str, state: EncoderState, model: "DCAR", export: Calla
 def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtime:
     """Open a runtime by name, or return the one that is open for this backbone.
 
-    Args:
-        export: returns the directory of the model's checked export.
-
-    Raises:
-        RuntimeUnavailableError, MissingExtraError: it cannot be used here, with the reason.
+    export: returns the directory of the model's checked export.
+    Raise RuntimeUnavailableError or MissingExtraError if the runtime cannot be used here.
     """
     from dcar_core.runtimes.graphs import TorchRuntime
 
@@ -117,10 +105,7 @@ def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtim
     device = model.backbone.device.type
     needed = {"torch": device, "cuda-fp16": "cuda"}.get(name, "cpu")
     if device != needed:
-        where = "a GPU" if needed == "cuda" else "the processor"
-        raise RuntimeUnavailableError(
-            f"the runtime {name} needs {where} (--device {needed}), but the device is {device}"
-        )
+        raise RuntimeUnavailableError(f"the runtime {name} needs --device {needed}, but the device is {device}")
     if name in EXPORTED:
         return open_export(name, export())
     key = name, model.backbone

@@ -49,18 +49,15 @@ class Encoder:
         runtime: Runtime,
         *,
         exact: bool = False,
-        checkpoint: Path | None = None,
         load_model: "Callable[[Path], DCAR] | None" = None,
     ) -> None:
-        """model: None to load it from `checkpoint` by `load_model` when something needs it."""
-        self.state = state
-        self.runtime = runtime
-        self.fingerprint, self.image_key = state.fingerprint, state.image_key
-        self.dim = state.dim
+        """model: None to load it by `load_model` from a checkpoint of `add_checkpoint_path` when something needs it."""
+        self.state, self.runtime = state, runtime
+        self.fingerprint, self.image_key, self.dim = state.fingerprint, state.image_key, state.dim
         has_torch = not isinstance(runtime, OpenVinoRuntime)
         self.preprocess = state.preprocess if exact else state.preprocess.fast(torch=has_torch)
         self._model, self._load_model = model, load_model
-        self._checkpoints = [] if checkpoint is None else [checkpoint]
+        self._checkpoints = list[Path]()
         self._turn = threading.Lock()
 
     @property
@@ -137,8 +134,9 @@ class Encoder:
 
         uses_export = is_checkpoint(path) and encoder_cache.may_use_export(device, runtime)
         if uses_export and (cached := encoder_cache.restore(path, runtime, threads, cache)) is not None:
-            state, opened = cached
-            return cls(state, None, opened, exact=exact, checkpoint=path, load_model=lambda path: load_model(path)[0])
+            encoder = cls(cached[0], None, cached[1], exact=exact, load_model=lambda path: load_model(path)[0])
+            encoder.add_checkpoint_path(path)
+            return encoder
 
         with requires_pytorch(f"loading {source} without a portable export for this runtime"):
             from dcar_core.runtimes.graphs import extract_state

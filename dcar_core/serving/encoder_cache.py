@@ -3,10 +3,9 @@
     CACHE/exports/NAME/encoder-FINGERPRINT    sha256, then safetensors
     CHECKPOINT/portable/encoder               the same; see `add_portable_export`
 
-- Loading PyTorch, open_clip and the model takes seconds and hundreds of megabytes, which a service on an exported graph
-  needs for re-ranking alone.
-- An entry holds for one checkpoint, whose fingerprint is computed again; the entry and the export have checksums.
-- Finally, the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
+- Loading PyTorch and the model takes seconds and hundreds of megabytes, which an export needs for re-ranking alone.
+- An entry holds for one checkpoint, whose fingerprint is computed again; the entry and the export have checksums; and
+  the vectors of a probe must match those that PyTorch gave in float32 when the entry was written.
 - If a check fails, the full model is loaded and the entry is written again.
 """
 
@@ -30,17 +29,9 @@ from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_confi
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
+from dcar_core.runtimes import registry
 from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
 from dcar_core.runtimes.openvino_runtime import GRAPHS, check_export
-from dcar_core.runtimes.registry import (
-    AUTO,
-    EXPORTED,
-    Vectors,
-    auto_exports,
-    check_vectors,
-    open_export,
-    reference_vectors,
-)
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
@@ -69,7 +60,7 @@ def may_use_export(device: str, runtime: str) -> bool:
     may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
     has_gpu = may_have_gpu and machine.is_installed("torch")
     on_cpu = device == "cpu" or (device == "auto" and not has_gpu)
-    return on_cpu and (runtime == AUTO or runtime in EXPORTED)
+    return on_cpu and (runtime == registry.AUTO or runtime in registry.EXPORTED)
 
 
 def entry_name(fingerprint: str) -> str:
@@ -82,7 +73,7 @@ def store(export: Path, state: EncoderState, model: "DCAR") -> None:
     A cache that cannot be written only makes later starts slower.
     """
     try:
-        _write(export / entry_name(state.fingerprint), state, reference_vectors(model))
+        _write(export / entry_name(state.fingerprint), state, registry.reference_vectors(model))
     except OSError as error:
         logger.warning("the encoder cannot be cached in %s: %s", export, error.strerror or error)
 
@@ -110,7 +101,7 @@ def copy_export(source: Path, target: Path) -> None:
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
     is_cached = any(default_cache_directory().glob(f"exports/*/{entry_name(fingerprint)}"))
-    return may_use_export(device, AUTO) and (is_cached or has_portable(checkpoint))
+    return may_use_export(device, registry.AUTO) and (is_cached or has_portable(checkpoint))
 
 
 def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
@@ -148,7 +139,7 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, content
 
 
-def _write(path: Path, state: EncoderState, probe: Vectors) -> None:
+def _write(path: Path, state: EncoderState, probe: registry.Vectors) -> None:
     arrays: Arrays = {"probe_texts": probe[0], "probe_images": probe[1]}
     content = {"circumstances": {"format": FORMAT, "graphs": GRAPHS}, "state": _pack(state, arrays)}
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
@@ -168,12 +159,12 @@ def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> t
         checked = pool.submit(check_export, entry.parent)  # while it is compiled
 
         def opened(name: str) -> Runtime:
-            found = open_export(name, entry.parent, threads)
+            found = registry.open_export(name, entry.parent, threads)
             checked.result()
-            check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
+            registry.check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
             return found
 
-        *others, last = auto_exports() if runtime == AUTO else [runtime]
+        *others, last = registry.auto_exports() if runtime == registry.AUTO else [runtime]
         for name in others:
             with suppress(RuntimeUnavailableError):
                 return state, opened(name)

@@ -54,7 +54,7 @@ def export(cache: Path) -> Path:
     ("name", "says"),
     [
         ("tensorrt", r"no runtime is named 'tensorrt'; there are: auto, torch, "),
-        ("cuda-fp16", "cuda-fp16 needs a GPU"),
+        ("cuda-fp16", "cuda-fp16 needs --device cuda, but the device is cpu"),
         ("openvino-int8", r"there are: auto, torch, cuda-fp16, openvino-bf16, openvino$"),
     ],
 )
