@@ -64,7 +64,7 @@ def hybrid_candidates(
     - A rank score is cosine + bonus * text score; see `index_jobs.store.lexical.fusion`. Every candidate of one list
       gets its exact score in the other.
     - Words that `_TEXT_ROWS` items or more contain are ranked approximately: only the `_COMMON_TEXT_ROWS` best rows by
-      the query's rarer words are added. The number of rows by cosine then depends only on the page's depth, rounded.
+      the words are added. The number of rows by cosine then depends only on the page's depth, rounded.
     - First pages without a filter use a narrow index search, which returns twice as many rows in less time, though not
       exactly the highest.
 
@@ -77,8 +77,7 @@ def hybrid_candidates(
     lexical = require_words(artifact)
     mask = word_mask(artifact, allowed)
     is_text_complete = lexical.count_matches(text) < _TEXT_ROWS
-    limit = _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS
-    text_scores, text_rows = lexical.search(text, limit, mask, by_rare_terms=not is_text_complete)
+    text_scores, text_rows = lexical.search(text, _TEXT_ROWS if is_text_complete else _COMMON_TEXT_ROWS, mask)
     is_narrow = not is_text_complete and mask is None and width <= _COMMON_WIDTH
     if not is_text_complete:
         wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()

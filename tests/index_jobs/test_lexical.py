@@ -5,7 +5,6 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import main
 from index_jobs.store.lexical.analysis import index_terms, query_terms
-from index_jobs.store.lexical.lexical_index import STARTS, TERMS, LexicalIndex, write_lexical
+from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.store.versions import open_current
 from tests.support.commands import run
 from tests.support.images import draw
@@ -145,38 +144,27 @@ def test_no_match_gives_no_rows(lexical: LexicalIndex) -> None:
         assert len(scores) == len(rows) == 0
 
 
-def test_scores_from_the_lists_of_terms_equal_those_of_tantivy(tmp_path: Path) -> None:
+def test_scores_of_chosen_rows_equal_those_of_a_search(tmp_path: Path) -> None:
     generator = random.Random(0)
     words = [
         first + second + third for first in "bdfgkl" for second in ("ab", "oc", "ip") for third in ("em", "un", "at")
     ]
-    texts = [" ".join(generator.choices(words, k=generator.choice((1, 3, 9, 30, 80)))) for _ in range(300)]
+    texts = [" ".join(generator.choices(words, k=generator.choice((1, 3, 9, 30, 80)))) for _ in range(1200)]
     write_lexical(tmp_path / "lexical", [*texts, "", " ".join(map(str, range(1000)))])
     lexical = LexicalIndex(tmp_path / "lexical")
-    rows = np.array(generator.sample(range(302), 302))
-    for query in ("babem", "babem docun", "babem 7 unknown", " ".join(words[:9]), "of", "?!"):
-        by_tantivy = lexical._score(replace(lexical._parse(query), has_similar=True), rows)
-        np.testing.assert_allclose(lexical.score(query, rows), by_tantivy, rtol=1e-5)
-        assert len(lexical.search(query, 400)[1]) <= lexical.count_matches(query) <= 302
-
-
-def test_rows_found_by_rare_terms_have_the_score_of_all_terms(tmp_path: Path) -> None:
-    texts = ["face ghost", "ghost", *["face cat"] * 30, "ghost red face", *["car"] * 60]
-    write_lexical(tmp_path / "lexical", texts)
-    lexical = LexicalIndex(tmp_path / "lexical")
-    scores, rows = lexical.search("ghost face", 10, by_rare_terms=True)
-    assert sorted(rows.tolist()) == [0, 1, 32]
-    assert (np.diff(scores) <= 0).all()
-    np.testing.assert_allclose(scores, lexical.score("ghost face", rows), rtol=1e-6)
-    assert len(lexical.search("face", 40, by_rare_terms=True)[1]) == 32, "a query without rare terms keeps the others"
+    for query in ("babem", "babem docun", "babem 7 unknown", "babem gokatt", " ".join(words), "of", "?!"):
+        scores, rows = lexical.search(query, 2000)
+        expected = np.zeros(1202)
+        expected[rows] = scores
+        assert np.count_nonzero(expected) == len(rows) <= lexical.count_matches(query) <= 1202
+        for count in (0, 1, 300, 1202):
+            chosen = np.array(generator.sample(range(1202), count), np.int64)
+            np.testing.assert_allclose(lexical.score(query, chosen), expected[chosen], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path: np.save(path / TERMS, np.load(path / TERMS)[:-1]),
-        lambda path: np.save(path / STARTS, np.delete(np.load(path / STARTS), 1)),  # of other rows
-        lambda path: (path / STARTS).write_bytes(b""),
         lambda path: (path / "meta.json").write_text("{}"),
         shutil.rmtree,
     ],
@@ -189,17 +177,15 @@ def test_a_missing_or_damaged_index_is_an_error_with_its_path(damage: Callable[[
         LexicalIndex(path)
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["restricted search", "widened search"])
-def test_only_allowed_rows_are_found(tmp_path: Path, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from index_jobs.store.lexical import lexical_index
-
-    monkeypatch.setattr(lexical_index, "_SET_ROWS", 1000 if small else 0)
+@pytest.mark.parametrize("first", [0, 200, 285, 300])
+def test_only_allowed_rows_are_found(tmp_path: Path, first: int) -> None:
+    """Few of them are looked up one by one."""
     write_lexical(tmp_path / "lexical", [f"face {'ghost' if row % 3 == 0 else 'cat'}" for row in range(300)])
-    allowed = np.zeros(300, np.bool_)
-    allowed[200:] = True
-    scores, rows = LexicalIndex(tmp_path / "lexical").search("ghost", 50, allowed)
-    assert sorted(rows.tolist()) == list(range(201, 300, 3))
-    assert len(scores) == len(rows)
+    lexical, ghosts = LexicalIndex(tmp_path / "lexical"), {*range(first + -first % 3, 300, 3)}
+    allowed = np.arange(300) >= first
+    for k in (7, 100):
+        scores, rows = lexical.search("ghost", k, allowed)
+        assert len({*rows.tolist()} & ghosts) == len(rows) == len(scores) == min(k, len(ghosts))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -223,9 +209,6 @@ def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
     unchanged = {path.name for path in second.iterdir()} & {*before} - {Path(name).name for name in replaced}
     assert all((second / name).read_bytes() == before[name] for name in unchanged)
     current = texts[:50] + added
-    write_lexical(tmp_path / "new", current)
-    for name in (STARTS, TERMS):
-        np.testing.assert_array_equal(np.load(second / name), np.load(tmp_path / "new" / name))
     for index, rows_text in ((LexicalIndex(first), texts), (LexicalIndex(second), current)):
         assert len(index) == len(rows_text)
         for word in words:

@@ -5,36 +5,28 @@
 - A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
   frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
 - A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
-- The best rows come from tantivy, the scores of chosen rows from lists of the terms of each row: `terms.npy`, uint32,
-  the CRC-32 of each term, and `term_starts.npy`, int64 (rows + 1,), where those of a row begin. A row scores too high
-  if one of its terms has the CRC of another term of the query, by a chance of one in some hundred millions.
-- For a query that matches terms one edit away, tantivy scores chosen rows too, which takes longer.
 - Readers open the files through links in a temporary directory, because tantivy locks a directory by writing to it, and
   versions may be mounted read-only.
 """
 
 import json
 import math
-import sys
 import tempfile
 import weakref
-from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pyarrow as pa
 import tantivy
-from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, is_panic
-from dcar_core.util.files import apply_umask, atomic_writer
+from dcar_core.util.files import apply_umask
 from index_jobs.checks import require_rows
 from index_jobs.store.lexical.analysis import index_terms, query_terms
 
@@ -43,15 +35,11 @@ _ANALYZER = "terms"
 _HEAP_BYTES = 128_000_000  # of the writer; a segment is written when it is full
 _FUZZY_FROM = 4  # characters of a term that may match others one edit away
 _FUZZY_SCORE = 0.5
-_COMMON_SHARE = 0.05  # of the items, from which on a term is common
 _CACHED_QUERIES = 1000
 _REPLACED = {"meta.json", ".managed.json"}  # by every commit
 _MARGIN = 1.2  # times as many rows as needed if the allowed ones were spread evenly
-_SET_ROWS = 20_000  # selected rows up to which the search itself is restricted to them
-TERMS, STARTS = "terms.npy", "term_starts.npy"
-_K1, _B = 1.2, 0.75  # tantivy's
-# Numbers of terms that tantivy tells apart, which it calls field norms.
-_LENGTHS = np.array([*range(40), *(24 + (m << e) for e in range(1, 28) for m in range(8, 16))])
+_ROW_COST = 4  # of restricting a search to one row, in results of a search among all
+_FEW_ROWS = 1000  # looked up one by one in less time than as a set
 
 
 def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]:
@@ -79,39 +67,26 @@ def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> set[s
         unsigned = tantivy.FieldType.Unsigned
         return tantivy.Query.range_query(schema, _ROW, unsigned, lower_bound=first_row, upper_bound=2**62)
 
-    return _write(path, enumerate(texts, first_row), later, first_row)
+    return _write(path, enumerate(texts, first_row), later)
 
 
 def replace_texts(path: Path, texts: Mapping[int, str]) -> set[str]:
     """Write the texts of some rows of an existing index again, as `write_lexical` does."""
-    return _write(
-        path, sorted(texts.items()), lambda schema: tantivy.Query.term_set_query(schema, _ROW, [*texts]), sys.maxsize
-    )
+    return _write(path, texts.items(), lambda schema: tantivy.Query.term_set_query(schema, _ROW, [*texts]))
 
 
-def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any], Any], kept: int) -> set[str]:
-    """Write the texts of rows, which ascend.
-
-    Args:
-        replaced: returns the query of the documents that they replace.
-        kept: the first row that the index loses unless it has a new text.
-    """
+def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any], Any]) -> set[str]:
+    """Write the texts of rows. replaced: returns the query of the documents that they replace."""
     is_new = not (path / "meta.json").exists()
     path.mkdir(exist_ok=True)
-    earlier = None if is_new else _TermLists.open(path)
-    rows, lengths, crcs = array("q"), array("q"), array("I")
     try:
         index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path)
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         writer.delete_documents_by_query(replaced(index.schema))
         for row, text in texts:
-            terms = dict.fromkeys(index_terms(text))
-            crcs.extend(crc32(term.encode()) for term in terms)
-            rows.append(row)
-            lengths.append(len(terms))
             document = tantivy.Document()
             document.add_unsigned(_ROW, row)
-            document.add_text(_TERMS, " ".join(terms))
+            document.add_text(_TERMS, " ".join(dict.fromkeys(index_terms(text))))
             writer.add_document(document)
         writer.commit()
         writer.wait_merging_threads()
@@ -121,30 +96,7 @@ def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any
         lock.unlink()
     for name in _REPLACED:  # tantivy writes them for this user only; the service may run as another
         (path / name).chmod(apply_umask(0o666))
-    new_rows, new_lengths = np.array(rows, np.int64), np.array(lengths, np.int64)
-    starts, all_terms = _spliced(earlier, kept, new_rows, new_lengths, np.array(crcs, np.uint32))
-    for name, values in ((STARTS, starts), (TERMS, all_terms)):
-        with atomic_writer(path / name) as file:
-            np.save(file, values, allow_pickle=False)
-    return {f"{path.name}/{name}" for name in (*_REPLACED, STARTS, TERMS)}
-
-
-def _spliced(
-    earlier: "_TermLists | None", kept: int, rows: Rows, lengths: Rows, terms: NDArray[np.uint32]
-) -> tuple[Rows, NDArray[np.uint32]]:
-    """Return the starts and the terms of all rows: earlier ones before row `kept`, with the new ones in their place."""
-    if earlier is None:
-        return np.concatenate([[0], np.cumsum(lengths)]), terms
-    before = np.diff(earlier.starts)[:kept]
-    after = np.zeros(max(len(before), rows.max(initial=-1) + 1), np.int64)
-    after[: len(before)] = before
-    after[rows] = lengths
-    is_new = np.zeros(len(after), np.bool_)
-    is_new[rows] = True
-    spliced, from_new = np.empty(after.sum(), np.uint32), np.repeat(is_new, after)
-    spliced[from_new] = terms
-    spliced[~from_new] = earlier.terms[: before.sum()][np.repeat(~is_new[: len(before)], before)]
-    return np.concatenate([[0], np.cumsum(after)]), spliced
+    return {f"{path.name}/{name}" for name in _REPLACED}
 
 
 def _schema() -> Any:
@@ -156,17 +108,13 @@ def _schema() -> Any:
 class _ParsedQuery:
     """A query.
 
-    whole: None if no item can match. rare: `whole` without common terms; None if it has no others. best_score: of an
-    item of average length with every term. weights: inverse document frequencies of the terms that items contain.
-    matches: upper bound of the number of rows that contain a term. has_similar: True if a term matches others.
+    parts: of tantivy, one for each term that items may contain. best_score: of an item of average length with every
+    term. matches: upper bound of the number of rows that contain a term.
     """
 
-    whole: Any
-    rare: Any
+    parts: list[Any]
     best_score: float
-    weights: list[tuple[str, float]]
     matches: int
-    has_similar: bool
 
 
 class LexicalIndex:
@@ -190,47 +138,55 @@ class LexicalIndex:
                 raise ValueError(f"its row numbers are not those from 0 to {last}")
         proxy: LexicalIndex = weakref.proxy(self)  # a cycle of references would keep an older version's files open
         self._parse = lru_cache(_CACHED_QUERIES)(lambda text: proxy._parse_new(text))
-        self._lists = _TermLists.open(path)
-        if len(self._lists) != len(self):
-            raise ArtifactError(f"{path} cannot be read: it has terms of {len(self._lists):,} of {len(self):,} rows")
 
     def __len__(self) -> int:
         count: int = self._searcher.num_docs
         return count
 
-    def search(
-        self, text: str, k: int, allowed: Mask | None = None, *, by_rare_terms: bool = False
-    ) -> tuple[Floats, Rows]:
+    def search(self, text: str, k: int, allowed: Mask | None = None) -> tuple[Floats, Rows]:
         """Return the k rows with the highest scores among the allowed ones; rows without any term are left out.
 
         Args:
             allowed: bool (rows,); None for all rows.
-            by_rare_terms: find the rows by the terms that at most a twentieth of the items contain, if there are some.
-                That takes a tenth of the time; a row that only contains common terms is missed.
 
         Returns:
             scores float32 (m,), best first, and rows int64 (m,), with m at most k.
         """
         query = self._parse(text)
-        if query.whole is None:
-            return np.empty(0, np.float32), np.empty(0, np.int64)
-        is_partial, width = by_rare_terms and query.rare is not None, k
-        if allowed is not None:
-            if (count := np.count_nonzero(allowed)) <= _SET_ROWS:
-                rows = np.flatnonzero(allowed)
-                return _best(self._score(query, rows), rows, k)
-            width = int(_MARGIN * k * len(allowed) / count)  # one search is then mostly enough
+        if allowed is None:
+            return self._hits(_any_of(query.parts), k, query.best_score)
+        rows = np.flatnonzero(allowed)
+        width = int(_MARGIN * k * len(allowed) / max(len(rows), 1))  # one search is then mostly enough
+        if _ROW_COST * len(rows) < min(width, query.matches):
+            scores = self.score(text, rows)
+            order = np.argsort(-scores, kind="stable")[: min(k, np.count_nonzero(scores))]
+            return scores[order], rows[order]
         while True:
-            scores, rows = self._hits(query.rare if is_partial else query.whole, width, query.best_score)
-            inside = np.ones(len(rows), np.bool_) if allowed is None else allowed[rows]
+            scores, rows = self._hits(_any_of(query.parts), width, query.best_score)
+            inside = allowed[rows]
             if len(rows) < width or np.count_nonzero(inside) >= k:
-                scores, rows = scores[inside][:k], rows[inside][:k]
-                return _best(self._score(query, rows), rows, k) if is_partial else (scores, rows)
+                return scores[inside][:k], rows[inside][:k]
             width *= 4
 
     def score(self, text: str, rows: Rows) -> Floats:
         """Return the score of each of these distinct rows, float32 (m,); 0 for rows without any term."""
-        return self._score(self._parse(text), rows)
+        scores, query = np.zeros(len(rows), np.float32), self._parse(text)
+        if query.parts and len(rows):
+            found_scores, found_rows = self._hits(self._among(rows, query.parts), len(rows), query.best_score)
+            order = np.argsort(rows)
+            scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
+        return scores
+
+    def _among(self, rows: Rows, parts: list[Any]) -> Any:
+        """Return the query of these rows. Its parts are nested, since tantivy reads a union of them from end to end."""
+        if len(rows) <= _FEW_ROWS:
+            chosen = _any_of([tantivy.Query.term_query(self._schema, _ROW, row, "basic") for row in rows.tolist()])
+        else:
+            chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
+        query = tantivy.Query.const_score_query(chosen, 0.0)
+        for part in parts:
+            query = tantivy.Query.boolean_query([(tantivy.Occur.Must, query), (tantivy.Occur.Should, part)])
+        return query
 
     def count_matches(self, text: str) -> int:
         """Return an upper bound of the number of rows that contain a term of a query."""
@@ -250,39 +206,18 @@ class LexicalIndex:
         return frequency
 
     def _parse_new(self, text: str) -> _ParsedQuery:
-        def any_of(parts: list[Any]) -> Any:
-            return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts]) if parts else None
-
-        count, best, matches, weights = len(self), 0.0, 0, list[tuple[str, float]]()
-        similar, common, rare = list[Any](), list[Any](), list[Any]()
+        count, best, matches, parts = len(self), 0.0, 0, list[Any]()
         for term in query_terms(text, self._is_known):
             frequency = self._frequency(term)
-            best += (weight := math.log1p((count - frequency + 0.5) / (frequency + 0.5)))
+            best += math.log1p((count - frequency + 0.5) / (frequency + 0.5))
             if frequency:
-                part = tantivy.Query.term_query(self._schema, _TERMS, term, "freq")
-                (rare if frequency <= _COMMON_SHARE * count else common).append(part)
-                weights.append((term, weight))
+                parts.append(tantivy.Query.term_query(self._schema, _TERMS, term, "freq"))
                 matches += frequency
             elif len(term) >= _FUZZY_FROM and not term.isdecimal():
                 fuzzy = tantivy.Query.fuzzy_term_query(self._schema, _TERMS, term, distance=1)
-                similar.append(tantivy.Query.const_score_query(fuzzy, _FUZZY_SCORE * math.log1p(count)))
-        return _ParsedQuery(
-            any_of(common + rare + similar), any_of(rare) if common and not similar else None, best, weights,
-            count if similar else min(matches, count), bool(similar),
-        )  # fmt: skip
-
-    def _score(self, query: _ParsedQuery, rows: Rows) -> Floats:
-        if not query.has_similar:
-            return self._lists.score(query.weights, rows) / np.float32(query.best_score or 1)
-        scores = np.zeros(len(rows), np.float32)
-        if query.whole is not None and len(rows):
-            chosen = tantivy.Query.term_set_query(self._schema, _ROW, rows.tolist())
-            parts = (tantivy.Query.const_score_query(chosen, 0.0), query.whole)
-            among = tantivy.Query.boolean_query([(tantivy.Occur.Must, part) for part in parts])
-            found_scores, found_rows = self._hits(among, len(rows), query.best_score)
-            order = np.argsort(rows)
-            scores[order[np.searchsorted(rows, found_rows, sorter=order)]] = found_scores
-        return scores
+                parts.append(tantivy.Query.const_score_query(fuzzy, _FUZZY_SCORE * math.log1p(count)))
+                matches = count
+        return _ParsedQuery(parts, best, min(matches, count))
 
     def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
         with _readable(self.path):
@@ -290,59 +225,11 @@ class LexicalIndex:
             scores, addresses = zip(*hits, strict=True) if hits else ((), ())
             rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
             require_rows(rows, len(self))
-        return np.array(scores, np.float32) / np.float32(best), rows
+        return np.array(scores, np.float32) / np.float32(best or 1), rows
 
 
-class _TermLists:
-    """The opened lists of a version, memory-mapped."""
-
-    def __init__(self, starts: Rows, terms: NDArray[np.uint32]) -> None:
-        self.starts, self.terms = starts, terms
-        self._mean_length = len(terms) / max(len(starts) - 1, 1)
-
-    @classmethod
-    def open(cls, path: Path) -> "_TermLists":
-        """Open the lists of a lexical index. Raise ArtifactError if they cannot be read."""
-        try:
-            starts, terms = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in (STARTS, TERMS))
-        except Exception as error:  # NumPy raises many types for a header that it did not write
-            raise ArtifactError(f"{path} cannot be read: {error}") from error
-        kinds = (starts.dtype, starts.ndim, terms.dtype, terms.ndim)
-        if (
-            kinds != (np.int64, 1, np.uint32, 1)
-            or not len(starts)
-            or (starts[0], starts[-1]) != (0, len(terms))
-            or (np.diff(starts) < 0).any()
-        ):
-            raise ArtifactError(f"{path} cannot be read: its lists of terms do not fit together")
-        return cls(np.asarray(starts), np.asarray(terms))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def score(self, weights: Iterable[tuple[str, float]], rows: Rows) -> Floats:
-        """Return the BM25 of each of these rows as tantivy computes it, float32 (m,).
-
-        Args:
-            weights: distinct terms with their inverse document frequencies.
-        """
-        starts = self.starts[rows]
-        lengths = self.starts[rows + 1] - starts
-        ends = np.cumsum(lengths)
-        positions = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
-        terms, owners = self.terms[positions], np.repeat(np.arange(len(rows)), lengths)
-        sums = np.zeros(len(rows), np.float32)
-        for term, weight in weights:
-            sums[owners[terms == crc32(term.encode())]] += np.float32(weight)
-        rounded = _LENGTHS[np.searchsorted(_LENGTHS, lengths, side="right") - 1]
-        scores = sums * (1 + _K1) / (1 + _K1 * (1 - _B + _B * rounded / self._mean_length))
-        return scores.astype(np.float32)
-
-
-def _best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
-    """Return the k best rows with a score above 0."""
-    order = np.argsort(-scores, kind="stable")[: min(k, np.count_nonzero(scores))]
-    return scores[order], rows[order]
+def _any_of(parts: list[Any]) -> Any:
+    return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts])
 
 
 def _open(path: Path, shown: Path | None = None) -> Any:
