@@ -102,7 +102,7 @@ class DecodeWorker:
     def _start(self) -> None:
         if self._process is None and not self._is_closed:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{_MAIN}"],
+                [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\nfrom {__name__} import work; work()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | _ENVIRONMENT,
@@ -166,7 +166,6 @@ class DecodeWorker:
         return process.returncode
 
 
-_MAIN = "from dcar_core.images.workers import work; work()"
 _deadlines: dict[subprocess.Popen[bytes], float] = {}  # of the processes at work
 
 

@@ -389,7 +389,7 @@ class _Build:
         logger.info("measuring the scores of matches")
         index = engine.open(staging)
         if self.options.validation and self.pairs:
-            calibrated = gate.calibrate(staging, index, self.pairs, gallery, encoded, encoder)
+            calibrated = gate.calibrate(staging, index, self.pairs, encoded, encoder)
         else:
             calibrated = gate.calibrate_by_words(index, encoder.encode_text)
         return Manifest(

@@ -186,7 +186,7 @@ def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
 
 
 def calibrate(
-    staging: Path, index: VectorIndex, pairs: QueryPairs, gallery: Gallery, encoded: EncodedGallery, encoder: Encoder
+    staging: Path, index: VectorIndex, pairs: QueryPairs, encoded: EncodedGallery, encoder: Encoder
 ) -> dict[str, Any]:
     """Return the manifest's `cutoff` and `hybrid_weight` by the validation pairs whose image has a vector.
 
@@ -205,7 +205,7 @@ def calibrate(
     positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     vectors = encoder.encode_text(texts)
     cutoff = cutoff_of_pairs(index, vectors, positions)
-    captions = [gallery.table["caption"][row].as_py() for row in rows[positions].tolist()]
+    captions = [encoded.gallery.table["caption"][row].as_py() for row in rows[positions].tolist()]
     queries = [
         (text, vector, position)
         for text, vector, position, caption in zip(texts, vectors, positions.tolist(), captions, strict=True)
