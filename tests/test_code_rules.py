@@ -79,16 +79,10 @@ def test_test_modules_share_helpers_through_support_alone() -> None:
 
 # Files that still use private names; the list only shrinks.
 PRIVATE = """
-app/test_batching.py app/test_created_collections.py app/test_decoders.py
-app/test_fairness.py app/test_feedback.py app/test_http_protocol.py app/test_insights.py
-app/test_judge.py app/test_limits.py app/test_server.py
-app/test_write_requests.py app/test_writes.py dcar_core/test_bad_models.py dcar_core/test_data_tables.py
-dcar_core/test_decode_workers.py dcar_core/test_evaluation_tables.py dcar_core/test_images.py
-dcar_core/test_preprocess.py dcar_core/test_retrieval_metrics.py dcar_core/test_train.py dcar_core/test_verdict.py
-index_jobs/conftest.py index_jobs/test_artifact.py index_jobs/test_changes.py index_jobs/test_faiss_search.py
-index_jobs/test_filters.py index_jobs/test_fusion.py index_jobs/test_object_store.py
-index_jobs/test_publishing.py index_jobs/test_retrain.py index_jobs/test_storage.py index_jobs/test_tuning.py
-index_jobs/test_updates.py index_jobs/test_writes.py
+app/test_batching.py app/test_created_collections.py app/test_decoders.py app/test_fairness.py app/test_feedback.py
+app/test_http_protocol.py app/test_insights.py app/test_judge.py app/test_limits.py app/test_server.py
+app/test_write_requests.py app/test_writes.py index_jobs/test_artifact.py index_jobs/test_changes.py
+index_jobs/test_object_store.py index_jobs/test_publishing.py index_jobs/test_updates.py index_jobs/test_writes.py
 """
 
 

@@ -42,7 +42,7 @@ MAX_CELLS = 10_000_000  # of a CSV, or two for each of its characters: short row
 MAX_PACKED_ROWS = 1_000_000  # of a Parquet file, or 20 for each of its bytes; numbered names take a tenth of one
 MAX_UNPACKED = 512 << 20  # bytes of a Parquet file in memory, or this many times its size:
 MAX_UNPACKED_RATIO = 200
-_REPORTED = 100_000  # rows
+REPORTED = 100_000  # rows
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
@@ -94,7 +94,7 @@ def read_records(
         for number, row in enumerate(rows, 1):
             if number > MAX_ROWS:
                 raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
-            if number % _REPORTED == 0:
+            if number % REPORTED == 0:
                 logger.info("reading %s: %s rows so far", name, f"{number:,}")
             yield row
     except UnicodeDecodeError as error:

@@ -41,7 +41,7 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     images_of, texts_of = split.right_answers()
     return {
         **_by_ranks(data, split, ranks),
-        "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, _encode_negatives(model, data)),
+        "hard_negative_accuracy": hard_negative_accuracy(image[split.image_of], text, encode_negatives(model, data)),
         "confusions": _confusions(data, split.image_of, first_image),
         "measures": {
             "nDCG@10 text-to-image": ndcg(text, image, images_of),
@@ -78,7 +78,7 @@ def serving_cost(model: DCAR) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
+def encode_negatives(model: DCAR, data: Dataset) -> list[Floats]:
     """Encode each pair's negatives (m, E) as queries; equal texts are encoded once."""
     negatives = [sample.negatives for sample in data.samples]
     unique = sorted({text for texts in negatives for text in texts}, key=len)  # similar lengths share a batch

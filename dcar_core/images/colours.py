@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageChops
 
-_TILE_PIXELS = 2**18  # a few milliseconds
-_LARGE_PIXELS = 2**22  # above, an image that is needed small is averaged before its colours are converted
+TILE_PIXELS = 2**18  # a few milliseconds
+LARGE_PIXELS = 2**22  # above, an image that is needed small is averaged before its colours are converted
 
 
 def to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool = False) -> Image.Image:
@@ -21,7 +21,7 @@ def to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool =
         is_turned: whether the caller rotates the result; a plain RGB image is then averaged as well.
     """
     width, height = image.size
-    is_large = at_least is not None and width * height > _LARGE_PIXELS
+    is_large = at_least is not None and width * height > LARGE_PIXELS
     factor = max(1, min(width, height) // at_least) if is_large and at_least else 1
     if image.mode == "RGB" and not isinstance(image.info.get("transparency"), tuple):  # the colour that is transparent
         if factor == 1 or not is_turned:
@@ -42,8 +42,8 @@ def to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool =
 def _tiles(size: tuple[int, int], factor: int) -> Iterator[tuple[int, int, int, int]]:
     """Yield boxes that cover an image, with sides that the factor divides."""
     width, height = size
-    across = min(width, max(1, _TILE_PIXELS // factor**2) * factor)
-    down = max(1, _TILE_PIXELS // (across * factor)) * factor
+    across = min(width, max(1, TILE_PIXELS // factor**2) * factor)
+    down = max(1, TILE_PIXELS // (across * factor)) * factor
     for top in range(0, height, down):
         for left in range(0, width, across):
             yield left, top, min(left + across, width), min(top + down, height)

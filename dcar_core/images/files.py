@@ -14,8 +14,8 @@ from dcar_core.util.errors import DataError, ImageError, ImageFault
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 2**20
-_REPORTED = 100_000  # members of a tar, which take about five seconds
+BLOCK_BYTES = 2**20
+REPORTED = 100_000  # members of a tar, which take about five seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
         with tarfile.open(path, "r:", fileobj=file) as tar:
             for count, member in enumerate(tar, 1):
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all, at a kilobyte each
-                if count % _REPORTED == 0:
+                if count % REPORTED == 0:
                     logger.info("listing %s: %s members so far", path, f"{count:,}")
                 last, end = member.name, tar.offset
                 if member.issparse():
@@ -49,7 +49,7 @@ def index_tar(path: Path | str, file: BinaryIO | None = None) -> Mapping[str, Ta
                     members[last.removeprefix("./")] = target
             assert tar.fileobj is not None
             tar.fileobj.seek(end)  # tarfile takes a damaged header for the end
-            if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, _BLOCK_BYTES), b"")):
+            if any(block.strip(b"\0") for block in iter(partial(tar.fileobj.read, BLOCK_BYTES), b"")):
                 raise DataError(
                     f"{path} has data after {last or 'its start'}, the last that can be read (up to byte {end:,}): "
                     f"it is damaged, or two tars were concatenated; create it again"

@@ -84,7 +84,7 @@ class DecodeWorker:
     """One process that decodes one image at a time, for one thread at a time. It starts when it is first needed."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self._in_use = threading.Lock()
         self._is_closed = False
         _start_clock()
@@ -92,7 +92,7 @@ class DecodeWorker:
     @property
     def is_started(self) -> bool:
         """Whether the process has been started and has not been seen to end."""
-        return self._process is not None
+        return self.process is not None
 
     def start(self) -> None:
         """Start the process, unless it runs. It is ready a little later."""
@@ -100,21 +100,21 @@ class DecodeWorker:
             self._start()
 
     def _start(self) -> None:
-        if self._process is None and not self._is_closed:
-            self._process = subprocess.Popen(
+        if self.process is None and not self._is_closed:
+            self.process = subprocess.Popen(
                 [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\nfrom {__name__} import work; work()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | _ENVIRONMENT,
             )
             if self._is_closed:  # `close` came meanwhile, and did not see this process
-                self._process.kill()
+                self.process.kill()
 
     def close(self) -> None:
         """End the process, whatever it does. A thread that waits for it gets an ImageError."""
         self._is_closed = True
-        if self._process is not None:
-            self._process.kill()
+        if self.process is not None:
+            self.process.kill()
         with self._in_use:
             self._stop()
 
@@ -129,7 +129,7 @@ class DecodeWorker:
         with self._in_use:
             for is_last in (False, True):  # a process that ends meanwhile may have been killed from outside
                 self._start()
-                process = self._process
+                process = self.process
                 if process is None:
                     break
                 _deadlines[process] = deadline = time.monotonic() + START_S + WALL * limits.of(limits.max_pixels)
@@ -155,7 +155,7 @@ class DecodeWorker:
 
     def _stop(self) -> int:
         """Wait for the end of a process that was killed, or whose output has ended, and return its status."""
-        process, self._process = self._process, None
+        process, self.process = self.process, None
         if process is None:
             return 0
         with contextlib.suppress(OSError), process:  # closes its pipes, into one of which nothing more can be written
@@ -201,7 +201,7 @@ def _write(pipe: IO[bytes] | None, *parts: bytes | memoryview) -> None:
     pipe.flush()
 
 
-def _read(pipe: IO[bytes] | None, size: int) -> bytearray:
+def read_exactly(pipe: IO[bytes] | None, size: int) -> bytearray:
     data = bytearray(size)
     if pipe.readinto(data) != size:  # type: ignore[union-attr]
         raise EOFError
@@ -209,13 +209,13 @@ def _read(pipe: IO[bytes] | None, size: int) -> bytearray:
 
 
 def _answer(pipe: IO[bytes] | None) -> Decoded:
-    head, size = _LENGTHS.unpack(_read(pipe, _LENGTHS.size))
-    answer = json.loads(_read(pipe, head))
+    head, size = _LENGTHS.unpack(read_exactly(pipe, _LENGTHS.size))
+    answer = json.loads(read_exactly(pipe, head))
     if "reason" in answer:
         raise ImageError(answer["reason"], ImageFault(answer["fault"]))
     if "size" not in answer:
         raise LargeImageError
-    content, shape = _read(pipe, size), answer["shape"]
+    content, shape = read_exactly(pipe, size), answer["shape"]
     result = bytes(content) if shape is None else np.frombuffer(content, np.uint8).reshape(shape)
     return Decoded(result, *answer["size"])
 
@@ -239,8 +239,8 @@ def work() -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     with contextlib.suppress(EOFError, OSError):
         while True:
-            job_size, data_size = _LENGTHS.unpack(_read(requests, _LENGTHS.size))
-            convert, limits = _from_json(_read(requests, job_size))  # of the parent; the file comes after it
+            job_size, data_size = _LENGTHS.unpack(read_exactly(requests, _LENGTHS.size))
+            convert, limits = _from_json(read_exactly(requests, job_size))  # of the parent; the file comes after it
             answer, payload = _decode(convert, requests.read(data_size), limits)
             head = json.dumps(answer).encode()
             _write(answers, _LENGTHS.pack(len(head), len(payload)) + head, payload)

@@ -29,7 +29,7 @@ _DECODED = 2.5
 _REDUCED = 3.0
 # The exact mode scales an image and then crops, as open_clip does, up to this many pixels: a line of 10,000 pixels
 # would become 500 million. Longer images are cropped while they are scaled, which may round differently.
-_SCALED = 2**24
+MAX_SCALED_PIXELS = 2**24
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -74,7 +74,7 @@ class Preprocess:
 
     def fast(self, *, torch: bool = False) -> "Preprocess":
         """Return the fast mode of this preprocessing. torch: resize with PyTorch if that is faster here."""
-        return replace(self, exact=False, resizer="torch" if torch and _torch_is_fast() else "pillow")
+        return replace(self, exact=False, resizer="torch" if torch and torch_is_fast() else "pillow")
 
     def __call__(self, source: ImageSource) -> NDArray[np.uint8]:
         """Return uint8 (3, S, S). Raise ImageError if the image cannot be read."""
@@ -90,7 +90,7 @@ class Preprocess:
         image = open_image(source, max_pixels=self.max_pixels, at_least=at_least)
         if self.resizer == "torch" and self.resize != "longest" and min(image.size) < 2 * _REDUCED * self.size:
             (across, down), _, _ = self._scaled(image.size)
-            if across * down <= _SCALED:
+            if across * down <= MAX_SCALED_PIXELS:
                 return np.array(image)
         return np.ascontiguousarray(np.asarray(self._fit(image)).transpose(2, 0, 1))
 
@@ -104,7 +104,7 @@ class Preprocess:
             return pixels
         height, width, _ = pixels.shape
         scaled, left, top = self._scaled((width, height))
-        resized = _by_torch(pixels, scaled, self.interpolation)
+        resized = resize_by_torch(pixels, scaled, self.interpolation)
         return np.ascontiguousarray(resized[:, top : top + self.size, left : left + self.size])
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -134,7 +134,7 @@ class Preprocess:
             return image if (width, height) == (side, side) else image.resize((side, side), how, None, gap)
         if self.resize == "shortest":
             scaled, left, top = self._scaled(image.size)
-            if not self.exact or scaled[0] * scaled[1] > _SCALED:
+            if not self.exact or scaled[0] * scaled[1] > MAX_SCALED_PIXELS:
                 across, down = width / scaled[0], height / scaled[1]  # source pixels a pixel of the result
                 box = (left * across, top * down, (left + side) * across, (top + side) * down)
                 return image.resize((side, side), how, box, gap)
@@ -164,7 +164,7 @@ def decode_image(
 
 
 @cache
-def _torch_is_fast() -> bool:
+def torch_is_fast() -> bool:
     """True if PyTorch is installed, on processors with AVX2, which its kernel for bytes needs."""
     if not is_installed("torch"):
         return False
@@ -173,7 +173,7 @@ def _torch_is_fast() -> bool:
     return torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}
 
 
-def _by_torch(image: NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
+def resize_by_torch(image: NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
     """Scale RGB (H, W, 3) to (width, height) as Pillow does, uint8 (3, height, width), in one thread."""
     import torch
 

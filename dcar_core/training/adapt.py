@@ -195,7 +195,7 @@ def adapt(
         raise
     verdict = None
     if result.history:  # else there was nothing to learn
-        verdict = _compare(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
+        verdict = verdict_of(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
     done = FinishedTraining(
         result.epoch, round(result.seconds, 1), "", str(verdict or ""), verdict is None or verdict.is_worth_it
     )
@@ -208,7 +208,7 @@ def adapt(
     return replace(done, fingerprint=fingerprint)
 
 
-def _compare(
+def verdict_of(
     model: DCAR, untouched: DCAR, splits: Mapping[str, Dataset], cache: FeatureCache, config: TrainConfig
 ) -> Verdict:
     """Compare a model with the untouched one on the validation pairs, among their images and among all."""

@@ -21,7 +21,7 @@ from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets
 
 Recall = dict[str, float]
 RERANKED = 10  # first images of a caption that the second stage sorts
-_BATCH, _IMAGES, _PAIRS = 128, 32, 256
+BATCH, _IMAGES, _PAIRS = 128, 32, 256
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def first_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats)
 
 def caption_parts(stage: SecondStage, tokens: Tensor) -> QueryParts:
     """Return the parts of captions (N, n), words in half precision."""
-    parts = [stage.texts(tokens[start : start + _BATCH]) for start in range(0, len(tokens), _BATCH)]
+    parts = [stage.texts(tokens[start : start + BATCH]) for start in range(0, len(tokens), BATCH)]
     return QueryParts(*map(torch.cat, zip(*(part._replace(words=part.words.half()) for part in parts), strict=True)))
 
 
@@ -118,14 +118,14 @@ def tower_features(model: DCAR, split: PreparedSplit) -> tuple[Tensor, Tensor]:
 def _caption_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if model.text_is_frozen and split.text_features is not None:
         return split.text_features
-    return torch.cat([model.query_features(split.tokens[i : i + _BATCH]) for i in range(0, len(split.tokens), _BATCH)])
+    return torch.cat([model.query_features(split.tokens[i : i + BATCH]) for i in range(0, len(split.tokens), BATCH)])
 
 
 def _image_features(model: DCAR, split: PreparedSplit) -> Tensor:
     if split.pixels is None:
         assert split.image_features is not None  # `prepare_split` makes one or the other
         return split.image_features
-    normalized = (model.backbone.normalized(split.pixels[i : i + _BATCH]) for i in range(0, len(split.pixels), _BATCH))
+    normalized = (model.backbone.normalized(split.pixels[i : i + BATCH]) for i in range(0, len(split.pixels), BATCH))
     return torch.cat([model.image_features(pixels) for pixels in normalized])
 
 

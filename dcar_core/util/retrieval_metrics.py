@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dcar_core.util.arrays import Floats, Rows
 
 TIE_TOLERANCE = 1e-6  # about ten times the error of float32 in a product of unit vectors
-_CHUNK = 1024  # queries that are scored at a time
+CHUNK = 1024  # queries that are scored at a time
 
 
 @dataclass(frozen=True)
@@ -128,5 +128,5 @@ def hard_negative_accuracy(image: Floats, positive: Floats, negatives: Sequence[
 
 def _scores(query: Floats, target: Floats) -> Iterator[Floats]:
     """Yield the scores of each query with all targets."""
-    for start in range(0, len(query), _CHUNK):
-        yield from query[start : start + _CHUNK] @ target.T
+    for start in range(0, len(query), CHUNK):
+        yield from query[start : start + CHUNK] @ target.T

@@ -25,7 +25,7 @@ NEIGHBOURS = 10
 TIMED_QUERIES = 200
 _RECALL_MARGIN = 0.25  # tuning aims above the target by this part of 1 - target, for the sake of other queries
 _MIN_DIVIDED = 40  # fewer queries are used for tuning and measuring alike
-_SCORED_VECTORS = 1024  # copied at a time
+SCORED_VECTORS = 1024  # copied at a time
 
 
 def caption_queries(table: pa.Table, encoder: Encoder) -> HeldOutQueries | None:
@@ -110,7 +110,7 @@ class ExactNeighbours:
             return hits
         for block in blocks():
             inside = np.flatnonzero((rows >= start) & (rows < start + len(block)))
-            for part in np.split(inside, range(_SCORED_VECTORS, len(inside), _SCORED_VECTORS)):
+            for part in np.split(inside, range(SCORED_VECTORS, len(inside), SCORED_VECTORS)):
                 numbers = chosen[query_numbers[part]]
                 scores = np.einsum("ne,ne->n", queries.vectors[numbers], block[rows[part] - start])
                 hits[query_numbers[part], positions[part]] = scores >= self.lowest[numbers] - TIE_TOLERANCE

@@ -29,7 +29,7 @@ _EXTRAS = {
 }  # fmt: skip
 REMOTE_SCHEMES = frozenset(_EXTRAS)
 LOCAL_SCHEMES = frozenset({"file", "local"})
-_SCHEMES = LOCAL_SCHEMES | REMOTE_SCHEMES
+SCHEMES = LOCAL_SCHEMES | REMOTE_SCHEMES
 _PAUSES_S = (0.2, 1.0, 3.0)
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)  # not worth a retry
 
@@ -87,8 +87,8 @@ def file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = url.partition(":")[0]
-    if scheme not in _SCHEMES or "::" in url:
-        raise DataError(f"{url} cannot be read: the schemes of galleries are {', '.join(sorted(_SCHEMES))}")
+    if scheme not in SCHEMES or "::" in url:
+        raise DataError(f"{url} cannot be read: the schemes of galleries are {', '.join(sorted(SCHEMES))}")
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -234,11 +234,11 @@ def _fetch(urls: Mapping[int, str], locations: Sequence[ImageLocation]) -> dict[
         except Exception as error:  # each store raises errors of its own
             data = [error] * len(members)
         for (i, path), span, value in zip(members, spans, data, strict=True):
-            results[i] = value if isinstance(value, Exception) else _cut_span(value, span, path)
+            results[i] = value if isinstance(value, Exception) else cut_span(value, span, path)
     return results
 
 
-def _cut_span(data: bytes, span: ImageLocation, path: str) -> bytes | Exception:
+def cut_span(data: bytes, span: ImageLocation, path: str) -> bytes | Exception:
     if span.offset == WHOLE_FILE or len(data) == span.size:
         return bytes(data)
     if len(data) >= span.offset + span.size:  # a server without ranges sends the whole file

@@ -47,7 +47,7 @@ from index_jobs.store.manifest import LEXICAL
 logger = logging.getLogger(__name__)
 
 MAX_PAIRS = 1000
-_MIN_TEXTS = 100  # validation texts that choose the weight of the words; a cut-off by fewer is rough
+MIN_TEXTS = 100  # validation texts that choose the weight of the words; a cut-off by fewer is rough
 _WORDS, _MIN_ITEMS = 300, 30  # words whose scores make a cut-off without validation texts, from so many items on
 _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
@@ -200,8 +200,8 @@ def calibrate(
     texts = [text for text, is_scored in zip(pairs.texts, has_vector, strict=True) if is_scored]
     if not texts:
         return {}
-    if len(texts) < _MIN_TEXTS:
-        logger.warning("the cut-off follows from %d validation pairs only; give %d or more", len(texts), _MIN_TEXTS)
+    if len(texts) < MIN_TEXTS:
+        logger.warning("the cut-off follows from %d validation pairs only; give %d or more", len(texts), MIN_TEXTS)
     positions = np.searchsorted(rows, np.array(pairs.rows)[has_vector])
     vectors = encoder.encode_text(texts)
     cutoff = cutoff_of_pairs(index, vectors, positions)
@@ -211,7 +211,7 @@ def calibrate(
         for text, vector, position, caption in zip(texts, vectors, positions.tolist(), captions, strict=True)
         if text.casefold() != caption.casefold()
     ]
-    if len(queries) < _MIN_TEXTS:
+    if len(queries) < MIN_TEXTS:
         return {"cutoff": cutoff}
     sample = index.vectors(spread_rows(index.count))
     return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)}

@@ -155,7 +155,7 @@ def retrain(
     """
     judged = read_judgements([judgements]) if judgements else None
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
-        run = _Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
+        run = Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
         summary = run.compare(files, validation, judged, margin)
         if summary.published:
             summary = replace(summary, version=run.publish(staging, summary))
@@ -257,7 +257,7 @@ class _Texts:
         return vectors
 
 
-class _Retraining:
+class Retraining:
     """One retraining of a served version: `compare`, then `publish`."""
 
     def __init__(self, index: Path, served: Artifact, device: str, started: float) -> None:
@@ -315,7 +315,7 @@ class _Retraining:
         self._lap("encode")
         self._learn(learned)
         self._lap("learn")
-        share, verdict = self._choose(held, anchored, margin)
+        share, verdict = self.choose(held, anchored, margin)
         verdicts = {"held-out pairs": verdict}
         before, after = ((served, each.encode_text) for each in (self.before, self.after))
         if anchors:
@@ -357,13 +357,13 @@ class _Retraining:
         )  # fmt: skip
         torch.set_num_threads(threads)
 
-    def _choose(self, held: Sequence[ItemPairs], anchors: ItemPairs, margin: float) -> tuple[float, gate.GateVerdict]:
+    def choose(self, held: Sequence[ItemPairs], anchors: ItemPairs, margin: float) -> tuple[float, gate.GateVerdict]:
         """Keep a share of the change, and return it with the comparison by the held-out pairs.
 
         Allowed are shares with which the anchors lose no more than the margin.
         """
         adapter, tuned = self.after.adapter, deepcopy(self.after.adapter)
-        measures = [self._measure(each) for each in (*held, anchors) if len(each)]
+        measures = [self.measure(each) for each in (*held, anchors) if len(each)]
         gains = dict[float, list[Floats]]()  # of each held-out tenth, and of the anchors
         for share in SHARES:
             interpolate((adapter,), (self.before.adapter,), (tuned,), share)
@@ -377,7 +377,7 @@ class _Retraining:
         share, one, other = (max(kept, key=total(tenths)) for tenths in ((0, 1), (0,), (1,)))
         interpolate((adapter,), (self.before.adapter,), (tuned,), share)
         before, after = np.concatenate(gains[0.0][:2]), np.concatenate([gains[other][0], gains[one][1]])
-        verdict = self._compare_held_out(held, before, after, margin)
+        verdict = self.compare_held_out(held, before, after, margin)
         return share, replace(verdict, passed=verdict.passed and share > 0)
 
     def _nearest_wrong(self, pairs: ItemPairs) -> Rows:
@@ -396,7 +396,7 @@ class _Retraining:
         ]
         return np.array([(rows * count)[:count] for rows in wrong], np.int64)  # a filtered graph may find fewer
 
-    def _measure(self, pairs: ItemPairs) -> Callable[[_Texts], Floats]:
+    def measure(self, pairs: ItemPairs) -> Callable[[_Texts], Floats]:
         """Return a function of encoders: the nDCG of each pair's item, (N,), among it and the items to compare."""
         first = self.served.search(self.before.encode_text(pairs.texts), _SHOWN)[1].tolist()
         skipped = [sorted(pairs.skipped.get(fold_text(text), ()))[:_MOST_SKIPPED] for text in pairs.texts]
@@ -416,7 +416,7 @@ class _Retraining:
         return gains
 
     @staticmethod
-    def _compare_held_out(held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float) -> gate.GateVerdict:
+    def compare_held_out(held: Sequence[ItemPairs], before: Floats, after: Floats, margin: float) -> gate.GateVerdict:
         """Compare both models by held-out pairs; the new one passes if it is better."""
         texts, skipped = [fold_text(text) for each in held for text in each.texts], held[0].skipped
         is_click = np.array([not skipped or text in skipped for text in texts])

@@ -36,8 +36,8 @@ from index_jobs.store.versions import open_current
 
 SETTLE_S = 0.5
 _QUIET_MS, _BURST_MS = 100, 2000  # notices are collected until this long after the last one, or after the first
-_TICK_MS = 200  # between looks at what sends no notice
-_RETRY_S = 2.0
+TICK_MS = 200  # between looks at what sends no notice
+RETRY_S = 2.0
 _FEW = 10  # images that may always go
 
 _State = tuple[str, int, int, str, str, str]  # of an image: path, size, time of change, caption, category, metadata
@@ -70,7 +70,7 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
             folder = watched.open()
             device = folder.stat().st_dev, folder.stat().st_ino
             for notices in watchfiles.watch(
-                folder, watch_filter=None, debounce=_BURST_MS, step=_QUIET_MS, stop_event=stop, rust_timeout=_TICK_MS,
+                folder, watch_filter=None, debounce=_BURST_MS, step=_QUIET_MS, stop_event=stop, rust_timeout=TICK_MS,
                 yield_on_timeout=True,
             ):  # fmt: skip
                 started, now, is_due = time.monotonic(), folder.stat(), is_due or bool(notices)
@@ -89,7 +89,7 @@ def watch(index: Path, say: Callable[[str], object], **options: Any) -> None:
             if text != reason:
                 say(f"nothing is changed while this lasts: {text}")
             reason = text
-            stop.wait(max(_RETRY_S, 10 * (time.monotonic() - started)))
+            stop.wait(max(RETRY_S, 10 * (time.monotonic() - started)))
 
 
 class _WatchedGallery:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
 _MAX_CONDITIONS = 64  # each one reads every item, and cannot be interrupted
-_MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
+MAX_CONDITION_ROWS = 200_000_000  # conditions times rows; about 3 s for "contains"
 _MAX_SUBSTRING = 256  # characters of "contains"; the automaton of a longer one may not fit the memory that it may use
 _OPERATORS = '"in", "not", "contains", "gt", "gte", "lt", "lte"'
 _INT64 = range(-(2**63), 2**63)
@@ -106,7 +106,7 @@ def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
 
 
 def _require_few(filter: Mapping[str, Any], rows: int) -> None:
-    limit = min(_MAX_CONDITIONS, max(1, _MAX_CONDITION_ROWS // max(1, rows)))
+    limit = min(_MAX_CONDITIONS, max(1, MAX_CONDITION_ROWS // max(1, rows)))
     for number, field in enumerate(_condition_fields(filter)):
         if number == limit:
             raise FilterError(field, f"at most {limit} conditions in all on this index; a list of values is one")

@@ -139,7 +139,7 @@ async def test_an_image_beyond_the_memory_of_the_largest_is_refused(decoders: De
 
 def peak_mib(decoders: Decoders) -> float:
     """Return the highest resident memory of a decoding process so far."""
-    started = [worker._process.pid for worker in decoders._workers if worker._process is not None]
+    started = [worker.process.pid for worker in decoders._workers if worker.process is not None]
     peaks = [Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0] for pid in started]
     return max(map(int, peaks)) / 2**10
 

@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite_are_reported_as_such(model: Path, tiny_chec
 
 
 def test_a_vocabulary_that_unpacks_to_too_much_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "_LONGEST_VOCABULARY", 1 << 16)
+    monkeypatch.setattr(tokenizer, "LONGEST_VOCABULARY", 1 << 16)
     with gzip.open(model / "bpe.txt.gz", "wb") as file:
         file.write(b"#version\n" + b"a" * (1 << 16))
     source = edit(model, "text_cfg", tokenizer_kwargs={"bpe_path": "bpe.txt.gz"}, vocab_size=600)

@@ -228,7 +228,7 @@ def test_a_parquet_file_with_too_many_rows_for_its_size_is_refused(
 ) -> None:
     file = tmp_path / "list.parquet"
     pq.write_table(pa.table({"image": ["a.png"] * 100_000}), file)
-    monkeypatch.setattr(records, "_REPORTED", 40_000)
+    monkeypatch.setattr(records, "REPORTED", 40_000)
     with caplog.at_level("INFO"):
         assert count(file) == 100_000
     assert caplog.messages == [f"reading {file}: {number},000 rows so far" for number in (40, 80)]

@@ -60,8 +60,8 @@ def refusal(worker: DecodeWorker, convert: Callable[[OpenedImage], bytes], data:
 
 def process_of(worker: DecodeWorker) -> int:
     worker.start()
-    assert worker._process is not None
-    return worker._process.pid
+    assert worker.process is not None
+    return worker.process.pid
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_a_conversion_that_misbehaves_fails_one_image(
 
 
 def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, sizes = workers._read, list[int]()
+    read, sizes = workers.read_exactly, list[int]()
 
     def fails_once(pipe: Any, size: int) -> bytearray:
         sizes.append(size)
@@ -145,7 +145,7 @@ def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, mo
             raise MemoryError
         return read(pipe, size)
 
-    monkeypatch.setattr(workers, "_read", fails_once)
+    monkeypatch.setattr(workers, "read_exactly", fails_once)
     with pytest.raises(MemoryError):
         worker.run(FAST.decoder(), PNG, LIMITS)
     blue = encoded(Image.new("RGB", (4, 4), "blue"))

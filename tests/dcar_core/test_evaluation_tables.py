@@ -118,7 +118,7 @@ def analysed(
     negatives = [image[-1:], image[:0], *([image[:1]] if categories == "aab" else [image[:0]] * 2)]
     monkeypatch.setattr(module, "encode_captions", lambda *_: text)
     monkeypatch.setattr(module, "encode_images", lambda *_: image)
-    monkeypatch.setattr(module, "_encode_negatives", lambda *_: negatives)
+    monkeypatch.setattr(module, "encode_negatives", lambda *_: negatives)
     return analyse(model, data, prepare_split(data, model, for_training=False))
 
 

@@ -120,7 +120,7 @@ def test_members_that_several_tars_have_are_known_by_their_tar_alone(tmp_path: P
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I", "F"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(colours, "_TILE_PIXELS", tile)
+    monkeypatch.setattr(colours, "TILE_PIXELS", tile)
     for width, height in ((131, 97), (300, 1), (1, 300)):
         image = deep_or_clear(mode, width, height)
         np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
@@ -130,8 +130,8 @@ def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkey
 def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = deep_or_clear(mode, 131, 97)
     assert open_image(image, at_least=10).size == (131, 97)  # not large
-    monkeypatch.setattr(colours, "_LARGE_PIXELS", 131 * 97 - 1)
-    monkeypatch.setattr(colours, "_TILE_PIXELS", 1000)
+    monkeypatch.setattr(colours, "LARGE_PIXELS", 131 * 97 - 1)
+    monkeypatch.setattr(colours, "TILE_PIXELS", 1000)
     for at_least, factor in ((10, 9), (31, 3), (49, 1)):
         found = np.asarray(open_image(image, at_least=at_least)).astype(int)
         averaged = np.asarray(Image.fromarray(whole(image).astype(np.uint8)).reduce(factor))
@@ -236,8 +236,8 @@ def peak_bytes(read: Callable[[], object]) -> int:
 def test_many_empty_members_are_listed_with_a_line_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "_REPORTED", 1_000)
-    monkeypatch.setattr(files, "_BLOCK_BYTES", 512)
+    monkeypatch.setattr(files, "REPORTED", 1_000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 512)
     tar = tmp_path / "t.tar"
     tar.write_bytes(b"".join(tarfile.TarInfo(f"{number}.jpg").tobuf() for number in range(3_000)) + bytes(1024))
     with tarfile.open(tar) as opened, caplog.at_level("INFO"):

@@ -93,7 +93,7 @@ def test_very_large_and_very_long_images_are_resized_by_pillow(monkeypatch: pyte
     pillow = replace(fast, resizer="pillow")
     large, line = Image.linear_gradient("L").resize((400, 300)), Image.linear_gradient("L").resize((3, 90_000))
     asked = []
-    monkeypatch.setattr(preprocess, "_by_torch", lambda *_: asked.append(_))
+    monkeypatch.setattr(preprocess, "resize_by_torch", lambda *_: asked.append(_))
     for picture in (large, line):  # reduced by Pillow first; cut while it is scaled
         assert np.array_equal(fast(picture), pillow(picture))
     assert not asked
@@ -101,11 +101,11 @@ def test_very_large_and_very_long_images_are_resized_by_pillow(monkeypatch: pyte
 
 def test_processor_without_fast_instructions_resizes_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    preprocess._torch_is_fast.cache_clear()
+    preprocess.torch_is_fast.cache_clear()
     try:
         assert preprocess.Preprocess(48, (0.5,) * 3, (0.5,) * 3).fast(torch=True).resizer == "pillow"
     finally:
-        preprocess._torch_is_fast.cache_clear()
+        preprocess.torch_is_fast.cache_clear()
 
 
 def test_a_models_own_settings_are_followed() -> None:
@@ -136,7 +136,7 @@ def test_long_image_is_cropped_while_scaling(monkeypatch: pytest.MonkeyPatch) ->
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(90, 160, size, dtype=np.uint8)) for size in ((3, 500, 3), (700, 20, 3))]
     before = [exact(picture).astype(int) for picture in pictures]
-    monkeypatch.setattr(preprocess, "_SCALED", 48 * 48)
+    monkeypatch.setattr(preprocess, "MAX_SCALED_PIXELS", 48 * 48)
     after = [exact(picture) for picture in pictures]
     assert max(np.abs(one - other).max() for one, other in zip(before, after, strict=True)) <= 1
 

@@ -20,7 +20,7 @@ from dcar_core.util.retrieval_metrics import (
 def test_equal_vectors_tie_at_any_position_of_a_product(
     width: int, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieval_metrics, "_CHUNK", chunk)
+    monkeypatch.setattr(retrieval_metrics, "CHUNK", chunk)
     rng = np.random.default_rng(0)
     one = rng.standard_normal((1, width)).astype(np.float32)
     one /= np.linalg.norm(one)
@@ -60,7 +60,7 @@ def test_results_do_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     text, image = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(20, 6)).astype(np.float32)
     of = rng.integers(0, 20, 50)
     whole = recall_at_k(text, image, of)
-    monkeypatch.setattr(retrieval_metrics, "_CHUNK", 7)
+    monkeypatch.setattr(retrieval_metrics, "CHUNK", 7)
     assert recall_at_k(text, image, of) == whole
     np.testing.assert_array_equal(first_targets(text, image, 3), (-text @ image.T).argsort(1)[:, :3])
 

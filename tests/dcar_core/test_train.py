@@ -225,7 +225,7 @@ def test_query_weights_are_chosen_by_validation(
 def test_split_is_encoded_like_its_queries_and_images_one_by_one(
     name: str, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validation, "_BATCH", 5)
+    monkeypatch.setattr(validation, "BATCH", 5)
     model = new_model(backbone, name)
     if model.head is not None:
         model.config = model.config.with_query_weights("predicted")

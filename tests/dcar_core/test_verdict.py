@@ -11,7 +11,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
-from dcar_core.training.adapt import Verdict, _compare
+from dcar_core.training.adapt import Verdict, verdict_of
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.util.bootstrap import Hits, compare_hits
 
@@ -83,7 +83,7 @@ def test_new_categories_are_resampled_whole(backbone: Backbone, pairs: tuple[Dat
     adapted, untouched = (seeded_model(backbone, method(name), 0) for name in ("clip-adapter", "clip"))
     for val, categories in ((pairs[1], None), (replace(pairs[1], samples=new), len(new) // 3)):
         splits, cache = {"train": pairs[0], "val": val}, FeatureCache(None, backbone)
-        found = _compare(adapted, untouched, splits, cache, TrainConfig())
+        found = verdict_of(adapted, untouched, splits, cache, TrainConfig())
         assert (found.comparison.images, found.comparison.resampled) == (len(new), categories or len(new))
         assert (f"pairs of {categories} categories, resampled whole" in str(found)) == (categories is not None)
 

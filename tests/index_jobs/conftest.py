@@ -16,7 +16,7 @@ from tests.support.versions import Build
 @pytest.fixture(autouse=True)
 def memory_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read fsspec's store in memory, which stands for remote ones."""
-    monkeypatch.setattr(storage, "_SCHEMES", storage._SCHEMES | {"memory"})
+    monkeypatch.setattr(storage, "SCHEMES", storage.SCHEMES | {"memory"})
 
 
 @pytest.fixture

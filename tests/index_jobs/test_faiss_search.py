@@ -96,14 +96,17 @@ def test_a_narrow_search_compares_no_more_vectors_than_one_for_few_results(
     assert all(len(set(found) - {-1}) == 100 for found in rows.tolist())
 
 
-def test_more_results_than_a_gpu_gives_come_from_the_processor(built: Callable[[str], Any], vectors: Floats) -> None:
+def test_more_results_than_a_gpu_gives_come_from_the_processor(
+    built: Callable[[str], Any], vectors: Floats, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Gpu:
         def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
             assert k <= MAX_GPU_K
             return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
 
-    index = FaissIndex(built("Flat"))
-    index._unfiltered = Gpu()
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda *_: Gpu(), raising=False)
+    index = FaissIndex(built("Flat"), on_gpu=True)
     assert index.search(vectors[:1], MAX_GPU_K)[1].max() == 0
     assert sorted(index.search(vectors[:1], MAX_GPU_K + 1)[1][0][:MAX_GPU_K]) != [0] * MAX_GPU_K
 
@@ -169,13 +172,14 @@ def test_exact_searches_compare_the_stored_vectors(
     kind: str, decoded_share: float, vectors: Floats, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Codes that FAISS goes through have the scores of the vectors that it decodes one by one."""
-    monkeypatch.setattr(faiss_index, "_DECODED_SHARE", decoded_share)
+    monkeypatch.setattr(faiss_index, "DECODED_SHARE", decoded_share)
     write_faiss(fill(vectors, kind), tmp_path / "index.faiss")
     index = FaissIndex.open(tmp_path / "index.faiss")
     mask = np.arange(COUNT) % 4 == 1
     scores, rows = index.search(vectors[:20], 10, RowFilter.of_mask(mask))
     assert mask[rows].all()
-    exact = np.where(mask, vectors[:20] @ index._index.reconstruct_batch(np.arange(COUNT)).T, -1)
+    stored = faiss.read_index(str(tmp_path / "index.faiss")).reconstruct_batch(np.arange(COUNT))
+    exact = np.where(mask, vectors[:20] @ stored.T, -1)
     np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :10], atol=1e-5)
     np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), atol=1e-5)
 

@@ -161,12 +161,12 @@ def test_a_fraction_and_whole_numbers_compare_exactly(bound: float) -> None:
 
 
 def test_a_large_index_allows_fewer_conditions(shop: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.store.filters._MAX_CONDITION_ROWS", 3 * shop.rows)
+    monkeypatch.setattr("index_jobs.store.filters.MAX_CONDITION_ROWS", 3 * shop.rows)
     condition = {"price": {"gt": 1}}
     assert match_rows(shop, {"$or": [condition] * 3}).shape == (shop.rows,)
     with pytest.raises(FilterError, match="at most 3 conditions"):
         match_rows(shop, {"$or": [condition] * 4})
-    monkeypatch.setattr("index_jobs.store.filters._MAX_CONDITION_ROWS", 1)
+    monkeypatch.setattr("index_jobs.store.filters.MAX_CONDITION_ROWS", 1)
     assert match_rows(shop, condition).shape == (shop.rows,), "one condition is always allowed"
     with pytest.raises(FilterError, match="at most 1 conditions"):
         match_rows(shop, {"$or": [condition] * 2})

@@ -39,7 +39,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
 
 def test_gains_equal_ranks_among_all_rows(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     index, lexical, vectors = parts
-    monkeypatch.setattr(fusion, "_DEPTH", COUNT)
+    monkeypatch.setattr(fusion, "DEPTH", COUNT)
     queries = [("red", unit(7, 16)[0], 3), ("code8 green", unit(8, 16)[0], 8), ("nothing", unit(9, 16)[0], 50)]
     gains = hybrid_gains(index, lexical, vectors, queries, [0.3, 0.9])
     for (text, vector, target), found in zip(queries, gains.tolist(), strict=True):
@@ -65,7 +65,7 @@ def test_the_weight_follows_what_tells_the_items_apart(parts: Parts, words_tell:
 def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery(
     build: Build, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index_jobs.jobs.gate._MIN_TEXTS", 4)
+    monkeypatch.setattr("index_jobs.jobs.gate.MIN_TEXTS", 4)
     index, validation = tmp_path / "index", tmp_path / "validation"
     validation.mkdir()
     for path in tiny_data.iterdir():
@@ -82,6 +82,6 @@ def test_a_build_chooses_the_weight_by_texts_that_are_no_captions_of_the_gallery
         summary = build(tiny_data, validation=validation, force=True, margin=1)
     manifest = open_current(index).manifest
     assert manifest.hybrid_weight == manifest.words_weight
-    assert manifest.hybrid_weight in fusion._WEIGHTS
+    assert manifest.hybrid_weight in fusion.WEIGHTS
     assert summary.gate is not None
     assert summary.gate["serving"]["hybrid_recall_at_1"] == summary.gate["rebuilt"]["hybrid_recall_at_1"]

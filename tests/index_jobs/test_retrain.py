@@ -15,7 +15,7 @@ from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import DataError, GateError
 from index_jobs.jobs import retrain as module
-from index_jobs.jobs.retrain import REPORT, ItemPairs, _Retraining, read_pairs, retrain
+from index_jobs.jobs.retrain import REPORT, ItemPairs, Retraining, read_pairs, retrain
 from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
@@ -144,22 +144,22 @@ def test_better_captions_do_not_make_up_for_worse_clicks() -> None:
     pairs = ItemPairs(["clicked", "caption"], np.array([0, 1]), np.ones(2, np.float32), {"clicked": {1}})
     before, after = np.array([0.9, 0.5], np.float32), np.array([0.8, 0.9], np.float32)
     for margin, passed in ((0.05, False), (0.2, True)):
-        verdict = _Retraining._compare_held_out([pairs], before, after, margin)
+        verdict = Retraining.compare_held_out([pairs], before, after, margin)
         assert (verdict.passed, verdict.pairs) == (passed, 2)
         assert "+15.0 points" in verdict.reason
         assert verdict.reason.endswith("of the 1 clicks alone -10.0")
 
 
 def test_the_smallest_of_equally_good_changes_is_taken(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = module._Retraining(published, open_current(published), "cpu", 0.0)
+    run = module.Retraining(published, open_current(published), "cpu", 0.0)
     weight = next(run.after.adapter.parameters())
     start = weight.detach().clone()
     weight.data += 1
     moved = [lambda _: np.full(2, float((weight - start).mean() > 0.1), np.float32)] * 2
     measures = iter(moved)
-    monkeypatch.setattr(run, "_measure", lambda _: next(measures))
+    monkeypatch.setattr(run, "measure", lambda _: next(measures))
     held = [ItemPairs(["a", "b"], np.array([0, 1]), np.ones(2, np.float32))] * 2
-    share, verdict = run._choose(held, ItemPairs([], np.empty(0, np.int64), np.empty(0, np.float32)), 0.0)
+    share, verdict = run.choose(held, ItemPairs([], np.empty(0, np.int64), np.empty(0, np.float32)), 0.0)
     assert (share, verdict.passed) == (0.25, True)
 
 
@@ -288,5 +288,5 @@ def test_a_file_that_is_no_table_is_refused(
 @pytest.fixture(scope="module")
 def loaded(published: Path) -> Callable[[list[Path]], object]:
     """A function that reads pairs for an index, and refuses them as `retrain` does."""
-    run = module._Retraining(published, open_current(published), "cpu", 0.0)
+    run = module.Retraining(published, open_current(published), "cpu", 0.0)
     return lambda files: run.compare(files, None, None, 0.0)

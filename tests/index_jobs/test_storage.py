@@ -23,7 +23,7 @@ from index_jobs.gallery.scan import scan
 from index_jobs.gallery.storage import (
     WHOLE_FILE,
     ImageLocation,
-    _cut_span,
+    cut_span,
     file_suffix,
     join_location,
     open_image,
@@ -124,8 +124,8 @@ def test_locations_are_joined_and_split(root: str, location: str, place: str) ->
 
 def test_a_span_is_cut_from_the_response_of_a_server_without_ranges() -> None:
     span = ImageLocation(0, "a.tar", 3, 4)
-    assert _cut_span(b"0123456789", span, "a.tar") == _cut_span(b"3456", span, "a.tar") == b"3456"
-    assert isinstance(_cut_span(b"012345", span, "a.tar"), ValueError)
+    assert cut_span(b"0123456789", span, "a.tar") == cut_span(b"3456", span, "a.tar") == b"3456"
+    assert isinstance(cut_span(b"012345", span, "a.tar"), ValueError)
 
 
 def test_a_store_is_a_gallery_like_a_folder(store: Any, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_hits_by_score_are_the_same_in_bounded_memory(monkeypatch: pytest.Monkey
     queries = HeldOutQueries(np.repeat(vectors[:1], 60, 0), "captions", np.full(60, -1))
     same = np.flatnonzero((vectors == vectors[0]).all(1))
     found = np.random.default_rng(0).permuted(np.tile(same, (60, 1)), axis=1)[:, :10]
-    monkeypatch.setattr("index_jobs.engines.measure._SCORED_VECTORS", 7)
+    monkeypatch.setattr("index_jobs.engines.measure.SCORED_VECTORS", 7)
     truth = find_neighbours(blocks(mapped), queries)
     assert truth.hits(blocks(mapped), queries, np.arange(60), found).all()
     other = np.flatnonzero((vectors != vectors[0]).any(1))[:10]

@@ -25,7 +25,7 @@ CODE = f"""
 from app.cli import main
 from index_jobs.jobs import watch
 
-watch.SETTLE_S, watch._RETRY_S, watch._TICK_MS = {SETTLE_S}, 0.2, 50
+watch.SETTLE_S, watch.RETRY_S, watch.TICK_MS = {SETTLE_S}, 0.2, 50
 main()
 """
 

@@ -27,7 +27,7 @@ from dcar_core.util.errors import ModelError, is_panic
 _SPLIT = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD_END, _START, _END = "</w>", "<start_of_text>", "<end_of_text>"
 _VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # a version line, then more merges than CLIP uses
-_LONGEST_VOCABULARY = 1 << 24  # characters; CLIP's has 3 million, and a gzip bomb would fill the memory
+LONGEST_VOCABULARY = 1 << 24  # characters; CLIP's has 3 million, and a gzip bomb would fill the memory
 _COMMON_WORDS = 12_000  # of the words of CLIP's vocabulary; later ones are rare names
 _CLIP_CONTEXT, _CLIP_VOCABULARY = 77, 49_408
 
@@ -194,9 +194,9 @@ def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], 
     The pieces are one character per byte, the same with the suffix of a word's end, the merges, SOS and EOT.
     """
     with gzip.open(file, "rt", encoding="utf-8") as opened:
-        text = opened.read(_LONGEST_VOCABULARY + 1)
-    if len(text) > _LONGEST_VOCABULARY:
-        raise ModelError(f"{file} unpacks to more than {_LONGEST_VOCABULARY:,} characters")
+        text = opened.read(LONGEST_VOCABULARY + 1)
+    if len(text) > LONGEST_VOCABULARY:
+        raise ModelError(f"{file} unpacks to more than {LONGEST_VOCABULARY:,} characters")
     lines = text.split("\n")[1:]
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     signs = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]

@@ -42,7 +42,7 @@ _SCAN_RATIO = 16  # rows skipped in lists that cost as much as one exact compari
 _SPARSE = 0.5  # selected rows are sparse near a query below this ratio of their share
 _WIDENING = 4  # factor on the width where they are sparse
 _BLOCK = 2048  # vectors that are decoded and compared at a time
-_DECODED_SHARE = 0.001  # from this share on, going through all stored vectors is faster than decoding the selected ones
+DECODED_SHARE = 0.001  # from this share on, going through all stored vectors is faster than decoding the selected ones
 
 
 def free_gpu_memory() -> int:
@@ -165,7 +165,7 @@ class FaissIndex(VectorIndex):
     def _search_exactly(self, vectors: Floats, k: int, selection: RowSelection) -> ScoredRows:
         """Compare every selected row."""
         is_scanned = isinstance(self._storage, faiss.IndexFlat | faiss.IndexScalarQuantizer)
-        if is_scanned and selection.share > _DECODED_SHARE:
+        if is_scanned and selection.share > DECODED_SHARE:
             found = self._storage.search(vectors, k, params=faiss.SearchParameters(sel=selection.selector))
             return merge_top_k([found[0]], [found[1]], k)
         scores, rows = np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example
-_WEIGHTS = (0.3, 0.5, DEFAULT_WEIGHT, 0.9)
+WEIGHTS = (0.3, 0.5, DEFAULT_WEIGHT, 0.9)
 _SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
 _LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only
 _SAMPLE = 256  # rows that tell how widely cosines spread
-_DEPTH = 100  # rows of each list; an image below this rank counts as not found
+DEPTH = 100  # rows of each list; an image below this rank counts as not found
 
 
 class _Vectors(Protocol):
@@ -61,8 +61,8 @@ def hybrid_gains(
     """
     gains, mask = np.zeros((len(queries), len(weights))), None if allowed is None else allowed.mask
     for number, (text, vector, target) in enumerate(queries):
-        near = index.search(vector[None], _DEPTH, allowed)[1][0]
-        rows = np.union1d(near[near >= 0], lexical.search(text, _DEPTH, mask)[1])
+        near = index.search(vector[None], DEPTH, allowed)[1][0]
+        rows = np.union1d(near[near >= 0], lexical.search(text, DEPTH, mask)[1])
         position = int(np.searchsorted(rows, target))
         if position == len(rows) or rows[position] != target:
             continue
@@ -70,7 +70,7 @@ def hybrid_gains(
         for column, weight in enumerate(weights):
             ranks = cosines + text_bonus(sample_vectors, vector, weight) * scores
             rank = 1 + int(np.count_nonzero(ranks > ranks[position]))
-            gains[number, column] = 1 / np.log2(1 + rank) if rank <= _DEPTH else 0.0
+            gains[number, column] = 1 / np.log2(1 + rank) if rank <= DEPTH else 0.0
     return gains
 
 
@@ -78,5 +78,5 @@ def choose_weight(
     index: _Vectors, lexical: "LexicalIndex", sample_vectors: Floats, queries: Sequence[tuple[str, Floats, int]]
 ) -> float:
     """Return the weight of the highest mean gain."""
-    means = hybrid_gains(index, lexical, sample_vectors, queries, _WEIGHTS).mean(0).round(6).tolist()
-    return max(zip(means, _WEIGHTS, strict=True), key=lambda each: (each[0], each[1] == DEFAULT_WEIGHT))[1]
+    means = hybrid_gains(index, lexical, sample_vectors, queries, WEIGHTS).mean(0).round(6).tolist()
+    return max(zip(means, WEIGHTS, strict=True), key=lambda each: (each[0], each[1] == DEFAULT_WEIGHT))[1]
