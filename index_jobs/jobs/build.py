@@ -201,7 +201,7 @@ class _Build:
         verdict: gate.GateVerdict | None = None,
         *,
         published: bool = True,
-        **outcome: Any,
+        changes: dict[str, int] | None = None,
     ) -> RebuildSummary:
         """Return the summary of this build.
 
@@ -209,7 +209,7 @@ class _Build:
             manifest: of the new version, or of the one that stays published.
             encoded: None if nothing had changed.
             published: False if the new version was rejected.
-            outcome: further fields of the summary.
+            changes: see `_count_changes`.
         """
         version = self.out / VERSIONS / str(manifest.version)
         if encoded:
@@ -234,7 +234,7 @@ class _Build:
             hint=f"images that could not be read: {unread:,} ({FAILED} has the reasons); once they can be, give --force"
             if unread and published
             else "",
-            **outcome,
+            changes=changes,
         )
 
     def _open_served(self) -> Artifact | None:
