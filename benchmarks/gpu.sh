@@ -5,7 +5,7 @@
 #     DEVICE=cpu benchmarks/gpu.sh      without the tests, on a processor, in a minute: shows that the commands run
 set -euo pipefail
 cd "$(dirname "$0")/.."
-device=${DEVICE:-cuda}
+device=${DEVICE:-cuda} emoji=examples/emoji/twemoji
 python=${PYTHON:-.venv/bin/python}
 if [ "$device" = cuda ]; then
   runtime=cuda-fp16 captions=2000 model=ViT-B-32 pictures=8192 batch=256 vectors=1000000 batches=20
@@ -17,7 +17,7 @@ fi
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 if [ "$device" = cuda ]; then run "$python" -m pytest -q -m gpu tests; fi
-run "$python" benchmarks/runtimes.py --device "$device" --pictures "$captions" --runtimes "$runtime"
+run "$python" benchmarks/runtimes.py --device "$device" --checkpoint "$emoji/checkpoint" --data "$emoji" --pictures "$captions" --runtimes "$runtime"
 run "$python" benchmarks/training_cost.py --device "$device" --model "$model" --batches "$batches" --batch-size "$batch" --methods "$methods"
 run "$python" benchmarks/encode.py --device "$device" --runtime "$runtime" --model "$model" --pictures "$pictures" --batch-size "$batch"
 run "$python" benchmarks/index_kinds.py --count "$vectors" "${kinds[@]/#/--kind=}"

@@ -123,7 +123,7 @@ class Loop:
         artifact = open_current(self.index)
         encoder = Encoder.load(artifact.checkpoint, device="cpu", backbone=self._encoder.model.backbone)
         artifact.require(encoder.fingerprint)
-        rows = artifact.search(encoder.state.finish_text(self._features), DEPTH)[1]
+        rows = artifact.search(encoder.state.adapt_texts(self._features), DEPTH)[1]
         return rows[: len(self.users.texts)], rows[len(self.users.texts) :]
 
     def hit(self) -> float:

@@ -89,8 +89,7 @@ class MethodRunner:
         files = {directory / "test.json": self.splits["test"]}
         for name, other in self.others.items():
             files[directory / f"also-{name}-{split_key(other, self.cache)[:8]}.json"] = other
-        needed = {"hits", "measures", *(["reranked"] if method.rerank.blocks else [])}
-        missing = {file: data for file, data in files.items() if not _has(file, needed)}
+        missing = {file: data for file, data in files.items() if not file.is_file()}
         if missing:
             is_merged = METHODS[method.method].changes is not None  # another backbone, with other features
             shared = None if is_merged else self.backbone
@@ -132,8 +131,3 @@ class MethodRunner:
     @cached_property
     def _split_keys(self) -> list[str]:
         return [split_key(split, self.cache) for split in self.splits.values()]
-
-
-def _has(file: Path, needed: set[str]) -> bool:
-    """True for a record with everything that this version measures."""
-    return file.is_file() and needed <= json.loads(file.read_text(encoding="utf-8")).keys()

@@ -6,19 +6,14 @@ from dcar_core.evaluation.tables import Results
 
 
 def plot_recall(results: Results, path: Path) -> str:
-    """Draw mean, standard deviation and a dot for each seed.
-
-    Returns:
-        Markdown that shows the plot, or that says what is missing.
-    """
+    """Draw mean, standard deviation and a dot for each seed; return Markdown with the plot, or with what is missing."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         return "Without a plot: pip install 'dcar[plots]'"
     methods = results["methods"]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "dcar", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcar", "axes.grid": True, "grid.alpha": 0.3}):
         figure = Figure(figsize=(11, 1 + 0.4 * len(methods)), layout="constrained")
         both = figure.subplots(1, 2, sharey=True)
         both[0].set_yticks(range(len(methods)), methods)

@@ -28,10 +28,9 @@ def fetch(repository: str, *names: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = [try_to_load_from_cache(repository, name) for name in names]
-    for place in cached:
-        if isinstance(place, str):
-            return Path(place)
-    if all(place is not None for place in cached):  # known to be missing
+    if found := next((place for place in cached if isinstance(place, str)), None):
+        return Path(found)
+    if None not in cached:  # all are known to be missing
         return None
     if not hub_is_reachable():
         raise HubUnavailableError(

@@ -35,8 +35,7 @@ RunGraph = Callable[[tuple[Any, ...]], Floats]
 class TextPrompts:
     """Start tokens and prompts before a caption, as inputs of a text graph; axis 1 of each is R.
 
-    inputs: keys and values (D, R, H, p, d) of a causal tower's start tokens and prompts; or prompts (depth, R, k, W_t);
-        or nothing.
+    inputs: keys and values (D, R, H, p, d) of a causal tower, or prompts (depth, R, k, W_t), or nothing.
     skipped: start tokens that the inputs stand for; the graph gets captions without them.
     has_weights: False where the tower takes no token weights.
     """
@@ -118,10 +117,9 @@ class EncoderState:
             return np.ones(tokens.shape, np.float32)
         return np.where(self.layout.caption_mask(tokens), self.token_factors[tokens], np.float32(1))
 
-    def finish_text(self, features: Floats) -> Floats:
-        """Turn a text tower's features (n, E) into vectors (n, E)."""
-        vectors = normalize(features)
-        return vectors if self.text_adapter is None else self.text_adapter(vectors)
+    def adapt_texts(self, features: Floats) -> Floats:
+        """Turn normalized features of texts (n, E) into vectors (n, E)."""
+        return features if self.text_adapter is None else self.text_adapter(features)
 
     def adapt_images(self, features: Floats) -> Floats:
         """Turn normalized features of images (n, E) into vectors (n, E)."""
@@ -143,9 +141,9 @@ def encode_texts(runtime: Runtime, states: Sequence[EncoderState], texts: Sequen
             inputs = _join([prompts[place].inputs for place in part])
             seen = slice(prompts[0].skipped, int(lengths[part[-1]]))
             features = runtime.text(tokens[part, seen], weights[part, seen], replace(prompts[0], inputs=inputs))
-            out[[rows[place] for place in part]] = features
+            out[[rows[place] for place in part]] = normalize(features)
     for rows in _grouped(states, id):
-        out[rows] = states[rows[0]].finish_text(out[rows])
+        out[rows] = states[rows[0]].adapt_texts(out[rows])
     return out
 
 

@@ -271,7 +271,7 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
         layout=backbone.layout,
         text_prompts=TextPrompts(inputs, graph.skipped, graph.has_weights),
         image_inputs=image_inputs,
-        token_factors=_token_factors(model) if model.config.reweight.query == "predicted" else None,
+        token_factors=_token_factors(model),
         text_adapter=adapter_arrays(model.text_adapter),
         image_adapter=adapter_arrays(model.image_adapter),
     )
@@ -279,7 +279,7 @@ def extract_state(model: DCAR, fingerprint: str, backbone_hash: str) -> EncoderS
 
 def _token_factors(model: DCAR) -> Floats | None:
     """Tabulate the head over the vocabulary: it reads a token's embedding alone."""
-    if model.head is None:
+    if model.head is None or model.config.reweight.query != "predicted":
         return None
     count = len(model.backbone.text_tower.table.weight)
     parts = []
@@ -291,10 +291,7 @@ def _token_factors(model: DCAR) -> Floats | None:
 
 
 def adapter_arrays(adapter: FeatureAdapter | None) -> FeatureAdapterArrays | None:
-    if adapter is None:
-        return None
-    down, up = adapter.down, adapter.up
-    return FeatureAdapterArrays(_to_numpy(down.weight), _to_numpy(down.bias), _to_numpy(up.weight), _to_numpy(up.bias))
+    return None if adapter is None else FeatureAdapterArrays(*map(_to_numpy, adapter.parameters()))
 
 
 def _to_numpy(values: Tensor) -> Floats:

@@ -124,12 +124,8 @@ class OpenVinoRuntime(Runtime):
     def __init__(self, name: str, directory: Path, *, hint: str, threads: int) -> None:
         core = library().Core()
         self.directory = directory
-        config = {
-            "INFERENCE_PRECISION_HINT": hint,
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": str(threads),
-        }
+        config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": str(threads)}
+        config |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
         try:
             with ThreadPoolExecutor(2) as pool:  # each takes one core for half a second
                 graphs = list(pool.map(lambda n: core.compile_model(directory / n, "CPU", config), (TEXT, IMAGE)))

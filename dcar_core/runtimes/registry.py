@@ -101,7 +101,6 @@ def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtim
     """
     from dcar_core.runtimes.graphs import TorchRuntime
 
-    check_runtime(name)
     device = model.backbone.device.type
     needed = {"torch": device, "cuda-fp16": "cuda"}.get(name, "cpu")
     if device != needed:

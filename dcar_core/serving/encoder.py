@@ -101,8 +101,7 @@ class Encoder:
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
-            runtime: "torch", "auto" (by what is installed and the processor has), or another name of
-                `runtimes.registry.RUNTIMES`.
+            runtime: "auto" (by what is installed and the processor has), or a name of `runtimes.registry.RUNTIMES`.
             cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number, or the available cores without it.
@@ -229,12 +228,9 @@ def encode_image_rows(rows: Sequence[ImageRow]) -> Floats:
 
 
 def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
-    """Put an export into a checkpoint, by which it is served without PyTorch: see `encoder_cache`.
+    """Put an export into a checkpoint, by which it is served without PyTorch; a model without an export is a warning.
 
-    Its vectors have been compared with PyTorch's. A model without an export is a warning.
-
-    Args:
-        backbone: of the checkpoint, if it is in memory; one on the CPU saves a second copy.
+    backbone: of the checkpoint, if it is in memory; one on the CPU saves a second copy.
     """
     portable = checkpoint / PORTABLE
     shared = backbone if backbone is not None and backbone.device.type == "cpu" else None

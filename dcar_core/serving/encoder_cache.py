@@ -58,9 +58,8 @@ Arrays = dict[str, NDArray[Any]]
 def may_use_export(device: str, runtime: str) -> bool:
     """Return whether `Encoder.load` with these arguments may run an export."""
     may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
-    has_gpu = may_have_gpu and machine.is_installed("torch")
-    on_cpu = device == "cpu" or (device == "auto" and not has_gpu)
-    return on_cpu and (runtime == registry.AUTO or runtime in registry.EXPORTED)
+    on_cpu = device == "cpu" or (device == "auto" and not (may_have_gpu and machine.is_installed("torch")))
+    return on_cpu and runtime in (registry.AUTO, *registry.EXPORTED)
 
 
 def entry_name(fingerprint: str) -> str:
@@ -68,10 +67,7 @@ def entry_name(fingerprint: str) -> str:
 
 
 def store(export: Path, state: EncoderState, model: "DCAR") -> None:
-    """Write an entry for an export whose vectors have been checked.
-
-    A cache that cannot be written only makes later starts slower.
-    """
+    """Write an entry for an export whose vectors have been checked; a full disk only makes later starts slower."""
     try:
         _write(export / entry_name(state.fingerprint), state, registry.reference_vectors(model))
     except OSError as error:
@@ -79,11 +75,9 @@ def store(export: Path, state: EncoderState, model: "DCAR") -> None:
 
 
 def copy_portable(source: Path, target: Path, state: EncoderState, probe_texts: Floats) -> None:
-    """Copy the portable export of a checkpoint to one with another text adapter.
+    """Copy the portable export of a checkpoint to one with another text adapter, that of `state`.
 
-    Args:
-        state: of the target.
-        probe_texts: its vectors of `PROBE_TEXTS`, by which every start checks the export.
+    probe_texts: its vectors of `PROBE_TEXTS`, by which every start checks the export.
     """
     arrays, _ = _read(source / PORTABLE / ENTRY)
     copy_export(source / PORTABLE, target / PORTABLE)

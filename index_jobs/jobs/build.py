@@ -355,8 +355,7 @@ class _Build:
 
         They are shared if it has the same model. A model that comes with an export keeps it.
         """
-        runtime = self.spec.runtime
-        is_wanted = runtime == AUTO or runtime in EXPORTED
+        is_wanted = self.spec.runtime in (AUTO, *EXPORTED)
         if not is_wanted or has_portable(staging / CHECKPOINT) or not is_installed("openvino"):
             return {}
         served = self.served

@@ -1,10 +1,8 @@
 """A score below which a search by words has found nothing: a cut-off from pairs that belong together, or from words.
 
-All but 5 % of validation texts reach the cut-off with their own images, by the scores that a search gives. It is
-cautious, because true pairs must not be lost: a query about something that is not in the gallery may still find items
-above it. `benchmarks/cutoff.py` measures how many.
-
-Without pairs, the scores of common words tell how high those of words and images are that do not belong together.
+- All but 5 % of validation texts reach the cut-off with their own images. A query about something that is not in the
+  gallery may still find items above it; `benchmarks/cutoff.py` measures how many.
+- Without pairs, the scores of common words tell how high those of words and images are that do not belong together.
 """
 
 from typing import Any
@@ -19,11 +17,10 @@ CHANCE = 0.01  # share of words and images without a relation that reach the cut
 
 
 def compute_cutoff(scores: Floats) -> dict[str, Any]:
-    """Compute the cut-off for the scores (N,) of N >= 1 pairs.
+    """Return the cut-off for the scores (N,) of N >= 1 pairs.
 
-    Returns:
-        min_score, the cut-off; strong_score, which one true pair in twenty reaches; kept, the share of pairs that reach
-        a cut-off chosen from the other half of them, None with a single pair; pairs, their number.
+    min_score: the cut-off. strong_score: one true pair in twenty reaches it. kept: the share of pairs that reach a
+    cut-off chosen from the other half of them, None with a single pair. pairs: their number.
     """
     scores = scores.astype(np.float64)
     one, other = np.array_split(np.random.default_rng(0).permutation(scores), 2)
@@ -34,14 +31,10 @@ def compute_cutoff(scores: Floats) -> dict[str, Any]:
 
 
 def cutoff_of_words(scores: Floats, best: Floats) -> dict[str, Any]:
-    """Compute a cut-off without pairs.
+    """Return a cut-off by the scores (W, M) of W words with a sample of the items, and by their best (W,) of all items.
 
-    Args:
-        scores: (W, M) of W words with a sample of the items. best: (W,) the highest of each word among all items.
-
-    Returns:
-        min_score, which one of a hundred scores reaches; strong_score, which half of the words reach with their best
-        item; words, their number.
+    min_score: one of a hundred scores reaches it. strong_score: half of the words reach it with their best item.
+    words: their number.
     """
     min_score = float(np.quantile(scores.astype(np.float64), 1 - CHANCE))
     strong_score = max(min_score, float(np.median(best)))

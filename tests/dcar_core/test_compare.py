@@ -243,16 +243,6 @@ def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -
     assert "Paired bootstrap" in text
 
 
-def test_a_test_record_without_hits_is_made_again(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    """Records of earlier versions have none."""
-    first = compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK)
-    (record,) = tmp_path.rglob("test.json")
-    content = json.loads(record.read_text())
-    del content["hits"]
-    record.write_text(json.dumps(content))
-    assert compare(backbone, tiny_data, ["clip"], 1, tmp_path, QUICK) == first
-
-
 def test_controls_apply_to_every_method_and_stand_below_the_table(
     backbone: Backbone, tiny_data: Path, tmp_path: Path
 ) -> None:
