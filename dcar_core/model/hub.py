@@ -60,9 +60,8 @@ def _reason(repository: str, error: BaseException) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "is not on the hub, or is private: correct the name, or set HF_TOKEN to a token that may read it"
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        remedy = "set HF_TOKEN to a token that may read it" if status in (401, 403) else "try again later"
-        return f"cannot be read, the hub responds with {status}: {remedy}"
+        status, token = error.response.status_code, "set HF_TOKEN to a token that may read it"
+        return f"cannot be read, the hub responds with {status}: {token if status in (401, 403) else 'try again later'}"
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"does not fit in {constants.HF_HUB_CACHE}: free space, or set HF_HOME to another disk"
     first = (str(error).splitlines() or [type(error).__name__])[0]

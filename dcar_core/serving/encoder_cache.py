@@ -101,8 +101,7 @@ def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
 def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
     """Load a portable export, or else the entry that `store` wrote; None if there is none or a check fails."""
     portable, fingerprint = checkpoint / PORTABLE / ENTRY, read_config(checkpoint).get("fingerprint", "")
-    own = [portable] if portable.parent.is_dir() else []
-    for entry in [*own, *sorted(cache.glob(f"exports/*/{entry_name(fingerprint)}"))]:
+    for entry in [*[portable] * portable.parent.is_dir(), *sorted(cache.glob(f"exports/*/{entry_name(fingerprint)}"))]:
         try:
             return _open(entry, checkpoint, runtime, threads)
         except _FAULTS as error:
