@@ -10,6 +10,8 @@ from selenium import webdriver
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
+from tests.support.files import write_jsonl
+from tests.support.images import draw
 from tests.support.page import Page, served
 from tests.support.parts import BROWSER, DRIVER
 from tests.support.service import KEYS
@@ -19,6 +21,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--window-size=1100,900",
 )  # fmt: skip
+COUNT = 130  # images of the large index
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
@@ -66,6 +69,29 @@ def many(indexes: dict[str, Path]) -> Iterator[str]:
     """A service with every collection, whose page looks no words up; shapes is the default one."""
     others = {name: index for name, index in indexes.items() if name != "shapes"}
     with served(indexes["shapes"], collections=others, page_hybrid=False) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def large_index(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of more images than one page of the gallery shows, each with a price."""
+    gallery = tmp_path_factory.mktemp("large") / "gallery"
+    gallery.mkdir()
+    rows = []
+    for number in range(COUNT):
+        shape = ("square", "circle", "triangle", "cross")[number % 4]
+        draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(gallery / f"{number:03}.png")
+        price = (number * 37) % COUNT
+        rows.append({"file_name": f"{number:03}.png", "caption": f"image {number}", "category": shape, "price": price})
+    write_jsonl(gallery / "metadata.jsonl", *rows)
+    rebuild(gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False)
+    return gallery.parent / "index"
+
+
+@pytest.fixture(scope="session")
+def large(large_index: Path) -> Iterator[str]:
+    """A service of many images, whose page looks words up."""
+    with served(large_index) as address:
         yield address
 
 

@@ -1,16 +1,17 @@
-"""The detail view, selected images and the keyboard."""
+"""The detail view, selected images, the keyboard, and photos of other shapes than squares."""
 
-import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
+from PIL import Image
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, searched, until
+from index_jobs.rebuild import rebuild
+from tests.support.images import draw
+from tests.support.page import Page, searched, served, until
 
 pytestmark = pytest.mark.browser
 
@@ -19,14 +20,35 @@ SWIPE = """
     arguments[0].dispatchEvent(new TouchEvent('touchstart', {bubbles: true, touches: [touch(300)]}));
     arguments[0].dispatchEvent(new TouchEvent('touchend', {bubbles: true, changedTouches: [touch(100)]}));
 """
+SIZES = {"landscape": (120, 80), "portrait": (80, 120), "wide": (200, 50), "tall": (50, 200), "line": (90, 1)}
+BOXES = """
+    const box = (node) => (({x, y, width, height}) => ({x, y, width, height}))(node.getBoundingClientRect());
+    return [...document.querySelectorAll('#results .card')].map((card) => {
+        const image = card.querySelector('img');
+        return {title: card.querySelector('.caption').textContent, natural: image.naturalWidth / image.naturalHeight,
+                image: box(image), map: box(card.querySelector('.map')), frame: box(card.querySelector('.frame'))};
+    });
+"""
 
 
-def opened(page: Page) -> Any:
-    return until(lambda: page.one("#detail").is_displayed() and page.one("#detail"))
-
-
-def closed(page: Page) -> bool:
-    return bool(until(lambda: not page.one("#detail").is_displayed()))
+@pytest.fixture(scope="module")
+def photos(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service of photos in two folders with the same names, one of them on its side in its file, and of a list."""
+    gallery = tmp_path_factory.mktemp("photos") / "gallery"
+    for folder, color in (("north", "red"), ("south", "blue")):
+        (gallery / folder).mkdir(parents=True)
+        for name, size in SIZES.items():
+            draw(color, "cross", 200).resize(size).save(gallery / folder / f"{name}.png")
+    upright = Image.Exif()
+    upright[0x0112] = 6  # turn right to see it upright
+    draw("green", "triangle", 200).resize((60, 120)).save(gallery / "north" / "turned_photo.jpg", exif=upright)
+    Image.new("RGB", (180, 120), "teal").save(gallery / "north" / "full.png")
+    listed = gallery.parent / "list.csv"
+    listed.write_text("path,price\ngallery/north/wide.png,1\ngallery/south/tall.png,2\n")
+    for name, source in (("index", gallery), ("listed", listed)):
+        rebuild(source, tiny_checkpoint, gallery.parent / name, workers=0, progress=False)
+    with served(gallery.parent / "index", collections={"listed": gallery.parent / "listed"}) as address:
+        yield address
 
 
 def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, site: str) -> None:
@@ -35,23 +57,21 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     page.settled(24)
     shown = page.ids()
     for jargon in ("index", "cached", "cosine", "score"):
-        assert jargon not in page.one("body").text.lower()
-    sources = str(page.one("#results img").get_attribute("srcset"))
-    sides = [(int(side), screen) for side, screen in re.findall(r"size=(\d+) (\dx)", sources)]
-    assert sides == [(sides[0][0], "1x"), (2 * sides[0][0], "2x")]
-    page.one("#results .open").click()
-    detail = opened(page)
+        assert jargon not in page.text("body").lower()
+    sides = re.findall(r"size=(\d+) (\dx)", str(page.one("#results img").get_attribute("srcset")))
+    assert sides == [(sides[0][0], "1x"), (str(2 * int(sides[0][0])), "2x")]
+    detail = page.detail()
     item = httpx.get(f"{site}/items/{shown[0]}").json()
-    assert page.one("#detail-title").text == item["caption"]
-    assert item["metadata"]["color"] in page.one("#metadata").text
+    assert page.text("#detail-title") == item["caption"]
+    assert item["metadata"]["color"] in page.text("#metadata")
     image = page.one("#detail-image")
-    until(lambda: page.driver.execute_script("return arguments[0].naturalWidth", image) > 0)
+    until(lambda: page.js("return arguments[0].naturalWidth", image) > 0)
     assert f"items/{shown[0]}/image?size=1280" in image.get_attribute("src")
-    element = "const box = arguments[0].getBoundingClientRect();"
-    at_centre = (
-        f"{element} return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === arguments[0]"
-    )
-    assert page.driver.execute_script(at_centre, image), "a right click reaches the image"
+    at_centre = """
+        const box = arguments[0].getBoundingClientRect();
+        return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === arguments[0];
+    """
+    assert page.js(at_centre, image), "a right click reaches the image"
     both_boxes = """
         const box = (image) => (({width, height}) => [width, height])(image.getBoundingClientRect());
         const empty = arguments[0].cloneNode(), loaded = box(arguments[0]);
@@ -61,130 +81,33 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
         empty.replaceWith(arguments[0]);
         return [loaded, place];
     """
-    loaded, place = page.driver.execute_script(both_boxes, image)
+    loaded, place = page.js(both_boxes, image)
     assert loaded == place, "its place is kept while it is loaded"
     assert loaded[0] == loaded[1] >= 288
-    assert page.one("#download").get_attribute("href") == f"{site}/items/{shown[0]}/image"
-    assert page.one("#download").get_attribute("download") == Path(item["metadata"]["file_name"]).name
+    download = page.one("#download")
+    assert download.get_attribute("href") == f"{site}/items/{shown[0]}/image"
+    assert download.get_attribute("download") == Path(item["metadata"]["file_name"]).name
 
     page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"], "origin": site})
-    page.one("#copy").click()
-    until(lambda: "Link copied" in page.one("#detail-message").text)
+    page.click("#copy")
+    page.says("#detail-message", "Link copied")
     link = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     detail.send_keys(Keys.ARROW_RIGHT)
-    until(lambda: f"show={shown[1]}" in page.driver.current_url)
-    page.one("#next").click()
-    until(lambda: f"show={shown[2]}" in page.driver.current_url)
+    page.arrives(f"show={shown[1]}")
+    page.click("#next")
+    page.arrives(f"show={shown[2]}")
     detail.send_keys(Keys.ARROW_LEFT)
-    until(lambda: f"show={shown[1]}" in page.driver.current_url)
-    page.driver.execute_script(SWIPE, image)
-    until(lambda: f"show={shown[2]}" in page.driver.current_url)
-    page.one("#close").click()
-    closed(page)
-    until(lambda: "show=" not in page.driver.current_url)
+    page.arrives(f"show={shown[1]}")
+    page.js(SWIPE, image)
+    page.arrives(f"show={shown[2]}")
+    page.close()
+    until(lambda: "show=" not in page.url)
     assert page.ids() == shown
-
     page.open(link)
-    opened(page)
-    until(lambda: page.one("#detail-title").text == item["caption"])
-    page.one("#detail").send_keys(Keys.ESCAPE)
-    closed(page)
+    page.says("#detail-title", item["caption"])
+    page.type("#detail", Keys.ESCAPE)
+    page.vanishes("#detail")
     page.settled(24)  # the gallery
-
-
-def test_image_can_be_subtracted_from_a_search(page: Page, site: str) -> None:
-    page.open(f"{site}/#show={searched(site, query='red')[0]}")
-    opened(page)
-    assert not page.one("#less").is_displayed(), "there is no search to subtract it from"
-    page.open(f"{site}/#q=red")
-    page.settled(24)
-    unwanted = page.ids()[0]
-    page.one("#results .open").click()
-    opened(page)
-    page.one("#less").click()
-    page.settled(23)
-    assert f"less={unwanted}" in page.driver.current_url
-    assert page.ids() == searched(site, query="red", less_like=[unwanted])
-    assert page.one("#chips").text.startswith("not like")
-
-
-def test_selected_images_are_searched_together(page: Page, site: str) -> None:
-    page.open(site)
-    page.settled(24)
-    chosen = [page.ids()[place] for place in (0, 3)]
-    for place in (0, 3):
-        page.all("#results .select")[place].click()
-    assert page.one("#selected-count").text == "2 selected"
-    assert not page.one("#selected-less").is_enabled(), "there is no search yet"
-    page.one("#selected-more").click()
-    page.settled(22)
-    assert parse_qs(urlsplit(page.driver.current_url).fragment)["item"] == chosen
-    assert page.ids() == searched(site, more_like=chosen)
-    assert "like 2 images" in page.one("#chips").text
-    assert not page.one("#selection").is_displayed()
-    unwanted = [page.ids()[0]]
-    page.all("#results .select")[0].click()
-    page.one("#selected-less").click()
-    page.settled(21)
-    assert page.ids() == searched(site, more_like=chosen, less_like=unwanted)
-
-
-def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str) -> None:
-
-    def focused() -> str | None:
-        script = "return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id"
-        return page.driver.execute_script(script)
-
-    def press(*keys: str) -> str | None:
-        page.driver.switch_to.active_element.send_keys(*keys)
-        return focused()
-
-    page.open(site)
-    page.settled(24)
-    shown = page.ids()
-    columns = page.driver.execute_script("""
-        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
-        return tops.filter((top) => top === tops[0]).length;
-    """)
-    page.driver.execute_script("document.querySelector('#results .open').focus()")
-    assert press(Keys.TAB) == shown[1]
-    assert press(Keys.SHIFT, Keys.TAB) == shown[0]
-    assert press(Keys.ARROW_RIGHT) == shown[1]
-    assert press(Keys.ARROW_DOWN) == shown[1 + columns]
-    assert press(Keys.ARROW_UP) == shown[1]
-    assert press(Keys.END) == shown[-1]
-    assert press(Keys.HOME) == shown[0]
-    press("x")
-    assert page.one("#selected-count").text == "1 selected"
-    press("x")
-    assert not page.one("#selection").is_displayed()
-    press(Keys.ENTER)
-    opened(page)
-    page.one("#detail").send_keys(Keys.ESCAPE)
-    closed(page)
-    until(lambda: focused() == shown[0])
-    assert press("/") == "query"
-    press("/")
-    assert page.one("#query").get_attribute("value") == "", "the page begins in the box, where the key has no other use"
-
-
-def test_near_duplicates_are_one_result(page: Page, site: str) -> None:
-    found = httpx.post(f"{site}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
-    folded = {result["id"]: result["folded"] for result in found if "folded" in result}
-    page.open(f"{site}/#q=red&fold=1")
-    cards = page.settled(len(found))
-    assert len(found) < 24
-    marks = {card.get_attribute("data-id"): card.find_element("css selector", ".near").text for card in cards}
-    assert {key: value for key, value in marks.items() if value} == {
-        key: f"{len(near)} more" for key, near in folded.items()
-    }
-    first = next(iter(folded))
-    page.driver.execute_script(f"document.querySelector('[data-id={json.dumps(first)}] .open').click()")
-    opened(page)
-    near = page.all("#folded button")
-    assert len(near) == len(folded[first])
-    near[0].click()
-    until(lambda: f"show={folded[first][0]}" in page.driver.current_url.replace("%2F", "/"))
 
 
 def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, site: str) -> None:
@@ -193,24 +116,158 @@ def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, s
     def is_prevented(**keys: object) -> bool:
         press = "return !arguments[0].dispatchEvent(new KeyboardEvent('keydown', arguments[1]))"
         pressed = {"bubbles": True, "cancelable": True, "key": "ArrowRight", **keys}
-        return bool(page.driver.execute_script(press, page.one("#detail-title"), pressed))
+        return bool(page.js(press, page.one("#detail-title"), pressed))
+
+    def enlarge(scale: int) -> None:
+        page.driver.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": scale})
+        until(lambda: page.js("return visualViewport.scale") == scale)
 
     page.open(f"{site}/#q=red")
     page.settled(24)
     shown = page.ids()
-    page.one("#results .open").click()
-    opened(page)
+    page.detail()
     for modifier in ("altKey", "ctrlKey", "metaKey"):
         assert not is_prevented(**{modifier: True})
-    page.driver.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": 2})
     try:
-        until(lambda: page.driver.execute_script("return visualViewport.scale") == 2)
-        page.driver.execute_script(SWIPE, page.one("#detail-image"))
-        assert f"show={shown[0]}" in page.driver.current_url
+        enlarge(2)
+        page.js(SWIPE, page.one("#detail-image"))
+        assert f"show={shown[0]}" in page.url
     finally:
-        page.driver.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": 1})
-    until(lambda: page.driver.execute_script("return visualViewport.scale") == 1)
-    page.driver.execute_script(SWIPE, page.one("#detail-image"))
-    until(lambda: f"show={shown[1]}" in page.driver.current_url)
+        enlarge(1)
+    page.js(SWIPE, page.one("#detail-image"))
+    page.arrives(f"show={shown[1]}")
     assert is_prevented()
-    until(lambda: f"show={shown[2]}" in page.driver.current_url)
+    page.arrives(f"show={shown[2]}")
+
+
+def test_images_are_added_to_a_search_and_subtracted_from_it(page: Page, site: str) -> None:
+    page.open(f"{site}/#show={searched(site, query='red')[0]}")
+    page.appears("#detail")
+    assert not page.has("#less"), "there is no search to subtract it from"
+    page.open(f"{site}/#q=red")
+    page.settled(24)
+    unwanted = str(page.ids()[0])
+    page.detail()
+    page.click("#less")
+    page.shows(searched(site, query="red", less_like=[unwanted]))
+    assert len(page.ids()) == 23
+    assert f"less={unwanted}" in page.url
+    assert page.text("#chips").startswith("not like")
+
+    page.open(site)
+    page.settled(24)
+    chosen = [str(page.ids()[place]) for place in (0, 3)]
+    for place in (0, 3):
+        page.click("#results .select", place)
+    assert page.text("#selected-count") == "2 selected"
+    assert not page.one("#selected-less").is_enabled(), "there is no search yet"
+    page.click("#selected-more")
+    page.shows(searched(site, more_like=chosen))
+    assert page.parameter("item") == chosen
+    assert "like 2 images" in page.text("#chips")
+    assert not page.has("#selection")
+    unwanted = str(page.ids()[0])
+    page.click("#results .select")
+    page.click("#selected-less")
+    page.shows(searched(site, more_like=chosen, less_like=[unwanted]))
+
+
+def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str) -> None:
+    def focused() -> str | None:
+        return page.js("return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id")
+
+    def press(*keys: str) -> str | None:
+        page.driver.switch_to.active_element.send_keys(*keys)
+        return focused()
+
+    page.open(site)
+    page.settled(24)
+    shown = page.ids()
+    columns = page.js("""
+        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+        return tops.filter((top) => top === tops[0]).length;
+    """)
+    page.js("document.querySelector('#results .open').focus()")
+    for keys, place in (
+        ([Keys.TAB], 1), ([Keys.SHIFT, Keys.TAB], 0), ([Keys.ARROW_RIGHT], 1), ([Keys.ARROW_DOWN], 1 + columns),
+        ([Keys.ARROW_UP], 1), ([Keys.END], -1), ([Keys.HOME], 0),
+    ):  # fmt: skip
+        assert press(*keys) == shown[place]
+    press("x")
+    assert page.text("#selected-count") == "1 selected"
+    press("x")
+    assert not page.has("#selection")
+    press(Keys.ENTER)
+    page.appears("#detail")
+    page.type("#detail", Keys.ESCAPE)
+    page.vanishes("#detail")
+    until(lambda: focused() == shown[0])
+    assert press("/") == "query"
+    press("/")
+    assert page.value("#query") == "", "the page begins in the box, where the key has no other use"
+
+
+def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(page: Page, photos: str) -> None:
+    page.open(photos)
+    page.settled(12)
+    titles = [card.text.split("\n")[0] for card in page.all("#results .card")]
+    assert sorted(titles) == sorted([*SIZES, *SIZES, "full", "turned photo"])
+    assert [each.text for each in page.all("#facets h3")] == ["Category"], "titles are no filter"
+    until(lambda: page.all("#sort option[value=title]"))
+    fields = [each.get_attribute("value") for each in page.all("#sort option")]
+    assert fields == ["", *(sign + name for name in ("category", "file_name", "title") for sign in ("", "-"))]
+    page.detail()
+    assert page.text("#detail-title") == titles[0]
+    page.click("#similar")
+    page.says("#chips", f"like {titles[0]}")
+    page.open(f"{photos}/#in=listed")
+    page.settled(2)
+    assert sorted(card.text.split("\n")[0] for card in page.all("#results .card")) == ["tall.png", "wide.png"]
+
+
+def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(both: Page, photos: str) -> None:
+    page = both
+    page.open(f"{photos}/#q=cross")
+    page.settled(12)
+    plain = page.js(BOXES)
+    page.open(f"{photos}/#q=cross&explain=1")
+    page.settled(12)
+    until(lambda: len(page.all(".explained")) == 8)
+    explained = [each for each in page.js(BOXES) if each["map"]["width"]]
+    assert len(explained) == 8
+    for each in explained:
+        image, frame = each["image"], each["frame"]
+        assert frame["height"] == pytest.approx(plain[0]["frame"]["height"], abs=0.5), "explaining moves no image"
+        if each["title"] != "line":
+            assert image["width"] / image["height"] == pytest.approx(each["natural"], rel=0.05)
+        assert image["x"] >= frame["x"] - 0.5
+        assert image["y"] >= frame["y"] - 0.5
+        assert image["height"] >= 1
+        assert image["width"] <= frame["width"] + 0.5
+        assert each["map"] == pytest.approx(image, abs=0.5)
+    turned = next(each["image"] for each in plain if each["title"] == "turned photo")
+    assert turned["width"] == pytest.approx(2 * turned["height"], rel=0.05)
+    for fit, side in (("cover", min), ("contain", max)):  # a model that crops, and one that pads
+        page.js("document.querySelectorAll('.map').forEach((map) => (map.dataset.fit = arguments[0]))", fit)
+        for image, cover in ((each["image"], each["map"]) for each in page.js(BOXES) if each["map"]["width"]):
+            edge = side(image["width"], image["height"])
+            middle = [image["x"] + image["width"] / 2, image["y"] + image["height"] / 2]
+            square = [cover["width"], cover["height"], cover["x"] + edge / 2, cover["y"] + edge / 2]
+            assert square == pytest.approx([edge, edge, *middle], abs=0.5)
+
+
+def test_photos_fill_their_cards_and_pictures_on_white_are_whole(page: Page, photos: str) -> None:
+    page.emulate(prefers_color_scheme="dark")
+    try:
+        page.open(f"{photos}/#q=cross")
+        page.settled(12)
+        boxes = {each["title"]: each for each in page.js(BOXES)}
+        assert boxes["full"]["image"] == boxes["full"]["frame"]
+        assert boxes["portrait"]["image"]["height"] < boxes["portrait"]["frame"]["height"]
+        white = page.one(".card.pale")
+        assert white.find_element("css selector", "img").value_of_css_property("mix-blend-mode") == "multiply"
+        for part in (".frame", ".picture"):
+            ground = white.find_element("css selector", part).value_of_css_property("background-color")
+            assert ground not in {"rgba(0, 0, 0, 0)", "rgba(255, 255, 255, 1)"}, "no white square on the dark page"
+    finally:
+        page.emulate()

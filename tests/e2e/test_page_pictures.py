@@ -1,123 +1,170 @@
-"""Pictures that the page requests with a key, and whose responses come late."""
+"""A search by a picture: chosen, dropped or pasted; with words; a part of it; pictures that the browser cannot show."""
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
 
+import httpx
+import numpy as np
 import pytest
+from PIL import Image
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
 
-from app.core.keys import key_hash
-from tests.support.page import Page, served, until
-from tests.support.service import ALICE
+from tests.support.page import Page, until
+from tests.support.parts import needs
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture
-def unlocked(page: Page, locked: str) -> Iterator[str]:
-    """The address of the service, whose key the page knows until the test ends."""
-    page.open(locked)
-    until(lambda: page.one("#key-form").is_displayed() or page.all("#results .card"))
-    page.driver.execute_script("sessionStorage.setItem('dcar.key', arguments[0])", ALICE)
-    yield locked
-    page.driver.execute_script("sessionStorage.clear()")
+def crop_of(page: Page) -> list[float]:
+    return [float(edge) for crop in page.parameter("crop") for edge in crop.split(",")]
 
 
-def test_key_that_opens_no_collection_is_asked_for_once(page: Page, indexes: dict[str, Path]) -> None:
-    with served(indexes["shapes"], api_keys=f"alice:{key_hash(ALICE)}:read:gone") as address:
-        page.open(address)
-        until(lambda: page.one("#key").is_displayed())
-        page.one("#key").send_keys(ALICE + "\n")
-        until(lambda: "opens no gallery" in page.one("#error").text)
-        assert page.one("#key-form").is_displayed()
-        requests = (
-            "return performance.getEntriesByType('resource').filter(({name}) => name.endsWith('/collections')).length"
-        )
-        assert page.driver.execute_script(requests) == 2
-        assert all("401" in message for message in page.errors())
+def results(site: str, picture: Path, crop: list[float] | None = None, **form: str) -> list[dict[str, object]]:
+    if crop:
+        form["crop"] = json.dumps(dict(zip(("x", "y", "width", "height"), crop, strict=True)))
+    answer = httpx.post(f"{site}/search/image", files={"file": picture.read_bytes()}, data={"k": "24", **form})
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["results"])
 
 
-def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page, unlocked: str) -> None:
-    """Responses come when the test answers them, and retries when it calls them."""
-    by_hand = """
-        const whole = window.fetch, later = window.setTimeout;
-        [window.asked, window.retries] = [[], []];
-        window.setTimeout = (call, wait) => (wait > 500 ? window.retries.push(call) : later(call, wait));
-        window.fetch = (path, {signal, ...options} = {}) => {
-            if (!path.includes('size=1280')) return whole(path, options);
-            return new Promise((done) => window.asked.push(async (isRefused) => {
-                done(isRefused ? new Response('', {status: 429}) : await whole(path, options));
-                await (await whole(path, options)).blob(); // the page has read its own by then
-            }));
-        };
+def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path) -> None:
+    picture = tiny_gallery / "circle/blue.png"
+    page.open(site)
+    page.type("#file", str(picture))
+    page.arrives("picture=")
+    page.settled(24)
+    assert "blue.png" in page.text("#chips")
+    assert page.text("#results .number") == "100%"
+    assert page.js("return document.querySelector('.chip img').naturalWidth") > 0
+    page.type("#query", "green")
+    page.arrives("#q=green&picture=")
+    page.shows([str(each["id"]) for each in results(site, picture, query="green")])
+    page.click("#chips button")
+    until(lambda: page.url.endswith("#q=green"))
+    page.settled(24)
+    page.open(site)
+    page.type("#without", "7")  # a number, which a form would parse as JSON
+    page.type("#file", str(picture))
+    page.arrives("without=7")
+    page.shows([str(each["id"]) for each in results(site, picture, without="7")])
+
+
+def test_dropped_and_pasted_pictures_are_searched(page: Page, site: str) -> None:
+    make = """
+        const done = arguments[1], canvas = document.createElement('canvas');
+        canvas.width = canvas.height = 20;
+        canvas.toBlob((blob) => {
+            const carried = new DataTransfer();
+            carried.items.add(new File(['words'], 'notes.txt', {type: 'text/plain'}));
+            carried.items.add(new File([blob], `${arguments[0]}.png`, {type: 'image/png'}));
+            const event = arguments[0] === 'paste'
+                ? new ClipboardEvent('paste', {clipboardData: carried, bubbles: true})
+                : new DragEvent('drop', {dataTransfer: carried, bubbles: true, cancelable: true});
+            document.body.dispatchEvent(event);
+            done();
+        });
     """
-
-    def asked(number: int) -> bool:
-        return bool(page.driver.execute_script("return asked.length") == number)
-
-    def picture() -> str:
-        """Return the address of the picture, or nothing until it is loaded."""
-        image = "const i = document.getElementById('detail-image'); return i.src && i.naturalWidth ? i.src : ''"
-        return str(page.driver.execute_script(image))
-
-    with page.script(by_hand):
-        page.open(unlocked)
+    page.open(site)
+    for way in ("drop", "paste"):
+        page.driver.execute_async_script(make, way)
+        page.says("#chips", f"{way}.png")
         page.settled(24)
-        page.one("#results .open").click()
-        until(lambda: asked(1))
-        page.one("#next").click()
-        until(lambda: asked(2))
-        page.driver.execute_script("asked[1]()")
-        second = until(picture)
-        page.driver.execute_async_script("asked[0]().then(arguments[0])")
-        assert until(picture) == second
-
-        page.one("#next").click()
-        until(lambda: asked(3))
-        page.driver.execute_script("asked[2](true)")
-        until(lambda: page.driver.execute_script("return retries.length") == 1)
-        page.one("#next").click()
-        until(lambda: asked(4))
-        page.driver.execute_script("retries[0]()")
-        assert asked(4), "the picture of the item before is not requested again"
-        page.driver.execute_script("asked[3]()")
-        until(picture)
 
 
-def test_pictures_that_are_no_longer_shown_are_freed(page: Page, unlocked: str) -> None:
-    """Some of the gallery's are loaded when the gallery is left, and some come later."""
-    held = """
-        const whole = window.fetch, {createObjectURL: make, revokeObjectURL: free} = URL;
-        [window.held, window.kept] = [[], new Set()];
-        window.fetch = async (path, {signal, ...options} = {}) => {
-            if (path.includes('size=') && window.held) await new Promise((done) => window.held.push(done));
+def test_broken_picture_is_refused_in_words(page: Page, site: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    page.open(site)
+    page.type("#file", str(tmp_path / "broken.png"))
+    page.says("#error", "not an image")
+    assert page.all("#results .card") == []
+    page.click("#chips button")
+    page.settled(24)
+    assert not page.has("#error")
+    assert ["422" in message for message in page.errors()] == [True], "Chromium logs every 4xx itself"
+
+
+def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) -> None:
+    page, picture = both, tmp_path / "halves.png"
+    image = Image.new("RGB", (400, 200), "blue")
+    image.paste("red", (0, 0, 200, 200))
+    image.save(picture)
+
+    def searches(crop: list[float]) -> None:
+        until(lambda: crop_of(page) == pytest.approx(crop, abs=1e-3))
+        page.shows([str(each["id"]) for each in results(site, picture, crop_of(page))])
+
+    page.open(site)
+    page.type("#file", str(picture))
+    frame = until(lambda: page.one("#picture-frame").size["width"] > 100 and page.one("#picture-frame"))
+    searches([])
+    assert not page.has("#whole")
+    width, height = frame.size["width"], frame.size["height"]
+    if page.js("return matchMedia('(pointer: coarse)').matches"):
+        place = frame.rect
+        corners = [(place["x"] + 4, place["y"] + 4), (place["x"] + width / 2, place["y"] + height - 4)]
+        for kind, points in (("touchStart", corners[:1]), ("touchMove", corners[1:]), ("touchEnd", [])):
+            touches = [{"x": x, "y": y} for x, y in points]
+            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+    else:
+        drag = ActionChains(page.driver, duration=20)
+        drag.move_to_element_with_offset(frame, 4 - width // 2, 4 - height // 2).click_and_hold()
+        drag.move_to_element_with_offset(frame, 0, height // 2 - 4).release().perform()
+    x, y, w, h = until(lambda: crop_of(page))
+    assert [x, y, w, h] == pytest.approx([0, 0, 0.5, 1], abs=0.1)
+    searches([x, y, w, h])
+    page.type("#box", Keys.ARROW_RIGHT)
+    searches([x + 0.02, y, w, h])
+    page.type("#box", Keys.SHIFT, Keys.ARROW_LEFT, Keys.NULL)
+    searches([x + 0.02, y, w - 0.02, h])
+    page.click("#whole")
+    searches([])
+    page.click("#chips button")
+    page.settled(24)
+    assert not page.has("#picture")
+
+
+def test_large_photo_is_sent_small_and_found_as_if_it_were_whole(page: Page, site: str, tmp_path: Path) -> None:
+    """It lies on its side in its file, and the browser turns it before it drops the note that says so."""
+    spots = np.random.default_rng(1).integers(0, 256, (8, 12), np.uint8)
+    photo, path = Image.fromarray(spots).resize((1500, 1000)).convert("RGB"), tmp_path / "photo.jpg"
+    photo.paste("blue", (0, 0, 750, 1000))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo.save(path, exif=turned, quality=90)
+    watch = """
+        const whole = window.fetch;
+        window.fetch = (path, options) => {
+            if (path === 'search/image') window.sent = options.body.get('file').size;
             return whole(path, options);
         };
-        URL.createObjectURL = (blob) => {
-            const url = make.call(URL, blob);
-            window.kept.add(url);
-            return url;
-        };
-        URL.revokeObjectURL = (url) => {
-            window.kept.delete(url);
-            free.call(URL, url);
-        };
     """
 
-    def shows(address: str) -> bool:
-        kept = "return [...document.querySelectorAll('#results img')].filter(({src}) => kept.has(src)).length"
-        idle = page.driver.current_url.endswith(address) and not page.all("#results[aria-busy]")
-        return idle and page.driver.execute_script(kept) == 24
+    def finds(crop: list[float]) -> None:
+        expected = [100 * max(0.0, float(str(each["score"]))) for each in results(site, path, crop)]
+        shown = "return [...document.querySelectorAll('#results .number')].map((each) => parseFloat(each.textContent))"
+        until(lambda: crop_of(page) == crop and page.js(shown) == pytest.approx(expected, abs=2))
 
-    with page.script(held):
-        page.open(unlocked)
-        until(lambda: page.driver.execute_script("return held.length") == 24 + 6)  # and those of the examples
-        page.driver.execute_script("[window.early, window.held] = [held, null]")
-        page.driver.execute_script("early.slice(0, 9).forEach((done) => done())")
-        until(lambda: page.driver.execute_script("return kept.size") == 9)
-        page.one("#query").send_keys("red")
-        until(lambda: shows("#q=red"))
-        page.driver.execute_script("early.slice(9).forEach((done) => done())")
-        page.one("#query").send_keys(" square")
-        until(lambda: shows("#q=red+square"))
-        shown = "return [...kept].every((url) => [...document.images].some(({src}) => src === url))"
-        until(lambda: page.driver.execute_script(shown))
+    with page.script(watch):
+        page.open(site)
+        page.settled(24)
+        page.type("#file", str(path))
+        page.arrives("picture=")
+        finds([])
+        assert 1000 < page.js("return window.sent") < path.stat().st_size / 1.5
+        page.js("location.hash += '&crop=0.25,0,0.75,0.75'")
+        finds([0.25, 0, 0.75, 0.75])
+        assert 1000 < page.js("return window.sent") < path.stat().st_size
+
+
+@needs("heic")
+def test_heic_picture_is_searched_though_the_browser_cannot_show_it(page: Page, site: str, tmp_path: Path) -> None:
+    import pillow_heif
+
+    pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / "phone.heic")
+    page.open(site)
+    page.type("#file", str(tmp_path / "phone.heic"))
+    page.says("#picture-hint", "cannot show this kind of image")
+    page.settled(24)
+    assert page.text("#status").startswith("The best 24 of 24 images")
+    assert "phone.heic" in page.text("#chips")

@@ -1,15 +1,10 @@
-"""State of the page: input, links, collections, the keyboard."""
+"""State in the address, collections, late loads, and the page on a phone."""
 
-from pathlib import Path
-
-import httpx
 import pytest
-from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, searched, until
+from tests.support.page import Page, until
 
 pytestmark = pytest.mark.browser
-PICTURE = Path(__file__).parents[2] / "examples/emoji/query.png"
 
 
 def test_text_typed_while_the_page_loads_is_kept(page: Page, many: str) -> None:
@@ -19,24 +14,27 @@ def test_text_typed_while_the_page_loads_is_kept(page: Page, many: str) -> None:
     page.driver.execute_cdp_cmd("Network.enable", {})
     page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow)
     try:
-        page.driver.execute_script("history.replaceState(null, '', '#in=circles'); location.reload()")
-        until(lambda: page.one("#query").get_attribute("value") == "" and page.all("#collection") != [])
-        page.one("#query").send_keys("a blue circle")
-        until(lambda: "q=a+blue+circle" in page.driver.current_url)
+        page.js("history.replaceState(null, '', '#in=circles'); location.reload()")
+        until(lambda: page.value("#query") == "" and page.all("#collection") != [])
+        page.type("#query", "a blue circle")
+        page.arrives("q=a+blue+circle")
         page.settled(6)
-        assert page.one("#query").get_attribute("value") == "a blue circle"
-        assert "in=circles" in page.driver.current_url
+        assert page.value("#query") == "a blue circle"
+        assert "in=circles" in page.url
     finally:
         page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", slow | {"latency": 0})
 
 
 def test_link_shows_only_what_it_names(page: Page, many: str) -> None:
     page.open(f"{many}/#q=red&in=gone")
-    until(lambda: "no gallery “gone”" in page.one("#error").text)
+    page.says("#error", "no gallery “gone”")
     page.open(f"{many}/#picture=1&q=red&in=circles")  # as after a reload, which loses the image
     page.settled(6)
-    assert not page.one("#error").is_displayed()
-    assert "picture" not in page.driver.current_url
+    assert not page.has("#error")
+    assert "picture" not in page.url
+
+
+def test_page_waits_for_a_service_that_is_busy_or_loads_an_index(page: Page, site: str, many: str) -> None:
     fails_twice = """
         const whole = window.fetch, later = window.setTimeout, shown = new Promise((done) => window.seen = done);
         let asked = 0;
@@ -47,15 +45,6 @@ def test_link_shows_only_what_it_names(page: Page, many: str) -> None:
             return whole(url, ...more);
         };
     """
-    with page.script(fails_twice):
-        page.open(f"{many}/#q=red&in=circles")
-        until(lambda: page.one("#error").text == "Too busy.")
-        page.driver.execute_script("window.seen()")
-        page.settled(6)
-        assert not page.one("#error").is_displayed()
-
-
-def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> None:
     loads_once = """
         const whole = window.fetch; let asked = 0;
         window.fetch = async (url, ...more) => {
@@ -66,85 +55,60 @@ def test_page_waits_for_an_index_that_is_being_loaded(page: Page, site: str) -> 
             return Response.json({collections: [{...one, index_version: null}]});
         };
     """
+    with page.script(fails_twice):
+        page.open(f"{many}/#q=red&in=circles")
+        until(lambda: page.text("#error") == "Too busy.")
+        page.js("window.seen()")
+        page.settled(6)
+        assert not page.has("#error")
     with page.script(loads_once):
         page.open(f"{site}/#q=red")
-        until(lambda: page.one("#error").text == "It is loaded.")
+        until(lambda: page.text("#error") == "It is loaded.")
         page.settled(24)
-        assert not page.one("#error").is_displayed()
+        assert not page.has("#error")
         until(lambda: page.all("#facets button"))
 
 
 def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
+    def examples() -> str:
+        return str(page.one("#examples").get_attribute("textContent"))
+
     page.open(site)
-    assert not page.one("#where").is_displayed(), "there is only one collection"
+    assert not page.has("#where"), "there is only one collection"
     page.open(many)
-    until(lambda: page.one("#where").is_displayed())
+    page.appears("#where")
     names = [option.text for option in page.all("#collection option")]
     assert names == ["shapes", "circles", "another", "untouched", "products"]
-    page.one("#query").send_keys("red")
+    page.type("#query", "red")
     page.settled(24)
-    page.all("#collection option")[1].click()
-    cards = page.settled(6)
-    assert "in=circles" in page.driver.current_url
-    until(lambda: "square" not in page.one("#examples").get_attribute("textContent"))
-    assert page.one("#query").get_attribute("value") == "red"
-    cards[0].find_element("css selector", ".open").click()
-    until(lambda: page.one("#detail").is_displayed())
-    page.one("#similar").click()
-    page.settled(5)
+    page.click("#collection option", 1)
+    page.settled(6)
+    assert "in=circles" in page.url
+    until(lambda: "square" not in examples())
+    assert page.value("#query") == "red"
+    page.detail()
+    page.similar(5)
     assert "/collections/circles/" in page.one(".chip img").get_attribute("src")
-    address = page.driver.current_url
+    link = page.url
     page.driver.back()
     page.driver.back()
     page.settled(6)
     page.driver.back()
     page.settled(24)
-    assert page.one("#collection").get_attribute("value") == "shapes"
-    until(lambda: "square" in page.one("#examples").get_attribute("textContent"))
-    page.open(address)  # as a shared link
+    assert page.value("#collection") == "shapes"
+    until(lambda: "square" in examples())
+    page.open(link)
     page.settled(5)
-    assert page.one("#collection").get_attribute("value") == "circles"
-
-
-def test_without_removes_results_and_is_in_the_address(page: Page, site: str) -> None:
-    plain, reduced = searched(site, query="a circle"), searched(site, query="a circle", without="red")
-    page.open(f"{site}/#q=a+circle")
-    until(lambda: page.ids() == plain)
-    page.one("#without").send_keys("red ")
-    until(lambda: "without=red" in page.driver.current_url)
-    until(lambda: page.ids() == reduced)
-    assert page.one("#without").get_attribute("value") == "red ", "typing keeps the trailing space"
-    page.one("#without").send_keys(Keys.BACKSPACE * 4)
-    until(lambda: "without=" not in page.driver.current_url)
-    until(lambda: page.ids() == plain)
-    page.open(f"{site}/#q=a+circle&without=red")
-    until(lambda: page.ids() == reduced)
-    assert page.one("#without").get_attribute("value") == "red"
-    page.open(site)
-    page.settled(24)
-    page.one("#without").send_keys("red")
-    until(lambda: "Type what to search for, too" in page.one("#status").text)
-
-
-def test_without_applies_to_image_searches(page: Page, site: str) -> None:
-    page.open(site)
-    page.one("#without").send_keys("7")  # a number, which a form would parse as JSON
-    page.one("#file").send_keys(str(PICTURE))
-    page.settled(24)
-    assert "without=7" in page.driver.current_url
-    with PICTURE.open("rb") as file:
-        asked = httpx.post(f"{site}/search/image", files={"file": file}, data={"without": "7", "k": "24"})
-    ids = [result["id"] for result in asked.json()["results"]]
-    until(lambda: page.ids() == ids)
+    assert page.value("#collection") == "circles"
 
 
 def test_search_that_is_left_again_changes_nothing(page: Page, site: str) -> None:
     """Its answer comes only after the state of the list was chosen again."""
     page.open(f"{site}/#q=red")
     page.settled(24)
-    facts = page.one("#status").text
+    facts = page.text("#status")
     until(lambda: page.all("#facets button"))
-    page.driver.execute_script("""
+    page.js("""
         const whole = window.fetch;
         window.ended = 0;
         window.fetch = async (path, options) => {
@@ -153,43 +117,37 @@ def test_search_that_is_left_again_changes_nothing(page: Page, site: str) -> Non
             return whole(path, options).finally(() => window.ended++);
         };
     """)
-    filters = "return document.querySelectorAll('#facets [aria-pressed=true]').length"
-    page.driver.execute_script("document.querySelector('#facets button').click()")
-    until(lambda: page.driver.execute_script(filters) == 1)
-    until(lambda: page.one("#status").text == "Searching…")
-    page.driver.execute_script("document.querySelector('#facets [aria-pressed=true]').click()")
-    until(lambda: page.driver.execute_script(filters) == 0)
-    assert page.driver.current_url.endswith("#q=red")
-    page.driver.execute_script("window.answer()")
-    until(lambda: page.driver.execute_script("return window.ended") == 1)
-    until(lambda: not page.all("#results[aria-busy]"))
+    page.js("document.querySelector('#facets button').click()")
+    until(lambda: len(page.all("#facets [aria-pressed=true]")) == 1 and page.text("#status") == "Searching…")
+    page.js("document.querySelector('#facets [aria-pressed=true]').click()")
+    until(lambda: page.all("#facets [aria-pressed=true]") == [])
+    assert page.url.endswith("#q=red")
+    page.js("window.answer()")
+    until(lambda: page.js("return window.ended") == 1)
     page.settled(24)
-    assert page.one("#status").text == facts
-
-    page.driver.execute_script("scrollTo({top: 200, behavior: 'instant'})")
-    until(lambda: page.driver.execute_script("return scrollY") == 200)
-    page.driver.execute_script("document.querySelectorAll('#results .select')[9].click()")
-    page.one("#selected-more").click()
-    until(lambda: page.driver.execute_script("return scrollY") == 0)
-    page.driver.back()
-    until(lambda: page.driver.execute_script("return scrollY") == 200)
-    page.settled(24)
+    assert page.text("#status") == facts
 
 
-def test_words_typed_while_a_search_fails_are_searched(page: Page, site: str) -> None:
-    page.open(site)
-    page.settled(24)
-    page.driver.execute_script("""
-        const whole = window.fetch, answered = new Promise((done) => window.answer = done); let asked = 0;
-        window.fetch = async (path, options) => {
-            if (!path.includes('search/text') || asked++) return whole(path, options);
-            await answered;
-            return new Response('{"detail": "Too busy."}', {status: 503});
-        };
-    """)
-    page.one("#query").send_keys("red")
-    until(lambda: page.driver.current_url.endswith("#q=red"))
-    page.driver.execute_script("window.answer()")
-    until(lambda: page.one("#status").text.startswith("The best 24"))
-    page.settled(24)
-    assert not page.one("#error").is_displayed()
+def test_phone_has_room_for_images_and_words_for_fingers(phone: Page, large: str) -> None:
+    page = phone
+    page.open(large)
+    until(lambda: len(page.all("#results .card")) == 48)
+    assert "tap the camera" in page.text("#start")
+    assert "drop" not in page.text("#start")
+    assert "/" not in page.text("#start")
+    assert not page.has("#without")
+    page.click("#more-options")
+    assert page.has("#without")
+    page.click("#more-options")
+    page.js("document.activeElement.blur()")
+    assert page.js("return document.documentElement.scrollWidth") <= 390
+    bottom = "return document.getElementById('form').getBoundingClientRect().bottom"
+    for place in (300, 600, 900):
+        page.scroll(place)
+        until(lambda place=place: page.js("return scrollY") == place)
+    until(lambda: page.js(bottom) <= 0)
+    page.scroll(700)
+    until(lambda: page.js(bottom) > 0)
+    page.js("document.querySelectorAll('#results .open')[12].click()")
+    assert page.appears("#detail").size["width"] == 390
+    page.close()

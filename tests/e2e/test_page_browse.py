@@ -1,0 +1,265 @@
+"""The gallery without words: scrolling, sorting, filters with their counts, one image for each product."""
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from tests.e2e.conftest import COUNT
+from tests.support.page import Page, searched, served, until
+
+pytestmark = pytest.mark.browser
+
+
+def count(page: Page) -> int:
+    return len(page.all("#results .card"))
+
+
+def captions(page: Page) -> list[str]:
+    return list(page.js("return [...document.querySelectorAll('#results .caption')].map((node) => node.textContent)"))
+
+
+def facet(page: Page, field: str) -> dict[str, str]:
+    script = """
+        const section = [...document.querySelectorAll('#facets section')]
+            .find((each) => each.querySelector('h3').textContent === arguments[0]);
+        return [...section?.querySelectorAll('li button') ?? []]
+            .map((each) => [each.querySelector('span').textContent, each.querySelector('small').textContent]);
+    """
+    return dict(page.js(script, field))
+
+
+def counted(page: Page, field: str, **values: str) -> None:
+    """Wait until a facet has these values and counts."""
+    until(lambda: facet(page, field) == values)
+
+
+def choose(page: Page, name: str) -> None:
+    next(each for each in page.all("#facets li button") if each.text.split("\n")[0] == name).click()
+
+
+def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: Page, large: str) -> None:
+    page = both
+
+    def is_at_its_place() -> bool:
+        return count(page) == COUNT and abs(page.js("return scrollY") - 900) < 2
+
+    page.open(large)
+    until(lambda: count(page) == 48)
+    assert page.text("#status") == f"{COUNT} images"
+    while (before := count(page)) < COUNT:
+        page.scroll(10**6)
+        until(lambda before=before: count(page) > before)
+    assert captions(page) == [f"image {number}" for number in range(COUNT)]
+    page.scroll(900)
+    until(lambda: page.js("return history.state?.top") == 900)
+    page.type("#query", "red")
+    page.arrives("#q=red")
+    page.says("#status", "The best")
+    page.driver.back()
+    until(is_at_its_place)
+    page.driver.refresh()
+    until(is_at_its_place)
+    page.js("document.querySelectorAll('#results .select')[12].click()")
+    page.click("#selected-more")
+    until(lambda: page.js("return scrollY") == 0 and page.text("#status").startswith("The best"))
+    page.driver.back()
+    until(is_at_its_place)
+
+
+def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
+    def sort(value: str) -> None:
+        until(lambda: page.all("#sort option[value='-price']"))
+        page.js(
+            "const sort = document.getElementById('sort'); sort.value = arguments[0];"
+            "sort.dispatchEvent(new Event('change'))",
+            value,
+        )
+
+    prices = {f"image {number}": (number * 37) % COUNT for number in range(COUNT)}
+    page.open(f"{large}/#words=1")
+    sort("-price")
+    until(lambda: [prices[each] for each in captions(page)[:3]] == [COUNT - 1, COUNT - 2, COUNT - 3])
+    page.type("#query", "circle")
+    page.says("#status", "33 images that fit, sorted")
+    while count(page) < 33:
+        page.scroll(10**6)
+    circles = [f"image {number}" for number in range(1, COUNT, 4)]
+    assert captions(page) == sorted(circles, key=lambda caption: -prices[caption]), "all circles, and nothing else"
+    page.open(f"{large}/#q=zebra&words=1&sort=-price")
+    page.says("#nothing", "Nothing fits “zebra” well")
+    sort("")
+    page.says("#status", "The best")
+
+
+def test_cards_have_the_chosen_size_and_the_whole_window(page: Page, large: str) -> None:
+    columns = """
+        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+        return tops.filter((top) => top === tops[0]).length;
+    """
+    wide = {"width": 1920, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", wide)
+    try:
+        page.open(large)
+        until(lambda: count(page) == 48)
+        right = "return document.getElementById('results').getBoundingClientRect().right / document.body.clientWidth"
+        assert page.js(right) > 0.98
+        assert page.js(columns) >= 7
+        page.js("""
+            const size = document.getElementById('size');
+            size.value = 400;
+            for (const name of ['input', 'change']) size.dispatchEvent(new Event(name));
+        """)
+        until(lambda: page.js(columns) == 3)
+        assert "size=384 1x" in page.one("#results img").get_attribute("srcset"), "and sharp"
+        page.driver.refresh()
+        until(lambda: count(page) == 48)
+        assert page.js(columns) == 3
+    finally:
+        page.js("localStorage.clear()")
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: str) -> None:
+    def enter(place: int, number: str) -> None:
+        page.all(".between input")[place].send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE, number, Keys.TAB)
+
+    def bounds(name: str = "value") -> list[str | None]:
+        return [each.get_attribute(name) for each in page.all(".between input")]
+
+    def images(number: int) -> None:
+        until(lambda: page.text("#status") == f"{number} images")
+
+    page.open(large)
+    until(lambda: bounds("placeholder") == ["0", str(COUNT - 1)])
+    enter(0, "100")  # and goes on to the next field
+    page.driver.switch_to.active_element.send_keys("9")
+    images(COUNT - 100)
+    assert bounds()[1] == "9", "typing goes on"
+    enter(1, "109.5")
+    images(10)
+    page.open(page.url)  # as a shared link
+    images(10)
+    until(lambda: bounds() == ["100", "109.5"])
+    for place in (0, 1):
+        enter(place, "")
+    images(COUNT)
+
+
+def test_facets_count_and_filter(both: Page, site: str) -> None:
+    page, shapes = both, ("circle", "cross", "square", "triangle")
+    query = {"filter": json.dumps({"category": "circle", "color": "blue"})}
+    blue_circles = [item["id"] for item in httpx.get(f"{site}/items", params=query).json()["items"]]
+    page.open(site)
+    page.settled(24)
+    if not page.has("#facets"):
+        page.click("#filters summary")
+    counted(page, "Category", **dict.fromkeys(shapes, "6"))
+    assert set(facet(page, "Color").values()) == {"4"}
+    choose(page, "red")
+    page.settled(4)
+    assert page.text("#status") == "4 images"
+    counted(page, "Category", **dict.fromkeys(shapes, "1"))
+    assert set(facet(page, "Color").values()) == {"4"}, "another color can be chosen"
+    choose(page, "circle")
+    page.settled(1)
+    until(lambda: set(facet(page, "Color").values()) == {"1"})
+    choose(page, "blue")
+    page.shows(blue_circles)
+    choose(page, "blue")
+    page.settled(6)
+    page.scroll(0)
+    page.type("#query", "red")
+    page.shows(searched(site, query="red", filter={"category": "circle"}))
+    page.driver.back()
+    page.driver.back()
+    page.shows(blue_circles)
+    assert [each.text.split("\n")[0] for each in page.all("#facets [aria-pressed=true]")] == ["circle", "blue"]
+
+
+def test_category_of_a_result_filters(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=red")
+    page.settled(24)
+    name = page.text("#results .category")
+    page.click("#results .category")
+    page.settled(6)
+    assert {each.text for each in page.all("#results .category")} == {name}
+    assert page.one("#facets [aria-pressed=true]").get_attribute("textContent") == f"{name}6"
+    page.one("#query").clear()
+    page.type("#query", "green")  # the filter stays
+    page.arrives("q=green")
+    page.settled(6)
+    page.open(f"{site}/#q=red&category=nothing")
+    page.says("#nothing", "No images have all of these filters")
+    page.click("#clear-filters")
+    page.settled(24)
+    assert page.url.endswith("#q=red")
+
+
+def test_filters_count_what_fits_the_search_by_one_request_once_they_are_open(both: Page, large: str) -> None:
+    page = both
+    page.open(f"{large}/#q=circle&words=1&category=square")
+    page.says("#status", "The best")
+    paths = "return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)"
+
+    def searches() -> list[str]:
+        return [path for path in page.js(paths) if path.startswith("/search/")]
+
+    is_open = page.has("#facets")
+    if not is_open:
+        page.driver.execute_async_script("setTimeout(arguments[0], 400)")
+        assert searches() == ["/search/text"]
+        page.click("#filters summary")
+    counted(page, "Category", square="0", circle="33")
+    assert searches() == ["/search/text", "/search/batch"]
+    choose(page, "square")
+    counted(page, "Category", circle="33")
+    page.open(f"{large}/#q=zebra&words=1")
+    until(lambda: len(facet(page, "Category")) == (4 if is_open else 0))
+
+
+def test_page_asks_for_no_more_than_the_service_allows(page: Page, large_index: Path) -> None:
+    with served(large_index, max_k=10) as address:
+        for subject in ("", "#q=red", "#q=circle&words=1&sort=price"):
+            page.open(f"{address}/{subject}")
+            until(lambda: count(page) >= 10 and page.text("#status"))
+
+
+def test_each_product_is_shown_once_and_opens_the_others(page: Page, many: str) -> None:
+    url = f"{many}/collections/products"
+    page.open(f"{many}/#in=products")
+    page.settled(6)
+    assert page.text("#status") == "6 images, one for each color"
+    assert {each.text for each in page.all("#results .near")} == {"3 more"}
+    page.type("#query", "circle")
+    page.shows(searched(url, query="circle"))
+    assert count(page) == 6
+    first = page.ids()[0]
+    page.js("document.querySelector('#results .near').click()")
+    page.appears("#folded")
+    assert page.text("#folded h3") == "Same color"
+    color = httpx.get(f"{url}/items/{first}").json()["metadata"]["color"]
+    assert len(page.all("#folded button")) == 3
+    page.click("#folded button")
+    until(lambda: page.text("#detail-title").startswith(f"a {color}") and str(first) not in page.url)
+    until(lambda: len(page.all("#folded button")) == 3)
+
+
+def test_near_duplicates_are_one_result(page: Page, site: str) -> None:
+    results = httpx.post(f"{site}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
+    folded = {result["id"]: result["folded"] for result in results if "folded" in result}
+    page.open(f"{site}/#q=red&fold=1")
+    cards = page.settled(len(results))
+    assert len(results) < 24
+    marks = {card.get_attribute("data-id"): card.find_element("css selector", ".near").text for card in cards}
+    assert {key: text for key, text in marks.items() if text} == {
+        key: f"{len(near)} more" for key, near in folded.items()
+    }
+    first, near = next(iter(folded.items()))
+    page.js("document.querySelector(`[data-id=${JSON.stringify(arguments[0])}] .open`).click()", first)
+    page.appears("#detail")
+    assert len(page.all("#folded button")) == len(near)
+    page.click("#folded button")
+    until(lambda: f"show={near[0]}" in page.url.replace("%2F", "/"))

@@ -1,0 +1,272 @@
+"""A search by words: examples, typing, words to leave out, the order of the results and what explains it."""
+
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from tests.support.page import Page, searched, until
+
+pytestmark = pytest.mark.browser
+
+
+def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: str) -> None:
+    page = both
+    page.open(site)
+    page.settled(24)  # the gallery
+    assert page.text("#status") == "24 images"
+    assert page.has("#start")
+    assert page.driver.switch_to.active_element == page.one("#query")
+    page.type("#query", "red circle")
+    page.arrives("#q=red+circle")
+    page.settled(24)
+    assert page.text("#status").startswith("The best 24 of 24 images")
+    assert not page.has("#start")
+    caption = page.text("#results .caption")
+    assert caption.startswith("a ")
+    page.detail()
+    page.similar(23)
+    assert not page.has("#detail")
+    assert caption in page.text("#chips")
+    assert page.value("#query") == ""
+    link, item = page.url, page.parameter("item")
+    page.driver.back()
+    page.driver.back()
+    page.settled(24)
+    assert page.value("#query") == "red circle"
+    assert page.all(".chip") == []
+
+    page.open(link)
+    page.settled(23)
+    page.says("#chips", caption)
+    page.type("#query", "blue")
+    page.arrives("q=blue", "item=")
+    page.shows(searched(site, query="blue", more_like=item))
+    page.click("#chips button")
+    page.settled(24)
+    assert page.url.endswith("#q=blue")
+
+
+def test_examples_come_from_the_gallery_and_are_no_names_that_a_camera_gives(page: Page, site: str) -> None:
+    page.open(site)
+    words = [each.text for each in until(lambda: page.all("#examples button"))]
+    assert len(set(words)) == 6
+    assert set(words) <= {each["caption"] for each in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
+    page.click("#examples button", 1)
+    page.arrives("#q=")
+    page.settled(24)
+    assert page.value("#query") == words[1]
+
+    names = ("IMG 0001", "04991", "PXL 20230101 123456", "IMG-20230101-WA0001", "banded 0125", "barn owl-3", "DSCN0001")
+    items = [{"id": name, "caption": "", "category": "", "metadata": {"title": name}} for name in names]
+    items[0]["category"] = "2019 Italy"
+    script = "import('/ui/start.js').then((module) => arguments[1](module.examplesAmong(arguments[0])))"
+    examples = page.driver.execute_async_script(script, items)
+    assert examples == [["2019 Italy", "IMG 0001"], ["banded", "banded 0125"], ["barn owl-3", "barn owl-3"]]
+
+
+def test_late_and_failed_answers_do_not_replace_the_last_words(page: Page, site: str) -> None:
+    page.open(site)
+    page.settled(24)
+    page.js("""
+        const whole = window.fetch; let asked = 0;
+        window.fetch = async (url, options) => {
+            if (String(url).includes('search/text')) await new Promise((done) => setTimeout(done, 300 / ++asked));
+            return whole(url, options);
+        };
+    """)
+    page.type("#query", "a blue square")
+    page.shows(searched(site, query="a blue square"))
+    assert page.url.endswith("#q=a+blue+square")
+    page.driver.back()  # the typed letters are one entry
+    until(lambda: page.text("#status") == "24 images")
+
+    page.open(site)
+    page.settled(24)
+    page.js("""
+        const whole = window.fetch, answered = new Promise((done) => window.answer = done); let asked = 0;
+        window.fetch = async (path, options) => {
+            if (!path.includes('search/text') || asked++) return whole(path, options);
+            await answered;
+            return new Response('{"detail": "Too busy."}', {status: 503});
+        };
+    """)
+    page.type("#query", "red")
+    page.arrives("#q=red")
+    page.js("window.answer()")
+    page.says("#status", "The best 24")
+    page.settled(24)
+    assert not page.has("#error")
+
+
+def test_without_removes_results_and_is_offered_for_words(both: Page, site: str) -> None:
+    page = both
+    plain, reduced = searched(site, query="a circle"), searched(site, query="a circle", without="red")
+    page.open(f"{site}/#q=a+circle")
+    page.shows(plain)
+    assert not page.has("#offer")
+    if not page.has("#without"):
+        page.click("#more-options")
+    page.type("#without", "red ")
+    page.arrives("without=red")
+    page.shows(reduced)
+    assert page.value("#without") == "red ", "typing keeps the trailing space"
+    page.type("#without", Keys.BACKSPACE * 4)
+    until(lambda: "without=" not in page.url)
+    page.shows(plain)
+    for typed in ("a+circle+without+a+red", "a+circle+no+red"):
+        page.open(f"{site}/#q={typed}")
+        page.says("#offer", "take “red” away")
+    page.click("#offer button")
+    page.shows(reduced)
+    assert page.url.endswith("#q=a+circle&without=red")
+    assert page.appears("#without").get_attribute("value") == "red"
+    assert not page.has("#offer")
+    page.open(f"{site}/#without=red")
+    page.says("#status", "Type what to search for, too")
+
+
+def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> None:
+    plain, hybrid = (searched(site, query="red square", hybrid=each) for each in (False, True))
+    page.open(f"{site}/#q=red+square")
+    page.shows(plain)
+    assert not page.one("#words").is_selected()
+    assert page.text("#scores summary").startswith("What does ")
+    page.click("#scores summary")
+    assert "Only the same image reaches 100%" in page.text("#scores")
+    page.click("#words")
+    page.shows(hybrid)
+    assert "words=1" in page.url
+    first = page.text("#results .card")
+    assert "a red square" in first
+    assert "all words" in first
+    assert page.text("#results .number") == "good match", "its percentage may be lower than the next"
+    assert page.text("#scores summary") == "Why this order?"
+    page.click("#words")
+    page.shows(plain)
+    assert "words=" not in page.url
+
+
+def test_explanations_are_drawn(page: Page, site: str) -> None:
+    page.open(f"{site}/#q=a+red+square")
+    page.settled(24)
+    assert not page.has("#legend")
+    page.js("""
+        const whole = window.fetch;
+        window.held = [];
+        window.fetch = async (path, options) => {
+            const isHeld = window.held && options?.body?.includes?.('explain');
+            if (isHeld) await new Promise((done) => window.held.push(done));
+            return whole(path, options);
+        };
+    """)
+    page.click("#explain")
+    page.appears("#legend")
+    page.settled(24)
+    assert "explain=1" in page.url
+
+    def counts(explained: int, explaining: int) -> None:
+        wanted = [explained, explaining]
+        until(lambda: [len(page.all(f"#results .{name}")) for name in ("explained", "explaining")] == wanted)
+
+    counts(0, 8)
+    page.js("held[0]()")
+    counts(1, 7)
+    page.js("const waiting = held; held = null; waiting.forEach((done) => done())")
+    counts(8, 0)
+    answer = httpx.post(f"{site}/search/text", json={"query": "a red square", "explain": True, "k": 1}).json()
+    explanation = answer["results"][0]["explanation"]
+    effects = np.array([each["effect"] for each in explanation["words"]])
+    shares = effects / abs(effects).max()
+    drawn = page.one("#results .explained").find_elements("css selector", ".words .word")
+    assert [word.find_element("css selector", "b").text for word in drawn] == ["a", "red", "square"]
+    bars = [float(page.js("return arguments[0].style.getPropertyValue('--share')", word)) for word in drawn]
+    assert bars == pytest.approx(abs(shares), abs=0.01)
+    titles = [str(word.get_attribute("title")).split("” ")[1] for word in drawn]
+    assert titles[shares.argmax()] == "matters most"
+    assert [each == "speaks against" for each in titles] == list(shares < -0.08)
+    veil = np.array(page.js("""
+        const map = document.querySelector('#results .map'), side = map.width / 4;
+        const {data} = map.getContext('2d').getImageData(0, 0, map.width, map.height);
+        const centre = (place) => Math.floor((place + 0.5) * side);
+        const middle = (i) => 4 * (centre(Math.floor(i / 4)) * map.width + centre(i % 4));
+        return [...Array(16).keys()].map((i) => data[middle(i) + 3]);
+    """))  # fmt: skip
+    assert veil[np.argmax(explanation["relevance"])] <= veil.min() + 5, "light falls on the part that matters most"
+    assert veil.max() < 0.7 * 255, "the image stays recognisable"
+    page.says("#legend", "this part of the image matters most", "how much a word matters")
+    page.detail()
+    page.appears("#detail-map")
+    page.says("#detail-words", "matters most")
+    box = "return Object.values(arguments[0].getBoundingClientRect().toJSON())"
+    assert page.js(box, page.one("#detail-map")) == pytest.approx(page.js(box, page.one("#detail-image")), abs=0.5)
+    page.click("#why")
+    page.vanishes("#detail-map")
+    page.vanishes("#detail-words")
+    page.driver.back()
+    page.vanishes("#detail")
+    page.click("#explain")
+    counts(0, 0)
+    assert not page.has("#legend")
+
+
+def test_any_image_is_explained_in_the_large_view_and_by_an_untouched_model(phone: Page, many: str) -> None:
+    page = phone
+    page.open(f"{many}/#q=a+red+square")
+    page.settled(24)
+    page.detail(20)
+    page.appears("#why")
+    assert not page.has("#detail-map")
+    page.js("document.getElementById('why').click()")
+    page.appears("#detail-map")
+    until(lambda: page.all("#detail-words .word"))
+    page.click("#next")  # and the next one, too
+    page.vanishes("#detail-map")
+    page.appears("#detail-map")
+    page.close()
+    assert page.all(".explained") == []
+    page.open(f"{many}/#q=a+red+square&explain=1&in=untouched")
+    until(lambda: len(page.all("#results .explained .word")) == 8 * 3)
+
+
+def test_less_likely_results_are_below_a_line(page: Page, many: str) -> None:
+    cut = httpx.get(f"{many}/collections").json()["collections"][0]["min_score"]
+    fitting = {}
+    for query in ("a red circle", "blue", "xkqz", "a", "wiring plan", "tax report", "square", "cathedral", "!"):
+        results = httpx.post(f"{many}/search/text", json={"query": query, "k": 24}).json()["results"]
+        fitting[query] = sum(result["score"] >= cut for result in results)
+    some = next(query for query, count in fitting.items() if 0 < count < 24)
+    none = next(query for query, count in fitting.items() if count == 0)
+    page.open(f"{many}/#q={quote(some)}")
+    page.settled(24)
+    assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [24 - fitting[some], 1]
+    assert f"{fitting[some]} of them likely" in page.text("#status")
+    assert not page.has("#nothing")
+    page.open(f"{many}/#q={quote(none)}")
+    page.settled(24)
+    assert f"Nothing fits “{none}” well" in page.text("#nothing")
+    assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [24, 0]
+    page.open(f"{many}/#item={page.ids()[0]}")  # item searches have no cut-off
+    page.settled(23)
+    assert page.all("#results .weak") == []
+    assert not page.has("#nothing")
+
+
+def test_results_that_the_words_find_are_above_the_less_likely_ones(page: Page, many: str) -> None:
+    words = ("red", "green", "blue", "black", "circle", "square", "cross", "triangle")
+    for query in (f"{one} {other}" for one in words for other in reversed(words) if one != other):
+        body = {"query": query, "k": 24, "hybrid": True}
+        levels = [each["level"] for each in httpx.post(f"{many}/search/text", json=body).json()["results"]]
+        likely, below = levels.count("likely"), levels[::-1].index("likely") if "likely" in levels else 0
+        if 0 < below < 24 - likely:  # the words lift a less likely result
+            break
+    else:
+        pytest.fail("no query mixes them")
+    page.open(f"{many}/#q={quote(query)}&words=1")
+    page.settled(24)
+    says = page.js("return [...document.querySelectorAll('.divider ~ .card .number')].map((each) => each.textContent)")
+    assert len(says) == below
+    assert "good match" not in says
+    assert len(page.all("#results .weak")) == 24 - likely
