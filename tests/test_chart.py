@@ -387,9 +387,10 @@ def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
             "needs monitoring.key",
         ),
         ({"monitoring": {"enabled": True}, "settings": {"api_keys": "shop:abc"}}, "needs monitoring.key"),
-        ({"settings": {"writes": True}, "replicas": 2}, "need index.claim"),
-        ({"settings": {"feedback": True}, "replicas": 2}, "need index.claim"),
-        ({"settings": {"writes": "yes"}, "autoscaling": {"enabled": True, "minReplicas": 1}}, "need index.claim"),
+        ({"settings": {"feedback": True}, "replicas": 2}, "needs index.claim"),
+        ({"settings": {"writes": True}, "replicas": 2}, "writes needs replicas: 1"),
+        ({"settings": {"writes": True}, "index": {"claim": "c"}}, "strategy: Recreate"),
+        ({"settings": {"writes": "yes"}, "autoscaling": {"enabled": True, "minReplicas": 1}}, "no autoscaling"),
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any], reason: str) -> None:

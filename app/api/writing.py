@@ -40,11 +40,11 @@ from app.search.errors import CollectionNotFoundError, ItemNotFoundError
 from app.search.rows import filter_rows
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
-from dcar_core.images import sniff_format
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.writes import JobKind, create_collection, drop_collection
+from index_jobs.store.created import create_collection, drop_collection
+from index_jobs.store.jobs import JobKind
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ item_writes = Routes("items")
 collection_writes = Routes("collections")
 _ITEMS = Policy("write", body=items_bytes)
 _MAX_FIELDS = 1000  # of a collection that changes add to
-_MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
+MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
 _MAX_NAMED = 20  # fields in a response, or in a list of a job
 _IMAGES_OWN = frozenset({"file_name"})  # fields that come with an image
 IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
@@ -203,7 +203,7 @@ async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], stric
     images = await _checked_images(request, snapshot, items)
     notes = {"new_fields": new, "dropped_fields": dropped}
     stored = [item.model_dump(exclude={"image"}) for item in items]
-    return await _accept(request, "put", stored, images, {"notes": notes})
+    return await _accept(request, "put", stored, images, notes=notes)
 
 
 async def _patch(request: Request, snapshot: Snapshot, patch: PatchItem, chosen: ChosenItems, strict: bool) -> Response:
@@ -228,11 +228,11 @@ async def _change(
         notes["items"] = int(np.count_nonzero(mask))
     items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
     count, each = notes.get("items", len(items)), len(canonical_json(fields or {}))
-    if fields and count * each > _MAX_CHANGE_BYTES:
-        message = f"{count:,} items with {each:,} bytes of fields take more than {_MAX_CHANGE_BYTES // 2**20} MiB; "
+    if fields and count * each > MAX_CHANGE_BYTES:
+        message = f"{count:,} items with {each:,} bytes of fields take more than {MAX_CHANGE_BYTES // 2**20} MiB; "
         message += "choose fewer items at a time, or send shorter fields"
         raise field_problem("ids" if chosen.filter is None else "filter", message)
-    return await _accept(request, kind, items, (), {"filter": chosen.filter, "fields": fields or {}, "notes": notes})
+    return await _accept(request, kind, items, filter=chosen.filter, fields=fields, notes=notes)
 
 
 async def _require_item(request: Request, snapshot: Snapshot, item_id: str) -> None:
@@ -283,8 +283,8 @@ def _dropped_fields(artifact: Artifact, items: Sequence[PutItem]) -> list[str]:
     return sorted(dropped)[:_MAX_NAMED]
 
 
-async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[tuple[bytes, str]]:
-    """Return the image files of items and their suffixes; an error names the item."""
+async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[bytes]:
+    """Return the image files of items; an error names the item."""
     state = state_of(request)
     given = {f"items.{number}": item.image for number, item in enumerate(items)}
     files = await state.fetcher.read(request.scope, given)
@@ -293,18 +293,18 @@ async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutI
             await state.retriever.check_image(snapshot, files[place])
         except ImageError as error:
             raise field_problem(f"{place}.image", str(error)) from None
-    return [(files[place], str(sniff_format(files[place]))) for place in given]
+    return [files[place] for place in given]
 
 
 async def _accept(
     request: Request,
     kind: JobKind,
-    items: list[dict[str, Any]],
-    images: Sequence[tuple[bytes, str]],
-    more: dict[str, Any],
+    items: Sequence[Mapping[str, Any]],
+    images: Sequence[bytes] = (),
+    **more: Mapping[str, Any] | None,
 ) -> Response:
     async with _storing("job", state_of(request).collections, _name(request)):
-        job = await state_of(request).writer.accept(_name(request), kind, items, images, more)
+        job = await state_of(request).writer.accept(_name(request), kind, items, images, **more)
     return JsonResponse(job, 202, headers={"Location": f"/jobs/{job['id']}"})
 
 

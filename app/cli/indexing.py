@@ -100,9 +100,9 @@ def add_command(
 @job_cli.with_options("workers", "batch_size", "device", "runtime")
 def apply_command(index: Index, keep: KeepWrites = KEEP_WRITES, **options: Any) -> None:
     """Publish the changes of items that a service has accepted over HTTP; services run this by themselves."""
-    from index_jobs.jobs.apply import apply_writes
+    from index_jobs.jobs.apply import apply_waiting
 
-    typer.echo(f"{location_of(index)}: {apply_writes(index, keep=keep, **options):,} jobs applied")
+    typer.echo(f"{location_of(index)}: {apply_waiting(index, keep=keep, **options):,} jobs applied")
 
 
 @commands.command("update", epilog=example("dcar index update index --metadata prices.csv"))

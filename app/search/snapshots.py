@@ -20,9 +20,9 @@ from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, requires_pytorch
 from index_jobs.row_filter import RowFilter
 from index_jobs.store.artifact import Artifact, ImageAccess
+from index_jobs.store.created import empty_artifact
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, open_version, read_manifest
-from index_jobs.store.writes import empty_artifact
 
 _MAX_PAGES = 1000  # about 8 kB each
 _MAX_MASKS = 16

@@ -29,17 +29,17 @@ from app.search.snapshots import Snapshot, is_published, load_snapshot
 from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.created import list_collections
 from index_jobs.store.location import store_of
 from index_jobs.store.names import location_of
 from index_jobs.store.versions import current_version, require_index
-from index_jobs.store.writes import list_collections
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 30.0
 CLOSE_S = 3.0  # for a load in progress; measuring runtimes takes a minute
 LOOK_S = 1.0  # for a look at the gallery
-_OPEN_S = 5.0  # for a collection that is being opened
+OPEN_S = 5.0  # for a collection that is being opened
 _LOADING, _OPENING = "The model is being loaded.", "The collection is being opened."
 
 
@@ -289,13 +289,13 @@ class Collections:
     async def open(self, name: str | None, field: str = "collection") -> Snapshot:
         """Return the live snapshot of a collection, as `find`. A created one is opened first.
 
-        Raise UnavailableError if it is not open within `_OPEN_S`.
+        Raise UnavailableError if it is not open within `OPEN_S`.
         """
         index = self.find(name, field)
         if index.live is None and index.is_created:
             index.start()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_OPEN_S):
+                async with asyncio.timeout(OPEN_S):
                     await index.was_tried.wait()
             if index.live is None and not await self.disk.run(index.index.is_dir):
                 await self.sync()

@@ -1,13 +1,11 @@
-"""The worker of a service that accepts writes: it applies changes of metadata, and runs `dcar index apply` for others.
+"""The worker of a service that accepts writes: it stores jobs, and has them applied.
 
-- Changes of metadata need no model. They are made in a thread, without the seconds that a process takes to start.
-- A process of its own holds the model that encodes new images, so a failure there ends no search. It has a lower
-  priority than the service.
-- Jobs are files beside the index, so a restarted service, or another one on the same index, continues with them.
-- If the process fails, for example because the disk is full or another job is writing, the jobs wait and it is started
-  again.
-- Disks may hang: storing jobs, reading their status and looking for them have threads of their own, and metrics show
-  the last count.
+- Changes without images need no model. They are applied in a thread, without the seconds that a process takes to start.
+- Those with images are applied by `dcar index apply`, a process with the model and a lower priority than the service,
+  so a failure there ends no search. It also takes over a job that was begun before: it may have ended the service.
+- A restarted service, or another one on the same index, continues with the jobs. If they cannot be applied, for example
+  because the disk is full or another job is writing, they wait and are tried again.
+- Disks may hang, so the event loop waits for none, and metrics show the last count.
 """
 
 import asyncio
@@ -16,40 +14,33 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import stop, supervise
-from app.core.threads import ComputeThreads
+from app.core.threads import ComputeThreads, run_in_new_thread
 from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
-from index_jobs.store.changes import apply_waiting
+from index_jobs.jobs.apply import apply_waiting
+from index_jobs.store.jobs import JobKind, JobQueue
 from index_jobs.store.location import store_of
-from index_jobs.store.writes import JobKind, WriteQueue
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 5.0
+T = TypeVar("T")
+P = ParamSpec("P")
+
+RETRY_S = 5.0
+STATUS_S = 10.0  # longest wait for the status of a job
 _POLL_S = 30.0  # between looks for jobs that another process has stored
 _STOP_S = 5.0
-_STATUS_S = 10.0  # longest wait for the status of a job
 _MAX_ACCEPTING = 16  # jobs that are being stored; of each, the service holds the whole body
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
-
-
-@asynccontextmanager
-async def _responding_disk() -> AsyncIterator[None]:
-    """Raise UnavailableError if the body waits too long for a disk."""
-    try:
-        async with asyncio.timeout(_STATUS_S):
-            yield
-    except TimeoutError:
-        raise UnavailableError("The disk of the jobs does not respond.", retry_after_s=5) from None
 
 
 def require_writable(settings: Settings) -> None:
@@ -73,10 +64,7 @@ class WriteWorker:
         self._arrived = asyncio.Event()
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
-        self._storing = ComputeThreads(4, "dcar-store")
-        self._reading = ComputeThreads(2, "dcar-jobs")
-        self._looking = ComputeThreads(1, "dcar-queue")
-        self._changing = ComputeThreads(1, "dcar-changes")
+        self._disk = ComputeThreads(4, "dcar-jobs")
         self._accepting = 0
         served = collections if settings.writes else ()
         metrics.add_gauge(
@@ -92,18 +80,17 @@ class WriteWorker:
     async def close(self) -> None:
         """Stop the process that applies jobs; they continue after the next start."""
         await stop(self._task)
-        for threads in (self._storing, self._reading, self._looking, self._changing):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown(wait=False, cancel_futures=True)
 
     async def accept(
         self,
         collection: str,
         kind: JobKind,
-        items: Sequence[dict[str, Any]],
-        images: Sequence[tuple[bytes, str]],
-        more: dict[str, Any],
+        items: Sequence[Mapping[str, Any]],
+        images: Sequence[bytes] = (),
+        **more: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        """Store a job as `WriteQueue.accept` does, and return its status.
+        """Store a job as `JobQueue.accept` does, and return its status.
 
         Raises:
             OSError: the disk is full, or the collection has been dropped.
@@ -117,54 +104,57 @@ class WriteWorker:
         self._accepting += 1
         served.waiting_jobs += 1
         try:
-            job = await self._storing.run(WriteQueue(served.index).accept, kind, items, images, more)
+            job = await self._disk.run(partial(JobQueue(served.index).accept, kind, items, images, **more))
         except BaseException:
             served.waiting_jobs -= 1
             raise
         finally:
             self._accepting -= 1
         self._arrived.set()
-        status = await self._status_in(collection, served, job)
-        if status is None:
+        if (status := await self.status([collection], job)) is None:
             raise FileNotFoundError(errno.ENOENT, "the collection has been dropped", str(served.index))
         return status
 
     async def status(self, collections: Sequence[str], job: str) -> dict[str, Any] | None:
         """Return the status of a job in some collections; None if there is none. The disk may be unavailable."""
-        async with _responding_disk():
-            for name in collections:
-                if (status := await self._status_in(name, self._collections[name], job)) is not None:
-                    return status
+        for name, served in self._named(collections):
+            if (status := await self._read(JobQueue(served.index).status, job)) is not None:
+                return await self._shown(name, served, status)
         return None
 
     async def newest(self, collections: Sequence[str], limit: int) -> list[dict[str, Any]]:
         """Return the status of the jobs of some collections that were accepted last, the newest first."""
-        async with _responding_disk():
-            named = [(name, self._collections[name]) for name in collections]
-            found = [
-                (job, name, served)
-                for name, served in named
-                for job in await self._reading.run(WriteQueue(served.index).newest, limit)
-            ]
-            newest = sorted(found, key=lambda each: each[0], reverse=True)[:limit]
-            shown = [await self._status_in(name, served, job) for job, name, served in newest]
-        return [status for status in shown if status is not None]
+        found = [
+            (name, served, status)
+            for name, served in self._named(collections)
+            for status in await self._read(JobQueue(served.index).newest, limit)
+        ]
+        newest = sorted(found, key=lambda each: each[2]["accepted"], reverse=True)[:limit]
+        return [await self._shown(*each) for each in newest]
+
+    def _named(self, collections: Sequence[str]) -> list[tuple[str, ServedIndex]]:
+        return [(name, self._collections[name]) for name in collections]  # one may be dropped during the next call
 
     async def has_put(self, collection: str, item_id: str) -> bool:
         """Return True if a waiting job of a collection puts this item."""
-        async with _responding_disk():
-            return await self._reading.run(WriteQueue(self._collections[collection].index).has_put, item_id)
+        return await self._read(JobQueue(self._collections[collection].index).has_put, item_id)
 
-    async def _status_in(self, name: str, served: ServedIndex, job: str) -> dict[str, Any] | None:
-        status = await self._reading.run(WriteQueue(served.index).status, job)
-        if status is None:
-            return None
+    async def _read(self, call: Callable[P, T], *given: P.args, **options: P.kwargs) -> T:
+        """Call a function in a thread. Raise UnavailableError if it waits too long for a disk."""
+        try:
+            async with asyncio.timeout(STATUS_S):
+                return await self._disk.run(partial(call, *given, **options))
+        except TimeoutError:
+            raise UnavailableError("The disk of the jobs does not respond.", retry_after_s=5) from None
+
+    async def _shown(self, name: str, served: ServedIndex, status: dict[str, Any]) -> dict[str, Any]:
+        """Return the status of a job as callers see it. The items of one that is done are found from then on."""
         if (served.live.version if served.live else 0) < (status.get("index_version") or 0):
-            with contextlib.suppress(DcarError):  # the items of a job are found once its status is done
+            with contextlib.suppress(DcarError):
                 await served.reload()
         reason = self._reasons.get(name) if status["status"] == "waiting" else status.get("reason")
         shown = {} if reason is None else {"reason": without_directories(reason, served.index)}
-        return {"id": job, "collection": name, **status, **shown}
+        return {"collection": name, **status, **shown}
 
     async def _run(self) -> None:
         while True:
@@ -172,21 +162,22 @@ class WriteWorker:
             waiting = [(name, served) for name, served in self._collections if await self._count(served)]
             outcomes = [await self._apply(name, served) for name, served in waiting]
             if not all(outcomes):
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_POLL_S):  # `wait_for` can lose a cancellation in Python 3.11
                     await self._arrived.wait()
 
     async def _count(self, served: ServedIndex) -> int:
-        served.waiting_jobs = len(await self._looking.run(WriteQueue(served.index).waiting))
+        served.waiting_jobs = await self._disk.run(JobQueue(served.index).waiting)
         return served.waiting_jobs
 
     async def _apply(self, name: str, served: ServedIndex) -> bool:
         """Apply the waiting jobs of a collection, and return False if they have to wait."""
         try:
-            is_left = await self._changing.run(apply_waiting, served.index, self._settings.keep_writes)
-            code, errors = await self.run_apply(served) if is_left else (0, "")
+            keep = self._settings.keep_writes
+            await run_in_new_thread(partial(apply_waiting, served.index, images=False, keep=keep))
+            code, errors = await self.run_apply(served) if await self._count(served) else (0, "")
         except DcarError as error:
             code, errors = error.exit_code, str(error)
         if code == 0:

@@ -1,11 +1,9 @@
-"""Apply waiting jobs in batches: a version for each.
+"""Apply accepted jobs in batches of one kind: a version for each.
 
-- The last change of an id in a batch is made. If its image cannot be read, the batch is halved, so that the change
-  before it is made.
-- A job has ended once its changes are in a published version. Killed before that, it is applied again, without the
-  images that the version has or could not read.
+- A job has ended once its changes are in a published version. Killed before its end is recorded, it is applied again,
+  without the items that the version has already and the images that it could not read.
 - Only the job with unusable input fails: its batch is halved until the job is by itself. Any other error, such as a
-  full disk or another writer, leaves the jobs in the queue.
+  full disk or another writer, leaves the jobs waiting.
 - A job whose process has died too often fails, so the jobs behind it are applied.
 """
 
@@ -20,151 +18,175 @@ import numpy as np
 import pyarrow as pa
 
 from dcar_core.util.errors import DataError, DcarError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import write_json_lines
+from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.jobs.update import add, remove
 from index_jobs.spec import KEEP_WRITES
+from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.changes import apply_patches, open_published
+from index_jobs.store.changes import Draft
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import FieldTypes, fit_one_field
-from index_jobs.store.manifest import CHECKPOINT, FAILED, OVER_HTTP
-from index_jobs.store.publish import report_os_errors
-from index_jobs.store.versions import open_version
-from index_jobs.store.writes import WriteJob, WriteQueue, sweep
+from index_jobs.store.jobs import Job, JobQueue
+from index_jobs.store.manifest import CHECKPOINT, FAILED, OVER_HTTP, counted
+from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 
 logger = logging.getLogger(__name__)
 
-MAX_STARTS = 100  # far more than restarts of a machine or a service explain
-_MAX_PATCH_STARTS = 3  # a change of metadata alone takes seconds, so restarts seldom meet it
+MAX_STARTS = {"put": 100, "patch": 6, "delete": 6}  # images take minutes, so restarts of a service meet them more often
 _PROGRESS_S = 1.0
-_LIST = "batch.jsonl"
+_MAX_LISTED = 100  # unknown ids in the status of a job
+_LIST = "jobs.jsonl"  # the items of a batch with images, as a gallery
+_Result = tuple[int | None, list[dict[str, Any]]]  # the version with the changes, and the outcome of each job
 
 
-def apply_writes(index: Path, **options: Any) -> int:
-    """Apply every waiting job of an index, those included that arrive meanwhile, and return their number.
+def apply_waiting(index: Path, *, images: bool = True, **options: Any) -> int:
+    """Apply the waiting jobs of an index, those included that arrive meanwhile, and return their number.
 
     Args:
+        images: False stops before a job with images, and before one that has been begun: it may have ended its process.
         options: keep (of changes over HTTP), workers, batch_size, device and runtime of `BuildOptions`.
 
     Raises:
         LockedError: another job is writing, or another process applies these jobs.
-        DcarError: nothing can be published now, as with a full disk; the jobs stay in the queue.
+        DcarError: nothing can be published now, as with a full disk; the jobs wait.
     """
-    queue, count = WriteQueue(index), 0
-    with report_os_errors(index), queue.lock():
-        while jobs := queue.next_batch():
-            _apply(queue, index, jobs, {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP})
-            queue.clear_progress()
+    queue, count, options = JobQueue(index), 0, {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP}
+    with publish.report_os_errors(index), queue.lock():
+        while (jobs := queue.next_batch()) and (images or not (jobs[0].kind == "put" or jobs[0].starts)):
+            queue.begin(jobs)
+            try:
+                apply(queue, jobs, options)
+            except (DcarError, OSError):
+                queue.put_back(jobs)
+                raise
             count += len(jobs)
-        sweep(queue, index)
+        queue.sweep()
     return count
 
 
-def _apply(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
-    """Apply jobs together, or in halves where that fails."""
-    names, progress = [job.name for job in jobs], queue.progress()
-    starts = progress["starts"] + 1 if progress.get("jobs") == names else 1
-    most = _MAX_PATCH_STARTS if jobs[0].kind == "patch" else MAX_STARTS
+def apply(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> None:
+    """Publish the changes of jobs of one kind, in halves where that fails, and record how they ended."""
     try:
-        if starts > most:
-            raise DataError(f"given up: the process that applied it ended {most} times before it was done")
-        queue.set_progress(names, starts, 0, sum(len(job.items) for job in jobs))
-        if jobs[0].kind == "patch":
-            apply_patches(queue, index, jobs, options["keep"])
-        else:
-            _publish(queue, index, jobs, options)
+        if jobs[0].starts >= MAX_STARTS[jobs[0].kind]:
+            raise DataError(f"given up: the process that applied it ended {jobs[0].starts} times before it was done")
+        version, outcomes = {"put": _put, "patch": _patch, "delete": _delete}[jobs[0].kind](queue, jobs, options)
     except DataError as error:
         if len(jobs) > 1:
-            half = len(jobs) // 2
-            for part in (jobs[:half], jobs[half:]):
-                _apply(queue, index, part, options)
+            for part in (jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]):
+                apply(queue, part, options)
             return
-        logger.warning("job %s failed: %s", names[0], error)
-        queue.end(jobs[0], status="failed", reason=str(error))
-    except (DcarError, OSError):
-        queue.clear_progress()  # the jobs are not to blame
-        raise
+        logger.warning("a job failed: %s", error)
+        version, outcomes = None, [{"status": "failed", "reason": str(error)}]
+    done = {"status": "done", "index_version": version}
+    queue.end(jobs, [outcome if "status" in outcome else done | outcome for outcome in outcomes])
 
 
-def _publish(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], options: dict[str, Any]) -> None:
-    """Publish the changes of some jobs, and record their ends. Raise DataError if a change cannot be made."""
+def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
+    """Merge fields into items. A value that does not fit its field fails its job alone."""
+    if open_published(queue.index) is None:
+        return None, [{"changed": 0, "unknown": [item["id"] for item in job.items][:_MAX_LISTED]} for job in jobs]
+    outcomes = list[dict[str, Any]]()
+    with publish.open_staging(queue.index) as staging:
+        current = open_current(queue.index)
+        draft, version = Draft(current), current.manifest.version
+        for job in jobs:
+            try:
+                rows, unknown = _chosen(current, job)
+                outcomes.append({"changed": draft.merge(rows, job.fields), "unknown": unknown[:_MAX_LISTED]})
+            except DataError as error:
+                outcomes.append({"status": "failed", "reason": str(error)})
+        if draft.records:
+            change = f"{counted(len(draft.records), 'item')} changed"
+            version = draft.publish(queue.index, staging, change, keep=options["keep"], origin=OVER_HTTP).version
+    return version, outcomes
+
+
+def _delete(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
+    version = None
+    if (current := open_published(queue.index)) is not None:
+        ids = [current.item(row).id for job in jobs for row in _chosen(current, job)[0]]
+        version = remove(queue.index, ids, missing_ok=True, keep=options["keep"], origin=OVER_HTTP).version
+    return version, [{"failed": []} for _ in jobs]
+
+
+def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
+    """Encode images, and publish their items. An image that cannot be read fails its item alone."""
     _require_same_types(jobs)
-    last = {item["id"]: (job, item) for job in jobs for item in job.items}
-    current = open_published(index)
-    version, failed = (current.manifest.version, read_failures(current)) if current else (None, dict[str, str]())
-    puts = [
-        (job, item)
-        for job, item in last.values()
-        if job.kind == "put" and job.image_name(item) not in failed and not (current and _is_held(current, job, item))
-    ]
-    deleted = [item_id for item_id, (job, _) in last.items() if job.kind == "delete"]
-    for condition in (job.filter for job in jobs if job.filter is not None):
-        rows = np.flatnonzero(match_rows(current, condition)) if current else ()
-        deleted += [current.item(int(row)).id for row in rows] if current else []
-    if puts:
-        # A broken image must not hide the change that an earlier job makes to the item.
-        is_hiding = any(last[item["id"]][0] is not job for job in jobs for item in job.items)
-        given = {"progress": False, "max_failed": 0.0 if is_hiding else 1.0, **options}
-        version = _put(queue, index, puts, deleted, given, is_new=current is None)
-        failed |= read_failures(open_version(index, version))
-    elif deleted and current:
-        version = remove(index, deleted, missing_ok=True, keep=options["keep"], origin=OVER_HTTP).version
-    for job in jobs:
-        lost = [
-            {"id": item["id"], "reason": failed[name]} for item in job.items if (name := job.image_name(item)) in failed
-        ]
-        if lost and len(lost) == len(job.items):
-            queue.end(job, status="failed", failed=lost, reason=f"no image can be read: {lost[0]['reason']}")
-        else:
-            queue.end(job, status="done", index_version=version, failed=lost)
-
-
-def _put(
-    queue: WriteQueue,
-    index: Path,
-    puts: Sequence[tuple[WriteJob, dict[str, Any]]],
-    deleted: Sequence[str],
-    options: dict[str, Any],
-    *,
-    is_new: bool,
-) -> int:
-    """Publish items with images, without the deleted ones, and return the version."""
-    done, shown_at = 0, time.monotonic()
+    current, done, shown_at = open_published(queue.index), 0, time.monotonic()
+    version = current.manifest.version if current else None
+    failed = read_failures(current) if current and any(job.starts for job in jobs) else {}
 
     def show_progress(images: int) -> None:
         nonlocal done, shown_at
         done += images
         if time.monotonic() >= shown_at + _PROGRESS_S:
-            progress, shown_at = queue.progress(), time.monotonic()
-            queue.set_progress(progress["jobs"], progress["starts"], done, len(puts))
+            queue.show_progress(jobs, done)
+            shown_at = time.monotonic()
 
-    gallery = queue.folder / _LIST
-    with atomic_writer(gallery) as file:
-        for job, item in puts:
-            own = {field: item[field] for field in ("id", "caption", "category")}
-            file.write(json.dumps({**item["metadata"], **own, "file_name": job.image_name(item)}).encode() + b"\n")
-    if is_new:
-        from index_jobs.jobs.build import rebuild
+    wanted = [item for job in jobs for item in job.items if item["image"] not in failed]
+    if wanted and len(gallery := _list_new(queue.index, current, wanted)):
+        given = {"progress": False, "max_failed": 1.0, "on_encoded": show_progress, **options}
+        if current is not None:
+            version = add(queue.index, gallery, replace_existing=True, **given).version
+        else:
+            from index_jobs.jobs.build import rebuild
 
-        checkpoint = index / CHECKPOINT
-        return rebuild(gallery, checkpoint, index, keep_shards=False, on_encoded=show_progress, **options).version
-    return add(index, gallery, replace_existing=True, removed_ids=deleted, on_encoded=show_progress, **options).version
+            version = rebuild(gallery, queue.index / CHECKPOINT, queue.index, keep_shards=False, **given).version
+        failed |= read_failures(open_version(queue.index, version))
+    outcomes = list[dict[str, Any]]()
+    for job in jobs:
+        lost = [{"id": item["id"], "reason": failed[item["image"]]} for item in job.items if item["image"] in failed]
+        is_lost = len(lost) == len(job.items)
+        reason = {"status": "failed", "reason": f"no image can be read: {lost[0]['reason']}"} if is_lost else {}
+        outcomes.append({"failed": lost, **reason})
+    return version, outcomes
 
 
-def _require_same_types(jobs: Sequence[WriteJob]) -> None:
+def _require_same_types(jobs: Sequence[Job]) -> None:
     """Raise DataError if two jobs give a field values of different types; `add` compares them with the index."""
     types = dict[str, str]()
     for job in jobs if len(jobs) > 1 else ():
-        texts = [json.dumps(item["metadata"]) for item in job.items] if job.kind == "put" else []
-        for name, kind in FieldTypes.infer(pa.chunked_array([texts], pa.string())).types.items():
+        texts = pa.chunked_array([[json.dumps(item["metadata"]) for item in job.items]], pa.string())
+        for name, kind in FieldTypes.infer(texts).types.items():
             if not fit_one_field(types.setdefault(name, str(kind)), str(kind)):
                 raise DataError(f"the field {name!r} has values of several types")
 
 
-def _is_held(artifact: Artifact, job: WriteJob, item: dict[str, Any]) -> bool:
-    """True if the version has this item from this job."""
-    row = artifact.row_of(item["id"])
-    return row is not None and artifact.image_location(row)[0].endswith(f"/{job.image_name(item)}")
+def _list_new(index: Path, current: Artifact | None, items: Sequence[dict[str, Any]]) -> Gallery:
+    """Return as a gallery what the version lacks of some items."""
+    own = ({field: item[field] for field in ("id", "caption", "category")} for item in items)
+    rows = ({**item["metadata"], **texts, "file_name": item["image"]} for item, texts in zip(items, own, strict=True))
+    write_json_lines(index / _LIST, rows)
+    gallery = scan(index / _LIST)
+    is_new = [current is None or not _is_held(current, row) for row in gallery.table.to_pylist()]
+    return gallery.filter(pa.array(is_new))
+
+
+def _is_held(artifact: Artifact, new: dict[str, Any]) -> bool:
+    if (row := artifact.row_of(new["id"])) is None:
+        return False
+    item, location = artifact.item(row), artifact.image_location(row)[0]
+    is_same = (item.caption, item.category, item.fields.as_py()) == (new["caption"], new["category"], new["metadata"])
+    return is_same and location.endswith(f"/{new['location']}")
+
+
+def _chosen(artifact: Artifact, job: Job) -> tuple[list[int], list[str]]:
+    """Return the rows of a job's items, and the ids that the index lacks. Raise FilterError for a wrong filter."""
+    if job.filter is not None:
+        return np.flatnonzero(match_rows(artifact, job.filter)).tolist(), []
+    found = {item["id"]: artifact.row_of(item["id"]) for item in job.items}
+    rows = [row for row in found.values() if row is not None]
+    return rows, [item_id for item_id, row in found.items() if row is None]
+
+
+def open_published(index: Path) -> Artifact | None:
+    """Open the published version; None for a created collection that has none yet."""
+    if (index / CHECKPOINT).is_dir() and current_version(index) is None:
+        if not version_numbers(index):
+            return None
+        publish.rollback(index)  # killed just before the end of the first publication
+    return open_current(index)
 
 
 def read_failures(artifact: Artifact) -> dict[str, str]:

@@ -1,5 +1,5 @@
 """Published indexes on disk: versions, manifests, items, filters, vectors, and the atomic switch of CURRENT.
 
 In: an index directory. Out: opened versions to search, and functions that publish, verify and roll back.
-The only folder of `index_jobs` that the service (`app`, except its CLI) may import.
+With `jobs.apply`, all of `index_jobs` that the service (`app`, except its CLI) may import.
 """

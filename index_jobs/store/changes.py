@@ -2,33 +2,26 @@
 
 - Fields are merged into those of an item, and None removes one. `caption` and `category` are changed like the others.
 - Only the files of changed items are written, and of the lexical index what belongs to changed words.
-- No model is needed, so a service makes these changes by itself. Changes with images take a process and seconds.
+- No model is needed.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcar_core.util.errors import DataError, DcarError
+from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
 from index_jobs.spec import BuildOptions
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
-from index_jobs.store.filters import match_rows
 from index_jobs.store.items import Items, fit_one_field, type_of
 from index_jobs.store.lexical.lexical_index import item_texts, replace_texts
-from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, OVER_HTTP, Manifest, counted
-from index_jobs.store.versions import current_version, open_current, version_numbers
-from index_jobs.store.writes import WriteJob, WriteQueue, sweep
-
-_MAX_LISTED = 100  # unknown ids in the status of a job
-_MAX_HERE = 10_000  # items of a batch that a service changes itself; more of them need memory and hold up searches
-_MAX_HERE_BYTES = 16 * 2**20  # of their fields, as JSON; the peak of memory is 15 times as high
+from index_jobs.store.manifest import CHANGED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.store.versions import open_current
 
 
 @dataclass(frozen=True)
@@ -42,15 +35,11 @@ class ChangeSummary:
     rebuild: str
 
 
-class _TooLargeError(Exception):
-    """The fields of changed items take more memory than a process may use."""
+class Draft:
+    """The items of a version with changed fields."""
 
-
-class _Draft:
-    """The items of a version with changed fields, of at most so many bytes as JSON."""
-
-    def __init__(self, artifact: Artifact, most: float = math.inf) -> None:
-        self._artifact, self._left = artifact, most
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
         self._types = dict(artifact.fields)
         self._given = set[str]()
         self.records: dict[int, dict[str, Any]] = {}  # all fields of the changed rows
@@ -66,7 +55,6 @@ class _Draft:
         Raises:
             DataError: a value has another type than its field or too many levels, or an item would become too large;
                 none is changed.
-            _TooLargeError: the items do not fit.
         """
         if is_too_deep(fields):
             raise DataError(f"the fields have more than {MAX_METADATA_LEVELS} nested levels; flatten them")
@@ -80,13 +68,9 @@ class _Draft:
             after = {name: value for name, value in {**before, **fields}.items() if fields.get(name, "") is not None}
             if after != before:
                 merged[row] = after
-                size = len(canonical_json(after))
-                if size > MAX_METADATA_BYTES:
+                if len(canonical_json(after)) > MAX_METADATA_BYTES:
                     name = self._artifact.item(row).id
                     raise DataError(f"the fields of {name!r} would take more than {MAX_METADATA_BYTES // 2**10} KiB")
-                self._left -= size
-                if self._left < 0:
-                    raise _TooLargeError
         if merged:
             self.records |= merged
             self._given |= fields.keys()
@@ -150,7 +134,7 @@ def change_metadata(
     """
     with publish.report_os_errors(index), publish.open_staging(index) as staging:
         current = open_current(index)
-        draft, unknown, known = _Draft(current), list[str](), 0
+        draft, unknown, known = Draft(current), list[str](), 0
         for item_id, fields in changes:
             row = current.row_of(item_id)
             if row is None:
@@ -169,75 +153,3 @@ def change_metadata(
             change = f"metadata of {source}: {counted(count, 'item')} changed"
             manifest = draft.publish(index, staging, change, keep=keep)
     return ChangeSummary(manifest.version, count, draft.new_fields, unknown, manifest.rebuild)
-
-
-def apply_waiting(index: Path, keep: int) -> bool:
-    """Apply the jobs at the head of the queue that only change metadata, of a few items. Return True if others wait.
-
-    They are left to `dcar index apply`, as is a batch that has been begun before: it may have ended the process.
-
-    Raises:
-        LockedError: another job is writing, or another process applies these jobs.
-        DcarError: nothing can be published now, as with a full disk; the jobs stay in the queue.
-    """
-    queue = WriteQueue(index)
-    with publish.report_os_errors(index), queue.lock():
-        while (jobs := queue.next_batch()) and jobs[0].kind == "patch" and not queue.progress():
-            count = sum(job.summary["items"] for job in jobs)
-            if count > _MAX_HERE:
-                break
-            queue.set_progress([job.name for job in jobs], 1, 0, count)
-            try:
-                apply_patches(queue, index, jobs, keep, _MAX_HERE_BYTES)
-            except _TooLargeError:
-                queue.clear_progress()
-                break
-            except (DcarError, OSError):
-                queue.clear_progress()  # the jobs are not to blame
-                raise
-            queue.clear_progress()
-        sweep(queue, index)
-    return bool(jobs)
-
-
-def apply_patches(queue: WriteQueue, index: Path, jobs: Sequence[WriteJob], keep: int, most: float = math.inf) -> None:
-    """Publish the changes of some jobs of the kind patch, and record their ends.
-
-    Raise _TooLargeError, and change nothing, if the changed items have more bytes as JSON than `most`.
-    """
-    ends, version = list[dict[str, Any]](), None
-    if open_published(index) is None:
-        ends = [{"status": "done", "changed": 0, "unknown": _ids(job)[:_MAX_LISTED]} for job in jobs]
-    else:
-        with publish.open_staging(index) as staging:
-            current = open_current(index)
-            draft, version = _Draft(current, most), current.manifest.version
-            for job in jobs:
-                try:
-                    found = {item_id: current.row_of(item_id) for item_id in _ids(job)}
-                    rows = [row for row in found.values() if row is not None]
-                    if job.filter is not None:
-                        rows = np.flatnonzero(match_rows(current, job.filter)).tolist()
-                    changed = draft.merge(rows, job.fields)
-                    unknown = [item_id for item_id, row in found.items() if row is None]
-                    ends.append({"status": "done", "changed": changed, "unknown": unknown[:_MAX_LISTED]})
-                except DataError as error:
-                    ends.append({"status": "failed", "reason": str(error)})
-            if draft.records:
-                change = f"{counted(len(draft.records), 'item')} changed"
-                version = draft.publish(index, staging, change, keep=keep, origin=OVER_HTTP).version
-    for job, end in zip(jobs, ends, strict=True):
-        queue.end(job, **end, **({"index_version": version} if end["status"] == "done" else {}))
-
-
-def _ids(job: WriteJob) -> list[str]:
-    return [item["id"] for item in job.items]
-
-
-def open_published(index: Path) -> Artifact | None:
-    """Open the published version; None for a created collection that has none yet."""
-    if (index / CHECKPOINT).is_dir() and current_version(index) is None:
-        if not version_numbers(index):
-            return None
-        publish.rollback(index)  # killed just before the end of the first publication
-    return open_current(index)

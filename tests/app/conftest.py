@@ -13,7 +13,7 @@ from app.service.collections import ServedIndex
 from app.service.write_worker import WriteWorker
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
-from index_jobs.jobs.apply import apply_writes
+from index_jobs.jobs.apply import apply_waiting
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
@@ -100,7 +100,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     async def run_apply(_: WriteWorker, served: ServedIndex) -> tuple[int, str]:
         try:
-            await asyncio.to_thread(apply_writes, served.index, device="cpu", runtime="torch")
+            await asyncio.to_thread(apply_waiting, served.index, device="cpu", runtime="torch")
         except DcarError as error:
             codes.append(error.exit_code)
             return error.exit_code, f"error: {error}\n"

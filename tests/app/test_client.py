@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from app.core.keys import key_hash, new_key
 from index_jobs.rebuild import rebuild
-from index_jobs.store.writes import WriteQueue
+from index_jobs.store.jobs import JobQueue
 from tests.support.files import write_jsonl
 from tests.support.images import png
 from tests.support.processes import free_port
@@ -51,11 +51,12 @@ def models_in(value: Any) -> Iterator[BaseModel]:
 
 def ended_job(index: Path) -> str:
     """Return a job that has all fields."""
-    queue = WriteQueue(index)
+    queue = JobQueue(index)
     job = queue.accept("delete", [{"id": "a"}])
     failed = [{"id": "a", "reason": "broken"}]
     progress = {"done": 1, "total": 1}
-    queue.end(queue.read(job), status="done", index_version=1, failed=failed, progress=progress, reason="as an example")
+    outcome = {"status": "done", "index_version": 1, "failed": failed, "progress": progress, "reason": "as an example"}
+    queue.end(queue.next_batch(), [outcome])
     return job
 
 

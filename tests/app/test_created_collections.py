@@ -17,9 +17,10 @@ from app.search.snapshots import Snapshot, load_snapshot
 from app.service import collections as collections_module
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
+from index_jobs.store.created import create_collection, drop_collection, list_collections
+from index_jobs.store.jobs import JobQueue
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current
-from index_jobs.store.writes import WriteQueue, create_collection, drop_collection, list_collections
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, BOB, WORDS, bearer, opened, until
@@ -94,7 +95,7 @@ async def test_created_collections_are_opened_one_by_one_behind_a_ready_service_
             return await client.post(f"/collections/{name}/search/text", json=WORDS, headers=bearer(ALICE))
 
         with monkeypatch.context() as patch:
-            patch.setattr(collections_module, "_OPEN_S", 0.05)
+            patch.setattr(collections_module, "OPEN_S", 0.05)
             refused = await search(third)
         assert "is being opened" in assert_problem(refused, 503)["detail"]
         assert "retry-after" in refused.headers
@@ -235,7 +236,7 @@ async def test_drops_at_once_wait_for_each_other_and_for_changes_of_metadata(ind
     folder = tmp_path / "created"
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
         assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
-        with WriteQueue(list_collections(folder)["lamps"]).lock():
+        with JobQueue(list_collections(folder)["lamps"]).lock():
             drops = [asyncio.create_task(client.delete("/collections/lamps", headers=ADMINS)) for _ in range(8)]
             await asyncio.sleep(0.2)
         statuses = [(await each).status_code for each in drops]

@@ -91,7 +91,7 @@ BAD_ITEM: list[tuple[str, str, bytes, int, str]] = [
 async def test_bad_requests_name_the_field_and_change_nothing(
     index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing, "_MAX_CHANGE_BYTES", 2**20)
+    monkeypatch.setattr(writing, "MAX_CHANGE_BYTES", 2**20)
     async with opened(index, max_upload_bytes=20_000, **WRITES) as client:
         for method, body, status, field in BAD:
             response = await client.request(method, "/items", content=body, headers={**ADMINS, **JSON})
@@ -113,7 +113,7 @@ async def test_bad_requests_name_the_field_and_change_nothing(
         for job in ("0" * 32, "x", "..%2F..%2Fprogress", "0" * 31 + "G"):
             assert (await client.get(f"/jobs/{job}", headers=ADMINS)).status_code == 404, job
         assert (await client.put("/collections/none/items", json={}, headers=ADMINS)).status_code == 404
-        assert not (index / "writes").exists()
+        assert not (index / "jobs.sqlite").exists()
     assert in_process == []
 
 

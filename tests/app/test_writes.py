@@ -9,20 +9,19 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 from dcar_client import Client
 from filelock import FileLock
 
-from app.core.metrics import Metrics
-from app.core.settings import Settings
 from app.service import write_worker
-from app.service.collections import Collections
 from app.service.write_worker import WriteWorker
+from index_jobs.store.created import create_collection, drop_collection
+from index_jobs.store.jobs import JobQueue
 from index_jobs.store.versions import open_current
-from index_jobs.store.writes import WriteQueue, create_collection, drop_collection
+from tests.support import jobs
 from tests.support.images import png
 from tests.support.processes import children_of, is_alive
 from tests.support.responses import assert_problem, scrape
@@ -122,25 +121,26 @@ async def test_repeated_requests_leave_the_same_items(index: Path) -> None:
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_worker_stops_although_a_job_has_just_arrived(turns: int, tmp_path: Path) -> None:
-    writer = WriteWorker(Settings(index=tmp_path), cast(Collections, ()), Metrics())
-    writer.start()
-    await asyncio.sleep(0.01)  # it waits for a job
-    writer._arrived.set()
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    await asyncio.wait_for(writer.close(), 10)
+async def test_worker_stops_although_a_job_has_just_arrived(
+    index: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    async def apply(*_: object) -> tuple[int, str]:
+        return 0, ""
+
+    monkeypatch.setattr(WriteWorker, "run_apply", apply)
+    async with asyncio.timeout(60), opened(index, **WRITES) as client:
+        await put(client, item("a"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
 
 
 @pytest.mark.usefixtures("in_process")
 async def test_waiting_jobs_are_applied_after_a_restart(index: Path) -> None:
-    queue = WriteQueue(index)
-    given = {"id": "a", "caption": "", "category": "", "metadata": {}}
-    jobs = [queue.accept("put", [given], [(png(), "png")]), queue.accept("delete", [{"id": "circle/red.png"}])]
+    accepted = [jobs.put(index, "a"), jobs.delete(index, "circle/red.png")]
     async with opened(index, **WRITES) as client:
 
         async def are_done() -> bool:
-            found = [(await client.get(f"/jobs/{job}", headers=ADMINS)).json() for job in jobs]
+            found = [(await client.get(f"/jobs/{job}", headers=ADMINS)).json() for job in accepted]
             return all(job["status"] == "done" for job in found)
 
         await until(are_done)
@@ -150,7 +150,7 @@ async def test_waiting_jobs_are_applied_after_a_restart(index: Path) -> None:
 async def test_two_services_of_one_index_apply_each_others_jobs(
     index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write_worker, "_RETRY_S", 0.05)
+    monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
     async with opened(index, poll_s=0.05, **WRITES) as one, opened(index, poll_s=0.05, **WRITES) as other:
         accepted = await asyncio.gather(*(put(client, item(f"{i}")) for i, client in enumerate((one, other) * 4)))
         for client in (one, other):
@@ -167,18 +167,18 @@ async def test_full_disk_refuses_a_job_as_a_whole(
 
     async with opened(index, **WRITES) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("index_jobs.store.writes.write_json_lines", fail)
+            patch.setattr("index_jobs.store.jobs.write_bytes", fail)
             response = await put(client, item("a"))
         assert_problem(response, 503)
         assert response.headers["retry-after"] == "10"
-        assert not list((index / "writes").glob("*/*"))
+        assert not JobQueue(index).newest(1)
         assert (await ended(client, await put(client, item("a"))))["status"] == "done"
     assert in_process == [0]
 
 
 @pytest.mark.usefixtures("in_process")
 async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write_worker, "_RETRY_S", 0.05)
+    monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
     async with opened(index, **WRITES) as client:
         with FileLock(index / ".lock"):
             response = await put(client, item("a"))
@@ -197,7 +197,7 @@ async def test_jobs_that_cannot_be_applied_count_as_failures(index: Path, monkey
     async def fail(*_: object) -> tuple[int, str]:
         return 1, "error: No space left on device\n"
 
-    monkeypatch.setattr(write_worker, "_RETRY_S", 0.05)
+    monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
     monkeypatch.setattr(WriteWorker, "run_apply", fail)
     async with opened(index, **WRITES) as client:
         assert (await put(client, item("a"))).status_code == 202
@@ -211,14 +211,14 @@ async def test_jobs_that_cannot_be_applied_count_as_failures(index: Path, monkey
 async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, hung = threading.Event(), list[int]()
 
-    def hang(*_: object) -> str:
+    def hang(*_: object, **__: object) -> str:
         hung.append(1)
         assert gate.wait(60)
         raise OSError(errno.EIO, "the disk")
 
     for name in ("accept", "waiting", "status"):
-        monkeypatch.setattr(WriteQueue, name, hang)
-    monkeypatch.setattr(write_worker, "_STATUS_S", 0.1)
+        monkeypatch.setattr(JobQueue, name, hang)
+    monkeypatch.setattr(write_worker, "STATUS_S", 0.1)
     async with opened(index, poll_s=0.02, **WRITES) as client:
         monkeypatch.setattr("app.service.collections.current_version", hang)
         puts = [asyncio.create_task(put(client, item(f"{number}"))) for number in range(20)]
@@ -243,16 +243,16 @@ async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkey
 async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_created_again: bool
 ) -> None:
-    accept = WriteQueue.accept
+    accept = JobQueue.accept
 
-    def accept_and_drop(queue: WriteQueue, *given: Any) -> str:
-        job = accept(queue, *given)
-        drop_collection(queue.folder.parent)
+    def accept_and_drop(queue: JobQueue, *given: Any, **more: Any) -> str:
+        job = accept(queue, *given, **more)
+        drop_collection(queue.index)
         if is_created_again:
             create_collection(tmp_path / "created", "lamps", open_current(index).checkpoint)
         return job
 
-    monkeypatch.setattr(WriteQueue, "accept", accept_and_drop)
+    monkeypatch.setattr(JobQueue, "accept", accept_and_drop)
     (tmp_path / "created").mkdir()
     async with opened(index, collections_dir=tmp_path / "created", **WRITES) as client:
         for change in (put(client, item("a"), path=ITEMS), delete(client, "a", path=ITEMS)):
@@ -301,6 +301,6 @@ def test_jobs_of_a_killed_service_are_done_after_its_restart(index: Path) -> Non
         last = client.delete_items(["a"])
         children = children_of(service.pid)
     assert not any(map(is_alive, children)), "the process that applies jobs ends with the service"
-    status = WriteQueue(index).status(last.id)
+    status = JobQueue(index).status(last.id)
     assert status is not None
     assert status["status"] in ("waiting", "running", "done")

@@ -10,20 +10,18 @@ import pytest
 
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_changes
-from index_jobs.jobs.apply import apply_writes
+from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add, remove
-from index_jobs.store import changes as store_changes
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.changes import apply_waiting, change_metadata
+from index_jobs.store.changes import change_metadata
 from index_jobs.store.filters import match_rows
 from index_jobs.store.items import Items, write_items
 from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, replace_texts, write_lexical
 from index_jobs.store.manifest import ITEMS
 from index_jobs.store.publish import rollback
 from index_jobs.store.versions import list_versions, open_current, verify_index, version_numbers
-from index_jobs.store.writes import WriteQueue
 from tests.support.commands import dcar
-from tests.support.jobs import patch, put, status
+from tests.support.jobs import patch
 from tests.support.updates import write_images
 from tests.support.versions import Build, publish_copy
 
@@ -172,58 +170,12 @@ def test_update_command_merges_a_table(index: Path, tmp_path: Path) -> None:
         list(read_changes(str(table.with_suffix(".xlsx"))))
 
 
-def test_jobs_merge_in_their_order_by_ids_and_by_filter(index: Path) -> None:
-    first, second, *_ = ids(index)
-    before = [metadata(open_current(index), each) for each in (first, second)]
-    jobs = [
-        patch(index, first, second, "unknown", price=3, stock=1),
-        patch(index, first, price=20),
-        patch(index, filter={"price": {"lt": 10}}, sale=True),
-        patch(index, second, price="cheap"),
-        patch(index, filter={"colour": "red"}, sale=True),
-        put(index, "a", price=1),
-        patch(index, "a", price=2, stock=None),
-        WriteQueue(index).accept("delete", [], more={"filter": {"price": 2}}),
-    ]
-    apply_writes(index, workers=0)
-    artifact, found = open_current(index), [status(index, job) for job in jobs]
-    assert metadata(artifact, first) == before[0] | {"price": 20, "stock": 1}
-    assert metadata(artifact, second) == before[1] | {"price": 3, "stock": 1, "sale": True}
-    assert [each["status"] for each in found] == ["done", "done", "done", "failed", "failed", "done", "done", "done"]
-    assert [each.get("changed") for each in found[:3]] == [2, 1, 1]
-    assert found[0]["unknown"] == ["unknown"]
-    assert "'price' is int64 in the index, not string" in found[3]["reason"]
-    assert "colour: no item has this field" in found[4]["reason"]
-    assert artifact.row_of("a") is None
-    changed = ["2 items changed", "1 item changed", "1 image added", "1 item changed", "1 item removed"]
-    assert [each.change for each in list_versions(index)][1:] == [f"{each} over HTTP" for each in changed]
-
-
-def test_service_leaves_large_and_begun_batches_to_a_process(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, *_ = ids(index)
-    begun = patch(index, first, price=1)
-    WriteQueue(index).set_progress([begun], 1, 0, 1)  # as after a kill
-    assert apply_waiting(index, 3)
-    apply_writes(index)
-    patch(index, first, second, price=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(store_changes, "_MAX_HERE", 1)
-        assert apply_waiting(index, 3)
-    with monkeypatch.context() as patched:
-        patched.setattr(store_changes, "_MAX_HERE_BYTES", 70)  # of one item
-        assert apply_waiting(index, 3)
-    assert version_numbers(index) == [1, 2]
-    assert not WriteQueue(index).progress()
-    assert not apply_waiting(index, 3)
-    assert metadata(open_current(index), second)["price"] == 2
-
-
 def test_builds_and_changes_over_http_have_histories_of_their_own(index: Path, build: Build) -> None:
     first = ids(index)[0]
     publish_copy(index)  # 2: another build
     for number in range(4):
         patch(index, first, stock=number)
-        apply_writes(index, keep=3)
+        apply_waiting(index, keep=3)
     assert version_numbers(index) == [1, 2, 4, 5, 6], "3 is the oldest change"
     assert [each.origin for each in list_versions(index)] == ["", "", *["over HTTP"] * 3]
     assert metadata(open_current(index), first)["stock"] == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DataError
-from index_jobs.jobs.apply import apply_writes
+from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.watch import watch as watch_index
 from index_jobs.store.versions import list_versions, open_current, version_numbers
 from tests.support.commands import Command
@@ -168,7 +168,7 @@ def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path
     first, second = (artifact.item(artifact.rows - number) for number in (2, 1))
     put(index, "uploaded", first.id)
     patch(index, second.id, price=3)
-    apply_writes(index)
+    apply_waiting(index)
     draw("pink", "circle").save(gallery / "pink.png")
     draw("navy", "cross").save(gallery / "circle" / "red.png")
     (gallery / "circle" / "blue.png").unlink()

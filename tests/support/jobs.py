@@ -1,9 +1,9 @@
-"""Jobs in the queue of an index: puts, patches and deletions of items."""
+"""Accepted changes of items of an index."""
 
 from pathlib import Path
 from typing import Any
 
-from index_jobs.store.writes import WriteQueue
+from index_jobs.store.jobs import JobQueue
 from tests.support.images import draw, encoded
 
 
@@ -16,20 +16,19 @@ def put(index: Path, *ids: str, data: list[bytes] | None = None, color: str = "p
     items: list[dict[str, Any]] = [
         {"id": each, "caption": f"a {color} {each}", "category": "new", "metadata": metadata} for each in ids
     ]
-    return WriteQueue(index).accept("put", items, [(each, "png") for each in data or [picture(color)] * len(ids)])
+    return JobQueue(index).accept("put", items, data or [picture(color)] * len(ids))
 
 
-def delete(index: Path, *ids: str) -> str:
-    return WriteQueue(index).accept("delete", [{"id": each} for each in ids])
-
-
-def status(index: Path, job: str) -> dict[str, Any]:
-    found = WriteQueue(index).status(job)
-    assert found is not None
-    return found
+def delete(index: Path, *ids: str, filter: dict[str, Any] | None = None) -> str:
+    return JobQueue(index).accept("delete", [{"id": each} for each in ids], filter=filter)
 
 
 def patch(index: Path, *item_ids: str, filter: dict[str, Any] | None = None, **fields: Any) -> str:
     """Accept a job that merges fields into items."""
-    items = [{"id": each} for each in item_ids]
-    return WriteQueue(index).accept("patch", items, more={"filter": filter, "fields": fields})
+    return JobQueue(index).accept("patch", [{"id": each} for each in item_ids], filter=filter, fields=fields)
+
+
+def status(index: Path, job: str) -> dict[str, Any]:
+    found = JobQueue(index).status(job)
+    assert found is not None
+    return found

@@ -1,0 +1,256 @@
+"""Accepted changes of an index's items, in a database: which wait, how far they are, and how they ended.
+
+INDEX/jobs.sqlite       the jobs; one is accepted once its row is committed
+INDEX/images/<sha256>   pictures that were put, on the disk before their job is committed
+INDEX/.jobs.lock        held by the process that applies jobs
+
+- Jobs are applied in the order of their acceptance, by `index_jobs.jobs.apply`. They survive a crash until they end.
+- Several processes of one machine may use a database at once. It is opened for each call: a collection may be dropped.
+- Nothing that a caller sends becomes a path.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dcar_core.util.errors import ArtifactError
+from dcar_core.util.files import write_bytes
+from dcar_core.util.processes import hold_lock
+from index_jobs.store.versions import open_version, version_numbers
+
+logger = logging.getLogger(__name__)
+
+JOBS, IMAGES = "jobs.sqlite", "images"
+BATCH_ITEMS = 2000
+MAX_STARTS_TOGETHER = 3  # of a job whose process has died more often, it is applied by itself
+_BUSY_S = 30.0
+_SWEEP_S = 3600.0
+_KEEP_S = 7 * 24 * 3600.0  # how long the end of a job is remembered
+_IMAGE = r"(?:^|/)(?P<name>images/[0-9a-f]{64})$"
+_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, summary TEXT NOT NULL,
+    body TEXT, outcome TEXT, ended REAL
+);
+CREATE TABLE IF NOT EXISTS progress (
+    job INTEGER PRIMARY KEY, starts INTEGER NOT NULL, done INTEGER NOT NULL, total INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
+"""
+
+JobKind = Literal["put", "patch", "delete"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that waits.
+
+    items: of a put, objects with `id`, `caption`, `category`, `metadata` and `image`, a name below INDEX; of others,
+        objects with `id`.
+    filter: instead of items, which ones a patch or a delete changes.
+    fields: of a patch, what to merge; None removes a field.
+    starts: how often it was begun before; each time, the process has died.
+    """
+
+    number: int
+    kind: JobKind
+    items: list[dict[str, Any]]
+    filter: dict[str, Any] | None
+    fields: dict[str, Any]
+    starts: int
+
+
+class JobQueue:
+    """The jobs of one index. All methods raise OSError if the disk is full or the index is gone."""
+
+    def __init__(self, index: Path) -> None:
+        self.index, self.images, self._path = index, index / IMAGES, index / JOBS
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as database:
+                database.executescript(_SCHEMA)
+                yield database
+        except sqlite3.Error as error:
+            if not self.index.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)) from error
+            code = errno.ENOSPC if "full" in str(error) else errno.EIO
+            raise OSError(code, str(error), str(self._path)) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
+            yield database
+            database.execute("COMMIT")
+
+    def _read(self, query: str, *values: object) -> Iterator[Any]:
+        if self._path.exists():
+            with suppress(FileNotFoundError), self._database() as database:
+                yield from database.execute(query, values)
+
+    def accept(
+        self,
+        kind: JobKind,
+        items: Sequence[Mapping[str, Any]],
+        images: Sequence[bytes] = (),
+        *,
+        filter: Mapping[str, Any] | None = None,
+        fields: Mapping[str, Any] | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Store a job durably and return its id.
+
+        Args:
+            items, filter, fields: as in `Job`, without `image`.
+            images: of a put, the image file of each item.
+            notes: what the status of the job shows as well.
+        """
+        job, names = secrets.token_hex(16), [hashlib.sha256(data).hexdigest() for data in images]
+        if images:
+            items = [{**item, "image": f"{IMAGES}/{name}"} for item, name in zip(items, names, strict=True)]
+        summary = {"kind": kind, "items": len(items), "accepted": _now(), **(notes or {})}
+        body = {"items": [*items], "filter": filter, "fields": fields or {}}
+        self._store_images(names, images)
+        with self._transaction() as database:
+            self._store_images(names, images)  # a sweep may have removed one that was there
+            values = job, kind, json.dumps(summary), json.dumps(body)
+            database.execute("INSERT INTO jobs (id, kind, summary, body) VALUES (?, ?, ?, ?)", values)
+        return job
+
+    def _store_images(self, names: Sequence[str], images: Sequence[bytes]) -> None:
+        for name, data in zip(names, images, strict=True):
+            self.images.mkdir(exist_ok=True)
+            if not (self.images / name).exists():
+                write_bytes(self.images / name, data, shared=True)
+
+    def waiting(self) -> int:
+        """Return the number of jobs that have not ended."""
+        return sum(count for (count,) in self._read("SELECT count(*) FROM jobs WHERE ended IS NULL"))
+
+    def next_batch(self) -> list[Job]:
+        """Return the first waiting jobs of one kind, which are applied together.
+
+        A job with a filter is by itself, since it depends on the jobs before it; no two put the same item.
+        """
+        batch, ids = list[Job](), set[str]()
+        query = "SELECT number, kind, body, coalesce(starts, 0) FROM jobs LEFT JOIN progress ON job = number"
+        query += " WHERE ended IS NULL ORDER BY number"
+        for number, kind, body, starts in self._read(query):
+            job = Job(number, kind, **json.loads(body), starts=starts)
+            new = {item["id"] for item in job.items}
+            is_alone = any(each.filter or each.starts >= MAX_STARTS_TOGETHER for each in (*batch, job))
+            is_other = batch and (kind != batch[0].kind or (kind == "put" and not ids.isdisjoint(new)))
+            if batch and (is_alone or is_other or len(ids) + len(new) > BATCH_ITEMS):
+                break
+            batch.append(job)
+            ids |= new
+        return batch
+
+    def has_put(self, item_id: str) -> bool:
+        """Return True if a waiting job puts this item."""
+        return item_id in self._of_waiting_puts("id")
+
+    def _of_waiting_puts(self, field: str) -> set[str]:
+        query = "SELECT json_extract(value, ?) FROM jobs, json_each(body, '$.items')"
+        return {value for (value,) in self._read(f"{query} WHERE ended IS NULL AND kind = 'put'", f"$.{field}")}
+
+    def status(self, job: str) -> dict[str, Any] | None:
+        """Return `id`, `kind`, `items`, `accepted`, `status` and what else is known of a job; None if there is none."""
+        return next(iter(self._statuses("id = ?", job)), None)
+
+    def newest(self, limit: int) -> list[dict[str, Any]]:
+        """Return the status of the jobs that were accepted last, the newest first."""
+        return self._statuses("true ORDER BY number DESC LIMIT ?", limit)
+
+    def _statuses(self, condition: str, value: object) -> list[dict[str, Any]]:
+        query = "SELECT id, summary, outcome, done, total FROM jobs LEFT JOIN progress ON job = number WHERE "
+        statuses = list[dict[str, Any]]()
+        for job, summary, outcome, done, total in self._read(query + condition, value):
+            state: dict[str, Any] = {"status": "waiting"}
+            if total is not None:
+                state = {"status": "running", "progress": {"done": done, "total": total}}
+            statuses.append({"id": job, **json.loads(summary), **(json.loads(outcome) if outcome else state)})
+        return statuses
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Record that jobs are being applied."""
+        total = sum(len(job.items) for job in jobs)
+        rows = [(job.number, job.starts + 1, 0, total) for job in jobs]
+        with self._transaction() as database:
+            database.executemany("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?)", rows)
+
+    def show_progress(self, jobs: Sequence[Job], done: int) -> None:
+        """Record the number of encoded images."""
+        with self._transaction() as database:
+            database.executemany("UPDATE progress SET done = ? WHERE job = ?", [(done, job.number) for job in jobs])
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Record that jobs wait, since what failed was not their fault."""
+        with self._transaction() as database:
+            database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
+
+    def end(self, jobs: Sequence[Job], outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Record how jobs ended, all at once."""
+        now, texts = time.time(), [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes]
+        ends = [(text, now, job.number) for job, text in zip(jobs, texts, strict=True)]
+        with self._transaction() as database:
+            database.executemany("UPDATE jobs SET outcome = ?, ended = ?, body = NULL WHERE number = ?", ends)
+            database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
+            database.execute("DELETE FROM jobs WHERE ended < ?", (now - _KEEP_S,))
+
+    def lock(self, wait_s: float = 0) -> AbstractContextManager[None]:
+        """Admit one process that applies jobs. Raise LockedError if another one does, for so long."""
+        if not self.index.is_dir():  # the lock would make it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index))
+        message = f"another process applies the jobs of {self.index}; wait until it has ended"
+        return hold_lock(self.index / ".jobs.lock", message, wait_s)
+
+    def sweep(self, *, older_s: float = _SWEEP_S) -> None:
+        """Remove pictures that no version shows and no waiting job puts; within `lock`, at most once in `older_s`.
+
+        Args:
+            older_s: younger pictures stay, since their job may not be committed yet.
+        """
+        mark, now = self.images / ".swept", time.time()
+        if not self.images.is_dir() or (mark.exists() and now - mark.stat().st_mtime < older_s):
+            return
+        mark.touch()
+        try:
+            kept = self._shown_images()
+        except ArtifactError as error:  # a version that cannot be read now may show any picture
+            logger.warning("unused images are kept: %s", error)
+            return
+        with self._transaction():
+            kept |= self._of_waiting_puts("image")
+            for path in self.images.iterdir():
+                if f"{IMAGES}/{path.name}" not in kept and path != mark and now - path.stat().st_mtime >= older_s:
+                    path.unlink()
+
+    def _shown_images(self) -> set[str]:
+        shown = set[str]()
+        for artifact in (open_version(self.index, number) for number in version_numbers(self.index)):
+            tables = [segment.items.table().select(["location"]) for segment in artifact.segments]
+            locations = pa.concat_tables(tables).filter(pa.array(artifact.live))["location"]
+            shown.update(each["name"] for each in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
+        return shown
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,402 @@
+"""Accepted changes of items, applied by `dcar index apply`: in order, killed, refused, without disk space, repeated."""
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcar_core import Encoder
+from dcar_core.util.errors import DcarError, LockedError
+from index_jobs.gallery.scan import Gallery
+from index_jobs.jobs import apply
+from index_jobs.jobs.apply import apply_waiting
+from index_jobs.jobs.update import add
+from index_jobs.rebuild import rebuild
+from index_jobs.store import publish
+from index_jobs.store.created import create_collection, drop_collection, list_collections
+from index_jobs.store.jobs import JobQueue
+from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
+from tests.support.commands import Command, dcar, run
+from tests.support.jobs import delete, patch, picture, put, status
+
+
+def items_of(index: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """Return caption, category and metadata of every item that can be found, by its id."""
+    artifact = open_current(index)
+    items = [artifact.item(row) for row in artifact.live.nonzero()[0].tolist()]
+    return {item.id: (item.caption, item.category, item.metadata) for item in items}
+
+
+def image_of(index: Path, item_id: str) -> bytes:
+    artifact = open_current(index)
+    row = artifact.row_of(item_id)
+    assert row is not None
+    return artifact.image_bytes(row)
+
+
+def stored_images(index: Path) -> set[bytes]:
+    return {path.read_bytes() for path in (index / "images").glob("[0-9a-f]*")}
+
+
+def test_waiting_puts_become_one_version_with_their_images(index: Path, encoder: Encoder) -> None:
+    jobs = [put(index, "a", "b", price=3), put(index, "c", color="cyan", price=4.5)]
+    assert [status(index, job)["status"] for job in jobs] == ["waiting", "waiting"]
+    assert apply_waiting(index) == 2
+    artifact = open_current(index)
+    assert (artifact.manifest.version, artifact.manifest.count) == (2, 27)
+    caption, category, metadata = items_of(index)["c"]
+    assert (caption, category, metadata["price"], image_of(index, "c")) == ("a cyan c", "new", 4.5, picture("cyan"))
+    assert artifact.search(encoder.encode_images([picture("cyan")]), 1)[1][0, 0] == artifact.row_of("c")
+    ended = status(index, jobs[0])
+    assert ended.pop("accepted") <= ended.pop("ended")
+    assert ended == {"id": jobs[0], "kind": "put", "items": 2, "status": "done", "index_version": 2, "failed": []}
+    assert [each["id"] for each in JobQueue(index).newest(5)] == jobs[::-1]
+    assert apply_waiting(index) == 0
+    assert verify_index(index)[-1].version == 2
+
+
+def test_jobs_change_items_in_their_order_by_ids_and_by_filter(index: Path) -> None:
+    first, second, third, *_ = before = items_of(index)
+    jobs = [
+        patch(index, first, second, "unknown", price=3, stock=1),
+        patch(index, first, price=20),
+        patch(index, filter={"price": {"lt": 10}}, sale=True),
+        patch(index, second, price="cheap"),
+        patch(index, filter={"colour": "red"}, sale=True),
+        put(index, "a", "b", price=1),
+        put(index, "a", color="cyan", price=1),
+        delete(index, "b", third, "unknown"),
+        patch(index, "a", price=2, stock=None, caption="last"),
+        put(index, "c", price=7),
+        delete(index, filter={"price": 7}),
+    ]
+    apply_waiting(index, workers=0)
+    found, after = [status(index, job) for job in jobs], items_of(index)
+    assert [each["status"] for each in found] == ["done"] * 3 + ["failed"] * 2 + ["done"] * 6
+    assert [each.get("changed") for each in found[:3]] == [2, 1, 1]
+    assert found[0]["unknown"] == ["unknown"]
+    assert "'price' is int64 in the index, not string" in found[3]["reason"]
+    assert "colour: no item has this field" in found[4]["reason"]
+    assert after[first][2] == before[first][2] | {"price": 20, "stock": 1}
+    assert after[second][2] == before[second][2] | {"price": 3, "stock": 1, "sale": True}
+    assert (after["a"][0], after["a"][2]["price"], image_of(index, "a")) == ("last", 2, picture("cyan"))
+    assert after.keys() == before.keys() - {third} | {"a"}
+    assert {each.change.rpartition(" over")[0] for each in list_versions(index)[1:]} <= {
+        "1 item changed", "2 items changed", "1 image added, 1 item removed or replaced", "2 images added",
+        "1 image added", "1 item removed", "2 items removed",
+    }  # fmt: skip
+
+
+def test_repeated_put_publishes_nothing(index: Path) -> None:
+    jobs = [put(index, "a", "b", price=1)]
+    apply_waiting(index)
+    jobs += [put(index, "b", price=1), put(index, "unknown", data=[picture("pink")], price=1)]
+    apply_waiting(index)
+    assert [status(index, job)["index_version"] for job in jobs] == [2, 3, 3]
+    put(index, "a", "b", price=1)
+    apply_waiting(index)
+    assert current_version(index) == 3
+
+
+def test_bad_job_ends_alone(index: Path) -> None:
+    gone, *old = items_of(index)
+    jobs = [
+        put(index, "a", price=1),
+        put(index, "b", data=[b"no picture"]),
+        put(index, "c", price="cheap"),
+        delete(index, gone),
+        put(index, "a", "d", data=[b"no picture", picture("gold")]),
+        put(index, gone, data=[b"none"]),
+        delete(index, *old),
+    ]
+    apply_waiting(index)
+    found = [status(index, job) for job in jobs]
+    assert [each["status"] for each in found] == ["done", "failed", "failed", "done", "done", "failed", "done"]
+    assert "can be read" in found[1]["reason"]
+    assert "'price' is int64 in the index and string" in found[2]["reason"]
+    assert [each["id"] for each in found[4]["failed"]] == ["a"]
+    assert (items_of(index).keys(), image_of(index, "a")) == ({"a", "d"}, picture("pink"))
+    last = delete(index, "a", "d")
+    apply_waiting(index)
+    assert status(index, last)["reason"] == "no item would be left; delete the index or the collection instead"
+
+
+@pytest.mark.parametrize("error", [LockedError("another job is writing"), OSError(28, "No space left on device")])
+def test_jobs_wait_while_the_index_cannot_be_written(
+    index: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    job = put(index, "a")
+    monkeypatch.setattr(apply, "add", fail)
+    monkeypatch.setitem(apply.MAX_STARTS, "put", 3)
+    for _ in range(4):
+        with pytest.raises(DcarError, match=r"another job is writing|No space left on device"):
+            apply_waiting(index)
+    assert status(index, job)["status"] == "waiting"
+    monkeypatch.setattr(apply, "add", add)
+    assert apply_waiting(index) == 1
+    assert status(index, job)["status"] == "done"
+
+
+def test_full_disk_leaves_the_jobs_waiting(index: Path) -> None:
+    jobs = [put(index, "a", "b", "c", text="long " * 12_000), delete(index, "unknown")]
+    done = run("app.cli", "index", "apply", index, "--device", "cpu", file_size=200_000)
+    assert (done.returncode, current_version(index)) == (1, 1)
+    assert "cannot be written: " in done.stderr
+    assert [status(index, job)["status"] for job in jobs] == ["waiting"] * 2
+    apply_waiting(index)
+    assert [status(index, job)["index_version"] for job in jobs] == [2, 2]
+
+
+def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
+    put(index, "a")
+    with JobQueue(index).lock():
+        done = dcar("index", "apply", index, "--device", "cpu")
+        assert (done.returncode, current_version(index)) == (LockedError.exit_code, 1)
+        assert "another process applies" in done.stderr
+    with publish.open_staging(index), pytest.raises(LockedError):
+        apply_waiting(index)
+    assert dcar("index", "apply", index, "--device", "cpu").stdout.endswith("1 jobs applied\n")
+
+
+def test_service_leaves_images_and_begun_jobs_to_a_process(index: Path) -> None:
+    queue, first = JobQueue(index), next(iter(items_of(index)))
+    patch(index, first, price=1)
+    queue.begin(queue.next_batch())  # as before a kill
+    assert status(index, queue.newest(1)[0]["id"])["progress"] == {"done": 0, "total": 1}
+    assert (apply_waiting(index, images=False), queue.waiting()) == (0, 1)
+    assert apply_waiting(index) == 1
+    for change in (lambda: patch(index, first, price=2), lambda: delete(index, first), lambda: put(index, "a")):
+        change()
+    assert (apply_waiting(index, images=False), queue.waiting()) == (2, 1)
+    assert queue.has_put("a")
+    assert first not in items_of(index)
+
+
+@pytest.mark.parametrize("kind", ["put", "patch"])
+def test_job_that_ends_its_process_is_given_up(index: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The jobs beside it are applied."""
+    first, second, third, *_ = items_of(index)
+    if kind == "put":
+        jobs = [put(index, "a"), put(index, "deadly"), put(index, "c")]
+    else:
+        jobs = [patch(index, first, price=1), patch(index, second, text="deadly"), patch(index, third, price=1)]
+
+    def die_of_images(index: Path, gallery: Gallery, **options: Any) -> Any:
+        if "deadly" in gallery.table["id"].to_pylist():
+            raise SystemExit("killed")
+        return add(index, gallery, **options)
+
+    class Draft(apply.Draft):
+        def merge(self, rows: Any, fields: Any) -> int:
+            if "deadly" in fields.values():
+                raise SystemExit("killed")
+            return super().merge(rows, fields)
+
+    monkeypatch.setattr(apply, "add", die_of_images)
+    monkeypatch.setattr(apply, "Draft", Draft)
+    monkeypatch.setitem(apply.MAX_STARTS, "put", 5)
+    for killed in count():
+        try:
+            apply_waiting(index)
+        except SystemExit:
+            assert killed < 7
+        if not JobQueue(index).waiting():
+            break
+    assert [status(index, job)["status"] for job in jobs] == ["done", "failed", "done"]
+    assert f"ended {apply.MAX_STARTS[kind]} times" in status(index, jobs[1])["reason"]
+
+
+def test_images_that_no_version_shows_are_removed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = JobQueue(index)
+    put(index, "a", data=[picture("red")])
+    put(index, "b", data=[picture("blue")])
+    apply_waiting(index)
+    delete(index, "a")
+    done = put(index, "b", data=[picture("cyan")])
+    (queue.images / ("0" * 64)).write_bytes(b"of a job that was never accepted")
+    apply_waiting(index, keep=2)
+    put(index, "d", data=[picture("gold")])
+    with queue.lock():
+        queue.sweep(older_s=0)
+    assert stored_images(index) == {picture("blue"), picture("cyan"), picture("gold")}, "an earlier version shows blue"
+    delete(index, "b")
+    put(index, "e", data=[picture("red")])
+    assert apply_waiting(index, keep=1) == 3
+    queue.sweep(older_s=0)
+    assert stored_images(index) == {picture("gold"), picture("red")}
+    assert status(index, done)["status"] == "done"
+    verify_index(index)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda: 1e11)
+        delete(index, "unknown")
+        apply_waiting(index)
+    assert JobQueue(index).status(done) is None, "forgotten after a week"
+
+
+KILLED_AT = """
+import importlib, os, signal, sqlite3, sys
+from pathlib import Path
+from index_jobs.jobs.apply import apply_waiting
+from tests.support.jobs import delete, patch, put
+action, place, when, number, index = *sys.argv[1:4], int(sys.argv[4]), Path(sys.argv[5])
+left = number
+
+
+def count(call):
+    def counted(*given, **options):
+        global left
+        left -= 1
+        if left == 0 and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = call(*given, **options)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return counted
+
+
+if place == "COMMIT":
+    commit = count(lambda connection: sqlite3.Connection.execute(connection, "COMMIT"))
+
+    class Connection(sqlite3.Connection):
+        def execute(self, query, *values):
+            return commit(self) if query == "COMMIT" else super().execute(query, *values)
+
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *given, **options: connect(*given, **options, factory=Connection)
+else:
+    module, _, name = place.rpartition(".")
+    owner = importlib.import_module(module)
+    setattr(owner, name, count(getattr(owner, name)))
+if action == "apply":
+    apply_waiting(index, device="cpu", workers=0)
+else:
+    for number in range(3):
+        print(put(index, f"n{number}", color="gold"), flush=True)
+        print(patch(index, f"n{number}", price=number), flush=True)
+"""
+
+
+def killed(action: str, place: str, when: str, number: int, index: Path) -> str | None:
+    """Return the output of a process that was killed around a call; None if it has ended before that."""
+    command = Command("-c", KILLED_AT, action, place, when, number, index)
+    output, errors = command.communicate()
+    assert command.returncode in (0, -signal.SIGKILL), errors
+    return output if command.returncode else None
+
+
+@pytest.mark.parametrize(
+    ("place", "numbers"),
+    [("COMMIT", range(1, 99)), ("index_jobs.jobs.apply.add", [1]), ("index_jobs.jobs.apply.remove", [1])],
+)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_process_loses_no_job(index: Path, tmp_path: Path, place: str, numbers: Any) -> None:
+    """Before and after each commit, and each publication."""
+    first, second, third, *_ = items_of(index)
+    jobs = [
+        put(index, "a", "bad", data=[picture("pink"), b"no picture"]), put(index, "b"), patch(index, first, price=1),
+        patch(index, second, price=2), patch(index, first, caption="a guitar"), delete(index, third, "b"),
+    ]  # fmt: skip
+    undisturbed = Path(shutil.copytree(index, tmp_path / "undisturbed"))
+    apply_waiting(undisturbed, workers=0)
+    for number in numbers:
+        for when in ("before", "after"):
+            disturbed = Path(shutil.copytree(index, tmp_path / "disturbed"))
+            if killed("apply", place, when, number, disturbed) is None:
+                assert number > 6, "a beginning and an end of each batch"
+                return
+            verify_index(disturbed)
+            apply_waiting(disturbed, workers=0)
+            found = [status(disturbed, job) for job in jobs]
+            assert [each["status"] for each in found] == ["done"] * 6
+            assert [each["id"] for each in found[0]["failed"]] == ["bad"]
+            assert items_of(disturbed) == items_of(undisturbed)
+            assert version_numbers(disturbed) == version_numbers(undisturbed), "nothing is published twice"
+            assert image_of(disturbed, "a") == picture("pink")
+            shutil.rmtree(disturbed)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.slow
+def test_accepted_job_survives_a_kill(index: Path, when: str) -> None:
+    accepted = list[str]()
+    for number in range(1, 7):
+        output = killed("accept", "COMMIT", when, number, index)
+        assert output is not None
+        assert len(output.split()) == number - 1
+        accepted += output.split()
+    waiting = JobQueue(index).waiting()
+    assert waiting - len(accepted) == (0 if when == "before" else 6), "a killed caller may not know of the last one"
+    assert apply_waiting(index, workers=0) == waiting
+    assert {status(index, job)["status"] for job in accepted} == {"done"}
+    assert items_of(index)["n1"][2]["price"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_job_ends_although_its_process_is_killed_eight_times(index: Path) -> None:
+    """At random times, while jobs keep arriving."""
+    generator = np.random.default_rng(0)
+    jobs, expected, kills, longest = list[str](), {*items_of(index)}, 0, 2.0
+    while kills < 8:
+        names = {f"n{number}" for number in generator.integers(0, 12, 2).tolist()}
+        if generator.random() < 0.4:
+            jobs.append(delete(index, *names))
+            expected -= names
+        else:
+            jobs.append(put(index, *sorted(names), color=str(generator.choice(["pink", "cyan", "gold"]))))
+            expected |= names
+        started = time.monotonic()
+        command = Command("app.cli", "index", "apply", index, "--device", "cpu", "--workers", 0)
+        try:
+            _, errors = command.communicate(generator.uniform(0.02, longest))
+            assert command.returncode == 0, errors
+            longest = min(longest, time.monotonic() - started)  # kill later ones before their ends
+        except subprocess.TimeoutExpired:
+            kills += 1
+        verify_index(index)
+    apply_waiting(index)
+    assert {status(index, job)["status"] for job in jobs} == {"done"}
+    assert items_of(index).keys() == expected
+
+
+def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "created"
+    create_collection(folder, "lamps", tiny_checkpoint)
+    create_collection(folder, "lamps", tiny_checkpoint)
+    (index,) = list_collections(folder).values()
+    drop_collection(index)
+    (index / ".jobs.lock").parent.mkdir()  # as a drop that has waited for another one leaves it
+    create_collection(folder, "lamps", tiny_checkpoint)
+    early: list[Callable[..., str]] = [delete, patch]
+    jobs = [change(index, "a") for change in early]
+    apply_waiting(index)
+    assert {status(index, job)["status"] for job in jobs} == {"done"}
+    job = put(index, "a", "b")
+    for when in ("before", "after"):
+        assert killed("apply", "index_jobs.jobs.build.rebuild", when, 1, index) is not None
+    put(index, "c")
+    apply_waiting(index)
+    assert items_of(index).keys() == {"a", "b", "c"}
+    assert status(index, job)["status"] == "done"
+    listed = index / "items.jsonl"
+    listed.write_text(dcar("index", "items", index).stdout)
+    rebuild(listed, tiny_checkpoint, index, progress=False, force=True)
+    JobQueue(index).sweep(older_s=0)
+    assert (items_of(index).keys(), open_current(index).manifest.additions) == ({"a", "b", "c"}, [])
+    assert image_of(index, "a") == picture("pink")
+    verify_index(index)
+    drop_collection(index)
+    assert (list_collections(folder), [path.name for path in folder.iterdir()]) == ({}, [".lock"])
