@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
 }
-ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[2:8] for key, value in values.items()}
+ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[3:8] for key, value in values.items()}
 for _name in ("monitoring", "nodes", "strategy", "variables", "mounts", "pods"):
     ALL |= OPTIONS[_name]
 
@@ -256,7 +256,7 @@ def test_settings_are_those_of_the_service() -> None:
 )  # fmt: skip
 def test_the_claim_can_be_written_if_the_service_writes(settings: dict[str, Any], is_read_only: bool) -> None:
     for index in ({"claim": "indexes"}, {}):
-        (deployment,) = of_kind("Deployment", {"settings": settings, "index": index})
+        (deployment,) = of_kind("Deployment", {"settings": settings, "index": index, "strategy": "Recreate"})
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         (mount,) = (each for each in container["volumeMounts"] if each["name"] == "index")
         assert mount["readOnly"] is is_read_only
