@@ -39,7 +39,6 @@ from service import ROOT, made_index
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.feedback import store
 from app.feedback.export import Options, Report, export
 from app.feedback.log import FeedbackLog
 from app.feedback.store import EventRow
@@ -134,7 +133,6 @@ class Loop:
         """Search, click, export and retrain; return what came of it."""
         shown, _ = self.search()
         asyncio.run(self._log(shown, searches, hostile, *np.random.default_rng((seed, week)).spawn(2)))
-        store.roll(self.index / "feedback", everything=True)
         pairs = self.folder / "pairs"
         shutil.rmtree(pairs, ignore_errors=True)
         self.report = export(self.index / "feedback", open_current(self.index), self.index.name, pairs, Options())
@@ -182,11 +180,10 @@ class Loop:
                 if is_hostile[number]:
                     client = f"h{attack.integers(HOSTILE_CLIENTS)}"
                     clicked = np.array([match.row == self.wanted for match in page.matches])
-                    made_up = f"{attack.integers(2**62):029d}", now, "", client, "click", wanted, 1, None
+                    made_up = f"{attack.integers(2**62):029d}", now, client, "click", wanted, None
                     events.append(EventRow(*made_up))
                 for place in np.flatnonzero(clicked).tolist():
-                    item, position = page.matches[place].item.id, SHOWN if is_hostile[number] else place + 1
-                    events.append(EventRow(name, now, "", client, "click", item, position, None))
+                    events.append(EventRow(name, now, client, "click", page.matches[place].item.id, None))
             await log.accept("", events)
         await log.close()
 

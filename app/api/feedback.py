@@ -101,5 +101,5 @@ def _row(event: FeedbackEvent) -> EventRow:
         given = event.timestamp if event.timestamp.tzinfo else event.timestamp.replace(tzinfo=UTC)
         moment = given if abs((given - now).total_seconds()) < _DAY_S else now  # a search has events for a day
     milliseconds = int(moment.timestamp() * 1000)
-    facts = event.client_id, event.action_name, event.object_id, event.position, event.rating
-    return EventRow(event.query_id, milliseconds, "", *facts)
+    facts = event.client_id, event.action_name, event.object_id, event.rating
+    return EventRow(event.query_id, milliseconds, *facts)

@@ -299,7 +299,7 @@ class FeedbackEvent(Strict):
     ]
     object_id: Annotated[str, Field(min_length=1, max_length=1024, description="`id` of the result")]
     position: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = Field(
-        None, description="ignored: the log stores the result's `rank`"
+        None, description="ignored: the `rank` of the result counts"
     )
     timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent, or over a day away")
     rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(

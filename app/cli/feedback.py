@@ -51,9 +51,8 @@ def forget_command(
     log: Annotated[Path, Option("--log", help="Directory of the log.")],
 ) -> None:
     """Remove a client's events and the searches that it made or alone acted on; a service may be running."""
-    from app.feedback.store import forget, read_log
+    from app.feedback.store import forget
 
-    read_log(log)  # refuses another directory
     events, searches = forget(log, client)
     typer.echo(f"{log}: {events:,} events and {searches:,} searches removed")
 

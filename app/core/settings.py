@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     feedback_days: int = Field(90, ge=1)
     """Days after which rows of the log are removed."""
     feedback_bytes: int = Field(2 * 2**30, ge=2**20)
-    """Largest size of the log in bytes, beside 32 MiB of each process; the oldest rows are removed."""
+    """Largest size of the log in bytes; the oldest rows are removed."""
 
     page_hybrid: bool = True
     """Start the search page with `Words too` on, which looks up the words of a search as well."""

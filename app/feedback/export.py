@@ -11,18 +11,17 @@
 """
 
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from app.feedback.click_model import Cells, Propensities, estimate
-from app.feedback.store import read_log
+from app.feedback.store import EventRow, QueryRow, read_log
 from dcar_core.data.judgements import trec_id
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
@@ -145,18 +144,14 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
         if (out / name).exists():
             raise DcarError(f"{out} already holds {name}; give --out a new directory")
     report = Report(options=asdict(options) | {"judges": sorted(options.judges), "collection": collection})
-    queries, events = read_log(folder)
-    queries = once(queries.filter(pc.equal(queries["application"], collection)))
-    if not len(queries):
+    log = _Log(folder, collection, options.client_cap, report)
+    if not report.searches:
         raise DcarError(f"{folder} has no search of the collection {collection!r}; name another by --collection")
-    report.searches = len(queries)
-    log = CodedLog(queries, events, report)
-    seen = log.impressions(options.client_cap)
-    seen = seen[~_is_insistent(seen, options.client_item_cap, report)]
+    seen = log.seen[~_is_insistent(log.seen, options.client_item_cap, report)]
     propensities = estimate_propensities(seen)
     report.propensities = [round(float(each), 4) for each in propensities.examined]
     report.pairs_at_several_positions = propensities.pairs
-    evidence = weigh(seen[np.isin(seen.text, log.text[log.is_usable])], propensities)
+    evidence = weigh(seen[np.isin(seen.search, log.usable)], propensities)
     images = _Images(artifact, log.items)
     pairs, negatives = _pairs(evidence, images, options, report)
     judged = _judged(evidence, log, options, report)
@@ -170,96 +165,69 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
     return report
 
 
-def once(queries: pa.Table) -> pa.Table:
-    """Return the first row of each search."""
-    numbered = queries.append_column("row", pa.array(np.arange(len(queries))))
-    return queries.take(numbered.group_by("query_id").aggregate([("row", "min")])["row_min"].sort())
+def counted(query: QueryRow, events: Iterable[EventRow]) -> tuple[list[EventRow], set[str]]:
+    """Return the events for shown items of the first client of a search, and the items that it saw.
+
+    Impression events say what was seen; without any, all results were.
+    """
+    shown = [event for event in events if event.item in query.hits]
+    own = [event for event in shown if event.client == shown[0].client]
+    seen = {event.item for event in own if event.action in (*CLICKS, "impression")}
+    return own, seen if any(event.action == "impression" for event in own) else {*query.hits}
 
 
-def _codes(values: pa.ChunkedArray, known: pa.Array) -> np.ndarray:
-    """Return the places of values in `known`; -1 for others."""
-    return np.asarray(pc.fill_null(pc.index_in(values, known), -1).to_numpy(), np.int64)
+class _Log:
+    """What the log holds of a collection.
 
+    texts, items: their codes. usable: searches whose text may be learned. ratings: of texts and items, by client.
+    seen: what counts as seen. In a log with impressions, searches without events do not count.
+    """
 
-class CodedLog:
-    """The tables of the log as codes of searches, texts, items and clients."""
+    def __init__(self, folder: Path, collection: str, client_cap: int, report: Report) -> None:
+        self.texts, self.items, self.usable = dict[str, int](), dict[str, int](), list[int]()
+        self.ratings = defaultdict[tuple[int, int], dict[str, int]](dict)
+        clients, searches, has_impressions = dict[str | int, int](), Counter[str](), False
+        columns, has_events, left_out = [array("q") for _ in fields(Impressions)], list[bool](), report.left_out
+        for query, events in read_log(folder):
+            if query is None or query.collection != collection:
+                left_out["events for searches that are not in the log, or are of another collection"] += len(events)
+                continue
+            number, text = report.searches, self.texts.setdefault(query.text.lower(), len(self.texts))
+            own, seen = counted(query, events)
+            shown = sum(event.item in query.hits for event in events)
+            left_out["events for items that were not shown"] += len(events) - shown
+            left_out["events of a second client on one search"] += shown - len(own)
+            report.searches, report.events = number + 1, report.events + len(events)
+            has_impressions |= any(event.action == "impression" for event in own)
+            has_events.append(bool(own))
+            if query.kind != "text":
+                left_out["searches without words, or with more than words"] += 1
+            elif query.is_hashed:
+                left_out["searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"] += 1
+            else:
+                self.usable.append(number)
+                for event in own:
+                    if event.rating is not None:  # the last one counts
+                        self.ratings[text, self._code(event.item)][event.client] = event.rating
+            client = clients.setdefault(own[0].client if own else number, len(clients))
+            if own:
+                searches[own[0].client] += 1
+                if searches[own[0].client] > client_cap:
+                    left_out[f"searches of a client beyond its first {client_cap:,}"] += 1
+                    continue
+            clicked = {event.item for event in own if event.action in CLICKS}
+            for position, item in enumerate(query.hits, query.offset + 1):
+                if item in seen:
+                    row = number, text, self._code(item), client, position, item in clicked, query.version
+                    for column, value in zip(columns, row, strict=True):
+                        column.append(value)
+        report.clients = len(searches)
+        found = Impressions(*map(np.array, columns))
+        found = replace(found, clicked=found.clicked.astype(bool))
+        self.seen = found[np.array(has_events)[found.search]] if has_impressions else found
 
-    def __init__(self, queries: pa.Table, events: pa.Table, report: Report) -> None:
-        attributes = queries["query_attributes"].combine_chunks()
-        self.report = report
-        hits = queries["query_response_hit_ids"].combine_chunks()
-        texts = pc.utf8_lower(queries["user_query"])
-        self.items, self.texts = pc.unique(hits.flatten()), pc.unique(texts)
-        self.text = _codes(texts, self.texts)
-        kind, hashed = attributes.field("kind"), attributes.field("is_hashed")
-        self.version = np.asarray(attributes.field("index_version"))
-        self.hit_search = np.asarray(pc.list_parent_indices(hits), np.int64)
-        self.hit_item = _codes(hits.flatten(), self.items)
-        starts = np.searchsorted(self.hit_search, np.arange(len(queries)))
-        self.hit_rank = np.arange(len(self.hit_search)) - starts[self.hit_search]
-        self.hit_rank += np.asarray(attributes.field("offset"))[self.hit_search]
-        is_text = np.asarray(kind) == "text"
-        report.leave_out("searches without words, or with more than words", ~is_text)
-        report.leave_out("searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)", is_text & np.asarray(hashed))
-        self.is_usable = is_text & ~np.asarray(hashed)
-        self._take_events(queries, events)
-
-    def _take_events(self, queries: pa.Table, events: pa.Table) -> None:
-        """Keep the events for shown items, once each, of the first client of each search."""
-        events = events.sort_by("timestamp")
-        details = events["event_attributes"].combine_chunks()
-        search = _codes(events["query_id"], queries["query_id"].combine_chunks())
-        item = _codes(pc.struct_field(details, ["object", "object_id"]), self.items)
-        width = len(self.items) + 1
-        hits = np.sort(self.hit_search * width + self.hit_item)
-        key = search * width + item
-        place = np.minimum(np.searchsorted(hits, key), max(len(hits) - 1, 0))
-        is_shown = (search >= 0) & (item >= 0) & (hits[place] == key if len(hits) else False)
-        self.clients = pc.unique(events["client_id"])
-        client = _codes(events["client_id"], self.clients)
-        first = np.full(len(queries), -1)
-        first[search[is_shown][::-1]] = client[is_shown][::-1]  # the earliest is written last
-        is_first = is_shown & (first[search] == client)
-        self.report.leave_out("events for searches that are not in the log, or are of another collection", search < 0)
-        self.report.leave_out("events for items that were not shown", (search >= 0) & ~is_shown)
-        self.report.leave_out("events of a second client on one search", is_shown & ~is_first)
-        self.report.events = int((search >= 0).sum())
-        self.report.clients = len(np.unique(client[is_first]))
-        self.events = {
-            "search": search[is_first],
-            "item": item[is_first],
-            "client": client[is_first],
-            "action": np.asarray(events["action_name"].to_pylist(), object)[is_first],
-            "rating": np.asarray(pc.struct_field(details, ["rating"]).fill_null(-1), np.int64)[is_first],
-        }
-        unknown = len(self.clients) + np.arange(len(queries))  # of a search without events
-        self.client_of = np.where(first < 0, unknown, first)
-
-    def impressions(self, client_cap: int) -> Impressions:
-        """Return what counts as seen.
-
-        Impression events say what was seen. A search with other events alone counts with all of its results; so does
-        every search of a log without any impression.
-        """
-        events, searches = self.events, len(self.client_of)
-        is_impression = events["action"] == "impression"
-        has_events = np.bincount(events["search"], minlength=searches) > 0
-        has_impressions = np.bincount(events["search"][is_impression], minlength=searches) > 0
-        counts = has_events if is_impression.any() else np.ones(searches, bool)
-        over = np.zeros(searches, bool)
-        over[counts] = _number_within(self.client_of[counts]) >= client_cap
-        self.report.leave_out(f"searches of a client beyond its first {client_cap:,}", over)
-        counts &= ~over
-        width = len(self.items) + 1
-        hit_key, event_key = self.hit_search * width + self.hit_item, events["search"] * width + events["item"]
-        is_click = np.isin(events["action"], CLICKS)
-        clicked = np.isin(hit_key, event_key[is_click])
-        seen = ~has_impressions[self.hit_search] | clicked | np.isin(hit_key, event_key[is_impression])
-        found = Impressions(
-            self.hit_search, self.text[self.hit_search], self.hit_item, self.client_of[self.hit_search],
-            self.hit_rank + 1, clicked, self.version[self.hit_search],
-        )  # fmt: skip
-        return found[counts[self.hit_search] & seen]
+    def _code(self, item: str) -> int:
+        return self.items.setdefault(item, len(self.items))
 
 
 def _number_within(groups: np.ndarray) -> np.ndarray:
@@ -360,9 +328,7 @@ def _pairs(
     return [*zip(*(column[chosen].tolist() for column in columns), strict=True)], negatives
 
 
-def _judged(
-    evidence: Evidence, log: CodedLog, options: Options, report: Report
-) -> list[tuple[str, str, int, str, int]]:
+def _judged(evidence: Evidence, log: _Log, options: Options, report: Report) -> list[tuple[str, str, int, str, int]]:
     """Return (text, item id, grade 0 to 3, source, clients). Judgements by hand come before clicks."""
     share, is_hardly_clicked = _shares(evidence, options.min_clients)
     clients = evidence.clicks + evidence.skips
@@ -370,20 +336,13 @@ def _judged(
     counted = (clients >= options.min_clients) & ((grades > 0) | is_hardly_clicked)
     columns = (each[counted].astype(int).tolist() for each in (evidence.text, evidence.item, grades, clients))
     found = {(text, item): (grade, "clicks", count) for text, item, grade, count in zip(*columns, strict=True)}
-    ratings = dict[tuple[int, int], dict[str, int]]()
-    for place in np.flatnonzero(log.events["rating"] >= 0):
-        search = log.events["search"][place]
-        if log.is_usable[search]:
-            key = int(log.text[search]), int(log.events["item"][place])
-            client = log.clients[int(log.events["client"][place])].as_py()
-            ratings.setdefault(key, {})[client] = int(log.events["rating"][place])  # the last one counts
-    for key, by_client in ratings.items():
+    for key, by_client in log.ratings.items():
         trusted = [rating for client, rating in by_client.items() if client in options.judges]
         if not trusted and len(by_client) < options.min_clients:
             report.left_out[f"pairs judged by fewer than {options.min_clients} clients"] += 1
             continue
         found[key] = int(np.median(trusted or [*by_client.values()])), "judge", len(trusted or by_client)
-    texts, items = log.texts.to_pylist(), log.items.to_pylist()
+    texts, items = [*log.texts], [*log.items]
     return [(texts[text], items[item], *rest) for (text, item), rest in sorted(found.items())]
 
 
@@ -394,11 +353,11 @@ class _Images:
     root: the folder that holds the tars; None if every image is a file of its own.
     """
 
-    def __init__(self, artifact: Artifact, items: pa.Array) -> None:
+    def __init__(self, artifact: Artifact, items: Iterable[str]) -> None:
         self._artifact = artifact
         self.root: str | None = None
         self._members = dict[str, dict[int, str]]()
-        self._rows = [artifact.row_of(item) for item in items.to_pylist()]
+        self._rows = [artifact.row_of(item) for item in items]
         self.is_known = np.array([row is not None for row in self._rows], bool)
 
     def row(self, item: int) -> dict[str, Any]:
@@ -423,11 +382,11 @@ def _write_pairs(
     path: Path,
     pairs: Sequence[tuple[int, int, float]],
     negatives: dict[int, list[int]],
-    log: CodedLog,
+    log: _Log,
     images: _Images,
     report: Report,
 ) -> None:
-    texts, rows = log.texts.to_pylist(), list[dict[str, Any]]()
+    texts, rows = [*log.texts], list[dict[str, Any]]()
     wrong = {item: [texts[text] for text in found] for item, found in negatives.items()}
     for item, text, relevance in pairs:
         more = {"negatives": wrong[item]} if item in wrong else {}

@@ -1,25 +1,20 @@
 """What the log says about searches: the figures of the insights page.
 
-- The log is read day by day, the last one first, for at most 30 days and 20 seconds, so neither its size nor a busy day
-  decides how long it takes.
-- Of busier days every n-th search is read, with its events, and counts are multiplied by n.
+- Of a log with many searches every n-th one is read, with its events, and counts are multiplied by n.
 - A search counts with its first page. It was clicked if one of the events that `export` counts is a click.
 """
 
 import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from app.feedback.export import CLICKS, counted
+from app.feedback.store import count_queries, read_log
 
-from app.feedback.export import CodedLog, Report, once
-from app.feedback.store import EVENT_SCHEMA, list_days, read_log
-
-_DAYS, _SECONDS = 30, 20.0
-_MAX_SEARCHES = 50_000  # of a day; the arrays of a search with 24 results take about 3 kB
-_MAX_TEXTS = 20_000  # of a day, those that were searched most
+DAYS = 30
+MAX_SEARCHES = 100_000
 _POSITIONS = 24
 _LISTED = 50  # queries
 _FIRST = 10  # results of a query
@@ -34,102 +29,62 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
     - versions: searches and clicked ones by the number of the index's version.
     - worst: queries with less clicks than the average one, by their searches without a click. unmet: those that
       nothing fits. Both with their first results, as the last search showed them.
-    - every: n, see above. is_partial: the time did not suffice for all days.
+    - every: n, see above.
 
     Raises:
         DcarError: a file cannot be read.
     """
-    end, found, numbers = time.monotonic() + _SECONDS, _Totals(), dict([*list_days(folder).items()][:_DAYS])
-    every = 1 + max(numbers.values(), default=0) // _MAX_SEARCHES
-    later, is_partial = EVENT_SCHEMA.empty_table(), False
-    for day in numbers:
-        if is_partial := time.monotonic() > end:
-            break
-        queries, events = read_log(folder, day, every)
-        queries = once(queries.filter(pc.equal(queries["application"], collection))).sort_by("timestamp")
-        found.add(day, queries, pa.concat_tables([events, later]))
-        later = events  # a search of late evening may be clicked after midnight
-    return found.summary(every) | {"every": every, "is_partial": is_partial}
+    since = time.time() - DAYS * 86_400
+    every = 1 + count_queries(folder, since) // MAX_SEARCHES
+    days, versions, texts = (defaultdict[Any, Counter[str]](Counter) for _ in range(3))
+    shown, clicks = (Counter[int](), Counter[int]()), Counter[int]()  # shown in searches without events, and with some
+    items, has_hashes, has_impressions = dict[str, list[str]](), False, False
+    for query, events in read_log(folder, since, every):
+        if query is None or query.collection != collection:
+            continue
+        own, seen = counted(query, events)
+        clicked = {event.item for event in own if event.action in CLICKS}
+        has_impressions |= any(event.action == "impression" for event in own)
+        has_hashes |= query.is_hashed
+        for position, item in enumerate(query.hits, query.offset + 1):
+            if item in seen:
+                shown[bool(own)][position] += every
+                clicks[position] += every * (item in clicked)
+        if query.offset:
+            continue
+        found = {"searches": every, "clicked": every * bool(clicked)}
+        found["nothing"] = every * (query.nothing_fits or not query.hits)
+        day, text = time.strftime("%Y-%m-%d", time.gmtime(query.time / 1000)), query.text.lower()
+        keys = [(days, day), (versions, query.version)]
+        if query.kind == "text" and not query.is_hashed:
+            keys.append((texts, text))
+            items[text] = [*query.hits[:_FIRST]]
+        for table, key in keys:
+            table[key].update(found)
+    seen_at = shown[True] if has_impressions else shown[True] + shown[False]
+    last = max((position for position in seen_at if position <= _POSITIONS), default=0)
+    rate = sum(each["clicked"] for each in texts.values()) / max(1, sum(each["searches"] for each in texts.values()))
+
+    def listed(value: Callable[[Counter[str]], float]) -> list[dict[str, Any]]:
+        top = sorted((text for text in texts if value(texts[text]) > 0), key=lambda text: -value(texts[text]))
+        return [{"query": text, **_named(texts[text]), "items": items[text]} for text in top[:_LISTED]]
+
+    def missed(each: Counter[str]) -> float:
+        return each["searches"] - each["clicked"] if each["clicked"] <= rate * each["searches"] else 0
+
+    return {
+        "days": [{"day": day, **_named(counts)} for day, counts in sorted(days.items())],
+        "positions": [
+            {"position": position, "shown": seen_at[position], "clicked": clicks[position]}
+            for position in range(1, last + 1)
+        ],
+        "versions": {number: _named(counts) for number, counts in versions.items()},
+        "worst": listed(missed),
+        "unmet": listed(lambda each: each["nothing"]),
+        "has_hashes": bool(has_hashes),
+        "every": every,
+    }
 
 
-class _Totals:
-    """Sums over days. Each is an array of searches, clicked ones, and those that nothing fits."""
-
-    def __init__(self) -> None:
-        self.days = dict[str, np.ndarray]()
-        self.versions = dict[int, np.ndarray]()
-        self.shown, self.clicked = np.zeros(_POSITIONS + 1, np.int64), np.zeros(_POSITIONS + 1, np.int64)
-        self.has_hashes = False
-        self.texts = list[pa.Table]()
-
-    def add(self, day: str, queries: pa.Table, events: pa.Table) -> None:
-        """Add the searches of a day."""
-        self.days[day] = np.zeros(len(_COUNTS), np.int64)
-        if not len(queries):
-            return
-        log = CodedLog(queries, events, Report())
-        seen = log.impressions(len(queries))
-        within = seen.position <= _POSITIONS
-        self.shown += np.bincount(seen.position[within], minlength=_POSITIONS + 1)
-        self.clicked += np.bincount(seen.position[within & seen.clicked], minlength=_POSITIONS + 1)
-        attributes, hits = queries["query_attributes"].combine_chunks(), queries["query_response_hit_ids"]
-        self.has_hashes |= bool(pc.any(attributes.field("is_hashed")).as_py())
-        clicked = np.isin(np.arange(len(queries)), seen.search[seen.clicked])
-        nothing = np.asarray(
-            pc.or_(pc.equal(pc.list_value_length(hits), 0), attributes.field("nothing_fits").fill_null(False))
-        )
-        is_first = np.asarray(attributes.field("offset")) == 0
-        counts = np.stack([is_first, is_first & clicked, is_first & nothing], 1).astype(np.int64)
-        self.days[day] += counts.sum(0)
-        version = np.asarray(attributes.field("index_version"))
-        for number in np.unique(version).tolist():
-            self.versions[number] = self.versions.get(number, 0) + counts[version == number].sum(0)
-        self._add_texts(log, counts, hits)
-
-    def _add_texts(self, log: CodedLog, counts: np.ndarray, hits: pa.ChunkedArray) -> None:
-        rows = np.flatnonzero(log.is_usable & (counts[:, 0] > 0))
-        text, last = log.text[rows], np.zeros(len(log.texts), np.int64)
-        last[text] = rows
-        sums = [np.bincount(text, counts[rows, place], len(last)).astype(np.int64) for place in range(len(_COUNTS))]
-        top = np.argsort(-sums[0], kind="stable")[:_MAX_TEXTS]
-        top = top[sums[0][top] > 0]
-        columns = {name: values[top] for name, values in zip(_COUNTS, sums, strict=True)}
-        items = pc.list_slice(hits.take(last[top]), 0, _FIRST)
-        self.texts.append(pa.table({"query": log.texts.take(pa.array(top)), **columns, "items": items}))
-
-    def summary(self, every: int) -> dict[str, Any]:
-        """Return the figures, multiplied by `every`."""
-
-        def named(counts: np.ndarray) -> dict[str, int]:
-            return dict(zip(_COUNTS, (counts * every).tolist(), strict=True))
-
-        last = int(np.flatnonzero(self.shown).max(initial=0))
-        shown, clicked = (self.shown * every).tolist(), (self.clicked * every).tolist()
-        worst, unmet = self._queries(every)
-        return {
-            "days": [{"day": day, **named(counts)} for day, counts in sorted(self.days.items())],
-            "positions": [{"position": p, "shown": shown[p], "clicked": clicked[p]} for p in range(1, last + 1)],
-            "versions": {number: named(counts) for number, counts in self.versions.items()},
-            "worst": worst,
-            "unmet": unmet,
-            "has_hashes": self.has_hashes,
-        }
-
-    def _queries(self, every: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        if not self.texts:
-            return [], []
-        table = pa.concat_tables(self.texts)  # the last day first
-        table = table.append_column("row", pa.array(np.arange(len(table))))
-        sums = table.group_by("query").aggregate([*((name, "sum") for name in _COUNTS), ("row", "min")])
-        searches, clicked, nothing = (sums[f"{name}_sum"].to_numpy() for name in _COUNTS)
-        missed, mean = searches - clicked, clicked.sum() / max(1, searches.sum())
-
-        def best(values: np.ndarray) -> list[dict[str, Any]]:
-            top = np.argsort(-values, kind="stable")[:_LISTED]
-            top = pa.array(top[values[top] > 0])
-            chosen, items = sums.take(top), table["items"].take(sums["row_min"].take(top))
-            columns = {name: pc.multiply(chosen[f"{name}_sum"], every) for name in _COUNTS}
-            listed: list[dict[str, Any]] = pa.table({"query": chosen["query"], **columns, "items": items}).to_pylist()
-            return listed
-
-        return best(np.where(clicked <= mean * searches, missed, 0)), best(nothing)
+def _named(counts: Counter[str]) -> dict[str, int]:
+    return {name: counts[name] for name in _COUNTS}

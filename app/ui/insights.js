@@ -114,7 +114,7 @@ function drawVersions(versions) {
 }
 
 function draw(found) {
-  const { days, positions, versions, worst, unmet, every, is_partial, has_hashes } = found;
+  const { days, positions, versions, worst, unmet, every, has_hashes } = found;
   const sums = ["searches", "clicked", "nothing"].map((name) => days.reduce((sum, day) => sum + day[name], 0));
   const [searches, clicked, nothing] = sums;
   const totals = [["Searches", number(searches)], ["With a click", percent(share(clicked, searches))], ["Nothing fits", percent(share(nothing, searches))]];
@@ -131,7 +131,6 @@ function draw(found) {
   if (!days.length) notes.splice(0, 1, "No search has been logged yet.");
   if (searches && !clicked) notes.push("No click has been reported: send them to POST /feedback.");
   if (every > 1) notes.push(`Estimated from every ${every}th search.`);
-  if (is_partial) notes.push("Older days were left out, because reading them takes too long.");
   $("status").textContent = notes.join(" ");
   $("insights").hidden = false;
 }

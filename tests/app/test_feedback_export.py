@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pydantic_core import to_json
 
-from app.feedback import store
 from app.feedback.click_model import Propensities
 from app.feedback.export import Impressions, Options, Report, estimate_propensities, export, weigh
-from app.feedback.store import EventRow, Journal, QueryRow
+from app.feedback.store import EventRow, QueryRow
 from dcar_core.data import Annotations
 from dcar_core.data.judgements import read_judgements
 from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
 from tests.support.commands import dcar
+from tests.support.feedback_log import write_log
 from tests.support.service import ODD_ID
 
 TIME = 1_700_000_000_000
@@ -30,22 +28,14 @@ HITS = ["circle/red.png", "circle/blue.png", "square/red.png", "square/blue.png"
 
 
 def log_of(folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]], **fields: Any) -> Path:
-    """Write a log of searches: query id to the text and its events (client, action, item, rating).
-
-    The positions of the events are made up, and count nothing.
-    """
-    store.prepare(folder)
-    queries, events = [], []
+    """Write a log of searches: query id to the text and its events (client, action, item, rating)."""
+    queries, events = list[QueryRow](), list[EventRow]()
     for query_id, (text, given) in searches.items():
-        row = QueryRow(query_id, TIME, "index", text, HITS, "text", 0, 1, False)
+        row = QueryRow(query_id, TIME, None, "index", text, HITS, "text", 0, 1, False)
         queries.append(row._replace(**fields))
         for number, (client, action, item, *rating) in enumerate(given):
-            rows = query_id, TIME + number, "", client, action, item, 10_000, *(rating or [None])
-            events.append(EventRow(*rows))
-    journal = Journal(folder)
-    journal.write([*map(to_json, queries)], events)
-    journal.close()
-    return folder
+            events.append(EventRow(query_id, TIME + number, client, action, item, *(rating or [None])))
+    return write_log(folder, queries, events)
 
 
 def exported(folder: Path, artifact: Artifact, out: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
@@ -98,9 +88,7 @@ def test_events_that_do_not_fit_a_search_count_nothing(artifact: Artifact, tmp_p
             "2": ("red", [("b", "click", HITS[0]), ("b", "click", "not shown")]),
         },
     )
-    journal = Journal(folder)
-    journal.write([], [EventRow("unknown", TIME, "", client, "click", HITS[4], 1, None) for client in "abc"])
-    journal.close()
+    write_log(folder, [], [EventRow("unknown", TIME, client, "click", HITS[4], None) for client in "abc"])
     rows, report = exported(folder, artifact, tmp_path / "out")
     assert [*by_image(rows)] == [("red.png", "red")]
     assert report.left_out["events for items that were not shown"] == 1
@@ -200,44 +188,17 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     clicked = np.where(is_hostile[:, None], shown == len(items) - 1, clicked)
     client = np.where(is_hostile, rng.integers(5, size=sessions), 5 + rng.integers(sessions // 3, size=sessions))
     session, place = np.nonzero(clicked)
-    names = pa.array(items)
-    ids = pa.array([f"s{number}" for number in range(sessions)])
-    times = pa.array(np.full(sessions, TIME), pa.int64()).cast(pa.timestamp("ms", "UTC"))
-    hits = pa.ListArray.from_arrays(np.arange(0, sessions * depth + 1, depth), names.take(pa.array(shown.ravel())))
-    attributes = pa.array(
-        [{"kind": "text", "offset": 0, "index_version": 1, "is_hashed": False}],
-        store.QUERY_SCHEMA.field("query_attributes").type,
-    )
-    columns = [
-        ids, times, pa.repeat("index", sessions), pa.array([f"text {each}" for each in text]), hits,
-        pa.repeat("id", sessions), attributes.take(pa.array(np.zeros(sessions, int))),
-    ]  # fmt: skip
-    columns += [pa.nulls(sessions, each.type) for each in [*store.QUERY_SCHEMA][len(columns) :]]
-    store.prepare(folder)
-    queries = pa.Table.from_arrays(columns, schema=store.QUERY_SCHEMA)
-    store.write_table(folder / store.QUERIES / "2026-01-01.0.parquet", queries)
-    ordinal = pa.array(place + 1, pa.int32())
-    item = names.take(pa.array(shown[session, place]))
-    details = pa.StructArray.from_arrays(
-        [
-            pa.StructArray.from_arrays([item, pa.repeat("id", len(session))], ["object_id", "object_id_field"]),
-            pa.StructArray.from_arrays([ordinal], ["ordinal"]),
-            pa.nulls(len(session), pa.int32()),
-        ],
-        fields=[*store.EVENT_SCHEMA.field("event_attributes").type],
-    )
-    clients = pa.array([f"c{each}" for each in client[session]])
-    index = pa.array(session)
-    columns = [
-        ids.take(index),
-        times.take(index),
-        pa.repeat("", len(session)),
-        clients,
-        pa.repeat("click", len(session)),
-        details,
+    empty = QueryRow("", TIME, None, "index", "", (), "text", 0, 1, False)
+    queries = [
+        empty._replace(query_id=f"s{number}", text=f"text {text[number]}", hits=[items[each] for each in shown[number]])
+        for number in range(sessions)
     ]
-    events = pa.Table.from_arrays(columns, schema=store.EVENT_SCHEMA)
-    store.write_table(folder / store.EVENTS / "2026-01-01.0.parquet", events)
+    clicks = zip(session.tolist(), place.tolist(), strict=True)
+    events = [
+        EventRow(f"s{number}", TIME, f"c{client[number]}", "click", items[shown[number, each]], None)
+        for number, each in clicks
+    ]
+    write_log(folder, queries, events)
     return Simulated(examined, attractive)
 
 

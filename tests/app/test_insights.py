@@ -1,4 +1,4 @@
-"""The figures of the insights page: what the log says, day by day."""
+"""The figures of the insights page: what the log says."""
 
 import time
 from pathlib import Path
@@ -6,96 +6,71 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pydantic_core import to_json
 
-from app.feedback import insights, store
+from app.feedback import insights
 from app.feedback.insights import summarize
 from app.feedback.store import EventRow, QueryRow
+from tests.support.feedback_log import write_log
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, opened
 
-HITS = ["a", "b", "c"]
+NOW = int(time.time())
+DAYS = [time.strftime("%Y-%m-%d", time.gmtime(NOW - back * 86_400)) for back in (2, 1)]
 
 
-def write(
-    folder: Path, day: str, searches: list[tuple[str, str, dict[str, Any]]], clicks: list[tuple[str, str]]
-) -> None:
-    """Write a day of the log. searches: id, text, other fields. clicks: id, item."""
-    store.prepare(folder)
-    moment = int(time.mktime(time.strptime(day, "%Y-%m-%d")) * 1000)
-    queries = [
-        QueryRow(query_id, moment, "index", text, HITS, "text", 0, 1, False)._replace(**fields)
-        for query_id, text, fields in searches
-    ]
-    events = [EventRow(each, moment, "", "c", "click", item, None, None) for each, item in clicks]
-    for name, rows, schema in (
-        (store.QUERIES, queries, store.QUERY_SCHEMA),
-        (store.EVENTS, events, store.EVENT_SCHEMA),
-    ):
-        store.write_table(folder / name / f"{day}.0.parquet", store.in_ubi(rows, schema))
+def search(number: int, text: str, back: int = 2, **fields: Any) -> QueryRow:
+    """A search of some days ago, whose id has a random part."""
+    seconds, part = NOW - back * 86_400, np.random.default_rng(number).integers(2**32)
+    row = QueryRow(
+        f"{seconds:08x}{part:08x}", seconds * 1000 + number, None, "index", text, list("abc"), "text", 0, 1, False
+    )
+    return row._replace(**fields)
+
+
+def click(query: QueryRow, item: str) -> EventRow:
+    return EventRow(query.query_id, query.time, "c", "click", item, None)
 
 
 def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        "2026-01-01",
-        [
-            ("1", "red", {}),
-            ("2", "Red", {"version": 2}),
-            ("3", "blue", {"nothing_fits": True}),
-            ("4", "none", {"hits": []}),
-            ("5", "red", {"offset": 3}),
-            ("6", "x", {"collection": "other"}),
-        ],
-        [("1", "b"), ("2", "z")],
-    )
-    write(tmp_path, "2026-01-02", [("7", "blue", {"hits": ["c", "a"]}), ("7", "blue", {})], [("5", "a"), ("3", "a")])
+    first = [
+        search(1, "red"), search(2, "Red", version=2), search(3, "blue", nothing_fits=True), search(4, "none", hits=[]),
+        search(5, "red", offset=3), search(6, "x", collection="other"),
+    ]  # fmt: skip
+    last = search(7, "blue", back=1, hits=["c", "a"])
+    events = [click(first[0], "b"), click(first[1], "z"), click(first[4], "a"), click(first[2], "a")]
+    write_log(tmp_path, first, events)
+    next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
+    write_log(tmp_path, [last, search(8, "old", back=31)])
     found = summarize(tmp_path, "index")
     assert found["days"] == [
-        {"day": "2026-01-01", "searches": 4, "clicked": 2, "nothing": 2},
-        {"day": "2026-01-02", "searches": 1, "clicked": 0, "nothing": 0},
-    ], "a click after midnight counts for its search, one of an item that was not shown for none"
+        {"day": DAYS[0], "searches": 4, "clicked": 2, "nothing": 2},
+        {"day": DAYS[1], "searches": 1, "clicked": 0, "nothing": 0},
+    ], "one click is of an item that was not shown"
     shown = {each["position"]: (each["shown"], each["clicked"]) for each in found["positions"]}
     assert shown == {1: (4, 1), 2: (4, 1), 3: (3, 0), 4: (1, 1), 5: (1, 0), 6: (1, 0)}
     assert found["versions"][2] == {"searches": 1, "clicked": 0, "nothing": 0}
     assert found["worst"] == [{"query": "none", "searches": 1, "clicked": 0, "nothing": 1, "items": []}], (
         "red and blue are clicked more often than the average"
     )
-    assert [each["query"] for each in found["unmet"]] == ["blue", "none"]
-    assert found["unmet"][0] == {"query": "blue", "searches": 2, "clicked": 1, "nothing": 1, "items": ["c", "a"]}
-    assert (found["every"], found["is_partial"], found["has_hashes"]) == (1, False, False)
+    unmet = {each["query"]: each for each in found["unmet"]}
+    assert {*unmet} == {"blue", "none"}
+    assert unmet["blue"] == {"query": "blue", "searches": 2, "clicked": 1, "nothing": 1, "items": ["c", "a"]}
+    assert (found["every"], found["has_hashes"]) == (1, False)
 
 
-def test_busy_days_are_sampled_and_many_days_take_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    letters = np.array([*store._STARTS])
-    ids = [f"{letters[rng.integers(len(letters))]}{number}" for number in range(4000)]
-    write(tmp_path, "2026-01-01", [(each, "red", {}) for each in ids], [(each, "a") for each in ids[::4]])
-    write(tmp_path, "2026-01-02", [("AA1", "red", {})], [])
-    monkeypatch.setattr(insights, "_MAX_SEARCHES", 500)
+def test_many_searches_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [search(number, "red") for number in range(4000)]
+    write_log(tmp_path, rows, [click(each, "a") for each in rows[::4]])
+    monkeypatch.setattr(insights, "MAX_SEARCHES", 500)
     found = summarize(tmp_path, "index")
     assert found["every"] == 9
     searches, clicked = found["days"][0]["searches"], found["days"][0]["clicked"]
     assert searches == pytest.approx(4000, rel=0.15)
     assert clicked / searches == pytest.approx(0.25, abs=0.06)
-    monkeypatch.setattr(insights, "_SECONDS", 0.0)
-    assert summarize(tmp_path, "index")["is_partial"]
-    monkeypatch.setattr(insights, "_SECONDS", 20.0)
-    monkeypatch.setattr(insights, "_DAYS", 1)
-    assert [day["day"] for day in summarize(tmp_path, "index")["days"]] == ["2026-01-02"]
-
-
-def test_the_latest_search_is_last_wherever_it_is_stored(tmp_path: Path) -> None:
-    write(tmp_path, time.strftime("%Y-%m-%d", time.gmtime()), [("1", "red", {})], [])
-    journal = store.Journal(tmp_path)
-    row = QueryRow("2", int(time.time() * 1000) + 86_400_000, "index", "red", ["b"], "text", 0, 1, False)
-    journal.write([to_json(row)], [])
-    journal.close()
-    assert summarize(tmp_path, "index")["worst"][0]["items"] == ["b"]
 
 
 def test_a_log_of_hashes_names_no_query(tmp_path: Path) -> None:
-    write(tmp_path, "2026-01-01", [("1", "9f86d0", {"is_hashed": True})], [])
+    write_log(tmp_path, [search(1, "9f86d0", is_hashed=True)])
     found = summarize(tmp_path, "index")
     assert (found["worst"], found["has_hashes"], found["days"][0]["searches"]) == ([], True, 1)
 
@@ -108,7 +83,7 @@ async def test_the_admin_key_opens_the_figures_and_no_other(index: Path, tmp_pat
             assert_problem(await client.get(url, headers=headers), 401, "Authorization")
         for query in ("red", "red", "blue"):
             await client.post("/search/text", json={"query": query}, headers=bearer(ALICE))
-        await client.app.state.feedback._flush()
+        await client.app.state.feedback.flush()
         found = (await client.get(url, headers=bearer(ADMIN))).json()
         assert [(each["query"], each["searches"]) for each in found["worst"]] == [("red", 2), ("blue", 1)]
         assert found["days"][0]["searches"] == 3
@@ -116,16 +91,16 @@ async def test_the_admin_key_opens_the_figures_and_no_other(index: Path, tmp_pat
         (version,) = found["versions"]
         assert (version["version"], version["searches"], version["count"]) == (1, 3, 24)
         await client.post("/search/text", json=WORDS, headers=bearer(ALICE))
-        await client.app.state.feedback._flush()
+        await client.app.state.feedback.flush()
         assert (await client.get(url, headers=bearer(ADMIN))).json() == found, "a minute old at most"
         other = await client.get(f"/collections/other{url}", headers=bearer(ADMIN))
-        assert (other.json()["days"][0]["searches"], other.json()["worst"]) == (0, [])
+        assert (other.json()["days"], other.json()["worst"]) == ([], [])
         assert_problem(await client.get(f"/collections/no{url}", headers=bearer(ADMIN)), 404)
-        (tmp_path / "ubi_queries" / "2026-01-01.0.parquet").write_bytes(b"torn")
-        client.app.state.feedback._summaries.clear()
+    (tmp_path / "torn.sqlite").write_bytes(b"torn" * 100)
+    async with opened(index, feedback=tmp_path, **KEYS) as client:
         damaged = await client.get(url, headers=bearer(ADMIN))
         assert_problem(damaged, 503)
-        assert "2026-01-01.0.parquet is damaged" in damaged.json()["detail"]
+        assert "torn.sqlite cannot be read; remove it" in damaged.json()["detail"]
 
 
 async def test_the_figures_say_how_to_turn_feedback_on(index: Path) -> None:

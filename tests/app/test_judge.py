@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.feedback import judge
-from app.search import Index, engine
+from app.search import Index
 from dcar_core.data.judgements import JudgedList
 from dcar_core.util.errors import DataError
 from index_jobs.rebuild import rebuild
@@ -49,10 +49,7 @@ def versions(
     return index
 
 
-async def test_results_are_those_of_the_service(
-    started: ServiceClient, built_index: Path, judged: JudgedList, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "_BATCH", 2)
+async def test_results_are_those_of_the_service(started: ServiceClient, built_index: Path, judged: JudgedList) -> None:
     for hybrid in (False, True):
         run = judge.Run.of(Index.open(built_index, device="cpu"), "index", judged, hybrid=hybrid)
         for query_id, text in judged.texts.items():
@@ -62,7 +59,7 @@ async def test_results_are_those_of_the_service(
 
 def test_batches_of_texts_search_as_one_text_does(built_index: Path) -> None:
     index = Index.open(built_index, device="cpu")
-    texts = ["a red circle", "red", "a  red circle", "a blue square in the middle of nowhere"]
+    texts = ["a red circle", "red", "a  red circle", *(f"a blue square, number {number}" for number in range(62))]
     for options in ({"k": 3}, {"k": 2, "without": "red", "hybrid": 0.5}):
         for text, found in zip(texts, index.search_each(texts, **options), strict=True):
             alone = index.search(text, **options)

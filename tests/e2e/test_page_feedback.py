@@ -2,18 +2,17 @@
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from app.feedback import store
+from app.feedback.store import EventRow, read_log
 from tests.support.page import Page, ready, served, until
 
 pytestmark = pytest.mark.browser
 
 
-def events(log: Path) -> list[dict[str, Any]]:
-    return list(store.read_log(log)[1].to_pylist())
+def events(log: Path) -> list[EventRow]:
+    return [event for _, each in read_log(log) for event in each]
 
 
 def test_the_page_reports_what_is_seen_opened_and_judged(page: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
@@ -35,17 +34,14 @@ def test_the_page_reports_what_is_seen_opened_and_judged(page: Page, indexes: di
         run = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
         assert page.driver.execute_async_script(run) == []
         page.driver.get("about:blank")  # which sends the rest
-        until(lambda: [each["action_name"] for each in events(log)][-3:] == ["click", "judge", "judge"])
+        until(lambda: [(each.action, each.rating) for each in events(log)][-2:] == [("click", None), ("judge", 3)])
         assert page.errors() == []
-    assert len(store.read_log(log)[0]) == 1, "explanations and counts are no searches"
-    found = events(log)
-    seen = [each["event_attributes"] for each in found if each["action_name"] == "impression"]
-    assert [shown[each["position"]["ordinal"] - 1] for each in seen] == [
-        each["object"]["object_id"] for each in seen
-    ], "each item at its place"
-    assert [each["event_attributes"]["rating"] for each in found[-2:]] == [0, 3]
-    assert {each["event_attributes"]["object"]["object_id"] for each in found[-3:]} == {shown[1]}
-    assert len({each["client_id"] for each in found}) == len({each["query_id"] for each in found}) == 1
+    [(query, found)] = read_log(log)  # explanations and counts are no searches
+    assert query is not None
+    assert query.hits == shown
+    assert {each.item for each in found if each.action == "impression"} <= {*shown}
+    assert {each.item for each in found[-2:]} == {shown[1]}
+    assert len({each.client for each in found}) == 1
 
 
 def test_the_page_reports_nothing_while_it_is_off(page: Page, site: str) -> None:

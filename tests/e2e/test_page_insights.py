@@ -3,14 +3,13 @@
 import time
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
-from app.feedback import store
 from app.feedback.store import EventRow, QueryRow
+from tests.support.feedback_log import write_log
 from tests.support.page import Page, ready, served, until
 from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
 
@@ -18,32 +17,25 @@ pytestmark = pytest.mark.browser
 BARRIERS = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
 
 
-def write_log(folder: Path, name: str, ids: list[str], days: int = 12) -> Path:
+def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
     """Write a log of some days, in which the first results are clicked most, and one query never."""
-    store.prepare(folder)
-    rng = np.random.default_rng(0)
+    rng, queries, events = np.random.default_rng(0), list[QueryRow](), list[EventRow]()
     for back in range(days):
-        seconds, queries, events = int(time.time()) - back * 86_400, list[Any](), list[Any]()
-        day, moment = time.strftime("%Y-%m-%d", time.gmtime(seconds)), seconds * 1000
+        seconds = int(time.time()) - back * 86_400
         for number in range(int(rng.integers(20, 60))):
             text = ["a red circle", 'a "blue", round square', "green", "a zebra"][number % 4]
-            hits, query_id = rng.permutation(ids)[:10].tolist(), f"{day}-{number}"
-            queries.append(QueryRow(query_id, moment, name, text, hits, "text", 0, 1, False, text == "a zebra"))
+            hits, query_id, moment = rng.permutation(ids)[:10].tolist(), f"{seconds:08x}{number:08x}", seconds * 1000
+            queries.append(QueryRow(query_id, moment, None, name, text, hits, "text", 0, 1, False, text == "a zebra"))
             places = np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist() if number % 2 == 0 else []
-            events += [EventRow(query_id, moment, "", "c", "click", hits[p], p + 1, None) for p in places]
-        for kind, rows, schema in (
-            ("ubi_queries", queries, store.QUERY_SCHEMA),
-            ("ubi_events", events, store.EVENT_SCHEMA),
-        ):
-            store.write_table(folder / kind / f"{day}.0.parquet", store.in_ubi(rows, schema))
-    return folder
+            events += [EventRow(query_id, moment, "c", "click", hits[place], None) for place in places]
+    write_log(folder, queries, events)
 
 
 def test_the_figures_of_the_log_are_shown(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
     page = both
     with served(indexes["shapes"], feedback=tmp_path / "log", **ADMIN_ONLY) as address:
         ids = [each["id"] for each in httpx.get(f"{ready(address)}/items", params={"k": 24}).json()["items"]]
-        write_log(tmp_path / "log", "shapes", ids)
+        write_days(tmp_path / "log", "shapes", ids)
         page.open(f"{address}/ui/insights")
         until(lambda: page.one("#key").is_displayed())
         page.one("#key").send_keys("wrong key" + "\n")
