@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,103 +14,101 @@ from tests.support.paths import ROOT
 
 pytestmark = needs("helm")
 CHART = ROOT / "charts" / "dcar"
-DIGEST = f"sha256:{'0' * 64}"
+STORE = {"url": "s3://bucket/photos", "credentials": "store"}
+KEY = {"name": "keys", "key": "admin"}
+DAILY = {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"]}
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "two replicas": {"replicas": 2},
-    "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 9, "cpuPercent": 50}},
-    "rebuild": {
-        "index": {"claim": "indexes", "path": "photos"},
-        "rebuild": {
-            "schedule": "0 3 * * *",
-            "image": "dcar:full",
-            "args": ["--gallery", "/gallery"],
-            "resources": {"limits": {"cpu": "4"}},
-        },
-    },
-    "gallery": {"gallery": {"claim": "photos", "path": "/photos"}},
-    "digest": {"image": {"digest": DIGEST}, "imagePullSecrets": [{"name": "registry"}]},
-    "settings": {
+    "full": {
+        "image": {"digest": f"sha256:{'0' * 64}"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "strategy": "Recreate",
         "settings": {"max_k": 100, "writes": True, "max_upload_bytes": 20971520, "batch_wait_ms": 0.5},
-        "secretSettings": {"admin_key": {"name": "keys", "key": "admin"}},
-    },
-    "network": {
-        "networkPolicy": {
-            "from": [{"podSelector": {"matchLabels": {"app": "shop"}}}],
-            "egress": [{"ports": [{"port": 6379}]}],
-        }
-    },
-    "image": {"image": {"repository": "registry.example/dcar", "tag": "1.2", "pullPolicy": "Always"}},
-    "resources": {"resources": {"limits": {"memory": "4Gi"}}, "cacheSize": "9Gi"},
-    "no network policy": {"networkPolicy": {"enabled": False}},
-    "monitoring": {
-        "monitoring": {
-            "enabled": True,
-            "interval": "1m",
-            "labels": {"release": "prometheus"},
-            "key": {"name": "keys", "key": "scrape"},
-        }
-    },
-    "object store": {"index": {"url": "s3://bucket/photos", "credentials": "store"}},
-    "feedback": {"feedbackClaim": "clicks"},
-    "nodes": {"nodeSelector": {"disk": "ssd"}, "tolerations": [{"key": "gpu", "operator": "Exists"}]},
-    "strategy": {"strategy": "Recreate"},
-    "variables": {"env": {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": 4096}},
-    "mounts": {
+        "secretSettings": {"admin_key": KEY},
+        "env": {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": 4096},
         "mounts": {
             "/etc/redis": {"secret": {"secretName": "redis-ca"}},
             "/more": {"persistentVolumeClaim": {"claimName": "more", "readOnly": True}},
-        }
+        },
+        "index": {"claim": "indexes", "path": "photos"},
+        "gallery": {"claim": "photos", "path": "/photos"},
+        "rebuild": DAILY | {"image": "dcar:full", "resources": {"limits": {"cpu": "4"}}},
+        "resources": {"limits": {"memory": "4Gi"}},
+        "cacheSize": "9Gi",
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "pod": {"serviceAccountName": "reads-buckets", "runtimeClassName": "nvidia", "affinity": {"nodeAffinity": {}}},
+        "networkPolicy": {
+            "from": [{"podSelector": {"matchLabels": {"app": "shop"}}}],
+            "egress": [{"ports": [{"port": 6379}]}],
+        },
+        "monitoring": {"enabled": True, "interval": "1m", "labels": {"a": "b"}, "key": KEY},
     },
-    "pods": {
-        "pod": {
-            "serviceAccountName": "reads-buckets",
-            "priorityClassName": "high",
-            "runtimeClassName": "nvidia",
-            "affinity": {"nodeAffinity": {}},
-        }
+    "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 9, "cpuPercent": 50}},
+    "two replicas": {"replicas": 2, "networkPolicy": {"enabled": False}},
+    "an image that only serves": {
+        "image": {"repository": "registry.example/dcar", "tag": "1.0-serve", "pullPolicy": "Always"},
+        "rebuild": {"image": "dcar:1.0"},
+    },
+    "weights of its own": {"index": {"claim": "indexes"}, "env": {"HF_HOME": "/weights"}},
+    "object store": {"index": STORE, "feedbackClaim": "clicks"},
+    "object store and rebuild": {"index": STORE, "rebuild": DAILY},
+    "object store and rebuild with a claim": {"index": STORE | {"claim": "vectors"}, "rebuild": DAILY},
+    "names that look like numbers": {
+        "index": {"claim": "123", "credentials": "1e3"},
+        "feedbackClaim": "true",
+        "gallery": {"claim": "456", "path": "/a, b"},
+        "rebuild": {"schedule": "@daily"},
+        "cacheSize": "500",
     },
 }
-ALL: dict[str, Any] = {key: value for values in list(OPTIONS.values())[3:8] for key, value in values.items()}
-for _name in ("monitoring", "nodes", "strategy", "variables", "mounts", "pods"):
-    ALL |= OPTIONS[_name]
 
 
 def helm() -> Any:
     return importlib.import_module("helm_python")
 
 
-def render(values: dict[str, Any], name: str = "shop") -> list[dict[str, Any]]:
-    """Return the objects of a release."""
+def manifests(values: dict[str, Any], name: str) -> dict[str, str]:
     with helm().Chart.load(CHART) as chart:
         chart.validate_schema(values)
-        manifests = chart.render(values, name=name, namespace="search")
-    del manifests["dcar/templates/NOTES.txt"]
-    return [each for text in manifests.values() for each in yaml.safe_load_all(text) if each]
+        return dict(chart.render(values, name=name, namespace="search"))
+
+
+def render(values: dict[str, Any], name: str = "shop") -> list[dict[str, Any]]:
+    """Return the objects of a release."""
+    texts = [text for file, text in manifests(values, name).items() if not file.endswith("NOTES.txt")]
+    return [each for text in texts for each in yaml.safe_load_all(text) if each]
 
 
 def notes(**values: Any) -> str:
-    with helm().Chart.load(CHART) as chart:
-        return str(chart.render(values, name="shop", namespace="search")["dcar/templates/NOTES.txt"])
+    return manifests(values, "shop")["dcar/templates/NOTES.txt"]
 
 
-def of_kind(kind: str, values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in render(values) if each["kind"] == kind]
+def of_kind(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    (one,) = (each for each in render(values) if each["kind"] == kind)
+    return dict(one)
 
 
-def pods(objects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for each in objects:
-        spec = each.get("spec", {})
-        spec = spec.get("jobTemplate", {}).get("spec", spec)
-        if each["kind"] == "Pod" or "template" in spec:
-            yield each["spec"] if each["kind"] == "Pod" else spec["template"]["spec"]
+def pods(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the specifications of the pods of the service, of the job if there is one, and of the test."""
+    specs = [each["spec"] for each in render(values) if each["kind"] in {"Deployment", "CronJob", "Pod"}]
+    specs = [spec.get("jobTemplate", {"spec": spec})["spec"] for spec in specs]
+    return [spec["template"]["spec"] if "template" in spec else spec for spec in specs]
 
 
-def variables(container: dict[str, Any]) -> dict[str, Any]:
+def variables(pod: dict[str, Any]) -> dict[str, Any]:
     """Return the variables of a container, each given once; None for those from Secrets."""
-    found = {each["name"]: each.get("value") for each in container.get("env", [])}
-    assert len(found) == len(container.get("env", []))
-    return found
+    given = pod["containers"][0].get("env", [])
+    assert len({each["name"] for each in given}) == len(given)
+    return {each["name"]: each.get("value") for each in given}
+
+
+def mounts(pod: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return volumes by the path at which they are mounted, and whether only to be read."""
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    mounted = pod["containers"][0]["volumeMounts"]
+    assert {each["name"] for each in mounted} == volumes.keys()
+    return {each["mountPath"]: volumes[each["name"]] | {"readOnly": each.get("readOnly", False)} for each in mounted}
 
 
 def require_valid(objects: list[dict[str, Any]]) -> None:
@@ -123,38 +120,96 @@ def require_valid(objects: list[dict[str, Any]]) -> None:
                 kubernetes_validate.validate(each, version, strict=True)
 
 
-@pytest.mark.parametrize("values", [*OPTIONS.values(), ALL], ids=[*OPTIONS, "all"])
+@pytest.mark.parametrize("values", OPTIONS.values(), ids=OPTIONS)
 def test_each_option_renders_objects_that_kubernetes_accepts(values: dict[str, Any]) -> None:
     report = helm().lint(CHART, values, strict=True)
-    assert report["errors"] == []
-    assert [each for each in report["messages"] if each["severity"] > 1] == []
+    assert report["errors"] + [each for each in report["messages"] if each["severity"] > 1] == []
     require_valid(render(values))
 
 
-def test_names_that_look_like_numbers_stay_names() -> None:
-    values: dict[str, Any] = {
-        "index": {"claim": "123", "credentials": "1e3"},
-        "feedbackClaim": "true",
-        "gallery": {"claim": "456", "path": "/a, b"},
-        "rebuild": {"schedule": "0 3 * * *"},
-        "cacheSize": "500",
-    }
-    objects = render(values, name="789")
-    require_valid(objects)
-    service, job, _ = pods(objects)
-    assert [each["mountPath"] for each in job["containers"][0]["volumeMounts"]] == ["/data", "/tmp", "/cache", "/a, b"]
-    assert {"claimName": "true"} in [each.get("persistentVolumeClaim") for each in service["volumes"]]
+def test_every_pod_is_confined() -> None:
+    found = pods(OPTIONS["full"])
+    assert len(found) == 3, "the service, the job and the test"
+    for pod in [*found, *pods({})]:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+        assert {"cache", "tmp"} <= {each["name"] for each in pod["volumes"] if "emptyDir" in each}
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    ["", "@daily", "@every 90m", "0 3 * * *", "*/15 0-23/2 1,15 1-12 0", "5  4 ? JAN-MAR mon,THU", "59 23 31 12 6"],
-)
-def test_schedules_of_kubernetes_are_accepted(schedule: str) -> None:
-    assert render({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}})
+def test_images_are_of_the_chart_unless_others_are_named() -> None:
+    def images(values: dict[str, Any]) -> list[str]:
+        return [each["image"] for pod in pods(values) for each in [*pod.get("initContainers", []), *pod["containers"]]]
+
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    assert images({}) == [f"dcar:{version}"] * 3
+    assert images(OPTIONS["full"])[:2] == [f"dcar@sha256:{'0' * 64}", "dcar:full"]
+    serving = "registry.example/dcar:1.0-serve"
+    assert images(OPTIONS["an image that only serves"]) == ["dcar:1.0", serving, serving], "indexing has its own"
 
 
-def test_the_values_of_the_guide_are_accepted() -> None:
+def test_an_index_in_an_object_store_needs_no_claim() -> None:
+    for name in ("object store and rebuild", "object store and rebuild with a claim"):
+        service, job, test = pods(OPTIONS[name])
+        assert variables(service).get("DCAR_INDEX") == STORE["url"]
+        assert job["containers"][0]["args"] == ["--gallery", "/gallery", "--out", STORE["url"]]
+        for pod in (service, job):
+            assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": STORE["credentials"]}}]
+            assert "initContainers" not in pod
+        assert "envFrom" not in test["containers"][0]
+        assert mounts(service).keys() == {"/tmp", "/cache"}, "replicas do not wait for the job's claim"
+        assert "HF_HOME" not in variables(service)
+        is_claimed = "claim" in name
+        assert mounts(job).keys() == {"/tmp", "/cache", *(["/data"] if is_claimed else [])}
+        kept = {"DCAR_RUNTIME_CACHE": "/data", "HF_HOME": "/data/hub"}
+        assert variables(job) == (kept if is_claimed else {}), "its vectors stay on the claim"
+    service, _ = pods(OPTIONS["object store"])
+    assert variables(service)["DCAR_FEEDBACK"] == "/feedback"
+    assert mounts(service)["/feedback"]["persistentVolumeClaim"] == {"claimName": "clicks"}
+
+
+def test_variables_mounts_and_weights_reach_service_and_job() -> None:
+    full = OPTIONS["full"]
+    service, job, test = pods(full)
+    for pod in (service, job):
+        assert (
+            variables(pod).items() >= {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": "4096"}.items()
+        )
+        assert variables(pod)["HF_HOME"] == "/data/hub", "the network policy keeps the service from the hub"
+        assert {"/data", "/photos"} <= mounts(pod).keys()
+        for path, source in full["mounts"].items():
+            assert mounts(pod)[path].items() >= {**source, "readOnly": True}.items()
+    assert [each["name"] for each in test["volumes"]] == ["tmp", "cache"], "the test waits for no claim"
+    assert "HF_HOME" not in variables(pods({})[0])
+    assert variables(pods(OPTIONS["weights of its own"])[0])["HF_HOME"] == "/weights"
+    service, job, _ = pods(OPTIONS["names that look like numbers"])
+    assert mounts(job).keys() == {"/data", "/tmp", "/cache", "/a, b"}
+    assert mounts(service)["/feedback"]["persistentVolumeClaim"] == {"claimName": "true"}
+
+
+def test_a_network_policy_with_peers_admits_the_test_too() -> None:
+    policy, test = (of_kind(kind, OPTIONS["full"]) for kind in ("NetworkPolicy", "Pod"))
+    shop, own = (each["podSelector"]["matchLabels"] for each in policy["spec"]["ingress"][0]["from"])
+    assert shop == {"app": "shop"}
+    assert own == test["metadata"]["labels"] != policy["spec"]["podSelector"]["matchLabels"]
+    assert "from" not in of_kind("NetworkPolicy", {})["spec"]["ingress"][0]
+
+
+def test_a_pod_can_end_before_its_successor_starts() -> None:
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}}
+    for name, strategy in (("defaults", rolling), ("full", {"type": "Recreate"})):
+        assert of_kind("Deployment", OPTIONS[name])["spec"]["strategy"] == strategy
+
+
+def test_schedules_and_the_values_of_the_guide_are_accepted() -> None:
+    for schedule in ("", "@every 90m", "*/15 0-23/2 1,15 1-12 0", "5  4 ? JAN-MAR mon,THU", "59 23 31 12 6"):
+        assert render({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}})
     guide = (ROOT / "docs" / "how-to" / "deploy.md").read_text()
     (example,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
     require_valid(render(yaml.safe_load(example)))
@@ -170,80 +225,25 @@ def leaves(values: dict[str, Any]) -> set[tuple[str, ...]]:
 
 
 def test_each_value_of_the_chart_is_an_option_above_and_changes_what_is_rendered() -> None:
-    known, used = leaves(yaml.safe_load((CHART / "values.yaml").read_text())), set[tuple[str, ...]]()
-    default = render({})
-    for name, values in OPTIONS.items():
-        used |= {path for path in known if any(each[: len(path)] == path for each in leaves(values))}
-        assert name == "defaults" or render(values) != default, name
-    assert known - used <= {("resources", "requests", each) for each in ("cpu", "memory")}
-
-
-def test_every_pod_is_confined() -> None:
-    found = list(pods(render(ALL)))
-    assert len(found) == 3, "the service, the job and the test"
-    for pod in [*found, *pods(render({}))]:
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in [*pod["containers"], *pod.get("initContainers", [])]:
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }
-        assert {"cache", "tmp"} <= {each["name"] for each in pod["volumes"] if "emptyDir" in each}
-
-
-def test_the_image_is_taken_by_its_digest() -> None:
-    (deployment,) = of_kind("Deployment", OPTIONS["digest"])
-    assert deployment["spec"]["template"]["spec"]["containers"][0]["image"] == f"dcar@{DIGEST}"
-
-
-def test_indexing_has_an_image_of_its_own_beside_one_that_only_serves() -> None:
-    values: dict[str, Any] = {"image": {"tag": "1.0-serve"}, "rebuild": {"image": "dcar:1.0"}}
-    service, test = pods(render(values))
-    assert [service["containers"][0]["image"], test["containers"][0]["image"]] == ["dcar:1.0-serve"] * 2
-    assert service["initContainers"][0]["image"] == "dcar:1.0", "which indexes the bundled emoji"
-    values |= {"index": {"claim": "indexes"}, "rebuild": {"schedule": "@daily", "image": "dcar:1.0"}}
-    _, job, _ = pods(render(values))
-    assert job["containers"][0]["image"] == "dcar:1.0"
-
-
-def test_an_index_in_an_object_store_needs_no_claim() -> None:
-    index = {"url": "s3://bucket/photos", "credentials": "store"}
-    values: dict[str, Any] = {"index": index, "rebuild": {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"]}}
-    service, job, test = pods(render(values))
-    (container,), (builder,), (connection,) = service["containers"], job["containers"], test["containers"]
-    assert {"name": "DCAR_INDEX", "value": index["url"]} in container["env"]
-    assert builder["args"] == ["--gallery", "/gallery", "--out", index["url"]]
-    assert container["envFrom"] == builder["envFrom"] == [{"secretRef": {"name": "store"}}]
-    for pod in (service, job, test):
-        assert "initContainers" not in pod
-        assert [each["name"] for each in pod["volumes"]] == ["tmp", "cache"]
-    assert "envFrom" not in connection
-    (claimed,) = pods(of_kind("Pod", ALL))
-    assert [each["name"] for each in claimed["volumes"]] == ["tmp", "cache"], "the test waits for no claim"
-    values["index"]["claim"] = "vectors"
-    service, job, _ = pods(render(values))
-    assert [each["name"] for each in service["volumes"]] == ["tmp", "cache"], "replicas do not wait for the job's claim"
-    assert {"name": "index", "mountPath": "/data"} in job["containers"][0]["volumeMounts"]
-    kept = {"DCAR_RUNTIME_CACHE": "/data", "HF_HOME": "/data/hub"}
-    assert variables(job["containers"][0]) == kept, "its vectors stay there"
-    assert "HF_HOME" not in variables(service["containers"][0])
+    known = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
+    used = {leaf for values in OPTIONS.values() for leaf in leaves(values)}
+    unused = {path for path in known if not any(leaf[: len(path)] == path for leaf in used)}
+    assert unused <= {("resources", "requests", each) for each in ("cpu", "memory")}
+    for option, values in OPTIONS.items():
+        rendered = render(values)
+        for name in values.keys() - {"index", "strategy"}:  # which others need
+            assert render({key: each for key, each in values.items() if key != name}) != rendered, (option, name)
 
 
 def test_settings_are_those_of_the_service() -> None:
     names = json.loads((CHART / "values.schema.json").read_text())["definitions"]["setting"]["enum"]
     assert set(names) == Settings.model_fields.keys() - {"index", "port", "runtime_cache"}, "make reference"
-    (deployment,) = of_kind("Deployment", OPTIONS["settings"])
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    given = variables(container)
-    assert given.pop("DCAR_ADMIN_KEY") is None, "its value stays in the Secret"
-    fields = {name.removeprefix("DCAR_").lower(): value for name, value in given.items()}
-    settings = Settings.model_validate(fields | {"admin_key": "a" * 8})
+    fields = {name.removeprefix("DCAR_").lower(): each for name, each in variables(pods(OPTIONS["full"])[0]).items()}
+    assert fields["admin_key"] is None, "its value stays in the Secret"
+    known = {name: each for name, each in fields.items() if name in names}
+    settings = Settings.model_validate(known | {"index": ROOT, "admin_key": "a" * 8})
     assert (settings.max_k, settings.max_upload_bytes, settings.batch_wait_ms) == (100, 20971520, 0.5)
     assert settings.drain_s == 5, "the chart's own"
-    assert next(each for each in container["volumeMounts"] if each["name"] == "index")["readOnly"] is False
 
 
 @pytest.mark.parametrize(
@@ -254,90 +254,42 @@ def test_settings_are_those_of_the_service() -> None:
         ({"feedback": "/data/clicks"}, False),
     ],
 )  # fmt: skip
-def test_the_claim_can_be_written_if_the_service_writes(settings: dict[str, Any], is_read_only: bool) -> None:
-    for index in ({"claim": "indexes"}, {}):
-        (deployment,) = of_kind("Deployment", {"settings": settings, "index": index, "strategy": "Recreate"})
-        (container,) = deployment["spec"]["template"]["spec"]["containers"]
-        (mount,) = (each for each in container["volumeMounts"] if each["name"] == "index")
-        assert mount["readOnly"] is is_read_only
-
-
-def test_weights_that_the_job_fetches_are_on_the_claim_for_the_service() -> None:
-    service, job, _ = pods(render({"index": {"claim": "indexes"}, "rebuild": {"schedule": "@daily"}}))
-    for (container,) in (service["containers"], job["containers"]):
-        assert variables(container)["HF_HOME"] == "/data/hub", "the network policy keeps the service from the hub"
-        assert "/data" in [each["mountPath"] for each in container["volumeMounts"]]
-    service, _ = pods(render({}))
-    assert "HF_HOME" not in variables(service["containers"][0])
-    service, _ = pods(render({"index": {"claim": "indexes"}, "env": {"HF_HOME": "/weights"}}))
-    assert variables(service["containers"][0])["HF_HOME"] == "/weights"
-
-
-def test_variables_and_mounts_reach_service_and_job() -> None:
-    values = OPTIONS["variables"] | OPTIONS["mounts"] | OPTIONS["rebuild"]
-    service, job, test = pods(render(values))
-    for pod in (service, job):
-        (container,) = pod["containers"]
-        given = variables(container)
-        assert (given["FORWARDED_ALLOW_IPS"], given["OTEL_BSP_MAX_QUEUE_SIZE"]) == ("10.0.0.0/8", "4096")
-        sources = {each["name"]: each for each in pod["volumes"]}
-        mounted = {each["mountPath"]: each for each in container["volumeMounts"]}
-        assert {each["name"] for each in mounted.values()} == sources.keys()
-        for path, source in values["mounts"].items():
-            assert mounted[path]["readOnly"] is True
-            assert sources[mounted[path]["name"]].items() >= source.items()
-    assert [each["name"] for each in test["volumes"]] == ["tmp", "cache"], "the test waits for no claim"
+@pytest.mark.parametrize("index", [{"claim": "indexes"}, {}])
+def test_the_claim_can_be_written_if_the_service_writes(
+    settings: dict[str, Any], is_read_only: bool, index: dict[str, str]
+) -> None:
+    assert (
+        mounts(pods({"settings": settings, "index": index, "strategy": "Recreate"})[0])["/data"]["readOnly"]
+        is is_read_only
+    )
 
 
 @pytest.mark.parametrize(("drain_s", "grace_s"), [(None, 40), (0, 35), (60, 95), ("60", 95), (0.5, 36)])
 def test_pods_have_time_to_drain_before_they_are_killed(drain_s: object, grace_s: int) -> None:
-    (pod, _) = pods(render({"settings": {} if drain_s is None else {"drain_s": drain_s}}))
+    (pod, _) = pods({"settings": {} if drain_s is None else {"drain_s": drain_s}})
     assert pod["terminationGracePeriodSeconds"] == grace_s
 
 
-def test_a_pod_can_end_before_its_successor_starts() -> None:
-    (deployment,) = of_kind("Deployment", {})
-    assert deployment["spec"]["strategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}}
-    (deployment,) = of_kind("Deployment", OPTIONS["strategy"])
-    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
-
-
-def test_without_a_tag_the_image_is_of_the_version_of_the_chart() -> None:
-    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-    service, test = pods(render({}))
-    assert service["containers"][0]["image"] == test["containers"][0]["image"] == f"dcar:{version}"
-
-
 def test_the_alerts_recognize_the_job_of_the_longest_release() -> None:
-    (service,) = (each for each in render({}, name="r" * 53) if each["kind"] == "Service")
-    assert service["metadata"]["name"] == f"{'r' * 47}-dcar"
+    names = [each["metadata"]["name"] for each in render({}, name="r" * 53) if each["kind"] == "Service"]
+    assert names == [f"{'r' * 47}-dcar"]
 
 
-def test_feedback_has_a_claim_of_its_own_beside_an_object_store() -> None:
-    (deployment,) = of_kind("Deployment", {"index": {"url": "s3://bucket/photos"}, "feedbackClaim": "clicks"})
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    assert {"name": "DCAR_FEEDBACK", "value": "/feedback"} in container["env"]
-    assert {"name": "feedback", "mountPath": "/feedback"} in container["volumeMounts"]
+def test_probes_and_the_test_ask_for_paths_of_the_service() -> None:
+    from app.main import create_app
 
-
-def test_a_network_policy_with_peers_admits_the_test_too() -> None:
-    (policy,) = of_kind("NetworkPolicy", OPTIONS["network"])
-    (test,) = of_kind("Pod", OPTIONS["network"])
-    (shop, own) = (each["podSelector"]["matchLabels"] for each in policy["spec"]["ingress"][0]["from"])
-    assert shop == {"app": "shop"}
-    assert own == test["metadata"]["labels"]
-    assert own != policy["spec"]["podSelector"]["matchLabels"]
-    (policy,) = of_kind("NetworkPolicy", {})
-    assert "from" not in policy["spec"]["ingress"][0]
+    (container,), (test,) = (pod["containers"] for pod in pods({}))
+    paths = {each["httpGet"]["path"] for name, each in container.items() if name.endswith("Probe")}
+    assert paths == {"/healthz", "/readyz"} <= create_app(Settings(index=ROOT)).openapi()["paths"].keys()
+    assert f'"http://{of_kind("Service", {})["metadata"]["name"]}/readyz"' in test["command"][-1]
 
 
 def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
-    index = {"url": "s3://bucket/photos"}
-    assert "networkPolicy.egress" in notes(index=index)
-    assert "networkPolicy.egress" not in notes(index=index, networkPolicy={"egress": [{"ports": [{"port": 443}]}]})
-    for settings in ({"redis_url": "redis://redis"}, {"tracing": True}, {"image_hosts": "pictures.example"}):
-        assert "networkPolicy.egress" in notes(settings=settings)
+    remote = ({"redis_url": "redis://redis"}, {"tracing": True}, {"image_hosts": "pictures.example"})
+    assert "networkPolicy.egress" in notes(index=STORE)
+    assert all("networkPolicy.egress" in notes(settings=settings) for settings in remote)
     assert "networkPolicy.egress" not in notes()
+    assert "networkPolicy.egress" not in notes(index=STORE, networkPolicy={"egress": [{"ports": [{"port": 443}]}]})
 
 
 def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
@@ -361,31 +313,17 @@ def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
         ({"pod": {"serviceAccount": "reads-buckets"}}, "serviceAccount"),
         *(
             ({"index": {"claim": "indexes"}, "rebuild": {"schedule": schedule}}, "schedule")
-            for schedule in (
-                "every day",
-                "60 3 * * *",
-                "0 24 * * *",
-                "0 3 32 * *",
-                "0 3 * 13 *",
-                "0 3 * * 7",
-                "0 3 * *",
-            )
+            for schedule in ("daily", "60 3 * * *", "0 24 * * *", "0 3 32 * *", "0 3 * 13 *", "0 3 * * 7", "0 3 * *")
         ),
         ({"cacheSize": "lots"}, "cacheSize"),
         ({"monitoring": {"interval": "often"}}, "interval"),
         ({"rebuild": {"schedule": "0 3 * * *"}}, "needs index.claim or index.url"),
         ({"autoscaling": {"enabled": True, "minReplicas": 5, "maxReplicas": 2}}, "minReplicas is above"),
         ({"autoscaling": {"enabled": True}, "resources": {"requests": {"cpu": None}}}, "needs resources.requests.cpu"),
-        (
-            {"settings": {"admin_key": "x"}, "secretSettings": {"admin_key": {"name": "k", "key": "k"}}},
-            "admin_key is both",
-        ),
+        ({"settings": {"admin_key": "x"}, "secretSettings": {"admin_key": KEY}}, "admin_key is both"),
         ({"index": {"url": "s3://bucket/photos"}, "settings": {"feedback": True}}, "needs feedbackClaim"),
         ({"index": {"url": "s3://bucket/photos", "claim": "c"}, "settings": {"writes": True}}, "only jobs publish"),
-        (
-            {"monitoring": {"enabled": True}, "secretSettings": {"api_keys": {"name": "k", "key": "k"}}},
-            "needs monitoring.key",
-        ),
+        ({"monitoring": {"enabled": True}, "secretSettings": {"api_keys": KEY}}, "needs monitoring.key"),
         ({"monitoring": {"enabled": True}, "settings": {"api_keys": "shop:abc"}}, "needs monitoring.key"),
         ({"settings": {"feedback": True}, "replicas": 2}, "needs index.claim"),
         ({"settings": {"writes": True}, "replicas": 2}, "writes needs replicas: 1"),
@@ -396,17 +334,3 @@ def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
 def test_wrong_values_are_refused(values: dict[str, Any], reason: str) -> None:
     with pytest.raises(helm().HelmError, match=reason):
         render(values)
-
-
-def test_probes_and_the_test_ask_for_paths_of_the_service() -> None:
-    from app.main import create_app
-
-    (deployment,) = of_kind("Deployment", {})
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    paths = {each["httpGet"]["path"] for name, each in container.items() if name.endswith("Probe")}
-    assert paths == {"/healthz", "/readyz"}
-    known = create_app(Settings(index=ROOT)).openapi()["paths"]
-    assert paths <= known.keys()
-    (service,) = of_kind("Service", {})
-    (test,) = of_kind("Pod", {})
-    assert f'"http://{service["metadata"]["name"]}/readyz"' in test["spec"]["containers"][0]["command"][-1]
