@@ -42,7 +42,7 @@ from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
-from index_jobs.store.artifact import Artifact
+from index_jobs.store.artifact import Artifact, Item
 from index_jobs.store.created import create_collection, drop_collection
 from index_jobs.store.jobs import JobKind
 
@@ -104,7 +104,7 @@ async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = Fal
 async def delete_items(request: Request) -> Response:
     """Remove items by a job; ids that the index lacks are ignored."""
     snapshot = await _snapshot(request)
-    return await _change(request, snapshot, "delete", await read_json(request, DeleteItems))
+    return await _change(request, snapshot, "delete", await read_json(request, DeleteItems), {}, {})
 
 
 @item_writes.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
@@ -112,7 +112,7 @@ async def delete_item(request: Request, item_id: ItemPath) -> Response:
     """Remove an item by a job."""
     snapshot = await _snapshot(request)
     await _require_item(request, snapshot, item_id)
-    return await _change(request, snapshot, "delete", ChosenItems(ids=[item_id]))
+    return await _change(request, snapshot, "delete", ChosenItems(ids=[item_id]), {}, {})
 
 
 @item_writes.add("GET", "/jobs", Policy("write", "checked"), JobsResponse, errors=(422, 503))
@@ -207,32 +207,27 @@ async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], stric
 
 
 async def _patch(request: Request, snapshot: Snapshot, patch: PatchItem, chosen: ChosenItems, strict: bool) -> Response:
-    new = _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)
-    return await _change(request, snapshot, "patch", chosen, {"new_fields": new}, patch.fields)
+    notes = {"new_fields": _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)}
+    return await _change(request, snapshot, "patch", chosen, notes, patch.fields)
 
 
 async def _change(
-    request: Request,
-    snapshot: Snapshot,
-    kind: JobKind,
-    chosen: ChosenItems,
-    notes: Mapping[str, Any] | None = None,
-    fields: Mapping[str, Any] | None = None,
-) -> Response:
+    request: Request, snapshot: Snapshot, kind: JobKind, chosen: ChosenItems, notes: dict[str, Any],
+    fields: Mapping[str, Any],
+) -> Response:  # fmt: skip
     """Accept a change of chosen items without images."""
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
-    notes = {**(notes or {})}
     if (filter := chosen.filter) is not None:
         mask = await state_of(request).retriever.compute.run("search", lambda: filter_rows(snapshot, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
     items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
-    count, each = notes.get("items", len(items)), len(canonical_json(fields or {}))
+    count, each = notes.get("items", len(items)), len(canonical_json(fields))
     if fields and count * each > MAX_CHANGE_BYTES:
         message = f"{count:,} items with {each:,} bytes of fields take more than {MAX_CHANGE_BYTES // 2**20} MiB; "
         message += "choose fewer items at a time, or send shorter fields"
-        raise field_problem("ids" if chosen.filter is None else "filter", message)
-    return await _accept(request, kind, items, filter=chosen.filter, fields=fields, notes=notes)
+        raise field_problem("ids" if filter is None else "filter", message)
+    return await _accept(request, kind, items, filter=filter, fields=fields, notes=notes)
 
 
 async def _require_item(request: Request, snapshot: Snapshot, item_id: str) -> None:
@@ -268,19 +263,14 @@ def _new_fields(artifact: Artifact, given: Mapping[str, Mapping[str, Any]], stri
 
 def _dropped_fields(artifact: Artifact, items: Sequence[PutItem]) -> list[str]:
     """Return the fields that items of the index have and their replacements lack."""
-    dropped = set[str]()
-    for item in items:
-        if (row := artifact.row_of(item.id)) is not None:
-            old = artifact.item(row)
-            has, had = (
-                {name for name, value in {**metadata, **texts}.items() if value not in (None, "")}
-                for metadata, texts in (
-                    (item.metadata, {"caption": item.caption, "category": item.category}),
-                    (old.metadata, {"caption": old.caption, "category": old.category}),
-                )
-            )
-            dropped |= had - has - _IMAGES_OWN
-    return sorted(dropped)[:_MAX_NAMED]
+    replaced = [(item, row) for item in items if (row := artifact.row_of(item.id)) is not None]
+    dropped = set[str]().union(*(_fields_of(artifact.item(row)) - _fields_of(item) for item, row in replaced))
+    return sorted(dropped - _IMAGES_OWN)[:_MAX_NAMED]
+
+
+def _fields_of(item: Item | PutItem) -> set[str]:
+    fields = {**item.metadata, "caption": item.caption, "category": item.category}
+    return {name for name, value in fields.items() if value not in (None, "")}
 
 
 async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[bytes]:

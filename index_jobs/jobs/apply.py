@@ -54,7 +54,7 @@ def apply_waiting(index: Path, *, images: bool = True, **options: Any) -> int:
     queue, count, options = JobQueue(index), 0, {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP}
     with publish.report_os_errors(index), queue.lock():
         while (jobs := queue.next_batch()) and (images or not (jobs[0].kind == "put" or jobs[0].starts)):
-            queue.begin(jobs)
+            queue.show_progress(jobs)
             try:
                 apply(queue, jobs, options)
             except (DcarError, OSError):

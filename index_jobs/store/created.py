@@ -63,20 +63,20 @@ def create_collection(folder: Path, name: str, checkpoint: Path) -> None:
     Args:
         checkpoint: is copied.
     """
-    target = folder / hashlib.sha256(name.encode()).hexdigest()[:32]
-    staging = folder / f"{_NEW}{secrets.token_hex(8)}"
-    try:
-        copy_checkpoint(checkpoint, staging / CHECKPOINT)
-        write_json(staging / _DESCRIPTION, {"name": name})
-        fsync_tree(staging)
-        with hold_lock(folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1):
-            if not (target / _DESCRIPTION).exists():  # otherwise another request has created it
-                with contextlib.suppress(FileNotFoundError):
-                    _put_aside(target)  # a drop that waits for another one makes the folder again, for its lock
-                staging.rename(target)
-                fsync_path(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    target, staging = folder / hashlib.sha256(name.encode()).hexdigest()[:32], folder / f"{_NEW}{secrets.token_hex(8)}"
+    with hold_lock(folder / _LOCK, f"another collection is being created in {folder}", wait_s=-1):
+        if (target / _DESCRIPTION).exists():  # another request has created it
+            return
+        try:
+            copy_checkpoint(checkpoint, staging / CHECKPOINT)
+            write_json(staging / _DESCRIPTION, {"name": name})
+            fsync_tree(staging)
+            with contextlib.suppress(FileNotFoundError):
+                _put_aside(target)  # a drop that waits for another one makes the folder again, for its lock
+            staging.rename(target)
+            fsync_path(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def drop_collection(index: Path) -> None:

@@ -83,22 +83,17 @@ class JobQueue:
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
+        """Open the database, and commit at the end."""
         try:
-            with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)) as database:
+            with closing(sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level="IMMEDIATE")) as database:
                 database.executescript(_SCHEMA)
                 yield database
+                database.commit()
         except sqlite3.Error as error:
             if not self.index.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.index)) from error
             code = errno.ENOSPC if "full" in str(error) else errno.EIO
             raise OSError(code, str(error), str(self._path)) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            yield database
-            database.execute("COMMIT")
 
     def _read(self, query: str, *values: object) -> Iterator[Any]:
         if self._path.exists():
@@ -128,7 +123,8 @@ class JobQueue:
         summary = {"kind": kind, "items": len(items), "accepted": _now(), **(notes or {})}
         body = {"items": [*items], "filter": filter, "fields": fields or {}}
         self._store_images(names, images)
-        with self._transaction() as database:
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
             self._store_images(names, images)  # a sweep may have removed one that was there
             values = job, kind, json.dumps(summary), json.dumps(body)
             database.execute("INSERT INTO jobs (id, kind, summary, body) VALUES (?, ?, ?, ?)", values)
@@ -189,28 +185,23 @@ class JobQueue:
             statuses.append({"id": job, **json.loads(summary), **(json.loads(outcome) if outcome else state)})
         return statuses
 
-    def begin(self, jobs: Sequence[Job]) -> None:
-        """Record that jobs are being applied."""
+    def show_progress(self, jobs: Sequence[Job], done: int = 0) -> None:
+        """Record that jobs have been begun, and the number of encoded images."""
         total = sum(len(job.items) for job in jobs)
-        rows = [(job.number, job.starts + 1, 0, total) for job in jobs]
-        with self._transaction() as database:
+        rows = [(job.number, job.starts + 1, done, total) for job in jobs]
+        with self._database() as database:
             database.executemany("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?)", rows)
-
-    def show_progress(self, jobs: Sequence[Job], done: int) -> None:
-        """Record the number of encoded images."""
-        with self._transaction() as database:
-            database.executemany("UPDATE progress SET done = ? WHERE job = ?", [(done, job.number) for job in jobs])
 
     def put_back(self, jobs: Sequence[Job]) -> None:
         """Record that jobs wait, since what failed was not their fault."""
-        with self._transaction() as database:
+        with self._database() as database:
             database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
 
     def end(self, jobs: Sequence[Job], outcomes: Sequence[Mapping[str, Any]]) -> None:
         """Record how jobs ended, all at once."""
         now, texts = time.time(), [json.dumps({"ended": _now(), **outcome}) for outcome in outcomes]
         ends = [(text, now, job.number) for job, text in zip(jobs, texts, strict=True)]
-        with self._transaction() as database:
+        with self._database() as database:
             database.executemany("UPDATE jobs SET outcome = ?, ended = ?, body = NULL WHERE number = ?", ends)
             database.executemany("DELETE FROM progress WHERE job = ?", [(job.number,) for job in jobs])
             database.execute("DELETE FROM jobs WHERE ended < ?", (now - _KEEP_S,))
@@ -237,7 +228,8 @@ class JobQueue:
         except ArtifactError as error:  # a version that cannot be read now may show any picture
             logger.warning("unused images are kept: %s", error)
             return
-        with self._transaction():
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
             kept |= self._of_waiting_puts("image")
             for path in self.images.iterdir():
                 if f"{IMAGES}/{path.name}" not in kept and path != mark and now - path.stat().st_mtime >= older_s:

@@ -14,14 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from dcar_client import Client
-from filelock import FileLock
 
 from app.service import write_worker
 from app.service.write_worker import WriteWorker
 from index_jobs.store.created import create_collection, drop_collection
 from index_jobs.store.jobs import JobQueue
 from index_jobs.store.versions import open_current
-from tests.support import jobs
 from tests.support.images import png
 from tests.support.processes import children_of, is_alive
 from tests.support.responses import assert_problem, scrape
@@ -111,15 +109,6 @@ async def test_fields_are_merged_without_a_process(index: Path, in_process: list
         assert (await client.get("/items")).json()["count"] == 22
 
 
-@pytest.mark.usefixtures("in_process")
-async def test_repeated_requests_leave_the_same_items(index: Path) -> None:
-    async with opened(index, **WRITES) as client:
-        await asyncio.gather(*(put(client, item("a"), item("b")) for _ in range(3)), delete(client, "circle/red.png"))
-        await ended(client, await delete(client, "circle/red.png"))
-        await ended(client, await put(client, item("a"), item("b")))
-        assert (await client.get("/items")).json()["count"] == 25
-
-
 @pytest.mark.parametrize("turns", range(4))
 async def test_worker_stops_although_a_job_has_just_arrived(
     index: Path, monkeypatch: pytest.MonkeyPatch, turns: int
@@ -132,19 +121,6 @@ async def test_worker_stops_although_a_job_has_just_arrived(
         await put(client, item("a"))
         for _ in range(turns):
             await asyncio.sleep(0)
-
-
-@pytest.mark.usefixtures("in_process")
-async def test_waiting_jobs_are_applied_after_a_restart(index: Path) -> None:
-    accepted = [jobs.put(index, "a"), jobs.delete(index, "circle/red.png")]
-    async with opened(index, **WRITES) as client:
-
-        async def are_done() -> bool:
-            found = [(await client.get(f"/jobs/{job}", headers=ADMINS)).json() for job in accepted]
-            return all(job["status"] == "done" for job in found)
-
-        await until(are_done)
-        assert (await client.get("/items")).json()["count"] == 24
 
 
 async def test_two_services_of_one_index_apply_each_others_jobs(
@@ -176,36 +152,29 @@ async def test_full_disk_refuses_a_job_as_a_whole(
     assert in_process == [0]
 
 
-@pytest.mark.usefixtures("in_process")
-async def test_jobs_wait_for_another_writer_and_tell_why(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("reason", "code"), [("another job is writing to index", 5), ("No space left on device", 1)])
+async def test_jobs_that_cannot_be_applied_wait_and_tell_why(
+    index: Path, in_process: list[int], monkeypatch: pytest.MonkeyPatch, reason: str, code: int
+) -> None:
+    async def fail(*_: object) -> tuple[int, str]:
+        return code, f"error: {reason}\n"
+
     monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
+    failures = "dcar_task_failures_total", (("task", "changes of items"),)
     async with opened(index, **WRITES) as client:
-        with FileLock(index / ".lock"):
+        with monkeypatch.context() as patch:
+            patch.setattr(WriteWorker, "run_apply", fail)
             response = await put(client, item("a"))
 
             async def tells_why() -> bool:
                 job = (await client.get(response.headers["location"], headers=ADMINS)).json()
-                assert job["status"] != "failed"
-                return "another job is writing to index" in job.get("reason", "")
+                assert job["status"] == "waiting"
+                return job.get("reason") == reason and (code == 5 or (await scrape(client)).get(failures, 0) > 3)
 
             await until(tells_why)
         assert (await ended(client, response))["status"] == "done"
-        assert not any(name == "dcar_task_failures_total" for name, _ in await scrape(client))
-
-
-async def test_jobs_that_cannot_be_applied_count_as_failures(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fail(*_: object) -> tuple[int, str]:
-        return 1, "error: No space left on device\n"
-
-    monkeypatch.setattr(write_worker, "RETRY_S", 0.05)
-    monkeypatch.setattr(WriteWorker, "run_apply", fail)
-    async with opened(index, **WRITES) as client:
-        assert (await put(client, item("a"))).status_code == 202
-
-        async def counts() -> bool:
-            return (await scrape(client)).get(("dcar_task_failures_total", (("task", "changes of items"),)), 0) > 3
-
-        await until(counts)
+        assert code == 1 or failures not in await scrape(client), "another writer is no failure"
+    assert in_process == [0]
 
 
 async def test_a_disk_that_hangs_holds_up_only_what_needs_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
 def test_service_leaves_images_and_begun_jobs_to_a_process(index: Path) -> None:
     queue, first = JobQueue(index), next(iter(items_of(index)))
     patch(index, first, price=1)
-    queue.begin(queue.next_batch())  # as before a kill
+    queue.show_progress(queue.next_batch())  # as before a kill
     assert status(index, queue.newest(1)[0]["id"])["progress"] == {"done": 0, "total": 1}
     assert (apply_waiting(index, images=False), queue.waiting()) == (0, 1)
     assert apply_waiting(index) == 1
@@ -267,11 +267,12 @@ def count(call):
 
 
 if place == "COMMIT":
-    commit = count(lambda connection: sqlite3.Connection.execute(connection, "COMMIT"))
+    commit = count(sqlite3.Connection.commit)
 
     class Connection(sqlite3.Connection):
-        def execute(self, query, *values):
-            return commit(self) if query == "COMMIT" else super().execute(query, *values)
+        def commit(self):
+            if self.in_transaction:
+                commit(self)
 
     connect = sqlite3.connect
     sqlite3.connect = lambda *given, **options: connect(*given, **options, factory=Connection)
