@@ -98,58 +98,35 @@ async def test_searches_are_named_and_stored_with_their_events(index: Path, gall
     assert {each.action: each.rating for each in events}["judge"] == 3
 
 
-async def test_texts_are_hashed_unless_the_operator_stores_them(index: Path, tmp_path: Path) -> None:
-    async with opened(index, feedback=tmp_path / "log") as client:
-        ids = [(await searched(client))[0] for _ in range(2)]
-        ids.append((await client.post("/search/text", json={"query": "blue"})).json()["query_id"])
-    rows = stored(tmp_path / "log")[0]
-    texts = [rows[each].text for each in ids]
-    assert texts[0] == texts[1] != texts[2]
-    assert "red" not in texts
-    assert all(row.is_hashed for row in rows.values())
-    assert not (index / "feedback").exists()
-
-
 GOOD = event("a" * 32, "b")
-BAD: list[tuple[bytes, int, str]] = [
-    (b"{", 400, "body"),
-    (b"[]", 422, "body"),
-    (b"{}", 422, "events"),
-    (b'{"events": []}', 422, "events"),
-    (json.dumps({"events": [GOOD], "more": 1}).encode(), 422, "more"),
-    (json.dumps({"events": [GOOD] * 501}).encode(), 422, "events"),
-    (json.dumps({"events": [GOOD, 1]}).encode(), 422, "events.1"),
-    (b" " * (256 * 2**10 + 1), 413, "body"),
+JUDGED = GOOD | {"action_name": "judge"}
+BAD: list[tuple[Any, int, str]] = [
+    ([], 422, "body"), ({}, 422, "events"), ({"events": []}, 422, "events"), ({"events": [GOOD, 1]}, 422, "events.1"),
+    ({"events": [GOOD] * 501}, 422, "events"), ({"events": [GOOD], "more": 1}, 422, "more"), (" " * 2**18, 413, "body"),
+    *(({"events": [JUDGED | {"rating": each}]}, 422, "events.0.rating") for each in (-1, 4, "3", 2.5, None)),
+    ({"events": [JUDGED]}, 422, "events.0.rating"),
     *(
-        (json.dumps({"events": [GOOD, GOOD | {field: value}]}).encode(), 422, f"events.1.{field}")
+        ({"events": [GOOD, GOOD | {field: value}]}, 422, f"events.1.{field}")
         for field, values in {
-            "query_id": ("", "x" * 101, None, 1),
-            "client_id": ("", "x" * 101, "a b", "é", "a\n", None, []),
-            "action_name": ("", "delete", None, 3, ["click"]),
-            "object_id": ("", "x" * 1025, None, 7),
-            "position": (0, -1, 10_001, "1", 1.5, True),
-            "timestamp": ("yesterday", [], "9999999999999999999"),
-            "rating": (0, 3),
-            "user": ("x",),
+            "query_id": ("", "x" * 101, None, 1), "client_id": ("", "x" * 101, "a b", "é", "a\n", None, []),
+            "action_name": ("", "delete", None, 3, ["click"]), "object_id": ("", "x" * 1025, None, 7),
+            "position": (0, -1, 10_001, "1", 1.5, True), "timestamp": ("yesterday", [], "9999999999999999999"),
+            "rating": (0, 3), "user": ("x",),
         }.items()
         for value in values
     ),
-    *(
-        (json.dumps({"events": [GOOD | {"action_name": "judge"} | fields]}).encode(), 422, "events.0.rating")
-        for fields in ({}, {"rating": -1}, {"rating": 4}, {"rating": "3"}, {"rating": 2.5}, {"rating": None})
-    ),
-]
+]  # fmt: skip
 
 
 async def test_bad_events_name_the_field_and_are_not_stored(index: Path, tmp_path: Path) -> None:
     async with opened(index, feedback=tmp_path) as client:
         for body, status, field in BAD:
-            response = await client.post("/feedback", content=body, headers={"Content-Type": "application/json"})
-            assert_problem(response, status, field)
+            assert_problem(await client.post("/feedback", json=body), status, field)
         unknown = await client.post("/feedback", json={"events": [GOOD | {"action_name": "delete"}]})
         assert [error["field"] for error in unknown.json()["errors"]] == ["events.0.action_name"]
-        wrong = await client.post("/feedback", content=b"{}", headers={"Content-Type": "text/html"})
-        assert_problem(wrong, 415, "Content-Type")
+        for content, kind, status, field in (("{}", "html", 415, "Content-Type"), ("{", "plain", 400, "body")):
+            wrong = await client.post("/feedback", content=content, headers={"Content-Type": f"text/{kind}"})
+            assert_problem(wrong, status, field)
     assert stored(tmp_path) == ({}, [])
 
 
@@ -180,10 +157,13 @@ async def test_only_events_for_shown_items_of_own_searches_change_something(inde
     assert [each.rating for each in events if each.action == "judge"] == [0]
 
 
-async def test_searches_of_another_host_are_recognized_for_a_day(index: Path, tmp_path: Path) -> None:
+async def test_searches_of_another_host_are_recognized_for_a_day_and_their_texts_are_hashed(
+    index: Path, tmp_path: Path
+) -> None:
     alice, bob = ({"headers": bearer(key)} for key in (ALICE, BOB))
     async with opened(index, feedback=tmp_path, **KEYS) as client:
         query_id, items = await searched(client, **alice)
+        await searched(client, **alice)
     next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
     async with opened(index, feedback=tmp_path, **KEYS) as client:
         assert (await send(client, event(query_id, items[0]), **bob))["accepted"] == 0
@@ -192,41 +172,39 @@ async def test_searches_of_another_host_are_recognized_for_a_day(index: Path, tm
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("app.feedback.log.time.time", lambda: later)
             assert (await send(client, event(query_id, items[1]), **alice))["accepted"] == 0
-    [(query, [stored_event])] = read_log(tmp_path)
-    assert query is not None
-    assert (query.hits, stored_event.item) == (items, items[0]), "rows of all hosts are read together"
+    queries, events = stored(tmp_path)
+    assert [(queries[each.query_id].hits, each.item) for each in events] == [(items, items[0])]
+    assert [query.is_hashed for query in queries.values()] == [True, True]
+    [text] = {query.text for query in queries.values()}
+    assert (len(text), "red" in text) == (32, False)
+    assert not (index / "feedback").exists()
 
 
-async def test_a_failing_disk_costs_events_and_no_search(
+async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_no_search(
     index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.feedback.log.MAX_QUERIES", 3)
     monkeypatch.setattr("app.feedback.log.FLUSH_S", 60.0)
     async with opened(index, feedback=tmp_path) as client:
-        query_id, items = await searched(client)
+
+        async def lost() -> list[float]:
+            metrics = await scrape(client)
+            return [metrics.get(("dcar_feedback_lost_total", (("kind", kind),)), 0) for kind in ("queries", "events")]
+
+        searches = [await searched(client) for _ in range(4)]
+        assert await lost() == [1, 0]
+        clicks = [event(query_id, items[0]) for query_id, items in searches]
         with closing(database(tmp_path)) as other:
             other.execute("ALTER TABLE events RENAME TO away")
-            refused = await client.post("/feedback", json={"events": [event(query_id, items[0])]})
+            refused = await client.post("/feedback", json={"events": clicks})
             other.execute("ALTER TABLE away RENAME TO events")
         assert_problem(refused, 503)
         assert refused.headers["retry-after"]
-        metrics = await scrape(client)
-        assert [metrics["dcar_feedback_lost_total", (("kind", kind),)] for kind in ("events", "queries")] == [1, 1]
+        assert await lost() == [4, 4]
         assert sum("feedback is lost" in record.message for record in caplog.records) == 1
-        assert (await send(client, event(query_id, items[0])))["accepted"] == 1
-    assert [each.item for each in stored(tmp_path)[1]] == [items[0]]
-
-
-async def test_a_flood_of_searches_takes_bounded_memory(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("app.feedback.log.MAX_QUERIES", 3)
-    monkeypatch.setattr("app.feedback.log.FLUSH_S", 60.0)  # a disk that does not answer
-    async with opened(index, feedback=tmp_path) as client:
-        searches = [await searched(client) for _ in range(4)]
-        assert (await scrape(client))["dcar_feedback_lost_total", (("kind", "queries"),)] == 1
-        for query_id, items in searches:
-            assert (await send(client, event(query_id, items[0])))["accepted"] == 1
-    assert [len(rows) for rows in stored(tmp_path)] == [3, 4]
+        await searched(client)
+        assert (await send(client, *clicks))["accepted"] == 4, "also for searches that were lost"
+    assert [len(rows) for rows in stored(tmp_path)] == [1, 4]
 
 
 def test_a_log_that_cannot_be_written_is_an_error_and_one_of_an_earlier_version_a_warning(
@@ -236,11 +214,9 @@ def test_a_log_that_cannot_be_written_is_an_error_and_one_of_an_earlier_version_
     with pytest.raises(DcarError, match="DCAR_FEEDBACK"):
         prepare(tmp_path / "file")
     (tmp_path / "log" / "journal").mkdir(parents=True)
-    secrets = set[bytes]()
-    for _ in range(2):
-        prepare(tmp_path / "log")
-        secrets.add((tmp_path / "log" / "key").read_bytes())
-    assert len(secrets) == 1
+    first, second = (Store(tmp_path / "log").secret for _ in range(2))
+    assert first == second
+    prepare(tmp_path / "log")
     assert "the log of an earlier version" in caplog.text
 
 

@@ -3,8 +3,7 @@
 import csv
 import json
 import tarfile
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -80,38 +79,28 @@ def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact
         export(folder, artifact, "index", tmp_path / "out", Options())
 
 
-def test_events_that_do_not_fit_a_search_count_nothing(artifact: Artifact, tmp_path: Path) -> None:
-    folder = log_of(
-        tmp_path / "log",
-        {
-            "1": ("red", [("a", "click", HITS[0]), ("x", "click", HITS[3]), ("y", "click", HITS[3])]),
-            "2": ("red", [("b", "click", HITS[0]), ("b", "click", "not shown")]),
-        },
-    )
-    write_log(folder, [], [EventRow("unknown", TIME, client, "click", HITS[4], None) for client in "abc"])
-    rows, report = exported(folder, artifact, tmp_path / "out")
-    assert [*by_image(rows)] == [("red.png", "red")]
-    assert report.left_out["events for items that were not shown"] == 1
-    assert report.left_out["events of a second client on one search"] == 2
-    assert report.left_out["events for searches that are not in the log, or are of another collection"] == 3
+def test_what_cannot_become_a_pair_is_counted(artifact: Artifact, tmp_path: Path) -> None:
+    def left_out(name: str, searches: dict[str, Any], **fields: Any) -> Counter[str]:
+        folder = log_of(tmp_path / name, searches, **fields)
+        rows, report = exported(folder, artifact, tmp_path / f"of-{name}")
+        assert [*by_image(rows)] == [("red.png", "red")] * (name == "odd")
+        return report.left_out
 
-
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"is_hashed": True}, "searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"),
-        ({"kind": "other"}, "searches without words, or with more than words"),
-        ({"hits": ["sold"]}, "pairs of items that are no longer in the index"),
-    ],
-)
-def test_what_cannot_become_a_pair_is_counted(
-    artifact: Artifact, tmp_path: Path, fields: dict[str, Any], reason: str
-) -> None:
-    item = fields.get("hits", HITS)[0]
-    searches = {str(number): ("red", [(f"c{number}", "click", item)]) for number in range(3)}
-    rows, report = exported(log_of(tmp_path / "log", searches, **fields), artifact, tmp_path / "out")
-    assert rows == []
-    assert report.left_out[reason] > 0
+    write_log(tmp_path / "odd", [], [EventRow("unknown", TIME, each, "click", HITS[4], None) for each in "abc"])
+    odd = {
+        "1": ("red", [("a", "click", HITS[0]), ("x", "click", HITS[3]), ("y", "click", HITS[3])]),
+        "2": ("red", [("b", "click", HITS[0]), ("b", "click", "not shown")]),
+    }
+    found = left_out("odd", odd)
+    assert found["events for items that were not shown"] == 1
+    assert found["events of a second client on one search"] == 2
+    assert found["events for searches that are not in the log, or are of another collection"] == 3
+    clicks = {str(number): ("red", [(f"c{number}", "click", HITS[0])]) for number in range(1, 4)}
+    sold = {str(number): ("red", [(f"c{number}", "click", "sold")]) for number in range(1, 4)}
+    hashed = left_out("hashed", clicks, is_hashed=True)
+    assert hashed["searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"] == 3
+    assert left_out("other", clicks, kind="other")["searches without words, or with more than words"] == 3
+    assert left_out("sold", sold, hits=["sold"])["pairs of items that are no longer in the index"] == 1
 
 
 def test_items_of_an_object_store_become_pairs_with_their_ids(
@@ -160,17 +149,10 @@ def test_judgements_by_hand_come_first(artifact: Artifact, tmp_path: Path) -> No
     assert read_judgements([out / "qrels.txt"], out / "queries.tsv") == judged
 
 
-@dataclass
-class Simulated:
-    """The truth of a simulated log. examined: (K,); attractive: (texts, items)."""
-
-    examined: np.ndarray
-    attractive: np.ndarray
-
-
-def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) -> Simulated:
+def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Write a log of position-biased clicks, with 10 % noise and 1 % hostile sessions.
 
+    Return the truth: what is examined, (K,), and attractive, (texts, items).
     Four versions of a ranker answer. Each text has three right items; a client who looks at a wrong one clicks it with
     a chance of 0.1. Five hostile clients click the last item wherever it is.
     """
@@ -199,16 +181,16 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
         for number, each in clicks
     ]
     write_log(folder, queries, events)
-    return Simulated(examined, attractive)
+    return examined, attractive
 
 
 def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: Artifact, tmp_path: Path) -> None:
     items = artifact.column("id").to_pylist()
-    truth = simulate(tmp_path / "log", items, sessions=60_000)
+    examined, attractive = simulate(tmp_path / "log", items, sessions=60_000)
     rows, report = exported(tmp_path / "log", artifact, tmp_path / "out", min_clients=3)
-    assert np.abs(np.array(report.propensities) / truth.examined - 1).max() < 0.1, report.propensities
+    assert np.abs(np.array(report.propensities) / examined - 1).max() < 0.1, report.propensities
     names = {artifact.image_location(artifact.row_of(item) or 0)[0]: number for number, item in enumerate(items)}
-    right = set(zip(*map(np.ndarray.tolist, np.nonzero(truth.attractive > 0.1)), strict=True))
+    right = set(zip(*map(np.ndarray.tolist, np.nonzero(attractive > 0.1)), strict=True))
     pairs, negatives = set[tuple[int, int]](), set[tuple[int, int]]()
     for row in rows:
         image = names[row["image"]]
