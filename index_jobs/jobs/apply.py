@@ -9,7 +9,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from index_jobs.store.versions import current_version, open_current, open_versio
 logger = logging.getLogger(__name__)
 
 MAX_STARTS = {"put": 100, "patch": 6, "delete": 6}  # images take minutes, so restarts of a service meet them more often
-_PROGRESS_S = 1.0
 _MAX_LISTED = 100  # unknown ids in the status of a job
+_OWN = ("id", "caption", "category")
 _LIST = "jobs.jsonl"  # the items of a batch with images, as a gallery
 _Result = tuple[int | None, list[dict[str, Any]]]  # the version with the changes, and the outcome of each job
 
@@ -113,16 +112,14 @@ def _delete(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _R
 def _put(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Result:
     """Encode images, and publish their items. An image that cannot be read fails its item alone."""
     _require_same_types(jobs)
-    current, done, shown_at = open_published(queue.index), 0, time.monotonic()
+    current, done = open_published(queue.index), 0
     version = current.manifest.version if current else None
     failed = read_failures(current) if current and any(job.starts for job in jobs) else {}
 
     def show_progress(images: int) -> None:
-        nonlocal done, shown_at
+        nonlocal done
         done += images
-        if time.monotonic() >= shown_at + _PROGRESS_S:
-            queue.show_progress(jobs, done)
-            shown_at = time.monotonic()
+        queue.show_progress(jobs, done)
 
     wanted = [item for job in jobs for item in job.items if item["image"] not in failed]
     if wanted and len(gallery := _list_new(queue.index, current, wanted)):
@@ -155,8 +152,7 @@ def _require_same_types(jobs: Sequence[Job]) -> None:
 
 def _list_new(index: Path, current: Artifact | None, items: Sequence[dict[str, Any]]) -> Gallery:
     """Return as a gallery what the version lacks of some items."""
-    own = ({field: item[field] for field in ("id", "caption", "category")} for item in items)
-    rows = ({**item["metadata"], **texts, "file_name": item["image"]} for item, texts in zip(items, own, strict=True))
+    rows = ({**item["metadata"], **{name: item[name] for name in _OWN}, "file_name": item["image"]} for item in items)
     write_json_lines(index / _LIST, rows)
     gallery = scan(index / _LIST)
     is_new = [current is None or not _is_held(current, row) for row in gallery.table.to_pylist()]

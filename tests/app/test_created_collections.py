@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -244,28 +245,21 @@ async def test_drops_at_once_wait_for_each_other_and_for_changes_of_metadata(ind
         assert not [*folder.glob("*/")]
 
 
-@pytest.mark.parametrize("request_of", ["drop", "put", "delete", "model"])
-async def test_collection_that_another_process_has_dropped_is_not_found(
-    index: Path, tmp_path: Path, request_of: str
-) -> None:
-    folder = tmp_path / "created"
+async def test_collection_that_another_process_has_dropped_is_not_found(index: Path, tmp_path: Path) -> None:
+    folder, path = tmp_path / "created", "/collections/lamps"
     async with opened(index, collections_dir=folder, poll_s=0, **WRITES) as client:
-        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
-        drop_collection(list_collections(folder)["lamps"])
-        requests = {
-            "drop": lambda: client.delete("/collections/lamps", headers=ADMINS),
-            "put": lambda: put(client, item("a"), path="/collections/lamps/items"),
-            "delete": lambda: delete(client, "a", path="/collections/lamps/items"),
-            "model": lambda: client.put("/collections/shoes?model=lamps", headers=ADMINS),
-        }
-        refused = await requests[request_of]()
-        assert_problem(refused, 404, "model" if request_of == "model" else "collection")
-        listed = (await client.get("/collections")).json()["collections"]
-        assert [each["name"] for each in listed] == ["index"]
-        assert (await client.put("/collections/lamps", headers=ADMINS)).status_code == 200
-        drop_collection(list_collections(folder)["lamps"])
-        assert (await client.put("/collections/lamps", headers=ADMINS)).json()["count"] == 0
-        assert [*list_collections(folder)] == ["lamps"]
+        requests: list[tuple[str, Callable[[], Awaitable[httpx.Response]]]] = [
+            ("collection", lambda: client.delete(path, headers=ADMINS)),
+            ("collection", lambda: put(client, item("a"), path=f"{path}/items")),
+            ("collection", lambda: delete(client, "a", path=f"{path}/items")),
+            ("model", lambda: client.put("/collections/shoes?model=lamps", headers=ADMINS)),
+        ]
+        for field, request in requests:
+            assert (await client.put(path, headers=ADMINS)).json()["count"] == 0
+            drop_collection(list_collections(folder)["lamps"])
+            assert_problem(await request(), 404, field)
+            listed = (await client.get("/collections")).json()["collections"]
+            assert [each["name"] for each in listed] == ["index"]
 
 
 async def test_collection_that_another_process_has_created_is_changed_and_dropped_at_once(
@@ -273,17 +267,18 @@ async def test_collection_that_another_process_has_created_is_changed_and_droppe
 ) -> None:
     given = {**WRITES, "collections_dir": tmp_path / "created", "poll_s": 0}
     async with opened(index, **given) as client, opened(index, **given) as other:
-        for name in ("lamps", "shoes", "bags", "hats"):
+        changes: list[tuple[str, Callable[[], Awaitable[httpx.Response]], int]] = [
+            ("lamps", lambda: put(other, item("a"), path="/collections/lamps/items"), 202),
+            ("shoes", lambda: delete(other, "a", path="/collections/shoes/items"), 202),
+            ("bags", lambda: other.delete("/collections/bags", headers=ADMINS), 204),
+            ("hats", lambda: delete(client, "a", path="/collections/hats/items"), 202),
+        ]
+        for name, change, status in changes:
             assert (await client.put(f"/collections/{name}", headers=ADMINS)).status_code == 200
-            if name == "lamps":
-                assert (await put(other, item("a"), path="/collections/lamps/items")).status_code == 202
-            elif name == "shoes":
-                assert (await delete(other, "a", path="/collections/shoes/items")).status_code == 202
-            elif name == "bags":
-                assert (await other.delete("/collections/bags", headers=ADMINS)).status_code == 204
-            else:
-                job = (await delete(client, "a", path="/collections/hats/items")).headers["location"]
-                assert (await other.get(job, headers=ADMINS)).json()["collection"] == "hats"
+            changed = await change()
+            assert changed.status_code == status
+        job = await other.get(changed.headers["location"], headers=ADMINS)
+        assert job.json()["collection"] == "hats"
 
 
 async def test_empty_collection_that_another_process_has_created_again_has_its_new_model(
