@@ -1,7 +1,6 @@
 """The insights page: figures of the log, and the way from queries to their searches."""
 
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import httpx
@@ -14,7 +13,6 @@ from tests.support.page import Page, ready, served, until
 from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
 
 pytestmark = pytest.mark.browser
-BARRIERS = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
 
 
 def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
@@ -54,12 +52,9 @@ def test_the_figures_of_the_log_are_shown(both: Page, indexes: dict[str, Path], 
         wide = "return document.documentElement.scrollWidth <= (screen.width === 390 ? 390 : innerWidth)"
         assert page.driver.execute_script(wide)
         for theme in ("light", "dark"):
-            emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-            page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
-            page.driver.execute_script((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
-            found = page.driver.execute_async_script(BARRIERS)
-            assert [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found] == []
-        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+            page.emulate(prefers_color_scheme=theme)
+            assert page.barriers() == []
+        page.emulate()
         page.one("#forget-key").click()
         until(lambda: page.one("#key").is_displayed())
     page.errors()  # the browser logs refused keys
