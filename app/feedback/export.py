@@ -144,14 +144,13 @@ def export(folder: Path, artifact: Artifact, collection: str, out: Path, options
         if (out / name).exists():
             raise DcarError(f"{out} already holds {name}; give --out a new directory")
     report = Report(options=asdict(options) | {"judges": sorted(options.judges), "collection": collection})
-    log = _Log(folder, collection, options.client_cap, report)
+    log = _Log(folder, collection, options, report)
     if not report.searches:
         raise DcarError(f"{folder} has no search of the collection {collection!r}; name another by --collection")
-    seen = log.seen[~_is_insistent(log.seen, options.client_item_cap, report)]
-    propensities = estimate_propensities(seen)
+    propensities = estimate_propensities(log.seen)
     report.propensities = [round(float(each), 4) for each in propensities.examined]
     report.pairs_at_several_positions = propensities.pairs
-    evidence = weigh(seen[np.isin(seen.search, log.usable)], propensities)
+    evidence = weigh(log.seen[np.isin(log.seen.search, log.usable)], propensities)
     images = _Images(artifact, log.items)
     pairs, negatives = _pairs(evidence, images, options, report)
     judged = _judged(evidence, log, options, report)
@@ -183,11 +182,13 @@ class _Log:
     seen: what counts as seen. In a log with impressions, searches without events do not count.
     """
 
-    def __init__(self, folder: Path, collection: str, client_cap: int, report: Report) -> None:
+    def __init__(self, folder: Path, collection: str, options: Options, report: Report) -> None:
         self.texts, self.items, self.usable = dict[str, int](), dict[str, int](), list[int]()
         self.ratings = defaultdict[tuple[int, int], dict[str, int]](dict)
         clients, searches, has_impressions = dict[str | int, int](), Counter[str](), False
+        clicked_for = defaultdict[tuple[int, int], set[int]](set)  # texts, by client and item
         columns, has_events, left_out = [array("q") for _ in fields(Impressions)], list[bool](), report.left_out
+        beyond = f"clicks of a client on an item beyond its first {options.client_item_cap:,} texts"
         for query, events in read_log(folder):
             if query is None or query.collection != collection:
                 left_out["events for searches that are not in the log, or are of another collection"] += len(events)
@@ -212,15 +213,23 @@ class _Log:
             client = clients.setdefault(own[0].client if own else number, len(clients))
             if own:
                 searches[own[0].client] += 1
-                if searches[own[0].client] > client_cap:
-                    left_out[f"searches of a client beyond its first {client_cap:,}"] += 1
+                if searches[own[0].client] > options.client_cap:
+                    left_out[f"searches of a client beyond its first {options.client_cap:,}"] += 1
                     continue
             clicked = {event.item for event in own if event.action in CLICKS}
             for position, item in enumerate(query.hits, query.offset + 1):
-                if item in seen:
-                    row = number, text, self._code(item), client, position, item in clicked, query.version
-                    for column, value in zip(columns, row, strict=True):
-                        column.append(value)
+                if item not in seen:
+                    continue
+                code = self._code(item)
+                if item in clicked:
+                    texts = clicked_for[client, code]
+                    if text not in texts and len(texts) >= options.client_item_cap:
+                        left_out[beyond] += 1
+                        continue
+                    texts.add(text)
+                row = number, text, code, client, position, item in clicked, query.version
+                for column, value in zip(columns, row, strict=True):
+                    column.append(value)
         report.clients = len(searches)
         found = Impressions(*map(np.array, columns))
         found = replace(found, clicked=found.clicked.astype(bool))
@@ -228,30 +237,6 @@ class _Log:
 
     def _code(self, item: str) -> int:
         return self.items.setdefault(item, len(self.items))
-
-
-def _number_within(groups: np.ndarray) -> np.ndarray:
-    """Return for each entry how many earlier ones are of its group."""
-    order = np.argsort(groups, kind="stable")
-    sorted_groups = groups[order]
-    numbers = np.empty(len(groups), np.int64)
-    numbers[order] = np.arange(len(groups)) - np.searchsorted(sorted_groups, sorted_groups)
-    return numbers
-
-
-def _is_insistent(seen: Impressions, cap: int, report: Report) -> np.ndarray:
-    """Return bool (N,): a click of a client who had clicked the item for `cap` other texts."""
-    clicks = seen[seen.clicked]
-    items, texts = int(seen.item.max(initial=0)) + 1, int(seen.text.max(initial=0)) + 1
-    fan = clicks.client * items + clicks.item
-    keys, first, vote = np.unique(fan * texts + clicks.text, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # as they came
-    numbers = np.empty(len(keys), np.int64)
-    numbers[order] = _number_within((keys // texts)[order])
-    found = np.zeros(len(seen.clicked), bool)
-    found[seen.clicked] = numbers[vote] >= cap
-    report.leave_out(f"clicks of a client on an item beyond its first {cap:,} texts", found)
-    return found
 
 
 def estimate_propensities(seen: Impressions) -> Propensities:
@@ -309,12 +294,20 @@ def _pairs(
     fits = enough & (share >= _FIT)
     weak = "clicked pairs of less than two thirds of the relevance of their query's best"
     report.leave_out(weak, enough & ~fits)
-    chosen = np.flatnonzero(fits)
-    chosen = chosen[np.argsort(-evidence.relevance[chosen], kind="stable")]
-    within = _number_within(evidence.item[chosen]) < options.item_cap
-    report.leave_out(f"pairs of an item beyond its best {options.item_cap:,}", ~within)
-    known = images.is_known[evidence.item[chosen]]
-    report.leave_out("pairs of items that are no longer in the index", ~known)
+    pairs, of_item, order = (
+        list[tuple[int, int, float]](),
+        Counter[int](),
+        np.argsort(-evidence.relevance, kind="stable"),
+    )
+    for place in order[fits[order]]:
+        item, relevance = int(evidence.item[place]), max(float(evidence.relevance[place]), 1e-6)
+        of_item[item] += 1
+        if of_item[item] > options.item_cap:
+            report.left_out[f"pairs of an item beyond its best {options.item_cap:,}"] += 1
+        elif not images.is_known[item]:
+            report.left_out["pairs of items that are no longer in the index"] += 1
+        else:
+            pairs.append((item, int(evidence.text[place]), round(relevance, 6)))
     few = (skips > 0) & (skips < options.min_clients) & (clicks == 0)
     report.leave_out(f"images skipped by fewer than {options.min_clients} clients", few)
     negatives = dict[int, list[int]]()
@@ -323,9 +316,7 @@ def _pairs(
         texts = negatives.setdefault(item, [])
         if len(texts) < _MAX_NEGATIVES:
             texts.append(text)
-    chosen = chosen[within & known]
-    columns = evidence.item, evidence.text, np.maximum(evidence.relevance, 1e-6).round(6)
-    return [*zip(*(column[chosen].tolist() for column in columns), strict=True)], negatives
+    return pairs, negatives
 
 
 def _judged(evidence: Evidence, log: _Log, options: Options, report: Report) -> list[tuple[str, str, int, str, int]]:
