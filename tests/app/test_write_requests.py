@@ -32,7 +32,7 @@ BAD: list[tuple[str, Any, str]] = [
     *(("PUT", {"items": [item("a", caption=bad)]}, "items.0.caption") for bad in (1, "x" * 10_001)),
     ("PUT", {"items": [item("a", category=None)]}, "items.0.category"),
     *(("PUT", {"items": [item("a", metadata=bad)]}, "items.0.metadata")
-      for bad in ([], {"id": "b"}, {"file_name": "/etc/passwd"}, {"x": "y" * 65_536}, {"n" * 257: 1})),
+      for bad in (list[Any](), {"id": "b"}, {"file_name": "/etc/passwd"}, {"x": "y" * 65_536}, {"n" * 257: 1})),
     ("PUT", {"items": [item(x, metadata={f"{x}{n}": n for n in range(500)}) for x in "ab"]}, "items.1.metadata"),
     ("PUT", {"items": [item("a") | {"image": "%"}]}, "items.0.image"),
     ("PUT", {"items": [item("a"), item("b") | {"image": "AAAA"}]}, "items.1.image"),
