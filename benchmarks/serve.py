@@ -129,8 +129,9 @@ class Bare:
         from dcar_core import Encoder
         from index_jobs.store.versions import open_current
 
+        version = open_current(index)
         self.encoder = Encoder.load(
-            open_current(index).checkpoint, device="cpu", runtime=runtime, cache=Path(cache) if cache else None
+            version.checkpoint, device="cpu", runtime=runtime, cache=Path(cache) if cache else None
         )
         self._texts = unique_texts(9)
         self._pixels = np.stack([self.encoder.preprocess(each) for each in images(32)])

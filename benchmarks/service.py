@@ -251,22 +251,23 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     table = gallery.table
     for name in SIZE_COLUMNS:
         table = table.append_column(name, pa.nulls(count, pa.int32()))
-    with publish.open_staging(out) as staging:
-        copy_checkpoint(checkpoint, staging / CHECKPOINT)
-        encoder = Encoder.load(staging / CHECKPOINT, device="cpu")
+    with publish.new_version(out) as new:
+        folder = new.folder
+        copy_checkpoint(checkpoint, folder / CHECKPOINT)
+        encoder = Encoder.load(folder / CHECKPOINT, device="cpu")
         spec = IndexSpec(
             gallery=gallery.location, gallery_signature=gallery.content_signature, fingerprint=encoder.fingerprint
         )
-        write_items(staging / ITEMS, table, np.arange(count))
-        new = NewIndex(
-            name=str(out), folder=staging, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim,
-            queries=None, fields=Items(staging / ITEMS).field_table(),
+        write_items(folder / ITEMS, table, np.arange(count))
+        stored = NewIndex(
+            name=str(out), folder=folder, version=1, blocks=lambda: iter([vectors]), count=count, dim=dim,
+            queries=None, fields=Items(folder / ITEMS).field_table(),
         )  # fmt: skip
-        created = load_engine(spec.engine).create(spec, new)
-        write_lexical(staging / LEXICAL, item_texts(table, None))
+        created = load_engine(spec.engine).create(spec, stored)
+        write_lexical(folder / LEXICAL, item_texts(table, None))
         manifest = Manifest(
             spec=spec, dim=dim, count=count, kind=created.kind, reason=created.reason, root=gallery.root,
             checkpoint=str(checkpoint), measured=created.measured,
         )  # fmt: skip
-        publish.publish_version(out, staging, manifest, {})
+        new.publish(manifest)
     return out

@@ -27,7 +27,7 @@ def require_rows(rows: Any, count: int) -> None:
 
 
 def check_file_once(path: Path, check: Callable[[], None]) -> None:
-    """Check the contents of a file that this process has not checked yet; versions share files by hard links.
+    """Check the contents of a file that this process has not checked yet; versions share files.
 
     `check` raises ValueError for damaged contents. Raise ArtifactError instead, with a remedy.
     """

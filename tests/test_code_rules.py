@@ -82,7 +82,7 @@ PRIVATE = """
 app/test_batching.py app/test_decoders.py app/test_fairness.py
 app/test_http_protocol.py app/test_limits.py app/test_server.py
 index_jobs/test_artifact.py
-index_jobs/test_object_store.py index_jobs/test_publishing.py index_jobs/test_updates.py
+index_jobs/test_publishing.py index_jobs/test_updates.py
 """
 
 

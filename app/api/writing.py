@@ -161,9 +161,9 @@ async def put_collection(
             raise out_of_scope()
         if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
             raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
-        checkpoint = (await collections.open(model, "model")).artifact.checkpoint
+        source = (await collections.open(model, "model")).artifact
         async with _storing("collection", collections, model):
-            await run_in_new_thread(create_collection, folder, name, checkpoint)
+            await run_in_new_thread(create_collection, folder, name, source.checkpoint)
         await collections.sync()
     return JsonResponse(collection_response(collections, name))
 

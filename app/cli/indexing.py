@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from app.cli.options import Filter, example
+from app.cli.options import Filter, example, published_index
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
 from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import KEEP_WRITES, BuildOptions
-from index_jobs.store.location import index_path, published_index, store_of
-from index_jobs.store.names import location_of
+from index_jobs.store.location import index_path, location_of
 
 if TYPE_CHECKING:
     from index_jobs.store.artifact import Item
@@ -29,12 +28,14 @@ commands.command("build", epilog=job_cli.EPILOG)(job_cli.build_command)
 
 
 @commands.command("list", epilog=example("dcar index list index"))
-def list_command(index: Index) -> None:
+def list_command(
+    index: Index,
+    files: Annotated[bool, Option("--files", help="List their files, too: the blob, the bytes and the name.")] = False,
+) -> None:
     """List the versions, newest first; * marks the one that is served."""
-    from index_jobs.store.versions import current_version_or_none, list_versions, require_index
+    from index_jobs.store.versions import list_versions, pull, require_index
 
-    store = store_of(index)
-    current = store.pull(history=True, files=False) if store else current_version_or_none(index)
+    current = pull(index, history=True, files=False)
     versions = list_versions(index)
     if not versions:
         require_index(index)  # raises with the command to run
@@ -48,6 +49,8 @@ def list_command(index: Index) -> None:
         )
         if manifest.version == current:
             _recommend(manifest.rebuild)
+        for name, info in manifest.files.items() if files else ():
+            typer.echo(f"        {info.sha256}  {info.size:13,}  {name}")
 
 
 @commands.command("items", epilog=example("""dcar index items index --filter '{"category": "shoes"}'"""))
@@ -60,10 +63,9 @@ def items_command(index: FilledIndex, filter: Filter = None) -> None:
 @commands.command("verify", epilog=example("dcar index verify index"))
 def verify_command(index: Index) -> None:
     """Check every file of every version against its checksum."""
-    from index_jobs.store.versions import verify_index
+    from index_jobs.store.publish import verify_index
 
-    store = store_of(index)
-    for manifest in store.verify() if store else verify_index(index):
+    for manifest in verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
 
 

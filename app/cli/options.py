@@ -8,7 +8,6 @@ import typer
 from typer import Option
 
 from dcar_core.model.config import LossDirection
-from index_jobs.store.location import published_index
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
@@ -16,6 +15,13 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 def example(*lines: str) -> str:
     """Return the epilog of a command's help: example command lines."""
     return "\b\n" + "\n".join([f"Example{'s' if len(lines) > 1 else ''}:", *(f"  {line}" for line in lines)])
+
+
+def published_index(location: str) -> Path:
+    """Return the directory of an index, with its published version."""
+    from index_jobs.store import versions
+
+    return versions.published_index(location)
 
 
 def parse_filter(text: str) -> dict[str, Any]:

@@ -119,11 +119,11 @@ def retrain(
     started = time.perf_counter()
     from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run
-    from index_jobs.store.manifest import CHECKPOINT, VERSIONS
-    from index_jobs.store.names import location_of
-    from index_jobs.store.versions import require_index
+    from index_jobs.store.location import location_of
+    from index_jobs.store.versions import open_current
 
-    if rest := describe_rest(index / VERSIONS / str(require_index(index)) / CHECKPOINT):
+    served = open_current(index)
+    if rest := describe_rest(served.checkpoint):
         typer.echo(f"{location_of(index)}: {rest}", err=True)
     summary = run(
         index, pairs, validation=validation, judgements=judgements, margin=margin, device=device, started=started

@@ -138,7 +138,7 @@ async def _second_stage(compute: Compute, snapshot: Snapshot) -> Any:
     except MissingExtraError as error:
         raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
     except DcarError as error:
-        index = snapshot.artifact.path.parents[1]
+        index = snapshot.artifact.index
         logger.error("cannot load the full model of %s: %s", index, error)
         message = f"This query needs the full model, which cannot be loaded: {without_directories(str(error), index)}"
         raise UnavailableError(message, retry_after_s=30) from None

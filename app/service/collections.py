@@ -30,9 +30,8 @@ from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.created import list_collections
-from index_jobs.store.location import store_of
-from index_jobs.store.names import location_of
-from index_jobs.store.versions import current_version, require_index
+from index_jobs.store.location import location_of, store_of
+from index_jobs.store.versions import current_version, pull, repair, require_index
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,7 @@ class ServedIndex:
             version, snapshot, started = None, None, time.perf_counter()
             try:
                 is_empty = self.is_created and await disk.run(current_version, self.index) is None
-                version = 0 if is_empty else await disk.run(require_index, self.index)
+                version = 0 if is_empty else (await disk.run(require_index, self.index)).version
                 is_new = self.live is None or not await disk.run(is_published, self.live, self.index, version)
                 if is_new or is_repaired:
                     snapshot = await self._open(version, is_empty)
@@ -151,11 +150,10 @@ class ServedIndex:
 
         Another collection may load meanwhile, since this can take minutes.
         """
-        store = store_of(self.index)
-        if store is None:
+        if store_of(self.index) is None:
             return None
         try:
-            await run_in_new_thread(store.pull)
+            await run_in_new_thread(pull, self.index)
             if self.live is not None and self.damage is not None:
                 await self._repair(self.live.version)
         except OSError as error:
@@ -177,10 +175,9 @@ class ServedIndex:
 
     async def _repair(self, version: int | None) -> bool:
         """Bring damaged files of a version anew from its object store, once. Return False if that was done before."""
-        store = store_of(self.index)
-        if store is None or version is None or version == self._repaired:
+        if store_of(self.index) is None or version is None or version == self._repaired:
             return False
-        await run_in_new_thread(store.repair, version)
+        await run_in_new_thread(repair, self.index, version)
         self._repaired = version
         return True
 

@@ -14,16 +14,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
-from pathlib import Path
 from typing import BinaryIO
 
 from app.search.errors import ImageUnavailableError
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ArtifactError, ImageError
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.storage import Directory, read_files
 
 PIECE_BYTES = 64 * 2**10
-_BLOCK = 1 << 20  # bytes that are hashed at once
 _IDLE = 3.0  # seconds of sleep per second of reading and hashing
 
 
@@ -90,23 +89,15 @@ def find_damage(artifact: Artifact, is_served: Callable[[], bool]) -> str | None
     Run it in a thread of its own, whose priority it lowers. It ends early, with None, once `is_served` returns False.
     """
 
-    def hash_slowly(path: Path) -> str:
-        """Return the sha256 of a file, in a quarter of the time of one core and of the disk."""
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while is_served():
-                started = time.perf_counter()
-                block = file.read(_BLOCK)
-                if not block:
-                    break
-                digest.update(block)
-                time.sleep(_IDLE * (time.perf_counter() - started))
-        return digest.hexdigest()
-
     if sys.platform == "linux":  # where a priority may be that of one thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    started = time.perf_counter()
     try:
-        artifact.verify(hash_of=hash_slowly)
+        for _ in read_files(Directory(artifact.index), artifact.manifest, set()):
+            if not is_served():
+                return None
+            time.sleep(_IDLE * (time.perf_counter() - started))  # a quarter of the time of one core and of the disk
+            started = time.perf_counter()
     except ArtifactError as error:
         return str(error) if is_served() else None  # an old version may have been deleted meanwhile
     return None

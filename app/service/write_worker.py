@@ -47,7 +47,7 @@ def require_writable(settings: Settings) -> None:
     """Check that the service may write where its settings demand it. Raise DcarError if not."""
     for index in settings.indexes.values() if settings.writes else ():
         if (store := store_of(index)) is not None:
-            raise DcarError(f"{store.url} is in an object store, to which only jobs publish; unset DCAR_WRITES")
+            raise DcarError(f"{store.name} is in an object store, to which only jobs publish; unset DCAR_WRITES")
         if not os.access(index, os.W_OK):
             raise DcarError(f"{index} cannot be written, which DCAR_WRITES needs; unset it, or allow it")
     if settings.writes and settings.collections_dir is not None:

@@ -90,7 +90,7 @@ def fsync_path(path: Path) -> None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Put a file that never changes into another place, as a hard link where the file system has them."""
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:  # no hard links here, or too many of this file
         shutil.copyfile(source, target)
         fsync_path(target)

@@ -48,12 +48,12 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def release_pages(places: Iterable[Path]) -> None:
-    """Release the unmodified pages mapped from these files, or from files below these directories.
+    """Release the unmodified pages mapped from these files, or from files in these directories, which may be links.
 
     The system reads them again when they are needed. Does nothing on systems without `madvise`.
     """
     advise = getattr(mmap, "MADV_DONTNEED", None)
-    roots = "|".join(re.escape(str(place.resolve())) for place in places)
+    roots = "|".join(re.escape(str(path.resolve())) for place in places for path in (place, *place.glob("*")))
     if not roots or advise is None or not Path("/proc/self/smaps").is_file():
         return
     # Start and end of a mapping without modified pages, which releasing would lose.

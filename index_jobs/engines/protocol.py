@@ -3,14 +3,14 @@
 - The metric is the inner product of normalized vectors, which is the cosine similarity.
 - Rows are numbered from 0 in the order of the vectors, so items, filters, additions and removals work alike with
   every engine.
-- What an engine keeps of a version, or of an addition, is in its folder: the vectors, or in NAME.json the name of what
+- What an engine keeps of a version, or of an addition, is in its files: the vectors, or in NAME.json the name of what
   stores them elsewhere.
 - An engine other than FAISS is a plug-in: a distribution with an entry point `NAME = "module:Class"` in the group
   `dcar.engines`. Its class extends `Engine`, and what it opens `VectorIndex`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -30,6 +30,7 @@ _BUILT_IN = {
     "faiss": "index_jobs.engines.faiss.build:FaissEngine",
 }
 
+Files = Mapping[str, Path]  # by name, those of an engine among them
 ScoredRows = tuple[Floats, Rows]  # scores float32 (n, k), best first, and rows int64 (n, k), -1 where there are fewer
 
 
@@ -47,7 +48,7 @@ class NewIndex:
     """An index to create, of L2-normalized vectors."""
 
     name: str  # of the index, as of `Engine.sync`
-    folder: Path  # of the staged version or addition
+    folder: Path  # where files of the version or addition are written
     version: int
     blocks: Blocks
     fields: pa.Table  # the fields of each row, memory-mapped; for engines that evaluate filters
@@ -111,16 +112,17 @@ class Engine(ABC):
         """Store the vectors, and measure the recall and latency of searches."""
 
     @abstractmethod
-    def open(self, folder: Path, *, gpu: bool = False) -> VectorIndex:
-        """Open the index of a version's folder. Raise ArtifactError if it is missing or damaged."""
+    def open(self, files: Files, *, gpu: bool = False) -> VectorIndex:
+        """Open the index of a version or addition. Raise ArtifactError if it is missing or damaged."""
 
-    def sync(self, index: Path, name: str, version: int) -> None:  # noqa: B027
+    def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:  # noqa: B027
         """Follow a publication or a rollback, once `version` is current, and drop what no version up to it names.
 
         A failure is logged: CURRENT decides what is served.
 
         Args:
             name: of the index, the same on every machine that publishes it.
+            versions: by number, the files of what was built, and of each addition.
         """
 
 

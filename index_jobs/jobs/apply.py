@@ -86,7 +86,7 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
     if open_published(queue.index) is None:
         return None, [{"changed": 0, "unknown": [item["id"] for item in job.items][:_MAX_LISTED]} for job in jobs]
     outcomes = list[dict[str, Any]]()
-    with publish.open_staging(queue.index) as staging:
+    with publish.new_version(queue.index) as new:
         current = open_current(queue.index)
         draft, version = Draft(current), current.manifest.version
         for job in jobs:
@@ -97,7 +97,7 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
                 outcomes.append({"status": "failed", "reason": str(error)})
         if draft.records:
             change = f"{counted(len(draft.records), 'item')} changed"
-            version = draft.publish(queue.index, staging, change, keep=options["keep"], origin=OVER_HTTP).version
+            version = draft.publish(new, change, keep=options["keep"], origin=OVER_HTTP).version
     return version, outcomes
 
 
@@ -187,6 +187,7 @@ def open_published(index: Path) -> Artifact | None:
 
 def read_failures(artifact: Artifact) -> dict[str, str]:
     """Return the reasons of the images that a version lacks, or its newest addition, by name."""
-    path = artifact.path / (artifact.manifest.additions[-1].folder if artifact.manifest.additions else "") / FAILED
-    failures = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    manifest = artifact.manifest
+    name = f"{manifest.additions[-1].folder}/{FAILED}" if manifest.additions else FAILED
+    failures = map(json.loads, manifest.path(artifact.index, name).read_text(encoding="utf-8").splitlines())
     return {failure["name"]: failure["reason"] for failure in failures}

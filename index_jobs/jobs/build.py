@@ -56,21 +56,9 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import index_path, store_of
-from index_jobs.store.manifest import (
-    CHECKPOINT,
-    CURRENT,
-    DUPLICATES,
-    FAILED,
-    ITEMS,
-    LEXICAL,
-    VERSIONS,
-    FileInfo,
-    Manifest,
-    counted,
-)
-from index_jobs.store.names import index_name, location_of
-from index_jobs.store.versions import current_version_or_none, open_current, remove_directory
+from index_jobs.store.location import index_name, index_path, location_of
+from index_jobs.store.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.store.versions import open_current, pull
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +88,10 @@ def rebuild(
         DcarError: the output cannot be written, or does not read back; published versions are unchanged.
     """
     out = index_path(out)
-    build, store = _Build(BuildOptions.of(options), checkpoint, out), store_of(out)
+    settings = BuildOptions.of(options)
     with publish.report_os_errors(out):
-        if store is not None:
-            store.pull(history=True)
+        pull(out, history=True)
+        build = _Build(settings, checkpoint, out)
         if not isinstance(gallery, Gallery):
             logger.info("looking for images")
             gallery = scan(gallery)
@@ -118,10 +106,13 @@ class _Build:
     gallery: Gallery
     encoder: Encoder
     served: Artifact | None
+    published: Artifact | None = None  # when the build began
 
     def __init__(self, options: BuildOptions, checkpoint: Path, out: Path) -> None:
-        self.options, self.out, self.work = options, out, out / WORK
-        self.checkpoint = _with_retraining(checkpoint, out, is_forced=options.force)
+        self.options, self.out, self.work, self.origin = options, out, out / WORK, checkpoint.absolute()
+        with contextlib.suppress(ArtifactError):
+            self.published = open_current(out)
+        self.checkpoint = _with_retraining(checkpoint, self.published, is_forced=options.force)
         self._start = time.perf_counter()
         self.judged = read_judgements([options.judgements]) if options.judgements else None
 
@@ -143,42 +134,44 @@ class _Build:
 
     def find_published(self) -> Manifest | None:
         """Return the served version's manifest if it is what this build would publish."""
-        try:
-            served = open_current(self.out)
-            backbone = read_config(served.checkpoint)["backbone"]
-        except (ArtifactError, CheckpointError):
+        if self.published is None:
             return None
-        is_same = served.manifest.spec == self.spec and served.manifest.is_as_built
+        try:
+            backbone = read_config(self.published.checkpoint)["backbone"]
+        except CheckpointError:
+            return None
+        manifest = self.published.manifest
+        is_same = manifest.spec == self.spec and manifest.is_as_built
         is_same = is_same and backbone == read_portable_config(self.checkpoint, self.options.model)["backbone"]
-        return served.manifest if is_same else None
+        return manifest if is_same else None
 
     def run(self) -> RebuildSummary:
         """Build and publish a version."""
         out, options, gallery = self.out, self.options, self.gallery
-        with publish.open_staging(out) as staging:
+        with publish.new_version(out) as new:
             _require_fields(gallery, self.spec)  # before a model is loaded
-            copy_checkpoint(self.checkpoint, staging / CHECKPOINT, options.model)
+            copy_checkpoint(self.checkpoint, copy := new.folder / CHECKPOINT, options.model)
             logger.info("%s images; loading the model", f"{len(gallery):,}")
             try:
                 if options.model is not None:
-                    Encoder.load(staging / CHECKPOINT, device="cpu")  # an export would load with any backbone
-                replicas = self._load_replicas(staging / CHECKPOINT)
+                    Encoder.load(copy, device="cpu")  # an export would load with any backbone
+                replicas = self._load_replicas(copy)
             except (CheckpointError, ModelError) as error:  # the copy is removed
-                raise type(error)(str(error).replace(str(staging / CHECKPOINT), str(self.checkpoint))) from error
+                raise type(error)(str(error).replace(str(copy), str(self.checkpoint))) from error
             self.encoder = replicas[0]
             least_bytes = load_engine(self.spec.engine).plan(self.spec, len(gallery), self.encoder.dim, options.device)
             store = ShardStore(gallery, self.encoder, self.work, options)
             self.served = self._open_served()
             self._require_few_removed()
             self._load_served_encoder("cpu")  # a check; encoding may need its memory
-            shared = self._add_portable_export(staging)  # before the space that is left is measured
+            self._add_portable_export(new)  # before the space that is left is measured
             self._make_room(store, least_bytes)
-            encoded = self._encode(replicas, staging / CHECKPOINT)
+            encoded = self._encode(replicas, copy)
             self._clean_work(store)
             changes = self._count_changes(take_rows(gallery.table, encoded.rows()))
-            staged = publish.prepare_version(out, staging, self._stage(staging, encoded), shared)
-            verdict = self._require_no_worse(staged, encoded)
-            manifest = publish.commit_version(out, staged, keep=options.keep)
+            built = new.prepare(self._write(new, encoded))
+            verdict = self._require_no_worse(built, encoded)
+            manifest = new.commit(built.manifest, keep=options.keep)
             if self.served is not None and not self.served.manifest.is_as_built:
                 logger.warning(
                     "version %d holds the gallery as it is; what was added, removed or changed in %d is not in it",
@@ -189,9 +182,9 @@ class _Build:
                     leftover.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # without the marker, the next build encodes again
                     (store.path / _marker(manifest)).touch()
-                publish.clean_work(out, self.work, lambda path: path == store.path)
+                self._keep_only({store.path})
             else:
-                remove_directory(out, self.work)
+                self._keep_only(set())
         return self.summarize(manifest, encoded, verdict, changes=changes)
 
     def summarize(
@@ -211,13 +204,12 @@ class _Build:
             published: False if the new version was rejected.
             changes: see `_count_changes`.
         """
-        version = self.out / VERSIONS / str(manifest.version)
         if encoded:
             unread, duplicates = encoded.unread, len(encoded.duplicates())
         else:
-            faults = (json.loads(line)["fault"] for line in (version / FAILED).read_bytes().splitlines())
+            faults = (json.loads(line)["fault"] for line in manifest.path(self.out, FAILED).read_bytes().splitlines())
             unread = sum(ImageFault(fault).is_temporary for fault in faults)
-            duplicates = (version / DUPLICATES).read_bytes().count(b"\n")
+            duplicates = manifest.path(self.out, DUPLICATES).read_bytes().count(b"\n")
         return RebuildSummary(
             **{name: getattr(manifest, name) for name in _SUMMARY},
             fingerprint=manifest.spec.fingerprint,
@@ -313,7 +305,7 @@ class _Build:
             logger.warning("%s", reason)
             return reason
 
-    def _require_no_worse(self, staged: Artifact, encoded: EncodedGallery) -> gate.GateVerdict | None:
+    def _require_no_worse(self, built: Artifact, encoded: EncodedGallery) -> gate.GateVerdict | None:
         """Compare with the served version. Raise RejectedError if the new one ranks worse, unless forced."""
         options = self.options
         if self.served is None:
@@ -323,16 +315,16 @@ class _Build:
         if isinstance(served_encoder, str):
             verdict = gate.GateVerdict(served_encoder, options.margin)
         else:
-            before, after = (self.served, served_encoder.encode_text), (staged, self.encoder.encode_text)
+            before, after = (self.served, served_encoder.encode_text), (built, self.encoder.encode_text)
             verdict = gate.compare(*before, *after, self.pairs, options.margin)
             if self.judged:
                 verdict = gate.add_judged(verdict, self.judged, before, after)
         if not verdict.passed and not options.force:
             remedy = "its vectors are kept, so --force publishes it without encoding again"
             if not options.keep_shards:
-                remove_directory(self.out, self.work)
+                self._keep_only(set())
                 remedy = "its vectors are not kept, so --force encodes again and publishes it"
-            kept = replace(self.served.manifest, measured=staged.manifest.measured, kind=staged.manifest.kind)
+            kept = replace(self.served.manifest, measured=built.manifest.measured, kind=built.manifest.kind)
             summary = self.summarize(kept, encoded, verdict, published=False)
             message = f"not published: the rebuilt index ranks worse than version {kept.version}: {verdict.reason}"
             raise RejectedError(f"{message}; {remedy}", summary)
@@ -350,45 +342,43 @@ class _Build:
             return encode_on_ray(self.gallery, self.encoder, checkpoint, self.work, self.options)
         return encode_gallery(self.gallery, replicas, self.work, self.options)
 
-    def _add_portable_export(self, staging: Path) -> dict[str, FileInfo]:
-        """Add what serves the model without PyTorch, if OpenVINO is installed; return the files of the served version.
+    def _add_portable_export(self, new: publish.NewVersion) -> None:
+        """Add what serves the model without PyTorch, if OpenVINO is installed, or take over that of the served version.
 
-        They are shared if it has the same model. A model that comes with an export keeps it.
+        A model that comes with an export keeps it.
         """
+        served, copy = self.served, new.folder / CHECKPOINT
         is_wanted = self.spec.runtime in (AUTO, *EXPORTED)
-        if not is_wanted or has_portable(staging / CHECKPOINT) or not is_installed("openvino"):
-            return {}
-        served = self.served
+        if not is_wanted or has_portable(copy) or not is_installed("openvino"):
+            return
         if served and served.manifest.spec.fingerprint == self.encoder.fingerprint and has_portable(served.checkpoint):
-            files, folder = served.manifest.files, f"{CHECKPOINT}/{PORTABLE}/"
-            return publish.share_files(
-                served.path, staging, {name: info for name, info in files.items() if name.startswith(folder)}
-            )
-        add_portable_export(staging / CHECKPOINT, self.encoder.backbone)
-        return {}
+            shutil.rmtree(copy / PORTABLE, ignore_errors=True)  # of another release
+            new.link(served, f"{CHECKPOINT}/{PORTABLE}/")
+        else:
+            add_portable_export(copy, self.encoder.backbone)
 
-    def _stage(self, staging: Path, encoded: EncodedGallery) -> Manifest:
+    def _write(self, new: publish.NewVersion, encoded: EncodedGallery) -> Manifest:
         """Write vectors, items and failures, and return their manifest."""
-        gallery, spec, encoder = self.gallery, self.spec, self.encoder
+        gallery, spec, encoder, folder = self.gallery, self.spec, self.encoder, new.folder
         engine = load_engine(spec.engine)
         rows = encoded.rows()
-        field_types = write_items(staging / ITEMS, encoded.table(), rows)
-        new = NewIndex(
-            name=index_name(self.out), folder=staging, version=publish.next_version(self.out), blocks=encoded.blocks,
-            fields=Items(staging / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
+        field_types = write_items(folder / ITEMS, encoded.table(), rows)
+        vectors = NewIndex(
+            name=index_name(self.out), folder=folder, version=new.number, blocks=encoded.blocks,
+            fields=Items(folder / ITEMS).field_table(), count=len(encoded), dim=encoder.dim,
             queries=caption_queries(gallery.table, encoder), device=self.options.device,
         )  # fmt: skip
         logger.info("building the vector index")
-        created = engine.create(spec, new)
+        created = engine.create(spec, vectors)
         logger.info("%d vectors: %s (%s)", len(encoded), created.kind, created.reason)
         logger.info("indexing the words of the items")
-        write_lexical(staging / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
-        encoded.write_failed(staging / FAILED)
-        encoded.write_duplicates(staging / DUPLICATES)
+        write_lexical(folder / LEXICAL, item_texts(take_rows(gallery.table, rows), spec.text_fields))
+        encoded.write_failed(folder / FAILED)
+        encoded.write_duplicates(folder / DUPLICATES)
         logger.info("measuring the scores of matches")
-        index = engine.open(staging)
+        index = engine.open({path.name: path for path in folder.iterdir()})
         if self.options.validation and self.pairs:
-            calibrated = gate.calibrate(staging, index, self.pairs, encoded, encoder)
+            calibrated = gate.calibrate(folder / LEXICAL, index, self.pairs, encoded, encoder)
         else:
             calibrated = gate.calibrate_by_words(index, encoder.encode_text)
         return Manifest(
@@ -398,7 +388,7 @@ class _Build:
             count=len(encoded),
             root=gallery.root,
             roots=list(gallery.roots),
-            checkpoint=str(self.checkpoint.absolute()),
+            checkpoint=str(self.origin),
             change=f"{counted(len(encoded), 'image')} added {self.options.origin}"
             if self.options.origin
             else f"built from {', '.join(place.rpartition('/')[2] for place in gallery.location.split(', '))}",
@@ -422,12 +412,22 @@ class _Build:
             others = (folder for folder in store.other_folders() if folder not in kept)
             sizes = {folder: sum(path.stat().st_size for path in folder.iterdir()) for folder in others}
             kept.add(max(sizes, key=sizes.__getitem__, default=store.path))
-        publish.clean_work(self.out, self.work, lambda path: path in kept)
+        self._keep_only(kept)
+
+    def _keep_only(self, kept: set[Path]) -> None:
+        """Remove other folders of vectors; a failure is left to the next build."""
+        for folder in self.work.iterdir() if self.work.is_dir() else ():
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _with_retraining(checkpoint: Path, out: Path, *, is_forced: bool) -> Path:
+def _with_retraining(checkpoint: Path, served: Artifact | None, *, is_forced: bool) -> Path:
     """Return the served version's model if it was retrained from a checkpoint, else the checkpoint."""
-    retrained = out / VERSIONS / str(current_version_or_none(out)) / CHECKPOINT
+    if served is None:
+        return checkpoint
+    retrained = served.checkpoint
     with contextlib.suppress(CheckpointError):  # whoever loads it says what is wrong
         lineage = read_config(retrained).get("training", {}).get("retrained", {}).get("from", ())
         if lineage and read_config(checkpoint)["fingerprint"] in lineage:

@@ -42,7 +42,6 @@ from index_jobs.spec import BuildOptions
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.lexical.fusion import choose_weight, hybrid_gains, spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
-from index_jobs.store.manifest import LEXICAL
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:
 
 
 def calibrate(
-    staging: Path, index: VectorIndex, pairs: QueryPairs, encoded: EncodedGallery, encoder: Encoder
+    lexical: Path, index: VectorIndex, pairs: QueryPairs, encoded: EncodedGallery, encoder: Encoder
 ) -> dict[str, Any]:
     """Return the manifest's `cutoff` and `hybrid_weight` by the validation pairs whose image has a vector.
 
@@ -214,7 +213,7 @@ def calibrate(
     if len(queries) < MIN_TEXTS:
         return {"cutoff": cutoff}
     sample = index.vectors(spread_rows(index.count))
-    return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(staging / LEXICAL), sample, queries)}
+    return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(lexical), sample, queries)}
 
 
 def cutoff_of_pairs(index: VectorIndex | Artifact, vectors: Floats, rows: Rows) -> dict[str, Any]:

@@ -154,11 +154,11 @@ def retrain(
         GateError: the candidate is not published; `retrain.json` in the index has its figures.
     """
     judged = read_judgements([judgements]) if judgements else None
-    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+    with publish.report_os_errors(index), publish.new_version(index) as new:
         run = Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
         summary = run.compare(files, validation, judged, margin)
         if summary.published:
-            summary = replace(summary, version=run.publish(staging, summary))
+            summary = replace(summary, version=run.publish(new, summary))
         if summary.gate:
             write_json(index / REPORT, asdict(summary))
     if summary.gate and not summary.published:
@@ -435,9 +435,9 @@ class Retraining:
             serving=means[0], rebuilt=means[1], difference=difference, visible=round(visible, 4),
         )  # fmt: skip
 
-    def publish(self, staging: Path, summary: RetrainSummary) -> int:
+    def publish(self, new: publish.NewVersion, summary: RetrainSummary) -> int:
         """Publish the served version with the tuned model, and return its number."""
-        served, adapter, made = self.served, self.after.adapter, staging / CHECKPOINT
+        served, adapter, made = self.served, self.after.adapter, new.folder / CHECKPOINT
         content = read_config(served.checkpoint)
         config = ModelConfig.from_dict(content["model"])
         method = "clip-adapter" if config.method == "clip" else config.method
@@ -449,14 +449,13 @@ class Retraining:
             copy_portable(served.checkpoint, made, state, self.after.encode_text(PROBE_TEXTS))
         elif (served.checkpoint / PORTABLE).is_dir():
             add_portable_export(made, self.encoder.backbone)
-        files = {name: info for name, info in served.manifest.files.items() if not name.startswith(f"{CHECKPOINT}/")}
-        shared = publish.share_files(served.path, staging, files)
+        new.link(served, without=(f"{CHECKPOINT}/",))
         gain = 100 * summary.gate["held-out pairs"]["difference"]["value"]
         manifest = replace(
             served.manifest, spec=replace(served.manifest.spec, fingerprint=fingerprint), cutoff=self.cutoff, origin="",
             change=f"model retrained on {counted(summary.pairs, 'pair')}: nDCG of others {gain:+.1f} points",
         )  # fmt: skip
-        manifest = publish.publish_version(self.index, staging, manifest, shared)
+        manifest = new.publish(manifest)
         self._lap("publish")
         return manifest.version
 

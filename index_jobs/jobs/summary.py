@@ -5,7 +5,7 @@ from typing import Any
 
 from dcar_core.util.errors import GateError
 from index_jobs.store.location import index_path
-from index_jobs.store.manifest import DUPLICATES, FAILED, VERSIONS
+from index_jobs.store.manifest import DUPLICATES, FAILED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +62,15 @@ class RebuildSummary:
 
     def notes(self) -> list[str]:
         """Return a line for each kind of images or fields that searches leave out or treat as something else."""
-        version, lines = index_path(self.index) / VERSIONS / str(self.version), list[str]()
+        from index_jobs.store.versions import read_manifest  # heavy
+
+        index, lines = index_path(self.index), list[str]()
+        manifest = read_manifest(index, self.version)
         if self.failed:
-            lines.append(f"broken images, left out: {self.failed:,}, with reasons in {version / FAILED}")
+            lines.append(f"broken images, left out: {self.failed:,}, with reasons in {manifest.path(index, FAILED)}")
         if self.duplicates:
-            lines.append(f"images that equal an earlier one: {self.duplicates:,}, listed in {version / DUPLICATES}")
+            place = manifest.path(index, DUPLICATES)
+            lines.append(f"images that equal an earlier one: {self.duplicates:,}, listed in {place}")
         if self.number_texts:
             examples = ", ".join(f"{name} ({text!r})" for name, text in self.number_texts.items())
             lines.append(

@@ -1,6 +1,6 @@
 """Versions that are made without a rebuild: items added or removed.
 
-- An update is a new version. It shares every unchanged file with the one before by hard links, and rolls back like any.
+- An update is a new version. It shares every unchanged file with the one before, and rolls back like any.
 - Added images are encoded by the version's own model into a segment of their own. Small earlier additions are merged
   into it, so a thousand small additions leave a handful of segments.
 - Removed items are a list of rows that searches skip, until a rebuild; the manifest says when that is recommended.
@@ -8,6 +8,7 @@
 
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -32,9 +33,10 @@ from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact, write_rows
 from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.store.location import index_name
 from index_jobs.store.manifest import CHANGED, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
-from index_jobs.store.names import index_name
-from index_jobs.store.versions import open_current, remove_directory
+from index_jobs.store.publish import NewVersion
+from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +72,14 @@ def remove(
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; published versions are unchanged.
     """
-    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+    with publish.report_os_errors(index), publish.new_version(index) as new:
         current = open_current(index)
         rows = _rows_of(current, ids, missing_ok=missing_ok)
         manifest = current.manifest
         if len(rows):
             removed = np.union1d(np.flatnonzero(~current.live), rows)
             change = f"{counted(len(rows), 'item')} removed"
-            manifest = _publish(index, staging, current, removed, manifest.additions, change, keep=keep, origin=origin)
+            manifest = _publish(new, current, removed, manifest.additions, change, keep=keep, origin=origin)
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
@@ -115,7 +117,7 @@ def add(
         ArtifactError, LockedError, DcarError: as by `remove`.
     """
     scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
-    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+    with publish.report_os_errors(index), publish.new_version(index) as new:
         current = open_current(index)
         ids = scanned.table["id"].to_pylist()
         existing = [item_id for item_id in ids if current.row_of(item_id) is not None]
@@ -133,14 +135,12 @@ def add(
         replaced = [item_id for item_id in existing if item_id in encoded_ids]  # a broken image replaces nothing
         rows = _rows_of(current, [*replaced, *removed_ids], missing_ok=True)
         removed = np.union1d(np.flatnonzero(~current.live), rows)
-        additions, removed = _write_addition(staging, current, encoded, removed, replicas[0])
+        additions, removed = _write_addition(new, current, encoded, removed, replicas[0])
         change = f"{counted(len(encoded), 'image')} added"
         change += f" from {scanned.location.rpartition('/')[2]}" if not settings.origin else ""
         change += f", {counted(len(rows), 'item')} removed or replaced" if len(rows) else ""
-        manifest = _publish(
-            index, staging, current, removed, additions, change, keep=settings.keep, origin=settings.origin
-        )
-        remove_directory(index, index / WORK)
+        manifest = _publish(new, current, removed, additions, change, keep=settings.keep, origin=settings.origin)
+        shutil.rmtree(index / WORK, ignore_errors=True)
     return UpdateSummary(
         manifest.version, manifest.count, len(encoded), len(replaced), len(encoded.failed), manifest.rebuild
     )
@@ -156,7 +156,7 @@ def _rows_of(artifact: Artifact, ids: Sequence[str], *, missing_ok: bool) -> Row
 
 
 def _write_addition(
-    staging: Path, current: Artifact, encoded: EncodedGallery, removed: Rows, encoder: Encoder
+    new: NewVersion, current: Artifact, encoded: EncodedGallery, removed: Rows, encoder: Encoder
 ) -> tuple[list[Addition], Rows]:
     """Write the new segment, with small earlier additions merged into it.
 
@@ -172,29 +172,29 @@ def _write_addition(
         if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, publish.ADDED_ROWS - size):
             break
         kept, size = kept - 1, size + addition.count
-    merged, folder = manifest.additions[kept:], f"added-{manifest.version + 1}"
-    (staging / folder).mkdir()
+    merged, name = manifest.additions[kept:], f"added-{new.number}"
+    (folder := new.folder / name).mkdir()
     tables, blocks = [], []
     start = merged_from = current.rows - sum(addition.count for addition in merged)
     for addition in merged:
         live = np.setdiff1d(np.arange(start, start + addition.count), removed)
-        tables.append(Items(current.path / addition.folder / ITEMS).table(live - start))
+        tables.append(Items(manifest.path(new.index, f"{addition.folder}/{ITEMS}")).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
-    new = absolute_locations(encoded.table(), gallery.root).select(COLUMNS)
-    table = pa.concat_tables([*tables, take_rows(new, encoded.rows())])
-    encoded.write_failed(staging / folder / FAILED)
-    write_items(staging / folder / ITEMS, table, np.arange(table.num_rows))
+    own = absolute_locations(encoded.table(), gallery.root).select(COLUMNS)
+    table = pa.concat_tables([*tables, take_rows(own, encoded.rows())])
+    encoded.write_failed(folder / FAILED)
+    write_items(folder / ITEMS, table, np.arange(table.num_rows))
     new_index = NewIndex(
-        name=index_name(current.path.parent.parent), folder=staging / folder, version=manifest.version + 1,
-        blocks=lambda: chain(blocks, encoded.blocks()), fields=Items(staging / folder / ITEMS).field_table(),
+        name=index_name(new.index), folder=folder, version=new.number,
+        blocks=lambda: chain(blocks, encoded.blocks()), fields=Items(folder / ITEMS).field_table(),
         count=table.num_rows, dim=manifest.dim, queries=caption_queries(table, encoder),
     )  # fmt: skip
     created = load_engine(manifest.spec.engine).create(replace(manifest.spec, kind="auto"), new_index)
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]
     roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
     added = Addition(
-        folder=folder,
+        folder=name,
         count=table.num_rows,
         kind=created.kind,
         sources=list(dict.fromkeys(sources)),
@@ -204,8 +204,7 @@ def _write_addition(
 
 
 def _publish(
-    index: Path,
-    staging: Path,
+    new: NewVersion,
     current: Artifact,
     removed: Rows,
     additions: list[Addition],
@@ -220,18 +219,16 @@ def _publish(
     if len(removed) == rows:
         raise DataError("no item would be left; delete the index or the collection instead")
     merged = tuple(f"{addition.folder}/" for addition in manifest.additions if addition not in additions)
-    files = {name: info for name, info in manifest.files.items() if not name.startswith((*merged, REMOVED, CHANGED))}
-    shared = publish.share_files(current.path, staging, files)
+    new.link(current, without=(*merged, REMOVED, CHANGED))
     if len(removed):
-        write_rows(staging / REMOVED, removed)
+        write_rows(new.folder / REMOVED, removed)
     start = rows - additions[-1].count if additions != manifest.additions else rows  # of what is stored anew
     if len(changed := current.changed[current.changed < start]):
-        write_rows(staging / CHANGED, changed)
+        write_rows(new.folder / CHANGED, changed)
     if additions != manifest.additions:
-        items = Items(staging / additions[-1].folder / ITEMS)
+        items = Items(new.folder / additions[-1].folder / ITEMS)
         texts = item_texts(items.table(np.arange(len(items))), manifest.spec.text_fields)
-        for name in write_lexical(staging / LEXICAL, texts, rows - len(items)):  # tantivy has replaced these
-            shared.pop(name, None)
+        write_lexical(new.folder / LEXICAL, texts, rows - len(items))
     manifest = replace(
         manifest,
         count=rows - len(removed),
@@ -240,7 +237,7 @@ def _publish(
         change=f"{change} {origin}".rstrip(),
         origin=origin,
     )
-    return publish.publish_version(index, staging, manifest, shared, keep=keep)
+    return new.publish(manifest, keep=keep)
 
 
 def _warn_of_indexed_files(current: Artifact, gallery: Gallery, index: Path) -> None:

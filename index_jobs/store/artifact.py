@@ -1,20 +1,23 @@
-"""One opened version of an index: search, items, vectors and integrity.
+"""One opened version of an index: search, items and vectors.
 
 - A version never changes after publication, so readers need no lock. A removed version stays usable while it is open,
   on systems that keep open files, as Linux and macOS do.
 - A built version is one segment. Later additions are segments of their own, and removed items are a list of rows, so an
   update shares all other files with the previous version.
 - Rows are numbered through all segments. A removed row keeps its number and is never found, by a search or by its id.
-- Opening checks that every file has its full length; `Artifact.verify` also reads and hashes them.
-- Many threads may share an artifact.
+- Opening checks that every file has its full length; `storage.read_files` also compares its hash.
+- Many threads may share a version.
 """
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,15 +30,15 @@ import pyarrow as pa
 
 from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, StoreUnavailableError, list_fields
-from dcar_core.util.files import atomic_writer, sha256_of
+from dcar_core.util.files import atomic_writer
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
 from index_jobs.row_filter import NO_ROWS, RowFilter
 from index_jobs.store.items import Items, common_type, take_rows, typed_array
 from index_jobs.store.lexical.fusion import spread_rows
 from index_jobs.store.lexical.lexical_index import LexicalIndex
-from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, MANIFEST, REMOVED, Manifest
-from index_jobs.store.names import location_of
+from index_jobs.store.location import location_of
+from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, REMOVED, Manifest
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
@@ -136,52 +139,53 @@ class Segment:
 class Artifact:
     """One opened version.
 
-    rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose item was removed.
-    changed: rows whose fields differ from those that the engine stored with the vectors, ascending.
+    index: the directory. rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose
+    item was removed. changed: rows whose fields differ from those that the engine stored with the vectors, ascending.
     image_access: limits on the images that are read; None for no limit. known: rows of items of recent searches, by id.
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, segments: Sequence[Segment], removed: Rows, changed: Rows = NO_ROWS,
+        self, index: Path, manifest: Manifest, segments: Sequence[Segment], removed: Rows, changed: Rows = NO_ROWS,
         image_access: ImageAccess | None = None,
     ) -> None:  # fmt: skip
         """Take the opened parts of a version; `open` opens them."""
-        self.path, self.manifest, self.segments, self.image_access = path, manifest, segments, image_access
+        self.index, self.manifest, self.segments, self.image_access = index, manifest, segments, image_access
         self.removed, self.changed, self._items, self.known = removed, changed, dict[int, Item](), dict[str, int]()
         stops = np.cumsum([0, *(segment.vectors.count for segment in segments)]).tolist()
         self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
 
     @classmethod
-    def open(cls, path: Path, image_access: ImageAccess | None = None) -> "Artifact":
-        """Open the version in directory `path`; see `index_jobs.store.versions`.
+    def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "Artifact":
+        """Open a version of an index directory; see `index_jobs.store.versions`.
 
         Raises:
             ArtifactError: a file is missing, too short or unreadable, or the files do not fit together.
         """
-        manifest = Manifest.read(path / MANIFEST)
-        _check_sizes(path, manifest)
+        _check_sizes(index, manifest)
         try:
             engine = load_engine(manifest.spec.engine)
         except DataError as error:
-            raise ArtifactError(f"{path} cannot be opened: {error}") from None
-        segments = [Segment(engine.open(path, gpu=manifest.gpu), Items(path / ITEMS), manifest.root, manifest.roots)]
+            raise ArtifactError(f"{index} cannot be opened: {error}") from None
+        built = engine.open(manifest.paths(index), gpu=manifest.gpu)
+        segments = [Segment(built, Items(manifest.path(index, ITEMS)), manifest.root, manifest.roots)]
         for addition in manifest.additions:
-            folder = path / addition.folder
-            segments.append(Segment(engine.open(folder), Items(folder / ITEMS), "", addition.roots))
+            vectors = engine.open(manifest.paths(index, f"{addition.folder}/"))
+            items = Items(manifest.path(index, f"{addition.folder}/{ITEMS}"))
+            segments.append(Segment(vectors, items, "", addition.roots))
         added = [addition.count for addition in manifest.additions]
-        total = manifest.rows
+        total, name = manifest.rows, f"version {manifest.version} of {location_of(index)}"
         for segment, count in zip(segments, [total - sum(added), *added], strict=True):
             actual = (segment.vectors.count, len(segment.items), segment.vectors.dim)
             if actual != (count, count, manifest.dim):
                 raise ArtifactError(
-                    f"{path} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
+                    f"{name} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
                     f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
                 )
-        removed = read_rows(path / REMOVED, total) if manifest.removed else NO_ROWS
+        removed = read_rows(manifest.path(index, REMOVED), total) if manifest.removed else NO_ROWS
         if len(removed) != manifest.removed:
-            raise ArtifactError(f"{path / REMOVED} does not fit the manifest; roll back, or rebuild the index")
-        changed = read_rows(path / CHANGED, total) if CHANGED in manifest.files else NO_ROWS
-        return cls(path, manifest, segments, removed, changed, image_access)
+            raise ArtifactError(f"{REMOVED} of {name} does not fit the manifest; roll back, or rebuild the index")
+        changed = read_rows(manifest.path(index, CHANGED), total) if CHANGED in manifest.files else NO_ROWS
+        return cls(index, manifest, segments, removed, changed, image_access)
 
     @cached_property
     def live(self) -> Mask:
@@ -199,9 +203,9 @@ class Artifact:
     @cached_property
     def lexical(self) -> LexicalIndex:
         """The words of the items. Raise ArtifactError if the index cannot be read."""
-        lexical = LexicalIndex(self.path / LEXICAL)
+        lexical = LexicalIndex(self.folder / LEXICAL, f"{LEXICAL} of version {self.manifest.version} of {self.index}")
         if len(lexical) != self.rows:
-            raise ArtifactError(f"{lexical.path} has {len(lexical):,} rows, but the index {self.rows:,}")
+            raise ArtifactError(f"{lexical.name} has {len(lexical):,} rows, but the index {self.rows:,}")
         return lexical
 
     @cached_property
@@ -222,10 +226,18 @@ class Artifact:
         place = int(np.searchsorted(self.removed, row))
         return place < len(self.removed) and bool(self.removed[place] == row)
 
+    @cached_property
+    def folder(self) -> Path:
+        """Links to the files by their names, for libraries that open a folder. It lives as long as this object."""
+        folder = Path(tempfile.mkdtemp(prefix=f"dcar-{self.manifest.version}-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        link_files(self.manifest.paths(self.index), folder)
+        return folder
+
     @property
     def checkpoint(self) -> Path:
-        """The model that encoded the vectors, for `Encoder.load`."""
-        return self.path / CHECKPOINT
+        """The model that encoded the vectors, for `Encoder.load`; in `folder`."""
+        return (self.folder if self.manifest.version else self.index) / CHECKPOINT
 
     def search(self, vectors: Floats, k: int, rows: RowFilter | None = None, *, is_narrow: bool = False) -> ScoredRows:
         """Return the k best rows for each query.
@@ -414,36 +426,31 @@ class Artifact:
     def require(self, fingerprint: str) -> None:
         """Raise FingerprintError, which names the command to run, for an encoder that did not encode this index."""
         if fingerprint != self.manifest.spec.fingerprint:
-            index, spec = location_of(self.path.parent.parent), self.manifest.spec
+            index, spec = location_of(self.index), self.manifest.spec
             raise FingerprintError(
                 f"version {self.manifest.version} of {index} was built by encoder {spec.fingerprint[:12]}, not by "
                 f"{fingerprint[:12]}; run: python -m index_jobs.rebuild --gallery {spec.gallery} --checkpoint "
                 f"CHECKPOINT_OF_THIS_ENCODER --out {index}"
             )
 
-    def verify(self, *, skip: Collection[str] = (), hash_of: Callable[[Path], str] | None = None) -> None:
-        """Compare the checksums of files, except the skipped ones. Raise ArtifactError at the first that differs."""
-        _check_sizes(self.path, self.manifest)
-        for name, info in self.manifest.files.items():
-            if name in skip:
-                continue
-            try:
-                is_changed = (hash_of or sha256_of)(self.path / name) != info.sha256
-            except OSError as error:
-                raise ArtifactError(f"{self.path / name} cannot be read: {error.strerror or error}") from error
-            if is_changed:
-                raise ArtifactError(f"{self.path / name} is corrupted: its checksum differs; roll back, or rebuild")
+
+def link_files(paths: Mapping[str, Path], folder: Path) -> None:
+    """Put links to files into a folder, by their names."""
+    for name, path in paths.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(path.absolute())
 
 
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
+def _check_sizes(index: Path, manifest: Manifest) -> None:
+    remedy = f"in version {manifest.version}; roll back, or rebuild the index"
     for name, info in manifest.files.items():
-        path = folder / name
+        path = index / info.key
         try:
             size = path.stat().st_size
         except OSError:
-            raise ArtifactError(f"{path} is missing; roll back, or rebuild the index") from None
+            raise ArtifactError(f"{path} is missing, which is {name} {remedy}") from None
         if size != info.size:
-            raise ArtifactError(f"{path} has {size:,} bytes, not {info.size:,}; roll back, or rebuild the index")
+            raise ArtifactError(f"{path} has {size:,} bytes, not {info.size:,}; it is {name} {remedy}")
 
 
 def write_rows(path: Path, rows: Rows) -> None:

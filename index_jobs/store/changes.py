@@ -82,34 +82,30 @@ class Draft:
         texts = {"caption": item.caption, "category": item.category}
         return item.metadata | {name: text for name, text in texts.items() if text}
 
-    def publish(self, index: Path, staging: Path, change: str, *, keep: int, origin: str = "") -> Manifest:
-        """Publish a version with the changes, within `open_staging`."""
+    def publish(self, new: publish.NewVersion, change: str, *, keep: int, origin: str = "") -> Manifest:
+        """Publish a version with the changes."""
         current, manifest = self._artifact, self._artifact.manifest
         names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in manifest.additions)]
-        start, files, texts = 0, dict(manifest.files), dict[int, str]()
+        start, texts = 0, dict[int, str]()
+        new.link(current)
         for name, items in zip(names, (segment.items for segment in current.segments), strict=True):
             rows = np.array([row for row in sorted(self.records) if start <= row < start + len(items)], np.int64)
             if len(rows):
-                (staging / name).parent.mkdir(exist_ok=True)
                 records = {row - start: self.records[row] for row in rows.tolist()}
-                items.write_changed(staging / name, records, self._given)
-                del files[name]
+                items.write_changed(new.folder / name, records, self._given)
                 before, after = (
                     item_texts(each.table(rows - start), manifest.spec.text_fields)
-                    for each in (items, Items(staging / name))
+                    for each in (items, Items(new.folder / name))
                 )
                 texts |= {row: new for row, old, new in zip(rows.tolist(), before, after, strict=True) if new != old}
             start += len(items)
         if not manifest.spec.is_local:  # the engine keeps the fields as they were
-            files.pop(CHANGED, None)
-            write_rows(staging / CHANGED, np.union1d(current.changed, [*self.records]))
-        shared = publish.share_files(current.path, staging, files)
+            write_rows(new.folder / CHANGED, np.union1d(current.changed, [*self.records]))
         if texts:
-            for name in replace_texts(staging / LEXICAL, texts):
-                shared.pop(name, None)
+            replace_texts(new.folder / LEXICAL, texts)
         change, changed = f"{change} {origin}".rstrip(), manifest.changed + len(self.records)
         manifest = replace(manifest, changed=changed, change=change, origin=origin)
-        return publish.publish_version(index, staging, manifest, shared, keep=keep)
+        return new.publish(manifest, keep=keep)
 
 
 def change_metadata(
@@ -132,7 +128,7 @@ def change_metadata(
         ArtifactError: nothing is published.
         LockedError: another job is writing.
     """
-    with publish.report_os_errors(index), publish.open_staging(index) as staging:
+    with publish.report_os_errors(index), publish.new_version(index) as new:
         current = open_current(index)
         draft, unknown, known = Draft(current), list[str](), 0
         for item_id, fields in changes:
@@ -151,5 +147,5 @@ def change_metadata(
         manifest, count = current.manifest, len(draft.records)
         if count:
             change = f"metadata of {source}: {counted(count, 'item')} changed"
-            manifest = draft.publish(index, staging, change, keep=keep)
+            manifest = draft.publish(new, change, keep=keep)
     return ChangeSummary(manifest.version, count, draft.new_fields, unknown, manifest.rebuild)

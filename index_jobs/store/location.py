@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from dcar_core.util.errors import DataError, DcarError, MissingExtraError
 from dcar_core.util.files import default_cache_directory, write_bytes
-from index_jobs.store.names import URL_FILE, location_of
 
 if TYPE_CHECKING:
-    from index_jobs.store.remote import IndexStore
+    from index_jobs.store.storage import Storage
 
+_URL_FILE = "store.url"  # in the mirror of an object store
 _URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)  # pathlib makes one slash of two
 _OTHER_URL = re.compile(r"[a-z][a-z0-9+.-]+:(/|$)", re.IGNORECASE)
 
@@ -43,28 +43,31 @@ def index_path(location: str | Path) -> Path:
     mirror = default_cache_directory() / "indexes" / scheme / key
     try:
         mirror.mkdir(parents=True, exist_ok=True)
-        write_bytes(mirror / URL_FILE, f"{scheme}://{key}\n".encode(), shared=True)
+        write_bytes(mirror / _URL_FILE, f"{scheme}://{key}\n".encode(), shared=True)
     except OSError as error:
         reason = f"{mirror} cannot be written: {error.strerror}"
         raise DcarError(f"{reason}; name another cache by DCAR_RUNTIME_CACHE") from None
     return mirror
 
 
-def published_index(location: str | Path, version: int | None = None) -> Path:
-    """Return the directory of an index, as `index_path` does, with its published version, or another, on this disk."""
-    index = index_path(location)
-    if (store := store_of(index)) is not None:
-        store.pull(version)
-    return index
+def location_of(index: Path) -> str:
+    """Return what messages call an index: its URL, or its path as given."""
+    url = index / _URL_FILE
+    return url.read_text().strip() if url.is_file() else str(index)
 
 
-def store_of(index: Path) -> "IndexStore | None":
+def index_name(index: Path) -> str:
+    """Return the name of an index, the same on every machine that publishes it: its URL, or its absolute path."""
+    return location_of(index.absolute())
+
+
+def store_of(index: Path) -> "Storage | None":
     """Return the object store that a directory mirrors; None for any other index."""
-    return _open(index) if (index / URL_FILE).is_file() else None
+    return _open(index) if (index / _URL_FILE).is_file() else None
 
 
 @cache
-def _open(mirror: Path) -> "IndexStore":
-    from index_jobs.store.remote import IndexStore
+def _open(mirror: Path) -> "Storage":
+    from index_jobs.store.object_store import ObjectStore
 
-    return IndexStore(mirror, location_of(mirror))
+    return ObjectStore(location_of(mirror))

@@ -1,9 +1,11 @@
-"""The manifest of a version: `manifest.json`, with a checksum of every file and of itself."""
+"""The manifest of a version, which names its files by their hashes, and CURRENT, which names a version."""
 
 import datetime
 import json
+import re
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dcar_core.util.errors import ArtifactError
@@ -11,10 +13,11 @@ from dcar_core.util.files import hash_json
 from index_jobs.spec import IndexSpec
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 
-FORMAT = 3
-CURRENT, VERSIONS = "CURRENT", "versions"
-MANIFEST, ITEMS, REMOVED, CHANGED = "manifest.json", "items.arrow", "removed.npy", "changed.npy"
+FORMAT = 4
+CURRENT, VERSIONS, BLOBS = "CURRENT", "versions", "blobs"
+ITEMS, REMOVED, CHANGED = "items.arrow", "removed.npy", "changed.npy"
 CHECKPOINT, FAILED, DUPLICATES, LEXICAL = "checkpoint", "failed.jsonl", "duplicates.jsonl", "lexical"
+_HASH = re.compile("[0-9a-f]{64}")
 OVER_HTTP, BY_WATCH = "over HTTP", "by a watch"  # origins of changes
 
 
@@ -23,9 +26,39 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def manifest_key(version: int) -> str:
+    """Return the place of a manifest in an index."""
+    return f"{VERSIONS}/{version}.json"
+
+
 def counted(number: int, noun: str) -> str:
     """Return "1 item" or "1,200 items"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@dataclass(frozen=True)
+class Current:
+    """What CURRENT says: the served version, the sha256 of its manifest, and versions that are being removed."""
+
+    version: int
+    sha256: str
+    removed: Set[int] = frozenset()
+
+    def to_bytes(self) -> bytes:
+        return f"{' '.join(map(str, [self.version, self.sha256, *sorted(self.removed)]))}\n".encode()
+
+    @classmethod
+    def parse(cls, data: bytes | None, index: str) -> "Current":
+        """Raise ArtifactError if it is missing, or names no version of this format. index: its name, for messages."""
+        if not data:
+            remedy = "make one with `dcar index build`, or roll back to one of `dcar index list`"
+            raise ArtifactError(f"{index} holds no published index; {remedy}")
+        if match := re.fullmatch(rb"(\d{1,18}) ([0-9a-f]{64})((?: \d{1,18})*)\n", data):
+            return cls(int(match[1]), match[2].decode(), {*map(int, match[3].split())})
+        if data.strip().isdigit():
+            raise ArtifactError(f"{index} has the format of an earlier release, which is not read; build it again")
+        text = data[:40].decode(errors="replace").strip()
+        raise ArtifactError(f"CURRENT of {index} names no version: {text!r}; roll back to one of `dcar index list`")
 
 
 @dataclass(frozen=True)
@@ -34,6 +67,11 @@ class FileInfo:
 
     size: int
     sha256: str
+
+    @property
+    def key(self) -> str:
+        """Its place in an index."""
+        return f"{BLOBS}/{self.sha256}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +102,7 @@ class Manifest:
     created: str = ""  # UTC, ISO 8601
     failed: int = 0  # images that could not be read
     measured: dict[str, Any] = field(default_factory=dict)  # recall_at_10, parameters, latencies in ms, bytes, ...
-    files: dict[str, FileInfo] = field(default_factory=dict)  # by path relative to the version
+    files: dict[str, FileInfo] = field(default_factory=dict)  # by name, such as lexical/meta.json
     additions: list[Addition] = field(default_factory=list)
     removed: int = 0  # rows that are never found
     changed: int = 0  # items whose metadata changed after the build, each as often as it did
@@ -105,26 +143,41 @@ class Manifest:
         """The weight of the words in hybrid searches that name none."""
         return DEFAULT_WEIGHT if self.hybrid_weight is None else self.hybrid_weight
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the values with a checksum over all of them, which reveals a changed manifest."""
+    def paths(self, index: Path, prefix: str = "") -> dict[str, Path]:
+        """Return the files whose names begin with a prefix, by the rest of their names."""
+        found = {name.removeprefix(prefix): info for name, info in self.files.items() if name.startswith(prefix)}
+        return {name: index / info.key for name, info in found.items()}
+
+    def path(self, index: Path, name: str) -> Path:
+        """Return a file by its name. Raise ArtifactError if the version has none."""
+        if name not in self.files:
+            raise ArtifactError(
+                f"version {self.version} of {index} has no file {name}; roll back, or rebuild the index"
+            )
+        return index / self.files[name].key
+
+    def to_bytes(self) -> bytes:
+        """Return JSON with a checksum over all values, which reveals a changed manifest."""
         values = asdict(self)
-        return values | {"checksum": hash_json(values)}
+        return json.dumps(values | {"checksum": hash_json(values)}, indent=2, ensure_ascii=False).encode() + b"\n"
 
     @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Read a manifest of this format. Raise ArtifactError if it is damaged."""
+    def parse(cls, data: bytes, name: str) -> "Manifest":
+        """Read a manifest of this format. Raise ArtifactError, with its name, if it is damaged."""
         try:
-            values = json.loads(path.read_bytes())
+            values = json.loads(data)
             checksum = values.pop("checksum", None)
             if values.get("format") != FORMAT:
-                raise ArtifactError(f"{path} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
+                raise ArtifactError(f"{name} is of format {values.get('format')}, not {FORMAT}; rebuild the index")
             if checksum != hash_json(values):
-                raise ArtifactError(f"{path} is corrupted: its checksum differs")
+                raise ArtifactError(f"{name} is corrupted: its checksum differs")
             spec = IndexSpec(**values.pop("spec"))
-            files = {name: FileInfo(**info) for name, info in values.pop("files").items()}
+            files = {file: FileInfo(**info) for file, info in values.pop("files").items()}
+            for file, info in files.items():
+                path, is_hash = PurePosixPath(file), _HASH.fullmatch(info.sha256)
+                if path.is_absolute() or ".." in path.parts or not is_hash:
+                    raise ArtifactError(f"{name} is corrupted: it names the file {file!r}")
             additions = [Addition(**addition) for addition in values.pop("additions")]
             return cls(spec=spec, files=files, additions=additions, **values)
-        except FileNotFoundError:
-            raise ArtifactError(f"{path} is missing") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{name} cannot be read: {error}") from error

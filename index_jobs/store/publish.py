@@ -1,49 +1,59 @@
-"""Publication of versions: stage, verify, rename, then replace CURRENT.
+"""Publication of versions: write files, put them as blobs, read them back, then let CURRENT name their manifest.
 
-- A lock admits one writer at a time; the system releases it when the writer dies.
-- A version is staged in `versions/.tmp-*`. Once everything is on disk and has been read back, a rename gives it its
-  number. CURRENT is replaced after that. A job killed at any point leaves CURRENT at a complete version.
-- A directory is renamed before it is removed, so a killed removal leaves nothing that looks like a version or a shard.
-  The next writer removes such leftovers.
+- A lock admits one writer at a time on a machine. Writers of a store share no lock: the first to replace CURRENT wins,
+  and the others get LockedError, since their versions were compared with the one that it replaced, or made of it.
+- CURRENT names versions as removed before their manifests are deleted, so no rollback can choose them meanwhile.
 """
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
-from dcar_core.util.errors import ArtifactError, DcarError
-from dcar_core.util.files import fsync_path, fsync_tree, link_or_copy, sha256_of, write_json
-from dcar_core.util.processes import hold_lock
+from dcar_core.util.errors import ArtifactError, DcarError, LockedError
+from dcar_core.util.files import fsync_path, sha256_of
 from index_jobs.engines.protocol import load_engine
 from index_jobs.row_filter import NO_ROWS
 from index_jobs.spec import BuildOptions
-from index_jobs.store.artifact import Artifact, read_rows
-from index_jobs.store.location import store_of
-from index_jobs.store.manifest import CHANGED, MANIFEST, REMOVED, VERSIONS, FileInfo, Manifest, utc_now
-from index_jobs.store.names import index_name, location_of
+from index_jobs.store.artifact import Artifact, link_files, read_rows
+from index_jobs.store.location import index_name, location_of, store_of
+from index_jobs.store.manifest import (
+    BLOBS,
+    CHANGED,
+    CURRENT,
+    REMOVED,
+    Current,
+    FileInfo,
+    Manifest,
+    manifest_key,
+    utc_now,
+)
+from index_jobs.store.storage import Directory, copy_blobs, verify
 from index_jobs.store.versions import (
-    STAGING,
+    collect_blobs,
     current_version_or_none,
+    hold_writer_lock,
     list_versions,
+    open_current,
     open_version,
-    remove_directory,
+    pull,
+    read_manifest,
+    repair,
+    require_index,
     version_numbers,
-    write_current,
 )
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
 ADDED_ROWS = 20_000  # compared one by one in every search, in addition to the built index
 _MAX_ADDITIONS, _ADDED_SHARE, _HIDDEN_SHARE = 8, 0.2, 0.2  # beyond these, a rebuild is recommended
 _NAMED_ROWS = 20_000  # also beyond this many rows that each search names to an engine
@@ -69,64 +79,134 @@ def report_os_errors(index: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_staging(index: Path) -> Iterator[Path]:
-    """Lock the index for this writer and yield an empty staging directory, which is removed at the end.
+def new_version(index: Path) -> Iterator["NewVersion"]:
+    """Lock the index for this writer, and yield a version to write, in an empty folder.
 
     Raise LockedError also in place of an ArtifactError, if another machine has published meanwhile.
     """
-    with _lock(index):
-        if (store := store_of(index)) is not None:
-            store.pull(history=True)
-        versions = index / VERSIONS
-        versions.mkdir(exist_ok=True)
-        for leftover in versions.glob(f"{STAGING}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging = versions / f"{STAGING}{os.getpid()}"
-        staging.mkdir()
+    with hold_writer_lock(index):
+        pull(index, history=True)
+        new = NewVersion(index)
+        new.clean()
+        new.folder.mkdir(parents=True)
         try:
-            yield staging
+            yield new
         except ArtifactError:  # perhaps of a collection that the winner of a race has dropped
-            if store is not None:
-                store.require_base()
+            if (store := store_of(index)) is not None and store.read(CURRENT) != new.base:
+                raise store.lost_race() from None
             raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            new.clean()
 
 
-def publish_version(
-    index: Path, staging: Path, manifest: Manifest, shared: Mapping[str, FileInfo], *, keep: int = BuildOptions.keep
-) -> Manifest:
-    """Prepare and commit a staged version; within `open_staging`."""
-    return commit_version(index, prepare_version(index, staging, manifest, shared), keep=keep)
+class NewVersion:
+    """A version that is being written.
 
-
-def prepare_version(index: Path, staging: Path, manifest: Manifest, shared: Mapping[str, FileInfo]) -> Artifact:
-    """Complete the staged files with a manifest, flush them to disk, and verify them; within `open_staging`.
-
-    Args:
-        manifest: its version, time, files and the reasons for a rebuild are filled in here.
-        shared: files linked from a published version, which are not read again.
-
-    Raises:
-        ArtifactError: the staged version does not open, or does not read back as it was written.
-        OSError: the disk is full or cannot be written.
+    folder: where its files are written, by their names. A link to a blob stands for a file of another version. index:
+    the directory. number: of the version.
     """
-    # tantivy may hold the locks of its directory for a moment after it has written.
-    staged_files = (path for path in sorted(staging.rglob("*")) if path.suffix != ".lock" and path.is_file())
-    names = [path.relative_to(staging).as_posix() for path in staged_files]
-    files = {
-        name: shared.get(name) or FileInfo((staging / name).stat().st_size, sha256_of(staging / name)) for name in names
-    }
-    hidden = [read_rows(staging / name, manifest.rows) for name in (REMOVED, CHANGED) if name in files]
-    manifest = replace(
-        manifest, version=next_version(index), created=utc_now(), files=files, replaced=current_version_or_none(index),
-        rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
-    )  # fmt: skip
-    write_json(staging / MANIFEST, manifest.to_dict())
-    fsync_tree(staging, skip=shared)
-    staged = Artifact.open(staging)
-    staged.verify(skip=shared)
-    return staged
+
+    def __init__(self, index: Path) -> None:
+        self.index, self.folder, self.base = index, index / BLOBS / ".new", Directory(index).read(CURRENT)
+        self.number = max([*version_numbers(index), current_version_or_none(index) or 0]) + 1
+
+    def clean(self) -> None:
+        """Remove the folder, and blobs that no version names."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        collect_blobs(Directory(self.index), self.index)
+
+    def link(self, version: Artifact, prefix: str = "", without: tuple[str, ...] = ()) -> None:
+        """Take over the files of a published version whose names begin with a prefix, and not with others."""
+        names = {each for each in version.manifest.files if each.startswith(prefix) and not each.startswith(without)}
+        link_files({name: version.manifest.path(self.index, name) for name in names}, self.folder)
+
+    def prepare(self, manifest: Manifest) -> Artifact:
+        """Put the files as blobs, flush and read them back, and return the opened version.
+
+        Args:
+            manifest: its version, time, files and the reasons for a rebuild are filled in here.
+
+        Raises:
+            ArtifactError: the version does not open, or does not read back as it was written.
+            OSError: the disk is full or cannot be written.
+        """
+        files, known = dict[str, FileInfo](), set[FileInfo]()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_dir() or path.suffix == ".lock":  # tantivy may hold its locks for a moment after it has written
+                continue
+            is_link = path.is_symlink()
+            info = FileInfo(path.stat().st_size, path.readlink().name if is_link else sha256_of(path))
+            files[path.relative_to(self.folder).as_posix()] = info
+            if is_link:
+                known.add(info)
+            else:
+                fsync_path(path)
+                path.replace(blob := self.index / info.key)
+                path.unlink(missing_ok=True)  # it may have been a link to the same inode
+                path.symlink_to(blob.absolute())
+        fsync_path(self.index / BLOBS)
+        hidden = [read_rows(self.folder / name, manifest.rows) for name in (REMOVED, CHANGED) if name in files]
+        manifest = replace(
+            manifest, version=self.number, created=utc_now(), files=files,
+            replaced=current_version_or_none(self.index),
+            rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
+        )  # fmt: skip
+        version = Artifact.open(self.index, manifest)
+        verify(Directory(self.index), manifest, known)
+        return version
+
+    def publish(self, manifest: Manifest, *, keep: int = BuildOptions.keep) -> Manifest:
+        """Prepare and commit the version."""
+        return self.commit(self.prepare(manifest).manifest, keep=keep)
+
+    def commit(self, manifest: Manifest, *, keep: int = BuildOptions.keep) -> Manifest:
+        """Make a prepared version the current one, and remove the oldest.
+
+        Args:
+            keep: versions to keep of its own history, builds or changes: the new one and the one that it replaces
+                first, then the newest. Changes that are older than every build that is kept go with the builds.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, not {keep}")
+        index, local, store = self.index, Directory(self.index), store_of(self.index)
+        manifests = {each.version: each for each in [*list_versions(index), manifest]}
+        displaced = _displaced(manifest, version_numbers(index), manifests, keep)
+        if store is not None:
+            base = manifests[manifest.replaced].files if manifest.replaced in manifests else {}
+            copy_blobs(local, store, manifest.files.values(), [info.sha256 for info in base.values()])
+        storage, key = store or local, manifest_key(manifest.version)
+        storage.create(key, manifest.to_bytes())
+        if store is not None:
+            local.write(key, manifest.to_bytes())
+        removed = storage.removing() | displaced
+        try:
+            _point(index, self.base, manifest, removed)
+        except LockedError:
+            storage.delete([key])
+            raise
+        stores = {number: each.spec.engine.partition("?")[0] for number, each in manifests.items()}
+        if stores.get(manifest.replaced or 0) == stores[manifest.version]:
+            displaced.discard(manifest.replaced or 0)  # services search it until they have loaded the new one
+        kept = [each for number, each in manifests.items() if number not in displaced]
+        _sync({each.spec.engine for each in manifests.values()}, index, manifest.version, kept)
+        keys = [manifest_key(number) for number in removed]
+        local.delete(keys)
+        try:
+            storage.delete(keys)
+            collect_blobs(storage, index)
+        except ArtifactError as error:  # left to the next writer
+            logger.warning("old versions are kept: %s", error)
+        return manifest
+
+
+def _displaced(new: Manifest, numbers: Sequence[int], manifests: Mapping[int, Manifest], keep: int) -> set[int]:
+    """Return the versions that a new one displaces; see `NewVersion.commit`."""
+    written = {number for number, each in manifests.items() if each.origin}
+    protected = {new.version, new.replaced} if keep > 1 else {new.version}
+    ranked = sorted({*numbers, new.version}, key=lambda number: (number in protected, number), reverse=True)
+    own = [number for number in ranked if (number in written) == bool(new.origin)]
+    oldest = 0 if new.origin else min(own[:keep])
+    return {*own[keep:], *(number for number in written - protected if number < oldest)}
 
 
 def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
@@ -142,54 +222,6 @@ def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
         yield f"{hidden:,} of {rows:,} rows are removed or changed, and named in every search"
 
 
-def commit_version(index: Path, staged: Artifact, *, keep: int = BuildOptions.keep) -> Manifest:
-    """Make a prepared version the current one, and remove the oldest; within the same `open_staging`.
-
-    Args:
-        keep: versions to keep of its own history, builds or changes: the new one and the one that it replaces
-            first, then the newest. Changes that are older than every build that is kept go with the builds.
-    """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, not {keep}")
-    manifest, store = staged.manifest, store_of(index)
-    staged.path.rename(index / VERSIONS / str(manifest.version))
-    fsync_path(index / VERSIONS)
-    manifests = list_versions(index)
-    written = {each.version for each in manifests if each.origin}
-    displaced = _displaced(manifest, version_numbers(index), written, keep)
-    if store is not None:
-        store.push(manifest.version, displaced)  # if that fails, the next writer removes what the store lacks
-    write_current(index, manifest.version)
-    stores = {each.version: each.spec.engine.partition("?")[0] for each in manifests}
-    is_same_store = stores.get(manifest.replaced or 0) == stores[manifest.version]
-    last = [number for number in displaced if number == manifest.replaced and is_same_store]
-    for number in set(displaced).difference(last):
-        remove_directory(index, index / VERSIONS / str(number))
-    _sync({each.spec.engine for each in manifests}, index, manifest.version)
-    for number in last:  # services search it until they have loaded the new one, so its collections are dropped later
-        remove_directory(index, index / VERSIONS / str(number))
-    if store is not None:
-        store.prune()
-    return manifest
-
-
-def _displaced(new: Manifest, numbers: Sequence[int], written: set[int], keep: int) -> list[int]:
-    """Return the versions that a new one displaces; see `commit_version`. written: those with an origin."""
-    protected = {new.version, new.replaced} if keep > 1 else {new.version}
-    ranked = sorted(numbers, key=lambda number: (number in protected, number), reverse=True)
-    own = [number for number in ranked if (number in written) == bool(new.origin)]
-    oldest = 0 if new.origin else min(own[:keep])
-    return [*own[keep:], *(number for number in written - protected if number < oldest)]
-
-
-def share_files(version: Path, staging: Path, files: Mapping[str, FileInfo]) -> dict[str, FileInfo]:
-    """Put files of a published version into a staged one, as hard links where the file system has them."""
-    for name in files:
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(version / name, staging / name)
-    return dict(files)
-
-
 def rollback(index: Path, to: int | None = None) -> int:
     """Make an earlier version current and return its number.
 
@@ -202,11 +234,11 @@ def rollback(index: Path, to: int | None = None) -> int:
         LockedError: another writer is at work.
         DcarError: CURRENT cannot be written.
     """
-    if (store := store_of(index)) is not None:
-        store.pull(history=True)
+    pull(index, history=True)
     if not version_numbers(index):
         raise ArtifactError(f"{location_of(index)} holds no published index")
-    with report_os_errors(index), _lock(index):
+    with report_os_errors(index), hold_writer_lock(index):
+        local, store = Directory(index), store_of(index)
         if to is None:
             current = current_version_or_none(index)
             earlier = [number for number in version_numbers(index) if current is None or number < current]
@@ -214,49 +246,61 @@ def rollback(index: Path, to: int | None = None) -> int:
                 raise ArtifactError(f"{location_of(index)} has no version earlier than {current} to roll back to")
             replaced = [manifest.replaced for manifest in list_versions(index) if manifest.version == current]
             to = replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
-        if store is not None and to in version_numbers(index):
-            store.pull(to)
-            store.repair(to)
-        artifact = open_version(index, to)
-        if store is None:
-            artifact.verify()
-        else:  # `repair` has read every file
-            store.point(to)
-        write_current(index, to)
-        _sync({manifest.spec.engine for manifest in list_versions(index)}, index, to)
+        manifest = read_manifest(index, to)
+        if store is not None:
+            pull(index, to)
+            repair(index, to)
+        open_version(index, to)
+        verify(local, manifest)
+        _point(index, local.read(CURRENT), manifest, (store or local).removing())
+        manifests = list_versions(index)
+        _sync({each.spec.engine for each in manifests}, index, to, manifests)
     return to
 
 
-def _lock(index: Path) -> AbstractContextManager[None]:
-    index.mkdir(parents=True, exist_ok=True)
-    return hold_lock(
-        index / LOCK,
-        f"another job is writing to {index} (it holds {index / LOCK}); wait until it has ended, or give another --out",
-    )
+def _point(index: Path, base: bytes | None, manifest: Manifest, removed: Set[int]) -> None:
+    """Let CURRENT name a version, first in the store. Raise LockedError if it is not as before."""
+    data = Current(manifest.version, hashlib.sha256(manifest.to_bytes()).hexdigest(), removed).to_bytes()
+    if (store := store_of(index)) is not None:
+        store.swap(base, data)
+        Directory(index).write(CURRENT, data)
+    else:
+        Directory(index).swap(base, data)
 
 
-def _sync(engines: set[str], index: Path, version: int) -> None:
+def verify_index(index: Path) -> list[Manifest]:
+    """Compare every file of every version with its hash, in the store of a mirror, and return the manifests.
+
+    Raise ArtifactError at the first fault found.
+    """
+    store, published, known = store_of(index), pull(index, history=True, files=False), set[FileInfo]()
+    if store is None:
+        require_index(index)
+    elif published is None:
+        Current.parse(store.read(CURRENT), store.name)  # raises
+    manifests = [read_manifest(index, number) for number in version_numbers(index)]
+    for manifest in manifests:
+        verify(store or Directory(index), manifest, known)
+    if store is None:
+        open_current(index)
+    return manifests
+
+
+def _sync(engines: set[str], index: Path, version: int, manifests: Sequence[Manifest]) -> None:
     """Let engines follow CURRENT. The last writer to do so finds what other machines have published meanwhile."""
+    parts = {
+        each.version: [each.paths(index), *(each.paths(index, f"{added.folder}/") for added in each.additions)]
+        for each in manifests
+    }
     for engine in sorted(engines):
-        load_engine(engine).sync(index, index_name(index), version)
-    store = store_of(index)
-    if store is None or engines == {"faiss"}:
+        load_engine(engine).sync(index_name(index), version, parts)
+    if store_of(index) is None or engines == {"faiss"}:
         return
     try:
-        newest = store.pull(history=True)
+        newest = pull(index, history=True)
     except ArtifactError as error:
         logger.warning("whether another machine has published meanwhile is unknown: %s", error)
         return
     if newest not in (None, version):
-        _sync(engines.union(manifest.spec.engine for manifest in list_versions(index)), index, newest)
-
-
-def next_version(index: Path) -> int:
-    return max([*version_numbers(index), current_version_or_none(index) or 0]) + 1
-
-
-def clean_work(index: Path, work: Path, keep: Callable[[Path], bool]) -> None:
-    """Remove the folders of `work` that `keep` rejects, within `open_staging`; a failure is left to the next writer."""
-    for folder in sorted(work.iterdir()) if work.is_dir() else ():
-        if folder.is_dir() and not keep(folder):
-            remove_directory(index, folder)
+        manifests = list_versions(index)
+        _sync(engines | {each.spec.engine for each in manifests}, index, newest, manifests)

@@ -89,13 +89,14 @@ def main() -> None:
         url = use_core(core) if given.location == "core" else given.location
         engines: dict[str, Engine] = {"qdrant": qdrant_engine.QdrantEngine(url), "faiss": load_engine("faiss")}
         for name, engine in engines.items():
-            (folder := Path(temporary) / name / "versions").mkdir(parents=True)
+            (folder := Path(temporary) / name).mkdir(parents=True)
             new = NewIndex(
                 name=name, folder=folder, version=1, blocks=lambda: iter([vectors]), fields=fields,
                 count=len(vectors), dim=vectors.shape[1],
                 queries=HeldOutQueries(queries, "given", np.full(len(queries), -1)),
             )  # fmt: skip
-            created, index = engine.create(IndexSpec(kind="hnsw"), new), engine.open(folder)
+            created = engine.create(IndexSpec(kind="hnsw"), new)
+            index = engine.open({path.name: path for path in folder.iterdir()})
             faiss.omp_set_num_threads(1)
             cells = [measure(partial(index.search, k=NEIGHBOURS), timed, exact(vectors, timed, number >= 0))]
             for field, mask in masks.items():
@@ -104,7 +105,7 @@ def main() -> None:
                 cells.append(measure(partial(index.search, k=NEIGHBOURS, rows=rows), timed, truth))
             label = f"{name}, {created.measured['parameters']}"
             print(f"| {label} | {created.measured['build_seconds']} s | {' | '.join(cells)} |", flush=True)
-            engine.sync(folder.parent, name, 1)  # drops the collection, which no version names
+            engine.sync(name, 1, {})  # drops the collection, which no version names
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from index_jobs.rebuild import rebuild
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
 from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, BOB, bearer, opened, until, until_ready
+from tests.support.versions import file_of
 from tests.support.writes import ADMINS
 
 WORDS = ("red", "a blue circle", "green cross", "square")
@@ -115,7 +116,7 @@ async def test_collections_share_the_batches_of_one_backbone_alone(
 
 
 async def test_readiness_names_collections_only_to_keys_that_open_all(built_index: Path, circles: Path) -> None:
-    (circles / "versions/1/items.arrow").write_bytes(b"")
+    file_of(circles, "items.arrow").write_bytes(b"")
     keys = f"alice:{key_hash(ALICE)}, bob:{key_hash(BOB)}:read:{built_index.name}"
     given: dict[str, Any] = {"collections": {"round": circles}, "api_keys": keys, "admin_key": ADMIN, "poll_s": 0}
     async with opened(built_index, ready=False, **given) as client:
@@ -132,7 +133,7 @@ async def test_readiness_names_collections_only_to_keys_that_open_all(built_inde
 async def test_a_collection_that_cannot_be_loaded_is_named_and_the_others_are_served(
     built_index: Path, circles: Path
 ) -> None:
-    items = circles / "versions/1/items.arrow"
+    items = file_of(circles, "items.arrow")
     whole = items.read_bytes()
     items.write_bytes(b"")
 

@@ -31,8 +31,9 @@ from tests.support.writes import ADMINS, WRITES, delete, ended, item, put
 def create(folder: Path, index: Path, *names: str) -> None:
     """Create collections without items, as another process would."""
     folder.mkdir(exist_ok=True)
+    served = open_current(index)
     for name in names:
-        create_collection(folder, name, open_current(index).checkpoint)
+        create_collection(folder, name, served.checkpoint)
 
 
 @pytest.mark.usefixtures("in_process")

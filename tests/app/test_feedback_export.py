@@ -18,6 +18,7 @@ from dcar_core.data.judgements import read_judgements
 from dcar_core.util.errors import DcarError
 from index_jobs.rebuild import rebuild
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.versions import open_current
 from tests.support.commands import dcar
 from tests.support.feedback_log import write_log
 from tests.support.service import ODD_ID
@@ -226,7 +227,7 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
         for path in sorted(gallery.glob("*/*.png")):
             tar.add(path, f"{path.parent.name}-{path.name}")
     rebuild(root / "gallery.tar", tiny_checkpoint, index, workers=0, progress=False)
-    artifact = Artifact.open(next((index / "versions").iterdir()))
+    artifact = open_current(index)
     items, searches = artifact.column("id").to_pylist(), defaultdict[str, Any](tuple)
     for number, item in enumerate(items):
         for client in "ab":

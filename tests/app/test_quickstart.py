@@ -28,8 +28,7 @@ from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
 from dcar_core.util.memory import WEIGHTS_FILE
-from index_jobs.store.manifest import Manifest
-from index_jobs.store.versions import open_current
+from index_jobs.store.versions import open_current, read_manifest
 from tests.support.commands import Command
 from tests.support.files import write_tar
 from tests.support.images import png
@@ -218,5 +217,5 @@ def test_a_photo_that_is_added_while_it_serves_is_found(photos: Path, tiny_model
         process.send_signal(signal.SIGINT)
         process.communicate(30)
     assert process.returncode == 0
-    (manifest,) = (Manifest.read(path) for path in (tmp_path / "data").rglob("versions/2/manifest.json"))
-    assert manifest.change == "1 image added by a watch"
+    (index,) = (path.parents[1] for path in (tmp_path / "data").rglob("versions/2.json"))
+    assert read_manifest(index, 2).change == "1 image added by a watch"

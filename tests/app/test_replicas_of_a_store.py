@@ -10,12 +10,13 @@ import pytest
 from app.core.settings import Settings
 from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
-from index_jobs.store.location import index_path, published_index, store_of
+from index_jobs.store.location import index_path, store_of
 from index_jobs.store.publish import rollback
+from index_jobs.store.versions import published_index
 from tests.support.object_store import ACCESS, Machines, ObjectStore
 from tests.support.parts import needs
 from tests.support.service import ADMIN, ADMIN_ONLY, WORDS, opened, until, until_ready
-from tests.support.versions import publish_copy
+from tests.support.versions import file_of, publish_copy
 from tests.support.writes import ADMINS
 
 
@@ -49,8 +50,10 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
     assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
-    monkeypatch.setattr("index_jobs.store.remote.CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
-    monkeypatch.setattr("index_jobs.store.remote.RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(
+        "index_jobs.store.object_store.CLIENT", {"timeout": "2s", "allow_http": True}
+    )  # of replicas alone
+    monkeypatch.setattr("index_jobs.store.object_store.RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()
@@ -86,7 +89,7 @@ async def test_file_that_is_damaged_on_the_disk_is_brought_anew(
     """Whether the version cannot be opened, or the damage is found once it is served."""
     publish_copy(machines["builder"], source=built_index)
     published_index(replica := machines["replica"])
-    damaged, whole = replica / "versions/1" / name, (built_index / "versions/1" / name).read_bytes()
+    damaged, whole = file_of(replica, name), file_of(built_index, name).read_bytes()
     damaged.write_bytes(bytes(whole[:64]) + bytes(len(whole) - 64) if name == "items.arrow" else whole[:-1] + b"?")
     failures = list[DcarError]()
     async with opened(replica, ready=False, on_start_failure=failures.append, poll_s=0.05) as client:

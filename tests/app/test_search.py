@@ -25,6 +25,7 @@ from index_jobs.store.artifact import Artifact
 from index_jobs.store.versions import open_current
 from tests.support.searches import close, ranked
 from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, before_encoding, hold, opened, until
+from tests.support.versions import write_manifest
 
 
 async def test_text_search_equals_encoder_and_index(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
@@ -190,7 +191,7 @@ async def test_readiness_names_the_version(started: ServiceClient) -> None:
 def test_an_index_of_another_encoder_is_refused(index: Path) -> None:
     manifest = open_current(index).manifest
     manifest = replace(manifest, spec=replace(manifest.spec, fingerprint="f" * 64))
-    (index / "versions/1/manifest.json").write_text(json.dumps(manifest.to_dict()))
+    write_manifest(index, manifest)
     with pytest.raises(FingerprintError, match="was built by encoder ffffffffffff, not by"):
         load_snapshot(index, Settings(index=index, device="cpu"))
 

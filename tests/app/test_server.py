@@ -22,6 +22,7 @@ from tests.support.commands import Command
 from tests.support.images import encoded
 from tests.support.processes import free_port
 from tests.support.service import SERVE, serving_process
+from tests.support.versions import file_of
 
 
 def test_start_fails_without_an_index_or_on_a_taken_port(tmp_path: Path, built_index: Path) -> None:
@@ -57,6 +58,7 @@ HANGING = """
 from app import server
 from app.core.decoders import DecodeWorker
 from tests.support.conversions import wait
+from tests.support.versions import file_of
 run = DecodeWorker.run
 DecodeWorker.run = lambda worker, convert, data, limits: run(worker, wait, data, limits)
 server._FINISH_S = 1
@@ -77,7 +79,7 @@ def test_an_image_that_is_decoded_without_end_does_not_keep_the_server(
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_server_with_a_broken_index_exits_with_the_reason(workers: str, index: Path) -> None:
-    (index / "versions/1/checkpoint/trainables.safetensors").unlink()
+    file_of(index, "checkpoint/trainables.safetensors").unlink()
     environment = {"DCAR_INDEX": str(index), "DCAR_PORT": str(free_port()), "DCAR_DEVICE": "cpu"}
     process = Command("-c", SERVE, environment=environment | {"DCAR_WORKERS": workers})
     _, log = process.communicate(timeout=60)

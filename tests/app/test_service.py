@@ -13,11 +13,12 @@ from app.search.snapshots import load_snapshot
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store.publish import rollback
+from index_jobs.store.versions import version_numbers
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN_ONLY, before_encoding, opened, restore, until, until_ready
-from tests.support.versions import publish_copy
+from tests.support.versions import file_of, point, publish_copy
 from tests.support.writes import ADMINS
 
 
@@ -26,26 +27,22 @@ def newer(index: Path) -> Path:
     """Version 2; version 1 is current."""
     publish_copy(index)
     rollback(index, 1)
-    return index / "versions/2"
+    return index
 
 
 @pytest.fixture
 def newer_weights(newer: Path) -> Path:
-    return newer / "checkpoint/trainables.safetensors"
-
-
-def publish(index: Path, version: str) -> None:
-    (index / "CURRENT").write_text(f"{version}\n")
+    return file_of(newer, "checkpoint/trainables.safetensors", 2)
 
 
 async def test_flipped_bits_of_a_served_file_are_reported(index: Path, caplog: pytest.LogCaptureFixture) -> None:
-    vectors = index / "versions/1/index.faiss"
+    vectors = file_of(index, "index.faiss")
     data = bytearray(vectors.read_bytes())
     data[-40] ^= 1
     vectors.write_bytes(data)
     async with opened(index, poll_s=0.02, **ADMIN_ONLY) as client:
         await until_ready(client, status="degraded")
-        assert "index.faiss is corrupted" in (await client.get("/readyz", headers=ADMINS)).json()["reason"]
+        assert "index.faiss of version 1" in (await client.get("/readyz", headers=ADMINS)).json()["reason"]
         assert f'dcar_index_degraded{{collection="{index.name}"}} 1.0' in (await client.get("/metrics")).text
         assert (await client.post("/search/text", json={"query": "x"})).status_code == 200
         await client.post("/admin/reload", headers=ADMINS)
@@ -59,7 +56,7 @@ async def test_broken_version_keeps_the_old_one_served(
     whole = newer_weights.read_bytes()
     async with opened(index, poll_s=0.02, **ADMIN_ONLY) as client:
         newer_weights.write_bytes(whole[:100])
-        publish(index, "2")
+        point(index, 2)
         ready = await until_ready(client, status="degraded")
         assert ready["index_version"] == 1
         assert "trainables.safetensors" in ready["reason"]
@@ -73,9 +70,9 @@ async def test_broken_version_keeps_the_old_one_served(
         ReloadResponse.model_validate(reloaded, strict=True)
         assert reloaded == {"index_version": 2, "versions": {index.name: 2}, "changed": True}
         await until_ready(client, status="ready")
-        publish(index, "junk")
+        (index / "CURRENT").write_text("junk\n")
         await until_ready(client, status="degraded")
-        publish(index, "2")
+        point(index, 2)
         await until_ready(client, status="ready")
     assert not [record for record in caplog.records if record.exc_info]
 
@@ -87,7 +84,7 @@ async def test_repaired_version_is_loaded_later(
     monkeypatch.setattr("app.service.collections.RETRY_S", 0.1)
     async with opened(index, poll_s=0.02) as client:
         newer_weights.write_bytes(whole[:100])
-        publish(index, "2")
+        point(index, 2)
         await until_ready(client, status="degraded")
         newer_weights.write_bytes(whole)
         await until_ready(client, index_version=2)
@@ -142,7 +139,7 @@ async def test_the_model_is_loaded_from_the_served_version(reranking_index: Path
             for row in range(4):
                 await asyncio.to_thread(remove, index, [live.artifact.item(row).id])
                 assert (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
-            assert not live.artifact.checkpoint.exists()
+            assert 1 not in version_numbers(index)
             for what in ("rerank", "explain"):
                 response = await client.post("/search/text", json={"query": "a red square", "k": 3, what: True})
                 assert response.status_code == 200, response.text
@@ -154,7 +151,7 @@ async def test_a_rebuilt_index_with_the_same_version_number_is_served(
     async with opened(index, poll_s=0, **ADMIN_ONLY) as client:
         before = (await client.post("/search/text", json={"query": "red"})).json()
         assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
-        manifest = index / "versions" / "1" / "manifest.json"
+        manifest = index / "versions/1.json"
         manifest.rename(index / "aside")
         assert not (await client.post("/admin/reload", headers=ADMINS)).json()["changed"]
         assert (await client.get("/readyz")).json()["status"] == "ready", "the served version is intact"
@@ -190,7 +187,7 @@ async def test_a_long_load_does_not_keep_the_service(index: Path, monkeypatch: p
 
 
 async def test_searches_are_refused_503_until_the_model_is_loaded(index: Path) -> None:
-    (index / "versions/1/items.arrow").write_bytes(b"")
+    file_of(index, "items.arrow").write_bytes(b"")
     async with opened(index, ready=False, poll_s=0) as client:
         assert (await client.get("/healthz")).status_code == 200
         early = await client.post("/search/text", json={"query": "x"})

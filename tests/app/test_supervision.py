@@ -13,9 +13,11 @@ from app.core.supervision import stop, supervise
 from app.service.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
 from index_jobs.store.artifact import Artifact
+from index_jobs.store.manifest import Current
 from index_jobs.store.versions import current_version
 from tests.support.responses import scrape
 from tests.support.service import opened, until_ready
+from tests.support.versions import point
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +68,11 @@ async def test_a_failure_of_the_poller_degrades_readiness_until_it_works_again(
 
 async def test_a_version_that_does_not_exist_degrades_readiness_without_a_path(index: Path) -> None:
     async with opened(index, poll_s=0.02) as client:
-        for version in ("7" * 5000, "7"):
-            (index / "CURRENT").write_text(f"{version}\n")
+        for version in (b"7" * 5000, Current(7, "0" * 64).to_bytes()):
+            (index / "CURRENT").write_bytes(version)
             ready = await until_ready(client, status="degraded")
             assert str(index.parent) not in str(ready)
-            (index / "CURRENT").write_text("1\n")
+            point(index, 1)
             await until_ready(client, status="ready")
         assert ready["reason"].startswith("index has no version 7")
 

@@ -88,7 +88,7 @@ async def test_a_missing_model_fails_only_queries_that_need_it(
         await ask(http, PLAIN)
         detail = assert_problem(await http.post("/search/text", json=DEEP), 503)["detail"]
         assert "cannot be loaded" in detail
-        assert f": {tiny_model.name}, the backbone of index/versions/1/checkpoint, does not exist" in detail
+        assert f": {tiny_model.name}, the backbone of checkpoint, does not exist" in detail
         assert str(tmp_path) not in detail
         assert f"cannot load the full model of {tmp_path / 'index'}" in caplog.text
         assert str(model / tiny_model.name) in caplog.text
@@ -141,4 +141,6 @@ def test_a_published_version_is_served_and_changed_without_pytorch(
         while (ended := http.get(job, headers=ADMINS).json())["status"] not in ("done", "failed"):
             time.sleep(0.1)
         assert ended["status"] == "done", ended
-        assert (open_current(tmp_path / "index").checkpoint / PORTABLE).is_dir(), "the next version carries it as well"
+        assert f"checkpoint/{PORTABLE}/encoder" in open_current(tmp_path / "index").manifest.files, (
+            "the next version carries it as well"
+        )

@@ -218,7 +218,8 @@ async def test_change_of_a_collection_that_is_dropped_meanwhile_gets_404(
         job = accept(queue, *given, **more)
         drop_collection(queue.index)
         if is_created_again:
-            create_collection(tmp_path / "created", "lamps", open_current(index).checkpoint)
+            served = open_current(index)
+            create_collection(tmp_path / "created", "lamps", served.checkpoint)
         return job
 
     monkeypatch.setattr(JobQueue, "accept", accept_and_drop)

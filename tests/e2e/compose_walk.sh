@@ -60,7 +60,7 @@ ready() {
 }
 
 index_file() { # its inode and time: an index that is made anew has others
-    $compose exec -T api stat -c '%i %Y' "/data/index/${DCAR_DOMAIN:-twemoji}/versions/1/index.faiss"
+    $compose exec -T api stat -c '%i %Y' "/data/index/${DCAR_DOMAIN:-twemoji}/versions/1.json"
 }
 
 $all down --volumes >/dev/null 2>&1 || true # of a walk that was killed

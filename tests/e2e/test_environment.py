@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dcar_core.util.files import default_cache_directory
-from index_jobs.store.versions import open_current, verify_index
+from index_jobs.store.publish import verify_index
+from index_jobs.store.versions import open_current
 from tests.support.commands import UNREAD, dcar, run
 from tests.support.paths import ROOT
 
@@ -89,7 +90,7 @@ def test_special_files_are_unreadable_images(tiny_gallery: Path, tiny_checkpoint
     assert done.returncode == 0, done.stderr
     assert "1 links to folders are not followed, such as " in done.stderr
     index = open_current(tmp_path / "index")
-    lines = (index.path / "failed.jsonl").read_text().splitlines()
+    lines = index.manifest.path(index.index, "failed.jsonl").read_text().splitlines()
     assert {row["name"]: row["reason"] for row in map(json.loads, lines)} == {
         "loop.png": "Too many levels of symbolic links",
         "nothing.png": "no such file",

@@ -17,12 +17,14 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError
 from index_jobs.gallery.scan import SCHEMA, scan
+from index_jobs.jobs.update import remove
 from index_jobs.store import items
 from index_jobs.store.artifact import Artifact, ImageAccess
-from index_jobs.store.publish import next_version, open_staging, publish_version, rollback
-from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
+from index_jobs.store.manifest import Current, Manifest
+from index_jobs.store.publish import new_version, rollback, verify_index
+from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
 from tests.support.encoding import cut, flip
-from tests.support.versions import publish_copy
+from tests.support.versions import file_of, publish_copy, write_manifest
 
 
 def with_sizes(table: pa.Table) -> pa.Table:
@@ -126,34 +128,33 @@ def test_threads_share_an_artifact(published: Path) -> None:
 def test_removed_version_stays_usable_while_open(index: Path) -> None:
     artifact = open_current(index)
     vector, lexical = artifact.vectors(np.array([3])), artifact.lexical
-    shutil.rmtree(artifact.path)
+    shutil.rmtree(index)
     assert artifact.search(vector, 1)[1].tolist() == [[3]]
     assert lexical is not None
     assert lexical.search("red cross", 1)[1].tolist() == lexical.search("cross red", 1)[1].tolist() != []
     assert artifact.row_of(artifact.item(3).id) == 3
 
 
-FILES = ["index.faiss", "items.arrow", "manifest.json", "checkpoint/trainables.safetensors", "checkpoint/config.json"]
+FILES = ["index.faiss", "items.arrow", "versions/1.json", "checkpoint/trainables.safetensors", "checkpoint/config.json"]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_bytes(path.read_bytes() + b"\0"), Path.unlink])
 def test_damage_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
     verify_index(index)
-    harm(index / "versions" / "1" / name)
-    with pytest.raises(ArtifactError, match=name):
+    harm(index / name if name.endswith("1.json") else file_of(index, name))
+    with pytest.raises(ArtifactError, match=f"{name}|no version 1"):
         verify_index(index)
     if harm is not flip:  # opening finds missing files and wrong lengths
-        with pytest.raises(ArtifactError, match=name):
+        with pytest.raises(ArtifactError, match=f"{name}|no version 1"):
             open_current(index)
 
 
 def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
-    version = index / "versions" / "1"
     artifact = open_current(index)
     for wrong in ({"dim": 64}, {"count": 23}):
         manifest = replace(artifact.manifest, **wrong)  # type: ignore[arg-type]
-        (version / "manifest.json").write_text(json.dumps(manifest.to_dict()))
+        write_manifest(index, manifest)
         with pytest.raises(ArtifactError, match="does not fit together: 24 vectors of 32 and 24 items"):
             open_current(index)
 
@@ -161,12 +162,12 @@ def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 99}, "is of format 99, not 3; rebuild the index"),
-        ({"runtime": "another"}, r"manifest\.json is corrupted: its checksum differs"),
+        ({"format": 99}, "is of format 99, not 4; rebuild the index"),
+        ({"runtime": "another"}, r"versions/1\.json is corrupted: its checksum differs"),
     ],
 )
 def test_a_changed_manifest_is_refused(index: Path, change: dict[str, Any], says: str) -> None:
-    path = index / "versions" / "1" / "manifest.json"
+    path = index / "versions/1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match=says):
         open_current(index)
@@ -174,8 +175,8 @@ def test_a_changed_manifest_is_refused(index: Path, change: dict[str, Any], says
 
 
 def test_a_manifest_that_is_nested_too_deeply_is_refused(index: Path) -> None:
-    (index / "versions" / "1" / "manifest.json").write_text("[" * 200_000 + "]" * 200_000)
-    with pytest.raises(ArtifactError, match=r"manifest\.json cannot be read: maximum recursion depth"):
+    (index / "versions/1.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(ArtifactError, match=r"versions/1\.json cannot be read: maximum recursion depth"):
         open_current(index)
 
 
@@ -196,9 +197,10 @@ def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
     ("content", "says"),
     [
         (None, "no CURRENT; `dcar index rollback"),
-        ("two\n", "CURRENT names no version: 'two'"),
-        ("\0", r"CURRENT names no version: '\\x00'"),
-        ("7\n", "has no version 7; it has 1, 2"),
+        ("two\n", "CURRENT of .* names no version: 'two'"),
+        ("\0", r"CURRENT of .* names no version: '\\x00'"),
+        (f"7 {'0' * 64}\n", "has no version 7; it has 1, 2"),
+        ("7\n", "has the format of an earlier release, which is not read; build it again"),
     ],
 )
 def test_a_damaged_current_is_named_and_rolls_back_to_the_newest(index: Path, content: str | None, says: str) -> None:
@@ -241,8 +243,7 @@ def test_replaced_version_is_kept_for_rollback(index: Path) -> None:
     assert rollback(index, 3) == 3
     assert publish_copy(index, keep=2) == 5
     assert version_numbers(index) == [3, 5]
-    manifest = index / "versions/5/manifest.json"
-    manifest.write_text("{}")
+    (index / "versions/5.json").write_text("{}")
     assert rollback(index) == 3, "the newest before, where it is not known"
 
 
@@ -250,72 +251,67 @@ def test_a_number_is_never_used_twice(index: Path) -> None:
     publish_copy(index)
     rollback(index)
     assert publish_copy(index) == 3
-    (index / "CURRENT").write_text("7\n")  # whose directory is lost
-    assert next_version(index) == 8
+    (index / "CURRENT").write_bytes(Current(7, "0" * 64).to_bytes())  # whose manifest is lost
+    with new_version(index) as new:
+        assert new.number == 8
 
 
 def test_rollback_to_a_broken_version_changes_nothing(index: Path) -> None:
     publish_copy(index)
-    flip(index / "versions" / "1" / "index.faiss")
-    with pytest.raises(ArtifactError, match=r"1/index\.faiss is corrupted"):
+    flip(file_of(index, "index.faiss", 1))
+    with pytest.raises(ArtifactError, match=r"index\.faiss of version 1: .* is corrupted"):
         rollback(index)
     assert current_version(index) == 2
 
 
-def test_staged_version_that_does_not_read_back_is_not_published(index: Path) -> None:
-    manifest = open_current(index).manifest
-    with open_staging(index) as staging:
-        shutil.copyfile(index / "versions" / "1" / "index.faiss", staging / "index.faiss")
-        (staging / "items.arrow").write_bytes(b"ARROW1")
-        with pytest.raises(ArtifactError, match=r"items\.arrow"):
-            publish_version(index, staging, manifest, {})
-    assert current_version(index) == 1
-    assert [path.name for path in (index / "versions").iterdir()] == ["1"]
+def test_version_that_does_not_open_is_not_published(index: Path) -> None:
+    before, current = sorted((index / "blobs").iterdir()), open_current(index)
+    with new_version(index) as new:
+        new.link(current)
+        (new.folder / "items.arrow").unlink()
+        (new.folder / "items.arrow").write_bytes(b"ARROW1")
+        with pytest.raises(ArtifactError, match="cannot be read"):
+            new.publish(current.manifest)
+    assert (current_version(index), version_numbers(index)) == (1, [1])
+    assert sorted((index / "blobs").iterdir()) == before
 
 
 def test_version_that_is_not_on_disk_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.store.publish.fsync_tree", lambda staging, **_: flip(staging / "index.faiss"))
-    with pytest.raises(ArtifactError, match=r"index\.faiss is corrupted"):
+    def damage(path: Path) -> None:
+        if path.name == "index.faiss":
+            flip(path)
+
+    monkeypatch.setattr("index_jobs.store.publish.fsync_path", damage)
+    with pytest.raises(ArtifactError, match=r"index\.faiss of version 2: .* is corrupted"):
         publish_copy(index)
     assert current_version(index) == 1
     assert version_numbers(index) == [1]
 
 
 def test_remains_of_a_killed_writer_are_deleted(index: Path) -> None:
-    left = index / "versions" / ".tmp-123"
-    left.mkdir()
-    (left / "index.faiss").write_bytes(b"half")
+    left, blob, pulled = (index / "blobs" / name for name in (".new/index.faiss", "0" * 64, f".{'1' * 64}.tmp"))
+    left.parent.mkdir()
+    for path in (left, blob, pulled):
+        path.write_bytes(b"half")
     assert version_numbers(index) == [1]
     publish_copy(index)
-    assert not left.exists()
-
-
-def test_interrupted_removal_leaves_no_partial_version(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(path: Path, **_: object) -> None:
-        (Path(path) / "manifest.json").unlink(missing_ok=True)
-        raise OSError("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("index_jobs.store.publish.shutil.rmtree", stop)
-        with pytest.raises(OSError, match="killed"):  # the patched removal of the staging directory
-            publish_copy(index, keep=1)
-    assert [manifest.version for manifest in verify_index(index)] == [2]
-    publish_copy(index, keep=1)
-    assert [path.name for path in (index / "versions").iterdir()] == ["3"]
+    assert not any(path.exists() for path in (left.parent, blob, pulled))
+    verify_index(index)
 
 
 def test_reader_follows_when_its_version_is_removed_under_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CURRENT is read, then a writer publishes and removes that version, then the reader opens it."""
-    opened = Artifact.open
+    opened, ids = Artifact.open, open_current(index).column("id").to_pylist()
+    remove(index, ids[:1])
 
-    def late(path: Path, *access: ImageAccess) -> Artifact:
-        if path.name == "1" and current_version(index) == 1:
+    def late(index: Path, manifest: Manifest, *access: ImageAccess) -> Artifact:
+        if manifest.version == 2:
             monkeypatch.setattr(Artifact, "open", opened)
-            publish_copy(index, keep=1)
-        return opened(path, *access)
+            remove(index, ids[1:2], keep=1)
+        return opened(index, manifest, *access)
 
     monkeypatch.setattr(Artifact, "open", late)
-    assert open_current(index).manifest.version == 2
+    assert open_current(index).manifest.version == 3
 
 
 BATCHES, ROWS, TEXT = 32, 4, 2**18  # 32 MiB of texts

@@ -19,9 +19,9 @@ from index_jobs.row_filter import RowFilter
 from index_jobs.store.artifact import Artifact
 from index_jobs.store.changes import change_metadata
 from index_jobs.store.filters import filter_rows, match_rows
-from index_jobs.store.names import index_name
-from index_jobs.store.publish import rollback
-from index_jobs.store.versions import open_current, verify_index
+from index_jobs.store.location import index_name
+from index_jobs.store.publish import rollback, verify_index
+from index_jobs.store.versions import open_current
 from tests.support import array_engine
 from tests.support.service import opened, until_ready
 from tests.support.updates import write_images
@@ -48,7 +48,7 @@ def test_an_installed_engine_builds_searches_updates_and_follows_versions(
     summary = build(engine="array=memory")
     assert (summary.kind, summary.measured["recall_at_10"], summary.count) == ("array", 1.0, 24)
     ours, faiss = open_current(index), open_current(published)
-    assert not (ours.path / "index.faiss").exists()
+    assert "index.faiss" not in ours.manifest.files
     rows = np.arange(24)
     for allowed in (None, RowFilter.of_mask(rows % 3 == 0)):
         scores, found = ours.search(faiss.vectors(rows), 10, allowed)
@@ -148,4 +148,4 @@ def test_wrong_names_of_engines_are_refused(installed: Any, published: Path, tmp
     with pytest.raises(DataError, match="the engine faiss writes a file into the index, so it takes no location"):
         load_engine("faiss=/tmp")
     with pytest.raises(ArtifactError, match=r"index\.faiss is missing"):
-        load_engine("faiss").open(tmp_path)
+        load_engine("faiss").open({})

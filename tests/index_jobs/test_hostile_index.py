@@ -1,5 +1,6 @@
 """Index files with wrong offsets and row numbers, in versions whose checksums are right."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,28 +11,28 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError
-from dcar_core.util.files import sha256_of, write_json
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
 from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
-from index_jobs.store.manifest import FileInfo, Manifest
-from index_jobs.store.versions import open_current
+from index_jobs.store.manifest import FileInfo
+from index_jobs.store.versions import open_current, read_manifest
 from tests.support.commands import run
+from tests.support.versions import file_of, write_manifest
 
 
-def patch(version: Path, name: str, old: bytes, new: bytes) -> None:
-    """Replace bytes of a version's file, and compute its checksums anew."""
-    path = version / name
-    data = path.read_bytes()
+def patch(index: Path, name: str, old: bytes, new: bytes) -> None:
+    """Replace bytes of a file, whose hash is right."""
+    data = file_of(index, name).read_bytes()
     assert data.count(old) >= 1
-    path.unlink()
-    path.write_bytes(data.replace(old, new, 1))
-    recompute(version, path)
+    put(index, {name: data.replace(old, new, 1)})
 
 
-def recompute(version: Path, *paths: Path) -> None:
-    manifest = Manifest.read(version / "manifest.json")
-    files = {str(path.relative_to(version)): FileInfo(path.stat().st_size, sha256_of(path)) for path in paths}
-    write_json(version / "manifest.json", replace(manifest, files=manifest.files | files).to_dict())
+def put(index: Path, files: dict[str, bytes]) -> None:
+    """Give other contents to files of version 1."""
+    manifest = read_manifest(index, 1)
+    infos = {name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    for name, data in files.items():
+        (index / infos[name].key).write_bytes(data)
+    write_manifest(index, replace(manifest, files=manifest.files | infos))
 
 
 def int32(*values: int) -> bytes:
@@ -45,7 +46,7 @@ def int64(*values: int) -> bytes:
 @pytest.mark.parametrize("offset", [2**30, -400])
 def test_a_wrong_text_offset_is_an_error_not_a_crash(index: Path, offset: int) -> None:
     """In a process of its own, which would crash without the check."""
-    patch(index / "versions" / "1", "items.arrow", int32(0, 20, 40, 60, 80), int32(0, 20, offset, 60, 80))
+    patch(index, "items.arrow", int32(0, 20, 40, 60, 80), int32(0, 20, offset, 60, 80))
     code = f"""
 from pathlib import Path
 from index_jobs.store.versions import open_current
@@ -54,22 +55,22 @@ print([artifact.item(row) for row in range(24)])
 """
     done = run("-c", code)
     assert done.returncode == 1
-    assert "items.arrow is damaged" in done.stderr
+    assert "is damaged: " in done.stderr
 
 
 def test_a_row_number_that_does_not_exist_is_an_error(index: Path) -> None:
     artifact = open_current(index)
     by_id = [artifact.segments[0].items.cell(row, "by_id") for row in range(3)]
-    patch(index / "versions" / "1", "items.arrow", int64(*by_id), int64(by_id[0], 5_000_000, by_id[2]))
-    with pytest.raises(ArtifactError, match=r"items.arrow is damaged: a row number is not in 0..23"):
+    patch(index, "items.arrow", int64(*by_id), int64(by_id[0], 5_000_000, by_id[2]))
+    with pytest.raises(ArtifactError, match=r"blobs/\w+ is damaged: a row number is not in 0..23"):
         open_current(index)
 
 
 @pytest.mark.parametrize("name", [b"caption", b"field:color"])
 def test_a_name_that_is_not_utf8_is_an_error(index: Path, name: bytes) -> None:
     for _ in ("the schema", "its copy in the footer"):
-        patch(index / "versions" / "1", "items.arrow", name, name[:-1] + b"\xff")
-    with pytest.raises(ArtifactError, match=r"items.arrow cannot be read: 'utf-8' codec can't decode byte 0xff"):
+        patch(index, "items.arrow", name, name[:-1] + b"\xff")
+    with pytest.raises(ArtifactError, match=r"blobs/\w+ cannot be read: 'utf-8' codec can't decode byte 0xff"):
         open_current(index)
 
 
@@ -118,11 +119,11 @@ def test_lexical_rows_that_do_not_exist_are_an_error(index: Path, tmp_path: Path
     write_lexical(tmp_path / "lexical", ["a cake"], first_row=9)
     with pytest.raises(ArtifactError, match="lexical cannot be read: its row numbers are not those from 0 to 2"):
         LexicalIndex(tmp_path / "lexical")
-    version = index / "versions" / "1"
-    write_lexical(version / "lexical", ["one more"], first_row=24)
-    recompute(version, *(version / "lexical").iterdir())
     artifact = open_current(index)
-    with pytest.raises(ArtifactError, match="lexical has 25 rows, but the index 24"):
+    write_lexical(artifact.folder / "lexical", ["one more"], first_row=24)
+    put(index, {f"lexical/{path.name}": path.read_bytes() for path in (artifact.folder / "lexical").iterdir()})
+    artifact = open_current(index)
+    with pytest.raises(ArtifactError, match=r"lexical of version 1 of .* has 25 rows, but the index 24"):
         _ = artifact.lexical
 
 

@@ -23,7 +23,8 @@ from index_jobs.store import publish
 from index_jobs.store.changes import Draft
 from index_jobs.store.created import create_collection, drop_collection, list_collections
 from index_jobs.store.jobs import JobQueue
-from index_jobs.store.versions import current_version, list_versions, open_current, verify_index, version_numbers
+from index_jobs.store.publish import verify_index
+from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
 from tests.support.commands import Command, dcar, run
 from tests.support.jobs import delete, patch, picture, put, status
 
@@ -164,7 +165,7 @@ def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
         done = dcar("index", "apply", index, "--device", "cpu")
         assert (done.returncode, current_version(index)) == (LockedError.exit_code, 1)
         assert "another process applies" in done.stderr
-    with publish.open_staging(index), pytest.raises(LockedError):
+    with publish.new_version(index), pytest.raises(LockedError):
         apply_waiting(index)
     assert dcar("index", "apply", index, "--device", "cpu").stdout.endswith("1 jobs applied\n")
 

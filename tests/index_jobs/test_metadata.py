@@ -16,11 +16,10 @@ from dcar_core.data.records import MAX_LINE
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
-from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
-from tests.support.versions import Build
+from tests.support.versions import Build, file_of
 
 
 @pytest.mark.parametrize(
@@ -279,7 +278,7 @@ def test_odd_path_fails_one_image_only(build: Build, tmp_path: Path) -> None:
     path = write_file(tmp_path / "l.jsonl", "\n".join(rows).encode())
     done = build(path, max_failed=0.9, workers=0)
     assert (done.count, done.failed) == (1, 2)
-    failed = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
+    failed = file_of(tmp_path / "index", "failed.jsonl").read_text().splitlines()
     assert [json.loads(line)["reason"] for line in failed] == ["not a path: embedded null byte", "no such file"]
 
 

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,24 @@ from dcar_core.util.errors import (
     StoreUnavailableError,
 )
 from index_jobs.jobs.update import remove
-from index_jobs.store import remote as remote_module
-from index_jobs.store.location import index_path, published_index, store_of
-from index_jobs.store.manifest import FileInfo
-from index_jobs.store.publish import open_staging, publish_version, rollback
-from index_jobs.store.remote import CLIENT
-from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
+from index_jobs.store.location import index_path, store_of
+from index_jobs.store.manifest import Current, FileInfo
+from index_jobs.store.object_store import CLIENT
+from index_jobs.store.object_store import ObjectStore as IndexStore
+from index_jobs.store.publish import new_version, rollback, verify_index
+from index_jobs.store.storage import Directory, read_files
+from index_jobs.store.versions import (
+    current_version,
+    list_versions,
+    open_current,
+    published_index,
+    pull,
+    version_numbers,
+)
 from tests.support.commands import run
 from tests.support.object_store import Machines, ObjectStore, slow_line
 from tests.support.parts import needs
-from tests.support.versions import Build, copy_files, publish_copy
+from tests.support.versions import Build, copy_files, file_of, publish_copy
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +69,24 @@ def mirror(machines: Machines, published: Path) -> Path:
 
 def store(mirror: Path) -> Any:
     """The obstore object behind a mirror."""
+    return remote(mirror).objects
+
+
+def remote(mirror: Path) -> IndexStore:
     found = store_of(mirror)
-    assert found is not None
-    return found._store
+    assert isinstance(found, IndexStore)
+    return found
+
+
+def numbers(mirror: Path) -> list[str]:
+    """The manifests in the store."""
+    return sorted(each["path"] for each in store(mirror).list("versions/").collect())
 
 
 @contextmanager
 def before(mirror: Path, method: str, act: Callable[[], object], key: str = "") -> Iterator[None]:
     """Call `act` before a machine's first call of a method of its store, for a key or for any."""
-    found, acted = store_of(mirror), list[bool]()
-    assert found is not None
+    found, acted = remote(mirror), list[bool]()
 
     class Store:
         def __getattr__(self, name: str) -> Any:
@@ -83,19 +98,22 @@ def before(mirror: Path, method: str, act: Callable[[], object], key: str = "") 
 
             return call
 
-    real = found._store
-    found._store = Store()
+    real = found.objects
+    found.objects = Store()
     try:
         yield
         assert acted
     finally:
-        found._store = real
+        found.objects = real
 
 
-def pull(mirror: Path) -> int | None:
+def follow(mirror: Path) -> int | None:
+    """Bring the published version, compare its files, and return its number."""
     published_index(mirror)
-    open_current(mirror).verify()
-    return current_version(mirror)
+    current = open_current(mirror)
+    for _ in read_files(Directory(mirror), current.manifest, set()):
+        pass
+    return current.manifest.version
 
 
 def first_id(mirror: Path) -> str:
@@ -114,7 +132,7 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
     assert json.loads(built.stdout)["version"] == 1
     again = run("app.cli", "index", "build", *arguments[:-2], environment=machines.cache("builder")).stdout
     assert again.startswith(f"{machines.url}: version 1 is up to date"), "people know no mirror"
-    assert pull(machines["reader"]) == 1
+    assert follow(machines["reader"]) == 1
     before = open_current(machines["reader"])
     rows = np.arange(before.rows)
     np.testing.assert_array_equal(before.vectors(rows), open_current(machines["builder"]).vectors(rows))
@@ -125,13 +143,13 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
     blobs = len(store(machines["reader"]).list("blobs/").collect())
     remove(machines["editor"], [first_id(machines["reader"])])
     assert len(store(machines["reader"]).list("blobs/").collect()) < blobs + 5, "versions share their files"
-    assert pull(machines["reader"]) == 3
+    assert follow(machines["reader"]) == 3
     assert open_current(machines["reader"]).manifest.count == before.manifest.count - 1
     listed = run("app.cli", "index", "list", machines.url, environment=machines.cache("operator")).stdout.splitlines()
     assert [line[:6] for line in listed] == ["*    3", "     2", "     1"]
-    assert not [*machines["operator"].glob("versions/*/items.arrow")], "a list needs no files"
+    assert not [*machines["operator"].glob("blobs/*")], "a list needs no files"
     assert rollback(machines["operator"]) == 2
-    assert pull(machines["reader"]) == 2
+    assert follow(machines["reader"]) == 2
     verified = run("app.cli", "index", "verify", machines.url, environment=machines.cache("auditor"))
     assert verified.stdout.count("are as published") == 3
 
@@ -142,11 +160,11 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
     mirrors = [machines[f"publisher {number}"] for number in range(16)]
 
     def publish(mirror: Path) -> None:
-        with open_staging(mirror) as staging:
-            manifest = replace(copy_files(mirror, staging), change=mirror.parts[-6])
+        with new_version(mirror) as new:
+            manifest = replace(copy_files(mirror, new.folder), change=mirror.parts[-6])
             ready.wait(60)
             try:
-                publish_version(mirror, staging, manifest, {})
+                new.publish(manifest)
                 outcomes.append(manifest.change)
             except LockedError as error:
                 refusals.append(str(error))
@@ -159,9 +177,9 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
     (winner,) = outcomes
     message = f"another job has published to {machines.url} meanwhile; run the same command again"
     assert refusals == [message] * 15
-    assert pull(machines["reader"]) == 2
+    assert follow(machines["reader"]) == 2
     assert open_current(machines["reader"]).manifest.change == winner
-    assert [pull(each) for each in mirrors] == [2] * 16
+    assert [follow(each) for each in mirrors] == [2] * 16
     assert publish_copy(mirrors[0]) == 3, "a loser runs again"
 
 
@@ -170,13 +188,13 @@ def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version
     mirror: Path, machines: Machines
 ) -> None:
     publish_copy(mirror)
-    with open_staging(mirror) as staging:
-        manifest = copy_files(mirror, staging)
+    with new_version(mirror) as new:
+        manifest = copy_files(mirror, new.folder)
         rollback(machines["operator"], 1)
         with pytest.raises(LockedError, match="run the same command again"):
-            publish_version(mirror, staging, manifest, {})
-    assert pull(machines["operator"]) == 1
-    store_of(mirror).pull(history=True)  # type: ignore[union-attr]
+            new.publish(manifest)
+    assert follow(machines["operator"]) == 1
+    pull(mirror, history=True)
     assert version_numbers(mirror) == [1, 2]
 
 
@@ -196,14 +214,14 @@ def test_rollback_to_a_version_that_a_publication_removes_is_refused(mirror: Pat
     with before(mirror, "delete", roll_back):
         publish_copy(mirror, keep=2)
     assert "has no version 1; it has 2, 3" in str(refused[0])
-    assert pull(machines["reader"]) == 3
+    assert follow(machines["reader"]) == 3
     with before(operator, "put", lambda: publish_copy(mirror, keep=2)), pytest.raises(LockedError):
         rollback(operator, 2)
-    assert pull(machines["reader"]) == 4
+    assert follow(machines["reader"]) == 4
     with before(mirror, "put", lambda: rollback(operator, 3), key="CURRENT"), pytest.raises(LockedError):
         publish_copy(mirror, keep=1)
-    assert pull(machines["reader"]) == 3
-    assert pull(machines["another reader"]) == 3
+    assert follow(machines["reader"]) == 3
+    assert follow(machines["another reader"]) == 3
 
 
 @needs("object-store")
@@ -213,7 +231,7 @@ def test_publications_and_rollbacks_at_once_never_lose_the_published_version(mir
     def roll_back() -> None:
         while not done.is_set():
             try:
-                store_of(operator).pull(history=True, files=False)  # type: ignore[union-attr]
+                pull(operator, history=True, files=False)
                 rollback(operator, version_numbers(operator)[0])
                 outcomes["rolled back"] += 1
             except DcarError as error:
@@ -226,11 +244,11 @@ def test_publications_and_rollbacks_at_once_never_lose_the_published_version(mir
             with suppress(LockedError):
                 publish_copy(mirror, keep=2)
                 outcomes["published"] += 1
-            pull(reader)
+            follow(reader)
     finally:
         done.set()
         thread.join()
-    assert pull(reader) == current_version(reader)
+    assert follow(reader) == current_version(reader)
     assert outcomes["rolled back"], outcomes
 
 
@@ -255,9 +273,9 @@ def test_write_whose_response_is_lost_is_no_lost_race(
                     raise GenericError("connection reset")
             return real.put(name, *given, **options)
 
-    monkeypatch.setattr(store_of(mirror), "_store", Store())
+    monkeypatch.setattr(remote(mirror), "objects", Store())
     assert publish_copy(mirror) == 2
-    assert pull(machines["reader"]) == 2
+    assert follow(machines["reader"]) == 2
     assert publish_copy(mirror) == 3, "it knows what it has written"
     assert len(lost) == 2
 
@@ -266,11 +284,11 @@ def test_write_whose_response_is_lost_is_no_lost_race(
 def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(mirror: Path, machines: Machines) -> None:
     publish_copy(mirror)
     rollback(mirror)
-    key, other = "versions/2/manifest.json", machines["other"]
-    assert store_of(other).pull(history=True) == 1  # type: ignore[union-attr]
+    key, other = "versions/2.json", machines["other"]
+    assert pull(other, history=True) == 1
     with before(other, "get", lambda: store(mirror).delete(key), key=key):
         assert publish_copy(other) == 2
-    assert pull(machines["reader"]) == 2
+    assert follow(machines["reader"]) == 2
 
 
 @needs("object-store")
@@ -278,13 +296,13 @@ def test_what_a_killed_publisher_has_not_removed_the_next_one_does(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as killed:
-        killed.setattr("index_jobs.store.remote.IndexStore.prune", lambda _: None)
+        killed.setattr(remote(mirror), "delete", lambda _: None)
         publish_copy(mirror, keep=1)
-    assert len(store(mirror).list_with_delimiter("versions/")["common_prefixes"]) == 2
+    assert numbers(mirror) == ["versions/1.json", "versions/2.json"]
     with pytest.raises(ArtifactError, match="has no version 1; it has 2"):
         rollback(machines["operator"], 1)
     publish_copy(mirror, keep=2)
-    assert store(mirror).list_with_delimiter("versions/")["common_prefixes"] == ["versions/2", "versions/3"]
+    assert numbers(mirror) == ["versions/2.json", "versions/3.json"]
 
 
 KILLED = """
@@ -302,7 +320,7 @@ class Store:
         return self.store.put(key, *given, **options)
 
 mirror = Path(sys.argv[1])
-store_of(mirror)._store = Store(store_of(mirror)._store)
+store_of(mirror).objects = Store(store_of(mirror).objects)
 remove(mirror, [sys.argv[2]])
 """
 
@@ -311,9 +329,9 @@ remove(mirror, [sys.argv[2]])
 @pytest.mark.parametrize("key", ["blobs/", "versions/", "CURRENT"])
 def test_killed_publisher_leaves_nothing_visible(key: str, mirror: Path, machines: Machines) -> None:
     assert run("-c", KILLED, mirror, first_id(mirror), key).returncode == -9
-    assert pull(machines["reader"]) == 1
+    assert follow(machines["reader"]) == 1
     remove(mirror, [first_id(mirror)])
-    assert pull(machines["reader"]) == current_version(mirror) == (3 if key == "CURRENT" else 2)
+    assert follow(machines["reader"]) == current_version(mirror) == (3 if key == "CURRENT" else 2)
 
 
 @needs("object-store")
@@ -323,26 +341,28 @@ def test_killed_publisher_leaves_nothing_visible(key: str, mirror: Path, machine
 def test_corrupted_blob_is_refused_until_it_is_published_again(
     damage: Any, mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pull(machines["reader"]) == 1
+    assert follow(machines["reader"]) == 1
     publish_copy(mirror)
     remove(mirror, [first_id(mirror)])
     key = f"blobs/{open_current(mirror).manifest.files['removed.npy'].sha256}"
     data = bytes(store(mirror).get(key).bytes())
     store(mirror).put(key, damage(data))
     with monkeypatch.context() as patch:
-        patch.setattr(remote_module, "_PART_BYTES", 100)  # so that a part is beyond the end of a short blob
+        patch.setattr(
+            "index_jobs.store.object_store.PART_BYTES", 100
+        )  # so that a part is beyond the end of a short blob
         with pytest.raises(ArtifactError, match=r"s3://bucket/.*is corrupted: its checksum differs; roll back"):
             published_index(machines["reader"])
     assert current_version(machines["reader"]) == 1
     with pytest.raises(ArtifactError):
-        store_of(machines["reader"]).verify()  # type: ignore[union-attr]
-    assert store_of(machines["job"]).pull(history=True) == 3, "which can replace it"  # type: ignore[union-attr]
+        verify_index(machines["reader"])
+    assert pull(machines["job"], history=True) is None, "which can replace it"
     store(mirror).delete(key)
     with pytest.raises(ArtifactError, match="lacks an object"):
         published_index(machines["reader"])
     assert rollback(machines["operator"]) == 2
     publish_copy(mirror)
-    assert pull(machines["reader"]) == 4
+    assert follow(machines["reader"]) == 4
 
 
 @needs("object-store")
@@ -350,27 +370,24 @@ def test_corrupted_blob_is_refused_until_it_is_published_again(
 def test_lost_current_fails_verification_until_a_rollback(
     damage: bytes | None, mirror: Path, machines: Machines
 ) -> None:
-    found = store_of(mirror)
-    assert found is not None
-    assert [manifest.version for manifest in found.verify()] == [1]
+    assert [manifest.version for manifest in verify_index(mirror)] == [1]
     store(mirror).delete("CURRENT") if damage is None else store(mirror).put("CURRENT", damage)
-    with pytest.raises(ArtifactError, match="holds no published index; make one with `dcar index build`, or roll back"):
-        found.verify()
+    with pytest.raises(ArtifactError, match=r"holds no published index|names no version"):
+        verify_index(mirror)
     assert rollback(machines["operator"]) == 1
-    assert len(found.verify()) == 1
+    assert len(verify_index(mirror)) == 1
 
 
 @needs("object-store")
 def test_jobs_work_on_a_machine_whose_files_are_damaged(mirror: Path, machines: Machines) -> None:
     publish_copy(mirror)
-    for number, end in ((1, b"?"), (2, b"")):
-        path = mirror / f"versions/{number}/index.faiss"
-        path.write_bytes(path.read_bytes()[:-1] + end)
-    assert pull(machines["reader"]) == 2
+    path = file_of(mirror, "index.faiss")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert follow(machines["reader"]) == 2
     remove(mirror, [first_id(machines["reader"])])
-    assert pull(machines["reader"]) == 3
+    assert follow(machines["reader"]) == 3
     assert rollback(mirror, 1) == 1
-    assert pull(mirror) == 1
+    assert follow(mirror) == 1
 
 
 @needs("object-store")
@@ -378,19 +395,12 @@ def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Mac
     manifest = open_current(mirror).manifest
     for name in ("../../outside", "/tmp/outside"):
         files = {**manifest.files, name: FileInfo(1, next(iter(manifest.files.values())).sha256)}
-        hostile = json.dumps(replace(manifest, files=files).to_dict()).encode()
-        store(mirror).put("versions/1/manifest.json", hostile)
+        hostile = replace(manifest, files=files).to_bytes()
+        store(mirror).put("versions/1.json", hostile)
+        store(mirror).put("CURRENT", Current(1, hashlib.sha256(hostile).hexdigest()).to_bytes())
         with pytest.raises(ArtifactError, match=f"names the file '{name}'"):
             published_index(machines["reader"])
     assert not (machines["reader"] / "outside").exists()
-    (machines["reader"].parent / "other").write_bytes(b"not the items")
-    hostile_files = {**manifest.files, "../../../other": manifest.files["items.arrow"]}
-    for number, files in ((1, hostile_files), (2, manifest.files)):
-        data = json.dumps(replace(manifest, version=number, files=files).to_dict()).encode()
-        store(mirror).put(f"versions/{number}/manifest.json", data)
-    store(mirror).put("CURRENT", b"2 of another number\n")
-    store_of(machines["reader"]).pull(history=True)  # type: ignore[union-attr]
-    assert pull(machines["reader"]) == 2, "its files are not taken from such a place either"
 
 
 @needs("object-store")
@@ -398,18 +408,17 @@ def test_old_versions_and_their_blobs_are_removed(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs = set[int]()
-    assert pull(machines["reader"]) == 1
-    killed = machines["reader"] / "versions/.tmp-7-1"  # while it was removing a version
-    killed.mkdir()
+    assert follow(machines["reader"]) == 1
+    killed = machines["reader"] / f"blobs/.{'0' * 64}.tmp"  # while it was fetching a file
+    killed.touch()
     for _ in range(5):
         remove(mirror, [first_id(mirror)], keep=2)
-        assert pull(machines["reader"]) == current_version(mirror)
+        assert follow(machines["reader"]) == current_version(mirror)
         assert len(version_numbers(machines["reader"])) <= 3, "a replica's disk does not fill up"
         blobs.add(len(store(mirror).list("blobs/").collect()))
     assert not killed.exists()
-    found = store(mirror).list_with_delimiter("versions/")["common_prefixes"]
-    assert sorted(found) == ["versions/5", "versions/6"]
-    monkeypatch.setattr("index_jobs.store.remote._GRACE", timedelta(0))
+    assert numbers(mirror) == ["versions/5.json", "versions/6.json"]
+    monkeypatch.setattr("index_jobs.store.versions.GRACE_S", 0)
     remove(mirror, [first_id(mirror)], keep=1)
     used = {info.sha256 for manifest in list_versions(mirror) for info in manifest.files.values()}
     stored = {each["path"].rpartition("/")[2] for each in store(mirror).list("blobs/").collect()}
@@ -421,24 +430,23 @@ def test_old_versions_and_their_blobs_are_removed(
 def test_replica_whose_version_is_removed_meanwhile_takes_the_next_one(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index_jobs.store.remote._GRACE", timedelta(0))
+    monkeypatch.setattr("index_jobs.store.versions.GRACE_S", 0)
     remove(mirror, [first_id(mirror)])
     key = f"blobs/{open_current(mirror).manifest.files['removed.npy'].sha256}"
     with before(machines["reader"], "get_range", lambda: remove(mirror, [first_id(mirror)], keep=1), key):
-        assert pull(machines["reader"]) == 3
+        assert follow(machines["reader"]) == 3
 
 
 @needs("object-store")
 def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, machines: Machines) -> None:
-    assert pull(machines["reader"]) == 1
+    assert follow(machines["reader"]) == 1
     store(mirror).delete([each["path"] for each in store(mirror).list().collect()])
     with pytest.raises(ArtifactError, match="holds no published index"):
         published_index(machines["reader"])
     assert current_version(machines["reader"]) == 1
-    with open_staging(machines["other"]) as staging:
-        manifest = replace(copy_files(machines["reader"], staging), change="another")
-        publish_version(machines["other"], staging, manifest, {})
-    assert pull(machines["reader"]) == 1
+    with new_version(machines["other"]) as new:
+        new.publish(replace(copy_files(machines["reader"], new.folder), change="another"))
+    assert follow(machines["reader"]) == 1
     assert open_current(machines["reader"]).manifest.change == "another"
 
 
@@ -465,9 +473,9 @@ def test_endpoint_that_is_no_url_is_reported_in_one_line(
 @needs("object-store")
 def test_bucket_that_does_not_exist_is_not_an_empty_index(machines: Machines) -> None:
     for history in (False, True):
-        found = store_of(Machines(machines["machine"].parents[5], "s3://no-bucket/index")["machine"])
+        mirror = Machines(machines["machine"].parents[5], "s3://no-bucket/index")["machine"]
         with pytest.raises(ArtifactError, match=r"^s3://no-bucket/index .*: 404 Not Found \(NoSuchBucket\)$"):
-            found.pull(history=history)  # type: ignore[union-attr]
+            pull(mirror, history=history)
 
 
 @needs("object-store")
@@ -478,13 +486,12 @@ def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
     blob = FileInfo(len(data), hashlib.sha256(data).hexdigest())
     store(mirror).put(f"blobs/{blob.sha256}", data)
     short = {name: "1s" if value == "60s" else value for name, value in CLIENT.items()}
-    monkeypatch.setattr("index_jobs.store.remote.CLIENT", short)
+    monkeypatch.setattr("index_jobs.store.object_store.CLIENT", short)
     with slow_line(server.port, 0.01) as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        reader = store_of(machines["reader"])
-        assert reader is not None
+        reader = IndexStore(machines.url)
         started = time.monotonic()
-        assert b"".join(map(bytes, reader._read_blob(blob))) == data
+        assert b"".join(reader.get(blob)) == data
     assert time.monotonic() - started > 1.5
 
 

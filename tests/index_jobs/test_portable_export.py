@@ -18,7 +18,7 @@ from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
 from index_jobs.store.versions import open_current, open_version
 from tests.support.parts import needs
-from tests.support.versions import Build
+from tests.support.versions import Build, file_of
 
 pytestmark = needs("openvino")
 
@@ -33,7 +33,7 @@ assert "open_clip" not in sys.modules, "it takes seconds to import"
 
 
 def weights(index: Path, version: int) -> Path:
-    return open_version(index, version).checkpoint / PORTABLE / "image.bin"
+    return file_of(index, f"checkpoint/{PORTABLE}/image.bin", version)
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_versions_of_a_model_share_one_export(index: Path, build: Build, exports
     remove(index, [open_current(index).item(0).id])
     assert all(weights(index, number).samefile(weights(index, 1)) for number in (2, 3))
     assert "checkpoint/portable/encoder" in open_current(index).manifest.files
-    build(checkpoint=weights(index, 3).parents[1], runtime="openvino", force=True)
+    third = open_version(index, 3)
+    build(checkpoint=third.checkpoint, runtime="openvino", force=True)
     assert weights(index, 4).samefile(weights(index, 3)), "a checkpoint brings its own"
 
 
@@ -67,11 +68,11 @@ def pairs(tiny_gallery: Path, tmp_path: Path) -> Path:
 
 
 def require_own_export(index: Path, cache: Path) -> None:
-    checkpoint = open_current(index).checkpoint
-    quick = Encoder.load(checkpoint, device="cpu", runtime="openvino", cache=cache)
+    published = open_current(index)
+    quick = Encoder.load(published.checkpoint, device="cpu", runtime="openvino", cache=cache)
     assert quick.backbone is None
     texts = ["photo of a red square", "a tile"]
-    whole = Encoder.load(checkpoint, device="cpu")
+    whole = Encoder.load(published.checkpoint, device="cpu")
     np.testing.assert_allclose(quick.encode_text(texts), whole.encode_text(texts), atol=1e-5)
 
 
@@ -103,7 +104,7 @@ def test_a_retraining_replaces_an_export_that_it_cannot_use(
         monkeypatch.setattr(Encoder, "load", fail)
     assert retrain(index, [pairs], device="cpu", margin=1).published
     if fault == "cannot be proven":
-        assert not weights(index, 2).exists()
+        assert not [name for name in open_version(index, 2).manifest.files if PORTABLE in name]
     else:
         require_own_export(index, tmp_path / "cache")
 
@@ -112,8 +113,8 @@ def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
     index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start() -> Encoder:
-        checkpoint = open_current(index).checkpoint
-        return Encoder.load(checkpoint, device="cpu", runtime="auto", cache=tmp_path / "cache")
+        published = open_current(index)
+        return Encoder.load(published.checkpoint, device="cpu", runtime="auto", cache=tmp_path / "cache")
 
     assert start().backbone is None
     monkeypatch.setattr(encoder_cache, "FORMAT", -1)
@@ -135,7 +136,7 @@ def test_the_space_that_an_export_takes_is_measured_before_encoding(
     usage, present = shutil.disk_usage(tmp_path), list[bool]()
 
     def measure(index: Path) -> Any:
-        present.append(any(index.glob(f"versions/.tmp-*/checkpoint/{PORTABLE}/image.bin")))
+        present.append(any(index.glob(f"blobs/.new/checkpoint/{PORTABLE}/image.bin")))
         return usage._replace(free=0)
 
     monkeypatch.setattr(shutil, "disk_usage", measure)
@@ -148,4 +149,4 @@ def test_the_space_that_an_export_takes_is_measured_before_encoding(
 
 def test_a_build_on_pytorch_makes_no_export(build: Build, tmp_path: Path) -> None:
     build(runtime="torch")
-    assert not (open_current(tmp_path / "index").checkpoint / PORTABLE).exists()
+    assert not [name for name in open_current(tmp_path / "index").manifest.files if PORTABLE in name]

@@ -4,25 +4,24 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
-from dcar_core.util.files import fsync_tree, write_json
+from dcar_core.util.files import fsync_tree, sha256_of
 from index_jobs.checks import check_file_once
 from index_jobs.jobs.update import remove
 from index_jobs.store import artifact as artifact_module
-from index_jobs.store import publish
 from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
-from index_jobs.store.manifest import Addition, Manifest
-from index_jobs.store.publish import open_staging, report_os_errors, rollback
-from index_jobs.store.versions import open_current, open_version
-from tests.support.versions import publish_copy
+from index_jobs.store.manifest import Addition, FileInfo
+from index_jobs.store.publish import new_version, report_os_errors, rollback, verify_index
+from index_jobs.store.storage import Directory
+from index_jobs.store.versions import open_current, open_version, read_manifest
+from tests.support.versions import file_of, publish_copy, write_manifest
 
 Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path
 
@@ -34,7 +33,7 @@ def test_a_refused_writer_does_not_wait(index: Path, monkeypatch: pytest.MonkeyP
         assert threading.get_ident() != here, "waits"
         sleep(seconds)  # a thread of an earlier test
 
-    with open_staging(index):
+    with new_version(index):
         monkeypatch.setattr("time.sleep", wait)
         for write in (rollback, publish_copy):
             with pytest.raises(LockedError, match=r"another job is writing to .*; wait until it has ended"):
@@ -58,58 +57,47 @@ def test_errors_of_the_system_are_one_line(error: OSError, told: str, tmp_path: 
 
 
 def test_shared_files_are_not_read_again(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed: list[str] = []
+    hashed, read, parts = list[str](), list[FileInfo](), Directory.parts
 
-    def record(module: Any) -> None:
-        real: Callable[[Path], str] = module.sha256_of
+    def hash_file(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of(path)
 
-        def recorded(path: Path) -> str:
-            hashed.append(path.name)
-            return real(path)
+    def read_blob(directory: Directory, info: FileInfo) -> Iterator[bytes]:
+        read.append(info)
+        return parts(directory, info)
 
-        monkeypatch.setattr(module, "sha256_of", recorded)
-
-    record(publish)
-    record(artifact_module)
+    monkeypatch.setattr("index_jobs.store.publish.sha256_of", hash_file)
+    monkeypatch.setattr(Directory, "parts", read_blob)
     remove(index, [open_current(index).item(0).id])
-    assert "index.faiss" not in hashed
-    assert hashed.count("removed.npy") == 2, "written and read back"
+    assert hashed == ["removed.npy"]
+    assert read == [open_current(index).manifest.files["removed.npy"]], "it is read back"
 
 
 def test_the_number_of_removed_rows_must_be_that_of_the_manifest(index: Path) -> None:
     remove(index, [open_current(index).item(row).id for row in (3, 7)])
-    path = open_current(index).path / "removed.npy"
+    path = file_of(index, "removed.npy")
     for rows in ([], [3], [3, 7, 9], [-1, 3], [3, 24]):
         np.save(path, np.array(rows, np.int64))
-        manifest = Manifest.read(path.parent / "manifest.json")
+        path.with_suffix(".npy").rename(path)
+        manifest = read_manifest(index, 2)
         info = replace(manifest.files["removed.npy"], size=path.stat().st_size)
-        manifest = replace(manifest, files=manifest.files | {"removed.npy": info})
-        write_json(path.parent / "manifest.json", manifest.to_dict())
-        with pytest.raises(ArtifactError, match=r"removed\.npy does not fit the manifest"):
+        write_manifest(index, replace(manifest, files=manifest.files | {"removed.npy": info}))
+        with pytest.raises(ArtifactError, match=r"does not fit the manifest"):
             open_current(index)
 
 
-def test_lengths_are_checked_even_of_files_that_are_not_read(index: Path) -> None:
-    artifact = open_current(index)
-    path = artifact.path / "index.faiss"
-    path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(ArtifactError, match=r"index\.faiss has [\d,]+ bytes, not"):
-        artifact.verify(skip=["index.faiss"])
-
-
 def test_a_file_that_cannot_be_read_is_named(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> str:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(artifact_module, "sha256_of", broken)
-    with pytest.raises(ArtifactError, match=r"checkpoint/\S+ cannot be read: Input/output error"):
-        open_current(index).verify()
+    path = file_of(index, "checkpoint/config.json")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ArtifactError, match=r"checkpoint/config.json of version 1: .* cannot be read: Is a directory"):
+        verify_index(index)
 
 
 def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifact_module, "_SAMPLE", 24)
-    manifest = replace(open_current(index).manifest, root=str(gallery))
-    write_json(index / "versions/1/manifest.json", manifest.to_dict())
+    write_manifest(index, replace(open_current(index).manifest, root=str(gallery)))
     artifact = open_current(index)
     assert artifact.find_gallery_fault() is None
     paths = [Path(artifact.image_location(row)[0]) for row in range(24)]
@@ -121,8 +109,7 @@ def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypat
 
 
 def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -> None:
-    manifest = replace(open_current(index).manifest, root=str(gallery))
-    write_json(index / "versions/1/manifest.json", manifest.to_dict())
+    write_manifest(index, replace(open_current(index).manifest, root=str(gallery)))
     artifact = open_current(index)
     keys = [artifact.image_key(row) for row in range(24)]
     assert (len({*keys}), {len(key) for key in keys}) == (24, {32})
@@ -164,11 +151,11 @@ def test_a_file_is_checked_until_it_is_sound(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_tantivy_still_holds_is_no_file_of_the_version(index: Path) -> None:
-    with open_staging(index) as staging:
+    with new_version(index) as new:
         current = open_current(index)
-        shared = publish.share_files(current.path, staging, current.manifest.files)
-        (staging / "lexical" / ".tantivy-meta.lock").touch()
-        manifest = publish.publish_version(index, staging, current.manifest, shared)
+        new.link(current)
+        (new.folder / "lexical" / ".tantivy-meta.lock").touch()
+        manifest = new.publish(current.manifest)
     assert manifest.files.keys() == current.manifest.files.keys()
 
 
@@ -196,21 +183,19 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 
 def test_a_version_is_on_the_disk_before_current_names_it(index: Path, events: list[Event]) -> None:
+    blobs = {*(index / "blobs").iterdir()}
     remove(index, [open_current(index).item(0).id])
-    version = index / "versions" / "2"
-    published = events.index(("rename", str(version)))
+    named = events.index(("rename", str(index / "versions/2.json")))
     current = events.index(("rename", str(index / "CURRENT")))
-    assert published < current
-    synced = {Path(path) for kind, path in events[:published] if kind == "sync"}
-    (staging,) = {path for path in synced if path.name.startswith(".tmp-") and path.parent == version.parent}
-    names = [path.relative_to(version) for path in version.rglob("*")]
-    linked = {name for name in names if (version / name).is_file() and (version / name).stat().st_nlink > 1}
-    assert {staging, *(staging / name for name in names if name not in linked)} <= synced, "all that is new"
-    assert {name.name for name in names if name not in linked} >= {"manifest.json", "removed.npy", "lexical"}
-    assert ("sync", str(version.parent)) in events[published:current], "its name"
-    temporary = str(index / ".CURRENT..tmp")
-    assert ("sync", temporary) in events[published:current], "the content of CURRENT"
-    assert ("sync", str(index)) in events[current:], "the name of CURRENT"
+    (blob,) = {*(index / "blobs").iterdir()} - blobs
+    put = events.index(("rename", str(blob)))
+    assert put < named < current
+    assert ("sync", str(index / "blobs/.new/removed.npy")) in events[:put]
+    assert ("sync", str(blob.parent)) in events[put:named]
+    for path in (index / "versions/2.json", index / "CURRENT"):
+        renamed = events.index(("rename", str(path)))
+        assert ("sync", str(path.with_name(f".{path.name}..tmp"))) in events[:renamed]
+        assert ("sync", str(path.parent)) in events[renamed:]
 
 
 def test_a_tree_is_synced_with_its_own_folder(tmp_path: Path, events: list[Event]) -> None:

@@ -17,10 +17,10 @@ from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RejectedError
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import main, rebuild
-from index_jobs.store.versions import current_version, open_current
+from index_jobs.store.versions import current_version, open_current, version_numbers
 from tests.support.files import write_jsonl
 from tests.support.images import draw
-from tests.support.versions import Build
+from tests.support.versions import Build, file_of
 
 
 class Models(NamedTuple):
@@ -90,7 +90,7 @@ def test_worse_index_is_not_published_unless_forced(
     assert (summary["published"], summary["version"], summary["gate"]["passed"]) == (False, 1, False)
     assert "not published: the rebuilt index ranks worse than version 1: R@1 " in stderr
     assert stderr.count("\n") == 1
-    assert [path.name for path in (index / "versions").iterdir()] == ["1"]
+    assert version_numbers(index) == [1]
     code, summary, _ = run("--margin", "0.9")
     assert (code, summary["published"], summary["version"], summary["resumed"]) == (0, True, 2, 24)
     build(checkpoint=models.better)
@@ -240,7 +240,7 @@ def test_gallery_without_captions_is_published_uncompared(
 def test_broken_served_index_is_replaced(
     build: Build, models: Models, index: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (open_current(index).path / "items.arrow").unlink()
+    file_of(index, "items.arrow").unlink()
     assert build(checkpoint=models.worse).published
     assert open_current(index).manifest.version == 2
     (warning,) = (record for record in caplog.records if "nothing is compared with it" in record.message)

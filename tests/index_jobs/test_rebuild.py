@@ -23,7 +23,7 @@ from index_jobs.gallery.scan import scan
 from index_jobs.store.versions import open_current, version_numbers
 from tests.support.files import write_file
 from tests.support.parts import needs
-from tests.support.versions import Build
+from tests.support.versions import Build, file_of
 
 
 def test_the_summary_and_the_manifest_tell_what_was_published(
@@ -104,7 +104,7 @@ def test_failed_images_are_published_with_the_version(build: Build, gallery: Pat
     summary = build(gallery)
     assert (summary.count, summary.failed) == (23, 1)
     artifact = open_current(tmp_path / "index")
-    (line,) = (artifact.path / "failed.jsonl").read_text().splitlines()
+    (line,) = file_of(tmp_path / "index", "failed.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "circle/blue.png"
     assert json.loads(line)["reason"] == "the file is empty"
     assert [artifact.item(row).metadata["file_name"] for row in (0, 1, 2)] == [
@@ -135,7 +135,7 @@ def test_unread_images_are_tried_again(build: Build, gallery: Path, listed: Path
     away = {row: (gallery / names[row]).rename(tmp_path / f"{row}.png") for row in (3, 20)}
     first = run()
     assert (first.count, first.failed, first.unread) == (21, 3, 2)
-    lines = (open_current(tmp_path / "index").path / "failed.jsonl").read_text().splitlines()
+    lines = file_of(tmp_path / "index", "failed.jsonl").read_text().splitlines()
     assert [json.loads(line)["fault"] for line in lines] == ["missing", "not_an_image", "missing"]
     assert run(kind="hnsw").unread == 2
     again = run(kind="hnsw")
@@ -221,7 +221,7 @@ def test_equal_images_are_listed(build: Build, gallery: Path, tmp_path: Path) ->
     shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
     assert build(gallery).duplicates == 1
     artifact = open_current(tmp_path / "index")
-    (line,) = (artifact.path / "duplicates.jsonl").read_text().splitlines()
+    (line,) = file_of(tmp_path / "index", "duplicates.jsonl").read_text().splitlines()
     found = json.loads(line)
     assert (found["name"], found["same_as"]["name"]) == ("circle/zz again.png", "circle/red.png")
     assert artifact.row_of(found["same_as"]["id"]) == 5

@@ -13,10 +13,16 @@ import pytest
 
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.store.versions import current_version, open_current, verify_index
+from index_jobs.store.publish import verify_index
+from index_jobs.store.versions import current_version, list_versions, open_current
 from tests.support.commands import Command, run
 from tests.support.processes import children_of, is_alive
 from tests.support.versions import Build
+
+
+def contents(index: Path) -> list[str]:
+    """The names of an index's blobs and manifests."""
+    return sorted(path.name for folder in ("blobs", "versions") for path in (index / folder).glob("*"))
 
 
 @pytest.mark.slow
@@ -28,7 +34,7 @@ def test_full_disk_changes_no_published_version(
     build(gallery)
     captions = (gallery / "metadata.jsonl").read_text().replace('"a ', '"' + "very " * 1000)
     (gallery / "metadata.jsonl").write_text(captions)
-    before = sorted(path.relative_to(index) for path in (index / "versions").rglob("*"))
+    before = contents(index)
     arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
     for limit in (10_000, 50_000):
         done = run("index_jobs.rebuild", *arguments, file_size=limit)
@@ -36,7 +42,7 @@ def test_full_disk_changes_no_published_version(
         assert len(done.stderr.splitlines()) == 1
         assert "cannot be written: File too large" in done.stderr
         assert "published versions are unchanged" in done.stderr
-    assert sorted(path.relative_to(index) for path in (index / "versions").rglob("*")) == before
+    assert contents(index) == before
     assert [manifest.version for manifest in verify_index(index)] == [1]
     summary = build(gallery)
     assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
@@ -56,7 +62,7 @@ def test_missing_disk_space_is_an_error_before_encoding(
     left(table + 2 * 3072 - 1)
     with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, 0\.0 of them for vectors.* GB left; make room"):
         build(gallery)
-    assert list(index.glob("work*")) == list((index / "versions").iterdir()) == []
+    assert (list(index.glob("work*")), contents(index)) == ([], [])
     left(table + 2 * 3072)
     assert build(gallery).encoded == 24
     left(table + 3072)  # the vectors are there already
@@ -138,7 +144,8 @@ def test_index_verifies_after_each_of_eight_killed_jobs(
     summary = run(gallery, force=True, keep_shards=False)
     assert summary.version > versions[-1]
     assert len(vectors_of(index)) == 24
-    assert [path for path in (index / "versions").iterdir() if not path.name.isdigit()] == []
+    named = {info.sha256 for manifest in list_versions(index) for info in manifest.files.values()}
+    assert {path.name for path in (index / "blobs").iterdir()} == named
     assert not (index / "work").exists()
 
 

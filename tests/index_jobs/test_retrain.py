@@ -20,7 +20,8 @@ from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.store import publish
 from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import current_version, open_current
+from index_jobs.store.publish import verify_index
+from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 from tests.support.commands import dcar
 from tests.support.images import draw
 from tests.support.updates import write_images
@@ -91,7 +92,7 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
     assert done.stdout.startswith(f"{index}: version 2 published: by held-out pairs, nDCG ")
     assert "seconds from the command to the swap: " in done.stdout
     published = open_current(index)
-    published.verify()
+    verify_index(index)
     report = json.loads((index / REPORT).read_text())
     assert (report["published"], report["version"], report["share"] > 0) == (True, 2, True)
     assert [*report["seconds"]] == ["start", "load", "encode", "learn", "gate", "publish"]
@@ -169,7 +170,7 @@ def test_a_model_that_learned_nothing_is_refused_and_leaves_its_report(
     noise = write_pairs(tmp_path / "noise.jsonl", tiny_gallery, shuffled=True)
     with pytest.raises(GateError, match=r"not published: by .*retrain\.json has the figures"):
         retrain(index, [noise], device="cpu")
-    assert (current_version(index), [path.name for path in (index / "versions").iterdir()]) == (1, ["1"])
+    assert (current_version(index), version_numbers(index)) == (1, [1])
     report = json.loads((index / REPORT).read_text())
     assert (report["published"], report["gate"]["held-out pairs"]["compared"]) == (False, True)
 
@@ -183,7 +184,7 @@ def test_a_killed_retraining_changes_nothing_and_is_repeated_alike(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "commit_version", kill)
+        patch.setattr(publish.NewVersion, "commit", kill)
         with pytest.raises(KeyboardInterrupt):
             retrain(index, [pairs], margin=1, device="cpu")
     assert (current_version(index), (index / REPORT).exists()) == (1, False)
@@ -235,10 +236,10 @@ def test_a_build_with_the_former_checkpoint_keeps_what_was_learned(
 ) -> None:  # fmt: skip
     fewer = write_pairs(pairs.with_name("fewer.jsonl"), tiny_gallery, words=WORDS[1:])
     assert [retrain(index, [each], margin=1, device="cpu").version for each in (fewer, pairs)] == [2, 3]
-    learned, earlier = open_current(index).manifest.spec.fingerprint, index / "versions/2/checkpoint"
+    learned, earlier = open_current(index).manifest.spec.fingerprint, open_version(index, 2)
     assert build().reused, "a scheduled build without changes"
     draw("pink", "square").save(gallery / "pink.png")
-    for checkpoint in (tiny_checkpoint, shutil.copytree(earlier, gallery.with_name("earlier"))):
+    for checkpoint in (tiny_checkpoint, shutil.copytree(earlier.checkpoint, gallery.with_name("earlier"))):
         caplog.clear()
         summary = build(gallery, checkpoint=checkpoint)
         assert (summary.fingerprint, summary.count) == (learned, 25)

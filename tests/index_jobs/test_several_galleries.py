@@ -165,7 +165,8 @@ def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
     index = tmp_path / "index"
     build(checkpoint=checkpoint)
     base.rename(tmp_path / "moved")
-    for place in (open_current(index).checkpoint, checkpoint):  # its path is absolute there, and relative here
+    published = open_current(index)
+    for place in (published.checkpoint, checkpoint):  # its path is absolute there, and relative here
         with pytest.raises(
             ModelError, match=r"does not exist; if it was moved, name its new place: for an index by `dcar index build"
         ):

@@ -1,13 +1,13 @@
 """A third party's vector engine: one array, compared as a whole. `tests/index_jobs/test_engines.py` installs it."""
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError
 from index_jobs.engines.measure import Benchmark, gallery_queries
-from index_jobs.engines.protocol import CreatedIndex, Engine, NewIndex, ScoredRows, VectorIndex, merge_top_k
+from index_jobs.engines.protocol import CreatedIndex, Engine, Files, NewIndex, ScoredRows, VectorIndex, merge_top_k
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 
@@ -41,8 +41,8 @@ class ArrayEngine(Engine):
         benchmark = Benchmark(new.blocks, gallery_queries(new.blocks, new.count), target=spec.target_recall)
         return CreatedIndex(kind="array", reason="requested", measured=benchmark.measure(index))
 
-    def open(self, folder: Path, *, gpu: bool = False) -> ArrayIndex:
-        return ArrayIndex(np.load(folder / "vectors.npy", allow_pickle=False))
+    def open(self, files: Files, *, gpu: bool = False) -> ArrayIndex:
+        return ArrayIndex(np.load(files["vectors.npy"], allow_pickle=False))
 
-    def sync(self, index: Path, name: str, version: int) -> None:
+    def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:
         self.synced.append((self._uri, name, version))

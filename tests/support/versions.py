@@ -4,24 +4,43 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from dcar_core.util.files import sha256_of
 from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.store.manifest import Manifest
-from index_jobs.store.publish import open_staging, publish_version
-from index_jobs.store.versions import open_current
+from index_jobs.store.manifest import CURRENT, Current, Manifest, manifest_key
+from index_jobs.store.publish import new_version
+from index_jobs.store.versions import open_current, read_current, read_manifest
 
 Build = Callable[..., RebuildSummary]  # the fixture `build`
 
 
-def copy_files(index: Path, staging: Path) -> Manifest:
-    """Copy the files of the current version into a staged one, and return its manifest."""
+def file_of(index: Path, name: str, version: int | None = None) -> Path:
+    """Return the blob of a file of a version, by default of the current one."""
+    current = read_current(index)
+    number = version or (current.version if current else 0)
+    return read_manifest(index, number).path(index, name)
+
+
+def point(index: Path, version: int) -> None:
+    """Let CURRENT name a version, as it is."""
+    (index / CURRENT).write_bytes(Current(version, sha256_of(index / manifest_key(version))).to_bytes())
+
+
+def write_manifest(index: Path, manifest: Manifest) -> None:
+    """Write the manifest of a version anew, and let CURRENT name it."""
+    (index / manifest_key(manifest.version)).write_bytes(manifest.to_bytes())
+    point(index, manifest.version)
+
+
+def copy_files(index: Path, folder: Path) -> Manifest:
+    """Copy the files of the current version into a folder, and return its manifest."""
     current = open_current(index)
-    for name in current.manifest.files:
-        (staging / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(current.path / name, staging / name)
+    for name, path in current.manifest.paths(index).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
     return current.manifest
 
 
 def publish_copy(index: Path, keep: int = 3, source: Path | None = None) -> int:
     """Publish the current version once more, or that of another index."""
-    with open_staging(index) as staging:
-        return publish_version(index, staging, copy_files(source or index, staging), {}, keep=keep).version
+    with new_version(index) as new:
+        return new.publish(copy_files(source or index, new.folder), keep=keep).version

@@ -20,7 +20,7 @@ from index_jobs.engines.faiss.index import VECTORS, FaissIndex, faiss, faiss_rea
 from index_jobs.engines.faiss.kinds import IndexChoice, choose_kinds, create_index, list_count
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import Benchmark, gallery_queries, sample_vectors
-from index_jobs.engines.protocol import CreatedIndex, Engine, HeldOutQueries, NewIndex
+from index_jobs.engines.protocol import CreatedIndex, Engine, Files, HeldOutQueries, NewIndex
 from index_jobs.spec import IndexSpec
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ class FaissEngine(Engine):
         file, choices = new.folder / VECTORS, _choices(spec, new.count, new.dim, new.device)
         return build_index(file, new.blocks, new.count, new.dim, choices, new.queries, target=spec.target_recall)
 
-    def open(self, folder: Path, *, gpu: bool = False) -> FaissIndex:
+    def open(self, files: Files, *, gpu: bool = False) -> FaissIndex:
         """Memory-map the file."""
-        return FaissIndex.open(folder / VECTORS, gpu=gpu)
+        return FaissIndex.open(files.get(VECTORS, Path(VECTORS)), gpu=gpu)
 
 
 def _choices(spec: IndexSpec, count: int, dim: int, device: str) -> list[IndexChoice]:

@@ -5,13 +5,11 @@
 - A score is the share of a query that an item contains: BM25 divided by the sum of the query's inverse document
   frequencies. It is about 1 for an item of average length that contains every term, less than 1.7 for the shortest.
 - A term that no item contains matches terms one edit away, at half the score, so "gohst" finds a ghost.
-- Readers open the files through links in a temporary directory, because tantivy locks a directory by writing to it, and
-  versions may be mounted read-only.
+- tantivy locks a directory by writing to it, so readers open one of links, since an index may be mounted read-only.
 """
 
 import json
 import math
-import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -53,12 +51,10 @@ def item_texts(table: pa.Table, fields: Collection[str] | None) -> Iterator[str]
             yield "\n".join(value for value in values if isinstance(value, str))
 
 
-def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> set[str]:
+def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> None:
     """Write the texts of the rows from `first_row` on, which replace those that the directory has.
 
-    The files of an existing index may be hard links to those of another version: tantivy writes new files and never
-    changes one, so the other version stays as it is. Returns the names of the files that were replaced by others of the
-    same name, relative to the version.
+    The files of an existing index may be links to blobs: tantivy writes new files and never changes one.
 
     Raise ArtifactError if the index cannot be read, and OSError if the disk is full or cannot be written.
     """
@@ -67,20 +63,20 @@ def write_lexical(path: Path, texts: Iterable[str], first_row: int = 0) -> set[s
         unsigned = tantivy.FieldType.Unsigned
         return tantivy.Query.range_query(schema, _ROW, unsigned, lower_bound=first_row, upper_bound=2**62)
 
-    return _write(path, enumerate(texts, first_row), later)
+    _write(path, enumerate(texts, first_row), later)
 
 
-def replace_texts(path: Path, texts: Mapping[int, str]) -> set[str]:
+def replace_texts(path: Path, texts: Mapping[int, str]) -> None:
     """Write the texts of some rows of an existing index again, as `write_lexical` does."""
-    return _write(path, texts.items(), lambda schema: tantivy.Query.term_set_query(schema, _ROW, [*texts]))
+    _write(path, texts.items(), lambda schema: tantivy.Query.term_set_query(schema, _ROW, [*texts]))
 
 
-def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any], Any]) -> set[str]:
+def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any], Any]) -> None:
     """Write the texts of rows. replaced: returns the query of the documents that they replace."""
     is_new = not (path / "meta.json").exists()
     path.mkdir(exist_ok=True)
     try:
-        index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path)
+        index = _prepare(tantivy.Index(_schema(), path=str(path))) if is_new else _open(path, str(path))
         writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
         writer.delete_documents_by_query(replaced(index.schema))
         for row, text in texts:
@@ -96,7 +92,6 @@ def _write(path: Path, texts: Iterable[tuple[int, str]], replaced: Callable[[Any
         lock.unlink()
     for name in _REPLACED:  # tantivy writes them for this user only; the service may run as another
         (path / name).chmod(apply_umask(0o666))
-    return {f"{path.name}/{name}" for name in _REPLACED}
 
 
 def _schema() -> Any:
@@ -123,16 +118,13 @@ class LexicalIndex:
     Every method raises ArtifactError for damage that was not found when the index was opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open a directory that `write_lexical` wrote. Raise ArtifactError if the index cannot be read."""
-        # Errors are ignored since tantivy may create a lock file during the removal.
-        with tempfile.TemporaryDirectory(prefix="dcar-lexical-", ignore_cleanup_errors=True) as links:
-            for file in path.iterdir() if path.is_dir() else ():
-                (Path(links) / file.name).symlink_to(file.resolve())
-            index = _open(Path(links), shown=path)
+    def __init__(self, path: Path, name: str = "") -> None:
+        """Open a directory that `write_lexical` wrote. Raise ArtifactError, with a name, if it cannot be read."""
+        self.name = name = name or str(path)
+        index = _open(path, name)
         self._searcher = index.searcher()
-        self.path, self._schema, last = path, index.schema, len(self) - 1
-        with _readable(path):  # a million row numbers take some 10 ms
+        self._schema, last = index.schema, len(self) - 1
+        with _readable(name):  # a million row numbers take some 10 ms
             found = self._searcher.aggregate(tantivy.Query.all_query(), {"rows": {"stats": {"field": _ROW}}})["rows"]
             if last >= 0 and (found["count"], found["min"], found["max"]) != (last + 1, 0, last):
                 raise ValueError(f"its row numbers are not those from 0 to {last}")
@@ -201,7 +193,7 @@ class LexicalIndex:
         return bool(self._frequency(term))
 
     def _frequency(self, term: str) -> int:
-        with _readable(self.path):
+        with _readable(self.name):
             frequency: int = self._searcher.doc_freq(_TERMS, term)
         return frequency
 
@@ -220,7 +212,7 @@ class LexicalIndex:
         return _ParsedQuery(parts, best, min(matches, count))
 
     def _hits(self, query: Any, limit: int, best: float) -> tuple[Floats, Rows]:
-        with _readable(self.path):
+        with _readable(self.name):
             hits = self._searcher.search(query, limit, count=False).hits
             scores, addresses = zip(*hits, strict=True) if hits else ((), ())
             rows = np.array(self._searcher.fast_field_values(_ROW, list(addresses)), np.int64)
@@ -232,20 +224,20 @@ def _any_of(parts: list[Any]) -> Any:
     return tantivy.Query.boolean_query([(tantivy.Occur.Should, part) for part in parts])
 
 
-def _open(path: Path, shown: Path | None = None) -> Any:
-    with _readable(shown or path):
+def _open(path: Path, name: str) -> Any:
+    with _readable(name):
         return _prepare(tantivy.Index.open(str(path)))
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(name: str) -> Iterator[None]:
     """Raise ArtifactError for what tantivy raises for damaged files: also a panic, which is not an Exception."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, ValueError | TypeError) or is_panic(error):
             reason = str(error).partition("\n")[0]
-            raise ArtifactError(f"{path} cannot be read: {reason}; roll back, or rebuild the index") from error
+            raise ArtifactError(f"{name} cannot be read: {reason}; roll back, or rebuild the index") from error
         raise
 
 

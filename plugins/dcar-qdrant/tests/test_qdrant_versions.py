@@ -22,12 +22,12 @@ from dcar_qdrant.connection import connect
 from dcar_qdrant.engine import QdrantEngine, collection_prefix
 from dcar_qdrant.index import QdrantIndex, QdrantLocation
 from index_jobs.jobs.update import add, remove
-from index_jobs.store.names import index_name
-from index_jobs.store.publish import rollback
-from index_jobs.store.versions import current_version, open_current, verify_index
+from index_jobs.store.location import index_name
+from index_jobs.store.publish import rollback, verify_index
+from index_jobs.store.versions import current_version, open_current, read_manifest
 from tests.support.object_store import Machines, ObjectStore
 from tests.support.updates import write_images
-from tests.support.versions import Build
+from tests.support.versions import Build, file_of
 
 
 def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
@@ -39,7 +39,7 @@ def collections(url: str, index: Path) -> tuple[list[str], list[str]]:
 
 
 def collection_of(index: Path, version: int) -> str:
-    return QdrantLocation.read(index / f"versions/{version}/qdrant.json").collection
+    return QdrantLocation.read(file_of(index, "qdrant.json", version)).collection
 
 
 def test_every_item_is_nearest_to_its_own_vector(
@@ -49,7 +49,7 @@ def test_every_item_is_nearest_to_its_own_vector(
     monkeypatch.setattr(engine, "BATCH", 7)
     build(engine=f"qdrant={url}")
     artifact, rows = open_current(tmp_path / "index"), np.arange(24)
-    assert not (artifact.path / "index.faiss").exists()
+    assert "index.faiss" not in artifact.manifest.files
     measured = artifact.manifest.measured
     assert (artifact.manifest.count, artifact.manifest.kind, measured["recall_at_10"]) == (24, "Flat", 1.0)
     assert artifact.search(artifact.vectors(rows), 1)[1][:, 0].tolist() == rows.tolist()
@@ -115,7 +115,7 @@ def test_a_half_uploaded_version_is_never_served(
 
 def test_a_collection_that_is_damaged_is_refused(build: Build, url: str, tmp_path: Path) -> None:
     build(engine=f"qdrant={url}")
-    location = QdrantLocation.read(tmp_path / "index/versions/1/qdrant.json")
+    location = QdrantLocation.read(file_of(tmp_path / "index", "qdrant.json", 1))
     with pytest.raises(ArtifactError, match="has 24 vectors, not 25; roll back"):
         QdrantIndex(replace(location, count=25))
     with pytest.raises(ArtifactError, match="has no collection other; roll back"):
@@ -154,7 +154,7 @@ def test_machines_of_one_object_store_share_collections_and_drop_none_that_is_ne
     found = collections(url, other)
     assert found == collections(url, one)
     assert len(found[0]) == 2
-    QdrantEngine(url).sync(one, index_name(one), 1)
+    QdrantEngine(url).sync(index_name(one), 1, {1: [read_manifest(one, 1).paths(one)]})
     assert collections(url, other)[0] == found[0]
     build(out=machines["new"], engine=f"qdrant={url}", force=True)
     assert len(collections(url, one)[0]) == 3
@@ -198,8 +198,8 @@ def test_an_unreadable_version_keeps_its_collection(build: Build, url: str, tmp_
     index = tmp_path / "index"
     build(engine=f"qdrant={url}")
     name = collection_of(index, 1)
-    (index / "versions/1/qdrant.json").write_text("{")
-    QdrantEngine(url).sync(index, index_name(index), 1)
+    file_of(index, "qdrant.json", 1).write_text("{")
+    QdrantEngine(url).sync(index_name(index), 1, {1: [read_manifest(index, 1).paths(index)]})
     assert collections(url, index)[0] == [name]
 
 
@@ -235,7 +235,7 @@ def test_settings_reach_the_server(build: Build, server: QdrantServer) -> None:
 def test_the_width_of_a_graph_is_tuned(build: Build, server: QdrantServer, tmp_path: Path) -> None:
     summary = build(engine=f"qdrant={server.url}", kind="hnsw")
     tuned = summary.measured["parameters"]["hnsw_ef"]
-    assert json.loads((tmp_path / "index/versions/1/qdrant.json").read_text())["hnsw_ef"] == tuned == 16
+    assert json.loads(file_of(tmp_path / "index", "qdrant.json", 1).read_text())["hnsw_ef"] == tuned == 16
 
 
 @pytest.mark.parametrize("uri", ["", "?hnsw_ef=9", "h?replicas=2", "h?hnsw_ef=0", "h?quantization=int4"])
@@ -303,7 +303,7 @@ def test_nothing_is_published_while_the_served_version_cannot_be_reached(
     """Without the served version, nobody would notice that most images are gone."""
     gallery = write_images(tmp_path / "few", "pink", "brown")
     build(engine=f"qdrant={url}")
-    path = tmp_path / "index/versions/1/qdrant.json"
+    path = file_of(tmp_path / "index", "qdrant.json", 1)
     content = path.read_text()
     path.write_text(content.replace(url, "http://127.0.0.1:9").ljust(len(content)))  # opening checks the size
     with pytest.raises(StoreUnavailableError, match=r"cannot be compared: Qdrant is unavailable: .* by --force"):

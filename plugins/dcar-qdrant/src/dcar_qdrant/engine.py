@@ -14,6 +14,7 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from dcar_qdrant.connection import API_KEY, call, connect
 from dcar_qdrant.index import BATCH, LOCATION, QdrantIndex, QdrantLocation
 from index_jobs.engines.faiss.tuning import tune
 from index_jobs.engines.measure import Benchmark, gallery_queries
-from index_jobs.engines.protocol import CreatedIndex, Engine, NewIndex
+from index_jobs.engines.protocol import CreatedIndex, Engine, Files, NewIndex
 from index_jobs.row_filter import EMPTY_IS_MISSING
 from index_jobs.spec import IndexSpec
 
@@ -108,18 +109,20 @@ class QdrantEngine(Engine):
         measured["build_seconds"] = round(seconds, 1)
         return CreatedIndex(kind="Flat" if is_flat else f"HNSW{_DEGREE}", reason=reason, measured=measured)
 
-    def open(self, folder: Path, *, gpu: bool = False) -> QdrantIndex:
+    def open(self, files: Files, *, gpu: bool = False) -> QdrantIndex:
         """Connect to the collection that `qdrant.json` names."""
-        return QdrantIndex(QdrantLocation.read(folder / LOCATION))
+        return QdrantIndex(QdrantLocation.read(files.get(LOCATION, Path(LOCATION))))
 
-    def sync(self, index: Path, name: str, version: int) -> None:
+    def sync(self, name: str, version: int, versions: Mapping[int, Sequence[Files]]) -> None:
         """Point the alias to the built collection of the current version, and drop those that no version names."""
-        here, prefix, versions = self._location, collection_prefix(name), index / "versions"
+        here, prefix = self._location, collection_prefix(name)
         alias = f"{prefix}_current"
         try:
-            paths = [*versions.glob(f"[0-9]*/{LOCATION}"), *versions.glob(f"[0-9]*/*/{LOCATION}")]
-            places = {path.parent: QdrantLocation.read(path) for path in paths}
-            served = places.get(versions / str(version))
+            places = {
+                number: [QdrantLocation.read(files[LOCATION]) for files in parts if LOCATION in files]
+                for number, parts in versions.items()
+            }
+            served = next(iter(places.get(version, ())), None)
             client = connect(here)
             steps: list[Any] = []
             if any(each.alias_name == alias for each in client.get_aliases().aliases):
@@ -129,7 +132,7 @@ class QdrantEngine(Engine):
                 steps.append(models.CreateAliasOperation(create_alias=create))
             if steps:
                 call(lambda: client.update_collection_aliases(steps))  # all at once
-            named = {place.collection for place in places.values()}
+            named = {place.collection for parts in places.values() for place in parts}
             for each in [each.name for each in client.get_collections().collections]:
                 match = re.fullmatch(rf"{prefix}_v(\d+)_[0-9a-f]+", each)
                 if match and int(match[1]) <= version and each not in named:
