@@ -93,7 +93,7 @@ def main() -> None:
     ports = {name: urlsplit(url).port for name in PEERS if (url := getattr(given, name.replace("-", "_")))}
     os.environ |= {"DCAR_RUNTIME_CACHE": str(given.cache.resolve())} if given.cache else {}
     for runtime in given.runtimes:
-        with serving(index, cache_size=0, runtime=runtime, max_queue_ms=60_000, deadline_ms=60_000) as server:
+        with serving(index, cache_size=0, runtime=runtime, deadline_ms=60_000) as server:
             for kind, mine in (("text", lambda: new_texts(time.time_ns())), ("image", new_images)):
                 services = {f"dcar, {runtime}": (server.port, mine)}
                 services |= {name: (port, partial(asked, name, kind)) for name, port in ports.items()}

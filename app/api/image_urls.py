@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 from starlette.types import Scope
 
+from app.core.fair_queue import FairTurns
 from app.core.problems import Problem, field_problem
-from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.core.threads import run_in_new_thread
 from app.middleware.body_limit import byte_counter
@@ -89,8 +88,7 @@ class ImageFetcher:
     def __init__(self, settings: Settings) -> None:
         self._hosts, self._ports = frozenset(settings.image_hosts), frozenset(settings.image_ports)
         self._max_bytes = settings.max_upload_bytes
-        self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._turns_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._turns = FairTurns(_AT_ONCE, _AT_ONCE_EACH)
         if self._hosts:
             try:
                 import aiohttp  # noqa: F401
@@ -121,9 +119,8 @@ class ImageFetcher:
         count: is called with the size of each part, and raises Problem if the budget is exceeded.
         """
         checked = self._check(url)
-        own_turns = self._turns_of.setdefault(current_caller.get(), asyncio.Semaphore(_AT_ONCE_EACH))
         try:
-            async with asyncio.timeout(TIMEOUT_S), own_turns, self._turns:
+            async with asyncio.timeout(TIMEOUT_S), self._turns.turn():
                 return await self._download(checked, count)
         except TimeoutError:
             raise field_problem("image", f"the host took more than {TIMEOUT_S:g} seconds") from None

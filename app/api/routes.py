@@ -5,7 +5,6 @@
 """
 
 import asyncio
-import time
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -55,14 +54,13 @@ from app.search.errors import BatchQueryError, UnavailableError
 from app.search.plan import row_of
 from app.search.query import Query
 from app.search.snapshots import Snapshot
-from app.service.batching import SharedTasks, together
+from app.service.batching import SharedTasks
 from dcar_core.util.errors import DcarError, ImageError
 
 _UPLOAD = Policy("read", body=form_bytes, field="file")
 _BATCH = Policy("read", body=batch_bytes)
 _FORM = "multipart/form-data"
 _rendering = SharedTasks[bytes]()  # of metrics, one thread for all who wait
-_PROMPT_S = 1.0  # of an upload that is not refused any more once it was accepted
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
 
 search = Routes("search")
@@ -96,13 +94,9 @@ async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
     snapshot = await snapshot_of(request)
     check_form_type(request)
-    with together() as accepted:
-        state_of(request).retriever.require_image_room()  # a body that will not be used is not read
-        began = time.monotonic()
-        query, image = await read_image_query(request, state_of(request).settings)
-        if time.monotonic() - began > _PROMPT_S:
-            accepted.clear()  # slow uploads could gather beyond the limit
-        return await _search(request, snapshot, query, image)
+    state_of(request).retriever.require_room()  # a body that will not be used is not read
+    query, image = await read_image_query(request, state_of(request).settings)
+    return await _search(request, snapshot, query, image)
 
 
 @search.add("POST", "/search/batch", _BATCH, schemas.BatchResponse, accepts=BatchQuery, errors=(409,))

@@ -33,6 +33,8 @@ _OTHER_VARIABLES = re.compile(
     r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
 )
 
+_SUCCESSORS = {"DCAR_MAX_QUEUE_MS": "DCAR_MAX_PENDING and DCAR_DEADLINE_MS bound the searches in progress"}
+
 
 def _split(value: object) -> object:
     return tuple(each.strip() for each in value.split(",") if each.strip()) if isinstance(value, str) else value
@@ -135,9 +137,8 @@ class Settings(BaseSettings):
     batch_wait_ms: float = Field(2.0, ge=0, le=100)
     """Longest time in milliseconds that a batch waits for more queries, under load only."""
     max_pending: int = Field(512, ge=1)
-    """Largest number of searches in progress, half of them by one caller. Further requests get 503."""
-    max_queue_ms: int = Field(2000, ge=1)
-    """Longest expected wait for decoding, model and index in milliseconds. Searches beyond it get 503 at once."""
+    """Largest number of searches in progress, half of them by one caller; a batch counts its queries, and images of
+    items are counted apart. Further requests get 503."""
     deadline_ms: int = Field(10_000, ge=1)
     """Time limit of a search in milliseconds. After it the response is 503."""
 
@@ -285,6 +286,8 @@ def _check_variable_names() -> None:
     for variable in sorted(os.environ):
         name = variable.removeprefix("DCAR_")
         known = name.lower() in Settings.model_fields or _OTHER_VARIABLES.fullmatch(name)
+        if variable in _SUCCESSORS:
+            raise DcarError(f"{variable}: this setting was removed; {_SUCCESSORS[variable]}")
         if variable.startswith("DCAR_") and not known:
             (nearest,) = difflib.get_close_matches(name.lower(), Settings.model_fields, 1, 0.0)
             raise DcarError(f"{variable}: unknown setting; did you mean DCAR_{nearest.upper()}?")

@@ -32,7 +32,7 @@ from dcar_core.util.errors import ImageError
 from index_jobs.row_filter import RowFilter
 from index_jobs.store.versions import open_current, open_version, published_index
 
-_MAX_PAGE_BYTES = 64 * 2**10  # of the texts of a page that is cached
+MAX_PAGE_BYTES = 64 * 2**10  # of the texts of a page that is cached
 _BATCH = 64  # texts that are encoded at a time
 
 
@@ -64,7 +64,7 @@ async def search(
     results: SearchResults | None = snapshot.pages.use(key)
     if results is None:
         results = await _find(compute, snapshot, plan, vector, allowed, settings)
-        if key is not None and sum(match.item.text_bytes for match in results.matches) <= _MAX_PAGE_BYTES:
+        if key is not None and sum(match.item.text_bytes for match in results.matches) <= MAX_PAGE_BYTES:
             snapshot.pages.keep(key, results)
     if query.facets and not query.sort:
         given = query.facets, query.filter, plan.group_by, vector, plan.min_score

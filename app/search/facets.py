@@ -18,7 +18,7 @@ from index_jobs.store.artifact import Artifact
 
 MAX_VALUES = 100  # of one field; the most frequent
 MAX_SCORED = 10_000  # rows that are compared with a min_score
-_MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
+MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
 
@@ -52,7 +52,7 @@ def count_facets(
             facet = snapshot.facets.use(key)
             if facet is None:
                 facet = count_values(artifact, name, artifact.live if allowed is None else allowed.mask, groups)
-                if 4 * len(str(facet)) <= _MAX_CACHED_BYTES:
+                if 4 * len(str(facet)) <= MAX_CACHED_BYTES:
                     snapshot.facets.keep(key, facet)
             facets[name] = facet
         return facets, True

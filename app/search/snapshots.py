@@ -24,9 +24,9 @@ from index_jobs.store.created import empty_artifact
 from index_jobs.store.manifest import CHECKPOINT
 from index_jobs.store.versions import open_current, open_version, read_manifest
 
-_MAX_PAGES = 1000  # about 8 kB each
-_MAX_MASKS = 16
-_MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
+MAX_PAGES = 1000  # about 8 kB each
+MAX_MASKS = 16
+MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
 _MAX_GROUPS = 8
 _MAX_GROUP_BYTES = 512 * 2**20  # of all of them, at most 16 bytes an item each
 _MAX_FACETS = 64
@@ -159,10 +159,10 @@ def load_snapshot(
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
     preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
     rows = max(1, artifact.rows)
-    masks = Recent[str, RowFilter](max(1, min(_MAX_MASKS, _MAX_MASK_BYTES // rows)))
+    masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
     groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (16 * rows))))
     orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
-    pages = Recent[Hashable, Any](min(settings.cache_size, _MAX_PAGES))
+    pages = Recent[Hashable, Any](min(settings.cache_size, MAX_PAGES))
     snapshot = Snapshot(
         encoder, artifact, preprocess, backbone, pages, masks, groups, orders,
         model_note=str(config.get("training", {}).get("note", "")), languages=languages_of(config["backbone"]["model"]),

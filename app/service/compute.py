@@ -10,22 +10,20 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakValueDictionary
 
 from app.core.decoders import Decoders
+from app.core.fair_queue import FairTurns
 from app.core.metrics import Metrics
-from app.core.rate_limit import current_caller
 from app.core.settings import Settings
 from app.core.threads import ComputeThreads, FairThreads, run_in_new_thread
 from app.search.compute import Compute, Place
 from app.search.errors import UnavailableError
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
-from app.service.batching import Batcher, BatchGroup, SharedTasks, together
+from app.service.batching import Batcher, BatchGroup, SharedTasks
 from app.service.embedding_cache import EmbeddingCache, cache_key, rounded
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS, ImageFormat
 from dcar_core.images.workers import Convert
@@ -47,28 +45,16 @@ class SharedCompute(Compute):
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.cache = EmbeddingCache(settings, metrics)
         self._metrics = metrics
-        self._computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
+        self.computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
         threads = min(4, available_cores())
         self._threads = {"search": FairThreads(threads, "dcar-search"), "filter": FairThreads(1, "dcar-filter")}
-        self.batcher = Batcher(
-            max_batch=settings.batch_size,
-            max_wait_s=settings.batch_wait_ms / 1000,
-            max_queue_s=settings.max_queue_ms / 1000,
-            metrics=metrics,
-            later_wait=self._threads["search"].expected_wait,
-        )
+        self.batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
-        self._turn, self._turns_of = asyncio.Semaphore(1), WeakValueDictionary[str, asyncio.Semaphore]()
+        self.chunk_turn = FairTurns(1, 1).turn
         self.timed = metrics.timed  # type: ignore[method-assign]
         self._pixel_threads = ComputeThreads(threads, "dcar-pixels")  # hash files, and resize what PyTorch is to resize
         self._decoders = Decoders(settings.max_pixels)
         self._query_limits = settings.max_pixels, frozenset(map(ImageFormat, settings.image_formats))
-
-    @asynccontextmanager
-    async def chunk_turn(self) -> AsyncIterator[None]:
-        """Keep one chunk of all requests in the model's queue; callers take turns."""
-        async with self._turns_of.setdefault(current_caller.get(), asyncio.Semaphore(1)), self._turn:
-            yield
 
     def start(self) -> None:
         self.batcher.start()
@@ -98,17 +84,16 @@ class SharedCompute(Compute):
         """Return the vector (E,) of a normalized text, and True if it was cached."""
         row = TextRow(snapshot.encoder, text)
 
-        def embed() -> asyncio.Future[list[Floats]]:
-            return self.batcher.submit(_group(row, encode_text_rows), [row])
+        async def embed() -> list[Floats]:
+            return await self.batcher.submit(_group(row, encode_text_rows), [row])
 
         key = cache_key(row.encoder.fingerprint, "text", text.encode())
-        return await self._cached(key, row.encoder.dim, embed, at_once=not self.cache.is_shared)
+        return await self._cached(key, row.encoder.dim, embed)
 
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
         encoder = snapshot.encoder
 
         async def embed() -> list[Floats]:
-            self.require_image_room()
             pixels = await self._decode_pixels(data, snapshot.preprocess, crop, is_query=True)
             return await self.pixels([ImageRow(encoder, pixels)])
 
@@ -116,10 +101,6 @@ class SharedCompute(Compute):
         key = make_key() if len(data) <= _QUICK_BYTES else await self._pixel_threads.run(make_key)
         key += "" if crop is None else f":{crop.x},{crop.y},{crop.width},{crop.height}"
         return await self._cached(key, encoder.dim, embed)
-
-    def require_image_room(self) -> None:
-        """Raise UnavailableError if an image of the caller would wait too long for its turn and the model."""
-        self.batcher.require_room(self._decoders.expected_wait())
 
     async def decode(self, data: bytes, convert: Convert, *, is_query: bool = False) -> Any:
         """Return what `convert` makes of an image file in a decoding process, or raise ImageError.
@@ -163,30 +144,22 @@ class SharedCompute(Compute):
             return result  # type: ignore[return-value]
         return await self._threads[place].run(call, *args)
 
-    async def _cached(
-        self, key: str, dim: int, embed: Callable[[], Awaitable[list[Floats]]], *, at_once: bool = False
-    ) -> tuple[Floats, bool]:
-        """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation.
-
-        Args:
-            at_once: call `embed` before anything else runs, so that other requests find its query in the queue.
-        """
+    async def _cached(self, key: str, dim: int, embed: Callable[[], Awaitable[list[Floats]]]) -> tuple[Floats, bool]:
+        """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation."""
         vector = self.cache.peek(key)
         if vector is not None:
             return vector, True
-        begun = embed() if at_once and key not in self._computations else None
 
         async def find_or_embed() -> tuple[Floats, bool]:
             with self._metrics.timed("cache"):
                 vector = await self.cache.get(key, dim)
             if vector is not None:
                 return vector, True
-            with together():
-                (vector,) = await (begun or embed())
+            (vector,) = await embed()
             self.cache.put(key, vector)
             return rounded(vector), False
 
-        return await self._computations.run(key, find_or_embed)
+        return await self.computations.run(key, find_or_embed)
 
 
 def _group(row: TextRow | ImageRow, encode: Callable[[Any], Floats]) -> BatchGroup:

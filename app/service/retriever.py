@@ -1,7 +1,7 @@
 """The searches of the service: `app.search.engine` within limits on the work in progress.
 
-- At most `max_pending` searches are in progress; more are refused at once, like those the batcher has no room for. Each
-  search has a deadline, and cancelled work is skipped.
+- At most `max_pending` searches are in progress; more are refused at once. Each search has a deadline, and cancelled
+  work is skipped.
 - Images of items have the same limits. Their thumbnails are made by the processes that decode images, and the last ones
   used are kept in memory.
 """
@@ -23,7 +23,7 @@ from app.search.query import Query, SearchResults
 from app.search.rows import first_rows, group_field
 from app.search.snapshots import Recent, Snapshot
 from app.search.sorting import sort_rows
-from app.service.batching import Admission, together
+from app.service.batching import Admission
 from app.service.compute import SharedCompute
 from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
@@ -57,7 +57,7 @@ class Retriever:
         self._admission = Admission(settings, metrics)
         self.compute = SharedCompute(settings, metrics)
         self.start, self.close = self.compute.start, self.compute.close
-        self.require_room, self.require_image_room = self.compute.batcher.require_room, self.compute.require_image_room
+        self.require_room = self._admission.require_room
         self.image_threads = self.compute.image_threads
         self._thumbnails = RecentBytes(_THUMBNAIL_BYTES)
 
@@ -76,26 +76,24 @@ class Retriever:
     ) -> list[SearchResults]:
         """Return the matches of queries with their images. Raise BatchQueryError if one search failed."""
         has_long_queries = any(query.rerank or query.explain for query, _ in queries)
-        slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # all at once they would fill the queue
+        slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # their images take memory
 
         async def search(query: Query, image: bytes | None) -> SearchResults:
             async with slots:
                 return await engine.search(self.compute, snapshot, query, image, self._settings)
 
         async with self._admission(len(queries)):
-            with together():
-                outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
+            outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
         return _all_or_error(outcomes)
 
     async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
         """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none."""
         async with self._admission(len(inputs)):
             embed = self.compute
-            with together():
-                outcomes = await asyncio.gather(
-                    *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
-                    return_exceptions=True,
-                )
+            outcomes = await asyncio.gather(
+                *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
+                return_exceptions=True,
+            )
         return [vector for vector, _ in _all_or_error(outcomes)]
 
     async def items(

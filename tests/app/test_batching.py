@@ -17,11 +17,10 @@ import pytest
 from app.core.metrics import Metrics
 from app.core.rate_limit import current_caller
 from app.core.settings import Settings
-from app.core.threads import FairThreads
 from app.search.errors import UnavailableError
 from app.search.snapshots import Snapshot
 from app.service import batching
-from app.service.batching import Batcher, BatchGroup, PassTime, SharedTasks
+from app.service.batching import Batcher, BatchGroup, SharedTasks
 from app.service.compute import SharedCompute
 from app.service.embedding_cache import rounded
 from dcar_core.serving.encoder import TextRow
@@ -51,14 +50,6 @@ class Recorder:
         if "panic" in payloads:
             raise Panic
         return np.array([[np.nan if payload == "nan" else len(payload), 1] for payload in payloads], np.float32)
-
-
-def pass_time(fixed: float, each: float) -> PassTime:
-    """What passes of many sizes leave, that take `fixed` seconds and `each` per query."""
-    made = PassTime()
-    for size in (1, 32) * 10:
-        made.add(size, fixed + each * size)
-    return made
 
 
 class Bench(NamedTuple):
@@ -153,32 +144,23 @@ async def test_a_forward_pass_without_end_is_a_fault(
     made = bench()
     first = await made.held()
     assert made.batcher.fault is None
-    monkeypatch.setattr(batching, "_STUCK_S", 0)
+    monkeypatch.setattr(batching, "STUCK_S", 0)
     assert "not answered" in str(made.batcher.fault)
     made.recorder.gate.set()
     await first
     assert made.batcher.fault is None
 
 
-async def test_cancelled_queries_take_no_place_in_a_batch_or_the_backlog(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batching, "_FEW", 0)
-    made = bench(max_queue_s=0.5)
+async def test_cancelled_queries_take_no_place_in_a_batch(bench: Callable[..., Bench]) -> None:
+    made = bench(max_batch=2)
     first = await made.held()
-    gone, stays, behind = await made.submit("gone", "stays", "gone as well")
-    made.batcher._pass_times[made.group] = pass_time(0, 1)
-    (waits,) = await made.submit("waits")
-    for refused in (["another"], ["and", "others"]):
-        with pytest.raises(UnavailableError):
-            await made.batcher.submit(made.group, refused)
-    for each in (gone, behind, waits, first):  # the batch of the first one is running
+    gone, stays, behind, waits = await made.submit("gone", "stays", "gone as well", "waits")
+    for each in (gone, behind, first):  # the batch of the first one is running
         each.cancel()
     await asyncio.sleep(0)
     made.recorder.gate.set()
-    assert (await stays)[0] == 5
-    assert made.recorder.batches == [["first"], ["stays"]]
-    assert (await made.one("again"))[0] == 5, "cancelled work must not count"
+    await asyncio.gather(stays, waits)
+    assert made.recorder.batches == [["first"], ["stays", "waits"]]
 
 
 async def test_close_finishes_accepted_queries_and_refuses_new_ones(bench: Callable[..., Bench]) -> None:
@@ -234,59 +216,15 @@ async def test_two_sets_of_callers_that_would_alternate_share_one_batch(bench: C
     assert took[0] > 0.36 > max(took[1:])
 
 
-async def test_an_idle_batcher_accepts_the_queries_of_one_request_however_slow_single_ones_were(
-    bench: Callable[..., Bench],
-) -> None:
-    made = bench(0.1, max_batch=32, max_queue_s=0.5)
-    await made.one("alone")  # its measured cost is a tenth of a second
-    parts = made.batcher.submit(made.group, ["part"] * 20)
-    with pytest.raises(UnavailableError):  # a second of work is expected
-        await made.one("another")
-    assert len(await parts) == 20
-    assert len(await made.batcher.submit(made.group, ["part"] * 20)) == 20
-
-
-async def test_a_few_queries_may_wait_for_a_model_however_slow_it_is(bench: Callable[..., Bench]) -> None:
-    made = bench(max_queue_s=0.1)
-    made.batcher._pass_times[made.group] = pass_time(0, 5)
-    waiting = [await made.held(), *await made.submit(*map(str, range(batching._FEW)))]
-    with pytest.raises(UnavailableError):
-        await made.one("another")
-    made.recorder.gate.set()
-    await asyncio.gather(*waiting)
-
-
-async def test_a_query_is_refused_if_the_threads_after_the_model_are_behind(bench: Callable[..., Bench]) -> None:
-    threads, gate = FairThreads(2, "dcar-test"), threading.Event()
-    made = bench(max_queue_s=0.1, later_wait=threads.expected_wait)
-    await asyncio.gather(*(threads.run(time.sleep, 0.02) for _ in range(40)))
-    assert threads.expected_wait() == 0
-    waiting = [asyncio.create_task(threads.run(gate.wait, 60)) for _ in range(4)]
-    await asyncio.sleep(0)
-    assert 0.02 < threads.expected_wait() < 0.1, "two for each thread"
-    await made.one("a")
-    waiting += [asyncio.create_task(threads.run(gate.wait, 60)) for _ in range(16)]
-    await asyncio.sleep(0)
-    with pytest.raises(UnavailableError):
-        await made.one("b")
-    gate.set()
-    await asyncio.gather(*waiting)
-    await made.one("c")
-    threads.shutdown()
-
-
 async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[..., Bench]) -> None:
-    made, images = bench(max_batch=4, max_queue_s=0.1), Recorder()
+    made, images = bench(max_batch=4), Recorder()
     waiting = [await made.held()]
 
     async def submit(caller: str, *payloads: str, group: BatchGroup | None = None) -> None:
         current_caller.set(caller)
         waiting.extend(await made.submit(*payloads, group=group))
 
-    made.batcher._pass_times[made.group] = pass_time(0, 0.01)
     await submit("a", *(f"a{number}" for number in range(10)))
-    with pytest.raises(UnavailableError):
-        await made.one("a refused one")
     await submit("b", "b0", "b1")
     await submit("c", "c0", group=BatchGroup("image", images))
     await submit("d", "d0")
@@ -295,52 +233,6 @@ async def test_callers_take_turns_whatever_one_of_them_sends(bench: Callable[...
     assert made.recorder.batches[1:3] == [["a0", "b0", "d0", "a1"], ["b1", "a2", "a3", "a4"]]
     assert made.recorder.batches[3:] == [["a5", "a6", "a7", "a8"], ["a9"]]
     assert images.batches == [["c0"]]
-
-
-async def test_threads_of_searches_wait_for_what_has_its_turn_before(bench: Callable[..., Bench]) -> None:
-    threads, gate = FairThreads(1, "dcar-test"), threading.Event()
-    made = bench(max_queue_s=0.1, later_wait=threads.expected_wait)
-    await threads.run(time.sleep, 0.5)  # the mean becomes 0.025 s
-    current_caller.set("a")
-    waiting = [asyncio.create_task(threads.run(gate.wait, 60)) for _ in range(10)]
-    await asyncio.sleep(0)
-    with pytest.raises(UnavailableError):
-        await made.one("a")
-    current_caller.set("b")
-    assert 0.02 < threads.expected_wait() < 0.05, "one of the other caller"
-    await made.one("b")
-    gate.set()
-    await asyncio.gather(*waiting)
-    threads.shutdown()
-
-
-async def test_the_cost_of_a_query_is_its_share_of_a_batch(bench: Callable[..., Bench]) -> None:
-    made = bench(0.2, max_batch=32, max_queue_s=0.5)
-    await made.batcher.submit(made.group, ["part"] * 20)  # a hundredth of a second each
-    await asyncio.gather(*(made.one("another") for _ in range(20)))
-
-
-def test_the_time_of_a_pass_has_a_fixed_part_and_a_part_per_query() -> None:
-    assert PassTime().of(5, 1) == 0
-    assert pass_time(0.3, 0.01).of(10, 2) == pytest.approx(0.7, rel=0.02)
-    assert pass_time(0, 0.04).of(10, 2) == pytest.approx(0.4, rel=0.05)
-    same = PassTime()
-    for _ in range(9):
-        same.add(2, 0.6)
-    assert same.of(4, 1) == pytest.approx(0.9)
-    same.add(4, 0.6)
-    assert same.of(4, 1) == pytest.approx(0.6, rel=0.1), "a larger pass took no longer"
-
-
-async def test_passes_of_a_high_fixed_cost_hold_many_queries(bench: Callable[..., Bench]) -> None:
-    made = bench(0.06, max_batch=32, max_queue_s=0.05)
-    tasks = []
-    for number in range(120):
-        tasks.append(asyncio.create_task(made.one(str(number))))
-        await asyncio.sleep(0.004)
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert sum(isinstance(outcome, UnavailableError) for outcome in outcomes) < 40
-    assert max(map(len, made.recorder.batches)) > 8
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -358,7 +250,7 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
         vector = np.random.default_rng(zlib.crc32(text.encode())).normal(size=8).astype(np.float32)
         return vector / np.linalg.norm(vector)
 
-    settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1, max_queue_ms=20)
+    settings = Settings(index=Path("unused"), cache_size=5, batch_size=4, batch_wait_ms=1)
     compute = SharedCompute(settings, Metrics())
     snapshot = cast(Snapshot, SimpleNamespace(encoder=SimpleNamespace(fingerprint="f", dim=8, runtime=encode)))
     outcomes = Counter[str]()
@@ -386,7 +278,7 @@ async def test_nobody_ever_gets_the_vector_of_another_text(seed: int) -> None:
     assert outcomes["answered"] > 100
     assert outcomes["TimeoutError"]
     assert outcomes["DataError"]
-    assert not compute._computations._tasks
+    assert not len(compute.computations)
 
 
 async def test_callers_with_one_key_share_a_computation_and_its_failure() -> None:
@@ -407,7 +299,7 @@ async def test_callers_with_one_key_share_a_computation_and_its_failure() -> Non
     assert started == 1
     outcomes = await asyncio.gather(*(shared_tasks.run("b", fail) for _ in range(3)), return_exceptions=True)
     assert [type(each) for each in outcomes] == [DataError] * 3
-    assert not shared_tasks._tasks
+    assert not len(shared_tasks)
 
 
 async def test_a_shared_task_is_cancelled_when_its_last_waiter_leaves() -> None:
@@ -434,7 +326,7 @@ async def test_a_shared_task_is_cancelled_when_its_last_waiter_leaves() -> None:
     await asyncio.sleep(0)
     four = asyncio.create_task(shared_tasks.run("a", compute))  # does not join the cancelled task
     await asyncio.sleep(0.01)
-    assert "a" in shared_tasks._tasks, "the fourth can be joined, although the third has ended since it started"
+    assert len(shared_tasks) == 1, "the fourth can be joined, although the third has ended since it started"
     assert await four == 7
     assert ended == ["cancelled"]
-    assert not shared_tasks._tasks
+    assert not len(shared_tasks)

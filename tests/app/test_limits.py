@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 import tracemalloc
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,12 @@ import numpy as np
 import pytest
 
 from app.api import routes
-from app.api.requests import read_image_query
 from app.search.rows import mask_key
-from app.service.batching import BatchGroup, PassTime
 from app.service.files import PIECE_BYTES
-from dcar_core.serving.encoder import encode_text_rows
+from index_jobs.store import filters
 from index_jobs.store.artifact import Artifact
 from tests.support.images import png
-from tests.support.redis_server import RedisServer
-from tests.support.service import WORDS, before_encoding, hold, opened, restore, serving, until
+from tests.support.service import WORDS, ServiceClient, before_encoding, hold, opened, restore, serving, until
 
 
 async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path) -> None:
@@ -48,103 +44,47 @@ async def test_search_past_its_deadline_is_refused_and_skipped(built_index: Path
         assert 'dcar_pending{what="searches"} 0.0' in text
 
 
+async def rate_of_loops(client: ServiceClient, loops: int, each: int) -> float:
+    """Answers a second to so many closed loops, none of which is refused."""
+
+    async def ask(loop: int) -> list[int]:
+        queries = [{"query": f"loop {loop} of {loops}, query {number}"} for number in range(each)]
+        return [(await client.post("/search/text", json=query)).status_code for query in queries]
+
+    began = time.monotonic()
+    statuses = await asyncio.gather(*map(ask, range(loops)))
+    assert {status for each in statuses for status in each} == {200}
+    return loops * each / (time.monotonic() - began)
+
+
 async def test_many_closed_loops_of_one_caller_are_refused_nothing(built_index: Path) -> None:
     """256 texts at a time, of a model that answers some 600 a second."""
     async with opened(built_index, cache_size=0) as client:
         before_encoding(client.app.state.collections[None].live.encoder, lambda texts: time.sleep(0.05))
-
-        async def ask(loop: int) -> list[int]:
-            queries = [{"query": f"loop {loop}, query {number}"} for number in range(3)]
-            return [(await client.post("/search/text", json=query)).status_code for query in queries]
-
-        statuses = await asyncio.gather(*map(ask, range(256)))
-        assert {status for each in statuses for status in each} == {200}
+        await rate_of_loops(client, 256, 3)
 
 
-async def test_full_queue_refuses_new_queries_and_answers_cached_ones(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with opened(built_index, max_queue_ms=1) as client:
-        known = {"query": "a red square", "k": 3}
-        assert (await client.post("/search/text", json=known)).status_code == 200
-        batcher = client.app.state.retriever.compute.batcher
-        batcher._expected_wait = lambda: 5.0
-        for response in (
-            await client.post("/search/image", files={"file": png()}),
-            await client.post("/search/image", files={"file": b"not even a picture"}),
-            await client.post("/search/text", json={"query": "new words"}),
-            await client.post("/search/batch", json={"queries": [{"query": "new words"}]}),
-        ):
-            assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-        for k in (3, 4):
-            assert (await client.post("/search/text", json=known | {"k": k})).status_code == 200
-        del batcher._expected_wait
-        known_image = {"image": base64.b64encode(png()).decode()}
-        assert (await client.post("/search/image", files={"file": png()})).status_code == 200
-        with monkeypatch.context() as patch:
-            patch.setattr("app.core.decoders.Decoders.expected_wait", lambda _: 5.0)
-            new_image = {"image": base64.b64encode(png("cyan")).decode()}
-            for image, status in ((known_image, 200), (new_image, 503)):
-                response = await client.post("/search/batch", json={"queries": [image]})
-                assert (response.status_code, response.headers.get("retry-after", "5")) == (status, "5")
-            assert (await client.post("/search/image", files={"file": b"not read"})).status_code == 503
-            assert (await client.post("/search/text", json={"query": "other words"})).status_code == 200
+@pytest.mark.slow
+async def test_four_times_as_many_closed_loops_get_as_many_answers(built_index: Path) -> None:
+    async with opened(built_index, cache_size=0) as client:
+        before_encoding(client.app.state.collections[None].live.encoder, lambda texts: time.sleep(0.2))
+        few = await rate_of_loops(client, 32, 8)
+        assert await rate_of_loops(client, 128, 4) >= 0.8 * few
+
+
+async def test_an_upload_without_room_is_not_read(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(built_index, max_pending=1) as client:
         gate, seen = hold(client.app.state.collections[None].live.encoder)
-        first = asyncio.create_task(client.post("/search/text", json={"query": "pending"}))
+        first = asyncio.create_task(client.post("/search/text", json=WORDS))
         await until(lambda: bool(seen))
-        batcher._expected_wait = lambda: 5.0
-        second = asyncio.create_task(client.post("/search/text", json={"query": "pending", "k": 3}))
-        await asyncio.sleep(0.05)
+        with monkeypatch.context() as patch:
+            patch.setattr(routes, "read_image_query", None)
+            response = await client.post("/search/image", files={"file": png()})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert (await client.post("/v1/embeddings", json={"input": "red"})).status_code == 503
         gate.set()
-        assert [(await each).status_code for each in (first, second)] == [200, 200], "pending computations are shared"
-
-
-async def test_what_belongs_together_is_accepted_or_refused_by_its_first_query(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("app.service.batching._FEW", 0)
-    async with opened(built_index, max_queue_ms=500, cache_size=0) as client:
-        compute = client.app.state.retriever.compute
-        batcher = compute.batcher
-        key = BatchGroup(id(client.app.state.collections[None].live.encoder.runtime), encode_text_rows)
-        slow = PassTime()
-        for size in (1, 32):
-            slow.add(size, 0.2 * size)
-        batcher._pass_times[key] = deepcopy(slow)  # the queue is full after three texts
-        texts = [f"red {number}" for number in range(8)]
-        assert (await client.post("/search/batch", json={"queries": [{"query": text} for text in texts]})).is_success
-        batcher._pass_times[key] = deepcopy(slow)
-        assert (await client.post("/v1/embeddings", json={"input": texts})).is_success
-        batcher._pass_times[key] = deepcopy(slow)
-        gate, _ = hold(client.app.state.collections[None].live.encoder)
-        alone = [asyncio.create_task(client.post("/search/text", json={"query": text})) for text in texts]
-        await until(lambda: sum(task.done() for task in alone) >= 4)
-        gate.set()
-        statuses = sorted([(await task).status_code for task in alone])
-        assert statuses in ([200] * 3 + [503] * 5, [200] * 4 + [503] * 4), "the first may have left the queue"
-        decode = compute.decode
-
-        async def fill_meanwhile(*given: Any, **options: Any) -> Any:
-            batcher._expected_wait = lambda: 5.0
-            return await decode(*given, **options)
-
-        monkeypatch.setattr(compute, "decode", fill_meanwhile)
-        assert (await client.post("/search/image", files={"file": png()})).is_success, "it was accepted before"
-        batcher._expected_wait = lambda: 5.0
-        assert (await client.post("/search/image", files={"file": png()})).status_code == 503
-        del batcher._expected_wait
-        monkeypatch.setattr(compute, "decode", decode)
-        read = read_image_query
-
-        async def fill_while_reading(*given: Any) -> Any:
-            batcher._expected_wait = lambda: 5.0
-            return await read(*given)
-
-        monkeypatch.setattr(routes, "read_image_query", fill_while_reading)
-        assert (await client.post("/search/image", files={"file": png()})).is_success, "so was this one"
-        del batcher._expected_wait
-        monkeypatch.setattr(routes, "_PROMPT_S", 0.0)
-        assert (await client.post("/search/image", files={"file": png()})).status_code == 503, "but it took long"
+        assert (await first).is_success
+        assert (await client.post("/search/image", files={"file": png()})).is_success
 
 
 @pytest.mark.parametrize(
@@ -172,22 +112,11 @@ async def test_a_large_body_holds_images_and_little_else(
         assert (response.status_code, says in response.json()["detail"]) == (status, True), response.text
 
 
-@pytest.mark.redis
-async def test_full_queue_answers_what_redis_has_cached(built_index: Path, redis_server: RedisServer) -> None:
-    given: dict[str, Any] = {"redis_url": redis_server.url, "redis_timeout_ms": 1000, "max_queue_ms": 1}
-    async with opened(built_index, **given) as client:
-        assert (await client.post("/search/text", json=WORDS)).status_code == 200
-    async with opened(built_index, **given) as client:  # with an empty local cache
-        client.app.state.retriever.compute.batcher._expected_wait = lambda: 5.0
-        assert (await client.post("/search/text", json=WORDS)).status_code == 200
-        assert (await client.post("/search/text", json={"query": "new words"})).status_code == 503
-
-
 async def test_pages_and_filters_that_are_used_again_stay_in_their_caches(
     built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.search.snapshots._MAX_PAGES", 3)
-    monkeypatch.setattr("app.search.snapshots._MAX_MASKS", 3)
+    monkeypatch.setattr("app.search.snapshots.MAX_PAGES", 3)
+    monkeypatch.setattr("app.search.snapshots.MAX_MASKS", 3)
     async with opened(built_index) as client:
 
         async def ask(word: str) -> tuple[Any, Any]:
@@ -208,8 +137,8 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
     built_index: Path, monkeypatch: pytest.MonkeyPatch, is_small: bool
 ) -> None:
     if not is_small:
-        monkeypatch.setattr("app.search.snapshots._MAX_MASK_BYTES", 2 * 24)
-        monkeypatch.setattr("app.search.facets._MAX_CACHED_BYTES", 10)
+        monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
+        monkeypatch.setattr("app.search.facets.MAX_CACHED_BYTES", 10)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
         for number in range(20):
@@ -224,7 +153,7 @@ async def test_pages_of_long_texts_are_not_cached(built_index: Path, monkeypatch
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
         for most in (100, 10_000):
-            monkeypatch.setattr("app.search.engine._MAX_PAGE_BYTES", most)
+            monkeypatch.setattr("app.search.engine.MAX_PAGE_BYTES", most)
             assert (await client.post("/search/text", json=WORDS)).is_success
             assert len(snapshot.pages) == (most > 100)
 
@@ -261,7 +190,7 @@ def test_images_that_are_not_read_cost_little_memory(
     count, size, file = 100, 2**21, tmp_path / "large.png"
     file.write_bytes(b"\x89PNG\r\n\x1a\n".ljust(size))
     monkeypatch.setattr(Artifact, "open_image", lambda *_: (file.open("rb"), size))
-    with serving(built_index) as (app, port), contextlib.ExitStack() as stack:
+    with serving(built_index) as (_, port), contextlib.ExitStack() as stack:
         tracemalloc.start()
         stack.callback(tracemalloc.stop)
         before, _ = tracemalloc.get_traced_memory()
@@ -271,7 +200,7 @@ def test_images_that_are_not_read_cost_little_memory(
             deaf.connect(("127.0.0.1", port))
             deaf.sendall(b"GET /items/circle%2Fred.png/image HTTP/1.1\r\nHost: localhost\r\n\r\n")
         end = time.monotonic() + 20
-        while len(app.state.retriever.compute.image_threads._threads) < 8 and time.monotonic() < end:
+        while "dcar-image_7" not in {each.name for each in threading.enumerate()} and time.monotonic() < end:
             time.sleep(0.02)
         time.sleep(0.5)
         _, peak = tracemalloc.get_traced_memory()
@@ -301,3 +230,66 @@ async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypat
             assert all("retry-after" in response.headers for response in responses)
         finally:
             gate.set()
+
+
+async def test_searches_without_a_filter_do_not_wait_for_filters(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, match_rows = threading.Event(), filters.match_rows
+
+    def slow(artifact: Any, filter: Any) -> Any:
+        assert gate.wait(60)
+        return match_rows(artifact, filter)
+
+    async with opened(built_index) as client:
+        assert (await client.post("/search/text", json={"query": "red", "filter": {"color": "red"}})).is_success
+        monkeypatch.setattr(filters, "match_rows", slow)
+        queries = [{"query": "red", "filter": {"caption": {"contains": f"{i}"}}} for i in range(8)]
+        filtered = [asyncio.create_task(client.post("/search/text", json=query)) for query in queries]
+        listed = asyncio.create_task(client.get("/items", params={"filter": '{"category": "circle"}'}))
+        await asyncio.sleep(0.1)
+        plain = await asyncio.wait_for(client.post("/search/text", json={"query": "red"}), 30)
+        cached = {"query": "red", "filter": {"color": "red"}}
+        known = await asyncio.wait_for(client.post("/search/text", json=cached), 30)
+        assert (plain.status_code, known.status_code) == (200, 200)
+        assert not any(task.done() for task in [*filtered, listed])
+        gate.set()
+        assert {(await task).status_code for task in [*filtered, listed]} == {200}
+
+
+@pytest.mark.parametrize("option", ["filter", "facets"])
+async def test_filters_and_facets_of_a_batch_give_way_to_the_filter_of_another_request(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
+
+    def wait(name: str) -> None:
+        order.append(name)
+        assert name == "single" or gate.wait(60)
+
+    def match(artifact: Any, filter: Any) -> Any:
+        wait(filter["caption"]["contains"])
+        return match_rows(artifact, filter)
+
+    def count(*_: Any) -> tuple[dict[str, Any], bool]:
+        wait("batch")
+        return {}, True
+
+    monkeypatch.setattr("app.search.engine.count_facets", count)
+    monkeypatch.setattr(filters, "match_rows", match)
+    async with opened(built_index) as client:
+        options: dict[str, Any] = {
+            "facets": lambda number: ["color"],
+            "filter": lambda number: {"caption": {"contains": "batch"}, "color": {"not": f"{number}"}},
+        }
+        queries = [{"query": f"red {number}", option: options[option](number)} for number in range(8)]
+        batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
+        await until(lambda: bool(order))
+        await asyncio.sleep(0.2)  # all queries of the batch have been encoded
+        single = {"query": "red", "filter": {"caption": {"contains": "single"}}}
+        other = asyncio.create_task(client.post("/search/text", json=single))
+        await asyncio.sleep(0.2)
+        gate.set()
+        assert [(await each).status_code for each in (other, batch)] == [200, 200]
+        assert order.index("single") <= 2, "at most two queries of the batch came first"
+        assert order.count("batch") == 8

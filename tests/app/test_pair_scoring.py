@@ -68,14 +68,6 @@ async def test_concurrent_reranking_works_with_a_small_feature_cache(
         assert len(http.app.state.collections[None].live.image_features) <= 3
 
 
-async def test_a_batch_of_reranked_queries_does_not_overload_itself(reranking_index: Path) -> None:
-    """Re-ranked at once, its queries would wait longer than max_queue_ms."""
-    async with opened(reranking_index, max_queue_ms=1, cache_size=0) as http:
-        body = {"queries": [{"query": f"a red square {i}", "k": 8, "rerank": True} for i in range(8)]}
-        for _ in range(2):  # the first one measures the cost
-            assert (await http.post("/search/batch", json=body)).status_code == 200
-
-
 @pytest.mark.parametrize("method_name", ["dcar", "dcar+", "block-adapters+", "query-prompts"])
 async def test_a_model_without_a_second_stage_does_not_rerank(
     method_name: str, tmp_path: Path, gallery: Path, tiny_model: Path

@@ -28,6 +28,12 @@ def test_a_mistyped_variable_ends_the_start_with_the_nearest_name(
         load_settings(index=tmp_path)
 
 
+def test_a_removed_variable_ends_the_start_with_its_successors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DCAR_MAX_QUEUE_MS", "2000")
+    with pytest.raises(DcarError, match=r"DCAR_MAX_QUEUE_MS: .*DCAR_MAX_PENDING and DCAR_DEADLINE_MS"):
+        load_settings(index=tmp_path)
+
+
 @pytest.mark.parametrize("other", ["FEATURES", "CAPTION_API_KEY", "DOMAIN", "SERVICE_HOST", "PORT_8000_TCP_ADDR"])
 def test_variables_of_other_programs_are_ignored(other: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(f"DCAR_{other}", "x")

@@ -62,7 +62,7 @@ async def test_swaps_under_load_drop_no_request_and_leak_no_memory(
     kept, sizes = LiveParts(), []
     words = (f"a red square {number}" for number in itertools.count())  # never cached
 
-    async with opened(index, poll_s=0, max_queue_ms=60_000, deadline_ms=60_000, **ADMIN_ONLY) as client:
+    async with opened(index, poll_s=0, deadline_ms=60_000, **ADMIN_ONLY) as client:
 
         async def ask() -> tuple[int, list[dict[str, Any]]]:
             response = await client.post("/search/text", json={"query": "a red square", "k": 24})

@@ -1,0 +1,230 @@
+"""Turns of threads, decoding processes and asynchronous work are shared out between callers, and memory by images."""
+
+import asyncio
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from app.core.decoders import Decoders
+from app.core.fair_queue import FairQueue, FairTurns
+from app.core.logs import request_id
+from app.core.rate_limit import current_caller
+from app.core.threads import ComputeThreads, FairThreads
+from dcar_core.images import ALL_FORMATS, MAX_PIXELS, sniff_format
+from dcar_core.images.decoding import make_thumbnail
+from dcar_core.images.workers import Convert, DecodeWorker, Limits
+from dcar_core.util.errors import ImageError
+from tests.support import conversions
+from tests.support.images import encoded, png
+from tests.support.paths import ROOT
+from tests.support.service import until
+
+
+async def test_the_caller_and_then_the_request_that_had_least_is_next() -> None:
+    queue, loop = FairQueue(), asyncio.get_running_loop()
+
+    def put(caller: str, request: str) -> None:
+        current_caller.set(caller)
+        request_id.set(request)
+        queue.put(caller + request, loop.create_future())
+
+    def take(cost: float) -> str:
+        turn = queue.take()
+        assert turn is not None
+        queue.end(turn, cost)
+        return str(turn.item)
+
+    for place in ("a1", "a1", "a1", "a2", "a2"):
+        put(*place)
+    assert [take(5), take(1), take(1)] == ["a1", "a2", "a2"]
+    put("b", "1")
+    put("b", "1")
+    put("a", "3")
+    assert [take(1) for _ in range(5)] == ["a1", "b1", "a3", "b1", "a1"], "new ones begin with what others have had"
+    put("a", "1")
+    queue.waiting[0].future.cancel()
+    assert queue.take() is None
+
+
+async def test_turns_of_a_caller_are_limited_and_pass_over_one_that_gives_up() -> None:
+    turns, running, most = FairTurns(3, 2), list[str](), set[tuple[int, int]]()
+
+    async def work(caller: str) -> None:
+        current_caller.set(caller)
+        async with turns.turn():
+            running.append(caller)
+            most.add((len(running), running.count("many")))
+            try:
+                await asyncio.sleep(0.01)
+            finally:
+                running.remove(caller)
+
+    tasks = [asyncio.create_task(work(caller)) for caller in ["many"] * 9 + ["one", "two"]]
+    await asyncio.sleep(0)
+    for task in tasks[:5]:  # two of them have begun
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (max(all for all, _ in most), max(own for _, own in most)) == (3, 2)
+    assert not turns.running
+
+
+async def test_the_thread_of_filters_is_shared_out_between_callers() -> None:
+    thread, order, gate = FairThreads(1, "dcar-test"), list[str](), threading.Event()
+
+    def work(caller: str, seconds: float) -> None:
+        assert gate.wait(60)
+        time.sleep(seconds)
+        order.append(caller)
+
+    async def call(caller: str, seconds: float) -> None:
+        current_caller.set(caller)
+        await thread.run(work, caller, seconds)
+
+    greedy = [asyncio.create_task(call("greedy", 0.02)) for _ in range(8)]
+    await asyncio.sleep(0.05)
+    modest = [asyncio.create_task(call("modest", 0.001)) for _ in range(8)]
+    given_up = asyncio.create_task(call("given up", 0))
+    await asyncio.sleep(0.05)
+    given_up.cancel()
+    gate.set()
+    await asyncio.gather(*greedy, *modest)
+    assert order == ["greedy", *["modest"] * 8, *["greedy"] * 7]
+    with pytest.raises(ZeroDivisionError):
+        await thread.run(lambda: 1 // 0)
+    gate.clear()
+    last = [asyncio.create_task(call("last", 0)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    asyncio.get_running_loop().call_later(0.1, gate.set)
+    await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+    assert [task.cancelled() for task in (await asyncio.wait(last, timeout=5))[0]].count(True) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a priority is one of the process")
+async def test_the_event_loop_has_a_processor_before_the_threads() -> None:
+    threads = ComputeThreads(1, "test")
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    try:
+        assert await threads.run(os.getpriority, os.PRIO_PROCESS, 0) == min(mine + 5, 19)
+        assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+    finally:
+        threads.shutdown()
+
+
+@pytest.fixture
+async def decoders(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Decoders]:
+    monkeypatch.setattr("app.core.decoders.available_cores", lambda: 2)
+    decoders = Decoders(MAX_PIXELS)
+    yield decoders
+    decoders.close()
+
+
+class Callers:
+    """Sends images for callers and lists them in the order of their ends."""
+
+    def __init__(self, decoders: Decoders) -> None:
+        self.decoders, self.ended = decoders, list[str]()
+
+    def send(self, who: str, request: str, tenths: int = 1, convert: Convert = conversions.sleep) -> asyncio.Task[None]:
+        async def run() -> None:
+            current_caller.set(who)
+            request_id.set(request)
+            data = encoded(Image.new("L", (tenths, 1)))
+            try:
+                await self.decoders.run(convert, data, MAX_PIXELS, ALL_FORMATS)
+            finally:
+                self.ended.append(request)
+
+        return asyncio.create_task(run())
+
+
+async def test_one_caller_leaves_workers_to_the_others(decoders: Decoders) -> None:
+    callers = Callers(decoders)
+    flood = [callers.send("flood", f"flood {number}", 30) for number in range(20)]
+    await asyncio.sleep(0)
+    await callers.send("honest", "honest")
+    assert callers.ended == ["honest"], "at once, though 18 images wait"
+    for task in flood:
+        task.cancel()
+
+
+async def test_the_request_that_took_least_is_next(decoders: Decoders) -> None:
+    """Of one address, too: a single upload does not wait for the rest of a batch of images."""
+    callers = Callers(decoders)
+    batch = [callers.send("same", "batch") for _ in range(8)]
+    await until(lambda: bool(callers.ended))
+    ended = len(callers.ended)
+    await callers.send("same", "upload")
+    assert callers.ended.count("batch") <= ended + 3, "those that ran, and one beside the upload"
+    await asyncio.gather(*batch)
+
+
+async def test_an_image_that_is_given_up_is_not_decoded(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, run = list[object](), DecodeWorker.run
+
+    def noted(self: DecodeWorker, *given: Any) -> object:
+        begun.append(given)
+        return run(self, *given)
+
+    monkeypatch.setattr(DecodeWorker, "run", noted)
+    callers = Callers(decoders)
+    tasks = [callers.send("one", str(number), 3) for number in range(4)]
+    await asyncio.sleep(0.1)
+    for number in (0, 2):  # the first one runs on
+        tasks[number].cancel()
+    await asyncio.gather(tasks[1], tasks[3])
+    assert len(begun) == 3
+
+
+async def test_large_images_take_turns(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.core.decoders.MEMORY", 1)
+    running, most, run = list[int](), list[int](), DecodeWorker.run
+
+    def noted(self: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> object:
+        running.extend([1] * (limits.expected is None))
+        most.append(len(running))
+        try:
+            return run(self, convert, data, limits)
+        finally:
+            del running[: limits.expected is None]
+
+    monkeypatch.setattr(DecodeWorker, "run", noted)
+    callers = Callers(decoders)
+    names = ["one", "one", "one", "two", "three"]
+    await asyncio.gather(*(callers.send(name, f"{name} {number}", 2) for number, name in enumerate(names)))
+    assert max(most) == 2
+    assert len(callers.ended) == len(names)
+
+
+async def test_an_image_beyond_the_memory_of_the_largest_is_refused(decoders: Decoders) -> None:
+    callers = Callers(decoders)
+    with pytest.raises(ImageError, match="more than 96 MiB"):
+        await callers.send("one", "fill", 1, conversions.fill)
+
+
+def peak_mib(decoders: Decoders) -> float:
+    """Return the highest resident memory of a decoding process so far."""
+    started = [worker.process.pid for worker in decoders.workers if worker.process is not None]
+    peaks = [Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0] for pid in started]
+    return max(map(int, peaks)) / 2**10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds memory in /proc")
+async def test_a_thumbnail_of_62_megapixels_takes_no_more_memory_than_documented(decoders: Decoders) -> None:
+    found = re.search(r"large ones, two at a time, (\d+) MiB", (ROOT / "docs/how-to/secure.md").read_text())
+    assert found is not None
+    make = partial(make_thumbnail, side=192, thumbnail_format="webp")
+    data = encoded(Image.new("RGB", (7_874, 7_874), "red"), "PNG", compress_level=1)
+    await decoders.run(make, png(), MAX_PIXELS, ALL_FORMATS)
+    before = peak_mib(decoders)
+    assert sniff_format(await decoders.run(make, data, MAX_PIXELS, ALL_FORMATS)) == "webp"
+    assert 150 < peak_mib(decoders) - before < int(found[1])
