@@ -133,12 +133,11 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     described = content["backbone"]
     if backbone is None:
         places = {key: _absolute(described[key], path) for key in ("model", "pretrained")}
-        for key, place in places.items():
-            if place and Path(place).is_absolute() and not Path(place).exists():
-                raise ModelError(
-                    f"{place}, the backbone of {path}, does not exist; if it was moved, name its new place: for an "
-                    f"index by `dcar index build --model PLACE`, else as backbone.{key} in {path / CONFIG}"
-                )
+        if missing := missing_places(places):
+            raise ModelError(
+                f"{places[missing[0]]}, the backbone of {path}, does not exist; if it was moved, name its new place: "
+                f"for an index by `dcar index build --model PLACE`, else as backbone.{missing[0]} in {path / CONFIG}"
+            )
         backbone = load_backbone(BackboneSource(str(places["model"]), places["pretrained"]), device)
     backbone_hash = backbone.content_hash()
     if backbone_hash != described["sha256"]:
@@ -162,6 +161,12 @@ def load_checkpoint(path: Path, *, device: str = "cpu", backbone: "Backbone | No
     if content["fingerprint"] != fingerprint:
         raise CheckpointError(f"{path / WEIGHTS} and {CONFIG} are of different trainings; copy both, or train again")
     return model.eval(), fingerprint
+
+
+def missing_places(backbone: dict[str, Any]) -> list[str]:
+    """Return the keys of a backbone, `model` or `pretrained`, that name a path where nothing is."""
+    places = [(key, backbone[key]) for key in ("model", "pretrained")]
+    return [key for key, place in places if place and Path(place).is_absolute() and not Path(place).exists()]
 
 
 def read_portable_config(path: Path, model: Path | None = None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dcar_core import Encoder
 from dcar_core.data.judgements import read_judgements
-from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, read_config, read_portable_config
+from dcar_core.model.checkpoint import PORTABLE, copy_checkpoint, missing_places, read_config, read_portable_config
 from dcar_core.runtimes.registry import AUTO, EXPORTED
 from dcar_core.serving.encoder import add_portable_export
 from dcar_core.serving.encoder_cache import has_portable
@@ -142,7 +142,8 @@ class _Build:
             return None
         manifest = self.published.manifest
         is_same = manifest.spec == self.spec and manifest.is_as_built
-        is_same = is_same and backbone == read_portable_config(self.checkpoint, self.options.model)["backbone"]
+        if self.options.model is not None or missing_places(backbone):
+            is_same &= backbone == read_portable_config(self.checkpoint, self.options.model)["backbone"]
         return manifest if is_same else None
 
     def run(self) -> RebuildSummary:
