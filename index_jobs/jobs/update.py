@@ -181,7 +181,8 @@ def _write_addition(
         tables.append(Items(manifest.path(new.index, f"{addition.folder}/{ITEMS}")).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
-    own = absolute_locations(encoded.table(), gallery.root).select(COLUMNS)
+    root = gallery.root_beside(new.index)
+    own = absolute_locations(encoded.table(), root).select(COLUMNS)
     table = pa.concat_tables([*tables, take_rows(own, encoded.rows())])
     encoded.write_failed(folder / FAILED)
     write_items(folder / ITEMS, table, np.arange(table.num_rows))
@@ -192,7 +193,7 @@ def _write_addition(
     )  # fmt: skip
     created = load_engine(manifest.spec.engine).create(replace(manifest.spec, kind="auto"), new_index)
     sources = [source for addition in merged for source in addition.sources] + [gallery.location]
-    roots = [root for addition in merged for root in addition.roots] + [gallery.root, *gallery.roots]
+    roots = [root for addition in merged for root in addition.roots] + [root, *gallery.roots]
     added = Addition(
         folder=name,
         count=table.num_rows,

@@ -167,11 +167,12 @@ class Artifact:
         except DataError as error:
             raise ArtifactError(f"{index} cannot be opened: {error}") from None
         built = engine.open(manifest.paths(index), gpu=manifest.gpu)
-        segments = [Segment(built, Items(manifest.path(index, ITEMS)), manifest.root, manifest.roots)]
+        own = str(index.absolute())  # of images that were put
+        segments = [Segment(built, Items(manifest.path(index, ITEMS)), manifest.root or own, manifest.roots)]
         for addition in manifest.additions:
             vectors = engine.open(manifest.paths(index, f"{addition.folder}/"))
             items = Items(manifest.path(index, f"{addition.folder}/{ITEMS}"))
-            segments.append(Segment(vectors, items, "", addition.roots))
+            segments.append(Segment(vectors, items, own, addition.roots))
         added = [addition.count for addition in manifest.additions]
         total, name = manifest.rows, f"version {manifest.version} of {location_of(index)}"
         for segment, count in zip(segments, [total - sum(added), *added], strict=True):

@@ -96,7 +96,7 @@ class Manifest:
     kind: str = ""  # of the built index, as its engine names it
     reason: str = ""  # why this kind was chosen
     gpu: bool = False  # searched on a GPU if there is one
-    root: str = ""  # base of relative image locations
+    root: str = ""  # base of relative image locations; "": the index directory
     roots: list[str] = field(default_factory=list)  # folders or URLs that hold images at absolute locations
     checkpoint: str = ""  # the directory that the model was copied from
     created: str = ""  # UTC, ISO 8601

@@ -62,6 +62,11 @@ def test_waiting_puts_become_one_version_with_their_images(index: Path, encoder:
     assert [each["id"] for each in JobQueue(index).newest(5)] == jobs[::-1]
     assert apply_waiting(index) == 0
     assert verify_index(index)[-1].version == 2
+    moved = index.rename(index.with_name("moved"))
+    assert image_of(moved, "c") == picture("cyan"), "images are beside the index"
+    put(moved, "d")
+    apply_waiting(moved)
+    assert image_of(moved, "c") == picture("cyan")
 
 
 def test_jobs_change_items_in_their_order_by_ids_and_by_filter(index: Path) -> None:
@@ -395,6 +400,8 @@ def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path
     apply_waiting(index)
     assert items_of(index).keys() == {"a", "b", "c"}
     assert status(index, job)["status"] == "done"
+    index = index.rename(index.with_name("0" * 32))
+    assert [image_of(index, each) for each in ("a", "c")] == [picture("pink")] * 2
     listed = index / "items.jsonl"
     listed.write_text(dcar("index", "items", index).stdout)
     rebuild(listed, tiny_checkpoint, index, progress=False, force=True)
