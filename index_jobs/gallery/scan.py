@@ -72,10 +72,6 @@ class Gallery:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def root_beside(self, index: Path) -> str:
-        """Return `root`; "" for an index's own directory, which may be moved."""
-        return "" if self.root == str(index.absolute()) else self.root
-
     def filter(self, mask: pa.ChunkedArray) -> "Gallery":
         """Return some of the images as a gallery; mask: bool (n,)."""
         table, root = self.table.filter(mask), self.root if is_url(self.root) else ""

@@ -387,7 +387,7 @@ class _Build:
             spec=spec,
             dim=encoder.dim,
             count=len(encoded),
-            root=gallery.root_beside(self.out),
+            root="" if gallery.root == str(self.out.absolute()) else gallery.root,  # the index may be moved
             roots=list(gallery.roots),
             checkpoint=str(self.origin),
             change=f"{counted(len(encoded), 'image')} added {self.options.origin}"

@@ -181,7 +181,7 @@ def _write_addition(
         tables.append(Items(manifest.path(new.index, f"{addition.folder}/{ITEMS}")).table(live - start))
         blocks.append(current.vectors(live))
         start += addition.count
-    root = gallery.root_beside(new.index)
+    root = "" if gallery.root == str(new.index.absolute()) else gallery.root  # the index may be moved
     own = absolute_locations(encoded.table(), root).select(COLUMNS)
     table = pa.concat_tables([*tables, take_rows(own, encoded.rows())])
     encoded.write_failed(folder / FAILED)
