@@ -2,7 +2,7 @@
 
 - `app.search.query.Query` is the body of text searches, and the base of the others.
 - JSON is parsed and validated by pydantic in one step. FastAPI's own body handling costs 11 to 15 % of a cached search.
-- A form is read only after its content type, its charset and the model's queue are checked; an upload costs more than
+- A form is read only after its content type, its charset and the caller's room are checked; an upload costs more than
   many text searches.
 - Every error names the field as the request does.
 """

@@ -25,7 +25,7 @@ class _Share:
     left: int = 0
     parts: dict[str | None, "_Share"] = field(default_factory=dict)
 
-    def part(self, name: str | None) -> "_Share":
+    def add(self, name: str | None) -> "_Share":
         if name not in self.parts:
             self.parts[name] = _Share(min((other.had for other in self.parts.values()), default=0.0))
         self.parts[name].left += 1
@@ -44,9 +44,8 @@ class Turn:
 
     item: Any
     future: Any  # of asyncio or concurrent.futures
-    caller: str
-    request: str | None
-    shares: tuple[_Share, _Share]  # of the caller and the request
+    caller: str = field(default_factory=current_caller.get)
+    request: str | None = field(default_factory=request_id.get)
     started: float = 0.0
 
 
@@ -61,10 +60,9 @@ class FairQueue:
 
     def put(self, item: Any, future: Any) -> Turn:
         """Queue an item of the current caller and request."""
-        caller, request = current_caller.get(), request_id.get()
+        turn = Turn(item, future)
         with self._lock:
-            share = self._all.part(caller)
-            turn = Turn(item, future, caller, request, (share, share.part(request)))
+            self._all.add(turn.caller).add(turn.request)
             self.waiting.append(turn)
         return turn
 
@@ -77,8 +75,9 @@ class FairQueue:
             ready = [*filter(may_start, self.waiting)]
             if not ready:
                 return None
-            least = min(ready, key=lambda turn: turn.shares[0].had).caller
-            turn = min((turn for turn in ready if turn.caller == least), key=lambda turn: turn.shares[1].had)
+            caller = min(ready, key=lambda turn: self._all.parts[turn.caller].had).caller
+            requests = self._all.parts[caller].parts
+            turn = min((turn for turn in ready if turn.caller == caller), key=lambda turn: requests[turn.request].had)
             self.waiting.remove(turn)
             self.running.append(turn)
             turn.started = monotonic()
@@ -91,7 +90,7 @@ class FairQueue:
             self._leave(turn, monotonic() - turn.started if cost is None else cost)
 
     def _leave(self, turn: Turn, cost: float) -> None:
-        turn.shares[0].end(turn.request, cost)
+        self._all.parts[turn.caller].end(turn.request, cost)
         self._all.end(turn.caller, cost)
 
 

@@ -216,14 +216,14 @@ class Admission:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self.pending = Counter[PendingKind]()
-        self._pending_of = Counter[tuple[PendingKind, str]]()  # of each caller
+        self._pending = Counter[tuple[PendingKind, str]]()  # of each caller
 
     def require_room(self, count: int = 1, kind: PendingKind = "searches") -> None:
         """Raise UnavailableError unless the caller may have so much more work in progress."""
-        most, own = self._settings.max_pending, self._pending_of[kind, current_caller.get()]
+        most, own = self._settings.max_pending, self._pending[kind, current_caller.get()]
         share = max(most // 2, min(most, self._settings.max_queries))  # of one caller
-        if self.pending[kind] + count > most or own + count > share:
+        total = sum(pending for (other, _), pending in self._pending.items() if other == kind)
+        if total + count > most or own + count > share:
             self._metrics.refused.labels("queue_full").inc()
             raise UnavailableError("The service is busy.", retry_after_s=1)
 
@@ -232,8 +232,7 @@ class Admission:
         """Count work in progress. Raise UnavailableError if there is too much of it, or if it takes too long."""
         self.require_room(count, kind)
         own = kind, current_caller.get()
-        self.pending[kind] += count
-        self._pending_of[own] += count
+        self._pending[own] += count
         self._metrics.pending[kind].inc(count)
         deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
         try:
@@ -245,8 +244,6 @@ class Admission:
             self._metrics.refused.labels("late").inc()
             raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
         finally:
-            self.pending[kind] -= count
-            self._pending_of[own] -= count
-            if not self._pending_of[own]:
-                del self._pending_of[own]
+            self._pending[own] -= count
+            self._pending += Counter()  # forgets who has none
             self._metrics.pending[kind].dec(count)

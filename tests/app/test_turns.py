@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -167,40 +166,42 @@ async def test_the_request_that_took_least_is_next(decoders: Decoders) -> None:
     await asyncio.gather(*batch)
 
 
-async def test_an_image_that_is_given_up_is_not_decoded(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, run = list[object](), DecodeWorker.run
+@pytest.fixture
+def large_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of large images that are decoded, whenever a worker begins one."""
+    running, found, run = list[object](), list[int](), DecodeWorker.run
 
-    def noted(self: DecodeWorker, *given: Any) -> object:
-        begun.append(given)
-        return run(self, *given)
+    def noted(self: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> object:
+        is_large = limits.expected is None
+        running.extend([self] * is_large)
+        found.append(len(running))
+        try:
+            return run(self, convert, data, limits)
+        finally:
+            del running[:is_large]
 
     monkeypatch.setattr(DecodeWorker, "run", noted)
+    return found
+
+
+async def test_an_image_that_is_given_up_is_not_decoded(decoders: Decoders, large_at_once: list[int]) -> None:
     callers = Callers(decoders)
     tasks = [callers.send("one", str(number), 3) for number in range(4)]
     await asyncio.sleep(0.1)
     for number in (0, 2):  # the first one runs on
         tasks[number].cancel()
     await asyncio.gather(tasks[1], tasks[3])
-    assert len(begun) == 3
+    assert large_at_once == [0, 0, 0]
 
 
-async def test_large_images_take_turns(decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_images_take_turns(
+    decoders: Decoders, large_at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("app.core.decoders.MEMORY", 1)
-    running, most, run = list[int](), list[int](), DecodeWorker.run
-
-    def noted(self: DecodeWorker, convert: Convert, data: bytes, limits: Limits) -> object:
-        running.extend([1] * (limits.expected is None))
-        most.append(len(running))
-        try:
-            return run(self, convert, data, limits)
-        finally:
-            del running[: limits.expected is None]
-
-    monkeypatch.setattr(DecodeWorker, "run", noted)
     callers = Callers(decoders)
     names = ["one", "one", "one", "two", "three"]
     await asyncio.gather(*(callers.send(name, f"{name} {number}", 2) for number, name in enumerate(names)))
-    assert max(most) == 2
+    assert max(large_at_once) == 2
     assert len(callers.ended) == len(names)
 
 
