@@ -12,7 +12,7 @@ from dcar_core.model.checkpoint import save_zero_shot
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
 from tests.support.images import draw
-from tests.support.page import Page, served
+from tests.support.page import COUNT, Page, served
 from tests.support.parts import BROWSER, DRIVER
 from tests.support.service import KEYS
 
@@ -21,7 +21,6 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--window-size=1100,900",
 )  # fmt: skip
-COUNT = 130  # images of the large index
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 

@@ -7,8 +7,7 @@ import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.e2e.conftest import COUNT
-from tests.support.page import Page, searched, served, until
+from tests.support.page import COUNT, Page, searched, served, until
 
 pytestmark = pytest.mark.browser
 

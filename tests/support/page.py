@@ -12,6 +12,8 @@ import httpx
 
 from tests.support.service import serving
 
+COUNT = 130  # images of the large index
+
 
 @contextmanager
 def served(index: Path, **given: Any) -> Iterator[str]:
