@@ -2,14 +2,12 @@
 
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dcar_core import Encoder
@@ -351,34 +349,6 @@ def test_accepted_job_survives_a_kill(index: Path, when: str) -> None:
     assert apply_waiting(index, workers=0) == waiting
     assert {status(index, job)["status"] for job in accepted} == {"done"}
     assert items_of(index)["n1"][2]["price"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_job_ends_although_its_process_is_killed_eight_times(index: Path) -> None:
-    """At random times, while jobs keep arriving."""
-    generator = np.random.default_rng(0)
-    jobs, expected, kills, longest = list[str](), {*items_of(index)}, 0, 2.0
-    while kills < 8:
-        names = {f"n{number}" for number in generator.integers(0, 12, 2).tolist()}
-        if generator.random() < 0.4:
-            jobs.append(delete(index, *names))
-            expected -= names
-        else:
-            jobs.append(put(index, *sorted(names), color=str(generator.choice(["pink", "cyan", "gold"]))))
-            expected |= names
-        started = time.monotonic()
-        command = Command("app.cli", "index", "apply", index, "--device", "cpu", "--workers", 0)
-        try:
-            _, errors = command.communicate(generator.uniform(0.02, longest))
-            assert command.returncode == 0, errors
-            longest = min(longest, time.monotonic() - started)  # kill later ones before their ends
-        except subprocess.TimeoutExpired:
-            kills += 1
-        verify_index(index)
-    apply_waiting(index)
-    assert {status(index, job)["status"] for job in jobs} == {"done"}
-    assert items_of(index).keys() == expected
 
 
 def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path, tmp_path: Path) -> None:

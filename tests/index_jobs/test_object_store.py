@@ -305,35 +305,6 @@ def test_what_a_killed_publisher_has_not_removed_the_next_one_does(
     assert numbers(mirror) == ["versions/2.json", "versions/3.json"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from index_jobs.jobs.update import remove
-from index_jobs.store.location import store_of
-
-class Store:
-    def __init__(self, store): self.store = store
-    def __getattr__(self, name): return getattr(self.store, name)
-    def put(self, key, *given, **options):
-        if key.startswith(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.store.put(key, *given, **options)
-
-mirror = Path(sys.argv[1])
-store_of(mirror).objects = Store(store_of(mirror).objects)
-remove(mirror, [sys.argv[2]])
-"""
-
-
-@needs("object-store")
-@pytest.mark.parametrize("key", ["blobs/", "versions/", "CURRENT"])
-def test_killed_publisher_leaves_nothing_visible(key: str, mirror: Path, machines: Machines) -> None:
-    assert run("-c", KILLED, mirror, first_id(mirror), key).returncode == -9
-    assert follow(machines["reader"]) == 1
-    remove(mirror, [first_id(mirror)])
-    assert follow(machines["reader"]) == current_version(mirror) == (3 if key == "CURRENT" else 2)
-
-
 @needs("object-store")
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1], lambda data: data[:50]]

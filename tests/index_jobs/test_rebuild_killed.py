@@ -3,18 +3,15 @@
 import os
 import shutil
 import signal
-import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
 from index_jobs.store.publish import verify_index
-from index_jobs.store.versions import current_version, list_versions, open_current
+from index_jobs.store.versions import current_version
 from tests.support.commands import Command, run
 from tests.support.processes import children_of, is_alive
 from tests.support.versions import Build
@@ -67,86 +64,6 @@ def test_missing_disk_space_is_an_error_before_encoding(
     assert build(gallery).encoded == 24
     left(table + 3072)  # the vectors are there already
     assert build(gallery, force=True).encoded == 0
-
-
-JOB = """
-import sys
-from pathlib import Path
-from index_jobs.store.versions import open_current
-from index_jobs.rebuild import rebuild
-from index_jobs.jobs.update import add, remove
-what, gallery, more, checkpoint, index = sys.argv[1], *map(Path, sys.argv[2:])
-settings = {"workers": 0, "batch_size": 2, "progress": False}
-if what == "rebuild":
-    rebuild(gallery, checkpoint, index, shard_rows=2, force=True, keep_shards=False, **settings)
-elif what == "add":
-    add(index, more, replace_existing=True, **settings)
-else:
-    remove(index, [open_current(index).item(int(open_current(index).live.argmax())).id])
-"""
-
-
-def run_or_kill(delay: float, *arguments: object) -> tuple[str, float]:
-    """Run a job, kill it after `delay` seconds, and return how it ended and the seconds it had."""
-    started = time.monotonic()
-    process = Command("-c", JOB, *arguments)
-    try:
-        _, errors = process.communicate(delay)
-    except subprocess.TimeoutExpired:
-        return "killed", delay
-    ended = f"exit {process.returncode}"
-    return (f"{ended}: {errors}" if process.returncode else ended), time.monotonic() - started
-
-
-def vectors_of(index: Path) -> dict[str, np.ndarray]:
-    """The vector of every item that can be found, by its id."""
-    artifact = open_current(index)
-    rows = np.flatnonzero(artifact.live)
-    return {artifact.item(int(row)).id: vector for row, vector in zip(rows, artifact.vectors(rows), strict=True)}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_index_verifies_after_each_of_eight_killed_jobs(
-    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    index, more = tmp_path / "index", tmp_path / "more"
-    shutil.copytree(gallery / "circle", more / "round")  # other names, other ids
-    run = partial(build, workers=0, batch_size=2, shard_rows=2)
-    undisturbed: dict[str, np.ndarray] = {}
-    for number, source in enumerate((gallery, more)):
-        run(source, out=tmp_path / str(number))
-        undisturbed |= vectors_of(tmp_path / str(number))
-    run(gallery)
-    generator, delays, versions = np.random.default_rng(), [], [1]
-    longest = {"rebuild": 3.0, "add": 3.0, "remove": 3.0}
-    outcomes: list[str] = []
-    fewest = 24
-    while outcomes.count("killed") < 8:
-        what = ("rebuild", "add", "rebuild", "remove")[len(outcomes) % 4]
-        delays.append((what, generator.uniform(0.005, longest[what])))
-        outcome, seconds = run_or_kill(delays[-1][1], what, gallery, more, tiny_checkpoint, index)
-        outcomes.append(outcome)
-        assert outcomes[-1] in {"killed", "exit 0"}, f"delays {delays}"
-        if outcome == "exit 0":  # kill later ones before their ends
-            longest[what] = min(longest[what], seconds)
-        if what == "remove":  # also a killed one may have published its version
-            fewest -= 1
-        elif (what, outcome) == ("rebuild", "exit 0"):
-            fewest = 24
-        assert {manifest.version for manifest in verify_index(index)} >= {current_version(index)}
-        versions.append(open_current(index).manifest.version)
-        assert versions[-1] >= versions[-2]
-        found = vectors_of(index)
-        assert len(found) >= fewest, f"delays {delays}"
-        assert all(np.allclose(undisturbed[name], found[name], atol=1e-6) for name in found), f"delays {delays}"
-    assert "exit 0" in outcomes, "no job got to its end, so nothing was published under threat"
-    summary = run(gallery, force=True, keep_shards=False)
-    assert summary.version > versions[-1]
-    assert len(vectors_of(index)) == 24
-    named = {info.sha256 for manifest in list_versions(index) for info in manifest.files.values()}
-    assert {path.name for path in (index / "blobs").iterdir()} == named
-    assert not (index / "work").exists()
 
 
 @pytest.mark.slow

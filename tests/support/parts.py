@@ -62,6 +62,7 @@ PARTS = {
     "redis": Part("Redis", "apt-get install redis-server", programs=("redis-server",)),
     "nginx": Part("nginx", "apt-get install nginx-light", programs=("nginx",)),
     "openssl": Part("TLS", "apt-get install openssl", programs=("openssl",)),
+    "cc": Part("kills at system calls", "apt-get install gcc", programs=("cc",)),
     "make": Part("the Makefile", "apt-get install make", programs=("make",)),
     "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
     "gpu": _Gpu("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
