@@ -7,7 +7,6 @@
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -108,7 +107,8 @@ class NewVersion:
 
     def __init__(self, index: Path) -> None:
         self.index, self.folder, self.base = index, index / BLOBS / ".new", Directory(index).read(CURRENT)
-        self.number = max([*version_numbers(index), current_version_or_none(index) or 0]) + 1
+        self._replaced = current_version_or_none(index)
+        self.number = max([*version_numbers(index), self._replaced or 0]) + 1
 
     def clean(self) -> None:
         """Remove the folder, and blobs that no version names."""
@@ -147,8 +147,7 @@ class NewVersion:
         fsync_path(self.index / BLOBS)
         hidden = [read_rows(self.folder / name, manifest.rows) for name in (REMOVED, CHANGED) if name in files]
         manifest = replace(
-            manifest, version=self.number, created=utc_now(), files=files,
-            replaced=current_version_or_none(self.index),
+            manifest, version=self.number, created=utc_now(), files=files, replaced=self._replaced,
             rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
         )  # fmt: skip
         version = Artifact.open(self.index, manifest)
@@ -180,7 +179,7 @@ class NewVersion:
             local.write(key, manifest.to_bytes())
         removed = storage.removing() | displaced
         try:
-            _point(index, self.base, manifest, removed)
+            _point(index, self.base, manifest.version, removed)
         except LockedError:
             storage.delete([key])
             raise
@@ -252,15 +251,15 @@ def rollback(index: Path, to: int | None = None) -> int:
             repair(index, to)
         open_version(index, to)
         verify(local, manifest)
-        _point(index, local.read(CURRENT), manifest, (store or local).removing())
+        _point(index, local.read(CURRENT), to, (store or local).removing())
         manifests = list_versions(index)
         _sync({each.spec.engine for each in manifests}, index, to, manifests)
     return to
 
 
-def _point(index: Path, base: bytes | None, manifest: Manifest, removed: Set[int]) -> None:
+def _point(index: Path, base: bytes | None, version: int, removed: Set[int]) -> None:
     """Let CURRENT name a version, first in the store. Raise LockedError if it is not as before."""
-    data = Current(manifest.version, hashlib.sha256(manifest.to_bytes()).hexdigest(), removed).to_bytes()
+    data = Current(version, sha256_of(index / manifest_key(version)), removed).to_bytes()
     if (store := store_of(index)) is not None:
         store.swap(base, data)
         Directory(index).write(CURRENT, data)

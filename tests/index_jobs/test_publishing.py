@@ -70,7 +70,7 @@ def test_shared_files_are_not_read_again(index: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("index_jobs.store.publish.sha256_of", hash_file)
     monkeypatch.setattr(Directory, "parts", read_blob)
     remove(index, [open_current(index).item(0).id])
-    assert hashed == ["removed.npy"]
+    assert hashed == ["removed.npy", "2.json"]
     assert read == [open_current(index).manifest.files["removed.npy"]], "it is read back"
 
 
