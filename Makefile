@@ -4,7 +4,7 @@
 # make size       lines by folder against their budgets
 # make test-plugins  the plug-ins, installed into the same environment, and their tests    (ARGS= as above)
 # make coverage   all tests, with the coverage of the packages and its floor     (ARGS= as above)
-# make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.store.filters*" for some)
+# make mutants    share of changes of critical code that tests notice; hours   (ARGS="index_jobs.index.filters*" for some)
 # make reference  generated pages of docs, and the client's models
 # make install    set-up only                                                 (EXTRAS=dev,openvino,ray for more parts)
 #                 LOCK=requirements.lock installs the versions and hashes of a lock file

@@ -29,7 +29,7 @@ from app.service.embedding_cache import EmbeddingCache
 from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import DcarError
-from index_jobs.store.manifest import Manifest
+from index_jobs.index.manifest import Manifest
 
 
 def create_app(

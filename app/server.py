@@ -39,8 +39,8 @@ from app.service.write_worker import require_writable
 from app.workers import supervise
 from dcar_core.util.errors import DcarError
 from dcar_core.util.machine import available_cores
-from index_jobs.store.location import store_of
-from index_jobs.store.versions import require_index
+from index_jobs.index.location import store_of
+from index_jobs.index.versions import require_index
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ import torch
 
 from dcar_core import Encoder
 from index_jobs.gallery.scan import scan
+from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
 from index_jobs.jobs.cutoff import compute_cutoff
-from index_jobs.store.versions import open_current
 
 UNRELATED_TEXTS = (
     "quarterly tax report", "how do I reset my password", "stainless steel hex bolt M8", "kernel panic stack trace",

@@ -34,7 +34,7 @@ from app.search.query import Query
 from app.search.rank import rank
 from dcar_core.util.arrays import Floats
 from index_jobs.engines.faiss.index import VECTORS
-from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
+from index_jobs.index.lexical.fusion import DEFAULT_WEIGHT
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 DIM, CENTRES, WORDS, WORDS_PER_ITEM = 256, 1000, 50_000, 12
@@ -109,7 +109,7 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     sys.path.insert(0, str(EMOJI))
     evaluate_queries: Any = import_module("evaluate_queries")
     from dcar_core import Encoder
-    from index_jobs.store.versions import open_current
+    from index_jobs.index.versions import open_current
 
     artifact = open_current(index)
     items = [artifact.item(row) for row in range(artifact.rows)]

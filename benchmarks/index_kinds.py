@@ -43,10 +43,10 @@ from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark
 from index_jobs.engines.protocol import HeldOutQueries
+from index_jobs.index.index_version import IndexVersion, Segment, write_rows
+from index_jobs.index.manifest import Manifest
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
-from index_jobs.store.artifact import Artifact, Segment, write_rows
-from index_jobs.store.manifest import Manifest
 
 KINDS = ("flat", "SQ8", "hnsw", "ivf", "ivf-pq-fp16", "ivf-pq", "pq", "auto")
 QUERIES, TIMED = 1000, 500
@@ -162,7 +162,7 @@ def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floa
         build_index(file, lambda: blocks(added), *added.shape, choices)
         write_rows(Path(temporary) / "removed.npy", removed)
         segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
-        updated = Artifact(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)
+        updated = IndexVersion(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)
         seconds = time.perf_counter() - start
         found = timed(lambda query: updated.search(query, NEIGHBOURS), queries, truth)
     return {"update_s": round(seconds, 2), "updated": f"{found['p50_ms']} ms, {found['recall_at_10']}"}

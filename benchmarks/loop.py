@@ -48,10 +48,10 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError, GateError
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 from index_jobs.jobs.retrain import ItemPairs, retrain
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
 
 EMOJI = Path(__file__).resolve().parents[1] / "examples" / "emoji"
 SHOWN, K = 10, 5  # results of a page, and those that count
@@ -188,7 +188,7 @@ class Loop:
         await log.close()
 
     @staticmethod
-    def _match(artifact: Artifact, row: int) -> Match:
+    def _match(artifact: IndexVersion, row: int) -> Match:
         match = Match(row, 0.0)
         match.item = artifact.item(row)
         return match

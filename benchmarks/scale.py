@@ -38,10 +38,10 @@ from app.core.settings import Settings
 from app.search import Index
 from app.search.snapshots import load_snapshot
 from dcar_core.util.errors import LockedError, StoreUnavailableError
+from index_jobs.index.changes import change_metadata
+from index_jobs.index.publish import rollback
+from index_jobs.index.versions import current_version, open_current, published_index
 from index_jobs.jobs.update import add, remove
-from index_jobs.store.changes import change_metadata
-from index_jobs.store.publish import rollback
-from index_jobs.store.versions import current_version, open_current, published_index
 from tests.support.nginx import behind_nginx
 from tests.support.object_store import Machines, ObjectStore
 from tests.support.versions import publish_copy

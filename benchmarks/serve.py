@@ -127,7 +127,7 @@ class Bare:
 
     def __init__(self, index: Path, runtime: str, cache: str | None) -> None:
         from dcar_core import Encoder
-        from index_jobs.store.versions import open_current
+        from index_jobs.index.versions import open_current
 
         version = open_current(index)
         self.encoder = Encoder.load(

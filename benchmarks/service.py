@@ -233,11 +233,11 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     from dcar_core.model.checkpoint import copy_checkpoint
     from index_jobs.engines.protocol import NewIndex, load_engine
     from index_jobs.gallery.scan import scan
+    from index_jobs.index import publish
+    from index_jobs.index.items import SIZE_COLUMNS, Items, write_items
+    from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
+    from index_jobs.index.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest
     from index_jobs.spec import IndexSpec
-    from index_jobs.store import publish
-    from index_jobs.store.items import SIZE_COLUMNS, Items, write_items
-    from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-    from index_jobs.store.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest
 
     vectors = draw()
     count, dim = vectors.shape

@@ -29,8 +29,8 @@ from load import Requests, ask, closed_loop, image_request, post, same_answer, t
 from serve import images, new_images, new_texts
 from service import ROOT, MemoryGroup, Redis, Server, emoji
 
-from index_jobs.store.publish import rollback
-from index_jobs.store.versions import open_current, read_manifest, version_numbers
+from index_jobs.index.publish import rollback
+from index_jobs.index.versions import open_current, read_manifest, version_numbers
 from tests.support.hostile_images import png_of_size
 
 PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn

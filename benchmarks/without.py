@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from dcar_core import Encoder
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 
 RESULTS = 5
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -38,7 +38,7 @@ def exclusion_queries(categories: list[str], attributes: list[set[str]]) -> Iter
                 yield category, name
 
 
-def result_shares(artifact: Artifact, vectors: np.ndarray, queries: list[tuple[str, str]]) -> tuple[float, float]:
+def result_shares(artifact: IndexVersion, vectors: np.ndarray, queries: list[tuple[str, str]]) -> tuple[float, float]:
     """Search with float32 vectors (N, E) of any length; return the unwanted and the right share in percent."""
     _, rows = artifact.search(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), RESULTS)
     unwanted = right = 0

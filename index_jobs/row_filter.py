@@ -19,7 +19,7 @@ class RowFilter:
 
     Attributes:
         make_mask: returns the mask, bool (rows,).
-        filter: conditions on the stored fields, in the grammar of `store.filters`; {} for every row.
+        filter: conditions on the stored fields, in the grammar of `index.filters`; {} for every row.
         excluded: rows that the conditions do not cover, int64 (m,): removed ones, and those whose fields have changed.
         included: rows that are found whatever was stored, int64 (m,).
     """

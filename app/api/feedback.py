@@ -19,7 +19,7 @@ from app.feedback.store import EventRow
 from app.middleware.access import CALLER, Policy
 from app.search.query import Query, SearchResults
 from dcar_core.util.errors import ArtifactError, DcarError
-from index_jobs.store.versions import read_manifest, version_numbers
+from index_jobs.index.versions import read_manifest, version_numbers
 
 routes = Routes("feedback")
 _LISTED = 20  # ignored events in a response

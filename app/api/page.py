@@ -29,8 +29,8 @@ from app.search.rows import filter_rows, group_field
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
+from index_jobs.index.index_version import IndexVersion, Item
 from index_jobs.row_filter import EMPTY_IS_MISSING
-from index_jobs.store.artifact import Artifact, Item
 
 routes = Routes()
 _PRIVATE = Policy("read", is_private=True)
@@ -60,7 +60,7 @@ class ThumbnailSize(IntEnum):
     LARGE = 1280
 
 
-def _facet_fields(artifact: Artifact) -> list[str]:
+def _facet_fields(artifact: IndexVersion) -> list[str]:
     """Return the fields to filter by: the category first, then those with the most values.
 
     A field is left out if it has too many values, or fewer than two items for each of them on average.
@@ -74,7 +74,7 @@ def _facet_fields(artifact: Artifact) -> list[str]:
     return sorted(sizes, key=lambda name: (name != "category", -sizes[name], name))[:_FACETS]
 
 
-def _sort_fields(artifact: Artifact) -> list[dict[str, Any]]:
+def _sort_fields(artifact: IndexVersion) -> list[dict[str, Any]]:
     """Return the fields to sort by. The caption and the category are left out where no item has one."""
 
     def has_texts(name: str) -> bool:

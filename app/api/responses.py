@@ -20,7 +20,7 @@ from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from app.service.files import ImageFile
 from dcar_core.util.arrays import Floats
-from index_jobs.store.artifact import Item
+from index_jobs.index.index_version import Item
 
 _IMAGE_MAX_AGE_S = 3600
 MAX_CHARS = 16 * 2**20  # of texts in a response; a page of the largest items takes 14 MiB

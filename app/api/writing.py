@@ -42,9 +42,9 @@ from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
-from index_jobs.store.artifact import Artifact, Item
-from index_jobs.store.created import create_collection, drop_collection
-from index_jobs.store.jobs import JobKind
+from index_jobs.index.created import create_collection, drop_collection
+from index_jobs.index.index_version import IndexVersion, Item
+from index_jobs.index.jobs import JobKind
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ async def _require_item(request: Request, snapshot: Snapshot, item_id: str) -> N
         raise ItemNotFoundError(item_id, "id")
 
 
-def _new_fields(artifact: Artifact, given: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
+def _new_fields(artifact: IndexVersion, given: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
     """Return the fields with a value that no item has, [] for a collection without items.
 
     Raise Problem if there are any and `strict`, or if the collection would have too many fields.
@@ -261,7 +261,7 @@ def _new_fields(artifact: Artifact, given: Mapping[str, Mapping[str, Any]], stri
     return sorted(new)[:_MAX_NAMED] if artifact.rows else []
 
 
-def _dropped_fields(artifact: Artifact, items: Sequence[PutItem]) -> list[str]:
+def _dropped_fields(artifact: IndexVersion, items: Sequence[PutItem]) -> list[str]:
     """Return the fields that items of the index have and their replacements lack."""
     replaced = [(item, row) for item in items if (row := artifact.row_of(item.id)) is not None]
     dropped = set[str]().union(*(_fields_of(artifact.item(row)) - _fields_of(item) for item, row in replaced))

@@ -33,7 +33,7 @@ def export_command(
     a query showed at several positions. OUT/report.json counts what was left out.
     """
     from app.feedback.export import Options, export
-    from index_jobs.store.versions import open_current
+    from index_jobs.index.versions import open_current
 
     options = Options(min_clients, client_cap, item_cap, frozenset(judge or ()))
     report = export(log or index / "feedback", open_current(index), collection or index.resolve().name, out, options)
@@ -118,9 +118,9 @@ def _open_other(context: typer.Context, path: Path, index: Path, device: str) ->
 
     if not is_checkpoint(path):
         return _open_version(path, None, device)
+    from index_jobs.index.versions import open_current
     from index_jobs.jobs.update import live_gallery
     from index_jobs.rebuild import rebuild
-    from index_jobs.store.versions import open_current
 
     folder, served = Path(context.with_resource(TemporaryDirectory())), open_current(index)
     gallery, spec = live_gallery(served), served.manifest.spec

@@ -10,12 +10,12 @@ from typer import Argument, Option
 from app.cli.options import Filter, example, published_index
 from dcar_core.util.console import dump_json
 from dcar_core.util.errors import ArtifactError
+from index_jobs.index.location import index_path, location_of
 from index_jobs.jobs import cli as job_cli
 from index_jobs.spec import KEEP_WRITES, BuildOptions
-from index_jobs.store.location import index_path, location_of
 
 if TYPE_CHECKING:
-    from index_jobs.store.artifact import Item
+    from index_jobs.index.index_version import Item
 
 commands = typer.Typer(help="Build, update, inspect, verify and roll back published indexes.", no_args_is_help=True)
 Index = Annotated[Path, Argument(parser=index_path, help="Directory or URL of a published index.")]
@@ -33,7 +33,7 @@ def list_command(
     files: Annotated[bool, Option("--files", help="List their files, too: the blob, the bytes and the name.")] = False,
 ) -> None:
     """List the versions, newest first; * marks the one that is served."""
-    from index_jobs.store.versions import list_versions, pull, require_index
+    from index_jobs.index.versions import list_versions, pull, require_index
 
     current = pull(index, history=True, files=False)
     versions = list_versions(index)
@@ -63,7 +63,7 @@ def items_command(index: FilledIndex, filter: Filter = None) -> None:
 @commands.command("verify", epilog=example("dcar index verify index"))
 def verify_command(index: Index) -> None:
     """Check every file of every version against its checksum."""
-    from index_jobs.store.publish import verify_index
+    from index_jobs.index.publish import verify_index
 
     for manifest in verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
@@ -75,7 +75,7 @@ def rollback_command(
     to: Annotated[int | None, Option(help="Version. Default: the one that the current version replaced.")] = None,
 ) -> None:
     """Make an earlier version the current one."""
-    from index_jobs.store.publish import rollback
+    from index_jobs.index.publish import rollback
 
     typer.echo(f"{location_of(index)}: version {rollback(index, to)} is current")
 
@@ -126,8 +126,8 @@ def update_command(
     """Publish a version with other metadata of some items; nothing is encoded."""
     from dcar_core.util.errors import shorten
     from index_jobs.gallery.metadata import read_changes
-    from index_jobs.store.changes import change_metadata
-    from index_jobs.store.manifest import counted
+    from index_jobs.index.changes import change_metadata
+    from index_jobs.index.manifest import counted
 
     summary = change_metadata(index, read_changes(str(metadata)), metadata.name, strict=strict, keep=keep)
     typer.echo(f"{location_of(index)}: version {summary.version}, {counted(summary.changed, 'item')} changed")
@@ -178,8 +178,8 @@ def remove_command(
 def _matching_items(index: Path, filter: dict[str, object]) -> "Iterator[Item]":
     import numpy as np
 
-    from index_jobs.store.filters import match_rows
-    from index_jobs.store.versions import open_current
+    from index_jobs.index.filters import match_rows
+    from index_jobs.index.versions import open_current
 
     artifact = open_current(index)
     return (artifact.item(int(row)) for row in np.flatnonzero(match_rows(artifact, filter)))

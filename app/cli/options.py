@@ -19,7 +19,7 @@ def example(*lines: str) -> str:
 
 def published_index(location: str) -> Path:
     """Return the directory of an index, with its published version."""
-    from index_jobs.store import versions
+    from index_jobs.index import versions
 
     return versions.published_index(location)
 

@@ -117,10 +117,10 @@ def retrain(
     INDEX/retrain.json has the comparison. Exit status 6: not published.
     """
     started = time.perf_counter()
+    from index_jobs.index.location import location_of
+    from index_jobs.index.versions import open_current
     from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run
-    from index_jobs.store.location import location_of
-    from index_jobs.store.versions import open_current
 
     served = open_current(index)
     if rest := describe_rest(served.checkpoint):

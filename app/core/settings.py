@@ -19,8 +19,8 @@ from app.core.rate_limit import parse_rate
 from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
+from index_jobs.index.location import index_path
 from index_jobs.spec import KEEP_WRITES
-from index_jobs.store.location import index_path
 
 DEFAULT_K = 10
 MAX_QUERIES = 1000  # upper bound of the setting max_queries

@@ -26,7 +26,7 @@ from dcar_core.data.judgements import trec_id
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import csv_text, write_bytes, write_json, write_json_lines
-from index_jobs.store.artifact import Artifact
+from index_jobs.index.index_version import IndexVersion
 
 MAX_WEIGHT = 10.0  # of a click, by the inverse of its position's propensity
 PRIOR = 5.0  # looks without a click that each pair starts with
@@ -134,7 +134,7 @@ class Evidence:
     skips: np.ndarray
 
 
-def export(folder: Path, artifact: Artifact, collection: str, out: Path, options: Options) -> Report:
+def export(folder: Path, artifact: IndexVersion, collection: str, out: Path, options: Options) -> Report:
     """Write pairs.jsonl, judgements.csv, qrels.txt, queries.tsv and report.json.
 
     Raises:
@@ -344,7 +344,7 @@ class _Images:
     root: the folder that holds the tars; None if every image is a file of its own.
     """
 
-    def __init__(self, artifact: Artifact, items: Iterable[str]) -> None:
+    def __init__(self, artifact: IndexVersion, items: Iterable[str]) -> None:
         self._artifact = artifact
         self.root: str | None = None
         self._members = dict[str, dict[int, str]]()

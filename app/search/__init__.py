@@ -6,7 +6,7 @@
 
 In: a `Query` and a `Snapshot` of the published index. Out: `SearchResults`, or an error of `search.errors`. Imported by
 `service`, which shares its work among requests, by `api` and by the CLI; it imports `core`, `dcar_core` and
-`index_jobs.store`.
+`index_jobs.index`.
 """
 
 from app.search.engine import Index

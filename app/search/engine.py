@@ -29,8 +29,8 @@ from dcar_core.serving import encoder_cache
 from dcar_core.serving.encoder import TextRow, encode_text_rows
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
+from index_jobs.index.versions import open_current, open_version, published_index
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.versions import open_current, open_version, published_index
 
 MAX_PAGE_BYTES = 64 * 2**10  # of the texts of a page that is cached
 _BATCH = 64  # texts that are encoded at a time

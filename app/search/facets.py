@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from app.search.rows import GroupField, field_values, filter_rows, group_field, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
-from index_jobs.store.artifact import Artifact
+from index_jobs.index.index_version import IndexVersion
 
 MAX_VALUES = 100  # of one field; the most frequent
 MAX_SCORED = 10_000  # rows that are compared with a min_score
@@ -64,13 +64,13 @@ def count_facets(
     return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
 
 
-def is_exact_index(artifact: Artifact) -> bool:
+def is_exact_index(artifact: IndexVersion) -> bool:
     """Return True if searches find every row that reaches a score."""
     return {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)} == {"Flat"}
 
 
 def count_values(
-    artifact: Artifact, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
+    artifact: IndexVersion, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
 ) -> Facet:
     """Return the values of a field with their counts, the most frequent first; ranges in their order.
 

@@ -17,7 +17,7 @@ from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K
 from dcar_core.model.text.cleaning import strip_control_tokens
-from index_jobs.store.artifact import Item
+from index_jobs.index.index_version import Item
 
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit

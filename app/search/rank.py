@@ -18,10 +18,10 @@ from app.search.plan import Plan
 from app.search.query import Level, Match
 from app.search.rows import row_vectors
 from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.lexical.fusion import text_bonus
+from index_jobs.index.lexical.lexical_index import LexicalIndex
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.lexical.fusion import text_bonus
-from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 _MAX_ROWS_FOLDED = 10_000  # searched for one page of different results
 _MAX_ROWS_TIED = 2_048  # searched to put equal scores in order
@@ -46,7 +46,7 @@ class Candidates(NamedTuple):
 
 
 def vector_candidates(
-    artifact: Artifact, vector: Floats, width: int, allowed: RowFilter | None, *, is_narrow: bool = False
+    artifact: IndexVersion, vector: Floats, width: int, allowed: RowFilter | None, *, is_narrow: bool = False
 ) -> Candidates:
     """Return the `width` rows with the highest cosines."""
     scores, rows = artifact.search(vector[None], width, allowed, is_narrow=is_narrow)  # [1, width], [1, width]
@@ -57,11 +57,11 @@ def vector_candidates(
 
 
 def hybrid_candidates(
-    artifact: Artifact, vector: Floats, text: str, weight: float, width: int, allowed: RowFilter | None
+    artifact: IndexVersion, vector: Floats, text: str, weight: float, width: int, allowed: RowFilter | None
 ) -> Candidates:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
-    - A rank score is cosine + bonus * text score; see `index_jobs.store.lexical.fusion`. Every candidate of one list
+    - A rank score is cosine + bonus * text score; see `index_jobs.index.lexical.fusion`. Every candidate of one list
       gets its exact score in the other.
     - Words that `_TEXT_ROWS` items or more contain are ranked approximately: only the `_COMMON_TEXT_ROWS` best rows by
       the words are added. The number of rows by cosine then depends only on the page's depth, rounded.
@@ -96,21 +96,23 @@ def hybrid_candidates(
     )  # fmt: skip
 
 
-def require_words(artifact: Artifact) -> LexicalIndex:
+def require_words(artifact: IndexVersion) -> LexicalIndex:
     """Return the lexical index. Raise UnsupportedQueryError if the index keeps no vectors."""
     if not len(artifact.sample_vectors):
         raise UnsupportedQueryError("Hybrid search needs vectors of items; the index keeps none.", field="hybrid")
     return artifact.lexical
 
 
-def word_mask(artifact: Artifact, allowed: RowFilter | None) -> Mask | None:
+def word_mask(artifact: IndexVersion, allowed: RowFilter | None) -> Mask | None:
     """Return the rows that may be found by their words, bool (rows,); None for all."""
     if allowed is None:
         return artifact.live if artifact.manifest.removed else None
     return allowed.mask
 
 
-def rank(artifact: Artifact, vector: Floats, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[Match]:
+def rank(
+    artifact: IndexVersion, vector: Floats, plan: Plan, count: int, allowed: RowFilter | None = None
+) -> list[Match]:
     """Return the `count` best rows of a plan among the allowed ones; see `rows.filter_rows`.
 
     Raises:
@@ -151,7 +153,7 @@ def _sorted_matches(found: Candidates, plan: Plan, count: int | None) -> list[Ma
     return list(map(Match, found.rows[order].tolist(), found.cosines[order].tolist(), texts))
 
 
-def fold_matches(artifact: Artifact, ranked: list[Match], fold: float, count: int) -> list[Match]:
+def fold_matches(artifact: IndexVersion, ranked: list[Match], fold: float, count: int) -> list[Match]:
     """Return the first `count` rows that differ, each with the near-duplicates that are most similar to it."""
     if not ranked:
         return []
@@ -189,13 +191,13 @@ class Levels(NamedTuple):
         return "possible" if rounded >= self.possible else "unlikely"
 
 
-def contained_share(artifact: Artifact, text: str) -> tuple[float, bool]:
+def contained_share(artifact: IndexVersion, text: str) -> tuple[float, bool]:
     """Return the text score from which on an item contains the words of a query, and True if items have these words."""
     is_familiar = artifact.lexical.known_share(text) >= _FAMILIAR
     return _CONTAINED if is_familiar else _NEAR_SPELLING, is_familiar
 
 
-def find_levels(artifact: Artifact, plan: Plan, best: float) -> Levels | None:
+def find_levels(artifact: IndexVersion, plan: Plan, best: float) -> Levels | None:
     """Return the levels of a query whose best score is `best`.
 
     Without a cut-off, and for a query that is not by text alone, there are none, and every result is possible.
@@ -210,7 +212,7 @@ def find_levels(artifact: Artifact, plan: Plan, best: float) -> Levels | None:
     return Levels(cutoff, cutoff, _CONTAINED)
 
 
-def judge(artifact: Artifact, plan: Plan, ranked: list[Match]) -> float | None:
+def judge(artifact: IndexVersion, plan: Plan, ranked: list[Match]) -> float | None:
     """Set the levels of matches, from the first one on, and return the score of a likely one, None without levels."""
     levels = find_levels(artifact, plan, max((match.score for match in ranked), default=math.inf))
     if levels is None:

@@ -19,9 +19,9 @@ from app.search.query import Match
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
+from index_jobs.index import filters
+from index_jobs.index.index_version import IndexVersion
 from index_jobs.row_filter import EMPTY_IS_MISSING, NO_ROWS, RowFilter
-from index_jobs.store import filters
-from index_jobs.store.artifact import Artifact
 
 _ROWS_PER_GROUP = 4  # rows requested at first for each group
 _MAX_VALUE_BYTES = 4096  # of a group; a batch of 32 queries shows 6,400 groups
@@ -49,7 +49,7 @@ def filter_rows(snapshot: Snapshot, filter: dict[str, Any]) -> RowFilter:
         raise InvalidQueryError(f"filter.{error.field}", error.message) from None
 
 
-def row_vectors(artifact: Artifact, rows: Rows | list[int]) -> Floats:
+def row_vectors(artifact: IndexVersion, rows: Rows | list[int]) -> Floats:
     """Return the stored vectors, float32 (m, E). Raise UnsupportedQueryError if this kind of index keeps none."""
     try:
         return artifact.vectors(np.asarray(rows, np.int64))
@@ -60,7 +60,7 @@ def row_vectors(artifact: Artifact, rows: Rows | list[int]) -> Floats:
         raise UnsupportedQueryError(message) from None
 
 
-def field_values(artifact: Artifact, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
+def field_values(artifact: IndexVersion, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
     """Return a field of every row, or of some, ascending; null where an item has none.
 
     An empty caption or category counts as missing. Raise InvalidQueryError if there is no such field; `option` is the
@@ -82,7 +82,7 @@ class GroupField:
         counts: number of live rows of each group that has a value; rows without one have higher numbers.
     """
 
-    artifact: Artifact
+    artifact: IndexVersion
     name: str
     codes: Rows
     counts: Rows

@@ -18,11 +18,11 @@ from dcar_core.model.checkpoint import languages_of, read_config
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, requires_pytorch
+from index_jobs.index.created import empty_artifact
+from index_jobs.index.index_version import ImageAccess, IndexVersion
+from index_jobs.index.manifest import CHECKPOINT
+from index_jobs.index.versions import open_current, open_version, read_manifest
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.artifact import Artifact, ImageAccess
-from index_jobs.store.created import empty_artifact
-from index_jobs.store.manifest import CHECKPOINT
-from index_jobs.store.versions import open_current, open_version, read_manifest
 
 MAX_PAGES = 1000  # about 8 kB each
 MAX_MASKS = 16
@@ -85,7 +85,7 @@ class Snapshot:
     """
 
     encoder: Encoder
-    artifact: Artifact
+    artifact: IndexVersion
     preprocess: Preprocess
     backbone: str
     pages: Recent[Hashable, Any]

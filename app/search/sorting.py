@@ -31,9 +31,9 @@ from app.search.rank import (
 from app.search.rows import field_values, group_field, row_vectors
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.lexical.fusion import text_bonus
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.lexical.fusion import text_bonus
 
 MAX_SORTED = 10_000
 Found = tuple[list[Match], dict[str, Any]]  # matches up to the next page, and other fields of the results
@@ -120,7 +120,7 @@ def _has_likely(levels: Levels, found: Candidates, places: Rows) -> bool:
 
 
 def _find_matches(
-    artifact: Artifact, plan: Plan, vector: Floats, allowed: RowFilter | None
+    artifact: IndexVersion, plan: Plan, vector: Floats, allowed: RowFilter | None
 ) -> tuple[Candidates, Levels | None, bool]:
     """Return the matches of a plan, the levels of its query, and False if there may be more matches."""
     near, best, is_complete = _find_near(artifact, plan, vector, allowed)
@@ -144,7 +144,7 @@ def _find_matches(
 
 
 def _find_near(
-    artifact: Artifact, plan: Plan, vector: Floats, allowed: RowFilter | None
+    artifact: IndexVersion, plan: Plan, vector: Floats, allowed: RowFilter | None
 ) -> tuple[Candidates, float, bool]:
     """Return the rows that reach the cut-off, the best cosine of all, and False if more rows may reach it."""
     lowest = plan.min_score

@@ -28,10 +28,10 @@ from app.search.errors import CollectionNotFoundError, UnavailableError, without
 from app.search.snapshots import Snapshot, is_published, load_snapshot
 from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.created import list_collections
-from index_jobs.store.location import location_of, store_of
-from index_jobs.store.versions import current_version, pull, repair, require_index
+from index_jobs.index.created import list_collections
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.location import location_of, store_of
+from index_jobs.index.versions import current_version, pull, repair, require_index
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class ServedIndex:
         self._repaired = version
         return True
 
-    async def _find_damage(self, artifact: Artifact) -> None:
+    async def _find_damage(self, artifact: IndexVersion) -> None:
         def is_served() -> bool:
             return self.live is not None and self.live.artifact is artifact and not self._is_closing
 

@@ -19,8 +19,8 @@ from typing import BinaryIO
 from app.search.errors import ImageUnavailableError
 from dcar_core.images import sniff_format
 from dcar_core.util.errors import ArtifactError, ImageError
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.storage import Directory, read_files
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.storage import Directory, read_files
 
 PIECE_BYTES = 64 * 2**10
 _IDLE = 3.0  # seconds of sleep per second of reading and hashing
@@ -34,7 +34,7 @@ class ImageFile:
         size: in bytes.
     """
 
-    def __init__(self, artifact: Artifact, row: int) -> None:
+    def __init__(self, artifact: IndexVersion, row: int) -> None:
         """Open and hash the image of a row. Raise ImageUnavailableError if there is none that may be served."""
         self._reading: Future[bytes] | None = None
         try:
@@ -83,7 +83,7 @@ class ImageFile:
             self._reading.add_done_callback(lambda _: self._file.close())
 
 
-def find_damage(artifact: Artifact, is_served: Callable[[], bool]) -> str | None:
+def find_damage(artifact: IndexVersion, is_served: Callable[[], bool]) -> str | None:
     """Return which file differs from its checksum or cannot be read; None if all are whole.
 
     Run it in a thread of its own, whose priority it lowers. It ends early, with None, once `is_served` returns False.

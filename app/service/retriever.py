@@ -29,8 +29,8 @@ from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
+from index_jobs.index.index_version import Item
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.artifact import Item
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from app.search.errors import UnavailableError, without_directories
 from app.service.collections import Collections, ServedIndex
 from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
+from index_jobs.index.jobs import JobKind, JobQueue
+from index_jobs.index.location import store_of
 from index_jobs.jobs.apply import apply_waiting
-from index_jobs.store.jobs import JobKind, JobQueue
-from index_jobs.store.location import store_of
 
 logger = logging.getLogger(__name__)
 

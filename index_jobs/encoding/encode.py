@@ -30,9 +30,9 @@ from index_jobs.encoding.devices import EncodedWindow, encode_windows
 from index_jobs.encoding.shards import FailedImage, Images, ReusableVectors, Shard, ShardStore
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import ImageLocation, is_url, join_location
+from index_jobs.index.items import SIZE_COLUMNS, take_rows
+from index_jobs.index.manifest import FAILED
 from index_jobs.spec import BuildOptions
-from index_jobs.store.items import SIZE_COLUMNS, take_rows
-from index_jobs.store.manifest import FAILED
 
 logger = logging.getLogger(__name__)
 

@@ -19,16 +19,16 @@ import pyarrow as pa
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import write_json_lines
 from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.index import publish
+from index_jobs.index.changes import Draft
+from index_jobs.index.filters import match_rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.items import FieldTypes, fit_one_field
+from index_jobs.index.jobs import Job, JobQueue
+from index_jobs.index.manifest import CHECKPOINT, FAILED, OVER_HTTP, counted
+from index_jobs.index.versions import current_version, open_current, open_version, version_numbers
 from index_jobs.jobs.update import add, remove
 from index_jobs.spec import KEEP_WRITES
-from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.changes import Draft
-from index_jobs.store.filters import match_rows
-from index_jobs.store.items import FieldTypes, fit_one_field
-from index_jobs.store.jobs import Job, JobQueue
-from index_jobs.store.manifest import CHECKPOINT, FAILED, OVER_HTTP, counted
-from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _require_same_types(jobs: Sequence[Job]) -> None:
                 raise DataError(f"the field {name!r} has values of several types")
 
 
-def _list_new(index: Path, current: Artifact | None, items: Sequence[dict[str, Any]]) -> Gallery:
+def _list_new(index: Path, current: IndexVersion | None, items: Sequence[dict[str, Any]]) -> Gallery:
     """Return as a gallery what the version lacks of some items."""
     rows = ({**item["metadata"], **{name: item[name] for name in _OWN}, "file_name": item["image"]} for item in items)
     write_json_lines(index / _LIST, rows)
@@ -159,7 +159,7 @@ def _list_new(index: Path, current: Artifact | None, items: Sequence[dict[str, A
     return gallery.filter(pa.array(is_new))
 
 
-def _is_held(artifact: Artifact, new: dict[str, Any]) -> bool:
+def _is_held(artifact: IndexVersion, new: dict[str, Any]) -> bool:
     if (row := artifact.row_of(new["id"])) is None:
         return False
     item, location = artifact.item(row), artifact.image_location(row)[0]
@@ -167,7 +167,7 @@ def _is_held(artifact: Artifact, new: dict[str, Any]) -> bool:
     return is_same and location.endswith(f"/{new['location']}")
 
 
-def _chosen(artifact: Artifact, job: Job) -> tuple[list[int], list[str]]:
+def _chosen(artifact: IndexVersion, job: Job) -> tuple[list[int], list[str]]:
     """Return the rows of a job's items, and the ids that the index lacks. Raise FilterError for a wrong filter."""
     if job.filter is not None:
         return np.flatnonzero(match_rows(artifact, job.filter)).tolist(), []
@@ -176,7 +176,7 @@ def _chosen(artifact: Artifact, job: Job) -> tuple[list[int], list[str]]:
     return rows, [item_id for item_id, row in found.items() if row is None]
 
 
-def open_published(index: Path) -> Artifact | None:
+def open_published(index: Path) -> IndexVersion | None:
     """Open the published version; None for a created collection that has none yet."""
     if (index / CHECKPOINT).is_dir() and current_version(index) is None:
         if not version_numbers(index):
@@ -185,7 +185,7 @@ def open_published(index: Path) -> Artifact | None:
     return open_current(index)
 
 
-def read_failures(artifact: Artifact) -> dict[str, str]:
+def read_failures(artifact: IndexVersion) -> dict[str, str]:
     """Return the reasons of the images that a version lacks, or its newest addition, by name."""
     manifest = artifact.manifest
     name = f"{manifest.additions[-1].folder}/{FAILED}" if manifest.additions else FAILED

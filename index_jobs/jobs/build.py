@@ -49,16 +49,16 @@ from index_jobs.encoding.shards import ShardStore
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.index import publish
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
+from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.index.location import index_name, index_path, location_of
+from index_jobs.index.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.index.versions import open_current, pull
 from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
 from index_jobs.spec import BuildOptions, IndexSpec
-from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
-from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import index_name, index_path, location_of
-from index_jobs.store.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, ITEMS, LEXICAL, Manifest, counted
-from index_jobs.store.versions import open_current, pull
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,8 @@ class _Build:
 
     gallery: Gallery
     encoder: Encoder
-    served: Artifact | None
-    published: Artifact | None = None  # when the build began
+    served: IndexVersion | None
+    published: IndexVersion | None = None  # when the build began
 
     def __init__(self, options: BuildOptions, checkpoint: Path, out: Path) -> None:
         self.options, self.out, self.work, self.origin = options, out, out / WORK, checkpoint.absolute()
@@ -230,7 +230,7 @@ class _Build:
             changes=changes,
         )
 
-    def _open_served(self) -> Artifact | None:
+    def _open_served(self) -> IndexVersion | None:
         """Open the served version; None if there is nothing to compare with, also with force if its store is down."""
         if not (self.out / CURRENT).exists():
             return None
@@ -306,7 +306,7 @@ class _Build:
             logger.warning("%s", reason)
             return reason
 
-    def _require_no_worse(self, built: Artifact, encoded: EncodedGallery) -> gate.GateVerdict | None:
+    def _require_no_worse(self, built: IndexVersion, encoded: EncodedGallery) -> gate.GateVerdict | None:
         """Compare with the served version. Raise RejectedError if the new one ranks worse, unless forced."""
         options = self.options
         if self.served is None:
@@ -424,7 +424,7 @@ class _Build:
             shutil.rmtree(self.work, ignore_errors=True)
 
 
-def _with_retraining(checkpoint: Path, served: Artifact | None, *, is_forced: bool) -> Path:
+def _with_retraining(checkpoint: Path, served: IndexVersion | None, *, is_forced: bool) -> Path:
     """Return the served version's model if it was retrained from a checkpoint, else the checkpoint."""
     if served is None:
         return checkpoint

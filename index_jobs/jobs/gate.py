@@ -36,12 +36,12 @@ from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.engines.protocol import VectorIndex
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, is_url, join_location
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.lexical.fusion import choose_weight, hybrid_gains, spread_rows
+from index_jobs.index.lexical.lexical_index import LexicalIndex
 from index_jobs.jobs.cutoff import compute_cutoff, cutoff_of_words
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import BuildOptions
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.lexical.fusion import choose_weight, hybrid_gains, spread_rows
-from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ def calibrate(
     The cut-off comes with the recall of the texts among all images.
 
     The cut-off is the meaning of `min_score: "auto"`. The score of a pair is that of its text, encoded as a query, and
-    the vector of its image. For the weight, see `index_jobs.store.lexical.fusion`.
+    the vector of its image. For the weight, see `index_jobs.index.lexical.fusion`.
     """
     rows = encoded.rows()
     has_vector = np.isin(pairs.rows, rows)
@@ -216,7 +216,7 @@ def calibrate(
     return {"cutoff": cutoff, "hybrid_weight": choose_weight(index, LexicalIndex(lexical), sample, queries)}
 
 
-def cutoff_of_pairs(index: VectorIndex | Artifact, vectors: Floats, rows: Rows) -> dict[str, Any]:
+def cutoff_of_pairs(index: VectorIndex | IndexVersion, vectors: Floats, rows: Rows) -> dict[str, Any]:
     """Return the manifest's `cutoff` by the vectors of texts, and the rows of their images."""
     is_found = index.search(vectors, max(_RANKS))[1] == rows[:, None]
     recall = {f"recall_at_{k}": round(float(is_found[:, :k].any(1).mean()), 4) for k in _RANKS}
@@ -233,9 +233,9 @@ def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any
 
 
 def compare(
-    served: Artifact,
+    served: IndexVersion,
     encode_served: EncodeTexts,
-    rebuilt: Artifact,
+    rebuilt: IndexVersion,
     encode_rebuilt: EncodeTexts,
     pairs: QueryPairs | None,
     margin: float = BuildOptions.margin,
@@ -279,7 +279,7 @@ def compare(
     )  # fmt: skip
 
 
-def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact, EncodeTexts]) -> GateVerdict:
+def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[IndexVersion, EncodeTexts]) -> GateVerdict:
     """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin.
 
     A list without a relevant item on both sides does not pass.
@@ -310,7 +310,7 @@ def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[Artifact,
 
 
 def _judged_ndcg(
-    artifact: Artifact, encode: EncodeTexts, other: Artifact, queries: Sequence[tuple[str, dict[str, int]]]
+    artifact: IndexVersion, encode: EncodeTexts, other: IndexVersion, queries: Sequence[tuple[str, dict[str, int]]]
 ) -> float:
     """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
     graded = [{artifact.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
@@ -321,14 +321,19 @@ def _judged_ndcg(
     return round(float(measures["nDCG@10"].mean()) / 100, 4)
 
 
-def _shared_rows(artifact: Artifact, other: Artifact) -> RowFilter | None:
+def _shared_rows(artifact: IndexVersion, other: IndexVersion) -> RowFilter | None:
     """Return the items of an index that another has as well; None for all."""
     mask = pc.is_in(artifact.column("id"), other.column("id").filter(other.live)).to_numpy() & artifact.live
     return None if mask.all() else RowFilter.of_mask(mask)
 
 
 def _measure(
-    artifact: Artifact, encode: EncodeTexts, pairs: Sequence[tuple[str, str]], other: Artifact, *, with_words: bool
+    artifact: IndexVersion,
+    encode: EncodeTexts,
+    pairs: Sequence[tuple[str, str]],
+    other: IndexVersion,
+    *,
+    with_words: bool,
 ) -> tuple[Floats, dict[str, float], int]:
     """Search among the items of both indexes for the images of texts.
 

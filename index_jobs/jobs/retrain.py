@@ -51,13 +51,13 @@ from dcar_core.util.files import hash_json, write_json
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, open_location
+from index_jobs.index import publish
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.manifest import CHECKPOINT, counted
+from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
 from index_jobs.jobs.update import live_gallery
 from index_jobs.spec import BuildOptions
-from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.manifest import CHECKPOINT, counted
-from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def describe_rest(checkpoint: Path) -> str:
 
 
 def read_pairs(
-    files: Sequence[Path], served: Artifact, gallery: Gallery
+    files: Sequence[Path], served: IndexVersion, gallery: Gallery
 ) -> tuple[ItemPairs, ItemPairs, dict[str, int]]:
     """Return the pairs of items in the index, each once, the captions, and how many others there are, by reason.
 
@@ -260,7 +260,7 @@ class _Texts:
 class Retraining:
     """One retraining of a served version: `compare`, then `publish`."""
 
-    def __init__(self, index: Path, served: Artifact, device: str, started: float) -> None:
+    def __init__(self, index: Path, served: IndexVersion, device: str, started: float) -> None:
         self.index, self.served, self.live = index, served, np.flatnonzero(served.live)
         self.seconds, self._last = dict[str, float](), started
         self._lap("start")

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcar_core.util.errors import GateError
-from index_jobs.store.location import index_path
-from index_jobs.store.manifest import DUPLICATES, FAILED
+from index_jobs.index.location import index_path
+from index_jobs.index.manifest import DUPLICATES, FAILED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class RebuildSummary:
 
     def notes(self) -> list[str]:
         """Return a line for each kind of images or fields that searches leave out or treat as something else."""
-        from index_jobs.store.versions import read_manifest  # heavy
+        from index_jobs.index.versions import read_manifest  # heavy
 
         index, lines = index_path(self.index), list[str]()
         manifest = read_manifest(index, self.version)

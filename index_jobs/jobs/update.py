@@ -28,15 +28,15 @@ from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import join_location
+from index_jobs.index import publish
+from index_jobs.index.index_version import IndexVersion, write_rows
+from index_jobs.index.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
+from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
+from index_jobs.index.location import index_name
+from index_jobs.index.manifest import CHANGED, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
+from index_jobs.index.publish import NewVersion
+from index_jobs.index.versions import open_current
 from index_jobs.spec import BuildOptions
-from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact, write_rows
-from index_jobs.store.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
-from index_jobs.store.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.store.location import index_name
-from index_jobs.store.manifest import CHANGED, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
-from index_jobs.store.publish import NewVersion
-from index_jobs.store.versions import open_current
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def remove(
     return UpdateSummary(manifest.version, manifest.count, 0, len(rows), 0, manifest.rebuild)
 
 
-def live_gallery(served: Artifact) -> Gallery:
+def live_gallery(served: IndexVersion) -> Gallery:
     """Return the live items of a version as a gallery, with absolute locations."""
     table = pa.concat_tables([absolute_locations(each.items.table(), each.root) for each in served.segments])
     names = served.column("file_name") if "file_name" in served.fields else table["location"]
@@ -146,7 +146,7 @@ def add(
     )
 
 
-def _rows_of(artifact: Artifact, ids: Sequence[str], *, missing_ok: bool) -> Rows:
+def _rows_of(artifact: IndexVersion, ids: Sequence[str], *, missing_ok: bool) -> Rows:
     rows = {item_id: artifact.row_of(item_id) for item_id in ids}
     unknown = [item_id for item_id, row in rows.items() if row is None]
     if unknown and not missing_ok:
@@ -156,7 +156,7 @@ def _rows_of(artifact: Artifact, ids: Sequence[str], *, missing_ok: bool) -> Row
 
 
 def _write_addition(
-    new: NewVersion, current: Artifact, encoded: EncodedGallery, removed: Rows, encoder: Encoder
+    new: NewVersion, current: IndexVersion, encoded: EncodedGallery, removed: Rows, encoder: Encoder
 ) -> tuple[list[Addition], Rows]:
     """Write the new segment, with small earlier additions merged into it.
 
@@ -206,7 +206,7 @@ def _write_addition(
 
 def _publish(
     new: NewVersion,
-    current: Artifact,
+    current: IndexVersion,
     removed: Rows,
     additions: list[Addition],
     change: str,
@@ -241,7 +241,7 @@ def _publish(
     return new.publish(manifest, keep=keep)
 
 
-def _warn_of_indexed_files(current: Artifact, gallery: Gallery, index: Path) -> None:
+def _warn_of_indexed_files(current: IndexVersion, gallery: Gallery, index: Path) -> None:
     """Warn of images whose files live items of other ids have."""
     tables = [segment.items.table().select(["id", "location"]) for segment in current.segments]
     live = pa.concat_tables(tables).filter(pa.array(current.live))
@@ -257,7 +257,7 @@ def _warn_of_indexed_files(current: Artifact, gallery: Gallery, index: Path) -> 
         )  # fmt: skip
 
 
-def _require_same_types(artifact: Artifact, gallery: Gallery) -> None:
+def _require_same_types(artifact: IndexVersion, gallery: Gallery) -> None:
     """Refuse values of another type than a field's: as text, 19.90 is not 19.9."""
     types = artifact.fields
     for name, new_type in FieldTypes.infer(gallery.table["metadata"]).types.items():
@@ -270,7 +270,7 @@ def _require_same_types(artifact: Artifact, gallery: Gallery) -> None:
             )
 
 
-def _collision(current: Artifact, gallery: Gallery, existing: Sequence[str]) -> DataError:
+def _collision(current: IndexVersion, gallery: Gallery, existing: Sequence[str]) -> DataError:
     """Return the error for ids that are in the index; it advises --replace only if their files are the same."""
     message = f"{len(existing):,} of the {len(gallery):,} images of {gallery.location} have an id that is in the index"
     columns = (gallery.table[name].to_pylist() for name in ("id", "location", "offset"))

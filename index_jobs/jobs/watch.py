@@ -27,12 +27,12 @@ from dcar_core.util.errors import DataError, DcarError, GalleryShrunkError
 from index_jobs.encoding.devices import load_replicas
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.gallery.storage import is_url, join_location
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.manifest import BY_WATCH
+from index_jobs.index.versions import open_current
 from index_jobs.jobs.apply import read_failures
 from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.spec import KEEP_WRITES, BuildOptions
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.manifest import BY_WATCH
-from index_jobs.store.versions import open_current
 
 SETTLE_S = 0.5
 _QUIET_MS, _BURST_MS = 100, 2000  # notices are collected until this long after the last one, or after the first
@@ -180,7 +180,7 @@ def _states(gallery: Gallery) -> dict[str, _State]:
     return {item_id: (join_location(gallery.root, location), *rest) for item_id, location, *rest in rows}
 
 
-def _indexed_states(current: Artifact, states: dict[str, _State]) -> dict[str, _State]:
+def _indexed_states(current: IndexVersion, states: dict[str, _State]) -> dict[str, _State]:
     """Return the states of the gallery's images that an index has; states: those in the gallery.
 
     A file that is newer than the version has changed. Texts are compared unless metadata were changed in the index.

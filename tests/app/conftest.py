@@ -13,10 +13,10 @@ from app.service.collections import ServedIndex
 from app.service.write_worker import WriteWorker
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
 from tests.support.redis_server import RedisServer
 from tests.support.service import ODD_ID, ServiceClient, opened
 
@@ -57,7 +57,7 @@ def products(gallery: Path, tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def artifact(built_index: Path) -> Artifact:
+def artifact(built_index: Path) -> IndexVersion:
     return open_current(built_index)
 
 

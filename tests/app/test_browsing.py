@@ -16,8 +16,8 @@ from app.service.retriever import RecentBytes
 from dcar_core.images.workers import Convert, Decoded, DecodeWorker, Limits
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import languages_of, save_zero_shot
+from index_jobs.index.index_version import IndexVersion
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
 from tests.support.files import write_jsonl
 from tests.support.images import encoded
 from tests.support.parts import needs
@@ -195,14 +195,14 @@ async def test_browsing_filters_and_sorts(photos: Path) -> None:
 
 
 async def test_columns_are_not_read_in_the_event_loop(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, column = list[str](), Artifact.column
+    names, column = list[str](), IndexVersion.column
 
-    def in_thread(artifact: Artifact, name: str, *rows: Any) -> Any:
+    def in_thread(artifact: IndexVersion, name: str, *rows: Any) -> Any:
         names.append(name)
         assert threading.current_thread() is not threading.main_thread()
         return column(artifact, name, *rows)
 
-    monkeypatch.setattr(Artifact, "column", in_thread)
+    monkeypatch.setattr(IndexVersion, "column", in_thread)
     for path in ("/ui/browse?sort=price", "/ui/catalogue"):
         async with opened(photos) as client:
             assert (await client.get(path)).status_code == 200

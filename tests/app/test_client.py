@@ -12,8 +12,8 @@ from dcar_client import AsyncClient, Client, NewEvent, ServiceError, models
 from pydantic import BaseModel
 
 from app.core.keys import key_hash, new_key
+from index_jobs.index.jobs import JobQueue
 from index_jobs.rebuild import rebuild
-from index_jobs.store.jobs import JobQueue
 from tests.support.files import write_jsonl
 from tests.support.images import png
 from tests.support.processes import free_port

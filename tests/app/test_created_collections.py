@@ -18,10 +18,10 @@ from app.search.snapshots import Snapshot, load_snapshot
 from app.service import collections as collections_module
 from app.service.collections import Collections
 from dcar_core.util.errors import DcarError
-from index_jobs.store.created import create_collection, drop_collection, list_collections
-from index_jobs.store.jobs import JobQueue
-from index_jobs.store.manifest import CHECKPOINT
-from index_jobs.store.versions import open_current
+from index_jobs.index.created import create_collection, drop_collection, list_collections
+from index_jobs.index.jobs import JobQueue
+from index_jobs.index.manifest import CHECKPOINT
+from index_jobs.index.versions import open_current
 from tests.support.images import png
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, BOB, WORDS, bearer, opened, until

@@ -16,9 +16,9 @@ from app.feedback.store import EventRow, QueryRow
 from dcar_core.data import Annotations
 from dcar_core.data.judgements import read_judgements
 from dcar_core.util.errors import DcarError
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
 from tests.support.commands import dcar
 from tests.support.feedback_log import write_log
 from tests.support.service import ODD_ID
@@ -38,7 +38,7 @@ def log_of(folder: Path, searches: dict[str, tuple[str, list[tuple[Any, ...]]]],
     return write_log(folder, queries, events)
 
 
-def exported(folder: Path, artifact: Artifact, out: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
+def exported(folder: Path, artifact: IndexVersion, out: Path, **options: Any) -> tuple[list[dict[str, Any]], Report]:
     report = export(folder, artifact, "index", out, Options(**options))
     return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()], report
 
@@ -48,7 +48,7 @@ def by_image(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
     return {(Path(row["image"]).name, row["caption"]): row.get("negatives", []) for row in rows}
 
 
-def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact: Artifact, tmp_path: Path) -> None:
+def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact: IndexVersion, tmp_path: Path) -> None:
     folder = log_of(
         tmp_path / "log",
         {
@@ -80,7 +80,7 @@ def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact
         export(folder, artifact, "index", tmp_path / "out", Options())
 
 
-def test_what_cannot_become_a_pair_is_counted(artifact: Artifact, tmp_path: Path) -> None:
+def test_what_cannot_become_a_pair_is_counted(artifact: IndexVersion, tmp_path: Path) -> None:
     def left_out(name: str, searches: dict[str, Any], **fields: Any) -> Counter[str]:
         folder = log_of(tmp_path / name, searches, **fields)
         rows, report = exported(folder, artifact, tmp_path / f"of-{name}")
@@ -105,16 +105,16 @@ def test_what_cannot_become_a_pair_is_counted(artifact: Artifact, tmp_path: Path
 
 
 def test_items_of_an_object_store_become_pairs_with_their_ids(
-    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifact: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Artifact, "image_location", lambda *_: ("s3://bucket/red.png", -1))
+    monkeypatch.setattr(IndexVersion, "image_location", lambda *_: ("s3://bucket/red.png", -1))
     searches = {client: ("red", [(client, "click", HITS[0])]) for client in "ab"}
     rows, report = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
     assert [(row["id"], row["caption"], "image" in row) for row in rows] == [(HITS[0], "red", False)]
     assert "1 rows have no local image; they are for `dcar retrain`" in str(report)
 
 
-def test_caps_bound_what_one_client_and_one_item_can_do(artifact: Artifact, tmp_path: Path) -> None:
+def test_caps_bound_what_one_client_and_one_item_can_do(artifact: IndexVersion, tmp_path: Path) -> None:
     searches = {}
     for number in range(8):
         for client in "ab":
@@ -131,7 +131,7 @@ def test_caps_bound_what_one_client_and_one_item_can_do(artifact: Artifact, tmp_
     assert report.left_out["clicks of a client on an item beyond its first 3 texts"] == 10
 
 
-def test_judgements_by_hand_come_first(artifact: Artifact, tmp_path: Path) -> None:
+def test_judgements_by_hand_come_first(artifact: IndexVersion, tmp_path: Path) -> None:
     searches = {
         "1": ("red", [("a", "click", HITS[0]), ("a", "judge", HITS[0], 3), ("a", "judge", HITS[0], 0)]),
         "2": ("red", [("b", "click", HITS[0]), ("b", "judge", HITS[0], 1), ("b", "judge", HITS[4], 2)]),
@@ -185,7 +185,7 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     return examined, attractive
 
 
-def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: Artifact, tmp_path: Path) -> None:
+def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: IndexVersion, tmp_path: Path) -> None:
     items = artifact.column("id").to_pylist()
     examined, attractive = simulate(tmp_path / "log", items, sessions=60_000)
     rows, report = exported(tmp_path / "log", artifact, tmp_path / "out", min_clients=3)
@@ -204,7 +204,7 @@ def test_propensities_of_simulated_clicks_are_within_a_tenth(artifact: Artifact,
     assert not [image for _, image in pairs if image == len(items) - 1]
 
 
-def test_impressions_say_what_was_seen(artifact: Artifact, tmp_path: Path) -> None:
+def test_impressions_say_what_was_seen(artifact: IndexVersion, tmp_path: Path) -> None:
     """An item above a click that no impression names was not skipped."""
     seen = [("impression", HITS[1]), ("impression", HITS[2]), ("click", HITS[2])]
     searches = {client: ("crimson", [(client, *each) for each in seen]) for client in "ab"}
@@ -213,7 +213,7 @@ def test_impressions_say_what_was_seen(artifact: Artifact, tmp_path: Path) -> No
     assert len(rows) == 2
 
 
-def test_without_a_second_position_nothing_is_corrected_and_it_is_said(artifact: Artifact, tmp_path: Path) -> None:
+def test_without_a_second_position_nothing_is_corrected_and_it_is_said(artifact: IndexVersion, tmp_path: Path) -> None:
     searches = {str(number): ("red", [(f"c{number}", "click", HITS[0])]) for number in range(300)}
     _, report = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
     assert report.propensities == [1.0] * len(HITS)

@@ -19,8 +19,8 @@ import pytest
 from app.api import routes
 from app.search.rows import mask_key
 from app.service.files import PIECE_BYTES
-from index_jobs.store import filters
-from index_jobs.store.artifact import Artifact
+from index_jobs.index import filters
+from index_jobs.index.index_version import IndexVersion
 from tests.support.images import png
 from tests.support.service import WORDS, ServiceClient, before_encoding, hold, opened, restore, serving, until
 
@@ -170,7 +170,7 @@ async def test_large_image_is_hashed_and_read_in_threads(
 
     threads, file = set[str](), tmp_path / "large.jpg"
     file.write_bytes(b"\xff\xd8\xff" + np.random.default_rng(0).bytes(300_000))
-    monkeypatch.setattr(Artifact, "open_image", lambda *_: (Noted(file), file.stat().st_size))
+    monkeypatch.setattr(IndexVersion, "open_image", lambda *_: (Noted(file), file.stat().st_size))
     async with opened(built_index) as client:
         response = await client.get("/items/circle%2Fred.png/image")
         assert response.content == file.read_bytes()
@@ -189,7 +189,7 @@ def test_images_that_are_not_read_cost_little_memory(
 ) -> None:
     count, size, file = 100, 2**21, tmp_path / "large.png"
     file.write_bytes(b"\x89PNG\r\n\x1a\n".ljust(size))
-    monkeypatch.setattr(Artifact, "open_image", lambda *_: (file.open("rb"), size))
+    monkeypatch.setattr(IndexVersion, "open_image", lambda *_: (file.open("rb"), size))
     with serving(built_index) as (_, port), contextlib.ExitStack() as stack:
         tracemalloc.start()
         stack.callback(tracemalloc.stop)
@@ -211,11 +211,11 @@ def test_images_that_are_not_read_cost_little_memory(
 async def test_slow_gallery_does_not_delay_searches(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
-    def slow(artifact: Artifact, row: int) -> tuple[io.BytesIO, int]:
+    def slow(artifact: IndexVersion, row: int) -> tuple[io.BytesIO, int]:
         assert gate.wait(20)
         return io.BytesIO(png()), len(png())
 
-    monkeypatch.setattr(Artifact, "open_image", slow)
+    monkeypatch.setattr(IndexVersion, "open_image", slow)
     async with opened(built_index, deadline_ms=1500, max_pending=20) as client:
         images = [asyncio.create_task(client.get("/items/circle%2Fred.png/image")) for _ in range(30)]
         try:

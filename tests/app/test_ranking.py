@@ -20,9 +20,9 @@ from app.search.rank import fold_matches, rank
 from app.search.rows import first_rows, group_field, rank_groups
 from app.search.snapshots import Recent
 from app.search.sorting import sort_rows
+from index_jobs.index.lexical.fusion import text_bonus
+from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.lexical.fusion import text_bonus
-from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
 from tests.support.oracle import first_of_each, fold_row_by_row
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
 

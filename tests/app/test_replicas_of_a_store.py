@@ -10,9 +10,9 @@ import pytest
 from app.core.settings import Settings
 from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
-from index_jobs.store.location import index_path, store_of
-from index_jobs.store.publish import rollback
-from index_jobs.store.versions import published_index
+from index_jobs.index.location import index_path, store_of
+from index_jobs.index.publish import rollback
+from index_jobs.index.versions import published_index
 from tests.support.object_store import ACCESS, Machines, ObjectStore
 from tests.support.parts import needs
 from tests.support.service import ADMIN, ADMIN_ONLY, WORDS, opened, until, until_ready
@@ -51,9 +51,9 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         await until_ready(starting, status="ready", index_version=1)
     assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
     monkeypatch.setattr(
-        "index_jobs.store.object_store.CLIENT", {"timeout": "2s", "allow_http": True}
+        "index_jobs.index.object_store.CLIENT", {"timeout": "2s", "allow_http": True}
     )  # of replicas alone
-    monkeypatch.setattr("index_jobs.store.object_store.RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("index_jobs.index.object_store.RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()

@@ -20,15 +20,17 @@ from app.search.query import Match
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
 from tests.support.searches import close, ranked
 from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, before_encoding, hold, opened, until
 from tests.support.versions import write_manifest
 
 
-async def test_text_search_equals_encoder_and_index(built_index: Path, encoder: Encoder, artifact: Artifact) -> None:
+async def test_text_search_equals_encoder_and_index(
+    built_index: Path, encoder: Encoder, artifact: IndexVersion
+) -> None:
     async with opened(built_index) as client:
         for query in ("a red square", "blue circle", "🙂"):
             body = (await client.post("/search/text", json={"query": query, "k": 24})).json()

@@ -21,9 +21,9 @@ from app.middleware.body_limit import UNSENT_BYTES
 from app.search import Index
 from app.search.query import Match, SearchResults
 from app.service.embedding_cache import rounded
+from index_jobs.index.index_version import Item
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Item
 from tests.support.files import write_jsonl
 from tests.support.images import draw, encoded
 from tests.support.oracle import Oracle

@@ -10,10 +10,10 @@ import pytest
 
 from app.api.schemas import ReloadResponse
 from app.search.snapshots import load_snapshot
+from index_jobs.index.publish import rollback
+from index_jobs.index.versions import version_numbers
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store.publish import rollback
-from index_jobs.store.versions import version_numbers
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.responses import assert_problem

@@ -12,9 +12,9 @@ from app.core.metrics import Metrics
 from app.core.supervision import stop, supervise
 from app.service.batching import Batcher, BatchGroup
 from dcar_core.util.arrays import Floats
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.manifest import Current
-from index_jobs.store.versions import current_version
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.manifest import Current
+from index_jobs.index.versions import current_version
 from tests.support.responses import scrape
 from tests.support.service import opened, until_ready
 from tests.support.versions import point
@@ -94,11 +94,11 @@ async def test_a_hung_gallery_degrades_readiness_and_holds_up_nothing_else(
 ) -> None:
     gate, looks = threading.Event(), list[threading.Thread]()
 
-    def hang(_: Artifact) -> None:
+    def hang(_: IndexVersion) -> None:
         looks.append(threading.current_thread())
         assert gate.wait(20)
 
-    monkeypatch.setattr(Artifact, "find_gallery_fault", hang)
+    monkeypatch.setattr(IndexVersion, "find_gallery_fault", hang)
     monkeypatch.setattr("app.service.collections.LOOK_S", 0.05)
     async with opened(built_index, poll_s=0) as client:
         probes = await asyncio.gather(*(client.get("/readyz") for _ in range(os.cpu_count() or 1) for _ in range(8)))

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from index_jobs.index.publish import rollback
 from index_jobs.rebuild import rebuild
-from index_jobs.store.publish import rollback
 from tests.support.images import png
 from tests.support.service import ADMIN_ONLY, ServiceClient, opened
 from tests.support.writes import ADMINS
@@ -109,7 +109,7 @@ async def test_swaps_under_load_drop_no_request_and_leak_no_memory(
         await asyncio.to_thread(rollback, index, 2)
         await swap(client, 2)  # no search follows that would free memory
         kept.note(client)
-        served = [(2, name) for name in ("Artifact", "DCAR", "Encoder")]
+        served = [(2, name) for name in ("IndexVersion", "DCAR", "Encoder")]
         for _ in range(50):  # threads of replaced versions may take a moment to end
             gc.unfreeze()  # what earlier modules left, and is garbage by now, may hold others
             gc.collect()

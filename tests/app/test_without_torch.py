@@ -15,8 +15,8 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
+from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.store.versions import open_current
 from tests.support.commands import dcar
 from tests.support.files import copy_exports
 from tests.support.images import png

@@ -17,9 +17,9 @@ from dcar_client import Client
 
 from app.service import write_worker
 from app.service.write_worker import WriteWorker
-from index_jobs.store.created import create_collection, drop_collection
-from index_jobs.store.jobs import JobQueue
-from index_jobs.store.versions import open_current
+from index_jobs.index.created import create_collection, drop_collection
+from index_jobs.index.jobs import JobQueue
+from index_jobs.index.versions import open_current
 from tests.support.images import png
 from tests.support.processes import children_of, is_alive
 from tests.support.responses import assert_problem, scrape
@@ -143,7 +143,7 @@ async def test_full_disk_refuses_a_job_as_a_whole(
 
     async with opened(index, **WRITES) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("index_jobs.store.jobs.write_bytes", fail)
+            patch.setattr("index_jobs.index.jobs.write_bytes", fail)
             response = await put(client, item("a"))
         assert_problem(response, 503)
         assert response.headers["retry-after"] == "10"

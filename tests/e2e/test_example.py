@@ -22,8 +22,8 @@ import pytest
 from filelock import FileLock
 
 from dcar_core import Encoder
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.versions import open_current
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 from tests.support.commands import Command
 from tests.support.files import write_jsonl, write_tar
 from tests.support.page import ready
@@ -75,7 +75,7 @@ def metadata(domain: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def served(data: tuple[Path, str]) -> tuple[Encoder, Artifact]:
+def served(data: tuple[Path, str]) -> tuple[Encoder, IndexVersion]:
     artifact = open_current(data[0] / "index" / "twemoji")
     encoder = Encoder.load(artifact.checkpoint)
     artifact.require(encoder.fingerprint)
@@ -98,14 +98,14 @@ FIRST_ROW = 7  # results in the page's first row
         ("birthday", "birthday"),
     ],
 )
-def test_first_results_match_the_query(served: tuple[Encoder, Artifact], query: str, wanted: str) -> None:
+def test_first_results_match_the_query(served: tuple[Encoder, IndexVersion], query: str, wanted: str) -> None:
     encoder, artifact = served
     _, rows = artifact.search(encoder.encode_text([query]), FIRST_ROW)
     captions = [artifact.item(int(row)).caption.lower() for row in np.ravel(rows)]
     assert any(wanted in caption for caption in captions), captions
 
 
-def test_short_queries_find_a_right_answer(served: tuple[Encoder, Artifact]) -> None:
+def test_short_queries_find_a_right_answer(served: tuple[Encoder, IndexVersion]) -> None:
     """Seven of ten validation queries have one among the first five; the model card has the figures."""
     encoder, artifact = served
     script = runpy.run_path(str(EXAMPLES / "evaluate_queries.py"))
@@ -141,7 +141,7 @@ def test_bundled_files_stay_small() -> None:
         assert (EXAMPLES / domain / "checkpoint" / "trainables.safetensors").stat().st_size < 1e6
 
 
-def test_cutoff_keeps_the_validation_pairs(served: tuple[Encoder, Artifact]) -> None:
+def test_cutoff_keeps_the_validation_pairs(served: tuple[Encoder, IndexVersion]) -> None:
     _, artifact = served
     cutoff = artifact.manifest.cutoff
     assert cutoff["pairs"] == 408

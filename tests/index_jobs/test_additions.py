@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from app.cli import app
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError, FingerprintError
+from index_jobs.index.filters import filter_rows, match_rows
+from index_jobs.index.publish import rollback, verify_index
+from index_jobs.index.versions import current_version, open_current
 from index_jobs.jobs import update as updates
 from index_jobs.jobs.update import add, live_gallery, remove
-from index_jobs.store.filters import filter_rows, match_rows
-from index_jobs.store.publish import rollback, verify_index
-from index_jobs.store.versions import current_version, open_current
 from tests.support.files import write_file
 from tests.support.images import draw, png
 from tests.support.updates import nearest_ids, write_images

@@ -10,16 +10,16 @@ import pytest
 
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_changes
+from index_jobs.index.changes import change_metadata
+from index_jobs.index.filters import match_rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.items import Items, write_items
+from index_jobs.index.lexical.lexical_index import LexicalIndex, item_texts, replace_texts, write_lexical
+from index_jobs.index.manifest import ITEMS
+from index_jobs.index.publish import rollback, verify_index
+from index_jobs.index.versions import list_versions, open_current, version_numbers
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add, remove
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.changes import change_metadata
-from index_jobs.store.filters import match_rows
-from index_jobs.store.items import Items, write_items
-from index_jobs.store.lexical.lexical_index import LexicalIndex, item_texts, replace_texts, write_lexical
-from index_jobs.store.manifest import ITEMS
-from index_jobs.store.publish import rollback, verify_index
-from index_jobs.store.versions import list_versions, open_current, version_numbers
 from tests.support.commands import dcar
 from tests.support.jobs import patch
 from tests.support.updates import write_images
@@ -30,7 +30,7 @@ def ids(index: Path) -> list[str]:
     return open_current(index).column("id").to_pylist()
 
 
-def metadata(artifact: Artifact, item_id: str) -> dict[str, Any]:
+def metadata(artifact: IndexVersion, item_id: str) -> dict[str, Any]:
     row = artifact.row_of(item_id)
     assert row is not None
     return artifact.item(row).metadata

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from app.cli import app
 from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.engines.protocol import load_engine
+from index_jobs.index.changes import change_metadata
+from index_jobs.index.filters import filter_rows, match_rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.location import index_name
+from index_jobs.index.publish import rollback, verify_index
+from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add, remove
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.changes import change_metadata
-from index_jobs.store.filters import filter_rows, match_rows
-from index_jobs.store.location import index_name
-from index_jobs.store.publish import rollback, verify_index
-from index_jobs.store.versions import open_current
 from tests.support import array_engine
 from tests.support.service import opened, until_ready
 from tests.support.updates import write_images
@@ -96,7 +96,7 @@ async def test_a_store_that_fails_degrades_the_service(
         await until_ready(client, status="ready")
 
 
-def as_stored(built: Artifact, rows: RowFilter) -> list[int]:
+def as_stored(built: IndexVersion, rows: RowFilter) -> list[int]:
     """Return the rows of a filter as an engine finds them that has the fields as they were built."""
     stored = np.flatnonzero(match_rows(built, rows.filter))
     return np.union1d(np.setdiff1d(stored, rows.excluded), rows.included).tolist()

@@ -16,8 +16,8 @@ from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.engines.faiss.build import fill_index
 from index_jobs.engines.faiss.index import MAX_GPU_K, FaissIndex, write_faiss
 from index_jobs.engines.protocol import merge_top_k
+from index_jobs.index.items import MAX_FIELDS, FieldTypes, typed_array
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.items import MAX_FIELDS, FieldTypes, typed_array
 from tests.support.vectors import blocks, build, choices_of, recall, unit
 
 faiss: Any = typed_faiss

@@ -9,17 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from index_jobs.index.filters import FilterError, match_column, match_rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.filters import FilterError, match_column, match_rows
-from index_jobs.store.versions import open_current
 from tests.support.images import draw
 
 Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Artifact:
+def shop(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> IndexVersion:
     root = tmp_path_factory.mktemp("shop")
     lines: list[Row] = []
     for i in range(20):
@@ -97,7 +97,9 @@ CASES: list[tuple[Row, Callable[[Row], bool]]] = [
 
 
 @pytest.mark.parametrize(("filter", "wanted"), CASES, ids=[json.dumps(case[0]) for case in CASES])
-def test_filters_match_the_same_condition_in_python(shop: Artifact, filter: Row, wanted: Callable[[Row], bool]) -> None:
+def test_filters_match_the_same_condition_in_python(
+    shop: IndexVersion, filter: Row, wanted: Callable[[Row], bool]
+) -> None:
     items = [shop.item(row) for row in range(shop.rows)]
     rows = [{"id": item.id, "category": item.category} | item.metadata for item in items]
     assert match_rows(shop, filter).tolist() == [wanted(row) for row in rows]
@@ -128,7 +130,7 @@ def test_filters_match_the_same_condition_in_python(shop: Artifact, filter: Row,
         ({"$or": [{"price": 1}, {"colour": "red"}]}, "colour", "there are: brand, caption, category"),
     ],
 )
-def test_conditions_that_do_not_fit_the_field_are_named(shop: Artifact, filter: Row, field: str, said: str) -> None:
+def test_conditions_that_do_not_fit_the_field_are_named(shop: IndexVersion, filter: Row, field: str, said: str) -> None:
     with pytest.raises(FilterError) as caught:
         match_rows(shop, filter)
     assert caught.value.field == field
@@ -160,13 +162,13 @@ def test_a_fraction_and_whole_numbers_compare_exactly(bound: float) -> None:
         assert match_column(column, condition, "n").tolist() == [*(value == bound for value in WHOLE), False]
 
 
-def test_a_large_index_allows_fewer_conditions(shop: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index_jobs.store.filters.MAX_CONDITION_ROWS", 3 * shop.rows)
+def test_a_large_index_allows_fewer_conditions(shop: IndexVersion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index_jobs.index.filters.MAX_CONDITION_ROWS", 3 * shop.rows)
     condition = {"price": {"gt": 1}}
     assert match_rows(shop, {"$or": [condition] * 3}).shape == (shop.rows,)
     with pytest.raises(FilterError, match="at most 3 conditions"):
         match_rows(shop, {"$or": [condition] * 4})
-    monkeypatch.setattr("index_jobs.store.filters.MAX_CONDITION_ROWS", 1)
+    monkeypatch.setattr("index_jobs.index.filters.MAX_CONDITION_ROWS", 1)
     assert match_rows(shop, condition).shape == (shop.rows,), "one condition is always allowed"
     with pytest.raises(FilterError, match="at most 1 conditions"):
         match_rows(shop, {"$or": [condition] * 2})

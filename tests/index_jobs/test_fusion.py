@@ -10,10 +10,10 @@ import pytest
 
 from dcar_core.util.arrays import Floats
 from index_jobs.engines.faiss.index import FaissIndex
-from index_jobs.store.lexical import fusion
-from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT, choose_weight, hybrid_gains, text_bonus
-from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
-from index_jobs.store.versions import open_current
+from index_jobs.index.lexical import fusion
+from index_jobs.index.lexical.fusion import DEFAULT_WEIGHT, choose_weight, hybrid_gains, text_bonus
+from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
+from index_jobs.index.versions import open_current
 from tests.support.versions import Build
 
 Parts = tuple[FaissIndex, LexicalIndex, Floats]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.filters import FilterError, match_rows
-from index_jobs.store.versions import open_current
+from index_jobs.index.filters import FilterError, match_rows
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.versions import open_current
 
 bounded = settings(
     max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -35,13 +35,13 @@ filters = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def artifact(published: Path) -> Artifact:
+def artifact(published: Path) -> IndexVersion:
     return open_current(published)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # hypothesis warns about itself
-def test_generated_filters_are_applied_or_refused(artifact: Artifact) -> None:
+def test_generated_filters_are_applied_or_refused(artifact: IndexVersion) -> None:
     @bounded
     @given(filters)
     def check(filter: dict[str, Any]) -> None:

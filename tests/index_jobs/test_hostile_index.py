@@ -12,9 +12,9 @@ import pytest
 
 from dcar_core.util.errors import ArtifactError
 from index_jobs.engines.faiss.index import FaissIndex, write_faiss
-from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
-from index_jobs.store.manifest import FileInfo
-from index_jobs.store.versions import open_current, read_manifest
+from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
+from index_jobs.index.manifest import FileInfo
+from index_jobs.index.versions import open_current, read_manifest
 from tests.support.commands import run
 from tests.support.versions import file_of, write_manifest
 
@@ -49,7 +49,7 @@ def test_a_wrong_text_offset_is_an_error_not_a_crash(index: Path, offset: int) -
     patch(index, "items.arrow", int32(0, 20, 40, 60, 80), int32(0, 20, offset, 60, 80))
     code = f"""
 from pathlib import Path
-from index_jobs.store.versions import open_current
+from index_jobs.index.versions import open_current
 artifact = open_current(Path({str(index)!r}))
 print([artifact.item(row) for row in range(24)])
 """

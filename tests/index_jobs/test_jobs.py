@@ -13,16 +13,16 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.gallery.scan import Gallery
+from index_jobs.index import publish
+from index_jobs.index.changes import Draft
+from index_jobs.index.created import create_collection, drop_collection, list_collections
+from index_jobs.index.jobs import JobQueue
+from index_jobs.index.publish import verify_index
+from index_jobs.index.versions import current_version, list_versions, open_current, version_numbers
 from index_jobs.jobs import apply
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import rebuild
-from index_jobs.store import publish
-from index_jobs.store.changes import Draft
-from index_jobs.store.created import create_collection, drop_collection, list_collections
-from index_jobs.store.jobs import JobQueue
-from index_jobs.store.publish import verify_index
-from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
 from tests.support.commands import Command, dcar, run
 from tests.support.jobs import delete, patch, picture, put, status
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError
+from index_jobs.index.index_version import link_files
+from index_jobs.index.lexical.analysis import index_terms, query_terms
+from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
+from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import main
-from index_jobs.store.artifact import link_files
-from index_jobs.store.lexical.analysis import index_terms, query_terms
-from index_jobs.store.lexical.lexical_index import LexicalIndex, write_lexical
-from index_jobs.store.versions import open_current
 from tests.support.commands import run
 from tests.support.images import draw
 
@@ -216,7 +216,7 @@ def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
 
 def test_full_disk_is_an_os_error_from_the_first_file_on(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from index_jobs.store.lexical import lexical_index as each; "
+        "import sys, pathlib; from index_jobs.index.lexical import lexical_index as each; "
         "each.write_lexical(pathlib.Path(sys.argv[1]), ['a'])"
     )
     done = run("-c", code, tmp_path / "lexical", file_size=0)

@@ -25,14 +25,13 @@ from dcar_core.util.errors import (
     MissingExtraError,
     StoreUnavailableError,
 )
-from index_jobs.jobs.update import remove
-from index_jobs.store.location import index_path, store_of
-from index_jobs.store.manifest import Current, FileInfo
-from index_jobs.store.object_store import CLIENT
-from index_jobs.store.object_store import ObjectStore as IndexStore
-from index_jobs.store.publish import new_version, rollback, verify_index
-from index_jobs.store.storage import Directory, read_files
-from index_jobs.store.versions import (
+from index_jobs.index.location import index_path, store_of
+from index_jobs.index.manifest import Current, FileInfo
+from index_jobs.index.object_store import CLIENT
+from index_jobs.index.object_store import ObjectStore as IndexStore
+from index_jobs.index.publish import new_version, rollback, verify_index
+from index_jobs.index.storage import Directory, read_files
+from index_jobs.index.versions import (
     current_version,
     list_versions,
     open_current,
@@ -40,6 +39,7 @@ from index_jobs.store.versions import (
     pull,
     version_numbers,
 )
+from index_jobs.jobs.update import remove
 from tests.support.commands import run
 from tests.support.object_store import Machines, ObjectStore, slow_line
 from tests.support.parts import needs
@@ -320,7 +320,7 @@ def test_corrupted_blob_is_refused_until_it_is_published_again(
     store(mirror).put(key, damage(data))
     with monkeypatch.context() as patch:
         patch.setattr(
-            "index_jobs.store.object_store.PART_BYTES", 100
+            "index_jobs.index.object_store.PART_BYTES", 100
         )  # so that a part is beyond the end of a short blob
         with pytest.raises(ArtifactError, match=r"s3://bucket/.*is corrupted: its checksum differs; roll back"):
             published_index(machines["reader"])
@@ -389,7 +389,7 @@ def test_old_versions_and_their_blobs_are_removed(
         blobs.add(len(store(mirror).list("blobs/").collect()))
     assert not killed.exists()
     assert numbers(mirror) == ["versions/5.json", "versions/6.json"]
-    monkeypatch.setattr("index_jobs.store.versions.GRACE_S", 0)
+    monkeypatch.setattr("index_jobs.index.versions.GRACE_S", 0)
     remove(mirror, [first_id(mirror)], keep=1)
     used = {info.sha256 for manifest in list_versions(mirror) for info in manifest.files.values()}
     stored = {each["path"].rpartition("/")[2] for each in store(mirror).list("blobs/").collect()}
@@ -401,7 +401,7 @@ def test_old_versions_and_their_blobs_are_removed(
 def test_replica_whose_version_is_removed_meanwhile_takes_the_next_one(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("index_jobs.store.versions.GRACE_S", 0)
+    monkeypatch.setattr("index_jobs.index.versions.GRACE_S", 0)
     remove(mirror, [first_id(mirror)])
     key = f"blobs/{open_current(mirror).manifest.files['removed.npy'].sha256}"
     with before(machines["reader"], "get_range", lambda: remove(mirror, [first_id(mirror)], keep=1), key):
@@ -457,7 +457,7 @@ def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
     blob = FileInfo(len(data), hashlib.sha256(data).hexdigest())
     store(mirror).put(f"blobs/{blob.sha256}", data)
     short = {name: "1s" if value == "60s" else value for name, value in CLIENT.items()}
-    monkeypatch.setattr("index_jobs.store.object_store.CLIENT", short)
+    monkeypatch.setattr("index_jobs.index.object_store.CLIENT", short)
     with slow_line(server.port, 0.01) as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         reader = IndexStore(machines.url)

@@ -14,9 +14,9 @@ from dcar_core import Encoder
 from dcar_core.model.checkpoint import PORTABLE
 from dcar_core.serving import encoder_cache
 from dcar_core.util.errors import DcarError, RuntimeUnavailableError
+from index_jobs.index.versions import open_current, open_version
 from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
-from index_jobs.store.versions import open_current, open_version
 from tests.support.parts import needs
 from tests.support.versions import Build, file_of
 

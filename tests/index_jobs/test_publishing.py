@@ -14,13 +14,13 @@ import pytest
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
 from dcar_core.util.files import fsync_tree, sha256_of
 from index_jobs.checks import check_file_once
+from index_jobs.index import index_version
+from index_jobs.index.lexical.fusion import DEFAULT_WEIGHT
+from index_jobs.index.manifest import Addition, FileInfo
+from index_jobs.index.publish import new_version, report_os_errors, rollback, verify_index
+from index_jobs.index.storage import Directory
+from index_jobs.index.versions import open_current, open_version, read_manifest
 from index_jobs.jobs.update import remove
-from index_jobs.store import artifact as artifact_module
-from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
-from index_jobs.store.manifest import Addition, FileInfo
-from index_jobs.store.publish import new_version, report_os_errors, rollback, verify_index
-from index_jobs.store.storage import Directory
-from index_jobs.store.versions import open_current, open_version, read_manifest
 from tests.support.versions import file_of, publish_copy, write_manifest
 
 Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path
@@ -67,7 +67,7 @@ def test_shared_files_are_not_read_again(index: Path, monkeypatch: pytest.Monkey
         read.append(info)
         return parts(directory, info)
 
-    monkeypatch.setattr("index_jobs.store.publish.sha256_of", hash_file)
+    monkeypatch.setattr("index_jobs.index.publish.sha256_of", hash_file)
     monkeypatch.setattr(Directory, "parts", read_blob)
     remove(index, [open_current(index).item(0).id])
     assert hashed == ["removed.npy", "2.json"]
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_read_is_named(index: Path, monkeypatch: pytest.Mo
 
 
 def test_half_of_the_images_may_be_missing(index: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifact_module, "_SAMPLE", 24)
+    monkeypatch.setattr(index_version, "_SAMPLE", 24)
     write_manifest(index, replace(open_current(index).manifest, root=str(gallery)))
     artifact = open_current(index)
     assert artifact.find_gallery_fault() is None

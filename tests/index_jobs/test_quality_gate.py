@@ -13,11 +13,11 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.scan import scan
+from index_jobs.index.versions import current_version, open_current, version_numbers
 from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RejectedError
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import main, rebuild
-from index_jobs.store.versions import current_version, open_current, version_numbers
 from tests.support.files import write_jsonl
 from tests.support.images import draw
 from tests.support.versions import Build, file_of

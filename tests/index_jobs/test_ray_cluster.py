@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from dcar_core.util.errors import MissingExtraError
+from index_jobs.index.publish import verify_index
+from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from index_jobs.store.publish import verify_index
-from index_jobs.store.versions import open_current
 from tests.support.commands import Command
 from tests.support.parts import needs
 from tests.support.paths import ROOT

@@ -20,7 +20,7 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.store.versions import open_current, version_numbers
+from index_jobs.index.versions import open_current, version_numbers
 from tests.support.files import write_file
 from tests.support.parts import needs
 from tests.support.versions import Build, file_of

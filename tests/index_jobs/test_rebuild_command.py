@@ -13,9 +13,9 @@ from filelock import FileLock
 
 from app.cli import main as dcar
 from dcar_core.util.errors import DataError
+from index_jobs.index.versions import current_version
 from index_jobs.rebuild import main
 from index_jobs.spec import BuildOptions
-from index_jobs.store.versions import current_version
 from tests.support.commands import run
 
 

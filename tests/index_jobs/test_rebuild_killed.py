@@ -10,8 +10,8 @@ import pytest
 
 from dcar_core.util.errors import DcarError
 from index_jobs.gallery.scan import scan
-from index_jobs.store.publish import verify_index
-from index_jobs.store.versions import current_version
+from index_jobs.index.publish import verify_index
+from index_jobs.index.versions import current_version
 from tests.support.commands import Command, run
 from tests.support.processes import children_of, is_alive
 from tests.support.versions import Build

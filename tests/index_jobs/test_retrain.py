@@ -14,14 +14,14 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import DataError, GateError
+from index_jobs.index import publish
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.publish import verify_index
+from index_jobs.index.versions import current_version, open_current, open_version, version_numbers
 from index_jobs.jobs import retrain as module
 from index_jobs.jobs.retrain import REPORT, ItemPairs, Retraining, read_pairs, retrain
 from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.publish import verify_index
-from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 from tests.support.commands import dcar
 from tests.support.images import draw
 from tests.support.updates import write_images
@@ -50,7 +50,7 @@ def pairs(tiny_gallery: Path, tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs.jsonl", tiny_gallery)
 
 
-def ranks_first(artifact: Artifact, pairs: Path) -> float:
+def ranks_first(artifact: IndexVersion, pairs: Path) -> float:
     """Return the share of texts whose image is the first result."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     vectors = Encoder.load(artifact.checkpoint, device="cpu").encode_text([row["caption"] for row in rows])

@@ -13,10 +13,10 @@ from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import ArtifactError, CheckpointError, DataError, GalleryShrunkError, ModelError
 from dcar_core.util.files import write_json
 from index_jobs.gallery.scan import scan
+from index_jobs.index.index_version import ImageAccess, IndexVersion
+from index_jobs.index.versions import current_version, open_current
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import main
-from index_jobs.store.artifact import Artifact, ImageAccess
-from index_jobs.store.versions import current_version, open_current
 from tests.support.images import draw
 from tests.support.versions import Build
 
@@ -34,7 +34,7 @@ def cameras(tmp_path: Path) -> list[Path]:
     return [camera(tmp_path / "cam1", "red", "blue"), camera(tmp_path / "cam2", "green", "pink")]
 
 
-def images(artifact: Artifact) -> dict[str, bytes]:
+def images(artifact: IndexVersion) -> dict[str, bytes]:
     rows = range(artifact.rows)
     return {artifact.item(row).metadata["file_name"]: artifact.image_bytes(row) for row in rows if artifact.live[row]}
 

@@ -30,9 +30,9 @@ from index_jobs.gallery.storage import (
     parent_folder,
     read_images,
 )
+from index_jobs.index.index_version import ImageAccess
+from index_jobs.index.versions import open_current
 from index_jobs.spec import BuildOptions, IndexSpec
-from index_jobs.store.artifact import ImageAccess
-from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png

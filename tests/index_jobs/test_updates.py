@@ -13,11 +13,11 @@ from app.cli import app
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, LockedError
 from index_jobs.engines.faiss import index as faiss_index
+from index_jobs.index import publish
+from index_jobs.index.filters import filter_rows
+from index_jobs.index.publish import verify_index
+from index_jobs.index.versions import current_version, open_current, open_version, version_numbers
 from index_jobs.jobs.update import add, remove
-from index_jobs.store import publish
-from index_jobs.store.filters import filter_rows
-from index_jobs.store.publish import verify_index
-from index_jobs.store.versions import current_version, open_current, open_version, version_numbers
 from tests.support.commands import dcar
 from tests.support.updates import nearest_ids, write_images
 from tests.support.versions import Build, file_of

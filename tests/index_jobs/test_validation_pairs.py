@@ -18,8 +18,8 @@ from dcar_core.data import Annotations
 from dcar_core.util.errors import DataError
 from index_jobs.engines.measure import caption_queries
 from index_jobs.gallery.scan import Gallery, scan
+from index_jobs.index.versions import open_current
 from index_jobs.jobs import gate
-from index_jobs.store.versions import open_current
 from tests.support.files import write_file, write_jsonl
 from tests.support.images import png
 from tests.support.versions import Build

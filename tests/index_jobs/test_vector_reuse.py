@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from index_jobs.encoding.shards import ShardStore
-from index_jobs.store.versions import open_current
+from index_jobs.index.versions import open_current
 from tests.support.files import write_jsonl
 from tests.support.images import draw
 from tests.support.versions import Build

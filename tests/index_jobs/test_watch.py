@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dcar_core.util.errors import ArtifactError, DataError
+from index_jobs.index.versions import list_versions, open_current, version_numbers
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.watch import watch as watch_index
-from index_jobs.store.versions import list_versions, open_current, version_numbers
 from tests.support.commands import Command
 from tests.support.images import draw, encoded
 from tests.support.jobs import patch, put

@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from index_jobs.index.changes import change_metadata
+from index_jobs.index.jobs import JobQueue
+from index_jobs.index.location import index_path, store_of
+from index_jobs.index.object_store import ObjectStore
+from index_jobs.index.publish import new_version, rollback, verify_index
+from index_jobs.index.versions import current_version, list_versions, open_current, pull
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
-from index_jobs.store.changes import change_metadata
-from index_jobs.store.jobs import JobQueue
-from index_jobs.store.location import index_path, store_of
-from index_jobs.store.object_store import ObjectStore
-from index_jobs.store.publish import new_version, rollback, verify_index
-from index_jobs.store.versions import current_version, list_versions, open_current, pull
 from tests.support.jobs import delete, patch, put
 from tests.support.versions import publish_copy
 

@@ -36,8 +36,8 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import hash_json
 from index_jobs.gallery.scan import scan
+from index_jobs.index.manifest import FileInfo, Manifest
 from index_jobs.spec import IndexSpec
-from index_jobs.store.manifest import FileInfo, Manifest
 from tests.support.files import write_json
 from tests.support.images import encoded
 from tests.support.paths import ROOT

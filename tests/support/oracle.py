@@ -11,7 +11,7 @@ from PIL import Image
 
 from app.search.query import Query
 from app.search.snapshots import Snapshot
-from index_jobs.store.lexical.fusion import text_bonus
+from index_jobs.index.lexical.fusion import text_bonus
 
 CLOSE = 2e-5  # scores are rounded, and sums of floats depend on their order
 

@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 
 from app.api.schemas import SearchResponse
-from index_jobs.store.artifact import Artifact
+from index_jobs.index.index_version import IndexVersion
 
 
 class Client:
@@ -32,7 +32,7 @@ def ids(body: dict[str, Any]) -> list[str]:
     return [result["id"] for result in body["results"]]
 
 
-def ranked(artifact: Artifact, vector: np.ndarray) -> list[tuple[str, float]]:
+def ranked(artifact: IndexVersion, vector: np.ndarray) -> list[tuple[str, float]]:
     vector = vector / np.linalg.norm(vector)
     scores, rows = artifact.search(vector[None].astype(np.float32), artifact.rows)
     return [(artifact.item(int(row)).id, float(score)) for row, score in zip(rows[0], scores[0], strict=True)]

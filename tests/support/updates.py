@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from index_jobs.store.artifact import Artifact
+from index_jobs.index.index_version import IndexVersion
 from tests.support.images import draw
 
 
@@ -21,5 +21,5 @@ def write_images(path: Path, *colors: str, shape: str = "square", **fields: obje
     return path
 
 
-def nearest_ids(artifact: Artifact, vectors: np.ndarray) -> list[str]:
+def nearest_ids(artifact: IndexVersion, vectors: np.ndarray) -> list[str]:
     return [artifact.item(int(row)).id for row in artifact.search(vectors, 1)[1][:, 0]]

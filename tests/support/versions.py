@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dcar_core.util.files import sha256_of
+from index_jobs.index.manifest import CURRENT, Current, Manifest, manifest_key
+from index_jobs.index.publish import new_version
+from index_jobs.index.versions import open_current, read_current, read_manifest
 from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.store.manifest import CURRENT, Current, Manifest, manifest_key
-from index_jobs.store.publish import new_version
-from index_jobs.store.versions import open_current, read_current, read_manifest
 
 Build = Callable[..., RebuildSummary]  # the fixture `build`
 

@@ -10,7 +10,7 @@ from vision_server import VisionServer
 
 from app.cli import app
 from app.cli.adapter import add_plugins
-from index_jobs.store.versions import open_current
+from index_jobs.index.versions import open_current
 from tests.support.images import draw
 from tests.support.shown import assert_shown, shown_blocks
 

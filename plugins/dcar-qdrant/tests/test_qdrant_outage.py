@@ -13,7 +13,7 @@ from qdrant_server import QdrantServer
 
 from dcar_core.util.errors import StoreUnavailableError
 from dcar_qdrant import connection
-from index_jobs.store.versions import open_current
+from index_jobs.index.versions import open_current
 from tests.support.responses import scrape
 from tests.support.service import WORDS, opened, until_ready
 from tests.support.versions import Build

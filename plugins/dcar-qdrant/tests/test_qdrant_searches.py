@@ -17,11 +17,11 @@ from app.search import Index
 from app.search.errors import SearchError
 from dcar_qdrant import index as qdrant_index
 from dcar_qdrant.conditions import to_conditions
+from index_jobs.index.changes import change_metadata
+from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from index_jobs.row_filter import RowFilter
-from index_jobs.store.changes import change_metadata
-from index_jobs.store.versions import open_current
 from tests.support.versions import Build
 
 COUNT, ADDED, REQUESTS = 70, 15, 200

@@ -21,10 +21,10 @@ from dcar_qdrant import connection, engine, index
 from dcar_qdrant.connection import connect
 from dcar_qdrant.engine import QdrantEngine, collection_prefix
 from dcar_qdrant.index import QdrantIndex, QdrantLocation
+from index_jobs.index.location import index_name
+from index_jobs.index.publish import rollback, verify_index
+from index_jobs.index.versions import current_version, open_current, read_manifest
 from index_jobs.jobs.update import add, remove
-from index_jobs.store.location import index_name
-from index_jobs.store.publish import rollback, verify_index
-from index_jobs.store.versions import current_version, open_current, read_manifest
 from tests.support.object_store import Machines, ObjectStore
 from tests.support.updates import write_images
 from tests.support.versions import Build, file_of

@@ -21,11 +21,9 @@ import numpy as np
 from dcar_core.util.errors import ArtifactError, DcarError, LockedError
 from dcar_core.util.files import fsync_path, sha256_of
 from index_jobs.engines.protocol import load_engine
-from index_jobs.row_filter import NO_ROWS
-from index_jobs.spec import BuildOptions
-from index_jobs.store.artifact import Artifact, link_files, read_rows
-from index_jobs.store.location import index_name, location_of, store_of
-from index_jobs.store.manifest import (
+from index_jobs.index.index_version import IndexVersion, link_files, read_rows
+from index_jobs.index.location import index_name, location_of, store_of
+from index_jobs.index.manifest import (
     BLOBS,
     CHANGED,
     CURRENT,
@@ -36,8 +34,8 @@ from index_jobs.store.manifest import (
     manifest_key,
     utc_now,
 )
-from index_jobs.store.storage import Directory, copy_blobs, verify
-from index_jobs.store.versions import (
+from index_jobs.index.storage import Directory, copy_blobs, verify
+from index_jobs.index.versions import (
     collect_blobs,
     current_version_or_none,
     hold_writer_lock,
@@ -50,6 +48,8 @@ from index_jobs.store.versions import (
     require_index,
     version_numbers,
 )
+from index_jobs.row_filter import NO_ROWS
+from index_jobs.spec import BuildOptions
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +115,12 @@ class NewVersion:
         shutil.rmtree(self.folder, ignore_errors=True)
         collect_blobs(Directory(self.index), self.index)
 
-    def link(self, version: Artifact, prefix: str = "", without: tuple[str, ...] = ()) -> None:
+    def link(self, version: IndexVersion, prefix: str = "", without: tuple[str, ...] = ()) -> None:
         """Take over the files of a published version whose names begin with a prefix, and not with others."""
         names = {each for each in version.manifest.files if each.startswith(prefix) and not each.startswith(without)}
         link_files({name: version.manifest.path(self.index, name) for name in names}, self.folder)
 
-    def prepare(self, manifest: Manifest) -> Artifact:
+    def prepare(self, manifest: Manifest) -> IndexVersion:
         """Put the files as blobs, flush and read them back, and return the opened version.
 
         Args:
@@ -150,7 +150,7 @@ class NewVersion:
             manifest, version=self.number, created=utc_now(), files=files, replaced=self._replaced,
             rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
         )  # fmt: skip
-        version = Artifact.open(self.index, manifest)
+        version = IndexVersion.open(self.index, manifest)
         verify(Directory(self.index), manifest, known)
         return version
 

@@ -16,10 +16,10 @@ from filelock import FileLock
 
 from dcar_core.util.errors import ArtifactError, LockedError
 from dcar_core.util.processes import hold_lock
-from index_jobs.store.artifact import Artifact, ImageAccess
-from index_jobs.store.location import index_path, location_of, store_of
-from index_jobs.store.manifest import BLOBS, CURRENT, VERSIONS, Current, Manifest, manifest_key
-from index_jobs.store.storage import GRACE_S, Directory, Storage, copy_blobs
+from index_jobs.index.index_version import ImageAccess, IndexVersion
+from index_jobs.index.location import index_path, location_of, store_of
+from index_jobs.index.manifest import BLOBS, CURRENT, VERSIONS, Current, Manifest, manifest_key
+from index_jobs.index.storage import GRACE_S, Directory, Storage, copy_blobs
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def require_index(index: Path) -> Current:
     return current
 
 
-def open_current(index: Path, access: ImageAccess | None = None) -> Artifact:
+def open_current(index: Path, access: ImageAccess | None = None) -> IndexVersion:
     """Open the published version. access: limits on the images that are read; None for no limit.
 
     Raises:
@@ -82,9 +82,9 @@ def open_current(index: Path, access: ImageAccess | None = None) -> Artifact:
             current = newest
 
 
-def open_version(index: Path, version: int, access: ImageAccess | None = None) -> Artifact:
+def open_version(index: Path, version: int, access: ImageAccess | None = None) -> IndexVersion:
     """Open a version by its number; other arguments and errors as of `open_current`."""
-    return Artifact.open(index, read_manifest(index, version), access)
+    return IndexVersion.open(index, read_manifest(index, version), access)
 
 
 def version_numbers(index: Path) -> list[int]:

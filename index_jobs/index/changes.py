@@ -15,13 +15,13 @@ import numpy as np
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
+from index_jobs.index import publish
+from index_jobs.index.index_version import IndexVersion, write_rows
+from index_jobs.index.items import Items, fit_one_field, type_of
+from index_jobs.index.lexical.lexical_index import item_texts, replace_texts
+from index_jobs.index.manifest import CHANGED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.index.versions import open_current
 from index_jobs.spec import BuildOptions
-from index_jobs.store import publish
-from index_jobs.store.artifact import Artifact, write_rows
-from index_jobs.store.items import Items, fit_one_field, type_of
-from index_jobs.store.lexical.lexical_index import item_texts, replace_texts
-from index_jobs.store.manifest import CHANGED, ITEMS, LEXICAL, Manifest, counted
-from index_jobs.store.versions import open_current
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ChangeSummary:
 class Draft:
     """The items of a version with changed fields."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: IndexVersion) -> None:
         self._artifact = artifact
         self._types = dict(artifact.fields)
         self._given = set[str]()

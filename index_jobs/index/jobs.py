@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import write_bytes
 from dcar_core.util.processes import hold_lock
-from index_jobs.store.versions import open_version, version_numbers
+from index_jobs.index.versions import open_version, version_numbers
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from dcar_core.util.json_text import replace_surrogates
 from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 
 if TYPE_CHECKING:
-    from index_jobs.store.artifact import Artifact
+    from index_jobs.index.index_version import IndexVersion
 
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
@@ -47,7 +47,7 @@ class FilterError(DataError):
         self.message = message
 
 
-def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
+def match_rows(artifact: "IndexVersion", filter: Mapping[str, Any]) -> Mask:
     """Return the live items that meet every condition, bool (rows,).
 
     Raises:
@@ -57,7 +57,7 @@ def match_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> Mask:
     return _match_all(artifact, filter)
 
 
-def filter_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> RowFilter:
+def filter_rows(artifact: "IndexVersion", filter: Mapping[str, Any]) -> RowFilter:
     """Return the live items that meet every condition. The mask is made by `match_rows` when it is first read.
 
     Raise FilterError if no item has such a field, or a condition does not fit it.
@@ -72,7 +72,7 @@ def filter_rows(artifact: "Artifact", filter: Mapping[str, Any]) -> RowFilter:
 class _Chosen:
     """Some rows of an artifact, ascending."""
 
-    def __init__(self, artifact: "Artifact", rows: Rows) -> None:
+    def __init__(self, artifact: "IndexVersion", rows: Rows) -> None:
         self._artifact, self._rows = artifact, rows
         self.fields, self.rows, self.live = artifact.fields, len(rows), ~np.isin(rows, artifact.removed)
 
@@ -125,7 +125,7 @@ def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
             yield field
 
 
-def _match_all(artifact: "Artifact | _Chosen", filter: Mapping[str, Any]) -> Mask:
+def _match_all(artifact: "IndexVersion | _Chosen", filter: Mapping[str, Any]) -> Mask:
     mask = artifact.live.copy()
     for field, condition in filter.items():
         if field == _OR:
@@ -137,7 +137,7 @@ def _match_all(artifact: "Artifact | _Chosen", filter: Mapping[str, Any]) -> Mas
     return mask
 
 
-def _match_any(artifact: "Artifact | _Chosen", filters: Any) -> Mask:
+def _match_any(artifact: "IndexVersion | _Chosen", filters: Any) -> Mask:
     if not isinstance(filters, list) or not filters or not all(isinstance(part, dict) for part in filters):
         raise FilterError(_OR, "takes a list of filters; one of them must hold")
     mask = np.zeros(artifact.rows, np.bool_)

@@ -33,12 +33,12 @@ from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, St
 from dcar_core.util.files import atomic_writer
 from index_jobs.engines.protocol import ScoredRows, VectorIndex, load_engine, merge_top_k
 from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE, is_url, join_location, open_image
+from index_jobs.index.items import Items, common_type, take_rows, typed_array
+from index_jobs.index.lexical.fusion import spread_rows
+from index_jobs.index.lexical.lexical_index import LexicalIndex
+from index_jobs.index.location import location_of
+from index_jobs.index.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, REMOVED, Manifest
 from index_jobs.row_filter import NO_ROWS, RowFilter
-from index_jobs.store.items import Items, common_type, take_rows, typed_array
-from index_jobs.store.lexical.fusion import spread_rows
-from index_jobs.store.lexical.lexical_index import LexicalIndex
-from index_jobs.store.location import location_of
-from index_jobs.store.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, REMOVED, Manifest
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
@@ -136,7 +136,7 @@ class Segment:
     roots: Sequence[str]
 
 
-class Artifact:
+class IndexVersion:
     """One opened version.
 
     index: the directory. rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose
@@ -155,8 +155,8 @@ class Artifact:
         self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
 
     @classmethod
-    def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "Artifact":
-        """Open a version of an index directory; see `index_jobs.store.versions`.
+    def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "IndexVersion":
+        """Open a version of an index directory; see `index_jobs.index.versions`.
 
         Raises:
             ArtifactError: a file is missing, too short or unreadable, or the files do not fit together.

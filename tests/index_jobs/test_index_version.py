@@ -17,12 +17,12 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError
 from index_jobs.gallery.scan import SCHEMA, scan
+from index_jobs.index import items
+from index_jobs.index.index_version import ImageAccess, IndexVersion
+from index_jobs.index.manifest import Current, Manifest
+from index_jobs.index.publish import new_version, rollback, verify_index
+from index_jobs.index.versions import current_version, list_versions, open_current, version_numbers
 from index_jobs.jobs.update import remove
-from index_jobs.store import items
-from index_jobs.store.artifact import Artifact, ImageAccess
-from index_jobs.store.manifest import Current, Manifest
-from index_jobs.store.publish import new_version, rollback, verify_index
-from index_jobs.store.versions import current_version, list_versions, open_current, version_numbers
 from tests.support.encoding import cut, flip
 from tests.support.versions import file_of, publish_copy, write_manifest
 
@@ -49,11 +49,11 @@ def test_search_and_items(
     np.testing.assert_allclose(artifact.vectors(rows[1:2, 0]), vectors[1:], atol=1e-5)
     assert artifact.image_bytes(int(rows[0, 0])) == (tiny_gallery / "cross" / "red.png").read_bytes()
     ids = artifact.column("id").to_pylist()
-    monkeypatch.setattr("index_jobs.store.artifact._CACHED_ITEMS", 5)
+    monkeypatch.setattr("index_jobs.index.index_version._CACHED_ITEMS", 5)
     assert [artifact.row_of(each) for each in ids] == list(range(24))
     assert [artifact.row_of(artifact.item(row).id) for row in range(24)] == list(range(24)), "of items that were shown"
     assert len(artifact.known) <= 5
-    monkeypatch.setattr("index_jobs.store.artifact._CACHED_BYTES", 100)
+    monkeypatch.setattr("index_jobs.index.index_version._CACHED_BYTES", 100)
     other = open_current(published)
     assert other.item(0) == other.item(0)
     assert not other.known, "long texts are read again"
@@ -91,8 +91,8 @@ def test_rows_queries_and_fields_that_it_lacks_are_refused(published: Path) -> N
 def test_removed_rows_are_skipped_without_a_mask(removed: Any) -> None:
     artifact: Any = SimpleNamespace(removed=np.array(removed, np.int64))
     live = np.setdiff1d(np.arange(10), artifact.removed)
-    assert Artifact._nth_live(artifact, np.arange(len(live))).tolist() == live.tolist()
-    assert [row for row in range(10) if not Artifact._is_removed(artifact, row)] == live.tolist()
+    assert IndexVersion._nth_live(artifact, np.arange(len(live))).tolist() == live.tolist()
+    assert [row for row in range(10) if not IndexVersion._is_removed(artifact, row)] == live.tolist()
 
 
 def test_another_encoder_is_refused_with_the_command_to_run(
@@ -281,7 +281,7 @@ def test_version_that_is_not_on_disk_is_not_published(index: Path, monkeypatch: 
         if path.name == "index.faiss":
             flip(path)
 
-    monkeypatch.setattr("index_jobs.store.publish.fsync_path", damage)
+    monkeypatch.setattr("index_jobs.index.publish.fsync_path", damage)
     with pytest.raises(ArtifactError, match=r"index\.faiss of version 2: .* is corrupted"):
         publish_copy(index)
     assert current_version(index) == 1
@@ -301,16 +301,16 @@ def test_remains_of_a_killed_writer_are_deleted(index: Path) -> None:
 
 def test_reader_follows_when_its_version_is_removed_under_it(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CURRENT is read, then a writer publishes and removes that version, then the reader opens it."""
-    opened, ids = Artifact.open, open_current(index).column("id").to_pylist()
+    opened, ids = IndexVersion.open, open_current(index).column("id").to_pylist()
     remove(index, ids[:1])
 
-    def late(index: Path, manifest: Manifest, *access: ImageAccess) -> Artifact:
+    def late(index: Path, manifest: Manifest, *access: ImageAccess) -> IndexVersion:
         if manifest.version == 2:
-            monkeypatch.setattr(Artifact, "open", opened)
+            monkeypatch.setattr(IndexVersion, "open", opened)
             remove(index, ids[1:2], keep=1)
         return opened(index, manifest, *access)
 
-    monkeypatch.setattr(Artifact, "open", late)
+    monkeypatch.setattr(IndexVersion, "open", late)
     assert open_current(index).manifest.version == 3
 
 

@@ -26,7 +26,7 @@ from dcar_core.util.arrays import Floats, Mask, Rows
 from dcar_core.util.errors import ArtifactError, is_panic
 from dcar_core.util.files import apply_umask
 from index_jobs.checks import require_rows
-from index_jobs.store.lexical.analysis import index_terms, query_terms
+from index_jobs.index.lexical.analysis import index_terms, query_terms
 
 _ROW, _TERMS = "row", "terms"
 _ANALYZER = "terms"

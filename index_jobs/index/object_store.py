@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import Any
 
 from dcar_core.util.errors import ArtifactError, StoreUnavailableError, is_panic
-from index_jobs.store.manifest import CURRENT, FileInfo
-from index_jobs.store.storage import Storage, Stored
+from index_jobs.index.manifest import CURRENT, FileInfo
+from index_jobs.index.storage import Storage, Stored
 
 PART_BYTES, _PARTS = 8 * 2**20, 8  # of a blob; this many are fetched at a time
 _MAX_PARTS = 5_000  # of an upload; stores allow 10,000

@@ -16,8 +16,8 @@ from dcar_core.util.arrays import Floats, Rows
 
 if TYPE_CHECKING:
     from index_jobs.engines.protocol import ScoredRows
+    from index_jobs.index.lexical.lexical_index import LexicalIndex
     from index_jobs.row_filter import RowFilter
-    from index_jobs.store.lexical.lexical_index import LexicalIndex
 
 DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example
 WEIGHTS = (0.3, 0.5, DEFAULT_WEIGHT, 0.9)

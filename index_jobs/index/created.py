@@ -20,10 +20,10 @@ import numpy as np
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
 from dcar_core.util.processes import hold_lock
+from index_jobs.index.index_version import IndexVersion
+from index_jobs.index.jobs import JobQueue
+from index_jobs.index.manifest import CHECKPOINT, Manifest
 from index_jobs.spec import IndexSpec
-from index_jobs.store.artifact import Artifact
-from index_jobs.store.jobs import JobQueue
-from index_jobs.store.manifest import CHECKPOINT, Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ _NEW, _OLD, _LOCK = ".new-", ".old-", ".lock"
 _DROP_S = 2.0
 
 
-def empty_artifact(index: Path, fingerprint: str, dim: int) -> Artifact:
+def empty_artifact(index: Path, fingerprint: str, dim: int) -> IndexVersion:
     """Return version 0 of a created collection, without rows; its model has this fingerprint and vectors (dim,)."""
     manifest = Manifest(spec=IndexSpec(fingerprint=fingerprint), dim=dim, kind="Flat")
-    return Artifact(index, manifest, [], np.empty(0, np.int64))
+    return IndexVersion(index, manifest, [], np.empty(0, np.int64))
 
 
 def list_collections(folder: Path) -> dict[str, Path]:

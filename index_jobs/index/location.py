@@ -12,7 +12,7 @@ from dcar_core.util.errors import DataError, DcarError, MissingExtraError
 from dcar_core.util.files import default_cache_directory, write_bytes
 
 if TYPE_CHECKING:
-    from index_jobs.store.storage import Storage
+    from index_jobs.index.storage import Storage
 
 _URL_FILE = "store.url"  # in the mirror of an object store
 _URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)  # pathlib makes one slash of two
@@ -68,6 +68,6 @@ def store_of(index: Path) -> "Storage | None":
 
 @cache
 def _open(mirror: Path) -> "Storage":
-    from index_jobs.store.object_store import ObjectStore
+    from index_jobs.index.object_store import ObjectStore
 
     return ObjectStore(location_of(mirror))

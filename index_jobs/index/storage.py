@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 from dcar_core.util.errors import ArtifactError, LockedError
 from dcar_core.util.files import atomic_writer, write_bytes
-from index_jobs.store.manifest import BLOBS, CURRENT, VERSIONS, Current, FileInfo, Manifest
+from index_jobs.index.manifest import BLOBS, CURRENT, VERSIONS, Current, FileInfo, Manifest
 
 GRACE_S = 24 * 3600
 _BLOCK = 2**20  # bytes of a file that are read at a time

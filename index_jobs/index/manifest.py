@@ -10,8 +10,8 @@ from typing import Any
 
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.files import hash_json
+from index_jobs.index.lexical.fusion import DEFAULT_WEIGHT
 from index_jobs.spec import IndexSpec
-from index_jobs.store.lexical.fusion import DEFAULT_WEIGHT
 
 FORMAT = 4
 CURRENT, VERSIONS, BLOBS = "CURRENT", "versions", "blobs"

@@ -1,4 +1,4 @@
-"""Published indexes on disk: versions, manifests, items, filters, vectors, and the atomic switch of CURRENT.
+"""Published indexes as blobs, on disk and in object storage: versions, items, filters, and the switch of CURRENT.
 
 In: an index directory. Out: opened versions to search, and functions that publish, verify and roll back.
 With `jobs.apply`, all of `index_jobs` that the service (`app`, except its CLI) may import.
