@@ -26,10 +26,17 @@ NAMES = auto_exports()
 NAME = NAMES[0]
 
 
+@pytest.fixture(scope="module")
+def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    by_name(tiny_checkpoint, cache)
+    return cache / "exports"
+
+
 @pytest.fixture
-def chosen(exports: Path, tmp_path: Path) -> Path:
+def chosen(exported: Path, tmp_path: Path) -> Path:
     """A cache with an export that a test may break. Each load has a backbone of its own, as at a start."""
-    copy_exports(exports, tmp_path / "cache")
+    copy_exports(exported, tmp_path / "cache")
     return tmp_path / "cache"
 
 
