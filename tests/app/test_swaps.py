@@ -109,7 +109,7 @@ async def test_swaps_under_load_drop_no_request_and_leak_no_memory(
         await asyncio.to_thread(rollback, index, 2)
         await swap(client, 2)  # no search follows that would free memory
         kept.note(client)
-        served = [(2, name) for name in ("IndexVersion", "DCAR", "Encoder")]
+        served = [(2, name) for name in ("DCAR", "Encoder", "IndexVersion")]
         for _ in range(50):  # threads of replaced versions may take a moment to end
             gc.unfreeze()  # what earlier modules left, and is garbage by now, may hold others
             gc.collect()
