@@ -63,8 +63,7 @@ def services(*each: dict[str, Any]) -> Iterator[tuple[int, list[Server]]]:
         port = servers[0].port
         if len(servers) > 1:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            url = stack.enter_context(behind_nginx(folder, *(server.port for server in servers)))
-            port = int(url.rpartition(":")[2])
+            port = stack.enter_context(behind_nginx(folder, *(server.port for server in servers)))
         yield port, servers
 
 

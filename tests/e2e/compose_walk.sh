@@ -1,6 +1,6 @@
 #!/bin/sh
-# The compose file, walked from outside: up, search by text and by picture, the cache, without Redis, up again; then the
-# profile replicas: searches through nginx during a publication and without one of the services, which Prometheus
+# The compose file, walked from outside, through nginx: up, search by text and by picture, the cache, without Redis, up
+# again; then the profile replicas: searches during a publication and without one of the services, which Prometheus
 # scrapes; down.
 #
 #   tests/e2e/compose_walk.sh                           with `docker compose`
@@ -11,7 +11,6 @@ set -eu
 cd "$(dirname "$0")/../.."
 export DCAR_PORT_PUBLISHED="${DCAR_PORT_PUBLISHED:-18000}"
 URL="http://127.0.0.1:$DCAR_PORT_PUBLISHED"
-export NGINX_PORT="${NGINX_PORT:-18080}"
 compose="${COMPOSE:-docker compose} -p dcar-walk"
 both="$compose --profile replicas"
 all="$both --profile monitoring"
@@ -76,6 +75,7 @@ $compose exec -T redis redis-cli --scan | hold "the cache is in Redis" "dcar:"
 $compose exec -T api id | hold "not root" "uid=10001"
 curl -s -o /dev/null -w '%{http_code}' "$URL/search/text" -H 'content-type: application/json' -d '{"query": ""}' |
     hold "a bad query" 422
+curl -s -o /dev/null -w '%{http_code}' "$URL/metrics" | hold "metrics are not for strangers" 403
 
 $compose kill redis >/dev/null 2>&1
 text "red apple" | hold "without Redis" '"rank":1'
@@ -94,7 +94,7 @@ $compose up -d ${UP_ARGS:-}
 ready
 index_file | hold "up again reuses the index" "$made"
 
-version() { # version N: nginx has led to N twenty times in a row
+version() { # version N: it has answered twenty times in a row
     tries=0 same=0
     while [ "$same" -lt 20 ]; do
         case $(curl -s --max-time 5 "$URL/readyz") in
@@ -115,9 +115,6 @@ unfailed() { # unfailed WHEN: no search has failed, twenty of them from now on
 }
 
 $both up -d ${UP_ARGS:-}
-URL="http://127.0.0.1:$NGINX_PORT"
-ready
-version 1
 $all up -d ${UP_ARGS:-} prometheus
 tries=0
 until $both exec -T api python -ISc 'import urllib.request as r
