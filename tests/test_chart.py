@@ -38,6 +38,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "nodeSelector": {"disk": "ssd"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
         "pod": {"serviceAccountName": "reads-buckets", "runtimeClassName": "nvidia", "affinity": {"nodeAffinity": {}}},
+        "ingress": {
+            "host": "images.example",
+            "className": "nginx",
+            "tlsSecret": "images",
+            "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "9m"},
+        },
         "networkPolicy": {
             "from": [{"podSelector": {"matchLabels": {"app": "shop"}}}],
             "egress": [{"ports": [{"port": 6379}]}],
