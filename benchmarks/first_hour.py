@@ -31,9 +31,10 @@ from typing import Any
 
 from encode import random_model
 from PIL import Image
-from service import ROOT, free_port
+from service import ROOT
 
 from dcar_core.images import open_image
+from tests.support.processes import free_port
 
 EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
 CAMERAS = ("cam1", "cam2", "cam3")

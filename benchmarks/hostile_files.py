@@ -2,11 +2,10 @@
 
 import io
 import struct
-import zlib
 
 from PIL import Image
 
-from tests.support.hostile_images import png_chunk
+from tests.support.hostile_images import png_chunk, tiff
 
 
 def encoded(kind: str, side: int, **options: object) -> bytes:
@@ -16,42 +15,9 @@ def encoded(kind: str, side: int, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def many_scans(count: int) -> bytes:
-    """Return a progressive JPEG whose last scan is repeated."""
-    data = encoded("JPEG", 1500, progressive=True)
-    start = data.rindex(b"\xff\xda")
-    return data[:start] + data[start:-2] * count + data[-2:]
-
-
-def many_comments(count: int) -> bytes:
-    """Return a GIF with many empty comments."""
-    data = encoded("GIF", 64)
-    return data[:-1] + b"\x21\xfe\x00" * count + b";"
-
-
-def tile_bomb(side: int) -> bytes:
-    """Return a TIFF of 16 x 16 pixels with one tile of side x side."""
-    tile = zlib.compress(bytes(side * side), 9)
-    tags = [
-        (256, 16),
-        (257, 16),
-        (258, 8),
-        (259, 8),
-        (262, 1),
-        (277, 1),
-        (322, side),
-        (323, side),
-        (324, 8),
-        (325, len(tile)),
-    ]
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
-    return b"II*\x00" + struct.pack("<I", 8 + len(tile)) + tile + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
 def many_tags(count: int) -> bytes:
     """Return a TIFF with many tags."""
-    tags = b"".join(struct.pack("<HHII", 700 + number, 4, 1, number) for number in range(count))
-    return b"II*\x00" + struct.pack("<IH", 8, count) + tags + bytes(4)
+    return tiff({700 + number: (4, 1, bytes(4)) for number in range(count)})
 
 
 def heif_bomb(side: int) -> bytes:

@@ -31,9 +31,8 @@ from typing import Any
 import httpx
 from load import closed_loop, text_request, unique_texts
 from serve import median, new_texts, run
-from service import ROOT, Redis, Server, emoji, serving
+from service import ROOT, Server, emoji, serving
 
-sys.path.insert(0, str(ROOT))
 from app.core.settings import Settings
 from app.search import Index
 from app.search.snapshots import load_snapshot
@@ -44,6 +43,7 @@ from index_jobs.index.versions import current_version, open_current, published_i
 from index_jobs.jobs.update import add, remove
 from tests.support.nginx import behind_nginx
 from tests.support.object_store import Machines, ObjectStore
+from tests.support.redis_server import RedisServer
 from tests.support.versions import publish_copy
 
 CONNECTIONS = 16
@@ -114,7 +114,7 @@ class Day:
     async def until(self, share: float) -> None:
         await asyncio.sleep(max(0.0, self.began + share * self.seconds - time.monotonic()))
 
-    async def run(self, port: int, servers: list[Server], redis: Redis) -> None:
+    async def run(self, port: int, servers: list[Server], redis: RedisServer) -> None:
         self.began, self.end = time.monotonic(), time.monotonic() + self.seconds
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=ADMIN) as client:
             work = [self.read(client), self.read(client), self.publish(), self.harm(servers, redis), self.write(client)]
@@ -207,14 +207,14 @@ class Day:
                 except (LockedError, StoreUnavailableError):  # a change is being applied, or the store is lost
                     await asyncio.sleep(0.1)
 
-    async def harm(self, servers: list[Server], redis: Redis) -> None:
+    async def harm(self, servers: list[Server], redis: RedisServer) -> None:
         first, second = servers
         steps: list[tuple[float, str, Callable[[], object]]] = [
             (0.1, "killed replicas", first.process.kill), (0.15, "", first.start),
-            (0.3, "losses of Redis", redis.kill), (0.4, "", redis.start),
+            (0.3, "losses of Redis", redis.stop), (0.4, "", redis.start),
             (0.7, "killed replicas", second.process.kill), (0.75, "", second.start),
-            (0.85, "losses of Redis", lambda: redis.process.send_signal(signal.SIGSTOP)),
-            (0.95, "", lambda: redis.process.send_signal(signal.SIGCONT)),
+            (0.85, "losses of Redis", lambda: redis.send_signal(signal.SIGSTOP)),
+            (0.95, "", lambda: redis.send_signal(signal.SIGCONT)),
         ]  # fmt: skip
         if (store := self.store) is not None:
             steps.append((0.5, "losses of the store", lambda: store.send_signal(signal.SIGSTOP)))
@@ -252,8 +252,7 @@ def day(source: Path, minutes: float, has_store: bool) -> bool:
     import uvloop
 
     with tempfile.TemporaryDirectory(dir=source.parent) as temporary, ExitStack() as stack:
-        folder, redis, store = Path(temporary), Redis(), None
-        stack.callback(redis.kill)
+        folder, redis, store = Path(temporary), stack.enter_context(RedisServer()), None
         shared = {"redis_url": redis.url, "poll_s": 0.5, "threads": 1}
         if has_store:
             (folder / "store").mkdir()

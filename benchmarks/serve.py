@@ -32,7 +32,9 @@ import httpx
 import numpy as np
 from load import Requests, Tally, ask, closed_loop, image_request, open_loop, same_answer, text_request, unique_texts
 from PIL import Image
-from service import Redis, Server, emoji, random_vit, serving
+from service import Server, emoji, random_vit, serving
+
+from tests.support.redis_server import RedisServer
 
 T = TypeVar("T")
 LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}
@@ -78,8 +80,7 @@ def new_texts(seed: int) -> Requests:
 def cached(index: Path, seconds: float, rounds: int) -> None:
     texts = list(itertools.islice(unique_texts(1), 500))
     asked = itertools.cycle([text_request(text) for text in texts])
-    redis = Redis()
-    try:
+    with RedisServer() as redis:
         for name, settings in (
             ("embeddings in the process", {"redis_url": redis.url}),
             ("from Redis alone", {"redis_url": redis.url, "cache_size": 0}),
@@ -96,8 +97,6 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
                     ]
                     cpu = (server.cpu_s() - began) / sum(len(tally.latencies) for tally in tallies)
                     print(f"{name:30} c={connections}  {median(tallies)}   {cpu * 1e6:.0f} us of CPU each", flush=True)
-    finally:
-        redis.kill()
 
 
 def feedback(index: Path, seconds: float, rounds: int) -> None:

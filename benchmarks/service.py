@@ -1,4 +1,4 @@
-"""A server process, a Redis and galleries for the benchmarks of the service.
+"""A server process and galleries for the benchmarks of the service.
 
 - `emoji`: the bundled example, indexed once by `dcar index build`.
 - `random_vit`: ViT-B/32 with random weights over 100,000 clustered vectors, with the size and speed of a real model.
@@ -7,9 +7,7 @@
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,16 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.processes import free_port
+
 if TYPE_CHECKING:
     from dcar_core.util.arrays import Floats
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class MemoryGroup:
@@ -154,31 +148,6 @@ def serving(index: Path, **settings: Any) -> Iterator[Server]:
         yield server
     finally:
         server.stop()
-
-
-class Redis:
-    """A redis-server without persistence that can be killed and restarted."""
-
-    def __init__(self) -> None:
-        if shutil.which("redis-server") is None:
-            raise SystemExit("redis-server is not installed: apt-get install redis-server")
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.start()
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                return
-            except OSError:
-                time.sleep(0.05)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 def emoji(work: Path) -> Path:

@@ -27,11 +27,12 @@ from pathlib import Path
 
 from load import Requests, ask, closed_loop, image_request, post, same_answer, text_request, unique_texts
 from serve import images, new_images, new_texts
-from service import ROOT, MemoryGroup, Redis, Server, emoji
+from service import ROOT, MemoryGroup, Server, emoji
 
 from index_jobs.index.publish import rollback
 from index_jobs.index.versions import open_current, read_manifest, version_numbers
 from tests.support.hostile_images import png_of_size
+from tests.support.redis_server import RedisServer
 
 PAUSE_S = 0.01  # pause of each caller between two requests, so every caller gets its turn
 LEAST_MINUTES = 0.5
@@ -110,21 +111,21 @@ async def swaps(index: Path, until: float, every: float, log: list[str]) -> None
         log.append(f"version {version}")
 
 
-async def disturb_redis(redis: Redis, began: float, seconds: float, log: list[str]) -> None:
+async def disturb_redis(redis: RedisServer, began: float, seconds: float, log: list[str]) -> None:
     async def at(share: float) -> None:
         await asyncio.sleep(max(0.0, began + share * seconds - time.monotonic()))
 
     await at(0.2)
-    redis.kill()
+    redis.stop()
     log.append("redis killed")
     await at(0.4)
     await asyncio.to_thread(redis.start)
     log.append("redis started")
     await at(0.6)
-    redis.process.send_signal(signal.SIGSTOP)
+    redis.send_signal(signal.SIGSTOP)
     log.append("redis stopped")
     await at(0.7)
-    redis.process.send_signal(signal.SIGCONT)
+    redis.send_signal(signal.SIGCONT)
     log.append("redis goes on")
 
 
@@ -134,7 +135,7 @@ async def watch(server: Server, until: float, samples: list[float]) -> None:
         await asyncio.sleep(2)
 
 
-async def soak(server: Server, redis: Redis, index: Path, seconds: float, every: float) -> bool:
+async def soak(server: Server, redis: RedisServer, index: Path, seconds: float, every: float) -> bool:
     began = time.monotonic()
     until = began + seconds
     samples: list[float] = []
@@ -236,13 +237,14 @@ def main() -> None:
 
         example = ROOT / "examples" / "emoji" / "twemoji"
         rebuild(example, example / "checkpoint", index, force=True, progress=False)
-    redis, group = Redis(), MemoryGroup(MEMORY)
+    redis, group = RedisServer(), MemoryGroup(MEMORY)
+    redis.start()
     server = Server(index, group=group, redis_url=redis.url, poll_s=0.5, cache_size=100, max_upload_bytes=2**20)
     try:
         whole = uvloop.run(soak(server, redis, index, 60 * given.minutes, given.swap))
     finally:
         server.stop()
-        redis.kill()
+        redis.stop()
         peak, ended = group.report()
         group.close()
     limit = "not limited here" if group.path is None else f"limited to {MEMORY / 1e6:.0f} MB, at most {peak:.0f}"

@@ -16,9 +16,8 @@ from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, colours, files
 from dcar_core.util.errors import DataError, ImageError, ImageFault
 from tests.support.files import write_file
 from tests.support.hostile_images import png_of_size, png_with_profile
-from tests.support.images import encoded
+from tests.support.images import encoded, peak_memory
 from tests.support.parts import needs
-from tests.support.processes import peak_memory
 
 
 def whole(image: Image.Image) -> np.ndarray:

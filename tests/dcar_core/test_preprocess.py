@@ -14,8 +14,7 @@ from PIL import Image
 from dcar_core import Encoder
 from dcar_core.images import ImageRoot, index_tar, open_image
 from dcar_core.model import preprocess
-from tests.support.images import encoded
-from tests.support.processes import peak_memory
+from tests.support.images import encoded, peak_memory
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "emoji" / "twemoji"
 

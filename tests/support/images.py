@@ -5,6 +5,25 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from tests.support.commands import run
+
+PEAK_MEMORY = """
+import re, sys
+from pathlib import Path
+from dcar_core.model.preprocess import Preprocess
+
+
+def peak():  # of this program; getrusage counts from the parent's
+    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
+
+
+data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
+chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
+before = peak()
+(chosen if mode == "exact" else chosen.fast())(data)
+print(peak() - before)
+"""
+
 
 def draw(color: str, shape: str, side: int = 48) -> Image.Image:
     """Draw one of conftest's shapes on white."""
@@ -39,3 +58,14 @@ def write_image(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), "red").save(path)
     return path
+
+
+def peak_memory(data: bytes, mode: str, folder: Path) -> int:
+    """Return the bytes that a file adds to the peak memory of a process.
+
+    mode: "exact" or "fast" preprocessing.
+    """
+    (folder / "image").write_bytes(data)
+    done = run("-c", PEAK_MEMORY, folder / "image", mode)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)

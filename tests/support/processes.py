@@ -1,4 +1,4 @@
-"""Processes, threads, ports and memory."""
+"""Processes, threads and ports."""
 
 import os
 import socket
@@ -10,25 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseServer
 from typing import Self
-
-from tests.support.commands import run
-
-PEAK_MEMORY = """
-import re, sys
-from pathlib import Path
-from dcar_core.model.preprocess import Preprocess
-
-
-def peak():  # of this program; getrusage counts from the parent's
-    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+) kB", Path("/proc/self/status").read_text())[1])
-
-
-data, mode = Path(sys.argv[1]).read_bytes(), sys.argv[2]
-chosen = Preprocess(224, (0.5,) * 3, (0.5,) * 3)
-before = peak()
-(chosen if mode == "exact" else chosen.fast())(data)
-print(peak() - before)
-"""
 
 
 def without_pytorch(folder: Path) -> dict[str, str]:
@@ -78,17 +59,6 @@ def answering(server: BaseServer) -> Iterator[None]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def peak_memory(data: bytes, mode: str, folder: Path) -> int:
-    """Return the bytes that a file adds to the peak memory of a process.
-
-    mode: "exact" or "fast" preprocessing.
-    """
-    (folder / "image").write_bytes(data)
-    done = run("-c", PEAK_MEMORY, folder / "image", mode)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
 
 
 class ServerProcess:
