@@ -1,10 +1,12 @@
 """Assemble the application.
 
-- The lifespan starts loading in the background and returns: /healthz works at once, /readyz once searches do.
+- The lifespan starts loading in the background and returns: /healthz works at once, /readyz once searches do. That of
+  one of several workers waits for the first load: it accepts connections after it.
 - Shutdown finishes pending requests, then stops the batcher, the cache and the threads.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
@@ -17,13 +19,13 @@ from app.api import error_handlers, openapi
 from app.api.image_urls import ImageFetcher
 from app.api.routes import add_routes
 from app.api.routing import GuardedRoute, refuse_unknown
-from app.core.metrics import Metrics, Tracer
+from app.core.metrics import Metrics, start_tracing
 from app.core.rate_limit import RateLimiter
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
-from app.middleware.access import Access
-from app.middleware.body_limit import BodyLimit
-from app.middleware.request_log import RequestLog
+from app.http.access import Access
+from app.http.body_limit import BodyLimit
+from app.http.envelope import Envelope
 from app.service.collections import Collections, ServedIndex
 from app.service.embedding_cache import EmbeddingCache
 from app.service.retriever import Retriever
@@ -32,17 +34,15 @@ from dcar_core.util.errors import DcarError
 from index_jobs.index.manifest import Manifest
 
 
-def create_app(
-    settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None, tracer: Tracer | None = None
-) -> FastAPI:
+def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], None] | None = None) -> FastAPI:
     """Return the ASGI application.
 
     Args:
         settings: validated settings; the environment is not read again.
         on_start_failure: called if the first version cannot be loaded. Without it the application stays up, responds
             with 503 and the reason, and retries.
-        tracer: records spans of the stages of a search.
     """
+    tracer = start_tracing() if settings.tracing else None
     metrics, is_traced = Metrics(tracer), tracer is not None
     rates = None
     if settings.rate_limit is not None:
@@ -67,6 +67,9 @@ def create_app(
             stack.push_async_callback(retriever.close)
             collections.start()
             stack.push_async_callback(collections.close)
+            if settings.workers > 1:
+                for name in settings.indexes:
+                    await collections[name].was_tried.wait()
             if settings.writes:
                 writer.start()
                 stack.push_async_callback(writer.close)
@@ -89,6 +92,7 @@ def create_app(
     )
     app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
     app.state.access, app.state.bodies = Access(settings, rates), BodyLimit(settings)
+    app.state.unsent = Counter[str]()
     app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
     error_handlers.install(app)
     add_routes(app)
@@ -101,7 +105,7 @@ def create_app(
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Client-ID", "X-Request-ID"],
             expose_headers=["Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(RequestLog, metrics=metrics, allowed_hosts=settings.allowed_hosts)
+    app.add_middleware(Envelope, metrics=metrics, allowed_hosts=settings.allowed_hosts)
     return app
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from app.core.settings import Settings
+from app.server import FINISH_S
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 
@@ -249,7 +250,6 @@ def test_settings_are_those_of_the_service() -> None:
     known = {name: each for name, each in fields.items() if name in names}
     settings = Settings.model_validate(known | {"index": ROOT, "admin_key": "a" * 8})
     assert (settings.max_k, settings.max_upload_bytes, settings.batch_wait_ms) == (100, 20971520, 0.5)
-    assert settings.drain_s == 5, "the chart's own"
 
 
 @pytest.mark.parametrize(
@@ -270,10 +270,11 @@ def test_the_claim_can_be_written_if_the_service_writes(
     )
 
 
-@pytest.mark.parametrize(("drain_s", "grace_s"), [(None, 40), (0, 35), (60, 95), ("60", 95), (0.5, 36)])
-def test_pods_have_time_to_drain_before_they_are_killed(drain_s: object, grace_s: int) -> None:
-    (pod, _) = pods({"settings": {} if drain_s is None else {"drain_s": drain_s}})
-    assert pod["terminationGracePeriodSeconds"] == grace_s
+def test_pods_go_on_until_nobody_sends_them_requests() -> None:
+    (pod, _) = pods({})
+    (container,) = pod["containers"]
+    assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
+    assert pod["terminationGracePeriodSeconds"] >= 5 + FINISH_S + 5
 
 
 def test_the_alerts_recognize_the_job_of_the_longest_release() -> None:

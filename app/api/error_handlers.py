@@ -1,7 +1,7 @@
 """Exceptions as responses: every error of the service becomes the document of a `Problem`.
 
 - `install` registers the handlers, so routes need no try/except.
-- A 4xx response never logs a traceback. An unforeseen exception passes through; `request_log` logs it and responds 500.
+- A 4xx response never logs a traceback. An unforeseen exception passes through; `envelope` logs it and responds 500.
 """
 
 import logging

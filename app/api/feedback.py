@@ -16,7 +16,7 @@ from app.api.routing import Routes, collection_of, state_of
 from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.feedback.store import EventRow
-from app.middleware.access import CALLER, Policy
+from app.http.access import CALLER, Policy
 from app.search.query import Query, SearchResults
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.versions import read_manifest, version_numbers

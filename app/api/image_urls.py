@@ -23,7 +23,7 @@ from app.core.fair_queue import FairTurns
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
 from app.core.threads import run_in_new_thread
-from app.middleware.body_limit import byte_counter
+from app.http.body_limit import byte_counter
 from dcar_core.util.errors import MissingExtraError
 
 PIECE = 2**20  # bytes looked at, or characters of base64, before other threads may have their turn

@@ -15,7 +15,7 @@ from app.api.requests import BatchEntry, ImageForm
 from app.api.schemas import OpenAIErrorResponse, ProblemResponse
 from app.core.problems import MEDIA_TYPE, OPENAI_PATH, Problem
 from app.core.settings import Settings
-from app.middleware.access import Policy
+from app.http.access import Policy
 from app.search.query import Query
 
 _referenced: dict[str, type[BaseModel]] = {}  # models of bodies and errors by name, which FastAPI does not see

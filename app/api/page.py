@@ -23,7 +23,7 @@ from app.api.requests import FilterQuery, ItemsQuery, check_k
 from app.api.responses import JsonResponse, image_headers, item_chars, items_response, make_response, not_modified
 from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import Problem
-from app.middleware.access import Policy
+from app.http.access import Policy
 from app.search.facets import count_facets, count_values
 from app.search.rows import filter_rows, group_field
 from app.search.snapshots import Snapshot
@@ -108,7 +108,7 @@ async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
             item["group"] = group
         return body
 
-    return await make_response(request, make, item_chars(page))
+    return make_response(request, make, item_chars(page))
 
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)

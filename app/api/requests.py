@@ -35,7 +35,7 @@ from starlette.exceptions import HTTPException
 from app.api.image_urls import PIECE, require_size
 from app.core.problems import Problem, field_problem, from_validation
 from app.core.settings import DEFAULT_K, MAX_QUERIES, Settings
-from app.middleware.access import PART_BYTES, query_bytes
+from app.http.access import PART_BYTES, query_bytes
 from app.search.query import GroupBy, Query, check_filter, check_text, checked_parts, parse_fields
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_CAPTION_CHARS, MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep

@@ -1,6 +1,5 @@
 """Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
 
-import asyncio
 import base64
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
+from app.http.long_response import LongResponse
 from app.search.query import Match, SearchResults
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
@@ -37,8 +37,8 @@ class JsonResponse(Response):
         return to_json(content, inf_nan_mode="null")
 
 
-async def make_response(request: Request, make: Callable[[], Any], texts: int, field: str = "k") -> JsonResponse:
-    """Return what `make` returns as JSON; a long one is made in a thread, and refused if others hold the memory.
+def make_response(request: Request, make: Callable[[], Any], texts: int, field: str = "k") -> Response:
+    """Return what `make` returns as JSON, which is a `LongResponse` if it is long.
 
     Args:
         texts: characters of the items' texts.
@@ -49,8 +49,7 @@ async def make_response(request: Request, make: Callable[[], Any], texts: int, f
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
     if texts <= QUICK_CHARS:
         return JsonResponse(make())
-    state_of(request).bodies.hold_response(request.scope, texts)
-    return await asyncio.to_thread(lambda: JsonResponse(make()))
+    return LongResponse(lambda: JsonResponse(make()), texts, request.app.state.unsent)
 
 
 def item_chars(items: Iterable[Item]) -> int:

@@ -49,7 +49,7 @@ from app.api.writing import collection_writes, item_writes
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.threads import run_in_new_thread
-from app.middleware.access import OPEN, Policy, out_of_scope
+from app.http.access import OPEN, Policy, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
 from app.search.plan import row_of
 from app.search.query import Query
@@ -84,7 +84,7 @@ async def search_text(request: Request) -> Response:
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
     results = await state_of(request).retriever.search(snapshot, query, image)
     query_id = noted(request, query, results, has_image=image is not None)
-    return await make_response(request, lambda: search_response(request, results, query_id), result_chars([results]))
+    return make_response(request, lambda: search_response(request, results, query_id), result_chars([results]))
 
 
 @search.add(
@@ -117,7 +117,7 @@ async def search_batch(request: Request) -> Response:
     def make() -> dict[str, Any]:
         return {"index_version": results[0].version, "answers": [search_response(request, *each) for each in named]}
 
-    return await make_response(request, make, result_chars(results), "queries")
+    return make_response(request, make, result_chars(results), "queries")
 
 
 @gallery.add("GET", "/items", Policy("read"), schemas.ItemsResponse)
@@ -129,9 +129,7 @@ async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) ->
         snapshot, query.filter, query.offset, query.k, query.sort, query.group_by
     )
     end = query.offset + query.k
-    return await make_response(
-        request, lambda: items_response(request, snapshot.version, end, count, page), item_chars(page)
-    )
+    return make_response(request, lambda: items_response(request, snapshot.version, end, count, page), item_chars(page))
 
 
 @gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), schemas.SearchResponse, errors=(409,))
@@ -250,8 +248,6 @@ async def readyz(request: Request) -> Response:
     may_see_all = state_of(request).access.opens_everything(request.headers)
     if (missing := collections.missing) is not None:
         raise UnavailableError(missing if may_see_all else "Some collection cannot be searched.")
-    if collections.is_draining:
-        raise UnavailableError("The service is shutting down.")
     if (fault := state_of(request).retriever.fault) is not None:
         raise UnavailableError(fault)
     live, reason = collections[None].require(), collections.reason

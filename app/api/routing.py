@@ -22,8 +22,8 @@ from app.core.metrics import Metrics
 from app.core.problems import Problem, field_problem
 from app.core.settings import Settings
 from app.feedback.log import FeedbackLog
-from app.middleware.access import API_KEY, UNKNOWN, Access, Policy
-from app.middleware.body_limit import BodyLimit
+from app.http.access import API_KEY, UNKNOWN, Access, Policy
+from app.http.body_limit import BodyLimit
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from app.service.retriever import Retriever

@@ -35,7 +35,7 @@ from app.api.schemas import Collection, JobResponse, JobsResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
-from app.middleware.access import Policy, out_of_scope
+from app.http.access import Policy, out_of_scope
 from app.search.errors import CollectionNotFoundError, ItemNotFoundError
 from app.search.rows import filter_rows
 from app.search.snapshots import Snapshot

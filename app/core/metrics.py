@@ -20,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from dcar_core.util.errors import MissingExtraError
@@ -36,7 +36,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _CLOSE_TIMEOUT_S = 3.0
-_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # by which prometheus_client knows it
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # variable of prometheus_client, set before a worker starts
 
 
 class Tracer:
@@ -129,7 +129,7 @@ class Metrics:
     def render(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         registry = self.registry
-        if _folder() is not None:
+        if SHARED_FOLDER in os.environ:
             registry = CollectorRegistry(auto_describe=False)
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
             for collector in self._at_scrape:
@@ -137,40 +137,36 @@ class Metrics:
         return generate_latest(registry)
 
 
-def share_metrics(folder: str) -> None:
-    """Count in files of a folder, with other processes, in every `Metrics` that is made from now on."""
-    os.environ[_FOLDER] = folder
-    values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
+def drop_dead_workers() -> None:
+    """Remove the gauges of workers that have ended."""
+    for pid in _workers():
+        if not Path("/proc", pid).exists():
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
-def _folder() -> Path | None:
-    """Return the folder that workers count in; None for a process on its own."""
-    return Path(folder) if (folder := os.environ.get(_FOLDER)) else None
+def _workers() -> list[str]:
+    """Return the ids of the workers that have counted; none for a process on its own."""
+    folder = os.environ.get(SHARED_FOLDER)
+    return [path.stem.split("_")[-1] for path in Path(folder).glob("gauge_live*.db")] if folder else []
 
 
 class _Processes(Collector):
-    """Memory, processor time and files of this process, or the sums of all workers and their supervisor.
+    """Memory, processor time and files of this process, or the sums of all workers.
 
     Processor time includes that of workers that have ended, since a counter that falls looks like one that began anew.
     """
 
     def collect(self) -> Iterable[Metric]:
-        folder, summed = _folder(), dict[str, Metric]()
-        found = ["self"] if folder is None else [path.stem.split("_")[-1] for path in folder.glob("gauge_live*.db")]
-        for pid in found:
+        workers, found = _workers(), dict[str, list[Metric]]()
+        for pid in workers or ["self"]:
             for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
-                before = summed.get(family.name)
-                if before is not None:
-                    values = before.samples[0].value, family.samples[0].value
-                    _set(family, min(values) if family.name == "process_start_time_seconds" else sum(values))
-                summed[family.name] = family
-        if folder is not None and (times := summed.get("process_cpu_seconds")) is not None:
-            _set(times, times.samples[0].value + _ended_seconds())
-        return summed.values()
-
-
-def _set(family: Metric, value: float) -> None:
-    family.samples = [family.samples[0]._replace(value=value)]
+                found.setdefault(family.name, []).append(family)
+        for name, families in found.items():
+            values = [family.samples[0].value for family in families]
+            value = min(values) if name == "process_start_time_seconds" else sum(values)
+            value += _ended_seconds() if workers and name == "process_cpu_seconds" else 0
+            families[0].samples = [families[0].samples[0]._replace(value=value)]
+            yield families[0]
 
 
 def _ended_seconds() -> float:

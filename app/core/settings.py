@@ -33,7 +33,10 @@ _OTHER_VARIABLES = re.compile(
     r"|SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|UDP)\w*"
 )
 
-_SUCCESSORS = {"DCAR_MAX_QUEUE_MS": "DCAR_MAX_PENDING and DCAR_DEADLINE_MS bound the searches in progress"}
+_SUCCESSORS = {
+    "DCAR_DRAIN_S": "let the proxy or the orchestrator stop sending requests first, such as by `preStop`",
+    "DCAR_MAX_QUEUE_MS": "DCAR_MAX_PENDING and DCAR_DEADLINE_MS bound the searches in progress",
+}
 
 
 def _split(value: object) -> object:
@@ -107,7 +110,7 @@ class Settings(BaseSettings):
     collections: dict[str, IndexDir] = {}
     """More indexes by name, as JSON: {"openmoji": "data/index/openmoji"}."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 accepts connections from other machines."""
+    """Address to listen on. 0.0.0.0 opens it to a trusted network; strangers come through nginx."""
     port: int = Field(8000, ge=0, le=65_535)
     """Port to listen on. 0 takes a free one."""
     workers: int = Field(1, ge=1, le=256)
@@ -121,8 +124,6 @@ class Settings(BaseSettings):
     """Format of log lines: plain text or JSON objects."""
     tracing: bool = False
     """Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `otel`."""
-    drain_s: float = Field(0, ge=0)
-    """Seconds between the signal to stop, when /readyz turns to 503, and the end of serving."""
 
     device: str = "auto"
     """Device of the model: auto, cpu, cuda, cuda:1, ..."""

@@ -14,6 +14,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 import traceback
@@ -134,6 +135,8 @@ class ServedIndex:
                 failure = self._record_failure(version, lost or error)
                 raise failure from (None if failure is error else error)
             if snapshot is not None:
+                if self.live is None:
+                    gc.freeze()  # else each full collection would stop every request for a quarter of a second
                 self.live, self.damage = snapshot, None
                 await stop(self._check)
                 self._check = asyncio.create_task(self._find_damage(snapshot.artifact), name="dcar-integrity")
@@ -243,7 +246,6 @@ class Collections:
         checker: the thread that compares files with their checksums, one version after the other.
         load_lock: held while a version is loaded, so one is loaded at a time.
         on_start_failure: called if the first version of a collection in the settings cannot be loaded.
-        is_draining: True if the service is about to stop: it still serves, but is not ready.
     """
 
     def __init__(
@@ -259,11 +261,9 @@ class Collections:
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
         self._sync_lock = asyncio.Lock()
-        self._watcher: asyncio.Task[None] | None = None
-        self._opener: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.default = next(iter(self._indexes))
         self._look: asyncio.Task[str | None] | None = None  # at the files of the galleries
-        self.is_draining = False
 
     @property
     def loaded(self) -> list[Snapshot]:
@@ -338,10 +338,9 @@ class Collections:
             if not index.is_created:
                 index.start()
         if self.settings.collections_dir is not None:
-            opener = supervise("collections opener", self._open_created, self.metrics)
-            self._opener = asyncio.create_task(opener, name="dcar-opener")
-            watch = supervise("collections watcher", self._watch, self.metrics)
-            self._watcher = asyncio.create_task(watch, name="dcar-collections")
+            for name, run in (("opener", self._open_created), ("watcher", self._watch)):
+                supervised = supervise(f"collections {name}", run, self.metrics)
+                self._tasks.append(asyncio.create_task(supervised, name=f"dcar-{name}"))
 
     async def _open_created(self) -> None:
         for _, index in self:
@@ -349,8 +348,8 @@ class Collections:
             await index.was_tried.wait()
 
     async def close(self) -> None:
-        await stop(self._watcher)
-        await stop(self._opener)
+        for task in self._tasks:
+            await stop(task)
         await asyncio.gather(*(index.close() for _, index in self))
         self.disk.shutdown(wait=False, cancel_futures=True)
         self.checker.shutdown(wait=False, cancel_futures=True)

@@ -10,10 +10,9 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from app.core.problems import Problem
-from app.core.rate_limit import current_caller
 from app.core.settings import Settings
-from app.middleware.access import Policy
-from app.middleware.body_limit import UNCOUNTED_BYTES, UNSENT_BYTES, WATCH_AFTER_S, BodyLimit, byte_counter
+from app.http.access import Policy
+from app.http.body_limit import UNCOUNTED_BYTES, WATCH_AFTER_S, BodyLimit, byte_counter
 
 LIMIT = 2**20 + 2 * UNCOUNTED_BYTES
 CHUNKED = [(b"transfer-encoding", b"chunked")]
@@ -97,21 +96,8 @@ async def test_a_body_is_refused_at_the_first_byte_over_its_limit(is_announced: 
     assert wrong[0] == 200, "not a number; the HTTP protocol refuses it"
 
 
-async def test_a_response_that_has_begun_is_not_replaced() -> None:
-    async def handler(_: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        try:
-            while True:
-                await receive()
-        finally:
-            await send({"type": "http.response.body", "body": b"rest"})
-
-    status, _, body = await Served(handler, upload_s=0.1)(b"x", hangs=asyncio.Event())
-    assert (status, body) == (200, b"rest")
-
-
-async def test_the_largest_unfinished_body_gives_way() -> None:
-    """The first UNCOUNTED_BYTES of each are free, a single body always has room, and a finished one is not dropped."""
+async def test_a_body_beyond_the_budget_is_refused() -> None:
+    """The first UNCOUNTED_BYTES of each are free, and a single body always has room."""
     served, done = Served(in_flight=2**20), asyncio.Event()
 
     async def begin(size: int) -> asyncio.Task[Response]:
@@ -120,17 +106,14 @@ async def test_the_largest_unfinished_body_gives_way() -> None:
         return task
 
     first = await begin(LIMIT)
-    free = [await begin(size) for size in (UNCOUNTED_BYTES, 60_000) for _ in range(10)]
+    free = [await begin(UNCOUNTED_BYTES) for _ in range(10)]
     assert served.refused("uploads") == 0
-    second = await begin(LIMIT - 1)
-    status, headers, body = await first
+    status, headers, body = await (await begin(LIMIT - 1))
     assert (status, headers[b"retry-after"]) == (503, b"1")
     assert json.loads(body)["detail"] == "Too many uploads are in progress. Try again in 1 s."
-    third = await begin(LIMIT)
-    assert (await third)[0] == 503, "the newest is the largest"
-    assert served.refused("uploads") == 2
+    assert served.refused("uploads") == 1
     done.set()
-    assert [(await each)[0] for each in (second, *free)] == 21 * [200]
+    assert [(await each)[0] for each in (first, *free)] == 11 * [200]
     assert (await served(bytes(LIMIT)))[0] == 200
 
 
@@ -196,31 +179,6 @@ async def test_fetched_bytes_have_room_in_the_budget_or_end_the_request() -> Non
     await asyncio.sleep(0.01)
     done.set()
     assert sorted([(await each)[0] for each in both]) == [200, 503]
-
-
-async def test_unsent_responses_have_a_budget_of_which_one_caller_gets_half() -> None:
-    is_read = asyncio.Event()
-
-    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
-        served.limit.hold_response(scope, size)
-        await is_read.wait()
-        await respond(send)
-
-    served, size, tasks = Served(handler), UNSENT_BYTES // 4, list[asyncio.Task[Response]]()
-    for caller in "aaabbbccc":
-        current_caller.set(caller)
-        tasks.append(asyncio.create_task(served(b"x")))
-    await asyncio.sleep(0.01)
-    assert [task.done() for task in tasks] == [False, False, True, False, False, True, True, True, True]
-    status, headers, body = tasks[2].result()
-    assert (status, headers[b"retry-after"], served.refused("responses")) == (503, b"1", 5)
-    assert json.loads(body)["detail"] == "Too many long responses are being sent. Try again in 1 s."
-    tasks[0].cancel()
-    await asyncio.sleep(0.01)
-    is_read.set()
-    assert [(await tasks[number])[0] for number in (1, 3, 4)] == [200] * 3
-    size = UNSENT_BYTES + 1
-    assert (await served(b"x"))[0] == 200, "one alone always has room"
 
 
 @pytest.mark.parametrize("headers", [[], [(b"host", b"x")], [(b"content-length", b"0")], [(b"content-length", b"1")]])

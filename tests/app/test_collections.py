@@ -1,6 +1,7 @@
 """Several collections in one process: own checkpoints and indexes, a shared backbone and shared batches."""
 
 import asyncio
+import gc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def circles_built(gallery: Path, other_checkpoint: Path, tmp_path_factory: pytes
 @pytest.fixture
 def circles(circles_built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(circles_built, tmp_path / "circles"))
+
+
+async def test_what_is_loaded_is_exempt_from_the_search_for_garbage(built_index: Path) -> None:
+    before = gc.get_freeze_count()
+    async with opened(built_index):
+        assert gc.get_freeze_count() > before
 
 
 async def text(client: httpx.AsyncClient, prefix: str, query: str) -> list[dict[str, Any]]:

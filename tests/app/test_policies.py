@@ -11,8 +11,8 @@ from app.api.requests import DeleteItems, read_json
 from app.api.responses import JsonResponse
 from app.api.routing import Routes
 from app.core.settings import Settings
+from app.http.access import Policy
 from app.main import create_app
-from app.middleware.access import Policy
 from tests.support.responses import assert_problem
 from tests.support.service import ADMIN, ALICE, KEYS, bearer, opened
 

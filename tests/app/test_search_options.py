@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from app.api.responses import result_chars, search_body
 from app.api.schemas import BatchResponse, ItemsResponse, SearchResponse
 from app.cli import app
-from app.middleware.body_limit import UNSENT_BYTES
+from app.http.long_response import UNSENT_BYTES
 from app.search import Index
 from app.search.query import Match, SearchResults
 from app.service.embedding_cache import rounded
@@ -448,8 +448,9 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
         assert (await http.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
         listed = (await http.get("/items", params={"k": 20})).json()
         assert (await http.get("/ui/browse", params={"k": 20})).json() == listed
-        http.app.state.bodies.hold_response({}, UNSENT_BYTES)
+        http.app.state.unsent["others"] = UNSENT_BYTES
         assert_problem(await http.post("/search/text", json=query), 503)
+        del http.app.state.unsent["others"]
         monkeypatch.setattr("app.api.responses.QUICK_CHARS", 500)
         monkeypatch.setattr("app.api.responses.MAX_CHARS", 500)
         assert_problem(await http.post("/search/text", json=query), 422, "k")

@@ -1,22 +1,15 @@
-"""The server process: start, shutdown, and what keeps it from pauses."""
+"""The server process: start and shutdown."""
 
-import gc
 import json
 import signal
 import socket
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 
-from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.search.snapshots import Snapshot
-from app.server import _Server, serve
-from app.service.collections import Collections
+from app.server import serve
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.images import encoded
@@ -50,7 +43,6 @@ def test_server_process_serves_and_stops(built_index: Path) -> None:
     text = "\n".join(log)
     assert "Traceback" not in text
     assert "POST /search/text" in text
-    assert text.count("received a signal: shutting down") == 1
     assert process.returncode in (0, -signal.SIGTERM)
 
 
@@ -61,7 +53,7 @@ from tests.support.conversions import wait
 from tests.support.versions import file_of
 run = DecodeWorker.run
 DecodeWorker.run = lambda worker, convert, data, limits: run(worker, wait, data, limits)
-server._FINISH_S = 1
+server.FINISH_S = 1
 """
 
 
@@ -110,55 +102,3 @@ def test_every_line_of_a_failed_start_is_json(error: str, built_index: Path) -> 
     assert any("ZeroDivisionError" in line.get("exc_info", "") for line in lines)
     assert any(error.split("'")[1] in line["message"] for line in lines)
     assert lines[-1]["level"] == "CRITICAL"
-
-
-def _server_of(collections: Any, **given: Any) -> _Server:
-    app = FastAPI()
-    app.state.collections, app.state.metrics = collections, Metrics()
-    return _Server(app, Settings(index=Path("index"), **given))
-
-
-async def test_loaded_server_freezes_objects(tmp_path: Path) -> None:
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "collection.json").write_text('{"name": "created"}')
-    settings = Settings(index=Path("index"), collections_dir=tmp_path)
-    collections = Collections(settings, Metrics(), on_start_failure=None)
-    server = _server_of(collections, drain_s=0)
-    encoder = SimpleNamespace(backbone=None)
-    before = gc.get_freeze_count()
-    _of_libraries: list[list[int]] = [[] for _ in range(12_000)]
-    try:
-        await server.on_tick(1)
-        assert gc.get_freeze_count() <= before
-        collections["index"].live = cast(Snapshot, SimpleNamespace(encoder=encoder))
-        await server.on_tick(2)
-        assert gc.get_freeze_count() > before + 10_000
-        before = gc.get_freeze_count()
-        of_the_model: list[list[int]] = [[] for _ in range(12_000)]
-        await server.on_tick(3)
-        assert gc.get_freeze_count() <= before
-        encoder.backbone = of_the_model
-        await server.on_tick(4)
-        assert gc.get_freeze_count() > before + 10_000
-        before = gc.get_freeze_count()
-        _of_the_collection: list[list[int]] = [[] for _ in range(12_000)]
-        collections["created"].was_tried.set()
-        await server.on_tick(5)
-        assert gc.get_freeze_count() > before + 10_000
-    finally:
-        gc.unfreeze()
-
-
-def test_second_signal_ends_the_drain_but_not_pending_requests() -> None:
-    class Loaded(dict[None, Any]):
-        is_draining = False
-
-    loaded: Any = Loaded({None: SimpleNamespace(live=object())})
-    server = _server_of(loaded, drain_s=0.2)
-    server.handle_exit(signal.SIGINT, None)
-    assert (loaded.is_draining, server.should_exit) == (True, False)
-    server.handle_exit(signal.SIGINT, None)
-    assert (server.should_exit, server.force_exit) == (True, False)
-    assert server._timer is not None
-    server._timer.join(5)
-    assert not server.force_exit, "the timer must not send a third signal"

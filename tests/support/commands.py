@@ -150,7 +150,8 @@ def _execute(
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # open to the end
     for number, stream in ((1, streams[0]), (2, streams[1])):
         if stream is None:
             os.close(number)

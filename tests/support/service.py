@@ -1,6 +1,7 @@
 """The application over a real index, in this process through ASGI or on a port."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -124,6 +125,7 @@ async def opened(
         if ready:
             await until(lambda: _is_ready(app))
         yield client
+    gc.unfreeze()  # what the first load has frozen
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[Fas
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        server = uvicorn.Server(server_config(behind_proxy if below else app, app.state.metrics))
+        server = uvicorn.Server(server_config(behind_proxy if below else app))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         port = int(listener.getsockname()[1])
@@ -154,6 +156,7 @@ def serving(index: Path, *, below: str = "", **given: Any) -> Iterator[tuple[Fas
         finally:
             server.should_exit = True
             thread.join(20)
+            gc.unfreeze()
 
 
 @contextmanager
