@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,9 @@ def connection(port: int) -> Iterator[socket.socket]:
 def read_until(connection: socket.socket, end: bytes = b"") -> bytes:
     """Read until this has come, or to the end of the connection."""
     data = b""
-    try:
+    with suppress(ConnectionError):
         while not (end and data.endswith(end)) and (part := connection.recv(65536)):
             data += part
-    except ConnectionError:
-        pass
     return data
 
 
@@ -52,12 +51,10 @@ def test_body_behind_an_offer_to_upgrade_is_never_run_as_a_request(
     ends = {"at once": [], "split header": [len(SEARCH) + 40, body], "split body": [body], "pipelined": [body]}
     pieces = [*range(1, len(request))] if how == "byte by byte" else ends[how]
     request = HEALTH + request if how == "pipelined" else request
-    try:
+    with suppress(ConnectionError):  # it is closed
         for start, end in zip([0, *pieces], [*pieces, len(request)], strict=True):
             connection.sendall(request[start:end])
             time.sleep(0.05 if len(pieces) < 5 else 0)
-    except ConnectionError:  # it is closed
-        pass
     answers = read_until(connection)
     assert b'"collections"' not in answers
     assert answers.count(b"HTTP/1.1 ") <= 1 + (how == "pipelined")
