@@ -11,7 +11,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +18,9 @@ from typing import Any
 import faiss
 import numpy as np
 
+from app.search.hits import best_of_groups, best_rows
 from app.search.plan import Plan
-from app.search.query import Query
-from app.search.rank import rank
-from app.search.rows import GroupField, first_rows, rank_groups
+from app.search.rows import GroupField, first_places
 from dcar_core.util.arrays import Floats, Rows
 from index_jobs.engines.faiss.build import build_index
 from index_jobs.engines.faiss.index import FaissIndex
@@ -62,17 +60,16 @@ def measure(kind: str, vectors: Floats, products: Rows, queries: Floats) -> str:
     groups = GroupField(artifact, "product", products, np.bincount(products))
     recalls, times = [], []
     faiss.omp_set_num_threads(1)
-    plan = Plan(Query())
+    plan = Plan(end=K - 1)
     for vector in queries:
         order = np.argsort(-(vectors @ vector), kind="stable")
-        exact_rows, exact_groups = order[:K], products[first_rows(groups, order)[:K]]
+        exact_rows, exact_groups = order[:K], products[order[first_places(products[order])[:K]]]
         started = time.perf_counter()
-        rows = rank(artifact, vector, plan, K)
+        rows = best_rows(artifact, plan, vector, K, None)[0].rows
         between = time.perf_counter()
-        best = rank_groups(partial(rank, artifact, vector, plan), K, groups, None)
+        best = best_of_groups(artifact, plan, vector, groups).rows
         times.append((between - started, time.perf_counter() - between))
-        found_rows, found_groups = [each.row for each in rows], products[[each.row for each in best]]
-        recalls.append((np.isin(exact_rows, found_rows).mean(), np.isin(exact_groups, found_groups).mean()))
+        recalls.append((np.isin(exact_rows, rows).mean(), np.isin(exact_groups, products[best]).mean()))
     row_recall, group_recall = np.mean(recalls, 0)
     row_ms, group_ms = (1000 * statistics.median(each) for each in zip(*times, strict=True))
     name = built.kind if kind == "auto" else kind

@@ -29,9 +29,8 @@ from load import connect, text_request
 from service import made_index, serving
 
 from app.cli.serving import bundled_checkpoint
+from app.search.hits import best_rows
 from app.search.plan import Plan
-from app.search.query import Query
-from app.search.rank import rank
 from dcar_core.util.arrays import Floats
 from index_jobs.engines.faiss.index import VECTORS
 from index_jobs.index.lexical.fusion import DEFAULT_WEIGHT
@@ -122,8 +121,8 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     for weight in weights:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-            best = rank(artifact, vector, Plan(Query(query=text), words_weight=weight), 10)
-            scores[number, [each.row for each in best]] = -np.arange(len(best))
+            best = best_rows(artifact, Plan(text=text, words_weight=weight), vector, 10, None)[0].rows.tolist()
+            scores[number, best] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
         name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")
         print(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |")

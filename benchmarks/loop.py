@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from index_material import Clusters
@@ -42,13 +43,12 @@ from app.core.settings import Settings
 from app.feedback.export import Options, Report, export
 from app.feedback.log import FeedbackLog
 from app.feedback.store import EventRow
-from app.search.query import Match, Query, SearchResults
+from app.search.query import Query
 from dcar_core import Encoder
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_zero_shot
 from dcar_core.util.arrays import Rows
 from dcar_core.util.errors import DataError, GateError
-from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from index_jobs.jobs.retrain import ItemPairs, retrain
 from index_jobs.rebuild import rebuild
@@ -164,34 +164,29 @@ class Loop:
         if is_aim.any():
             queries[is_hostile], filters[is_hostile] = attack.choice(np.flatnonzero(is_aim), is_hostile.sum()), -1
         wanted = artifact.item(self.wanted).id
-        results, right = dict[tuple[int, int], SearchResults](), dict[tuple[int, int], Rows]()
+        results, right = dict[tuple[int, int], Any](), dict[tuple[int, int], Rows]()
         for key in {*zip(queries.tolist(), filters.tolist(), strict=True)}:
             rows = [row for row in shown[key[0]].tolist() if row >= 0 and row % FILTERS != key[1]][:SHOWN]
-            results[key] = SearchResults(artifact.manifest.version, [self._match(artifact, row) for row in rows])
+            hits = [{"id": artifact.item(row).id} for row in rows]
+            results[key] = {"index_version": artifact.manifest.version, "nothing_fits": False, "results": hits}
             right[key] = np.array([row in self.users.answers[key[0]] for row in rows])
         for start in range(0, searches, BATCH):
             events = list[EventRow]()
             for number in range(start, min(searches, start + BATCH)):
                 key = int(queries[number]), int(filters[number])
                 text, page, now = self.users.texts[key[0]], results[key], int(time.time() * 1000)
-                name, count = log.note("", None, Query(query=text), page, has_image=False), len(page.matches)
+                name, count = log.note("", None, Query(query=text), page, has_image=False), len(page["results"])
                 client, clicked = f"u{rng.integers(max(1, searches // 4))}", rng.random(SHOWN)[:count]
                 clicked = clicked < EXAMINED[:count] * np.where(right[key], RIGHT, NOISE)
                 if is_hostile[number]:
                     client = f"h{attack.integers(HOSTILE_CLIENTS)}"
-                    clicked = np.array([match.row == self.wanted for match in page.matches])
+                    clicked = np.array([result["id"] == wanted for result in page["results"]])
                     made_up = f"{attack.integers(2**62):029d}", now, client, "click", wanted, None
                     events.append(EventRow(*made_up))
                 for place in np.flatnonzero(clicked).tolist():
-                    events.append(EventRow(name, now, client, "click", page.matches[place].item.id, None))
+                    events.append(EventRow(name, now, client, "click", page["results"][place]["id"], None))
             await log.accept("", events)
         await log.close()
-
-    @staticmethod
-    def _match(artifact: IndexVersion, row: int) -> Match:
-        match = Match(row, 0.0)
-        match.item = artifact.item(row)
-        return match
 
 
 def refuse_useless(loop: Loop) -> str:

@@ -3,7 +3,7 @@
     python scripts/generate_client_models.py            write the file
     python scripts/generate_client_models.py --check    exit with 1 if the file is stale
 
-- Response models (`app.api.schemas`) become pydantic models; request options become typed dicts.
+- Responses (see `MODULES`) become pydantic models; request options become typed dicts.
 - The source is each model's JSON schema, so the client needs nothing of the service.
 - Types that the schemas do not use are an error here, not a wrong type in the client.
 """
@@ -16,13 +16,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
+from typing_extensions import is_typeddict
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "clients" / "python" / "src" / "dcar_client" / "models.py"
 sys.path.insert(0, str(ROOT))
 
 from app.api import schemas  # noqa: E402
+from app.search import facets, pair_scoring, results, rows  # noqa: E402
 from app.search.query import Crop, Query, Weights  # noqa: E402
 
 HEADER = '''"""Models of the service's requests and responses.
@@ -45,13 +47,14 @@ class Model(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 '''
+MODULES = (pair_scoring, rows, facets, results, schemas)  # in which responses are declared
 OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
 def generate() -> str:
     """Return the module's text, formatted."""
-    responses = [each for each in vars(schemas).values() if _is_model_of(each, schemas.__name__)]
+    responses = [each for module in MODULES for each in vars(module).values() if _is_of(each, module)]
     query = Query.model_json_schema()
     names = sorted([*(each.__name__ for each in responses), *OPTIONS])
     parts = [HEADER.format(names=names), *map(_response_class, responses)]
@@ -66,20 +69,24 @@ def generate() -> str:
     return done.stdout
 
 
-def _is_model_of(value: Any, module: str) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseModel) and value.__module__ == module
+def _is_of(value: Any, module: Any) -> bool:
+    is_response = is_typeddict(value) or (isinstance(value, type) and issubclass(value, BaseModel))
+    return is_response and value.__module__ == module.__name__
 
 
-def _response_class(model: type[BaseModel]) -> str:
-    schema = model.model_json_schema()
-    (base,) = model.__bases__
-    inherited = set(base.model_fields) if issubclass(base, BaseModel) else set()
-    lines = [f"class {model.__name__}({'Model' if base is BaseModel else base.__name__}):", _class_docstring(schema)]
+def _response_class(model: Any) -> str:
+    schema = TypeAdapter(model).json_schema()
+    base = next((each for each in model.__bases__ if each not in (BaseModel, dict)), None)
+    inherited = set() if base is None else set(base.model_fields)
+    lines = [f"class {model.__name__}({'Model' if base is None else base.__name__}):", _class_docstring(schema)]
     for name, field in schema["properties"].items():
         if name in inherited:
             continue
-        default = "" if name in schema.get("required", ()) else f" = {field.get('default')!r}"
-        lines += [f"    {name}: {_type(field).replace('list[', 'List[')}{default}", _field_docstring(field)]
+        kind, default = _type(field).replace("list[", "List["), ""
+        if name not in schema.get("required", ()):
+            default = f" = {field.get('default')!r}"
+            kind += "" if "default" in field else " | None"
+        lines += [f"    {name}: {kind}{default}", _field_docstring(field)]
     return "\n".join(line for line in lines if line)
 
 

@@ -17,7 +17,8 @@ from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.feedback.store import EventRow
 from app.http.access import CALLER, Policy
-from app.search.query import Query, SearchResults
+from app.search.query import Query
+from app.search.results import SearchResponse
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.versions import read_manifest, version_numbers
 
@@ -73,18 +74,15 @@ def _versions(index: Path, served: dict[int, dict[str, int]]) -> list[dict[str, 
     return found
 
 
-def noted(request: Request, query: Query, results: SearchResults, *, has_image: bool) -> str | None:
-    """Note a search in the log, if there is one, and return its query id.
+def noted(request: Request, query: Query, body: SearchResponse, *, has_image: bool) -> None:
+    """Note a search in the log, if there is one, and name it in the body.
 
     One result with `explain` or `facets` is asked for about a list that was noted.
     """
     log = state_of(request).feedback
-    if log is None or (query.k == 1 and (query.explain or query.facets)):
-        return None
-    return log.note(
-        request.scope.get(CALLER, ""), collection_of(request), query, results,
-        has_image=has_image, client=_client_of(request),
-    )  # fmt: skip
+    if log is not None and not (query.k == 1 and (query.explain or query.facets)):
+        caller, client = request.scope.get(CALLER, ""), _client_of(request)
+        body["query_id"] = log.note(caller, collection_of(request), query, body, has_image=has_image, client=client)
 
 
 def _client_of(request: Request) -> str:

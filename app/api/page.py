@@ -20,12 +20,12 @@ from fastapi import Query as QueryParam
 from fastapi.responses import Response
 
 from app.api.requests import FilterQuery, ItemsQuery, check_k
-from app.api.responses import JsonResponse, image_headers, item_chars, items_response, make_response, not_modified
+from app.api.responses import JsonResponse, image_headers, items_response, make_response, not_modified, text_bytes
 from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import Problem
 from app.http.access import Policy
 from app.search.facets import count_facets, count_values
-from app.search.rows import filter_rows, group_field
+from app.search.rows import ResultGroup, filter_rows, group_field, mask_key
 from app.search.snapshots import Snapshot
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat
@@ -86,7 +86,7 @@ def _sort_fields(artifact: IndexVersion) -> list[dict[str, Any]]:
     return [{"name": name, "is_number": types[name] in _NUMBERS} for name in ordered[:_LISTED_FIELDS]]
 
 
-def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _groups_of(snapshot: Snapshot, page: list[Item], filter: dict[str, Any] | None) -> list[ResultGroup]:
     """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
     groups = group_field(snapshot, snapshot.artifact.manifest.spec.group_field)
     rows = [row for item in page if (row := snapshot.artifact.row_of(item.id)) is not None]
@@ -98,7 +98,7 @@ async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
     snapshot, retriever = await snapshot_of(request), state_of(request).retriever
     check_k(query.k, state_of(request).settings)
     count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, query.sort, query.group_by)
-    groups = list[dict[str, Any]]()
+    groups = list[ResultGroup]()
     if snapshot.artifact.manifest.spec.group_field:
         groups = await retriever.examine(_groups_of, snapshot, page, query.filter)
 
@@ -108,7 +108,7 @@ async def browse(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -
             item["group"] = group
         return body
 
-    return make_response(request, make, item_chars(page))
+    return make_response(request, make, text_bytes(page))
 
 
 @routes.add("GET", "/ui/catalogue", _PRIVATE)
@@ -147,8 +147,11 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
         names = snapshot.page_facts.find("facets", lambda: _facet_fields(artifact))
         others = {name: {k: v for k, v in given.items() if k != name} for name in names}
         group_by = artifact.manifest.spec.group_field
-        counted = {name: count_facets(snapshot, [name], filter, group_by)[0] for name, filter in others.items()}
-        return [{"name": name, "values": facets[name]} for name, facets in counted.items()]
+        values = list[dict[str, Any]]()
+        for name, filter in others.items():
+            allowed, key = (filter_rows(snapshot, filter), mask_key(filter)) if filter else (None, "")
+            values.append({"name": name, "values": count_facets(snapshot, [name], allowed, key, group_by)[name]})
+        return values
 
     return JsonResponse({"facets": await state_of(request).retriever.examine(count)})
 

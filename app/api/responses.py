@@ -1,8 +1,7 @@
 """Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
 
 import base64
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +14,8 @@ from starlette.types import Receive, Scope, Send
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
 from app.http.long_response import LongResponse
-from app.search.query import Match, SearchResults
+from app.search.plan import MAX_TEXT_BYTES
+from app.search.results import image_url, public_metadata
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from app.service.files import ImageFile
@@ -23,9 +23,7 @@ from dcar_core.util.arrays import Floats
 from index_jobs.index.index_version import Item
 
 _IMAGE_MAX_AGE_S = 3600
-MAX_CHARS = 16 * 2**20  # of texts in a response; a page of the largest items takes 14 MiB
-QUICK_CHARS = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
-_ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
+QUICK_BYTES = 64 * 2**10  # of texts that are made into JSON in the event loop, in about a millisecond
 
 
 class JsonResponse(Response):
@@ -41,52 +39,20 @@ def make_response(request: Request, make: Callable[[], Any], texts: int, field: 
     """Return what `make` returns as JSON, which is a `LongResponse` if it is long.
 
     Args:
-        texts: characters of the items' texts.
+        texts: bytes of the items' texts.
         field: of the request, which is at fault if they are too many.
     """
-    if texts > MAX_CHARS:
-        message = f"the texts and metadata take more than {MAX_CHARS // 2**20} MiB; "
+    if texts > MAX_TEXT_BYTES:
+        message = f"the texts and metadata take more than {MAX_TEXT_BYTES // 2**20} MiB; "
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
-    if texts <= QUICK_CHARS:
+    if texts <= QUICK_BYTES:
         return JsonResponse(make())
     return LongResponse(lambda: JsonResponse(make()), texts, request.app.state.unsent)
 
 
-def item_chars(items: Iterable[Item]) -> int:
-    """Return the length of the texts and metadata of items as JSON. Counting ends beyond the limit."""
-    return _total(_text_chars(item) + item.metadata_bytes for item in items)
-
-
-def result_chars(searches: Iterable[SearchResults]) -> int:
-    """Return the same of results, with all of the metadata that fields are taken from."""
-    return _total(size for results in searches for size in _result_sizes(results))
-
-
-def _result_sizes(results: SearchResults) -> Iterator[int]:
-    for facet in (results.facets or {}).values():
-        yield from (_json_chars(str(value["value"])) for value in facet)
-    for match in results.matches:
-        others = [*match.folded, *map(str, (match.group or {}).values())]
-        metadata = match.item.metadata_bytes if results.fields else 0
-        yield _text_chars(match.item) + metadata + sum(map(_json_chars, others))
-
-
-def _text_chars(item: Item) -> int:
-    return 4 * len(item.id.encode()) + _json_chars(item.caption) + _json_chars(item.category)  # the URL has the id, too
-
-
-def _json_chars(text: str) -> int:
-    """Return the length of a text as JSON, in which a control character takes six."""
-    return len(text) if text.isascii() and text.isprintable() else len(to_json(text))
-
-
-def _total(sizes: Iterable[int]) -> int:
-    total = 0
-    for size in sizes:
-        total += size
-        if total > MAX_CHARS:
-            break
-    return total
+def text_bytes(items: Iterable[Item]) -> int:
+    """Return the size of the texts and metadata of items."""
+    return sum(item.text_bytes + item.metadata_bytes for item in items)
 
 
 class ImageResponse(Response):
@@ -117,37 +83,6 @@ def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
     """Return the response to a client that has what the ETag names."""
     is_known = headers["ETag"] in request.headers.get("if-none-match", "")
     return Response(status_code=304, headers=headers) if is_known else None
-
-
-def search_response(request: Request, results: SearchResults, query_id: str | None) -> dict[str, Any]:
-    """Return the body of a `SearchResponse`; fields that were not requested are absent."""
-    body, items = search_body(results), _items_path(request)
-    if query_id is not None:
-        body["query_id"] = query_id
-    for result in body["results"]:
-        result["image_url"] = _image_url(items, result["id"])
-    return body
-
-
-def search_body(results: SearchResults) -> dict[str, Any]:
-    """Return the body of a `SearchResponse` without the URLs of images."""
-    ranked = enumerate(results.matches, results.offset + 1)
-    return {
-        "index_version": results.version,
-        "took_ms": round(results.took_ms, 2),
-        "cached": results.is_cached,
-        "nothing_fits": results.nothing_fits,
-        "results": [_result(rank, match, results.fields) for rank, match in ranked],
-        **_present(
-            next_offset=results.next_offset,
-            min_score=results.min_score,
-            cutoff=results.cutoff,
-            facets=results.facets,
-            facets_approximate=True if results.facets is not None and not results.has_exact_facets else None,
-            count=results.count,
-            count_approximate=None if results.has_exact_count else True,
-        ),
-    }
 
 
 def _present(**fields: Any) -> dict[str, Any]:
@@ -185,12 +120,12 @@ def model_response(name: str, live: Snapshot) -> dict[str, Any]:
 
 def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
     """Return the body of an `ItemResponse`."""
-    return {"index_version": version, **_item(_items_path(request), item)}
+    return {"index_version": version, **_item(items_path(request), item)}
 
 
 def items_response(request: Request, version: int, end: int, count: int, page: Sequence[Item]) -> dict[str, Any]:
     """Return the body of an `ItemsResponse` with a page of `count` items. end: the number of the next one."""
-    items = [_item(_items_path(request), item) for item in page]
+    items = [_item(items_path(request), item) for item in page]
     body = {"index_version": version, "count": count, "items": items}
     return body | _present(next_offset=end if count > end else None)
 
@@ -200,53 +135,15 @@ def _item(items: str, item: Item) -> dict[str, Any]:
         "id": item.id,
         "caption": item.caption,
         "category": item.category,
-        "metadata": _metadata(item),
-        "image_url": _image_url(items, item.id),
+        "metadata": public_metadata(item),
+        "image_url": image_url(items, item.id),
         "width": item.width,
         "height": item.height,
     }
 
 
-def _result(rank: int, match: Match, fields: Sequence[str]) -> dict[str, Any]:
-    item, metadata = match.item, _metadata(match.item) if fields else {}
-    if "*" not in fields:
-        metadata = {name: metadata[name] for name in fields if name in metadata}
-    return {
-        "rank": rank,
-        "id": item.id,
-        "score": round(match.score, 6),
-        "level": match.level,
-        "caption": item.caption,
-        "category": item.category,
-        "width": item.width,
-        "height": item.height,
-        **_present(
-            metadata=metadata if fields else None,
-            rerank_score=None if match.rerank_score is None else round(match.rerank_score, 6),
-            text_score=None if match.text_score is None else round(match.text_score, 6),
-            group=match.group,
-            folded=match.folded or None,
-            explanation=match.explanation,
-        ),
-    }
-
-
-def _metadata(item: Item) -> dict[str, Any]:
-    """Return the metadata of an item. An absolute `file_name`, as in a list of files, is cut to its last part."""
-    metadata = item.metadata
-    place = metadata.get("file_name")
-    if not isinstance(place, str) or not _ABSOLUTE.match(place):
-        return metadata
-    name = re.split(r"[/\\]", place)[-1]
-    return {field: name if value == place else value for field, value in metadata.items()}
-
-
-def _items_path(request: Request) -> str:
+def items_path(request: Request) -> str:
     """Return the URL path of the items of the request's collection."""
     collection = collection_of(request)
     prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
     return f"{prefix}/items"
-
-
-def _image_url(items: str, item_id: str) -> str:
-    return f"{items}/{quote(item_id, safe='')}/image"

@@ -5,7 +5,7 @@
 """
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
@@ -35,14 +35,13 @@ from app.api.responses import (
     collection_response,
     embeddings_response,
     image_headers,
-    item_chars,
     item_response,
+    items_path,
     items_response,
     make_response,
     model_response,
     not_modified,
-    result_chars,
-    search_response,
+    text_bytes,
 )
 from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
 from app.api.writing import collection_writes, item_writes
@@ -53,6 +52,7 @@ from app.http.access import OPEN, Policy, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
 from app.search.plan import row_of
 from app.search.query import Query
+from app.search.results import SearchResponse
 from app.search.snapshots import Snapshot
 from app.service.batching import SharedTasks
 from dcar_core.util.errors import DcarError, ImageError
@@ -75,21 +75,19 @@ def add_routes(app: FastAPI) -> None:
         routes.add_to(app)
 
 
-@search.add("POST", "/search/text", Policy("read"), schemas.SearchResponse, accepts=Query, errors=(409,))
+@search.add("POST", "/search/text", Policy("read"), SearchResponse, accepts=Query, errors=(409,))
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     return await _search(request, await snapshot_of(request), await read_json(request, Query))
 
 
 async def _search(request: Request, snapshot: Snapshot, query: Query, image: bytes | None = None) -> Response:
-    results = await state_of(request).retriever.search(snapshot, query, image)
-    query_id = noted(request, query, results, has_image=image is not None)
-    return make_response(request, lambda: search_response(request, results, query_id), result_chars([results]))
+    body, size = await state_of(request).retriever.search(snapshot, query, image, items_path(request))
+    noted(request, query, body, has_image=image is not None)
+    return make_response(request, lambda: body, size)
 
 
-@search.add(
-    "POST", "/search/image", _UPLOAD, schemas.SearchResponse, accepts=ImageForm, media_type=_FORM, errors=(409,)
-)
+@search.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=ImageForm, media_type=_FORM, errors=(409,))
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
     snapshot = await snapshot_of(request)
@@ -108,16 +106,11 @@ async def search_batch(request: Request) -> Response:
     given = {place: query.image for place, query in queries.items() if query.image is not None}
     images = await state_of(request).fetcher.read(request.scope, given)
     searches = [(query, images.get(place)) for place, query in queries.items()]
-    results = await state_of(request).retriever.search_batch(snapshot, searches)
-    named = [
-        (found, noted(request, query, found, has_image=image is not None))
-        for (query, image), found in zip(searches, results, strict=True)
-    ]
-
-    def make() -> dict[str, Any]:
-        return {"index_version": results[0].version, "answers": [search_response(request, *each) for each in named]}
-
-    return make_response(request, make, result_chars(results), "queries")
+    pages = await state_of(request).retriever.search_batch(snapshot, searches, items_path(request))
+    for (query, image), (body, _) in zip(searches, pages, strict=True):
+        noted(request, query, body, has_image=image is not None)
+    answers = {"index_version": snapshot.version, "answers": [body for body, _ in pages]}
+    return make_response(request, lambda: answers, sum(size for _, size in pages), "queries")
 
 
 @gallery.add("GET", "/items", Policy("read"), schemas.ItemsResponse)
@@ -129,10 +122,10 @@ async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) ->
         snapshot, query.filter, query.offset, query.k, query.sort, query.group_by
     )
     end = query.offset + query.k
-    return make_response(request, lambda: items_response(request, snapshot.version, end, count, page), item_chars(page))
+    return make_response(request, lambda: items_response(request, snapshot.version, end, count, page), text_bytes(page))
 
 
-@gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), schemas.SearchResponse, errors=(409,))
+@gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), SearchResponse, errors=(409,))
 async def similar(request: Request, item_id: ItemId, page: Annotated[PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
     snapshot = await snapshot_of(request)

@@ -76,7 +76,7 @@ class Routes:
         method: str,
         path: str,
         policy: Policy,
-        returns: type[BaseModel] | dict[str, Any] | None = None,
+        returns: type[Any] | dict[str, Any] | None = None,
         *,
         accepts: type[BaseModel] | None = None,
         media_type: str = "application/json",
@@ -87,7 +87,7 @@ class Routes:
         """Return a decorator that declares an endpoint.
 
         Args:
-            returns: model of the JSON response, or the OpenAPI response object of another one.
+            returns: type of the JSON response, or the OpenAPI response object of another one.
             accepts: model of the body; `openapi` adds its schema.
             media_type: of the body.
             others: OpenAPI response objects by status, beside that of success and those of errors.

@@ -1,105 +1,14 @@
 """Response bodies as pydantic models; they document the API and are the source of truth for clients.
 
-- Handlers build plain dicts (see `responses`) and do not validate them again; tests check them against these models.
-- A field that the request did not ask for is absent, not null.
+Handlers build plain dicts (see `responses`) and do not validate them again; tests check them against these models.
+`app.search.results` has those of searches.
 """
 
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from app.search.query import Level, ObjectFit
-
-
-class WordEffect(BaseModel):
-    """A word of the query, and how much the similarity of text and image falls when the word is left out."""
-
-    word: str = Field(examples=["crying"])
-    effect: float = Field(examples=[0.0721])
-
-
-class ResultExplanation(BaseModel):
-    """Why a result has its score.
-
-    relevance: for each patch of the image as the model sees it, its contribution to the score, row by row.
-    fit: how to lay the square relevance map over the image, as CSS object-fit: cover (centre crop), fill (squeezed) or
-        contain (letterboxed).
-    words: the first 32 words of the query's text; absent if it has fewer than two.
-    """
-
-    relevance: list[list[float]]
-    fit: ObjectFit = "cover"
-    words: list[WordEffect] | None = None
-
-
-class ResultGroup(BaseModel):
-    """The value of `group_by` that a result stands for. count: number of its items that fulfil the filter."""
-
-    value: Any = Field(examples=["WX-300"])
-    count: int = Field(examples=[5])
-
-
-class FacetValue(BaseModel):
-    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
-
-    value: Any = Field(examples=["cat face"])
-    count: int = Field(examples=[9])
-
-
-class Result(BaseModel):
-    """One result. score: cosine of query and item, at most 1.
-
-    level: likely if the score reaches `cutoff`, or if the item contains the words of a hybrid query; possible if it is
-        high but no item has the query's words, or if there is no `cutoff`; else unlikely.
-    width, height: of the upright image in pixels; null if the index does not know them.
-    text_score: share of the query's words that the item contains, about 1 for all of them, more in short texts; hybrid
-        results are sorted by both scores.
-    rerank_score: `score` plus that of the second stage; re-ranked results are sorted by it.
-    folded: ids of near-duplicates that this result stands for. metadata: the requested `fields` that the item has.
-    """
-
-    rank: int = Field(examples=[1])
-    id: str = Field(examples=["1f63f"])
-    score: float = Field(examples=[0.4213])
-    level: Level = Field("possible", examples=["likely"])
-    caption: str = Field(examples=["crying cat"])
-    category: str = Field(examples=["cat face"])
-    image_url: str = Field(examples=["/items/1f63f/image"])
-    width: int | None = Field(None, examples=[72])
-    height: int | None = Field(None, examples=[72])
-    metadata: dict[str, Any] | None = None
-    rerank_score: float | None = None
-    text_score: float | None = None
-    group: ResultGroup | None = None
-    folded: list[str] | None = None
-    explanation: ResultExplanation | None = None
-
-
-class SearchResponse(BaseModel):
-    """Results, best first or sorted, and the index version that produced them.
-
-    nothing_fits: true if a cut-off is known for the query and no result is likely, on this page or before it.
-    cutoff: the score of a likely result; absent if the index was not calibrated, and for other queries than by text.
-    next_offset: start of the next page; absent on the last page. min_score: the cut-off that was applied.
-    facets: the most frequent values of the requested fields.
-    facets_approximate: true if `min_score` was applied to an approximate index, or to more items than are counted.
-    count: number of matches of a sorted search, or of their groups. count_approximate: true if an approximate index may
-        have missed some, or if only the best 10,000 are sorted.
-    """
-
-    index_version: int
-    query_id: str | None = Field(None, description="names the search in feedback; absent unless it is collected")
-    took_ms: float = Field(description="milliseconds from the parsed query to the results")
-    cached: bool = Field(description="true if the query's embedding came from the cache")
-    results: list[Result]
-    nothing_fits: bool = False
-    cutoff: float | None = None
-    next_offset: int | None = None
-    min_score: float | None = None
-    facets: dict[str, list[FacetValue]] | None = None
-    facets_approximate: bool | None = None
-    count: int | None = Field(None, examples=[36])
-    count_approximate: bool | None = None
+from app.search.results import SearchResponse
 
 
 class BatchResponse(BaseModel):

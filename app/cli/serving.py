@@ -76,27 +76,26 @@ def search(
         query, image = "", Path(query)
     if image is not None and not image.is_file():  # before a model is loaded
         raise ImageError(f"{image}: No such file", ImageFault.MISSING)
-    from app.api.responses import search_body
     from app.search import Index
     from app.search.query import parse_fields
 
     given = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
     fields = given | parse_fields(_pairs("--option", "NAME=VALUE, such as fold=0.9", option))
-    found = Index.open(index, device=device).search(query, image=image, **fields)
-    body = search_body(found)
-    for result, match in zip(body["results"], found, strict=True):
-        metadata = match.item.metadata
-        result |= {name: metadata.get(name, "") for name in ("title", "file_name")}
-    if as_json:
-        typer.echo(dump_json(body))
-        return
-    if not body["results"]:
-        typer.echo("nothing found: no item fulfils the filter and reaches min_score", err=True)
-    elif found.nothing_fits:
-        typer.echo("nothing fits well; these are the nearest", err=True)
+    opened = Index.open(index, device=device)
+    body, shown = opened.search(query, image=image, **fields), list[dict[str, object]]()
     for result in body["results"]:
-        name = f"{result['title']} ({result['file_name']})" if result["title"] else result["file_name"]
-        typer.echo(f"{result['rank']:3}  {result['score']:.3f}  {result['id']:24}  {result['caption'] or name}")
+        metadata = opened.metadata(result["id"])
+        shown.append({**result, **{name: metadata.get(name, "") for name in ("title", "file_name")}})
+    if as_json:
+        typer.echo(dump_json({**body, "results": shown}))
+        return
+    if not shown:
+        typer.echo("nothing found: no item fulfils the filter and reaches min_score", err=True)
+    elif body["nothing_fits"]:
+        typer.echo("nothing fits well; these are the nearest", err=True)
+    for each in shown:
+        name = f"{each['title']} ({each['file_name']})" if each["title"] else each["file_name"]
+        typer.echo(f"{each['rank']:3}  {each['score']:.3f}  {each['id']:24}  {each['caption'] or name}")
 
 
 @commands.command(epilog=example("dcar demo", "dcar demo --port 9000 --domain openmoji"))

@@ -49,7 +49,7 @@ class Run:
             )
         results = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
         shown = tqdm(results, name, total=len(judged.texts), unit="query", disable=None, leave=False)
-        found = [[match.item.id for match in matches] for matches in shown]
+        found = [[result["id"] for result in body["results"]] for body in shown]
         return cls(name, index, judged, dict(zip(judged.texts, found, strict=True)), missing)
 
     @cached_property

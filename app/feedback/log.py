@@ -30,7 +30,8 @@ from app.core.threads import ComputeThreads, run_in_new_thread
 from app.feedback import store
 from app.feedback.store import EventRow
 from app.search.errors import UnavailableError
-from app.search.query import Query, SearchResults
+from app.search.query import Query
+from app.search.results import SearchResponse
 from dcar_core.util.errors import DcarError
 from dcar_core.util.processes import in_own_process
 
@@ -80,7 +81,7 @@ class FeedbackLog:
         self._writing.shutdown(wait=False, cancel_futures=True)
 
     def note(
-        self, caller: str, collection: str | None, query: Query, results: SearchResults, *, has_image: bool,
+        self, caller: str, collection: str | None, query: Query, body: SearchResponse, *, has_image: bool,
         client: str = "",
     ) -> str:  # fmt: skip
         """Note a search, and return its query id.
@@ -95,30 +96,24 @@ class FeedbackLog:
         if len(self._queries) == MAX_QUERIES:
             self.lost.labels("queries").inc()
             return query_id
-        page = results.memo.get("noted")
-        if page is None:
-            page = results.memo["noted"] = self._describe(collection, query, results, has_image=has_image)
-        who = to_json(client).decode() if client else "null"
-        self._queries.append(f'"{query_id}":{{"time":{int(now * 1000)},"client":{who},{page}')
-        return query_id
-
-    def _describe(self, collection: str | None, query: Query, results: SearchResults, *, has_image: bool) -> str:
-        """Return the end of a row, which all searches for a cached page have in common."""
         text, is_hashed = query.query, not self._settings.feedback_texts
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
         if is_hashed and text:
             text = hashlib.blake2b(text.encode(), key=self._store.secret, digest_size=16).hexdigest()
-        facts = {
+        row = {
+            "time": int(now * 1000),
+            "client": client or None,
             "collection": collection or self._default_collection,
             "text": text,
-            "hits": [match.item.id for match in results.matches],
+            "hits": [result["id"] for result in body["results"]],
             "kind": "text" if is_text else "other",
-            "offset": results.offset,
-            "version": results.version,
+            "offset": query.offset,
+            "version": body["index_version"],
             "is_hashed": is_hashed,
-            "nothing_fits": results.nothing_fits,
+            "nothing_fits": body["nothing_fits"],
         }
-        return to_json(facts).decode()[1:]
+        self._queries.append(f'"{query_id}":{to_json(row).decode()}')
+        return query_id
 
     def _sign(self, caller: str, start: str) -> str:
         return start + hashlib.blake2b(f"{start}{caller}".encode(), key=self._store.secret, digest_size=12).hexdigest()

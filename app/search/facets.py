@@ -5,16 +5,21 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from app.search.rows import GroupField, field_values, filter_rows, group_field, mask_key
+from app.search.hits import Hits, vector_candidates
+from app.search.plan import Plan
+from app.search.rows import GroupField, field_values, group_field, is_exact_index
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.index.index_version import IndexVersion
+from index_jobs.row_filter import RowFilter
 
 MAX_VALUES = 100  # of one field; the most frequent
 MAX_SCORED = 10_000  # rows that are compared with a min_score
@@ -22,51 +27,64 @@ MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
 _SINGLE_NUMBERS = 20  # different numbers up to which each is counted
 _RANGES = 10
 
-Facet = list[dict[str, Any]]
+
+class FacetValue(TypedDict):
+    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+
+    value: Annotated[Any, Field(examples=["cat face"])]
+    count: Annotated[int, Field(examples=[9])]
+
+
+Facet = list[FacetValue]
 
 
 def count_facets(
-    snapshot: Snapshot,
-    names: Sequence[str],
-    filter: dict[str, Any] | None,
-    group_by: str,
-    vector: Floats | None = None,
-    min_score: float | None = None,
-) -> tuple[dict[str, Facet], bool]:
-    """Return the facets of the rows that fulfil a filter, and False if they are approximate. They are cached.
+    snapshot: Snapshot, names: Sequence[str], allowed: RowFilter | None, filter_key: str, group_by: str
+) -> dict[str, Facet]:
+    """Return the facets of the allowed rows. They are cached.
 
     Args:
-        vector: of the query, (E,). With a `min_score`, those of the best `MAX_SCORED` rows count that reach it, as the
-            index finds them.
+        filter_key: names the filter of the allowed rows, "" for all rows.
 
     Raises:
-        InvalidQueryError: there is no such field, or the filter does not fit the index.
+        InvalidQueryError: there is no such field.
+    """
+    groups = group_field(snapshot, group_by) if group_by else None
+    mask, facets = snapshot.artifact.live if allowed is None else allowed.mask, dict[str, Facet]()
+    for name in names:
+        key = name, filter_key, group_by
+        facet = snapshot.facets.use(key)
+        if facet is None:
+            facet = count_values(snapshot.artifact, name, mask, groups)
+            if 4 * len(str(facet)) <= MAX_CACHED_BYTES:
+                snapshot.facets.keep(key, facet)
+        facets[name] = facet
+    return facets
+
+
+def facets_of(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits | None) -> tuple[dict[str, Facet], bool]:
+    """Return the facets of a plan, and False if they are approximate.
+
+    With a `min_score`, those of the best `MAX_SCORED` rows count that reach it, as the index finds them.
+
+    Args:
+        hits: of a sorted plan.
     """
     artifact = snapshot.artifact
-    allowed = filter_rows(snapshot, filter) if filter else None
-    groups = group_field(snapshot, group_by) if group_by else None
-    if vector is None or min_score is None:
-        facets: dict[str, Facet] = {}
-        for name in names:
-            key = name, mask_key(filter) if filter else "", group_by
-            facet = snapshot.facets.use(key)
-            if facet is None:
-                facet = count_values(artifact, name, artifact.live if allowed is None else allowed.mask, groups)
-                if 4 * len(str(facet)) <= MAX_CACHED_BYTES:
-                    snapshot.facets.keep(key, facet)
-            facets[name] = facet
-        return facets, True
-    scores, rows = artifact.search(vector[None], min(MAX_SCORED, artifact.rows), allowed)
-    reached = rows[0][(rows[0] >= 0) & (scores[0].round(6) >= min_score)]
-    scored = np.zeros(artifact.rows, np.bool_)
-    scored[reached] = True
-    is_exact = len(reached) < MAX_SCORED and is_exact_index(artifact)
-    return {name: count_values(artifact, name, scored, groups) for name in names}, is_exact
-
-
-def is_exact_index(artifact: IndexVersion) -> bool:
-    """Return True if searches find every row that reaches a score."""
-    return {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)} == {"Flat"}
+    if not artifact.rows:
+        return {name: [] for name in plan.facets}, True
+    if hits is not None and hits.matched is not None:
+        counted, is_exact = hits.matched, hits.is_exact
+    elif plan.min_score is None:
+        return count_facets(snapshot, plan.facets, plan.allowed, plan.filter_key, plan.group_by), True
+    else:
+        found, _ = vector_candidates(artifact, vector, min(MAX_SCORED, artifact.rows), plan.allowed)
+        counted = found.rows[found.reach(plan.min_score)]
+        is_exact = len(counted) < MAX_SCORED and is_exact_index(artifact)
+    mask = np.zeros(artifact.rows, np.bool_)
+    mask[counted] = True
+    groups = group_field(snapshot, plan.group_by) if plan.group_by else None
+    return {name: count_values(artifact, name, mask, groups) for name in plan.facets}, is_exact
 
 
 def count_values(
@@ -99,7 +117,7 @@ def count_values(
     if len(counted) > limit:  # of texts, perhaps millions
         table = pa.table({"count": counted.field("counts"), "text": counted.field("values")})
         counted = counted.take(pc.select_k_unstable(table, limit, [("count", "descending"), ("text", "ascending")]))
-    facet = [{"value": entry["values"], "count": entry["counts"]} for entry in counted.to_pylist()]
+    facet = [FacetValue(value=entry["values"], count=entry["counts"]) for entry in counted.to_pylist()]
     return sorted(facet, key=lambda entry: (-entry["count"], str(entry["value"])))
 
 
@@ -112,5 +130,5 @@ def _count_ranges(numbers: Any, owners: Rows) -> Facet:
     facet: Facet = []
     for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
         end = "lte" if high == edges[-1] else "lt"
-        facet.append({"value": {"gte": low, end: high}, "count": count})
+        facet.append(FacetValue(value={"gte": low, end: high}, count=count))
     return facet

@@ -10,25 +10,37 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from itertools import pairwise, product
-from typing import Any, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # pydantic needs these before Python 3.12
+    TypeVar,
+)
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from app.search.compute import Compute
+from app.core.metrics import Stage
 from app.search.errors import UnavailableError, UnsupportedQueryError, without_directories
-from app.search.query import Match, ObjectFit
+from app.search.hits import Hits
+from app.search.plan import Plan
 from app.search.rows import row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.serving.encoder import ImageRow, TextRow
+from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
-from dcar_core.util.errors import DcarError, MissingExtraError
+from dcar_core.util.errors import ArtifactError, DcarError, ImageError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T", Pixels, Floats)
+T = TypeVar("T")
+ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
 
 MAX_PARTS = 6  # of a relevance map, in each direction
 MAX_FEATURE_BYTES = 40 * 2**20  # of cached features: 540 images of a ViT-B/32
@@ -38,103 +50,137 @@ _FITS: dict[str, ObjectFit] = {"shortest": "cover", "squash": "fill", "longest":
 _NO_IMAGES = "This query needs the images of its results, and none of them is in the gallery any more."
 
 
-async def rerank(compute: Compute, snapshot: Snapshot, text: str, ranked: Sequence[Match]) -> list[Match]:
-    """Return the same matches, scored and sorted by the second stage.
+class WordEffect(TypedDict):
+    """A word of the query, and how much the similarity of text and image falls when the word is left out."""
+
+    word: Annotated[str, Field(examples=["crying"])]
+    effect: Annotated[float, Field(examples=[0.0721])]
+
+
+class ResultExplanation(TypedDict):
+    """Why a result has its score.
+
+    relevance: for each patch of the image as the model sees it, its contribution to the score, row by row.
+    fit: how to lay the square relevance map over the image, as CSS object-fit: cover (centre crop), fill (squeezed) or
+        contain (letterboxed).
+    words: the first 32 words of the query's text; absent if it has fewer than two.
+    """
+
+    relevance: list[list[float]]
+    fit: ObjectFit
+    words: NotRequired[list[WordEffect]]
+
+
+class Compute:
+    """The work of re-ranking and explaining, done at once in the calling thread. The service has another."""
+
+    def timed(self, stage: Stage) -> AbstractContextManager[None]:
+        """Measure a stage of the search."""
+        return nullcontext()
+
+    def model(self, call: Callable[..., T], *args: Any) -> T:
+        """Return what a call of the model returns, for a few texts or images."""
+        return call(*args)
+
+    def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        """Return the images that are still in the gallery, by row and in their order."""
+        found: dict[int, Pixels] = {}
+        for row in rows:
+            with suppress(ArtifactError, ImageError, OSError):
+                found[row] = snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row))
+        return found
+
+
+def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits:
+    """Score the first hits by the second stage, and sort them.
 
     Raises:
         UnsupportedQueryError: every image is missing, or PyTorch is not installed.
         UnavailableError: the full model cannot be loaded.
     """
-    if not ranked:
-        return []
-    stage = await _second_stage(compute, snapshot)
-    features = await _image_features(compute, snapshot, stage, [match.row for match in ranked])
+    rows = hits.found.rows[: plan.rerank_depth].tolist()
+    if not rows:
+        return hits
+    stage = _second_stage(snapshot)
+    features = _image_features(compute, snapshot, stage, rows)
     if not features:
         raise UnsupportedQueryError(_NO_IMAGES)
-    second = await _in_chunks(
-        compute, lambda chunk: compute.run("model", stage.query_scores, text, np.stack(chunk)), list(features.values())
-    )
+    second = _in_chunks(compute, lambda chunk: stage.query_scores(plan.text, np.stack(chunk)), [*features.values()])
     added = dict(zip(features, map(float, second), strict=True))
-    for match in ranked:
-        match.rerank_score = match.score + added[match.row] if match.row in added else None
-    return sorted(ranked, key=lambda match: math.inf if match.rerank_score is None else -match.rerank_score)
+    cosines = hits.found.cosines.tolist()
+    scores = {row: cosine + added[row] for row, cosine in zip(rows, cosines, strict=False) if row in added}
+    first = sorted(range(len(rows)), key=lambda place: -scores.get(rows[place], -math.inf))
+    order = [*first, *range(len(rows), len(cosines))]
+    folded = [hits.folded[place] for place in order] if hits.folded else []
+    return replace(hits, found=hits.found.take(order), folded=folded, rerank_scores=scores)
 
 
-async def explain(compute: Compute, snapshot: Snapshot, text: str, vector: Floats, page: Sequence[Match]) -> None:
-    """Explain the scores of matches by the vector (E,) of the query, and by the words of its text.
+def explain(compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits, page: Sequence[Any]) -> None:
+    """Explain the scores of the first results by the vector (E,) of the query, and by the words of its text.
 
     Raise UnsupportedQueryError if every image is missing.
     """
-    effects = await _word_effects(compute, snapshot, text, [match.row for match in page])
-    for match, words in zip(page, effects, strict=True):  # one after the other: other queries get their turn
-        relevance = await _relevance(compute, snapshot, vector, match.row)
+    rows = hits.found.rows[plan.offset : plan.end][: plan.explained].tolist()
+    effects = _word_effects(compute, snapshot, plan.text, rows)
+    for result, row, words in zip(page, rows, effects, strict=False):  # one by one: other queries get their turn
+        relevance = _relevance(compute, snapshot, vector, row)
         if relevance is not None:
-            match.explanation = {"relevance": relevance, "fit": _FITS[snapshot.preprocess.resize], **words}
-    if page and not any(match.explanation for match in page):
+            explanation = ResultExplanation(relevance=relevance, fit=_FITS[snapshot.preprocess.resize])
+            result["explanation"] = explanation | {"words": words} if words else explanation
+    if rows and not any("explanation" in result for result in page):
         raise UnsupportedQueryError(_NO_IMAGES)
 
 
-async def _word_effects(compute: Compute, snapshot: Snapshot, text: str, rows: list[int]) -> list[dict[str, Any]]:
+def _word_effects(compute: Compute, snapshot: Snapshot, text: str, rows: Sequence[int]) -> list[list[WordEffect]]:
     """Return the fall of each row's similarity to the text when a word is left out; nothing for a single word."""
     words = text.split()
     places = range(min(len(words), _MAX_WORDS))
     if len(words) < 2 or not rows:
-        return [{} for _ in rows]
+        return [[] for _ in rows]
     shorter = [" ".join(words[:place] + words[place + 1 :]) for place in places]
-    whole, *without = await compute.texts([TextRow(snapshot.encoder, each) for each in (text, *shorter)])
-    images = await compute.run("search", row_vectors, snapshot.artifact, rows)  # [C, E]
-    falls = images @ (whole - np.stack(without)).T  # [C, n]
+    whole, *without = compute.model(encode_text_rows, [TextRow(snapshot.encoder, each) for each in (text, *shorter)])
+    falls = row_vectors(snapshot.artifact, [*rows]) @ (whole - np.stack(without)).T  # [C, n]
     return [
-        {"words": [{"word": word, "effect": effect} for word, effect in zip(words, fall, strict=False)]}
+        [WordEffect(word=word, effect=effect) for word, effect in zip(words, fall, strict=False)]
         for fall in falls.astype(float).round(4).tolist()
     ]
 
 
-async def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: int) -> list[list[float]] | None:
+def _relevance(compute: Compute, snapshot: Snapshot, vector: Floats, row: int) -> list[list[float]] | None:
     """Return the fall of the score when a part is blanked, for each patch; None if the image is missing."""
-    pixels = (await compute.gallery_pixels(snapshot, [row])).get(row)
+    pixels = compute.gallery_pixels(snapshot, [row]).get(row)
     if pixels is None:
         return None
     encoder = snapshot.encoder
-    variants, part_of_patch = await compute.run(
-        "search", blank_parts, pixels, encoder.preprocess.blank(), encoder.state.patch_grid
-    )
-    original, *blanked = await _in_chunks(
-        compute, lambda chunk: compute.pixels([ImageRow(encoder, each) for each in chunk]), [pixels, *variants]
-    )
+    variants, part_of_patch = blank_parts(pixels, encoder.preprocess.blank(), encoder.state.patch_grid)
+    images = [ImageRow(encoder, each) for each in (pixels, *variants)]
+    original, *blanked = _in_chunks(compute, encode_image_rows, images)
     falls = np.array([float(vector @ (original - each)) for each in blanked])
     relevance: list[list[float]] = np.round(falls[part_of_patch], 4).tolist()
     return relevance
 
 
-async def _image_features(compute: Compute, snapshot: Snapshot, stage: Any, rows: Sequence[int]) -> dict[int, Floats]:
+def _image_features(compute: Compute, snapshot: Snapshot, stage: Any, rows: Sequence[int]) -> dict[int, Floats]:
     """Return the `image_features` of the rows whose images exist, by row and in their order."""
     cache = snapshot.image_features
-    features = {row: cache[row] for row in rows if row in cache}  # the cache may drop them during the await below
-    images = await compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
-    computed = await _in_chunks(
-        compute, lambda chunk: compute.run("model", stage.image_features, np.stack(chunk)), list(images.values())
-    )
+    features = {row: feature for row in rows if (feature := cache.use(row)) is not None}
+    images = compute.gallery_pixels(snapshot, [row for row in rows if row not in features])
+    computed = _in_chunks(compute, lambda chunk: stage.image_features(np.stack(chunk)), [*images.values()])
     for row, feature in zip(images, computed, strict=True):
         features[row], cache.size = feature, MAX_FEATURE_BYTES // feature.nbytes
         cache.keep(row, feature)
     return {row: features[row] for row in rows if row in features}
 
 
-async def _in_chunks(
-    compute: Compute, encode: Callable[[list[T]], Awaitable[Iterable[Floats]]], images: list[T]
-) -> list[Floats]:
-    vectors: list[Floats] = []
-    for start in range(0, len(images), _CHUNK):
-        async with compute.chunk_turn():
-            vectors.extend(await encode(images[start : start + _CHUNK]))
-    return vectors
+def _in_chunks(compute: Compute, encode: Callable[[list[T]], Iterable[Floats]], images: list[T]) -> list[Floats]:
+    chunks = (images[start : start + _CHUNK] for start in range(0, len(images), _CHUNK))
+    return [vector for chunk in chunks for vector in compute.model(encode, chunk)]
 
 
-async def _second_stage(compute: Compute, snapshot: Snapshot) -> Any:
-    """Return the snapshot's `SecondStage`."""
+def _second_stage(snapshot: Snapshot) -> Any:
+    """Return the snapshot's `SecondStage`, which may load the model."""
     try:
-        return await compute.run("load", lambda: snapshot.second_stage)  # may load the model
+        return snapshot.second_stage
     except MissingExtraError as error:
         raise UnsupportedQueryError(f"This service runs without PyTorch: {error}; or leave `rerank` out.") from None
     except DcarError as error:

@@ -1,4 +1,4 @@
-"""Queries and results.
+"""Queries.
 
 - A query is a pydantic model: JSON bodies, forms and Python callers are checked by the same rules, and its texts are
   normalized once.
@@ -6,9 +6,8 @@
 """
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
@@ -17,11 +16,8 @@ from pydantic_core import from_json, to_json
 
 from app.core.settings import DEFAULT_K
 from dcar_core.model.text.cleaning import strip_control_tokens
-from index_jobs.index.index_version import Item
 
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
-ObjectFit = Literal["cover", "fill", "contain"]  # values of CSS's object-fit
-Level = Literal["likely", "possible", "unlikely"]
 Name = Annotated[str, Field(max_length=1024)]
 # FailFast reports the first fault of a list: reporting every fault of a hostile one would take seconds.
 Ids = Annotated[tuple[Name, ...], Field(max_length=32), FailFast()]
@@ -197,59 +193,6 @@ class Query(BaseModel):
         description="score the first results again, by the model's second stage; 409 if it has none",
     )
     explain: bool = Field(False, strict=True, description="show which parts of images and words contribute to scores")
-
-
-@dataclass(slots=True)
-class Match:
-    """One result; see `app.api.schemas.Result`.
-
-    row: of the item in the index. near: rows of the near-duplicates that it stands for.
-    item, folded, group: of the results on the page alone.
-    """
-
-    row: int
-    score: float
-    text_score: float | None = None
-    near: Sequence[int] = ()
-    level: Level = "possible"
-    rerank_score: float | None = None
-    item: Item = field(init=False, repr=False, compare=False)
-    folded: Sequence[str] = ()
-    group: dict[str, Any] | None = None
-    explanation: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResults:
-    """The matches of one query; see `app.api.schemas.SearchResponse`.
-
-    count: of a sorted search. memo: what is made once of a cached page, by name.
-    """
-
-    version: int
-    matches: list[Match]
-    is_cached: bool = False
-    took_ms: float = 0.0
-    offset: int = 0
-    next_offset: int | None = None
-    min_score: float | None = None
-    cutoff: float | None = None
-    nothing_fits: bool = False
-    fields: tuple[str, ...] = ()
-    facets: dict[str, list[dict[str, Any]]] | None = None
-    has_exact_facets: bool = True
-    count: int | None = None
-    has_exact_count: bool = True
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.matches)
-
-    def __iter__(self) -> Iterator[Match]:
-        return iter(self.matches)
-
-    def __getitem__(self, place: int) -> Match:
-        return self.matches[place]
 
 
 def parse_fields(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:

@@ -1,21 +1,21 @@
-"""Rows of a snapshot: the masks of filters, vectors, the values of fields, and groups of rows that share a value.
+"""Rows of a snapshot: the masks of filters, vectors, the values of fields, their order, and groups that share a value.
 
-- A group is for example the images of one product. A row without a value is a group of its own.
-- Each group is ranked by its best row. The search goes on among rows of other groups until there are enough.
+A group is for example the images of one product. A row without a value is a group of its own.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.search.errors import InvalidQueryError, UnsupportedQueryError
-from app.search.query import Match
 from app.search.snapshots import Snapshot
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import ArtifactError, DataError, StoreUnavailableError
@@ -23,7 +23,6 @@ from index_jobs.index import filters
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.row_filter import EMPTY_IS_MISSING, NO_ROWS, RowFilter
 
-_ROWS_PER_GROUP = 4  # rows requested at first for each group
 _MAX_VALUE_BYTES = 4096  # of a group; a batch of 32 queries shows 6,400 groups
 _LONG_BYTES = 256  # mean length from which values are sorted to number them, which takes no memory
 
@@ -60,6 +59,11 @@ def row_vectors(artifact: IndexVersion, rows: Rows | list[int]) -> Floats:
         raise UnsupportedQueryError(message) from None
 
 
+def is_exact_index(artifact: IndexVersion) -> bool:
+    """Return True if searches find every row that reaches a score."""
+    return {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)} == {"Flat"}
+
+
 def field_values(artifact: IndexVersion, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
     """Return a field of every row, or of some, ascending; null where an item has none.
 
@@ -71,6 +75,13 @@ def field_values(artifact: IndexVersion, name: str, option: str, rows: Rows | No
     except DataError as error:
         raise InvalidQueryError(option, str(error)) from None
     return pc.if_else(pc.equal(column, ""), None, column) if name in EMPTY_IS_MISSING else column
+
+
+class ResultGroup(TypedDict):
+    """The value of `group_by` that a result stands for. count: number of its items that fulfil the filter."""
+
+    value: Annotated[Any, Field(examples=["WX-300"])]
+    count: Annotated[int, Field(examples=[5])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +98,7 @@ class GroupField:
     codes: Rows
     counts: Rows
 
-    def shown(self, rows: list[int], allowed: RowFilter | None) -> list[dict[str, Any]]:
+    def shown(self, rows: list[int], allowed: RowFilter | None) -> list[ResultGroup]:
         """Return the value of each row's group, None without one, and its number of allowed rows, None for all."""
         counts = self.counts
         if allowed is not None:
@@ -105,10 +116,10 @@ class GroupField:
         return (allowed or self.artifact.live_rows).without(np.flatnonzero(np.isin(self.codes, codes)))
 
 
-def first_rows(groups: GroupField, rows: Rows) -> Rows:
-    """Return the first row of each group, in the order of the given rows."""
-    _, places = np.unique(groups.codes[rows], return_index=True)
-    return rows[np.sort(places)]
+def first_places(codes: Rows) -> Rows:
+    """Return the place of the first row of each group, ascending, from the group of each row."""
+    _, places = np.unique(codes, return_index=True)
+    return np.sort(places)
 
 
 def group_field(snapshot: Snapshot, name: str) -> GroupField:
@@ -137,18 +148,46 @@ def group_field(snapshot: Snapshot, name: str) -> GroupField:
     return groups
 
 
-def rank_groups(
-    search: Callable[[int, RowFilter | None], list[Match]], count: int, groups: GroupField, allowed: RowFilter | None
-) -> list[Match]:
-    """Return the best row of each of the `count` best groups. search: returns so many of the best allowed rows."""
-    best: dict[int, Match] = {}
-    remaining = allowed
-    while (found := len(best)) < count:
-        rows = search(_ROWS_PER_GROUP * (count - found), remaining)
-        codes = groups.codes[np.array([ranked.row for ranked in rows], np.int64)]
-        for code, ranked in zip(codes.tolist(), rows, strict=True):
-            best.setdefault(code, ranked)
-        if len(best) == found:
-            break
-        remaining = groups.outside(np.fromiter(best, np.int64), allowed)
-    return list(best.values())[:count]
+@dataclass(frozen=True)
+class SortOrder:
+    """The order of a field. places: of each row, int32 (rows,); rows of equal value share one."""
+
+    places: Rows
+
+    @cached_property
+    def rows(self) -> Rows:
+        """All rows in order, int64 (rows,); those of equal value in the order of the index."""
+        return np.argsort(self.places, kind="stable")
+
+
+def sort_order(snapshot: Snapshot, sort: str) -> SortOrder:
+    """Return the order of a field, which is cached. Texts are in order regardless of case; "" is missing."""
+
+    def read() -> SortOrder:
+        column = field_values(snapshot.artifact, sort.removeprefix("-"), "sort")
+        if pa.types.is_string(column.type):
+            column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
+        elif pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), None, column)
+        direction = "descending" if sort.startswith("-") else "ascending"
+        return SortOrder(pc.rank(column, direction, tiebreaker="dense").to_numpy().astype(np.int32))
+
+    order: SortOrder = snapshot.orders.find(sort, read)
+    return order
+
+
+def list_rows(snapshot: Snapshot, filter: dict[str, Any] | None, sort: str, group_by: str) -> Rows:
+    """Return the rows of a listing: those that fulfil a filter, in the order of a field or of the index.
+
+    Args:
+        group_by: list the first row of each group; "" for every row.
+    """
+    allowed = filter_rows(snapshot, filter) if filter else snapshot.artifact.live_rows
+    if sort:
+        rows = sort_order(snapshot, sort).rows
+        rows = rows[allowed.mask[rows]]
+    else:
+        rows = np.flatnonzero(allowed.mask)
+    if group_by and len(rows):
+        rows = rows[first_places(group_field(snapshot, group_by).codes[rows])]
+    return rows

@@ -77,7 +77,7 @@ class Snapshot:
         pages: cached pages of results, by `Plan.page_key`.
         masks: cached rows of filters, by `rows.mask_key`.
         groups: cached `GroupField`s of `app.search.rows`, by the name of the field.
-        orders: cached `SortOrder`s of `app.search.sorting`, by the `sort` of queries.
+        orders: cached `SortOrder`s of `app.search.rows`, by the `sort` of queries.
         facets: cached counts of values; see `app.search.facets`.
         image_features: cached features for re-ranking by row; re-ranking, which fills it, sets its size.
         model_note: what users should know about the model, "" for nothing. languages: see `checkpoint.languages_of`.
@@ -92,7 +92,7 @@ class Snapshot:
     masks: Recent[str, RowFilter]
     groups: Recent[str, Any]
     orders: Recent[str, Any]
-    facets: Recent[tuple[str, str, str], list[dict[str, Any]]] = field(default_factory=lambda: Recent(_MAX_FACETS))
+    facets: Recent[tuple[str, str, str], list[Any]] = field(default_factory=lambda: Recent(_MAX_FACETS))
     image_features: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
     model_note: str = ""
     languages: str = ""

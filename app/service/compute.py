@@ -10,17 +10,19 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
+from contextvars import copy_context
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from app.core.decoders import Decoders
 from app.core.fair_queue import FairTurns
-from app.core.metrics import Metrics
+from app.core.metrics import Metrics, Stage
 from app.core.settings import Settings
 from app.core.threads import ComputeThreads, FairThreads, run_in_new_thread
-from app.search.compute import Compute, Place
 from app.search.errors import UnavailableError
+from app.search.pair_scoring import Compute
 from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from app.service.batching import Batcher, BatchGroup, SharedTasks
@@ -34,24 +36,24 @@ from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.machine import available_cores
 
 T = TypeVar("T")
+Place = Literal["search", "filter"]  # kinds of blocking work
 
 _IMAGE_THREADS = 8
 _QUICK_BYTES = 256 * 2**10  # of a file that is hashed in the event loop, in less time than a thread takes to begin
 
 
-class SharedCompute(Compute):
-    """The `Compute` of all searches. One per process."""
+class SharedCompute:
+    """What all searches share. One per process."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.cache = EmbeddingCache(settings, metrics)
-        self._metrics = metrics
+        self.metrics = metrics
         self.computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
         threads = min(4, available_cores())
         self._threads = {"search": FairThreads(threads, "dcar-search"), "filter": FairThreads(1, "dcar-filter")}
         self.batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
-        self.chunk_turn = FairTurns(1, 1).turn
-        self.timed = metrics.timed  # type: ignore[method-assign]
+        self.chunk_turn = FairTurns(1, 1).turn  # held while one chunk of many images is in the model's queue
         self._pixel_threads = ComputeThreads(threads, "dcar-pixels")  # hash files, and resize what PyTorch is to resize
         self._decoders = Decoders(settings.max_pixels)
         self._query_limits = settings.max_pixels, frozenset(map(ImageFormat, settings.image_formats))
@@ -69,13 +71,8 @@ class SharedCompute(Compute):
         for threads in (self._threads["filter"], self._pixel_threads, self.image_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    async def texts(self, rows: Sequence[TextRow]) -> list[Floats]:
-        return await self.batcher.submit(_group(rows[0], encode_text_rows), rows) if rows else []
-
-    async def pixels(self, rows: Sequence[ImageRow]) -> list[Floats]:
-        return await self.batcher.submit(_group(rows[0], encode_image_rows), rows)
-
-    async def query_texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
+    async def texts(self, snapshot: Snapshot, texts: Sequence[str]) -> list[tuple[Floats, bool]]:
+        """Return the vectors (E,) of normalized texts, each with True if it was cached."""
         if len(texts) == 1:  # the usual case, without the cost of gather
             return [await self.text(snapshot, texts[0])]
         return await asyncio.gather(*(self.text(snapshot, text) for text in texts))
@@ -91,11 +88,13 @@ class SharedCompute(Compute):
         return await self._cached(key, row.encoder.dim, embed)
 
     async def image(self, snapshot: Snapshot, data: bytes, crop: Crop | None = None) -> tuple[Floats, bool]:
+        """Return the vector (E,) of an image file, or of a part of it, and True if it was cached. Raise ImageError."""
         encoder = snapshot.encoder
 
         async def embed() -> list[Floats]:
             pixels = await self._decode_pixels(data, snapshot.preprocess, crop, is_query=True)
-            return await self.pixels([ImageRow(encoder, pixels)])
+            row = ImageRow(encoder, pixels)
+            return await self.batcher.submit(_group(row, encode_image_rows), [row])
 
         make_key = partial(cache_key, encoder.fingerprint, "image", data)
         key = make_key() if len(data) <= _QUICK_BYTES else await self._pixel_threads.run(make_key)
@@ -109,7 +108,7 @@ class SharedCompute(Compute):
         """
         limits = self._query_limits if is_query else (MAX_PIXELS, ALL_FORMATS)
         try:
-            with self._metrics.timed("decode"):
+            with self.metrics.timed("decode"):
                 return await self._decoders.run(convert, data, *limits)
         except ImageError as error:
             if error.fault != ImageFault.UNREADABLE:
@@ -125,6 +124,8 @@ class SharedCompute(Compute):
         return decoded if preprocess.resizer == "pillow" else await self._pixel_threads.run(preprocess.finish, decoded)
 
     async def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        """Return the images that are still in the gallery, by row and in their order."""
+
         async def read(row: int) -> Pixels | None:
             try:
                 data = await self.image_threads.run(snapshot.artifact.image_bytes, row)
@@ -136,13 +137,16 @@ class SharedCompute(Compute):
         return {row: pixels for row, pixels in images if pixels is not None}
 
     async def run(self, place: Place, call: Callable[..., T], *args: Any) -> T:
-        """Return what a call returns that blocks; one that loads a model gets a thread of its own."""
-        if place == "load":
-            return await run_in_new_thread(call, *args)
-        if place == "model":
-            (result,) = await self.batcher.submit(_CALLS, [(call, args)])
-            return result  # type: ignore[return-value]
+        """Return what a call returns that blocks."""
         return await self._threads[place].run(call, *args)
+
+    async def run_beside_model(self, call: Callable[[Compute], T]) -> T:
+        """Return what a call returns that has the model work more than once, in a thread of its own."""
+        compute = _WaitingCompute(self)
+        try:
+            return await run_in_new_thread(copy_context().run, call, compute)
+        finally:
+            compute.cancel()
 
     async def _cached(self, key: str, dim: int, embed: Callable[[], Awaitable[list[Floats]]]) -> tuple[Floats, bool]:
         """Return the vector of `key`, and True if it was cached. Equal queries in progress share one computation."""
@@ -151,7 +155,7 @@ class SharedCompute(Compute):
             return vector, True
 
         async def find_or_embed() -> tuple[Floats, bool]:
-            with self._metrics.timed("cache"):
+            with self.metrics.timed("cache"):
                 vector = await self.cache.get(key, dim)
             if vector is not None:
                 return vector, True
@@ -167,3 +171,40 @@ def _group(row: TextRow | ImageRow, encode: Callable[[Any], Floats]) -> BatchGro
 
 
 _CALLS = BatchGroup("calls", lambda payloads: [call(*args) for call, args in payloads])
+
+
+class _WaitingCompute(Compute):
+    """The `Compute` of a thread, which waits for the model's queue. Once cancelled, it raises CancelledError."""
+
+    def __init__(self, shared: SharedCompute) -> None:
+        self._shared, self._loop, self._is_cancelled = shared, asyncio.get_running_loop(), False
+        self._waiting: asyncio.Task[Any] | None = None
+
+    def timed(self, stage: Stage) -> AbstractContextManager[None]:
+        return self._shared.metrics.timed(stage)
+
+    def model(self, call: Callable[..., T], *args: Any) -> T:
+        return self._wait(self._submit(call, args))
+
+    def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        return self._wait(self._shared.gallery_pixels(snapshot, rows))
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def _submit(self, call: Callable[..., T], args: Sequence[Any]) -> T:
+        async with self._shared.chunk_turn():
+            (result,) = await self._shared.batcher.submit(_CALLS, [(call, args)])
+        return result  # type: ignore[return-value]
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        async def cancellable() -> T:
+            if self._is_cancelled:
+                work.close()
+                raise asyncio.CancelledError
+            self._waiting = asyncio.current_task()
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(cancellable(), self._loop).result()

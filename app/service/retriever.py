@@ -1,4 +1,4 @@
-"""The searches of the service: `app.search.engine` within limits on the work in progress.
+"""The searches of the service: the steps of `app.search`, within limits on the work in progress.
 
 - At most `max_pending` searches are in progress; more are refused at once. Each search has a deadline, and cancelled
   work is skipped.
@@ -7,30 +7,27 @@
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
 from app.core.metrics import Metrics
 from app.core.settings import Settings
-from app.search import engine
 from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError
-from app.search.plan import require_sortable, row_of
-from app.search.query import Query, SearchResults
-from app.search.rows import first_rows, group_field
+from app.search.plan import MAX_TEXT_BYTES, Plan, make_plan, query_vector, require_sortable, row_of
+from app.search.query import Query
+from app.search.results import Page, answer, cached_page
+from app.search.rows import list_rows, mask_key
 from app.search.snapshots import Recent, Snapshot
-from app.search.sorting import sort_rows
 from app.service.batching import Admission
-from app.service.compute import SharedCompute
+from app.service.compute import Place, SharedCompute
 from app.service.files import ImageFile
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from index_jobs.index.index_version import Item
-from index_jobs.row_filter import RowFilter
 
 T = TypeVar("T")
 
@@ -53,7 +50,7 @@ class Retriever:
     """Search snapshots. One per process."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self._settings = settings
+        self._settings, self._metrics = settings, metrics
         self._admission = Admission(settings, metrics)
         self.compute = SharedCompute(settings, metrics)
         self.start, self.close = self.compute.start, self.compute.close
@@ -66,25 +63,58 @@ class Retriever:
         """Why no search works; None if they do."""
         return self.compute.batcher.fault
 
-    async def search(self, snapshot: Snapshot, query: Query, image: bytes | None = None) -> SearchResults:
-        """Return the matches of a query; see `engine.search`."""
+    async def search(
+        self, snapshot: Snapshot, query: Query, image: bytes | None = None, items_path: str = "/items"
+    ) -> Page:
+        """Return the results of a query; see `app.search`."""
         async with self._admission():
-            return await engine.search(self.compute, snapshot, query, image, self._settings)
+            return await self._search(snapshot, query, image, items_path, MAX_TEXT_BYTES)
 
     async def search_batch(
-        self, snapshot: Snapshot, queries: Sequence[tuple[Query, bytes | None]]
-    ) -> list[SearchResults]:
-        """Return the matches of queries with their images. Raise BatchQueryError if one search failed."""
+        self, snapshot: Snapshot, queries: Sequence[tuple[Query, bytes | None]], items_path: str
+    ) -> list[Page]:
+        """Return the results of queries with their images. Raise BatchQueryError if one search failed."""
         has_long_queries = any(query.rerank or query.explain for query, _ in queries)
         slots = asyncio.Semaphore(1 if has_long_queries else len(queries))  # their images take memory
+        max_bytes = MAX_TEXT_BYTES // len(queries)
 
-        async def search(query: Query, image: bytes | None) -> SearchResults:
+        async def search(query: Query, image: bytes | None) -> Page:
             async with slots:
-                return await engine.search(self.compute, snapshot, query, image, self._settings)
+                return await self._search(snapshot, query, image, items_path, max_bytes)
 
         async with self._admission(len(queries)):
             outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
         return _all_or_error(outcomes)
+
+    async def _search(
+        self, snapshot: Snapshot, query: Query, image: bytes | None, items_path: str, max_bytes: int
+    ) -> Page:
+        started, compute = time.perf_counter(), self.compute
+        make = partial(make_plan, has_image=image is not None, items_path=items_path, max_bytes=max_bytes)
+        if query.filter and snapshot.masks.use(mask_key(query.filter)) is None:  # all items are looked at
+            plan = await compute.run("filter", make, snapshot, query, self._settings)
+        else:
+            plan = make(snapshot, query, self._settings)
+        embeddings = await compute.texts(snapshot, [text for _, text in plan.texts])
+        is_cached, picture = all(cached for _, cached in embeddings), None
+        if image is not None:
+            picture, is_picture_cached = await compute.image(snapshot, image, plan.crop)
+            is_cached &= is_picture_cached
+        parts = snapshot, plan, [vector for vector, _ in embeddings], picture
+        vector = await compute.run("search", query_vector, *parts) if plan.examples else query_vector(*parts)
+        page = None if plan.facets else cached_page(snapshot, plan, vector)
+        if page is None:
+            page = await self._answer(snapshot, plan, vector)
+        milliseconds = round((time.perf_counter() - started) * 1000, 2)
+        is_cached &= bool(query.query or image)
+        return {**page[0], "took_ms": milliseconds, "cached": is_cached}, page[1]
+
+    async def _answer(self, snapshot: Snapshot, plan: Plan, vector: Floats) -> Page:
+        if plan.explained or plan.rerank_depth:
+            return await self.compute.run_beside_model(partial(answer, snapshot, plan, vector))
+        place: Place = "filter" if plan.sort or plan.facets else "search"  # which may take long
+        with self._metrics.timed("search"):
+            return await self.compute.run(place, answer, snapshot, plan, vector)
 
     async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
         """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none."""
@@ -112,23 +142,17 @@ class Retriever:
             group_by: "" for every item, None for the index's own field.
         """
         if not snapshot.artifact.rows:
-            sort = ""
-        elif sort:
+            return 0, []
+        if sort:
             require_sortable(snapshot, sort)
         name = snapshot.artifact.manifest.spec.group_field if group_by is None else group_by
 
-        def list_items(allowed: RowFilter | None) -> tuple[int, list[Item]]:
-            if sort:
-                rows = sort_rows(snapshot, sort, allowed)
-            else:
-                rows = np.flatnonzero(snapshot.artifact.live if allowed is None else allowed.mask)
-            if name and len(rows):
-                rows = first_rows(group_field(snapshot, name), rows)
+        def list_items() -> tuple[int, list[Item]]:
+            rows = list_rows(snapshot, filter, sort, name)
             return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
 
         async with self._admission():
-            allowed = await engine.find_rows(self.compute, snapshot, filter)
-            return await self.compute.run("filter" if sort else "search", list_items, allowed)
+            return await self.compute.run("filter" if sort or filter else "search", list_items)
 
     async def open_image(self, snapshot: Snapshot, item_id: str) -> ImageFile:
         """Open the image of an item, which the caller closes. Raise ItemNotFoundError or ImageUnavailableError."""

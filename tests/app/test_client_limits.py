@@ -22,7 +22,8 @@ from tests.support.parts import needs
 
 KEY = "k" * 32
 BASIC = "bWU6c2VjcmV0LXdvcmQ="  # me:secret-word
-RESULT = {"rank": 1, "id": "a", "score": 0.5, "caption": "", "category": "", "image_url": "/items/a/image"}
+RESULT = {"rank": 1, "id": "a", "score": 0.5, "level": "likely", "caption": "", "category": "",
+          "image_url": "/items/a/image", "width": None, "height": None}  # fmt: skip
 
 
 @contextmanager
@@ -123,6 +124,7 @@ def test_the_first_wrong_value_of_a_list_ends_its_reading() -> None:
     assert {each["loc"][:4] for each in caught.value.errors()} == {
         ("answers", 0, "index_version"),
         ("answers", 0, "results", 0),
+        ("answers", 0, "nothing_fits"),
     }
 
 
@@ -254,7 +256,7 @@ async def test_an_answer_over_mcp_is_clean_and_bounded() -> None:
             busy -= 1
             return httpx.Response(200, content=bytes(size), headers={"content-type": "image/png"})
         result = RESULT | {"id": odd, "caption": odd, "category": odd, "metadata": {odd: [odd] * most}}
-        body = {"results": [result] * found, "took_ms": 1.0, "cached": False, "index_version": 1}
+        body = {"results": [result] * found, "took_ms": 1.0, "cached": False, "index_version": 1, "nothing_fits": False}
         return httpx.Response(200, json=body)
 
     async with AsyncClient("http://odd", key=KEY, transport=httpx.MockTransport(respond)) as client:

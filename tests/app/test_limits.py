@@ -153,7 +153,7 @@ async def test_pages_of_long_texts_are_not_cached(built_index: Path, monkeypatch
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
         for most in (100, 10_000):
-            monkeypatch.setattr("app.search.engine.MAX_PAGE_BYTES", most)
+            monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", most)
             assert (await client.post("/search/text", json=WORDS)).is_success
             assert len(snapshot.pages) == (most > 100)
 
@@ -275,7 +275,7 @@ async def test_filters_and_facets_of_a_batch_give_way_to_the_filter_of_another_r
         wait("batch")
         return {}, True
 
-    monkeypatch.setattr("app.search.engine.count_facets", count)
+    monkeypatch.setattr("app.search.results.facets_of", count)
     monkeypatch.setattr(filters, "match_rows", match)
     async with opened(built_index) as client:
         options: dict[str, Any] = {

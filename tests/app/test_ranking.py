@@ -4,7 +4,6 @@ import math
 import sys
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,21 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from app.search.engine import rank_rows
-from app.search.facets import count_facets, count_values
+from app.search.facets import count_values, facets_of
+from app.search.hits import Candidates, best_of_groups, best_rows, find_hits, fold_rows
 from app.search.plan import Plan
-from app.search.query import Match, Query
-from app.search.rank import fold_matches, rank
-from app.search.rows import first_rows, group_field, rank_groups
+from app.search.rows import first_places, group_field, list_rows
 from app.search.snapshots import Recent
-from app.search.sorting import sort_rows
 from index_jobs.index.lexical.fusion import text_bonus
 from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.row_filter import RowFilter
 from tests.support.oracle import first_of_each, fold_row_by_row
 from tests.support.ranking import ArtifactStub, snapshot_of, unit
 
-PLAIN = Plan(Query())
+PLAIN = Plan()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -39,9 +35,18 @@ def test_folding_equals_folding_row_by_row(seed: int) -> None:
     order, fold = rng.permutation(rows).tolist(), float(rng.integers(1, 14))
     expected = [*fold_row_by_row(vectors, order, fold).items()]
     for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
-        folded = fold_matches(artifact, [Match(row, 1 - place / rows) for place, row in enumerate(order)], fold, count)
-        assert [(each.row, each.near) for each in folded] == expected[:count], count
-    assert fold_matches(artifact, [], fold, 3) == []
+        ranked, near = fold_rows(artifact, candidates(order), fold, count)
+        assert [*zip(ranked.rows.tolist(), map(list, near), strict=True)] == expected[:count], count
+    assert fold_rows(artifact, candidates([]), fold, 3)[1] == []
+
+
+def candidates(rows: list[int]) -> Candidates:
+    return Candidates(np.array(rows, np.int64), *np.zeros((3, len(rows)), np.float32))
+
+
+def ranked(artifact: Any, vector: np.ndarray, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[int]:
+    rows: list[int] = best_rows(artifact, plan, vector, count, allowed)[0].rows.tolist()
+    return rows
 
 
 class Exact:
@@ -73,24 +78,24 @@ def copies() -> tuple[Any, np.ndarray]:
     return Exact(vectors), expected / np.linalg.norm(expected)
 
 
-PLANS = [PLAIN, Plan(Query(), excluded_rows={0, 1, 2, 50}), Plan(Query(fold=0.9)), Plan(Query(), min_score=0.0)]
+PLANS = [PLAIN, Plan(excluded=(0, 1, 2, 50)), Plan(fold=0.9), Plan(min_score=0.0)]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=["plain", "excluded", "fold", "min_score"])
 def test_a_longer_list_begins_with_the_shorter_one(copies: tuple[Any, np.ndarray], plan: Plan) -> None:
     """Pages then have every item once, however many scores are equal."""
     artifact, vector = copies
-    rows = [hit.row for hit in rank(artifact, vector, plan, 300)]
+    rows = ranked(artifact, vector, plan, 300)
     assert len(rows) == len(set(rows))
     for count in range(1, 120):
-        assert [hit.row for hit in rank(artifact, vector, plan, count)] == rows[:count]
+        assert ranked(artifact, vector, plan, count) == rows[:count]
     assert sorted(rows) == list(range(300)) if plan is PLAIN else len(rows) < 300
 
 
 def test_only_tied_scores_widen_the_search(copies: tuple[Any, np.ndarray]) -> None:
     artifact, vector = copies
     for count, widest in ((10, 88), (150, 151)):  # 11, 22, 44: the sixty copies of one image
-        rank(artifact, vector, PLAIN, count)
+        ranked(artifact, vector, PLAIN, count)
         assert artifact.asked == widest
 
 
@@ -98,14 +103,16 @@ def test_identical_vectors_fold_at_a_threshold_of_one(copies: tuple[Any, np.ndar
     """The product of a float32 vector with itself may be slightly below 1."""
     artifact, vector = copies
     assert not np.all((artifact.all**2).sum(1) >= 1)
-    hits = rank(artifact, vector, Plan(Query(fold=1.0)), 300)
-    assert sorted(len(hit.near) for hit in hits)[-2:] == [39, 59]
-    assert len(hits) == 300 - 98
+    found, near = best_rows(artifact, Plan(fold=1.0), vector, 300, None)
+    assert sorted(map(len, near))[-2:] == [39, 59]
+    assert len(found.rows) == 300 - 98
 
 
 def test_a_displayed_score_works_as_min_score(copies: tuple[Any, np.ndarray]) -> None:
-    for number, hit in enumerate(rank(*copies, PLAIN, 300)[:150], 1):
-        assert len(rank(*copies, Plan(Query(), min_score=round(hit.score, 6)), 300)) >= number
+    artifact, vector = copies
+    found, _ = best_rows(artifact, PLAIN, vector, 300, None)
+    for number, score in enumerate(found.cosines.tolist()[:150], 1):
+        assert len(ranked(artifact, vector, Plan(min_score=round(score, 6)), 300)) >= number
 
 
 def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
@@ -114,17 +121,17 @@ def test_common_words_are_ranked_among_the_nearest_rows(tmp_path: Any) -> None:
     write_lexical(tmp_path / "lexical", words.tolist())
     lexical, vectors, vector = LexicalIndex(tmp_path / "lexical"), unit(rng, 2000, 24), unit(rng, 24)
     artifact: Any = ArtifactStub(vectors, lexical=lexical)
-    plan = Plan(Query(query="smile"), words_weight=0.7)
+    plan = Plan(text="smile", words_weight=0.7)
     cosines, texts = vectors @ vector, lexical.score("smile", np.arange(2000))
     scores = cosines + np.float32(text_bonus(artifact.sample_vectors, vector, 0.7)) * texts
     for mask in (np.ones(2000, np.bool_), rng.random(2000) < 0.7):
         allowed = None if mask.all() else RowFilter.of_mask(mask)
-        ranked = [each.row for each in rank(artifact, vector, plan, 60, allowed)]
-        assert all(np.diff(scores[ranked]) <= 1e-5)
+        best = ranked(artifact, vector, plan, 60, allowed)
+        assert all(np.diff(scores[best]) <= 1e-5)
         nearest = [row for row in np.argsort(-cosines).tolist() if mask[row]][:60]
-        assert {row for row in nearest if words[row] == "smile"} <= {*ranked}
+        assert {row for row in nearest if words[row] == "smile"} <= {*best}
         for count in (1, 10, 40):
-            assert [each.row for each in rank(artifact, vector, plan, count, allowed)] == ranked[:count]
+            assert ranked(artifact, vector, plan, count, allowed) == best[:count]
 
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF8,Flat", "HNSW16,SQfp16"])
@@ -133,11 +140,12 @@ def test_groups_equal_those_of_all_rows_on_every_page(kind: str) -> None:
     values = [f"p{number}" if number else None for number in (rng.zipf(1.5, count) % 90).tolist()]
     vectors = unit(rng, count, 16)
     snapshot = snapshot_of(ArtifactStub(vectors, kind, product=values))
-    groups, search = group_field(snapshot, "product"), partial(rank, snapshot.artifact, vectors[0], PLAIN)
+    groups = group_field(snapshot, "product")
     for allowed in (None, RowFilter.of_mask(rng.random(count) < 0.5)):
-        expected = first_of_each([each.row for each in search(count, allowed)], values)
+        expected = first_of_each(ranked(snapshot.artifact, vectors[0], PLAIN, count, allowed), values)
         for size in (1, 5, 24, len(expected), len(expected) + 5):
-            assert [each.row for each in rank_groups(search, size, groups, allowed)] == expected[:size]
+            found = best_of_groups(snapshot.artifact, Plan(end=size - 1, allowed=allowed), vectors[0], groups)
+            assert found.rows.tolist() == expected[:size]
 
 
 @pytest.mark.parametrize("names", [["a"], ["a", "b", None]], ids=["all", "half"])
@@ -154,8 +162,8 @@ def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str
         return search(queries, k, *given, **options)
 
     artifact.search = recording
-    plan = Plan(Query(k=9), excluded_rows={7}, group_by="product")
-    found = [values[each.row] for each in rank_rows(snapshot_of(artifact), plan, vectors[7], None)]
+    plan = Plan(end=9, excluded=(7,), group_by="product")
+    found = [values[row] for row in find_hits(snapshot_of(artifact), plan, vectors[7]).found.rows]
     assert len(found) == (0 if names == ["a"] else 10)
     assert "a" not in found
     assert max(widths) < 100
@@ -166,9 +174,9 @@ def test_one_huge_group_does_not_hide_the_others() -> None:
     vectors[:2950] = vectors[0] + 0.01 * vectors[:2950]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     values = ["huge"] * 2950 + [f"p{number}" for number in range(50)]
-    plan = Plan(Query(k=9), group_by="product")
-    found = rank_rows(snapshot_of(ArtifactStub(vectors, product=values)), plan, vectors[0], None)
-    assert len({values[each.row] for each in found}) == 10
+    plan = Plan(end=9, group_by="product")
+    hits = find_hits(snapshot_of(ArtifactStub(vectors, product=values)), plan, vectors[0])
+    assert len({values[row] for row in hits.found.rows}) == 10
 
 
 @pytest.mark.parametrize("name", ["product", "caption"])
@@ -188,7 +196,7 @@ def test_groups_of_long_values_are_those_of_short_ones_and_take_little_memory(na
         pa.set_memory_pool(before)
     assert pool.max_memory() < at_first + 20 * size
     every = np.arange(count)
-    assert first_rows(groups, every).tolist() == first_rows(expected, every).tolist()
+    assert first_places(groups.codes).tolist() == first_places(expected.codes).tolist()
     for allowed in (None, RowFilter.of_mask(rng.random(count) < 0.5)):
         found, others = groups.shown([*every], allowed), expected.shown([*every], allowed)
         assert [each["count"] for each in found] == [each["count"] for each in others]
@@ -243,7 +251,8 @@ def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
     for kinds in (["Flat"], ["Flat", "Flat"], ["HNSW24"], ["Flat", "HNSW24"]):
         first, *added = [SimpleNamespace(kind=kind) for kind in kinds]
         artifact.manifest = SimpleNamespace(kind=first.kind, additions=added)
-        _, is_exact = count_facets(snapshot_of(artifact), ["name"], None, "", unit(rng, 8), 0.0)
+        plan = Plan(facets=("name",), min_score=0.0)
+        _, is_exact = facets_of(snapshot_of(artifact), plan, unit(rng, 8), None)
         assert is_exact == ("HNSW24" not in kinds), kinds
 
 
@@ -251,4 +260,4 @@ def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
 def test_numbers_that_are_none_are_sorted_last(sort: str, expected: list[int]) -> None:
     snapshot = snapshot_of(ArtifactStub(np.ones((5, 2), np.float32), price=[2.0, math.nan, None, -1.0, 2.0]))
     snapshot.orders = Recent(8)
-    assert sort_rows(snapshot, sort, None).tolist() == expected
+    assert list_rows(snapshot, None, sort, "").tolist() == expected

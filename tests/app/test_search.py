@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 
 from app.api.responses import JsonResponse
-from app.api.schemas import ItemResponse, ReadinessResponse, SearchResponse
+from app.api.schemas import ItemResponse, ReadinessResponse
 from app.core.settings import Settings
-from app.search import engine
-from app.search.engine import rank_rows
+from app.search import results
+from app.search.hits import Hits, find_hits
 from app.search.plan import Plan
-from app.search.query import Match
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.versions import open_current
 from index_jobs.rebuild import rebuild
-from tests.support.searches import close, ranked
+from tests.support.searches import VALID, close, ranked
 from tests.support.service import ALICE, BOB, KEYS, ServiceClient, bearer, before_encoding, hold, opened, until
 from tests.support.versions import write_manifest
 
@@ -34,7 +33,7 @@ async def test_text_search_equals_encoder_and_index(
     async with opened(built_index) as client:
         for query in ("a red square", "blue circle", "🙂"):
             body = (await client.post("/search/text", json={"query": query, "k": 24})).json()
-            SearchResponse.model_validate(body, strict=True)
+            VALID.validate_python(body, strict=True)
             assert [each["rank"] for each in body["results"]] == list(range(1, 25))
             close(body, ranked(artifact, encoder.encode_text([query])[0]))
             again = (
@@ -50,11 +49,11 @@ async def test_text_search_equals_encoder_and_index(
 async def test_a_repeated_query_is_not_ranked_again(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[Plan] = []
 
-    def counted(snapshot: Snapshot, plan: Plan, *rest: Any) -> list[Match]:
+    def counted(snapshot: Snapshot, plan: Plan, *rest: Any) -> Hits:
         ranked.append(plan)
-        return rank_rows(snapshot, plan, *rest)
+        return find_hits(snapshot, plan, *rest)
 
-    monkeypatch.setattr(engine, "rank_rows", counted)
+    monkeypatch.setattr(results, "find_hits", counted)
     async with opened(built_index, cache_size=9) as client:
         asked = {"query": "a green triangle", "k": 3}
         others: list[dict[str, Any]] = [
@@ -173,7 +172,7 @@ async def test_items_have_images_and_similar_items(started: ServiceClient, galle
     assert item["metadata"]["color"] == "red"
 
     similar = (await started.get("/items/circle%2Fred.png/similar", params={"k": 23})).json()
-    SearchResponse.model_validate(similar, strict=True)
+    VALID.validate_python(similar, strict=True)
     assert not similar["cached"], "no query was embedded"
     ids = [r["id"] for r in similar["results"]]
     assert len(ids) == 23

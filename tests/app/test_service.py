@@ -248,7 +248,7 @@ async def test_unexpected_errors_reveal_no_internals(
         before_encoding(encoder, fail)
         failed = await client.post("/search/text", json={"query": "x"})
         restore(encoder)
-        monkeypatch.setattr("app.search.engine.filter_rows", panic)
+        monkeypatch.setattr("app.search.plan.filter_rows", panic)
         filtered = {"query": "x", "filter": {"color": "red"}}
         panicked = await client.post("/search/text", json=filtered, headers={"x-request-id": "panicking"})
         for response in (failed, panicked):

@@ -34,7 +34,7 @@ class ArtifactStub:
         self.live = np.ones(self.rows, np.bool_)
         self.live.flags.writeable = False
         self.live_rows = RowFilter.of_mask(self.live)
-        self.manifest: Any = SimpleNamespace(removed=0, kind=kind, additions=[], spec=IndexSpec())
+        self.manifest: Any = SimpleNamespace(removed=0, kind=kind, additions=[], spec=IndexSpec(), cutoff={})
         half = self.rows // 2
         self._columns = {
             name: pa.chunked_array([values[:half], values[half:]], pa.array(values).type)

@@ -164,7 +164,7 @@ def test_filters_are_conditions_that_name_only_rows_that_were_removed_or_changed
     remove(index, ["n5"])
     opened, given = Index.open(index, device="cpu"), {"price": {"gt": 6}, "brand": ["lynx", "12"]}
     server.calls.clear()
-    assert opened.search("a lynx", filter=given).matches
+    assert opened.search("a lynx", filter=given)["results"]
     sent, ids = server.searches()[0][0]["filter"]["should"], opened.snapshot.artifact.column("id").to_pylist()
     assert {ids[row] for row in sent[0]["must_not"][0]["has_id"]} == {"n3", "n4", "n5"}
     conditions = json.dumps(sent[0]["must"], separators=(",", ":"))

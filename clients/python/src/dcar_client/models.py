@@ -70,7 +70,7 @@ class ResultExplanation(Model):
     """
 
     relevance: List[List[float]]
-    fit: Literal["cover", "fill", "contain"] = "cover"
+    fit: Literal["cover", "fill", "contain"]
     words: List[WordEffect] | None = None
 
 
@@ -103,12 +103,12 @@ class Result(Model):
     rank: int
     id: str
     score: float
-    level: Literal["likely", "possible", "unlikely"] = "possible"
+    level: Literal["likely", "possible", "unlikely"]
     caption: str
     category: str
     image_url: str
-    width: int | None = None
-    height: int | None = None
+    width: int | None
+    height: int | None
     metadata: dict[str, Any] | None = None
     rerank_score: float | None = None
     text_score: float | None = None
@@ -137,7 +137,7 @@ class SearchResponse(Model):
     cached: bool
     """True if the query's embedding came from the cache."""
     results: List[Result]
-    nothing_fits: bool = False
+    nothing_fits: bool
     cutoff: float | None = None
     next_offset: int | None = None
     min_score: float | None = None

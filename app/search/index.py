@@ -1,0 +1,127 @@
+"""`Index`: one version of an index in this process, for scripts and for the command line.
+
+It takes the steps of every search one after the other: query, plan, vector, hits, page. The service takes the same
+steps; it awaits the vector, and has a page made in a thread.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from app.core.settings import Settings
+from app.search.errors import InvalidQueryError
+from app.search.plan import Plan, make_plan, query_vector, row_of
+from app.search.query import Query
+from app.search.results import SearchResponse, answer
+from app.search.snapshots import Snapshot, load_snapshot
+from dcar_core.images import OpenedImage
+from dcar_core.serving import encoder_cache
+from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import ImageError
+from index_jobs.index.versions import open_current, open_version, published_index
+
+_BATCH = 64  # texts that are encoded at a time
+
+
+class Index:
+    """One version of an index, with its model, opened in this process. Many threads may share it.
+
+    Attributes:
+        snapshot: the version; see `Snapshot`.
+    """
+
+    def __init__(self, snapshot: Snapshot, settings: Settings) -> None:
+        self.snapshot = snapshot
+        self._settings = settings
+
+    @classmethod
+    def open(cls, path: str | Path, *, device: str = "auto", runtime: str = "", version: int | None = None) -> "Index":
+        """Open a version of an index.
+
+        Args:
+            path: directory or URL of the published index.
+            device: auto, cpu, cuda, cuda:1 or mps.
+            runtime: of the encoder; see `Encoder.load`. Default: auto if the encoder was exported here before, else
+                PyTorch.
+            version: its number. Default: the current one.
+
+        Raises:
+            DcarError: the index or its checkpoint is missing or broken.
+        """
+        index = published_index(path, version)
+        if not runtime:
+            artifact = open_current(index) if version is None else open_version(index, version)
+            is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
+            runtime = "auto" if is_cached else "torch"
+        settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
+        return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)
+
+    def search(self, query: str = "", *, image: str | Path | bytes | None = None, **options: Any) -> SearchResponse:
+        """Return the results of a text, an image, items of the gallery, or all of them, as the HTTP API does.
+
+        Args:
+            query: what the image shows.
+            image: an image file, or its bytes.
+            options: the other fields of `Query`: k, filter, more_like, without, hybrid, rerank, ...
+
+        Raises:
+            ImageError: the image cannot be read.
+            SearchError: the search failed; an `InvalidQueryError` names the field.
+        """
+        started = time.perf_counter()
+        checked = _validated({"query": query, **options})
+        plan = make_plan(self.snapshot, checked, self._settings, has_image=image is not None)
+        texts = self._encode([text for _, text in plan.texts])
+        return self._answer(plan, query_vector(self.snapshot, plan, texts, self._encode_image(image, plan)), started)
+
+    def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResponse]:
+        """Yield the results of each text, as `search` finds them; the texts are encoded in batches."""
+        for start in range(0, len(queries), _BATCH):
+            batch = [_validated({"query": query, **options}) for query in queries[start : start + _BATCH]]
+            plans = [make_plan(self.snapshot, query, self._settings) for query in batch]
+            vectors = iter(self._encode([text for plan in plans for _, text in plan.texts]))
+            for plan in plans:
+                started = time.perf_counter()
+                texts = [next(vectors) for _ in plan.texts]
+                yield self._answer(plan, query_vector(self.snapshot, plan, texts), started)
+
+    def metadata(self, item_id: str) -> dict[str, Any]:
+        """Return the metadata of an item. Raise ItemNotFoundError if no item has this id."""
+        return self.snapshot.artifact.item(row_of(self.snapshot, item_id)).metadata
+
+    def _answer(self, plan: Plan, vector: Floats, started: float) -> SearchResponse:
+        body, _ = answer(self.snapshot, plan, vector)
+        return {**body, "took_ms": round((time.perf_counter() - started) * 1000, 2)}
+
+    def _encode(self, texts: Sequence[str]) -> list[Floats]:
+        return list(encode_text_rows([TextRow(self.snapshot.encoder, text) for text in texts])) if texts else []
+
+    def _encode_image(self, image: str | Path | bytes | None, plan: Plan) -> Floats | None:
+        if image is None:
+            return None
+        preprocess = self.snapshot.preprocess
+        try:
+            opened = OpenedImage(image if isinstance(image, bytes) else Path(image).read_bytes())
+            pixels = preprocess.finish(preprocess.decoder(plan.crop.box if plan.crop else None)(opened))
+        except (OSError, ImageError) as error:
+            if isinstance(image, bytes):
+                raise
+            raise ImageError(f"{image}: {error.strerror if isinstance(error, OSError) else error}") from error
+        vector: Floats = encode_image_rows([ImageRow(self.snapshot.encoder, pixels)])[0]
+        return vector
+
+
+def _validated(fields: dict[str, Any]) -> Query:
+    try:
+        return Query(**fields)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        field = ".".join(str(place) for place in fault["loc"]) or "query"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden" and fault["loc"] == (field,):
+            message = f"unknown option; there are: {', '.join(sorted(Query.model_fields))}"
+        raise InvalidQueryError(field, message) from None
