@@ -78,10 +78,10 @@ def large_index(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     gallery.mkdir()
     rows = []
     for number in range(COUNT):
-        shape = ("square", "circle", "triangle", "cross")[number % 4]
-        draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(gallery / f"{number:03}.png")
+        name, shape = f"{number:03}.png", ("square", "circle", "triangle", "cross")[number % 4]
+        draw(("red", "green", "blue", "orange", "purple")[number % 5], shape).save(gallery / name)
         price = (number * 37) % COUNT
-        rows.append({"file_name": f"{number:03}.png", "caption": f"image {number}", "category": shape, "price": price})
+        rows.append({"file_name": name, "caption": f"image {number}", "category": shape, "price": price})
     write_jsonl(gallery / "metadata.jsonl", *rows)
     rebuild(gallery, tiny_checkpoint, gallery.parent / "index", workers=0, progress=False)
     return gallery.parent / "index"
@@ -125,11 +125,11 @@ def page(browser: Any) -> Iterator[Page]:
 @pytest.fixture
 def phone(page: Page) -> Iterator[Page]:
     """The page on the screen of a phone."""
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    page.cdp("Emulation.setDeviceMetricsOverride", **PHONE)
+    page.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
     yield page
-    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
-    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    page.cdp("Emulation.setTouchEmulationEnabled", enabled=False)
+    page.cdp("Emulation.clearDeviceMetricsOverride")
 
 
 @pytest.fixture(params=["desktop", "phone"])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 def test_no_barrier_is_found(both: Page, large: str) -> None:
     page = both
     page.open(large)
-    until(lambda: len(page.all("#results .card")) == 48)
+    page.counts(48)
     assert page.barriers() == []
     sizes = page.js("""
         return [...performance.getEntriesByType('resource'), ...performance.getEntriesByType('navigation')]
@@ -34,25 +34,22 @@ def test_no_barrier_is_found(both: Page, large: str) -> None:
         page.click("#more-options")
         page.click("#filters summary")
     assert page.barriers() == []
-    page.js("document.querySelector('#results .open').click()")
-    page.appears("#detail")
+    page.detail()
     assert page.barriers() == []
 
 
-def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str) -> None:
+def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str, indexes: dict[str, Path]) -> None:
     page.open(locked)
     page.appears("#key-form")
-    page.type("#key", "wrong")
-    page.click("#key-form button")
+    page.type("#key", "wrong\n")
     page.says("#error", "does not know this key")
     page.type("#key", ALICE)
     page.click("#key-form button")
     page.settled(24)
     assert not page.has("#key-form")
-    stores = page.js("return [sessionStorage.length, localStorage.length, document.cookie]")
-    assert stores == [1, 0, ""]
+    assert page.js("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     page.detail()
-    until(lambda: page.js("return document.getElementById('detail-image').naturalWidth") > 0)
+    page.loads("#detail-image")
     page.close()
     page.type("#query", "red")
     page.says("#status", "The best")
@@ -62,24 +59,20 @@ def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str) -> 
     assert page.js("return sessionStorage.length") == 0
     assert all("401" in message for message in page.errors())
 
-
-def test_key_that_opens_no_collection_is_asked_for_once(page: Page, indexes: dict[str, Path]) -> None:
     with served(indexes["shapes"], api_keys=f"alice:{key_hash(ALICE)}:read:gone") as address:
         page.open(address)
         page.appears("#key")
         page.type("#key", ALICE + "\n")
         page.says("#error", "opens no gallery")
         assert page.has("#key-form")
-        paths = "return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)"
-        assert page.js(paths).count("/collections") == 2
+        paths = page.js("return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)")
+        assert paths.count("/collections") == 2, "it is asked for once"
         assert all("401" in message for message in page.errors())
 
 
 def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page, locked: str) -> None:
     """Responses come when the test answers them, and retries when it calls them."""
-    by_hand = (
-        f"sessionStorage.setItem('dcar.key', '{ALICE}');"
-        + """
+    by_hand = f"sessionStorage.setItem('dcar.key', '{ALICE}');" + """
         const whole = window.fetch, later = window.setTimeout;
         [window.asked, window.retries] = [[], []];
         window.setTimeout = (call, wait) => (wait > 500 ? window.retries.push(call) : later(call, wait));
@@ -90,8 +83,7 @@ def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page
                 await (await whole(path, options)).blob(); // the page has read its own by then
             }));
         };
-    """
-    )
+    """  # fmt: skip
 
     def asks(number: int) -> None:
         until(lambda: page.js("return asked.length") == number)
@@ -101,15 +93,14 @@ def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page
         return str(page.js("const i = document.getElementById('detail-image'); return i.naturalWidth ? i.src : ''"))
 
     with page.script(by_hand):
-        page.open(locked)
-        page.settled(24)
+        page.open(locked, 24)
         page.detail()
         asks(1)
         page.click("#next")
         asks(2)
         page.js("asked[1]()")
         second = until(picture)
-        page.driver.execute_async_script("asked[0]().then(arguments[0])")
+        page.later("asked[0]().then(arguments[0])")
         assert until(picture) == second
         page.click("#next")
         asks(3)
@@ -124,26 +115,23 @@ def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page
     page.js("sessionStorage.clear()")
 
 
-def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path) -> None:
+def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path, indexes: dict[str, Path]) -> None:
     documented = httpx.get(f"{site}/openapi.json").json()["paths"].values()
     page.open(f"{site}/docs")
-    until(lambda: len(page.all(".opblock")) == sum(map(len, documented)))
+    page.counts(sum(map(len, documented)), ".opblock")
     page.click("#operations-search-search_text .opblock-summary-control")
     page.says("#operations-search-search_text", "crying cat")
     image = "#operations-search-search_image"
     page.click(f"{image} .opblock-summary-control")
     page.appears(f"{image} .try-out__btn").click()
-    until(lambda: page.one(f"{image} input[type=file]")).send_keys(str(tiny_gallery / "circle/red.png"))
+    page.appears(f"{image} input[type=file]").send_keys(str(tiny_gallery / "circle/red.png"))
     page.click(f"{image} .execute")
     page.says(f"{image} .live-responses-table", "index_version")
     hosts = page.js("return performance.getEntriesByType('resource').map(e => new URL(e.name).host)")
     assert set(hosts) == {site.removeprefix("http://")}
 
-
-def test_pages_work_below_a_path_of_a_proxy(page: Page, indexes: dict[str, Path]) -> None:
-    with served(indexes["shapes"], below="/pictures") as address:
-        page.open(f"{address}/")
-        until(lambda: page.all("#results .card"))
+    with served(indexes["shapes"], below="/pictures") as address:  # of a proxy
+        page.open(f"{address}/", 24)
         page.open(f"{address}/docs#/service/healthz")
         for button in (".try-out__btn", ".execute"):
             page.appears(f".opblock {button}").click()

@@ -1,4 +1,4 @@
-"""Two collections' results side by side."""
+"""Several collections: one chosen, and two side by side."""
 
 from typing import Any
 
@@ -10,8 +10,7 @@ pytestmark = pytest.mark.browser
 
 
 def choose(page: Page, select: str, name: str) -> None:
-    (option,) = [each for each in page.all(f"#{select} option") if each.text == name]
-    option.click()
+    page.click(f"#{select} option[value='{name}']")
 
 
 def others(page: Page, count: int) -> list[Any]:
@@ -19,33 +18,67 @@ def others(page: Page, count: int) -> list[Any]:
     return page.all("#others .card")
 
 
-def marks(cards: list[Any]) -> list[str]:
-    return [card.find_element("css selector", ".place").text for card in cards]
+def test_collection_can_be_chosen(page: Page, site: str, many: str) -> None:
+    def examples() -> str:
+        return page.texts("#examples")[0]
+
+    page.open(site, 24)
+    assert not page.has("#where"), "there is only one collection"
+    page.open(many)
+    page.appears("#where")
+    assert page.texts("#collection option") == ["shapes", "circles", "another", "untouched", "products"]
+    page.type("#query", "red")
+    page.settled(24)
+    choose(page, "collection", "circles")
+    page.settled(6)
+    assert "in=circles" in page.url
+    until(lambda: "square" not in examples())
+    assert page.value("#query") == "red"
+    page.detail()
+    page.similar(5)
+    assert "/collections/circles/" in page.one(".chip img").get_attribute("src")
+    link = page.url
+    page.back(2)
+    page.settled(6)
+    page.back()
+    page.settled(24)
+    assert page.value("#collection") == "shapes"
+    until(lambda: "square" in examples())
+    page.open(link, 5)
+    assert page.value("#collection") == "circles"
+    page.open(f"{many}/#q=red&in=gone")
+    page.says("#error", "no gallery “gone”")
+    page.open(f"{many}/#picture=1&q=red&in=circles", 6)  # as after a reload, which loses the image
+    assert not page.has("#error")
+    assert "picture" not in page.url
 
 
 def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: str) -> None:
-    page.open(f"{site}/#q=red")
-    page.settled(24)
+    page.open(f"{site}/#q=red", 24)
     assert not page.has("#versus"), "there is no other collection"
-    page.open(f"{many}/#q=a+red+circle")
-    page.settled(24)
+    page.open(f"{many}/#q=a+red+circle", 24)
     assert not page.has("#other")
     assert not page.has("#results .place")
     choose(page, "beside", "another")
-    there, here = others(page, 12), page.settled(12)
+    others(page, 12)
+    page.settled(12)
     assert "beside=another" in page.url
     assert [page.text("#results-name"), page.text("#other-name")] == ["shapes", "another"]
     assert page.text("#status").startswith("The best 12 of 24 images")
     ids = [searched(f"{many}{path}", query="a red circle", k=12) for path in ("", "/collections/another")]
-    for cards, (mine, yours) in ((here, ids), (there, ids[::-1])):
-        assert [card.get_attribute("data-id") for card in cards] == mine
-        gains = [yours.index(each) - place if each in yours else None for place, each in enumerate(mine)]
-        words = {None: "only here", 0: "="}
-        assert marks(cards) == [words.get(gain) or f"{'↑' if gain > 0 else '↓'} {abs(gain)}" for gain in gains]  # type: ignore[operator, arg-type]
-    assert {"only here"} < {*marks(here), *marks(there)}, "the lists differ in part"
-    first, title = ids[0][0], here[0].find_element("css selector", ".place").get_attribute("title")
+    marks = []
+    for place, (mine, yours) in (("#results", ids), ("#others", ids[::-1])):
+        assert [card.get_attribute("data-id") for card in page.all(f"{place} .card")] == mine
+        gains = [yours.index(each) - rank if each in yours else None for rank, each in enumerate(mine)]
+        marks += [
+            "only here" if gain is None else "=" if gain == 0 else f"{'↑' if gain > 0 else '↓'} {abs(gain)}"
+            for gain in gains
+        ]
+    assert page.texts("#results .place") + page.texts("#others .place") == marks
+    assert {"only here"} < {*marks}, "the lists differ in part"
+    first = ids[0][0]
     ranked = f"rank {ids[1].index(first) + 1} in another" if first in ids[1] else "not in the first 12 of another"
-    assert title == ranked
+    assert page.one("#results .place").get_attribute("title") == ranked
 
     link = page.url
     page.detail(of="#others")
@@ -54,12 +87,12 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
     others(page, 12)
     assert f"item={ids[1][0]}" in page.url
     assert page.value("#collection") == "shapes"
-    page.driver.back()
+    page.back()
     page.appears("#detail")
-    page.driver.back()
+    page.back()
     until(lambda: page.url == link)
     others(page, 12)
-    page.driver.back()
+    page.back()
     page.vanishes("#other")
     page.open(link)
     others(page, 12)
@@ -69,10 +102,9 @@ def test_two_models_over_one_gallery_are_compared(page: Page, site: str, many: s
 
 
 def test_two_galleries_are_compared(page: Page, many: str) -> None:
-    page.open(f"{many}/#q=red&beside=circles")
-    page.settled(12)
+    page.open(f"{many}/#q=red&beside=circles", 12)
     cards = others(page, 6)
-    assert not any(marks([*cards, *page.all("#results .card")])), "no item is in both"
+    assert not any(page.texts(".card .place")), "no item is in both"
     page.click("#results .select")
     assert page.one("#selected-less").is_enabled()
     page.click("#others .select", 1)  # the selection is of one gallery
@@ -91,9 +123,9 @@ def test_two_galleries_are_compared(page: Page, many: str) -> None:
     assert not page.has("#error")
     assert ["422" in message for message in page.errors()] == [True], "the gallery beside has no such item"
 
-    page.open(f"{many}/#q=red&beside=circles")
-    page.settled(12)
-    caption = others(page, 6)[0].find_element("css selector", ".caption").text
+    page.open(f"{many}/#q=red&beside=circles", 12)
+    others(page, 6)
+    caption = page.text("#others .caption")
     page.detail(of="#others")
     page.similar(5)
     assert page.value("#collection") == "circles"

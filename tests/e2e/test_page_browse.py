@@ -11,13 +11,18 @@ from tests.support.page import COUNT, Page, searched, served, until
 
 pytestmark = pytest.mark.browser
 
+COLUMNS = """
+    const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+    return tops.filter((top) => top === tops[0]).length;
+"""
+SEARCHES = """
+    return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)
+        .filter((path) => path.startsWith('/search/'));
+"""
+
 
 def count(page: Page) -> int:
     return len(page.all("#results .card"))
-
-
-def captions(page: Page) -> list[str]:
-    return list(page.js("return [...document.querySelectorAll('#results .caption')].map((node) => node.textContent)"))
 
 
 def facet(page: Page, field: str) -> dict[str, str]:
@@ -46,79 +51,77 @@ def test_gallery_grows_while_it_is_scrolled_and_back_returns_to_the_place(both: 
         return count(page) == COUNT and abs(page.js("return scrollY") - 900) < 2
 
     page.open(large)
-    until(lambda: count(page) == 48)
+    page.counts(48)
     assert page.text("#status") == f"{COUNT} images"
     while (before := count(page)) < COUNT:
         page.scroll(10**6)
         until(lambda before=before: count(page) > before)
-    assert captions(page) == [f"image {number}" for number in range(COUNT)]
+    assert page.texts("#results .caption") == [f"image {number}" for number in range(COUNT)]
     page.scroll(900)
     until(lambda: page.js("return history.state?.top") == 900)
     page.type("#query", "red")
     page.arrives("#q=red")
     page.says("#status", "The best")
-    page.driver.back()
+    page.back()
     until(is_at_its_place)
     page.driver.refresh()
     until(is_at_its_place)
     page.js("document.querySelectorAll('#results .select')[12].click()")
     page.click("#selected-more")
     until(lambda: page.js("return scrollY") == 0 and page.text("#status").startswith("The best"))
-    page.driver.back()
+    page.back()
     until(is_at_its_place)
 
 
-def test_images_are_sorted_by_a_field(page: Page, large: str) -> None:
+def test_images_are_sorted_by_a_field(page: Page, large: str, large_index: Path) -> None:
     def sort(value: str) -> None:
         until(lambda: page.all("#sort option[value='-price']"))
-        page.js(
-            "const sort = document.getElementById('sort'); sort.value = arguments[0];"
-            "sort.dispatchEvent(new Event('change'))",
-            value,
-        )
+        page.click(f"#sort option[value='{value}']")
 
     prices = {f"image {number}": (number * 37) % COUNT for number in range(COUNT)}
     page.open(f"{large}/#words=1")
     sort("-price")
-    until(lambda: [prices[each] for each in captions(page)[:3]] == [COUNT - 1, COUNT - 2, COUNT - 3])
+    first = [COUNT - 1, COUNT - 2, COUNT - 3]
+    until(lambda: [prices[each] for each in page.texts("#results .caption")[:3]] == first)
     page.type("#query", "circle")
     page.says("#status", "33 images that fit, sorted")
     while count(page) < 33:
         page.scroll(10**6)
     circles = [f"image {number}" for number in range(1, COUNT, 4)]
-    assert captions(page) == sorted(circles, key=lambda caption: -prices[caption]), "all circles, and nothing else"
+    shown = page.texts("#results .caption")
+    assert shown == sorted(circles, key=lambda caption: -prices[caption]), "all circles, and nothing else"
     page.open(f"{large}/#q=zebra&words=1&sort=-price")
     page.says("#nothing", "Nothing fits “zebra” well")
     sort("")
     page.says("#status", "The best")
+    with served(large_index, max_k=10) as address:  # the page asks for no more than the service allows
+        for subject in ("", "#q=red", "#q=circle&words=1&sort=price"):
+            page.open(f"{address}/{subject}")
+            until(lambda: count(page) >= 10 and page.text("#status"))
 
 
 def test_cards_have_the_chosen_size_and_the_whole_window(page: Page, large: str) -> None:
-    columns = """
-        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
-        return tops.filter((top) => top === tops[0]).length;
-    """
     wide = {"width": 1920, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", wide)
+    page.cdp("Emulation.setDeviceMetricsOverride", **wide)
     try:
         page.open(large)
-        until(lambda: count(page) == 48)
+        page.counts(48)
         right = "return document.getElementById('results').getBoundingClientRect().right / document.body.clientWidth"
         assert page.js(right) > 0.98
-        assert page.js(columns) >= 7
+        assert page.js(COLUMNS) >= 7
         page.js("""
             const size = document.getElementById('size');
             size.value = 400;
             for (const name of ['input', 'change']) size.dispatchEvent(new Event(name));
         """)
-        until(lambda: page.js(columns) == 3)
+        until(lambda: page.js(COLUMNS) == 3)
         assert "size=384 1x" in page.one("#results img").get_attribute("srcset"), "and sharp"
         page.driver.refresh()
-        until(lambda: count(page) == 48)
-        assert page.js(columns) == 3
+        page.counts(48)
+        assert page.js(COLUMNS) == 3
     finally:
         page.js("localStorage.clear()")
-        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.cdp("Emulation.clearDeviceMetricsOverride")
 
 
 def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: str) -> None:
@@ -134,7 +137,7 @@ def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: 
     page.open(large)
     until(lambda: bounds("placeholder") == ["0", str(COUNT - 1)])
     enter(0, "100")  # and goes on to the next field
-    page.driver.switch_to.active_element.send_keys("9")
+    page.press("9")
     images(COUNT - 100)
     assert bounds()[1] == "9", "typing goes on"
     enter(1, "109.5")
@@ -147,13 +150,12 @@ def test_numbers_are_filtered_from_a_least_to_a_greatest_one(page: Page, large: 
     images(COUNT)
 
 
-def test_facets_count_and_filter(both: Page, site: str) -> None:
+def test_facets_count_and_filter(both: Page, site: str, large: str) -> None:
     page, shapes = both, ("circle", "cross", "square", "triangle")
     query = {"filter": json.dumps({"category": "circle", "color": "blue"})}
     blue_circles = [item["id"] for item in httpx.get(f"{site}/items", params=query).json()["items"]]
-    page.open(site)
-    page.settled(24)
-    if not page.has("#facets"):
+    page.open(site, 24)
+    if is_phone := not page.has("#facets"):
         page.click("#filters summary")
     counted(page, "Category", **dict.fromkeys(shapes, "6"))
     assert set(facet(page, "Color").values()) == {"4"}
@@ -172,20 +174,31 @@ def test_facets_count_and_filter(both: Page, site: str) -> None:
     page.scroll(0)
     page.type("#query", "red")
     page.shows(searched(site, query="red", filter={"category": "circle"}))
-    page.driver.back()
-    page.driver.back()
+    page.back(2)
     page.shows(blue_circles)
-    assert [each.text.split("\n")[0] for each in page.all("#facets [aria-pressed=true]")] == ["circle", "blue"]
+    assert page.texts("#facets [aria-pressed=true] span") == ["circle", "blue"]
+
+    page.open(f"{large}/#q=circle&words=1&category=square")  # one request counts, once the filters are open
+    page.says("#status", "The best")
+    if is_phone:
+        page.later("setTimeout(arguments[0], 400)")
+        assert page.js(SEARCHES) == ["/search/text"]
+        page.click("#filters summary")
+    counted(page, "Category", square="0", circle="33")
+    assert page.js(SEARCHES) == ["/search/text", "/search/batch"]
+    choose(page, "square")
+    counted(page, "Category", circle="33")
+    page.open(f"{large}/#q=zebra&words=1")
+    until(lambda: len(facet(page, "Category")) == 4)
 
 
 def test_category_of_a_result_filters(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=red")
-    page.settled(24)
+    page.open(f"{site}/#q=red", 24)
     name = page.text("#results .category")
     page.click("#results .category")
     page.settled(6)
-    assert {each.text for each in page.all("#results .category")} == {name}
-    assert page.one("#facets [aria-pressed=true]").get_attribute("textContent") == f"{name}6"
+    assert {*page.texts("#results .category")} == {name}
+    assert page.texts("#facets [aria-pressed=true]") == [f"{name}6"]
     page.one("#query").clear()
     page.type("#query", "green")  # the filter stays
     page.arrives("q=green")
@@ -197,41 +210,11 @@ def test_category_of_a_result_filters(page: Page, site: str) -> None:
     assert page.url.endswith("#q=red")
 
 
-def test_filters_count_what_fits_the_search_by_one_request_once_they_are_open(both: Page, large: str) -> None:
-    page = both
-    page.open(f"{large}/#q=circle&words=1&category=square")
-    page.says("#status", "The best")
-    paths = "return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)"
-
-    def searches() -> list[str]:
-        return [path for path in page.js(paths) if path.startswith("/search/")]
-
-    is_open = page.has("#facets")
-    if not is_open:
-        page.driver.execute_async_script("setTimeout(arguments[0], 400)")
-        assert searches() == ["/search/text"]
-        page.click("#filters summary")
-    counted(page, "Category", square="0", circle="33")
-    assert searches() == ["/search/text", "/search/batch"]
-    choose(page, "square")
-    counted(page, "Category", circle="33")
-    page.open(f"{large}/#q=zebra&words=1")
-    until(lambda: len(facet(page, "Category")) == 4)
-
-
-def test_page_asks_for_no_more_than_the_service_allows(page: Page, large_index: Path) -> None:
-    with served(large_index, max_k=10) as address:
-        for subject in ("", "#q=red", "#q=circle&words=1&sort=price"):
-            page.open(f"{address}/{subject}")
-            until(lambda: count(page) >= 10 and page.text("#status"))
-
-
-def test_each_product_is_shown_once_and_opens_the_others(page: Page, many: str) -> None:
+def test_products_and_near_duplicates_are_shown_once_and_open_the_others(page: Page, many: str) -> None:
     url = f"{many}/collections/products"
-    page.open(f"{many}/#in=products")
-    page.settled(6)
+    page.open(f"{many}/#in=products", 6)
     assert page.text("#status") == "6 images, one for each color"
-    assert {each.text for each in page.all("#results .near")} == {"3 more"}
+    assert {*page.texts("#results .near")} == {"3 more"}
     page.type("#query", "circle")
     page.shows(searched(url, query="circle"))
     assert count(page) == 6
@@ -240,25 +223,19 @@ def test_each_product_is_shown_once_and_opens_the_others(page: Page, many: str) 
     page.appears("#folded")
     assert page.text("#folded h3") == "Same color"
     color = httpx.get(f"{url}/items/{first}").json()["metadata"]["color"]
-    assert len(page.all("#folded button")) == 3
+    page.counts(3, "#folded button")
     page.click("#folded button")
     until(lambda: page.text("#detail-title").startswith(f"a {color}") and str(first) not in page.url)
-    until(lambda: len(page.all("#folded button")) == 3)
+    page.counts(3, "#folded button")
 
-
-def test_near_duplicates_are_one_result(page: Page, site: str) -> None:
-    results = httpx.post(f"{site}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
-    folded = {result["id"]: result["folded"] for result in results if "folded" in result}
-    page.open(f"{site}/#q=red&fold=1")
-    cards = page.settled(len(results))
+    results = httpx.post(f"{many}/search/text", json={"query": "red", "k": 24, "fold": 0.95}).json()["results"]
+    folded = {place: result["folded"] for place, result in enumerate(results) if "folded" in result}
+    page.open(f"{many}/#q=red&fold=1", len(results))
     assert len(results) < 24
-    marks = {card.get_attribute("data-id"): card.find_element("css selector", ".near").text for card in cards}
-    assert {key: text for key, text in marks.items() if text} == {
-        key: f"{len(near)} more" for key, near in folded.items()
-    }
-    first, near = next(iter(folded.items()))
-    page.js("document.querySelector(`[data-id=${JSON.stringify(arguments[0])}] .open`).click()", first)
-    page.appears("#detail")
+    marks = [f"{len(folded[place])} more" if place in folded else "" for place in range(len(results))]
+    assert page.texts("#results .near") == marks
+    place, near = next(iter(folded.items()))
+    page.detail(place)
     assert len(page.all("#folded button")) == len(near)
     page.click("#folded button")
     until(lambda: f"show={near[0]}" in page.url.replace("%2F", "/"))

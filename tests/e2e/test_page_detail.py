@@ -1,4 +1,4 @@
-"""The detail view, selected images, the keyboard, and photos of other shapes than squares."""
+"""The detail view, selected images, the keyboard and fingers, and photos of other shapes than squares."""
 
 import re
 from collections.abc import Iterator
@@ -53,8 +53,7 @@ def photos(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, site: str) -> None:
     page = both
-    page.open(f"{site}/#q=a+red+circle")
-    page.settled(24)
+    page.open(f"{site}/#q=a+red+circle", 24)
     shown = page.ids()
     for jargon in ("index", "cached", "cosine", "score"):
         assert jargon not in page.text("body").lower()
@@ -64,8 +63,8 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     item = httpx.get(f"{site}/items/{shown[0]}").json()
     assert page.text("#detail-title") == item["caption"]
     assert item["metadata"]["color"] in page.text("#metadata")
+    page.loads("#detail-image")
     image = page.one("#detail-image")
-    until(lambda: page.js("return arguments[0].naturalWidth", image) > 0)
     assert f"items/{shown[0]}/image?size=1280" in image.get_attribute("src")
     at_centre = """
         const box = arguments[0].getBoundingClientRect();
@@ -88,10 +87,10 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     assert download.get_attribute("href") == f"{site}/items/{shown[0]}/image"
     assert download.get_attribute("download") == Path(item["metadata"]["file_name"]).name
 
-    page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"], "origin": site})
+    page.cdp("Browser.grantPermissions", permissions=["clipboardReadWrite"], origin=site)
     page.click("#copy")
     page.says("#detail-message", "Link copied")
-    link = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    link = page.later("navigator.clipboard.readText().then(arguments[0])")
     detail.send_keys(Keys.ARROW_RIGHT)
     page.arrives(f"show={shown[1]}")
     page.click("#next")
@@ -110,7 +109,7 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
     page.settled(24)  # the gallery
 
 
-def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, site: str) -> None:
+def test_phone_has_room_for_images_and_the_browser_keeps_its_keys_and_moves(phone: Page, site: str, large: str) -> None:
     page = phone
 
     def is_prevented(**keys: object) -> bool:
@@ -119,11 +118,10 @@ def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, s
         return bool(page.js(press, page.one("#detail-title"), pressed))
 
     def enlarge(scale: int) -> None:
-        page.driver.execute_cdp_cmd("Emulation.setPageScaleFactor", {"pageScaleFactor": scale})
+        page.cdp("Emulation.setPageScaleFactor", pageScaleFactor=scale)
         until(lambda: page.js("return visualViewport.scale") == scale)
 
-    page.open(f"{site}/#q=red")
-    page.settled(24)
+    page.open(f"{site}/#q=red", 24)
     shown = page.ids()
     page.detail()
     for modifier in ("altKey", "ctrlKey", "metaKey"):
@@ -139,14 +137,34 @@ def test_browser_keeps_its_keys_and_the_moves_of_an_enlarged_page(phone: Page, s
     assert is_prevented()
     page.arrives(f"show={shown[2]}")
 
+    page.open(large)
+    page.counts(48)
+    start = page.text("#start")
+    assert "tap the camera" in start
+    assert not [word for word in ("drop", "/") if word in start]
+    assert not page.has("#without")
+    page.click("#more-options")
+    assert page.has("#without")
+    page.click("#more-options")
+    page.js("document.activeElement.blur()")
+    assert page.js("return document.documentElement.scrollWidth") <= 390
+    bottom = "return document.getElementById('form').getBoundingClientRect().bottom"
+    for place in (300, 600, 900):
+        page.scroll(place)
+        until(lambda place=place: page.js("return scrollY") == place)
+    until(lambda: page.js(bottom) <= 0)
+    page.scroll(700)
+    until(lambda: page.js(bottom) > 0)
+    assert page.detail(12).size["width"] == 390
+    page.close()
+
 
 def test_images_are_added_to_a_search_and_subtracted_from_it(page: Page, site: str) -> None:
     page.open(f"{site}/#show={searched(site, query='red')[0]}")
     page.appears("#detail")
     assert not page.has("#less"), "there is no search to subtract it from"
-    page.open(f"{site}/#q=red")
-    page.settled(24)
-    unwanted = str(page.ids()[0])
+    page.open(f"{site}/#q=red", 24)
+    unwanted = page.ids()[0]
     page.detail()
     page.click("#less")
     page.shows(searched(site, query="red", less_like=[unwanted]))
@@ -154,9 +172,8 @@ def test_images_are_added_to_a_search_and_subtracted_from_it(page: Page, site: s
     assert f"less={unwanted}" in page.url
     assert page.text("#chips").startswith("not like")
 
-    page.open(site)
-    page.settled(24)
-    chosen = [str(page.ids()[place]) for place in (0, 3)]
+    page.open(site, 24)
+    chosen = [page.ids()[place] for place in (0, 3)]
     for place in (0, 3):
         page.click("#results .select", place)
     assert page.text("#selected-count") == "2 selected"
@@ -166,7 +183,7 @@ def test_images_are_added_to_a_search_and_subtracted_from_it(page: Page, site: s
     assert page.parameter("item") == chosen
     assert "like 2 images" in page.text("#chips")
     assert not page.has("#selection")
-    unwanted = str(page.ids()[0])
+    unwanted = page.ids()[0]
     page.click("#results .select")
     page.click("#selected-less")
     page.shows(searched(site, more_like=chosen, less_like=[unwanted]))
@@ -176,12 +193,7 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str)
     def focused() -> str | None:
         return page.js("return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id")
 
-    def press(*keys: str) -> str | None:
-        page.driver.switch_to.active_element.send_keys(*keys)
-        return focused()
-
-    page.open(site)
-    page.settled(24)
+    page.open(site, 24)
     shown = page.ids()
     columns = page.js("""
         const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
@@ -192,27 +204,28 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str)
         ([Keys.TAB], 1), ([Keys.SHIFT, Keys.TAB], 0), ([Keys.ARROW_RIGHT], 1), ([Keys.ARROW_DOWN], 1 + columns),
         ([Keys.ARROW_UP], 1), ([Keys.END], -1), ([Keys.HOME], 0),
     ):  # fmt: skip
-        assert press(*keys) == shown[place]
-    press("x")
+        page.press(*keys)
+        assert focused() == shown[place]
+    page.press("x")
     assert page.text("#selected-count") == "1 selected"
-    press("x")
+    page.press("x")
     assert not page.has("#selection")
-    press(Keys.ENTER)
+    page.press(Keys.ENTER)
     page.appears("#detail")
     page.type("#detail", Keys.ESCAPE)
     page.vanishes("#detail")
     until(lambda: focused() == shown[0])
-    assert press("/") == "query"
-    press("/")
+    page.press("/")
+    assert focused() == "query"
+    page.press("/")
     assert page.value("#query") == "", "the page begins in the box, where the key has no other use"
 
 
 def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(page: Page, photos: str) -> None:
-    page.open(photos)
-    page.settled(12)
-    titles = [card.text.split("\n")[0] for card in page.all("#results .card")]
+    page.open(photos, 12)
+    titles = page.texts("#results .caption")
     assert sorted(titles) == sorted([*SIZES, *SIZES, "full", "turned photo"])
-    assert [each.text for each in page.all("#facets h3")] == ["Category"], "titles are no filter"
+    assert page.texts("#facets h3") == ["Category"], "titles are no filter"
     until(lambda: page.all("#sort option[value=title]"))
     fields = [each.get_attribute("value") for each in page.all("#sort option")]
     assert fields == ["", *(sign + name for name in ("category", "file_name", "title") for sign in ("", "-"))]
@@ -220,19 +233,16 @@ def test_photos_without_captions_show_their_titles_or_the_names_of_their_files(p
     assert page.text("#detail-title") == titles[0]
     page.click("#similar")
     page.says("#chips", f"like {titles[0]}")
-    page.open(f"{photos}/#in=listed")
-    page.settled(2)
-    assert sorted(card.text.split("\n")[0] for card in page.all("#results .card")) == ["tall.png", "wide.png"]
+    page.open(f"{photos}/#in=listed", 2)
+    assert sorted(page.texts("#results .caption")) == ["tall.png", "wide.png"]
 
 
 def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(both: Page, photos: str) -> None:
     page = both
-    page.open(f"{photos}/#q=cross")
-    page.settled(12)
+    page.open(f"{photos}/#q=cross", 12)
     plain = page.js(BOXES)
-    page.open(f"{photos}/#q=cross&explain=1")
-    page.settled(12)
-    until(lambda: len(page.all(".explained")) == 8)
+    page.open(f"{photos}/#q=cross&explain=1", 12)
+    page.counts(8, ".explained")
     explained = [each for each in page.js(BOXES) if each["map"]["width"]]
     assert len(explained) == 8
     for each in explained:
@@ -259,8 +269,7 @@ def test_explained_photos_keep_their_shape_under_a_map_of_what_the_model_sees(bo
 def test_photos_fill_their_cards_and_pictures_on_white_are_whole(page: Page, photos: str) -> None:
     page.emulate(prefers_color_scheme="dark")
     try:
-        page.open(f"{photos}/#q=cross")
-        page.settled(12)
+        page.open(f"{photos}/#q=cross", 12)
         boxes = {each["title"]: each for each in page.js(BOXES)}
         assert boxes["full"]["image"] == boxes["full"]["frame"]
         assert boxes["portrait"]["image"]["height"] < boxes["portrait"]["frame"]["height"]

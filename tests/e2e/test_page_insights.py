@@ -1,4 +1,4 @@
-"""The insights page: figures of the log, and the way from queries to their searches."""
+"""What the page reports of its use, and the insights page that shows the figures of it."""
 
 import time
 from pathlib import Path
@@ -7,17 +7,21 @@ import httpx
 import numpy as np
 import pytest
 
-from app.feedback.store import EventRow, QueryRow
+from app.feedback.store import EventRow, QueryRow, read_log
 from tests.support.feedback_log import write_log
-from tests.support.page import Page, ready, served, until
+from tests.support.page import Page, served, until
 from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
 
 pytestmark = pytest.mark.browser
 
 
+def events(log: Path) -> list[EventRow]:
+    return [event for _, each in read_log(log) for event in each]
+
+
 def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
     """Write a log of some days, in which the first results are clicked most, and one query never."""
-    rng, queries, events = np.random.default_rng(0), list[QueryRow](), list[EventRow]()
+    rng, queries, clicks = np.random.default_rng(0), list[QueryRow](), list[EventRow]()
     for back in range(days):
         seconds = int(time.time()) - back * 86_400
         for number in range(int(rng.integers(20, 60))):
@@ -25,48 +29,74 @@ def write_days(folder: Path, name: str, ids: list[str], days: int = 12) -> None:
             hits, query_id, moment = rng.permutation(ids)[:10].tolist(), f"{seconds:08x}{number:08x}", seconds * 1000
             queries.append(QueryRow(query_id, moment, None, name, text, hits, "text", 0, 1, False, text == "a zebra"))
             places = np.flatnonzero(rng.random(10) < 0.4 / np.arange(1, 11)).tolist() if number % 2 == 0 else []
-            events += [EventRow(query_id, moment, "c", "click", hits[place], None) for place in places]
-    write_log(folder, queries, events)
+            clicks += [EventRow(query_id, moment, "c", "click", hits[place], None) for place in places]
+    write_log(folder, queries, clicks)
+
+
+def test_the_page_reports_what_is_seen_opened_and_judged(
+    page: Page, indexes: dict[str, Path], site: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with served(indexes["shapes"], feedback=log) as address:
+        page.open(f"{address}/#q=a+red+circle", 24)
+        shown = page.ids()
+        until(lambda: len(events(log)) >= 4)  # after a second in view, and five more
+        page.click("#explain")
+        page.settled(24)
+        page.counts(8, ".explained")
+        page.detail(1)
+        page.appears("#judge")
+        page.click("#misfits")
+        page.click("#fits")
+        assert [page.one(name).get_attribute("aria-pressed") for name in ("#fits", "#misfits")] == ["true", "false"]
+        assert page.barriers() == []
+        page.driver.get("about:blank")  # which sends the rest
+        until(lambda: [(each.action, each.rating) for each in events(log)][-2:] == [("click", None), ("judge", 3)])
+        assert page.errors() == []
+    [(query, found)] = read_log(log)  # explanations and counts are no searches
+    assert query is not None
+    assert query.hits == shown
+    assert {each.item for each in found if each.action == "impression"} <= {*shown}
+    assert {each.item for each in found[-2:]} == {shown[1]}
+    assert len({each.client for each in found}) == 1
+
+    page.open(f"{site}/#q=a+red+circle", 24)  # where feedback is off
+    page.detail()
+    assert not page.has("#judge")
+    assert page.js("return localStorage.length") == 0
 
 
 def test_the_figures_of_the_log_are_shown(both: Page, indexes: dict[str, Path], tmp_path: Path) -> None:
     page = both
     with served(indexes["shapes"], feedback=tmp_path / "log", **ADMIN_ONLY) as address:
-        ids = [each["id"] for each in httpx.get(f"{ready(address)}/items", params={"k": 24}).json()["items"]]
+        ids = [each["id"] for each in httpx.get(f"{address}/items", params={"k": 24}).json()["items"]]
         write_days(tmp_path / "log", "shapes", ids)
         page.open(f"{address}/ui/insights")
-        until(lambda: page.one("#key").is_displayed())
-        page.one("#key").send_keys("wrong key" + "\n")
-        until(lambda: "does not know" in page.one("#error").text)
-        page.one("#key").send_keys(ADMIN + "\n")
+        page.appears("#key").send_keys("wrong key\n")
+        page.says("#error", "does not know")
+        page.type("#key", ADMIN + "\n")
         until(lambda: page.all("#worst strong"))
-        assert len(page.all("#days .column")) == 12
-        assert len(page.all("#positions .column")) == 10
-        pictures = "return [...document.querySelectorAll('.pictures img')].every(i => i.complete && i.naturalWidth > 0)"
-        page.driver.execute_script("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
-        until(lambda: page.driver.execute_script(pictures))
-        queries = [each.text for each in page.all("#worst strong")]
-        assert queries == ['a "blue", round square', "a zebra"]
-        links = [each.get_attribute("href") for each in page.all("#worst a")]
-        assert links[1] == f"{address}/#q=a+zebra"
-        wide = "return document.documentElement.scrollWidth <= (screen.width === 390 ? 390 : innerWidth)"
-        assert page.driver.execute_script(wide)
+        assert [len(page.all(f"#{name} .column")) for name in ("days", "positions")] == [12, 10]
+        page.loads(".pictures img")
+        assert page.texts("#worst strong") == ['a "blue", round square', "a zebra"]
+        assert page.all("#worst a")[1].get_attribute("href") == f"{address}/#q=a+zebra"
+        width = "return document.documentElement.scrollWidth <= (screen.width === 390 ? 390 : innerWidth)"
+        assert page.js(width)
         for theme in ("light", "dark"):
             page.emulate(prefers_color_scheme=theme)
             assert page.barriers() == []
         page.emulate()
-        page.one("#forget-key").click()
-        until(lambda: page.one("#key").is_displayed())
+        page.click("#forget-key")
+        page.appears("#key")
     page.errors()  # the browser logs refused keys
 
 
-def test_it_says_how_to_turn_feedback_on(page: Page, indexes: dict[str, Path]) -> None:
+def test_insights_say_how_to_turn_feedback_on(page: Page, indexes: dict[str, Path]) -> None:
     with served(indexes["shapes"], **KEYS) as address:
-        page.open(f"{ready(address)}/ui/insights")
-        until(lambda: page.one("#key").is_displayed())
-        page.one("#api-key").send_keys(ALICE)
-        page.one("#key").send_keys(ADMIN + "\n")
-        until(lambda: "DCAR_FEEDBACK" in page.one("#error").text)
-        page.one("#forget-key").click()
-        until(lambda: page.one("#key").is_displayed())
+        page.open(f"{address}/ui/insights")
+        page.appears("#key")
+        page.type("#api-key", ALICE)
+        page.type("#key", ADMIN + "\n")
+        page.says("#error", "DCAR_FEEDBACK")
+    page.js("sessionStorage.clear()")
     page.errors()  # the browser logs refused keys, and 404

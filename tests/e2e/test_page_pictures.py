@@ -10,7 +10,7 @@ from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, until
+from tests.support.page import Page, fetching, until
 from tests.support.parts import needs
 
 pytestmark = pytest.mark.browser
@@ -28,7 +28,7 @@ def results(site: str, picture: Path, crop: list[float] | None = None, **form: s
     return list(answer.json()["results"])
 
 
-def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path) -> None:
+def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gallery: Path, tmp_path: Path) -> None:
     picture = tiny_gallery / "circle/blue.png"
     page.open(site)
     page.type("#file", str(picture))
@@ -36,7 +36,7 @@ def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gal
     page.settled(24)
     assert "blue.png" in page.text("#chips")
     assert page.text("#results .number") == "100%"
-    assert page.js("return document.querySelector('.chip img').naturalWidth") > 0
+    page.loads(".chip img")
     page.type("#query", "green")
     page.arrives("#q=green&picture=")
     page.shows([str(each["id"]) for each in results(site, picture, query="green")])
@@ -48,6 +48,16 @@ def test_picture_and_words_are_searched_together(page: Page, site: str, tiny_gal
     page.type("#file", str(picture))
     page.arrives("without=7")
     page.shows([str(each["id"]) for each in results(site, picture, without="7")])
+
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    page.open(site)
+    page.type("#file", str(tmp_path / "broken.png"))
+    page.says("#error", "not an image")
+    assert page.all("#results .card") == []
+    page.click("#chips button")
+    page.settled(24)
+    assert not page.has("#error")
+    assert ["422" in message for message in page.errors()] == [True], "Chromium logs every 4xx itself"
 
 
 def test_dropped_and_pasted_pictures_are_searched(page: Page, site: str) -> None:
@@ -67,21 +77,9 @@ def test_dropped_and_pasted_pictures_are_searched(page: Page, site: str) -> None
     """
     page.open(site)
     for way in ("drop", "paste"):
-        page.driver.execute_async_script(make, way)
+        page.later(make, way)
         page.says("#chips", f"{way}.png")
         page.settled(24)
-
-
-def test_broken_picture_is_refused_in_words(page: Page, site: str, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    page.open(site)
-    page.type("#file", str(tmp_path / "broken.png"))
-    page.says("#error", "not an image")
-    assert page.all("#results .card") == []
-    page.click("#chips button")
-    page.settled(24)
-    assert not page.has("#error")
-    assert ["422" in message for message in page.errors()] == [True], "Chromium logs every 4xx itself"
 
 
 def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) -> None:
@@ -104,8 +102,7 @@ def test_part_of_the_picture_is_searched(both: Page, site: str, tmp_path: Path) 
         place = frame.rect
         corners = [(place["x"] + 4, place["y"] + 4), (place["x"] + width / 2, place["y"] + height - 4)]
         for kind, points in (("touchStart", corners[:1]), ("touchMove", corners[1:]), ("touchEnd", [])):
-            touches = [{"x": x, "y": y} for x, y in points]
-            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
+            page.cdp("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y} for x, y in points])
     else:
         drag = ActionChains(page.driver, duration=20)
         drag.move_to_element_with_offset(frame, 4 - width // 2, 4 - height // 2).click_and_hold()
@@ -132,22 +129,14 @@ def test_large_photo_is_sent_small_and_found_as_if_it_were_whole(page: Page, sit
     turned = Image.Exif()
     turned[0x0112] = 6
     photo.save(path, exif=turned, quality=90)
-    watch = """
-        const whole = window.fetch;
-        window.fetch = (path, options) => {
-            if (path === 'search/image') window.sent = options.body.get('file').size;
-            return whole(path, options);
-        };
-    """
 
     def finds(crop: list[float]) -> None:
         expected = [100 * max(0.0, float(str(each["score"]))) for each in results(site, path, crop)]
         shown = "return [...document.querySelectorAll('#results .number')].map((each) => parseFloat(each.textContent))"
         until(lambda: crop_of(page) == crop and page.js(shown) == pytest.approx(expected, abs=2))
 
-    with page.script(watch):
-        page.open(site)
-        page.settled(24)
+    with page.script(fetching("if (path === 'search/image') window.sent = options.body.get('file').size;")):
+        page.open(site, 24)
         page.type("#file", str(path))
         page.arrives("picture=")
         finds([])

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import Page, searched, until
+from tests.support.page import Page, fetching, searched, until
 
 pytestmark = pytest.mark.browser
 
 
 def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: str) -> None:
     page = both
-    page.open(site)
-    page.settled(24)  # the gallery
+    page.open(site, 24)  # the gallery
     assert page.text("#status") == "24 images"
     assert page.has("#start")
     assert page.driver.switch_to.active_element == page.one("#query")
@@ -32,14 +31,12 @@ def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: st
     assert caption in page.text("#chips")
     assert page.value("#query") == ""
     link, item = page.url, page.parameter("item")
-    page.driver.back()
-    page.driver.back()
+    page.back(2)
     page.settled(24)
     assert page.value("#query") == "red circle"
     assert page.all(".chip") == []
 
-    page.open(link)
-    page.settled(23)
+    page.open(link, 23)
     page.says("#chips", caption)
     page.type("#query", "blue")
     page.arrives("q=blue", "item=")
@@ -51,7 +48,8 @@ def test_typing_searches_and_a_result_leads_to_similar_ones(both: Page, site: st
 
 def test_examples_come_from_the_gallery_and_are_no_names_that_a_camera_gives(page: Page, site: str) -> None:
     page.open(site)
-    words = [each.text for each in until(lambda: page.all("#examples button"))]
+    until(lambda: page.all("#examples button"))
+    words = page.texts("#examples button")
     assert len(set(words)) == 6
     assert set(words) <= {each["caption"] for each in httpx.get(f"{site}/items", params={"k": 100}).json()["items"]}
     page.click("#examples button", 1)
@@ -63,36 +61,28 @@ def test_examples_come_from_the_gallery_and_are_no_names_that_a_camera_gives(pag
     items = [{"id": name, "caption": "", "category": "", "metadata": {"title": name}} for name in names]
     items[0]["category"] = "2019 Italy"
     script = "import('/ui/start.js').then((module) => arguments[1](module.examplesAmong(arguments[0])))"
-    examples = page.driver.execute_async_script(script, items)
+    examples = page.later(script, items)
     assert examples == [["2019 Italy", "IMG 0001"], ["banded", "banded 0125"], ["barn owl-3", "barn owl-3"]]
 
 
 def test_late_and_failed_answers_do_not_replace_the_last_words(page: Page, site: str) -> None:
-    page.open(site)
-    page.settled(24)
-    page.js("""
-        const whole = window.fetch; let asked = 0;
-        window.fetch = async (url, options) => {
-            if (String(url).includes('search/text')) await new Promise((done) => setTimeout(done, 300 / ++asked));
-            return whole(url, options);
-        };
-    """)
+    page.open(site, 24)
+    late = "if (path.includes('search/text')) await new Promise((done) => setTimeout(done, 300 / ++asked));"
+    page.js(fetching(late))
     page.type("#query", "a blue square")
     page.shows(searched(site, query="a blue square"))
     assert page.url.endswith("#q=a+blue+square")
-    page.driver.back()  # the typed letters are one entry
+    page.back()  # the typed letters are one entry
     until(lambda: page.text("#status") == "24 images")
 
-    page.open(site)
-    page.settled(24)
-    page.js("""
-        const whole = window.fetch, answered = new Promise((done) => window.answer = done); let asked = 0;
-        window.fetch = async (path, options) => {
-            if (!path.includes('search/text') || asked++) return whole(path, options);
-            await answered;
+    page.open(site, 24)
+    failed = """
+        if (path.includes('search/text') && !asked++) {
+            await new Promise((done) => window.answer = done);
             return new Response('{"detail": "Too busy."}', {status: 503});
-        };
-    """)
+        }
+    """
+    page.js(fetching(failed))
     page.type("#query", "red")
     page.arrives("#q=red")
     page.js("window.answer()")
@@ -150,26 +140,18 @@ def test_words_are_looked_up_where_the_page_says_so(page: Page, site: str) -> No
 
 
 def test_explanations_are_drawn(page: Page, site: str) -> None:
-    page.open(f"{site}/#q=a+red+square")
-    page.settled(24)
+    page.open(f"{site}/#q=a+red+square", 24)
     assert not page.has("#legend")
-    page.js("""
-        const whole = window.fetch;
-        window.held = [];
-        window.fetch = async (path, options) => {
-            const isHeld = window.held && options?.body?.includes?.('explain');
-            if (isHeld) await new Promise((done) => window.held.push(done));
-            return whole(path, options);
-        };
-    """)
+    hold = "if (window.held && options?.body?.includes?.('explain')) await new Promise((done) => held.push(done));"
+    page.js("window.held = [];" + fetching(hold))
     page.click("#explain")
     page.appears("#legend")
     page.settled(24)
     assert "explain=1" in page.url
 
     def counts(explained: int, explaining: int) -> None:
-        wanted = [explained, explaining]
-        until(lambda: [len(page.all(f"#results .{name}")) for name in ("explained", "explaining")] == wanted)
+        page.counts(explained, "#results .explained")
+        page.counts(explaining, "#results .explaining")
 
     counts(0, 8)
     page.js("held[0]()")
@@ -205,7 +187,7 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
     page.click("#why")
     page.vanishes("#detail-map")
     page.vanishes("#detail-words")
-    page.driver.back()
+    page.back()
     page.vanishes("#detail")
     page.click("#explain")
     counts(0, 0)
@@ -214,21 +196,20 @@ def test_explanations_are_drawn(page: Page, site: str) -> None:
 
 def test_any_image_is_explained_in_the_large_view_and_by_an_untouched_model(phone: Page, many: str) -> None:
     page = phone
-    page.open(f"{many}/#q=a+red+square")
-    page.settled(24)
+    page.open(f"{many}/#q=a+red+square", 24)
     page.detail(20)
     page.appears("#why")
     assert not page.has("#detail-map")
     page.js("document.getElementById('why').click()")
     page.appears("#detail-map")
     until(lambda: page.all("#detail-words .word"))
-    page.click("#next")  # and the next one, too
-    page.vanishes("#detail-map")
-    page.appears("#detail-map")
+    page.js("document.getElementById('detail-map').hidden = true")
+    page.click("#next")
+    page.appears("#detail-map")  # that of the next one
     page.close()
     assert page.all(".explained") == []
     page.open(f"{many}/#q=a+red+square&explain=1&in=untouched")
-    until(lambda: len(page.all("#results .explained .word")) == 8 * 3)
+    page.counts(8 * 3, "#results .explained .word")
 
 
 def test_less_likely_results_are_below_a_line(page: Page, many: str) -> None:
@@ -239,13 +220,11 @@ def test_less_likely_results_are_below_a_line(page: Page, many: str) -> None:
         fitting[query] = sum(result["score"] >= cut for result in results)
     some = next(query for query, count in fitting.items() if 0 < count < 24)
     none = next(query for query, count in fitting.items() if count == 0)
-    page.open(f"{many}/#q={quote(some)}")
-    page.settled(24)
+    page.open(f"{many}/#q={quote(some)}", 24)
     assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [24 - fitting[some], 1]
     assert f"{fitting[some]} of them likely" in page.text("#status")
     assert not page.has("#nothing")
-    page.open(f"{many}/#q={quote(none)}")
-    page.settled(24)
+    page.open(f"{many}/#q={quote(none)}", 24)
     assert f"Nothing fits “{none}” well" in page.text("#nothing")
     assert [len(page.all(f"#results .{name}")) for name in ("weak", "divider")] == [24, 0]
     page.open(f"{many}/#item={page.ids()[0]}")  # item searches have no cut-off
@@ -253,8 +232,6 @@ def test_less_likely_results_are_below_a_line(page: Page, many: str) -> None:
     assert page.all("#results .weak") == []
     assert not page.has("#nothing")
 
-
-def test_results_that_the_words_find_are_above_the_less_likely_ones(page: Page, many: str) -> None:
     words = ("red", "green", "blue", "black", "circle", "square", "cross", "triangle")
     for query in (f"{one} {other}" for one in words for other in reversed(words) if one != other):
         body = {"query": query, "k": 24, "hybrid": True}
@@ -264,9 +241,8 @@ def test_results_that_the_words_find_are_above_the_less_likely_ones(page: Page, 
             break
     else:
         pytest.fail("no query mixes them")
-    page.open(f"{many}/#q={quote(query)}&words=1")
-    page.settled(24)
-    says = page.js("return [...document.querySelectorAll('.divider ~ .card .number')].map((each) => each.textContent)")
-    assert len(says) == below
+    page.open(f"{many}/#q={quote(query)}&words=1", 24)
+    says = page.texts(".divider ~ .card .number")
+    assert len(says) == below, "what the words find is above the less likely ones"
     assert "good match" not in says
     assert len(page.all("#results .weak")) == 24 - likely

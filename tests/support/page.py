@@ -13,6 +13,11 @@ import httpx
 from tests.support.service import serving
 
 COUNT = 130  # images of the large index
+LOADED = """
+    const images = [...document.querySelectorAll(arguments[0])];
+    for (const image of images) image.loading = 'eager';
+    return images.every((image) => image.complete && image.naturalWidth > 0);
+"""
 
 
 @contextmanager
@@ -24,30 +29,22 @@ def served(index: Path, **given: Any) -> Iterator[str]:
 
 def ready(address: str) -> str:
     """Wait until a service answers and has loaded its indexes; return its address."""
-    end = time.monotonic() + 60
-    while True:
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{address}/readyz").status_code == 200:
-                return address
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: httpx.get(f"{address}/readyz").status_code == 200)
+    return address
 
 
 def until(condition: Any, seconds: float = 60) -> Any:
-    """Wait until it is true and does not stumble over an element that was just replaced."""
+    """Wait until it is true and does not stumble over an element that was just replaced, or over a missing service."""
     from selenium.common.exceptions import WebDriverException
 
-    end = time.monotonic() + seconds
-    while True:
-        found, last = None, None
-        try:
+    end, found = time.monotonic() + seconds, None
+    while not found:
+        assert time.monotonic() < end, f"it does not happen: {condition}"
+        with suppress(WebDriverException, httpx.TransportError):
             found = condition()
-        except WebDriverException as error:
-            last = error
-        if found:
-            return found
-        assert time.monotonic() < end, f"it does not happen: {last or condition}"
-        time.sleep(0.02)
+        if not found:
+            time.sleep(0.02)
+    return found
 
 
 def searched(url: str, **body: object) -> list[str]:
@@ -68,6 +65,10 @@ class Page:
     def one(self, selector: str) -> Any:
         return self.driver.find_element("css selector", selector)
 
+    def texts(self, selector: str) -> list[str]:
+        """Return the text of each element, shown or not."""
+        return [str(each.get_attribute("textContent")) for each in self.all(selector)]
+
     @property
     def url(self) -> str:
         return str(self.driver.current_url)
@@ -79,10 +80,16 @@ class Page:
     def js(self, source: str, *given: object) -> Any:
         return self.driver.execute_script(source, *given)
 
+    def later(self, source: str, *given: object) -> Any:
+        """Run a script that calls its last argument with what it gives."""
+        return self.driver.execute_async_script(source, *given)
+
+    def cdp(self, command: str, **given: object) -> Any:
+        return self.driver.execute_cdp_cmd(command, given)
+
     def emulate(self, **features: object) -> None:
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
-            {"name": name.replace("_", "-"), "value": value} for name, value in features.items()
-        ]})  # fmt: skip
+        named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+        self.cdp("Emulation.setEmulatedMedia", features=named)
 
     def text(self, selector: str) -> str:
         return str(self.one(selector).text)
@@ -93,9 +100,9 @@ class Page:
     def has(self, selector: str) -> bool:
         return bool(self.one(selector).is_displayed())
 
-    def ids(self) -> list[str | None]:
+    def ids(self) -> list[str]:
         """Return the ids of the results that are shown."""
-        return [card.get_attribute("data-id") for card in self.all("#results .card")]
+        return list(self.js("return [...document.querySelectorAll('#results .card')].map((card) => card.dataset.id)"))
 
     def click(self, selector: str, place: int = 0) -> None:
         self.all(selector)[place].click()
@@ -103,8 +110,15 @@ class Page:
     def type(self, selector: str, *keys: str) -> None:
         self.one(selector).send_keys(*keys)
 
+    def press(self, *keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(*keys)
+
     def scroll(self, top: int) -> None:
         self.js("scrollTo({top: arguments[0], behavior: 'instant'})", top)
+
+    def back(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.driver.back()
 
     def appears(self, selector: str) -> Any:
         """Wait until an element is displayed; return it."""
@@ -121,13 +135,21 @@ class Page:
         """Wait until the address contains these parts."""
         until(lambda: all(each in self.url for each in parts))
 
+    def counts(self, count: int, selector: str = "#results .card") -> None:
+        """Wait until there are so many elements."""
+        until(lambda: len(self.all(selector)) == count)
+
     def shows(self, ids: list[str]) -> None:
         """Wait until exactly these results are shown."""
         until(lambda: not self.all("#results[aria-busy]") and self.ids() == ids)
 
+    def loads(self, selector: str) -> None:
+        """Wait until the images that match are loaded."""
+        until(lambda: self.js(LOADED, selector))
+
     def detail(self, place: int = 0, of: str = "#results") -> Any:
         """Open the detail view of a card."""
-        self.click(f"{of} .open", place)
+        self.js("document.querySelectorAll(arguments[0])[arguments[1]].click()", f"{of} .open", place)
         return self.appears("#detail")
 
     def close(self) -> None:
@@ -143,30 +165,29 @@ class Page:
     def barriers(self) -> list[Any]:
         """Return the violations of accessibility that axe finds."""
         self.js((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
-        run = "axe.run({resultTypes: ['violations']}).then((result) => arguments[0](result.violations))"
-        found = self.driver.execute_async_script(run)
+        found = self.later("axe.run({resultTypes: ['violations']}).then(({violations}) => arguments[0](violations))")
         return [(each["id"], [node["html"][:120] for node in each["nodes"][:3]]) for each in found]
 
     @contextmanager
     def script(self, source: str) -> Iterator[None]:
         """Run a script before those of every page that is opened."""
-        added = self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+        added = self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)
         try:
             yield
         finally:
-            self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+            self.cdp("Page.removeScriptToEvaluateOnNewDocument", **added)
 
-    def open(self, address: str) -> None:
+    def open(self, address: str, cards: int | None = None) -> list[Any]:
+        """Open a page anew, and wait for its cards."""
         self.driver.get("about:blank")
         self.driver.get_log("browser")
         self.driver.get(address)
+        return [] if cards is None else self.settled(cards)
 
     def settled(self, cards: int) -> list[Any]:
         """Wait until this many results and their images are shown and no request runs; return them."""
         until(lambda: len(self.all("#results .card")) == cards and not self.all("#results[aria-busy]"))
-        loaded = "return [...document.querySelectorAll('#results img')].every(i => i.complete && i.naturalWidth > 0)"
-        self.driver.execute_script("document.querySelectorAll('#results img').forEach(i => i.loading = 'eager')")
-        until(lambda: self.driver.execute_script(loaded))
+        self.loads("#results img")
         return self.all("#results .card")
 
     def errors(self) -> list[str]:
@@ -174,3 +195,12 @@ class Page:
         logged = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
         shown = [message for message in logged if "net::ERR_CONNECTION_REFUSED" not in message]
         return [message for message in shown if not ("/image?size=" in message and "status of 503" in message)]
+
+
+def fetching(body: str) -> str:
+    """Return a script that has the page's requests go through `body` first: of `path`, `options` and `whole(...)`."""
+    return f"""
+        const whole = window.fetch;
+        let asked = 0;
+        window.fetch = async (path, options) => {{ {body} return whole(path, options); }};
+    """
