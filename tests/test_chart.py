@@ -1,7 +1,13 @@
-"""The Helm chart in charts/dcar, rendered by Helm's own library and checked against the schemas of Kubernetes."""
+"""The Helm chart in charts/dcar, rendered by Helm's own library and checked against the schemas of Kubernetes.
 
+`tests/chart` has what each of `OPTIONS` renders: the defaults whole, others as what they change. After a change of the
+chart, `UPDATE_SNAPSHOTS=1 make test ARGS=tests/test_chart.py` writes them anew.
+"""
+
+import difflib
 import importlib
 import json
+import os
 import re
 from typing import Any
 
@@ -14,7 +20,7 @@ from tests.support.parts import needs
 from tests.support.paths import ROOT
 
 pytestmark = needs("helm")
-CHART = ROOT / "charts" / "dcar"
+CHART, SNAPSHOTS = ROOT / "charts" / "dcar", ROOT / "tests" / "chart"
 STORE = {"url": "s3://bucket/photos", "credentials": "store"}
 KEY = {"name": "keys", "key": "admin"}
 DAILY = {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"]}
@@ -75,7 +81,8 @@ def helm() -> Any:
     return importlib.import_module("helm_python")
 
 
-def manifests(values: dict[str, Any], name: str) -> dict[str, str]:
+def manifests(values: dict[str, Any], name: str = "shop") -> dict[str, str]:
+    """Return the rendered files of a release."""
     with helm().Chart.load(CHART) as chart:
         chart.validate_schema(values)
         return dict(chart.render(values, name=name, namespace="search"))
@@ -88,7 +95,7 @@ def render(values: dict[str, Any], name: str = "shop") -> list[dict[str, Any]]:
 
 
 def notes(**values: Any) -> str:
-    return manifests(values, "shop")["dcar/templates/NOTES.txt"]
+    return manifests(values)["dcar/templates/NOTES.txt"]
 
 
 def of_kind(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -96,26 +103,11 @@ def of_kind(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     return dict(one)
 
 
-def pods(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the specifications of the pods of the service, of the job if there is one, and of the test."""
-    specs = [each["spec"] for each in render(values) if each["kind"] in {"Deployment", "CronJob", "Pod"}]
-    specs = [spec.get("jobTemplate", {"spec": spec})["spec"] for spec in specs]
-    return [spec["template"]["spec"] if "template" in spec else spec for spec in specs]
-
-
-def variables(pod: dict[str, Any]) -> dict[str, Any]:
-    """Return the variables of a container, each given once; None for those from Secrets."""
-    given = pod["containers"][0].get("env", [])
-    assert len({each["name"] for each in given}) == len(given)
-    return {each["name"]: each.get("value") for each in given}
-
-
-def mounts(pod: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return volumes by the path at which they are mounted, and whether only to be read."""
-    volumes = {each["name"]: each for each in pod["volumes"]}
-    mounted = pod["containers"][0]["volumeMounts"]
-    assert {each["name"] for each in mounted} == volumes.keys()
-    return {each["mountPath"]: volumes[each["name"]] | {"readOnly": each.get("readOnly", False)} for each in mounted}
+def service(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the specification of the service's pod, and its container."""
+    pod = of_kind("Deployment", values)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return pod, container
 
 
 def require_valid(objects: list[dict[str, Any]]) -> None:
@@ -127,91 +119,29 @@ def require_valid(objects: list[dict[str, Any]]) -> None:
                 kubernetes_validate.validate(each, version, strict=True)
 
 
-@pytest.mark.parametrize("values", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_renders_objects_that_kubernetes_accepts(values: dict[str, Any]) -> None:
+def snapshot(values: dict[str, Any]) -> list[str]:
+    """Return the lines of all that is rendered, in one order."""
+    objects = sorted(render(values), key=lambda each: (each["kind"], each["metadata"]["name"]))
+    for each in objects:
+        each["metadata"].get("labels", {}).pop("helm.sh/chart", None)  # a release changes it
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    text = yaml.safe_dump_all(objects, width=110) + "---\n" + notes(**values)
+    return text.replace(f"dcar:{version}", "dcar:VERSION").strip().splitlines()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_renders_what_its_snapshot_shows_and_kubernetes_accepts(name: str) -> None:
+    values = OPTIONS[name]
     report = helm().lint(CHART, values, strict=True)
     assert report["errors"] + [each for each in report["messages"] if each["severity"] > 1] == []
     require_valid(render(values))
-
-
-def test_every_pod_is_confined() -> None:
-    found = pods(OPTIONS["full"])
-    assert len(found) == 3, "the service, the job and the test"
-    for pod in [*found, *pods({})]:
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in [*pod["containers"], *pod.get("initContainers", [])]:
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }
-        assert {"cache", "tmp"} <= {each["name"] for each in pod["volumes"] if "emptyDir" in each}
-
-
-def test_images_are_of_the_chart_unless_others_are_named() -> None:
-    def images(values: dict[str, Any]) -> list[str]:
-        return [each["image"] for pod in pods(values) for each in [*pod.get("initContainers", []), *pod["containers"]]]
-
-    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-    assert images({}) == [f"dcar:{version}"] * 3
-    assert images(OPTIONS["full"])[:2] == [f"dcar@sha256:{'0' * 64}", "dcar:full"]
-    serving = "registry.example/dcar:1.0-serve"
-    assert images(OPTIONS["an image that only serves"]) == ["dcar:1.0", serving, serving], "indexing has its own"
-
-
-def test_an_index_in_an_object_store_needs_no_claim() -> None:
-    for name in ("object store and rebuild", "object store and rebuild with a claim"):
-        service, job, test = pods(OPTIONS[name])
-        assert variables(service).get("DCAR_INDEX") == STORE["url"]
-        assert job["containers"][0]["args"] == ["--gallery", "/gallery", "--out", STORE["url"]]
-        for pod in (service, job):
-            assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": STORE["credentials"]}}]
-            assert "initContainers" not in pod
-        assert "envFrom" not in test["containers"][0]
-        assert mounts(service).keys() == {"/tmp", "/cache"}, "replicas do not wait for the job's claim"
-        assert "HF_HOME" not in variables(service)
-        is_claimed = "claim" in name
-        assert mounts(job).keys() == {"/tmp", "/cache", *(["/data"] if is_claimed else [])}
-        kept = {"DCAR_RUNTIME_CACHE": "/data", "HF_HOME": "/data/hub"}
-        assert variables(job) == (kept if is_claimed else {}), "its vectors stay on the claim"
-    service, _ = pods(OPTIONS["object store"])
-    assert variables(service)["DCAR_FEEDBACK"] == "/feedback"
-    assert mounts(service)["/feedback"]["persistentVolumeClaim"] == {"claimName": "clicks"}
-
-
-def test_variables_mounts_and_weights_reach_service_and_job() -> None:
-    full = OPTIONS["full"]
-    service, job, test = pods(full)
-    for pod in (service, job):
-        assert (
-            variables(pod).items() >= {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": "4096"}.items()
-        )
-        assert variables(pod)["HF_HOME"] == "/data/hub", "the network policy keeps the service from the hub"
-        assert {"/data", "/photos"} <= mounts(pod).keys()
-        for path, source in full["mounts"].items():
-            assert mounts(pod)[path].items() >= {**source, "readOnly": True}.items()
-    assert [each["name"] for each in test["volumes"]] == ["tmp", "cache"], "the test waits for no claim"
-    assert "HF_HOME" not in variables(pods({})[0])
-    assert variables(pods(OPTIONS["weights of its own"])[0])["HF_HOME"] == "/weights"
-    service, job, _ = pods(OPTIONS["names that look like numbers"])
-    assert mounts(job).keys() == {"/data", "/tmp", "/cache", "/a, b"}
-    assert mounts(service)["/feedback"]["persistentVolumeClaim"] == {"claimName": "true"}
-
-
-def test_a_network_policy_with_peers_admits_the_test_too() -> None:
-    policy, test = (of_kind(kind, OPTIONS["full"]) for kind in ("NetworkPolicy", "Pod"))
-    shop, own = (each["podSelector"]["matchLabels"] for each in policy["spec"]["ingress"][0]["from"])
-    assert shop == {"app": "shop"}
-    assert own == test["metadata"]["labels"] != policy["spec"]["podSelector"]["matchLabels"]
-    assert "from" not in of_kind("NetworkPolicy", {})["spec"]["ingress"][0]
-
-
-def test_a_pod_can_end_before_its_successor_starts() -> None:
-    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0}}
-    for name, strategy in (("defaults", rolling), ("full", {"type": "Recreate"})):
-        assert of_kind("Deployment", OPTIONS[name])["spec"]["strategy"] == strategy
+    lines, path = snapshot(values), SNAPSHOTS / f"{name.replace(' ', '-')}.{'diff' if values else 'yaml'}"
+    if values:
+        changes = difflib.unified_diff(snapshot({}), lines, n=2, lineterm="")
+        lines = [re.sub("^@@.*", "@@", line).rstrip() for line in changes][2:]
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        path.write_text("\n".join(lines) + "\n")
+    assert path.read_text().splitlines() == lines
 
 
 def test_schedules_and_the_values_of_the_guide_are_accepted() -> None:
@@ -245,64 +175,41 @@ def test_each_value_of_the_chart_is_an_option_above_and_changes_what_is_rendered
 def test_settings_are_those_of_the_service() -> None:
     names = json.loads((CHART / "values.schema.json").read_text())["definitions"]["setting"]["enum"]
     assert set(names) == Settings.model_fields.keys() - {"index", "port", "runtime_cache"}, "make reference"
-    fields = {name.removeprefix("DCAR_").lower(): each for name, each in variables(pods(OPTIONS["full"])[0]).items()}
+    variables = {each["name"]: each.get("value") for each in service(OPTIONS["full"])[1]["env"]}
+    fields = {name.removeprefix("DCAR_").lower(): each for name, each in variables.items()}
     assert fields["admin_key"] is None, "its value stays in the Secret"
     known = {name: each for name, each in fields.items() if name in names}
     settings = Settings.model_validate(known | {"index": ROOT, "admin_key": "a" * 8})
     assert (settings.max_k, settings.max_upload_bytes, settings.batch_wait_ms) == (100, 20971520, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("settings", "is_read_only"),
-    [
+@pytest.mark.parametrize("index", [{"claim": "indexes"}, {}])
+def test_the_claim_can_be_written_if_the_service_writes(index: dict[str, str]) -> None:
+    for settings, is_read_only in (
         ({}, True), ({"writes": False}, True), ({"writes": "no"}, True), ({"feedback": "off"}, True),
         ({"writes": 1}, False), ({"writes": "Yes"}, False), ({"feedback": True}, False),
         ({"feedback": "/data/clicks"}, False),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("index", [{"claim": "indexes"}, {}])
-def test_the_claim_can_be_written_if_the_service_writes(
-    settings: dict[str, Any], is_read_only: bool, index: dict[str, str]
-) -> None:
-    assert (
-        mounts(pods({"settings": settings, "index": index, "strategy": "Recreate"})[0])["/data"]["readOnly"]
-        is is_read_only
-    )
+    ):  # fmt: skip
+        _, container = service({"settings": settings, "index": index, "strategy": "Recreate"})
+        (mount,) = (each for each in container["volumeMounts"] if each["mountPath"] == "/data")
+        assert mount.get("readOnly", False) is is_read_only, settings
 
 
-def test_pods_go_on_until_nobody_sends_them_requests() -> None:
-    (pod, _) = pods({})
-    (container,) = pod["containers"]
-    assert container["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "5"]
-    assert pod["terminationGracePeriodSeconds"] >= 5 + FINISH_S + 5
-
-
-def test_the_alerts_recognize_the_job_of_the_longest_release() -> None:
-    names = [each["metadata"]["name"] for each in render({}, name="r" * 53) if each["kind"] == "Service"]
-    assert names == [f"{'r' * 47}-dcar"]
-
-
-def test_probes_and_the_test_ask_for_paths_of_the_service() -> None:
+def test_the_chart_and_the_service_agree() -> None:
     from app.main import create_app
 
-    (container,), (test,) = (pod["containers"] for pod in pods({}))
+    pod, container = service({})
+    assert pod["terminationGracePeriodSeconds"] >= 5 + FINISH_S + 5, "5: its preStop"
     paths = {each["httpGet"]["path"] for name, each in container.items() if name.endswith("Probe")}
     assert paths == {"/healthz", "/readyz"} <= create_app(Settings(index=ROOT)).openapi()["paths"].keys()
-    assert f'"http://{of_kind("Service", {})["metadata"]["name"]}/readyz"' in test["command"][-1]
+    names = [each["metadata"]["name"] for each in render({}, name="r" * 53) if each["kind"] == "Service"]
+    assert names == [f"{'r' * 47}-dcar"], "the alerts recognize the job of the longest release"
 
 
-def test_the_notes_name_a_network_policy_that_blocks_the_store() -> None:
-    remote = ({"redis_url": "redis://redis"}, {"tracing": True}, {"image_hosts": "pictures.example"})
-    assert "networkPolicy.egress" in notes(index=STORE)
-    assert all("networkPolicy.egress" in notes(settings=settings) for settings in remote)
-    assert "networkPolicy.egress" not in notes()
+def test_the_notes_name_a_network_policy_that_blocks_what_is_elsewhere() -> None:
+    for remote in ({"redis_url": "redis://redis"}, {"tracing": True}, {"image_hosts": "pictures.example"}):
+        assert "networkPolicy.egress" in notes(settings=remote)
     assert "networkPolicy.egress" not in notes(index=STORE, networkPolicy={"egress": [{"ports": [{"port": 443}]}]})
-
-
-def test_the_notes_say_how_an_empty_claim_gets_its_first_index() -> None:
-    run = "kubectl --namespace search create job --from=cronjob/shop-dcar first"
-    assert run in notes(index={"claim": "indexes"}, rebuild={"schedule": "@daily"})
-    assert "create job" not in notes(index={"claim": "indexes"})
 
 
 @pytest.mark.parametrize(
