@@ -1,7 +1,6 @@
 """`dcar feedback export` and `forget`: training pairs and judged lists from the log; `dcar judge` measures by them."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,11 +37,9 @@ def export_command(
     options = Options(min_clients, client_cap, item_cap, frozenset(judge or ()))
     report = export(log or index / "feedback", open_current(index), collection or index.resolve().name, out, options)
     typer.echo(str(report))
-    if not report.pairs:
-        return
-    images = f" --images {report.images}" if report.images else ""
-    train = f"dcar train --data {out}{images} ..."
-    typer.echo(f"{out}: {f'dcar retrain --index {index} --pairs {out}' if report.without_image else train}")
+    train = f"dcar train --data {out}{f' --images {report.images}' if report.images else ''} ..."
+    if report.pairs:
+        typer.echo(f"{out}: {f'dcar retrain --index {index} --pairs {out}' if report.without_image else train}")
 
 
 @commands.command("forget", epilog=example("dcar feedback forget 5f0c2a --log index/feedback"))
@@ -65,14 +62,13 @@ def forget_command(
     ),
 )
 def judge_command(
-    context: typer.Context,
     judgements: Annotated[
         list[Path], Argument(help="Tables of query, item_id, grade (0 to 3 or empty), or TREC qrels.")
     ],
     *,
     index: IndexDir,
     version: Annotated[int | None, Option(min=1, help="Version of the index. Default: the current one.")] = None,
-    against: Annotated[str | None, Option(help="Compare with a version, an index, or a checkpoint.")] = None,
+    against: Annotated[str | None, Option(help="Compare with a version, or another index.")] = None,
     queries: Annotated[Path | None, Option(help="Queries of qrels: lines of id, tab, text.")] = None,
     hybrid: Annotated[bool, Option("--hybrid", help="Look up the words of the queries as well.")] = False,
     run: Annotated[Path | None, Option(help="Write the results: as a TREC run, or all with grades as .csv.")] = None,
@@ -90,12 +86,10 @@ def judge_command(
     for path in filter(None, (run, qrels)):
         require_writable(path.parent)
     judged = read_judgements(judgements, queries)
-    opened = [_open_version(index, version, device)]
+    opened = [_open(index, version, device)]
     if against is not None:
         number = int(against) if against.isdecimal() else None
-        opened.append(
-            _open_version(index, number, device) if number else _open_other(context, Path(against), index, device)
-        )
+        opened.append(_open(index if number else Path(against), number, device))
     runs = [judge.Run.of(each, name, judged, hybrid=hybrid) for each, name in opened]
     texts = {run: judge.write_run(runs, as_csv=run is not None and run.suffix == ".csv"), qrels: judged.to_qrels()}
     for target, text in texts.items():
@@ -104,27 +98,9 @@ def judge_command(
     typer.echo(judge.describe(runs))
 
 
-def _open_version(path: Path, version: int | None, device: str) -> tuple["Index", str]:
+def _open(path: Path, version: int | None, device: str) -> tuple["Index", str]:
     """Return a version of an index, and its name."""
     from app.search import Index
 
     opened = Index.open(path, device=device, version=version)
     return opened, f"{path} version {opened.snapshot.version}"
-
-
-def _open_other(context: typer.Context, path: Path, index: Path, device: str) -> tuple["Index", str]:
-    """Return another index, or one of the same gallery that a checkpoint encodes, and its name."""
-    from dcar_core.model.checkpoint import is_checkpoint
-
-    if not is_checkpoint(path):
-        return _open_version(path, None, device)
-    from index_jobs.index.versions import open_current
-    from index_jobs.jobs.update import live_gallery
-    from index_jobs.rebuild import rebuild
-
-    folder, served = Path(context.with_resource(TemporaryDirectory())), open_current(index)
-    gallery, spec = live_gallery(served), served.manifest.spec
-    typer.echo(f"{path} encodes {len(gallery):,} images; an index by `dcar index build` would keep them", err=True)
-    options = {name: getattr(spec, name) for name in ("text_fields", "group_field", "max_failed", "exact")}
-    rebuild(gallery, path, folder, device=device, keep_shards=False, **options)
-    return _open_version(folder, None, device)[0], str(path)

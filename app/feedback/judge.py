@@ -7,8 +7,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +20,6 @@ from dcar_core.util.files import csv_text
 from dcar_core.util.retrieval_metrics import graded_measures
 
 DEPTH = 10
-Pair = tuple[str, str]  # ids of a query and of an item
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class Run:
     """The first results of each query. found: ids of items by the query's id. missing: listed ids not in the index."""
 
     name: str
-    index: Index
     judged: JudgedList
     found: dict[str, list[str]]
     missing: list[str]
@@ -44,42 +40,39 @@ class Run:
         items = {item for graded in judged.grades.values() for item in graded}
         missing = sorted(item for item in items if index.snapshot.artifact.row_of(item) is None)
         if len(missing) == len(items):
-            raise DataError(
-                f"no item of the list is in {name}: {shorten(missing)}; item_id is the id of a search result"
-            )
+            hint = "item_id is the id of a search result"
+            raise DataError(f"no item of the list is in {name}: {shorten(missing)}; {hint}")
         results = index.search_each([*judged.texts.values()], k=DEPTH, hybrid=hybrid)
         shown = tqdm(results, name, total=len(judged.texts), unit="query", disable=None, leave=False)
         found = [[result["id"] for result in body["results"]] for body in shown]
-        return cls(name, index, judged, dict(zip(judged.texts, found, strict=True)), missing)
+        return cls(name, judged, dict(zip(judged.texts, found, strict=True)), missing)
 
-    @cached_property
-    def measures(self) -> dict[str, np.ndarray]:
-        """Each measure of each query, in percent."""
-        grades = np.zeros((len(self.found), DEPTH), np.int64)
-        for row, (query_id, items) in zip(grades, self.found.items(), strict=True):
-            row[: len(items)] = [self.judged.grades[query_id].get(item, 0) for item in items]
-        return graded_measures(grades, [np.array([*graded.values()]) for graded in self.judged.grades.values()])
-
-    @cached_property
-    def unjudged(self) -> list[Pair]:
-        """The results without a judgement."""
+    @property
+    def rows(self) -> list[tuple[str, int, str, int | None]]:
+        """Each result: query id, rank, item id, and its grade, None without a judgement."""
         return [
-            (query_id, item)
+            (query_id, rank, item, self.judged.grades[query_id].get(item))
             for query_id, items in self.found.items()
-            for item in items
-            if item not in self.judged.grades[query_id]
+            for rank, item in enumerate(items, 1)
         ]
+
+    def measures(self) -> dict[str, np.ndarray]:
+        """Return each measure of each query, in percent."""
+        grades, places = np.zeros((len(self.found), DEPTH), np.int64), {each: at for at, each in enumerate(self.found)}
+        for query_id, rank, _, grade in self.rows:
+            grades[places[query_id], rank - 1] = grade or 0
+        return graded_measures(grades, [np.array([*graded.values()]) for graded in self.judged.grades.values()])
 
 
 def describe(runs: Sequence[Run]) -> str:
     """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
-    judged, names = runs[0].judged, [run.name for run in runs]
-    values = [np.stack([*run.measures.values()], axis=1) for run in runs]  # [Q, 3] each
+    judged, names, measures = runs[0].judged, [run.name for run in runs], [run.measures() for run in runs]
+    values = [np.stack([*each.values()], axis=1) for each in measures]  # [Q, 3] each
     if len(runs) > 1:
         names, values = [*names, "difference"], [*values, values[0] - values[1]]
     labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
     groups = {"all": np.ones(len(labels), bool)} | {label: labels == label for label in sorted({*labels} - {""})}
-    rows, overall = [["queries", "index", *runs[0].measures], ["---"] * 5], list[Estimate]()
+    rows, overall = [["queries", "index", *measures[0]], ["---"] * 5], list[Estimate]()
     for label, chosen in groups.items():
         estimates = estimate_means(np.concatenate(values, axis=1)[chosen])  # the same resamples for all
         overall = overall or estimates
@@ -87,26 +80,28 @@ def describe(runs: Sequence[Run]) -> str:
             cells = [f"{each:{'+' * (number > 1)}}" for each in estimates[3 * number : 3 * number + 3]]
             rows.append([f"{label}, {np.count_nonzero(chosen):,}", name, *cells])
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    unjudged = dict[str, None]()  # of both, each once
     for run in runs:
-        lines.append(f"{run.name}: {len(run.unjudged):,} of {sum(map(len, run.found.values())):,} results not judged")
-        lines[-1] += f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
-    if pairs := dict.fromkeys(pair for run in runs for pair in run.unjudged):
-        shown = shorten([f"{item} for {judged.texts[query_id]!r}" for query_id, item in pairs])
-        lines.append(f"not judged, counted as 0: {shown}")
-    return "\n".join([*lines, _conclude(runs, overall, len(labels))])
+        found = [f"{item} for {judged.texts[query_id]!r}" for query_id, _, item, grade in run.rows if grade is None]
+        unjudged |= dict.fromkeys(found)
+        missing = f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
+        lines.append(f"{run.name}: {len(found):,} of {len(run.rows):,} results not judged{missing}")
+    if unjudged:
+        lines.append(f"not judged, counted as 0: {shorten([*unjudged])}")
+    return "\n".join([*lines, _conclude(names, overall, len(labels))])
 
 
-def _conclude(runs: Sequence[Run], overall: Sequence[Estimate], queries: int) -> str:
+def _conclude(names: Sequence[str], overall: Sequence[Estimate], queries: int) -> str:
     over = f"points of nDCG@{DEPTH} over {queries:,} queries"
-    if len(runs) == 1:
-        return f"{runs[0].name} has {overall[0].value:.1f} {over}."
+    if len(names) == 1:
+        return f"{names[0]} has {overall[0].value:.1f} {over}."
     sign = 1 if overall[6].value >= 0 else -1
-    better, other = runs[::sign]
+    better, other = names[:2][::sign]
     low, high = sorted(sign * end + 0.0 for end in (overall[6].low, overall[6].high))  # not -0.0
     gain = f"{sign * overall[6].value:+.1f} {over} (95 % interval {low:+.1f} to {high:+.1f})"
     if overall[6].is_certain:
-        return f"Take {better.name}: it is better than {other.name}, by {gain}."
-    return f"Neither is certainly better: {better.name} is above {other.name} by {gain}."
+        return f"Take {better}: it is better than {other}, by {gain}."
+    return f"Neither is certainly better: {better} is above {other} by {gain}."
 
 
 def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
@@ -114,14 +109,9 @@ def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
 
     Scores there are by rank, so that tools keep the order.
     """
-    rows: list[list[Any]] = [
-        [query_id, run.judged.texts[query_id], run.name, rank, item, run.judged.grades[query_id].get(item, "")]
-        for run in (runs if as_csv else runs[:1])
-        for query_id, items in run.found.items()
-        for rank, item in enumerate(items, 1)
-    ]
     if as_csv:
-        return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *rows)
+        cells = [(q, run.judged.texts[q], run.name, *rest) for run in runs for q, *rest in run.rows]
+        return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *cells)
     tag = "-".join(runs[0].name.split())
-    lines = (f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {tag}\n" for q, *_, rank, item, _ in rows)
+    lines = (f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {tag}\n" for q, rank, item, _ in runs[0].rows)
     return "".join(lines)

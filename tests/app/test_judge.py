@@ -100,7 +100,7 @@ def test_two_versions_are_compared_as_trec_eval_measures_them(versions: Path, tm
 
 
 def of(judged: JudgedList, **found: list[str]) -> judge.Run:
-    return judge.Run("name", None, judged, found, [])  # type: ignore[arg-type]  # it is not searched
+    return judge.Run("name", judged, found, [])
 
 
 def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
@@ -118,18 +118,6 @@ def test_a_sure_and_an_unsure_difference_are_told_in_words() -> None:
         "Neither is certainly better: name is above name by +1.2 points of nDCG@10 over 30 queries "
     )
     assert unsure.endswith(" (95 % interval +0.0 to +3.7).")
-
-
-@pytest.mark.slow
-def test_a_checkpoint_encodes_the_gallery_of_the_index(versions: Path, other_checkpoint: Path, tmp_path: Path) -> None:
-    table, found = write(tmp_path / "list.csv", [*ROWS]), []
-    for against in (2, other_checkpoint):
-        done = dcar("judge", table, "--index", versions, "--version", 1, "--against", against)
-        assert done.returncode == 0, done.stderr
-        found.append([line.split(" | ")[2:] for line in done.stdout.splitlines() if line.startswith("| all, 3 | ")])
-    assert found[0] == found[1] != []
-    assert f"{other_checkpoint} encodes 24 images" in done.stderr
-    assert done.stdout.splitlines()[-1].count(str(other_checkpoint)) == 1
 
 
 def test_lists_and_versions_that_do_not_fit_are_told(versions: Path, tmp_path: Path) -> None:
