@@ -3,31 +3,84 @@
 import asyncio
 import re
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo
 
-from app.api.requests import CLIENT_NAME, FeedbackEvent, FeedbackEvents, read_json
+from app.api.requests import Strict, read_json
 from app.api.responses import JsonResponse
 from app.api.routing import Routes, collection_of, state_of
 from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
+from app.core.threads import run_in_new_thread
+from app.feedback.insights import summarize
 from app.feedback.store import EventRow
 from app.http.access import CALLER, Policy
 from app.search.query import Query
 from app.search.results import SearchResponse
 from dcar_core.util.errors import ArtifactError, DcarError
+from dcar_core.util.processes import in_own_process
 from index_jobs.index.versions import read_manifest, version_numbers
 
 routes = Routes("feedback")
+MAX_EVENTS = 500
+_CLIENT = "^[!-~]{1,100}$"
 _LISTED = 20  # ignored events in a response
-_CLIENT = re.compile(CLIENT_NAME)
-_DAY_S = 24 * 3600
 _VERSIONS = 20  # the newest ones, on the insights page
 _OFF = "Feedback is off; set DCAR_FEEDBACK to enable it."
+_SAME_ACTIONS = {  # other names in use
+    "shown": "impression", "clicked": "click", "click_through": "click", "saved": "save", "add_to_cart": "save",
+    "bought": "purchase", "judged": "judge",
+}  # fmt: skip
+
+
+def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
+    action = info.data.get("action_name")  # None if it is wrong
+    if action is not None and (action == "judge") != (rating is not None):
+        raise ValueError("belongs to the action `judge`, which needs it")
+    return rating
+
+
+class FeedbackEvent(Strict):
+    """What a client did with a result, in the names of OpenSearch's User Behavior Insights."""
+
+    query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
+    client_id: Annotated[
+        str, Field(pattern=_CLIENT, description="who did it: 1 to 100 ASCII characters without spaces")
+    ]
+    action_name: Annotated[
+        Literal["impression", "click", "save", "purchase", "judge"],
+        BeforeValidator(lambda given: _SAME_ACTIONS.get(given, given) if isinstance(given, str) else given),
+    ]
+    object_id: Annotated[str, Field(min_length=1, max_length=1024, description="`id` of the result")]
+    position: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = Field(
+        None, description="ignored: the `rank` of the result counts"
+    )
+    timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent, or over a day away")
+    rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(
+        None, validate_default=True, description="of `judge`: from 0, wrong, to 3, exactly right"
+    )
+
+    def row(self) -> EventRow:
+        now = datetime.now(UTC)
+        moment = self.timestamp or now
+        moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+        moment = moment if abs(moment - now) < timedelta(days=1) else now  # a search has events for a day
+        milliseconds = int(moment.timestamp() * 1000)
+        return EventRow(self.query_id, milliseconds, self.client_id, self.action_name, self.object_id, self.rating)
+
+
+_EXAMPLE = {"events": [{"query_id": "3xUf", "client_id": "u1", "action_name": "click", "object_id": "1f63f"}]}
+
+
+class FeedbackEvents(Strict, json_schema_extra={"examples": [_EXAMPLE]}):
+    """Events of one client or several, of one search or several."""
+
+    events: Annotated[list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()]
 
 
 @routes.add(
@@ -40,9 +93,11 @@ async def feedback(request: Request) -> Response:
     if log is None:
         raise Problem(403, _OFF)
     given = await read_json(request, FeedbackEvents, "text/plain")  # as navigator.sendBeacon sends texts
-    ignored = await log.accept(request.scope.get(CALLER, ""), [_row(event) for event in given.events])
-    listed = [{"field": f"events.{number}.{field}", "message": message} for number, field, message in ignored[:_LISTED]]
-    return JsonResponse({"accepted": len(given.events) - len(ignored), "ignored": listed})
+    faults = await log.accept(request.scope.get(CALLER, ""), [event.row() for event in given.events])
+    ignored = [
+        {"field": f"events.{number}.{fault[0]}", "message": fault[1]} for number, fault in enumerate(faults) if fault
+    ]
+    return JsonResponse({"accepted": len(faults) - len(ignored), "ignored": ignored[:_LISTED]})
 
 
 @routes.add("GET", "/ui/insights/data", Policy("admin", is_private=True))
@@ -54,7 +109,7 @@ async def insights(request: Request) -> Response:
     if log is None:
         raise Problem(404, _OFF)
     try:
-        summary = await log.insights(name)
+        summary = await run_in_new_thread(in_own_process, summarize, log.folder, name)
     except DcarError as error:
         raise Problem(503, str(error)) from None
     versions = await asyncio.to_thread(_versions, index, summary["versions"])
@@ -81,23 +136,7 @@ def noted(request: Request, query: Query, body: SearchResponse, *, has_image: bo
     """
     log = state_of(request).feedback
     if log is not None and not (query.k == 1 and (query.explain or query.facets)):
-        caller, client = request.scope.get(CALLER, ""), _client_of(request)
-        body["query_id"] = log.note(caller, collection_of(request), query, body, has_image=has_image, client=client)
-
-
-def _client_of(request: Request) -> str:
-    """Return the client that a request names, "" for none, or for a name that an event could not have."""
-    for name, value in request.scope["headers"]:
-        if name == b"x-client-id":
-            return client if _CLIENT.fullmatch(client := value.decode("latin-1")) else ""
-    return ""
-
-
-def _row(event: FeedbackEvent) -> EventRow:
-    now = moment = datetime.now(UTC)
-    if event.timestamp is not None:
-        given = event.timestamp if event.timestamp.tzinfo else event.timestamp.replace(tzinfo=UTC)
-        moment = given if abs((given - now).total_seconds()) < _DAY_S else now  # a search has events for a day
-    milliseconds = int(moment.timestamp() * 1000)
-    facts = event.client_id, event.action_name, event.object_id, event.rating
-    return EventRow(event.query_id, milliseconds, *facts)
+        client = request.headers.get("x-client-id", "")
+        client = client if re.fullmatch(_CLIENT, client) else ""  # a name that an event could not have is none
+        caller, collection = request.scope.get(CALLER, ""), collection_of(request)
+        body["query_id"] = log.note(caller, collection, query, body, has_image=has_image, client=client)

@@ -9,7 +9,6 @@
 
 import asyncio
 import re
-from datetime import datetime
 from functools import cache
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -269,55 +268,6 @@ class PatchItems(PatchItem, ChosenItems, json_schema_extra={"examples": [{"ids":
 
 class DeleteItems(ChosenItems, json_schema_extra={"examples": [{"ids": ["1f63f"]}]}):
     """Items to remove."""
-
-
-MAX_EVENTS = 500
-CLIENT_NAME = "^[!-~]{1,100}$"
-_SAME_ACTIONS = {  # other names in use
-    "shown": "impression", "clicked": "click", "click_through": "click", "saved": "save", "add_to_cart": "save",
-    "bought": "purchase", "judged": "judge",
-}  # fmt: skip
-
-
-def _check_rating(rating: int | None, info: ValidationInfo) -> int | None:
-    action = info.data.get("action_name")  # None if it is wrong
-    if action is not None and (action == "judge") != (rating is not None):
-        raise ValueError("belongs to the action `judge`, which needs it")
-    return rating
-
-
-class FeedbackEvent(Strict):
-    """What a client did with a result, in the names of OpenSearch's User Behavior Insights."""
-
-    query_id: Annotated[str, Field(min_length=1, max_length=100, description="of the search response")]
-    client_id: Annotated[
-        str, Field(pattern=CLIENT_NAME, description="who did it: 1 to 100 ASCII characters without spaces")
-    ]
-    action_name: Annotated[
-        Literal["impression", "click", "save", "purchase", "judge"],
-        BeforeValidator(lambda given: _SAME_ACTIONS.get(given, given) if isinstance(given, str) else given),
-    ]
-    object_id: Annotated[str, Field(min_length=1, max_length=1024, description="`id` of the result")]
-    position: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = Field(
-        None, description="ignored: the `rank` of the result counts"
-    )
-    timestamp: datetime | None = Field(None, description="ISO 8601 or milliseconds; now if absent, or over a day away")
-    rating: Annotated[Annotated[int, Field(ge=0, le=3, strict=True)] | None, AfterValidator(_check_rating)] = Field(
-        None, validate_default=True, description="of `judge`: from 0, wrong, to 3, exactly right"
-    )
-
-
-class FeedbackEvents(
-    Strict,
-    json_schema_extra={
-        "examples": [
-            {"events": [{"query_id": "3xUf", "client_id": "u1", "action_name": "click", "object_id": "1f63f"}]}
-        ]
-    },
-):
-    """Events of one client or several, of one search or several."""
-
-    events: Annotated[list[FeedbackEvent], Field(min_length=1, max_length=MAX_EVENTS), FailFast()]
 
 
 def form_bytes(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""The position-based click model, estimated from counts of clicks.
+"""The position-based click model, estimated from clicks.
 
     P(click on item i for query q at position k) = examined[k] * attractive[q, i]
 
@@ -11,8 +11,6 @@
 - Positions with few observations take the value of the nearest one before them [ours].
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 _MIN_CLICKS = 20  # of a position, for a value of its own
@@ -21,62 +19,40 @@ _ROUNDS = 2000
 _TOLERANCE = 1e-6
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Counts of impressions, one entry for each pair (a code) and position (from 1)."""
+def estimate(pair: np.ndarray, position: np.ndarray, clicked: np.ndarray) -> tuple[np.ndarray, int]:
+    """Estimate the chance that each position is looked at, as a part of that of position 1.
 
-    pair: np.ndarray
-    position: np.ndarray
-    shown: np.ndarray
-    clicked: np.ndarray
+    Args:
+        pair, position, clicked: (N,) of each impression: a code of query and item, the position from 1, 0 or 1.
 
-    def __getitem__(self, chosen: np.ndarray) -> "Cells":
-        return Cells(self.pair[chosen], self.position[chosen], self.shown[chosen], self.clicked[chosen])
-
-
-@dataclass(frozen=True)
-class Propensities:
-    """examined: (P,) chance that a position is looked at, as a part of that of position 1.
-
-    pairs: number of pairs of query and item that were seen at several positions, which the values come from; with 0,
-    all values are 1.
+    Returns:
+        (P,) the chances, and the number of pairs seen at several positions, which they come from; with 0, all are 1.
     """
-
-    examined: np.ndarray
-    pairs: int
-
-    def at(self, position: np.ndarray) -> np.ndarray:
-        """Return the values at positions, from 1; beyond the last one, that of the last one."""
-        values: np.ndarray = self.examined[np.minimum(position, len(self.examined)) - 1]
-        return values
-
-
-def estimate(cells: Cells) -> Propensities:
-    """Estimate the propensities of positions from counts."""
-    last = int(cells.position.max(initial=1))
-    several = np.flatnonzero(np.bincount(cells.pair) > 1)
-    used = cells[np.isin(cells.pair, several)]
-    clicks, shown = (np.bincount(used.position, each, last + 1)[1:] for each in (used.clicked, used.shown))
-    known = (clicks >= _MIN_CLICKS) & (shown >= _MIN_SHOWN)
-    used = used[known[used.position - 1]]
+    last = int(position.max(initial=1))
+    _, pair = np.unique(pair, return_inverse=True)
+    keys, cell = np.unique(pair * last + position - 1, return_inverse=True)
+    shown, clicked = np.bincount(cell), np.bincount(cell, clicked)
+    pair, position = np.divmod(keys, last)
+    is_several = np.bincount(pair) > 1
+    used = is_several[pair]
+    clicks, views = (np.bincount(position[used], counts[used], last) for counts in (clicked, shown))
+    known = (clicks >= _MIN_CLICKS) & (views >= _MIN_SHOWN)
+    used &= known[position]
     if not known[0] or known.sum() < 2:
-        return Propensities(np.ones(last), 0)
-    examined = _maximize(used, last)
-    examined /= examined[0]
-    for position in np.flatnonzero(~known):
-        examined[position] = examined[position - 1]
-    return Propensities(examined, len(several))
+        return np.ones(last), 0
+    examined = _solve(last, *(values[used] for values in (pair, position, shown, clicked)))
+    for place in np.flatnonzero(~known):
+        examined[place] = examined[place - 1]
+    return examined, int(is_several.sum())
 
 
-def _maximize(cells: Cells, last: int) -> np.ndarray:
-    _, pair = np.unique(cells.pair, return_inverse=True)
-    position = cells.position - 1
-    clicks, of_pair = np.bincount(position, cells.clicked, last), np.bincount(pair, cells.clicked)
+def _solve(last: int, pair: np.ndarray, position: np.ndarray, shown: np.ndarray, clicked: np.ndarray) -> np.ndarray:
+    clicks, of_pair = np.bincount(position, clicked, last), np.bincount(pair, clicked)
     examined = np.where(clicks > 0, 1.0, 0.0)
     for _ in range(_ROUNDS):
         before = examined
-        attractive = of_pair / np.maximum(np.bincount(pair, cells.shown * before[position]), 1e-9)
-        expected = np.bincount(position, cells.shown * attractive[pair], last)
+        attractive = of_pair / np.maximum(np.bincount(pair, shown * before[position]), 1e-9)
+        expected = np.bincount(position, shown * attractive[pair], last)
         examined = np.minimum(np.divide(clicks, expected, out=np.zeros(last), where=expected > 0), 1e9)
         examined = examined / examined[0]
         if np.abs(examined - before).max() < _TOLERANCE:

@@ -18,7 +18,6 @@ MAX_SEARCHES = 100_000
 _POSITIONS = 24
 _LISTED = 50  # queries
 _FIRST = 10  # results of a query
-_COUNTS = "searches", "clicked", "nothing"
 
 
 def summarize(folder: Path, collection: str) -> dict[str, Any]:
@@ -45,46 +44,40 @@ def summarize(folder: Path, collection: str) -> dict[str, Any]:
         own, seen = counted(query, events)
         clicked = {event.item for event in own if event.action in CLICKS}
         has_impressions |= any(event.action == "impression" for event in own)
-        has_hashes |= query.is_hashed
+        has_hashes |= query.kind == "hash"
         for position, item in enumerate(query.hits, query.offset + 1):
             if item in seen:
                 shown[bool(own)][position] += every
                 clicks[position] += every * (item in clicked)
         if query.offset:
             continue
-        found = {"searches": every, "clicked": every * bool(clicked)}
-        found["nothing"] = every * (query.nothing_fits or not query.hits)
         day, text = time.strftime("%Y-%m-%d", time.gmtime(query.time / 1000)), query.text.lower()
-        keys = [(days, day), (versions, query.version)]
-        if query.kind == "text" and not query.is_hashed:
-            keys.append((texts, text))
+        tables = [days[day], versions[query.version]]
+        if query.kind == "text":
+            tables.append(texts[text])
             items[text] = [*query.hits[:_FIRST]]
-        for table, key in keys:
-            table[key].update(found)
+        nothing = query.nothing_fits or not query.hits
+        for table in tables:
+            table.update(searches=every, clicked=every * bool(clicked), nothing=every * nothing)
     seen_at = shown[True] if has_impressions else shown[True] + shown[False]
     last = max((position for position in seen_at if position <= _POSITIONS), default=0)
-    rate = sum(each["clicked"] for each in texts.values()) / max(1, sum(each["searches"] for each in texts.values()))
+    total = sum(texts.values(), Counter())
+    rate = total["clicked"] / max(1, total["searches"])
 
     def listed(value: Callable[[Counter[str]], float]) -> list[dict[str, Any]]:
         top = sorted((text for text in texts if value(texts[text]) > 0), key=lambda text: -value(texts[text]))
-        return [{"query": text, **_named(texts[text]), "items": items[text]} for text in top[:_LISTED]]
+        return [{"query": text, **texts[text], "items": items[text]} for text in top[:_LISTED]]
 
     def missed(each: Counter[str]) -> float:
         return each["searches"] - each["clicked"] if each["clicked"] <= rate * each["searches"] else 0
 
+    places = range(1, last + 1)
     return {
-        "days": [{"day": day, **_named(counts)} for day, counts in sorted(days.items())],
-        "positions": [
-            {"position": position, "shown": seen_at[position], "clicked": clicks[position]}
-            for position in range(1, last + 1)
-        ],
-        "versions": {number: _named(counts) for number, counts in versions.items()},
+        "days": [{"day": day, **counts} for day, counts in sorted(days.items())],
+        "positions": [{"position": each, "shown": seen_at[each], "clicked": clicks[each]} for each in places],
+        "versions": versions,
         "worst": listed(missed),
         "unmet": listed(lambda each: each["nothing"]),
-        "has_hashes": bool(has_hashes),
+        "has_hashes": has_hashes,
         "every": every,
     }
-
-
-def _named(counts: Counter[str]) -> dict[str, int]:
-    return {name: counts[name] for name in _COUNTS}

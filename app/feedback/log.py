@@ -14,11 +14,12 @@ import logging
 import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from math import inf
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import Counter
 from pydantic_core import to_json
@@ -26,56 +27,45 @@ from pydantic_core import to_json
 from app.core.metrics import Metrics
 from app.core.settings import Settings
 from app.core.supervision import stop, supervise
-from app.core.threads import ComputeThreads, run_in_new_thread
+from app.core.threads import ComputeThreads
 from app.feedback import store
-from app.feedback.store import EventRow
+from app.feedback.store import EventRow, Fault
 from app.search.errors import UnavailableError
 from app.search.query import Query
 from app.search.results import SearchResponse
 from dcar_core.util.errors import DcarError
-from dcar_core.util.processes import in_own_process
 
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 1.0
 MAX_QUERIES = 20_000  # rows of searches that wait for the disk
-_PRUNE_S = 60.0
-_FRESH_S = 60.0  # of a summary
-_STORE_S = 10.0  # longest wait for the disk
+_PRUNED = 60  # flushes between two prunings
+_CLOSE_S = 10.0  # longest wait for the disk at the end
 _MAX_AGE_S = 24 * 3600  # of a search, for events
 _START = 16  # digits of an id before its hash: 8 of the time, and 8 random ones
 
-Ignored = tuple[int, str, str]  # the place of an event, its field at fault, and why
-
 
 class FeedbackLog:
-    """The feedback log of one process."""
+    """The feedback log of one process. folder: its directory."""
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
-        self._folder, self._settings, self._metrics = folder, settings, metrics
-        self._default_collection = settings.default_collection
+        self.folder, self._settings, self._metrics = folder, settings, metrics
         self._store, self._writing = store.Store(folder), ComputeThreads(1, "dcar-feedback")
-        self._queries = list[str]()  # rows in JSON
-        self._tasks = list[asyncio.Task[None]]()
+        self._searches = deque[str]()  # rows in JSON
+        self._task: asyncio.Task[None] | None = None
         self._is_failing = False
-        self._summaries, self._summary_lock = dict[str, tuple[float, dict[str, Any]]](), asyncio.Lock()
-
-        def counter(name: str, description: str, label: str) -> Counter:
-            return Counter(name, description, [label], registry=metrics.registry)
-
-        self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", "kind")
-        self.lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", "kind")
-        self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", "reason")
+        counter = partial(Counter, registry=metrics.registry)
+        self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", ["kind"])
+        self._lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", ["kind"])
+        self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", ["reason"])
 
     def start(self) -> None:
-        for name, run in (("feedback log", self._run), ("pruning of the feedback log", self._prune)):
-            self._tasks.append(asyncio.create_task(supervise(name, run, self._metrics), name=f"dcar-{name}"))
+        self._task = asyncio.create_task(supervise("feedback log", self._run, self._metrics), name="dcar-feedback")
 
     async def close(self) -> None:
-        for task in self._tasks:
-            await stop(task)
+        await stop(self._task)
         with suppress(TimeoutError):
-            async with asyncio.timeout(_STORE_S):
+            async with asyncio.timeout(_CLOSE_S):
                 await self.flush()
                 await self._writing.run(self._store.close)
         self._writing.shutdown(wait=False, cancel_futures=True)
@@ -84,17 +74,11 @@ class FeedbackLog:
         self, caller: str, collection: str | None, query: Query, body: SearchResponse, *, has_image: bool,
         client: str = "",
     ) -> str:  # fmt: skip
-        """Note a search, and return its query id.
-
-        Args:
-            caller: the name of the API key; "" without keys.
-            collection: None for the default one.
-            client: who searched, if the request names it.
-        """
+        """Note a search of an API key, or "", in a collection, or the default one; return its query id."""
         now = time.time()
         query_id = self._sign(caller, f"{int(now):08x}{os.urandom(4).hex()}")
-        if len(self._queries) == MAX_QUERIES:
-            self.lost.labels("queries").inc()
+        if len(self._searches) == MAX_QUERIES:
+            self._lost.labels("queries").inc()
             return query_id
         text, is_hashed = query.query, not self._settings.feedback_texts
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
@@ -103,16 +87,15 @@ class FeedbackLog:
         row = {
             "time": int(now * 1000),
             "client": client or None,
-            "collection": collection or self._default_collection,
+            "collection": collection or self._settings.default_collection,
             "text": text,
             "hits": [result["id"] for result in body["results"]],
-            "kind": "text" if is_text else "other",
+            "kind": "other" if not is_text else "hash" if is_hashed else "text",
             "offset": query.offset,
             "version": body["index_version"],
-            "is_hashed": is_hashed,
             "nothing_fits": body["nothing_fits"],
         }
-        self._queries.append(f'"{query_id}":{to_json(row).decode()}')
+        self._searches.append(f'"{query_id}":{to_json(row).decode()}')
         return query_id
 
     def _sign(self, caller: str, start: str) -> str:
@@ -123,71 +106,50 @@ class FeedbackLog:
         known = self._sign(caller, query_id[:_START]).encode()
         return hmac.compare_digest(known, query_id.encode()) and time.time() - int(query_id[:8], 16) <= _MAX_AGE_S
 
-    async def accept(self, caller: str, events: Sequence[EventRow]) -> list[Ignored]:
-        """Store events durably, and return those that change nothing.
+    async def accept(self, caller: str, events: Sequence[EventRow]) -> list[Fault | None]:
+        """Store events durably. Return for each one why it changes nothing, if so.
 
         Raises:
             UnavailableError: they cannot be stored; the same request may be sent again.
         """
-        own = [place for place, event in enumerate(events) if self._is_of(caller, event.query_id)]
-        ignored = await self._write([events[place] for place in own]) if own else []
-        if ignored is None:
+        own = [event if self._is_of(caller, event.query_id) else None for event in events]
+        faults = await self._writing.run(self._write, own)
+        if faults is None:
             raise UnavailableError("The events cannot be stored.", retry_after_s=10)
-        foreign = {*range(len(events))} - {*own}
-        found = [(own[place], field, reason) for place, field, reason in ignored]
-        found += [(place, "query_id", "is of no search of yours in the last day") for place in foreign]
-        for _, field, _ in found:
+        for field, _ in filter(None, faults):
             self._ignored.labels(field).inc()
-        return sorted(found)
+        return faults
 
     async def flush(self) -> None:
         """Store the searches that wait."""
-        if self._queries:
-            await self._write([])
+        if self._searches:
+            await self._writing.run(self._write)
 
-    async def _write(self, events: Sequence[EventRow]) -> list[Ignored] | None:
-        """Store the searches that wait, and events; return those that change nothing, or None if nothing was stored."""
-        queries, self._queries = self._queries, []
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_STORE_S):
-                return await asyncio.shield(asyncio.ensure_future(self._add(queries, events)))
-        return None
-
-    async def _add(self, queries: Sequence[str], events: Sequence[EventRow]) -> list[Ignored] | None:
-        ignored: list[Ignored] | None = None
+    def _write(self, events: Sequence[EventRow | None] = ()) -> list[Fault | None] | None:
+        """Store the searches that wait, and events; return what `Store.add` does, or None if nothing was stored."""
+        searches = [self._searches.popleft() for _ in range(len(self._searches))]
+        faults: list[Fault | None] | None = None
         try:
-            ignored = await self._writing.run(self._store.add, queries, events)
+            faults = self._store.add(searches, events)
         except sqlite3.Error as error:
             if not self._is_failing:
                 logger.warning("feedback is lost until it can be stored again: %s; searches go on", error)
-        self._is_failing = ignored is None
-        counter = self.lost if ignored is None else self._stored
-        counter.labels("queries").inc(len(queries))
-        counter.labels("events").inc(len(events) - len(ignored or ()))
-        return ignored
+        self._is_failing = faults is None
+        counter = self._lost if faults is None else self._stored
+        counter.labels("queries").inc(len(searches))
+        counter.labels("events").inc(sum(map(bool, events)) if faults is None else faults.count(None))
+        return faults
 
     async def _run(self) -> None:
-        while True:
+        for flushes in count(1):
             await asyncio.sleep(FLUSH_S)
             await self.flush()
+            if flushes % _PRUNED == 0:
+                await self._writing.run(self._prune)
 
-    async def _prune(self) -> None:
-        while True:
-            await asyncio.sleep(_PRUNE_S)
-            days, size = self._settings.feedback_days, self._settings.feedback_bytes
-            try:
-                if removed := await run_in_new_thread(store.prune, self._folder, days, size):
-                    logger.info("removed %d rows of the feedback log, by DCAR_FEEDBACK_DAYS or _BYTES", removed)
-            except (OSError, sqlite3.Error, DcarError) as error:
-                logger.warning("the feedback log cannot be pruned: %s", error)
-
-    async def insights(self, collection: str) -> dict[str, Any]:
-        """Return `insights.summarize` of a collection, at most a minute old."""
-        from app.feedback.insights import summarize
-
-        async with self._summary_lock:
-            made, summary = self._summaries.get(collection, (-inf, {}))
-            if time.monotonic() - made >= _FRESH_S:
-                summary = await run_in_new_thread(in_own_process, summarize, self._folder, collection)
-                self._summaries[collection] = time.monotonic(), summary
-        return summary
+    def _prune(self) -> None:
+        try:
+            if removed := store.prune(self.folder, self._settings.feedback_days, self._settings.feedback_bytes):
+                logger.info("removed %d rows of the feedback log, by DCAR_FEEDBACK_DAYS or _BYTES", removed)
+        except (OSError, DcarError) as error:
+            logger.warning("the feedback log cannot be pruned: %s", error)

@@ -6,14 +6,13 @@ FOLDER/<host>.sqlite  what the processes of a host have noted; readers take the 
 An id begins with its time in hexadecimal digits, so ids are in the order of time.
 """
 
-import logging
 import os
 import secrets
 import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from heapq import merge
 from itertools import groupby
 from operator import itemgetter
@@ -24,7 +23,7 @@ from pydantic_core import from_json
 
 from dcar_core.util.errors import DcarError, LockedError
 
-logger = logging.getLogger(__name__)
+Fault = tuple[str, str]  # the field of an event that changes nothing, and why
 
 _BUSY_S = 5.0  # longest wait for another process
 _DAY_S = 86_400
@@ -44,8 +43,12 @@ CREATE TABLE IF NOT EXISTS events (
 """
 # One statement for all rows: between statements, a thread waits for its turn beside the event loop.
 _ADD_SEARCHES = "INSERT OR IGNORE INTO searches SELECT key, value FROM json_each(?)"
+_FIND = """
+SELECT (SELECT :item IN (SELECT value FROM json_each(row, '$.hits')) FROM searches WHERE query_id = :query_id),
+       (SELECT count(*) FROM events WHERE query_id = :query_id)
+"""
 _ADD_EVENT = """
-INSERT INTO events VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+INSERT INTO events VALUES (:query_id, :time, :client, :action, :item, :rating) ON CONFLICT DO UPDATE
 SET rating = excluded.rating WHERE rating IS NOT excluded.rating
 """
 
@@ -53,7 +56,7 @@ SET rating = excluded.rating WHERE rating IS NOT excluded.rating
 class QueryRow(NamedTuple):
     """A search that was answered; all but its id are one JSON object in its file.
 
-    time: in milliseconds. hits: ids of the results. kind: text, or other.
+    time: in milliseconds. hits: ids of the results. kind: text; hash, if the text is one; or other.
     """
 
     query_id: str
@@ -65,7 +68,6 @@ class QueryRow(NamedTuple):
     kind: str
     offset: int
     version: int
-    is_hashed: bool
     nothing_fits: bool = False
 
 
@@ -82,8 +84,6 @@ class EventRow(NamedTuple):
 
 def prepare(folder: Path) -> None:
     """Create the log unless it exists. Raise DcarError if it cannot be written."""
-    if (folder / "journal").exists():
-        logger.warning("%s holds the log of an earlier version, in journals and Parquet, which is ignored", folder)
     Store(folder).close()
 
 
@@ -105,66 +105,55 @@ class Store:
                     key.hardlink_to(made)
                 made.unlink()
             self.secret = key.read_bytes()
-            self._database = _connect(_own_file(folder))
-        except (OSError, DcarError) as error:
-            reason = getattr(error, "strerror", error)
-            raise DcarError(f"{folder} cannot hold the feedback log of DCAR_FEEDBACK: {reason}") from None
+            self._database = _connect(_own_file(folder), "rwc")
+        except (OSError, sqlite3.Error) as error:
+            raise DcarError(f"{folder} cannot hold the feedback log of DCAR_FEEDBACK: {error}") from None
 
     def close(self) -> None:
         self._database.close()
 
-    def add(self, searches: Sequence[str], events: Sequence[EventRow]) -> list[tuple[int, str, str]]:
-        """Store rows durably, searches as `"ID":{...}`. Return (place, field, reason) of ignored events.
+    def add(self, searches: Sequence[str], events: Sequence[EventRow | None]) -> list[Fault | None]:
+        """Store rows durably, searches as `"ID":{...}`. Return for each event why it changes nothing, if so.
+
+        None stands for an event on a search of somebody else.
 
         Raises:
             sqlite3.Error: nothing was stored.
         """
-        ignored, known = list[tuple[int, str, str]](), dict[str, tuple[set[str] | None, int]]()
-        with _transaction(self._database) as execute:
+        with self._database as database:
             if searches:
-                execute(_ADD_SEARCHES, (f"{{{','.join(searches)}}}",))
-            for place, event in enumerate(events):
-                hits, count = known.get(event.query_id) or self._find(event.query_id)
-                if hits is not None and event.item not in hits:
-                    ignored.append((place, "object_id", "was not among the results"))
-                elif count >= _MAX_EVENTS:
-                    ignored.append((place, "query_id", "has too many events"))
-                elif execute(_ADD_EVENT, event).rowcount:
-                    count += 1
-                else:
-                    ignored.append((place, "action_name", "is known already"))
-                known[event.query_id] = hits, count
-        return ignored
+                database.execute(_ADD_SEARCHES, (f"{{{','.join(searches)}}}",))
+            return [self._add(event) for event in events]
 
-    def _find(self, query_id: str) -> tuple[set[str] | None, int]:
-        """Return the results of a search, None if another host answered it, and its number of events."""
-        execute, of_search = self._database.execute, (query_id,)
-        row = execute("SELECT row FROM searches WHERE query_id = ?", of_search).fetchone()
-        (count,) = execute("SELECT count(*) FROM events WHERE query_id = ?", of_search).fetchone()
-        return row and {*from_json(row[0])["hits"]}, count
+    def _add(self, event: EventRow | None) -> Fault | None:
+        if event is None:
+            return "query_id", "is of no search of yours in the last day"
+        facts = event._asdict()
+        is_shown, count = self._database.execute(_FIND, facts).fetchone()
+        if is_shown == 0:  # None if another host answered the search
+            return "object_id", "was not among the results"
+        if count >= _MAX_EVENTS:
+            return "query_id", "has too many events"
+        is_new = self._database.execute(_ADD_EVENT, facts).rowcount
+        return None if is_new else ("action_name", "is known already")
 
 
-def _connect(file: Path) -> sqlite3.Connection:
-    """Open a file for writing. Raise DcarError if it cannot be."""
-    try:
-        database = sqlite3.connect(file, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+def _connect(file: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{file.absolute().as_uri()}?mode={mode}"
+    database = sqlite3.connect(uri, _BUSY_S, isolation_level="IMMEDIATE", check_same_thread=False, uri=True)
+    if mode != "ro":
         database.executescript(_SCHEMA)
-    except sqlite3.Error as error:
-        raise DcarError(f"{file} cannot be written; remove it if it is damaged: {error}") from None
     return database
 
 
 @contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[Any]:
-    """Yield `execute` of a transaction, which ends on the disk."""
-    database.execute("BEGIN IMMEDIATE")
+def _opened(file: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """Open a file that other processes may write. Raise DcarError if it cannot be used."""
     try:
-        yield database.execute
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        raise
+        with closing(_connect(file, mode)) as database:
+            yield database
+    except sqlite3.Error as error:
+        raise DcarError(f"{file} cannot be used; remove it if it is damaged: {error}") from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -182,12 +171,8 @@ def _id_at(seconds: float) -> str:
 
 
 def _select(file: Path, statement: str, *values: object) -> Iterator[tuple[Any, ...]]:
-    """Yield rows of a file that other processes may write. Raise DcarError if it cannot be read."""
-    try:
-        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", timeout=_BUSY_S, uri=True)) as database:
-            yield from database.execute(statement, values)
-    except sqlite3.Error as error:
-        raise DcarError(f"{file} cannot be read; remove it if it is damaged: {error}") from None
+    with _opened(file, "ro") as database:
+        yield from database.execute(statement, values)
 
 
 def count_queries(folder: Path, since: float) -> int:
@@ -199,20 +184,14 @@ def count_queries(folder: Path, since: float) -> int:
 def read_log(folder: Path, since: float = 0, every: int = 1) -> Iterator[tuple[QueryRow | None, list[EventRow]]]:
     """Yield searches in the order of time, with their events; None for events whose search is not in the log.
 
-    Args:
-        since: a time in seconds.
-        every: read every n-th search, by the random part of its id.
+    since: in seconds. every: only about every n-th search, by the random part of its id.
 
     Raises:
         DcarError: the folder holds no log, or a file cannot be read.
     """
-    chosen = "WHERE query_id >= ? AND substr(query_id, 9, 4) <= ? ORDER BY query_id", _id_at(since)
-    last = f"{0x10000 // every - 1:04x}"
-    tables = [
-        _select(file, f"SELECT * FROM {name} {chosen[0]}", chosen[1], last)
-        for name in _TABLES
-        for file in _files(folder)
-    ]
+    chosen = f"'{_id_at(since)}' <= query_id AND substr(query_id, 9, 4) <= '{0x10000 // every - 1:04x}'"
+    statement = f"SELECT * FROM {{}} WHERE {chosen} ORDER BY query_id"
+    tables = [_select(file, statement.format(name)) for name in _TABLES for file in _files(folder)]
     for query_id, group in groupby(merge(*tables, key=itemgetter(0)), itemgetter(0)):
         rows = [*group]
         query = QueryRow(query_id, **from_json(rows.pop(0)[1])) if len(rows[0]) == 2 else None
@@ -226,39 +205,35 @@ def prune(folder: Path, days: int, max_bytes: int) -> int:
     """
     removed, now = 0, time.time()
     is_large = sum(path.stat().st_size for path in folder.glob("*.sqlite*")) > max_bytes
+    part = f"SELECT query_id FROM searches ORDER BY 1 LIMIT 1 OFFSET (SELECT 1 + count(*) / {_PRUNED} FROM searches)"
     for file in _files(folder):
         written = max(path.stat().st_mtime for path in folder.glob(f"{file.name}*"))
         if file != _own_file(folder) and now - written < _DAY_S:
             continue
-        with closing(_connect(file)) as database:
-            part = f"SELECT 1 + count(*) / {_PRUNED} FROM searches"
-            place = f"SELECT query_id FROM searches ORDER BY query_id LIMIT 1 OFFSET ({part})"
-            beyond = database.execute(place).fetchone() if is_large else None
-            oldest = max([_id_at(now - days * _DAY_S), *(beyond or ())])
-            with _transaction(database) as execute:
-                gone = sum(execute(f"DELETE FROM {name} WHERE query_id < ?", (oldest,)).rowcount for name in _TABLES)
-            if gone:
+        with _opened(file, "rw") as database:
+            beyond = database.execute(part).fetchone() if is_large else None
+            oldest = max(_id_at(now - days * _DAY_S), *(beyond or ("",)))
+            with database:
+                gone = [database.execute(f"DELETE FROM {name} WHERE query_id < ?", (oldest,)) for name in _TABLES]
+            if count := sum(each.rowcount for each in gone):
                 _shrink(database)
-            removed += gone
+            removed += count
     return removed
 
 
 def forget(folder: Path, client: str) -> tuple[int, int]:
     """Remove the events of a client, and the searches that it made or alone acted on; return their numbers."""
-    events, searches = 0, 0
-    with ExitStack() as stack:
-        databases = [stack.enter_context(closing(_connect(file))) for file in _files(folder)]
-        acted = "SELECT DISTINCT query_id FROM events WHERE client_id = ?"
-        theirs = {row for database in databases for row in database.execute(acted, (client,))}
-        shared = "SELECT 1 FROM events WHERE query_id = ? AND client_id <> ?"
-        for database in databases:
-            theirs = {row for row in theirs if not database.execute(shared, (*row, client)).fetchone()}
-        for database in databases:
-            with _transaction(database) as execute:
-                events += execute("DELETE FROM events WHERE client_id = ?", (client,)).rowcount
-                searches += execute("DELETE FROM searches WHERE json_extract(row, '$.client') = ?", (client,)).rowcount
-                for row in theirs:
-                    searches += execute("DELETE FROM searches WHERE query_id = ?", row).rowcount
+    events, searches, files = 0, 0, _files(folder)
+    theirs = [
+        (query.query_id,)
+        for query, acts in read_log(folder)
+        if query is not None and (query.client == client or {each.client for each in acts} == {client})
+    ]
+    for file in files:
+        with _opened(file, "rw") as database:
+            with database:
+                events += database.execute("DELETE FROM events WHERE client_id = ?", (client,)).rowcount
+                searches += database.executemany("DELETE FROM searches WHERE query_id = ?", theirs).rowcount
             if not _shrink(database):
                 raise LockedError(f"rows were removed, but {folder} is being read, and keeps their bytes; try again")
     return events, searches

@@ -20,7 +20,7 @@ from tests.support.commands import Command
 from tests.support.feedback_log import write_log
 from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
-from tests.support.service import ALICE, BOB, KEYS, WORDS, bearer, opened
+from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, BOB, KEYS, WORDS, bearer, opened
 
 
 def event(query_id: str, item: str, action: str = "click", **fields: Any) -> dict[str, Any]:
@@ -53,11 +53,14 @@ def database(folder: Path) -> sqlite3.Connection:
 
 async def test_nothing_is_written_while_it_is_off(index: Path) -> None:
     before = sorted(index.rglob("*"))
-    async with opened(index) as client:
+    async with opened(index, **ADMIN_ONLY) as client:
         assert "query_id" not in (await client.post("/search/text", json=WORDS)).json()
-        response = await client.post("/feedback", json={"events": [event("a", "b")]})
-        assert_problem(response, 403)
-        assert "DCAR_FEEDBACK" in response.json()["detail"]
+        refused = await client.post("/feedback", json={"events": [event("a", "b")]})
+        without_figures = await client.get("/ui/insights/data", headers=bearer(ADMIN))
+        for response, status in ((refused, 403), (without_figures, 404)):
+            assert_problem(response, status)
+            assert "DCAR_FEEDBACK" in response.json()["detail"]
+        client.headers.update(bearer(ADMIN))
         assert not [name for name, _ in await scrape(client) if "feedback" in name]
     assert sorted(index.rglob("*")) == before
 
@@ -88,7 +91,7 @@ async def test_searches_are_named_and_stored_with_their_events(index: Path, gall
     assert [(row.text, row.kind) for row in rows] == [
         ("red", "text"), ("red", "other"), ("red", "text"), ("blue", "text"), ("", "other")
     ]  # fmt: skip
-    assert (rows[0].hits, rows[3].offset, rows[0].version, rows[0].is_hashed) == (items, 2, 1, False)
+    assert (rows[0].hits, rows[3].offset, rows[0].version) == (items, 2, 1)
     assert {row.collection for row in rows} == {"index"}
     assert [row.client for row in rows] == ['a"b', *[None] * 4], "a name that events could not have is none"
     times = {each.action: datetime.fromtimestamp(each.time / 1000, UTC) for each in events}
@@ -134,17 +137,15 @@ async def test_only_events_for_shown_items_of_own_searches_change_something(inde
     alice, bob = ({"headers": bearer(key)} for key in (ALICE, BOB))
     async with opened(index, feedback=tmp_path, **KEYS) as client:
         query_id, items = await searched(client, **alice)
-        click = event(query_id, items[0])
+        click, judged = event(query_id, items[0]), event(query_id, items[0], "judge", rating=3)
         assert_problem(await client.post("/feedback", json={"events": [click]}), 401)
         forged = [f"{query_id[:at]}{'1' if query_id[at] != '1' else '2'}{query_id[at + 1 :]}" for at in (0, 12, 39)]
         wrong = [event(each, items[0]) for each in (*forged, "x", "é" * 40, query_id[:16])]
         answer = await send(client, click, *wrong, event(query_id, "nothing"), **alice)
         assert answer["accepted"] == 1
-        assert [each["field"] for each in answer["ignored"]] == [
-            *(f"events.{number}.query_id" for number in range(1, 7)), "events.7.object_id"
-        ]  # fmt: skip
+        fields = [f"events.{number}.query_id" for number in range(1, 7)]
+        assert [each["field"] for each in answer["ignored"]] == [*fields, "events.7.object_id"]
         assert (await send(client, click, **bob))["accepted"] == 0
-        judged = event(query_id, items[0], "judge", rating=3)
         assert (await send(client, click, judged, judged, **alice))["accepted"] == 1, "the others are known"
         assert (await send(client, judged | {"rating": 0}, **alice))["accepted"] == 1, "another opinion"
         flood = [event(query_id, items[0], client_id=f"c{number}") for number in range(1500)]
@@ -155,28 +156,19 @@ async def test_only_events_for_shown_items_of_own_searches_change_something(inde
     _, events = stored(tmp_path)
     assert len(events) == 1000, "the bound of one search"
     assert [each.rating for each in events if each.action == "judge"] == [0]
-
-
-async def test_searches_of_another_host_are_recognized_for_a_day_and_their_texts_are_hashed(
-    index: Path, tmp_path: Path
-) -> None:
-    alice, bob = ({"headers": bearer(key)} for key in (ALICE, BOB))
-    async with opened(index, feedback=tmp_path, **KEYS) as client:
-        query_id, items = await searched(client, **alice)
-        await searched(client, **alice)
     next(tmp_path.glob("*.sqlite")).rename(tmp_path / "elsewhere.sqlite")
-    async with opened(index, feedback=tmp_path, **KEYS) as client:
-        assert (await send(client, event(query_id, items[0]), **bob))["accepted"] == 0
-        assert (await send(client, event(query_id, items[0]), **alice))["accepted"] == 1
+    async with opened(index, feedback=tmp_path, **KEYS) as client:  # on another host, for a day
+        late = event(query_id, items[1], client_id="late")
+        assert (await send(client, late, **bob))["accepted"] == 0
+        assert (await send(client, late, **alice))["accepted"] == 1
         later = time.time() + 24 * 3600 + 5
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("app.feedback.log.time.time", lambda: later)
-            assert (await send(client, event(query_id, items[1]), **alice))["accepted"] == 0
+            assert (await send(client, late | {"object_id": items[2]}, **alice))["accepted"] == 0
     queries, events = stored(tmp_path)
-    assert [(queries[each.query_id].hits, each.item) for each in events] == [(items, items[0])]
-    assert [query.is_hashed for query in queries.values()] == [True, True]
-    [text] = {query.text for query in queries.values()}
-    assert (len(text), "red" in text) == (32, False)
+    assert [(queries[each.query_id].hits, each.item) for each in events if each.client == "late"] == [(items, items[1])]
+    [query] = queries.values()
+    assert (query.kind, len(query.text), "red" in query.text) == ("hash", 32, False)
     assert not (index / "feedback").exists()
 
 
@@ -207,17 +199,12 @@ async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_
     assert [len(rows) for rows in stored(tmp_path)] == [1, 4]
 
 
-def test_a_log_that_cannot_be_written_is_an_error_and_one_of_an_earlier_version_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DcarError, match="DCAR_FEEDBACK"):
         prepare(tmp_path / "file")
-    (tmp_path / "log" / "journal").mkdir(parents=True)
     first, second = (Store(tmp_path / "log").secret for _ in range(2))
     assert first == second
-    prepare(tmp_path / "log")
-    assert "the log of an earlier version" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -269,7 +256,7 @@ NOW = int(time.time())
 
 def query(number: int, days: int = 0, client: str | None = None, hits: tuple[str, ...] = ("a", "b")) -> QueryRow:
     query_id = f"{NOW + 3600 - days * 86_400:08x}{number:08x}"
-    return QueryRow(query_id, NOW * 1000, client, "index", "red", hits, "text", 0, 1, False)
+    return QueryRow(query_id, NOW * 1000, client, "index", "red", hits, "text", 0, 1)
 
 
 def click(search: QueryRow, client: str = "c1") -> EventRow:

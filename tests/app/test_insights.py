@@ -12,7 +12,7 @@ from app.feedback.insights import summarize
 from app.feedback.store import EventRow, QueryRow
 from tests.support.feedback_log import write_log
 from tests.support.responses import assert_problem
-from tests.support.service import ADMIN, ALICE, KEYS, WORDS, bearer, opened
+from tests.support.service import ADMIN, ALICE, KEYS, bearer, opened
 
 NOW = int(time.time())
 DAYS = [time.strftime("%Y-%m-%d", time.gmtime(NOW - back * 86_400)) for back in (2, 1)]
@@ -21,9 +21,7 @@ DAYS = [time.strftime("%Y-%m-%d", time.gmtime(NOW - back * 86_400)) for back in 
 def search(number: int, text: str, back: int = 2, **fields: Any) -> QueryRow:
     """A search of some days ago, whose id has a random part."""
     seconds, part = NOW - back * 86_400, np.random.default_rng(number).integers(2**32)
-    row = QueryRow(
-        f"{seconds:08x}{part:08x}", seconds * 1000 + number, None, "index", text, list("abc"), "text", 0, 1, False
-    )
+    row = QueryRow(f"{seconds:08x}{part:08x}", seconds * 1000 + number, None, "index", text, list("abc"), "text", 0, 1)
     return row._replace(**fields)
 
 
@@ -34,7 +32,7 @@ def click(query: QueryRow, item: str) -> EventRow:
 def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -> None:
     first = [
         search(1, "red"), search(2, "Red", version=2), search(3, "blue", nothing_fits=True), search(4, "none", hits=[]),
-        search(5, "red", offset=3), search(6, "x", collection="other"),
+        search(5, "red", offset=3), search(6, "x", collection="other"), search(9, "9f86d0", kind="hash", hits=[]),
     ]  # fmt: skip
     last = search(7, "blue", back=1, hits=["c", "a"])
     events = [click(first[0], "b"), click(first[1], "z"), click(first[4], "a"), click(first[2], "a")]
@@ -43,7 +41,7 @@ def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -
     write_log(tmp_path, [last, search(8, "old", back=31)])
     found = summarize(tmp_path, "index")
     assert found["days"] == [
-        {"day": DAYS[0], "searches": 4, "clicked": 2, "nothing": 2},
+        {"day": DAYS[0], "searches": 5, "clicked": 2, "nothing": 3},
         {"day": DAYS[1], "searches": 1, "clicked": 0, "nothing": 0},
     ], "one click is of an item that was not shown"
     shown = {each["position"]: (each["shown"], each["clicked"]) for each in found["positions"]}
@@ -55,7 +53,7 @@ def test_searches_are_counted_by_day_position_version_and_text(tmp_path: Path) -
     unmet = {each["query"]: each for each in found["unmet"]}
     assert {*unmet} == {"blue", "none"}
     assert unmet["blue"] == {"query": "blue", "searches": 2, "clicked": 1, "nothing": 1, "items": ["c", "a"]}
-    assert (found["every"], found["has_hashes"]) == (1, False)
+    assert (found["every"], found["has_hashes"]) == (1, True)
 
 
 def test_many_searches_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,12 +65,6 @@ def test_many_searches_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     searches, clicked = found["days"][0]["searches"], found["days"][0]["clicked"]
     assert searches == pytest.approx(4000, rel=0.15)
     assert clicked / searches == pytest.approx(0.25, abs=0.06)
-
-
-def test_a_log_of_hashes_names_no_query(tmp_path: Path) -> None:
-    write_log(tmp_path, [search(1, "9f86d0", is_hashed=True)])
-    found = summarize(tmp_path, "index")
-    assert (found["worst"], found["has_hashes"], found["days"][0]["searches"]) == ([], True, 1)
 
 
 async def test_the_admin_key_opens_the_figures_and_no_other(index: Path, tmp_path: Path) -> None:
@@ -90,9 +82,6 @@ async def test_the_admin_key_opens_the_figures_and_no_other(index: Path, tmp_pat
         assert found["collections"] == [index.name, "other"]
         (version,) = found["versions"]
         assert (version["version"], version["searches"], version["count"]) == (1, 3, 24)
-        await client.post("/search/text", json=WORDS, headers=bearer(ALICE))
-        await client.app.state.feedback.flush()
-        assert (await client.get(url, headers=bearer(ADMIN))).json() == found, "a minute old at most"
         other = await client.get(f"/collections/other{url}", headers=bearer(ADMIN))
         assert (other.json()["days"], other.json()["worst"]) == ([], [])
         assert_problem(await client.get(f"/collections/no{url}", headers=bearer(ADMIN)), 404)
@@ -100,11 +89,4 @@ async def test_the_admin_key_opens_the_figures_and_no_other(index: Path, tmp_pat
     async with opened(index, feedback=tmp_path, **KEYS) as client:
         damaged = await client.get(url, headers=bearer(ADMIN))
         assert_problem(damaged, 503)
-        assert "torn.sqlite cannot be read; remove it" in damaged.json()["detail"]
-
-
-async def test_the_figures_say_how_to_turn_feedback_on(index: Path) -> None:
-    async with opened(index, **KEYS) as client:
-        response = await client.get("/ui/insights/data", headers=bearer(ADMIN))
-        assert_problem(response, 404)
-        assert "DCAR_FEEDBACK" in response.json()["detail"]
+        assert "torn.sqlite cannot be used; remove it" in damaged.json()["detail"]
