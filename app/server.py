@@ -33,7 +33,7 @@ from app.core.logs import log_config
 from app.core.metrics import SHARED_FOLDER, Metrics, drop_dead_workers
 from app.core.settings import Settings
 from app.core.threads import end_without_threads
-from app.feedback.store import prepare
+from app.feedback.store import Store
 from app.http.protocol import Connection
 from app.main import create_app
 from app.service.collections import Collections
@@ -64,7 +64,7 @@ def serve(settings: Settings) -> None:
                 require_index(index)
         require_writable(settings)
         if settings.feedback_folder is not None:
-            prepare(settings.feedback_folder)
+            Store(settings.feedback_folder).close()
         with listen(settings.host, settings.port) as listener:
             logger.info("listening on %s", base_url(*listener.getsockname()[:2]))
             (_run if settings.workers == 1 else _run_workers)(settings, listener)

@@ -93,12 +93,12 @@ class Report:
         lines = [
             f"log: {self.searches:,} searches, {self.events:,} events, {self.clients:,} clients",
             f"pairs: {self.pairs:,}, with {self.negatives:,} hard negatives; judged: {self.judged:,}",
-            f"propensities of positions 1 to {len(self.propensities)}: "
-            + (" ".join(f"{each:.2f}" for each in self.propensities[:20]) or "none"),
-            f"  by a click model, from pairs seen at several positions: {self.pairs_at_several_positions:,}",
         ]
-        if not self.pairs_at_several_positions:
-            lines.append("  no position bias was corrected: too few items were seen at several positions")
+        if several := self.pairs_at_several_positions:
+            chances = " ".join(f"{each:.2f}" for each in self.propensities[:20])
+            lines.append(f"propensities of positions, from {several:,} pairs seen at several: {chances}")
+        else:
+            lines.append("no position bias was corrected: too few items were seen at several positions")
         if self.without_image:
             rest = "have no local image; they are for `dcar retrain`, not `dcar train`"
             lines.append(f"{self.without_image:,} rows {rest}")

@@ -56,7 +56,7 @@ class FeedbackLog:
         self._is_failing = False
         counter = partial(Counter, registry=metrics.registry)
         self._stored = counter("dcar_feedback_rows_total", "Rows stored in the feedback log.", ["kind"])
-        self._lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", ["kind"])
+        self.lost = counter("dcar_feedback_lost_total", "Rows that the feedback log could not store.", ["kind"])
         self._ignored = counter("dcar_feedback_ignored_total", "Events that changed nothing.", ["reason"])
 
     def start(self) -> None:
@@ -78,7 +78,7 @@ class FeedbackLog:
         now = time.time()
         query_id = self._sign(caller, f"{int(now):08x}{os.urandom(4).hex()}")
         if len(self._searches) == MAX_QUERIES:
-            self._lost.labels("queries").inc()
+            self.lost.labels("queries").inc()
             return query_id
         text, is_hashed = query.query, not self._settings.feedback_texts
         is_text = bool(text) and not (has_image or query.more_like or query.less_like or query.without)
@@ -135,7 +135,7 @@ class FeedbackLog:
             if not self._is_failing:
                 logger.warning("feedback is lost until it can be stored again: %s; searches go on", error)
         self._is_failing = faults is None
-        counter = self._lost if faults is None else self._stored
+        counter = self.lost if faults is None else self._stored
         counter.labels("queries").inc(len(searches))
         counter.labels("events").inc(sum(map(bool, events)) if faults is None else faults.count(None))
         return faults

@@ -82,13 +82,8 @@ class EventRow(NamedTuple):
     rating: int | None
 
 
-def prepare(folder: Path) -> None:
-    """Create the log unless it exists. Raise DcarError if it cannot be written."""
-    Store(folder).close()
-
-
 class Store:
-    """The file of this host. Its methods block, and are called by one thread at a time.
+    """The file of this host, made unless it exists. Its methods block, and are called by one thread at a time.
 
     Raises:
         DcarError: the folder cannot hold it.

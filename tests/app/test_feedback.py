@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from app.core.settings import load_settings
-from app.feedback.store import EventRow, QueryRow, Store, forget, prepare, prune, read_log
+from app.feedback.store import EventRow, QueryRow, Store, forget, prune, read_log
 from dcar_core.util.errors import DcarError
 from tests.support.commands import Command
 from tests.support.feedback_log import write_log
@@ -106,15 +106,13 @@ JUDGED = GOOD | {"action_name": "judge"}
 BAD: list[tuple[Any, int, str]] = [
     ([], 422, "body"), ({}, 422, "events"), ({"events": []}, 422, "events"), ({"events": [GOOD, 1]}, 422, "events.1"),
     ({"events": [GOOD] * 501}, 422, "events"), ({"events": [GOOD], "more": 1}, 422, "more"), (" " * 2**18, 413, "body"),
-    *(({"events": [JUDGED | {"rating": each}]}, 422, "events.0.rating") for each in (-1, 4, "3", 2.5, None)),
-    ({"events": [JUDGED]}, 422, "events.0.rating"),
+    *(({"events": [JUDGED | rating]}, 422, "events.0.rating") for rating in ({}, {"rating": 4}, {"rating": 2.5})),
     *(
         ({"events": [GOOD, GOOD | {field: value}]}, 422, f"events.1.{field}")
         for field, values in {
-            "query_id": ("", "x" * 101, None, 1), "client_id": ("", "x" * 101, "a b", "é", "a\n", None, []),
-            "action_name": ("", "delete", None, 3, ["click"]), "object_id": ("", "x" * 1025, None, 7),
-            "position": (0, -1, 10_001, "1", 1.5, True), "timestamp": ("yesterday", [], "9999999999999999999"),
-            "rating": (0, 3), "user": ("x",),
+            "query_id": ("", "x" * 101, 1), "client_id": ("x" * 101, "a b", "é", "a\n", None), "rating": (0,),
+            "action_name": ("delete", ["click"]), "object_id": ("", "x" * 1025), "position": (0, 10_001, "1", True),
+            "timestamp": ("yesterday", [], "9999999999999999999"), "user": ("x",),
         }.items()
         for value in values
     ),
@@ -125,8 +123,6 @@ async def test_bad_events_name_the_field_and_are_not_stored(index: Path, tmp_pat
     async with opened(index, feedback=tmp_path) as client:
         for body, status, field in BAD:
             assert_problem(await client.post("/feedback", json=body), status, field)
-        unknown = await client.post("/feedback", json={"events": [GOOD | {"action_name": "delete"}]})
-        assert [error["field"] for error in unknown.json()["errors"]] == ["events.0.action_name"]
         for content, kind, status, field in (("{}", "html", 415, "Content-Type"), ("{", "plain", 400, "body")):
             wrong = await client.post("/feedback", content=content, headers={"Content-Type": f"text/{kind}"})
             assert_problem(wrong, status, field)
@@ -202,19 +198,15 @@ async def test_a_flood_takes_bounded_memory_and_a_failing_disk_costs_events_and_
 def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DcarError, match="DCAR_FEEDBACK"):
-        prepare(tmp_path / "file")
+        Store(tmp_path / "file").close()
     first, second = (Store(tmp_path / "log").secret for _ in range(2))
     assert first == second
 
 
-@pytest.mark.parametrize(
-    ("given", "folder"), [("1", "index/feedback"), ("true", "index/feedback"), ("0", None), ("log/x", "log/x")]
-)
-def test_the_setting_is_a_switch_or_a_directory(
-    monkeypatch: pytest.MonkeyPatch, given: str, folder: str | None
-) -> None:
-    monkeypatch.setenv("DCAR_FEEDBACK", given)
-    assert load_settings(index=Path("index")).feedback_folder == (Path(folder) if folder else None)
+def test_the_setting_is_a_switch_or_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, folder in {"true": Path("index/feedback"), "0": None, "log/x": Path("log/x")}.items():
+        monkeypatch.setenv("DCAR_FEEDBACK", given)
+        assert load_settings(index=Path("index")).feedback_folder == folder
 
 
 WRITER = """
@@ -235,7 +227,7 @@ for number in range(100_000):
 
 @pytest.mark.parametrize("file_size", [None, 200_000])
 def test_killed_processes_and_a_full_disk_lose_no_acknowledged_event(tmp_path: Path, file_size: int | None) -> None:
-    prepare(tmp_path)
+    Store(tmp_path).close()
     processes = [Command("-c", WRITER, tmp_path, name, file_size=file_size) for name in "ab"]
     acknowledged = list[str]()
     for process in processes:
@@ -275,7 +267,7 @@ def test_old_rows_and_those_beyond_the_size_are_removed(tmp_path: Path) -> None:
         removed += gone
     assert [*stored(tmp_path)[0]] == [each.query_id for each in searches[10 + removed // 2 :]], "the newest are kept"
     file = file.rename(tmp_path / "elsewhere.sqlite")
-    prepare(tmp_path)
+    Store(tmp_path).close()
     assert prune(tmp_path, 1, 2**20) == 0, "another host may be writing it"
     os.utime(file, (NOW - 2 * 86_400,) * 2)
     assert prune(tmp_path, 1, 2**20) > 0

@@ -3,7 +3,6 @@
 import csv
 import json
 import tarfile
-from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -42,92 +41,60 @@ def exported(folder: Path, artifact: IndexVersion, out: Path, **options: Any) ->
     return [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()], report
 
 
-def by_image(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
-    """(image, caption) to negatives."""
-    return {(Path(row["image"]).name, row["caption"]): row.get("negatives", []) for row in rows}
+def clicks(clients: str, *texts: str, item: str = HITS[0]) -> dict[str, Any]:
+    """Searches whose first client clicks the item: each client's for each text."""
+    return {f"{client}{text[-4:]}": (text, [(client, "click", item)]) for text in texts for client in clients}
 
 
 def test_pairs_need_several_clients_and_skipped_images_become_negatives(artifact: IndexVersion, tmp_path: Path) -> None:
-    folder = log_of(
-        tmp_path / "log",
-        {
-            # two clients click the third image, past two others; what is below it says nothing
-            "1": ("Crimson square", [("a", "click", HITS[2])]),
-            "2": ("crimson square", [("b", "click", HITS[2]), ("b", "click", HITS[2])]),
-            # one client, three times
-            "3": ("azure", [("c", "click", HITS[1])]),
-            "4": ("azure", [("c", "click", HITS[1])]),
-            "5": ("azure", [("c", "purchase", HITS[1])]),
-        },
-    )
+    # Two clients click the third image, past two others; what is below it says nothing. A third clicks alone.
+    searches = clicks("a", "Crimson square", item=HITS[2]) | clicks("b", "crimson square", item=HITS[2])
+    folder = log_of(tmp_path / "log", searches | {number: ("azure", [("c", "click", HITS[1])]) for number in "123"})
     rows, report = exported(folder, artifact, tmp_path / "out")
-    found = by_image(rows)
+    found = {(Path(row["image"]).name, row["caption"]): row.get("negatives", []) for row in rows}
     assert found.pop(("red.png", "crimson square")) == []
     captions = {artifact.item(artifact.row_of(each) or 0).caption for each in HITS[:2]}
     assert {caption for _, caption in found} == captions, "their own captions"
     assert set(map(tuple, found.values())) == {("crimson square",)}
-    assert report.left_out["clicked pairs with fewer than 2 clients"] == 1
-    assert report.negatives == 2
-    splits, _ = Annotations(tmp_path / "out").load_all()
-    assert all(data.read(sample.image) for data in splits.values() for sample in data.samples)
+    assert (report.left_out["clicked pairs with fewer than 2 clients"], report.negatives) == (1, 2)
     with (tmp_path / "out" / "judgements.csv").open() as file:
         judged = {(row["query"], row["item_id"]): int(row["grade"]) for row in csv.DictReader(file)}
     assert judged == {("crimson square", item): grade for item, grade in zip(HITS, (0, 0, 3), strict=False)}
-    assert (tmp_path / "out" / "qrels.txt").read_text().splitlines()[0].startswith("q1 0 ")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["left_out"] == report.left_out
     with pytest.raises(DcarError, match=r"already holds pairs\.jsonl"):
         export(folder, artifact, "index", tmp_path / "out", Options())
 
 
-def test_what_cannot_become_a_pair_is_counted(artifact: IndexVersion, tmp_path: Path) -> None:
-    def left_out(name: str, searches: dict[str, Any], **fields: Any) -> Counter[str]:
-        folder = log_of(tmp_path / name, searches, **fields)
-        rows, report = exported(folder, artifact, tmp_path / f"of-{name}")
-        assert [*by_image(rows)] == [("red.png", "red")] * (name == "odd")
-        return report.left_out
+MANY = clicks("ab", *(f"text {number}" for number in range(8)))
+ODD = clicks("a", "red") | {"2": ("red", [(each, "click", HITS[3]) for each in "bxy"] + [("b", "click", "not shown")])}
+Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, str, int]
+CASES: list[Case] = [  # searches, their fields, options; the pairs, and what is left out
+    (clicks("abc", "red"), {"kind": "hash"}, {}, 0, "searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)", 3),
+    (clicks("abc", "red"), {"kind": "other"}, {}, 0, "searches without words, or with more than words", 3),
+    (clicks("abc", "red", item="sold"), {"hits": ["sold"]}, {}, 0, "pairs of items that are no longer in the index", 1),
+    (ODD, {}, {}, 0, "events for items that were not shown", 1),
+    (ODD, {}, {}, 0, "events of a second client on one search", 2),
+    (ODD, {}, {}, 0, "events for searches that are not in the log, or are of another collection", 1),
+    (MANY, {}, {"item_cap": 2}, 2, "pairs of an item beyond its best 2", 1),
+    (MANY, {}, {"client_cap": 2}, 2, "searches of a client beyond its first 2", 12),
+    (MANY, {}, {}, 3, "clicks of a client on an item beyond its first 3 texts", 10),
+]
 
-    write_log(tmp_path / "odd", [], [EventRow("unknown", TIME, each, "click", HITS[4], None) for each in "abc"])
-    odd = {
-        "1": ("red", [("a", "click", HITS[0]), ("x", "click", HITS[3]), ("y", "click", HITS[3])]),
-        "2": ("red", [("b", "click", HITS[0]), ("b", "click", "not shown")]),
-    }
-    found = left_out("odd", odd)
-    assert found["events for items that were not shown"] == 1
-    assert found["events of a second client on one search"] == 2
-    assert found["events for searches that are not in the log, or are of another collection"] == 3
-    clicks = {str(number): ("red", [(f"c{number}", "click", HITS[0])]) for number in range(1, 4)}
-    sold = {str(number): ("red", [(f"c{number}", "click", "sold")]) for number in range(1, 4)}
-    hashed = left_out("hashed", clicks, kind="hash")
-    assert hashed["searches whose text is stored as a hash (DCAR_FEEDBACK_TEXTS)"] == 3
-    assert left_out("other", clicks, kind="other")["searches without words, or with more than words"] == 3
-    assert left_out("sold", sold, hits=["sold"])["pairs of items that are no longer in the index"] == 1
+
+def test_what_cannot_become_a_pair_is_counted(artifact: IndexVersion, tmp_path: Path) -> None:
+    for number, (searches, fields, options, pairs, reason, count) in enumerate(CASES):
+        folder = write_log(tmp_path / f"log{number}", [], [EventRow("unknown", TIME, "a", "click", HITS[4], None)])
+        rows, report = exported(log_of(folder, searches, **fields), artifact, tmp_path / f"{number}", **options)
+        assert (len(rows), report.left_out[reason]) == (pairs, count), reason
 
 
 def test_items_of_an_object_store_become_pairs_with_their_ids(
     artifact: IndexVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(IndexVersion, "image_location", lambda *_: ("s3://bucket/red.png", -1))
-    searches = {client: ("red", [(client, "click", HITS[0])]) for client in "ab"}
-    rows, report = exported(log_of(tmp_path / "log", searches), artifact, tmp_path / "out")
+    rows, report = exported(log_of(tmp_path / "log", clicks("ab", "red")), artifact, tmp_path / "out")
     assert [(row["id"], row["caption"], "image" in row) for row in rows] == [(HITS[0], "red", False)]
     assert "1 rows have no local image; they are for `dcar retrain`" in str(report)
-
-
-def test_caps_bound_what_one_client_and_one_item_can_do(artifact: IndexVersion, tmp_path: Path) -> None:
-    searches = {}
-    for number in range(8):
-        for client in "ab":
-            searches[f"{client}{number}"] = (f"text {number}", [(client, "click", HITS[0])])
-    folder = log_of(tmp_path / "log", searches)
-    rows, report = exported(folder, artifact, tmp_path / "items", item_cap=2)
-    assert len(rows) == 2
-    assert report.left_out["pairs of an item beyond its best 2"] == 1
-    rows, report = exported(folder, artifact, tmp_path / "clients", client_cap=2)
-    assert len(rows) == 2
-    assert report.left_out["searches of a client beyond its first 2"] == 12
-    rows, report = exported(folder, artifact, tmp_path / "both")
-    assert {row["caption"] for row in rows} == {f"text {number}" for number in range(3)}
-    assert report.left_out["clicks of a client on an item beyond its first 3 texts"] == 10
 
 
 def test_judgements_by_hand_come_first(artifact: IndexVersion, tmp_path: Path) -> None:
@@ -169,17 +136,15 @@ def simulate(folder: Path, items: list[str], *, sessions: int, seed: int = 0) ->
     is_hostile = rng.random(sessions) < 0.01
     clicked = np.where(is_hostile[:, None], shown == len(items) - 1, clicked)
     client = np.where(is_hostile, rng.integers(5, size=sessions), 5 + rng.integers(sessions // 3, size=sessions))
-    session, place = np.nonzero(clicked)
-    empty = QueryRow("", TIME, None, "index", "", (), "text", 0, 1)
-    queries = [
-        empty._replace(query_id=f"s{number}", text=f"text {text[number]}", hits=[items[each] for each in shown[number]])
+    hits = np.array(items)[shown].tolist()
+    queries = (
+        QueryRow(f"s{number}", TIME, None, "index", f"text {text[number]}", hits[number], "text", 0, 1)
         for number in range(sessions)
-    ]
-    clicks = zip(session.tolist(), place.tolist(), strict=True)
-    events = [
-        EventRow(f"s{number}", TIME, f"c{client[number]}", "click", items[shown[number, each]], None)
-        for number, each in clicks
-    ]
+    )
+    events = (
+        EventRow(f"s{number}", TIME, f"c{client[number]}", "click", hits[number][place], None)
+        for number, place in np.argwhere(clicked).tolist()
+    )
     write_log(folder, queries, events)
     return examined, attractive
 
@@ -222,10 +187,9 @@ def test_the_commands_make_what_training_reads(gallery: Path, tiny_checkpoint: P
             tar.add(path, f"{path.parent.name}-{path.name}")
     rebuild(root / "gallery.tar", tiny_checkpoint, index, workers=0, progress=False)
     artifact = open_current(index)
-    items, searches = artifact.column("id").to_pylist(), defaultdict[str, Any](tuple)
+    items, searches = artifact.column("id").to_pylist(), dict[str, Any]()
     for number, item in enumerate(items):
-        for client in "ab":
-            searches[f"{client}{number}"] = (f"text {number}", [(client, "click", item)])
+        searches |= clicks("ab", f"text {number}", item=item)
     folder = log_of(index / "feedback", searches, hits=items)
     done = dcar("feedback", "export", "--index", index, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
