@@ -32,7 +32,6 @@ from uvicorn.supervisors import Multiprocess
 from app.core.logs import log_config
 from app.core.metrics import SHARED_FOLDER, Metrics, drop_dead_workers
 from app.core.settings import Settings
-from app.core.threads import end_without_threads
 from app.feedback.store import Store
 from app.http.protocol import Connection
 from app.main import create_app
@@ -47,8 +46,8 @@ from index_jobs.index.versions import require_index
 logger = logging.getLogger(__name__)
 
 FINISH_S = 10  # for pending requests at shutdown
-_ANSWER_S = 30  # for a worker to import the application and say that it lives
 _THREADS_S = 3  # for threads at shutdown
+_ANSWER_S = 30  # for a worker to import the application and say that it lives
 _SWITCH_S = 0.001  # beside two busy threads of Python code the event loop gets twice as many turns as by default
 
 
@@ -87,9 +86,11 @@ def _run(settings: Settings, listener: socket.socket) -> None:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again after a clean shutdown
         logger.info("stopped")
+        timer = threading.Timer(_THREADS_S, os._exit, [0])  # a thread at work, such as a decoder's, may take longer
+        timer.daemon = True
+        timer.start()
     if failures:
         raise failures[0]
-    end_without_threads(_THREADS_S)
 
 
 def _run_workers(settings: Settings, listener: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""Turns among callers: of threads, decoding processes, batches, and asynchronous work.
+"""Turns among callers: of batches, threads, decoding processes and asynchronous work. For one event loop.
 
 - The next turn is the caller's that has had the least time (or turns), and then the request's.
 - A new caller begins with the least that another one has had, so nobody is passed over for ever.
@@ -6,7 +6,7 @@
 """
 
 import asyncio
-import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,84 +18,64 @@ from app.core.rate_limit import current_caller
 
 
 @dataclass(eq=False, slots=True)
-class _Share:
-    """What a caller, or a request, has had. left: its turns that have not ended. parts: the requests of a caller."""
-
-    had: float = 0.0
-    left: int = 0
-    parts: dict[str | None, "_Share"] = field(default_factory=dict)
-
-    def add(self, name: str | None) -> "_Share":
-        if name not in self.parts:
-            self.parts[name] = _Share(min((other.had for other in self.parts.values()), default=0.0))
-        self.parts[name].left += 1
-        return self.parts[name]
-
-    def end(self, name: str | None, cost: float) -> None:
-        part = self.parts[name]
-        part.had, part.left = part.had + cost, part.left - 1
-        if not part.left:
-            del self.parts[name]
-
-
-@dataclass(eq=False, slots=True)
 class Turn:
     """A place in a queue. It is given up by cancelling its future."""
 
     item: Any
-    future: Any  # of asyncio or concurrent.futures
+    future: asyncio.Future[Any]
     caller: str = field(default_factory=current_caller.get)
     request: str | None = field(default_factory=request_id.get)
     started: float = 0.0
 
 
 class FairQueue:
-    """A queue that any thread may use."""
+    """A queue of the turns that wait, and of those that have begun."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._all = _Share()
+        self._had: dict[tuple[str | None, ...], float] = {}  # by a caller, and by a caller's request
+        self._left = Counter[tuple[str | None, ...]]()  # turns that have not ended
         self.waiting: list[Turn] = []
         self.running: list[Turn] = []
 
-    def put(self, item: Any, future: Any) -> Turn:
+    def put(self, item: Any, future: asyncio.Future[Any]) -> Turn:
         """Queue an item of the current caller and request."""
         turn = Turn(item, future)
-        with self._lock:
-            self._all.add(turn.caller).add(turn.request)
-            self.waiting.append(turn)
+        for key in ((turn.caller,), (turn.caller, turn.request)):
+            if not self._left[key]:
+                peers = (had for other, had in self._had.items() if len(other) == len(key) and other[:-1] == key[:-1])
+                self._had[key] = min(peers, default=0.0)
+            self._left[key] += 1
+        self.waiting.append(turn)
         return turn
 
     def take(self, may_start: Callable[[Turn], bool] = lambda _: True) -> Turn | None:
         """Begin the next turn of those that may start; None if there is none."""
-        with self._lock:
-            for turn in [turn for turn in self.waiting if turn.future.cancelled()]:
-                self.waiting.remove(turn)
-                self._leave(turn, 0.0)
-            ready = [*filter(may_start, self.waiting)]
-            if not ready:
-                return None
-            caller = min(ready, key=lambda turn: self._all.parts[turn.caller].had).caller
-            requests = self._all.parts[caller].parts
-            turn = min((turn for turn in ready if turn.caller == caller), key=lambda turn: requests[turn.request].had)
+        for turn in [turn for turn in self.waiting if turn.future.cancelled()]:
+            self.waiting.remove(turn)
+            self._leave(turn, 0.0)
+        ready, had = filter(may_start, self.waiting), self._had
+        turn = min(ready, key=lambda turn: (had[turn.caller,], had[turn.caller, turn.request]), default=None)
+        if turn is not None:
             self.waiting.remove(turn)
             self.running.append(turn)
             turn.started = monotonic()
-            return turn
+        return turn
 
     def end(self, turn: Turn, cost: float | None = None) -> None:
         """End a turn that has begun. cost: what it counts; the seconds since its beginning by default."""
-        with self._lock:
-            self.running.remove(turn)
-            self._leave(turn, monotonic() - turn.started if cost is None else cost)
+        self.running.remove(turn)
+        self._leave(turn, monotonic() - turn.started if cost is None else cost)
 
     def _leave(self, turn: Turn, cost: float) -> None:
-        self._all.parts[turn.caller].end(turn.request, cost)
-        self._all.end(turn.caller, cost)
+        for key in ((turn.caller,), (turn.caller, turn.request)):
+            self._had[key] += cost
+            self._left[key] -= 1
+            if not self._left[key]:
+                del self._left[key], self._had[key]
 
 
 class FairTurns(FairQueue):
-    """Turns of asynchronous work in one event loop.
+    """Turns of asynchronous work.
 
     Args:
         slots: turns at a time.

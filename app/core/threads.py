@@ -1,18 +1,15 @@
 """Threads for work that would hold up the event loop."""
 
 import asyncio
-import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from app.core.fair_queue import FairQueue
-
-logger = logging.getLogger(__name__)
+from app.core.fair_queue import FairTurns, Turn
 
 T = TypeVar("T")
 
@@ -35,36 +32,32 @@ def _give_way() -> None:
 
 
 class FairThreads(ComputeThreads):
-    """Threads whose next call is that of the caller, and then of the request, that has had them for the least time."""
+    """Threads that callers, and then their requests, use in turns; `turns` has those that wait and those at work.
 
-    def __init__(self, count: int, name: str) -> None:
+    Args:
+        each: threads of one caller at a time; all by default.
+        may_start: a condition on a turn, whose item is what `run_item` is given.
+    """
+
+    def __init__(
+        self, count: int, name: str, each: int | None = None, may_start: Callable[[Turn], bool] = lambda _: True
+    ) -> None:
         super().__init__(count, name)
-        self._queue = FairQueue()
+        self.turns = FairTurns(count, each or count, may_start)
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
-        done = Future[T]()
-        self._queue.put(partial(call, *args), done)
-        self.submit(self._run_next)
-        return await asyncio.wrap_future(done)
+        return await self.run_item(None, call, *args)
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        for turn in [*self._queue.waiting] if cancel_futures else ():
-            turn.future.cancel()
+    async def run_item(self, item: Any, call: Callable[..., T], *args: object) -> T:
+        loop, turn = asyncio.get_running_loop(), await self.turns.begin(item)
 
-    def _run_next(self) -> None:
-        turn, finish = self._queue.take(), None
-        if turn is None:  # its caller has given up
-            return
-        done: Future[Any] = turn.future
-        if done.set_running_or_notify_cancel():
-            try:
-                finish = partial(done.set_result, turn.item())
-            except BaseException as error:
-                finish = partial(done.set_exception, error)
-        self._queue.end(turn)
-        if finish is not None:
-            finish()
+        def end(_: object) -> None:  # a caller that gives up stops no call that has begun
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self.turns.end, turn)
+
+        work = self.submit(call, *args)
+        work.add_done_callback(end)
+        return await asyncio.wrap_future(work)
 
 
 async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
@@ -78,22 +71,3 @@ async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:
         return await thread.run(call, *args)
     finally:
         thread.shutdown(wait=False)
-
-
-def end_without_threads(wait_s: float) -> None:
-    """End the process in `wait_s` seconds if a thread of the service, such as one that decodes an image, still runs.
-
-    Python itself would wait for it, however long it takes.
-    """
-    running = [thread for thread in threading.enumerate() if thread.name.startswith("dcar-") and not thread.daemon]
-
-    def end() -> None:
-        left = [thread.name for thread in running if thread.is_alive()]
-        if left:
-            logger.warning("ending without the thread %s, which is still at work", left[0])
-            os._exit(0)
-
-    if running:
-        timer = threading.Timer(wait_s, end)
-        timer.daemon = True
-        timer.start()

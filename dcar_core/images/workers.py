@@ -89,11 +89,6 @@ class DecodeWorker:
         self._is_closed = False
         _start_clock()
 
-    @property
-    def is_started(self) -> bool:
-        """Whether the process has been started and has not been seen to end."""
-        return self.process is not None
-
     def start(self) -> None:
         """Start the process, unless it runs. It is ready a little later."""
         with self._in_use:
