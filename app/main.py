@@ -6,9 +6,9 @@
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -42,7 +42,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         on_start_failure: called if the first version cannot be loaded. Without it the application stays up, responds
             with 503 and the reason, and retries.
     """
-    tracer = start_tracing() if settings.tracing else None
+    tracer, end_tracing = start_tracing() if settings.tracing else (None, None)
     metrics, is_traced = Metrics(tracer), tracer is not None
     rates = None
     if settings.rate_limit is not None:
@@ -59,8 +59,8 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         feedback = app.state.feedback = FeedbackLog(folder, settings, metrics) if folder else None
         _add_gauges(metrics, collections, retriever.compute.cache, rates)
         async with AsyncExitStack() as stack:  # closes the last one first
-            if tracer is not None:  # uvicorn re-raises the signal after this, which ends the process
-                stack.push_async_callback(asyncio.to_thread, tracer.close)
+            if end_tracing is not None:  # uvicorn re-raises the signal after this, which ends the process
+                stack.push_async_callback(asyncio.to_thread, end_tracing)
             if rates is not None:
                 stack.push_async_callback(rates.close)
             retriever.start()
@@ -92,7 +92,6 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     )
     app.state.settings, app.state.metrics, app.state.fetcher = settings, metrics, ImageFetcher(settings)
     app.state.access, app.state.bodies = Access(settings, rates), BodyLimit(settings)
-    app.state.unsent = Counter[str]()
     app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
     error_handlers.install(app)
     add_routes(app)
@@ -112,23 +111,25 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
 def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCache, rates: RateLimiter | None) -> None:
     """Register gauges of the served indexes and of Redis; they are read at each scrape."""
 
-    def add(name: str, description: str, read: Callable[[ServedIndex], float | None]) -> None:
-        def values() -> list[tuple[str, float]]:
-            return [(name, float(value)) for name, served in collections if (value := read(served)) is not None]
+    def of_manifest(read: Callable[[Manifest], float | None]) -> Callable[[ServedIndex], float | None]:
+        return lambda served: read(served.live.artifact.manifest) if served.live else None
 
-        metrics.add_gauge(name, description, "collection", values)
-
-    def add_of_manifest(name: str, description: str, read: Callable[[Manifest], float | None]) -> None:
-        add(name, description, lambda served: read(served.live.artifact.manifest) if served.live else None)
-
-    add_of_manifest("dcar_index_version", "Served version.", lambda manifest: manifest.version)
-    add_of_manifest("dcar_index_items", "Items in the served version.", lambda manifest: manifest.count)
     created = "When the served version was made, in Unix seconds."
-    add_of_manifest("dcar_index_created_timestamp_seconds", created, lambda manifest: manifest.created_s)
     recall = "Recall at 10 against exact search, as measured at build time."
-    add_of_manifest("dcar_index_recall_at_10", recall, lambda manifest: manifest.measured.get("recall_at_10"))
-    degraded = "1 while the published version or its vector store cannot be used, or a file of it is damaged."
-    add("dcar_index_degraded", degraded, lambda served: served.fault is not None)
+    degraded = "1 while the published version or its vector store cannot be used."
+    gauges: dict[str, tuple[str, Callable[[ServedIndex], float | None]]] = {
+        "dcar_index_version": ("Served version.", of_manifest(lambda manifest: manifest.version)),
+        "dcar_index_items": ("Items in the served version.", of_manifest(lambda manifest: manifest.count)),
+        "dcar_index_created_timestamp_seconds": (created, of_manifest(lambda manifest: manifest.created_s)),
+        "dcar_index_recall_at_10": (recall, of_manifest(lambda manifest: manifest.measured.get("recall_at_10"))),
+        "dcar_index_degraded": (degraded, lambda served: served.fault is not None),
+    }
+
+    def values(read: Callable[[ServedIndex], float | None]) -> list[tuple[str, float]]:
+        return [(name, float(value)) for name, served in collections if (value := read(served)) is not None]
+
+    for name, (description, read) in gauges.items():
+        metrics.add_gauge(name, description, "collection", partial(values, read))
     if cache.is_shared:
         breakers = {"read": cache.read_breaker, "write": cache.write_breaker}
         breakers |= {} if rates is None else {"count": rates.breaker}

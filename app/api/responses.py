@@ -2,23 +2,21 @@
 
 import base64
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
 from typing import Any
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
 
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
-from app.http.long_response import LongResponse
+from app.http.body_limit import LongResponse
 from app.search.plan import MAX_TEXT_BYTES
 from app.search.results import image_url, public_metadata
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
-from app.service.files import ImageFile
+from dcar_core.images import sniff_format
 from dcar_core.util.arrays import Floats
 from index_jobs.index.index_version import Item
 
@@ -47,7 +45,7 @@ def make_response(request: Request, make: Callable[[], Any], texts: int, field: 
         raise field_problem(field, message + "request fewer results at a time, or leave `fields` out")
     if texts <= QUICK_BYTES:
         return JsonResponse(make())
-    return LongResponse(lambda: JsonResponse(make()), texts, request.app.state.unsent)
+    return LongResponse(lambda: JsonResponse(make()), texts)
 
 
 def text_bytes(items: Iterable[Item]) -> int:
@@ -55,22 +53,10 @@ def text_bytes(items: Iterable[Item]) -> int:
     return sum(item.text_bytes + item.metadata_bytes for item in items)
 
 
-class ImageResponse(Response):
-    """An image file, read piece by piece as the client takes it."""
-
-    def __init__(self, image: ImageFile, threads: Executor, headers: dict[str, str]) -> None:
-        super().__init__(headers={**headers, "Content-Length": str(image.size)}, media_type=image.media_type)
-        self._image = image
-        self._threads = threads
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for piece in self._image.pieces(self._threads):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            self._image.close()
+def image_response(data: bytes, headers: dict[str, str]) -> Response:
+    """Return an image file, which is a `LongResponse` if it is long."""
+    response = Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
+    return response if len(data) <= QUICK_BYTES else LongResponse(lambda: response, len(data))
 
 
 def image_headers(request: Request, digest: str) -> dict[str, str]:

@@ -30,11 +30,11 @@ from app.api.requests import (
     validated,
 )
 from app.api.responses import (
-    ImageResponse,
     JsonResponse,
     collection_response,
     embeddings_response,
     image_headers,
+    image_response,
     item_response,
     items_path,
     items_response,
@@ -151,12 +151,9 @@ async def picture(
     """Return the image file of an item as stored in the gallery, or a thumbnail of it."""
     if size is not None:
         return await thumbnail_response(request, item_id, size)
-    retriever = state_of(request).retriever
-    image = await retriever.open_image(await snapshot_of(request), item_id)
-    headers = image_headers(request, image.digest)
-    if response := not_modified(request, headers):
-        image.close()
-    return response or ImageResponse(image, retriever.image_threads, headers)
+    digest, data = await state_of(request).retriever.image(await snapshot_of(request), item_id)
+    headers = image_headers(request, digest)
+    return not_modified(request, headers) or image_response(data, headers)
 
 
 @gallery.add("GET", "/items/{item_id:path}", Policy("read"), schemas.ItemResponse)

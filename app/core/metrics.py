@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,31 +39,11 @@ _CLOSE_TIMEOUT_S = 3.0
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # variable of prometheus_client, set before a worker starts
 
 
-class Tracer:
-    """Make the spans of the stages. `current` gives the trace context of a task, and `close` sends the last spans."""
-
-    def __init__(self, tracer: Any, current: Callable[[], Any], close: Callable[[], None]) -> None:
-        self._tracer = tracer
-        self.current = current
-        self.close = close
-
-    def span(self, stage: str) -> Any:
-        return self._tracer.start_as_current_span(stage)
-
-    def past_span(self, stage: str, context: Any, started: float, ended: float, **attributes: int) -> None:
-        """Add the span of a finished stage. Times are of time.monotonic."""
-        offset = time.time() - time.monotonic()
-        span = self._tracer.start_span(
-            stage, context=context, start_time=int((offset + started) * 1e9), attributes=attributes
-        )
-        span.end(int((offset + ended) * 1e9))
-
-
 class Metrics:
-    """All metrics of one application. A tracer makes spans of the stages as well."""
+    """All metrics of one application. A tracer of OpenTelemetry makes spans of the stages as well."""
 
-    def __init__(self, tracer: Tracer | None = None) -> None:
-        self.tracer = tracer
+    def __init__(self, tracer: Any = None) -> None:
+        self._tracer = tracer
         self.registry = registry = CollectorRegistry(auto_describe=False)
         stages = Histogram(
             "dcar_stage_seconds", "Time a search spends in a stage.", ["stage"], buckets=_SECONDS, registry=registry
@@ -101,24 +81,21 @@ class Metrics:
         """Measure a stage, whether it succeeds or fails."""
         started = time.perf_counter()
         try:
-            with nullcontext() if self.tracer is None else self.tracer.span(stage):
+            with self.span(stage):
                 yield
         finally:
             self._stage[stage].observe(time.perf_counter() - started)
 
-    def trace_context(self) -> Any:
-        """Return the trace context of the current request, for work that is done in another task."""
-        return None if self.tracer is None else self.tracer.current()
+    def span(self, stage: Stage) -> AbstractContextManager[Any]:
+        """Trace a stage whose time is measured elsewhere."""
+        return nullcontext() if self._tracer is None else self._tracer.start_as_current_span(stage)
 
-    def forward_pass(self, jobs: Sequence[tuple[float, Any]], started: float, ended: float) -> None:
-        """Record a forward pass. jobs: their arrivals and trace contexts. Times are of time.monotonic."""
-        self._batches.observe(len(jobs))
+    def forward_pass(self, arrivals: Sequence[float], started: float, ended: float) -> None:
+        """Record a forward pass of queries that arrived at these times."""
+        self._batches.observe(len(arrivals))
         self._stage["encode"].observe(ended - started)
-        for arrived, context in jobs:
+        for arrived in arrivals:
             self._stage["queue"].observe(started - arrived)
-            if self.tracer is not None:
-                self.tracer.past_span("queue", context, arrived, started)
-                self.tracer.past_span("encode", context, started, ended, **{"dcar.batch_size": len(jobs)})
 
     def add_gauge(self, name: str, description: str, label: str, read: ReadGauge) -> None:
         """Add a gauge that is read from its owner at each scrape."""
@@ -151,28 +128,15 @@ def _workers() -> list[str]:
 
 
 class _Processes(Collector):
-    """Memory, processor time and files of this process, or the sums of all workers.
-
-    Processor time includes that of workers that have ended, since a counter that falls looks like one that began anew.
-    """
+    """Memory, processor time and files of this process, or the sums of all workers."""
 
     def collect(self) -> Iterable[Metric]:
-        workers, found = _workers(), dict[str, list[Metric]]()
-        for pid in workers or ["self"]:
-            for family in ProcessCollector(pid=partial(str, pid), registry=None).collect():
-                found.setdefault(family.name, []).append(family)
-        for name, families in found.items():
+        found = [[*ProcessCollector(pid=partial(str, pid), registry=None).collect()] for pid in _workers() or ["self"]]
+        for families in zip(*filter(None, found), strict=True):  # nothing of one that has ended
             values = [family.samples[0].value for family in families]
-            value = min(values) if name == "process_start_time_seconds" else sum(values)
-            value += _ended_seconds() if workers and name == "process_cpu_seconds" else 0
+            value = min(values) if families[0].name == "process_start_time_seconds" else sum(values)
             families[0].samples = [families[0].samples[0]._replace(value=value)]
             yield families[0]
-
-
-def _ended_seconds() -> float:
-    """Return the processor time of this worker's siblings that have ended."""
-    fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")  # cutime, cstime
 
 
 class _ReadAtScrape(Collector):
@@ -186,10 +150,13 @@ class _ReadAtScrape(Collector):
         yield family
 
 
-def start_tracing() -> Tracer:
-    """Set the tracer provider of the process. Raise MissingExtraError if the SDK of OpenTelemetry is not installed."""
+def start_tracing() -> tuple[Any, Callable[[], None]]:
+    """Set the tracer provider of the process; return a tracer, and a function that sends the last spans.
+
+    Raise MissingExtraError if the SDK of OpenTelemetry is not installed.
+    """
     try:
-        from opentelemetry import context, trace
+        from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -206,4 +173,4 @@ def start_tracing() -> Tracer:
         shutdown.start()
         shutdown.join(_CLOSE_TIMEOUT_S)
 
-    return Tracer(provider.get_tracer("dcar"), context.get_current, close)
+    return provider.get_tracer("dcar"), close

@@ -157,8 +157,8 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(20 * 2**20, ge=1024)
     """Largest image file in bytes. Larger ones get 413."""
     max_in_flight_bytes: int = Field(256 * 2**20, ge=1024)
-    """Largest number of bytes held for all requests in progress: of their bodies, and of images fetched by URL. Further
-    requests get 503."""
+    """Largest number of bytes held for all requests in progress: of their bodies, of images fetched by URL, and of
+    responses over 64 KiB. Further requests get 503."""
     upload_timeout_s: float = Field(30, gt=0)
     """Seconds for a request body to arrive. After it the response is 408."""
     max_pixels: int = Field(64_000_000, ge=1)

@@ -1,15 +1,17 @@
-"""Limits of request bodies as they arrive, and the end of abandoned requests.
+"""Limits of what requests hold, as it arrives, and the end of abandoned requests.
 
 - A body that announces too much is refused unread; a chunked one is refused at the first byte over its limit.
 - A body must be complete within `upload_timeout_s`. All requests together may hold `max_in_flight_bytes`; a body beyond
   that is refused. The first UNCOUNTED_BYTES of each do not count, so text searches never compete with uploads.
-- Bytes that a request fetches count as those of its body: see `byte_counter`.
+- Bytes that a request fetches, and those of a long response, count as those of its body: see `byte_counter`.
 - A request whose client disconnects is cancelled, and the batcher skips its work.
 """
 
 import asyncio
 from collections.abc import Callable
 
+from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.problems import Problem
@@ -30,16 +32,33 @@ def byte_counter(scope: Scope) -> Callable[[int], None]:
     return count
 
 
+class LongResponse(Response):
+    """A response of about `size` bytes that a thread makes."""
+
+    def __init__(self, make: Callable[[], Response], size: int) -> None:
+        super().__init__()
+        self._make, self._size = make, size
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        byte_counter(scope)(self._size)
+        await (await asyncio.to_thread(self._make))(scope, receive, send)
+
+
 class BodyLimit:
-    """Limit the bodies of requests by the policies of their routes and by the settings."""
+    """Limit the bodies of requests by the policies of their routes and by the settings.
+
+    Attributes:
+        held: bytes of all requests in progress that count.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._held = 0  # bytes of all requests in progress
+        self.held = 0
 
     async def run(self, app: ASGIApp, policy: Policy, scope: Scope, receive: Receive, send: Send) -> None:
         """Call an application with a limited body. Raise Problem if the body is refused."""
-        limit, (announced, has_body) = policy.body(self._settings), _announced(scope)
+        limit, headers = policy.body(self._settings), Headers(scope=scope)
+        announced = int(headers.get("content-length", 0))
         if announced > limit:
             raise _too_large(limit, policy.field)
         loop = asyncio.get_running_loop()
@@ -51,12 +70,12 @@ class BodyLimit:
             nonlocal received, held
             received += size
             more = max(0, received - UNCOUNTED_BYTES) - held
-            is_alone = self._held == held  # then it has room
-            if more and not is_alone and self._held + more > self._settings.max_in_flight_bytes:
-                detail = "Too many uploads are in progress. Try again in 1 s."
+            is_alone = self.held == held  # then it has room
+            if more and not is_alone and self.held + more > self._settings.max_in_flight_bytes:
+                detail = "Too many large requests are in progress. Try again in 1 s."
                 raise Problem(503, detail, headers={"Retry-After": "1"}, refused="uploads")
             held += more
-            self._held += more
+            self.held += more
 
         async def limited_receive() -> Message:
             if watchers:
@@ -88,30 +107,16 @@ class BodyLimit:
         scope[_COUNT_BYTES] = count
         try:
             async with asyncio.timeout(None) as connected:
-                if not has_body:
+                if not announced and "transfer-encoding" not in headers:  # it has no body, whatever its method
                     watch()
                 await app(scope, limited_receive, send)
         except TimeoutError:
             if not connected.expired():
                 raise
         finally:
-            self._held -= held
+            self.held -= held
             for each in watchers:
                 each.cancel()
-
-
-def _announced(scope: Scope) -> tuple[int, bool]:
-    """Return the announced length of the body (0 if unknown), and True if the request has a body.
-
-    A request has a body if Content-Length or Transfer-Encoding says so, whatever its method.
-    """
-    length, is_chunked = 0, False
-    for name, value in scope["headers"]:
-        if name == b"content-length":
-            length = int(value) if value.isdigit() else 0
-        elif name == b"transfer-encoding":
-            is_chunked = True
-    return length, bool(length) or is_chunked
 
 
 def _too_large(limit: int, field: str) -> Problem:

@@ -1,6 +1,8 @@
 """Outermost ASGI middleware: what every request and every response gets, whichever route it is for.
 
 - Its id, its line in the log, and its metrics.
+- Its Host must be known over loopback: otherwise any web page could read the service of its visitor's machine, by a
+  name that it leads there.
 - HEAD is GET without the body, on every route that has GET.
 - Every response has safe headers, unless it has its own. One that needed a key is not stored by shared caches.
 - A request that is unfinished when the service shuts down (uvicorn cancels it) is answered 503.
@@ -9,19 +11,21 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Collection
+from functools import lru_cache
+from ipaddress import ip_address
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.core.logs import choose_id, request_id
 from app.core.metrics import Metrics
-from app.core.problems import Problem
+from app.core.problems import Problem, field_problem
 from app.core.rate_limit import current_caller, network_of
 from app.http.access import CALLER
-from app.http.hosts import host_problem
-from app.http.request_log import log_request, quoted_path
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +35,13 @@ _SAFE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 _CLIENT_CLOSED = 499  # logged if the client disconnected before the response
+_PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+_MAX_PATH = 300  # characters of a logged path
+_PORT = re.compile(r":\d*$")
 
 
 class Envelope:
-    """Wrap each request and its response. allowed_hosts: see `host_problem`."""
+    """Wrap each request and its response. allowed_hosts: further names of the service over loopback; "*" allows all."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, allowed_hosts: Collection[str]) -> None:
         self._app = app
@@ -73,8 +80,11 @@ class Envelope:
             await send(message)
 
         try:
-            problem = host_problem(scope, self._allowed_hosts)
-            await (self._app if problem is None else problem.response(scope))(inner, receive, observed)
+            if self._is_known_host(scope):
+                await self._app(inner, receive, observed)
+            else:
+                message = "must be localhost or an address; DCAR_ALLOWED_HOSTS adds the names of this service"
+                await field_problem("Host", message, status=421).response(scope)(inner, receive, observed)
         except asyncio.CancelledError as error:
             if status or "shutdown" not in str(error):
                 raise
@@ -84,10 +94,54 @@ class Envelope:
             raise
         except BaseException:  # a panic of a library in Rust is no Exception
             self._metrics.errors.inc()
-            logger.exception("unexpected error in %s %s", method, quoted_path(scope))
+            logger.exception("unexpected error in %s %s", method, _quoted_path(scope))
             if status == 0:
                 problem = Problem(500, "Unexpected error. The log of the service has the details.")
                 await problem.response(scope)(inner, receive, observed)
         finally:
-            log_request(self._metrics, inner, method, status or _CLIENT_CLOSED, time.perf_counter() - began)
+            self._log(inner, method, status or _CLIENT_CLOSED, time.perf_counter() - began)
             request_id.reset(token)
+
+    def _is_known_host(self, scope: Scope) -> bool:
+        server = scope.get("server")
+        if "*" in self._allowed_hosts or server is None or not _is_loopback(server[0]):
+            return True
+        name = _PORT.sub("", Headers(scope=scope).get("host", "localhost")).strip("[]").lower()
+        return name in self._allowed_hosts or _is_localhost_or_address(name)
+
+    def _log(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        template: str = getattr(scope.get("route"), "path", None) or "none"
+        self._metrics.requests.labels(template, str(status)).observe(seconds)
+        if (status == 200 and scope["path"] in _PROBES) or not logger.isEnabledFor(logging.INFO):
+            return  # probes arrive every few seconds
+        client, path = scope.get("client"), _quoted_path(scope)
+        extra = {
+            "method": method,
+            "path": path,
+            "status": status,
+            "ms": round(seconds * 1000, 2),
+            "client": client[0] if client else None,
+            "caller": scope.get(CALLER),
+        }
+        logger.info("%s %s %d in %.1f ms", method, path, status, seconds * 1000, extra=extra)
+
+
+def _quoted_path(scope: Scope) -> str:
+    return quote(scope["path"][:_MAX_PATH])  # a raw one may contain line breaks
+
+
+@lru_cache(maxsize=256)
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ip_address(address)
+    except ValueError:  # a Unix socket
+        return False
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+@lru_cache(maxsize=256)
+def _is_localhost_or_address(name: str) -> bool:
+    try:
+        return name == "localhost" or ("%" not in name and bool(ip_address(name)))  # a zone can be any text
+    except ValueError:
+        return False

@@ -73,7 +73,6 @@ class _Job:
     group: BatchGroup
     payload: Any
     arrived: float
-    context: Any  # trace context of the request
 
 
 class Batcher:
@@ -108,10 +107,10 @@ class Batcher:
         """
         if self._is_closing:
             raise UnavailableError("The service is shutting down.")
-        context, now = self._metrics.trace_context(), time.monotonic()
+        now = time.monotonic()
         futures: list[asyncio.Future[Floats]] = [asyncio.get_running_loop().create_future() for _ in payloads]
         for payload, future in zip(payloads, futures, strict=True):
-            self._queue.put(_Job(group, payload, now, context), future)
+            self._queue.put(_Job(group, payload, now), future)
         self._has_arrived.set()
         return asyncio.gather(*futures)
 
@@ -186,8 +185,7 @@ class Batcher:
                 turn.future.set_exception(outcome)
             else:
                 turn.future.set_result(outcome)
-        jobs = [(turn.item.arrived, turn.item.context) for turn in batch]
-        self._metrics.forward_pass(jobs, started, self._last_end)
+        self._metrics.forward_pass([turn.item.arrived for turn in batch], started, self._last_end)
         self._expected_size[group] = len(batch) + self._waiting(group)
 
 

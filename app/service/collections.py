@@ -3,13 +3,11 @@
 - The default collection is DCAR_INDEX, named after its directory; routes without a name mean it.
 - A `ServedIndex` loads a new version beside the live one, warms it up, then replaces one reference.
 - If a version cannot be loaded, the live one stays; `reason` says why, and the version is tried again later.
-- Its files are then compared with their checksums once. A damaged version stays in service, but degraded, as one does
-  whose vector store does not respond: the poller asks it. Damaged files of an object store are brought anew, once.
+- A version whose vector store does not respond, which the poller asks, stays in service, but degraded.
 - A supervised task polls CURRENT. `reload` does the same at once, for `POST /admin/reload`.
 - The service is ready when every collection of the settings is loaded, and stays ready when one cannot follow a new
   version.
-- Created collections are opened after these, one after the other. A request for one that has not had its turn opens it
-  next, and waits for it.
+- Created collections are opened after these, one after the other; a request for one that is not open yet waits for it.
 """
 
 import asyncio
@@ -27,10 +25,8 @@ from app.core.supervision import ENDS, stop, supervise
 from app.core.threads import ComputeThreads, run_in_new_thread
 from app.search.errors import CollectionNotFoundError, UnavailableError, without_directories
 from app.search.snapshots import Snapshot, is_published, load_snapshot
-from app.service.files import find_damage
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.created import list_collections
-from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.location import location_of, store_of
 from index_jobs.index.versions import current_version, pull, repair, require_index
 
@@ -49,7 +45,6 @@ class ServedIndex:
     Attributes:
         live: the snapshot in use; None while the first one is loaded.
         reason: why the published version is not served, without directories, since anybody may read it; None if it is.
-        damage: which file of the live version is damaged, likewise without directories; None if none is known.
         store_fault: why the vector store of the live version could not be searched at the last poll; None if it could.
         waiting_jobs: number of changes of its items that have not ended, when they were last counted.
         was_tried: set once the first load has ended, or the collection is closed.
@@ -61,17 +56,14 @@ class ServedIndex:
         self.is_created = is_created
         self.live: Snapshot | None = None
         self.reason: str | None = _OPENING if is_created else _LOADING
-        self.damage: str | None = None
         self.store_fault: str | None = None
         self.waiting_jobs = 0
         self.was_tried = asyncio.Event()
         self._collections = collections
-        self._repaired: int | None = None  # a version whose damaged files were brought anew
         self._failed_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
         self._loads: set[asyncio.Task[bool]] = set()
-        self._check: asyncio.Task[None] | None = None
         self._is_closing = False
 
     def require(self) -> Snapshot:
@@ -81,9 +73,7 @@ class ServedIndex:
         return self.live
 
     def start(self) -> None:
-        """Load the first version and begin to poll, in the background, unless that was begun."""
-        if self._poller is not None or self._is_closing:
-            return
+        """Load the first version and begin to poll, in the background."""
         poll = supervise("version poller", self._poll, self._collections.metrics, on_failure=self._record_poll_failure)
         self._poller = asyncio.create_task(poll, name="dcar-snapshots")
 
@@ -94,8 +84,7 @@ class ServedIndex:
         await stop(self._poller)
         if self._loads:
             await asyncio.wait(self._loads, timeout=CLOSE_S)
-        await stop(self._check)
-        self.live = self._check = None  # an ended task refers to both until a full garbage collection, which is rare
+        self.live = None
 
     async def reload(self) -> bool:
         """Serve the published version. Return False if it is live already.
@@ -114,9 +103,7 @@ class ServedIndex:
 
     async def _load(self) -> bool:
         collections, disk = self._collections, self._collections.disk
-        repaired = self._repaired
         lost = await self._pull()
-        is_repaired = self._repaired != repaired
         async with collections.load_lock:
             is_dropped = self.is_created and not await disk.run(self.index.is_dir)
             if self._is_closing or is_dropped:
@@ -126,7 +113,7 @@ class ServedIndex:
                 is_empty = self.is_created and await disk.run(current_version, self.index) is None
                 version = 0 if is_empty else (await disk.run(require_index, self.index)).version
                 is_new = self.live is None or not await disk.run(is_published, self.live, self.index, version)
-                if is_new or is_repaired:
+                if is_new:
                     snapshot = await self._open(version, is_empty)
             except ENDS:
                 raise
@@ -137,9 +124,7 @@ class ServedIndex:
             if snapshot is not None:
                 if self.live is None:
                     gc.freeze()  # else each full collection would stop every request for a quarter of a second
-                self.live, self.damage = snapshot, None
-                await stop(self._check)
-                self._check = asyncio.create_task(self._find_damage(snapshot.artifact), name="dcar-integrity")
+                self.live = snapshot
                 count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
                 where = location_of(self.index)
                 logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, where, count, seconds)
@@ -157,47 +142,27 @@ class ServedIndex:
             return None
         try:
             await run_in_new_thread(pull, self.index)
-            if self.live is not None and self.damage is not None:
-                await self._repair(self.live.version)
         except OSError as error:
             return ArtifactError(f"{self.index} cannot be written: {error.strerror}")
         except DcarError as error:
             return error
         return None
 
-    async def _open(self, version: int | None, is_empty: bool) -> Snapshot:
-        """Load a version, whose damaged files are brought anew if it cannot be loaded."""
-        collections = self._collections
-        arguments = self.index, collections.settings, collections.loaded, is_empty
+    async def _open(self, version: int, is_empty: bool) -> Snapshot:
+        """Load a version. If it cannot be loaded, its damaged files are first brought anew from its object store."""
+        arguments = self.index, self._collections.settings, self._collections.loaded, is_empty
         try:
             return await run_in_new_thread(load_snapshot, *arguments)
-        except BaseException as error:
-            if isinstance(error, ENDS) or not await self._repair(version):
+        except Exception:
+            if store_of(self.index) is None:
                 raise
-        return await run_in_new_thread(load_snapshot, *arguments)
-
-    async def _repair(self, version: int | None) -> bool:
-        """Bring damaged files of a version anew from its object store, once. Return False if that was done before."""
-        if store_of(self.index) is None or version is None or version == self._repaired:
-            return False
         await run_in_new_thread(repair, self.index, version)
-        self._repaired = version
-        return True
-
-    async def _find_damage(self, artifact: IndexVersion) -> None:
-        def is_served() -> bool:
-            return self.live is not None and self.live.artifact is artifact and not self._is_closing
-
-        damage = await self._collections.checker.run(find_damage, artifact, is_served)
-        if damage is not None:
-            self.damage = without_directories(damage, self.index)
-            version = artifact.manifest.version
-            logger.error("version %d of %s is damaged, and its results may be wrong: %s", version, self.index, damage)
+        return await run_in_new_thread(load_snapshot, *arguments)
 
     @property
     def fault(self) -> str | None:
-        """Why the collection is degraded: `store_fault`, `reason` or `damage`; None if it is not, or not open yet."""
-        return (self.store_fault or self.reason or self.damage) if self.was_tried.is_set() else None
+        """Why the collection is degraded: `store_fault` or `reason`; None if it is not, or not open yet."""
+        return (self.store_fault or self.reason) if self.was_tried.is_set() else None
 
     def _record_failure(self, version: int | None, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
@@ -243,7 +208,6 @@ class Collections:
     Attributes:
         default: name of the default collection.
         disk: threads that look for published versions; a disk may hang.
-        checker: the thread that compares files with their checksums, one version after the other.
         load_lock: held while a version is loaded, so one is loaded at a time.
         on_start_failure: called if the first version of a collection in the settings cannot be loaded.
     """
@@ -256,12 +220,11 @@ class Collections:
         self.on_start_failure = on_start_failure
         self.load_lock = asyncio.Lock()
         self.disk = ComputeThreads(4, "dcar-versions")
-        self.checker = ComputeThreads(1, "dcar-integrity")
         self._indexes = {name: ServedIndex(index, self) for name, index in settings.indexes.items()}
         for name, path in list_collections(settings.collections_dir).items() if settings.collections_dir else ():
             self._indexes.setdefault(name, ServedIndex(path, self, is_created=True))
         self._sync_lock = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
         self.default = next(iter(self._indexes))
         self._look: asyncio.Task[str | None] | None = None  # at the files of the galleries
 
@@ -284,13 +247,12 @@ class Collections:
         return index
 
     async def open(self, name: str | None, field: str = "collection") -> Snapshot:
-        """Return the live snapshot of a collection, as `find`. A created one is opened first.
+        """Return the live snapshot of a collection, as `find`.
 
-        Raise UnavailableError if it is not open within `OPEN_S`.
+        Raise UnavailableError if it is not loaded, or a created one not open within `OPEN_S`.
         """
         index = self.find(name, field)
         if index.live is None and index.is_created:
-            index.start()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(OPEN_S):
                     await index.was_tried.wait()
@@ -334,25 +296,16 @@ class Collections:
 
     def start(self) -> None:
         """Load the collections of the settings, then created ones, and begin to poll, in the background."""
-        for _, index in self:
-            if not index.is_created:
-                index.start()
-        if self.settings.collections_dir is not None:
-            for name, run in (("opener", self._open_created), ("watcher", self._watch)):
-                supervised = supervise(f"collections {name}", run, self.metrics)
-                self._tasks.append(asyncio.create_task(supervised, name=f"dcar-{name}"))
-
-    async def _open_created(self) -> None:
-        for _, index in self:
+        for _, index in self:  # which take turns by `load_lock`
             index.start()
-            await index.was_tried.wait()
+        if self.settings.collections_dir is not None:
+            watch = supervise("collections watcher", self._watch, self.metrics)
+            self._watcher = asyncio.create_task(watch, name="dcar-watcher")
 
     async def close(self) -> None:
-        for task in self._tasks:
-            await stop(task)
+        await stop(self._watcher)
         await asyncio.gather(*(index.close() for _, index in self))
         self.disk.shutdown(wait=False, cancel_futures=True)
-        self.checker.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
         while self.settings.poll_s > 0:

@@ -159,7 +159,8 @@ class SharedCompute:
                 vector = await self.cache.get(key, dim)
             if vector is not None:
                 return vector, True
-            (vector,) = await embed()
+            with self.metrics.span("encode"):
+                (vector,) = await embed()
             self.cache.put(key, vector)
             return rounded(vector), False
 

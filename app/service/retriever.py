@@ -7,9 +7,10 @@
 """
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from app.search.rows import list_rows, mask_key
 from app.search.snapshots import Recent, Snapshot
 from app.service.batching import Admission
 from app.service.compute import Place, SharedCompute
-from app.service.files import ImageFile
+from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
@@ -154,16 +155,20 @@ class Retriever:
         async with self._admission():
             return await self.compute.run("filter" if sort or filter else "search", list_items)
 
-    async def open_image(self, snapshot: Snapshot, item_id: str) -> ImageFile:
-        """Open the image of an item, which the caller closes. Raise ItemNotFoundError or ImageUnavailableError."""
+    async def image(self, snapshot: Snapshot, item_id: str) -> tuple[str, bytes]:
+        """Return a hash of an item's image, and its file. Raise ItemNotFoundError or ImageUnavailableError."""
         row = row_of(snapshot, item_id)
-        async with self._admission(kind="pictures"):
-            opening = self.image_threads.submit(ImageFile, snapshot.artifact, row)
-            try:
-                return await asyncio.wrap_future(opening)
-            except asyncio.CancelledError:  # the thread continues and opens the file
-                opening.add_done_callback(_close)
-                raise
+
+        def read() -> tuple[str, bytes]:
+            data = snapshot.artifact.image_bytes(row)
+            return hashlib.blake2b(data, digest_size=16).hexdigest(), data
+
+        with suppress(ArtifactError, OSError):
+            async with self._admission(kind="pictures"):
+                digest, data = await self.image_threads.run(read)
+                if sniff_format(data) is not None:
+                    return digest, data
+        raise ImageUnavailableError
 
     async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
         """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
@@ -175,7 +180,7 @@ class Retriever:
     ) -> tuple[str, bytes]:
         """Return a name that changes with an item's image, and a thumbnail of it, from the cache or made now.
 
-        An image that takes too much memory to decode is returned as it is. Errors are those of `open_image`.
+        An image that takes too much memory to decode is returned as it is. Errors are those of `image`.
 
         Args:
             side: pixels that its longer side has at most.
@@ -204,11 +209,6 @@ class Retriever:
         """Call a function that looks at all rows of a snapshot; one is called at a time."""
         async with self._admission():
             return await self.compute.run("filter", call, *args)
-
-
-def _close(opening: Future[ImageFile]) -> None:
-    if not (opening.cancelled() or opening.exception()):
-        opening.result().close()
 
 
 def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:

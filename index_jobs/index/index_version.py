@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -359,20 +359,16 @@ class IndexVersion:
         return location, segment.items.cell(position, "offset")
 
     def image_bytes(self, row: int) -> bytes:
-        """Return the file of the row's image; see `open_image`."""
-        file, size = self.open_image(row)
-        with file:
-            return file.read(size)
-
-    def open_image(self, row: int) -> tuple[BinaryIO, int]:
-        """Open the row's image in the gallery at its first byte, and return its number of bytes.
+        """Return the file of the row's image.
 
         Raises:
             IndexError: the row does not exist.
             ArtifactError: the image cannot be read.
         """
         try:
-            return open_image(*self._location_parts(row))
+            file, size = open_image(*self._location_parts(row))
+            with file:
+                return file.read(size)
         except OSError as error:
             raise ArtifactError(
                 f"the image of item {self.item(row).id!r} cannot be read from the gallery "

@@ -92,8 +92,6 @@ async def test_a_body_is_refused_at_the_first_byte_over_its_limit(is_announced: 
     problem = json.loads(body)
     assert problem["detail"] == "The body is too large; the limit is 1 MiB."
     assert problem["errors"] == [{"field": "file", "message": "at most 1 MiB"}]
-    wrong = await Served()(b"x", headers=[(b"content-length", b"-1")])
-    assert wrong[0] == 200, "not a number; the HTTP protocol refuses it"
 
 
 async def test_a_body_beyond_the_budget_is_refused() -> None:
@@ -110,25 +108,11 @@ async def test_a_body_beyond_the_budget_is_refused() -> None:
     assert served.refused("uploads") == 0
     status, headers, body = await (await begin(LIMIT - 1))
     assert (status, headers[b"retry-after"]) == (503, b"1")
-    assert json.loads(body)["detail"] == "Too many uploads are in progress. Try again in 1 s."
+    assert json.loads(body)["detail"] == "Too many large requests are in progress. Try again in 1 s."
     assert served.refused("uploads") == 1
     done.set()
     assert [(await each)[0] for each in (first, *free)] == 11 * [200]
     assert (await served(bytes(LIMIT)))[0] == 200
-
-
-async def test_exactly_the_budget_is_accepted() -> None:
-    served, half = Served(in_flight=2**20), UNCOUNTED_BYTES + 2**19
-    for _ in range(2):  # all of it is free again after the first round
-        done = asyncio.Event()
-        tasks = [asyncio.create_task(served(bytes(half), hangs=done)) for _ in range(2)]
-        await asyncio.sleep(0.01)
-        assert not any(task.done() for task in tasks)
-        tasks.append(asyncio.create_task(served(bytes(UNCOUNTED_BYTES + 1), hangs=done)))
-        await asyncio.sleep(0.01)
-        assert sum(task.done() for task in tasks) == 1, "one byte more is too much"
-        done.set()
-        assert sorted([(await task)[0] for task in tasks]) == [200, 200, 503]
 
 
 async def test_an_unfinished_body_is_refused_in_time_and_a_finished_one_is_not() -> None:
@@ -213,14 +197,3 @@ async def test_a_request_whose_client_leaves_is_cancelled(headers: list[tuple[by
     assert left.is_set()
     assert not task.cancelled()
     assert task.cancelling() == 0
-
-
-async def test_a_cancellation_from_outside_is_passed_on() -> None:
-    async def handler(*_: object) -> None:
-        await asyncio.sleep(20)
-
-    task = asyncio.create_task(Served(handler)(b"x"))
-    await asyncio.sleep(0.01)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task

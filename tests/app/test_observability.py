@@ -15,7 +15,7 @@ from tests.support.images import png
 from tests.support.responses import assert_problem, scrape
 from tests.support.service import SERVE, ServiceClient, before_encoding, opened, restore, serving_process
 
-REQUEST_LOG = "app.http.request_log"
+REQUEST_LOG = "app.http.envelope"
 
 
 async def test_metrics_count_stages_cache_lookups_and_requests(reranking_index: Path) -> None:

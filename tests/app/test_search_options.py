@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from app.api.schemas import BatchResponse, ItemsResponse
 from app.cli import app
-from app.http.long_response import UNSENT_BYTES
 from app.search import Index
 from app.service.embedding_cache import rounded
 from index_jobs.jobs.update import add, remove
@@ -444,9 +443,9 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
         assert (await http.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
         listed = (await http.get("/items", params={"k": 20})).json()
         assert (await http.get("/ui/browse", params={"k": 20})).json() == listed
-        http.app.state.unsent["others"] = UNSENT_BYTES
+        http.app.state.bodies.held += 2**30
         assert_problem(await http.post("/search/text", json=query), 503)
-        del http.app.state.unsent["others"]
+        http.app.state.bodies.held -= 2**30
         monkeypatch.setattr("app.api.responses.QUICK_BYTES", 500)
         for module in ("api.responses", "service.retriever"):
             monkeypatch.setattr(f"app.{module}.MAX_TEXT_BYTES", 500)

@@ -53,9 +53,6 @@ def test_stages_are_spans_in_the_trace_of_the_caller(built_index: Path, collecto
     ours = {span.name: span for span in spans if span.trace_id.hex() == TRACE}
     request = next(span for span in ours.values() if span.parent_span_id.hex() == PARENT)
     assert "/search/text" in request.name
-    assert {"cache", "queue", "encode", "search"} <= ours.keys()
-    for stage in ("cache", "queue", "encode", "search"):
+    for stage in ("cache", "encode", "search"):
         assert request.start_time_unix_nano <= ours[stage].start_time_unix_nano
         assert ours[stage].end_time_unix_nano <= request.end_time_unix_nano
-    assert ours["queue"].end_time_unix_nano <= ours["encode"].end_time_unix_nano
-    assert ours["encode"].attributes[0].key == "dcar.batch_size"

@@ -109,11 +109,9 @@ def test_writes_are_applied_once_and_published_under_load_without_a_failed_reque
 def test_a_killed_worker_is_replaced_and_the_others_go_on(service: Service) -> None:
     before = service.pids()
     victim, other = before
-    names = "dcar_request_seconds_count", "process_cpu_seconds_total"
-    served, computed = map(service.sample, names)
+    served = service.sample("dcar_request_seconds_count")
     os.kill(victim, signal.SIGKILL)
     wait(lambda: not is_alive(victim))
-    assert service.sample("process_cpu_seconds_total") >= computed, "else a rate would take the rest for new seconds"
     with searching(service.url) as statuses:
         wait(lambda: len(service.pids()) == 2 and victim not in service.pids())
         wait(lambda: len(statuses) > 50)

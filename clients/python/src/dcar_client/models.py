@@ -300,8 +300,8 @@ class HealthResponse(Model):
 
 
 class ReadinessResponse(Model):
-    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, a file
-    of the index is damaged, or images of a gallery are missing; `reason` says which.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, or
+    images of a gallery are missing; `reason` says which.
 
     index_version and count belong to the default collection.
     """
