@@ -39,7 +39,6 @@ RETRY_S = 5.0
 STATUS_S = 10.0  # longest wait for the status of a job
 _POLL_S = 30.0  # between looks for jobs that another process has stored
 _STOP_S = 5.0
-_MAX_ACCEPTING = 16  # jobs that are being stored; of each, the service holds the whole body
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
 
 
@@ -65,7 +64,6 @@ class WriteWorker:
         self._reasons: dict[str, str] = {}  # why the jobs of a collection wait
         self._task: asyncio.Task[None] | None = None
         self._disk = ComputeThreads(4, "dcar-jobs")
-        self._accepting = 0
         served = collections if settings.writes else ()
         metrics.add_gauge(
             "dcar_jobs_waiting",
@@ -94,22 +92,17 @@ class WriteWorker:
 
         Raises:
             OSError: the disk is full, or the collection has been dropped.
-            UnavailableError: too many jobs are being stored, or wait.
+            UnavailableError: too many jobs wait.
         """
         served = self._collections[collection]
-        if self._accepting >= _MAX_ACCEPTING:
-            raise UnavailableError("Too many changes are being stored.", retry_after_s=2)
         if served.waiting_jobs >= self._settings.max_jobs:
             raise UnavailableError("Too many changes of this collection wait to be applied.", retry_after_s=30)
-        self._accepting += 1
         served.waiting_jobs += 1
         try:
             job = await self._disk.run(partial(JobQueue(served.index).accept, kind, items, images, **more))
         except BaseException:
             served.waiting_jobs -= 1
             raise
-        finally:
-            self._accepting -= 1
         self._arrived.set()
         if (status := await self.status([collection], job)) is None:
             raise FileNotFoundError(errno.ENOENT, "the collection has been dropped", str(served.index))

@@ -1,7 +1,5 @@
 """API keys, rate limits and cross-origin access."""
 
-import asyncio
-import hmac
 from pathlib import Path
 
 import httpx
@@ -118,23 +116,6 @@ async def test_responses_behind_keys_are_private_to_caches(built_index: Path) ->
             assert "cache-control" not in (await client.get("/healthz")).headers
 
 
-@pytest.mark.slow
-async def test_caller_is_accepted_after_the_announced_wait() -> None:
-    async def call(cost: int, requests: int) -> None:
-        rates, refused = RateLimiter("10/second"), 0
-        for _ in range(requests):
-            for attempt in range(3):
-                wait = await rates.charge("alice") or await rates.charge("alice", extra=cost - 1)
-                if not wait:
-                    break
-                refused += 1
-                assert attempt < 2, f"refused again after the announced wait, at a cost of {cost}"
-                await asyncio.sleep(wait + 0.01)
-        assert refused, cost
-
-    await asyncio.gather(*(call(cost, requests) for cost, requests in ((3, 4), (10, 2))))
-
-
 async def test_only_named_origins_may_search(built_index: Path) -> None:
     origin = {"Origin": "https://shop.example"}
     asks = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
@@ -168,23 +149,11 @@ def test_ipv6_addresses_are_counted_by_network(address: str, network: str) -> No
     assert network_of(address) == network
 
 
-def test_keys_are_compared_in_constant_time_with_every_known_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    compare, compared = hmac.compare_digest, list[tuple[bytes, bytes]]()
-
-    def record(one: bytes, other: bytes) -> bool:
-        compared.append((one, other))
-        return compare(one, other)
-
-    monkeypatch.setattr(hmac, "compare_digest", record)
+def test_keys_are_known_by_their_hashes() -> None:
     keys = {name: ApiKey(key_hash(name)) for name in ("first", "second", "third")}
-    for key, name in (("first", "first"), ("third", "third"), ("none of them", None)):
-        compared.clear()
-        assert find_key_name(keys, key) == name
-        assert [other for _, other in compared] == [each.digest.encode() for each in keys.values()]
-    compared.clear()
+    assert [find_key_name(keys, key) for key in ("first", "third", "other")] == ["first", "third", None]
     assert is_key("secret", "secret")
     assert not is_key(f"sha256:{key_hash('secret')}", f"sha256:{key_hash('secret')}"), "the hash itself is not a key"
-    assert [other for _, other in compared] == [key_hash("secret").encode()] * 2
 
 
 def test_a_scope_follows_the_hash() -> None:

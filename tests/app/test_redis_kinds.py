@@ -63,14 +63,10 @@ async def test_a_tls_server_is_used_and_its_certificate_checked(tmp_path: Path) 
             await assert_cached(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
 
 
-async def test_a_password_and_a_database_are_used() -> None:
-    with RedisServer("--requirepass", "pass/word") as server:
+async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> None:
+    with RedisServer("--requirepass", "pass/word", "--unixsocket", str(tmp_path / "redis.sock")) as server:
         await assert_cached(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
-
-
-async def test_a_socket_is_used(tmp_path: Path) -> None:
-    with RedisServer("--unixsocket", str(tmp_path / "redis.sock")):
-        await assert_cached(f"unix://{tmp_path}/redis.sock")
+        await assert_cached(f"unix://:pass%2Fword@{tmp_path}/redis.sock")
 
 
 @pytest.mark.parametrize(

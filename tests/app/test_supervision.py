@@ -4,14 +4,11 @@ import asyncio
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from app.core.metrics import Metrics
 from app.core.supervision import stop, supervise
-from app.service.batching import Batcher, BatchGroup
-from dcar_core.util.arrays import Floats
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import Current
 from index_jobs.index.versions import current_version
@@ -111,26 +108,3 @@ async def test_a_hung_gallery_degrades_readiness_and_holds_up_nothing_else(
         assert looks[0].name.startswith("dcar-"), "the process can end without it"
         gate.set()
         await until_ready(client, status="ready")
-
-
-async def test_the_batcher_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = Metrics()
-    batcher = Batcher(max_batch=2, max_wait_s=0, metrics=metrics)
-    forward_pass = metrics.forward_pass
-
-    def fail_once(*args: Any) -> None:
-        monkeypatch.setattr(metrics, "forward_pass", forward_pass)
-        raise OSError("no metrics")
-
-    def run(payloads: list[str]) -> Floats:
-        import numpy as np
-
-        return np.ones((len(payloads), 2), np.float32)
-
-    monkeypatch.setattr(metrics, "forward_pass", fail_once)
-    batcher.start()
-    group = BatchGroup("text", run)
-    for payload in ("first", "second"):
-        assert len(await asyncio.wait_for(batcher.submit(group, [payload]), 5)) == 1
-    await batcher.close()
-    assert metrics.registry.get_sample_value("dcar_task_failures_total", {"task": "batcher"}) == 1
