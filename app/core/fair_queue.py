@@ -50,9 +50,9 @@ class FairQueue:
 
     def take(self, may_start: Callable[[Turn], bool] = lambda _: True) -> Turn | None:
         """Begin the next turn of those that may start; None if there is none."""
-        for turn in [turn for turn in self.waiting if turn.future.cancelled()]:
-            self.waiting.remove(turn)
-            self._leave(turn, 0.0)
+        for gone in [turn for turn in self.waiting if turn.future.cancelled()]:
+            self.waiting.remove(gone)
+            self._leave(gone, 0.0)
         ready, had = filter(may_start, self.waiting), self._had
         turn = min(ready, key=lambda turn: (had[turn.caller,], had[turn.caller, turn.request]), default=None)
         if turn is not None:

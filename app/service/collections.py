@@ -60,7 +60,7 @@ class ServedIndex:
         self.waiting_jobs = 0
         self.was_tried = asyncio.Event()
         self._collections = collections
-        self._failed_version: int | None = None
+        self._tried_version: int | None = None
         self._retry_at = 0.0
         self._poller: asyncio.Task[None] | None = None
         self._loads: set[asyncio.Task[bool]] = set()
@@ -102,36 +102,45 @@ class ServedIndex:
         return await asyncio.shield(load)
 
     async def _load(self) -> bool:
-        collections, disk = self._collections, self._collections.disk
-        lost = await self._pull()
-        async with collections.load_lock:
-            is_dropped = self.is_created and not await disk.run(self.index.is_dir)
-            if self._is_closing or is_dropped:
+        lost, started = await self._pull(), time.perf_counter()
+        async with self._collections.load_lock:
+            if self._is_closing or (self.is_created and not await self._collections.disk.run(self.index.is_dir)):
                 return False
-            version, snapshot, started = None, None, time.perf_counter()
+            self._tried_version = None
             try:
-                is_empty = self.is_created and await disk.run(current_version, self.index) is None
-                version = 0 if is_empty else (await disk.run(require_index, self.index)).version
-                is_new = self.live is None or not await disk.run(is_published, self.live, self.index, version)
-                if is_new:
-                    snapshot = await self._open(version, is_empty)
+                snapshot = await run_in_new_thread(self._load_new, self._collections.loaded)
             except ENDS:
                 raise
             except BaseException as error:
                 traceback.clear_frames(error.__traceback__)  # they refer to snapshots until a full garbage collection
-                failure = self._record_failure(version, lost or error)
+                failure = self._record_failure(lost or error)
                 raise failure from (None if failure is error else error)
             if snapshot is not None:
                 if self.live is None:
                     gc.freeze()  # else each full collection would stop every request for a quarter of a second
-                self.live = snapshot
-                count, seconds = snapshot.artifact.manifest.count, time.perf_counter() - started
-                where = location_of(self.index)
-                logger.info("serving version %d of %s: %d items, loaded in %.1f s", version, where, count, seconds)
+                self.live, where, seconds = snapshot, location_of(self.index), time.perf_counter() - started
+                count = snapshot.artifact.manifest.count
+                logger.info(
+                    "serving version %d of %s: %d items, loaded in %.1f s", snapshot.version, where, count, seconds
+                )
             if lost is not None:
-                raise self._record_failure(version, lost, "served, and its object store is not followed")
-            self.reason, self._failed_version = None, None
+                raise self._record_failure(lost, "served, and its object store is not followed")
+            self.reason, self._retry_at = None, 0.0
             return snapshot is not None
+
+    def _load_new(self, loaded: list[Snapshot]) -> Snapshot | None:
+        """Load the published version unless it is live. Damaged files of an object store's are brought anew."""
+        is_empty = self.is_created and current_version(self.index) is None
+        version = self._tried_version = 0 if is_empty else require_index(self.index).version
+        if self.live is not None and is_published(self.live, self.index, version):
+            return None
+        try:
+            return load_snapshot(self.index, self._collections.settings, loaded, is_empty)
+        except Exception:
+            if store_of(self.index) is None:
+                raise
+        repair(self.index, version)
+        return load_snapshot(self.index, self._collections.settings, loaded, is_empty)
 
     async def _pull(self) -> DcarError | None:
         """Bring the version from its object store, if it is in one, and return what prevents it: what is here remains.
@@ -148,31 +157,20 @@ class ServedIndex:
             return error
         return None
 
-    async def _open(self, version: int, is_empty: bool) -> Snapshot:
-        """Load a version. If it cannot be loaded, its damaged files are first brought anew from its object store."""
-        arguments = self.index, self._collections.settings, self._collections.loaded, is_empty
-        try:
-            return await run_in_new_thread(load_snapshot, *arguments)
-        except Exception:
-            if store_of(self.index) is None:
-                raise
-        await run_in_new_thread(repair, self.index, version)
-        return await run_in_new_thread(load_snapshot, *arguments)
-
     @property
     def fault(self) -> str | None:
         """Why the collection is degraded: `store_fault` or `reason`; None if it is not, or not open yet."""
         return (self.store_fault or self.reason) if self.was_tried.is_set() else None
 
-    def _record_failure(self, version: int | None, error: BaseException, state: str = "not served") -> DcarError:
+    def _record_failure(self, error: BaseException, state: str = "not served") -> DcarError:
         """Note why a version is not served; log it once, or report it if the service cannot start."""
         failure = error if isinstance(error, DcarError) else ArtifactError(f"the index cannot be loaded: {error}")
         reason = without_directories(str(failure), self.index)
         if self.live is None and not self.is_created and self._collections.on_start_failure is not None:
             self._collections.on_start_failure(failure)
         elif reason != self.reason:
-            logger.error("version %s of %s is %s: %s", version or "?", self.index, state, failure)
-        self.reason, self._failed_version, self._retry_at = reason, version, time.monotonic() + RETRY_S
+            logger.error("version %s of %s is %s: %s", self._tried_version or "?", self.index, state, failure)
+        self.reason, self._retry_at = reason, time.monotonic() + RETRY_S
         return failure
 
     def _record_poll_failure(self, error: BaseException) -> None:
@@ -180,26 +178,22 @@ class ServedIndex:
         self.was_tried.set()
 
     async def _poll(self) -> None:
+        disk, poll_s = self._collections.disk, self._collections.settings.poll_s
         while True:
             version = None
             if self.was_tried.is_set():
                 with contextlib.suppress(ArtifactError):  # `reload` reports why it cannot be read
-                    version = await self._collections.disk.run(current_version, self.index)
-            if version is None or version != self._failed_version or time.monotonic() >= self._retry_at:
+                    version = await disk.run(current_version, self.index)
+            if version is None or version != self._tried_version or time.monotonic() >= self._retry_at:
                 with contextlib.suppress(DcarError):  # `_record_failure` has logged it
                     await self.reload()
-            await self._ask_store()
-            if self._collections.settings.poll_s == 0:
+            fault = await disk.run(self.live.artifact.find_store_fault) if self.live else None
+            if fault is not None and self.store_fault is None:
+                logger.error("%s cannot be searched: %s", self.index, fault)
+            self.store_fault = fault
+            if poll_s == 0:
                 return
-            await asyncio.sleep(self._collections.settings.poll_s)
-
-    async def _ask_store(self) -> None:
-        fault = await self._collections.disk.run(self.live.artifact.find_store_fault) if self.live else None
-        if fault is not None and self.store_fault is None:
-            logger.error("%s cannot be searched: %s", self.index, fault)
-        elif fault is None and self.store_fault is not None:
-            logger.info("%s can be searched again", self.index)
-        self.store_fault = fault
+            await asyncio.sleep(poll_s)
 
 
 class Collections:
@@ -323,11 +317,9 @@ class Collections:
                 logger.info("no longer serving the collection %s: it was dropped, or its directory is gone", name)
             for name, path in found.items():
                 if name not in self._indexes:
-                    created = ServedIndex(path, self, is_created=True)
-                    with contextlib.suppress(DcarError):  # logged; the service stays ready meanwhile
-                        await created.reload()
-                    self._indexes[name] = created
+                    created = self._indexes[name] = ServedIndex(path, self, is_created=True)
                     created.start()
+                    await created.was_tried.wait()
 
     async def reload(self) -> dict[str, bool]:
         """Serve the published version of every collection, created ones included. Return which changed, by name.

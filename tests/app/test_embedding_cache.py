@@ -46,16 +46,6 @@ def test_keys_differ_by_encoder_kind_and_content() -> None:
     assert not any("secret words" in key for key in keys)
 
 
-def test_a_caller_cannot_change_a_cached_vector() -> None:
-    cache = cache_of(None, 1)
-    cache.put("a", VECTOR)
-    for _ in range(2):
-        kept = cache.peek("a")
-        assert kept is not None
-        np.testing.assert_array_equal(kept, ROUNDED)
-        kept[0] = 5
-
-
 async def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("app.core.redis.time", SimpleNamespace(monotonic=lambda: now))
@@ -196,9 +186,11 @@ async def test_a_computed_value_is_cached_in_the_process_without_redis(monkeypat
     cache = cache_of("redis://127.0.0.1:1/0", 10, metrics, timeout_s=0.1)
     for i in range(5):
         cache.put(f"key {i}", VECTOR)
-        known = cache.peek(f"key {i}")
-        assert known is not None
-        np.testing.assert_array_equal(known, ROUNDED)
+        for _ in range(2):
+            known = cache.peek(f"key {i}")
+            assert known is not None
+            np.testing.assert_array_equal(known, ROUNDED)
+            known[0] = 5  # changes nothing that is cached
     assert count(metrics, "dcar_cache_writes_total", outcome="skipped") == 3, "pending writes are bounded"
     await cache.close()
 
@@ -235,8 +227,7 @@ async def test_results_are_the_same_with_and_without_redis(
         await store.aclose()
     async with opened(built_index, **given) as client:  # as another process would
         assert (await ask())["cached"] is True
-        cache = client.app.state.retriever.compute.cache
-        breaker = cache.read_breaker
+        breaker = client.app.state.retriever.compute.cache.read_breaker
         monkeypatch.setattr("app.core.redis.PAUSE_S", 0.2)
         redis_server.stop()
         for _ in range(4):

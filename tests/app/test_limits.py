@@ -117,23 +117,17 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
     if not is_small:
         monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
         monkeypatch.setattr("app.search.facets.MAX_CACHED_BYTES", 10)
+        monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live
         for number in range(20):
             filter = {"caption": {"not": [f"{number}" + "\U0001f600" * 10_000]}}
             body = {"query": "red", "filter": filter, "facets": ["category", "caption"]}
             assert (await client.post("/search/text", json=body)).is_success
+        assert (await client.post("/search/text", json=WORDS)).is_success
         assert (len(snapshot.masks), len(snapshot.facets)) == ((16, 40) if is_small else (2, 0))
+        assert len(snapshot.pages) == is_small
         assert sum(len(str(key)) for cache in (snapshot.masks, snapshot.facets) for key in cache) < 10_000
-
-
-async def test_pages_of_long_texts_are_not_cached(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with opened(built_index) as client:
-        snapshot = client.app.state.collections[None].live
-        for most in (100, 10_000):
-            monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", most)
-            assert (await client.post("/search/text", json=WORDS)).is_success
-            assert len(snapshot.pages) == (most > 100)
 
 
 async def test_large_image_is_read_in_a_thread_and_held_within_the_budget_of_long_responses(
@@ -211,32 +205,20 @@ async def test_searches_without_a_filter_do_not_wait_for_filters(
         assert {(await task).status_code for task in [*filtered, listed]} == {200}
 
 
-@pytest.mark.parametrize("option", ["filter", "facets"])
-async def test_filters_and_facets_of_a_batch_give_way_to_the_filter_of_another_request(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch, option: str
+async def test_filters_of_a_batch_give_way_to_the_filter_of_another_request(
+    built_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, order, match_rows = threading.Event(), list[str](), filters.match_rows
 
-    def wait(name: str) -> None:
-        order.append(name)
-        assert name == "single" or gate.wait(60)
-
     def match(artifact: Any, filter: Any) -> Any:
-        wait(filter["caption"]["contains"])
+        order.append(filter["caption"]["contains"])
+        assert order[-1] == "single" or gate.wait(60)
         return match_rows(artifact, filter)
 
-    def count(*_: Any) -> tuple[dict[str, Any], bool]:
-        wait("batch")
-        return {}, True
-
-    monkeypatch.setattr("app.search.results.facets_of", count)
     monkeypatch.setattr(filters, "match_rows", match)
     async with opened(built_index) as client:
-        options: dict[str, Any] = {
-            "facets": lambda number: ["color"],
-            "filter": lambda number: {"caption": {"contains": "batch"}, "color": {"not": f"{number}"}},
-        }
-        queries = [{"query": f"red {number}", option: options[option](number)} for number in range(8)]
+        filters_of_batch = [{"caption": {"contains": "batch"}, "color": {"not": f"{number}"}} for number in range(8)]
+        queries = [{"query": "red", "filter": filter} for filter in filters_of_batch]
         batch = asyncio.create_task(client.post("/search/batch", json={"queries": queries}))
         await until(lambda: bool(order))
         await asyncio.sleep(0.2)  # all queries of the batch have been encoded
