@@ -439,6 +439,7 @@ async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeyp
     async with opened(built_index) as http:
         whole = (await http.post("/search/text", json=query)).json()["results"]
         monkeypatch.setattr("app.api.responses.QUICK_BYTES", 0)  # made in a thread
+        monkeypatch.setattr("app.http.body_limit.UNCOUNTED_BYTES", 0)
         assert (await http.post("/search/text", json=query)).json()["results"] == whole
         assert (await http.post("/search/batch", json=batch)).json()["answers"][0]["results"] == whole
         listed = (await http.get("/items", params={"k": 20})).json()
