@@ -124,6 +124,7 @@ print(r.urlopen("http://prometheus:9090/api/v1/query?query=count(dcar_index_vers
     sleep 1
 done
 echo "ok    Prometheus scrapes both"
+$both exec -T nginx nginx -s reload
 while [ ! -e "$folder/stop" ]; do
     number=$((${number:-0} + 1))
     curl -s -o /dev/null -w '%{http_code}\n' --max-time 30 "$URL/search/text" -H 'content-type: application/json' \

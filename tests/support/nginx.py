@@ -18,7 +18,7 @@ def behind_nginx(folder: Path, *ports: int) -> Iterator[int]:
     """Run nginx, configured by nginx.conf, in front of the services on these ports, and yield its port."""
     port, text = free_port(), (ROOT / "nginx.conf").read_text()
     for old, new in {
-        "server dcar:8000 resolve max_fails=0;": "".join(f"server 127.0.0.1:{each} max_fails=0;" for each in ports),
+        "server dcar:8000 max_fails=0;": "".join(f"server 127.0.0.1:{each} max_fails=0;" for each in ports),
         "listen 8080": f"listen 127.0.0.1:{port}",
         " /tmp/": f" {folder}/",
     }.items():
