@@ -3,17 +3,15 @@
 import asyncio
 import importlib
 import json
-import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +28,7 @@ from tests.support.files import write_json, write_jsonl
 from tests.support.parts import needs
 from tests.support.paths import ROOT
 
+EMOJI, DOMAINS = ROOT / "examples" / "emoji", ("twemoji", "openmoji")
 TABLES = {  # commands, and patterns of what they print
     "training_cost.py --model {model} --methods clip-adapter --pairs 8 --batch-size 4":
         r"\| clip-adapter \| 2,144 \|",  # two bottlenecks of 32 -> 16 -> 32
@@ -49,6 +48,25 @@ def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call a script's `main` with arguments, and return what it prints."""
+
+    def call(script: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        importlib.import_module(script).main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    done = commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @needs("time")
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TABLES, ids=lambda command: command.partition(".")[0])
@@ -56,10 +74,8 @@ def test_a_script_prints_its_table(
     command: str, tiny_model: Path, tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny-checkpoint").symlink_to(tiny_checkpoint)  # in place of a model of real size
-    script, *arguments = command.format(model=tiny_model, data=tiny_data, work=tmp_path).split()
-    done = commands.run(ROOT / "benchmarks" / script, *arguments, environment={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert re.search(TABLES[command], done.stdout), done.stdout
+    printed = run(*command.format(model=tiny_model, data=tiny_data, work=tmp_path).split()).stdout
+    assert re.search(TABLES[command], printed), printed
 
 
 def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path) -> None:
@@ -74,11 +90,10 @@ def test_negatives_are_made_of_the_captions_that_are_counted(tiny_data: Path) ->
     assert categories <= {sample.category for sample in samples}
 
 
-@pytest.mark.parametrize("domain", ["twemoji", "openmoji"])
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
-    data = ROOT / "examples" / "emoji" / domain
-    asked = importlib.import_module("attributes").protocol(data, "test")
-    splits, _ = Annotations(data).load_all()
+    asked = importlib.import_module("attributes").protocol(EMOJI / domain, "test")
+    splits, _ = Annotations(EMOJI / domain).load_all()
     contents = [asked.images.read(name) for name in asked.images.images]
     assert len(set(contents)) == len(contents) == len(asked.facts)
     assert not set(contents) & {splits[name].read(image) for name in ("train", "val") for image in splits[name].images}
@@ -87,52 +102,42 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
     assert (asked.grades(np.roll(asked.queries, 1)) < 1).any()
 
 
-@pytest.mark.parametrize("domain", ["twemoji", "openmoji"])
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_folds_share_no_emoji_and_no_image(domain: str) -> None:
-    first, second = importlib.import_module("folds").folds(ROOT / "examples" / "emoji" / domain)
+    first, second = importlib.import_module("folds").folds(EMOJI / domain)
     for splits in (first, second):
         parts = [splits[name] for name in ("train", "val", "test")]
         contents = [{part.read(image) for image in part.images} for part in parts]
-        for left, right in ((0, 1), (0, 2), (1, 2)):
-            assert not parts[left].categories & parts[right].categories
-            assert not contents[left] & contents[right]
+        for groups in ([part.categories for part in parts], contents):
+            assert sum(map(len, groups)) == len(frozenset().union(*groups))
         assert len(splits["test"]) == len(splits["test"].images) > 1000
     assert {*first["test"].images, *second["test"].images} == {
-        *first["train"].images,
-        *first["val"].images,
-        *first["test"].images,
+        image for part in first.values() for image in part.images
     }
     assert len(first["test"]) + len(second["test"]) == {"twemoji": 2357, "openmoji": 2233}[domain]
 
 
-def test_the_categories_of_folds_are_pooled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_categories_of_folds_are_pooled(tmp_path: Path, main: Callable[..., str]) -> None:
     for fold, category in enumerate(("dog", "cat")):
         found = {"pairs": 1 + 2 * fold, "t2i_r1": 100 * (1 - fold), "i2t_r1": 50.0}
         runs = {"methods": {name: {"runs": [{"categories": {category: found}}]} for name in "ab"}}
-        (tmp_path / str(fold)).mkdir()
         write_json(tmp_path / str(fold) / "results.json", runs)
-    command = ["category_intervals.py", *(str(tmp_path / fold) for fold in "01"), "a", "b"]
-    for measure, value in (("", "37.5"), ("t2i_r1", "25.0")):
-        monkeypatch.setattr(sys, "argv", command + ["--measure", measure] * bool(measure))
-        importlib.import_module("category_intervals").main()
-        assert capsys.readouterr().out.startswith(f"a: {value} (")
+    for options, value in (((), "37.5"), (("--measure", "t2i_r1"), "25.0")):
+        printed = main("category_intervals", tmp_path / "0", tmp_path / "1", "a", "b", *options)
+        assert printed.startswith(f"a: {value} (")
 
 
 def test_the_grade_is_the_share_of_facts_that_hold(
-    tiny_data: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tiny_model: Path, reranking_checkpoint: Path, tmp_path: Path, main: Callable[..., str]
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {"category": f"woman {row['category']}, {row['color']}", "attributes": ["dark skin tone", "art"]}
     write_jsonl(data / "metadata.jsonl", *rows)
-    test = json.loads((data / "test.json").read_text())
-    kept, removed = (each["file_name"] for each in list(test.values())[:2])
-    shutil.copyfile(
-        data / next(iter(json.loads((data / "train.json").read_text()).values()))["file_name"], data / removed
-    )
+    splits = {name: [*json.loads((data / f"{name}.json").read_text()).values()] for name in ("train", "test")}
+    kept, removed = (each["file_name"] for each in splits["test"][:2])
+    shutil.copyfile(data / splits["train"][0]["file_name"], data / removed)
     asked = importlib.import_module("attributes").protocol(data, "test")
     assert kept in asked.images.images
     assert removed not in asked.images.images, "it is a copy of a training image"
@@ -144,24 +149,13 @@ def test_the_grade_is_the_share_of_facts_that_hold(
         same = kept.partition("/")
         expected = (2 + (thing == same[0]) + (color == same[2])) / 4
         assert asked.facts[row][0].held_in(facts[0]) == expected
-    checkpoint = tmp_path / "checkpoint"
-    save_checkpoint(
-        seeded_model(load_backbone(BackboneSource(str(tiny_model))), method("query-prompts"), 0), checkpoint
-    )
-    command = ["attributes.py", data, checkpoint, checkpoint, "--model", tiny_model, "--baseline", "query-prompts"]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    printed = StringIO()
-    with redirect_stdout(printed):
-        importlib.import_module("attributes").main()
-    assert re.search(r"\n\| query-prompts \| 2 \| .* \| - \|\n\| query-prompts with rerank \| 2 \|", printed.getvalue())
+    methods = (reranking_checkpoint, reranking_checkpoint, "--model", tiny_model, "--baseline", "query-prompts")
+    printed = main("attributes", data, *methods)
+    assert re.search(r"\n\| query-prompts \| 2 \| .* \| - \|\n\| query-prompts with rerank \| 2 \|", printed)
 
 
 def test_weights_of_words_are_compared_with_shuffled_ones(
-    tiny_data: Path,
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_data: Path, tiny_model: Path, tmp_path: Path, main: Callable[..., str]
 ) -> None:
     script, backbone = importlib.import_module("word_weights"), load_backbone(BackboneSource(str(tiny_model)))
     tokens = backbone.tokenize(["a red dog", "dog"])
@@ -176,10 +170,7 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
         shorter = model.encode_query(backbone.tokenize(["a dog"], model.prompt_tokens))
         torch.testing.assert_close(script.without_each_token(model, tokens)[0, backbone.layout.start + 1], shorter[0])
         save_checkpoint(model, tmp_path / name)
-    command = ["word_weights.py", tiny_data, tmp_path / "dcar", tmp_path / "query-prompts", "--model", tiny_model]
-    monkeypatch.setattr(sys, "argv", list(map(str, command)))
-    script.main()
-    printed = capsys.readouterr().out
+    printed = main("word_weights", tiny_data, tmp_path / "dcar", tmp_path / "query-prompts", "--model", tiny_model)
     assert printed.startswith("dcar, dcar: Spearman ")
     assert [line.split(" | ")[0] for line in printed.splitlines() if line.endswith(") |")] == [
         f"| {name}" for name in (
@@ -192,20 +183,14 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
 
 def test_a_third_style_is_matched_by_names(tmp_path: Path) -> None:
     script, data = importlib.import_module("third_style"), "emojibase-data/en"
-    icons = {
-        "grinning-face": {"body": "<a/>"},
-        "Crying_Cat": {"body": "<b/>", "width": 32},
-        "unknown": {"body": "<c/>"},
-    }
+    icons = {"grinning-face": {"body": "<a/>"}, "Crying_Cat": {"body": "<b/>", "width": 32}, "x": {"body": "<c/>"}}
     contents = {
         "@iconify-json/emojione-v1/icons.json": {"width": 64, "height": 64, "icons": icons},
         "@iconify-json/twemoji/chars.json": {"1f600": "grinning-face"},
         f"{data}/data.json": [{"label": "frowning face", "hexcode": "2639-FE0F"}],
-        **{
-            f"{data}/shortcodes/{name}.json": {"1F63F": ["cat", "crying_cat"], "2639": "x"}
-            for name in script.SHORTCODES
-        },
     }
+    shortcodes = {"1F63F": ["cat", "crying_cat"], "2639": "y"}
+    contents |= {f"{data}/shortcodes/{name}.json": shortcodes for name in script.SHORTCODES}
     for name, content in contents.items():
         write_json(tmp_path / name, content)
     assert script.names_of_emoji(tmp_path)["frowningface"] == "2639"
@@ -213,18 +198,6 @@ def test_a_third_style_is_matched_by_names(tmp_path: Path) -> None:
     assert {code: svg.partition("viewBox=")[2] for code, svg in found.items()} == {
         "1f600": '"0 0 64 64"><a/></svg>', "1f63f": '"0 0 32 64"><b/></svg>',
     }  # fmt: skip
-
-
-def test_a_server_s_memory_is_in_millions_of_bytes() -> None:
-    service = importlib.import_module("service")
-    server = service.Server.__new__(service.Server)
-    with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as process:
-        assert process.stdout
-        process.stdout.readline()
-        server.process = SimpleNamespace(pid=process.pid)
-        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-        assert server.memory_mb() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, rel=0.02)
-        process.kill()
 
 
 async def test_responses_after_an_open_loop_are_not_in_its_rate() -> None:
@@ -255,12 +228,9 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_galler
     rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         row |= {"id": row["file_name"], "category": row["caption"], "attributes": [row["color"], row["category"]]}
-    (gallery / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script, options = ROOT / "benchmarks" / "loop.py", ("--weeks", 2, "--searches", 600, "--queries", 40, "--alone")
-    done = commands.run(
-        script, *options, "--model", tiny_model, "--gallery", gallery, environment={"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
+    write_jsonl(gallery / "metadata.jsonl", *rows)
+    options = ("--weeks", 2, "--searches", 600, "--queries", 40, "--alone", "--model", tiny_model)
+    done = run("loop.py", *options, "--gallery", gallery)
     *said, last = done.stdout.splitlines()
     hits = json.loads(last)
     assert [*hits] == ["on", "off", "honest", "clicks", "captions"]
@@ -288,6 +258,8 @@ def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(t
     for part in ("noun", "verb", "adj", "adv"):
         (tmp_path / f"data.{part}").write_text("00001740 03 n 01 thing 0 000 | a small red thing\n")
     script, results = str(ROOT / "benchmarks" / "photo_base.py"), tmp_path / "results"
+    missing = commands.run(script, "train", "--encoder", encoder, "--out", tmp_path)
+    assert "known.jsonl does not exist" in missing.stderr
     data = f"--data {bed / tiny_data.name}.jsonl --images {bed / 'maps'}"
     for program, arguments in (
         (script, f"maps --data {tiny_data} --cnn {cnn} --out {bed}"),
@@ -302,13 +274,6 @@ def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(t
     categories = [set(re.findall(r'"category": "(.*?)"', rows)) for rows in (known, own)]
     assert all(categories), categories
     assert not categories[0] & categories[1]
-
-
-def test_a_clip_for_photos_without_maps_says_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "benchmarks" / "photo_base.py")
-    monkeypatch.setattr(sys, "argv", [script, "train", "--encoder", str(tmp_path), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"known\.jsonl does not exist"):
-        runpy.run_path(script, run_name="__main__")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.stem)

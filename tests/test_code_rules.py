@@ -4,58 +4,36 @@ import ast
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.support import parts
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dcar_core", "index_jobs", "app")
+MODULES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-MOST_MODULES_IN_A_PACKAGE = 6
-MOST_MODULES_IN_A_FOLDER = 12
-
-
-def modules(package: str) -> list[Path]:
-    return [path for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
+MOST_MODULES_IN_A_PACKAGE, MOST_MODULES_IN_A_FOLDER = 6, 12
 
 
 def test_open_clip_is_imported_in_one_place() -> None:
-    importers = {
-        p.name
-        for package in PACKAGES
-        for p in modules(package)
-        if re.search(r"^\s*(import|from) open_clip", p.read_text(), re.M)
-    }
-    assert importers == {"open_clip_source.py"}
+    imports = re.compile(r"^\s*(import|from) open_clip", re.M)
+    assert [path.name for path in MODULES if imports.search(path.read_text())] == ["open_clip_source.py"]
 
 
-def test_folders_stay_small_enough_to_read() -> None:
-    for package in PACKAGES:
-        for folder in {path.parent for path in modules(package)}:
-            count = sum(path.name not in ("__init__.py", "__main__.py") for path in folder.glob("*.py"))
-            assert count <= (MOST_MODULES_IN_A_PACKAGE if folder == ROOT / package else MOST_MODULES_IN_A_FOLDER), (
-                folder
-            )
-
-
-def test_every_folder_documents_its_purpose() -> None:
-    for package in PACKAGES:
-        for folder in {path.parent for path in modules(package)} - {ROOT / package}:
-            docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
-            assert len(docstring.splitlines()) >= 3, (
-                f"{folder} needs a docstring: what goes in, what comes out, who imports it"
-            )
+def test_folders_document_their_purpose_and_stay_small_enough_to_read() -> None:
+    sizes = Counter(path.parent for path in MODULES if path.name != "__main__.py")
+    for folder, count in sizes.items():
+        is_package = folder.parent == ROOT
+        assert count <= (MOST_MODULES_IN_A_PACKAGE if is_package else MOST_MODULES_IN_A_FOLDER), folder
+        docstring = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+        assert is_package or len(docstring.splitlines()) >= 3, f"{folder}: what goes in, what comes out, who imports it"
 
 
 def test_no_two_classes_share_a_name() -> None:
-    places = defaultdict(list)
-    for package in PACKAGES:
-        for path in modules(package):
-            for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.M):
-                places[name].append(str(path.relative_to(ROOT)))
-    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    names = Counter(name for path in MODULES for name in re.findall(r"^\s*class (\w+)", path.read_text(), re.M))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_help_teaches_and_loads_no_model_library() -> None:
@@ -100,7 +78,7 @@ def private_uses(path: Path, private: set[str]) -> Iterator[str]:
 
 def test_tests_use_public_names_alone() -> None:
     defined = re.compile(r"(?:\b(?:def|class) |\bself\.|^)(_[a-zA-Z]\w*)", re.M)
-    private = {name for package in PACKAGES for path in modules(package) for name in defined.findall(path.read_text())}
+    private = {name for path in MODULES for name in defined.findall(path.read_text())}
     uses = {path.relative_to(ROOT / "tests").as_posix(): [*private_uses(path, private)] for path in TESTS}
     assert {name: found for name, found in uses.items() if found and name not in PRIVATE.split()} == {}
     assert [name for name in PRIVATE.split() if not uses.get(name)] == [], "these are done: shorten the list"

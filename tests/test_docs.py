@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,9 @@ from tests.support.commands import run
 from tests.support.paths import ROOT
 from tests.support.shown import assert_text, shown_blocks
 
-PAGES = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "examples").glob("*/README.md"),
-        ROOT / "clients/python/README.md",
-        *(ROOT / "plugins").rglob("README.md"),
-    ]
-)
+PLACES = ("*.md", "docs/**/*.md", "examples/*/README.md", "clients/python/README.md", "plugins/**/README.md")
+PAGES = sorted({page for place in PLACES for page in ROOT.glob(place)})
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 MAX_WORDS, MAX_BENCHMARKS, MAX_ALL = 1500, 5000, 30_000  # of letters or digits
 SHOWS = ["README.md", "docs/tutorial.md", *(f"docs/how-to/{path.name}" for path in (ROOT / "docs/how-to").glob("*.md"))]
 UNLINKED = {"README.md"}  # the start of every path to a page
@@ -37,9 +32,13 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
 def prose(page: Path) -> str:
     """The page without code blocks and comments."""
-    text = re.sub(r"<!--.*?-->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", TEXTS[page.resolve()], flags=re.DOTALL)
     return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -54,18 +53,12 @@ def anchors(page: Path) -> set[str]:
 
 
 def shell_commands(page: Path) -> Iterator[list[str]]:
-    """Words of every command in the page's shell blocks and inline code that starts with `dcar`."""
-    text = page.read_text(encoding="utf-8")
-    lines: list[str] = []
-    for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        lines += block.replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`((?:dcar|python -m) [^`\n]*)`", prose(page))
-    for line in lines:
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError:
-            continue  # half of a quoted text, as in a curl command over two lines
-        yield from _split(words)
+    """Words of every command in the page's shell blocks, and of inline code that starts with `dcar` or `python -m`."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *re.findall(r"`((?:dcar|python -m) [^`\n]*)`", prose(page))]:
+        with suppress(ValueError):  # half of a quoted text, as in a curl command over two lines
+            yield from _split(shlex.split(line, comments=True))
 
 
 def _split(words: list[str]) -> Iterator[list[str]]:
@@ -73,59 +66,46 @@ def _split(words: list[str]) -> Iterator[list[str]]:
     command: list[str] = []
     for word in [*words, ";"]:
         if word in ("&&", "||", "|", ";", "&"):
-            while command and (command[0] in ("do", "done", "then", ".", "export") or re.match(r"\w+=", command[0])):
-                command = command[1:]
             if command:
                 yield command
             command = []
-        elif word.endswith(";"):
-            command.append(word[:-1])
-        else:
-            command.append(word)
+        elif command or not (word in ("do", "done", "then", ".", "export") or re.match(r"\w+=", word)):
+            command.append(word.removesuffix(";"))
 
 
-def dcar_command(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that some words call, and the words after its name."""
-    command = typer.main.get_command(app)
-    while words and hasattr(command, "commands") and words[0] in command.commands:
-        command, words = command.commands[words[0]], words[1:]
-    return command, words
+def options_of(*names: str) -> set[str]:
+    """The options of a dcar command; those of a group, if the next word names none of its commands."""
+    command: Any = typer.main.get_command(app)
+    for name in names:
+        if not hasattr(command, "commands"):
+            break
+        if name not in command.commands:
+            return set() if re.fullmatch(r"[a-z][a-z-]+", name) else {"--help", "--version"}
+        command = command.commands[name]
+    return {"--help", "--version"} | {o for p in command.params for o in [*p.opts, *p.secondary_opts]}
 
 
 def unknown_options(words: list[str]) -> list[str]:
-    """Return the error in a documented command: a missing sub-command or option."""
+    """Return what is wrong with a documented command: its name, or options that it lacks."""
     if "app.cli" in words[:8]:  # python -m app.cli
         words = ["dcar", *words[words.index("app.cli") + 1 :]]
-    elif words[:2] == ["python", "-m"]:
-        words = words[2:]
     given = [word.partition("=")[0] for word in words if re.fullmatch(r"--[a-z][a-z-]*(=.*)?|-[a-z]", word)]
     if words[0] == "dcar":
-        command, rest = dcar_command(words[1:])
-        if hasattr(command, "commands"):
-            known = {"--help", "--version"}
-            if rest and re.fullmatch(r"[a-z][a-z-]+", rest[0]):
-                return [rest[0]]
-        else:
-            known = {"--help", *(o for p in command.params for o in [*p.opts, *p.secondary_opts])}
-    elif words[0] == "index_jobs.rebuild":
-        command, _ = dcar_command(["index", "build"])
-        known = {"--help", *(o for p in command.params for o in [*p.opts, *p.secondary_opts])}
-    elif words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
-        script = ROOT / words[1]
-        if not script.is_file():
-            return [words[1]]
-        source = script.read_text(encoding="utf-8")
-        known = {option for option in given if re.search(rf"{option}\b", source)}
-    elif words[0] == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        known = options_of(*words[1:])
+        return [option for option in given if option not in known] if known else words[:3]
+    if words[:3] == ["python", "-m", "index_jobs.rebuild"]:
+        return [option for option in given if option not in options_of("index", "build") | {"-m"}]
+    if words[0] == "python" and words[1:2] and words[1].endswith(".py"):
+        source = text_of(words[1]) if (ROOT / words[1]).is_file() else ""
+        return [option for option in given if not re.search(rf"{option}\b", source)] if source else words[:2]
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
         return [word for word in words[1:] if re.fullmatch("[a-z-]+", word) and word not in targets]
-    else:
-        return []
-    return [option for option in given if option not in known]
+    return []
 
 
 def test_pages_are_short() -> None:
-    counts = {name(page): len(re.findall(r"\S*\w\S*", page.read_text(encoding="utf-8"))) for page in PAGES}
+    counts = {name(page): len(re.findall(r"\S*\w\S*", text)) for page, text in TEXTS.items()}
     del counts["CHANGELOG.md"]
     for page, count in counts.items():
         limit = MAX_BENCHMARKS if page == "docs/benchmarks.md" else MAX_WORDS
@@ -177,30 +157,30 @@ def test_documented_commands_and_options_exist(page: Path) -> None:
             pytest.fail(f"{name(page)}: `{shlex.join(words)}`: {unknown} does not exist")
 
 
-def test_wrong_command_is_noticed() -> None:
-    assert unknown_options(shlex.split("dcar index bild --gallery x")) == ["bild"]
-    assert unknown_options(shlex.split("dcar index build --galery x")) == ["--galery"]
-    assert unknown_options(shlex.split("python -m app.cli train --dta x")) == ["--dta"]
-    assert unknown_options(shlex.split("python -m index_jobs.rebuild --galery x")) == ["--galery"]
-    assert unknown_options(shlex.split("python benchmarks/serve.py --no-such-option")) == ["--no-such-option"]
-    assert unknown_options(shlex.split("make tests")) == ["tests"]
-    assert unknown_options(shlex.split("dcar index build --gallery x --out y")) == []
+@pytest.mark.parametrize(
+    ("command", "unknown"),
+    [
+        ("dcar index bild --gallery x", "bild"), ("dcar index build --galery x", "--galery"),
+        ("python -m app.cli train --dta x", "--dta"), ("python -m index_jobs.rebuild --galery x", "--galery"),
+        ("python benchmarks/serve.py --no-such-option", "--no-such-option"), ("make tests", "tests"),
+        ("dcar index build --gallery x --out y", None),
+    ],
+)  # fmt: skip
+def test_wrong_command_is_noticed(command: str, unknown: str | None) -> None:
+    found = unknown_options(command.split())
+    assert unknown in found if unknown else found == []
 
 
 def test_named_source_files_exist() -> None:
     for page in PAGES:
-        for path in re.findall(
-            r"`((?:app|index_jobs|dcar_core|clients|docs|tests|benchmarks|plugins|scripts|examples)/[\w/.-]+)`",
-            prose(page),
-        ):
+        folders = "app|index_jobs|dcar_core|clients|docs|tests|benchmarks|plugins|scripts|examples"
+        for path in re.findall(rf"`((?:{folders})/[\w/.-]+)`", prose(page)):
             assert (ROOT / path).exists(), f"{name(page)} names {path}"
 
 
 def test_a_newcomer_changes_at_most_four_files() -> None:
     """Check each row of CONTRIBUTING's table; another test checks that the files exist."""
-    rows = re.findall(
-        r"^\| an? ([a-z ]+) \| (.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    rows = re.findall(r"^\| an? ([a-z ]+) \| (.+) \|$", text_of("CONTRIBUTING.md"), re.MULTILINE)
     places = ["search option", "route", "backbone family", "build option", "vector engine", "kind of index",
               "baseline method"]  # fmt: skip
     assert [what for what, _ in rows] == places
@@ -209,15 +189,15 @@ def test_a_newcomer_changes_at_most_four_files() -> None:
 
 
 def test_the_architecture_lists_every_folder() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = text_of("docs/architecture.md")
     tree = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) if "app/ " in block)
     listed, package = set(), ""
     for indent, folder in re.findall(r"^( *)([\w/]+)/ ", tree, re.MULTILINE):
         package = package if indent else folder
         listed.add(f"{package}/{folder}" if indent else folder)
     packages = ("app", "index_jobs", "dcar_core")
-    folders = {f"{name}/{path.name}" for name in packages for path in (ROOT / name).iterdir() if path.is_dir()}
-    folders = {folder for folder in folders if not folder.endswith("__pycache__")}
+    paths = [path for name in packages for path in (ROOT / name).iterdir() if path.is_dir()]
+    folders = {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__pycache__"}
     assert {folder for folder in listed if folder.split("/")[0] in packages} == folders | set(packages)
 
 
@@ -228,11 +208,9 @@ def test_named_variables_exist() -> None:
         sources += (path for path in (ROOT / folder).rglob("*.py") if path != Path(__file__))
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     known = {f"DCAR_{field.upper()}" for field in Settings.model_fields}
-    for page in PAGES:
-        if page.name == "CHANGELOG.md":
-            continue  # names removed things
-        for variable in re.findall(r"\bDCAR_[A-Z_]+[A-Z]\b", page.read_text(encoding="utf-8")):
-            assert variable in known or variable in code, f"{name(page)} names {variable}"
+    for page, text in TEXTS.items():
+        named = set() if page.name == "CHANGELOG.md" else {*re.findall(r"\bDCAR_[A-Z_]+[A-Z]\b", text)}
+        assert [each for each in named - known if each not in code] == [], name(page)
 
 
 def test_the_generated_reference_is_up_to_date() -> None:
@@ -247,52 +225,36 @@ def test_the_generated_reference_is_up_to_date() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_http_reference_names_every_route() -> None:
+def test_the_reference_and_explanations_are_complete() -> None:
     from app.main import create_app
-
-    page = (ROOT / "docs" / "reference" / "http-api.md").read_text(encoding="utf-8")
-    routes = create_app(Settings(index=ROOT)).openapi()["paths"]
-    assert len(routes) > 8
-    for path in routes:
-        if not path.startswith("/collections/{collection}/"):
-            assert f"{path}`" in page, f"docs/reference/http-api.md does not name {path}"
-
-
-def test_every_method_is_described() -> None:
     from dcar_core.model.methods.registry import METHODS
-
-    page = (ROOT / "docs" / "explanation" / "method.md").read_text(encoding="utf-8")
-    assert [name for name in METHODS if f"`{name}`" not in page] == []
-
-
-def test_every_kind_of_index_is_described_as_it_is_built() -> None:
     from index_jobs.engines.faiss.kinds import NAMED, choose_kinds
 
-    page = (ROOT / "docs" / "explanation" / "index-kinds.md").read_text(encoding="utf-8")
-    count, dim = 1_000_000, 512
+    routes = create_app(Settings(index=ROOT)).openapi()["paths"]
+    assert len(routes) > 8
+    routes = [path for path in routes if not path.startswith("/collections/{collection}/")]
+    page = text_of("docs/reference/http-api.md")
+    assert [path for path in routes if f"{path}`" not in page] == []
+    page = text_of("docs/explanation/method.md")
+    assert [name for name in METHODS if f"`{name}`" not in page] == []
+    page, count = text_of("docs/explanation/index-kinds.md"), 1_000_000
     for name in NAMED[1:]:  # without "auto"
-        (choice,) = choose_kinds(name, count, dim)
+        (choice,) = choose_kinds(name, count, 512)
         row = f"| `{name}` | `{choice.factory.replace('IVF4000', 'IVF<n>')}` | {choice.bytes // count} |"
         assert row in page, f"docs/explanation/index-kinds.md lacks {row}"
-
-
-def test_the_reference_of_exit_codes_is_complete() -> None:
-    page = (ROOT / "docs" / "reference" / "exit-codes.md").read_text(encoding="utf-8")
-    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
-    raised = {
-        cls.exit_code for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.DcarError)
-    }
-    assert raised <= listed
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", text_of("docs/reference/exit-codes.md"), re.MULTILINE)}
+    classes = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.DcarError)]
+    assert {each.exit_code for each in classes} <= listed
 
 
 @pytest.mark.slow
 def test_python_examples_run() -> None:
     """The Python block of the README prints what it shows; those that need a service are only compiled."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = text_of("README.md")
     ((code, shown),) = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
     assert_text(shown, done.stdout)
-    for page in PAGES:
-        for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+    for page, text in TEXTS.items():
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             compile(block, name(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

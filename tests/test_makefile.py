@@ -38,11 +38,19 @@ def test_modules_and_tests_of_mutants_exist() -> None:
         assert [path for path in mutmut[name] if not (ROOT / path).exists()] == []
 
 
+def make(folder: Path, *given: str, **variables: str) -> str:
+    """Run make beside a copy of the Makefile, and return what it says."""
+    shutil.copy(ROOT / "Makefile", folder)
+    kept = os.environ.keys() - {"MAKEFLAGS", "PYTHONPATH", "EXTRAS", "LOCK"}
+    usual = {name: os.environ[name] for name in kept}
+    done = subprocess.run(["make", *given], cwd=folder, env=usual | variables, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("found", ["unfinished", "without pip"])
 @needs("make")
 @pytest.mark.slow
 def test_install_goes_on_from_any_virtual_environment(found: str, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").write_text(_PROJECT)
     (tmp_path / "backend.py").write_text(_BACKEND)
     place = tmp_path / ".venv"
@@ -51,31 +59,19 @@ def test_install_goes_on_from_any_virtual_environment(found: str, tmp_path: Path
     if found == "unfinished":  # the scripts come after pip
         for script in place.glob("bin/[aA]ctivate*"):
             script.unlink()
-    usual = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "PYTHONPATH"}}
-    command = ["make", "install", f"PYTHON={sys.executable}"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=usual | {"PIP_NO_INDEX": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = make(tmp_path, "install", f"PYTHON={sys.executable}", PIP_NO_INDEX="1")
+    assert [*place.glob(".installed-*")], said
     assert (place / "bin" / "activate").is_file()
     assert (place / "kept").exists(), "nothing is deleted"
 
 
 @needs("make")
 def test_a_lock_is_installed_into_an_environment_without_one(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
     for name in ("pyproject.toml", "a.lock", ".venv/.installed-dev"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-
-    def plan(*given: str) -> str:
-        usual = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "EXTRAS", "LOCK"}}
-        command = ["make", "-n", "install", *given]
-        done = subprocess.run(command, cwd=tmp_path, env=usual, capture_output=True, text=True, check=False)
-        return done.stdout + done.stderr
-
-    assert "Nothing to be done" in plan()
-    assert "--requirement a.lock" in plan("LOCK=a.lock")
-    assert "No rule to make target 'b.lock'" in plan("LOCK=b.lock")
+    assert "Nothing to be done" in make(tmp_path, "-n", "install")
+    assert "--requirement a.lock" in make(tmp_path, "-n", "install", "LOCK=a.lock")
+    assert "No rule to make target 'b.lock'" in make(tmp_path, "-n", "install", "LOCK=b.lock")
     (tmp_path / ".venv" / ".installed-dev-a.lock").touch()
-    assert "Nothing to be done" in plan("LOCK=a.lock")
+    assert "Nothing to be done" in make(tmp_path, "-n", "install", "LOCK=a.lock")

@@ -50,9 +50,8 @@ def test_a_wheel_in_a_clean_environment_serves_without_pytorch(
     venv.create(tmp_path / "clean", symlinks=True)
     python, (wheel,) = str(tmp_path / "clean" / "bin" / "python"), tmp_path.glob("*.whl")
     subprocess.run([*pip, f"--python={python}", "install", f"{wheel}[openvino]"], check=True)
-    find = (
-        "import importlib.util as u; print(*[n for n in ('torch', 'timm', 'open_clip', 'dcar_core') if u.find_spec(n)])"
-    )
+    names = ("torch", "timm", "open_clip", "dcar_core")
+    find = f"import importlib.util as u; print(*[n for n in {names} if u.find_spec(n)])"
     done = subprocess.run([python, "-c", find], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["dcar_core"]
 

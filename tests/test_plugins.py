@@ -48,21 +48,15 @@ def dcar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a folder of the path with a plug-in of the commands `dcar hello greet` and `dcar data greet`."""
-    (tmp_path / "greetings.py").write_text(COMMAND)
-    metadata = tmp_path / "greetings-1.dist-info"
+@pytest.mark.slow
+def test_commands_of_another_distribution_join_those_of_dcar(tmp_path: Path) -> None:
+    folder, metadata = tmp_path, tmp_path / "greetings-1.dist-info"
+    (folder / "greetings.py").write_text(COMMAND)
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: greetings\nVersion: 1\n")
-    names = ("hello.greet", "data.greet")
-    lines = ["[dcar.commands]", *(f"{name} = greetings:greet" for name in names)]
+    lines = ["[dcar.commands]", *(f"{name} = greetings:greet" for name in ("hello.greet", "data.greet"))]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
-    return tmp_path
 
-
-@pytest.mark.slow
-def test_a_command_of_another_distribution_runs(folder: Path) -> None:
     done = dcar(folder, "hello", "greet", "Ada", "Bo", "--ages", "36", "--ages", "4", "--size", "3", "4", "-n", "2")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == (
@@ -81,23 +75,15 @@ def test_a_command_of_another_distribution_runs(folder: Path) -> None:
         done = dcar(folder, "hello", "greet", *wrong)
         assert done.returncode == 2
         assert says in done.stderr
-
-
-@pytest.mark.slow
-def test_a_command_shows_its_help_and_example(folder: Path) -> None:
     done = dcar(folder, "hello", "greet", "--help")
     for text in ("Greet people.", "What is said.", "--shout ", "--stop / --no-stop", "-n "):
         assert text in done.stdout
     assert done.stdout.rstrip().endswith("Example:\n    dcar hello greet Ada --shout")
     assert "check" in dcar(folder, "data", "--help").stdout, "the command joins those of the group"
-
-
-@pytest.mark.slow
-def test_a_plugin_that_cannot_be_loaded_is_named(folder: Path) -> None:
     (folder / "greetings.py").write_text("import nothing_of_this_name")
     done = dcar(folder, "models")
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
+    assert (done.returncode, done.stderr.strip()) == (
+        1,
         "error: the plug-in greetings:greet cannot be loaded (No module named 'nothing_of_this_name'); update or "
-        "uninstall it"
+        "uninstall it",
     )

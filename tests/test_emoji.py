@@ -1,0 +1,147 @@
+"""The emoji example: what training may read, its captions and short queries, and the record of the checkpoints."""
+
+import importlib
+import json
+import random
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dcar_core.data import Annotations
+from tests.support.paths import ROOT
+
+EMOJI = ROOT / "examples" / "emoji"
+DOMAINS = ("twemoji", "openmoji")
+QUERIES = {"validation": 303, "test": 357}
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(EMOJI / "evaluate_queries.py"))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EMOJI / "twemoji" / "metadata.jsonl").read_text().splitlines()]
+
+
+def read(domain: str, split: str) -> list[dict[str, Any]]:
+    return list(json.loads((EMOJI / domain / f"{split}.json").read_text(encoding="utf-8")).values())
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_splits_share_no_emoji_no_image_and_no_caption(domain: str) -> None:
+    lines = [json.loads(line) for line in (EMOJI / domain / "metadata.jsonl").read_text().splitlines()]
+    split_of = {line["file_name"]: line["split"] for line in lines}
+    entries = {split: read(domain, split) for split in ("train", "val", "test")}
+    categories = {split: {each["class_name"] for each in found} for split, found in entries.items()}
+    assert all(split_of[each["file_name"]] == split for split, found in entries.items() for each in found)
+    assert len(lines) == 3944
+    files = {each["file_name"] for found in entries.values() for each in found}
+    assert len(files) == {"twemoji": 3925, "openmoji": 3801}[domain], "others are copies"
+    assert not categories["train"] & (categories["test"] | categories["val"]), "in any skin tone"
+    splits, _ = Annotations(EMOJI / domain).load_all()
+    contents = [{split.read(image) for image in split.images} for split in splits.values()]
+    assert sum(map(len, contents)) == len(frozenset().union(*contents)) > 3500
+    for split, unseen in (("train", "val"), ("train", "test"), ("val", "test")):
+        negatives = {text for pair in entries[split] for text in pair["negative"]}
+        positives = [pair["positive"] for pair in entries[unseen]]
+        captions = {text for each in positives for text in ([each] if isinstance(each, str) else each)}
+        assert len(negatives) > 500
+        assert not negatives & captions
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_the_bundled_checkpoint_is_small_and_the_run_that_the_results_name(domain: str) -> None:
+    results = json.loads((EMOJI / "results.json").read_text(encoding="utf-8"))[domain]
+    training = json.loads((EMOJI / domain / "checkpoint" / "config.json").read_text(encoding="utf-8"))["training"]
+    (run,) = (run for run in results["runs"] if run["method"] == "dcar+" and run["seed"] == results["bundled_seed"])
+    assert (training["seed"], training["epoch"]) == (run["seed"], run["epoch"])
+    assert training["validation"] == run["val"]
+    limits = {"base/open_clip_model": 15e6, f"{domain}/checkpoint/trainables": 1e6}
+    assert all((EMOJI / f"{name}.safetensors").stat().st_size < size for name, size in limits.items())
+    assert (EMOJI / domain / "gallery.tar").stat().st_size < 8e6
+
+
+def test_a_pytorch_without_muon_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EMOJI))
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train_base.py", "--renders", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"Muon needs PyTorch 2\.9 or newer, not "):
+        importlib.import_module("train_base").main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_spoken_captions_name_gender_and_skin_tone_as_people_do_and_have_typing_errors() -> None:
+    captions = runpy.run_path(str(EMOJI / "captions.py"))
+
+    def drawn(function: str, given: Any) -> set[str]:
+        return {captions[function](given, random.Random(seed)) for seed in range(400)}
+
+    typed = drawn("with_typo", "a red umbrella")
+    assert {"a red umbrlla", "a red umbrlela", "a red umbbrella"} <= typed  # left out, swapped, doubled
+    assert len(typed) > 40
+    for text in typed:
+        assert re.fullmatch("a red u[a-z]+", text), "one long word changes, after its first letter"
+        assert abs(len(text) - len("a red umbrella")) <= 1
+    assert drawn("with_typo", "a red cat") == {"a red cat"}
+    spoken = drawn("spoken_caption", {"base_label": "woman running", "tones": [5], "tags": []})
+    assert {"dark skinned woman running", "lady running with dark skin", "female running black"} <= spoken
+    assert all("running" in text for text in spoken)
+    assert drawn("spoken_caption", {"base_label": "flag: Japan", "tones": []}) == {"flag of Japan"}
+
+
+@pytest.mark.slow
+def test_every_query_has_answers_in_the_gallery_and_is_in_one_set(
+    script: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    texts = []
+    for name, count in QUERIES.items():
+        queries = script["read_queries"](EMOJI / "queries" / f"{name}.tsv", rows)
+        assert len(queries) == count
+        assert {query.kind for query in queries} == {"word", "synonym", "description", "tone", "typo"}
+        assert all(query.answers for query in queries)
+        texts.append({query.text.lower() for query in queries})
+    assert not texts[0] & texts[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "labels", "count"),
+    [
+        ("🎃", {"jack-o-lantern"}, 1), ("%heart", {"red heart", "black heart"}, None),
+        ("🧛*", {"vampire", "man vampire", "woman vampire"}, None),
+        ("@🚒", {"firefighter", "man firefighter", "woman firefighter"}, None),
+        ("👍", {"thumbs up"}, 6), ("=👍🏿", {"thumbs up"}, 1),
+    ],
+)  # fmt: skip
+def test_an_answer_names_one_emoji_in_any_skin_tone_or_several(
+    answer: str, labels: set[str], count: int | None, script: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
+    found = [row["category"] for row in rows if script["answer_test"](answer)(row)]
+    assert labels <= {*found}
+    assert count is None or len(found) == count
+
+
+def test_figures_count_the_first_answer_the_first_five_and_all(script: dict[str, Any]) -> None:
+    query = script["Query"]("word", "boat", frozenset({2, 9}))
+    scores = -np.arange(20.0)[None]
+    scores[0, 9] = 1  # then rows 0, 1, 2, ..
+    first, five, gain = script["measure"](scores, [query])[0]
+    assert (first, five) == (1, 1)
+    assert gain == pytest.approx((1 + 1 / np.log2(5)) / (1 + 1 / np.log2(3)))
+
+
+def test_queries_that_training_answers_can_be_left_out(script: dict[str, Any]) -> None:
+    boat, crab, sail = (script["Query"]("word", text, frozenset({0})) for text in ("Boat", "crab", "to sail"))
+    rows = [{"category": "sailboat", "attributes": ["boat"]}, {"category": "crab", "attributes": []}]
+    rows = [row | {"caption": row["category"]} for row in rows]
+    assert script["new_texts"]([boat, crab, sail], rows) == [sail], "others are a tag or a name"
+    trained, both, unseen = (script["Query"]("word", "", frozenset(rows)) for rows in ({0}, {0, 1}, {1, 2}))
+    splits = [{"split": "train"}, {"split": "val"}, {"split": "test"}]
+    assert script["held_out"]([trained, both, unseen], splits) == [unseen]
