@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 # A tiny model gains nothing from several threads, and loses much to them where other processes run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -25,8 +26,11 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import method
+from index_jobs.jobs.summary import RebuildSummary
+from index_jobs.rebuild import rebuild
 from tests.support import parts
 from tests.support.images import draw
+from tests.support.versions import Build
 
 torch.set_num_threads(1)
 
@@ -190,3 +194,25 @@ def tiny_data(tiny_gallery: Path) -> Path:
             }
         (tiny_gallery / f"{split}.json").write_text(json.dumps(content))
     return tiny_gallery
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Draw two categories with two images each."""
+    root = tmp_path / "photos"
+    for name in ("red_fox/1.png", "red_fox/2.png", "owl/1.png", "owl/2.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        draw("red" if "fox" in name else "blue", "circle" if "1" in name else "cross").save(root / name)
+    return root
+
+
+@pytest.fixture
+def build(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Build:
+    """Build `tmp_path / "index"`, by default of the small gallery with the small checkpoint."""
+
+    def run(
+        gallery: Any = tiny_gallery, checkpoint: Path = tiny_checkpoint, out: Path = tmp_path / "index", **options: Any
+    ) -> RebuildSummary:
+        return rebuild(gallery, checkpoint, out, progress=False, **options)
+
+    return run

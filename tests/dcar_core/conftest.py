@@ -9,17 +9,6 @@ import torch
 
 from dcar_core.data import Annotations, Dataset
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
-from tests.support.images import draw
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Draw two categories with two images each."""
-    root = tmp_path / "photos"
-    for name in ("red_fox/1.png", "red_fox/2.png", "owl/1.png", "owl/2.png"):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        draw("red" if "fox" in name else "blue", "circle" if "1" in name else "cross").save(root / name)
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,12 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dcar_core import Encoder
 from index_jobs.gallery import storage
-from index_jobs.jobs.summary import RebuildSummary
 from index_jobs.rebuild import rebuild
-from tests.support.versions import Build
 
 
 @pytest.fixture(autouse=True)
@@ -35,18 +32,6 @@ def published(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path_factory: pytes
     index = tmp_path_factory.mktemp("published") / "index"
     rebuild(tiny_gallery, tiny_checkpoint, index, progress=False)
     return index
-
-
-@pytest.fixture
-def build(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Build:
-    """Build `tmp_path / "index"`, by default of the small gallery with the small checkpoint."""
-
-    def run(
-        gallery: Any = tiny_gallery, checkpoint: Path = tiny_checkpoint, out: Path = tmp_path / "index", **options: Any
-    ) -> RebuildSummary:
-        return rebuild(gallery, checkpoint, out, progress=False, **options)
-
-    return run
 
 
 @pytest.fixture

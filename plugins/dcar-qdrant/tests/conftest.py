@@ -5,19 +5,14 @@
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from qdrant_server import QdrantServer, running_server
 
 from dcar_qdrant import connection, engine
-from index_jobs.jobs.summary import RebuildSummary
-from index_jobs.rebuild import rebuild
-from tests.conftest import anyio_backend, other_checkpoint, tiny_checkpoint, tiny_gallery, tiny_model
-from tests.support.versions import Build
+from tests.conftest import anyio_backend, build, other_checkpoint, tiny_checkpoint, tiny_gallery, tiny_model
 
-__all__ = ["anyio_backend", "other_checkpoint", "tiny_checkpoint", "tiny_gallery", "tiny_model"]
+__all__ = ["anyio_backend", "build", "other_checkpoint", "tiny_checkpoint", "tiny_gallery", "tiny_model"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +40,3 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QdrantServer]:
     with running_server(tmp_path_factory.mktemp("core")) as server:
         yield server
-
-
-@pytest.fixture
-def build(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> Build:
-    """Build `tmp_path / "index"`, by default of the small gallery with the small checkpoint."""
-
-    def run(
-        gallery: Any = tiny_gallery, checkpoint: Path = tiny_checkpoint, out: Path = tmp_path / "index", **options: Any
-    ) -> RebuildSummary:
-        return rebuild(gallery, checkpoint, out, progress=False, **options)
-
-    return run
