@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import error_handlers, openapi
+from app.api import error_handlers
 from app.api.image_urls import ImageFetcher
 from app.api.routes import add_routes
 from app.api.routing import GuardedRoute, refuse_unknown
@@ -95,7 +95,6 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     app.router.route_class, app.router.default = GuardedRoute, refuse_unknown
     error_handlers.install(app)
     add_routes(app)
-    openapi.install(app)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,4 +1,4 @@
-"""Write clients/python/src/dcar_client/models.py from the service's pydantic models.
+"""Write clients/python/src/dcar_client/models.py from the service's types.
 
     python scripts/generate_client_models.py            write the file
     python scripts/generate_client_models.py --check    exit with 1 if the file is stale
@@ -16,14 +16,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from typing_extensions import is_typeddict
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "clients" / "python" / "src" / "dcar_client" / "models.py"
 sys.path.insert(0, str(ROOT))
 
-from app.api import schemas  # noqa: E402
+from app.api import openapi, responses  # noqa: E402
 from app.search import facets, pair_scoring, results, rows  # noqa: E402
 from app.search.query import Crop, Query, Weights  # noqa: E402
 
@@ -47,17 +47,17 @@ class Model(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 '''
-MODULES = (pair_scoring, rows, facets, results, schemas)  # in which responses are declared
+MODULES = (pair_scoring, rows, facets, results, openapi, responses)  # in which responses are declared
 OPTIONS = ("Weights", "Crop", "SearchOptions", "TextQuery")
 SCALARS = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
 def generate() -> str:
     """Return the module's text, formatted."""
-    responses = [each for module in MODULES for each in vars(module).values() if _is_of(each, module)]
+    models = [each for module in MODULES for each in vars(module).values() if _is_of(each, module)]
     query = Query.model_json_schema()
-    names = sorted([*(each.__name__ for each in responses), *OPTIONS])
-    parts = [HEADER.format(names=names), *map(_response_class, responses)]
+    names = sorted([*(each.__name__ for each in models), *OPTIONS])
+    parts = [HEADER.format(names=names), *map(_response_class, models)]
     parts += [
         _typed_dict("Weights", Weights.model_json_schema()),
         _typed_dict("Crop", Crop.model_json_schema()),
@@ -70,14 +70,13 @@ def generate() -> str:
 
 
 def _is_of(value: Any, module: Any) -> bool:
-    is_response = is_typeddict(value) or (isinstance(value, type) and issubclass(value, BaseModel))
-    return is_response and value.__module__ == module.__name__
+    return is_typeddict(value) and value.__module__ == module.__name__
 
 
 def _response_class(model: Any) -> str:
     schema = TypeAdapter(model).json_schema()
-    base = next((each for each in model.__bases__ if each not in (BaseModel, dict)), None)
-    inherited = set() if base is None else set(base.model_fields)
+    base = next((each for each in model.__orig_bases__ if is_typeddict(each)), None)
+    inherited = set() if base is None else {*base.__annotations__}
     lines = [f"class {model.__name__}({'Model' if base is None else base.__name__}):", _class_docstring(schema)]
     for name, field in schema["properties"].items():
         if name in inherited:

@@ -12,9 +12,8 @@ from fastapi.responses import Response
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo
 
 from app.api.requests import Strict, read_json
-from app.api.responses import JsonResponse
+from app.api.responses import FeedbackResponse, JsonResponse
 from app.api.routing import Routes, collection_of, state_of
-from app.api.schemas import FeedbackResponse
 from app.core.problems import Problem
 from app.core.threads import run_in_new_thread
 from app.feedback.insights import summarize

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from starlette.types import Scope
@@ -26,7 +27,6 @@ from app.core.threads import run_in_new_thread
 from app.http.body_limit import byte_counter
 from dcar_core.util.errors import MissingExtraError
 
-PIECE = 2**20  # bytes looked at, or characters of base64, before other threads may have their turn
 TIMEOUT_S = 10.0  # of one image, including the time in the queue
 MAX_URLS = 8  # of one request
 _AT_ONCE = 16
@@ -39,10 +39,8 @@ _DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
 
 def decode_base64(image: str, max_bytes: int, field: str) -> bytes:
     """Return the file in a base64 text or data URI; an error names the field."""
-    text = image.rpartition(",")[2]
     try:
-        parts = [base64.b64decode(text[start : start + PIECE], validate=True) for start in range(0, len(text), PIECE)]
-        data = b"".join(parts)
+        data = base64.b64decode(image.rpartition(",")[2], validate=True)
     except ValueError:
         raise field_problem(field, "must be base64, or a data URI with base64") from None
     require_size(len(data), max_bytes, field)
@@ -86,14 +84,9 @@ class ImageFetcher:
     """Fetch images. One per process. Raise MissingExtraError if the settings need aiohttp and it is not installed."""
 
     def __init__(self, settings: Settings) -> None:
-        self._hosts, self._ports = frozenset(settings.image_hosts), frozenset(settings.image_ports)
-        self._max_bytes = settings.max_upload_bytes
-        self._turns = FairTurns(_AT_ONCE, _AT_ONCE_EACH)
-        if self._hosts:
-            try:
-                import aiohttp  # noqa: F401
-            except ImportError:
-                raise MissingExtraError("fetching images by URL (DCAR_IMAGE_HOSTS)", "http") from None
+        self._settings, self._turns = settings, FairTurns(_AT_ONCE, _AT_ONCE_EACH)
+        if settings.image_hosts and find_spec("aiohttp") is None:
+            raise MissingExtraError("fetching images by URL (DCAR_IMAGE_HOSTS)", "http")
 
     async def read(self, scope: Scope, images: Mapping[str, str]) -> dict[str, bytes]:
         """Return the files of images in base64 or at URLs, by their places. Raise Problem with the place of a fault."""
@@ -101,11 +94,9 @@ class ImageFetcher:
         if len(urls) > MAX_URLS:
             field = next(iter(urls)).partition(".")[0]
             raise field_problem(field, f"at most {MAX_URLS} images by URL, not {len(urls)}")
-        files = {
-            place: await asyncio.to_thread(decode_base64, image, self._max_bytes, f"{place}.image")
-            for place, image in images.items()
-            if place not in urls
-        }
+        most, files = self._settings.max_upload_bytes, dict[str, bytes]()
+        for place in images.keys() - urls.keys():
+            files[place] = await asyncio.to_thread(decode_base64, images[place], most, f"{place}.image")
         fetches = (self.fetch(url, byte_counter(scope)) for url in urls.values())
         for place, image in zip(urls, await asyncio.gather(*fetches, return_exceptions=True), strict=True):
             if isinstance(image, BaseException):
@@ -118,46 +109,38 @@ class ImageFetcher:
 
         count: is called with the size of each part, and raises Problem if the budget is exceeded.
         """
-        checked = self._check(url)
-        try:
-            async with asyncio.timeout(TIMEOUT_S), self._turns.turn():
-                return await self._download(checked, count)
-        except TimeoutError:
-            raise field_problem("image", f"the host took more than {TIMEOUT_S:g} seconds") from None
-
-    def _check(self, text: str) -> Any:
-        if not self._hosts:
+        if not self._settings.image_hosts:
             raise field_problem("image", "this service fetches no images by URL; send the file in base64")
+        import aiohttp
         from yarl import URL
 
         try:
-            url = URL(text, encoded=True)
-            host, port = (url.raw_host or "").lower(), url.port
+            parsed = URL(url, encoded=True)
+            host, port = (parsed.raw_host or "").lower(), parsed.port
         except ValueError:
             raise field_problem("image", "is not a valid URL") from None
-        if not _URL.fullmatch(text) or url.raw_user is not None:
+        if not _URL.fullmatch(url) or parsed.raw_user is not None:
             raise field_problem("image", "a URL has at most 8,192 printable ASCII characters, and no user name")
-        if host not in self._hosts or port not in self._ports:
+        if host not in self._settings.image_hosts or port not in self._settings.image_ports:
             raise field_problem("image", f"this service fetches no images from {host}:{port}")
         with suppress(ValueError):  # of a name, whose addresses the resolver checks
             _require_public(host)
-        return url
-
-    async def _download(self, url: Any, count: Callable[[int], None]) -> bytes:
-        import aiohttp
-
-        connector, body = aiohttp.TCPConnector(resolver=_PublicResolver(), use_dns_cache=False), bytearray()
+        body, connector = bytearray(), aiohttp.TCPConnector(resolver=_PublicResolver(), use_dns_cache=False)
         try:
             async with (
+                asyncio.timeout(TIMEOUT_S),
+                self._turns.turn(),
                 aiohttp.ClientSession(connector=connector, auto_decompress=False) as session,
-                session.get(url, headers=_HEADERS, allow_redirects=False) as response,
+                session.get(parsed, headers=_HEADERS, allow_redirects=False) as response,
             ):
                 if response.status != 200:
                     raise field_problem("image", f"the host answered {response.status}; redirects are not followed")
                 async for piece in response.content.iter_any():
                     count(len(piece))
                     body += piece
-                    require_size(len(body), self._max_bytes, "image")
+                    require_size(len(body), self._settings.max_upload_bytes, "image")
+        except TimeoutError:
+            raise field_problem("image", f"the host took more than {TIMEOUT_S:g} seconds") from None
         except (OSError, aiohttp.ClientError):
             raise field_problem("image", "the host cannot be reached, or does not answer in HTTP") from None
         return bytes(body)

@@ -5,20 +5,57 @@
 - The security of an operation follows from its policy.
 """
 
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, NotRequired
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
+from pydantic_core import to_json
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.api.requests import BatchEntry, ImageForm
-from app.api.schemas import OpenAIErrorResponse, ProblemResponse
 from app.core.problems import MEDIA_TYPE, OPENAI_PATH, Problem
 from app.core.settings import Settings
 from app.http.access import Policy
 from app.search.query import Query
 
-_referenced: dict[str, type[BaseModel]] = {}  # models of bodies and errors by name, which FastAPI does not see
+
+class FieldError(TypedDict):
+    """One invalid field, under the name that the request used."""
+
+    field: str
+    message: str
+
+
+class ProblemResponse(TypedDict):
+    """An error (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: NotRequired[list[FieldError]]
+
+
+class OpenAIError(TypedDict):
+    """An error in the shape of OpenAI's API. param: the invalid field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorResponse(TypedDict):
+    """An error of a route below /v1/."""
+
+    error: OpenAIError
+
+
+_REFERENCE = "#/components/schemas/{model}"
+_models: dict[str, Any] = {
+    each.__name__: each for each in (ProblemResponse, OpenAIErrorResponse)
+}  # and those of bodies
 _COLLECTION = {
     "name": "collection",
     "in": "path",
@@ -32,6 +69,10 @@ _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "monitor": [{}, {"key": []}, {"admin": []}],
     "write": [{"admin": []}, {"key": []}],
     "admin": [{"admin": []}],
+}
+_KEYS = {
+    "key": "An API key, if the service requires one; the header `X-API-Key` works too.",
+    "admin": "The admin key.",
 }
 _BODY_ERRORS = (400, 408, 413, 415, 422)
 _COLLECTION_ERRORS = (404, 422, 503)
@@ -53,14 +94,16 @@ _ERRORS = {
 
 
 def operation_options(
-    path: str, policy: Policy, accepts: type[BaseModel] | None, media_type: str, errors: tuple[int, ...]
+    path: str, policy: Policy, accepts: type[BaseModel] | None, errors: tuple[int, ...]
 ) -> dict[str, Any]:
     """Return FastAPI's options of a route: its security, its body and its errors."""
     statuses = {*errors, *(_COLLECTION_ERRORS if policy.scope == "collection" else ())}
     statuses |= {*(_BODY_ERRORS if accepts else ()), *(_GUARDED_ERRORS if policy.access != "open" else ())}
     extra: dict[str, Any] = {"security": _SECURITY[policy.access]}
     if accepts is not None:
-        extra["requestBody"] = {"required": True, "content": {media_type: {"schema": _reference(accepts)}}}
+        _models[accepts.__name__] = accepts
+        kind = "multipart/form-data" if accepts is ImageForm else "application/json"
+        extra["requestBody"] = {"required": True, "content": {kind: {"schema": _reference(accepts)}}}
     return {
         "include_in_schema": not policy.is_private,
         "openapi_extra": extra,
@@ -76,48 +119,39 @@ def _problem(path: str, status: int) -> dict[str, Any]:
     return {"description": _ERRORS[status], "content": content}
 
 
-def _reference(model: type[BaseModel]) -> dict[str, str]:
-    _referenced[model.__name__] = model
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+def _reference(model: type[Any]) -> dict[str, str]:
+    return {"$ref": _REFERENCE.format(model=model.__name__)}
 
 
-def install(app: FastAPI) -> None:
-    """Complete the document of an application when it is first read."""
-    app.openapi = cache(partial(_document, app))  # type: ignore[method-assign]
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    document = FastAPI.openapi(app)
-    components = document["components"]
-    for name, model in _referenced.items():
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        components["schemas"] |= schema.pop("$defs", {}) | {name: schema}
-    _add_limits(components["schemas"], app.state.settings)
-    key = "An API key, if the service requires one; the header `X-API-Key` works too."
-    components["securitySchemes"] = {
-        "key": {"type": "http", "scheme": "bearer", "description": key},
-        "admin": {"type": "http", "scheme": "bearer", "description": "The admin key."},
+@cache
+def document(app: FastAPI) -> bytes:
+    """Return the document of an application as JSON; the page and tools ask for it again and again."""
+    complete = app.openapi()
+    schemas = complete["components"]["schemas"]
+    for name, model in _models.items():
+        schema = TypeAdapter(model).json_schema(ref_template=_REFERENCE)
+        schemas |= schema.pop("$defs", {}) | {name: schema}
+    _add_limits(schemas, app.state.settings)
+    complete["components"]["securitySchemes"] = {
+        name: {"type": "http", "scheme": "bearer", "description": text} for name, text in _KEYS.items()
     }
-    for path, operations in document["paths"].items():
+    for path, operations in complete["paths"].items():
         if "{collection}" in path:  # `collection_of` reads it
             for operation in operations.values():
                 operation.setdefault("parameters", []).insert(0, _COLLECTION)
-    return document
+    return to_json(complete)
 
 
 def _add_limits(schemas: dict[str, Any], settings: Settings) -> None:
     """Write the limits of the settings, and the file of a form, into the schemas of requests."""
     for model in (Query, BatchEntry, ImageForm):
         properties = schemas[model.__name__]["properties"]
-        for name in ("query", "without"):
-            properties[name]["maxLength"] = settings.max_query_chars
-        properties["k"]["maximum"] = settings.max_k
-        properties["offset"]["maximum"] = settings.max_window - 1
-    schemas["BatchQuery"]["properties"]["queries"]["maxItems"] = settings.max_queries
-    schemas["EmbeddingsQuery"]["properties"]["input"]["maxItems"] = settings.max_queries
-    form = schemas["ImageForm"]
+        properties["query"]["maxLength"] = properties["without"]["maxLength"] = settings.max_query_chars
+        properties["k"]["maximum"], properties["offset"]["maximum"] = settings.max_k, settings.max_window - 1
+    for name, field in (("BatchQuery", "queries"), ("EmbeddingsQuery", "input")):
+        schemas[name]["properties"][field]["maxItems"] = settings.max_queries
+    for name in ("filter", "weights", "crop"):  # of a form; OpenAPI would send an object as a file of its own
+        description = properties[name].get("description", "as in text searches")
+        properties[name] = {"type": "string", "default": "", "description": f"{description}; as JSON"}
     file = {"type": "string", "format": "binary", "description": f"at most {settings.max_upload_bytes} bytes"}
-    form |= {"properties": {"file": file, **form["properties"]}, "required": ["file"]}
-    for name in ("filter", "weights", "crop"):  # OpenAPI would send an object as a file of its own
-        description = form["properties"][name].get("description", "as in text searches")
-        form["properties"][name] = {"type": "string", "default": "", "description": f"{description}; as JSON"}
+    schemas["ImageForm"] |= {"properties": {"file": file, **properties}, "required": ["file"]}

@@ -1,23 +1,27 @@
-"""Responses: JSON bodies as plain dicts, which `schemas` documents, and image files."""
+"""Responses: JSON bodies as plain dicts, whose types document the API and are the source of truth for clients; images.
 
-import base64
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+Handlers do not validate what they send; tests check it against the types. `app.search.results` has those of searches.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from app.api.openapi import FieldError
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
 from app.http.body_limit import LongResponse
 from app.search.plan import MAX_TEXT_BYTES
-from app.search.results import image_url, public_metadata
+from app.search.results import SearchResponse, image_url, public_metadata
+from app.search.rows import ResultGroup
 from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
-from dcar_core.util.arrays import Floats
 from index_jobs.index.index_version import Item
 
 _IMAGE_MAX_AGE_S = 3600
@@ -48,11 +52,6 @@ def make_response(request: Request, make: Callable[[], Any], texts: int, field: 
     return LongResponse(lambda: JsonResponse(make()), texts)
 
 
-def text_bytes(items: Iterable[Item]) -> int:
-    """Return the size of the texts and metadata of items."""
-    return sum(item.text_bytes + item.metadata_bytes for item in items)
-
-
 def image_response(data: bytes, headers: dict[str, str]) -> Response:
     """Return an image file, which is a `LongResponse` if it is long."""
     response = Response(data, media_type=f"image/{sniff_format(data)}", headers=headers)
@@ -71,23 +70,27 @@ def not_modified(request: Request, headers: dict[str, str]) -> Response | None:
     return Response(status_code=304, headers=headers) if is_known else None
 
 
-def _present(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+class BatchResponse(TypedDict):
+    """One response for each query of a batch, in order, all from one index version."""
+
+    index_version: int
+    answers: list[SearchResponse]
 
 
-def embeddings_response(name: str, fingerprint: str, vectors: Sequence[Floats], encoding: str) -> dict[str, Any]:
-    """Return the body of an `EmbeddingsResponse`."""
+class Collection(TypedDict):
+    """One served collection. count is 0 until it is loaded.
 
-    def encoded(vector: Floats) -> Any:
-        return vector.tolist() if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    min_score: the calibrated cut-off that "auto" stands for; null if the index was not calibrated.
+    """
 
-    data = [{"object": "embedding", "index": i, "embedding": encoded(each)} for i, each in enumerate(vectors)]
-    usage = {"prompt_tokens": 0, "total_tokens": 0}
-    return {"object": "list", "data": data, "model": name, "fingerprint": fingerprint, "usage": usage}
+    name: str
+    default: bool
+    count: int
+    index_version: int | None
+    min_score: float | None
 
 
-def collection_response(collections: Collections, name: str) -> dict[str, Any]:
-    """Return the body of a `Collection`."""
+def collection_response(collections: Collections, name: str) -> Collection:
     live = collections[name].live
     return {
         "name": name,
@@ -98,25 +101,27 @@ def collection_response(collections: Collections, name: str) -> dict[str, Any]:
     }
 
 
-def model_response(name: str, live: Snapshot) -> dict[str, Any]:
-    """Return the body of a `ServedModel`."""
-    created = int(live.artifact.manifest.created_s or 0)
-    return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
+class CollectionsResponse(TypedDict):
+    """All served collections, the default one first."""
+
+    collections: list[Collection]
 
 
-def item_response(request: Request, version: int, item: Item) -> dict[str, Any]:
-    """Return the body of an `ItemResponse`."""
-    return {"index_version": version, **_item(items_path(request), item)}
+class GalleryItem(TypedDict):
+    """One item of the gallery with all its metadata. width, height: as of a result. group: of a grouped listing."""
+
+    id: str
+    caption: str
+    category: str
+    metadata: dict[str, Any]
+    image_url: str
+    width: int | None
+    height: int | None
+    group: NotRequired[ResultGroup]
 
 
-def items_response(request: Request, version: int, end: int, count: int, page: Sequence[Item]) -> dict[str, Any]:
-    """Return the body of an `ItemsResponse` with a page of `count` items. end: the number of the next one."""
-    items = [_item(items_path(request), item) for item in page]
-    body = {"index_version": version, "count": count, "items": items}
-    return body | _present(next_offset=end if count > end else None)
-
-
-def _item(items: str, item: Item) -> dict[str, Any]:
+def gallery_item(items: str, item: Item) -> GalleryItem:
+    """Return an item as it is sent. items: see `items_path`."""
     return {
         "id": item.id,
         "caption": item.caption,
@@ -131,5 +136,146 @@ def _item(items: str, item: Item) -> dict[str, Any]:
 def items_path(request: Request) -> str:
     """Return the URL path of the items of the request's collection."""
     collection = collection_of(request)
-    prefix = "" if collection is None else f"/collections/{quote(collection, safe='')}"
-    return f"{prefix}/items"
+    return "/items" if collection is None else f"/collections/{quote(collection, safe='')}/items"
+
+
+class ItemResponse(GalleryItem):
+    """One item and the index version it belongs to."""
+
+    index_version: int
+
+
+class ItemsResponse(TypedDict):
+    """A page of items. count: number of matching items; next_offset: absent on the last page."""
+
+    index_version: int
+    count: int
+    items: list[GalleryItem]
+    next_offset: NotRequired[int]
+
+
+class Embedding(TypedDict):
+    """The vector of one input, of unit length: numbers, or base64 of little-endian float32."""
+
+    object: str
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsResponse(TypedDict):
+    """Embeddings in the order of the input. Only vectors of one fingerprint may be compared.
+
+    model: the collection that embedded. fingerprint: of the model; the manifest of an index has the same.
+    usage: always 0; tokens are not counted.
+    """
+
+    object: str
+    data: list[Embedding]
+    model: str
+    fingerprint: str
+    usage: dict[str, int]
+
+
+class ServedModel(TypedDict):
+    """A collection, as the model that embeds. created: when its version was published, in seconds since 1970."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+
+
+def model_response(name: str, live: Snapshot) -> ServedModel:
+    created = int(live.artifact.manifest.created_s or 0)
+    return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
+
+
+class ModelsResponse(TypedDict):
+    """The collections that embed, the default one first, in the shape of OpenAI's API."""
+
+    object: str
+    data: list[ServedModel]
+
+
+class JobProgress(TypedDict):
+    """Images that have been encoded, of all in the batch that the job is part of."""
+
+    done: int
+    total: int
+
+
+class JobFailure(TypedDict):
+    """An item that could not be put, and why."""
+
+    id: str
+    reason: str
+
+
+class JobResponse(TypedDict):
+    """A change of items, from its acceptance to a week after its end.
+
+    items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
+    index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
+    reason: why the job failed, or why it waits. new_fields: metadata fields of the request that no item had.
+    dropped_fields: fields that an item had and its replacement lacks; up to 20 of each. changed: items whose fields a
+    patch has changed. unknown: ids of a patch that the index lacks, the first 100.
+    """
+
+    id: str
+    collection: str
+    kind: Literal["put", "patch", "delete"]
+    status: Literal["waiting", "running", "done", "failed"]
+    items: int
+    accepted: str
+    ended: NotRequired[str]
+    progress: NotRequired[JobProgress]
+    index_version: NotRequired[int]
+    failed: NotRequired[list[JobFailure]]
+    reason: NotRequired[str]
+    new_fields: NotRequired[list[str]]
+    dropped_fields: NotRequired[list[str]]
+    changed: NotRequired[int]
+    unknown: NotRequired[list[str]]
+
+
+class JobsResponse(TypedDict):
+    """Changes of items, the newest first."""
+
+    jobs: list[JobResponse]
+
+
+class HealthResponse(TypedDict):
+    """The process is alive."""
+
+    status: str
+
+
+class ReadinessResponse(TypedDict):
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, or
+    images of a gallery are missing; `reason` says which.
+
+    index_version and count, the number of items, belong to the default collection. model_note: what to know about a
+    model, such as one that stands in. opening: created collections that wait to be opened; with a key for all.
+    """
+
+    status: str
+    index_version: int
+    count: int
+    reason: str | None
+    model_note: str | None
+    opening: int | None
+
+
+class ReloadResponse(TypedDict):
+    """After a reload: the default collection's version, every collection's version, and whether any changed."""
+
+    index_version: int
+    versions: dict[str, int]
+    changed: bool
+
+
+class FeedbackResponse(TypedDict):
+    """The number of stored events; `ignored`: the first 20 that changed nothing, and why."""
+
+    accepted: int
+    ignored: list[FieldError]

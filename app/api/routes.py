@@ -5,63 +5,46 @@
 """
 
 import asyncio
-from typing import Annotated
+import base64
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
 from fastapi.responses import Response
+from pydantic import BeforeValidator
 
-from app.api import feedback, page, schemas
+from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
 from app.api.image_urls import decode_base64
-from app.api.page import ThumbnailSize, thumbnail_response
-from app.api.requests import (
-    BatchQuery,
-    EmbeddingsQuery,
-    ImageForm,
-    ItemsQuery,
-    PageQuery,
-    batch_bytes,
-    check_form_type,
-    check_k,
-    form_bytes,
-    read_image_query,
-    read_json,
-    validated,
-)
-from app.api.responses import (
-    JsonResponse,
-    collection_response,
-    embeddings_response,
-    image_headers,
-    image_response,
-    item_response,
-    items_path,
-    items_response,
-    make_response,
-    model_response,
-    not_modified,
-    text_bytes,
-)
+from app.api.requests import read_json, validated
+from app.api.responses import JsonResponse, items_path, make_response, model_response, not_modified
 from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
-from app.api.writing import collection_writes, item_writes
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
 from app.core.threads import run_in_new_thread
-from app.http.access import OPEN, Policy, out_of_scope
+from app.http.access import OPEN, PART_BYTES, Policy, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
 from app.search.plan import row_of
 from app.search.query import Query
 from app.search.results import SearchResponse
+from app.search.rows import ResultGroup, filter_rows, group_field
 from app.search.snapshots import Snapshot
 from app.service.batching import SharedTasks
+from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.errors import DcarError, ImageError
+from index_jobs.index.index_version import Item
 
-_UPLOAD = Policy("read", body=form_bytes, field="file")
-_BATCH = Policy("read", body=batch_bytes)
-_FORM = "multipart/form-data"
+_READ, _CHECKED = Policy("read"), Policy("read", "checked")
+_UPLOAD = Policy("read", body=lambda settings: settings.max_upload_bytes + PART_BYTES, field="file")
+_BATCH = Policy("read", body=requests.batch_bytes)
+_EMBED = Policy("read", "checked", body=requests.batch_bytes)
+_Pixels = Annotated[
+    Literal[192, 384, 1280],  # of a card on screens with one and two dots per pixel, and of the detail view
+    BeforeValidator(lambda given: int(given) if given.isdecimal() else given),
+]
 _rendering = SharedTasks[bytes]()  # of metrics, one thread for all who wait
 _RELOAD_RETRY = {"Retry-After": "30"}  # a version that fails to load now will not load a second later
+
 
 search = Routes("search")
 gallery = Routes("items")
@@ -71,11 +54,20 @@ service = Routes("service")
 
 def add_routes(app: FastAPI) -> None:
     """Add all routes to an application. Those of text searches are first, so that they are found first."""
-    for routes in (search, gallery, item_writes, embedding, service, collection_writes, feedback.routes, page.routes):
+    for routes in (
+        search,
+        gallery,
+        writing.items,
+        embedding,
+        service,
+        writing.collections,
+        feedback.routes,
+        page.routes,
+    ):
         routes.add_to(app)
 
 
-@search.add("POST", "/search/text", Policy("read"), SearchResponse, accepts=Query, errors=(409,))
+@search.add("POST", "/search/text", _READ, SearchResponse, accepts=Query, errors=(409,))
 async def search_text(request: Request) -> Response:
     """Find the images that a text describes."""
     return await _search(request, await snapshot_of(request), await read_json(request, Query))
@@ -87,21 +79,20 @@ async def _search(request: Request, snapshot: Snapshot, query: Query, image: byt
     return make_response(request, lambda: body, size)
 
 
-@search.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=ImageForm, media_type=_FORM, errors=(409,))
+@search.add("POST", "/search/image", _UPLOAD, SearchResponse, accepts=requests.ImageForm, errors=(409,))
 async def search_image(request: Request) -> Response:
     """Find the images that resemble an uploaded image."""
     snapshot = await snapshot_of(request)
-    check_form_type(request)
     state_of(request).retriever.require_room()  # a body that will not be used is not read
-    query, image = await read_image_query(request, state_of(request).settings)
+    query, image = await requests.read_image_query(request, state_of(request).settings)
     return await _search(request, snapshot, query, image)
 
 
-@search.add("POST", "/search/batch", _BATCH, schemas.BatchResponse, accepts=BatchQuery, errors=(409,))
+@search.add("POST", "/search/batch", _BATCH, responses.BatchResponse, accepts=requests.BatchQuery, errors=(409,))
 async def search_batch(request: Request) -> Response:
     """Run several searches by text or image in one request. Each one counts against the caller's rate limit."""
     snapshot = await snapshot_of(request)
-    queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, BatchQuery)).queries)}
+    queries = {f"queries.{i}": query for i, query in enumerate((await read_json(request, requests.BatchQuery)).queries)}
     await state_of(request).access.charge(len(queries) - 1)
     given = {place: query.image for place, query in queries.items() if query.image is not None}
     images = await state_of(request).fetcher.read(request.scope, given)
@@ -113,20 +104,35 @@ async def search_batch(request: Request) -> Response:
     return make_response(request, lambda: answers, sum(size for _, size in pages), "queries")
 
 
-@gallery.add("GET", "/items", Policy("read"), schemas.ItemsResponse)
-async def items(request: Request, query: Annotated[ItemsQuery, QueryParam()]) -> Response:
+@gallery.add("GET", "/items", _READ, responses.ItemsResponse)
+async def items(request: Request, query: Annotated[requests.ItemsQuery, QueryParam()]) -> Response:
     """List the gallery's items page by page, in index order or sorted; of a group the first one."""
-    check_k(query.k, state_of(request).settings)
-    snapshot = await snapshot_of(request)
-    count, page = await state_of(request).retriever.items(
-        snapshot, query.filter, query.offset, query.k, query.sort, query.group_by
-    )
-    end = query.offset + query.k
-    return make_response(request, lambda: items_response(request, snapshot.version, end, count, page), text_bytes(page))
+    if query.k > (most := state_of(request).settings.max_k):
+        raise field_problem("k", f"at most {most}, not {query.k}")
+    snapshot, retriever = await snapshot_of(request), state_of(request).retriever
+    name = snapshot.artifact.manifest.spec.group_field if query.group_by is None else query.group_by
+    count, page = await retriever.items(snapshot, query.filter, query.offset, query.k, query.sort, name)
+    groups = await retriever.examine(_groups_of, snapshot, page, query, name) if name and page else []
+    path, end = items_path(request), query.offset + query.k
+
+    def make() -> responses.ItemsResponse:
+        listed = [responses.gallery_item(path, each) for each in page]
+        for each, group in zip(listed, groups, strict=False):
+            each["group"] = group
+        body: responses.ItemsResponse = {"index_version": snapshot.version, "count": count, "items": listed}
+        return body | {"next_offset": end} if count > end else body
+
+    return make_response(request, make, sum(each.text_bytes + each.metadata_bytes for each in page))
 
 
-@gallery.add("GET", "/items/{item_id:path}/similar", Policy("read"), SearchResponse, errors=(409,))
-async def similar(request: Request, item_id: ItemId, page: Annotated[PageQuery, QueryParam()]) -> Response:
+def _groups_of(snapshot: Snapshot, page: list[Item], query: requests.ItemsQuery, name: str) -> list[ResultGroup]:
+    """Return the group of each item of a page: its value, and its number of items that fulfil the filter."""
+    rows = [row_of(snapshot, each.id) for each in page]
+    return group_field(snapshot, name).shown(rows, filter_rows(snapshot, query.filter) if query.filter else None)
+
+
+@gallery.add("GET", "/items/{item_id:path}/similar", _READ, SearchResponse, errors=(409,))
+async def similar(request: Request, item_id: ItemId, page: Annotated[requests.PageQuery, QueryParam()]) -> Response:
     """Find the items most similar to one of the gallery; the item itself is left out."""
     snapshot = await snapshot_of(request)
     row_of(snapshot, item_id)  # an unknown one is 404 here
@@ -134,50 +140,44 @@ async def similar(request: Request, item_id: ItemId, page: Annotated[PageQuery, 
     return await _search(request, snapshot, validated(Query, fields, state_of(request).settings))
 
 
-@gallery.add(
-    "GET",
-    "/items/{item_id:path}/image",
-    Policy("read"),
-    {"content": {"image/*": {}}, "description": "the image file"},
-    others={304: {"description": "not modified: the ETag in If-None-Match is current"}},
-)
+@gallery.add("GET", "/items/{item_id:path}/image", _READ, "image/*")
 async def picture(
     request: Request,
     item_id: ItemId,
-    size: Annotated[
-        ThumbnailSize | None, QueryParam(description="return a thumbnail, with a longer side of this many pixels")
-    ] = None,
+    size: Annotated[_Pixels | None, QueryParam(description="return a thumbnail, whose longer side is so long")] = None,
 ) -> Response:
-    """Return the image file of an item as stored in the gallery, or a thumbnail of it."""
-    if size is not None:
-        return await thumbnail_response(request, item_id, size)
-    digest, data = await state_of(request).retriever.image(await snapshot_of(request), item_id)
-    headers = image_headers(request, digest)
-    return not_modified(request, headers) or image_response(data, headers)
+    """Return the image file of an item as stored in the gallery, or a thumbnail of it.
+
+    A thumbnail is WebP for clients that name it in `Accept`, else JPEG.
+    """
+    snapshot, retriever = await snapshot_of(request), state_of(request).retriever
+    if size is None:
+        name, data = await retriever.image(snapshot, item_id)
+    else:
+        kind: ThumbnailFormat = "webp" if "image/webp" in request.headers.get("accept", "") else "jpeg"
+        name, data = await retriever.thumbnail(snapshot, item_id, size, kind)
+    headers = responses.image_headers(request, name) | ({} if size is None else {"Vary": "Accept"})
+    return not_modified(request, headers) or responses.image_response(data, headers)
 
 
-@gallery.add("GET", "/items/{item_id:path}", Policy("read"), schemas.ItemResponse)
+@gallery.add("GET", "/items/{item_id:path}", _READ, responses.ItemResponse)
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     snapshot = await snapshot_of(request)
     found = await state_of(request).retriever.compute.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
-    return JsonResponse(item_response(request, snapshot.version, found))
+    return JsonResponse({"index_version": snapshot.version, **responses.gallery_item(items_path(request), found)})
 
 
 @embedding.add(
-    "POST",
-    "/v1/embeddings",
-    Policy("read", "checked", body=batch_bytes),
-    schemas.EmbeddingsResponse,
-    accepts=EmbeddingsQuery,
-    errors=(404, 503),
+    "POST", "/v1/embeddings", _EMBED, responses.EmbeddingsResponse, accepts=requests.EmbeddingsQuery, errors=(404, 503)
 )
 async def embeddings(request: Request) -> Response:
     """Return the vectors of texts and images, in the shape of OpenAI's API."""
     retriever, collections = state_of(request).retriever, state_of(request).collections
     retriever.require_room()
-    query = await read_json(request, EmbeddingsQuery)
-    if not may_read(request, query.model or collections.default):
+    query = await read_json(request, requests.EmbeddingsQuery)
+    name = query.model or collections.default
+    if not may_read(request, name):
         raise out_of_scope()
     snapshot = await collections.open(query.model, "model")
     encoder = snapshot.encoder
@@ -191,25 +191,35 @@ async def embeddings(request: Request) -> Response:
         if not isinstance(error.cause, ImageError):
             raise error.cause from None
         raise field_problem(f"input.{error.number}.image", str(error.cause)) from None
-    name = query.model or collections.default
-    return JsonResponse(embeddings_response(name, encoder.fingerprint, vectors, query.encoding_format))
+    sent = [
+        each.tolist() if query.encoding_format == "float" else base64.b64encode(each.astype("<f4").tobytes()).decode()
+        for each in vectors
+    ]
+    body: responses.EmbeddingsResponse = {
+        "object": "list",
+        "data": [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(sent)],
+        "model": name,
+        "fingerprint": encoder.fingerprint,
+        "usage": {"prompt_tokens": 0, "total_tokens": 0},
+    }
+    return JsonResponse(body)
 
 
-def _inputs(query: EmbeddingsQuery, max_bytes: int) -> list[str | bytes]:
+def _inputs(query: requests.EmbeddingsQuery, max_bytes: int) -> list[str | bytes]:
     return [
         each if isinstance(each, str) else decode_base64(each.image, max_bytes, f"input.{number}.image")
         for number, each in enumerate(query.input)
     ]
 
 
-@embedding.add("GET", "/v1/models", Policy("read", "checked"), schemas.ModelsResponse)
+@embedding.add("GET", "/v1/models", _CHECKED, responses.ModelsResponse)
 async def list_models(request: Request) -> Response:
     """List the collections that embed, those that the key opens, in the shape of OpenAI's API."""
-    entries = [model_response(name, served.live) for name, served in state_of(request).collections if served.live]
-    return JsonResponse({"object": "list", "data": [each for each in entries if may_read(request, each["id"])]})
+    served = [(name, index.live) for name, index in state_of(request).collections if may_read(request, name)]
+    return JsonResponse({"object": "list", "data": [model_response(name, live) for name, live in served if live]})
 
 
-@embedding.add("GET", "/v1/models/{collection}", Policy("read", "checked"), schemas.ServedModel, errors=(404, 422, 503))
+@embedding.add("GET", "/v1/models/{collection}", _CHECKED, responses.ServedModel, errors=(404, 422, 503))
 async def model(request: Request, collection: str) -> Response:
     """Return one of the collections that embed, in the shape of OpenAI's API."""
     if not may_read(request, collection):
@@ -217,21 +227,21 @@ async def model(request: Request, collection: str) -> Response:
     return JsonResponse(model_response(collection, await state_of(request).collections.open(collection, "model")))
 
 
-@service.add("GET", "/collections", Policy("read", "checked"), schemas.CollectionsResponse)
+@service.add("GET", "/collections", _CHECKED, responses.CollectionsResponse)
 async def list_collections(request: Request) -> Response:
     """List the served collections that the key opens."""
     collections = state_of(request).collections
-    entries = [collection_response(collections, name) for name, _ in collections if may_read(request, name)]
+    entries = [responses.collection_response(collections, name) for name, _ in collections if may_read(request, name)]
     return JsonResponse({"collections": entries})
 
 
-@service.add("GET", "/healthz", OPEN, schemas.HealthResponse)
+@service.add("GET", "/healthz", OPEN, responses.HealthResponse)
 async def healthz() -> Response:
     """Report that the process is alive, whether or not an index is loaded."""
     return JsonResponse({"status": "ok"})
 
 
-@service.add("GET", "/readyz", OPEN, schemas.ReadinessResponse, errors=(503,))
+@service.add("GET", "/readyz", OPEN, responses.ReadinessResponse, errors=(503,))
 async def readyz(request: Request) -> Response:
     """Report that searches work in all collections of the settings, or why not, to callers who may see them all."""
     collections = state_of(request).collections
@@ -244,26 +254,25 @@ async def readyz(request: Request) -> Response:
     reason = reason or await collections.gallery_fault()
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."
-    status = {"status": "ready" if reason is None else "degraded", "index_version": live.version}
-    note = next((each.model_note for each in collections.loaded if each.model_note), None)
-    opening = collections.opening if may_see_all else None
-    facts = {"count": live.artifact.manifest.count, "reason": reason, "model_note": note, "opening": opening}
-    return JsonResponse({**status, **facts})
+    body: responses.ReadinessResponse = {
+        "status": "ready" if reason is None else "degraded",
+        "index_version": live.version,
+        "count": live.artifact.manifest.count,
+        "reason": reason,
+        "model_note": next((each.model_note for each in collections.loaded if each.model_note), None),
+        "opening": collections.opening if may_see_all else None,
+    }
+    return JsonResponse(body)
 
 
-@service.add(
-    "GET",
-    "/metrics",
-    Policy("monitor", "service", cost=0),
-    {"content": {"text/plain": {}}, "description": "metrics for Prometheus"},
-)
+@service.add("GET", "/metrics", Policy("monitor", "service", cost=0), "text/plain")
 async def metrics(request: Request) -> Response:
     """Return the service's metrics. If API keys are required, an API key or the admin key opens it."""
     render = state_of(request).metrics.render
     return Response(await _rendering.run(render, lambda: run_in_new_thread(render)), media_type=CONTENT_TYPE)
 
 
-@service.add("POST", "/admin/reload", Policy("admin", "service"), schemas.ReloadResponse, errors=(503,))
+@service.add("POST", "/admin/reload", Policy("admin", "service"), responses.ReloadResponse, errors=(503,))
 async def reload(request: Request) -> Response:
     """Serve the published version of every collection now, without waiting for the next poll."""
     collections = state_of(request).collections

@@ -7,7 +7,7 @@
 
 from collections.abc import Awaitable, Callable
 from inspect import signature
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, cast
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import Response
@@ -76,26 +76,24 @@ class Routes:
         method: str,
         path: str,
         policy: Policy,
-        returns: type[Any] | dict[str, Any] | None = None,
+        returns: Any = None,
         *,
         accepts: type[BaseModel] | None = None,
-        media_type: str = "application/json",
         status: int = 200,
-        others: dict[int, dict[str, Any]] | None = None,
         errors: tuple[int, ...] = (),
     ) -> Callable[[Endpoint], Endpoint]:
         """Return a decorator that declares an endpoint.
 
         Args:
-            returns: type of the JSON response, or the OpenAPI response object of another one.
+            returns: type of the JSON response, or the media type of another one.
             accepts: model of the body; `openapi` adds its schema.
-            media_type: of the body.
-            others: OpenAPI response objects by status, beside that of success and those of errors.
             errors: statuses of errors beside those that follow from the body, the collection and the policy.
         """
-        success: Any = {"model": returns} if isinstance(returns, type) else returns or {}
-        options = operation_options(path, policy, accepts, media_type, errors)
-        options["responses"] = {status: success, **(others or {}), **options["responses"]}
+        options = operation_options(path, policy, accepts, errors)
+        success = (
+            {"content": {returns: {}}, "description": "Success"} if isinstance(returns, str) else {"model": returns}
+        )
+        options["responses"] = {status: success if returns else {}, **options["responses"]}
         options |= {"methods": [method], "status_code": status, "tags": [self._tag] if self._tag else None}
 
         def declare(endpoint: Endpoint) -> Endpoint:
@@ -131,14 +129,12 @@ class ServiceState(Protocol):
 
 
 def state_of(request: Request) -> ServiceState:
-    state: ServiceState = request.app.state
-    return state
+    return cast(ServiceState, request.app.state)
 
 
 def collection_of(request: Request) -> str | None:
     """Return the collection named in the path; None means the default one."""
-    name: str | None = request.path_params.get("collection")
-    return name
+    return cast(str | None, request.path_params.get("collection"))
 
 
 async def snapshot_of(request: Request) -> Snapshot:

@@ -16,22 +16,10 @@ from fastapi import Query as QueryParam
 from fastapi import Request
 from fastapi.responses import Response
 
-from app.api.requests import (
-    MAX_LISTED_JOBS,
-    ChosenItems,
-    DeleteItems,
-    NewItemId,
-    PatchItem,
-    PatchItems,
-    PutFields,
-    PutItem,
-    PutItems,
-    items_bytes,
-    read_json,
-)
-from app.api.responses import JsonResponse, collection_response
+from app.api import requests
+from app.api.requests import ChosenItems, PatchItem, PutItem
+from app.api.responses import Collection, JobResponse, JobsResponse, JsonResponse, collection_response
 from app.api.routing import Routes, collection_of, may_read, snapshot_of, state_of
-from app.api.schemas import Collection, JobResponse, JobsResponse
 from app.core.problems import Problem, field_problem
 from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
@@ -48,22 +36,22 @@ from index_jobs.index.jobs import JobKind
 
 logger = logging.getLogger(__name__)
 
-item_writes = Routes("items")
-collection_writes = Routes("collections")
-_ITEMS = Policy("write", body=items_bytes)
+items = Routes("items")
+collections = Routes("collections")
+_ITEMS = Policy("write", body=requests.items_bytes)
 _MAX_FIELDS = 1000  # of a collection that changes add to
 MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
 _MAX_NAMED = 20  # fields in a response, or in a list of a job
 _IMAGES_OWN = frozenset({"file_name"})  # fields that come with an image
 IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
-ItemPath = Annotated[NewItemId, PathParam(description="the id of an item")]
+ItemPath = Annotated[requests.NewItemId, PathParam(description="the id of an item")]
 
 
-@item_writes.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=PutItems)
+@items.add("PUT", "/items", _ITEMS, JobResponse, status=202, accepts=requests.PutItems)
 async def put_items(request: Request, strict: IsStrict = False) -> Response:
     """Add items, or replace those with the same ids, by a job."""
     snapshot = await _snapshot(request)
-    items = (await read_json(request, PutItems)).items
+    items = (await requests.read_json(request, requests.PutItems)).items
     ids = [item.id for item in items]
     for number, item_id in enumerate(ids):
         if ids.index(item_id) != number:
@@ -72,78 +60,75 @@ async def put_items(request: Request, strict: IsStrict = False) -> Response:
     return await _put(request, snapshot, items, strict)
 
 
-@item_writes.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PutFields)
+@items.add("PUT", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=requests.PutFields)
 async def put_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
     """Add an item, or replace the one with this id, by a job."""
     snapshot = await _snapshot(request)
-    fields = await read_json(request, PutFields)
+    fields = await requests.read_json(request, requests.PutFields)
     try:
         return await _put(request, snapshot, [PutItem.model_construct(id=item_id, **dict(fields))], strict)
     except Problem as problem:
         raise problem.without("items.0.") from None
 
 
-@item_writes.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=PatchItems)
+@items.add("PATCH", "/items", _ITEMS, JobResponse, status=202, accepts=requests.PatchItems)
 async def patch_items(request: Request, strict: IsStrict = False) -> Response:
     """Merge fields into items, without their images, by a job."""
     snapshot = await _snapshot(request)
-    patch = await read_json(request, PatchItems)
-    return await _patch(request, snapshot, patch, patch, strict)
+    patch = await requests.read_json(request, requests.PatchItems)
+    return await _change(request, snapshot, patch, patch, strict)
 
 
-@item_writes.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
+@items.add("PATCH", "/items/{item_id:path}", _ITEMS, JobResponse, status=202, accepts=PatchItem)
 async def patch_item(request: Request, item_id: ItemPath, strict: IsStrict = False) -> Response:
     """Merge fields into an item, without its image, by a job."""
     snapshot = await _snapshot(request)
-    patch = await read_json(request, PatchItem)
-    await _require_item(request, snapshot, item_id)
-    return await _patch(request, snapshot, patch, ChosenItems(ids=[item_id]), strict)
+    patch = await requests.read_json(request, PatchItem)
+    return await _change(request, snapshot, await _chosen(request, snapshot, item_id), patch, strict)
 
 
-@item_writes.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=DeleteItems)
+@items.add("DELETE", "/items", _ITEMS, JobResponse, status=202, accepts=ChosenItems)
 async def delete_items(request: Request) -> Response:
     """Remove items by a job; ids that the index lacks are ignored."""
     snapshot = await _snapshot(request)
-    return await _change(request, snapshot, "delete", await read_json(request, DeleteItems), {}, {})
+    return await _change(request, snapshot, await requests.read_json(request, ChosenItems))
 
 
-@item_writes.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
+@items.add("DELETE", "/items/{item_id:path}", Policy("write"), JobResponse, status=202)
 async def delete_item(request: Request, item_id: ItemPath) -> Response:
     """Remove an item by a job."""
     snapshot = await _snapshot(request)
-    await _require_item(request, snapshot, item_id)
-    return await _change(request, snapshot, "delete", ChosenItems(ids=[item_id]), {}, {})
+    return await _change(request, snapshot, await _chosen(request, snapshot, item_id))
 
 
-@item_writes.add("GET", "/jobs", Policy("write", "checked"), JobsResponse, errors=(422, 503))
+@items.add("GET", "/jobs", Policy("write", "checked"), JobsResponse, errors=(422, 503))
 async def jobs(
-    request: Request, limit: Annotated[int, QueryParam(ge=1, le=MAX_LISTED_JOBS, description="number of jobs")] = 20
+    request: Request,
+    limit: Annotated[int, QueryParam(ge=1, le=requests.MAX_LISTED_JOBS, description="number of jobs")] = 20,
 ) -> Response:
     """List the newest changes of items, in the collections that the key opens."""
-    collections = state_of(request).collections
-    await collections.sync()
-    names = [name for name, _ in collections if may_read(request, name)]
-    newest = await state_of(request).writer.newest(names, limit)
+    newest = await state_of(request).writer.newest(await _readable(request), limit)
     return await asyncio.to_thread(JsonResponse, {"jobs": newest})
 
 
-@item_writes.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
+@items.add("GET", "/jobs/{job_id}", Policy("write", "checked"), JobResponse, errors=(404, 422))
 async def job(request: Request, job_id: str) -> Response:
     """Return the status of a change of items: how far it is, and how it ended."""
-    collections, status = state_of(request).collections, None
-    for is_last in (False, True):
-        names = [name for name, _ in collections if may_read(request, name)]
-        if (status := await state_of(request).writer.status(names, job_id)) is not None or is_last:
-            break
-        await collections.sync()  # it may be of a collection that another process has created
-    if status is None and not may_read(request, collections.default):
+    names = await _readable(request)
+    if (status := await state_of(request).writer.status(names, job_id)) is not None:
+        return JsonResponse(status)
+    if not may_read(request, state_of(request).collections.default):
         raise out_of_scope()
-    if status is None:
-        raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
-    return JsonResponse(status)
+    raise Problem(404, "There is no such job.", errors=[("job_id", "unknown")])
 
 
-@collection_writes.add("PUT", "/collections/{collection}", Policy("write"), Collection, errors=(409,))
+async def _readable(request: Request) -> list[str]:
+    """Return the collections that the key opens, those that another process has created included."""
+    await state_of(request).collections.sync()
+    return [name for name, _ in state_of(request).collections if may_read(request, name)]
+
+
+@collections.add("PUT", "/collections/{collection}", Policy("write"), Collection, errors=(409,))
 async def put_collection(
     request: Request,
     model: Annotated[str | None, QueryParam(description="the collection whose model encodes the items")] = None,
@@ -168,7 +153,7 @@ async def put_collection(
     return JsonResponse(collection_response(collections, name))
 
 
-@collection_writes.add("DELETE", "/collections/{collection}", Policy("write"), status=204, errors=(409,))
+@collections.add("DELETE", "/collections/{collection}", Policy("write"), status=204, errors=(409,))
 async def delete_collection(request: Request) -> Response:
     """Drop a collection that was created over HTTP, with all of its items."""
     name, collections = _name(request), state_of(request).collections
@@ -197,25 +182,27 @@ async def _snapshot(request: Request) -> Snapshot:
 
 
 async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], strict: bool) -> Response:
-    given = {f"items.{number}.metadata": item.metadata for number, item in enumerate(items)}
+    places, state = {f"items.{number}": item for number, item in enumerate(items)}, state_of(request)
+    given = {f"{place}.metadata": item.metadata for place, item in places.items()}
     new = _new_fields(snapshot.artifact, given, strict)
-    dropped = await state_of(request).retriever.compute.run("search", _dropped_fields, snapshot.artifact, items)
-    images = await _checked_images(request, snapshot, items)
-    notes = {"new_fields": new, "dropped_fields": dropped}
-    stored = [item.model_dump(exclude={"image"}) for item in items]
-    return await _accept(request, "put", stored, images, notes=notes)
-
-
-async def _patch(request: Request, snapshot: Snapshot, patch: PatchItem, chosen: ChosenItems, strict: bool) -> Response:
-    notes = {"new_fields": _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)}
-    return await _change(request, snapshot, "patch", chosen, notes, patch.fields)
+    dropped = await state.retriever.compute.run("search", _dropped_fields, snapshot.artifact, items)
+    files = await state.fetcher.read(request.scope, {place: item.image for place, item in places.items()})
+    for place in places:
+        try:
+            await state.retriever.check_image(snapshot, files[place])
+        except ImageError as error:
+            raise field_problem(f"{place}.image", str(error)) from None
+    stored, images = [item.model_dump(exclude={"image"}) for item in items], [files[place] for place in places]
+    return await _accept(request, "put", stored, images, notes={"new_fields": new, "dropped_fields": dropped})
 
 
 async def _change(
-    request: Request, snapshot: Snapshot, kind: JobKind, chosen: ChosenItems, notes: dict[str, Any],
-    fields: Mapping[str, Any],
-) -> Response:  # fmt: skip
-    """Accept a change of chosen items without images."""
+    request: Request, snapshot: Snapshot, chosen: ChosenItems, patch: PatchItem | None = None, strict: bool = False
+) -> Response:
+    """Accept a patch of chosen items, or their removal."""
+    fields, notes = (patch.fields if patch else {}), dict[str, Any]()
+    if patch:
+        notes["new_fields"] = _new_fields(snapshot.artifact, {"metadata": patch.metadata}, strict)
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     if (filter := chosen.filter) is not None:
@@ -223,18 +210,20 @@ async def _change(
         notes["items"] = int(np.count_nonzero(mask))
     items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
     count, each = notes.get("items", len(items)), len(canonical_json(fields))
-    if fields and count * each > MAX_CHANGE_BYTES:
+    if patch and count * each > MAX_CHANGE_BYTES:
         message = f"{count:,} items with {each:,} bytes of fields take more than {MAX_CHANGE_BYTES // 2**20} MiB; "
         message += "choose fewer items at a time, or send shorter fields"
         raise field_problem("ids" if filter is None else "filter", message)
+    kind: JobKind = "patch" if patch else "delete"
     return await _accept(request, kind, items, filter=filter, fields=fields, notes=notes)
 
 
-async def _require_item(request: Request, snapshot: Snapshot, item_id: str) -> None:
-    """Raise ItemNotFoundError unless there is an item of this id, or a waiting job puts it."""
+async def _chosen(request: Request, snapshot: Snapshot, item_id: str) -> ChosenItems:
+    """Return the choice of one item. Raise ItemNotFoundError unless there is one, or a waiting job puts it."""
     is_known = snapshot.artifact.row_of(item_id) is not None
     if not is_known and not await state_of(request).writer.has_put(_name(request), item_id):
         raise ItemNotFoundError(item_id, "id")
+    return ChosenItems(ids=[item_id])
 
 
 def _new_fields(artifact: IndexVersion, given: Mapping[str, Mapping[str, Any]], strict: bool) -> list[str]:
@@ -271,19 +260,6 @@ def _dropped_fields(artifact: IndexVersion, items: Sequence[PutItem]) -> list[st
 def _fields_of(item: Item | PutItem) -> set[str]:
     fields = {**item.metadata, "caption": item.caption, "category": item.category}
     return {name for name, value in fields.items() if value not in (None, "")}
-
-
-async def _checked_images(request: Request, snapshot: Snapshot, items: list[PutItem]) -> list[bytes]:
-    """Return the image files of items; an error names the item."""
-    state = state_of(request)
-    given = {f"items.{number}": item.image for number, item in enumerate(items)}
-    files = await state.fetcher.read(request.scope, given)
-    for place in given:
-        try:
-            await state.retriever.check_image(snapshot, files[place])
-        except ImageError as error:
-            raise field_problem(f"{place}.image", str(error)) from None
-    return [files[place] for place in given]
 
 
 async def _accept(

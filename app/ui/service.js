@@ -61,7 +61,7 @@ export async function listCollections() { // 401 also if the key's scope names n
 export async function browse(base, { k = BROWSED, filter = {}, ...options }, signal) {
   const given = { k: await atMost(base, k), ...options, filter: hasFilter({ filter }) ? JSON.stringify(filter) : "" };
   const present = Object.entries(given).filter(([, value]) => value !== "" && value !== undefined);
-  return requestJson(`${base}ui/browse?${new URLSearchParams(present)}`, { signal });
+  return requestJson(`${base}items?${new URLSearchParams(present)}`, { signal });
 }
 
 const catalogues = new Map(); // path of a collection -> promise of its catalogue

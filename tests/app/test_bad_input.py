@@ -173,20 +173,14 @@ async def test_a_form_on_a_full_disk_may_be_sent_again(started: ServiceClient, m
     assert refused.headers["retry-after"] == "10"
 
 
-async def test_queries_of_a_batch_have_the_limits_of_single_searches(reranking_index: Path) -> None:
-    async with opened(reranking_index, rerank_depth=150) as client:
-        explained = [{"query": f"red {n}", "k": 8, "explain": True} for n in range(5)]
-        reranked = [{"query": f"red {n}", "rerank": True} for n in range(3)]
+async def test_queries_of_a_batch_have_the_limits_of_single_searches(built_index: Path) -> None:
+    async with opened(built_index) as client:
         for queries, field in (
             ([{"query": "red"}, {"query": "x", "filter": {"caption": ["x" * 65_536]}}], "queries.1.filter"),
             ([{"query": "red"}, {"query": "x" * 1001}], "queries.1.query"),
             ([{"query": "red", "filter": {"caption": {"contains": "x" * 257}}}], "queries.0.filter.caption"),
-            (explained, "queries"),
-            (reranked, "queries"),
         ):
             assert_problem(await client.post("/search/batch", json={"queries": queries}), 422, field)
-        for few in (explained[:2], reranked[:2]):
-            assert (await client.post("/search/batch", json={"queries": few})).is_success
 
 
 @pytest.mark.parametrize("path", ["/search/batch", "/search/text"])

@@ -216,8 +216,7 @@ async def test_mcp_results_name_images_of_the_service(image_url: str) -> None:
     url = [image_url]
 
     def respond(request: httpx.Request) -> httpx.Response:
-        item = {"id": "a", "caption": "", "category": "", "metadata": {}, "image_url": url[0], "index_version": 1}
-        return httpx.Response(200, json=item)
+        return httpx.Response(200, json={**RESULT, "metadata": {}, "image_url": url[0], "index_version": 1})
 
     async with AsyncClient("http://odd", transport=httpx.MockTransport(respond)) as client:
         tools = GalleryTools(client, "http://me:secret@odd")
@@ -232,7 +231,7 @@ async def test_mcp_results_name_images_of_the_service(image_url: str) -> None:
 async def test_mcp_results_hold_no_password() -> None:
     from dcar_client.mcp import GalleryTools
 
-    item = {"id": "a", "caption": f"secret-word {BASIC}", "category": "", "metadata": {}, "image_url": "/items/a/image"}
+    item = {**RESULT, "caption": f"secret-word {BASIC}", "metadata": {}}
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json={**item, "index_version": 1}))
     async with AsyncClient("http://me:secret-word@odd", transport=transport) as client:
         answer = await GalleryTools(client, "http://me:secret-word@odd").get_item("a")

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from dcar_client.models import CollectionsResponse
 
-from app.api.schemas import CollectionsResponse
 from app.core.keys import key_hash
 from index_jobs.rebuild import rebuild
 from tests.support.images import png

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dcar_client.models import EmbeddingsResponse
 
-from app.api.schemas import EmbeddingsResponse
 from app.service.embedding_cache import rounded
 from dcar_core import Encoder
 from tests.support.images import png

@@ -7,7 +7,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from app.api import feedback
-from app.api.requests import DeleteItems, read_json
+from app.api.requests import ChosenItems, read_json
 from app.api.responses import JsonResponse
 from app.api.routing import Routes
 from app.core.settings import Settings
@@ -50,10 +50,10 @@ async def test_a_route_needs_no_other_file_than_its_own(built_index: Path, monke
     body, routes = {"ids": ["a"]}, Routes("feedback")
     monkeypatch.setattr(feedback, "routes", routes)
 
-    @routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=DeleteItems, errors=(409,))
+    @routes.add("PUT", "/echo", Policy("write", body=lambda _: 1000), accepts=ChosenItems, errors=(409,))
     async def echo(request: Request) -> Response:
         """Answer with the ids of the request."""
-        return JsonResponse((await read_json(request, DeleteItems)).ids)
+        return JsonResponse((await read_json(request, ChosenItems)).ids)
 
     async with opened(built_index, collections={"other": built_index}, writes=True, **KEYS) as client:
         for path in ("/echo", "/collections/other/echo"):

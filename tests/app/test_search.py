@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dcar_client.models import ItemResponse, ReadinessResponse
 
 from app.api.responses import JsonResponse
-from app.api.schemas import ItemResponse, ReadinessResponse
 from app.core.settings import Settings
 from app.search import results
 from app.search.hits import Hits, find_hits

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from dcar_client.models import ReloadResponse
 
-from app.api.schemas import ReloadResponse
 from app.search.snapshots import load_snapshot
 from index_jobs.index.publish import rollback
 from index_jobs.index.versions import version_numbers

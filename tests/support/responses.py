@@ -3,9 +3,8 @@
 from typing import Any
 
 import httpx
+from dcar_client.models import OpenAIErrorResponse, ProblemResponse
 from prometheus_client.parser import text_string_to_metric_families
-
-from app.api.schemas import OpenAIErrorResponse, ProblemResponse
 
 
 def assert_problem(answer: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ __all__ = [
     "Crop",
     "Embedding",
     "EmbeddingsResponse",
-    "EmbeddingsUsage",
     "FacetValue",
     "FeedbackResponse",
     "FieldError",
@@ -147,6 +146,38 @@ class SearchResponse(Model):
     count_approximate: bool | None = None
 
 
+class FieldError(Model):
+    """One invalid field, under the name that the request used."""
+
+    field: str
+    message: str
+
+
+class ProblemResponse(Model):
+    """An error (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: List[FieldError] | None = None
+
+
+class OpenAIError(Model):
+    """An error in the shape of OpenAI's API. param: the invalid field."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIErrorResponse(Model):
+    """An error of a route below /v1/."""
+
+    error: OpenAIError
+
+
 class BatchResponse(Model):
     """One response for each query of a batch, in order, all from one index version."""
 
@@ -174,15 +205,16 @@ class CollectionsResponse(Model):
 
 
 class GalleryItem(Model):
-    """One item of the gallery with all its metadata. width, height: as of a result."""
+    """One item of the gallery with all its metadata. width, height: as of a result. group: of a grouped listing."""
 
     id: str
     caption: str
     category: str
     metadata: dict[str, Any]
     image_url: str
-    width: int | None = None
-    height: int | None = None
+    width: int | None
+    height: int | None
+    group: ResultGroup | None = None
 
 
 class ItemResponse(GalleryItem):
@@ -208,23 +240,18 @@ class Embedding(Model):
     embedding: List[float] | str
 
 
-class EmbeddingsUsage(Model):
-    """Always 0: tokens are not counted."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
 class EmbeddingsResponse(Model):
-    """Embeddings in the order of the input. Only vectors of one fingerprint may be compared."""
+    """Embeddings in the order of the input. Only vectors of one fingerprint may be compared.
+
+    model: the collection that embedded. fingerprint: of the model; the manifest of an index has the same.
+    usage: always 0; tokens are not counted.
+    """
 
     object: str
     data: List[Embedding]
     model: str
-    """The collection that embedded."""
     fingerprint: str
-    """Of the model; the manifest of an index has the same."""
-    usage: EmbeddingsUsage
+    usage: dict[str, int]
 
 
 class ServedModel(Model):
@@ -260,7 +287,11 @@ class JobFailure(Model):
 class JobResponse(Model):
     """A change of items, from its acceptance to a week after its end.
 
-    items: number of items in the request, or that its filter matched then. reason: why the job failed, or why it waits.
+    items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
+    index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
+    reason: why the job failed, or why it waits. new_fields: metadata fields of the request that no item had.
+    dropped_fields: fields that an item had and its replacement lacks; up to 20 of each. changed: items whose fields a
+    patch has changed. unknown: ids of a patch that the index lacks, the first 100.
     """
 
     id: str
@@ -269,22 +300,15 @@ class JobResponse(Model):
     status: Literal["waiting", "running", "done", "failed"]
     items: int
     accepted: str
-    """UTC, ISO 8601."""
     ended: str | None = None
     progress: JobProgress | None = None
     index_version: int | None = None
-    """A version that has all changes of the job."""
     failed: List[JobFailure] | None = None
-    """Items that could not be put; all others were."""
     reason: str | None = None
     new_fields: List[str] | None = None
-    """Metadata fields of the request that no item had, up to 20."""
     dropped_fields: List[str] | None = None
-    """Fields that an item had and its replacement lacks, up to 20."""
     changed: int | None = None
-    """Items whose fields a patch has changed."""
     unknown: List[str] | None = None
-    """Ids of a patch that the index lacks, the first 100."""
 
 
 class JobsResponse(Model):
@@ -303,18 +327,16 @@ class ReadinessResponse(Model):
     """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, or
     images of a gallery are missing; `reason` says which.
 
-    index_version and count belong to the default collection.
+    index_version and count, the number of items, belong to the default collection. model_note: what to know about a
+    model, such as one that stands in. opening: created collections that wait to be opened; with a key for all.
     """
 
     status: str
     index_version: int
     count: int
-    """Number of items in the index."""
-    reason: str | None = None
-    model_note: str | None = None
-    """What to know about a model, such as one that stands in."""
-    opening: int | None = None
-    """Created collections that wait to be opened; with a key for all."""
+    reason: str | None
+    model_note: str | None
+    opening: int | None
 
 
 class ReloadResponse(Model):
@@ -325,43 +347,11 @@ class ReloadResponse(Model):
     changed: bool
 
 
-class FieldError(Model):
-    """One invalid field, under the name that the request used."""
-
-    field: str
-    message: str
-
-
 class FeedbackResponse(Model):
     """The number of stored events; `ignored`: the first 20 that changed nothing, and why."""
 
     accepted: int
     ignored: List[FieldError]
-
-
-class ProblemResponse(Model):
-    """An error (RFC 9457)."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    errors: List[FieldError] | None = None
-
-
-class OpenAIError(Model):
-    """An error in the shape of OpenAI's API. param: the invalid field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class OpenAIErrorResponse(Model):
-    """An error of a route below /v1/."""
-
-    error: OpenAIError
 
 
 class Weights(TypedDict, total=False):
