@@ -236,7 +236,8 @@ class Day:
             published_index(self.index, version)  # from a store, if it is not here
             opened = load_snapshot(self.index, settings, [first], version=version, warm_up=False)
             for text in [text for each, text in self.found if each == version]:
-                right = {match.item.id: match.score for match in Index(opened, settings).search(text, k=20)}
+                best = Index(opened, settings).search(text, k=20)["results"]
+                right = {each["id"]: each["score"] for each in best}
                 for ids in self.found[version, text]:
                     pairs = zip(ids, [*right.values()][:10], strict=True)
                     if len(set(ids)) < 10 or any(abs(right.get(each, -1) - score) > TIE for each, score in pairs):

@@ -156,7 +156,7 @@ TABLE: list[dict[str, Any]] = [  # "top 9", "share 0.1" and "cutoff" as in `Orac
 def search(searched: tuple[Index, Oracle], row: dict[str, Any]) -> None:
     index, oracle = searched
     options = oracle.prepare(row)
-    oracle.check(index.search(**options), **options)
+    oracle.check({**index.search(**options)}, **options)
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: str(row | {"image": "halves"} if "image" in row else row))

@@ -139,9 +139,10 @@ def response(index: Index, request: dict[str, Any]) -> Any:
         found = index.search(**request)
     except SearchError as error:
         return str(error)
-    matches = [(each.item.id, each.group, each.folded, each.level) for each in found]
-    scores = [(each.score, each.text_score or 0) for each in found]
-    return matches, found.facets, found.count, found.next_offset, np.array(scores).round(4).tolist()
+    matches = [(each["id"], each.get("group"), each.get("folded"), each["level"]) for each in found["results"]]
+    scores = [(each["score"], each.get("text_score", 0)) for each in found["results"]]
+    rest = {name: value for name, value in found.items() if name not in ("results", "took_ms")}
+    return matches, rest, np.array(scores).round(4).tolist()
 
 
 @pytest.mark.slow
