@@ -47,8 +47,6 @@ class OpenAIError(TypedDict):
 
 
 class OpenAIErrorResponse(TypedDict):
-    """An error of a route below /v1/."""
-
     error: OpenAIError
 
 
@@ -56,23 +54,13 @@ _REFERENCE = "#/components/schemas/{model}"
 _models: dict[str, Any] = {
     each.__name__: each for each in (ProblemResponse, OpenAIErrorResponse)
 }  # and those of bodies
-_COLLECTION = {
-    "name": "collection",
-    "in": "path",
-    "required": True,
-    "description": "a name from GET /collections",
-    "schema": {"type": "string"},
-}
+_COLLECTION = {"name": "collection", "in": "path", "required": True, "schema": {"type": "string"}}
 _SECURITY: dict[str, list[dict[str, list[str]]]] = {
     "open": [],
     "read": [{}, {"key": []}],
     "monitor": [{}, {"key": []}, {"admin": []}],
     "write": [{"admin": []}, {"key": []}],
     "admin": [{"admin": []}],
-}
-_KEYS = {
-    "key": "An API key, if the service requires one; the header `X-API-Key` works too.",
-    "admin": "The admin key.",
 }
 _BODY_ERRORS = (400, 408, 413, 415, 422)
 _COLLECTION_ERRORS = (404, 422, 503)
@@ -132,8 +120,10 @@ def document(app: FastAPI) -> bytes:
         schema = TypeAdapter(model).json_schema(ref_template=_REFERENCE)
         schemas |= schema.pop("$defs", {}) | {name: schema}
     _add_limits(schemas, app.state.settings)
+    key = "An API key, if the service requires one; the header `X-API-Key` works too."
     complete["components"]["securitySchemes"] = {
-        name: {"type": "http", "scheme": "bearer", "description": text} for name, text in _KEYS.items()
+        name: {"type": "http", "scheme": "bearer", "description": text}
+        for name, text in (("key", key), ("admin", "The admin key."))
     }
     for path, operations in complete["paths"].items():
         if "{collection}" in path:  # `collection_of` reads it

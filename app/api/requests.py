@@ -96,25 +96,25 @@ class ImageForm(Query, json_schema_extra={"examples": [{"query": "but red", "k":
     """The fields beside the file in a search by image."""
 
 
+def _kind(given: Any) -> str:
+    return "constrained-text" if isinstance(given, str) else "constrained-image"
+
+
 class EmbeddingsImage(Strict):
     """An image to embed."""
 
     image: Annotated[str, Field(min_length=1, description="the file in base64, or as a data URI")]
 
 
-InputText = Annotated[str, Field(min_length=1), AfterValidator(check_text)]
+_Text = Annotated[str, Field(min_length=1), AfterValidator(check_text), Tag("constrained-text")]
+_Image = Annotated[EmbeddingsImage, Tag("constrained-image")]
 
 
 class EmbeddingsQuery(Strict, json_schema_extra={"examples": [{"input": ["crying cat", "apple"], "model": "twemoji"}]}):
     """Texts and images to embed, in the shape of OpenAI's API."""
 
     input: Annotated[
-        list[
-            Annotated[
-                Annotated[InputText, Tag("constrained-text")] | Annotated[EmbeddingsImage, Tag("constrained-image")],
-                Discriminator(lambda given: f"constrained-{'text' if isinstance(given, str) else 'image'}"),
-            ]
-        ],
+        list[Annotated[_Text | _Image, Discriminator(_kind)]],
         Field(min_length=1, description="texts and images; a single one needs no list"),
         FailFast(),
         BeforeValidator(_check_count),
@@ -138,19 +138,14 @@ class BatchQuery(Strict, json_schema_extra={"examples": [{"queries": [{"query": 
     """Several searches, answered together from one index version."""
 
     queries: Annotated[
-        list[BatchEntry],
-        Field(min_length=1, max_length=MAX_QUERIES),
-        FailFast(),
-        AfterValidator(_check_count),
+        list[BatchEntry], Field(min_length=1, max_length=MAX_QUERIES), FailFast(), AfterValidator(_check_count)
     ]
 
 
 def _check_item_id(given: str) -> str:
     if not _ITEM_ID.fullmatch(given):
-        raise ValueError(
-            "must have no control characters, must not begin or end with a space, must not end in /image or /similar, "
-            "and must not be . or .."
-        )
+        message = "must have no control characters, must not begin or end with a space, "
+        raise ValueError(message + "must not end in /image or /similar, and must not be . or ..")
     return given
 
 

@@ -19,7 +19,6 @@ from app.http.body_limit import LongResponse
 from app.search.plan import MAX_TEXT_BYTES
 from app.search.results import SearchResponse, image_url, public_metadata
 from app.search.rows import ResultGroup
-from app.search.snapshots import Snapshot
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
 from index_jobs.index.index_version import Item
@@ -102,8 +101,6 @@ def collection_response(collections: Collections, name: str) -> Collection:
 
 
 class CollectionsResponse(TypedDict):
-    """All served collections, the default one first."""
-
     collections: list[Collection]
 
 
@@ -176,37 +173,12 @@ class EmbeddingsResponse(TypedDict):
     usage: dict[str, int]
 
 
-class ServedModel(TypedDict):
-    """A collection, as the model that embeds. created: when its version was published, in seconds since 1970."""
-
-    id: str
-    object: str
-    created: int
-    owned_by: str
-
-
-def model_response(name: str, live: Snapshot) -> ServedModel:
-    created = int(live.artifact.manifest.created_s or 0)
-    return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
-
-
-class ModelsResponse(TypedDict):
-    """The collections that embed, the default one first, in the shape of OpenAI's API."""
-
-    object: str
-    data: list[ServedModel]
-
-
 class JobProgress(TypedDict):
-    """Images that have been encoded, of all in the batch that the job is part of."""
-
     done: int
     total: int
 
 
 class JobFailure(TypedDict):
-    """An item that could not be put, and why."""
-
     id: str
     reason: str
 
@@ -216,9 +188,10 @@ class JobResponse(TypedDict):
 
     items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
     index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
-    reason: why the job failed, or why it waits. new_fields: metadata fields of the request that no item had.
-    dropped_fields: fields that an item had and its replacement lacks; up to 20 of each. changed: items whose fields a
-    patch has changed. unknown: ids of a patch that the index lacks, the first 100.
+    progress: encoded images, of all in its batch. reason: why the job failed, or why it waits.
+    new_fields: metadata fields of the request that no item had. dropped_fields: fields that an item had and its
+    replacement lacks; up to 20 of each. changed: items whose fields a patch has changed. unknown: ids of a patch that
+    the index lacks, the first 100.
     """
 
     id: str
@@ -239,14 +212,10 @@ class JobResponse(TypedDict):
 
 
 class JobsResponse(TypedDict):
-    """Changes of items, the newest first."""
-
     jobs: list[JobResponse]
 
 
 class HealthResponse(TypedDict):
-    """The process is alive."""
-
     status: str
 
 

@@ -6,7 +6,7 @@
 
 import asyncio
 import base64
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi import Query as QueryParam
@@ -17,7 +17,7 @@ from app.api import feedback, page, requests, responses, writing
 from app.api.feedback import noted
 from app.api.image_urls import decode_base64
 from app.api.requests import read_json, validated
-from app.api.responses import JsonResponse, items_path, make_response, model_response, not_modified
+from app.api.responses import JsonResponse, items_path, make_response, not_modified
 from app.api.routing import ItemId, Routes, may_read, snapshot_of, state_of
 from app.core.metrics import CONTENT_TYPE
 from app.core.problems import Problem, field_problem
@@ -54,16 +54,8 @@ service = Routes("service")
 
 def add_routes(app: FastAPI) -> None:
     """Add all routes to an application. Those of text searches are first, so that they are found first."""
-    for routes in (
-        search,
-        gallery,
-        writing.items,
-        embedding,
-        service,
-        writing.collections,
-        feedback.routes,
-        page.routes,
-    ):
+    of_items, others = (search, gallery, writing.items), (embedding, service, writing.collections)
+    for routes in (*of_items, *others, feedback.routes, page.routes):
         routes.add_to(app)
 
 
@@ -212,19 +204,24 @@ def _inputs(query: requests.EmbeddingsQuery, max_bytes: int) -> list[str | bytes
     ]
 
 
-@embedding.add("GET", "/v1/models", _CHECKED, responses.ModelsResponse)
+@embedding.add("GET", "/v1/models", _CHECKED)
 async def list_models(request: Request) -> Response:
     """List the collections that embed, those that the key opens, in the shape of OpenAI's API."""
     served = [(name, index.live) for name, index in state_of(request).collections if may_read(request, name)]
-    return JsonResponse({"object": "list", "data": [model_response(name, live) for name, live in served if live]})
+    return JsonResponse({"object": "list", "data": [_model(name, live) for name, live in served if live]})
 
 
-@embedding.add("GET", "/v1/models/{collection}", _CHECKED, responses.ServedModel, errors=(404, 422, 503))
+@embedding.add("GET", "/v1/models/{collection}", _CHECKED, errors=(404, 422, 503))
 async def model(request: Request, collection: str) -> Response:
     """Return one of the collections that embed, in the shape of OpenAI's API."""
     if not may_read(request, collection):
         raise out_of_scope()
-    return JsonResponse(model_response(collection, await state_of(request).collections.open(collection, "model")))
+    return JsonResponse(_model(collection, await state_of(request).collections.open(collection, "model")))
+
+
+def _model(name: str, live: Snapshot) -> dict[str, Any]:
+    created = int(live.artifact.manifest.created_s or 0)
+    return {"id": name, "object": "model", "created": created, "owned_by": "dcar"}
 
 
 @service.add("GET", "/collections", _CHECKED, responses.CollectionsResponse)

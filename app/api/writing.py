@@ -42,7 +42,6 @@ _ITEMS = Policy("write", body=requests.items_bytes)
 _MAX_FIELDS = 1000  # of a collection that changes add to
 MAX_CHANGE_BYTES = 64 * 2**20  # of the fields that a job merges into all of its items
 _MAX_NAMED = 20  # fields in a response, or in a list of a job
-_IMAGES_OWN = frozenset({"file_name"})  # fields that come with an image
 IsStrict = Annotated[bool, QueryParam(alias="strict", description="refuse metadata fields that no item has")]
 ItemPath = Annotated[requests.NewItemId, PathParam(description="the id of an item")]
 
@@ -234,16 +233,11 @@ def _new_fields(artifact: IndexVersion, given: Mapping[str, Mapping[str, Any]], 
     Args:
         given: metadata by their places in the request.
     """
-    new = {
-        name: place
-        for place, metadata in given.items()
-        for name, value in metadata.items()
-        if value is not None and name not in artifact.fields
-    }
+    fields = [(name, place) for place, each in given.items() for name, value in each.items() if value is not None]
+    new = {name: place for name, place in fields if name not in artifact.fields}
     if new and (count := len(artifact.fields) + len(new)) > _MAX_FIELDS:
-        raise field_problem(
-            next(reversed(new.values())), f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}"
-        )
+        message = f"with it items have {count:,} fields, at most {_MAX_FIELDS:,}"
+        raise field_problem(next(reversed(new.values())), message)
     if strict and new and artifact.rows:
         faults = [(f"{place}.{name}", "no item has this field") for name, place in new.items()][:_MAX_NAMED]
         raise Problem(422, "; ".join(": ".join(fault) for fault in faults), errors=faults)
@@ -252,14 +246,14 @@ def _new_fields(artifact: IndexVersion, given: Mapping[str, Mapping[str, Any]], 
 
 def _dropped_fields(artifact: IndexVersion, items: Sequence[PutItem]) -> list[str]:
     """Return the fields that items of the index have and their replacements lack."""
+
+    def fields_of(item: Item | PutItem) -> set[str]:
+        fields = {**item.metadata, "caption": item.caption, "category": item.category}
+        return {name for name, value in fields.items() if value not in (None, "")}
+
     replaced = [(item, row) for item in items if (row := artifact.row_of(item.id)) is not None]
-    dropped = set[str]().union(*(_fields_of(artifact.item(row)) - _fields_of(item) for item, row in replaced))
-    return sorted(dropped - _IMAGES_OWN)[:_MAX_NAMED]
-
-
-def _fields_of(item: Item | PutItem) -> set[str]:
-    fields = {**item.metadata, "caption": item.caption, "category": item.category}
-    return {name for name, value in fields.items() if value not in (None, "")}
+    dropped = set[str]().union(*(fields_of(artifact.item(row)) - fields_of(item) for item, row in replaced))
+    return sorted(dropped - {"file_name"})[:_MAX_NAMED]  # which comes with an image
 
 
 async def _accept(

@@ -25,7 +25,6 @@ __all__ = [
     "JobProgress",
     "JobResponse",
     "JobsResponse",
-    "ModelsResponse",
     "OpenAIError",
     "OpenAIErrorResponse",
     "ProblemResponse",
@@ -36,7 +35,6 @@ __all__ = [
     "ResultGroup",
     "SearchOptions",
     "SearchResponse",
-    "ServedModel",
     "TextQuery",
     "Weights",
     "WordEffect",
@@ -173,8 +171,6 @@ class OpenAIError(Model):
 
 
 class OpenAIErrorResponse(Model):
-    """An error of a route below /v1/."""
-
     error: OpenAIError
 
 
@@ -199,8 +195,6 @@ class Collection(Model):
 
 
 class CollectionsResponse(Model):
-    """All served collections, the default one first."""
-
     collections: List[Collection]
 
 
@@ -254,32 +248,12 @@ class EmbeddingsResponse(Model):
     usage: dict[str, int]
 
 
-class ServedModel(Model):
-    """A collection, as the model that embeds. created: when its version was published, in seconds since 1970."""
-
-    id: str
-    object: str
-    created: int
-    owned_by: str
-
-
-class ModelsResponse(Model):
-    """The collections that embed, the default one first, in the shape of OpenAI's API."""
-
-    object: str
-    data: List[ServedModel]
-
-
 class JobProgress(Model):
-    """Images that have been encoded, of all in the batch that the job is part of."""
-
     done: int
     total: int
 
 
 class JobFailure(Model):
-    """An item that could not be put, and why."""
-
     id: str
     reason: str
 
@@ -289,9 +263,10 @@ class JobResponse(Model):
 
     items: number of items in the request, or that its filter matched then. accepted, ended: UTC, ISO 8601.
     index_version: a version that has all changes of the job. failed: items that could not be put; all others were.
-    reason: why the job failed, or why it waits. new_fields: metadata fields of the request that no item had.
-    dropped_fields: fields that an item had and its replacement lacks; up to 20 of each. changed: items whose fields a
-    patch has changed. unknown: ids of a patch that the index lacks, the first 100.
+    progress: encoded images, of all in its batch. reason: why the job failed, or why it waits.
+    new_fields: metadata fields of the request that no item had. dropped_fields: fields that an item had and its
+    replacement lacks; up to 20 of each. changed: items whose fields a patch has changed. unknown: ids of a patch that
+    the index lacks, the first 100.
     """
 
     id: str
@@ -312,14 +287,10 @@ class JobResponse(Model):
 
 
 class JobsResponse(Model):
-    """Changes of items, the newest first."""
-
     jobs: List[JobResponse]
 
 
 class HealthResponse(Model):
-    """The process is alive."""
-
     status: str
 
 
