@@ -135,7 +135,7 @@ async def test_an_invalid_output_fails_its_caller_and_a_failure_of_the_batcher_n
     made = bench(metrics=metrics)
     for found in ([], [None]):
         with pytest.raises((RuntimeError, TypeError)):
-            await made.batcher.submit(BatchGroup("broken", lambda _, found=found: found), ["first"])
+            await made.batcher.submit(BatchGroup("broken", lambda _, found=found: found), ["first"])  # type: ignore[misc]
     monkeypatch.setattr("app.core.supervision.RESTART_S", 0.01)
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "forward_pass", None)
