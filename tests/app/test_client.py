@@ -102,32 +102,24 @@ def test_every_model_holds_all_that_the_service_sends(reranking_index: Path, gal
 
 
 def test_searches_and_items(built_index: Path, gallery: Path) -> None:
-    key = new_key()
+    key, file = new_key(), gallery / "circle/blue.png"
     with serving(built_index, api_keys=f"shop:{key_hash(key)}") as (_, port):
         url = f"http://127.0.0.1:{port}"
         with Client(url, key=key) as client:
-            assert client.readiness().count == 24
             (collection,) = client.collections()
-            response = client.search_text("a red circle", k=3, filter={"category": "circle"})
-            assert [result.rank for result in response.results] == [1, 2, 3]
-            assert {result.category for result in response.results} == {"circle"}
-            assert client.search_text("a red circle", k=3, offset=3).results[0].rank == 4
             own_options = client.search_batch(["red", {"query": "red", "k": 3, "without": "circle"}], k=2)
             assert [len(each.results) for each in own_options] == [2, 3]
-            file = gallery / "circle/blue.png"
-            by_file = client.search_image(file, k=2, filter={"category": "circle"}, less_like=["circle/red.png"])
-            assert by_file.results[0].id == "circle/blue.png"
+            circle = {"category": "circle"}
+            found = client.search_image(file, k=1, filter=circle, less_like=["circle/red.png"], fields=["file_name"])
+            (by_file,) = found.results
+            assert (by_file.id, by_file.metadata) == ("circle/blue.png", {"file_name": "circle/blue.png"})
             in_batch = client.search_batch([{"image": file}, {"image": file.read_bytes(), "query": "red"}], k=1)
             assert in_batch[0].results[0].id == "circle/blue.png"
-            with pytest.raises(ServiceError, match="fetches no images by URL"):
-                client.search_batch([{"image": "https://pictures.example/a.png"}])
-            with_fields = client.search_image(file, k=1, fields=["file_name"]).results[0]
-            assert with_fields.metadata == {"file_name": "circle/blue.png"}
-            circles = client.items(filter={"category": "circle"}, k=4)
-            assert (circles.count, [item.category for item in circles.items]) == (6, ["circle"] * 4)
-            assert client.items(filter={"category": "circle"}, offset=4).next_offset is None
-            sorted_matches = client.search_image(file, sort="-caption", min_score=-1.0, k=1)
-            assert (sorted_matches.results[0].caption, sorted_matches.count) == ("a red triangle", 24)
+            circles = client.items(filter=circle, k=4, group_by="")
+            assert (circles.count, circles.next_offset) == (6, 4)
+            assert [each.category for each in circles.items] == ["circle"] * 4
+            by_caption = client.search_image(file, sort="-caption", min_score=-1.0, k=1)
+            assert (by_caption.results[0].caption, by_caption.count) == ("a red triangle", 24)
             assert client.image("circle/blue.png") == file.read_bytes()
             with pytest.raises(ServiceError, match="There is no item") as caught:
                 client.item("nothing")
@@ -135,8 +127,6 @@ def test_searches_and_items(built_index: Path, gallery: Path) -> None:
             assert caught.value.problem
             assert caught.value.problem.errors
             assert caught.value.problem.errors[0].field == "id"
-            with pytest.raises(ServiceError, match="k: "):
-                client.search_image(png(), k=0)
         with Client(url) as stranger, pytest.raises(ServiceError, match="401"):
             stranger.search_text("red")
         with Client(url, key=key, collection=collection.name) as client:
@@ -224,12 +214,8 @@ def test_ids_that_look_like_lists_and_items_without_the_group_field(tiny_checkpo
     rebuild(tmp_path, tiny_checkpoint, tmp_path / "index", workers=0, progress=False)
     with serving(tmp_path / "index") as (_, port), Client(f"http://127.0.0.1:{port}") as client:
         for each in odd:
-            for response in (
-                client.search_text("", more_like=[each]),
-                client.search_image(png(), more_like=[each]),
-                client.search_image(png(), more_like=[each, "a"], less_like=["2024"]),
-            ):
-                assert each not in [result.id for result in response.results]
+            response = client.search_image(png(), more_like=[each, "a"], less_like=["2024"])
+            assert each not in [result.id for result in response.results]
         groups = [result.group for result in client.search_text("red", group_by="product").results]
         assert sorted(group.value or "" for group in groups if group) == ["", "", "", "", "A"]
 
@@ -264,32 +250,21 @@ async def test_both_clients_retry() -> None:
             await client.health()
 
 
-def test_a_response_of_something_else_is_a_service_error() -> None:
-    proxy = httpx.MockTransport(lambda request: httpx.Response(502, text="<html>Bad Gateway</html>"))
-    with Client("http://proxy", transport=proxy) as client, pytest.raises(ServiceError, match="502") as caught:
-        client.readiness()
-    assert caught.value.problem is None
-    login_page = httpx.MockTransport(lambda request: httpx.Response(200, text="<html>Please log in</html>"))
-    with Client("http://portal", transport=login_page) as client:
+@pytest.mark.parametrize(("status", "text"), [(502, "<html>Bad Gateway</html>"), (200, "<html>Please log in</html>")])
+def test_a_response_of_something_else_is_a_service_error(status: int, text: str) -> None:
+    proxy = httpx.MockTransport(lambda request: httpx.Response(status, text=text))
+    with Client("http://proxy", transport=proxy) as client:
         for call in (client.readiness, lambda: client.image("a"), lambda: client.delete_collection("a")):
-            with pytest.raises(ServiceError, match="200"):
+            with pytest.raises(ServiceError, match=str(status)) as caught:
                 call()
+            assert caught.value.problem is None
 
 
 @pytest.mark.parametrize(
     ("retry_after", "waits"),
-    [
-        ("7", [7]),
-        ("-5", [1]),
-        ("nan", [1]),
-        ("soon", [1]),
-        ("Mon, 02 Jan 2006 15:04:05 GMT", [0]),
-        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", [1]),
-        ("31", []),
-        ("inf", []),
-        ("Fri, 31 Dec 2999 23:59:59 GMT", []),
-    ],
-)
+    [("7", [7]), ("-5", [1]), ("nan", [1]), ("soon", [1]), ("Mon, 02 Jan 2006 15:04:05 GMT", [0]), ("31", []),
+     ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", [1]), ("inf", []), ("Fri, 31 Dec 2999 23:59:59 GMT", [])],
+)  # fmt: skip
 def test_retry_after_is_honoured_up_to_the_longest_wait(retry_after: str, waits: list[float]) -> None:
     found: list[float] = []
     busy = httpx.MockTransport(lambda request: httpx.Response(503, headers={"retry-after": retry_after}))
@@ -302,15 +277,7 @@ def test_retry_after_is_honoured_up_to_the_longest_wait(retry_after: str, waits:
 
 
 def test_dots_cannot_be_names() -> None:
-    requests: list[str] = []
-
-    def respond(request: httpx.Request) -> httpx.Response:
-        requests.append(str(request.url))
-        return httpx.Response(404)
-
-    transport = httpx.MockTransport(respond)
-    with Client("http://service", transport=transport) as client, pytest.raises(ValueError, match=r"'\.\.' cannot be"):
+    with Client("http://service") as client, pytest.raises(ValueError, match=r"'\.\.' cannot be"):
         client.item("..")
     with pytest.raises(ValueError, match=r"'\.' cannot be"):
         Client("http://service", collection=".")
-    assert requests == []

@@ -173,16 +173,11 @@ def test_errors_hold_no_password_whatever_is_between_its_letters(between: str) -
     transport = refusal(" ".join(map(between.join, ("secret-word", BASIC, "family"))))
     with Client("http://me:secret-word@odd", transport=transport) as client, pytest.raises(ServiceError) as caught:
         client.readiness()
+    joined = "\U0001f469\u200d\U0001f4bb \u0645\u06cc\u200c\u0634\u0648\u062f"  # of emoji and languages
+    assert clean(f"\u200b{joined}") == f" {joined}"
     assert str(caught.value).startswith("422: *** *** f")
     assert caught.value.problem
     assert caught.value.problem.title.startswith("*** *** f")
-
-
-def test_joiners_of_languages_and_emoji_stay() -> None:
-    assert (
-        clean("\u200b\U0001f469\u200d\U0001f4bb \u0645\u06cc\u200c\u0634\u0648\u062f")
-        == " \U0001f469\u200d\U0001f4bb \u0645\u06cc\u200c\u0634\u0648\u062f"
-    )
 
 
 @pytest.mark.parametrize("score", ["NaN", "1e999", "-Infinity"])
@@ -209,33 +204,23 @@ def test_a_password_in_the_address_is_sent_and_not_logged(caplog: pytest.LogCapt
 
 @needs("mcp")
 @pytest.mark.parametrize("image_url", ["https://evil.example/a", "//evil.example/a", "/\\evil.example/a"])
-async def test_mcp_results_name_images_of_the_service(image_url: str) -> None:
+async def test_mcp_results_name_images_of_the_service_and_hold_no_password(image_url: str) -> None:
     from dcar_client.mcp import GalleryTools
     from mcp.server.mcpserver.exceptions import ToolError
 
     url = [image_url]
 
     def respond(request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json={**RESULT, "metadata": {}, "image_url": url[0], "index_version": 1})
+        own = {"caption": f"secret-word {BASIC}", "metadata": {}, "image_url": url[0], "index_version": 1}
+        return httpx.Response(200, json={**RESULT, **own})
 
-    async with AsyncClient("http://odd", transport=httpx.MockTransport(respond)) as client:
-        tools = GalleryTools(client, "http://me:secret@odd")
+    async with AsyncClient("http://me:secret-word@odd", transport=httpx.MockTransport(respond)) as client:
+        tools = GalleryTools(client, "http://me:secret-word@odd")
         with pytest.raises(ToolError, match="outside of itself"):
             await tools.get_item("a")
         url[0] = "/items/a/image"
-        answer = await tools.get_item("a")
-        assert answer.structured_content["image_url"] == "http://odd/items/a/image"
-
-
-@needs("mcp")
-async def test_mcp_results_hold_no_password() -> None:
-    from dcar_client.mcp import GalleryTools
-
-    item = {**RESULT, "caption": f"secret-word {BASIC}", "metadata": {}}
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={**item, "index_version": 1}))
-    async with AsyncClient("http://me:secret-word@odd", transport=transport) as client:
-        answer = await GalleryTools(client, "http://me:secret-word@odd").get_item("a")
-    assert answer.structured_content["caption"] == "*** ***"
+        answer = (await tools.get_item("a")).structured_content
+        assert (answer["image_url"], answer["caption"]) == ("http://odd/items/a/image", "*** ***")
 
 
 @needs("mcp")
