@@ -26,7 +26,7 @@ from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train
 from dcar_core.training.validation import encode_captions, encode_images
-from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.retrieval_metrics import compute_ranks
 
 SHARES = {"train": 8, "val": 1}  # of ten captions
@@ -54,13 +54,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = FeatureCache(Path(folder), backbone)
 
-        def hits(model: DCAR) -> Hits:
+        def hits(model: DCAR) -> Scores:
             split = prepare_split(splits["test"], model.eval(), for_training=False, cache=cache)
             ranks = compute_ranks(encode_captions(model, split), encode_images(model, split), split.image_of)
-            return Hits.from_ranks(ranks, split.image_of)
+            return Scores.of_ranks(ranks, split.image_of)
 
         untouched = hits(seeded_model(backbone, method("clip"), 0))
-        own = compare_hits(untouched, untouched).model
+        own = Comparison.of(untouched, untouched).model
         row = ["0", "clip", f"{own['t2i_r1'].value:.1f}", f"{own['i2t_r1'].value:.1f}", "-"]
         print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
         print("| " + " | ".join(row) + " |", flush=True)
@@ -73,10 +73,10 @@ def main() -> None:
                     config = TrainConfig(patience=5, seed=seed)
                     train(model, parts["train"], parts["val"], config, cache=cache)
                     runs.append(hits(model))
-                compared = compare_hits(Hits.mean(runs), untouched)
+                compared = Comparison.of(Scores.mean(runs), untouched)
                 recall, gain = compared.model, compared.difference["mean_r1"]
                 row = [f"{count:,}", name, f"{recall['t2i_r1'].value:.1f}", f"{recall['i2t_r1'].value:.1f}",
-                       f"{gain.value:+.1f} ({gain.low:+.1f} to {gain.high:+.1f})"]  # fmt: skip
+                       f"{gain:+}"]  # fmt: skip
                 print("| " + " | ".join(row) + " |", flush=True)
 
 

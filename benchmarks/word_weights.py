@@ -41,7 +41,7 @@ from dcar_core.training.validation import (
     new_categories,
     pixels_of_split,
 )
-from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets
 
 CHUNK = 32
@@ -159,13 +159,13 @@ def main() -> None:
         elif model.config.rerank.blocks:
             found = weighted_patches(model, split, frozen, args.strength)
         for name, ranks in found.items():
-            own = Hits.from_ranks(ranks, split.image_of)
+            own = Scores.of_ranks(ranks, split.image_of)
             hits[model.config.method].setdefault(name, []).append(own if groups is None else own.grouped(groups))
     for method, rows in hits.items():
         base = "uniform" if "uniform" in rows else "no weights"
         print(f"\n| {method}, {len(rows[base])} seeds | text-to-image R@1 | over {base} |\n| --- | --- | --- |")
         for name, runs in rows.items():
-            found = compare_hits(Hits.mean(runs), Hits.mean(rows[base]))
+            found = Comparison.of(Scores.mean(runs), Scores.mean(rows[base]))
             print(f"| {name} | {found.model['t2i_r1'].value:.1f} | {found.difference['t2i_r1']:+} |")
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from app.search import Index
 from app.search.query import normalize
 from dcar_core.data.judgements import JudgedList, trec_id
-from dcar_core.util.bootstrap import Estimate, estimate_means
+from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, shorten
 from dcar_core.util.files import csv_text
 from dcar_core.util.retrieval_metrics import graded_measures
@@ -66,42 +66,41 @@ class Run:
 
 def describe(runs: Sequence[Run]) -> str:
     """Return the measures of one run, or of two and their difference, what is not judged, and a closing sentence."""
-    judged, names, measures = runs[0].judged, [run.name for run in runs], [run.measures() for run in runs]
-    values = [np.stack([*each.values()], axis=1) for each in measures]  # [Q, 3] each
-    if len(runs) > 1:
-        names, values = [*names, "difference"], [*values, values[0] - values[1]]
+    judged, measures = runs[0].judged, [run.measures() for run in runs]
+    names, values = [run.name for run in runs], [np.stack([*each.values()]) / 100 for each in measures]  # [3, Q]
     labels = np.array([judged.classes.get(query_id, "") for query_id in judged.texts])
     groups = {"all": np.ones(len(labels), bool)} | {label: labels == label for label in sorted({*labels} - {""})}
-    rows, overall = [["queries", "index", *measures[0]], ["---"] * 5], list[Estimate]()
+    rows, compared = [["queries", "index", *measures[0]], ["---"] * 5], list[Comparison]()
     for label, chosen in groups.items():
-        estimates = estimate_means(np.concatenate(values, axis=1)[chosen])  # the same resamples for all
-        overall = overall or estimates
-        for number, name in enumerate(names):
-            cells = [f"{each:{'+' * (number > 1)}}" for each in estimates[3 * number : 3 * number + 3]]
-            rows.append([f"{label}, {np.count_nonzero(chosen):,}", name, *cells])
+        counts = np.ones((len(measures[0]), np.count_nonzero(chosen)))
+        sides = [Scores(counts, each[:, chosen], [*measures[0]]) for each in values]
+        compared.append(found := Comparison.of(sides[0], sides[-1]))
+        figures = (names[0], found.model, ""), (names[-1], found.baseline, ""), ("difference", found.difference, "+")
+        for name, estimates, sign in figures[: 2 * len(runs) - 1]:
+            cells = [f"{each:{sign}}" for each in estimates.values()]
+            rows.append([f"{label}, {found.queries:,}", name, *cells])
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     unjudged = dict[str, None]()  # of both, each once
     for run in runs:
-        found = [f"{item} for {judged.texts[query_id]!r}" for query_id, _, item, grade in run.rows if grade is None]
-        unjudged |= dict.fromkeys(found)
+        unknown = [f"{item} for {judged.texts[query_id]!r}" for query_id, _, item, grade in run.rows if grade is None]
+        unjudged |= dict.fromkeys(unknown)
         missing = f"; {len(run.missing):,} listed items not in it, {shorten(run.missing)}" if run.missing else ""
-        lines.append(f"{run.name}: {len(found):,} of {len(run.rows):,} results not judged{missing}")
+        lines.append(f"{run.name}: {len(unknown):,} of {len(run.rows):,} results not judged{missing}")
     if unjudged:
         lines.append(f"not judged, counted as 0: {shorten([*unjudged])}")
-    return "\n".join([*lines, _conclude(names, overall, len(labels))])
+    return "\n".join([*lines, _conclude(names, compared[0])])
 
 
-def _conclude(names: Sequence[str], overall: Sequence[Estimate], queries: int) -> str:
-    over = f"points of nDCG@{DEPTH} over {queries:,} queries"
+def _conclude(names: Sequence[str], compared: Comparison) -> str:
+    measure = f"nDCG@{DEPTH}"
+    over, gain = f"of {measure} over {compared.queries:,} queries", compared.difference[measure]
     if len(names) == 1:
-        return f"{names[0]} has {overall[0].value:.1f} {over}."
-    sign = 1 if overall[6].value >= 0 else -1
-    better, other = names[:2][::sign]
-    low, high = sorted(sign * end + 0.0 for end in (overall[6].low, overall[6].high))  # not -0.0
-    gain = f"{sign * overall[6].value:+.1f} {over} (95 % interval {low:+.1f} to {high:+.1f})"
-    if overall[6].is_certain:
-        return f"Take {better}: it is better than {other}, by {gain}."
-    return f"Neither is certainly better: {better} is above {other} by {gain}."
+        return f"{names[0]} has {compared.model[measure].value:.1f} points {over}."
+    better, other = names if gain.value >= 0 else names[::-1]
+    by = (gain if gain.value >= 0 else -gain).points(over)
+    if gain.is_certain:
+        return f"Take {better}: it is better than {other}, by {by}."
+    return f"Neither is certainly better: {better} is above {other} by {by}."
 
 
 def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:

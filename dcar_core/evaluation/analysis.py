@@ -11,7 +11,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import PreparedSplit
 from dcar_core.training.validation import encode_captions, encode_images, rerank
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.bootstrap import Hits
+from dcar_core.util.bootstrap import Scores
 from dcar_core.util.retrieval_metrics import (
     Ranks,
     compute_ranks,
@@ -31,8 +31,8 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     Returns:
         recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
         confusions: the most frequent {category, taken_for, count, of}, by the first image found for each caption;
-        hits: the fields of `bootstrap.Hits`; measures: others by their headings; reranked: what differs with `rerank`,
-        of a model with a second stage.
+        scores: queries and sums of `bootstrap.Scores`; measures: others by their headings; reranked: what differs with
+        `rerank`, of a model with a second stage.
     """
     model.eval()
     text, image = encode_captions(model, split), encode_images(model, split)
@@ -52,11 +52,11 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
 
 
 def _by_ranks(data: Dataset, split: PreparedSplit, ranks: Ranks) -> dict[str, Any]:
-    hits = Hits.from_ranks(ranks, split.image_of)
+    scores = Scores.of_ranks(ranks, split.image_of)
     return {
         "recall": recall_of_ranks(ranks),
         "categories": _recall_by_category(data, split.image_of, ranks),
-        "hits": {name: values.tolist() for name, values in vars(hits).items() if values is not None},
+        "scores": [scores.queries.tolist(), scores.sums.tolist()],
     }
 
 

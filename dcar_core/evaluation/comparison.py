@@ -2,7 +2,7 @@
 
 - Choices are made on validation; each run reads the test split once, at its end.
 - With `tune`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
-- Intervals are those of the paired bootstrap over queries. The hits of a method's seeds are averaged by query first.
+- Intervals are those of the paired bootstrap over queries. The scores of a method's seeds are averaged by query first.
   Of test categories that training has not, whole categories are resampled.
 """
 
@@ -31,7 +31,7 @@ from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import FrozenFeatures, report_truncation
 from dcar_core.training.validation import mean_r1, new_categories
-from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
 
@@ -136,7 +136,7 @@ def compare(
         "methods": {},
         "diverged": {},
     }
-    hits, group_of = dict[str, list[Hits]](), new_categories(splits["train"], splits["test"])
+    scores, group_of = dict[str, list[Scores]](), new_categories(splits["train"], splits["test"])
     for name, chosen in configs.items():
         try:
             result = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
@@ -147,15 +147,15 @@ def compare(
             results["diverged"][name] = str(error)
         else:
             for label, own in ((name, result), *([(name + WITH_RERANK, reranked)] if reranked else [])):
-                found = (run.pop("hits") for run in own["runs"])  # too many for results.json
-                each_run = (Hits(**{field: np.array(values) for field, values in run.items()}) for run in found)
-                hits[label] = [run if group_of is None else run.grouped(group_of) for run in each_run]
+                runs = (run.pop("scores") for run in own["runs"])  # too many for results.json
+                found = (Scores(np.array(queries), np.array(sums)) for queries, sums in runs)
+                scores[label] = [run if group_of is None else run.grouped(group_of) for run in found]
                 results["methods"][label] = own
                 results["shots"].setdefault(label, {})
         write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
-    add_significance(results, hits)
+    add_significance(results, scores)
     write_json(out / "results.json", results)
     (out / "results.csv").write_text(results_csv(results), encoding="utf-8")
     plot = plot_recall(results, out / "recall.svg")
@@ -163,45 +163,43 @@ def compare(
     return results
 
 
-def add_significance(results: Results, hits: Mapping[str, Sequence[Hits]]) -> None:
+def add_significance(results: Results, scores: Mapping[str, Sequence[Scores]]) -> None:
     """Set `baseline`, each method's `intervals` and `difference` to it, as [value, low, high] in percent, and
     `recommendation`, a sentence.
 
-    hits: the hits of each seed, by method.
+    scores: those of each seed, by method.
     """
     baseline = results["baseline"] = best_baseline(results)
-    means = {name: Hits.mean(runs) for name, runs in hits.items()}
+    means = {name: Scores.mean(runs) for name, runs in scores.items()}
     for name, result in results["methods"].items():
-        found = compare_hits(means[name], means[baseline or name])
-        result["intervals"] = {measure: list(astuple(each)) for measure, each in found.model.items()}
-        difference = {measure: list(astuple(each)) for measure, each in found.difference.items()}
+        found = Comparison.of(means[name], means[baseline or name])
+        result["intervals"], difference = (
+            {measure: list(astuple(each)) for measure, each in side.items()} for side in (found.model, found.difference)
+        )
         result["difference"] = None if baseline in (None, name) else {**difference, "p": found.p}
     chosen, results["recommendation"] = _recommend(results, means)
     if reranked := means.get(chosen + WITH_RERANK):
-        change = compare_hits(reranked, means[chosen]).difference["t2i_r1"]
+        change = Comparison.of(reranked, means[chosen]).difference["t2i_r1"]
         results["recommendation"] += f"\nWith `rerank`: {change:+} points of text-to-image R@1."
 
 
-def _recommend(results: Results, means: Mapping[str, Hits]) -> tuple[str, str]:
+def _recommend(results: Results, means: Mapping[str, Scores]) -> tuple[str, str]:
     """Recommend the cheapest method that is not certainly worse on the test split than the best on validation.
 
     Returns:
         Its name, and the sentence.
     """
     best = best_method(results)
-    found = {name: compare_hits(means[best], means[name]) for name in means}
+    found = {name: Comparison.of(means[best], means[name]) for name in means}
     chosen = next(
         name for name in sorted(means, key=lambda name: _cost(results["methods"][name]))
-        if not name.endswith(WITH_RERANK) and (name == best or found[name].difference["mean_r1"].low <= 0)
+        if not name.endswith(WITH_RERANK) and (name == best or found[name].gain.low <= 0)
     )  # fmt: skip
-    pool = f"among {found[best].images:,} test images"
+    images = f"{found[best].images:,} test images"
     if chosen == best == UNTOUCHED:
-        images = f"{found[best].images:,} test images"
         return chosen, f"Take the untouched model: no method was better on validation ({images})."
     compared = UNTOUCHED if chosen == best and UNTOUCHED in found else chosen
-    difference = found[compared].difference["mean_r1"]
-    interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
-    gain = f"{difference.value:+.1f} points of mean R@1 {pool} ({interval})"
+    gain = found[compared].gain.points(f"of mean R@1 among {images}")
     if chosen != best:
         name = "the untouched model" if chosen == UNTOUCHED else f"{chosen}, which costs less"
         return chosen, f"Take {name}: {best} is not certainly better, by {gain}."
@@ -272,7 +270,7 @@ def _split_reranked(result: dict[str, Any]) -> dict[str, Any] | None:
     found = [run.pop("reranked") for run in result["runs"]]
     unknown: dict[str, Any] = {"measures": {}, "hard_negative_accuracy": None, "confusions": []}
     runs = [
-        {**run, **unknown, "test": each["recall"], "categories": each["categories"], "hits": each["hits"]}
+        {**run, **unknown, "test": each["recall"], "categories": each["categories"], "scores": each["scores"]}
         for run, each in zip(result["runs"], found, strict=True)
     ]
     return {**result, **unknown, **summarise([run["test"] for run in runs]), "runs": runs}

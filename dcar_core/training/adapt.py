@@ -22,7 +22,7 @@ from dcar_core.training.prepared_split import prepare_split, report_truncation
 from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
 from dcar_core.training.validation import encode_captions, encode_images, new_categories, rerank
-from dcar_core.util.bootstrap import MEASURES, Estimate, Hits, PairedDifference, compare_hits
+from dcar_core.util.bootstrap import Comparison, Estimate, Scores
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
 
@@ -30,63 +30,40 @@ FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
 
 
 @dataclass(frozen=True)
-class WiderSearch:
-    """The text-to-image searches of the validation captions among the images of all splits that were read.
-
-    first, ten: comparisons of R@1 and R@10; their measure is "t2i_r1" for both.
-    """
-
-    images: int
-    first: PairedDifference
-    ten: PairedDifference
-
-    def __str__(self) -> str:
-        (first, first_before), (ten, ten_before) = (
-            [estimates["t2i_r1"].value for estimates in (each.model, each.baseline)] for each in (self.first, self.ten)
-        )
-        change = self.ten.difference["t2i_r1"]
-        doubt = "" if change.is_certain else f" This is not certain ({change.low:+.1f} to {change.high:+.1f})."
-        return (
-            f"Among all {self.images:,} images for training and validation, {first:.1f} % of the validation captions "
-            f"find their image first (untouched: {first_before:.1f} %), and {ten:.1f} % among the first ten "
-            f"({ten_before:.1f} %).{doubt}"
-        )
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The comparison of a method with the untouched model, and the settings it was trained with.
 
+    wider: the number of all images for training and validation, and comparisons of searches of the validation captions
+    among them: by R@1 and, under the same name, by R@10.
     reranked: the comparison of its searches with `rerank` and by vectors; None without a second stage.
     """
 
     method: str
-    comparison: PairedDifference
+    comparison: Comparison
     config: TrainConfig
-    wider: WiderSearch | None = None
-    reranked: PairedDifference | None = None
+    wider: tuple[int, Comparison, Comparison] | None = None
+    reranked: Comparison | None = None
 
     @property
     def is_worth_it(self) -> bool:
-        """True if the adapted model has the higher mean R@1. See `is_certain` for the interval."""
-        return self.comparison.difference["mean_r1"].value > 0
-
-    @property
-    def is_certain(self) -> bool:
-        """True if the interval of the difference excludes 0."""
-        return self.comparison.difference["mean_r1"].is_certain
+        """True if the adapted model has the higher mean R@1."""
+        return self.comparison.gain.value > 0
 
     def __str__(self) -> str:
-        pairs, images = self.comparison.queries, self.comparison.images
+        compared, images = self.comparison, self.comparison.images
         parts = [
             f"{f'R@1 in % among {images:,} images':32}{'text-to-image':24}{'image-to-text':24}mean",
-            _row("untouched model", self.comparison.baseline, ""),
-            _row(f"adapted ({self.method})", self.comparison.model, ""),
-            _row("difference", self.comparison.difference, "+"),
-            self._answer(),
-            *([str(self.wider)] if self.wider else []),
-            *([self._second_stage(self.reranked)] if self.reranked else []),
+            _row("untouched model", compared.baseline),
+            _row(f"adapted ({self.method})", compared.model),
+            _row("difference", compared.difference, "+"),
+            f"Was it worth it? {self._answer()}",
         ]
+        if self.wider:
+            parts.append(_describe_wider(*self.wider))
+        if self.reranked:
+            found, change = self.reranked.model["t2i_r1"], self.reranked.difference["t2i_r1"]
+            gain = f"R@1 of {found} text-to-image, {change:+} over the search by vectors."
+            parts.append(f"With `rerank`: {gain if change.value > 0 else 'no gain on these pairs.'}")
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
             is_adapter = self.method in ("clip-adapter", "block-adapters", "block-adapters+", "query-prompts")
@@ -97,37 +74,39 @@ class Verdict:
                 f"--tune`; until then, `dcar zero-shot` writes a checkpoint of the untouched model."
             )
         if images < FEW_PAIRS:
-            what = "pairs" if images == pairs else "images"
+            what = "pairs" if images == compared.queries else "images"
             parts.append(
                 f"Caveat: {images} validation {what} decide little; each is {100 / images:.1f} points of R@1. Use at "
                 f"least {FEW_PAIRS}."
             )
         return "\n".join(parts)
 
-    def _second_stage(self, found: PairedDifference) -> str:
-        change = found.difference["t2i_r1"]
-        if change.value <= 0:
-            return "With `rerank`: no gain on these pairs."
-        return f"With `rerank`: R@1 of {found.model['t2i_r1']} text-to-image, {change:+} over the search by vectors."
-
     def _answer(self) -> str:
-        difference = self.comparison.difference["mean_r1"]
-        pool = f"among {self.comparison.images:,} validation images"
-        interval = f"95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
-        pairs = f"{self.comparison.queries:,} validation pairs"
-        if self.comparison.resampled < self.comparison.images:
-            pairs += f" of {self.comparison.resampled:,} categories, resampled whole"
+        compared, pairs = self.comparison, f"{self.comparison.queries:,} validation pairs"
+        if compared.resampled < compared.images:
+            pairs += f" of {compared.resampled:,} categories, resampled whole"
+        gain = compared.gain.points(f"of mean R@1 among {compared.images:,} validation images", pairs)
         if not self.is_worth_it:
-            return f"Was it worth it? No: the untouched model is at least as good {pool} ({interval}; {pairs})."
-        if not self.is_certain:
+            return f"No: the untouched model is at least as good, {gain}."
+        if not compared.gain.is_certain:
             return (
-                f"Was it worth it? Uncertain: {difference.value:+.1f} points {pool}, but the interval includes 0 "
-                f"({interval}; {pairs}). Add validation pairs, or train several seeds with `dcar evaluate`."
+                f"Uncertain: {gain}, but the interval includes 0. Add validation pairs, or train several seeds with "
+                f"`dcar evaluate`."
             )
-        return (
-            f"Was it worth it? Yes: {difference.value:+.1f} points of mean R@1 {pool} ({interval}; {pairs}). These "
-            f"pairs also chose the epoch; `dcar evaluate` measures on the test split."
-        )
+        return f"Yes: {gain}. These pairs also chose the epoch; `dcar evaluate` measures on the test split."
+
+
+def _describe_wider(images: int, first: Comparison, ten: Comparison) -> str:
+    found, found_before, among, among_before = (
+        side["t2i_r1"].value for each in (first, ten) for side in (each.model, each.baseline)
+    )
+    change = ten.difference["t2i_r1"]
+    doubt = "" if change.is_certain else f" This is not certain: {change.points()}."
+    return (
+        f"Among all {images:,} images for training and validation, {found:.1f} % of the validation captions find their "
+        f"image first (untouched: {found_before:.1f} %), and {among:.1f} % among the first ten ({among_before:.1f} %)."
+        f"{doubt}"
+    )
 
 
 def adapt(
@@ -212,29 +191,29 @@ def verdict_of(
     model: DCAR, untouched: DCAR, splits: Mapping[str, Dataset], cache: FeatureCache, config: TrainConfig
 ) -> Verdict:
     """Compare a model with the untouched one on the validation pairs, among their images and among all."""
-    hits, wider, images, reranked = list[Hits](), list[tuple[Hits, Hits]](), 0, None
+    scores, wider, images, reranked = list[Scores](), list[tuple[Scores, Scores]](), 0, None
     group_of = new_categories(splits["train"], splits["val"])
 
-    def hits_of(ranks: Ranks, k: int = 1) -> Hits:
-        found = Hits.from_ranks(ranks, val.image_of, k)
+    def scores_of(ranks: Ranks, k: int = 1) -> Scores:
+        found = Scores.of_ranks(ranks, val.image_of, k)
         return found if group_of is None else found.grouped(group_of)
 
     for each in (model, untouched):
         each.eval()
         train, val = (prepare_split(splits[name], each, for_training=False, cache=cache) for name in ("train", "val"))
         text, own, others = encode_captions(each, val), encode_images(each, val), encode_images(each, train)
-        hits.append(hits_of(compute_ranks(text, own, val.image_of)))
+        scores.append(scores_of(compute_ranks(text, own, val.image_of)))
         if each.config.rerank.blocks:
-            reranked = compare_hits(hits_of(rerank(each, val, text, own)), hits[-1])
+            reranked = Comparison.of(scores_of(rerank(each, val, text, own)), scores[-1])
         known = set(splits["val"].images)
         other = np.array([row for row, name in enumerate(splits["train"].images) if name not in known], np.int64)
         ranks = compute_ranks(text, np.concatenate([own, others[other]]), val.image_of)
-        wider.append((hits_of(ranks), hits_of(ranks, k=10)))
+        wider.append((scores_of(ranks), scores_of(ranks, k=10)))
         images = len(own) + len(other)
-    first, ten = (compare_hits(own, other) for own, other in zip(*wider, strict=True))
-    return Verdict(model.config.method, compare_hits(*hits), config, WiderSearch(images, first, ten), reranked)
+    first, ten = (Comparison.of(own, other) for own, other in zip(*wider, strict=True))
+    return Verdict(model.config.method, Comparison.of(*scores), config, (images, first, ten), reranked)
 
 
-def _row(name: str, estimates: Mapping[str, Estimate], sign: str) -> str:
-    cells = [format(estimates[measure], sign) for measure in MEASURES]
+def _row(name: str, estimates: Mapping[str, Estimate], sign: str = "") -> str:
+    cells = [format(each, sign) for each in estimates.values()]
     return f"  {name:30}{cells[0]:24}{cells[1]:24}{cells[2]}"

@@ -1,13 +1,14 @@
-"""Paired bootstrap over queries (Efron 1979): intervals of recall, and of the difference between two models.
+"""Comparison of two rankings of the same queries, by a paired bootstrap (Efron 1979).
 
-- Each resample takes the same queries for both models, which removes the variance of the queries' difficulty.
+- Each resample takes the same queries for both rankings, which removes the variance of the queries' difficulty.
 - Images are resampled, each with all its captions: captions of one image are not independent [ours]. Nor are images of
-  a category that was not trained on, which `Hits.grouped` keeps together.
+  a category that was not trained on, which `Scores.grouped` keeps together.
 - Seeds are averaged before, so the intervals are about queries. The spread of seeds is another source of error.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,40 +23,40 @@ _CHUNK = 500  # resamples at a time
 
 
 @dataclass(frozen=True)
-class Hits:
-    """R@1 of each query of I images or groups of images, from 0 to 1 (fractions are means over seeds).
+class Scores:
+    """Scores of a ranking from 0 to 1, summed over the queries of each of I units: queries, images, or groups of these.
 
-    texts: (I,) captions of each. text_hits, image_hits: (I,) the sums of its captions' and of its images' hits.
-    images: (I,) images of each group; None if each is one image.
+    queries, sums: (M, I), the number of queries and the sum of their scores, for each of M measures.
+    measures: their names; one more is that of their mean.
     """
 
-    texts: NDArray[np.float64]
-    text_hits: NDArray[np.float64]
-    image_hits: NDArray[np.float64]
-    images: NDArray[np.float64] | None = None
+    queries: NDArray[np.floating[Any]]
+    sums: NDArray[np.floating[Any]]
+    measures: Sequence[str] = MEASURES
 
     @classmethod
-    def from_ranks(cls, ranks: Ranks, image_of_text: Rows, k: int = 1) -> "Hits":
-        """Return the hits among the first k, in place of those at 1."""
+    def of_ranks(cls, ranks: Ranks, image_of_text: Rows, k: int = 1) -> "Scores":
+        """Return the hits among the first k of the texts and of the images, by image."""
         image = np.searchsorted(ranks.described, image_of_text)
-        texts, hits = (np.bincount(image, weights).astype(np.float64) for weights in (None, ranks.text < k))
-        return cls(texts, hits, (ranks.image < k).astype(np.float64))
+        texts, hits = (np.bincount(image, weights) for weights in (None, ranks.text < k))
+        return cls(np.array([texts, np.ones(len(texts))]), np.array([hits, ranks.image < k]))
 
     @classmethod
-    def mean(cls, runs: Sequence["Hits"]) -> "Hits":
+    def mean(cls, runs: Sequence["Scores"]) -> "Scores":
         """Return the mean over runs on the same queries."""
-        text_hits = np.mean([run.text_hits for run in runs], axis=0)
-        return cls(runs[0].texts, text_hits, np.mean([run.image_hits for run in runs], axis=0), runs[0].images)
+        return replace(runs[0], sums=np.mean([run.sums for run in runs], axis=0))
 
-    @property
-    def sizes(self) -> NDArray[np.float64]:
-        """The number of images of each."""
-        return np.ones_like(self.texts) if self.images is None else self.images
+    def grouped(self, group_of: Sequence[int] | Rows) -> "Scores":
+        """Return the scores of groups, which are resampled whole. group_of: (I,)."""
+        queries, sums = (np.array([np.bincount(group_of, row) for row in own]) for own in (self.queries, self.sums))
+        return replace(self, queries=queries, sums=sums)
 
-    def grouped(self, group_of: Rows) -> "Hits":
-        """Return the hits of groups, which are resampled whole. group_of: (I,)."""
-        own = (self.texts, self.text_hits, self.image_hits, self.sizes)
-        return Hits(*(np.bincount(group_of, values).astype(np.float64) for values in own))
+    def percent(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return each measure, and their mean if it has a name, with each unit taken `counts` (R, I) times."""
+        pairs = zip(self.sums, self.queries, strict=True)
+        found = [100 * (counts @ sums) / (counts @ queries) for sums, queries in pairs]
+        mean = [sum(found) / len(found)]
+        return np.stack((found + mean)[: len(self.measures)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -71,71 +72,78 @@ class Estimate:
         """True if the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
+    def __neg__(self) -> "Estimate":
+        return Estimate(0 - self.value, 0 - self.high, 0 - self.low)
+
     def __format__(self, sign: str) -> str:
         return f"{self.value:{sign}.1f} ({self.low:{sign}.1f} to {self.high:{sign}.1f})"
 
+    def points(self, of: str = "", note: str = "") -> str:
+        """Return a difference in words: "+1.2 points (95 % interval -0.3 to +2.7)"."""
+        of, note = of and f" {of}", note and f"; {note}"
+        return f"{self.value:+.1f} points{of} (95 % interval {self.low:+.1f} to {self.high:+.1f}{note})"
+
 
 @dataclass(frozen=True)
-class PairedDifference:
-    """A model's figures, and their difference to a baseline's on the same queries.
+class Comparison:
+    """Two rankings of the same queries: their figures, and the differences with intervals.
 
-    model, baseline, difference: an estimate for each of `MEASURES`.
-    p: two-sided p-value of the difference in mean R@1.
+    model, baseline, difference: an estimate of each measure.
+    p: two-sided p-value of the difference in the last measure.
     queries, images, resampled: numbers of captions, of images, and of what is resampled: images or groups of them.
     """
 
-    model: Mapping[str, Estimate]
-    baseline: Mapping[str, Estimate]
-    difference: Mapping[str, Estimate]
+    model: dict[str, Estimate]
+    baseline: dict[str, Estimate]
+    difference: dict[str, Estimate]
     p: float
     queries: int
     images: int
     resampled: int
 
+    @classmethod
+    def of(cls, model: Scores, baseline: Scores, *, resamples: int = RESAMPLES) -> "Comparison":
+        """Compare two rankings. Raise ValueError if they are of different queries."""
+        if not np.array_equal(model.queries, baseline.queries):
+            units = f"{model.queries.shape[1]} and {baseline.queries.shape[1]} images"
+            raise ValueError(f"scores of {units} are not of the same queries")
+        count = model.queries.shape[1]
+        drawn = [(model.percent(counts), baseline.percent(counts)) for counts in _resampled(count, resamples)]
+        own, other = map(np.concatenate, zip(*drawn, strict=True))  # [1 + R, M]
+        difference = own - other
+        tail = min((difference[1:, -1] <= 0).sum(), (difference[1:, -1] >= 0).sum())
+        return cls(
+            _estimates(model.measures, own),
+            _estimates(model.measures, other),
+            _estimates(model.measures, difference),
+            p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
+            queries=int(model.queries[0].sum()),
+            images=int(model.queries[-1].sum()),
+            resampled=count,
+        )
 
-def compare_hits(model: Hits, baseline: Hits, *, resamples: int = RESAMPLES) -> PairedDifference:
-    """Compare two models on the same queries. Raise ValueError if the hits are of different queries."""
-    if not np.array_equal(model.texts, baseline.texts):
-        raise ValueError(f"hits of {len(model.texts)} and {len(baseline.texts)} images are not of the same queries")
-    figures = [_recalls((model, baseline), counts) for counts in _resampled(len(model.texts), resamples)]
-    own, other = np.concatenate(figures, axis=1)  # [1 + R, 3]
-    difference = own - other
-    estimates = [dict(zip(MEASURES, _estimates(each), strict=True)) for each in (own, other, difference)]
-    tail = min((difference[1:, 2] <= 0).sum(), (difference[1:, 2] >= 0).sum())
-    return PairedDifference(
-        estimates[0],
-        estimates[1],
-        estimates[2],
-        p=min(1.0, 2 * (int(tail) + 1) / (resamples + 1)),
-        queries=int(model.texts.sum()),
-        images=int(model.sizes.sum()),
-        resampled=len(model.texts),
-    )
+    @property
+    def gain(self) -> Estimate:
+        """The difference in the last measure, such as mean R@1."""
+        return [*self.difference.values()][-1]
 
-
-def _recalls(models: Sequence[Hits], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return (M, r, 3): text-to-image, image-to-text and mean R@1 with each unit taken `counts` (r, I) times."""
-    text = [100 * (counts @ hits.text_hits) / (counts @ hits.texts) for hits in models]
-    image = [100 * (counts @ hits.image_hits) / (counts @ hits.sizes) for hits in models]
-    return np.stack([text, image, np.add(text, image) / 2], axis=2)
-
-
-def estimate_means(values: NDArray[np.float64], *, resamples: int = RESAMPLES) -> list[Estimate]:
-    """Return the mean over queries of each of M measures (Q, M); of paired differences, if the values are these."""
-    means = [counts @ values / len(values) for counts in _resampled(len(values), resamples)]
-    return _estimates(np.concatenate(means))
+    @property
+    def visible(self) -> float:
+        """The smallest gain that is not chance: half of the interval, but at least a hit of one image."""
+        return max((self.gain.high - self.gain.low) / 2, 100 / self.resampled)
 
 
-def _resampled(items: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Yield how often each item is taken, (r, n): first without resampling, then in each resample."""
-    yield np.ones((1, items), np.int64)
-    rng, shares = np.random.default_rng(0), np.full(items, 1 / items)
+def _resampled(units: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Yield how often each unit is taken, (r, n): first without resampling, then in each resample."""
+    yield np.ones((1, units), np.int64)
+    rng, shares = np.random.default_rng(0), np.full(units, 1 / units)
     for start in range(0, resamples, _CHUNK):
-        yield rng.multinomial(items, shares, size=min(_CHUNK, resamples - start))
+        yield rng.multinomial(units, shares, size=min(_CHUNK, resamples - start))
 
 
-def _estimates(figures: NDArray[np.float64]) -> list[Estimate]:
+def _estimates(measures: Sequence[str], figures: NDArray[np.float64]) -> dict[str, Estimate]:
     """Return the estimates of (1 + R, M) figures: the values, and those of all resamples."""
     tail = (1 - CONFIDENCE) / 2
     ends = np.quantile(figures[1:], [tail, 1 - tail], axis=0)
-    return [Estimate(*map(float, column)) for column in zip(figures[0], *ends, strict=True)]
+    columns = zip(figures[0].tolist(), *ends.tolist(), strict=True)
+    return {measure: Estimate(*column) for measure, column in zip(measures, columns, strict=True)}

@@ -317,7 +317,7 @@ class _Build:
             verdict = gate.GateVerdict(served_encoder, options.margin)
         else:
             before, after = (self.served, served_encoder.encode_text), (built, self.encoder.encode_text)
-            verdict = gate.compare(*before, *after, self.pairs, options.margin)
+            verdict = gate.compare(before, after, self.pairs, options.margin)
             if self.judged:
                 verdict = gate.add_judged(verdict, self.judged, before, after)
         if not verdict.passed and not options.force:

@@ -28,7 +28,7 @@ from dcar_core.data.judgements import JudgedList
 from dcar_core.images import ImageRoot
 from dcar_core.model.text.tokenizer import common_words
 from dcar_core.util.arrays import Floats, Rows
-from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import hash_json
 from dcar_core.util.retrieval_metrics import graded_measures
@@ -56,6 +56,7 @@ _AMBIGUOUS = -1  # instead of a row
 
 _ImageKey = str | tuple[str, int]  # a name, or a file and the offset of an image in it
 EncodeTexts = Callable[[Sequence[str]], Floats]  # as `Encoder.encode_text`
+Side = tuple[IndexVersion, EncodeTexts]  # an index and its model
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,13 @@ class GateVerdict:
     rebuilt: dict[str, float] | None = None
     difference: dict[str, float] | None = None  # in ndcg_at_100, with the ends of its 95 % interval
     visible: float | None = None  # the smallest difference that is not chance
+
+    @classmethod
+    def of(cls, found: Comparison, reason: str, margin: float, **more: Any) -> "GateVerdict":
+        """Return a verdict with the figures of a comparison."""
+        difference = {name: round(value / 100, 4) for name, value in vars(found.gain).items()}
+        visible = round(found.visible / 100, 4)
+        return cls(reason, margin, compared=True, difference=difference, visible=visible, **more)
 
 
 def find_pairs(gallery: Gallery, validation: Path | None) -> QueryPairs | None:
@@ -232,15 +240,8 @@ def calibrate_by_words(index: VectorIndex, encode: EncodeTexts) -> dict[str, Any
     return {"cutoff": cutoff_of_words(vectors @ sample.T, index.search(vectors, 1)[0][:, 0])}
 
 
-def compare(
-    served: IndexVersion,
-    encode_served: EncodeTexts,
-    rebuilt: IndexVersion,
-    encode_rebuilt: EncodeTexts,
-    pairs: QueryPairs | None,
-    margin: float = BuildOptions.margin,
-) -> GateVerdict:
-    """Search both indexes; the rebuilt one passes if no measure is lower by more than the margin.
+def compare(before: Side, after: Side, pairs: QueryPairs | None, margin: float = BuildOptions.margin) -> GateVerdict:
+    """Search both indexes; the rebuilt one, `after`, passes if no measure is lower by more than the margin.
 
     Recall counts hits only, and few pairs decide it. The third measure, nDCG of one relevant image, depends on the rank
     of every image.
@@ -250,90 +251,86 @@ def compare(
     """
     if pairs is None:
         return GateVerdict("there are no captions and no validation pairs to compare by", margin)
+    indexes = before[0], after[0]
     shared = [
         (text, item_id)
         for text, item_id in zip(pairs.texts, pairs.ids, strict=True)
-        if served.row_of(item_id) is not None and rebuilt.row_of(item_id) is not None
+        if None not in [index.row_of(item_id) for index in indexes]
     ]
     if not shared:
         return GateVerdict("no image of the pairs is in both indexes", margin)
-    has_weights = None not in (served.manifest.hybrid_weight, rebuilt.manifest.hybrid_weight)
-    before_gains, before, pool = _measure(served, encode_served, shared, rebuilt, with_words=has_weights)
-    after_gains, after, _ = _measure(rebuilt, encode_rebuilt, shared, served, with_words=has_weights)
-    difference, visible = difference_of(before_gains, after_gains, [item_id for _, item_id in shared])
-    names = _NAMES | {key: f"hybrid {_NAMES[key.removeprefix('hybrid_')]}" for key in before if key not in _NAMES}
-    changes = ", ".join(f"{name} {100 * before[key]:.1f} -> {100 * after[key]:.1f}" for key, name in names.items())
-    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+    with_words = None not in [index.manifest.hybrid_weight for index in indexes]
+    (old_gains, serving, pool), (new_gains, rebuilt, _) = (
+        _measure(*side, shared, other, with_words=with_words)
+        for side, other in zip((before, after), indexes[::-1], strict=True)
+    )
+    found = compare_gains(old_gains, new_gains, [item_id for _, item_id in shared])
+    names = _NAMES | {f"hybrid_{key}": f"hybrid {name}" for key, name in _NAMES.items()}
+    changes = ", ".join(f"{names[key]} {100 * serving[key]:.1f} -> {100 * rebuilt[key]:.1f}" for key in serving)
     reason = (
         f"{changes} percent among {pool:,} images over {len(shared):,} pairs, margin {100 * margin:g} points; "
-        f"nDCG@{_DEPTH} changed by {value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
+        f"nDCG@{_DEPTH} changed by {found.gain.points()}"
     )
-    if visible > margin:
+    if found.visible > 100 * margin:
         logger.warning(
             "%d pairs tell differences of %.1f points from chance, but the margin is %g; give more validation pairs",
-            len(shared), 100 * visible, 100 * margin,
+            len(shared), found.visible, 100 * margin,
         )  # fmt: skip
-    return GateVerdict(
-        reason, margin, not losses(before, after, margin), True, len(shared), 0, pool, pairs.source, before, after,
-        difference, round(visible, 4),
+    return GateVerdict.of(
+        found, reason, margin, passed=not losses(serving, rebuilt, margin), pairs=len(shared), pool=pool,
+        source=pairs.source, serving=serving, rebuilt=rebuilt,
     )  # fmt: skip
 
 
-def add_judged(verdict: GateVerdict, judged: JudgedList, *sides: tuple[IndexVersion, EncodeTexts]) -> GateVerdict:
-    """Return a verdict that also compares the nDCG of a judged list, served side first, by the same margin.
+def add_judged(verdict: GateVerdict, judged: JudgedList, before: Side, after: Side) -> GateVerdict:
+    """Return a verdict that also compares the nDCG of a judged list, by the same margin.
 
     A list without a relevant item on both sides does not pass.
     """
-    artifacts, queries = [artifact for artifact, _ in sides], list[tuple[str, dict[str, int]]]()
+    indexes = before[0], after[0]
+    queries = list[tuple[str, dict[str, int]]]()
     for query_id, text in judged.texts.items():
-        known = {
-            item: grade
-            for item, grade in judged.grades[query_id].items()
-            if None not in [each.row_of(item) for each in artifacts]
-        }
+        grades = judged.grades[query_id].items()
+        known = {item: grade for item, grade in grades if None not in [index.row_of(item) for index in indexes]}
         queries += [(text, known)] * any(known.values())
     if not queries:
         reason = f"{verdict.reason}; no relevant item of the judged list is in both indexes, so it compares nothing"
         return replace(verdict, reason=reason, passed=False)
-    pairs = zip(sides, artifacts[::-1], strict=True)
-    before, after = ({"judged_ndcg_at_10": _judged_ndcg(*side, other, queries)} for side, other in pairs)
-    values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (before, after))
+    serving, rebuilt = (
+        {"judged_ndcg_at_10": _judged_ndcg(*side, queries, other)}
+        for side, other in zip((before, after), indexes[::-1], strict=True)
+    )
+    values = " -> ".join(f"{100 * each['judged_ndcg_at_10']:.1f}" for each in (serving, rebuilt))
     return replace(
         verdict,
         reason=f"{verdict.reason}; judged nDCG@10 {values} percent over {len(queries):,} queries",
-        passed=verdict.passed and not losses(before, after, verdict.margin),
+        passed=verdict.passed and not losses(serving, rebuilt, verdict.margin),
         compared=True,
         judged=len(queries),
-        serving=(verdict.serving or {}) | before,
-        rebuilt=(verdict.rebuilt or {}) | after,
+        serving=(verdict.serving or {}) | serving,
+        rebuilt=(verdict.rebuilt or {}) | rebuilt,
     )
 
 
 def _judged_ndcg(
-    artifact: IndexVersion, encode: EncodeTexts, other: IndexVersion, queries: Sequence[tuple[str, dict[str, int]]]
+    index: IndexVersion, encode: EncodeTexts, queries: Sequence[tuple[str, dict[str, int]]], other: IndexVersion
 ) -> float:
     """Return the mean nDCG@10 of queries with graded items, among the items of both indexes."""
-    graded = [{artifact.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
-    vectors = encode([text for text, _ in queries])
-    rows = artifact.search(vectors, 10, _shared_rows(artifact, other))[1]
+    graded = [{index.row_of(item): grade for item, grade in grades.items()} for _, grades in queries]
+    rows = index.search(encode([text for text, _ in queries]), 10, _shared_rows(index, other))[1]
     found = [[own.get(row, 0) for row in ranked] for own, ranked in zip(graded, rows.tolist(), strict=True)]
     measures = graded_measures(np.array(found), [np.array([*own.values()]) for own in graded])
     return round(float(measures["nDCG@10"].mean()) / 100, 4)
 
 
-def _shared_rows(artifact: IndexVersion, other: IndexVersion) -> RowFilter | None:
+def _shared_rows(index: IndexVersion, other: IndexVersion) -> RowFilter | None:
     """Return the items of an index that another has as well; None for all."""
-    mask = pc.is_in(artifact.column("id"), other.column("id").filter(other.live)).to_numpy() & artifact.live
+    mask = pc.is_in(index.column("id"), other.column("id").filter(other.live)).to_numpy() & index.live
     return None if mask.all() else RowFilter.of_mask(mask)
 
 
 def _measure(
-    artifact: IndexVersion,
-    encode: EncodeTexts,
-    pairs: Sequence[tuple[str, str]],
-    other: IndexVersion,
-    *,
-    with_words: bool,
+    index: IndexVersion, encode: EncodeTexts, pairs: Sequence[tuple[str, str]], other: IndexVersion, *, with_words: bool
 ) -> tuple[Floats, dict[str, float], int]:
     """Search among the items of both indexes for the images of texts.
 
@@ -341,16 +338,16 @@ def _measure(
         1 / log2(1 + rank) of each text's image, 0 where it is not found, float (n,); the measures, with those of
         hybrid searches if asked for; and the number of items that were searched.
     """
-    texts, targets = [text for text, _ in pairs], [artifact.row_of(item_id) or 0 for _, item_id in pairs]
-    shared, vectors = _shared_rows(artifact, other), encode(texts)
-    is_target = artifact.search(vectors, _DEPTH, shared)[1] == np.array(targets)[:, None]
+    texts, targets = [text for text, _ in pairs], [index.row_of(item_id) or 0 for _, item_id in pairs]
+    shared, vectors = _shared_rows(index, other), encode(texts)
+    is_target = index.search(vectors, _DEPTH, shared)[1] == np.array(targets)[:, None]
     gains: Floats = np.where(is_target.any(1), 1 / np.log2(2 + is_target.argmax(1)), 0.0)
     measures = _measures(gains)
     if with_words:
-        queries, weight = list(zip(texts, vectors, targets, strict=True)), artifact.manifest.words_weight
-        hybrid = hybrid_gains(artifact, artifact.lexical, artifact.sample_vectors, queries, [weight], shared)
+        queries, weight = list(zip(texts, vectors, targets, strict=True)), index.manifest.words_weight
+        hybrid = hybrid_gains(index, index.lexical, index.sample_vectors, queries, [weight], shared)
         measures |= _measures(hybrid[:, 0].astype(np.float32), "hybrid_")
-    return gains, measures, int(np.count_nonzero(artifact.live if shared is None else shared.mask))
+    return gains, measures, int(np.count_nonzero(index.live if shared is None else shared.mask))
 
 
 def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:
@@ -358,20 +355,11 @@ def _measures(gains: Floats, prefix: str = "") -> dict[str, float]:
     return recalls | {f"{prefix}ndcg_at_{_DEPTH}": round(float(gains.mean()), 4)}
 
 
-def difference_of(
-    before: Floats, after: Floats, ids: Sequence[str], weights: Floats | None = None
-) -> tuple[dict[str, float], float]:
-    """Return the mean difference of gains with its interval, and the smallest difference that is not chance.
-
-    That is half of the interval, but at least one image that is found by only one index.
-    """
-    _, image = np.unique(ids, return_inverse=True)
-    weights = np.ones(len(image), np.float32) if weights is None else weights
-    texts, *sums = (np.bincount(image, w).astype(np.float64) for w in (weights, weights * after, weights * before))
-    hits = [Hits(texts, each, np.zeros(len(texts))) for each in sums]
-    estimate = compare_hits(*hits).difference["t2i_r1"]  # in points of a hundred
-    values = {name: round(getattr(estimate, name) / 100, 4) for name in ("value", "low", "high")}
-    return values, max((estimate.high - estimate.low) / 200, 1 / len(texts))
+def compare_gains(before: Floats, after: Floats, units: Sequence[str], weights: Floats | None = None) -> Comparison:
+    """Compare gains by a bootstrap over units, such as the ids of images."""
+    counts, (_, unit_of) = np.ones(len(after)) if weights is None else weights, np.unique(units, return_inverse=True)
+    scores = (Scores(counts[None], (counts * gains)[None], ["ndcg"]).grouped(unit_of) for gains in (after, before))
+    return Comparison.of(*scores)
 
 
 def losses(before: Mapping[str, float], after: Mapping[str, float], margin: float) -> list[str]:

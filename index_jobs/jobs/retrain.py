@@ -319,7 +319,7 @@ class Retraining:
         verdicts = {"held-out pairs": verdict}
         before, after = ((served, each.encode_text) for each in (self.before, self.after))
         if anchors:
-            verdicts[anchors.source] = gate.compare(*before, *after, anchors, margin)
+            verdicts[anchors.source] = gate.compare(before, after, anchors, margin)
         if judged:
             verdicts["held-out pairs"] = gate.add_judged(verdicts["held-out pairs"], judged, before, after)
         if validation and "pairs" in self.cutoff:
@@ -421,19 +421,20 @@ class Retraining:
         texts, skipped = [fold_text(text) for each in held for text in each.texts], held[0].skipped
         is_click = np.array([not skipped or text in skipped for text in texts])
         weights = np.concatenate([each.weights for each in held])
-        difference, visible = gate.difference_of(before, after, texts, weights)
-        means = [{"ndcg": round(float(np.average(each, weights=weights)), 4)} for each in (before, after)]
-        value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+        found = gate.compare_gains(before, after, texts, weights)
+        serving, rebuilt = ({"ndcg": round(float(np.average(each, weights=weights)), 4)} for each in (before, after))
         of_clicks = float(np.average((after - before)[is_click], weights=weights[is_click]))
         alone = "" if is_click.all() else f"; of the {is_click.sum():,} clicks alone {100 * of_clicks:+.1f}"
         reason = (
-            f"nDCG {100 * means[0]['ndcg']:.1f} -> {100 * means[1]['ndcg']:.1f} over {len(texts):,} pairs: "
-            f"{value:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}){alone}"
+            f"nDCG {100 * serving['ndcg']:.1f} -> {100 * rebuilt['ndcg']:.1f} over {len(texts):,} pairs: "
+            f"{found.gain.points()}{alone}"
         )
-        return gate.GateVerdict(
-            reason, margin, value > 0 and of_clicks >= -margin, True, len(texts), pool=_SHOWN, source="held-out pairs",
-            serving=means[0], rebuilt=means[1], difference=difference, visible=round(visible, 4),
+        verdict = gate.GateVerdict.of(
+            found, reason, margin, pairs=len(texts), pool=_SHOWN, source="held-out pairs", serving=serving,
+            rebuilt=rebuilt,
         )  # fmt: skip
+        is_better = (verdict.difference or {})["value"] > 0
+        return replace(verdict, passed=is_better and of_clicks >= -margin)
 
     def publish(self, new: publish.NewVersion, summary: RetrainSummary) -> int:
         """Publish the served version with the tuned model, and return its number."""

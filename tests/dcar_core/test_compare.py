@@ -25,7 +25,7 @@ from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate, new_categories
-from dcar_core.util.bootstrap import Hits
+from dcar_core.util.bootstrap import Scores
 from dcar_core.util.errors import DataError, DivergedError
 from tests.support.comparisons import QUICK, trainings
 from tests.support.parts import needs
@@ -266,7 +266,7 @@ def test_controls_apply_to_every_method_and_stand_below_the_table(
 )
 def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(dear: int, cheap: int, advice: str) -> None:
     hits = {
-        name: [Hits(np.ones(100), *[(np.arange(100) < right).astype(float)] * 2)]
+        name: [Scores(np.ones((2, 100)), np.array([np.arange(100) < right] * 2, float))]
         for name, right in {"dear": dear, "cheap": cheap, "clip": 0}.items()
     }
     methods = {

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dcar_core.data.judgements import JudgedList, read_judgements, trec_id
-from dcar_core.util.bootstrap import Hits, compare_hits, estimate_means
 from dcar_core.util.errors import DataError
 from dcar_core.util.retrieval_metrics import graded_measures
 from tests.support.parts import needs
@@ -120,11 +119,3 @@ def test_measures_equal_those_of_ir_measures(seed: int) -> None:
         np.testing.assert_allclose(own[name], wanted, atol=1e-9, err_msg=name)
     assert (own["nDCG@10"] == 0).any()
     assert (own["nDCG@10"] > 0).any()
-
-
-def test_the_mean_of_paired_differences_has_the_interval_of_the_paired_bootstrap() -> None:
-    one, other = np.random.default_rng(0).random((2, 80))
-    (found,) = estimate_means(100 * (one - other)[:, None], resamples=500)
-    hits = [Hits(np.ones(80), values, values) for values in (one, other)]
-    known = compare_hits(*hits, resamples=500).difference["t2i_r1"]
-    assert (found.value, found.low, found.high) == pytest.approx((known.value, known.low, known.high))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dcar_core.util import retrieval_metrics
-from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.retrieval_metrics import (
     compute_ranks,
     first_targets,
@@ -99,8 +99,9 @@ def test_ndcg_counts_every_right_target() -> None:
     assert ndcg(np.full_like(query, np.nan), target, right, k=3) < 100 / 3
 
 
-def hits(text: list[float], image: list[float] | None = None, texts: list[float] | None = None) -> Hits:
-    return Hits(np.array(texts or [1.0] * len(text)), np.array(text), np.array(image or text))
+def scores(*rows: list[float]) -> Scores:
+    """Hits of texts, and of their images where they differ; each image has one text."""
+    return Scores(np.ones((2, len(rows[0]))), np.array([rows[0], rows[-1]]))
 
 
 def test_hits_of_ranks_have_the_recall_of_the_ranks() -> None:
@@ -109,73 +110,77 @@ def test_hits_of_ranks_have_the_recall_of_the_ranks() -> None:
     image = rng.normal(size=(6, 4)).astype(np.float32)
     image_of_text = np.array([0, 0, 2, 2, 2, 3, 4, 4, 5])  # image 1 has no caption
     ranks = compute_ranks(text, image, image_of_text)
-    found = Hits.from_ranks(ranks, image_of_text)
-    assert found.texts.tolist() == [2, 3, 1, 2, 1]
-    recall, estimate = recall_of_ranks(ranks), compare_hits(found, found, resamples=10).model
+    found = Scores.of_ranks(ranks, image_of_text)
+    assert found.queries.tolist() == [[2, 3, 1, 2, 1], [1] * 5]
+    recall, estimate = recall_of_ranks(ranks), Comparison.of(found, found, resamples=10).model
     for measure in ("t2i_r1", "i2t_r1"):
         assert estimate[measure].value == pytest.approx(recall[measure])
     assert estimate["mean_r1"].value == pytest.approx((recall["t2i_r1"] + recall["i2t_r1"]) / 2)
 
 
-def test_equal_models_differ_by_nothing() -> None:
-    one = hits([1, 0, 1, 1, 0])
-    found = compare_hits(one, one, resamples=200)
-    assert (found.difference["mean_r1"].low, found.difference["mean_r1"].high, found.p) == (0, 0, 1)
-    assert found.queries == 5
+def test_a_comparison_is_the_bootstrap_of_the_mean_over_seeds_by_groups() -> None:
+    """Computed here query by query: units are drawn, and all captions and images of a drawn unit count."""
+    rng, units, resamples = np.random.default_rng(3), 12, 50
+    captions, group_of = rng.integers(1, 4, 30), np.sort(rng.integers(0, units, 30))
+    runs = rng.random((2, 3, 30))  # of two models, three seeds: the share of each image's captions that are hits
+    sides = [
+        Scores.mean([Scores(np.array([captions, np.ones(30)]), np.array([captions * run, run > 0.5])) for run in model])
+        for model in runs
+    ]
+    found = Comparison.of(*(side.grouped(group_of) for side in sides), resamples=resamples)
+    drawn = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=resamples)
+    expected = []
+    for times in [np.ones(units, np.int64), *drawn]:
+        images = np.repeat(np.arange(30), times[group_of])
+        shares, hits = runs.mean(1)[:, images], (runs > 0.5).mean(1)[:, images]
+        recalls = np.array([np.average(shares, axis=1, weights=captions[images]), hits.mean(1)])
+        expected.append(100 * np.array([*recalls, recalls.mean(0)]))
+    values = np.array(expected)  # [1 + R, 3, 2]
+    for side, own in (
+        (found.model, values[..., 0]), (found.baseline, values[..., 1]), (found.difference, values @ [1, -1])
+    ):  # fmt: skip
+        ends = np.quantile(own[1:], [0.025, 0.975], axis=0)
+        wanted = np.array([own[0], *ends]).T
+        np.testing.assert_allclose([[each.value, each.low, each.high] for each in side.values()], wanted)
+    assert (found.queries, found.images, found.resampled) == (captions.sum(), 30, units)
 
 
-def test_a_model_that_is_better_on_every_query_is_so_in_every_resample() -> None:
-    found = compare_hits(hits([1.0] * 50), hits([0.0] * 50), resamples=999)
-    assert f"{found.difference['t2i_r1']}" == "100.0 (100.0 to 100.0)"
+def test_a_difference_in_words_and_against_the_other() -> None:
+    better, worse = scores([1.0] * 50), scores([0.0] * 50)
+    found = Comparison.of(better, worse, resamples=999)
+    assert f"{found.gain}" == "100.0 (100.0 to 100.0)"
+    assert found.gain.points("of R@1", "50 pairs") == (
+        "+100.0 points of R@1 (95 % interval +100.0 to +100.0; 50 pairs)"
+    )
+    assert -found.gain == Comparison.of(worse, better, resamples=999).gain
     assert found.p == pytest.approx(2 / 1000)
+    equal = Comparison.of(better, better, resamples=200)
+    assert ((-equal.gain).points(), equal.p) == ("+0.0 points (95 % interval +0.0 to +0.0)", 1)
+    assert equal.visible == 2, "a hit of one image of 50"
 
 
 def test_interval_of_a_proportion_equals_the_normal_approximation() -> None:
-    one = hits([1.0] * 60 + [0.0] * 40)
-    estimate = compare_hits(one, one, resamples=4000).model["t2i_r1"]
+    one = scores([1.0] * 60 + [0.0] * 40)
+    estimate = Comparison.of(one, one, resamples=4000).model["t2i_r1"]
     half_width = 196 * np.sqrt(0.6 * 0.4 / 100)
-    assert estimate.low == pytest.approx(60 - half_width, abs=1.5)
-    assert estimate.high == pytest.approx(60 + half_width, abs=1.5)
+    assert [estimate.low, estimate.high] == pytest.approx([60 - half_width, 60 + half_width], abs=1.5)
 
 
 def test_pairing_removes_the_difficulty_of_the_queries() -> None:
     """Both fail on the same hard queries, so a small difference is certain although each recall is not."""
-    easy = np.arange(200) < 100
-    better, worse = easy.astype(float), easy.astype(float)
-    worse[:12] = 0
-    found = compare_hits(hits(list(better)), hits(list(worse)), resamples=2000)
-    assert found.difference["mean_r1"].low > 0
+    easy = (np.arange(200) < 100).astype(float)
+    found = Comparison.of(scores([*easy]), scores([0.0] * 12 + [*easy[12:]]), resamples=2000)
+    assert found.gain.is_certain
     assert found.model["mean_r1"].low < found.baseline["mean_r1"].high
     assert found.p < 0.01
 
 
 def test_p_values_are_rarely_small_without_a_difference() -> None:
-    rng = np.random.default_rng(1)
-    p = [
-        compare_hits(hits(list(rng.binomial(1, 0.5, 100))), hits(list(rng.binomial(1, 0.5, 100))), resamples=300).p
-        for _ in range(100)
-    ]
+    flips = np.random.default_rng(1).binomial(1, 0.5, (100, 2, 100)).tolist()
+    p = [Comparison.of(scores(one), scores(other), resamples=300).p for one, other in flips]
     assert np.mean(np.array(p) < 0.05) < 0.15
 
 
-def test_seeds_are_averaged_by_query_and_a_seed_gives_the_same_interval() -> None:
-    one, other = hits([1, 0]), hits([1, 1])
-    assert Hits.mean([one, other]).text_hits.tolist() == [1, 0.5]
-    assert compare_hits(one, other, resamples=500) == compare_hits(one, other, resamples=500)
-
-
-def test_groups_are_resampled_whole() -> None:
-    """Four images that are found or missed together count as one: the interval is twice as wide."""
-    own, none = hits([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0] * 25), hits([0.0] * 200)
-    group_of = np.repeat(np.arange(50), 4)
-    alone, whole = compare_hits(own, none), compare_hits(own.grouped(group_of), none.grouped(group_of))
-    assert (whole.images, whole.queries) == (alone.images, alone.queries) == (200, 200)
-    for measure, estimate in whole.difference.items():
-        assert estimate.value == pytest.approx(alone.difference[measure].value)
-        width, narrow = estimate.high - estimate.low, alone.difference[measure].high - alone.difference[measure].low
-        assert width == pytest.approx(2 * narrow, rel=0.1)
-
-
-def test_hits_of_different_queries_are_refused() -> None:
+def test_scores_of_different_queries_are_refused() -> None:
     with pytest.raises(ValueError, match="not of the same queries"):
-        compare_hits(hits([1, 0]), hits([1, 0, 1]))
+        Comparison.of(scores([1, 0]), scores([1, 0, 1]))

@@ -13,12 +13,12 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.adapt import Verdict, verdict_of
 from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.util.bootstrap import Hits, compare_hits
+from dcar_core.util.bootstrap import Comparison, Scores
 
 
 def verdict(adapted: Sequence[float], untouched: Sequence[float], method: str = "dcar+") -> Verdict:
-    hits = [Hits(np.ones(len(each)), np.array(each), np.array(each)) for each in (adapted, untouched)]
-    return Verdict(method, compare_hits(*hits, resamples=500), TrainConfig(lr=2e-3, epochs=20))
+    scores = [Scores(np.ones((2, len(each))), np.array([each, each])) for each in (adapted, untouched)]
+    return Verdict(method, Comparison.of(*scores, resamples=500), TrainConfig(lr=2e-3, epochs=20))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def verdict(adapted: Sequence[float], untouched: Sequence[float], method: str = 
             [1.0] * 51 + [0.0] * 49,
             [0.0] + [1.0] * 50 + [0.0] * 49,
             False,
-            "Uncertain: +1.0 points among 100 validation images, but",
+            "Uncertain: +1.0 points of mean R@1 among 100 validation images (95",
         ),
     ],
 )
@@ -42,7 +42,7 @@ def test_a_gain_was_worth_it_if_it_is_certain(
     adapted: list[float], untouched: list[float], is_certain: bool, answer: str
 ) -> None:
     found = verdict(adapted, untouched)
-    assert (found.is_worth_it, found.is_certain) == (True, is_certain)
+    assert (found.is_worth_it, found.comparison.gain.is_certain) == (True, is_certain)
     text = str(found)
     assert f"Was it worth it? {answer}" in text
     assert f"{len(adapted)} validation pairs" in text
@@ -95,6 +95,7 @@ def test_few_validation_pairs_get_a_caveat() -> None:
 
 def test_many_captions_of_few_images_get_the_caveat() -> None:
     """The bootstrap resamples images: two of them decide little, however many captions they have."""
-    untouched, adapted = (Hits(np.full(2, 300.0), np.full(2, 300 * hit), np.full(2, hit)) for hit in (0.0, 1.0))
-    found = str(Verdict("dcar+", compare_hits(adapted, untouched, resamples=500), TrainConfig()))
+    captions = np.array([[300.0, 300.0], [1.0, 1.0]])
+    untouched, adapted = (Scores(captions, hit * captions) for hit in (0, 1))
+    found = str(Verdict("dcar+", Comparison.of(adapted, untouched, resamples=500), TrainConfig()))
     assert "Caveat: 2 validation images decide little; each is 50.0 points of R@1. Use at least 100." in found

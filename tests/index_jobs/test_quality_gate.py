@@ -162,7 +162,7 @@ def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None
     encoder = Encoder.load(whole.checkpoint, device="cpu")
     remove(index, [whole.item(3).id])
     pairs, encode = gate.find_pairs(scan(tiny_gallery), None), encoder.encode_text
-    verdict = gate.compare(whole, encode, open_current(index), encode, pairs)
+    verdict = gate.compare((whole, encode), (open_current(index), encode), pairs)
     assert (verdict.pool, verdict.pairs) == (23, 23)
     assert verdict.serving == verdict.rebuilt
 
@@ -283,7 +283,7 @@ def compare(before: list[int], after: list[int], margin: float = 0.02) -> gate.G
     served, rebuilt = (cast(Any, Ranked(ranks, 895)) for ranks in (before, after))
     names = [str(number) for number in range(len(before))]
     pairs = gate.QueryPairs(names, names, list(range(len(names))), "validation")
-    return gate.compare(served, served.encode_text, rebuilt, rebuilt.encode_text, pairs, margin)
+    return gate.compare((served, served.encode_text), (rebuilt, rebuilt.encode_text), pairs, margin)
 
 
 def test_a_model_with_worse_ranks_fails_although_its_hits_are_nearly_as_many() -> None:
