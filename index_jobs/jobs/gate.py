@@ -14,7 +14,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,8 @@ _RANKS = (1, 10)
 _DEPTH = 100  # an image below this rank counts as not found
 _NAMES = {f"recall_at_{k}": f"R@{k}" for k in _RANKS} | {f"ndcg_at_{_DEPTH}": f"nDCG@{_DEPTH}"}  # in messages
 _FILE_SCHEME = "file://"
-_AMBIGUOUS = -1  # instead of a row
 
-_ImageKey = str | tuple[str, int]  # a name, or a file and the offset of an image in it
+_ImageKey = str | tuple[int, int, int]  # a name, or device, number of a file, and the offset of an image in it
 EncodeTexts = Callable[[Sequence[str]], Floats]  # as `Encoder.encode_text`
 Side = tuple[IndexVersion, EncodeTexts]  # an index and its model
 
@@ -122,65 +120,61 @@ def _validation_pairs(gallery: Gallery, data: Path) -> list[tuple[str, int]]:
     split, report = Annotations(data).load("val", "present")
     if missing := report.names.get(MISSING_IMAGES):
         logger.warning("%d validation images of %s are missing, such as %s", len(missing), data, missing[0])
-    resolve = _path_resolver()
-    keyed = [(sample.caption, _image_keys(split.root, sample.image, resolve)) for sample in split.samples]
-    rows = _rows_by_key(gallery, {key for _, keys in keyed for key in keys}, resolve)
-    located = ((text, next((rows[key] for key in keys if key in rows), None)) for text, keys in keyed)
+    keyed = [(sample.caption, _image_keys(split.root, sample.image)) for sample in split.samples]
+    rows = _rows_by_key(gallery, {key for _, keys in keyed for key in keys})
+    located = [(text, next((rows[key] for key in keys if key in rows), None)) for text, keys in keyed]
     pairs = [(text, row) for text, row in located if row is not None]
     if not pairs:
-        is_named = is_url(gallery.root)
+        how = "its name below the gallery, as in file_name"
+        if not is_url(gallery.root):
+            how = "its file, or the end of its URL"
         raise DataError(
             f"none of the {len(keyed):,} validation pairs of {data} has its image in the gallery {gallery.location}, "
-            f"so the indexes cannot be compared: an image there is recognised by "
-            f"{'its name below the gallery, as in file_name' if is_named else 'its file, or the end of its URL'}; omit "
-            f"--validation to compare by the gallery's captions"
+            f"so the indexes cannot be compared: an image there is recognised by {how}; omit --validation to compare "
+            f"by the gallery's captions"
         )
     if len(pairs) < len(keyed):
         logger.info("%d of %d validation pairs have their image in the gallery", len(pairs), len(keyed))
     return pairs
 
 
-def _image_keys(root: ImageRoot, name: str, resolve: Callable[[str], str]) -> list[_ImageKey]:
-    """Return the keys that may identify a pair's image in a gallery: its location, then its names."""
+def _image_keys(root: ImageRoot, name: str) -> list[_ImageKey]:
+    """Return the keys that may identify a pair's image in a gallery: its file, then its names."""
     path, offset = root.locate(name)
-    location = (resolve(str(path)), WHOLE_FILE if offset is None else offset)
-    return [location, name] if offset is None else [location, f"{path.name}/{name}", name]
+    if offset is None:
+        return [_file_key(str(path), WHOLE_FILE), name]
+    return [_file_key(str(path), offset), f"{path.name}/{name}", name]
 
 
-def _rows_by_key(gallery: Gallery, keys: set[_ImageKey], resolve: Callable[[str], str]) -> dict[_ImageKey, int]:
+def _file_key(path: str, offset: int) -> _ImageKey:
+    """Return what identifies a file behind links, and the offset of an image in it."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  a million times over
+    except OSError:
+        return path
+    return found.st_dev, found.st_ino, offset
+
+
+def _rows_by_key(gallery: Gallery, keys: set[_ImageKey]) -> dict[_ImageKey, int]:
     """Return the rows of images: local ones by file and offset, others by name.
 
     A name that several images have identifies none of them. A full name goes before the end of a URL.
     """
     depths = sorted({key.count("/") for key in keys if isinstance(key, str)}, reverse=True)
-    by_ending, by_name, by_location = (dict[_ImageKey, int](), dict[_ImageKey, int](), dict[_ImageKey, int]())
-    row = 0
-    for batch in gallery.table.select(["location", "offset", "name"]).to_batches():
-        for location, offset, name in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            path = join_location(gallery.root, location).removeprefix(_FILE_SCHEME)
-            rows, found = by_name, [name]
-            if not is_url(path):
-                rows, found = by_location, [(resolve(path), offset)]
-            elif is_url(name):
-                parts = name.partition("?")[0].split("/")
-                rows, found = by_ending, ["/".join(parts[-depth - 1 :]) for depth in depths]
-            for key in found:
-                if key in keys:
-                    rows[key] = _AMBIGUOUS if key in rows and rows is not by_location else row
-            row += 1
-    return {key: row for key, row in (by_ending | by_name | by_location).items() if row != _AMBIGUOUS}
-
-
-def _path_resolver() -> Callable[[str], str]:
-    """Return a function that resolves symbolic links; folders are cached, since many images share few of them."""
-    resolve_folder = cache(os.path.realpath)
-
-    def resolve(path: str) -> str:
-        folder, name = os.path.split(path)
-        resolved = os.path.join(resolve_folder(folder), name)  # noqa: PTH118  a million times over
-        return os.path.realpath(resolved) if os.path.islink(resolved) else resolved  # noqa: PTH114
-
-    return resolve
+    by_ending, by_name, by_file = (dict[_ImageKey, list[int]]() for _ in range(3))
+    batches = gallery.table.select(["location", "offset", "name"]).to_batches()
+    images = (image for batch in batches for image in zip(*(c.to_pylist() for c in batch.columns), strict=True))
+    for row, (location, offset, name) in enumerate(images):
+        path, rows, found = join_location(gallery.root, location).removeprefix(_FILE_SCHEME), by_name, [name]
+        if not is_url(path):
+            rows, found = by_file, [_file_key(path, offset)]
+        elif is_url(name):
+            parts = name.partition("?")[0].split("/")
+            rows, found = by_ending, ["/".join(parts[-depth - 1 :]) for depth in depths]
+        for key in keys.intersection(found):
+            rows.setdefault(key, []).append(row)
+    by_name = {key: rows for key, rows in (by_ending | by_name).items() if len(rows) == 1}
+    return {key: rows[-1] for key, rows in (by_name | by_file).items()}
 
 
 def _caption_pairs(gallery: Gallery) -> list[tuple[str, int]]:

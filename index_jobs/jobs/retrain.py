@@ -66,6 +66,7 @@ MIN_HELD_OUT = 20  # texts with clicks in each held-out tenth
 EPOCHS = 10
 MAX_PAIRS = 20_000  # evenly spread; each brings the vectors of its negatives into memory
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the change; the first wins a tie
+_Pair = tuple[str, int, float | None]  # a text, the row of its item, and its relevance, if any
 _SEED = 0
 _ADAPTER = "text_adapter."  # before the names of its weights in a checkpoint
 _SHOWN = 10  # items of a page of results
@@ -83,6 +84,11 @@ class ItemPairs:
     rows: Rows
     weights: Floats
     skipped: Mapping[str, set[int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pairs: Sequence[_Pair], skipped: Mapping[str, set[int]]) -> "ItemPairs":
+        weights = np.array([1 if weight is None else weight for _, _, weight in pairs], np.float32)
+        return cls([text for text, _, _ in pairs], np.array([row for _, row, _ in pairs], np.int64), weights, skipped)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -191,10 +197,8 @@ def read_pairs(
     live = np.flatnonzero(served.live).tolist()
     by_name = dict(zip(names, live, strict=True))
     by_name |= {place: row for place, offset, row in zip(places, offsets, live, strict=True) if offset == WHOLE_FILE}
-    found, texts, weights, unknown, repeated = dict[tuple[str, int], None](), list[str](), list[float | None](), 0, 0
-    skipped = dict[str, set[int]]()
-    for given in files:
-        file = given / "pairs.jsonl" if given.is_dir() else given
+    found, skipped, unknown, repeated = dict[tuple[str, int], _Pair](), dict[str, set[int]](), 0, 0
+    for file in [given / "pairs.jsonl" if given.is_dir() else given for given in files]:
         if not file.is_file() or file.suffix.lower() not in RECORD_SUFFIXES:
             kinds = ", ".join(sorted(RECORD_SUFFIXES))
             raise DataError(f"{file} is not a table of pairs ({kinds}); `dcar feedback export` writes pairs.jsonl")
@@ -210,24 +214,17 @@ def read_pairs(
                 continue
             for wrong in wrong_texts:
                 skipped.setdefault(fold_text(wrong), set()).add(number)
-            if (fold_text(text), number) in found:
-                repeated += 1
-            else:
-                found[fold_text(text), number] = None
-                texts.append(text)
-                weights.append(weight)
-    rows = np.array([row for _, row in found], np.int64)
-    clicked = {fold_text(text) for text, weight in zip(texts, weights, strict=True) if weight is not None}
+            repeated += (fold_text(text), number) in found
+            found.setdefault((fold_text(text), number), (text, number, weight))
+    clicked = {text for (text, _), pair in found.items() if pair[2] is not None}
     skipped = {text: rows for text, rows in skipped.items() if text in clicked}
-    everything = ItemPairs(
-        texts, rows, np.array([1 if each is None else each for each in weights], np.float32), skipped
-    )
-    kept = np.arange(0, len(texts), -(-len(texts) // MAX_PAIRS) or 1)
-    is_caption = np.array([each is None for each in weights], bool)[kept]
-    is_caption &= not is_caption.all()
-    counts = {"not in the index": unknown, "repeated": repeated, f"beyond {MAX_PAIRS:,}": len(texts) - len(kept)}
+    kept = [*found.values()][:: -(-len(found) // MAX_PAIRS) or 1]
+    clicks, captions = ([pair for pair in kept if (pair[2] is None) == is_caption] for is_caption in (False, True))
+    if not clicks:
+        clicks, captions = captions, clicks
+    counts = {"not in the index": unknown, "repeated": repeated, f"beyond {MAX_PAIRS:,}": len(found) - len(kept)}
     left_out = {reason: count for reason, count in counts.items() if count}
-    return everything.take(kept[~is_caption]), everything.take(kept[is_caption]), left_out
+    return ItemPairs.of(clicks, skipped), ItemPairs.of(captions, skipped), left_out
 
 
 def _weight(row: Mapping[str, Any], where: str) -> float | None:
