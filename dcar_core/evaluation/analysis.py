@@ -22,6 +22,7 @@ from dcar_core.util.retrieval_metrics import (
 )
 
 MAX_CONFUSIONS = 8
+_BY_VECTORS_ALONE: dict[str, Any] = {"measures": {}, "hard_negative_accuracy": None, "confusions": []}
 _BATCH = 256  # negatives that are encoded at a time
 
 
@@ -29,7 +30,7 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
     """Return the results of a split, serialisable as JSON; figures are percentages.
 
     Returns:
-        recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
+        test: the recall; hard_negative_accuracy, None without negatives; categories: name -> pairs, t2i_r1, i2t_r1;
         confusions: the most frequent {category, taken_for, count, of}, by the first image found for each caption;
         scores: queries and sums of `bootstrap.Scores`; measures: others by their headings; reranked: what differs with
         `rerank`, of a model with a second stage.
@@ -47,14 +48,14 @@ def analyse(model: DCAR, data: Dataset, split: PreparedSplit) -> dict[str, Any]:
             "nDCG@10 text-to-image": ndcg(text, image, images_of),
             "nDCG@10 image-to-text": ndcg(image, text, texts_of),
         },
-        **({"reranked": _by_ranks(data, split, again)} if again else {}),
+        **({"reranked": _by_ranks(data, split, again) | _BY_VECTORS_ALONE} if again else {}),
     }
 
 
 def _by_ranks(data: Dataset, split: PreparedSplit, ranks: Ranks) -> dict[str, Any]:
     scores = Scores.of_ranks(ranks, split.image_of)
     return {
-        "recall": recall_of_ranks(ranks),
+        "test": recall_of_ranks(ranks),
         "categories": _recall_by_category(data, split.image_of, ranks),
         "scores": [scores.queries.tolist(), scores.sums.tolist()],
     }

@@ -139,20 +139,18 @@ def compare(
     scores, group_of = dict[str, list[Scores]](), new_categories(splits["train"], splits["test"])
     for name, chosen in configs.items():
         try:
-            result = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
-            results["shots"][name] = _run_shots(runner, chosen, result["runs"], shots, choose_pairs)
-            reranked = _split_reranked(result)
+            tested = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
+            few = _run_shots(runner, chosen, tested[name]["runs"], shots, choose_pairs)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
-        else:
-            for label, own in ((name, result), *([(name + WITH_RERANK, reranked)] if reranked else [])):
-                runs = (run.pop("scores") for run in own["runs"])  # too many for results.json
-                found = (Scores(np.array(queries), np.array(sums)) for queries, sums in runs)
-                scores[label] = [run if group_of is None else run.grouped(group_of) for run in found]
-                results["methods"][label] = own
-                results["shots"].setdefault(label, {})
-        write_json(out / "results.json", results)  # after each method, so that an interruption loses nothing
+            continue
+        for label, own in tested.items():
+            runs = (run.pop("scores") for run in own["runs"])  # too many for results.json
+            found = (Scores(np.array(queries), np.array(sums)) for queries, sums in runs)
+            scores[label] = [run if group_of is None else run.grouped(group_of) for run in found]
+        results["methods"] |= tested
+        results["shots"] |= {label: few if label == name else {} for label in tested}
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
     add_significance(results, scores)
@@ -237,10 +235,14 @@ def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningRe
 
 def _run_method(
     runner: MethodRunner, config: ModelConfig, seeds: int, grid: Sequence[float], by_familiarity: bool
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """Tune, train and test one method. Raise DivergedError if a run diverges.
 
-    by_familiarity: also give R@1 on categories with and without training pairs.
+    Args:
+        by_familiarity: also give R@1 on categories with and without training pairs.
+
+    Returns:
+        Its results, by its name; and those with its second stage, if it has one, with WITH_RERANK behind.
     """
     model = seeded_model(runner.backbone, config, 0)
     has_trainables = any(True for _ in model.trainables())
@@ -250,30 +252,26 @@ def _run_method(
         trained = {fold_name(sample.category) for sample in runner.splits["train"].samples}
         for run in runs:
             run["measures"] |= recall_by_familiarity(run["categories"], trained)
-    accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
-    return {
+    labelled = {config.method: runs}
+    if "reranked" in runs[0]:
+        labelled[config.method + WITH_RERANK] = [run | run.pop("reranked") for run in runs]
+    common = {
         "lr": lr if has_trainables else None,
         "tuning": tuning,
         "trainable": runs[0]["trainable"],
-        "hard_negative_accuracy": spread(accuracy) if accuracy else None,
         "serving": serving_cost(model),
+    }
+    return {label: common | _summary(own) for label, own in labelled.items()}
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracy = [run["hard_negative_accuracy"] for run in runs if run["hard_negative_accuracy"] is not None]
+    return {
+        "hard_negative_accuracy": spread(accuracy) if accuracy else None,
         "measures": {name: spread([run["measures"][name] for run in runs]) for name in runs[0]["measures"]},
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }
-
-
-def _split_reranked(result: dict[str, Any]) -> dict[str, Any] | None:
-    """Take the results with `rerank` out of a method's runs, and return them in its form; None without any."""
-    if "reranked" not in result["runs"][0]:
-        return None
-    found = [run.pop("reranked") for run in result["runs"]]
-    unknown: dict[str, Any] = {"measures": {}, "hard_negative_accuracy": None, "confusions": []}
-    runs = [
-        {**run, **unknown, "test": each["recall"], "categories": each["categories"], "scores": each["scores"]}
-        for run, each in zip(result["runs"], found, strict=True)
-    ]
-    return {**result, **unknown, **summarise([run["test"] for run in runs]), "runs": runs}
 
 
 def _run_shots(

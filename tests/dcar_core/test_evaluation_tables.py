@@ -128,7 +128,7 @@ def test_analysis_equals_a_hand_calculation(
     """Two images of one category, and one of another that is the first result for the second caption."""
     text = np.array([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 1]], np.float32)
     found = analysed(backbone, training, "aab", text, monkeypatch)
-    assert found["recall"]["t2i_r1"] == pytest.approx(200 / 3)
+    assert found["test"]["t2i_r1"] == pytest.approx(200 / 3)
     assert found["hard_negative_accuracy"] == 100  # the second pair has no negatives
     assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
     assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
