@@ -102,7 +102,7 @@ class MethodRunner:
         for name, found in zip(self.others, others, strict=True):
             for direction, column in (("text-to-image", "t2i_r1"), ("image-to-text", "i2t_r1")):
                 test["measures"][f"{name} {direction} R@1"] = found["test"][column]
-        return record | test
+        return {**record, **test}
 
     def tune(self, method: ModelConfig, grid: Sequence[float]) -> tuple[float, dict[str, float | None]]:
         """Return the learning rate with the best validation recall at seed 0.

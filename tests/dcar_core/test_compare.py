@@ -265,17 +265,11 @@ def test_controls_apply_to_every_method_and_stand_below_the_table(
     ],
 )
 def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(dear: int, cheap: int, advice: str) -> None:
-    hits = {
-        name: [Scores(np.ones((2, 100)), np.array([np.arange(100) < right] * 2, float))]
-        for name, right in {"dear": dear, "cheap": cheap, "clip": 0}.items()
-    }
-    methods = {
-        name: {
-            "serving": {"bytes": size, "gallery": "unchanged"},
-            "runs": [{"seconds": 1, "val": {"t2i_r1": size, "i2t_r1": size}}],
-        }
-        for name, size in {"dear": 9, "cheap": 3, "clip": 0}.items()
-    }
+    methods, scores = dict[str, Any](), dict[str, list[Scores]]()
+    for name, right, size in (("dear", dear, 9), ("cheap", cheap, 3), ("clip", 0, 0)):
+        scores[name] = [Scores(np.ones((2, 100)), np.array([np.arange(100) < right] * 2, float))]
+        runs = [{"seconds": 1, "val": {"t2i_r1": size, "i2t_r1": size}}]
+        methods[name] = {"serving": {"bytes": size, "gallery": "unchanged"}, "runs": runs}
     results: dict[str, Any] = {"methods": methods}
-    add_significance(results, hits)
+    add_significance(results, scores)
     assert results["recommendation"].startswith(advice)

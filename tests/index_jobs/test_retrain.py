@@ -23,6 +23,7 @@ from index_jobs.jobs.retrain import REPORT, ItemPairs, Retraining, read_pairs, r
 from index_jobs.jobs.update import add, live_gallery, remove
 from index_jobs.rebuild import rebuild
 from tests.support.commands import dcar
+from tests.support.files import write_jsonl
 from tests.support.images import draw
 from tests.support.updates import write_images
 from tests.support.versions import Build
@@ -40,9 +41,8 @@ def write_pairs(path: Path, gallery: Path, *, words: Sequence[str] = WORDS, shuf
         learned = ItemPairs([text for text, _ in pairs], places, np.ones(len(pairs), np.float32)).divide()[0].rows
         for place, other in zip(learned.tolist(), np.random.default_rng(0).permutation(learned).tolist(), strict=True):
             images[place] = pairs[other][1]
-    lines = [{"caption": text, "image": image} for (text, _), image in zip(pairs, images, strict=True)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    lines = ({"caption": text, "image": image} for (text, _), image in zip(pairs, images, strict=True))
+    return write_jsonl(path, *lines)
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def ranks_first(artifact: IndexVersion, pairs: Path) -> float:
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     vectors = Encoder.load(artifact.checkpoint, device="cpu").encode_text([row["caption"] for row in rows])
     found = artifact.search(vectors, 1)[1][:, 0].tolist()
-    return float(
-        np.mean([artifact.image_location(hit)[0] == row["image"] for hit, row in zip(found, rows, strict=True)])
+    return sum(artifact.image_location(hit)[0] == row["image"] for hit, row in zip(found, rows, strict=True)) / len(
+        rows
     )
 
 
@@ -67,11 +67,8 @@ def test_the_command_says_what_it_leaves_and_what_that_costs(
     copy_checkpoint(tiny_checkpoint, checkpoint)
     content = json.loads((checkpoint / "config.json").read_text())
     method = content["model"]["method"]
-    for notes, cost in (
-        ({}, ""),
-        ({"epoch": 5}, "(epoch 5; it"),
-        ({"epoch": 5, "seconds": 129.6}, "5, took 130 s; it"),
-    ):
+    timed = {"epoch": 5, "seconds": 129.6}
+    for notes, cost in (({}, ""), ({"epoch": 5}, "(epoch 5; it"), (timed, "5, took 130 s; it")):
         (checkpoint / "config.json").write_text(json.dumps(content | {"training": notes}))
         assert cost in module.describe_rest(checkpoint)
         assert bool(module.describe_rest(checkpoint)) == bool(notes)
@@ -112,18 +109,12 @@ def test_a_better_model_is_published_with_the_vectors_of_a_full_build(
 def test_clicks_are_held_out_alone_among_skipped_items_and_captions_only_teach(
     index: Path, pairs: Path, tiny_gallery: Path, tmp_path: Path
 ) -> None:
-    rows, captions = [json.loads(line) for line in pairs.read_text().splitlines()], tmp_path / "captions.jsonl"
-    items = (tiny_gallery / "metadata.jsonl").read_text().splitlines()
-    lines = [
-        {"caption": f"all about {row['caption']}", "image": str(tiny_gallery / row["file_name"])}
-        for row in map(json.loads, items)
-    ]
-    captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    clicks, last = tmp_path / "clicks.jsonl", rows[-len(WORDS) :]
-    for row in rows:
-        row["relevance"] = 0.5
-    last[0]["negatives"] = [row["caption"] for row in rows if row["image"] != last[0]["image"]]
-    clicks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    captions = write_pairs(tmp_path / "captions.jsonl", tiny_gallery, words=["all"])
+    items = captions.read_text().splitlines()
+    rows = [{**json.loads(line), "relevance": 0.5} for line in pairs.read_text().splitlines()]
+    last = rows[-len(WORDS)]
+    last["negatives"] = [row["caption"] for row in rows if row["image"] != last["image"]]
+    clicks = write_jsonl(tmp_path / "clicks.jsonl", *rows)
     served = open_current(index)
     found, taught, _ = read_pairs([clicks, captions], served, live_gallery(served))
     assert (len(found), len(taught)) == (len(items) * len(WORDS), len(items))
@@ -201,12 +192,8 @@ def test_additions_and_removals_stay(index: Path, pairs: Path, tmp_path: Path) -
     summary = retrain(index, [pairs], margin=1, device="cpu")
     after = open_current(index)
     assert summary.left_out == {"not in the index": len(WORDS)}
-    assert (after.manifest.additions, after.manifest.removed, after.row_of(gone)) == (
-        before.manifest.additions,
-        1,
-        None,
-    )
-    assert after.row_of("pink") == before.row_of("pink")
+    assert after.manifest.additions == before.manifest.additions
+    assert (after.manifest.removed, after.row_of(gone), after.row_of("pink")) == (1, None, before.row_of("pink"))
     rows = np.flatnonzero(after.live)
     np.testing.assert_array_equal(before.vectors(rows), after.vectors(rows))
 
@@ -275,15 +262,11 @@ def test_bad_pairs_are_named_by_file_line_and_field(
         loaded([path])
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [("none.jsonl", "none.jsonl is not a table"), ("pairs.txt", "not a table")]
-)
-def test_a_file_that_is_no_table_is_refused(
-    name: str, message: str, loaded: Callable[[list[Path]], object], tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_table_is_refused(loaded: Callable[[list[Path]], object], tmp_path: Path) -> None:
     (tmp_path / "pairs.txt").touch()
-    with pytest.raises(DataError, match=message):
-        loaded([tmp_path / name])
+    for name in ("none.jsonl", "pairs.txt"):
+        with pytest.raises(DataError, match=f"{name} is not a table"):
+            loaded([tmp_path / name])
 
 
 @pytest.fixture(scope="module")
