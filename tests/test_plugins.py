@@ -6,7 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import app
+from dcar_core.model.checkpoint import load_checkpoint
+from dcar_core.model.methods.registry import method
+from dcar_core.util.errors import DcarError
 from tests.support.paths import ROOT
 
 COMMAND = '''
@@ -87,3 +92,32 @@ def test_commands_of_another_distribution_join_those_of_dcar(tmp_path: Path) -> 
         "error: the plug-in greetings:greet cannot be loaded (No module named 'nothing_of_this_name'); update or "
         "uninstall it",
     )
+
+
+@pytest.mark.slow
+def test_a_method_of_another_distribution_trains_and_its_checkpoint_loads_without_it(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The method of the how-to page."""
+    page = (ROOT / "docs/how-to/compare-methods.md").read_text()
+    (tmp_path / "bitfit.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    (metadata := tmp_path / "bitfit-1.dist-info").mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bitfit\nVersion: 1\n")
+    lines = ["[dcar.methods]", "bitfit = bitfit:METHOD", "partial = bitfit:partial", "missing = bitfit:OTHER"]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    given = ["--data", str(tiny_data), "--model", str(tiny_model), "--epochs", "1", "--batch-size", "6"]
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(tmp_path)
+        done = CliRunner().invoke(app, ["train", *given, "--method", "bitfit", "--out", str(tmp_path / "out")])
+        assert done.exit_code in {0, 3}, done.output
+        given += ["--seeds", "1", "--out", str(tmp_path / "results")]
+        done = CliRunner().invoke(app, ["evaluate", *given, "--methods", "bitfit"])
+        assert "\n| bitfit |" in done.output
+        with pytest.raises(DcarError, match=r"bitfit:partial is a type, not a Method; update or uninstall it"):
+            method("partial")
+        with pytest.raises(DcarError, match=r"bitfit:OTHER cannot be loaded .*OTHER.*; update or uninstall it"):
+            method("missing")
+    model, _ = load_checkpoint(tmp_path / "out")
+    assert model.config.method == "bitfit"
+    with pytest.raises(DcarError, match="no method is named 'bitfit'; there are: clip, coop, "):
+        assert model.method

@@ -21,7 +21,7 @@ from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import METHODS
+from dcar_core.model.methods.registry import find_method
 from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.training.objective import resolve_amp
 from dcar_core.training.prepared_split import prepare_split, split_key
@@ -91,7 +91,7 @@ class MethodRunner:
             files[directory / f"also-{name}-{split_key(other, self.cache)[:8]}.json"] = other
         missing = {file: data for file, data in files.items() if not file.is_file()}
         if missing:
-            is_merged = METHODS[method.method].changes is not None  # another backbone, with other features
+            is_merged = find_method(method.method).changes is not None  # another backbone, with other features
             shared = None if is_merged else self.backbone
             model, _ = load_checkpoint(directory, device=str(self.backbone.device), backbone=shared)
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dcar_core.model.backbone import AdapterMatrices, Backbone
 from dcar_core.model.config import ModelConfig, PromptConfig
 from dcar_core.model.methods.method import Method
-from dcar_core.model.methods.registry import METHODS, has_second_stage, require_runnable
+from dcar_core.model.methods.registry import find_method, has_second_stage, require_runnable
 from dcar_core.model.methods.weight_changes import WeightChanges
 from dcar_core.model.query_prompts import LATE, PROMPTED, QueryParts, QueryPrompts, take
 from dcar_core.model.token_weights import TokenWeightHead
@@ -144,8 +144,8 @@ class DCAR(nn.Module):
 
     @property
     def method(self) -> Method:
-        """The registered method, or one of its configuration alone."""
-        return METHODS.get(self.config.method) or Method(config=self.config)
+        """The method, which training needs. Raise DcarError if its plug-in is missing."""
+        return find_method(self.config.method)
 
     @property
     def scale(self) -> Tensor:
@@ -296,5 +296,5 @@ class SecondStage:
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
     """Create a model to train, whose initial trainables follow from the seed."""
     torch.manual_seed(seed)
-    create = METHODS[config.method].changes if config.method in METHODS else None
+    create = find_method(config.method).changes
     return DCAR(backbone, config, None if create is None else create(backbone))

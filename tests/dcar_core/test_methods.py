@@ -26,9 +26,7 @@ from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import train
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.errors import ModelError
-from tests.support.commands import run
 from tests.support.parts import needs
-from tests.support.paths import ROOT
 from tests.support.tiny_models import write_tiny_model
 from tests.support.training import batch_loss
 
@@ -163,57 +161,6 @@ def test_consistency_with_the_frozen_encoders() -> None:
     adapted, frozen = ((scale * image @ each.T).softmax(1).double() for each in (other, text))
     divergence = (frozen * (frozen / adapted).log()).mean()
     assert float(consistency_loss(other, image, text, image, scale)) == pytest.approx(float(25 * captions + divergence))
-
-
-_BITFIT = """
-from functools import partial
-from dcar_core.model.methods.method import Method, plain_config
-from dcar_core.model.methods.weight_changes import WeightChanges
-
-def stay_close(text, image, frozen_text, frozen_image, scale):
-    print("loss of the new method")
-    return (image - frozen_image).square().sum()
-
-biases = partial(WeightChanges, names=r"bias$", matrices=False)
-METHODS = (Method(config=plain_config("bitfit"), changes=biases, batch_loss=stay_close),)
-"""
-_TRAIN = """
-import sys
-from pathlib import Path
-for name in [name for name in sys.modules if name.partition(".")[0] == "dcar_core"]:
-    del sys.modules[name]  # they are those of the package itself
-sys.path.insert(0, "")
-from dcar_core.data import Annotations
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.model.config import TrainConfig
-from dcar_core.model.dcar import seeded_model
-from dcar_core.model.methods.registry import method
-from dcar_core.training.train import train
-
-base, data, out = map(Path, sys.argv[1:])
-model = seeded_model(load_backbone(BackboneSource(str(base))), method("bitfit"), 0)
-training, validation = (Annotations(data).load(split)[0] for split in ("train", "val"))
-train(model, training, validation, TrainConfig(epochs=1, batch_size=6))
-save_checkpoint(model, out)
-print(load_checkpoint(out)[0].config.method, "loaded")
-"""
-
-
-@pytest.mark.slow
-def test_a_method_is_added_by_a_file_and_a_line_of_the_registry(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """In a copy of the package: weights that it learns, a loss of its own, and a checkpoint."""
-    package = shutil.copytree(ROOT / "dcar_core", tmp_path / "dcar_core", ignore=shutil.ignore_patterns("__pycache__"))
-    methods = package / "model" / "methods"
-    (methods / "bitfit.py").write_text(_BITFIT)
-    registry = (methods / "registry.py").read_text()
-    (methods / "registry.py").write_text(registry.replace('"lora", ', '"lora", "bitfit", '))
-    done = run("-c", _TRAIN, tiny_model, tiny_data, "checkpoint", directory=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "loss of the new method" in done.stdout
-    assert "bitfit loaded" in done.stdout
 
 
 @pytest.mark.slow

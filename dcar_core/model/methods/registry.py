@@ -1,6 +1,12 @@
-"""The methods by name, and which of them a model can run."""
+"""The methods by name, and which of them a model can run.
 
+A method of another distribution is a plug-in: an entry point `NAME = "module:object"` in the group `dcar.methods`,
+whose object is a `Method`.
+"""
+
+from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import entry_points
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig
@@ -8,6 +14,7 @@ from dcar_core.model.methods.method import Method
 from dcar_core.util.errors import DcarError, ModelError
 
 DEFAULT = "query-prompts"  # of `dcar train`, for a model that can run it
+ENTRY_POINTS = "dcar.methods"  # the group
 MAX_DEPTH = 128  # more blocks than any tower has
 
 _MODULES = ("baselines", "dcar", "promptsrc", "lora", "prolip", "flyp", "filip")
@@ -17,11 +24,30 @@ METHODS: dict[str, Method] = {
 }
 
 
+def find_method(name: str) -> Method:
+    """Return a method of this package or of a plug-in, which is imported here.
+
+    Raises:
+        DcarError: none has this name (the message lists all), or the plug-in cannot be loaded, or is no `Method`.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    plug_ins = entry_points(group=ENTRY_POINTS)
+    if name not in plug_ins.names:
+        raise DcarError(f"no method is named {name!r}; there are: {', '.join([*METHODS, *sorted(plug_ins.names)])}")
+    place = plug_ins[name].value
+    try:
+        found = plug_ins[name].load()
+    except Exception as error:
+        raise DcarError(f"the plug-in {place} cannot be loaded ({error}); update or uninstall it") from error
+    if not isinstance(found, Method):
+        raise DcarError(f"the plug-in {place} is a {type(found).__name__}, not a Method; update or uninstall it")
+    return replace(found, config=replace(found.config, method=name))
+
+
 def method(name: str) -> ModelConfig:
-    """Return the configuration of a method. Raise DcarError, which lists all, for an unknown name."""
-    if name not in METHODS:
-        raise DcarError(f"no method is named {name!r}; there are: {', '.join(METHODS)}")
-    return METHODS[name].config
+    """Return the configuration of a method. Raise DcarError as `find_method`."""
+    return find_method(name).config
 
 
 def default_method(backbone: Backbone) -> str:
