@@ -1,4 +1,4 @@
-"""Durable writes: complete or not at all, with exact bytes; see tests/index_jobs/test_publishing.py for the order."""
+"""Durable writes: complete or not at all, with exact bytes."""
 
 import errno
 import math

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from app.cli import app
 from dcar_core.util.errors import ArtifactError, DataError
 from index_jobs.engines.protocol import load_engine
 from index_jobs.index.changes import change_metadata
@@ -23,8 +21,8 @@ from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add, remove
 from index_jobs.row_filter import RowFilter
 from tests.support import array_engine
+from tests.support.galleries import write_images
 from tests.support.service import opened, until_ready
-from tests.support.updates import write_images
 from tests.support.versions import Build
 
 
@@ -64,16 +62,6 @@ def test_an_installed_engine_builds_searches_updates_and_follows_versions(
     assert rollback(index) == 2
     assert installed.synced == [("memory", name, version) for version in (1, 2, 3, 2)]
     assert len(verify_index(index)) == 3
-
-
-def test_the_command_finds_an_installed_engine(
-    installed: Any, tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    given = ["--gallery", tiny_gallery, "--checkpoint", tiny_checkpoint, "--out", tmp_path / "index"]
-    done = CliRunner().invoke(app, ["index", "build", *map(str, given), "--engine", "array", "--workers", "0"])
-    assert "version 1 published: 24 images, array" in done.output
-    index = open_current(tmp_path / "index")
-    assert index.search(index.vectors(np.arange(24)), 1)[1][:, 0].tolist() == list(range(24))
 
 
 def test_an_engine_that_is_left_is_told_so(installed: Any, build: Build) -> None:
@@ -135,17 +123,16 @@ def test_rebuild_is_recommended_once_searches_name_many_rows(installed: Any, bui
     assert open_current(index).manifest.rebuild == ""
 
 
-def test_a_kind_that_the_engine_lacks_is_refused_before_encoding(installed: Any, build: Build) -> None:
+def test_wrong_names_and_kinds_of_engines_are_refused(installed: Any, build: Build) -> None:
+    for engine, says in (
+        ("annoy=somewhere", r"unknown engine 'annoy'; installed are: faiss,.*array.* `pip install` adds"),
+        ("faiss=/tmp", "the engine faiss writes a file into the index, so it takes no location"),
+    ):
+        with pytest.raises(DataError, match=says):
+            load_engine(engine)
+    with pytest.raises(ArtifactError, match=r"index\.faiss is missing"):
+        load_engine("faiss").open({})
     encoded: list[int] = []
     with pytest.raises(DataError, match="an array has no kind 'hnsw'"):
         build(engine="array", kind="hnsw", on_encoded=encoded.append)
     assert not encoded
-
-
-def test_wrong_names_of_engines_are_refused(installed: Any, published: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"unknown engine 'annoy'; installed are: faiss,.*array.* `pip install` adds"):
-        load_engine("annoy=somewhere")
-    with pytest.raises(DataError, match="the engine faiss writes a file into the index, so it takes no location"):
-        load_engine("faiss=/tmp")
-    with pytest.raises(ArtifactError, match=r"index\.faiss is missing"):
-        load_engine("faiss").open({})

@@ -1,13 +1,13 @@
 """Published versions: reading, verifying, rolling back, and everything that may be wrong with them."""
 
+import errno
 import json
+import os
 import shutil
-import threading
+import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,33 @@ import pyarrow as pa
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.util.errors import ArtifactError, DataError, FingerprintError
-from index_jobs.gallery.scan import SCHEMA, scan
-from index_jobs.index import items
+from dcar_core.util.errors import (
+    ArtifactError,
+    DataError,
+    DcarError,
+    FingerprintError,
+    LockedError,
+    MissingExtraError,
+)  # fmt: skip
+from dcar_core.util.files import fsync_tree
+from index_jobs.checks import check_file_once
+from index_jobs.index import items, publish
 from index_jobs.index.index_version import ImageAccess, IndexVersion
+from index_jobs.index.location import index_path
 from index_jobs.index.manifest import Current, Manifest
-from index_jobs.index.publish import new_version, rollback, verify_index
-from index_jobs.index.versions import current_version, list_versions, open_current, version_numbers
+from index_jobs.index.publish import new_version, report_os_errors, rollback, verify_index
+from index_jobs.index.versions import (
+    current_version,
+    list_versions,
+    open_current,
+    open_version,
+    read_manifest,
+    version_numbers,
+)  # fmt: skip
 from index_jobs.jobs.update import remove
 from tests.support.encoding import cut, flip
+from tests.support.files import write_file
 from tests.support.versions import file_of, publish_copy, write_manifest
-
-
-def with_sizes(table: pa.Table) -> pa.Table:
-    for name in items.SIZE_COLUMNS:
-        table = table.append_column(name, pa.array([40] * len(table), pa.int32()))
-    return table
 
 
 def test_search_and_items(
@@ -61,19 +72,9 @@ def test_search_and_items(
         assert artifact.row_of(unknown) is None
 
 
-def test_items_are_read_from_many_batches(tmp_path: Path, tiny_gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(items, "_BATCH", 5)
-    table = with_sizes(scan(tiny_gallery).table)
-    rows = np.array([r for r in range(24) if r != 7])
-    items.write_items(tmp_path / "items.arrow", table, rows)
-    found = items.Items(tmp_path / "items.arrow")
-    ids = table["id"].to_pylist()
-    assert [found.cell(i, "id") for i in range(len(found))] == [ids[row] for row in rows]
-    assert [found.row_of(ids[row]) for row in rows] == list(range(23))
-    assert found.row_of(ids[7]) is None
-
-
-def test_rows_queries_and_fields_that_it_lacks_are_refused(published: Path) -> None:
+def test_rows_queries_fields_and_encoders_that_do_not_fit_are_refused(
+    published: Path, encoder: Encoder, tiny_gallery: Path
+) -> None:
     artifact = open_current(published)
     for row in (-1, 24):
         for read in (artifact.item, artifact.image_bytes):
@@ -85,44 +86,10 @@ def test_rows_queries_and_fields_that_it_lacks_are_refused(published: Path) -> N
         artifact.search(np.zeros((1, 16), np.float32), 1)
     with pytest.raises(DataError, match="no item has the field 'colour'; there are: caption, category, color"):
         artifact.column("colour")
-
-
-@pytest.mark.parametrize("removed", [[], [0], [4, 5, 9], range(1, 10), range(9)])
-def test_removed_rows_are_skipped_without_a_mask(removed: Any) -> None:
-    artifact: Any = SimpleNamespace(removed=np.array(removed, np.int64))
-    live = np.setdiff1d(np.arange(10), artifact.removed)
-    assert IndexVersion._nth_live(artifact, np.arange(len(live))).tolist() == live.tolist()
-    assert [row for row in range(10) if not IndexVersion._is_removed(artifact, row)] == live.tolist()
-
-
-def test_another_encoder_is_refused_with_the_command_to_run(
-    published: Path, encoder: Encoder, tiny_gallery: Path
-) -> None:
-    artifact = open_current(published)
     artifact.require(encoder.fingerprint)
-    with pytest.raises(FingerprintError) as caught:
+    options = f"--gallery {tiny_gallery} --checkpoint CHECKPOINT_OF_THIS_ENCODER --out {published}"
+    with pytest.raises(FingerprintError, match=f"python -m index_jobs.rebuild {options}"):
         artifact.require("f" * 64)
-    checkpoint = "--checkpoint CHECKPOINT_OF_THIS_ENCODER"
-    command = f"python -m index_jobs.rebuild --gallery {tiny_gallery} {checkpoint} --out {published}"
-    assert command in str(caught.value)
-
-
-def test_threads_share_an_artifact(published: Path) -> None:
-    artifact = open_current(published)
-    vectors = artifact.vectors(np.arange(24))
-    barrier = threading.Barrier(8)
-
-    def work(seed: int) -> bool:
-        barrier.wait()
-        for row in np.random.default_rng(seed).permutation(24).tolist():
-            found = int(artifact.search(vectors[row : row + 1], 1)[1][0, 0])
-            item = artifact.item(found)
-            if artifact.row_of(item.id) != row or not artifact.image_bytes(row).startswith(b"\x89PNG"):
-                return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
 
 
 def test_removed_version_stays_usable_while_open(index: Path) -> None:
@@ -135,11 +102,19 @@ def test_removed_version_stays_usable_while_open(index: Path) -> None:
     assert artifact.row_of(artifact.item(3).id) == 3
 
 
+Event = tuple[str, str]  # "sync" and a path, or "rename" and the new path
 FILES = ["index.faiss", "items.arrow", "versions/1.json", "checkpoint/trainables.safetensors", "checkpoint/config.json"]
 
 
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_bytes(path.read_bytes() + b"\0"), Path.unlink])
+@pytest.mark.parametrize(
+    "harm", [flip, cut, lambda path: path.write_bytes(path.read_bytes() + b"\0"), Path.unlink, make_folder]
+)
 def test_damage_to_any_file_is_found_and_named(index: Path, name: str, harm: Callable[[Path], None]) -> None:
     verify_index(index)
     harm(index / name if name.endswith("1.json") else file_of(index, name))
@@ -164,20 +139,15 @@ def test_files_that_do_not_fit_together_are_refused(index: Path) -> None:
     [
         ({"format": 99}, "is of format 99, not 4; rebuild the index"),
         ({"runtime": "another"}, r"versions/1\.json is corrupted: its checksum differs"),
+        ("[" * 200_000 + "]" * 200_000, r"versions/1\.json cannot be read: maximum recursion depth"),
     ],
 )
-def test_a_changed_manifest_is_refused(index: Path, change: dict[str, Any], says: str) -> None:
+def test_a_changed_manifest_is_refused(index: Path, change: Any, says: str) -> None:
     path = index / "versions/1.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ArtifactError, match=says):
         open_current(index)
     assert list_versions(index) == []
-
-
-def test_a_manifest_that_is_nested_too_deeply_is_refused(index: Path) -> None:
-    (index / "versions/1.json").write_text("[" * 200_000 + "]" * 200_000)
-    with pytest.raises(ArtifactError, match=r"versions/1\.json cannot be read: maximum recursion depth"):
-        open_current(index)
 
 
 def test_nothing_published_says_what_to_run(tmp_path: Path) -> None:
@@ -215,56 +185,26 @@ def test_a_damaged_current_is_named_and_rolls_back_to_the_newest(index: Path, co
 
 def test_versions_are_kept_listed_and_rolled_back(index: Path) -> None:
     assert [publish_copy(index, keep=3) for _ in range(3)] == [2, 3, 4]
-    assert version_numbers(index) == [2, 3, 4]
-    assert [manifest.version for manifest in list_versions(index)] == [2, 3, 4]
-    assert rollback(index) == 3
-    assert current_version(index) == 3
-    assert rollback(index, 2) == 2
-    with pytest.raises(ArtifactError, match="has no version earlier than 2"):
-        rollback(index)
-    with pytest.raises(ArtifactError, match="has no version 9; it has 2, 3, 4"):
-        rollback(index, 9)
-    assert rollback(index, 4) == 4
-    assert publish_copy(index, keep=1) == 5
-    assert version_numbers(index) == [5]
-    assert [manifest.version for manifest in verify_index(index)] == [5]
+    assert [manifest.version for manifest in list_versions(index)] == version_numbers(index) == [2, 3, 4]
+    assert (rollback(index), rollback(index, 2), current_version(index)) == (3, 2, 2)
+    for to, says in ((None, "has no version earlier than 2"), (9, "has no version 9; it has 2, 3, 4")):
+        with pytest.raises(ArtifactError, match=says):
+            rollback(index, to)
+    assert publish_copy(index, keep=3) == 5, "a number is never used twice"
+    assert version_numbers(index) == [2, 4, 5], "the one that was replaced, not a newer one that was given up for it"
+    assert (rollback(index), rollback(index, 4)) == (2, 4)
+    assert publish_copy(index, keep=2) == 6
+    (index / "versions/6.json").write_text("{}")
+    assert rollback(index) == 4, "the newest before, where it is not known"
+    assert publish_copy(index, keep=1) == 7
     with pytest.raises(ValueError, match="keep must be at least 1, not 0"):
         publish_copy(index, keep=0)
-    assert version_numbers(index) == [5]
+    assert [manifest.version for manifest in verify_index(index)] == [7]
 
 
-def test_replaced_version_is_kept_for_rollback(index: Path) -> None:
-    """Not a newer version, which was given up for it."""
-    assert [publish_copy(index, keep=3) for _ in range(2)] == [2, 3]
-    assert rollback(index, 1) == 1
-    assert publish_copy(index, keep=3) == 4
-    assert version_numbers(index) == [1, 3, 4]
-    assert rollback(index) == 1
-    assert rollback(index, 3) == 3
-    assert publish_copy(index, keep=2) == 5
-    assert version_numbers(index) == [3, 5]
-    (index / "versions/5.json").write_text("{}")
-    assert rollback(index) == 3, "the newest before, where it is not known"
-
-
-def test_a_number_is_never_used_twice(index: Path) -> None:
-    publish_copy(index)
-    rollback(index)
-    assert publish_copy(index) == 3
-    (index / "CURRENT").write_bytes(Current(7, "0" * 64).to_bytes())  # whose manifest is lost
-    with new_version(index) as new:
-        assert new.number == 8
-
-
-def test_rollback_to_a_broken_version_changes_nothing(index: Path) -> None:
-    publish_copy(index)
-    flip(file_of(index, "index.faiss", 1))
-    with pytest.raises(ArtifactError, match=r"index\.faiss of version 1: .* is corrupted"):
-        rollback(index)
-    assert current_version(index) == 2
-
-
-def test_version_that_does_not_open_is_not_published(index: Path) -> None:
+def test_version_that_is_broken_is_neither_published_nor_rolled_back_to(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, current = sorted((index / "blobs").iterdir()), open_current(index)
     with new_version(index) as new:
         new.link(current)
@@ -272,30 +212,32 @@ def test_version_that_does_not_open_is_not_published(index: Path) -> None:
         (new.folder / "items.arrow").write_bytes(b"ARROW1")
         with pytest.raises(ArtifactError, match="cannot be read"):
             new.publish(current.manifest)
-    assert (current_version(index), version_numbers(index)) == (1, [1])
     assert sorted((index / "blobs").iterdir()) == before
-
-
-def test_version_that_is_not_on_disk_is_not_published(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def damage(path: Path) -> None:
-        if path.name == "index.faiss":
-            flip(path)
-
-    monkeypatch.setattr("index_jobs.index.publish.fsync_path", damage)
-    with pytest.raises(ArtifactError, match=r"index\.faiss of version 2: .* is corrupted"):
+    publish_copy(index)
+    flip(file_of(index, "index.faiss", 1))
+    with pytest.raises(ArtifactError, match=r"index\.faiss of version 1: .* is corrupted"):
+        rollback(index)
+    flip(file_of(index, "index.faiss", 1))
+    damage = {"index.faiss": flip}
+    monkeypatch.setattr(publish, "fsync_path", lambda path: damage.get(path.name, Path.exists)(path))
+    with pytest.raises(ArtifactError, match=r"index\.faiss of version 3: .* is corrupted"):
         publish_copy(index)
-    assert current_version(index) == 1
-    assert version_numbers(index) == [1]
+    assert (current_version(index), version_numbers(index)) == (2, [1, 2])
 
 
 def test_remains_of_a_killed_writer_are_deleted(index: Path) -> None:
     left, blob, pulled = (index / "blobs" / name for name in (".new/index.faiss", "0" * 64, f".{'1' * 64}.tmp"))
-    left.parent.mkdir()
     for path in (left, blob, pulled):
-        path.write_bytes(b"half")
+        write_file(path, b"half")
+    (index / "CURRENT").write_bytes(Current(7, "0" * 64).to_bytes())  # whose manifest is lost
     assert version_numbers(index) == [1]
-    publish_copy(index)
-    assert not any(path.exists() for path in (left.parent, blob, pulled))
+    first = open_version(index, 1)
+    with new_version(index) as new:
+        assert not any(path.exists() for path in (left, blob, pulled))
+        new.link(first)
+        (new.folder / "lexical" / ".tantivy-meta.lock").touch()  # which tantivy still holds
+        second = new.publish(first.manifest)
+    assert (second.version, second.files.keys()) == (8, first.manifest.files.keys())
     verify_index(index)
 
 
@@ -314,26 +256,6 @@ def test_reader_follows_when_its_version_is_removed_under_it(index: Path, monkey
     assert open_current(index).manifest.version == 3
 
 
-BATCHES, ROWS, TEXT = 32, 4, 2**18  # 32 MiB of texts
-
-
-def large_table() -> pa.Table:
-    metadata = json.dumps({"about": "y" * TEXT})
-    batches = [
-        pa.RecordBatch.from_pylist([
-            dict.fromkeys(SCHEMA.names, 0)
-            | dict.fromkeys(("caption", "category", "location", "name"), "")
-            | {"id": f"{number:08}", "metadata": metadata}
-            for number in range(start, start + ROWS)
-        ], SCHEMA)
-        for start in range(0, BATCHES * ROWS, ROWS)
-    ]  # fmt: skip
-    table = pa.Table.from_batches(batches, SCHEMA)
-    for name in items.SIZE_COLUMNS:
-        table = table.append_column(name, pa.nulls(len(table), pa.int32()))
-    return table
-
-
 @pytest.mark.parametrize("rows", [[], [0], [19], [3, 4], [0, 1, 7, 8, 19], [*range(20)], [5, 6, 7, 8, 9]])
 def test_take_rows_returns_the_rows_that_arrow_takes(rows: list[int]) -> None:
     columns = {"text": pa.chunked_array([[str(i) for i in part] for part in np.split(np.arange(20), [3, 3, 8, 19])])}
@@ -341,24 +263,187 @@ def test_take_rows_returns_the_rows_that_arrow_takes(rows: list[int]) -> None:
     table = pa.table(columns)
     taken = items.take_rows(table, np.array(rows, np.int64))
     assert taken.to_pylist() == table.take(pa.array(rows, pa.int64())).to_pylist()
-
-
-def test_rows_that_do_not_ascend_are_refused() -> None:
     with pytest.raises(ValueError, match="rows must ascend"):
-        items.take_rows(pa.table({"number": [1, 2, 3]}), np.array([0, 2, 1]))
+        items.take_rows(table, np.array([0, 2, 1]))
 
 
 def test_no_column_is_joined_for_a_part_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Joined, texts of 2 GiB are more than Arrow holds, and every batch costs as much as all."""
-    monkeypatch.setattr(items, "_BATCH", ROWS)
-    table, rows = large_table(), np.delete(np.arange(BATCHES * ROWS), 7)
+    batch, batches, text = 4, 32, 2**18  # 32 MiB of texts
+    monkeypatch.setattr(items, "_BATCH", batch)
+    count = batch * batches
+    numbers, texts = pa.array([0] * count), pa.array([""] * count)
+    columns = dict.fromkeys(("caption", "category", "location"), texts) | dict.fromkeys(("offset", "size"), numbers)
+    columns |= dict.fromkeys(items.SIZE_COLUMNS, numbers.cast(pa.int32())) | {"id": [f"{n:08}" for n in range(count)]}
+    metadata = pa.chunked_array([[json.dumps({"about": "y" * text})] * batch for _ in range(batches)])
+    table, rows = pa.table({**columns, "metadata": metadata}), np.delete(np.arange(count), 7)
     before, pool = pa.default_memory_pool(), pa.system_memory_pool()
-    assert pool.max_memory() < 8 * ROWS * TEXT  # unused so far
+    assert pool.max_memory() < 8 * batch * text  # unused so far
     try:
         pa.set_memory_pool(pool)
         items.write_items(tmp_path / "items.arrow", table, rows)
-        part = items.Items(tmp_path / "items.arrow").table(np.array([5, 6, 100]))
+        found = items.Items(tmp_path / "items.arrow")
+        part = found.table(np.array([5, 6, 100]))
     finally:
         pa.set_memory_pool(before)
-    assert pool.max_memory() < 8 * ROWS * TEXT
+    assert pool.max_memory() < 8 * batch * text
     assert part["id"].to_pylist() == ["00000005", "00000006", "00000101"]
+    ids = [f"{number:08}" for number in rows]
+    assert [found.cell(row, "id") for row in range(len(found))] == ids
+    assert [found.row_of(each) for each in ids] == [*range(len(ids))]
+    assert found.row_of("00000007") is None
+
+
+def test_a_second_writer_is_refused(index: Path) -> None:
+    with new_version(index):
+        for write in (rollback, publish_copy):
+            with pytest.raises(LockedError, match=r"another job is writing to .*; wait until it has ended"):
+                write(index)
+    assert publish_copy(index) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "one"), r"cannot be written: Permission denied \(one\); published"),
+        (OSError(errno.EXDEV, "Other device", "one", None, "two"), r"cannot be written: Other device \(two\); "),
+        (OSError(errno.EIO, "Broken"), r"cannot be written: Broken; published versions are unchanged, run the same"),
+        (OSError("no library"), r"cannot be made: no library; published versions are unchanged$"),
+        (OSError("4352 requested and 992 written"), "No space left on device.* unchanged, run the same command again"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(error: OSError, told: str, tmp_path: Path) -> None:
+    with pytest.raises(DcarError, match=told), report_os_errors(tmp_path):
+        raise error
+
+
+def test_the_number_of_removed_rows_must_be_that_of_the_manifest(index: Path) -> None:
+    remove(index, [open_current(index).item(row).id for row in (3, 7)])
+    path = file_of(index, "removed.npy")
+    for rows in ([], [3], [3, 7, 9], [-1, 3], [3, 24]):
+        np.save(path, np.array(rows, np.int64))
+        path.with_suffix(".npy").rename(path)
+        manifest = read_manifest(index, 2)
+        info = replace(manifest.files["removed.npy"], size=path.stat().st_size)
+        write_manifest(index, replace(manifest, files=manifest.files | {"removed.npy": info}))
+        with pytest.raises(ArtifactError, match=r"does not fit the manifest"):
+            open_current(index)
+
+
+def test_the_key_of_an_image_changes_with_its_file(index: Path, gallery: Path) -> None:
+    write_manifest(index, replace(open_current(index).manifest, root=str(gallery)))
+    artifact = open_current(index)
+    keys = [artifact.image_key(row) for row in range(24)]
+    assert (len({*keys}), {len(key) for key in keys}) == (24, {32})
+    assert artifact.image_key(3) == keys[3]
+    path = Path(artifact.image_location(3)[0])
+    os.utime(path, ns=(1, 1))
+    assert artifact.image_key(3) != keys[3]
+    assert artifact.image_key(4) == keys[4]
+    path.unlink()
+    with pytest.raises(ArtifactError, match="the image of row 3 cannot be read: No such file"):
+        artifact.image_key(3)
+
+
+def test_a_file_is_checked_until_it_is_sound(tmp_path: Path) -> None:
+    path, checks = tmp_path / "file", list[Path]()
+    path.touch()
+
+    def check() -> None:
+        checks.append(path)
+        if len(checks) == 1:
+            raise ValueError("odd")
+
+    with pytest.raises(ArtifactError, match=r"file is damaged: odd; roll back, or rebuild the index"):
+        check_file_once(path, check)
+    for _ in range(3):
+        check_file_once(path, check)
+    assert len(checks) == 2
+    path.write_bytes(b"changed")
+    check_file_once(path, check)
+    assert len(checks) == 3
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Record every fsync by the path of its file, and every rename by the new path."""
+    recorded: list[Event] = []
+    sync = os.fsync
+
+    def recording_sync(descriptor: int) -> None:
+        recorded.append(("sync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        sync(descriptor)
+
+    def recording(rename: Callable[[object, object], None]) -> Callable[[object, object], None]:
+        def record(old: object, new: object, **options: object) -> None:
+            recorded.append(("rename", str(new)))
+            rename(old, new)
+
+        return record
+
+    monkeypatch.setattr(os, "fsync", recording_sync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, recording(getattr(os, name)))
+    return recorded
+
+
+def test_a_version_is_on_the_disk_before_current_names_it(index: Path, events: list[Event]) -> None:
+    blobs = {*(index / "blobs").iterdir()}
+    remove(index, [open_current(index).item(0).id])
+    named = events.index(("rename", str(index / "versions/2.json")))
+    current = events.index(("rename", str(index / "CURRENT")))
+    (blob,) = {*(index / "blobs").iterdir()} - blobs
+    put = events.index(("rename", str(blob)))
+    assert put < named < current
+    assert ("sync", str(index / "blobs/.new/removed.npy")) in events[:put]
+    assert ("sync", str(blob.parent)) in events[put:named]
+    for path in (index / "versions/2.json", index / "CURRENT"):
+        renamed = events.index(("rename", str(path)))
+        assert ("sync", str(path.with_name(f".{path.name}..tmp"))) in events[:renamed]
+        assert ("sync", str(path.parent)) in events[renamed:]
+
+
+def test_a_tree_is_synced_with_its_own_folder(tmp_path: Path, events: list[Event]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    fsync_tree(tmp_path)
+    expected = {tmp_path, tmp_path / "folder", tmp_path / "folder" / "file"}
+    assert {Path(path) for _, path in events} == expected
+
+
+def test_half_of_the_images_may_be_missing(index: Path, gallery: Path) -> None:
+    write_manifest(index, replace(open_current(index).manifest, root=str(gallery)))
+    remove(index, open_current(index).column("id").to_pylist()[2:10])  # all others are sampled
+    artifact = open_current(index)
+    paths = [Path(artifact.image_location(row)[0]) for row in np.flatnonzero(artifact.live).tolist()]
+    for path in paths[:8]:
+        path.unlink()
+    assert artifact.find_gallery_fault() is None
+    paths[12].unlink()
+    assert artifact.find_gallery_fault() == f"9 of 16 sampled images are not in the gallery, such as {paths[0]}"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        *((url, "is not the URL of an index, such as s3://bucket/index") for url in (
+            "s3://bucket/../etc", "s3://bucket//index", "gs://./index", "s3://", "file:///index",
+            Path("https://bucket.host/index"),
+        )),
+        *((url, "neither credentials, which come from the environment, nor") for url in (
+            "s3://key:SECRET@bucket/index", "az://c/index?sig=SECRET", "s3://bucket/index#SECRET",
+        )),
+    ],
+)  # fmt: skip
+def test_url_that_names_more_or_less_than_an_index_is_refused(url: str | Path, says: str) -> None:
+    with pytest.raises(DataError, match=says) as refused:
+        index_path(url)
+    assert "SECRET" not in str(refused.value)
+
+
+def test_url_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    for url in ("s3://bucket/index", "gs://bucket/index", "az://container/index", Path("s3://bucket/index")):
+        with pytest.raises(MissingExtraError, match=r"pip install 'dcar\[objectstore\]'"):
+            index_path(url)
+    assert (index_path("s3"), index_path("bucket/index")) == (Path("s3"), Path("bucket/index"))

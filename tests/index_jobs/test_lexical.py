@@ -1,6 +1,5 @@
 """The lexical index: analysis, scores, updates, and what it writes."""
 
-import json
 import random
 import shutil
 import time
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 
 from dcar_core.util.errors import ArtifactError
-from index_jobs.index.index_version import link_files
 from index_jobs.index.lexical.analysis import index_terms, query_terms
 from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.index.versions import open_current
 from index_jobs.jobs.update import add
-from index_jobs.rebuild import main
 from tests.support.commands import run
-from tests.support.images import draw
+from tests.support.galleries import write_images
+from tests.support.versions import Build
 
 MOST_TIMES = 40  # seconds of a hostile text for one of an ordinary text; "\ufdfa" stands for 18 characters
 TEXTS = ["ghost: a white spook", "skull", "fish cake", "a red car", "red truck, fire engine", "WX-300 left mirror"]
@@ -31,33 +29,20 @@ def lexical(tmp_path_factory: pytest.TempPathFactory) -> LexicalIndex:
     return LexicalIndex(path)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("Éclair", "eclair"),
-        ("WX-300", "wx300"),
-        ("WX 300", "wx-300"),
-        ("flamingos", "flamingo"),
-        ("boxes", "box"),
-        ("berries", "berry"),
-        ("\uff46\uff55\uff4c\uff4c", "full"),
-        ("東京タワー", "東京"),
-        ("كِتَابٌ", "كتاب"),
-        ("סֵפֶר", "ספר"),
-    ],
-)
-def test_spellings_of_one_thing_share_a_term(one: str, other: str) -> None:
-    assert {*index_terms(one)} & {*index_terms(other)}
-
-
-@pytest.mark.parametrize("word", ["हिन्दी", "किताब", "বাংলা", "தமிழ்", "မြန်မာ", "ที่", "ދިވެހި"])
-def test_a_word_with_vowel_signs_is_one_term(word: str) -> None:
-    assert index_terms(f"a {word}, {word}-7.") == ["a", word, word, "7", f"{word}7"]
-
-
-def test_a_mark_without_a_letter_is_no_term() -> None:
+def test_terms_of_texts_and_queries() -> None:
+    for one, other in (
+        ("Éclair", "eclair"), ("WX-300", "wx300"), ("WX 300", "wx-300"), ("flamingos", "flamingo"), ("boxes", "box"),
+        ("berries", "berry"), ("\uff46\uff55\uff4c\uff4c", "full"),
+        ("東京タワー", "東京"), ("كِتَابٌ", "كتاب"), ("סֵפֶר", "ספר"),
+    ):  # fmt: skip
+        assert {*index_terms(one)} & {*index_terms(other)}, "spellings of one thing share a term"
+    for word in ("हिन्दी", "किताब", "বাংলা", "தமிழ்", "မြန်မာ", "ที่", "ދިވެހި"):
+        assert index_terms(f"a {word}, {word}-7.") == ["a", word, word, "7", f"{word}7"], "vowel signs belong to it"
     for text, terms in (("\u2764\ufe0f heart", ["heart"]), ("1\ufe0f\u20e3", ["1"]), ("ि", [])):
-        assert index_terms(text) == terms
+        assert index_terms(text) == terms, "a mark without a letter is no term"
+    assert index_terms("Éclair \u00e9\u0301cole " * 50) == ["eclair", "ecole"] * 50, "no text is cut within a word"
+    for text, query in (("a photo of the ghost", "photo ghost"), ("to be or not", "be not"), ("the of", "the of")):
+        assert query_terms(text, lambda _: True) == query.split()
 
 
 def cheapest_s(text: str) -> float:
@@ -70,42 +55,22 @@ def cheapest_s(text: str) -> float:
     return min(times)
 
 
-@pytest.fixture(scope="module")
-def plain_s() -> float:
-    return cheapest_s("a red car of the Éclair kind, " * 3_333)
-
-
-@pytest.mark.parametrize(
-    "piece",
-    [
+def test_hostile_texts_take_about_as_long_as_others_of_their_length() -> None:
+    """Without a bound, sorting 100,000 marks of one letter takes 16 s."""
+    most = MOST_TIMES * cheapest_s("a red car of the Éclair kind, " * 3_333)
+    for piece in (
         "\u0323\u0302",
         "\u05b0\u05b1",
         "\u0f72\u0f71",
         "\u0344",
         "\ufdfa",
         "\u093f",
+        *"東s_ \0",
         "a1",
         "a-",
         "1.",
-        "東",
-        "s",
-        "_",
-        " ",
-        "\0",
-    ],
-)
-def test_hostile_texts_take_about_as_long_as_others_of_their_length(piece: str, plain_s: float) -> None:
-    """Without a bound, sorting 100,000 marks of one letter takes 16 s."""
-    assert cheapest_s(("a" + piece * 100_000)[:100_000]) < MOST_TIMES * plain_s
-
-
-def test_long_texts_are_not_cut_within_words() -> None:
-    assert index_terms("Éclair \u00e9\u0301cole " * 50) == ["eclair", "ecole"] * 50
-
-
-def test_a_query_loses_stop_words_unless_it_has_no_others() -> None:
-    for text, terms in (("a photo of the ghost", "photo ghost"), ("to be or not", "be not"), ("the of", "the of")):
-        assert query_terms(text, lambda _: True) == terms.split()
+    ):
+        assert cheapest_s(("a" + piece * 100_000)[:100_000]) < most, piece
 
 
 def test_a_code_is_known_by_its_parts(tmp_path: Path) -> None:
@@ -127,22 +92,15 @@ def test_the_best_row_contains_most_of_the_query(lexical: LexicalIndex, query: s
     assert lexical.search(query, 1)[1].tolist() == [row]
 
 
-def test_scores_are_shares_of_the_query(lexical: LexicalIndex) -> None:
+def test_scores_and_the_known_share_are_shares_of_the_query(lexical: LexicalIndex) -> None:
     whole, half = lexical.search("red car", 2)[0]
     assert 0 < half < whole < 1.7
     assert lexical.search("red zebra", 1)[0] < lexical.search("red", 1)[0]  # an unknown word is a part that is missing
     assert lexical.search("gohst", 1)[0] < lexical.search("ghost", 1)[0]
-
-
-def test_known_share_is_that_of_terms_in_any_item(lexical: LexicalIndex) -> None:
     for text, share in {"ghost": 1, "the ghosts": 1, "gohst": 0, "red zebra": 0.5, "?!": 1}.items():
         assert lexical.known_share(text) == share
-
-
-def test_no_match_gives_no_rows(lexical: LexicalIndex) -> None:
     for query in ("zzz", "", "?!"):
-        scores, rows = lexical.search(query, 3)
-        assert len(scores) == len(rows) == 0
+        assert [len(part) for part in lexical.search(query, 3)] == [0, 0]
 
 
 def test_scores_of_chosen_rows_equal_those_of_a_search(tmp_path: Path) -> None:
@@ -165,10 +123,7 @@ def test_scores_of_chosen_rows_equal_those_of_a_search(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda path: (path / "meta.json").write_text("{}"),
-        shutil.rmtree,
-    ],
+    [lambda path: (path / "meta.json").write_text("{}"), shutil.rmtree],
 )
 def test_a_missing_or_damaged_index_is_an_error_with_its_path(damage: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "lexical"
@@ -189,31 +144,6 @@ def test_only_allowed_rows_are_found(tmp_path: Path, first: int) -> None:
         assert len({*rows.tolist()} & ghosts) == len(rows) == len(scores) == min(k, len(ghosts))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return the files of a lexical index, without the locks that tantivy may hold for a moment longer."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
-
-
-def test_an_update_leaves_the_linked_version_as_it_was(tmp_path: Path) -> None:
-    generator = random.Random(0)
-    words = [first + second for first in "bdfgkl" for second in ("ab", "oc", "ip", "em", "un", "at")]
-    texts = [" ".join(generator.choices(words, k=6)) for _ in range(60)]
-    first, second = tmp_path / "1", tmp_path / "2"
-    write_lexical(first, texts)
-    before = contents(first)
-    link_files({name: first / name for name in before}, second)
-    added = [" ".join(generator.choices(words, k=6)) for _ in range(30)]
-    write_lexical(second, added, first_row=50)  # replaces the last ten
-    assert contents(first) == before
-    assert any(path.is_symlink() for path in second.iterdir()), "what is as before"
-    current = texts[:50] + added
-    for index, rows_text in ((LexicalIndex(first), texts), (LexicalIndex(second), current)):
-        assert len(index) == len(rows_text)
-        for word in words:
-            rows = index.search(word, 100)[1].tolist()
-            assert sorted(rows) == [row for row, text in enumerate(rows_text) if word in text.split()]
-
-
 def test_full_disk_is_an_os_error_from_the_first_file_on(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from index_jobs.index.lexical import lexical_index as each; "
@@ -223,37 +153,29 @@ def test_full_disk_is_an_os_error_from_the_first_file_on(tmp_path: Path) -> None
     assert f"OSError: the lexical index {tmp_path / 'lexical'} cannot be written" in done.stderr
 
 
-def test_an_index_that_cannot_be_written_is_read(published: Path) -> None:
-    before = sorted(published.rglob("*"))
-    for folder in (published, published / "blobs"):
-        folder.chmod(0o555)
-    try:
-        assert len(open_current(published).lexical) == 24
-    finally:
-        for folder in (published, published / "blobs"):
-            folder.chmod(0o755)
-    assert sorted(published.rglob("*")) == before, "no lock files"
-
-
-def test_chosen_metadata_fields_are_looked_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    for name, color, code in (("gallery", "red", "WX-300"), ("more", "blue", "QZ-17")):
-        (tmp_path / name).mkdir()
-        draw(color, "square").save(tmp_path / name / f"{color}.png")
-        row = {"file_name": f"{color}.png", "caption": f"a {color} mirror", "code": code, "note": "velvet"}
-        (tmp_path / name / "metadata.jsonl").write_text(json.dumps(row))
+def test_chosen_metadata_fields_are_looked_up(build: Build, tmp_path: Path) -> None:
     index = tmp_path / "index"
+    for name, color, code in (("gallery", "red", "WX-300"), ("more", "blue", "QZ-17")):
+        write_images(tmp_path / name, color, caption=f"a {color} mirror", code=code, note="velvet")
 
     def found(*words: str) -> list[int]:
         lexical = open_current(index).lexical
         assert lexical is not None
         return [len(lexical.search(each, 9)[1]) for each in words]
 
-    places = {"--gallery": tmp_path / "gallery", "--checkpoint": tiny_checkpoint, "--out": index}
-    command = [*(str(part) for pair in places.items() for part in pair), "--quiet"]
-    assert main([*command, "--text-fields", "code,brand", "--group-field", "code"]) == 0
+    build(tmp_path / "gallery", text_fields=["code", "brand"], group_field="code")
     assert found("wx300", "mirror", "velvet") == [1, 1, 0]
     assert open_current(index).manifest.spec.group_field == "code"
     add(index, tmp_path / "more", progress=False)
     assert found("qz17", "mirror", "velvet") == [1, 2, 0]
-    assert main([*command, "--max-vanished", "1"]) == 0
+    build(tmp_path / "gallery", max_vanished=1)
     assert found("wx300", "mirror", "velvet") == [1, 1, 1]
+
+
+def test_an_index_that_cannot_be_written_is_read(published: Path) -> None:
+    before, folders = sorted(published.rglob("*")), (published, published / "blobs")
+    for mode in (0o555, 0o755):
+        for folder in folders:
+            folder.chmod(mode)
+        assert len(open_current(published).lexical or ()) == 24
+    assert sorted(published.rglob("*")) == before, "no lock files"

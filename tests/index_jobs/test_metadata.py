@@ -1,6 +1,7 @@
 """Metadata from lists and sidecars, including odd rows, and the types of CSV values."""
 
 import datetime
+import io
 import json
 import unicodedata
 from decimal import Decimal
@@ -11,15 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dcar_core.data import Annotations
 from dcar_core.data.records import MAX_LINE
 from dcar_core.util.errors import DataError
 from index_jobs.gallery.metadata import read_gallery_records
 from index_jobs.gallery.scan import scan
-from tests.support.files import write_file, write_jsonl, write_tar
+from tests.support.files import jsonl, tar_bytes, write_file, write_jsonl
 from tests.support.galleries import rows_of
 from tests.support.images import png
 from tests.support.versions import Build, file_of
+
+
+def parquet(**columns: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -50,117 +56,6 @@ def test_column_of_one_type_keeps_its_type(cells: list[str], values: list[Any], 
     assert {record[name] for record in records for name in ("id", "caption", "category")} == {"7"}
 
 
-def test_captions_and_categories_have_the_column_names_of_training(tmp_path: Path) -> None:
-    csv = 'file_name,captions,class_name\na.png,"[""one, or"", ""two""]",x\nb.png,one | two,y\nc.png,,\n'
-    rows = rows_of(scan(write_file(tmp_path / "l.csv", csv.encode())))
-    assert [rows[name]["caption"] for name in ("a.png", "b.png", "c.png")] == ["one, or", "one", ""]
-    assert [rows[name]["category"] for name in ("a.png", "b.png", "c.png")] == ["x", "y", ""]
-    assert rows["a.png"]["metadata"]["captions"] == ["one, or", "two"]
-    records = (
-        {"path": "a.png", "captions": ["", "two"]},
-        {"path": "b.png", "caption": "own", "captions": ["other"]},
-        {"path": "c.png", "caption": ["one", "two"]},
-    )
-    rows = rows_of(scan(write_jsonl(tmp_path / "l.jsonl", *records)))
-    assert [row["caption"] for row in rows.values()] == ["two", "own", "one"]
-    assert rows["c.png"]["metadata"]["captions"] == ["one", "two"]
-
-
-def test_values_that_json_lacks_become_numbers_null_or_text(tmp_path: Path) -> None:
-    when = datetime.datetime(2024, 1, 2, 8)
-    values = {"price": Decimal("9.50"), "score": float("nan"), "when": when, "day": when.date(), "tags": ["x"]}
-    table = {"path": ["a.png"], "caption": [None], **{name: [value] for name, value in values.items()}}
-    pq.write_table(pa.table(table), tmp_path / "l.parquet")
-    row = rows_of(scan(tmp_path / "l.parquet"))["a.png"]
-    expected = {"price": 9.5, "score": None, "when": "2024-01-02T08:00:00", "day": "2024-01-02", "tags": ["x"]}
-    assert (row["caption"], row["metadata"]) == ("", {"file_name": "a.png", "path": "a.png"} | expected)
-
-
-def test_paths_of_other_systems_are_read(tmp_path: Path) -> None:
-    write_file(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
-    decomposed = unicodedata.normalize("NFD", "Früh/Stück.png")
-    assert decomposed != "Früh/Stück.png"
-    for name in ("Früh\\Stück.png", decomposed):
-        gallery = scan(write_file(tmp_path / "l.csv", f"path\n{name}\n".encode()))
-        assert gallery.table["location"].to_pylist() == ["Früh/Stück.png"]
-    assert scan(write_file(tmp_path / "l.csv", b"path\nno\xcc\x88.png\n")).table["location"].to_pylist() == [
-        "no\u0308.png"
-    ]
-
-
-@pytest.mark.parametrize("sign", [";", "\t"])
-def test_columns_may_be_separated_by_other_signs(sign: str, tmp_path: Path) -> None:
-    lines = [sign.join(cells) for cells in (("path", "caption", "weight"), ("a.png", "red, round", "10,50"))]
-    (row,) = rows_of(scan(write_file(tmp_path / "l.csv", "\r\n".join(lines).encode()))).values()
-    assert (row["location"], row["caption"], row["metadata"]["weight"]) == ("a.png", "red, round", "10,50")
-    with pytest.raises(DataError, match=r"no column .*; it has .*path"):
-        scan(write_file(tmp_path / "l.csv", f"path{sign}x, y\na.png{sign}b\n".encode()))
-
-
-def test_capitals_and_blanks_in_a_header_make_no_difference(tmp_path: Path) -> None:
-    write_file(tmp_path / "1.png", png())
-    table = write_file(
-        tmp_path / "pairs.csv", b'Image; Caption;CATEGORY ;Split;Price\n1.png; "a red; round cup";cup;test;9\n'
-    )
-    (sample,) = Annotations(tmp_path).load("test")[0].samples
-    assert (sample.image, sample.caption, sample.category) == ("1.png", "a red; round cup", "cup")
-    row = rows_of(scan(tmp_path))["1.png"]
-    assert (row["caption"], row["category"], row["metadata"]["Price"]) == ("a red; round cup", "cup", 9)
-    table.write_text("ID,id,path,Url\nx,y,1.png,here\n")
-    ((_, record),) = read_gallery_records(str(table))
-    assert record == {"ID": "x", "id": "y", "path": "1.png", "url": "here"}
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
-def test_a_table_of_excel_in_another_encoding_says_how_to_save_it(encoding: str, tmp_path: Path) -> None:
-    table = write_file(tmp_path / "l.csv", "path;caption\na.png;Früh\n".encode(encoding))
-    with pytest.raises(DataError, match=r"is not UTF-8 .*; save it as UTF-8 \(in Excel: Save As, \"CSV UTF-8"):
-        scan(table)
-
-
-@pytest.mark.parametrize("first", ["sep=;", '"sep=;"'])
-def test_a_first_line_names_the_sign(first: str, tmp_path: Path) -> None:
-    table = write_file(tmp_path / "l.csv", f"{first}\r\npath;a, b\r\na.png;9\r\n".encode())
-    assert list(read_gallery_records(str(table))) == [(3, {"path": "a.png", "a, b": 9})]
-    table.write_text(f"{first}\npath;size\na.png;9;9\n")
-    with pytest.raises(DataError, match=r"line 3: more cells .* quote a text that has ';'"):
-        scan(table)
-
-
-def test_spaces_around_the_cells_of_a_csv_do_not_count(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    table = write_file(
-        tmp_path / "pairs.csv", b"path , caption , category , brand , size\na.png , red , cup , Acme , 9 \n"
-    )
-    assert Annotations(tmp_path).load("train", "require")[0].images == ["a.png"]
-    row = rows_of(scan(table))["a.png"]
-    assert (row["caption"], row["category"]) == ("red", "cup")
-    assert row["metadata"] == {"file_name": "a.png", "path": "a.png", "brand": "Acme", "size": 9}
-
-
-@pytest.mark.parametrize("header", [",Unnamed: 0,path,size", "Unnamed: 0,,path,size, ", ",,Unnamed: 0,path,size,"])
-def test_columns_without_a_name_are_left_out(header: str, tmp_path: Path) -> None:
-    cells = {"path": "a.png", "size": "9", "Unnamed: 0": "7"}
-    row = ",".join(cells.get(column, "0") for column in header.split(","))
-    (found,) = rows_of(scan(write_file(tmp_path / "l.csv", f"{header}\n{row}\n".encode()))).values()
-    assert found["metadata"] == {"file_name": "a.png", "Unnamed: 0": 7, "path": "a.png", "size": 9}
-
-
-@pytest.mark.parametrize(("name", "content"), [("metadata.jsonl", b""), ("metadata.csv", b"file_name,caption\n")])
-def test_metadata_without_rows_is_an_error(name: str, content: bytes, tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    write_file(tmp_path / name, content)
-    with pytest.raises(DataError, match=rf"{name} has no rows; fill or remove it"):
-        scan(tmp_path)
-
-
-def test_pairs_that_are_no_pairs_are_an_error(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    write_file(tmp_path / "pairs.csv", b"image,text\na.png,a\n")
-    with pytest.raises(DataError, match=r"has no column caption or captions, .*; it has image, text"):
-        scan(tmp_path)
-
-
 GREEN_CSV = b"file_name,caption\na.png,a green cat\n"
 GREEN_JSON = b'{"a": {"file_name": "a.png", "positive": "a green cat"}}'
 
@@ -187,89 +82,6 @@ def test_tables_that_are_not_read_are_named(
     assert row["caption"] == ("a green cat" if "describes" in said or ("metadata.csv" in tables and not said) else "")
     assert said in caplog.text
     assert len(caplog.records) == bool(said)
-
-
-def test_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
-    lines = [
-        r'{"path": "a.png", "caption": "x\ud800y", "\udfff": ["\uDABC", {"a": "\ud83d\ude00"}]}',
-        r'{"path": "b\udcff.png", "caption": "\ud83d\ude00"}',
-    ]
-    rows = rows_of(scan(write_file(tmp_path / "l.jsonl", "\n".join(lines).encode())))
-    assert rows["a.png"]["caption"] == "x\ufffdy"
-    assert rows["a.png"]["metadata"]["\ufffd"] == ["\ufffd", {"a": "\U0001f600"}]
-    assert rows["b\ufffd.png"]["caption"] == "\U0001f600"
-    tar = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.json": rb'{"caption": "x\ud800y"}'})
-    assert rows_of(scan(tar))["t.tar/a.png"]["caption"] == "x\ufffdy"
-
-
-def year_10000(path: Path) -> None:
-    days = pa.array([0, 253_402_300_800_000], pa.timestamp("ms"))
-    pq.write_table(pa.table({"path": ["a.png", "b.png"], "day": days}), path)
-
-
-def no_utf8(path: Path) -> None:
-    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"\xff"]).buffers())
-    pq.write_table(pa.table({"path": ["a.png", "b.png"], "text": texts}), path)
-
-
-def lines(*rows: str) -> Any:
-    return lambda path: path.write_text("".join(f"{row}\n" for row in rows))
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "says"),
-    [
-        ("l.parquet", year_10000, r"l\.parquet, row 2: day cannot be read: .*out of range"),
-        ("l.parquet", no_utf8, r"l\.parquet, row 2: text cannot be read: 'utf-8' codec"),
-        (
-            "l.jsonl",
-            lines('{"path": "a.png"}', f'{{"path": "b.png", "n": {"9" * 5000}}}'),
-            r"l\.jsonl, line 2: not JSON",
-        ),
-        ("l.jsonl", lines(f'{{"path": "a.png", "n": {"[" * 100_000}{"]" * 100_000}}}'), r"l\.jsonl, line 1: not JSON"),
-        (
-            "l.jsonl",
-            lines(f'{{"path": "a.png", "n": {"[" * 800}{"]" * 800}}}'),
-            r"a\.png.* nested levels|line 1: not JSON",
-        ),
-        (
-            "l.jsonl",
-            lines(*(f'{{"path": "{name}.png", "n": {"[" * n}{"]" * n}}}' for name, n in (("a", 99), ("b", 100)))),
-            r"the metadata of b\.png have more than 100 nested levels; flatten them",
-        ),
-        ("l.csv", lines("path,n", "a.png,1", f"b.png,{'9' * 200_000}"), r"l\.csv, line 3 is not CSV"),
-        (
-            "l.jsonl",
-            lines(f'{{"path": "a.png", "n": {list(range(20_000))}, "price": 1}}'),
-            r"the metadata of a\.png take 106 KiB as JSON, at most 64; the longest field is 'n'",
-        ),
-        (
-            "l.jsonl",
-            lines(f'{{"path": "a.png", "caption": "{"x" * 10_001}"}}'),
-            r"the caption of a\.png has 10,001 characters, at most 10,000",
-        ),
-    ],
-)
-def test_a_row_that_cannot_be_read_is_named(name: str, make: Any, says: str, tmp_path: Path) -> None:
-    make(tmp_path / name)
-    with pytest.raises(DataError, match=says):
-        scan(tmp_path / name)
-
-
-def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for text in (b"9" * 5000, b"[" * 100_000 + b"]" * 100_000):
-        tar = write_tar(tmp_path / "t.tar", {"a.png": png(), "a.json": b'{"n": ' + text + b"}"})
-        with pytest.raises(DataError, match=r"t\.tar, a\.json: its \.json cannot be read"):
-            scan(tar)
-
-
-def test_a_large_sidecar_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "train.tar", {"a.png": png(), "a.txt": b"a\n" * (MAX_LINE // 2 + 1)})
-    says = r"its \.txt has 16,000,002 bytes; at most 16,000,000 are read"
-    with pytest.raises(DataError, match=rf"train\.tar, a\.txt: {says}"):
-        scan(tar)
-    with pytest.raises(DataError, match=rf"train\.tar, sample 'a': {says}"):
-        Annotations(tmp_path).load("train")
 
 
 def test_odd_path_fails_one_image_only(build: Build, tmp_path: Path) -> None:
@@ -306,40 +118,6 @@ def test_folder_without_metadata_uses_its_annotations(tmp_path: Path, caplog: py
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {"", "its own"}
 
 
-def test_a_split_whose_images_are_elsewhere_leaves_the_captions_of_the_others(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_file(tmp_path / "a.png", png())
-    write_file(tmp_path / "pairs.csv", b"image,caption,split\na.png,red,train\nother/b.png,blue,val\n")
-    assert rows_of(scan(tmp_path))["a.png"]["caption"] == "red"
-    assert "has no val pairs that can be used" in caplog.text
-    (tmp_path / "a.png").rename(tmp_path / "c.png")
-    assert rows_of(scan(tmp_path))["c.png"]["caption"] == ""
-
-
-def test_each_line_of_a_text_beside_an_image_is_a_caption(tmp_path: Path) -> None:
-    members = {"0.png": png(), "0.txt": b"one\n\n two \n", "1.png": png(), "1.txt": b"alone\n"}
-    rows = rows_of(scan(write_tar(tmp_path / "a.tar", members)))
-    assert [row["caption"] for row in rows.values()] == ["one", "alone"]
-    assert [row["metadata"].get("captions") for row in rows.values()] == [["one", "two"], None]
-
-
-def test_a_bad_row_loses_its_own_caption_and_many_are_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for count in (59, 4):
-        for number in range(count):
-            write_file(tmp_path / str(count) / f"{number}.png", png())
-        good = [{"image": f"{number}.png", "caption": f"number {number}"} for number in range(count)]
-        bad = [{"image": "x.jpg"}, {"caption": "nothing"}]
-        write_jsonl(tmp_path / str(count) / "pairs.jsonl", *good, *bad[: 1 if count == 59 else 2])
-    assert "" not in [row["caption"] for row in rows_of(scan(tmp_path / "59")).values()]
-    assert "1 rows of the annotations" in caplog.text
-    assert "line 60: field 'caption' is missing" in caplog.text
-    with pytest.raises(DataError, match=r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"):
-        scan(tmp_path / "4")
-
-
 def test_other_columns_of_training_annotations_are_fields_of_items(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,19 +143,6 @@ def test_other_columns_find_images_that_the_table_names_otherwise(tmp_path: Path
     assert [row["metadata"].get("price") for row in rows_of(scan(tmp_path)).values()] == [None, None, 9.5]
 
 
-@pytest.mark.parametrize("table", ["pairs.csv", "metadata.csv"])
-def test_images_that_a_table_leaves_out_are_described_by_their_paths(table: str, tmp_path: Path) -> None:
-    for name in ("owls/barn_owl.png", "cat.png"):
-        write_file(tmp_path / name, png())
-    write_file(tmp_path / table, b"file_name,caption,category\ncat.png,a green cat,cats\n")
-    rows = rows_of(scan(tmp_path))
-    assert (rows["cat.png"]["caption"], rows["cat.png"]["category"]) == ("a green cat", "cats")
-    assert (rows["owls/barn_owl.png"]["category"], rows["owls/barn_owl.png"]["metadata"]["title"]) == (
-        "owls",
-        "barn owl",
-    )
-
-
 def test_the_summary_names_fields_of_text_that_looks_like_numbers(build: Build, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"price": "$12", "weight": "10,50", "year": 1999, "name": "A-3", "size": "12 cm", "zip": "01"},
@@ -389,3 +154,130 @@ def test_the_summary_names_fields_of_text_that_looks_like_numbers(build: Build, 
     for _ in range(2):  # published, then up to date
         shown = build(tmp_path / "photos").to_text()
         assert "fields of text that looks like numbers: price ('$9'), size ('12 cm'), weight ('10,50');" in shown
+
+
+NFD = unicodedata.normalize("NFD", "Früh/Stück.png")
+LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
+    "columns of training": (
+        "l.csv", 'file_name,captions,class_name\na.png,"[""one, or"", ""two""]",x\nb.png,one | two,y\nc.png,,\n',
+        [{"caption": "one, or", "category": "x", "captions": ["one, or", "two"]}, {"caption": "one"}, {"caption": ""}],
+    ),
+    "several captions": (
+        "l.jsonl", jsonl({"path": "a.png", "captions": ["", "two"]}, {"path": "b.png", "caption": ["one", "two"]},
+                         {"path": "c.png", "caption": "own", "captions": ["other"]}),
+        [{"caption": "two"}, {"caption": "one", "captions": ["one", "two"]}, {"caption": "own"}],
+    ),
+    "a path of Windows": ("l.csv", "path\nFrüh\\Stück.png\n", [{"location": "Früh/Stück.png"}]),
+    "a path of macOS": ("l.csv", f"path\n{NFD}\n", [{"location": "Früh/Stück.png"}]),
+    "a decomposed path of no file": ("l.csv", b"path\nno\xcc\x88.png\n", [{"location": "no\u0308.png"}]),
+    "semicolons": ("l.csv", "path;caption;n\r\na.png;red, round;1,5", [{"caption": "red, round", "n": "1,5"}]),
+    "tabs": ("l.csv", "path\tcaption\tn\r\na.png\tred, round\t1,5", [{"caption": "red, round", "n": "1,5"}]),
+    "a header in capitals": (
+        "l.csv", 'Image; Caption;CATEGORY ;Price\n1.png; "a red; round cup";cup;9\n',
+        [{"location": "1.png", "caption": "a red; round cup", "category": "cup", "Price": 9}],
+    ),
+    "a name in capitals beside its own": (
+        "l.csv", "ID,id,path,Url\nx,y,1.png,here\n", [{"ID": "x", "id": "y", "location": "1.png", "url": "here"}],
+    ),
+    "a line that names the sign": ("l.csv", "sep=;\r\npath;a, b\r\na.png;9\r\n", [{"location": "a.png", "a, b": 9}]),
+    "the same in quotes": ("l.csv", '"sep=;"\r\npath;a, b\r\na.png;9\r\n', [{"location": "a.png", "a, b": 9}]),
+    "blanks around cells": (
+        "l.csv", "path , caption , brand , n\na.png , red , Acme , 9 \n",
+        [{"location": "a.png", "caption": "red", "brand": "Acme", "n": 9}],
+    ),
+    "columns without a name": (
+        "l.csv", ",,Unnamed: 0,path,n,\n0,0,7,a.png,9,0\n", [{"Unnamed: 0": 7, "n": 9, "": None}],
+    ),
+    "halves of surrogate pairs": (
+        "l.jsonl", r'{"path": "b\udcff.png", "caption": "x\ud800y", "\udfff": ["\uDABC", {"a": "\ud83d\ude00"}]}',
+        [{"location": "b\ufffd.png", "caption": "x\ufffdy", "\ufffd": ["\ufffd", {"a": "\U0001f600"}]}],
+    ),
+    "values that JSON lacks": (
+        "l.parquet", parquet(path=["a.png"], caption=[None], price=[Decimal("9.50")], score=[float("nan")],
+                             when=[datetime.datetime(2024, 1, 2, 8)], day=[datetime.date(2024, 1, 2)], tags=[["x"]]),
+        [{"caption": "", "price": 9.5, "score": None, "when": "2024-01-02T08:00:00", "day": "2024-01-02",
+          "tags": ["x"]}],
+    ),
+    "texts beside images of a tar": (
+        "t.tar", tar_bytes({"0.png": png(), "0.txt": b"one\n\n two \n", "1.png": png(), "1.txt": b"alone\n",
+                            "2.png": png(), "2.json": rb'{"caption": "x\ud800y"}'}),
+        [{"caption": "one", "captions": ["one", "two"]}, {"caption": "alone"}, {"caption": "x\ufffdy"}],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "wanted"), LISTS.values(), ids=LISTS)
+def test_lists_of_many_forms_are_read(
+    name: str, content: bytes | str, wanted: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_file(tmp_path / "Früh" / "Stück.png", png())  # one code point for each letter
+    path = write_file(tmp_path / name, content if isinstance(content, bytes) else content.encode())
+    rows = [
+        row["metadata"] | {name: row[name] for name in row if name != "metadata"}
+        for row in rows_of(scan(path)).values()
+    ]
+    assert [{key: row.get(key) for key in each} for row, each in zip(rows, wanted, strict=True)] == wanted
+
+
+def nested(levels: int) -> str:
+    return f'{{"path": "{levels}.png", "n": {"[" * levels}{"]" * levels}}}'
+
+
+BAD: list[tuple[str, bytes | str, str]] = [
+    ("l.parquet", parquet(path=["a", "b"], day=pa.array([0, 253_402_300_800_000], pa.timestamp("ms"))),
+     r"l\.parquet, row 2: day cannot be read: .*out of range"),
+    ("l.parquet", parquet(path=["a"], text=pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())),
+     r"l\.parquet, row 1: text cannot be read: 'utf-8' codec"),
+    ("l.jsonl", f'{{"path": "a.png"}}\n{{"path": "b.png", "n": {"9" * 5000}}}', r"l\.jsonl, line 2: not JSON"),
+    ("l.jsonl", nested(100_000), r"l\.jsonl, line 1: not JSON"),
+    ("l.jsonl", nested(800), r"800\.png.* nested levels|line 1: not JSON"),
+    ("l.jsonl", f"{nested(99)}\n{nested(100)}", r"metadata of 100\.png have more than 100 nested levels; flatten them"),
+    ("l.jsonl", f'{{"path": "a.png", "n": {list(range(20_000))}, "price": 1}}',
+     r"the metadata of a\.png take 106 KiB as JSON, at most 64; the longest field is 'n'"),
+    ("l.jsonl", f'{{"path": "a.png", "caption": "{"x" * 10_001}"}}',
+     r"the caption of a\.png has 10,001 characters, at most 10,000"),
+    ("l.csv", f"path,n\na.png,1\nb.png,{'9' * 200_000}", r"l\.csv, line 3 is not CSV"),
+    ("l.csv", "pathx;y, z\na.png;b\n", r"no column .*; it has pathx;y, z"),
+    ("l.csv", "sep=;\npath;size\na.png;9;9\n", r"line 3: more cells .* quote a text that has ';'"),
+    *(("l.csv", "path;caption\na.png;Früh\n".encode(each), r"is not UTF-8 .*; save it as UTF-8 \(in Excel: Save As, ")
+      for each in ("cp1252", "utf-16")),
+    *(("t.tar", tar_bytes({"a.png": png(), "a.json": b'{"n": ' + text + b"}"}),
+       r"t\.tar, a\.json: its \.json cannot be read")
+      for text in (b"9" * 5000, b"[" * 100_000 + b"]" * 100_000)),
+    ("t.tar", tar_bytes({"a.png": png(), "a.txt": b"a\n" * (MAX_LINE // 2 + 1)}),
+     r"t\.tar, a\.txt: its \.txt has 16,000,002 bytes; at most 16,000,000 are read"),
+    ("metadata.jsonl", "", r"metadata\.jsonl has no rows; fill or remove it"),
+    ("metadata.csv", "file_name,caption\n", r"metadata\.csv has no rows; fill or remove it"),
+    ("pairs.csv", "image,text\na.png,a\n", r"has no column caption or captions, .*; it has image, text"),
+    ("pairs.jsonl", jsonl(*({"image": "a.png", "caption": "a"},) * 4, {"image": "x.jpg"}, {"caption": "nothing"}),
+     r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "says"), BAD)
+def test_a_table_that_cannot_be_read_says_why(name: str, content: bytes | str, says: str, tmp_path: Path) -> None:
+    write_file(tmp_path / "a.png", png())
+    path = write_file(tmp_path / name, content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=says):
+        scan(path if name[1] == "." else tmp_path)
+
+
+def test_annotations_that_lack_rows_or_images_describe_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["owls/barn_owl.png", *(f"{number}.png" for number in range(20))]
+    for name in names:
+        write_file(tmp_path / name, png())
+    table = [{"image": name, "caption": f"an {name}", "category": "a", "split": "train"} for name in names[1:]]
+    elsewhere = {"image": "other/b.png", "caption": "blue", "split": "val"}
+    write_jsonl(tmp_path / "pairs.jsonl", *table, elsewhere, {"image": "x.jpg", "split": "train"})
+    rows = rows_of(scan(tmp_path))
+    assert [row["caption"] for row in rows.values()] == [f"an {name}" for name in sorted(names[1:])] + [""]
+    owl = rows[names[0]]
+    assert (owl["category"], owl["metadata"]["title"]) == ("owls", "barn owl"), "as its path describes it"
+    for said in (
+        "1 rows of the annotations",
+        "line 22: field 'caption' is missing",
+        "has no val pairs that can be used",
+    ):
+        assert said in caplog.text

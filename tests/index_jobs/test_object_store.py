@@ -3,29 +3,22 @@
 import hashlib
 import json
 import os
-import sys
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dcar_core.util.errors import (
-    ArtifactError,
-    DataError,
-    DcarError,
-    LockedError,
-    MissingExtraError,
-    StoreUnavailableError,
-)
-from index_jobs.index.location import index_path, store_of
+from dcar_core.util.errors import ArtifactError, DcarError, LockedError, StoreUnavailableError
+from index_jobs.index.location import store_of
 from index_jobs.index.manifest import Current, FileInfo
 from index_jobs.index.object_store import CLIENT
 from index_jobs.index.object_store import ObjectStore as IndexStore
@@ -41,9 +34,12 @@ from index_jobs.index.versions import (
 )
 from index_jobs.jobs.update import remove
 from tests.support.commands import run
-from tests.support.object_store import Machines, ObjectStore, slow_line
+from tests.support.object_store import Machines, ObjectStore
 from tests.support.parts import needs
+from tests.support.processes import answering
 from tests.support.versions import Build, copy_files, file_of, publish_copy
+
+pytestmark = needs("object-store")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +117,6 @@ def first_id(mirror: Path) -> str:
     return current.item(int(np.flatnonzero(current.live)[0])).id
 
 
-@needs("object-store")
 @pytest.mark.slow
 def test_what_one_machine_builds_others_read_change_and_roll_back(
     build: Build, machines: Machines, tiny_gallery: Path, tiny_checkpoint: Path
@@ -154,7 +149,6 @@ def test_what_one_machine_builds_others_read_change_and_roll_back(
     assert verified.stdout.count("are as published") == 3
 
 
-@needs("object-store")
 def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines) -> None:
     ready, outcomes, refusals = threading.Barrier(16), list[str](), list[str]()
     mirrors = [machines[f"publisher {number}"] for number in range(16)]
@@ -183,7 +177,6 @@ def test_one_of_sixteen_racing_publishers_wins(mirror: Path, machines: Machines)
     assert publish_copy(mirrors[0]) == 3, "a loser runs again"
 
 
-@needs("object-store")
 def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version(
     mirror: Path, machines: Machines
 ) -> None:
@@ -198,7 +191,6 @@ def test_publication_after_a_rollback_elsewhere_is_refused_and_leaves_no_version
     assert version_numbers(mirror) == [1, 2]
 
 
-@needs("object-store")
 def test_rollback_to_a_version_that_a_publication_removes_is_refused(mirror: Path, machines: Machines) -> None:
     """Whichever comes first, CURRENT names a version that the store has."""
     operator = machines["operator"]
@@ -224,35 +216,6 @@ def test_rollback_to_a_version_that_a_publication_removes_is_refused(mirror: Pat
     assert follow(machines["another reader"]) == 3
 
 
-@needs("object-store")
-def test_publications_and_rollbacks_at_once_never_lose_the_published_version(mirror: Path, machines: Machines) -> None:
-    operator, reader, outcomes, done = machines["operator"], machines["reader"], Counter[str](), threading.Event()
-
-    def roll_back() -> None:
-        while not done.is_set():
-            try:
-                pull(operator, history=True, files=False)
-                rollback(operator, version_numbers(operator)[0])
-                outcomes["rolled back"] += 1
-            except DcarError as error:
-                outcomes[type(error).__name__] += 1
-
-    thread = threading.Thread(target=roll_back)
-    thread.start()
-    try:
-        while outcomes["published"] < 12:
-            with suppress(LockedError):
-                publish_copy(mirror, keep=2)
-                outcomes["published"] += 1
-            follow(reader)
-    finally:
-        done.set()
-        thread.join()
-    assert follow(reader) == current_version(reader)
-    assert outcomes["rolled back"], outcomes
-
-
-@needs("object-store")
 @pytest.mark.parametrize("key", ["versions/", "CURRENT"])
 @pytest.mark.parametrize("is_repeated", [True, False])
 def test_write_whose_response_is_lost_is_no_lost_race(
@@ -280,7 +243,6 @@ def test_write_whose_response_is_lost_is_no_lost_race(
     assert len(lost) == 2
 
 
-@needs("object-store")
 def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(mirror: Path, machines: Machines) -> None:
     publish_copy(mirror)
     rollback(mirror)
@@ -291,21 +253,6 @@ def test_version_that_a_loser_takes_back_meanwhile_does_not_end_another_job(mirr
     assert follow(machines["reader"]) == 2
 
 
-@needs("object-store")
-def test_what_a_killed_publisher_has_not_removed_the_next_one_does(
-    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as killed:
-        killed.setattr(remote(mirror), "delete", lambda _: None)
-        publish_copy(mirror, keep=1)
-    assert numbers(mirror) == ["versions/1.json", "versions/2.json"]
-    with pytest.raises(ArtifactError, match="has no version 1; it has 2"):
-        rollback(machines["operator"], 1)
-    publish_copy(mirror, keep=2)
-    assert numbers(mirror) == ["versions/2.json", "versions/3.json"]
-
-
-@needs("object-store")
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1], lambda data: data[:50]]
 )
@@ -319,9 +266,7 @@ def test_corrupted_blob_is_refused_until_it_is_published_again(
     data = bytes(store(mirror).get(key).bytes())
     store(mirror).put(key, damage(data))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "index_jobs.index.object_store.PART_BYTES", 100
-        )  # so that a part is beyond the end of a short blob
+        patch.setattr("index_jobs.index.object_store.PART_BYTES", 100)  # a part is beyond the end of a short blob
         with pytest.raises(ArtifactError, match=r"s3://bucket/.*is corrupted: its checksum differs; roll back"):
             published_index(machines["reader"])
     assert current_version(machines["reader"]) == 1
@@ -336,32 +281,6 @@ def test_corrupted_blob_is_refused_until_it_is_published_again(
     assert follow(machines["reader"]) == 4
 
 
-@needs("object-store")
-@pytest.mark.parametrize("damage", [b"", b"?", b"9 of no version\n", None])
-def test_lost_current_fails_verification_until_a_rollback(
-    damage: bytes | None, mirror: Path, machines: Machines
-) -> None:
-    assert [manifest.version for manifest in verify_index(mirror)] == [1]
-    store(mirror).delete("CURRENT") if damage is None else store(mirror).put("CURRENT", damage)
-    with pytest.raises(ArtifactError, match=r"holds no published index|names no version"):
-        verify_index(mirror)
-    assert rollback(machines["operator"]) == 1
-    assert len(verify_index(mirror)) == 1
-
-
-@needs("object-store")
-def test_jobs_work_on_a_machine_whose_files_are_damaged(mirror: Path, machines: Machines) -> None:
-    publish_copy(mirror)
-    path = file_of(mirror, "index.faiss")
-    path.write_bytes(path.read_bytes()[:-1])
-    assert follow(machines["reader"]) == 2
-    remove(mirror, [first_id(machines["reader"])])
-    assert follow(machines["reader"]) == 3
-    assert rollback(mirror, 1) == 1
-    assert follow(mirror) == 1
-
-
-@needs("object-store")
 def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Machines) -> None:
     manifest = open_current(mirror).manifest
     for name in ("../../outside", "/tmp/outside"):
@@ -374,7 +293,6 @@ def test_files_of_a_hostile_manifest_are_not_written(mirror: Path, machines: Mac
     assert not (machines["reader"] / "outside").exists()
 
 
-@needs("object-store")
 def test_old_versions_and_their_blobs_are_removed(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,7 +315,6 @@ def test_old_versions_and_their_blobs_are_removed(
     assert max(blobs) > len(stored), "young ones stay: they may belong to a version that is being published"
 
 
-@needs("object-store")
 def test_replica_whose_version_is_removed_meanwhile_takes_the_next_one(
     mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,7 +325,6 @@ def test_replica_whose_version_is_removed_meanwhile_takes_the_next_one(
         assert follow(machines["reader"]) == 3
 
 
-@needs("object-store")
 def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, machines: Machines) -> None:
     assert follow(machines["reader"]) == 1
     store(mirror).delete([each["path"] for each in store(mirror).list().collect()])
@@ -421,27 +337,6 @@ def test_index_that_is_rebuilt_under_its_old_number_is_pulled(mirror: Path, mach
     assert open_current(machines["reader"]).manifest.change == "another"
 
 
-@needs("object-store")
-def test_store_that_does_not_respond_is_reported_in_one_line(
-    machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(StoreUnavailableError, match=r"^s3://bucket/\w+/index is not available: HTTP error: [^\n]+$"):
-        publish_copy(machines["builder"], source=published)
-
-
-@needs("object-store")
-def test_endpoint_that_is_no_url_is_reported_in_one_line(
-    machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
-    with pytest.raises(
-        StoreUnavailableError, match=r"is not available: .*; is the endpoint in the environment a URL\?"
-    ):
-        publish_copy(machines["builder"], source=published)
-
-
-@needs("object-store")
 def test_bucket_that_does_not_exist_is_not_an_empty_index(machines: Machines) -> None:
     for history in (False, True):
         mirror = Machines(machines["machine"].parents[5], "s3://no-bucket/index")["machine"]
@@ -449,38 +344,6 @@ def test_bucket_that_does_not_exist_is_not_an_empty_index(machines: Machines) ->
             pull(mirror, history=history)
 
 
-@needs("object-store")
-def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
-    server: ObjectStore, mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = os.urandom(200_000)
-    blob = FileInfo(len(data), hashlib.sha256(data).hexdigest())
-    store(mirror).put(f"blobs/{blob.sha256}", data)
-    short = {name: "1s" if value == "60s" else value for name, value in CLIENT.items()}
-    monkeypatch.setattr("index_jobs.index.object_store.CLIENT", short)
-    with slow_line(server.port, 0.01) as port:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        reader = IndexStore(machines.url)
-        started = time.monotonic()
-        assert b"".join(reader.get(blob)) == data
-    assert time.monotonic() - started > 1.5
-
-
-@pytest.mark.parametrize("url", ["s3://bucket/../etc", "s3://bucket//index", "gs://./index", "s3://", "file:///index"])
-def test_url_that_names_no_index_is_refused(url: str) -> None:
-    for location in (url, Path("https://bucket.host/index")):
-        with pytest.raises(DataError, match="is not the URL of an index, such as s3://bucket/index"):
-            index_path(location)
-
-
-@pytest.mark.parametrize("url", ["s3://key:SECRET@bucket/index", "az://c/index?sig=SECRET", "s3://bucket/index#SECRET"])
-def test_url_with_more_than_a_place_is_refused_without_its_secrets(url: str) -> None:
-    with pytest.raises(DataError, match="neither credentials, which come from the environment, nor") as refused:
-        index_path(url)
-    assert "SECRET" not in str(refused.value)
-
-
-@needs("object-store")
 def test_messages_name_the_url_whose_scheme_may_be_in_capitals(machines: Machines) -> None:
     mirror, url = machines["machine"], machines.url
     assert Machines(mirror.parents[5], url.replace("s3", "S3"))["machine"] == mirror
@@ -490,10 +353,74 @@ def test_messages_name_the_url_whose_scheme_may_be_in_capitals(machines: Machine
         rollback(mirror)
 
 
-def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore", None)
-    for url in ("s3://bucket/index", "gs://bucket/index", "az://container/index", Path("s3://bucket/index")):
-        with pytest.raises(MissingExtraError, match=r"pip install 'dcar\[objectstore\]'"):
-            index_path(url)
-    assert index_path("s3") == Path("s3")
-    assert os.fspath(index_path("bucket/index")) == "bucket/index"
+@pytest.mark.parametrize(
+    ("endpoint", "says"),
+    [
+        ("http://127.0.0.1:9", r"^s3://bucket/\w+/index is not available: HTTP error: [^\n]+$"),
+        ("localhost:9000", r"is not available: .*; is the endpoint in the environment a URL\?"),
+    ],
+)
+def test_store_that_does_not_respond_is_reported_in_one_line(
+    endpoint: str, says: str, machines: Machines, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StoreUnavailableError, match=says):
+        publish_copy(machines["builder"], source=published)
+
+
+class SlowServer(BaseHTTPRequestHandler):
+    """Send 200 KB, a KiB at a time."""
+
+    data = os.urandom(200_000)
+
+    def do_GET(self) -> None:
+        size, now = len(self.data), formatdate(usegmt=True)
+        headers = {"Content-Range": f"bytes 0-{size - 1}/{size}", "Content-Length": size, "Last-Modified": now}
+        self.send_response(206)
+        for name, value in {**headers, "ETag": '"any"'}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        for start in range(0, size, 1024):
+            time.sleep(0.01)
+            self.wfile.write(self.data[start : start + 1024])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_slow_line_takes_longer_than_a_silent_store_is_waited_for(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = FileInfo(len(SlowServer.data), hashlib.sha256(SlowServer.data).hexdigest())
+    short = {name: "1s" if value == "60s" else value for name, value in CLIENT.items()}
+    monkeypatch.setattr("index_jobs.index.object_store.CLIENT", short)
+    started = time.monotonic()
+    with answering(slow := ThreadingHTTPServer(("127.0.0.1", 0), SlowServer)):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{slow.server_port}")
+        assert b"".join(IndexStore(machines.url).get(blob)) == SlowServer.data
+    assert time.monotonic() - started > 1.5
+
+
+def test_what_is_lost_or_damaged_is_mended_by_the_next_job(
+    mirror: Path, machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CURRENT in the store, files of a mirror, and what a killed publisher has not removed."""
+    for damage in (b"", b"?", b"9 of no version\n", None):
+        assert [manifest.version for manifest in verify_index(mirror)] == [1]
+        store(mirror).delete("CURRENT") if damage is None else store(mirror).put("CURRENT", damage)
+        with pytest.raises(ArtifactError, match=r"holds no published index|names no version"):
+            verify_index(mirror)
+        assert rollback(machines["operator"]) == 1
+    path = file_of(mirror, "index.faiss")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert follow(machines["reader"]) == 1
+    with monkeypatch.context() as killed:
+        killed.setattr(remote(mirror), "delete", lambda _: None)
+        remove(mirror, [first_id(machines["reader"])], keep=1)
+    assert (follow(machines["reader"]), numbers(mirror)) == (2, ["versions/1.json", "versions/2.json"])
+    with pytest.raises(ArtifactError, match="has no version 1; it has 2"):
+        rollback(machines["operator"], 1)
+    publish_copy(mirror, keep=2)
+    assert numbers(mirror) == ["versions/2.json", "versions/3.json"]
+    file_of(mirror, "index.faiss", 2).write_bytes(b"")
+    assert rollback(mirror, 2) == follow(mirror) == 2

@@ -1,6 +1,5 @@
 """A version carries what serves it without PyTorch; the next versions share it."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dcar_core.util.errors import DcarError, RuntimeUnavailableError
 from index_jobs.index.versions import open_current, open_version
 from index_jobs.jobs.retrain import retrain
 from index_jobs.jobs.update import remove
+from tests.support.galleries import write_pairs
 from tests.support.parts import needs
 from tests.support.versions import Build, file_of
 
@@ -55,16 +55,13 @@ def test_versions_of_a_model_share_one_export(index: Path, build: Build, exports
 
 @pytest.fixture
 def pairs(tiny_gallery: Path, tmp_path: Path) -> Path:
-    rows = [json.loads(line) for line in (tiny_gallery / "metadata.jsonl").read_text().splitlines()]
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps({"caption": f"{word} of {row['caption']}", "image": str(tiny_gallery / row["file_name"])}) + "\n"
-            for row in rows
-            for word in ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign", "stamp", "badge")
-        )
-    )
-    return path
+    return write_pairs(tmp_path / "pairs.jsonl", tiny_gallery)
+
+
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    file.unlink()  # it has other names
+    file.write_bytes(bytes(100) + content[100:])
 
 
 def require_own_export(index: Path, cache: Path) -> None:
@@ -76,21 +73,18 @@ def require_own_export(index: Path, cache: Path) -> None:
     np.testing.assert_allclose(quick.encode_text(texts), whole.encode_text(texts), atol=1e-5)
 
 
-def test_a_retrained_version_carries_an_export_of_its_own(index: Path, pairs: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", RETRAIN_WITHOUT_OPEN_CLIP, index, pairs], check=True)
-    assert weights(index, 2).samefile(weights(index, 1))
-    require_own_export(index, tmp_path / "cache")
-
-
-@pytest.mark.parametrize("fault", ["damaged", "of another release", "cannot be proven"])
-def test_a_retraining_replaces_an_export_that_it_cannot_use(
+@pytest.mark.parametrize("fault", ["none", "damaged", "of another release", "cannot be proven"])
+def test_a_retrained_version_carries_an_export_of_its_own(
     index: Path, pairs: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the same image tower, unless it cannot be used."""
+    if fault == "none":
+        subprocess.run([sys.executable, "-c", RETRAIN_WITHOUT_OPEN_CLIP, index, pairs], check=True)
+        assert weights(index, 2).samefile(weights(index, 1))
+        require_own_export(index, tmp_path / "cache")
+        return
     if fault == "damaged":
-        file = weights(index, 1)
-        content = file.read_bytes()
-        file.unlink()  # it has other names
-        file.write_bytes(bytes(100) + content[100:])
+        damage(weights(index, 1))
     elif fault == "of another release":
         monkeypatch.setattr(encoder_cache, "FORMAT", encoder_cache.FORMAT + 1)
     else:
@@ -121,10 +115,7 @@ def test_an_export_that_cannot_be_used_is_passed_over_with_a_reason(
     assert start().backbone is not None
     assert "cannot be used: another release made it; build the index again" in caplog.text
     monkeypatch.undo()
-    file = weights(index, 1)
-    content = file.read_bytes()
-    file.unlink()  # it has other names
-    file.write_bytes(bytes(100) + content[100:])
+    damage(weights(index, 1))
     assert start().backbone is not None
     assert "is corrupted: image.bin changed" in caplog.text
 
@@ -145,8 +136,3 @@ def test_the_space_that_an_export_takes_is_measured_before_encoding(
         build(runtime="openvino", on_encoded=encoded.append)
     assert present == [True, True]
     assert not encoded
-
-
-def test_a_build_on_pytorch_makes_no_export(build: Build, tmp_path: Path) -> None:
-    build(runtime="torch")
-    assert not [name for name in open_current(tmp_path / "index").manifest.files if PORTABLE in name]

@@ -1,7 +1,6 @@
 """Galleries elsewhere: fsspec's memory store, a real HTTP server, and what a service may read of them."""
 
 import functools
-import json
 import os
 import shutil
 import sys
@@ -32,17 +31,13 @@ from index_jobs.gallery.storage import (
 )
 from index_jobs.index.index_version import ImageAccess
 from index_jobs.index.versions import open_current
-from index_jobs.spec import BuildOptions, IndexSpec
+from index_jobs.spec import BuildOptions
 from tests.support.files import write_file, write_jsonl, write_tar
 from tests.support.galleries import rows_of
 from tests.support.images import png
 from tests.support.parts import needs
 from tests.support.processes import answering
 from tests.support.versions import Build
-
-
-def _options(max_failed: float = IndexSpec.max_failed, **options: Any) -> BuildOptions:
-    return BuildOptions.of({"max_failed": max_failed, "progress": False, **options})
 
 
 class Server(SimpleHTTPRequestHandler):
@@ -56,19 +51,17 @@ class Server(SimpleHTTPRequestHandler):
         if self.stumbles.get(self.path, 0) > 0:
             self.stumbles[self.path] -= 1
             self.send_error(503)
-            return
-        span = self.headers.get("Range")
-        if span is None:
+        elif (span := self.headers.get("Range")) is None:
             super().do_GET()
-            return
-        data = Path(self.translate_path(self.path)).read_bytes()
-        first, last = span.removeprefix("bytes=").split("-")
-        part = data[int(first) : int(last) + 1 if last else None]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
+        else:
+            data = Path(self.translate_path(self.path)).read_bytes()
+            first, last = span.removeprefix("bytes=").split("-")
+            part = data[int(first) : int(last) + 1 if last else None]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            self.wfile.write(part)
 
     def end_headers(self) -> None:
         self.send_header("Accept-Ranges", "bytes")
@@ -88,8 +81,7 @@ Served = tuple[Path, str, type[Server]]
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     """A folder, its URL, and the server that serves it."""
-    root = tmp_path / "served"
-    root.mkdir()
+    (root := tmp_path / "served").mkdir()
     handler = type("Handler", (Server,), {"stumbles": {}, "asked": []})
     server = Listener(("127.0.0.1", 0), functools.partial(handler, directory=str(root)))
     with answering(server):
@@ -104,28 +96,6 @@ def store() -> Iterator[Any]:
     )
     yield memory
     memory.rm("/", recursive=True)
-
-
-@pytest.mark.parametrize(
-    ("root", "location", "place"),
-    [
-        ("/data", "a/b.png", "/data/a/b.png"),
-        ("/data", "/else/b.png", "/else/b.png"),
-        ("/data", "s3://bucket/b.png", "s3://bucket/b.png"),
-        ("s3://bucket/g/", "a/b.png", "s3://bucket/g/a/b.png"),
-        ("memory://", "b.png", "memory://b.png"),
-    ],
-)
-def test_locations_are_joined_and_split(root: str, location: str, place: str) -> None:
-    assert join_location(root, location) == place
-    assert file_suffix(place) == ".png"
-    assert join_location(parent_folder(place), "x.png") == place.replace("b.png", "x.png")
-
-
-def test_a_span_is_cut_from_the_response_of_a_server_without_ranges() -> None:
-    span = ImageLocation(0, "a.tar", 3, 4)
-    assert cut_span(b"0123456789", span, "a.tar") == cut_span(b"3456", span, "a.tar") == b"3456"
-    assert isinstance(cut_span(b"012345", span, "a.tar"), ValueError)
 
 
 def test_a_store_is_a_gallery_like_a_folder(store: Any, tmp_path: Path) -> None:
@@ -208,7 +178,9 @@ def test_network_errors_are_retried(
     handler.stumbles.update({"/b.png": 2, "/down.png": 99})
     monkeypatch.setattr("index_jobs.gallery.storage.read_images.__defaults__", ((0.01, 0.01, 0.01),))
     gallery = scan(write_jsonl(tmp_path / "l.jsonl", *({"url": f"{url}/{name}"} for name in names)))
-    encoded = encode_gallery(gallery, [encoder], tmp_path / "w", _options(0.5))
+    encoded = encode_gallery(
+        gallery, [encoder], tmp_path / "w", BuildOptions.of({"max_failed": 0.5, "progress": False})
+    )
     assert encoded.rows().tolist() == [0, 1]
     (gone, down) = encoded.failed
     assert gone == FailedImage(2, "no such file", ImageFault.MISSING)
@@ -218,6 +190,14 @@ def test_network_errors_are_retried(
     assert asked == [1, 3, 1, 4]
 
 
+def test_missing_package_is_an_error_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    with pytest.raises(MissingExtraError, match=r"reading s3:// URLs .* pip install 'dcar\[s3\]'"):
+        scan("s3://bucket/gallery")
+    with pytest.raises(MissingExtraError, match=r"dcar\[s3\]"):
+        scan(write_jsonl(tmp_path / "l.jsonl", {"url": "s3://bucket/a.png"}))
+
+
 @pytest.mark.parametrize(
     ("place", "says"),
     [
@@ -225,27 +205,18 @@ def test_network_errors_are_retried(
         ("memory://g/none.jsonl", "memory://g/none.jsonl cannot be read"),
         ("memory://g/none.tar", "memory://g/none.tar cannot be read"),
         ("memory://g/.hidden/..", "does not exist|is empty"),
-        ("nosuch://g", "nosuch://g cannot be read: the schemes of galleries are abfs, .*, https, "),
-        pytest.param(
-            "http://127.0.0.1:9/g",
-            "http://127.0.0.1:9/g does not exist, or its store cannot be reached",
-            marks=needs("http"),
-        ),
-        pytest.param(
-            "http://127.0.0.1:9/list.csv",
-            "list.csv cannot be read: it does not exist, or its store cannot be reached",
-            marks=needs("http"),
-        ),
+        ("http://127.0.0.1:9/g", "http://127.0.0.1:9/g does not exist, or its store cannot be reached"),
+        ("http://127.0.0.1:9/list.csv", "list.csv cannot be read: it does not exist, or its store cannot be reached"),
     ],
 )
+@needs("http")
 def test_a_bad_url_is_an_error_that_names_it(store: Any, place: str, says: str) -> None:
     with pytest.raises(DataError, match=says):
         scan(place)
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["zip://a.png", "reference://a.json", "github://a:b@main/c.png", "simplecache::memory://g/b.png", "dir://a/b.png"],
+    "url", ["nosuch://g", "zip://a.png", "github://a:b@main/c.png", "simplecache::memory://g/b.png"]
 )
 def test_only_urls_of_known_schemes_are_opened(store: Any, tmp_path: Path, url: str) -> None:
     """fsspec would open archives, ask servers that the list chooses, or fail in the middle."""
@@ -257,100 +228,79 @@ def test_only_urls_of_known_schemes_are_opened(store: Any, tmp_path: Path, url: 
     assert isinstance(refused, DataError)
 
 
-def test_a_device_at_a_file_url_is_refused(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    os.mkfifo(tmp_path / "pipe.png")
-    places = [ImageLocation(0, f"file://{tmp_path}/{name}", WHOLE_FILE, 0) for name in ("a.png", "pipe.png")]
-    image, refused = read_images("", places, pauses=())
-    assert image == png()
-    assert "neither a file" in str(refused)
-
-
-def test_missing_package_is_an_error_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
-    with pytest.raises(MissingExtraError, match=r"reading s3:// URLs .* pip install 'dcar\[s3\]'"):
-        scan("s3://bucket/gallery")
-    with pytest.raises(MissingExtraError, match=r"dcar\[s3\]"):
-        scan(write_jsonl(tmp_path / "l.jsonl", {"url": "s3://bucket/a.png"}))
-
-
-def test_a_local_file_url_is_a_path(tmp_path: Path) -> None:
-    write_file(tmp_path / "a.png", png())
-    assert scan(f"file://{tmp_path}").location == str(tmp_path)
-    assert json.loads(scan(f"file://{tmp_path}").table["metadata"][0].as_py()) == {"file_name": "a.png", "title": "a"}
-
-
 def test_impossible_path_is_an_unreadable_image(store: Any, tmp_path: Path) -> None:
     write_file(tmp_path / "a.png", png())
-    names = ["a.png", "b\0.png", "\ud800.png", "memory://g/b.png", "memory://g/b\0.png", "x" * 5000]
-    found = read_images(
-        str(tmp_path), [ImageLocation(i, name, WHOLE_FILE, 0) for i, name in enumerate(names)], pauses=()
-    )
-    assert [isinstance(data, bytes) for data in found] == [True, False, False, True, False, False]
+    os.mkfifo(tmp_path / "pipe.png")
+    assert scan(f"file://{tmp_path}").location == str(tmp_path)
+    good = ["a.png", f"file://{tmp_path}/a.png", "memory://g/b.png"]
+    bad = ["b\0.png", "\ud800.png", "memory://g/b\0.png", "x" * 5000, f"file://{tmp_path}/pipe.png"]
+    places = [ImageLocation(0, name, WHOLE_FILE, 0) for name in [*good, *bad]]
+    found = read_images(str(tmp_path), places, pauses=())
+    assert [isinstance(data, bytes) for data in found] == [True] * len(good) + [False] * len(bad)
+    assert "neither a file" in str(found[-1])
     with pytest.raises(OSError, match="not a path: embedded null byte"):
-        open_image(str(tmp_path), names[1], WHOLE_FILE, 0)
+        open_image(str(tmp_path), bad[0], WHOLE_FILE, 0)
 
 
-def test_location_hash_covers_every_field_but_row_and_location() -> None:
-    place = ImageLocation(0, "/disk/a.tar", 512, 100, 7, "a.tar/1.png")
-    assert replace(place, row=9, location="/moved/a.tar").location_hash == place.location_hash
-    changes = {"name": "a.tar/2.png", "offset": 0, "size": 99, "version": 8}
-    others: list[dict[str, Any]] = [{name: value} for name, value in changes.items()]
-    assert len({place.location_hash, *(replace(place, **other).location_hash for other in others)}) == 5
-
-
-def resolve(access: ImageAccess, root: str | Path, location: str, offset: int = WHOLE_FILE, size: int = 0) -> str:
-    return access.resolve(str(root), location, offset, size)
-
-
-@pytest.fixture
-def gallery(tmp_path: Path) -> Path:
-    root = tmp_path / "gallery"
-    root.mkdir()
-    (root / "a.png").write_bytes(b"image")
-    (tmp_path / "secret").write_bytes(b"secret")
-    return root
-
-
-def test_files_below_the_root_or_an_allowed_one_are_read(gallery: Path, tmp_path: Path) -> None:
-    (gallery / "link.png").symlink_to(gallery / "a.png")
-    for location in ("a.png", "link.png", str(gallery / "a.png")):
-        assert resolve(ImageAccess(), gallery, location) == str(gallery / "a.png")
-    assert resolve(ImageAccess(), f"file://{gallery}", "a.png") == str(gallery / "a.png")
-    assert resolve(ImageAccess(roots=(tmp_path,)), gallery, "../secret") == str(tmp_path / "secret")
-
-
-def test_links_and_paths_that_leave_the_root_are_refused(gallery: Path, tmp_path: Path) -> None:
-    (gallery / "link.png").symlink_to(tmp_path / "secret")
-    for location in ("link.png", "../secret", str(tmp_path / "secret"), f"file://{tmp_path}/secret", "/etc/passwd"):
-        for root in (str(gallery), f"file://{gallery}"):
-            with pytest.raises(PermissionError):
-                resolve(ImageAccess(), root, location)
-
-
-def test_large_files_are_refused(gallery: Path) -> None:
-    access = ImageAccess(max_bytes=4)
-    for span in ((WHOLE_FILE, 0), (0, 5)):
-        with pytest.raises(OSError, match="too large"):
-            resolve(access, gallery, "a.png", *span)
-    assert resolve(access, gallery, "a.png", 0, 4)
-
-
-def test_urls_need_an_allowed_host_and_a_remote_scheme(gallery: Path) -> None:
-    access = ImageAccess(hosts=frozenset({"shop.example"}))
-    assert resolve(access, gallery, "https://shop.example/a.png") == "https://shop.example/a.png"
-    for location in (
-        "https://other.example/a.png",
-        "https://shop.example@other.example/a.png",
-        "file://shop.example/etc/passwd",
-        "zip://a.png::file:///tmp/a.zip",
-        "simplecache::https://shop.example/a.png",
+def test_locations_are_joined_split_and_cut() -> None:
+    for root, location, place in (
+        ("/data", "a/b.png", "/data/a/b.png"),
+        ("/data", "/else/b.png", "/else/b.png"),
+        ("/data", "s3://bucket/b.png", "s3://bucket/b.png"),
+        ("s3://bucket/g/", "a/b.png", "s3://bucket/g/a/b.png"),
+        ("memory://", "b.png", "memory://b.png"),
     ):
-        with pytest.raises(PermissionError):
-            resolve(access, gallery, location)
+        assert join_location(root, location) == place
+        assert file_suffix(place) == ".png"
+        assert join_location(parent_folder(place), "x.png") == place.replace("b.png", "x.png")
+    span = ImageLocation(0, "a.tar", 3, 4)
+    assert cut_span(b"0123456789", span, "a.tar") == cut_span(b"3456", span, "a.tar") == b"3456"
+    assert isinstance(cut_span(b"012345", span, "a.tar"), ValueError), "of a server without ranges"
+    whole = ImageLocation(0, "/disk/a.tar", 512, 100, 7, "a.tar/1.png")
+    assert replace(whole, row=9, location="/moved/a.tar").location_hash == whole.location_hash
+    changes: list[dict[str, Any]] = [{"name": "a.tar/2.png"}, {"offset": 0}, {"size": 99}, {"version": 8}]
+    assert len({whole.location_hash, *(replace(whole, **change).location_hash for change in changes)}) == 5
 
 
-def test_relative_rows_of_a_remote_gallery_are_read_below_its_root() -> None:
-    assert resolve(ImageAccess(), "s3://bucket/images", "b/a.png") == "b/a.png"
-    with pytest.raises(PermissionError):
-        resolve(ImageAccess(), "s3://bucket/images", "../other/a.png")
+HOSTS, SMALL, REMOTE = {"hosts": frozenset({"shop.example"})}, {"max_bytes": 4}, "s3://bucket/images"
+ALLOWED: list[tuple[dict[str, Any], str, str, tuple[int, int], str]] = [
+    ({}, "G", "a.png", (WHOLE_FILE, 0), "G/a.png"),
+    ({}, "G", "link.png", (WHOLE_FILE, 0), "G/a.png"),
+    ({}, "G", "G/a.png", (WHOLE_FILE, 0), "G/a.png"),
+    ({}, "file://G", "a.png", (WHOLE_FILE, 0), "G/a.png"),
+    ({"roots": "G"}, "G/deep", "../a.png", (WHOLE_FILE, 0), "G/a.png"),
+    (SMALL, "G", "a.png", (0, 4), "G/a.png"),
+    (HOSTS, "G", "https://shop.example/a.png", (WHOLE_FILE, 0), "https://shop.example/a.png"),
+    ({}, REMOTE, "b/a.png", (WHOLE_FILE, 0), "b/a.png"),
+]
+REFUSED: list[tuple[dict[str, Any], str, str, tuple[int, int]]] = [
+    *(({}, root, location, (WHOLE_FILE, 0)) for root in ("G", "file://G")
+      for location in ("away.png", "../secret", "G/../secret", "file://G/../secret", "/etc/passwd")),
+    *((SMALL, "G", "a.png", span) for span in ((WHOLE_FILE, 0), (0, 5))),
+    *((HOSTS, "G", location, (WHOLE_FILE, 0)) for location in (
+        "https://other.example/a.png", "https://shop.example@other.example/a.png", "file://shop.example/etc/passwd",
+        "zip://a.png::file:///tmp/a.zip", "simplecache::https://shop.example/a.png",
+    )),
+    ({}, REMOTE, "../other/a.png", (WHOLE_FILE, 0)),
+]  # fmt: skip
+
+
+def test_a_service_reads_images_below_the_roots_and_of_the_hosts_that_are_allowed(tmp_path: Path) -> None:
+    """G stands for the folder of the gallery."""
+    root = tmp_path / "gallery"
+    write_file(root / "deep" / "b.png", b"image")
+    write_file(root / "a.png", b"image")
+    write_file(tmp_path / "secret", b"secret")
+    (root / "link.png").symlink_to(root / "a.png")
+    (root / "away.png").symlink_to(tmp_path / "secret")
+
+    def resolve(options: dict[str, Any], gallery: str, location: str, span: tuple[int, int]) -> str:
+        access = ImageAccess(**options | ({"roots": (root,)} if "roots" in options else {}))
+        return access.resolve(gallery.replace("G", str(root)), location.replace("G", str(root)), *span)
+
+    for options, gallery, location, span, wanted in ALLOWED:
+        assert resolve(options, gallery, location, span) == wanted.replace("G", str(root))
+    for options, gallery, location, span in REFUSED:
+        with pytest.raises(OSError, match="too large" if options is SMALL else None) as refused:
+            resolve(options, gallery, location, span)
+        assert isinstance(refused.value, PermissionError) or options is SMALL

@@ -1,9 +1,36 @@
-"""Reading scanned galleries."""
+"""Galleries of drawn images, pairs of them, and the rows of scanned ones."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from index_jobs.gallery.scan import Gallery
+from tests.support.files import write_jsonl
+from tests.support.images import draw
+
+WORDS = ("photo", "drawing", "sketch", "icon", "sticker", "print", "card", "sign", "stamp", "badge", "tile", "mark")
+
+
+def write_images(path: Path, *colors: str, shape: str = "square", **fields: object) -> Path:
+    """Write a gallery with one image per colour."""
+    path.mkdir()
+    lines = []
+    for color in colors:
+        draw(color, shape).save(path / f"{color}.png")
+        given = {"file_name": f"{color}.png", "id": color, "caption": f"a {color} {shape}", "color": color}
+        lines.append(json.dumps(given | fields) + "\n")
+    (path / "metadata.jsonl").write_text("".join(lines))
+    return path
+
+
+def write_pairs(path: Path, gallery: Path, words: Sequence[str] = WORDS) -> Path:
+    """Write a text of each image of a gallery with each word."""
+    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    return write_jsonl(path, *(
+        {"caption": f"{word} of {row['caption']}", "image": str(gallery / row["file_name"])}
+        for row in rows for word in words
+    ))  # fmt: skip
 
 
 def rows_of(gallery: Gallery) -> dict[str, dict[str, Any]]:

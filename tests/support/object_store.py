@@ -1,14 +1,9 @@
 """Real servers of S3's protocol on loopback: moto, which remembers nothing, and SeaweedFS, which has a disk."""
 
 import os
-import socket
 import sys
-import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import certifi
@@ -47,35 +42,6 @@ class ObjectStore(ServerProcess):
         except OSError:
             return False
         return True
-
-
-@contextmanager
-def slow_line(port: int, piece_s: float) -> Iterator[int]:
-    """Yield a port that leads to another one, from which each KiB takes so long."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def pass_on(source: socket.socket, target: socket.socket, pause_s: float = 0) -> None:
-            with suppress(OSError):
-                while data := source.recv(1024):
-                    time.sleep(pause_s)
-                    target.sendall(data)
-                target.shutdown(socket.SHUT_WR)
-
-        def connect(near: socket.socket) -> None:
-            with near, socket.create_connection(("127.0.0.1", port)) as far:
-                back = threading.Thread(target=pass_on, args=(far, near, piece_s), daemon=True)
-                back.start()
-                pass_on(near, far)
-                back.join()
-
-        def accept() -> None:
-            with suppress(OSError):
-                while True:
-                    threading.Thread(target=connect, args=listener.accept()[:1], daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
 
 
 class Machines:

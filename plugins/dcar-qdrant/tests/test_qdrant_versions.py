@@ -25,8 +25,8 @@ from index_jobs.index.location import index_name
 from index_jobs.index.publish import rollback, verify_index
 from index_jobs.index.versions import current_version, open_current, read_manifest
 from index_jobs.jobs.update import add, remove
+from tests.support.galleries import write_images
 from tests.support.object_store import Machines, ObjectStore
-from tests.support.updates import write_images
 from tests.support.versions import Build, file_of
 
 
