@@ -1,7 +1,5 @@
 """Accepted changes of items, applied by `dcar index apply`: in order, killed, refused, without disk space, repeated."""
 
-import shutil
-import signal
 import time
 from collections.abc import Callable
 from itertools import count
@@ -18,13 +16,17 @@ from index_jobs.index.changes import Draft
 from index_jobs.index.created import create_collection, drop_collection, list_collections
 from index_jobs.index.jobs import JobQueue
 from index_jobs.index.publish import verify_index
-from index_jobs.index.versions import current_version, list_versions, open_current, version_numbers
+from index_jobs.index.versions import current_version, list_versions, open_current
 from index_jobs.jobs import apply
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add
 from index_jobs.rebuild import rebuild
-from tests.support.commands import Command, dcar, run
+from tests.support.commands import dcar, run
 from tests.support.jobs import delete, patch, picture, put, status
+
+
+def die(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def items_of(index: Path) -> dict[str, tuple[str, str, dict[str, Any]]]:
@@ -249,108 +251,6 @@ def test_images_that_no_version_shows_are_removed(index: Path, monkeypatch: pyte
     assert JobQueue(index).status(done) is None, "forgotten after a week"
 
 
-KILLED_AT = """
-import importlib, os, signal, sqlite3, sys
-from pathlib import Path
-from index_jobs.jobs.apply import apply_waiting
-from tests.support.jobs import delete, patch, put
-action, place, when, number, index = *sys.argv[1:4], int(sys.argv[4]), Path(sys.argv[5])
-left = number
-
-
-def count(call):
-    def counted(*given, **options):
-        global left
-        left -= 1
-        if left == 0 and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = call(*given, **options)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    return counted
-
-
-if place == "COMMIT":
-    commit = count(sqlite3.Connection.commit)
-
-    class Connection(sqlite3.Connection):
-        def commit(self):
-            if self.in_transaction:
-                commit(self)
-
-    connect = sqlite3.connect
-    sqlite3.connect = lambda *given, **options: connect(*given, **options, factory=Connection)
-else:
-    module, _, name = place.rpartition(".")
-    owner = importlib.import_module(module)
-    setattr(owner, name, count(getattr(owner, name)))
-if action == "apply":
-    apply_waiting(index, device="cpu", workers=0)
-else:
-    for number in range(3):
-        print(put(index, f"n{number}", color="gold"), flush=True)
-        print(patch(index, f"n{number}", price=number), flush=True)
-"""
-
-
-def killed(action: str, place: str, when: str, number: int, index: Path) -> str | None:
-    """Return the output of a process that was killed around a call; None if it has ended before that."""
-    command = Command("-c", KILLED_AT, action, place, when, number, index)
-    output, errors = command.communicate()
-    assert command.returncode in (0, -signal.SIGKILL), errors
-    return output if command.returncode else None
-
-
-@pytest.mark.parametrize(
-    ("place", "numbers"),
-    [("COMMIT", range(1, 99)), ("index_jobs.jobs.apply.add", [1]), ("index_jobs.jobs.apply.remove", [1])],
-)
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_killed_process_loses_no_job(index: Path, tmp_path: Path, place: str, numbers: Any) -> None:
-    """Before and after each commit, and each publication."""
-    first, second, third, *_ = items_of(index)
-    jobs = [
-        put(index, "a", "bad", data=[picture("pink"), b"no picture"]), put(index, "b"), patch(index, first, price=1),
-        patch(index, second, price=2), patch(index, first, caption="a guitar"), delete(index, third, "b"),
-    ]  # fmt: skip
-    undisturbed = Path(shutil.copytree(index, tmp_path / "undisturbed"))
-    apply_waiting(undisturbed, workers=0)
-    for number in numbers:
-        for when in ("before", "after"):
-            disturbed = Path(shutil.copytree(index, tmp_path / "disturbed"))
-            if killed("apply", place, when, number, disturbed) is None:
-                assert number > 6, "a beginning and an end of each batch"
-                return
-            verify_index(disturbed)
-            apply_waiting(disturbed, workers=0)
-            found = [status(disturbed, job) for job in jobs]
-            assert [each["status"] for each in found] == ["done"] * 6
-            assert [each["id"] for each in found[0]["failed"]] == ["bad"]
-            assert items_of(disturbed) == items_of(undisturbed)
-            assert version_numbers(disturbed) == version_numbers(undisturbed), "nothing is published twice"
-            assert image_of(disturbed, "a") == picture("pink")
-            shutil.rmtree(disturbed)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.slow
-def test_accepted_job_survives_a_kill(index: Path, when: str) -> None:
-    accepted = list[str]()
-    for number in range(1, 7):
-        output = killed("accept", "COMMIT", when, number, index)
-        assert output is not None
-        assert len(output.split()) == number - 1
-        accepted += output.split()
-    waiting = JobQueue(index).waiting()
-    assert waiting - len(accepted) == (0 if when == "before" else 6), "a killed caller may not know of the last one"
-    assert apply_waiting(index, workers=0) == waiting
-    assert {status(index, job)["status"] for job in accepted} == {"done"}
-    assert items_of(index)["n1"][2]["price"] == 1
-
-
 def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "created"
     create_collection(folder, "lamps", tiny_checkpoint)
@@ -364,8 +264,11 @@ def test_first_items_of_a_collection_are_its_first_version(tiny_checkpoint: Path
     apply_waiting(index)
     assert {status(index, job)["status"] for job in jobs} == {"done"}
     job = put(index, "a", "b")
-    for when in ("before", "after"):
-        assert killed("apply", "index_jobs.jobs.build.rebuild", when, 1, index) is not None
+    for moment in ("index_jobs.jobs.build.rebuild", "index_jobs.index.jobs.JobQueue.end"):
+        with pytest.MonkeyPatch.context() as killed:  # before and after its version
+            killed.setattr(moment, die)
+            with pytest.raises(KeyboardInterrupt):
+                apply_waiting(index)
     put(index, "c")
     apply_waiting(index)
     assert items_of(index).keys() == {"a", "b", "c"}
