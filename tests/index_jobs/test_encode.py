@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,7 +19,8 @@ from dcar_core.model.preprocess import Preprocess
 from dcar_core.runtimes.graphs import TorchRuntime
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
-from index_jobs.encoding.decode import decode_windows
+from index_jobs.encoding.decode import DecodedWindow, decode_windows
+from index_jobs.encoding.devices import encode_windows, load_replicas
 from index_jobs.encoding.encode import EncodedGallery
 from index_jobs.encoding.shards import IMAGE, FailedImage, ShardStore
 from index_jobs.gallery.scan import scan
@@ -42,33 +46,24 @@ class Counting(Encoder):
         return super().image_features(pixels)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_vectors_are_the_encoders_own_in_gallery_order(
-    encoder: Encoder, tiny_gallery: Path, tmp_path: Path, workers: int
+def test_interrupted_run_goes_on_to_the_same_bits_in_gallery_order(
+    encoder: Encoder, tiny_gallery: Path, tmp_path: Path
 ) -> None:
-    encoded = encode(tiny_gallery, encoder, tmp_path, workers=workers, batch_size=5, shard_rows=10)
+    def run(model: Counting, work: str, workers: int = 0) -> EncodedGallery:
+        return encode(tiny_gallery, model, tmp_path / work, workers=workers)
+
+    undisturbed = run(Counting(encoder), "a", workers=2)
     paths = [tiny_gallery / name for name in scan(tiny_gallery).table["name"].to_pylist()]
-    np.testing.assert_allclose(vectors_of(encoded), encoder.encode_images(paths), atol=1e-5)
-    np.testing.assert_array_equal(encoded.rows(), np.arange(24))
-    assert [len(shard.vectors()) for shard in encoded.shards] == [10, 10, 4]
-    assert (encoded.encoded, encoded.resumed, encoded.failed) == (24, 0, [])
-
-
-def test_interrupted_run_goes_on_to_the_same_bits(encoder: Encoder, tiny_gallery: Path, tmp_path: Path) -> None:
-    def run(model: Counting, work: str) -> EncodedGallery:
-        return encode(tiny_gallery, model, tmp_path / work, workers=0)
-
-    undisturbed = run(Counting(encoder), "a")
+    np.testing.assert_allclose(vectors_of(undisturbed), encoder.encode_images(paths), atol=1e-5)
+    np.testing.assert_array_equal(undisturbed.rows(), np.arange(24))
+    assert (undisturbed.encoded, undisturbed.resumed, undisturbed.failed) == (24, 0, [])
     with pytest.raises(KeyboardInterrupt):
         run(Counting(encoder, die_at=4), "b")
-    second = Counting(encoder)
-    resumed = run(second, "b")
-    assert (resumed.resumed, resumed.encoded, second.calls) == (8, 16, 4)
-    np.testing.assert_array_equal(vectors_of(resumed), vectors_of(undisturbed))
-    third = Counting(encoder)
-    assert run(third, "b").resumed == 24
-    assert third.calls == 0
+    for resumed, calls in ((8, 4), (24, 0)):
+        model = Counting(encoder)
+        again = run(model, "b")
+        assert (again.resumed, again.encoded, model.calls) == (resumed, 24 - resumed, calls)
+        np.testing.assert_array_equal(vectors_of(again), vectors_of(undisturbed))
 
 
 class Rounding(TorchRuntime):
@@ -99,31 +94,25 @@ def test_vectors_of_two_runtimes_never_mix(encoder: Encoder, tiny_gallery: Path,
 def test_broken_images_are_listed_and_the_others_keep_their_rows(
     encoder: Encoder, gallery: Path, tmp_path: Path
 ) -> None:
-    whole = encode(gallery, encoder, tmp_path / "a")
-    broken = {"circle/black.png": b"", "square/blue.png": b"this is no picture"}
+    """Also where a whole shard, of circles, has no image that can be read."""
+    whole, circles = encode(gallery, encoder, tmp_path / "a"), sorted((gallery / "circle").glob("*.png"))
+    broken: dict[str, bytes | None] = {f"circle/{path.name}": None for path in circles}
+    broken |= {"square/blue.png": b"this is no picture", "square/red.png": b""}
     broken["cross/red.png"] = (gallery / "cross/red.png").read_bytes()[:60]
     for name, content in broken.items():
-        (gallery / name).write_bytes(content)
-    encoded = encode(gallery, encoder, tmp_path / "b", max_failed=0.2)
+        (gallery / name).unlink()
+        (gallery / name).symlink_to("nowhere.png") if content is None else (gallery / name).write_bytes(content)
+    encoded = encode(gallery, encoder, tmp_path / "b", max_failed=0.5, batch_size=3, shard_rows=6)
     names = scan(gallery).table["name"].to_pylist()
-    assert {names[failure.row] for failure in encoded.failed} == set(broken)
-    assert all(failure.reason for failure in encoded.failed)
+    assert {names[failure.row] for failure in encoded.failed} == {*broken}
+    assert [failure.reason for failure in encoded.failed[:6]] == ["no such file"] * 6
     expected = [row for row, name in enumerate(names) if name not in broken]
     assert encoded.rows().tolist() == expected
     np.testing.assert_allclose(vectors_of(encoded), vectors_of(whole)[expected], atol=1e-5)
-    again = encode(gallery, encoder, tmp_path / "b", max_failed=0.2)
-    assert (again.resumed, again.failed) == (24, encoded.failed)
-
-
-def test_window_and_shard_without_a_readable_image_are_accepted(
-    encoder: Encoder, gallery: Path, tmp_path: Path
-) -> None:
-    for path in (gallery / "circle").glob("*.png"):
-        path.unlink()
-        path.symlink_to("nowhere.png")
-    encoded = encode(gallery, encoder, tmp_path / "w", max_failed=0.5, batch_size=3, shard_rows=6)
-    assert encoded.rows().tolist() == list(range(6, 24))
-    assert {failure.reason for failure in encoded.failed} == {"no such file"}
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "a.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no image of .* can be read: 1 of 1 failed"):
+        encode(tmp_path / "g", encoder, tmp_path / "w", max_failed=1.0)
 
 
 def test_too_many_broken_images_stop_the_job_early(encoder: Encoder, gallery: Path, tmp_path: Path) -> None:
@@ -142,13 +131,6 @@ def test_too_many_broken_images_stop_the_job_early(encoder: Encoder, gallery: Pa
     assert [line["name"] for line in lines] == [f"circle/{c}.png" for c in ("black", "blue", "green", "orange")]
     with pytest.raises(DataError, match=r"too few images"):  # what an earlier run found counts as well
         encode(gallery, model, tmp_path / "w", max_failed=0.1, batch_size=2, shard_rows=2)
-
-
-def test_no_readable_image_is_an_error_whatever_max_failed_is(encoder: Encoder, tmp_path: Path) -> None:
-    (tmp_path / "g").mkdir()
-    (tmp_path / "g" / "a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no image of .* can be read: 1 of 1 failed"):
-        encode(tmp_path / "g", encoder, tmp_path / "w", max_failed=1.0)
 
 
 @pytest.mark.parametrize("harm", [flip, cut, lambda path: path.write_bytes(b""), Path.unlink])
@@ -208,52 +190,6 @@ def test_a_mended_image_is_to_do_for_every_worker(encoder: Encoder, gallery: Pat
     assert state.store.load(0).missing == [0]
 
 
-PREPROCESS = Preprocess(1, (0.5,) * 3, (0.5,) * 3)
-
-
-def truncated(path: Path) -> ImageLocation:
-    path.write_bytes(b"x" * 10)
-    return ImageLocation(0, path.name, 5, 20)
-
-
-def folder(path: Path) -> ImageLocation:
-    path.mkdir()
-    return ImageLocation(0, path.name, -1, 0)
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda path: ImageLocation(0, path.name, -1, 0),
-        truncated,
-        folder,
-        lambda path: ImageLocation(0, f"file://{path}", -1, 0),
-    ],
-)
-def test_unreadable_files_fail_temporarily(made: Callable[[Path], ImageLocation], tmp_path: Path) -> None:
-    windows = iter([[made(tmp_path / "picture.png")]])
-    ((decoded),) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
-    (failure,) = decoded.failed
-    assert failure.fault.is_temporary
-
-
-@pytest.mark.parametrize("form", ["file", "member", "listed"])
-def test_a_huge_file_is_one_failed_image_and_is_not_read(form: str, tmp_path: Path) -> None:
-    huge, size = tmp_path / "huge.jpg", 2**40
-    with huge.open("wb") as file:
-        file.truncate(size)  # sparse
-    (tmp_path / "good.png").write_bytes(png())
-    place = {
-        "file": ImageLocation(0, huge.name, -1, 0),
-        "member": ImageLocation(0, huge.name, 512, size - 1024),
-        "listed": ImageLocation(0, "http://127.0.0.1:9/huge.jpg", -1, size),
-    }[form]
-    windows = iter([[place, ImageLocation(1, "good.png", -1, 0)]])
-    (decoded,) = decode_windows(str(tmp_path), windows, PREPROCESS, 0)
-    assert decoded.failed == (FailedImage(0, "a file of more than 1 GiB", ImageFault.TOO_LARGE),)
-    assert len(decoded.pixels) == 1
-
-
 def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(
     encoder: Encoder, tiny_gallery: Path, tmp_path: Path
 ) -> None:
@@ -273,3 +209,86 @@ def test_a_shard_lacks_the_rows_that_have_neither_vector_nor_failure(
 
 def missing(*rows: int) -> list[FailedImage]:
     return [FailedImage(row, "no such file", ImageFault.MISSING) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("place", "fault"),
+    [
+        (("gone.png", -1, 0), ImageFault.MISSING),
+        (("short.png", 5, 20), ImageFault.UNREADABLE),
+        (("folder.png", -1, 0), ImageFault.UNREADABLE),
+        (("huge.jpg", -1, 0), ImageFault.TOO_LARGE),
+        (("huge.jpg", 512, 2**40 - 1024), ImageFault.TOO_LARGE),
+        (("http://127.0.0.1:9/huge.jpg", -1, 2**40), ImageFault.TOO_LARGE),
+    ],
+)
+def test_an_unreadable_or_huge_file_is_one_failed_image(
+    place: tuple[str, int, int], fault: ImageFault, tmp_path: Path
+) -> None:
+    """Which is not read, if it is huge, and may be there later, if it is missing."""
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "short.png").write_bytes(b"x" * 10)
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    (tmp_path / "good.png").write_bytes(png())
+    window = [ImageLocation(0, *place), ImageLocation(1, "good.png", -1, 0)]
+    (decoded,) = decode_windows(str(tmp_path), iter([window]), Preprocess(1, (0.5,) * 3, (0.5,) * 3), 0)
+    (failure,) = decoded.failed
+    assert (failure.row, failure.fault, len(decoded.pixels)) == (0, fault, 1)
+    assert failure.fault.is_temporary == (fault is not ImageFault.TOO_LARGE)
+
+
+def test_two_devices_give_the_bits_of_one(gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (gallery / "circle" / "blue.png").write_bytes(b"")
+    replicas = load_replicas(tiny_checkpoint, "cpu,cpu")
+    assert len(replicas) == 2
+    assert replicas[0] is not replicas[1]
+
+    one, two = (
+        encode(gallery, encoders, tmp_path / work, batch_size=3, shard_rows=6, max_failed=0.5)
+        for encoders, work in ((replicas[:1], "a"), (replicas, "b"))
+    )
+    np.testing.assert_array_equal(vectors_of(one), vectors_of(two))
+    assert one.failed == two.failed
+    assert len(one) == 23
+
+
+class Barrier(Encoder):
+    """A real encoder whose forward passes go on only when as many are under way as there are replicas."""
+
+    barrier: threading.Barrier
+
+    def image_features(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self.barrier.wait(20)
+        return super().image_features(pixels)
+
+
+def windows(count: int, taken: list[int], side: int = 32) -> Iterator[DecodedWindow]:
+    for number in range(count):
+        taken.append(number)
+        pixels = np.full((1, 3, side, side), number, np.uint8)
+        yield DecodedWindow(pixels, np.array([(number, 0, 0, (0, 0))], IMAGE), ())
+
+
+def test_devices_work_concurrently_and_in_order(encoder: Encoder) -> None:
+    replicas = [Barrier(encoder.state, encoder.model, encoder.runtime) for _ in range(2)]
+    replicas[0].barrier = replicas[1].barrier = threading.Barrier(2)
+    taken: list[int] = []
+    expected = encoder.encode_pixels(np.stack([window.pixels[0] for window in windows(8, [])]))
+    for number, window in enumerate(encode_windows(windows(8, taken), replicas)):
+        assert window.images["row"] == number
+        np.testing.assert_allclose(window.features[0], expected[number], atol=1e-5)
+        assert len(taken) <= number + 5  # decoded windows do not pile up
+
+    with pytest.raises(RuntimeError):  # of the model, for images of another size
+        list(encode_windows(chain(windows(3, []), windows(1, [], side=7)), [encoder, encoder]))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_cpus_vectors(tiny_gallery: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def run(device: str) -> NDArray[np.float32]:
+        return vectors_of(encode(tiny_gallery, load_replicas(tiny_checkpoint, device), tmp_path / device))
+
+    assert len(load_replicas(tiny_checkpoint, "auto")) == 2 * torch.cuda.device_count()
+    on_cpu, on_gpu = run("cpu"), run("auto")
+    assert (on_cpu * on_gpu).sum(1).min() > 0.999  # float16 has three bits more than bfloat16

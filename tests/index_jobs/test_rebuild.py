@@ -1,8 +1,11 @@
-"""The rebuild job as a function: results, reuse and repeated work."""
+"""The rebuild job: what it publishes, encodes and reuses, also when it is interrupted, killed, or out of disk space."""
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,44 +22,65 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.util.errors import DataError, DcarError
+from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
-from index_jobs.index.versions import open_current, version_numbers
-from tests.support.files import write_file
+from index_jobs.index.publish import verify_index
+from index_jobs.index.versions import current_version, open_current, version_numbers
+from tests.support.commands import Command, run
+from tests.support.files import write_file, write_jsonl
+from tests.support.images import draw
 from tests.support.parts import needs
+from tests.support.processes import children_of, is_alive
 from tests.support.versions import Build, file_of
 
 
-def test_the_summary_and_the_manifest_tell_what_was_published(
-    build: Build, tiny_gallery: Path, encoder: Encoder, tmp_path: Path
+@pytest.fixture
+def small(build: Build) -> Build:
+    """Build with small shards: some are known whole, some in part."""
+    return partial(build, batch_size=2, shard_rows=4, margin=1, max_failed=0.2, max_vanished=1)
+
+
+def lines_of(index: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file_of(index, name).read_text().splitlines()]
+
+
+def rename_captions(gallery: Path, old: str, new: str) -> None:
+    path = gallery / "metadata.jsonl"
+    path.write_text(path.read_text().replace(old, new))
+
+
+def same_as_anew(build: Build, gallery: Path, index: Path, **options: Any) -> None:
+    """Require the items and vectors of a build from nothing."""
+    anew = index.with_name(f"{index.name} of {open_current(index).manifest.version} anew")
+    build(gallery, out=anew, **options)
+    here, there = open_current(index), open_current(anew)
+    rows = np.arange(there.manifest.count)
+    assert [here.item(row) for row in rows.tolist()] == [there.item(row) for row in rows.tolist()]
+    np.testing.assert_allclose(here.vectors(rows), there.vectors(rows), atol=1e-6)
+    for name in ("failed.jsonl", "duplicates.jsonl"):
+        assert here.manifest.files[name] == there.manifest.files[name]
+
+
+def test_another_kind_or_other_captions_need_no_encoding(
+    build: Build, gallery: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
-    summary = build()
-    manifest = open_current(tmp_path / "index").manifest
-    assert (summary.version, summary.count, summary.failed, summary.reused) == (1, 24, 0, False)
-    assert (summary.fingerprint, summary.kind, summary.dim) == (encoder.fingerprint, "Flat", 32)
-    assert summary.images_per_second > 0
-    assert (manifest.metric, manifest.spec.gallery, manifest.measured["query_source"]) == (
-        "inner_product", str(tiny_gallery), "captions",
-    )  # fmt: skip
-    assert (summary.published, summary.gate) == (True, None)  # there was nothing to compare with
-
-
-def test_another_kind_or_other_captions_need_no_encoding(build: Build, gallery: Path, tmp_path: Path) -> None:
-    index = tmp_path / "index"
-
-    def run(**options: object) -> tuple[int, int]:
-        summary = build(gallery, **options)
-        assert summary.published
-        return summary.encoded, summary.resumed
-
-    assert run() == (24, 0)
-    assert run(kind="hnsw") == (0, 24)
-    captions = (gallery / "metadata.jsonl").read_text()
-    (gallery / "metadata.jsonl").write_text(captions.replace("a red circle", "a crimson circle"))
-    assert run(kind="hnsw") == (0, 24)
+    index, first = tmp_path / "index", build(gallery)
+    assert (first.version, first.count, first.failed, first.reused, first.encoded) == (1, 24, 0, False, 24)
+    assert (first.fingerprint, first.kind, first.dim, first.gate) == (encoder.fingerprint, "Flat", 32, None)
+    manifest = open_current(index).manifest
+    assert (manifest.spec.gallery, manifest.measured["query_source"]) == (str(gallery), "captions")
+    rename_captions(gallery, "a red circle", "a crimson circle")
+    for options, encoded in (
+        ({"kind": "hnsw"}, 0),
+        ({"exact": True}, 24),  # vectors of exact pixels are not those of others
+        ({"exact": True}, 0),
+        ({}, 24),
+        ({"kind": "ivf", "keep_shards": False}, 0),
+        ({}, 24),
+    ):
+        assert build(gallery, **options).encoded == encoded, options
+        assert open_current(index).manifest.spec.exact == bool(options.get("exact"))
     assert open_current(index).item(5).caption == "a crimson circle"
-    assert run(kind="ivf", keep_shards=False) == (0, 24)
-    assert not (index / "work").exists()
-    assert run(kind="flat") == (24, 0)
 
 
 @pytest.mark.slow
@@ -82,13 +106,12 @@ def test_fields_that_no_item_has_are_refused_before_a_model_is_loaded(
     build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One text field beside others may be missing: items that are added later may have it."""
-    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
-    (gallery / "metadata.jsonl").write_text("\n".join(json.dumps(row | {"tags": ["a", "b"]}) for row in rows))
-    build(gallery, keep_shards=False, group_field="color", text_fields=["brand", "color"])
+    rename_captions(gallery, '"color"', '"tags": ["a", "b"], "color"')
+    build(gallery, group_field="color", text_fields=["brand", "color"])
     assert "--text-fields: no item has the field 'brand'" in caplog.text
     served = open_current(tmp_path / "index").manifest
-    lost = shutil.copytree(tiny_checkpoint, tmp_path / "lost" / "checkpoint")  # without its model
     assert served.spec.text_fields == ("brand", "color")
+    lost = shutil.copytree(tiny_checkpoint, tmp_path / "lost" / "checkpoint")  # without its model
     for option, says in (
         ({"group_field": "colour"}, "--group-field: no item has the field 'colour'; there are: .*color"),
         ({"group_field": "tags"}, "--group-field: 'tags' has several values per item"),
@@ -99,35 +122,12 @@ def test_fields_that_no_item_has_are_refused_before_a_model_is_loaded(
     assert open_current(tmp_path / "index").manifest == served
 
 
-def test_failed_images_are_published_with_the_version(build: Build, gallery: Path, tmp_path: Path) -> None:
-    (gallery / "circle" / "blue.png").write_bytes(b"")
-    summary = build(gallery)
-    assert (summary.count, summary.failed) == (23, 1)
-    artifact = open_current(tmp_path / "index")
-    (line,) = file_of(tmp_path / "index", "failed.jsonl").read_text().splitlines()
-    assert json.loads(line)["name"] == "circle/blue.png"
-    assert json.loads(line)["reason"] == "the file is empty"
-    assert [artifact.item(row).metadata["file_name"] for row in (0, 1, 2)] == [
-        "circle/black.png", "circle/green.png", "circle/orange.png",
-    ]  # fmt: skip
-    assert build(gallery).reused
-    with pytest.raises(DcarError, match="too few images"):  # more than are accepted now
-        build(gallery, max_failed=0)
-
-
-@pytest.fixture
-def listed(gallery: Path, tmp_path: Path) -> Path:
-    """List the gallery as URLs without metadata."""
-    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
-    lines = [json.dumps(row | {"file_name": f"file://{gallery}/{row['file_name']}"}) for row in rows]
-    (tmp_path / "list.jsonl").write_text("\n".join(lines))
-    return tmp_path / "list.jsonl"
-
-
-def test_unread_images_are_tried_again(build: Build, gallery: Path, listed: Path, tmp_path: Path) -> None:
+def test_unread_images_are_tried_again(build: Build, gallery: Path, tmp_path: Path) -> None:
     """Rows 3 and 20 are missing at first, row 10 is not an image. Only the first two of three shards are affected."""
-    names = [json.loads(line)["file_name"].partition(f"{gallery}/")[2] for line in listed.read_text().splitlines()]
-
+    rows = [json.loads(line) for line in (gallery / "metadata.jsonl").read_text().splitlines()]
+    names = [row["file_name"] for row in rows]
+    urls = (row | {"file_name": f"file://{gallery}/{row['file_name']}"} for row in rows)
+    listed = write_jsonl(tmp_path / "list.jsonl", *urls)
     run = partial(build, listed, batch_size=4, shard_rows=8, max_failed=0.2)
     (gallery / names[10]).write_bytes(b"no picture")
     undisturbed = run(out=tmp_path / "other")
@@ -135,15 +135,16 @@ def test_unread_images_are_tried_again(build: Build, gallery: Path, listed: Path
     away = {row: (gallery / names[row]).rename(tmp_path / f"{row}.png") for row in (3, 20)}
     first = run()
     assert (first.count, first.failed, first.unread) == (21, 3, 2)
-    lines = file_of(tmp_path / "index", "failed.jsonl").read_text().splitlines()
-    assert [json.loads(line)["fault"] for line in lines] == ["missing", "not_an_image", "missing"]
+    faults = [line["fault"] for line in lines_of(tmp_path / "index", "failed.jsonl")]
+    assert faults == ["missing", "not_an_image", "missing"]
+    with pytest.raises(DcarError, match="too few images"):  # more than are accepted now
+        run(max_failed=0.05)
     assert run(kind="hnsw").unread == 2
+    away[3].rename(gallery / names[3])
     again = run(kind="hnsw")
-    assert (again.reused, again.unread) == (True, 2)
+    assert (again.reused, again.unread) == (True, 2), "nobody looks into a gallery for a job that has nothing to do"
     assert again.hint.startswith("images that could not be read: 2")
     assert again.hint.endswith("give --force")
-    away[3].rename(gallery / names[3])
-    assert run(kind="hnsw").reused, "nobody looks into a gallery for a job that has nothing to do"
     second = run(kind="hnsw", force=True)
     assert (second.count, second.unread, second.encoded, second.resumed) == (22, 1, 3, 21), "all three are tried again"
     away[20].rename(gallery / names[20])
@@ -159,72 +160,196 @@ def test_failed_images_are_tried_again_by_force(build: Build, gallery: Path, tmp
     """A server sent an error page with status 200. A row of a list does not tell that this has changed."""
     memory = fsspec.filesystem("memory")
     run = partial(build, tmp_path / "list.csv", batch_size=2, shard_rows=2, max_failed=0.2)
-    names = [path.name for path in sorted((gallery / "circle").iterdir())]
-    memory.pipe({f"/forced/{name}": (gallery / "circle" / name).read_bytes() for name in names})
-    memory.pipe(f"/forced/{names[0]}", b"<html>back in 5 minutes</html>")
-    (tmp_path / "list.csv").write_text("\n".join(["url", *(f"memory://forced/{name}" for name in names)]))
+    images = {path.name: path.read_bytes() for path in sorted((gallery / "circle").iterdir())}
+    memory.pipe({f"/forced/{name}": data for name, data in images.items()} | {"/forced/red.png": b"<html>back in"})
+    (tmp_path / "list.csv").write_text("\n".join(["url", *(f"memory://forced/{name}" for name in images)]))
     try:
         assert (run().failed, run(force=True).failed) == (1, 1)
-        memory.pipe(f"/forced/{names[0]}", (gallery / "circle" / names[0]).read_bytes())
+        memory.pipe("/forced/red.png", images["red.png"])
         repaired = run(force=True)
     finally:
         memory.rm("/forced", recursive=True)
-    assert (repaired.count, repaired.failed, repaired.encoded) == (len(names), 0, 1)
+    assert (repaired.count, repaired.failed, repaired.encoded) == (len(images), 0, 1)
 
 
 @needs("heic")
-def test_images_are_tried_again_once_their_decoder_is_installed(
-    build: Build, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_tried_again_once_their_decoder_is_installed(build: Build, gallery: Path, tmp_path: Path) -> None:
     """Phones and converters name HEIC files .jpg."""
     import pillow_heif
 
     pillow_heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(gallery / "phone.heic")
     (gallery / "phone.heic").rename(gallery / "phone.jpg")
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pillow_heif", None)
         write_file(tmp_path / "missing" / "pillow_heif.py", b"raise ImportError")
         patch.syspath_prepend(str(tmp_path / "missing"))  # decoding processes search the same path
         first = build(gallery)
-        assert (first.failed, first.unread) == (1, 1)
-        assert first.hint.endswith("give --force")
+        assert (first.failed, first.unread, first.hint.endswith("give --force")) == (1, 1, True)
         assert build(gallery, kind="hnsw").failed == 1
     installed = build(gallery, kind="flat")
     assert (installed.count, installed.failed, installed.hint) == (25, 0, "")
 
 
-def test_job_resumes_after_its_gallery_was_unavailable(
-    build: Build, gallery: Path, listed: Path, tmp_path: Path
+def test_only_new_and_changed_images_are_encoded(small: Build, gallery: Path, tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    assert small(gallery).encoded == 24
+    draw("pink", "circle").resize((60, 40)).save(gallery / "a first one.png")
+    shutil.copy(gallery / "circle/red.png", gallery / "circle/twin.png")
+    (gallery / "broken.png").write_bytes(b"no picture")
+    (gallery / "square/red.png").unlink()
+    draw("lime", "square").save(gallery / "square/blue.png")
+    found = small(gallery)
+    assert (found.encoded, found.resumed, found.count, found.failed, found.duplicates) == (4, 22, 25, 1, 1)
+    (twin,) = lines_of(index, "duplicates.jsonl")
+    assert (twin["name"], twin["same_as"]["name"]) == ("circle/twin.png", "circle/red.png")
+    (failed,) = lines_of(index, "failed.jsonl")
+    assert (failed["name"], failed["fault"]) == ("broken.png", "not_an_image")
+    same_as_anew(small, gallery, index)
+    (gallery / "broken.png").unlink()
+    found = small(gallery)
+    assert (found.encoded, found.resumed) == (0, 25)
+    same_as_anew(small, gallery, index)
+    first = open_current(index).item(0)
+    assert (first.width, first.height) == (60, 40)
+
+
+def test_another_order_and_other_ids_encode_nothing(small: Build, gallery: Path, tmp_path: Path) -> None:
+    names, listed = sorted(str(path.relative_to(gallery)) for path in gallery.rglob("*.png")), gallery / "list.jsonl"
+    for order, letter, encoded in ((names, "a", 24), (names[::-1], "b", 0)):
+        write_jsonl(listed, *({"file_name": name, "id": f"{letter}{n}"} for n, name in enumerate(order)))
+        assert small(listed).encoded == encoded
+    same_as_anew(small, listed, tmp_path / "index")
+
+
+def test_another_model_and_damaged_shards_are_encoded_anew(
+    small: Build, gallery: Path, other_checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Some of it encoded, then too much of it away: once it is back, the same command goes on."""
-    run = partial(build, listed, batch_size=2, shard_rows=2, max_failed=0.3)
-    shutil.move(gallery / "triangle", tmp_path / "triangle")
-    shutil.move(gallery / "cross", tmp_path / "cross")
-    with pytest.raises(DcarError, match="too few images"):
-        run()
-    for name in ("triangle", "cross"):
-        shutil.move(tmp_path / name, gallery / name)
-    summary = run()
-    assert (summary.count, summary.failed) == (24, 0)
+    index = tmp_path / "index"
+    small(gallery)
+    (gallery / "square/red.png").unlink()
+    assert small(gallery, other_checkpoint).encoded == 23
+    (gallery / "square/blue.png").unlink()
+    (damaged,) = (index / "work").glob("*/000000.npz")
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    assert small(gallery, other_checkpoint).encoded == 4
+    same_as_anew(small, gallery, index, checkpoint=other_checkpoint)
 
 
-def test_exact_pixels_make_a_new_version(build: Build, tmp_path: Path) -> None:
-    def run(exact: bool) -> tuple[int, bool, int]:
-        summary = build(exact=exact)
-        return summary.version, open_current(tmp_path / "index").manifest.spec.exact, summary.encoded
+def interrupt(build: Build, gallery: Path, shards: int) -> None:
+    """Run a job that ends before it saves another shard than so many."""
+    saved, save = 0, ShardStore.save
 
-    assert [run(False), run(True), run(True)] == [(1, False, 24), (2, True, 24), (2, True, 0)]
-    assert run(False) == (3, False, 24), "vectors of exact pixels are not those of others"
+    def dies(self: ShardStore, *given: Any) -> object:
+        nonlocal saved
+        saved += 1
+        if saved > shards:
+            raise KeyboardInterrupt
+        return save(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardStore, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build(gallery)
 
 
-def test_equal_images_are_listed(build: Build, gallery: Path, tmp_path: Path) -> None:
-    shutil.copy(gallery / "circle" / "red.png", gallery / "circle" / "zz again.png")
-    assert build(gallery).duplicates == 1
-    artifact = open_current(tmp_path / "index")
-    (line,) = file_of(tmp_path / "index", "duplicates.jsonl").read_text().splitlines()
-    found = json.loads(line)
-    assert (found["name"], found["same_as"]["name"]) == ("circle/zz again.png", "circle/red.png")
-    assert artifact.row_of(found["same_as"]["id"]) == 5
+def test_vectors_of_interrupted_jobs_are_reused_and_do_not_fill_the_disk(
+    small: Build, gallery: Path, other_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The served version is of another model, so its vectors are of no use, but they stay."""
+    index, sizes = tmp_path / "index", list[int]()
+    small(gallery, other_checkpoint)
+    (served,) = (index / "work").iterdir()
+    for number, shards in enumerate((5, 0, 0)):  # the later ones end before they have copied anything
+        interrupt(small, gallery, shards)
+        sizes.append(len(list((index / "work").iterdir())))
+        draw("pink", "circle").resize((32 + number, 32)).save(gallery / f"{number}.png")
+    assert sizes == [2, 2, 2], "one of an earlier job, the fullest, beside the last one's"
+    found = small(gallery)
+    assert (found.encoded, found.resumed) == (7, 20)
+    assert (len(list((index / "work").iterdir())), served.exists()) == (1, False)
+    same_as_anew(small, gallery, index)
+
+
+def contents(index: Path) -> list[str]:
+    return sorted(path.name for folder in ("blobs", "versions") for path in (index / folder).glob("*"))
+
+
+@pytest.mark.slow
+def test_full_disk_changes_no_published_version(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """No file may grow beyond a limit: first the checkpoint fails, then the items."""
+    index = tmp_path / "index"
+    build(gallery)
+    rename_captions(gallery, '"a ', '"' + "very " * 1000)
+    before = contents(index)
+    arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
+    for limit in (10_000, 50_000):
+        done = run("index_jobs.rebuild", *arguments, file_size=limit)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "cannot be written: File too large" in done.stderr
+        assert "published versions are unchanged" in done.stderr
+    assert contents(index) == before
+    verify_index(index)
+    summary = build(gallery)
+    assert (summary.version, summary.resumed) == (2, 24)  # the second failure came after encoding
+
+
+def test_missing_disk_space_is_an_error_before_encoding(
+    build: Build, small: Build, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 vectors of 32 take 3,072 bytes as shards, and as many again in the index."""
+    index, usage, table = tmp_path / "index", shutil.disk_usage(tmp_path), scan(gallery).table.nbytes
+
+    def left(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+    left(table + 2 * 3072 - 1)
+    with pytest.raises(DcarError, match=r"takes at least 0\.0 GB more, 0\.0 of them for vectors.* GB left; make room"):
+        build(gallery)
+    assert (list(index.glob("work*")), contents(index)) == ([], [])
+    left(table + 2 * 3072)
+    assert build(gallery).encoded == 24
+    left(table + 3072)  # the vectors are there already
+    assert build(gallery, force=True).encoded == 0
+    monkeypatch.undo()
+    interrupt(partial(small, out=tmp_path / "other"), gallery, shards=5)
+    (rest,) = (tmp_path / "other" / "work").iterdir()
+    draw("pink", "circle").save(gallery / "new.png")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0 if rest.exists() else usage.free))
+    assert small(gallery, out=tmp_path / "other").encoded == 25, "vectors of an interrupted job give way"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds child processes in /proc")
+def test_killed_command_ends_its_workers_and_resumes(
+    build: Build, gallery: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for copy in range(8):
+        shutil.copytree(gallery / "circle", gallery / f"copy{copy}")
+    index, others, limit = tmp_path / "index", {*children_of(os.getpid())}, time.monotonic() + 60
+    arguments = ["--gallery", gallery, "--checkpoint", tiny_checkpoint, "--out", index, "--quiet"]
+    small = ["--workers", 2, "--batch-size", 1, "--shard-rows", 1]
+    process = Command("index_jobs.rebuild", *arguments, *small, stdout=os.devnull, stderr=os.devnull)
+    while len(shards := list(index.glob("work/*/*.npz"))) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    workers = {*children_of(os.getpid())} - others - {process.pid}
+    assert len(workers) >= 2
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    limit = time.monotonic() + 20
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < limit, "a worker outlived its job"
+        time.sleep(0.05)
+    assert current_version(index) is None
+    leftover = shards[0].with_name(f".{shards[0].name}.{'0' * 32}.tmp")
+    leftover.touch()
+    summary = build(gallery, workers=0, batch_size=1, shard_rows=1)
+    assert (summary.count, summary.resumed + summary.encoded, summary.resumed >= 5) == (72, 72, True)
+    assert not leftover.exists()
+    verify_index(index)
 
 
 @pytest.mark.slow
@@ -232,23 +357,16 @@ def test_training_behind_the_image_tower_needs_no_encoding(
     build: Build, gallery: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The features of the frozen tower stay, and an adapter is applied to them."""
-    backbone = load_backbone(BackboneSource(str(tiny_model)))
-
-    def trained(name: str) -> Path:
+    backbone, encoded = load_backbone(BackboneSource(str(tiny_model))), list[int]()
+    images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
+    for name in ("clip", "clip-adapter", "coop", "dual"):
         model = seeded_model(backbone, method(name), 0)
         with torch.no_grad():
             for _, parameter in model.trainables():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        save_checkpoint(model, tmp_path / name)
-        return tmp_path / name
-
-    index, encoded = tmp_path / "index", list[int]()
-    for name in ("clip", "clip-adapter", "coop", "dual"):
-        checkpoint = trained(name)
+        save_checkpoint(model, checkpoint := tmp_path / name)
         encoded.append(build(gallery, checkpoint, margin=1).encoded)
-        artifact, encoder = open_current(index), Encoder.load(checkpoint, device="cpu")
+        artifact, encoder = open_current(tmp_path / "index"), Encoder.load(checkpoint, device="cpu")
         artifact.require(encoder.fingerprint)
-        images = [gallery / place for place in scan(gallery).table["name"].to_pylist()[:3]]
-        found = artifact.vectors(np.arange(3))
-        np.testing.assert_allclose(found, encoder.encode_images(images), atol=1e-5)
+        np.testing.assert_allclose(artifact.vectors(np.arange(3)), encoder.encode_images(images), atol=1e-5)
     assert encoded == [24, 0, 0, 24]  # image prompts are part of the tower

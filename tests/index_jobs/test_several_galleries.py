@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from dcar_core import Encoder
-from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import ArtifactError, CheckpointError, DataError, GalleryShrunkError, ModelError
-from dcar_core.util.files import write_json
 from index_jobs.gallery.scan import scan
 from index_jobs.index.index_version import ImageAccess, IndexVersion
 from index_jobs.index.versions import current_version, open_current
@@ -53,33 +51,31 @@ def test_same_names_in_two_galleries_are_two_items(
     assert current_version(tmp_path / "index") == 1, "nothing has changed"
 
 
-def test_ids_and_names_of_several_galleries(cameras: list[Path]) -> None:
+def test_ids_and_names_of_several_galleries(cameras: list[Path], tmp_path: Path) -> None:
     """Those of the first one stay when another is added, and given ids never collide."""
-    alone, both = scan(cameras[0]), scan(list(map(str, cameras)))
-    assert both.table["id"].to_pylist()[:2] == alone.table["id"].to_pylist()
-    names = scan([f"north={cameras[0]}", f"south={cameras[1]}"]).table["name"].to_pylist()
-    assert names == ["north/IMG_0.png", "north/IMG_1.png", "south/IMG_0.png", "south/IMG_1.png"]
-    for path in cameras:
-        (path / "metadata.jsonl").write_text('{"file_name": "IMG_0.png", "id": "first"}\n')
-    ids = scan(list(map(str, cameras))).table["id"].to_pylist()
-    assert (ids[0], ids[2]) == ("first", "cam2/first")
+    first, second = map(str, cameras)
 
+    def names(*galleries: str) -> list[str]:
+        return scan(list(galleries)).table["name"].to_pylist()
 
-def test_an_own_name_that_is_taken_gets_a_number(cameras: list[Path], tmp_path: Path) -> None:
-    camera(cameras[0] / "cam2", "cyan")
-    third = camera(tmp_path / "other" / "cam2", "black")
-    names = scan([*map(str, cameras), str(third)]).table["name"].to_pylist()
-    assert names[2:] == ["cam2/IMG_0.png", "cam2-2/IMG_0.png", "cam2-2/IMG_1.png", "cam2-3/IMG_0.png"]
-
-
-def test_a_gallery_or_a_name_given_twice_is_refused(cameras: list[Path]) -> None:
+    assert scan([first, second]).table["id"].to_pylist()[:2] == scan(first).table["id"].to_pylist()
+    named = names(f"north={first}", f"south={second}")
+    assert named == ["north/IMG_0.png", "north/IMG_1.png", "south/IMG_0.png", "south/IMG_1.png"]
     for galleries, said in (
-        ([str(cameras[0])] * 2, "cam1 is given twice"),
-        ([f"x={path}" for path in cameras], "the name x is given twice; choose another"),
-        ([*map(str, cameras), f"cam2={cameras[0].parent}"], "the name cam2 is given twice"),
+        ([first, first], "cam1 is given twice"),
+        ([f"x={first}", f"x={second}"], "the name x is given twice; choose another"),
+        ([first, second, f"cam2={tmp_path}"], "the name cam2 is given twice"),
     ):
         with pytest.raises(DataError, match=said):
             scan(galleries)
+    for path in cameras:
+        (path / "metadata.jsonl").write_text('{"file_name": "IMG_0.png", "id": "first"}\n')
+    ids = scan([first, second]).table["id"].to_pylist()
+    assert (ids[0], ids[2]) == ("first", "cam2/first")
+    camera(cameras[0] / "cam2", "cyan")
+    third = camera(tmp_path / "other" / "cam2", "black")
+    taken = ["cam2/IMG_0.png", "cam2-2/IMG_0.png", "cam2-2/IMG_1.png", "cam2-3/IMG_0.png"]
+    assert names(first, second, str(third))[2:] == taken, "an own name that is taken gets a number"
 
 
 def test_adding_a_photo_of_the_same_name_advises_nothing_that_loses_one(
@@ -161,15 +157,14 @@ def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
     build: Build, tiny_model: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(tiny_model, tmp_path / "models" / tiny_model.name))
-    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name)
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "models" / tiny_checkpoint.name))
     index = tmp_path / "index"
     build(checkpoint=checkpoint)
     base.rename(tmp_path / "moved")
     published = open_current(index)
     for place in (published.checkpoint, checkpoint):  # its path is absolute there, and relative here
-        with pytest.raises(
-            ModelError, match=r"does not exist; if it was moved, name its new place: for an index by `dcar index build"
-        ):
+        says = "does not exist; if it was moved, name its new place: for an index by `dcar index build"
+        with pytest.raises(ModelError, match=says):
             Encoder.load(place, device="cpu")
     with pytest.raises(ModelError, match=rf"else as backbone\.model in {re.escape(str(checkpoint))}/config\.json"):
         build(checkpoint=checkpoint, out=tmp_path / "other index")
@@ -182,13 +177,9 @@ def test_a_moved_model_is_named_to_the_build_and_encodes_nothing(
     (tmp_path / "other").mkdir()
     with pytest.raises((CheckpointError, ModelError)):
         build(checkpoint=checkpoint, model=tmp_path / "other")
-    assert current_version(index) == 2
-
-
-def test_a_model_of_a_hub_has_no_place_to_change(build: Build, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
-    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
     config["backbone"] |= {"model": "ViT-B-32", "pretrained": "openai"}
-    write_json(tmp_path / "checkpoint" / "config.json", config)
+    (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="the model ViT-B-32 comes from a hub, so it has no location to change"):
-        build(checkpoint=tmp_path / "checkpoint", model=tmp_path)
+        build(checkpoint=checkpoint, model=tmp_path)
+    assert current_version(index) == 2

