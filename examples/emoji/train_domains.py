@@ -49,7 +49,6 @@ def adapt(domain: str, args: argparse.Namespace) -> dict[str, object]:
             run = runner.train(method(name), seed, args.lr)
             model, _ = load_checkpoint(runner.directory(method(name), seed, args.lr), backbone=backbone)
             run |= {"method": name, "test": test_recall(model, domain, splits)}
-            del run["history"]
             runs.append(run)
     adapted = [run for run in runs if run["method"] == args.method]
     best = max(adapted, key=lambda run: run["val"]["t2i_r1"] + run["val"]["i2t_r1"])
@@ -67,7 +66,7 @@ def test_recall(model: DCAR, domain: str, splits: Mapping[str, Dataset]) -> dict
     test, rows = splits["test"], map(json.loads, (HERE / domain / "metadata.jsonl").read_text().splitlines())
     base = {row["file_name"] for row in rows if row["base"]}
     parts = (test, replace(test, samples=[each for each in test.samples if each.image in base]))
-    found = (evaluate(model, prepare_split(part, model, for_training=False, progress=False)) for part in parts)
+    found = (evaluate(model, prepare_split(part, model, for_training=False)) for part in parts)
     return dict(zip(PARTS, found, strict=True))
 
 
