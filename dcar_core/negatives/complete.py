@@ -133,12 +133,8 @@ def _completed(data: Dataset, rows: set[int], generator: NegativeGenerator, repo
     made = {row: generator.negatives(data.samples[row]) for row in sorted(rows)}
     samples = list(data.samples)
     for row, negatives in made.items():
-        if negatives or samples[row].negatives:
-            samples[row] = replace(
-                samples[row],
-                negatives=tuple(negative.text for negative in negatives),
-                negative_categories=tuple(negative.category for negative in negatives),
-            )
+        texts, categories = tuple(n.text for n in negatives), tuple(n.category for n in negatives)
+        samples[row] = replace(samples[row], negatives=texts, negative_categories=categories)
     report.add("pairs for which negatives were made", sum(bool(negatives) for negatives in made.values()))
     for kind, number in Counter(n.kind for negatives in made.values() for n in negatives).items():
         report.add(f"negatives made: {kind}", number)

@@ -9,7 +9,8 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain, zip_longest
 from pathlib import PurePosixPath
 from random import Random
@@ -51,16 +52,13 @@ class NegativeGenerator:
         self.ranked, self.count, self.seed, self._tokenize = ranked, count, seed, tokenize
         self.unnamed = 0  # captions without their category
         self.unread = 0  # negatives equal to another text of their image after truncation
-        captions = list(dict.fromkeys(sample.caption for sample in samples))
         self._context = len(tokenize(["a " * 1000])[0])
-        read = zip(captions, map(tuple, tokenize(captions)), strict=True)
-        self._full: dict[str, Hashable] = {text: tokens for text, tokens in read if len(tokens) == self._context}
-        self._captions: dict[str, list[Sample]] = defaultdict(list)
+        self._full_tokens = lru_cache(maxsize=65536)(self._tokens_of_full)
+        self._captions: dict[str, list[str]] = defaultdict(list)
         self._own: dict[str, set[Hashable]] = defaultdict(set)
         for sample in samples:
-            self._captions[fold_name(sample.category)].append(sample)
-            same = _same(sample.caption)
-            self._own[sample.image] |= {same, self._full.get(sample.caption, same), *map(_same, sample.attributes)}
+            self._captions[fold_name(sample.category)].append(sample.caption)
+            self._own[sample.image] |= {*self._readings(sample.caption), *map(_same, sample.attributes)}
         self._longer = _contained([*self._captions, *(fold_name(name) for names in ranked.values() for name in names)])
 
     def negatives(self, sample: Sample) -> list[Negative]:
@@ -74,28 +72,25 @@ class NegativeGenerator:
         return [*found, *self._take(swapped, self.count - len(found) - len(others), taken), *others]
 
     def _take(self, negatives: Iterator[Negative], number: int, taken: set[Hashable]) -> list[Negative]:
-        """Take the first `number` negatives that are not in `taken`, and add them to it."""
+        """Take the first `number` negatives that read like nothing in `taken`, and add them to it."""
         found: list[Negative] = []
         while len(found) < number and (negative := next(negatives, None)) is not None:
-            same = _same(negative.text)
-            if same in taken:
-                continue
-            read = self._reading(negative) or same
-            if read in taken:
-                self.unread += 1
-            else:
-                taken |= {same, read}
+            readings = self._readings(negative.text)
+            if taken.isdisjoint(readings):
+                taken.update(readings)
                 found.append(negative)
+            else:
+                self.unread += readings[0] not in taken
         return found
 
-    def _reading(self, negative: Negative) -> Hashable | None:
-        """Return the tokens of a text that fills the context, None for a shorter text."""
-        if negative.kind == CAPTION:
-            return self._full.get(negative.text)
-        if len(negative.text.encode()) + 2 < self._context:  # a token is a byte or more
-            return None
-        tokens = tuple(self._tokenize([negative.text])[0])
-        return tokens if len(tokens) == self._context else None
+    def _readings(self, text: str) -> list[Hashable]:
+        """Return the normalized text and, if it fills the context, the tokens that the encoder reads."""
+        may_be_full = len(text.encode()) + 2 >= self._context  # a token is a byte or more
+        return [_same(text), *(self._full_tokens(text) if may_be_full else ())]
+
+    def _tokens_of_full(self, text: str) -> list[Hashable]:
+        tokens = tuple(self._tokenize([text])[0])
+        return [tokens] if len(tokens) == self._context else []
 
     def _category_swaps(self, sample: Sample) -> Iterator[Negative]:
         key, caption = fold_name(sample.category), sample.caption
@@ -111,8 +106,8 @@ class NegativeGenerator:
     def _attribute_swaps(self, sample: Sample, random: Random) -> Iterator[Negative]:
         pool = self._captions[fold_name(sample.category)]
         picked = random.sample(range(len(pool)), min(len(pool), OTHERS_TRIED))
-        captions = (Negative(pool[i].caption, sample.category, CAPTION) for i in picked)
-        kept = [(place.start, place.end) for place in find_mentions(sample.caption, sample.category)]
+        captions = (Negative(pool[i], sample.category, CAPTION) for i in picked)
+        kept = find_mentions(sample.caption, sample.category)
         words = (Negative(text, sample.category, ATTRIBUTE) for text in swap_attributes(sample.caption, kept, random))
         return (negative for negative in chain.from_iterable(zip_longest(captions, words)) if negative is not None)
 
@@ -122,17 +117,12 @@ def _same(text: str) -> str:
     return fold_text(text.replace("-", " ")).rstrip(".! ")
 
 
-def _contained(categories: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Map each category to the longer ones that contain it: "shorthair" -> ("british shorthair",)."""
-    unique = sorted(set(categories) - {""})
+def _contained(categories: Iterable[str]) -> dict[str, list[str]]:
+    """Map each category to the longer ones that contain it: "shorthair" -> ["british shorthair"]."""
     by_word: dict[str, list[str]] = defaultdict(list)
+    unique = sorted(set(categories) - {""})
     for name in unique:
         for word in set(name.split()):
             by_word[word].append(name)
-    found = {}
-    for name in unique:
-        rarest = min((by_word[word] for word in name.split()), key=len)
-        longer = tuple(other for other in rarest if other != name and f" {name} " in f" {other} ")
-        if longer:
-            found[name] = longer
-    return found
+    rarest = {name: min((by_word[word] for word in name.split()), key=len) for name in unique}
+    return {name: [o for o in rarest[name] if o != name and f" {name} " in f" {o} "] for name in unique}

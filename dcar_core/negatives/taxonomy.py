@@ -8,7 +8,7 @@
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class Taxonomy:
     meta_categories: category -> group. similar: category -> others, most similar first. names: category -> spelling.
     """
 
-    meta_categories: Mapping[str, str]
-    similar: Mapping[str, tuple[str, ...]]
-    names: Mapping[str, str]
+    meta_categories: dict[str, str] = field(default_factory=dict)
+    similar: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def load_taxonomy(file: Path) -> Taxonomy:
@@ -44,30 +44,24 @@ def load_taxonomy(file: Path) -> Taxonomy:
         content = parse_json(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise DataError(f"the taxonomy {file} cannot be read as JSON: {error}") from error
-    parts = ("meta_categories", "similar")
-    if not isinstance(content, dict) or not content or set(content) - set(parts):
+    if not isinstance(content, dict) or not content or set(content) - {"meta_categories", "similar"}:
         raise DataError(f"the taxonomy {file} must look like {_FORM}")
-    groups, similar = (content.get(part, {}) for part in parts)
     for part, value in content.items():
         lists = value.values() if isinstance(value, dict) else [None]
-        if not all(isinstance(names, list) and all(map(_is_name, names)) for names in lists):
+        if not all(isinstance(names, list) and all(isinstance(n, str) and n.strip() for n in names) for names in lists):
             raise DataError(f"the taxonomy {file}: {part!r} must map names to lists of category names; like {_FORM}")
-    names: dict[str, str] = {}
-    of: dict[str, str] = {}
-    for group, members in groups.items():
+    tree = Taxonomy()
+    for group, members in content.get("meta_categories", {}).items():
         for category in members:
             key = fold_name(category)
-            if of.setdefault(key, group) != group:
-                raise DataError(f"the taxonomy {file} has {category!r} in both {of[key]!r} and {group!r}")
-            names.setdefault(key, category)
-    for category, others in similar.items():
+            if (known := tree.meta_categories.setdefault(key, group)) != group:
+                raise DataError(f"the taxonomy {file} has {category!r} in both {known!r} and {group!r}")
+            tree.names.setdefault(key, category)
+    for category, others in content.get("similar", {}).items():
+        tree.similar[fold_name(category)] = [fold_name(other) for other in others]
         for name in (category, *others):
-            names.setdefault(fold_name(name), name)
-    return Taxonomy(of, {fold_name(c): tuple(map(fold_name, others)) for c, others in similar.items()}, names)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+            tree.names.setdefault(fold_name(name), name)
+    return tree
 
 
 def rank_categories(
@@ -83,26 +77,23 @@ def rank_categories(
     for sample in samples:
         names.setdefault(fold_name(sample.category), sample.category)
     groups = _groups(samples, names, taxonomy, report)
-    similar = dict(taxonomy.similar) if taxonomy is not None else {}
-    for key, order in _preferred(samples).items():
-        similar.setdefault(key, order)
-    names = {**(taxonomy.names if taxonomy is not None else {}), **names}
+    tree = taxonomy or Taxonomy()
+    similar, names = _preferred(samples) | tree.similar, tree.names | names
     ranked: dict[str, list[str]] = {}
-    for members in groups.values():
+    for members in map(sorted, groups.values()):
         vectors = features([names[key] for key in members])
-        by_name = np.argsort(np.argsort(members))
         row_of = {key: row for row, key in enumerate(members)}
-        for row, key in enumerate(members):
+        for key, row in row_of.items():
             near = np.round(vectors @ vectors[row], 4)  # rounded, to be equal on every device
             place_of = np.full(len(members), np.inf)
             for place, other in enumerate(similar.get(key, ())):
                 if other in row_of:
                     place_of[row_of[other]] = place
-            nearest = np.lexsort((by_name, -near, place_of))[: MOST_RANKED + 1]
+            nearest = np.lexsort((-near, place_of))[: MOST_RANKED + 1]  # equal ones stay in the order of names
             ranked[key] = [names[members[i]] for i in nearest if i != row]
-    for key, order in (taxonomy.similar if taxonomy is not None else {}).items():
-        said = [names[other] for other in order if other != key]  # the file's order comes first, across groups
-        ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in order)]
+    for key, others in tree.similar.items():
+        said = [names[other] for other in others if other != key]  # the file's order comes first, across groups
+        ranked[key] = [*said, *(name for name in ranked.get(key, []) if fold_name(name) not in others)]
     return ranked
 
 
@@ -129,23 +120,23 @@ def _groups(
             said[fold_name(sample.category)][sample.meta_category] += 1
     if not said:
         return {"": sorted(names)} if names else {}
-    report.add("categories with several meta-categories, the most frequent taken",
-               names=sorted(names[key] for key, metas in said.items() if len(metas) > 1))  # fmt: skip
-    report.add("categories without a meta-category, swapped for one another",
-               names=sorted(name for key, name in names.items() if key not in said))  # fmt: skip
+    several = sorted(names[key] for key, metas in said.items() if len(metas) > 1)
+    report.add("categories with several meta-categories, the most frequent taken", names=several)
+    without = sorted(name for key, name in names.items() if key not in said)
+    report.add("categories without a meta-category, swapped for one another", names=without)
     for key in sorted(names):
         metas = said.get(key, Counter([""]))
         groups[min(metas, key=lambda meta: (-metas[meta], meta))].append(key)
     return groups
 
 
-def _preferred(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
-    """Folded category -> the categories of the data's own negatives, the most frequent first."""
+def _preferred(samples: Iterable[Sample]) -> dict[str, list[str]]:
+    """Map each folded category to those of the data's own negatives, the most frequent first."""
     found: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         others = {fold_name(other) for other in sample.negative_categories if other}
         found[fold_name(sample.category)].update(others - {fold_name(sample.category)})
-    return {key: tuple(sorted(c, key=lambda other: (-c[other], other))) for key, c in found.items() if c}
+    return {key: sorted(counts, key=lambda other: (-counts[other], other)) for key, counts in found.items()}
 
 
 def letter_features(names: Sequence[str]) -> NameVectors:

@@ -9,9 +9,8 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 _GAP = r"[\s_\-\u2010-\u2013]+"
 _APOSTROPHE = "['\u2019\u02bc]"
@@ -40,16 +39,11 @@ _IRREGULAR = {
     "moustache": "moustaches", "mustache": "mustaches", "avalanche": "avalanches", "cache": "caches", "niche": "niches",
     "axe": "axes", "ache": "aches", "porsche": "porsches", "lens": "lenses", "gas": "gases",
     "bus": "buses", "canvas": "canvases", "emu": "emus", "menu": "menus", "gnu": "gnus", "zebu": "zebus",
-    "rhinoceros": "rhinoceroses",
+    "rhinoceros": "rhinoceroses", "fireman": "firemen", "policeman": "policemen", "policewoman": "policewomen",
+    "snowman": "snowmen", "fisherman": "fishermen", "businessman": "businessmen", "grandchild": "grandchildren",
+    "werewolf": "werewolves", "bookshelf": "bookshelves", "housewife": "housewives", "dormouse": "dormice",
 }  # fmt: skip
 _SINGULAR_OF = {plural: singular for singular, plural in _IRREGULAR.items()}
-_LAST_PARTS = ("man", "child", "wolf", "shelf", "knife", "wife", "mouse")  # of compounds: fireman, grandchild, dormouse
-_NO_COMPOUNDS = frozenset({
-    "abdomen", "acumen", "bitumen", "brahman", "bremen", "caiman", "carmen", "cayman", "clubman", "countryman",
-    "cyclamen", "desman", "doberman", "dolmen", "fairchild", "german", "human", "lumen", "norman", "omen", "ottoman",
-    "ramen", "regimen", "roman", "rothschild", "rumen", "shaman", "specimen", "stamen", "superhuman", "talisman",
-    "turkmen", "walkman", "yemen",
-})  # fmt: skip
 _PLURAL_IN_OS = re.compile(r"[bcdeghiklmnoprstvz]os$")
 _UNCHANGED = frozenset({
     "aircraft", "asbestos", "binoculars", "bison", "clothes", "corn", "cosmos", "deer", "ethos", "fish", "glasses",
@@ -68,36 +62,33 @@ _SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SOS", 
 _VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
 
 
-class Mention(NamedTuple):
-    """Position of a name in a caption, and its number: "given", "singular" or "plural"."""
-
-    start: int
-    end: int
-    number: str
-
-
 def fold_name(name: str) -> str:
     """Fold case, underscores, hyphens, apostrophes, spacing and Unicode forms of a name for comparison."""
     straight = re.sub(_APOSTROPHE, "'", unicodedata.normalize("NFKC", name).casefold())
     return " ".join(filter(None, re.split(_GAP, straight)))
 
 
-def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[Mention]:
-    """Find every mention of `name` in a caption, except inside one of the `longer` names that contain it."""
+def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[tuple[int, int]]:
+    """Return (start, end) of every mention of `name`, except inside one of the `longer` names that contain it."""
     if not fold_name(name):
         return []
     taken = [match.span() for other in longer for match in _pattern(other).finditer(caption)]
-    found = []
-    for match in _pattern(name).finditer(caption):
-        if not any(start <= match.start() and match.end() <= end for start, end in taken):
-            found.append(Mention(*match.span(), _number(match[0], name)))
-    return found
+    found = [match.span() for match in _pattern(name).finditer(caption)]
+    return [(low, high) for low, high in found if not any(start <= low and high <= end for start, end in taken)]
 
 
-def replace_name(caption: str, places: Sequence[Mention], name: str, new: str) -> str:
-    for start, end, number in sorted(places, reverse=True):
-        text = {"given": new, "plural": plural(new), "singular": singular(new)}[number]
-        caption = splice_phrase(caption, start, end, _written_like(caption[start:end], name, text))
+def upper_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def replace_name(caption: str, places: Sequence[tuple[int, int]], name: str, new: str) -> str:
+    """Replace the mentions of `name` by `new`, in the number and the writing of each."""
+    given, many = fold_name(name), fold_name(plural(name))
+    for start, end in sorted(places, reverse=True):
+        found = caption[start:end]
+        same = fold_name(found)
+        numbered = new if same == given else plural(new) if same == many else singular(new)
+        caption = splice_phrase(caption, start, end, _written_like(found, name, numbered))
     return caption
 
 
@@ -105,7 +96,7 @@ def splice_phrase(caption: str, start: int, end: int, new: str) -> str:
     """Replace caption[start:end] by `new`; keep a sentence's capital and correct the preceding article."""
     head, old = caption[:start], caption[start:end]
     if _SENTENCE_START.search(head) and old[:1].isupper():
-        new = new[:1].upper() + new[1:]
+        new = upper_first(new)
     before = _ARTICLE.search(head)
     if before:
         said = article(new)
@@ -155,8 +146,8 @@ def _plural_word(word: str) -> str:
     low = word.casefold()
     if low in _UNCHANGED:
         return word
-    if irregular := _irregular(low, _IRREGULAR, _LAST_PARTS):
-        return word[0] + irregular[1:]
+    if low in _IRREGULAR:
+        return word[0] + _IRREGULAR[low][1:]
     if re.search(r"(s|x|z|ch|sh)$", low):
         return word + "es"
     if re.search(r"[^aeiou\d]y$", low) and word[0].islower():  # proper names keep it: two Camrys
@@ -166,8 +157,8 @@ def _plural_word(word: str) -> str:
 
 def _singular_word(word: str) -> str:
     low = word.casefold()
-    if irregular := _irregular(low, _SINGULAR_OF, [_IRREGULAR[part] for part in _LAST_PARTS]):
-        return word[0] + irregular[1:]
+    if low in _SINGULAR_OF:
+        return word[0] + _SINGULAR_OF[low][1:]
     if low in _UNCHANGED or low in _IRREGULAR or len(low) < 4:
         return word
     if low.endswith("ies") and len(low) > 4:
@@ -180,14 +171,6 @@ def _singular_word(word: str) -> str:
     return word
 
 
-def _irregular(low: str, forms: Mapping[str, str], last_parts: Sequence[str]) -> str | None:
-    """Return the other number of an irregular word or of its last part: firemen, grandchild."""
-    if low in forms or low in _NO_COMPOUNDS:
-        return forms.get(low)
-    part = next((part for part in last_parts if low.endswith(part) and len(low) > len(part) + 1), None)
-    return low[: -len(part)] + forms[part] if part else None
-
-
 @lru_cache(maxsize=65536)
 def _pattern(name: str) -> re.Pattern[str]:
     forms = {name, plural(name), singular(name)}
@@ -196,12 +179,6 @@ def _pattern(name: str) -> re.Pattern[str]:
     before = "" if _OF_UNSPACED.match(name.strip()[:1]) else _NOT_BEFORE
     after = "" if _OF_UNSPACED.match(name.strip()[-1:]) else _NOT_AFTER
     return re.compile(f"{before}(?:{either}){after}", re.IGNORECASE)
-
-
-def _number(found: str, name: str) -> str:
-    if fold_name(found) == fold_name(name):
-        return "given"
-    return "plural" if fold_name(found) == fold_name(plural(name)) else "singular"
 
 
 def _written_like(found: str, name: str, new: str) -> str:
@@ -213,9 +190,9 @@ def _written_like(found: str, name: str, new: str) -> str:
         elif found.isupper() and len(found) > 1:
             new = new.upper()
         elif all(word[:1].isupper() for word in spaced.split()) and len(spaced.split()) > 1:
-            new = " ".join(word[:1].upper() + word[1:] for word in new.split())
+            new = " ".join(map(upper_first, new.split()))
         elif found[:1].isupper():
-            new = new[:1].upper() + new[1:]
+            new = upper_first(new)
     if "_" in found:
         return "_".join(new.split())
     if "-" in found and " " not in found and " " in name.strip() and "-" not in name:
