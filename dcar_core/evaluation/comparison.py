@@ -25,7 +25,7 @@ from dcar_core.evaluation.tables import Results, best_method, results_csv, resul
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.registry import method
+from dcar_core.model.methods.registry import NO_BASELINES, method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
@@ -37,8 +37,6 @@ from dcar_core.util.files import write_json
 
 UNTOUCHED = "clip"
 WITH_RERANK = " with rerank"  # behind the name of a method: the order of its second stage
-# parts of dcar and dcar+ under names of their own, and what is built on them
-ABLATIONS = ("dual", "block-adapters", "block-adapters+", "query-prompts")
 
 
 def compare(
@@ -214,9 +212,8 @@ def _cost(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def best_baseline(results: Results) -> str | None:
-    """Return the best method on validation that is neither DCAR nor a part of it; else the best part, else None."""
-    others = [name for name in results["methods"] if not name.startswith("dcar")]
-    names = [name for name in others if name.removesuffix(WITH_RERANK) not in ABLATIONS] or others
+    """Return the best method on validation that is neither DCAR nor a part of it; None if there is none."""
+    names = [name for name in results["methods"] if name.removesuffix(WITH_RERANK) not in NO_BASELINES]
     return best_method(results, names) if names else None
 
 

@@ -66,8 +66,8 @@ class Verdict:
             parts.append(f"With `rerank`: {gain if change.value > 0 else 'no gain on these pairs.'}")
         if not self.is_worth_it:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
-            is_adapter = self.method in ("clip-adapter", "block-adapters", "block-adapters+", "query-prompts")
-            other = "" if is_adapter else "--method clip-adapter, "
+            own = config_of(self.method)
+            other = "" if own.adapter.text and own.prompt.length == 0 else "--method clip-adapter, "
             lower, more = self.config.lr / 4, 2 * self.config.epochs
             parts.append(
                 f"Next: {other}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate "

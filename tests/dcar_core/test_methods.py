@@ -17,8 +17,7 @@ from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
-from dcar_core.model.methods.flyp import interpolate
-from dcar_core.model.methods.promptsrc import consistency_loss
+from dcar_core.model.methods.baselines import consistency_loss, interpolate
 from dcar_core.model.methods.registry import METHODS, method
 from dcar_core.model.methods.weight_changes import merge
 from dcar_core.training.objective import accumulate_gradients

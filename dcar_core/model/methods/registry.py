@@ -5,11 +5,11 @@ whose object is a `Method`.
 """
 
 from dataclasses import replace
-from importlib import import_module
 from importlib.metadata import entry_points
 
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import AdapterConfig, ModelConfig
+from dcar_core.model.methods import baselines, dcar
 from dcar_core.model.methods.method import Method
 from dcar_core.util.errors import DcarError, ModelError
 
@@ -17,11 +17,8 @@ DEFAULT = "query-prompts"  # of `dcar train`, for a model that can run it
 ENTRY_POINTS = "dcar.methods"  # the group
 MAX_DEPTH = 128  # more blocks than any tower has
 
-_MODULES = ("baselines", "dcar", "promptsrc", "lora", "prolip", "flyp", "filip")
-
-METHODS: dict[str, Method] = {
-    method.config.method: method for name in _MODULES for method in import_module(f"{__package__}.{name}").METHODS
-}
+METHODS: dict[str, Method] = {each.config.method: each for each in (*baselines.METHODS, *dcar.METHODS)}
+NO_BASELINES = frozenset(each.config.method for each in dcar.METHODS)  # DCAR, its parts and extensions
 
 
 def find_method(name: str) -> Method:
