@@ -1,6 +1,6 @@
 """The Helm chart in charts/dcar, rendered by Helm's own library and checked against the schemas of Kubernetes.
 
-`tests/chart` has what each of `OPTIONS` renders: the defaults whole, others as what they change. After a change of the
+`tests/chart` has values, and what they render: the defaults whole, others as what they change. After a change of the
 chart, `UPDATE_SNAPSHOTS=1 make test ARGS=tests/test_chart.py` writes them anew.
 """
 
@@ -23,58 +23,7 @@ pytestmark = needs("helm")
 CHART, SNAPSHOTS = ROOT / "charts" / "dcar", ROOT / "tests" / "chart"
 STORE = {"url": "s3://bucket/photos", "credentials": "store"}
 KEY = {"name": "keys", "key": "admin"}
-DAILY = {"schedule": "0 3 * * *", "args": ["--gallery", "/gallery"]}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "full": {
-        "image": {"digest": f"sha256:{'0' * 64}"},
-        "imagePullSecrets": [{"name": "registry"}],
-        "strategy": "Recreate",
-        "settings": {"max_k": 100, "writes": True, "max_upload_bytes": 20971520, "batch_wait_ms": 0.5},
-        "secretSettings": {"admin_key": KEY},
-        "env": {"FORWARDED_ALLOW_IPS": "10.0.0.0/8", "OTEL_BSP_MAX_QUEUE_SIZE": 4096},
-        "mounts": {
-            "/etc/redis": {"secret": {"secretName": "redis-ca"}},
-            "/more": {"persistentVolumeClaim": {"claimName": "more", "readOnly": True}},
-        },
-        "index": {"claim": "indexes", "path": "photos"},
-        "gallery": {"claim": "photos", "path": "/photos"},
-        "rebuild": DAILY | {"image": "dcar:full", "resources": {"limits": {"cpu": "4"}}},
-        "resources": {"limits": {"memory": "4Gi"}},
-        "cacheSize": "9Gi",
-        "nodeSelector": {"disk": "ssd"},
-        "tolerations": [{"key": "gpu", "operator": "Exists"}],
-        "pod": {"serviceAccountName": "reads-buckets", "runtimeClassName": "nvidia", "affinity": {"nodeAffinity": {}}},
-        "ingress": {
-            "host": "images.example",
-            "className": "nginx",
-            "tlsSecret": "images",
-            "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "9m"},
-        },
-        "networkPolicy": {
-            "from": [{"podSelector": {"matchLabels": {"app": "shop"}}}],
-            "egress": [{"ports": [{"port": 6379}]}],
-        },
-        "monitoring": {"enabled": True, "interval": "1m", "labels": {"a": "b"}, "key": KEY},
-    },
-    "autoscaling": {"autoscaling": {"enabled": True, "minReplicas": 3, "maxReplicas": 9, "cpuPercent": 50}},
-    "two replicas": {"replicas": 2, "networkPolicy": {"enabled": False}},
-    "an image that only serves": {
-        "image": {"repository": "registry.example/dcar", "tag": "1.0-serve", "pullPolicy": "Always"},
-        "rebuild": {"image": "dcar:1.0"},
-    },
-    "weights of its own": {"index": {"claim": "indexes"}, "env": {"HF_HOME": "/weights"}},
-    "object store": {"index": STORE, "feedbackClaim": "clicks"},
-    "object store and rebuild": {"index": STORE, "rebuild": DAILY},
-    "object store and rebuild with a claim": {"index": STORE | {"claim": "vectors"}, "rebuild": DAILY},
-    "names that look like numbers": {
-        "index": {"claim": "123", "credentials": "1e3"},
-        "feedbackClaim": "true",
-        "gallery": {"claim": "456", "path": "/a, b"},
-        "rebuild": {"schedule": "@daily"},
-        "cacheSize": "500",
-    },
-}
+OPTIONS: dict[str, dict[str, Any]] = yaml.safe_load((SNAPSHOTS / "options.yaml").read_text())
 
 
 def helm() -> Any:
@@ -161,7 +110,7 @@ def leaves(values: dict[str, Any]) -> set[tuple[str, ...]]:
     }
 
 
-def test_each_value_of_the_chart_is_an_option_above_and_changes_what_is_rendered() -> None:
+def test_each_value_of_the_chart_is_in_an_option_and_changes_what_is_rendered() -> None:
     known = leaves(yaml.safe_load((CHART / "values.yaml").read_text()))
     used = {leaf for values in OPTIONS.values() for leaf in leaves(values)}
     unused = {path for path in known if not any(leaf[: len(path)] == path for leaf in used)}

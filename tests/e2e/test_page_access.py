@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from app.core.keys import key_hash
-from tests.support.page import Page, served, until
+from tests.support.page import Page, fetching, served, until
 from tests.support.paths import ROOT
 from tests.support.service import ALICE
 
@@ -72,46 +72,43 @@ def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str, ind
 
 def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page, locked: str) -> None:
     """Responses come when the test answers them, and retries when it calls them."""
-    by_hand = f"sessionStorage.setItem('dcar.key', '{ALICE}');" + """
-        const whole = window.fetch, later = window.setTimeout;
-        [window.asked, window.retries] = [[], []];
+    by_hand = f"sessionStorage.setItem('dcar.key', '{ALICE}'); [window.asks, window.retries] = [[], []];" + """
+        const later = window.setTimeout;
         window.setTimeout = (call, wait) => (wait > 500 ? window.retries.push(call) : later(call, wait));
-        window.fetch = (path, {signal, ...options} = {}) => {
-            if (!path.includes('size=1280')) return whole(path, options);
-            return new Promise((done) => window.asked.push(async (isRefused) => {
-                done(isRefused ? new Response('', {status: 429}) : await whole(path, options));
-                await (await whole(path, options)).blob(); // the page has read its own by then
+    """ + fetching("""
+        if (path.includes('size=1280')) {
+            const {signal, ...unending} = options;
+            return new Promise((done) => window.asks.push(async (refused) => {
+                done(refused ? new Response('', {status: 429}) : await whole(path, unending));
+                await (await whole(path, unending)).blob(); // the page has read its own by then
             }));
-        };
-    """  # fmt: skip
+        }
+    """)  # fmt: skip
+    shown = "const image = document.getElementById('detail-image'); return image.naturalWidth ? image.src : ''"
 
-    def asks(number: int) -> None:
-        until(lambda: page.js("return asked.length") == number)
-
-    def picture() -> str:
-        """Return the address of the picture, or nothing until it is loaded."""
-        return str(page.js("const i = document.getElementById('detail-image'); return i.naturalWidth ? i.src : ''"))
+    def asked(number: int) -> None:
+        until(lambda: page.js("return asks.length") == number)
 
     with page.script(by_hand):
         page.open(locked, 24)
         page.detail()
-        asks(1)
+        asked(1)
         page.click("#next")
-        asks(2)
-        page.js("asked[1]()")
-        second = until(picture)
-        page.later("asked[0]().then(arguments[0])")
-        assert until(picture) == second
+        asked(2)
+        page.js("asks[1]()")
+        second = until(lambda: page.js(shown))
+        page.later("asks[0]().then(arguments[0])")
+        assert until(lambda: page.js(shown)) == second
         page.click("#next")
-        asks(3)
-        page.js("asked[2](true)")
+        asked(3)
+        page.js("asks[2](true)")
         until(lambda: page.js("return retries.length") == 1)
         page.click("#next")
-        asks(4)
+        asked(4)
         page.js("retries[0]()")
-        asks(4)  # the picture of the item before is not requested again
-        page.js("asked[3]()")
-        until(picture)
+        asked(4)  # the picture of the item before is not requested again
+        page.js("asks[3]()")
+        until(lambda: page.js(shown))
     page.js("sessionStorage.clear()")
 
 

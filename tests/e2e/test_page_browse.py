@@ -7,14 +7,10 @@ import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.support.page import COUNT, Page, searched, served, until
+from tests.support.page import COLUMNS, COUNT, Page, searched, served, until
 
 pytestmark = pytest.mark.browser
 
-COLUMNS = """
-    const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
-    return tops.filter((top) => top === tops[0]).length;
-"""
 SEARCHES = """
     return performance.getEntriesByType('resource').map(({name}) => new URL(name).pathname)
         .filter((path) => path.startsWith('/search/'));

@@ -11,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 
 from index_jobs.rebuild import rebuild
 from tests.support.images import draw
-from tests.support.page import Page, searched, served, until
+from tests.support.page import COLUMNS, Page, searched, served, until
 
 pytestmark = pytest.mark.browser
 
@@ -71,16 +71,16 @@ def test_detail_view_shows_one_image_and_everything_known_about_it(both: Page, s
         return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === arguments[0];
     """
     assert page.js(at_centre, image), "a right click reaches the image"
-    both_boxes = """
-        const box = (image) => (({width, height}) => [width, height])(image.getBoundingClientRect());
-        const empty = arguments[0].cloneNode(), loaded = box(arguments[0]);
+    boxes = """
+        const sides = (image) => (({width, height}) => [width, height])(image.getBoundingClientRect());
+        const empty = arguments[0].cloneNode(), loaded = sides(arguments[0]);
         for (const name of ["src", "srcset"]) empty.removeAttribute(name);
         arguments[0].replaceWith(empty);
-        const place = box(empty);
+        const place = sides(empty);
         empty.replaceWith(arguments[0]);
         return [loaded, place];
     """
-    loaded, place = page.js(both_boxes, image)
+    loaded, place = page.js(boxes, image)
     assert loaded == place, "its place is kept while it is loaded"
     assert loaded[0] == loaded[1] >= 288
     download = page.one("#download")
@@ -194,11 +194,7 @@ def test_card_is_one_tab_stop_and_keys_move_between_cards(page: Page, site: str)
         return page.js("return document.activeElement.closest('.card')?.dataset.id ?? document.activeElement.id")
 
     page.open(site, 24)
-    shown = page.ids()
-    columns = page.js("""
-        const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
-        return tops.filter((top) => top === tops[0]).length;
-    """)
+    shown, columns = page.ids(), page.js(COLUMNS)
     page.js("document.querySelector('#results .open').focus()")
     for keys, place in (
         ([Keys.TAB], 1), ([Keys.SHIFT, Keys.TAB], 0), ([Keys.ARROW_RIGHT], 1), ([Keys.ARROW_DOWN], 1 + columns),

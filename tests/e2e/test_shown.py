@@ -13,11 +13,10 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +25,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from tests.support import commands
 from tests.support.images import draw
+from tests.support.page import ready
 from tests.support.paths import ROOT
 from tests.support.processes import free_port
 from tests.support.shown import Shown, assert_shown, shown_blocks
@@ -35,13 +35,9 @@ KEY = "dcar_" + "a" * 43
 HASH = hashlib.sha256(KEY.encode()).hexdigest()
 BIRDS = {"barn owl": "square", "kestrel": "circle", "robin": "triangle", "wren": "cross"}
 COLORS = {
-    "red": "at dusk",
-    "green": "on a branch",
-    "blue": "in flight",
-    "orange": "at sunrise",
-    "purple": "on a fence post",
+    "red": "at dusk", "green": "on a branch", "blue": "in flight", "orange": "at sunrise", "purple": "on a fence post",
     "black": "at night",
-}
+}  # fmt: skip
 GROUNDS = {(255, 255, 255): "in the snow", (160, 160, 160): "in the fog", (250, 240, 120): "in a field"}
 ELSEWHERE = {"search.md", "re-rank-and-explain.md"}  # the tests named above
 
@@ -69,10 +65,9 @@ def draw_photos(folder: Path) -> None:
             name = f"{bird}/{number:03}.jpg"
             Image.fromarray(pixels).save(folder / name)
             rows.append((name, f"a {bird} {COLORS[color]} {GROUNDS[ground]}", bird))
-    header = re.search(r"```csv\n(.+)\n", (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
-    assert header
+    header = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8").split("```csv\n")[1].splitlines()[0]
     with (folder / "pairs.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header[1].split(","), *rows])
+        csv.writer(file).writerows([header.split(","), *rows])
 
 
 class Reader:
@@ -99,20 +94,18 @@ class Reader:
 
     def _run(self, line: str) -> str:
         line = line.replace("<sha256>", HASH).replace("KEY=dcar_...", f"KEY={KEY}").removeprefix(".venv/bin/")
+        words = shlex.split(line, comments=True)
         if line.startswith("export "):
-            for word in shlex.split(line, comments=True)[1:]:
+            for word in words[1:]:
                 self._monkeypatch.setenv(*word.split("=", 1))
         elif line.startswith("dcar serve"):
-            return self._serve(line)
+            return self._serve(words)
         elif line.startswith("dcar "):
             return self._dcar(line)
-        elif line.startswith("python -m index_jobs.rebuild"):
-            done = commands.run("index_jobs.rebuild", *shlex.split(line)[3:], directory=Path.cwd())
-            assert done.returncode == 0, (line, done.stderr)
-            return done.stdout
-        elif line.startswith("python benchmarks/"):
-            script, *rest = shlex.split(line)[1:]
-            done = commands.run(ROOT / script, *(word for word in rest if "*" not in word))
+        elif line.startswith("python "):
+            program = words[2] if words[1] == "-m" else ROOT / words[1]
+            rest = [word for word in words[3 if words[1] == "-m" else 2 :] if "*" not in word]
+            done = commands.run(program, *rest, directory=Path.cwd() if words[1] == "-m" else ROOT)
             assert done.returncode == 0, (line, done.stderr)
             return done.stdout
         elif line.startswith("curl "):
@@ -134,26 +127,16 @@ class Reader:
         assert done.exit_code == 0, (line, done.output)
         return done.stdout
 
-    def _serve(self, line: str) -> str:
+    def _serve(self, words: list[str]) -> str:
         """Start the service on a free port, and return the first lines of its log."""
         self.close()
         port, log = free_port(), Path("serve.log").absolute()
-        words = [*shlex.split(line)[1:], "--port", port]
         log.write_text("")
-        self._server = commands.Command("app.cli", *words, directory=Path.cwd(), stdout=os.devnull, stderr=log)
-        self._address = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while not self._is_ready():
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        streams: dict[str, Any] = {"stdout": os.devnull, "stderr": log, "directory": Path.cwd()}
+        self._server = commands.Command("app.cli", *words[1:], "--port", port, **streams)
+        self._address = ready(f"http://127.0.0.1:{port}")
         lines = log.read_text().splitlines(keepends=True)
         return "".join(each for each in lines if "listening on" in each or "serving version" in each)
-
-    def _is_ready(self) -> bool:
-        try:
-            return httpx.get(f"{self._address}/readyz").status_code == 200
-        except httpx.TransportError:
-            return False
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +155,8 @@ def walked(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (folder / "results" / "results.md").is_file()
     (folder / "new-photos" / "wren").mkdir(parents=True)
     draw("pink", "cross").save(folder / "new-photos" / "wren" / "101.jpg")
-    prices = re.search(
-        r"```csv\n(.+?)```", (ROOT / "docs/how-to/update-and-roll-back.md").read_text("utf-8"), re.DOTALL
-    )
-    assert prices
-    (folder / "prices.csv").write_text(prices[1])
+    guide = (ROOT / "docs/how-to/update-and-roll-back.md").read_text("utf-8")
+    (folder / "prices.csv").write_text(guide.split("```csv\n")[1].split("```")[0])
     return folder
 
 

@@ -10,17 +10,17 @@ import atexit
 import io
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from tests.support.paths import ROOT
@@ -28,7 +28,7 @@ from tests.support.paths import ROOT
 PRELOADED = ["tests.support.preloaded"]
 PIPE, UNREAD = "a pipe", "a pipe without a reader"
 
-_context: ForkServerContext = multiprocessing.get_context("forkserver")
+_context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
 
 
@@ -49,33 +49,18 @@ class Command:
         file_size: int | None = None,
         directory: Path = ROOT,
     ) -> None:
-        readers, streams = [], []
-        for given in (stdout, stderr):
-            reader, writer = _context.Pipe(duplex=False) if given in (PIPE, UNREAD) else (None, given)
-            if reader and given == UNREAD:
-                reader.close()
-                reader = None
-            readers.append(reader)
-            streams.append(writer)
-        environment = {**os.environ, **(environment or {})}
-        self._process = _context.Process(
-            target=_execute, args=(str(program), list(map(str, arguments)), environment, streams, file_size, directory)
-        )
+        pipes = [_context.Pipe(duplex=False) if given in (PIPE, UNREAD) else None for given in (stdout, stderr)]
+        streams = [pipe[1] if pipe else given for pipe, given in zip(pipes, (stdout, stderr), strict=True)]
+        given = (str(program), list(map(str, arguments)), {**os.environ, **(environment or {})})
+        for pipe, wanted in zip(pipes, (stdout, stderr), strict=True):
+            if pipe and wanted == UNREAD:
+                pipe[0].close()
+        self._process = _context.Process(target=_execute, args=(*given, streams, file_size, directory))
         self._process.start()
-        for writer in streams:
-            if isinstance(writer, Connection):
-                writer.close()
-        self.stdout, self.stderr = (
-            io.TextIOWrapper(io.FileIO(os.dup(reader.fileno())), encoding="utf-8") if reader else io.StringIO()
-            for reader in readers
-        )
-        for reader in readers:
-            if reader:
-                reader.close()
+        self.stdout, self.stderr = map(_reader, pipes)
 
     @property
     def pid(self) -> int:
-        """The number of the process."""
         assert self._process.pid is not None
         return self._process.pid
 
@@ -85,7 +70,6 @@ class Command:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """Return `returncode`."""
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -104,20 +88,10 @@ class Command:
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
         """Read both streams to their ends, wait, and return them."""
-        read: dict[str, str] = {}
-        threads = [
-            Thread(target=lambda name=name, stream=stream: read.update({name: stream.read()}))
-            for name, stream in (("stdout", self.stdout), ("stderr", self.stderr))
-        ]
-        for thread in threads:
-            thread.start()
-        try:
+        with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
+            out, errors = pool.submit(self.stdout.read), pool.submit(self.stderr.read)
             self.wait(timeout)
-        finally:
-            for thread in threads:
-                thread.join()
-            self.close()
-        return read["stdout"], read["stderr"]
+            return out.result(), errors.result()
 
     def close(self) -> None:
         """Close the streams that are read."""
@@ -135,6 +109,17 @@ def run(program: str | Path, *arguments: object, **options: Any) -> subprocess.C
 def dcar(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the `dcar` command to its end; options as for `Command`."""
     return run("app.cli", *arguments, **options)
+
+
+def _reader(pipe: tuple[Connection, Connection] | None) -> io.TextIOWrapper | io.StringIO:
+    """Close the process's end of a pipe here, and open the other one, unless it is closed."""
+    if pipe is None:
+        return io.StringIO()
+    pipe[1].close()
+    if pipe[0].closed:
+        return io.StringIO()
+    with pipe[0]:
+        return io.TextIOWrapper(io.FileIO(os.dup(pipe[0].fileno())), encoding="utf-8")
 
 
 def _execute(
@@ -159,13 +144,10 @@ def _execute(
         opened = stream.fileno() if isinstance(stream, Connection) else os.open(stream, os.O_WRONLY)
         os.dup2(opened, number)
         stream.close() if isinstance(stream, Connection) else os.close(opened)
-    sys.stdout = _stream(1) if streams[0] is not None else None
-    sys.stderr = _stream(2) if streams[1] is not None else None
+    sys.stdout, sys.stderr = (None if stream is None else _stream(n) for n, stream in enumerate(streams, 1))
     code = arguments.pop(0) if program == "-c" else None
     sys.argv = [program, *arguments]
     if file_size is not None:
-        import resource
-
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     try:
         if code is not None:
@@ -182,12 +164,10 @@ def _execute(
 
 def _stream(number: int) -> io.TextIOWrapper:
     """Open a standard stream as the interpreter does at its start."""
-    encoding = os.environ.get("PYTHONIOENCODING", "utf-8")
-    unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))
-    raw = io.FileIO(number, "w", closefd=False)
+    unbuffered, raw = bool(os.environ.get("PYTHONUNBUFFERED")), io.FileIO(number, "w", closefd=False)
     return io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
-        encoding=encoding,
+        encoding=os.environ.get("PYTHONIOENCODING", "utf-8"),
         errors="backslashreplace" if number == 2 else "strict",
         line_buffering=number == 2,
         write_through=unbuffered,

@@ -28,13 +28,11 @@ def wait(opened: OpenedImage) -> bytes:
 
 
 def spin(opened: OpenedImage) -> bytes:
-    """Take processor time without end."""
     while True:
         pass
 
 
 def fill(opened: OpenedImage) -> bytes:
-    """Take 200 MB."""
     return bytes(200 * 2**20)
 
 

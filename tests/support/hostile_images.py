@@ -18,9 +18,7 @@ def jpeg_with_scans(scans: int, side: int = 2_800) -> bytes:
     """Return a progressive JPEG whose last scan, without any data, is repeated."""
     data = encoded(Image.new("L", (side, side), 128), "JPEG", progressive=True)
     scan = struct.pack(">BBHBBBBBB", 0xFF, 0xDA, 8, 1, 1, 0, 1, 1, 0)  # one AC coefficient, first bits
-    empty = (
-        b"\xff\xc4" + struct.pack(">H", 20) + b"\x10" + b"\1" + bytes(15) + b"\0"
-    )  # Huffman table: end of block alone
+    empty = b"\xff\xc4\0\x14\x10\1" + bytes(16)  # a Huffman table: end of block alone
     return data[:-2] + empty + scans * scan + b"\xff\xd9"
 
 

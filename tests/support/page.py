@@ -13,6 +13,10 @@ import httpx
 from tests.support.service import serving
 
 COUNT = 130  # images of the large index
+COLUMNS = """
+    const tops = [...document.querySelectorAll('#results .card')].map((card) => card.getBoundingClientRect().top);
+    return tops.filter((top) => top === tops[0]).length;
+"""
 LOADED = """
     const images = [...document.querySelectorAll(arguments[0])];
     for (const image of images) image.loading = 'eager';

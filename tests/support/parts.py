@@ -23,16 +23,21 @@ WEED = str(Path(sys.executable).with_name("weed"))  # of the package seaweedfs-b
 
 @dataclass(frozen=True)
 class Part:
-    """An optional part. subject: what its tests are about; remedy: what brings it."""
+    """An optional part. subject: what its tests are about; remedy: what brings it; asked: a variable that is 1."""
 
     subject: str
     remedy: str
     modules: tuple[str, ...] = ()
     programs: tuple[str | None, ...] = ()
+    asked: str = ""
     in_ci: bool = True
 
     @property
     def is_present(self) -> bool:
+        if "GPU" in self.remedy:
+            return torch.cuda.is_available()
+        if self.asked:
+            return os.environ.get(self.asked) == "1"
         return all(map(_is_importable, self.modules)) and all(name and shutil.which(name) for name in self.programs)
 
 
@@ -44,18 +49,8 @@ def _extra(subject: str, extra: str, *modules: str) -> Part:
     return Part(subject, f"make test EXTRAS=dev,{extra}", modules)
 
 
-class _Gpu(Part):
-    @property
-    def is_present(self) -> bool:
-        return torch.cuda.is_available()
-
-
-class _Asked(Part):
-    """A part that is present if the variable that its remedy sets is 1."""
-
-    @property
-    def is_present(self) -> bool:
-        return os.environ.get(self.remedy.partition("=")[0]) == "1"
+def _asked(subject: str, variable: str) -> Part:
+    return Part(subject, f"{variable}=1 make test", asked=variable, in_ci=False)
 
 
 PARTS = {
@@ -65,10 +60,10 @@ PARTS = {
     "cc": Part("kills at system calls", "apt-get install gcc", programs=("cc",)),
     "make": Part("the Makefile", "apt-get install make", programs=("make",)),
     "browser": Part("the page in Chromium", "apt-get install chromium chromium-driver", programs=(BROWSER, DRIVER)),
-    "gpu": _Gpu("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
+    "gpu": Part("CUDA", "run on a machine with an NVIDIA GPU", in_ci=False),
     "openvino": _extra("OpenVINO", "openvino", "openvino"),
-    "registry": _Asked("a registry of packages", "TEST_REGISTRY=1 make test", in_ci=False),
-    "time": _Asked("what takes many seconds", "TEST_LONG=1 make test", in_ci=False),
+    "registry": _asked("a registry of packages", "TEST_REGISTRY"),
+    "time": _asked("what takes many seconds", "TEST_LONG"),
     "hf": _extra("text encoders of transformers", "hf", "transformers"),
     "heic": _extra("HEIC images", "heic", "pillow_heif"),
     "http": _extra("galleries and images at URLs", "http", "aiohttp"),

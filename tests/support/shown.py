@@ -40,12 +40,14 @@ class Shown:
 
 def shown_blocks(page: str) -> list[Shown]:
     """Return the blocks of commands of a page, such as "docs/tutorial.md"."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    found = []
-    for block in BLOCK.finditer(text):
-        lines = block["commands"].replace("\\\n", " ").splitlines()
-        found.append(Shown(tuple(filter(None, lines)), block["output"], block["kind"] == "json"))
-    return found
+    return [
+        Shown(
+            tuple(filter(None, block["commands"].replace("\\\n", " ").splitlines())),
+            block["output"],
+            block["kind"] == "json",
+        )
+        for block in BLOCK.finditer((ROOT / page).read_text(encoding="utf-8"))
+    ]
 
 
 def assert_shown(block: Shown, printed: str) -> None:
@@ -105,25 +107,25 @@ def _parse(text: str) -> list[Any]:
 
 def _differs(shown: Any, found: Any, place: str) -> str | None:
     """Return the first difference in shape, or None."""
+    pairs: list[tuple[Any, Any, Any]] = []
     if shown == "...":
         return None
     if isinstance(shown, dict) and isinstance(found, dict):
-        missing = set(shown) - set(found) - {"..."}
-        more = set() if "..." in shown else set(found) - set(shown)
-        if missing or more:
+        missing, more = shown.keys() - found.keys() - {"..."}, found.keys() - shown.keys()
+        if missing or (more and "..." not in shown):
             return f"{place}: missing {sorted(missing)}, not shown {sorted(more)}"
         pairs = [(key, shown[key], found[key]) for key in shown if key != "..."]
     elif isinstance(shown, list) and isinstance(found, list):
-        is_open = bool(shown) and shown[-1] == "..."
-        members = shown[:-1] if is_open else shown
-        if len(found) < len(members) or (len(found) > len(members) and not is_open):
+        members = [each for each in shown if each != "..."]
+        if len(found) < len(members) or (len(found) > len(members) and members == shown):
             return f"{place}: {len(found)} members"
         pairs = [(number, *pair) for number, pair in enumerate(zip(members, found, strict=False))]
     elif isinstance(shown, (int, float)) and not isinstance(shown, bool):
         is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
         return None if is_number else f"{place}: {found!r} is no number"
-    elif isinstance(shown, str) and isinstance(found, str) and "..." in shown:
-        return None if re.fullmatch(".*".join(map(re.escape, shown.split("..."))), found) else f"{place}: {found!r}"
+    elif isinstance(shown, str) and isinstance(found, str):
+        pattern = ".*".join(map(re.escape, shown.split("...")))
+        return None if re.fullmatch(pattern, found) else f"{place}: {found!r}"
     else:
         return None if shown == found else f"{place}: {found!r}"
     return next((wrong for key, one, other in pairs if (wrong := _differs(one, other, f"{place}/{key}"))), None)
