@@ -116,16 +116,12 @@ def layout_of(name: str, config: dict[str, Any]) -> TextLayout:
     text = config["text_cfg"]
     context = int(text.get("context_length", 77))
     tokenizer = text.get("hf_tokenizer_name", "")
-    if "bert-base-uncased" in tokenizer:
-        return TextLayout(context, (101,), 0, 0)
-    if "SigLIP" in tokenizer:
-        return TextLayout(context, (), 1, 0 if "SigLIP2" in tokenizer else 1)
-    if "mt5" in tokenizer:
-        return TextLayout(context, (), 1, 0)
-    if "nllb" in tokenizer:
-        return TextLayout(context, (118,), 2, 1)
-    if tokenizer:
-        return TextLayout(context, (0,), 2, 1)
+    for name, ids in {  # the first that the tokenizer's name has: start, end and padding
+        "bert-base-uncased": ((101,), 0, 0), "SigLIP2": ((), 1, 0), "SigLIP": ((), 1, 1), "mt5": ((), 1, 0),
+        "nllb": ((118,), 2, 1), "": ((0,), 2, 1),
+    }.items():  # fmt: skip
+        if tokenizer and name in tokenizer:
+            return TextLayout(context, *ids)
     return TextLayout(context, (VOCABULARY - 2,), VOCABULARY - 1, 0)
 
 

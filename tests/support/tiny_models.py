@@ -22,12 +22,11 @@ _CORPUS = [
     "an orange triangle on a purple cross in black",
     "Das ist ein schönes Bild, niño, œuvre 12 34 567",
 ]
-_CLASSES = {
-    "t5": "T5Tokenizer",
-    "gemma": "GemmaTokenizer",
-    "xlm": "XLMRobertaTokenizer",
-    "bert": "BertTokenizer",
-    "nllb": "NllbTokenizer",
+_CLASSES = {"t5": "T5", "gemma": "Gemma", "xlm": "XLMRoberta", "bert": "Bert", "nllb": "Nllb"}
+_UNIGRAMS = {  # special tokens, and what surrounds a text
+    "t5": (["<pad>", "</s>", "<unk>"], "$A </s>"),
+    "xlm": (["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "<s> $A </s>"),
+    "nllb": (["<s>", "<pad>", "</s>", "<unk>", "eng_Latn"], "eng_Latn $A </s>"),
 }
 _NAMES = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -55,10 +54,11 @@ def kind_of_tokenizer(name: str) -> Kind:
 
 def write_tokenizer(kind: Kind, directory: Path) -> int:
     """Write tokenizer.json and tokenizer_config.json; return the number of tokens."""
-    tokenizer = {"t5": _t5, "gemma": _gemma, "xlm": _xlm, "bert": _bert, "nllb": _nllb}[kind]()
+    tokenizer = _unigram(*_UNIGRAMS[kind]) if kind in _UNIGRAMS else {"gemma": _gemma, "bert": _bert}[kind]()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _NAMES[kind].values()])
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings: dict[str, Any] = {"tokenizer_class": _CLASSES[kind], "model_max_length": 512, **_NAMES[kind]}
+    names: dict[str, Any] = {"tokenizer_class": f"{_CLASSES[kind]}Tokenizer", **_NAMES[kind]}
+    settings = names | {"model_max_length": 512}
     if kind == "gemma":  # as the settings beside SigLIP 2's vocabulary have it
         settings |= {"add_bos_token": False, "add_eos_token": True, "padding_side": "right"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -105,34 +105,18 @@ def _write_byte_pairs(file: Path) -> int:
     return 2 * 256 + len(merges) + 2
 
 
-def _pieces(specials: list[str]) -> list[tuple[str, float]]:
-    """A Unigram vocabulary: control tokens, letters, and the words of the corpus."""
-    text = " ".join(_CORPUS)
-    letters = sorted(set(text.replace(" ", "")))
-    words = list(dict.fromkeys(f"▁{word}" for word in text.split()))
-    ranked = ["▁", *letters, *words]
-    return [(piece, 0.0) for piece in specials] + [(piece, -1.0 if len(piece) > 1 else -5.0) for piece in ranked]
-
-
 def _unigram(specials: list[str], template: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.Unigram(_pieces(specials), unk_id=specials.index("<unk>"), byte_fallback=False))
+    """Make a vocabulary of control tokens, letters, and the words of the corpus."""
+    text = " ".join(_CORPUS)
+    words = list(dict.fromkeys(f"▁{word}" for word in text.split()))
+    ranked = ["▁", *sorted(set(text.replace(" ", ""))), *words]
+    pieces = [(piece, 0.0) for piece in specials] + [(piece, -1.0 if len(piece) > 1 else -5.0) for piece in ranked]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=specials.index("<unk>"), byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     used = [(token, specials.index(token)) for token in template.split() if token != "$A"]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
     return tokenizer
-
-
-def _t5() -> Tokenizer:
-    return _unigram(["<pad>", "</s>", "<unk>"], "$A </s>")
-
-
-def _xlm() -> Tokenizer:
-    return _unigram(["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "<s> $A </s>")
-
-
-def _nllb() -> Tokenizer:
-    return _unigram(["<s>", "<pad>", "</s>", "<unk>", "eng_Latn"], "eng_Latn $A </s>")
 
 
 def _gemma() -> Tokenizer:
