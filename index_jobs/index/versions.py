@@ -127,7 +127,11 @@ def collect_blobs(storage: Storage, index: Path) -> None:
         return  # who knows which blobs an unreadable one names
     named = {info.sha256 for manifest in manifests for info in manifest.files.values()}
     # A killed pull leaves temporary files such as .HASH.tmp.
-    unnamed = [name for name, each in entries.items() if name.strip(".tmp") not in named and each.written < oldest]
+    unnamed = [
+        name
+        for name, each in entries.items()
+        if name.removeprefix(".").removesuffix(".tmp") not in named and each.written < oldest
+    ]
     storage.delete([f"{BLOBS}/{name}" for name in unnamed])
 
 
@@ -140,7 +144,9 @@ def pull(index: Path, version: int | None = None, *, history: bool = False, file
         files: bring more than manifests, and then CURRENT.
     """
     if (store := store_of(index)) is None:
-        return current_version_or_none(index) if version is None else version
+        with suppress(ArtifactError):  # who reads the index says why
+            return current_version(index) if version is None else version
+        return None
     mirror = Directory(index)
     with FileLock(index / _PULL_LOCK):
         if version is not None:
