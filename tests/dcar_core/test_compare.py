@@ -1,4 +1,4 @@
-"""Comparison of methods by real runs on a tiny CLIP: runs, tuning, tables and report."""
+"""Comparison of methods by real runs on a tiny CLIP: runs, tuning, tables, shots, unseen categories and other data."""
 
 import csv
 import json
@@ -15,25 +15,33 @@ from dcar_core.data import Annotations, Dataset
 from dcar_core.evaluation import compare
 from dcar_core.evaluation.comparison import add_significance
 from dcar_core.evaluation.method_runner import MethodRunner
+from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
 from dcar_core.evaluation.tables import COLUMNS
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.checkpoint import load_checkpoint
-from dcar_core.model.config import PromptConfig
+from dcar_core.model.config import ModelConfig, PromptConfig, TrainConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import method
+from dcar_core.negatives import add_negatives, backbone_functions
+from dcar_core.negatives.words import fold_name
 from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate, new_categories
 from dcar_core.util.bootstrap import Scores
 from dcar_core.util.errors import DataError, DivergedError
-from tests.support.comparisons import QUICK, trainings
+from tests.support.files import write_json
 from tests.support.parts import needs
 
 Compared = tuple[Path, dict[str, Any]]
-
-
 METHODS = ["clip", "clip-adapter", "dcar"]
+QUICK = TrainConfig(epochs=2, batch_size=6)
+ONCE = replace(QUICK, epochs=1)
+
+
+def trainings(messages: list[str]) -> list[str]:
+    """Return the messages of `compare` that announce a training."""
+    return [message for message in messages if "learning rate" in message]
 
 
 @pytest.fixture(scope="module")
@@ -48,31 +56,37 @@ def test_results_are_written_and_reproduced_by_the_checkpoints(
 ) -> None:
     out, results = compared
     assert json.loads((out / "results.json").read_text()) == results
-    assert [len(found["runs"]) for found in results["methods"].values()] == [1, 2, 2]
-    for found in results["methods"].values():
+    methods, text = results["methods"], (out / "results.md").read_text()
+    assert [len(found["runs"]) for found in methods.values()] == [1, 2, 2]
+    assert results["baseline"] in ("clip", "clip-adapter")
+    for name, found in methods.items():
         for column in COLUMNS:
             values = [run["test"][column] for run in found["runs"]]
             assert found["mean"][column] == pytest.approx(np.mean(values))
             assert found["std"][column] == pytest.approx(np.std(values, ddof=1) if len(values) > 1 else 0)
+        value, low, high = found["intervals"]["mean_r1"]
+        assert low <= value <= high
+        assert value == pytest.approx((found["mean"]["t2i_r1"] + found["mean"]["i2t_r1"]) / 2)
         assert 0 <= found["hard_negative_accuracy"]["mean"] <= 100
-    assert results["methods"]["clip"]["trainable"] == 0
-    text = (out / "results.md").read_text()
-    assert "| dcar |" in text
-    assert "± " in text
+        assert (found["difference"] is None) == (name == results["baseline"])
+    assert methods["clip"]["trainable"] == 0
+    own, baseline = (methods[name]["intervals"]["mean_r1"][0] for name in ("dcar", results["baseline"]))
+    assert methods["dcar"]["difference"]["mean_r1"][0] == pytest.approx(own - baseline)
+    assert 0 < methods["dcar"]["difference"]["p"] <= 1
+    for part in ("| dcar |", "± ", f"difference to {results['baseline']} (95 % interval)", "Paired bootstrap"):
+        assert part in text
     with (out / "results.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert [(row["method"], row["seed"]) for row in rows] == [
-        ("clip", "0"), ("clip-adapter", "0"), ("clip-adapter", "1"), ("dcar", "0"), ("dcar", "1"),
+    assert [row["method"] + row["seed"] for row in rows] == [
+        "clip0", "clip-adapter0", "clip-adapter1", "dcar0", "dcar1",
     ]  # fmt: skip
     assert [row["lr"] for row in rows if row["method"] == "clip"] == [""], "as in the other tables: it learns nothing"
     chosen = [row["query_weights"] for row in rows if row["method"] == "dcar"]
-    assert chosen == [run["query"] for run in results["methods"]["dcar"]["runs"]]
-    # the saved checkpoint reproduces the reported number
-    run = results["methods"]["dcar"]["runs"][1]
+    assert chosen == [run["query"] for run in methods["dcar"]["runs"]]
+    run = methods["dcar"]["runs"][1]
     model, fingerprint = load_checkpoint(out / run["run"], backbone=backbone)
     test = prepare_split(Annotations(tiny_data).load("test")[0], model, for_training=False)
-    assert evaluate(model, test) == run["test"]
-    assert fingerprint == run["fingerprint"]
+    assert (evaluate(model, test), fingerprint) == (run["test"], run["fingerprint"])
 
 
 def test_categories_without_training_pairs_are_resampled_whole(tiny_data: Path) -> None:
@@ -88,47 +102,46 @@ def test_categories_without_training_pairs_are_resampled_whole(tiny_data: Path) 
     assert new_categories(splits["train"], splits["test"]) is None, "an image has none"
 
 
-def test_copies_of_images_under_other_names_are_reported(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(tiny_data, data)
-    learned = next(iter(json.loads((data / "train.json").read_text()).values()))
-    content = json.loads((data / "test.json").read_text())
+def test_options_reach_the_data_and_what_is_odd_in_it_is_reported(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    contents = {split: json.loads((data / f"{split}.json").read_text()) for split in ("train", "val", "test")}
+    learned = next(iter(contents["train"].values()))
     for name in ("first.png", "second.png"):
         shutil.copyfile(data / learned["file_name"], data / name)
-        content[name] = learned | {"file_name": name, "file_path": name}
-    (data / "test.json").write_text(json.dumps(content))
-    messages: list[str] = []
-    compare(backbone, data, ["clip"], 1, tmp_path / "out", QUICK, on_message=messages.append)
-    names = json.loads((tmp_path / "out" / "cleaning.json").read_text())["test"]["names"]
-    assert names == {
-        "copies of images of train, so test measures nothing new on them": ["first.png", "second.png"],
-        "images with a copy in the same split, which counts as a wrong answer": ["first.png", "second.png"],
-    }
-    assert "copies of images of train" in messages[0]
-
-
-def test_options_reach_the_data(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    for split in ("train", "val", "test"):
-        content = json.loads((tiny_data / f"{split}.json").read_text())
-        first = next(iter(content.values()))
-        long = first | {"positive": "a " * 29}  # 31 tokens: too many for four prompts in a context of 32
+        contents["test"][name] = learned | {"file_name": name, "file_path": name}
+    for split, content in contents.items():
         lost = {"file_name": "lost.png", "file_path": "lost.png", "positive": "a lost one", "class_name": "square"}
-        content |= {"square_98": long, "square_99": lost}
-        (tmp_path / "data" / f"{split}.json").write_text(json.dumps(content))
+        # 31 tokens are too many for four prompts in a context of 32
+        content |= {"square_98": next(iter(content.values())) | {"positive": "a " * 29}, "square_99": lost}
+        write_json(tmp_path / "annotations" / f"{split}.json", content)
+    messages: list[str] = []
 
     def run(**given: Any) -> dict[str, Any]:
-        out, quick = tmp_path / "out", replace(QUICK, epochs=1)
-        return compare(backbone, tmp_path / "data", ["clip", "coop"], 1, out, quick, images=tiny_data, **given)
+        out = tmp_path / "out"
+        return compare(
+            backbone, tmp_path / "annotations", ["clip", "coop"], 1, out, ONCE, images=data,
+            on_message=messages.append, **given,
+        )  # fmt: skip
 
     with pytest.raises(DataError, match=r"1 of \d+ images are not in .*: lost\.png"):
         run()
     with pytest.raises(DataError, match=r"the taxonomy .*gone\.json cannot be read"):
         run(skip_broken=True, taxonomy=tmp_path / "gone.json")
-    cleaning = run(skip_broken=True, loss="image-to-text")["cleaning"]["train"]
-    assert cleaning["images missing, left out"] == 1
-    assert cleaning["captions cut to the 28 tokens that fit"] == 1
+    cleaning = run(skip_broken=True, loss="image-to-text")["cleaning"]
+    assert cleaning["train"]["images missing, left out"] == 1
+    assert cleaning["train"]["captions cut to the 28 tokens that fit"] == 1
     assert "Only the image-to-text contrastive loss is used." in (tmp_path / "out" / "results.md").read_text()
+    names = json.loads((tmp_path / "out" / "cleaning.json").read_text())["test"]["names"]
+    copies = "copies of images of train, so test measures nothing new on them"
+    assert names[copies] == ["first.png", "second.png"]
+    assert names["images with a copy in the same split, which counts as a wrong answer"] == ["first.png", "second.png"]
+    assert any("copies of images of train" in message for message in messages)
+    (data / contents["test"]["square_98"]["file_name"]).write_bytes(b"hi")
+    with pytest.raises(DataError, match=r"test: .*; replace the image, or leave it out with"):
+        compare(backbone, data, ["coop"], 1, tmp_path / "broken", QUICK)
+    assert not (tmp_path / "broken" / "runs").exists(), "told before training"
 
 
 def test_a_finished_run_is_not_repeated(
@@ -145,7 +158,7 @@ def test_a_finished_run_is_not_repeated(
     elsewhere = compare(backbone, tiny_data, ["dcar"], 1, tmp_path / "elsewhere", QUICK)
     first, second = (found["methods"]["dcar"]["runs"][0] for found in (results, elsewhere))
     assert (first["fingerprint"], first["test"]) == (second["fingerprint"], second["test"])  # by its seed
-    compare(backbone, tiny_data, ["coop"], 1, out, replace(QUICK, epochs=1), on_message=messages.append)
+    compare(backbone, tiny_data, ["coop"], 1, out, ONCE, on_message=messages.append)
     assert len(trainings(messages)) == 2  # other settings are another run
     assert len(list((out / "runs" / "coop").iterdir())) == 2
 
@@ -206,15 +219,6 @@ def test_a_diverged_method_leaves_the_others_in_the_table(backbone: Backbone, ti
         compare(backbone, tiny_data, ["clip-adapter"], 1, tmp_path, wild)
 
 
-def test_a_broken_test_image_is_reported_before_training(backbone: Backbone, tiny_data: Path, tmp_path: Path) -> None:
-    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    broken = Annotations(data).load("test")[0].samples[0].image
-    (data / broken).write_bytes(b"hi")
-    with pytest.raises(DataError, match=f"test: {broken}: .*; replace the image, or leave it out with"):
-        compare(backbone, data, ["coop"], 1, tmp_path / "out", QUICK)
-    assert not (tmp_path / "out" / "runs").exists()
-
-
 @needs("plots")
 def test_the_plot_shows_every_method(compared: Compared) -> None:
     out, results = compared
@@ -222,25 +226,6 @@ def test_the_plot_shows_every_method(compared: Compared) -> None:
     drawn = (out / "recall.svg").read_text()
     for text in (*results["methods"], "Text-to-image R@1, R@5, R@10", "Image-to-text R@1, R@5, R@10"):
         assert drawn.count(f">{text}</text>") == 1
-
-
-def test_intervals_and_the_difference_to_the_best_baseline(compared: Compared) -> None:
-    out, results = compared
-    assert results["baseline"] in ("clip", "clip-adapter")
-    for name, found in results["methods"].items():
-        mean = (found["mean"]["t2i_r1"] + found["mean"]["i2t_r1"]) / 2
-        value, low, high = found["intervals"]["mean_r1"]
-        assert value == pytest.approx(mean)
-        assert low <= value <= high
-        assert (found["difference"] is None) == (name == results["baseline"])
-        assert "hits" not in found["runs"][0]
-    baseline = results["methods"][results["baseline"]]["intervals"]["mean_r1"][0]
-    difference = results["methods"]["dcar"]["difference"]
-    assert difference["mean_r1"][0] == pytest.approx(results["methods"]["dcar"]["intervals"]["mean_r1"][0] - baseline)
-    assert 0 < difference["p"] <= 1
-    text = (out / "results.md").read_text()
-    assert f"difference to {results['baseline']} (95 % interval)" in text
-    assert "Paired bootstrap" in text
 
 
 def test_controls_apply_to_every_method_and_stand_below_the_table(
@@ -273,3 +258,108 @@ def test_the_cheapest_method_that_is_not_certainly_worse_is_recommended(dear: in
     results: dict[str, Any] = {"methods": methods}
     add_significance(results, scores)
     assert results["recommendation"].startswith(advice)
+
+
+def test_shots_unseen_categories_and_other_data_are_measured(
+    backbone: Backbone, tiny_data: Path, tiny_gallery: Path, tmp_path: Path
+) -> None:
+    """One evaluation with every extra: curves over pairs, categories left out, and forgetting."""
+    other = Path(shutil.copytree(tiny_data, tmp_path / "other"))
+    messages = list[str]()
+    results = compare(
+        backbone, tiny_data, ["clip", "coop"], 1, tmp_path / "out", ONCE, shots=[1, 2],
+        unseen_categories=0.5, also=[other], on_message=messages.append,
+    )  # fmt: skip
+    assert "also other: " in messages[0]  # what was found in the data
+    assert (
+        len(trainings(messages)) == 4
+    )  # coop on all pairs, on one and on two of each category; clip has nothing to train
+    assert results["unseen_categories"] == 2
+    run = results["methods"]["clip"]["runs"][0]
+    assert set(run["measures"]) == {
+        "nDCG@10 text-to-image", "nDCG@10 image-to-text", "other text-to-image R@1", "other image-to-text R@1",
+        "seen categories R@1", "unseen categories R@1",
+    }  # fmt: skip
+    assert run["measures"]["other text-to-image R@1"] == run["test"]["t2i_r1"]  # a copy of the same data
+    whole = (run["test"]["t2i_r1"] + run["test"]["i2t_r1"]) / 2
+    assert results["shots"]["clip"] == {count: {"mean": whole, "std": 0.0} for count in ("1", "2")}
+    assert set(results["shots"]["coop"]) == {"1", "2"}
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "unseen categories R@1" in text
+    assert results["pairs"]["also other"] == len(Annotations(other).load("test")[0])
+    assert "| also other | " in text
+    assert "| method | 1 | 2 | all |" in text
+    with pytest.raises(DataError, match="two data sets of --also have the same name"):
+        compare(backbone, tiny_data, ["clip"], 1, tmp_path, ONCE, also=[other, other])
+    with pytest.raises(DataError, match=r"--unseen-categories 0\.01 leaves 0 of 4 categories out"):
+        compare(backbone, tiny_data, ["clip"], 1, tmp_path, ONCE, unseen_categories=0.01)
+
+
+def test_negatives_of_few_pairs_are_made_of_these_pairs_alone(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caption that was left out must not come back as the negative of another image."""
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    entries = json.loads((data / "train.json").read_text())
+    for number, entry in enumerate(entries.values()):
+        entry["positive"] += f" no{number}"
+    write_json(data / "train.json", entries)
+    trained, test = list[Dataset](), MethodRunner.test
+
+    def run(runner: MethodRunner, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
+        trained.append(runner.splits["train"])
+        return test(runner, method, seed, lr)
+
+    monkeypatch.setattr(MethodRunner, "test", run)
+    compare(backbone, data, ["dcar"], 1, tmp_path, ONCE, negatives="all", shots=[2])
+    whole, few = ({s.caption for s in data.samples} for data in trained)
+    of_whole, of_few = ({n for s in data.samples for n in s.negatives} for data in trained)
+    assert (whole - few) & of_whole
+    assert few & of_few
+    assert not (whole - few) & of_few
+
+
+def test_a_category_is_held_out_in_every_spelling_and_in_the_taxonomy(
+    backbone: Backbone, tiny_data: Path, tmp_path: Path
+) -> None:
+    splits, reports = Annotations(tiny_data).load_all()
+    shouted = [replace(sample, category=sample.category.upper()) for sample in splits["train"].samples]
+    splits["train"] = replace(splits["train"], samples=shouted)
+    kept, held_out = hold_out_categories(splits, 0.5)
+    assert len(held_out) == 2
+    assert not {fold_name(sample.category) for sample in kept["train"].samples} & held_out
+    gone = [sample for sample in splits["val"].samples if fold_name(sample.category) in held_out]
+    with pytest.raises(DataError, match=r"--unseen-categories 0\.5 leaves no val pairs; lower it, or add val pairs"):
+        hold_out_categories({**splits, "val": replace(splits["val"], samples=gone)}, 0.5)
+    names = sorted({sample.category for sample in splits["test"].samples})
+    taxonomy = tmp_path / "taxonomy.json"
+    taxonomy.write_text(json.dumps({"meta_categories": {"all": names}}))
+    made = add_negatives(
+        kept, reports, backbone_functions(backbone), mode="all", taxonomy=taxonomy, held_out=held_out
+    )  # fmt: skip
+    named = {s: {fold_name(c) for x in made[s].samples for c in x.negative_categories} for s in ("train", "test")}
+    assert named["train"]
+    assert not named["train"] & held_out
+    assert named["test"] & held_out
+
+
+def test_a_category_is_seen_only_if_training_pairs_have_it() -> None:
+    recall = {"pairs": 1.0, "t2i_r1": 100.0, "i2t_r1": 50.0}
+    none = recall | {"pairs": 3.0, "t2i_r1": 0.0, "i2t_r1": 0.0}
+    measures = recall_by_familiarity({"Fox": recall, "owl": none, "hen": recall, "": recall}, {"fox"})
+    assert measures == {"seen categories R@1": 75.0, "unseen categories R@1": 75 / 4}
+
+
+def test_fewer_shots_are_a_part_of_more(tiny_data: Path) -> None:
+    sample_split = Annotations(tiny_data).load("train")[0]
+    few, more = (take_shots(sample_split, count, seed=1).samples for count in (1, 2))
+    assert len(few) == len({sample.category for sample in sample_split.samples})
+    assert {s.image for s in few} < {s.image for s in more}
+    upper = (replace(s, category=s.category.upper() if row % 2 else s.category) for row, s in enumerate(more))
+    assert (
+        take_shots(replace(sample_split, samples=list(upper)), 1, seed=1).images
+        == take_shots(replace(sample_split, samples=more), 1, seed=1).images
+    )
+    bare = replace(sample_split, samples=[replace(sample, category="") for sample in sample_split.samples])
+    with pytest.raises(DataError, match="--shots counts pairs of a category, but no training pair has one"):
+        take_shots(bare, 1, seed=0)

@@ -1,16 +1,16 @@
-"""FDRD's annotations, and repairs of the annotations of every form."""
+"""FDRD's annotations, repairs of every form, images found for them, and splits without leaks."""
 
-import csv
 import errno
 import json
 import os
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from dcar_core.data import Annotations, CleaningReport, Dataset, write_splits
+from dcar_core.data import Annotations, CleaningReport, Dataset, Sample, check_dataset, write_splits
 from dcar_core.data.entries import SKIPPED_ROWS
 from dcar_core.util.errors import DataError
 from tests.support.files import write_json, write_jsonl
@@ -26,6 +26,18 @@ def older(number: str, **change: object) -> dict[str, object]:
     """As the first released files have it."""
     path = f"/home/somebody/DATA/pets/images/{number}.jpg"
     return {"file_name": number, "file_path": path, "positive": f"a cat, {number}", "negative": []} | change
+
+
+Row = dict[str, object]
+
+
+def row(image: str, **more: object) -> Row:
+    return {"image": image, "caption": f"a picture, {image}", **more}
+
+
+def pictures(root: Path, *names: str) -> None:
+    for name in names:
+        write_image(root / name)
 
 
 def read(path: Path, split: str = "train") -> tuple[Dataset, CleaningReport]:
@@ -58,34 +70,71 @@ def test_older_fdrd_annotations_are_read(tmp_path: Path) -> None:
     }
 
 
-def test_newer_fdrd_annotations_are_read(tmp_path: Path) -> None:
-    content = {
-        "a.jpg": entry(file_name="a.jpg", class_name="Apply_Eye_Makeup", negative=[]),
-        "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
-        "v_BoxingSpeedBag_g01_c02.jpg": {k: v for k, v in entry(file_name="c.jpg").items() if k != "class_name"},
-    }
-    data, report = read(write_json(tmp_path / "train.json", content))
-    assert [s.category for s in data.samples] == ["Apply Eye Makeup", "b", "Boxing Speed Bag"]
-    assert report.counts["placeholder paths, replaced by the image root"] == 3
-    assert report.counts["pairs without a negative"] == 2
-    assert report.counts["captions that another image has too (positives of each other in training)"] == 2
+RED, VAN = "a red car", ("a van",)
 
 
-def test_negative_that_is_true_of_the_image_is_left_out(tmp_path: Path) -> None:
-    negatives = ["A blue van.", "A fast car.", "red", "This is red.The car."]
-    first = {"image": "1.png", "caption": "This is red.The car.", "negatives": negatives, "attributes": ["Red"]}
-    others = {"image": "1.png", "caption": "A fast car."}, {"image": "2.png", "caption": "A blue van."}
-    write_jsonl(tmp_path / "train.jsonl", first, *others)
+@pytest.mark.parametrize(
+    ("rows", "pairs", "told"),
+    [
+        (  # newer FDRD
+            {
+                "a.jpg": entry(file_name="a.jpg", class_name="Apply_Eye_Makeup", negative=[]),
+                "b.jpg": entry(file_name="b.jpg", class_name="", negative=[], file_path="YOUR_IMAGE_PATH/b.jpg"),
+                "v_BoxingSpeedBag_g01_c02.jpg": {k: v for k, v in entry().items() if k != "class_name"},
+            },
+            [
+                Sample("a.jpg", RED, "Apply Eye Makeup"), Sample("b.jpg", RED, "b"),
+                Sample("a.png", RED, "Boxing Speed Bag", "", VAN),
+            ],
+            {
+                "placeholder paths, replaced by the image root": 3,
+                "pairs without a negative": 2,
+                "captions that another image has too (positives of each other in training)": 2,
+            },
+        ),
+        (
+            [
+                {"image": "1.png", "caption": "So red.The car.", "attributes": ["Red"],
+                 "negatives": ["A blue van.", "A fast car.", "red", "So red.The car."]},
+                {"image": "1.png", "caption": "A fast car."},
+                {"image": "2.png", "caption": "A blue van."},
+            ],
+            [
+                Sample("1.png", "So red. The car.", "", "", ("A blue van.",), (), ("Red",)),
+                Sample("1.png", "A fast car."), Sample("2.png", "A blue van."),
+            ],
+            {"negatives equal to a caption or an attribute of their image, left out": 3},
+        ),
+        (
+            {"a": entry(negative=["a van", "a bus"], negative_class=["van"])},
+            [Sample("a.png", RED, "car", "", ("a van", "a bus"))],
+            {"entries whose negatives and negative categories differ in number, categories left out": 1},
+        ),
+        (
+            {
+                f"{n}": entry(file_name=f"{n}.png", attributes=value)
+                for n, value in enumerate([{"colour": "red"}, "red", 3, ["red", 3], None])
+            },
+            [Sample(f"{n}.png", RED, "car", "", VAN) for n in range(5)],
+            {SKIPPED_ROWS: 0},
+        ),
+        (
+            [row("a.png", category=0), row("b.png", category=float("nan")), row("c.png", class_name=0.5)],
+            [Sample(f"{n}.png", f"a picture, {n}.png", kind) for n, kind in (("a", "0"), ("b", ""), ("c", "0.5"))],
+            {},
+        ),
+    ],
+)  # fmt: skip
+def test_fields_of_many_spellings_are_read_and_what_was_repaired_is_told(
+    rows: Any, pairs: list[Sample], told: dict[str, int], tmp_path: Path
+) -> None:
+    if isinstance(rows, dict):
+        write_json(tmp_path / "train.json", rows)
+    else:
+        write_jsonl(tmp_path / "train.jsonl", *rows)
     data, report = read(tmp_path)
-    assert data.samples[0].negatives == ("A blue van.",)
-    assert report.counts["negatives equal to a caption or an attribute of their image, left out"] == 3
-
-
-def test_negative_categories_of_another_number_are_left_out(tmp_path: Path) -> None:
-    write_json(tmp_path / "train.json", {"a": entry(negative=["a van", "a bus"], negative_class=["van"])})
-    data, report = read(tmp_path)
-    assert (data.samples[0].negatives, data.samples[0].negative_categories) == (("a van", "a bus"), ())
-    assert report.counts["entries whose negatives and negative categories differ in number, categories left out"] == 1
+    assert data.samples == pairs
+    assert {what: report.counts.get(what, 0) for what in told} == told
 
 
 def test_repeated_keys_and_several_captions_are_kept(tmp_path: Path) -> None:
@@ -99,27 +148,19 @@ def test_repeated_keys_and_several_captions_are_kept(tmp_path: Path) -> None:
     assert report.names["empty captions, left out"] == ["a.png"]
 
 
-def test_image_metadata_survives_reading_and_writing(tmp_path: Path) -> None:
+def test_metadata_survives_reading_writing_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png")
     more = {"meta_category": "vehicles", "negative_class": ["van", "truck"], "negative": ["a red van", "a red truck"]}
     more["attributes"] = ["red", "vintage"]
-    write_json(tmp_path / "fdrd" / "train.json", {"a": entry(positive="a red car", **more)})
-    row = {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
-    write_jsonl(tmp_path / "rows" / "train.jsonl", row)
-    found = [Annotations(tmp_path / form, tmp_path).load("train")[0] for form in ("fdrd", "rows")]
-    for data in found:
-        (sample,) = data.samples
-        assert (sample.image, sample.category, sample.meta_category) == ("a.png", "car", "vehicles")
-        assert sample.negatives == ("a red van", "a red truck")
-        assert sample.negative_categories == ("van", "truck")
-        assert sample.attributes == ("red", "vintage")
-    write_splits({"train": found[0]}, tmp_path / "out")
-    assert Annotations(tmp_path / "out", tmp_path).load("train")[0].samples == found[0].samples
-
-
-def test_splits_are_written_again_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_json(tmp_path / "train.json", {"a": entry()})
-    data, _ = read(tmp_path)
+    write_json(tmp_path / "fdrd" / "train.json", {"a": entry(**more)})
+    write_jsonl(
+        tmp_path / "rows" / "train.jsonl", {"image": ".\\a.png", "caption": "a red car", "class_name": "car", **more}
+    )
+    data, rows = (Annotations(tmp_path / form, tmp_path).load("train")[0] for form in ("fdrd", "rows"))
+    wanted = Sample(
+        "a.png", "a red car", "car", "vehicles", ("a red van", "a red truck"), ("van", "truck"), ("red", "vintage")
+    )
+    assert data.samples == rows.samples == [wanted]
     sync, left = os.fsync, iter([True, True])  # the file and the directory of the first split
 
     def sync_or_fail(descriptor: int) -> None:
@@ -133,22 +174,7 @@ def test_splits_are_written_again_after_a_full_disk(tmp_path: Path, monkeypatch:
             write_splits({"train": data, "val": data}, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     write_splits({"train": data, "val": data}, tmp_path / "out")
-    assert read(tmp_path / "out", "val")[0].samples == data.samples
-
-
-def test_attributes_are_a_list_of_texts_or_ignored(tmp_path: Path) -> None:
-    others: list[object] = [{"colour": "red"}, "red", 3, ["red", 3], None]
-    write_json(
-        tmp_path / "train.json", {f"{n}": entry(file_name=f"{n}.png", attributes=a) for n, a in enumerate(others)}
-    )
-    rows = [("a.png", "a", "red | fast"), ("b.png", "b", "[3]"), ("c.png", "c", '["red", "two | doors"]')]
-    with (tmp_path / "test.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "caption", "attributes"), *rows])
-    write_json(tmp_path / "val.json", {"a": entry()})
-    for split, wanted in (("train", [()] * 5), ("test", [(), (), ("red", "two | doors")])):
-        data, report = read(tmp_path, split)
-        assert [sample.attributes for sample in data.samples] == wanted
-        assert SKIPPED_ROWS not in report.counts
+    assert Annotations(tmp_path / "out", tmp_path).load("val")[0].samples == data.samples
 
 
 def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> None:
@@ -166,15 +192,41 @@ def test_other_spellings_of_names_and_categories_are_read(tmp_path: Path) -> Non
     assert report.names[what] == ["Part = part"]
 
 
-def test_file_without_splits_is_divided_by_image(tmp_path: Path) -> None:
-    rows = ({"image": f"{i}.png", "caption": f"{word} {i}"} for i in range(300) for word in ("one", "two"))
-    file = write_jsonl(tmp_path / "mine.jsonl", *rows)
-    splits, reports = Annotations(file).load_all(None, "ignore")
-    images = {split: set(data.images) for split, data in splits.items()}
-    assert sum(map(len, images.values())) == 300  # no image is in two splits
+HALF = r'"a red car \ud83d"'  # of an emoji, as a caption that was cut off ends
+FDRD = '{"a": {"file_name": "a.png", "file_path": "", %s}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.json", FDRD % f'"positive": {HALF}, "class_name": {HALF}'),
+        ("train.json", FDRD % f'"positive": [{HALF}], "negative": [{HALF}]'),
+        ("train.jsonl", f'{{"image": "a.png", "captions": [{HALF}], "negatives": {HALF}, {HALF}: [{{"a": {HALF}}}]}}'),
+        ("train.csv", f'image,captions\na.png,"[{HALF.replace(chr(34), chr(34) * 2)}]"\n'),
+    ],
+)
+def test_half_of_a_surrogate_pair_can_be_written_again(tmp_path: Path, name: str, content: str) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / name).write_text(content)
+    (sample,) = Annotations(tmp_path).load("train")[0].samples
+    assert sample.caption == "a red car \ufffd"
+    repr(sample).encode()
+
+
+def test_a_file_without_splits_is_divided_by_image_wherever_it_is_mounted(tmp_path: Path) -> None:
+    def divided(name: str, prefix: str) -> dict[str, set[str]]:
+        rows = (row(f"{prefix}{i}.png", caption=f"{word} {i}") for i in range(300) for word in ("one", "two"))
+        splits, reports = Annotations(write_jsonl(tmp_path / name / "all.jsonl", *rows)).load_all(None, "ignore")
+        images = {split: {image.removeprefix(prefix) for image in data.images} for split, data in splits.items()}
+        told = [n for what, n in reports["val"].counts.items() if "split by a hash" in what]
+        assert told == [2 * len(images["val"])]
+        return images
+
+    images = divided("relative", "")
+    assert sum(map(len, images.values())) == 300, "no image is in two splits"
     assert len(images["train"]) > 210
     assert min(len(images["val"]), len(images["test"])) > 10
-    assert [n for what, n in reports["val"].counts.items() if "split by a hash" in what] == [2 * len(images["val"])]
+    assert images == divided("here", "/home/anna/data/") == divided("there", "/mnt/data/")
 
 
 def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None:
@@ -197,11 +249,17 @@ def test_missing_val_split_is_taken_from_training_images(tmp_path: Path) -> None
 def test_split_is_the_name_of_its_file(tmp_path: Path) -> None:
     file = write_json(tmp_path / "cars_test.json", {"a": entry()})
     assert len(read(file, "test")[0]) == len(read(tmp_path, "test")[0]) == 1
-    with pytest.raises(DataError, match=r"has no val pairs; it has test"):
-        read(file, "val")
     write_json(tmp_path / "pets_test.json", {"a": entry()})
     with pytest.raises(DataError, match=r"several files for test \(cars_test.json, pets_test.json\)"):
         read(tmp_path, "test")
+    for name in ("val", "valid", "validation", "dev"):
+        file = write_jsonl(tmp_path / name / f"{name}.jsonl", row("v.png"))
+        write_jsonl(tmp_path / name / "train.jsonl", *(row(f"{number}.png") for number in range(40)))
+        splits, _ = Annotations(tmp_path / name).load_all(None, "ignore")
+        assert {split: len(data) for split, data in splits.items()} == {"train": 40, "val": 1}
+        assert len(read(file, "val")[0]) == 1
+    write_jsonl(tmp_path / "dev" / "train.jsonl", row("a.png", split="Training"))
+    assert len(read(tmp_path / "dev")[0]) == 1
 
 
 def test_files_that_another_form_hides_are_named(tmp_path: Path) -> None:
@@ -226,12 +284,28 @@ def test_images_are_found_below_another_root(tmp_path: Path, place: str) -> None
     assert data.read(data.samples[0].image)
 
 
-def test_an_ambiguous_name_is_not_guessed(tmp_path: Path) -> None:
-    file = write_json(tmp_path / "train.json", {"k": entry(file_name="1.jpg")})
-    write_image(tmp_path / "a" / "1.jpg")
-    write_image(tmp_path / "b" / "1.jpg")
-    with pytest.raises(DataError, match=r"1 of 1 images are not in .*: 1\.jpg\. Point --images .* --skip-broken"):
-        Annotations(file).load("train")
+def test_missing_image_is_not_taken_from_another_folder(tmp_path: Path) -> None:
+    pictures(tmp_path, "cats/2.png", "dogs/1.png")
+    write_jsonl(tmp_path / "train.jsonl", row("cats/1.png"), row("cats/2.png"))
+    write_jsonl(tmp_path / "test.jsonl", row("dogs/1.png"))
+    for splits in (("train",), ("train", "test")):
+        with pytest.raises(
+            DataError, match=r"train: 1 of 2 images are not in .*: cats/1\.png\. Point --images .*--skip"
+        ):
+            Annotations(tmp_path).load_all(splits)
+
+    def missing(path: Path) -> list[str]:
+        return check_dataset(path)[1]["train"].names["images missing"]
+
+    assert missing(tmp_path) == ["cats/1.png"]
+    pictures(tmp_path, "1.png")
+    assert missing(tmp_path) == ["cats/1.png"], "nor from above the folders"
+    write_jsonl(tmp_path / "alone" / "train.jsonl", row("cats/1.png"))
+    pictures(tmp_path / "alone", "cats/2.png", "dogs/1.png")
+    assert missing(tmp_path / "alone") == ["cats/1.png"], "nor where the folder alone tells that it is another"
+    write_jsonl(tmp_path / "twice" / "train.jsonl", row("1.png"))
+    pictures(tmp_path / "twice", "a/1.png", "b/1.png")
+    assert missing(tmp_path / "twice") == ["1.png"], "nor from one of two"
 
 
 def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Path) -> None:
@@ -250,3 +324,46 @@ def test_missing_and_broken_images_are_named_and_skipped_on_request(tmp_path: Pa
     good.unlink()
     with pytest.raises(DataError, match="no train pairs that can be used"):
         Annotations(tmp_path).load("train", "skip")
+
+
+def test_image_found_elsewhere_is_reported(tmp_path: Path) -> None:
+    pictures(tmp_path, "pets/a.png", "cat/0.png")
+    write_jsonl(tmp_path / "train.jsonl", row("images/a.png"), row("data/cat/0.png"))
+    report = check_dataset(tmp_path)[1]["train"]
+    told = report.names["images found under a name that differs from the annotated one"]
+    assert told == ["images/a.png as pets/a.png", "data/cat/0.png as cat/0.png"]
+    assert "images missing" not in report.counts
+
+
+@pytest.mark.parametrize("fdrd", [False, True])
+def test_images_of_one_name_in_several_folders_are_distinct(fdrd: bool, tmp_path: Path) -> None:
+    places = [f"/home/me/data/{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)]
+    if fdrd:
+        entries = {place: {"file_name": Path(place).name, "file_path": place, "positive": "a pet"} for place in places}
+        (tmp_path / "train.json").write_text(json.dumps(entries))
+    else:
+        write_jsonl(tmp_path / "train.jsonl", *(row(place, caption="a pet") for place in places))
+    train = check_dataset(tmp_path, decode_images=False)[0]["train"]
+    assert [sample.image for sample in train.samples] == places
+    pictures(tmp_path, *(f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(3)))
+    assert [sample.image for sample in Annotations(tmp_path).load("train")[0].samples] == [
+        place.removeprefix("/home/me/data/") for place in places
+    ]
+
+
+def test_images_in_two_splits_are_reported(tmp_path: Path) -> None:
+    pictures(tmp_path, "img/a.png", "img/b.png")
+    write_jsonl(tmp_path / "train.jsonl", row("img/a.png"), row("img/b.png"))
+    write_jsonl(tmp_path / "val.jsonl", row("img/b.png"))
+    write_jsonl(tmp_path / "test.jsonl", row("a.png", caption="spelled otherwise"))
+    _, reports = Annotations(tmp_path).load_all()
+    assert reports["val"].names["images that train has too, so val measures nothing new"] == ["img/b.png"]
+    assert reports["test"].names["images that train has too, so test measures nothing new"] == ["img/a.png"]
+    assert "images that train has too" in str(check_dataset(tmp_path)[1]["val"])
+
+
+def test_caption_of_exactly_the_context_is_not_cut(tmp_path: Path) -> None:
+    rows = [{"image": f"{words}.jpg", "caption": "a " * words, "split": "train"} for words in (5, 6)]
+    write_jsonl(tmp_path / "pairs.jsonl", *rows)
+    for report in check_dataset(tmp_path, decode_images=False, context=7)[1].values():
+        assert report.counts["captions longer than the context's 7 tokens, cut"] == 1

@@ -1,6 +1,7 @@
-"""Pairs from CSV, JSONL, Parquet and tars: nothing of a file is left out in silence, and none fills the memory."""
+"""Pairs from CSV, JSONL, Parquet and tars, and files that cannot be used: named, with none left out in silence."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,20 @@ import pytest
 from dcar_core.data import Annotations, Sample, records
 from dcar_core.data.records import read_records
 from dcar_core.util.errors import DataError
-from index_jobs.gallery.scan import scan
-from tests.support.files import write_jsonl, write_rows, write_tar
+from tests.support.commands import dcar
+from tests.support.files import write_file, write_json, write_jsonl, write_rows, write_tar
 from tests.support.images import png
 
 ROWS: list[dict[str, Any]] = [
     {"file_name": f"{n}.png", "caption": f"image {n}", "category": "even" if n % 2 == 0 else "odd"} for n in range(40)
 ]
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+COCO = "the form of COCO or of Karpathy's splits, which is not read"
+HEAD = "image,caption\n"
 
 
 def samples(path: Path, split: str = "train") -> list[Sample]:
     return Annotations(path).load(split, "ignore")[0].samples
-
-
-@pytest.fixture
-def gallery(tmp_path: Path) -> Path:
-    for row in ROWS:
-        (tmp_path / row["file_name"]).write_bytes(png())
-    return tmp_path
 
 
 def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
@@ -62,31 +59,13 @@ def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
     assert len(Annotations(tmp_path / "val.tar").load("val")[0]) == 1
 
 
-@pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet", "tars"])
-def test_what_describes_a_gallery_is_a_data_set(form: str, gallery: Path) -> None:
-    if form != "tars":
-        write_rows(gallery / f"metadata{form}", ROWS)
-    else:
-        for shard in range(2):
-            members: dict[str, bytes] = {}
-            for row in ROWS[shard::2]:
-                image = row["file_name"]
-                (gallery / image).unlink()
-                members |= {image: png(), image.replace("png", "json"): json.dumps({**row, "file_name": None}).encode()}
-            write_tar(gallery / f"shard-{shard:04}.tar", members)
-    datasets, _ = Annotations(gallery).load_all()
-    assert list(datasets) == ["train", "val", "test"]
-    captions = {sample.caption for data in datasets.values() for sample in data.samples}
-    assert captions == set(scan(gallery).table["caption"].to_pylist())
-
-
-def test_annotations_take_precedence_over_a_gallerys_metadata(gallery: Path) -> None:
-    write_rows(gallery / "metadata.jsonl", ROWS)
-    write_rows(gallery / "train.parquet", ROWS[:30])
-    images = {sample.image for split in ("train", "val") for sample in samples(gallery, split)}
+def test_annotations_take_precedence_over_a_gallerys_metadata(tmp_path: Path) -> None:
+    write_rows(tmp_path / "metadata.jsonl", ROWS)
+    write_rows(tmp_path / "train.parquet", ROWS[:30])
+    images = {sample.image for split in ("train", "val") for sample in samples(tmp_path, split)}
     assert images == {row["file_name"] for row in ROWS[:30]}
     with pytest.raises(DataError, match="has no test pairs; it has train"):
-        Annotations(gallery).load("test")
+        Annotations(tmp_path).load("test")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
@@ -115,44 +94,84 @@ def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
     for split, wanted in (("train", ["x", "y", "z"]), ("val", ["x", "y"]), ("test", ["z", "z"])):
         data, report = Annotations(tmp_path).load(split, "ignore")
         assert [sample.caption for sample in data.samples] == wanted
-        assert report.counts.keys() <= {"pairs without a negative", f"captions that another image has too {POSITIVES}"}
-
-
-POSITIVES = "(positives of each other in training)"
+        assert not [what for what in report.counts if "left out" in what or "cannot be used" in what]
+    cells = [("a", "red | fast"), ("b", "[3]"), ("c", '["red", "two | doors"]')]
+    write_rows(tmp_path / "train.csv", [{"image": name, "caption": name, "attributes": cell} for name, cell in cells])
+    assert [sample.attributes for sample in samples(tmp_path)] == [(), (), ("red", "two | doors")]
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("name", "content", "message"),
     [
-        ('a.png,"a red owl\nb.png,a blue owl\nc.png,"a ""green"" owl"\n', r"line 2 is not CSV: .* quote not closed"),
-        ('a.png,red\nb.png,"a blue owl\nc.png,green\n', r"line 3 is not CSV: .* quote not closed"),
-        ('a.png,"a ""red"" owl"\nb.png,"a" blue owl\n', r"line 3 is not CSV"),
+        ("train.json", "[]", "must hold an object"),
+        ("train.json", "{", "is not JSON"),
+        ("train.json", '{"k": 3}', "entry 'k': must be an object"),
+        ("train.json", '{"k": {"file_name": "a.png"}}', "entry 'k': field 'positive' is missing"),
+        ("train.json", '{"k": {"positive": "a"}}', "entry 'k': field 'file_path' is missing"),
+        ("train.json", '{"k": {"file_name": "a.png", "positive": {"a": 1}}}', "'positive' must be text or a list of"),
+        ("train.json", "{}", "has no train pairs in train.json; it needs pairs"),
+        ("train.json", '{"k": {"file_name": "a.png", "positive": " "}}', "no train pairs that can be used"),
+        ("train.json", "\udcff", "is not UTF-8"),
+        ("train.json", '{"images": [{"filename": "1.jpg"}]}', COCO),
+        ("train.json", '{"annotations": [], "images": []}', COCO),
+        ("train.json", DEEP, r"train\.json.*nested too deeply"),
+        ("train.jsonl", DEEP, r"train\.jsonl.*nested too deeply"),
+        (
+            "train.jsonl",
+            '{"image": "a.png", "caption": "a", "split": "val"}',
+            r"of another split, such as 'a\.png' \(val\)",
+        ),
+        ("pairs.jsonl", '{"image": "a.png", "caption": "a"}\n{', r"line 2: not JSON"),
+        ("pairs.jsonl", "[1]", r"line 1: must be an object"),
+        ("pairs.jsonl", '{"caption": "a"}', r"line 1: field 'image' is missing"),
+        ("pairs.jsonl", '{"image": 12, "caption": "a"}', "field 'image' must be text, not 12"),
+        ("pairs.jsonl", '{"image": "a.png"}', r"line 1: field 'caption' is missing"),
+        (
+            "pairs.jsonl",
+            '{"image": "a.png", "caption": "a", "category": ["a"]}',
+            r"'category' must be one text, not \[",
+        ),
+        ("pairs.csv", "image,caption,split\na.png,a,train\nb.png,b,\n", r"1 rows have no split, such as 'b\.png'"),
+        ("pairs.csv", "image,caption,split\na.png,one, two,train\n", r"line 2: more cells than the header"),
+        ("train.csv", HEAD + 'a.png,"a red owl\nb.png,"a ""green"" owl"\n', r"line 2 is not CSV: .* quote not closed"),
+        ("train.csv", HEAD + 'a.png,red\nb.png,"a blue owl\nc.png,green\n', r"line 3 is not CSV: .* quote not closed"),
+        ("train.csv", HEAD + 'a.png,"a ""red"" owl"\nb.png,"a" blue owl\n', r"line 3 is not CSV"),
+        ("train.csv", "image,caption,caption\na.png,x,y\n", "two columns named 'caption'"),
+        ("train.csv", "Picture,Text\na.png,a\n", r"has no column file_name or image or path, .*; it has Picture, Text"),
+        ("train.csv", "image,text\na.png,an\n", r"has no column caption or captions, .*; it has image, text"),
+        ("notes.txt", "a", r"needs pairs\.csv"),
+        ("cars_test.json", '{"a": {"file_name": "a", "positive": "a"}}', "has no train pairs; it has test"),
     ],
 )
-def test_unclosed_quote_swallows_no_rows(tmp_path: Path, rows: str, message: str) -> None:
-    (tmp_path / "train.csv").write_text("image,caption\n" + rows)
+def test_bad_annotations_are_named_with_their_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
-        samples(tmp_path)
+        Annotations(tmp_path).load("train", "ignore")
 
 
-def test_columns_of_a_csv_are_told_apart(tmp_path: Path) -> None:
-    table = tmp_path / "train.csv"
-    for content, message in (
-        ("image,caption,caption\na.png,x,y\n", "two columns named 'caption'"),
-        ("Picture,Text\na.png,a\n", r"has no column file_name or image or path, .*; it has Picture, Text"),
-        ("image,text\na.png,an apple\n", r"has no column caption or captions, .*; it has image, text"),
-    ):
-        table.write_text(content)
-        with pytest.raises(DataError, match=message):
-            samples(table)
+def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no val pairs; it needs pairs\.csv, "):
+        Annotations(tmp_path).load("val")
+    with pytest.raises(DataError, match="does not exist"):
+        Annotations(tmp_path / "gone").load("val")
+    write_json(tmp_path / "train.json", {"a": {"file_name": "a.png", "positive": "a red car"}})
+    for split in ("test", "val"):  # one pair, and it is needed for training
+        with pytest.raises(DataError, match=f"has no {split} pairs; it has train"):
+            Annotations(tmp_path).load(split)
+    (tmp_path / "a.xml").write_text("<a/>")
+    with pytest.raises(DataError, match=r"read from \.json, \.jsonl, \.csv, \.parquet, \.tar"):
+        Annotations(tmp_path / "a.xml").load("val")
+
+
+def test_csv_columns_that_are_not_read_and_empty_rows_do_not_count(tmp_path: Path) -> None:
     for content in (
-        "image,caption,note,note\na.png,x,y,z\n",  # these are never read
+        "image,caption,note,note\na.png,x,y,z\n",
         "image;caption;split\na.png;x;train\n",
         "path,caption,split\na.png,x,train\n",
         "image,caption,split\na.png,x,train\n,,\n,,\n",
     ):
-        table.write_text(content)
-        assert [(sample.image, sample.caption) for sample in samples(table)] == [("a.png", "x")]
+        (tmp_path / "train.csv").write_text(content)
+        assert [(sample.image, sample.caption) for sample in samples(tmp_path)] == [("a.png", "x")]
 
 
 def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -264,3 +283,29 @@ def test_a_parquet_file_that_unpacks_to_far_more_is_refused(
     pq.write_table(pa.table({"caption": column}), file, compression="zstd", row_group_size=400)
     with pytest.raises(DataError, match=r"list\.parquet unpacks to [\d,]+ bytes or more; .* 41,943,040 are read"):
         count(file)
+
+
+def test_the_check_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image": "red.png", "caption": "a red square", "split": "train", "category": "square"},
+        {"image": "cut.png", "caption": "a square that goes " + "on and " * 80 + "on", "split": "train"},
+        {"image": "gone.png", "caption": "a square nobody has", "split": "train", "category": "square"},
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", *rows)
+    photo = (tiny_data / "square" / "red.png").read_bytes()
+    write_file(tmp_path / "photos" / "red.png", photo)
+    write_file(tmp_path / "photos" / "cut.png", photo[: len(photo) // 2])
+    done = dcar("data", "check", tmp_path, "--images", tmp_path / "photos")
+    assert done.returncode == 1
+    for line in (
+        "train: 3 pairs, 3 images, 1 category",
+        " 1 pairs without a category",
+        " 1 splits with one category only",
+        " 1 captions longer than the context's 77 tokens, cut",
+        r" 1 images missing: gone\.png",
+        r" 1 images broken: cut\.png \(",
+    ):
+        assert re.search(line, done.stdout), line
+    assert "2 images cannot be used: set --images" in done.stderr
+    done = dcar("data", "check", tmp_path, "--annotations-only", "--context", "0")
+    assert (done.returncode, "missing" in done.stdout) == (0, False)

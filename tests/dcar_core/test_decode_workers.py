@@ -153,15 +153,11 @@ def test_half_an_answer_is_never_that_of_the_next_image(worker: DecodeWorker, mo
 
 
 def test_a_process_that_hangs_is_ended_by_the_clock(worker: DecodeWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So are all that take long on a system without limits."""
+    """So are all that take long on a system without limits; one that was killed is replaced."""
     with monkeypatch.context() as patch:
         patch.setattr(workers, "WALL", 0)
         patch.setattr(workers, "START_S", 1.0)
         assert refusal(worker, conversions.wait) == (ImageFault.HOSTILE, "refused: decoding it takes too long")
-    assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
-
-
-def test_an_idle_process_that_was_killed_is_replaced(worker: DecodeWorker) -> None:
     os.kill(process_of(worker), signal.SIGKILL)
     assert worker.run(FAST.decoder(), PNG, LIMITS)[1:] == (5, 3)
 

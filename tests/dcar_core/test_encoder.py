@@ -1,20 +1,25 @@
-"""`Encoder`: vectors, fingerprints, checkpoints that move, and input that is refused."""
+"""`Encoder`: vectors, fingerprints, checkpoints, mixed batches, mapped weights, and input that is refused."""
 
 import json
 import shutil
-from dataclasses import asdict
+import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core import Encoder
-from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import (
+    CONFIG,
+    WEIGHTS,
     compute_fingerprint,
     copy_checkpoint,
     load_checkpoint,
@@ -24,11 +29,17 @@ from dcar_core.model.checkpoint import (
 )
 from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
+from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.errors import CheckpointError, ImageError, ModelError
+from dcar_core.util.memory import WEIGHTS_FILE, release_pages
 
 
-def test_vectors_are_normalised_and_independent_of_the_batch(tiny_checkpoint: Path, tiny_gallery: Path) -> None:
-    encoder = Encoder.load(tiny_checkpoint)
+@pytest.fixture(scope="module")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    return Encoder.load(tiny_checkpoint, device="cpu")
+
+
+def test_vectors_are_normalised_and_independent_of_the_batch(encoder: Encoder, tiny_gallery: Path) -> None:
     texts = ["a red square", "circle", "a long caption that goes on for a while, then ends", ""]
     together = encoder.encode_text(texts)
     assert together.shape == (4, 32)
@@ -42,23 +53,6 @@ def test_vectors_are_normalised_and_independent_of_the_batch(tiny_checkpoint: Pa
     np.testing.assert_allclose(by_path, encoder.encode_images([p.read_bytes() for p in paths], batch_size=2), atol=1e-6)
     np.testing.assert_allclose(by_path, encoder.encode_images([Image.open(p) for p in paths]), atol=1e-6)
     assert encoder.encode_text([]).shape == (0, 32)
-
-
-def test_preprocess_equals_open_clips_transform(tiny_model: Path) -> None:
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    rng = np.random.default_rng(0)
-    preprocess = Encoder.load(tiny_model).preprocess
-    for height, width in ((57, 83), (64, 70), (70, 64)):  # of 35 pixels, 32 are cut out from the second on
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        for mode in ("squash", "shortest", "longest"):
-            for interpolation in ("bicubic", "bilinear"):
-                config = PreprocessCfg(32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation, mode, 114)
-                ours = type(preprocess).from_open_clip(asdict(config))
-                theirs = image_transform_v2(config, is_train=False)(picture)
-                np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
-    line = type(preprocess)(32, preprocess.mean, preprocess.std, resize="longest")(Image.new("RGB", (200, 1), "white"))
-    assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
 
 
 def test_fingerprint_covers_vectors_and_nothing_else() -> None:
@@ -93,15 +87,21 @@ def test_checkpoint_can_move_together_with_its_backbone(tiny_model: Path, tmp_pa
     assert Path(weights) == (there / "base" / "open_clip_model.safetensors").resolve()
 
 
-def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_broken_checkpoints_are_refused_with_the_reason(
+    tiny_checkpoint: Path, tiny_model: Path, tmp_path: Path, backbone: Backbone
+) -> None:
     with pytest.raises(CheckpointError, match=r"needs config\.json"):
         load_checkpoint(tmp_path)
     copy_checkpoint(tiny_checkpoint, tmp_path)
-    good = (tmp_path / "config.json").read_text()
+    assert all(not name.startswith("backbone") for name in load_file(tmp_path / WEIGHTS))
+    good = (tmp_path / CONFIG).read_text()
     content = json.loads(good)
     incomplete, model = "has no valid model, backbone, fingerprint or training", content["model"]
-    tuning = {"scope": "attention", "rank": 10**15}
-    for changed, message in (
+
+    def part(name: str, **values: object) -> dict[str, object]:
+        return {"model": {**model, name: {**model[name], **values}}}
+
+    cases: list[tuple[str | dict[str, object], str]] = [
         (good.replace('"depth": 1', '"depth": 2'), "does not fit"),
         (good.replace('"sha256": "', '"sha256": "0'), "trained on another backbone"),
         (good.replace('"query": "none"', '"query": "predicted"'), "are of different trainings"),
@@ -111,31 +111,50 @@ def test_broken_checkpoints_are_refused_with_the_reason(tiny_checkpoint: Path, t
         ({"training": [1]}, incomplete),
         (f'{{"format": 1, "model": {"[" * 200_000}{"]" * 200_000}}}', "is not JSON: nested too deeply"),
         ({"backbone": {**content["backbone"], "model": 5}}, incomplete),
-        ({"model": {**model, "adapter": {**model.get("adapter", {}), "blocks": 10**15}}}, "blocks: Input should be"),
-        ({"model": {**model, "fine_tune": tuning}}, "fine_tune: Unexpected keyword argument"),
-    ):
-        text = changed if isinstance(changed, str) else json.dumps(content | changed)
-        (tmp_path / "config.json").write_text(text)
+        ({"model": {**model, "fine_tune": {"rank": 10**15}}}, "fine_tune: Unexpected keyword argument"),
+        ({"model": {**model, "loss": None}}, "loss: Input should be a dictionary or an instance of LossConfig"),
+        ({"model": {**model, "rerank": {"blocks": -1}}}, "rerank"),
+        (part("prompt", length="four"), "prompt.length: Input should be a valid integer"),
+        (part("prompt", size=1), "prompt.size: Unexpected keyword argument"),
+        (part("prompt", text=2), "prompt.text: Input should be a valid boolean"),
+        (part("adapter", blocks=5000), "adapter.blocks: Input should be less than or equal to 4096"),
+        (part("reweight", strength=[0.5]), "reweight.strength.float: Input should be a valid number"),
+        (part("reweight", query=["none"]), "reweight.query: Input should be 'none' or 'predicted'"),
+        (part("prompt", length=31), "31 prompts do not fit into the 31 tokens"),
+        (part("prompt", depth=2_000_000), "prompts for 2000000 blocks"),
+    ]
+    for changed, message in cases:
+        (tmp_path / CONFIG).write_text(changed if isinstance(changed, str) else json.dumps(content | changed))
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text(good)
-    (tmp_path / "trainables.safetensors").write_bytes(b"half")
+    (tmp_path / CONFIG).write_text(good)
+    (tmp_path / WEIGHTS).write_bytes(b"half")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"it is a model: `dcar zero-shot --model \S+ --out DIR` makes a checkp"):
+        read_config(tiny_model)
+    with pytest.raises(CheckpointError, match=r"as `dcar train --out` writes them$"):
+        read_config(tiny_model.parent)
+    with pytest.raises(CheckpointError, match=r"holds a trained checkpoint of dcar; name another --out"):
+        save_zero_shot(backbone, tmp_path)
+    assert (tmp_path / CONFIG).read_text() == good
 
 
-def test_only_trainables_are_saved(tiny_checkpoint: Path) -> None:
-    from safetensors.torch import load_file
+def test_weights_that_are_not_finite_are_reported_as_such(model: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy_checkpoint(tiny_checkpoint, tmp_path / "trained")
+    for file, error in ((model / WEIGHTS_FILE, ModelError), (tmp_path / "trained" / WEIGHTS, CheckpointError)):
+        weights = load_file(file)
+        name = max(weights, key=lambda each: weights[each].numel())
+        weights[name].view(-1)[0] = float("nan")
+        save_file(weights, file)
+        with pytest.raises(error, match=f"{file.name} .*not finite, in {name}"):
+            Encoder.load(file.parent, device="cpu", runtime="auto")
 
-    names = set(load_file(str(tiny_checkpoint / "trainables.safetensors")))
-    assert "prompts.text" in names
-    assert not any(name.startswith("backbone") for name in names)
 
-
-def test_query_weights_come_from_the_text_alone(tiny_model: Path) -> None:
-    model = DCAR(load_backbone(BackboneSource(str(tiny_model))), ModelConfig().with_query_weights("predicted"))
+def test_query_weights_come_from_the_text_alone(backbone: Backbone) -> None:
+    model = DCAR(backbone, ModelConfig().with_query_weights("predicted"))
     assert model.head is not None
-    tokens = model.backbone.tokenize(["a red square"], model.prompt_tokens)
+    tokens = backbone.tokenize(["a red square"], model.prompt_tokens)
     with torch.no_grad():
         untrained = model.encode_query(tokens)
         torch.testing.assert_close(untrained, model.encode_text(tokens))
@@ -147,13 +166,7 @@ def test_query_weights_come_from_the_text_alone(tiny_model: Path) -> None:
         assert not torch.allclose(model.encode_query(tokens), untrained, atol=1e-4)
 
 
-def test_a_missing_device_is_named() -> None:
-    with pytest.raises(ModelError, match="no device 'cuda:99'"):
-        Encoder.load("unused", device="cuda:99")
-
-
-def test_single_text_or_image_instead_of_a_list_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    encoder = Encoder.load(tiny_checkpoint, device="cpu")
+def test_input_that_is_no_list_of_texts_or_images_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     for texts in ("crying cat", (each for each in ["crying cat"]), [None], ["crying cat", 3]):
         with pytest.raises(TypeError, match="list of texts"):
             encoder.encode_text(texts)  # type: ignore[arg-type]
@@ -164,33 +177,124 @@ def test_single_text_or_image_instead_of_a_list_is_refused(tiny_checkpoint: Path
             encoder.encode_images(picture)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match=r"nowhere\.png: no such file"):
         encoder.encode_images([Image.new("RGB", (8, 8)), tmp_path / "nowhere.png"])
+    with pytest.raises(ModelError, match="no device 'cuda:99'"):
+        Encoder.load("unused", device="cuda:99")
 
 
-def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, tiny_gallery: Path, tmp_path: Path) -> None:
+def test_zero_shot_checkpoint_gives_the_models_vectors(tiny_model: Path, backbone: Backbone, tmp_path: Path) -> None:
     given = ["zero-shot", "--model", str(tiny_model), "--out", str(tmp_path / "clip")]
-    done = CliRunner().invoke(app, given, catch_exceptions=False)
+    done, again = (CliRunner().invoke(app, given, catch_exceptions=False) for _ in range(2))
     assert done.output.startswith(f"{tmp_path / 'clip'}: {tiny_model} unadapted, fingerprint ")
-    encoder, backbone = Encoder.load(tmp_path / "clip"), load_backbone(BackboneSource(str(tiny_model)))
+    assert again.output == done.output, "the same once more"
+    encoder = Encoder.load(tmp_path / "clip")
     assert encoder.fingerprint.startswith(done.output.split()[-1])
     texts = ["a red circle", "a blue square"]
-    plain = backbone.encode_text(backbone.tokenize(texts)).detach().numpy()
-    plain /= np.linalg.norm(plain, axis=-1, keepdims=True)
-    np.testing.assert_allclose(encoder.encode_text(texts), plain, atol=1e-5)
-    again = CliRunner().invoke(app, given, catch_exceptions=False)
-    assert again.output == done.output, "the same once more"
+    plain = F.normalize(backbone.encode_text(backbone.tokenize(texts)), dim=-1)
+    np.testing.assert_allclose(encoder.encode_text(texts), plain.detach().numpy(), atol=1e-5)
 
 
-def test_trained_checkpoint_is_not_overwritten(tiny_model: Path, tiny_checkpoint: Path) -> None:
-    before = (tiny_checkpoint / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match=r"holds a trained checkpoint of dcar; name another --out"):
-        save_zero_shot(load_backbone(BackboneSource(str(tiny_model))), tiny_checkpoint)
-    assert (tiny_checkpoint / "config.json").read_bytes() == before
+TEXTS = ("a red square", "circle", "a rather long caption, with a comma in it", "x", "a blue cross on white")
+MIXED = {
+    "a": ModelConfig(),
+    "b": ModelConfig().with_query_weights("predicted"),
+    "c": ModelConfig(adapter=AdapterConfig(text=True, image=True)),
+    "deep": ModelConfig(prompt=PromptConfig(depth=2)),
+    "short": ModelConfig(prompt=PromptConfig(length=2)),
+    "coop": ModelConfig(prompt=PromptConfig(image=False)),
+    "clip": ModelConfig(prompt=PromptConfig(length=0)),
+    "d": ModelConfig(adapter=AdapterConfig(image=True, blocks=4)),
+    "e": ModelConfig(adapter=AdapterConfig(image=True, blocks=4)),
+}
+SHAPES = ("deep", "short", "coop", "clip")
 
 
-def test_model_instead_of_a_checkpoint_names_the_command(tiny_model: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"it is a model: `dcar zero-shot --model \S+ --out DIR` makes a checkpoint of it"
-    ):
-        read_config(tiny_model)
-    with pytest.raises(CheckpointError, match=r"as `dcar train --out` writes them$"):
-        read_config(tiny_model.parent)
+@pytest.fixture(scope="module")
+def encoders(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
+    """Different in all that may differ, on one backbone."""
+    root = tmp_path_factory.mktemp("mixed")
+    for seed, (name, config) in enumerate(MIXED.items()):
+        torch.manual_seed(seed)
+        model = DCAR(backbone, config)
+        with torch.no_grad():
+            for _, parameter in model.trainables():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        save_checkpoint(model, root / name)
+    return {name: Encoder.load(root / name, device="cpu", backbone=backbone) for name in MIXED}
+
+
+@pytest.mark.parametrize(
+    ("names", "text_passes", "image_passes"),
+    [
+        ("a", 1, 1),
+        ("ab", 1, 1),
+        ("abc", 1, 1),
+        ("de", 1, 1),
+        ("ade", 1, 2),
+        (["a", "b", *SHAPES], 3, 4),
+        (["a", "c", *SHAPES], 3, 4),
+    ],
+)
+def test_mixed_rows_equal_each_encoder_alone(
+    encoders: dict[str, Encoder],
+    names: list[str],
+    text_passes: int,
+    image_passes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dcar_core.runtimes.encoder_state.PASS_COST", 10_000)  # so length alone does not split a batch
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+    texts = [TextRow(encoders[name], text) for text in TEXTS for name in names]
+    images = [ImageRow(encoders[name], each) for each in pixels for name in names]
+    runtime = encoders[names[0]].runtime
+    with mock.patch.object(runtime, "text", wraps=runtime.text) as text:
+        mixed = encode_text_rows(texts)
+    with mock.patch.object(runtime, "image", wraps=runtime.image) as image:
+        mixed_images = encode_image_rows(images)
+    assert (text.call_count, image.call_count) == (text_passes, image_passes)
+    for row, vector in zip(texts, mixed, strict=True):
+        np.testing.assert_allclose(vector, row.encoder.encode_text([row.text])[0], atol=2e-6)
+    for each, vector in zip(images, mixed_images, strict=True):
+        np.testing.assert_allclose(vector, each.encoder.encode_pixels(each.pixels[None])[0], atol=2e-6)
+
+
+def test_encoders_differ_enough_to_reveal_a_mix_up(encoders: dict[str, Encoder]) -> None:
+    vectors = np.concatenate([encoder.encode_text(["a red square"]) for encoder in encoders.values()])
+    assert (vectors @ vectors.T - np.eye(len(vectors))).max() < 0.999
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def mapped(file: Path) -> int:
+    """Bytes of the file that are mapped and in memory."""
+    parts = Path("/proc/self/smaps").read_text().split(str(file.resolve()) + "\n")[1:]
+    return sum(1024 * int(part.split("Rss:")[1].split()[0]) for part in parts)
+
+
+@linux
+def test_weights_are_mapped_from_their_file_and_released(model: Path, tmp_path: Path) -> None:
+    file = model / WEIGHTS_FILE
+    encoder = Encoder.load(model, cache=tmp_path / "cache")
+    weights = encoder.model.backbone.clip.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in load_file(file).items())
+    assert not any(weight.requires_grad for weight in encoder.model.backbone.parameters())
+    texts, pixels = ["a red square"], np.zeros((1, 3, 32, 32), np.uint8)
+    before = encoder.encode_text(texts), encoder.encode_pixels(pixels)
+    assert mapped(file) > 0
+    encoder.release()
+    assert mapped(file) == 0
+    np.testing.assert_array_equal(encoder.encode_text(texts), before[0])
+    np.testing.assert_array_equal(encoder.encode_pixels(pixels), before[1])
+    assert mapped(file) > 0
+    weights["logit_scale"].fill_(3.0)
+    release_pages([model])
+    assert weights["logit_scale"].item() == 3.0, "written pages are kept"
+
+
+@linux
+def test_half_precision_weights_are_not_mapped(model: Path) -> None:
+    file = model / WEIGHTS_FILE
+    save_file({name: weight.half() for name, weight in load_file(file).items()}, file)
+    backbone = load_backbone(BackboneSource(str(model)))
+    assert mapped(file) == 0
+    assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}

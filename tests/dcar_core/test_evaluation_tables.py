@@ -1,4 +1,4 @@
-"""Tables, plot and analysis of known results, and the cost of serving."""
+"""Tables, plot and analysis of known results, the cost of serving, and the last lines of `dcar train`."""
 
 import csv
 import io
@@ -19,10 +19,14 @@ from dcar_core.evaluation.comparison import best_baseline
 from dcar_core.evaluation.plot import plot_recall
 from dcar_core.evaluation.tables import COLUMNS, best_method, mean_categories, results_csv, results_markdown, shots_rows
 from dcar_core.model.backbone import Backbone
+from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
+from dcar_core.training.adapt import Verdict, verdict_of
+from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.prepared_split import prepare_split
 from dcar_core.util.arrays import Floats
+from dcar_core.util.bootstrap import Comparison, Scores
 
 
 def example_run(seed: int, val: float, test: float, weak: float) -> dict[str, Any]:
@@ -61,27 +65,17 @@ def example_results() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_best_method_is_chosen_on_validation() -> None:
-    assert best_method(example_results()) == "chosen"
-
-
-def test_the_csv_holds_test_results() -> None:
-    rows = list(csv.DictReader(io.StringIO(results_csv(example_results()))))
+def test_tables_of_results() -> None:
+    results = example_results()
+    assert best_method(results) == "chosen", "on validation"
+    rows = list(csv.DictReader(io.StringIO(results_csv(results))))
     assert [[float(row[c]) for c in COLUMNS] for row in rows] == [[t + i for i in range(6)] for t in (30, 40, 70, 72)]
     assert [float(row["hard_negative_accuracy"]) for row in rows] == [30, 40, 70, 72]
-
-
-def test_categories_are_means_over_seeds_and_the_weakest_come_first() -> None:
-    results = example_results()
-    assert mean_categories(results, "chosen")["weak"] == {"pairs": 4, "t2i_r1": 30, "i2t_r1": 40}
+    assert mean_categories(results, "chosen")["weak"] == {"pairs": 4, "t2i_r1": 30, "i2t_r1": 40}, "over seeds"
     lines = results_markdown(results, "").partition("## Weakest categories of chosen")[2].split("\n## ")[0].splitlines()
     assert [line for line in lines if line.startswith("| ")][2:] == [  # categories of few pairs are left out
         "| weak | 4 | 30.0 | 40.0 |", "| known | 3 | 90.0 | 80.0 |",
     ]  # fmt: skip
-
-
-def test_the_shots_end_with_all_pairs_and_their_spread() -> None:
-    results = example_results()
     results["shots"] = {name: {"1": {"mean": 20.0, "std": 1.5}} for name in results["methods"]}
     del results["methods"]["tempting"]["runs"][1]
     assert shots_rows(results) == [
@@ -131,17 +125,12 @@ def test_analysis_equals_a_hand_calculation(
     assert found["categories"]["a"] == {"pairs": 2, "t2i_r1": 50.0, "i2t_r1": 100.0}
     assert found["categories"]["b"] == {"pairs": 1, "t2i_r1": 100.0, "i2t_r1": 100.0}
     assert found["confusions"] == [{"category": "a", "taken_for": "b", "count": 1, "of": 2}]
-
-
-def test_a_caption_at_rank_two_is_no_hit(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The most frequent confusion comes first: b, a and a find c; c finds b."""
     found = analysed(backbone, training, "baac", np.eye(4, dtype=np.float32)[[3, 3, 3, 0]], monkeypatch)
-    recalls = {(of["t2i_r1"], of["i2t_r1"]) for of in found["categories"].values()}
-    assert (list(found["categories"]), recalls) == (["a", "b", "c"], {(0.0, 0.0)})
+    assert {name: (of["t2i_r1"], of["i2t_r1"]) for name, of in found["categories"].items()} == dict.fromkeys(
+        "abc", (0, 0)
+    )
     pairs = [(c["category"], c["taken_for"], c["count"], c["of"]) for c in found["confusions"]]
-    assert pairs == [("a", "c", 2, 2), ("b", "c", 1, 1), ("c", "b", 1, 1)]
+    assert pairs == [("a", "c", 2, 2), ("b", "c", 1, 1), ("c", "b", 1, 1)], "the most frequent first"
 
 
 @pytest.mark.parametrize("name", ["coop", "dcar"])
@@ -185,3 +174,66 @@ def test_the_cost_of_serving(name: str, expected: tuple[str, str], backbone: Bac
     weights = sum(4 * p.numel() for p in backbone.clip.parameters())
     assert (cost["bytes"] == 0) == (name == "clip")
     assert (cost["bytes"] >= weights) == (name == "lora")
+
+
+def verdict(adapted: range, untouched: range, images: int = 100, method: str = "dcar+") -> Verdict:
+    """Return the verdict on models that find these images, and their captions."""
+    hits = (np.isin(np.arange(images), found).astype(float) for found in (adapted, untouched))
+    scores = [Scores(np.ones((2, images)), np.array([each, each])) for each in hits]
+    return Verdict(method, Comparison.of(*scores, resamples=500), TrainConfig(lr=2e-3, epochs=20))
+
+
+@pytest.mark.parametrize(
+    ("adapted", "untouched", "is_worth_it", "answer"),
+    [
+        (range(75), range(50), True, "Yes: +25.0 points of mean R@1 among 100 validation images (95 % "),
+        (range(51), range(1, 51), True, "Uncertain: +1.0 points of mean R@1 among 100 validation images (95 % "),
+        (range(50), range(50), False, "No: the untouched model is at least as good"),
+        (range(25), range(50), False, "No: the untouched model is at least as good"),
+    ],
+)
+def test_a_gain_was_worth_it_if_it_is_certain(adapted: range, untouched: range, is_worth_it: bool, answer: str) -> None:
+    found = verdict(adapted, untouched)
+    assert found.is_worth_it == is_worth_it
+    text = str(found)
+    assert f"Was it worth it? {answer}" in text
+    assert "100 validation pairs" in text
+    assert "adapted (dcar+)" in text or not is_worth_it
+    assert "Caveat" not in text
+    tips = "Next: --method clip-adapter, --lr 0.0005, --epochs 40 --patience 0, more training pairs"
+    assert (tips in text) == ("Next" in text) == (not is_worth_it)
+    for name in ("clip-adapter", "block-adapters"):  # clip-adapter learns no more than these
+        assert ("Next: --lr 0.0005" in str(verdict(adapted, untouched, method=name))) == (not is_worth_it)
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (60, "With `rerank`: R@1 of 60.0 (50.0 to 70.0) text-to-image, +10.0 (+5.0 to +16.0) "),
+        (50, "With `rerank`: no gain on these pairs"),
+    ],
+)
+def test_the_second_stage_has_a_line_of_its_own(found: int, line: str) -> None:
+    by_vectors = verdict(range(50), range(0))
+    again = str(replace(by_vectors, reranked=verdict(range(found), range(50)).comparison))
+    assert line in again
+    plain = str(by_vectors).splitlines()
+    assert [each for each in again.splitlines() if not each.startswith("With `rerank`")] == plain
+
+
+def test_new_categories_are_resampled_whole(backbone: Backbone, pairs: tuple[Dataset, Dataset]) -> None:
+    new = [replace(sample, category=f"new {row // 3}") for row, sample in enumerate(pairs[1].samples)]
+    adapted, untouched = (seeded_model(backbone, method(name), 0) for name in ("clip-adapter", "clip"))
+    for val, categories in ((pairs[1], None), (replace(pairs[1], samples=new), len(new) // 3)):
+        splits, cache = {"train": pairs[0], "val": val}, FeatureCache(None, backbone)
+        found = verdict_of(adapted, untouched, splits, cache, TrainConfig())
+        assert (found.comparison.images, found.comparison.resampled) == (len(new), categories or len(new))
+        assert (f"pairs of {categories} categories, resampled whole" in str(found)) == (categories is not None)
+
+
+def test_few_validation_pairs_get_a_caveat() -> None:
+    found = verdict(range(3), range(0), images=3)
+    caveat = "Caveat: 3 validation pairs decide little; each is 33.3 points of R@1. Use at least 100."
+    assert caveat in str(found)
+    many_captions = replace(found, comparison=replace(found.comparison, queries=900))
+    assert caveat.replace("pairs", "images") in str(many_captions), "images are resampled, with all their captions"

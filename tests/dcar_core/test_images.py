@@ -1,23 +1,34 @@
-"""Image files to RGB: formats, modes, transparency, tiles and memory; images in folders and tars."""
+"""Image files to RGB and to a model's pixels: formats, transparency, tiles, memory; images in folders and tars."""
 
 import io
 import sys
 import tarfile
 import tracemalloc
-from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageOps
 
+from dcar_core import Encoder
 from dcar_core.data.image_lookup import ImageFinder
 from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, colours, files, index_tar, open_image, sniff_format
+from dcar_core.model import preprocess
+from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DataError, ImageError, ImageFault
 from tests.support.files import write_file
 from tests.support.hostile_images import png_of_size, png_with_profile
 from tests.support.images import encoded, peak_memory
 from tests.support.parts import needs
+from tests.support.paths import ROOT
+
+EXAMPLE = ROOT / "examples" / "emoji" / "twemoji"
+HALF = (0.5,) * 3
 
 
 def whole(image: Image.Image) -> np.ndarray:
@@ -140,31 +151,36 @@ def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
-@pytest.mark.parametrize(("mode", "own"), [("RGBA", 4), ("I;16", 2), ("F", 4)])
-def test_large_image_is_in_memory_once(mode: str, own: int, tmp_path: Path) -> None:
-    side = 4000
-    plain = {
-        "RGBA": Image.new("RGBA", (side, side), (1, 2, 3, 9)),
-        "I;16": Image.fromarray(np.full((side, side), 30_000, np.uint16)),
-        "F": Image.fromarray(np.full((side, side), 0.5, np.float32)),
-    }
-    data = encoded(plain[mode], "TIFF" if mode == "F" else "PNG")
-    room = 30 * 2**20 + (len(data) if mode == "F" else 0)
-    assert peak_memory(data, "fast", tmp_path) < own * side**2 + room
-    assert peak_memory(data, "exact", tmp_path) < (own + 4) * side**2 + room
+def test_large_and_long_images_are_in_memory_once(tmp_path: Path) -> None:
+    side, room = 4000, 30 * 2**20
+    for image, own in (
+        (Image.new("RGBA", (side, side), (1, 2, 3, 9)), 4),
+        (Image.fromarray(np.full((side, side), 30_000, np.uint16)), 2),
+    ):
+        assert peak_memory(encoded(image), "fast", tmp_path) < own * side**2 + room
+        assert peak_memory(encoded(image), "exact", tmp_path) < (own + 4) * side**2 + room
+    assert peak_memory(encoded(Image.new("RGB", (1, 10_000))), "exact", tmp_path) < 50 * 2**20
 
 
 def tar_bytes(*names: str, fill: bytes = b"x") -> bytes:
+    return tar_of(dict.fromkeys(names, fill * 700), {}, tarfile.USTAR_FORMAT)  # with its header 1536 bytes each
+
+
+def tar_of(members: dict[str, bytes], headers: dict[str, str], form: int = tarfile.PAX_FORMAT) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in names:
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, data in members.items():
             member = tarfile.TarInfo(name)
-            member.size = 700  # with its header 1536 bytes
-            tar.addfile(member, io.BytesIO(fill * 700))
+            member.size, member.pax_headers = len(data), headers
+            tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 
 TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
+
+
+def odd(prefix: str = "GNU.sparse.", **headers: str) -> bytes:
+    return tar_of({"a.png": b"abc"}, {prefix + name: value for name, value in headers.items()})
 
 
 @pytest.mark.parametrize(
@@ -175,72 +191,38 @@ TAR = tar_bytes(*(f"pic{i}.p" for i in range(5)))
         (TAR[:3072] + bytes(512) + TAR[3584:], r"t\.tar has data after pic1\.p, .* byte 3,072"),
         (TAR + tar_bytes("more.p"), r"t\.tar has data after pic4\.p, .* byte 7,680.* two tars were concatenated"),
         (TAR[:4000], "unexpected end of data"),
+        (odd(map="0,3", size="4096"), r"t\.tar has a\.png as a sparse file; create it again without tar's option -S"),
+        (odd(size="zz"), r"t\.tar "),
+        (odd(map="1,abc", size="3"), r"t\.tar "),
+        (odd(major="1", minor="0"), r"t\.tar "),
+        (odd(major="1", minor="0", realsize="abc"), r"t\.tar "),
+        (odd("", size="99999999999999999999"), r"t\.tar "),
+        (odd("", size="-5"), r"t\.tar "),
     ],
 )
-def test_tar_with_data_after_its_end_is_refused(data: bytes, says: str, tmp_path: Path) -> None:
+def test_damaged_and_odd_tars_are_refused(data: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "t.tar").write_bytes(data)
-    with pytest.raises(DataError, match=says):
-        index_tar(tmp_path / "t.tar")
-    with pytest.raises(DataError, match=says):
-        index_tar("memory://t.tar", io.BytesIO(data))
-
-
-def test_tar_with_sparse_files_is_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        member = tarfile.TarInfo("a.png")
-        member.pax_headers = {"GNU.sparse.map": "0,3", "GNU.sparse.size": "4096"}  # as `tar -S` writes it
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"abc"))
-    with pytest.raises(DataError, match=r"t\.tar has a\.png as a sparse file; create it again without tar's option -S"):
-        index_tar(tmp_path / "t.tar")
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"GNU.sparse.size": "zz"},
-        {"GNU.sparse.map": "1,abc", "GNU.sparse.size": "3"},
-        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
-        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "abc"},
-        {"size": "99999999999999999999"},
-        {"size": "-5"},
-    ],
-    ids=str,
-)
-def test_tar_with_odd_headers_is_refused(headers: dict[str, str], tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        member = tarfile.TarInfo("a.png")
-        member.pax_headers, member.size = headers, 3
-        tar.addfile(member, io.BytesIO(b"abc"))
-    for file in (None, io.BytesIO((tmp_path / "t.tar").read_bytes())):
-        with pytest.raises(DataError, match=r"t\.tar "):
+    for file in (None, io.BytesIO(data)):
+        with pytest.raises(DataError, match=says):
             index_tar(tmp_path / "t.tar", file)
 
 
-@pytest.mark.parametrize("end", [0, 512, 1024, 10_240, 3_000_000])
-def test_a_tar_may_end_with_any_number_of_zeros(end: int, tmp_path: Path) -> None:
-    (tmp_path / "t.tar").write_bytes(TAR[:7680] + bytes(end))
-    assert list(index_tar(tmp_path / "t.tar")) == [f"pic{i}.p" for i in range(5)]
-
-
-def peak_bytes(read: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        read()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_many_empty_members_are_listed_with_a_line_now_and_then(
+def test_many_members_are_listed_with_a_line_now_and_then_and_any_number_of_zeros_after_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    tar = tmp_path / "t.tar"
+    for end in (0, 512, 1024, 10_240, 3_000_000):
+        tar.write_bytes(TAR[:7680] + bytes(end))
+        assert list(index_tar(tar)) == [f"pic{i}.p" for i in range(5)]
     monkeypatch.setattr(files, "REPORTED", 1_000)
     monkeypatch.setattr(files, "BLOCK_BYTES", 512)
-    tar = tmp_path / "t.tar"
     tar.write_bytes(b"".join(tarfile.TarInfo(f"{number}.jpg").tobuf() for number in range(3_000)) + bytes(1024))
-    with tarfile.open(tar) as opened, caplog.at_level("INFO"):
-        assert peak_bytes(lambda: index_tar(tar)) < peak_bytes(opened.getmembers) / 2
+    with caplog.at_level("INFO"):
+        tracemalloc.start()
+        assert len(index_tar(tar)) == 3_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2_000_000
     assert caplog.messages == [f"listing {tar}: {number},000 members so far" for number in (1, 2, 3)]
 
 
@@ -295,12 +277,9 @@ def test_the_first_frame_of_an_animation_is_read() -> None:
         assert red > 200 > 50 > blue, kind
 
 
-def test_a_large_colour_profile_is_honest() -> None:
-    assert open_image(png_with_profile(8_000_000)).size == (16, 16)
-
-
-def test_a_limit_above_pillows_own_applies() -> None:
+def test_limits_leave_honest_files_alone() -> None:
     """Neither a warning, which would be an error here, nor Pillow's refusal; Pillow itself keeps its limit."""
+    assert open_image(png_with_profile(8_000_000)).size == (16, 16)
     data = encoded(Image.new("1", (15_000, 12_500)), compress_level=1)
     assert open_image(data, max_pixels=200_000_000, at_least=100).size == (120, 100)
     with pytest.raises(Image.DecompressionBombError):
@@ -347,3 +326,122 @@ def test_heic_is_read_with_its_extra_and_named_without(monkeypatch: pytest.Monke
     with pytest.raises(ImageError, match=r"pip install 'dcar\[heic\]'") as caught:
         open_image(data)
     assert caught.value.fault == ImageFault.MISSING_DECODER
+
+
+def noisy(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_preprocess_equals_open_clips_transform() -> None:
+    rng = np.random.default_rng(0)
+    for height, width in ((57, 83), (64, 70), (70, 64)):  # of 35 pixels, 32 are cut out from the second on
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for mode, interpolation in product(("squash", "shortest", "longest"), ("bicubic", "bilinear")):
+            config = PreprocessCfg(32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), interpolation, mode, 114)
+            ours = Preprocess.from_open_clip(asdict(config))
+            theirs = image_transform_v2(config, is_train=False)(picture)
+            np.testing.assert_allclose(ours.normalize(ours(picture)[None])[0], theirs.numpy(), atol=2e-6)
+    line = Preprocess(32, HALF, HALF, resize="longest")(Image.new("RGB", (200, 1), "white"))
+    assert (line.reshape(3, -1) == 255).sum() == 3 * 32  # a side never rounds to nothing
+
+
+def jpegs(width: int, height: int, count: int) -> list[bytes]:
+    """Return JPEG files with detail at every scale."""
+    root = ImageRoot(EXAMPLE / "gallery.tar")
+    names = [name for name in root.names()[:: 3 * count] if name.endswith(".png")][: 6 * count]
+    tiles = [open_image(root.read(name)).resize((70, 70)) for name in names]
+    found = []
+    for start in range(count):
+        page, own = Image.new("RGB", (width, height), "white"), tiles[start::count]
+        for i, (x, y) in enumerate(product(range(0, width, 70), range(0, height, 70))):
+            page.paste(own[i % len(own)], (x, y))
+        found.append(encoded(page, "JPEG", quality=92))
+    return found
+
+
+@pytest.mark.slow
+def test_fast_mode_changes_embeddings_little() -> None:
+    """Of the bundled model, which is trained and so sees what people see."""
+    encoder = Encoder.load(EXAMPLE / "checkpoint", device="cpu")
+    exact, fast = encoder.model.backbone.preprocess, encoder.preprocess
+    assert (exact.exact, fast.exact) == (True, False)
+    for width, height in ((150, 120), (241, 260), (500, 400), (1400, 960)):
+        pages = jpegs(width, height, 8)
+        before, after = (encoder.encode_pixels(np.stack([mode(file) for file in pages])) for mode in (exact, fast))
+        assert (before * after).sum(1).min() > 0.995
+
+
+def test_jpeg_is_decoded_at_the_smallest_sufficient_size() -> None:
+    file = jpegs(1400, 960, 1)[0]
+    assert open_image(file).size == (1400, 960)
+    assert open_image(file, at_least=121).size == (350, 240)  # an eighth would be 175 x 120
+    assert open_image(file, at_least=120).size == (175, 120)
+    assert open_image(file, at_least=961).size == (1400, 960)
+    assert open_image(Image.new("RGB", (900, 900)), at_least=10).size == (900, 900)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pytorch_resizes_as_pillow_does_and_small_images_are_the_same_in_both_modes(
+    mode: Any, interpolation: Any
+) -> None:
+    exact = Preprocess(48, HALF, HALF, interpolation, mode)
+    by_torch = exact.fast(torch=True)
+    if torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}:
+        assert by_torch.resizer == "torch"
+    for width, height in ((110, 70), (97, 131), (48, 48), (30, 20), (251, 250), (1, 1)):
+        picture = noisy(width, height)
+        before, after = exact(picture).astype(int), by_torch(picture)
+        assert after.shape == before.shape
+        assert after.flags.c_contiguous
+        assert np.abs(before - after).max() <= 2
+        assert np.abs(before - after).mean() < 0.05
+        assert width > 200 or np.abs(before - exact.fast()(picture)).mean() < 0.5  # of 255
+
+
+def test_pillow_resizes_very_large_and_long_images_and_where_pytorch_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Preprocess(48, HALF, HALF).fast(torch=True)
+    pillow = replace(fast, resizer="pillow")
+    asked: list[object] = []
+    monkeypatch.setattr(preprocess, "resize_by_torch", lambda *_: asked.append(_))
+    for size in ((400, 300), (3, 90_000)):  # reduced by Pillow first; cut while it is scaled
+        picture = Image.linear_gradient("L").resize(size)
+        assert np.array_equal(fast(picture), pillow(picture))
+    assert not asked
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    preprocess.torch_is_fast.cache_clear()
+    try:
+        assert Preprocess(48, HALF, HALF).fast(torch=True).resizer == "pillow"
+    finally:
+        preprocess.torch_is_fast.cache_clear()
+
+
+def test_a_models_own_settings_are_followed_and_are_in_the_hash() -> None:
+    own = {"size": (48, 48), "mean": HALF, "std": HALF}
+    usual = Preprocess.from_open_clip(own)
+    assert (usual.interpolation, usual.resize, usual.fill) == ("bicubic", "shortest", 0)
+    changes = {"size": 24, "mean": (0.1, 0.5, 0.5), "std": (0.5, 0.5, 0.1), "interpolation": "bilinear"}
+    others = [Preprocess.from_open_clip(own | {key: value}).to_dict() for key, value in changes.items()]
+    padded = Preprocess.from_open_clip(
+        {**own, "interpolation": "bilinear", "resize_mode": "longest", "fill_color": 127}
+    )
+    others += [each.to_dict() for each in (usual, padded, replace(padded, fill=0), replace(padded, resize="squash"))]
+    assert len({str(other) for other in others}) == len(others)
+    assert (padded.interpolation, padded.resize, padded.fill) == ("bilinear", "longest", 127)
+    for how in (padded, padded.fast(torch=True)):
+        pixels = how(Image.new("RGB", (96, 32), "white"))
+        assert (pixels[:, :16] == 127).all()
+        assert (pixels[:, 16:32] == 255).all()
+        assert how(Image.new("RGB", (4000, 8), "white")).shape == (3, 48, 48), "a line keeps a pixel"
+    assert "exact" not in usual.to_dict()
+    assert usual.fast().to_dict()["exact"] is False
+    assert "resizer" not in usual.fast().to_dict()
+    assert replace(usual.fast(), resizer="torch").to_dict()["resizer"] == "torch"
+
+
+def test_long_image_is_cropped_while_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, rng = Preprocess(48, HALF, HALF), np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(90, 160, size, dtype=np.uint8)) for size in ((3, 500, 3), (700, 20, 3))]
+    before = [exact(picture).astype(int) for picture in pictures]
+    monkeypatch.setattr(preprocess, "MAX_SCALED_PIXELS", 48 * 48)
+    assert max(np.abs(one - exact(picture)).max() for one, picture in zip(before, pictures, strict=True)) <= 1

@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -130,18 +129,6 @@ def test_feature_cache_returns_the_computed_features(backbone: Backbone, trainin
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_remains_of_killed_runs_are_deleted_after_a_day(backbone: Backbone, tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path, backbone)
-    cache.tensor("kind", "one", lambda: torch.zeros(2))
-    (folder,) = tmp_path.iterdir()
-    old, fresh = folder / ".pixels-x.npy.17.tmp", folder / ".pixels-y.npy.18.tmp"
-    for part in (old, fresh):
-        part.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    cache.tensor("kind", "two", lambda: torch.ones(2))
-    assert sorted(path.name for path in folder.iterdir()) == [fresh.name, "kind-one.npy", "kind-two.npy"]
-
-
 def test_feature_cache_misses_for_other_images_texts_and_weights(
     backbone: Backbone, training: Dataset, tiny_gallery: Path, retrained: Backbone, tmp_path: Path
 ) -> None:
@@ -173,29 +160,27 @@ def test_digest_of_a_split_covers_all_training_data(backbone: Backbone, training
     assert len(set(keys)) == 6
 
 
-def test_failed_computation_leaves_no_cache_entry(backbone: Backbone, tmp_path: Path) -> None:
+def test_failures_damage_and_remains_of_killed_runs_leave_no_wrong_entry(backbone: Backbone, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, backbone)
+
     def fails() -> Tensor:
         raise RuntimeError("out of memory")
 
-    cache = FeatureCache(tmp_path, backbone)
+    def files() -> list[Path]:
+        return sorted(path for path in tmp_path.rglob("*") if path.is_file())
+
     with pytest.raises(RuntimeError, match="out of memory"):
         cache.tensor("images", "key", fails)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert torch.equal(cache.tensor("images", "key", lambda: torch.ones(2)), torch.ones(2))
-
-
-def test_damaged_cache_entry_is_computed_again(backbone: Backbone, tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path, backbone)
-
-    def entries() -> tuple[Tensor, Any]:
-        pixels = cache.array("pixels", "key", (40, 8), lambda out: out.fill(7))
-        return cache.tensor("images", "key", lambda: torch.ones(50)), pixels
-
-    entries()
-    for length in (0, 20, 150):
-        for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+    assert not files()
+    for length in (None, 0, 20, 150):
+        for path in files():
             path.write_bytes(path.read_bytes()[:length])
-        features, pixels = entries()
-        assert torch.equal(features, torch.ones(50))
-        assert (pixels == 7).all()
-        assert pixels.shape == (40, 8)
+        pixels = cache.array("pixels", "key", (40, 8), lambda out: out.fill(7))
+        assert torch.equal(cache.tensor("images", "key", lambda: torch.ones(50)), torch.ones(50))
+        assert (pixels.shape, (pixels == 7).all()) == ((40, 8), True)
+    old, fresh = (files()[0].with_name(name) for name in (".pixels-x.npy.17.tmp", ".pixels-y.npy.18.tmp"))
+    for part in (old, fresh):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    cache.tensor("images", "two", lambda: torch.ones(2))
+    assert [path.name for path in files()] == [fresh.name, "images-key.npy", "images-two.npy", "pixels-key.npy"]

@@ -1,4 +1,4 @@
-"""The second stage: its fast path, its training, its checkpoint, and what it does to ranks."""
+"""What follows the epochs: hard negatives for the adapters, and the second stage that orders the first images."""
 
 import json
 import shutil
@@ -15,12 +15,13 @@ from dcar_core.evaluation.comparison import WITH_RERANK, compare
 from dcar_core.evaluation.tables import recall_rows
 from dcar_core.model.backbone import Backbone, BackboneSource
 from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
-from dcar_core.model.config import MODEL_CONFIG, ModelConfig, RerankConfig, TrainConfig
+from dcar_core.model.config import MODEL_CONFIG, RerankConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.towers.prompt_rows import PromptRows
-from dcar_core.training import second_stage
+from dcar_core.training import hard_negatives, second_stage
 from dcar_core.training.adapt import adapt
+from dcar_core.training.hard_negatives import tune_on_hard_negatives
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.training.second_stage import train_second_stage
 from dcar_core.training.train import train
@@ -42,11 +43,55 @@ from tests.support.files import write_json
 @pytest.fixture
 def model(backbone: Backbone) -> DCAR:
     """A model whose learned layers are all away from zero."""
-    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    model = untrained(backbone)
     with torch.no_grad():
         for _, parameter in model.trainables():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def untrained(backbone: Backbone, name: str = "query-prompts") -> DCAR:
+    return seeded_model(backbone, method(name), 0).eval()
+
+
+def weights(model: DCAR) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.trainables()}
+
+
+def moved(model: DCAR, start: dict[str, torch.Tensor]) -> set[str]:
+    return {name.split(".")[0] for name, value in model.trainables() if not torch.equal(value, start[name])}
+
+
+def test_hard_negatives_move_the_feature_adapters_alone_and_cost_no_validation_recall(
+    backbone: Backbone, pairs: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = untrained(backbone, "block-adapters+")
+    split, validation = (prepare_split(data, model, for_training=True) for data in pairs)
+    start, before = weights(model), evaluate(model, split)
+    found = tune_on_hard_negatives(model, split, split, 0)
+    assert moved(model, start) == {"text_adapter", "image_adapter"}
+    assert mean_r1(found) >= mean_r1(before)
+    assert found == evaluate(model, split)
+    model.load_state_dict(start, strict=False)
+    before = evaluate(model, validation)
+    monkeypatch.setattr(hard_negatives, "LEARNING_RATE", 10.0)  # ruins the adapters
+    assert mean_r1(tune_on_hard_negatives(model, split, validation, 0)) >= mean_r1(before)
+    model.load_state_dict(start, strict=False)
+    before = evaluate(model, split)
+    monkeypatch.setattr(hard_negatives, "LEARNING_RATE", float("inf"))
+    monkeypatch.setattr(hard_negatives, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
+    assert tune_on_hard_negatives(model, split, split, 0) == before
+    assert moved(model, start) == set()
+
+
+def test_images_that_a_caption_describes_are_no_negatives(backbone: Backbone, described_twice: Dataset) -> None:
+    model = seeded_model(backbone, method("block-adapters+"), 0)
+    split = prepare_split(described_twice, model, for_training=True)
+    texts, images = (torch.from_numpy(encode(model, split)) for encode in (encode_captions, encode_images))
+    nearest = hard_negatives.nearest_wrong_images(texts, images, split.right_answers()[0])
+    right, _ = split.right_answers()
+    assert all(not set(row.tolist()) & set(answers.tolist()) for row, answers in zip(nearest, right, strict=True))
+    assert nearest.shape[1] == len(images) - max(map(len, right))
 
 
 def image_rows(model: DCAR, count: int = 3) -> torch.Tensor:
@@ -84,13 +129,6 @@ def test_constant_prompts_are_those_of_no_query(model: DCAR) -> None:
     assert not torch.allclose(model.query_prompts.prompts(first), model.query_prompts.prompts(second), atol=0.01)
 
 
-def test_images_without_prompts_have_their_own_vectors(model: DCAR, training: Dataset) -> None:
-    stage, split = SecondStage(model), prepare_split(training, model, for_training=False)
-    assert split.pixels is not None
-    found = stage.vectors(stage.images(stage.image_rows(model.backbone.normalized(split.pixels))))
-    np.testing.assert_allclose(found, encode_images(model, split), atol=1e-5)
-
-
 def test_late_interaction_is_the_mean_of_the_best_patches(model: DCAR) -> None:
     stage = SecondStage(model)
     texts, images = stage.texts(model.backbone.tokenize(["a red square", "dog"])), stage.images(image_rows(model, 2))
@@ -102,42 +140,45 @@ def test_late_interaction_is_the_mean_of_the_best_patches(model: DCAR) -> None:
         torch.testing.assert_close(found[text], cosines.amax(1).mean().detach())
 
 
-def test_a_chunk_of_images_scores_like_a_pair_alone(model: DCAR, pairs: tuple[Dataset, Dataset]) -> None:
+def test_a_pair_alone_scores_like_its_chunk_and_without_prompts_like_its_vector(
+    model: DCAR, pairs: tuple[Dataset, Dataset]
+) -> None:
     split, stage = prepare_split(pairs[1], model, for_training=False), SecondStage(model)
-    first = first_images(model, split, encode_captions(model, split), encode_images(model, split))
     assert split.pixels is not None
+    images = encode_images(model, split)
+    found = stage.vectors(stage.images(stage.image_rows(model.backbone.normalized(split.pixels))))
+    np.testing.assert_allclose(found, images, atol=1e-5)
+    first = first_images(model, split, encode_captions(model, split), images)
     for text, place in ((0, 0), (2, 1)):
         pixels = split.pixels[first.rows[text, place]][None]
-        images = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
-        found = stage.scores(stage.texts(split.tokens[text : text + 1]), images)
-        assert float(found) == pytest.approx(float(first.second[text, place]), abs=1e-3)
+        one = stage.images(stage.image_rows(model.backbone.normalized(pixels)))
+        score = stage.scores(stage.texts(split.tokens[text : text + 1]), one)
+        assert float(score) == pytest.approx(float(first.second[text, place]), abs=1e-3)
+
+
+def reranked_recall(model: DCAR, split: PreparedSplit) -> dict[str, float]:
+    return recall_of_ranks(rerank(model, split, encode_captions(model, split), encode_images(model, split)))
 
 
 def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
     backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    model = untrained(backbone)
     split = prepare_split(training, model, for_training=True)
-    start = {name: parameter.detach().clone() for name, parameter in model.trainables()}
-    vectors, before = encode_captions(model, split), evaluate(model, split)
+    start, before = weights(model), evaluate(model, split)
     margins = []
     for epochs in (1, 60):
         monkeypatch.setattr(second_stage, "EPOCHS", epochs)
         model.load_state_dict(start, strict=False)
         train_second_stage(model, split, split, 0)
         assert "training the second stage: 100%" in capsys.readouterr().err
-        first = first_images(model, split, vectors, encode_images(model, split))
+        first = first_images(model, split, encode_captions(model, split), encode_images(model, split))
         own = first.rows == split.image_of[:, None]
         margins.append(first.second[own].mean() - first.second[~own].mean())
     assert margins[1] > margins[0] + 0.02
-    changed = {n.split(".")[0] for n, p in model.trainables() if not torch.equal(start[n], p)}
-    assert changed == {"query_prompts"}
+    assert moved(model, start) == {"query_prompts"}
     assert evaluate(model, split) == before, "the search by vectors stays as it was"
     assert mean_r1(reranked_recall(model, split)) >= mean_r1(before)
-
-
-def reranked_recall(model: DCAR, split: PreparedSplit) -> dict[str, float]:
-    return recall_of_ranks(rerank(model, split, encode_captions(model, split), encode_images(model, split)))
 
 
 def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs: tuple[Dataset, Dataset]) -> None:
@@ -154,37 +195,23 @@ def test_the_vectors_are_those_of_block_adapters_plus(backbone: Backbone, pairs:
     assert results[0] == results[1]
 
 
-def replace_weight(model: DCAR, weight: float) -> DCAR:
-    model.config = model.config.with_rerank_weight(weight)
-    return model
-
-
-def test_a_stage_that_costs_validation_recall_is_turned_off(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gains", [-10.0, 0.0])
+def test_a_stage_that_costs_or_gains_no_validation_recall_is_turned_off(
+    gains: float, backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prefers_wrong_images(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> FirstImages:
+    def second(model: DCAR, split: PreparedSplit, text: Floats, image: Floats) -> FirstImages:
         first = first_images(model, split, text, image)
-        return replace(first, second=-10.0 * (first.rows == split.image_of[:, None]))
+        return replace(first, second=gains * (first.rows == split.image_of[:, None]))
 
-    monkeypatch.setattr(second_stage, "first_images", prefers_wrong_images)
-    monkeypatch.setattr(second_stage, "mean_r1", lambda recall: recall["t2i_r5"])  # of an untrained model above 0
-    model = seeded_model(backbone, method("query-prompts"), 0).eval()
+    monkeypatch.setattr(second_stage, "first_images", second)
+    monkeypatch.setattr(second_stage, "mean_r1", lambda recall: recall["t2i_r5"] if gains else 50.0)  # above 0
+    model = untrained(backbone)
     split = prepare_split(training, model, for_training=True)
     before = evaluate(model, split)
     assert before["t2i_r5"] > 0
     train_second_stage(model, split, split, 0)
     assert not model.config.reranks
     assert reranked_recall(model, split) == before
-
-
-def test_a_stage_that_gains_nothing_is_turned_off(
-    backbone: Backbone, training: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(second_stage, "mean_r1", lambda recall: 50.0)
-    model = seeded_model(backbone, method("query-prompts"), 0).eval()
-    split = prepare_split(training, model, for_training=True)
-    train_second_stage(model, split, split, 0)
-    assert not model.config.reranks
 
 
 def test_images_beyond_the_memory_limit_are_left_out(
@@ -202,21 +229,17 @@ def test_images_beyond_the_memory_limit_are_left_out(
 
 
 def test_a_checkpoint_keeps_the_stage_and_its_weight(model: DCAR, training: Dataset, tmp_path: Path) -> None:
-    fingerprints = [save_checkpoint(replace_weight(model, weight), tmp_path) for weight in (1.0, 0.5)]
+    fingerprints = []
+    for weight in (1.0, 0.5):
+        model.config = model.config.with_rerank_weight(weight)
+        fingerprints.append(save_checkpoint(model, tmp_path))
     loaded, fingerprint = load_checkpoint(tmp_path)
     assert fingerprint == fingerprints[1] != fingerprints[0]
     assert loaded.config == model.config
     split = prepare_split(training, model, for_training=False)
     vectors = encode_captions(model, split), encode_images(model, split)
-    np.testing.assert_array_equal(
-        first_images(loaded, split, *vectors).second, first_images(model, split, *vectors).second
-    )
-
-
-@pytest.mark.parametrize("values", [{"blocks": "two"}, {"blocks": -1}, {"blocks": 10**6}, {"weight": None}, {"w": 1}])
-def test_a_forged_configuration_of_the_stage_is_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"ModelConfig: rerank"):
-        ModelConfig.from_dict({"rerank": values})
+    expected = first_images(model, split, *vectors).second
+    np.testing.assert_array_equal(first_images(loaded, split, *vectors).second, expected)
 
 
 def test_the_stage_orders_the_first_images_alone() -> None:

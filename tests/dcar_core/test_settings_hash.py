@@ -1,41 +1,80 @@
 """The content hash: in every configuration of open_clip each setting that changes a vector, and files beside it."""
 
+import copy
 import gzip
 import json
-import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.open_clip_source import load_tokenizer, tower_settings
-from dcar_core.model.preprocess import Preprocess
+from dcar_core.model.open_clip_source import builtin_models, load_tokenizer, tower_settings
 from dcar_core.model.settings_hash import vector_settings
 from tests.support import tiny_clips
-from tests.support.config_changes import PARTS, WITHOUT_EFFECT, changed_settings
 from tests.support.parts import needs
 from tests.support.tiny_clips import VOCABULARY, every_model, image_size, shake, small_timm_models, tiny_config
 from tests.support.tiny_models import kind_of_tokenizer, write_tiny_model, write_tokenizer
 
-NAMES = sorted(open_clip.list_models())
 QUICK = {"ViT-B-32", "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "ViT-L-14-CLIPA", "coca_ViT-B-32"}
 TEXTS = ["Two Dogs, run  across_it", 40 * "a red square "]
+PARTS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg}
+# Of training alone, or names of what is identified by its content.
+WITHOUT_EFFECT = {"patch_dropout", "timm_drop", "timm_drop_path", "output_tokens", "hf_tokenizer_name"}
+# They fetch weights, name a folder, or are refused.
+NOT_TRIED = {"timm_model_pretrained", "hf_model_pretrained", "hf_model_name", "tokenizer_mode"}
 
 
-class Findings(NamedTuple):
-    """Settings of one tower. decisive: they change a vector and keep the weights. hidden: so, but not the hash.
+def changed_settings(config: dict[str, Any], part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of a setting of a tower, and the configuration with a value that other configurations have."""
+    yield "quick_gelu", config | {"quick_gelu": not config.get("quick_gelu", False)}
+    for field in fields(PARTS[part]):
+        if field.name not in NOT_TRIED and is_read(field.name, config[part]):
+            for value in other_values(part, field.name, config[part].get(field.name, field.default)):
+                changed = copy.deepcopy(config)
+                changed[part][field.name] = value
+                yield field.name, changed
 
-    idle: they change no vector and must not change the hash, but do.
-    """
+
+def is_read(key: str, values: dict[str, Any]) -> bool:
+    """Return False for settings of another kind of tower."""
+    if "timm_model_name" in values:
+        return key.startswith("timm_")
+    if "hf_model_name" in values:
+        return key.startswith(("hf_", "tokenizer_")) or key == "context_length"
+    return not key.startswith(("timm_", "hf_p"))
+
+
+def other_values(part: str, key: str, value: Any) -> list[Any]:
+    if key == "hf_tokenizer_name":
+        return ["another/mirror"] if value else []
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [2 * value or (1 if isinstance(value, int) else 0.1)]
+    now, used = json.dumps(value), used_values(part, key)
+    return [json.loads(each) for each in [*filter(now.__lt__, used), *filter(now.__gt__, used)][:2]]
+
+
+@cache
+def used_values(part: str, key: str) -> list[str]:
+    """Return all values of a setting in built-in configurations, as JSON."""
+    default = next(field.default for field in fields(PARTS[part]) if field.name == key)
+    return sorted({json.dumps(config[part].get(key, default)) for config, _ in builtin_models().values()})
+
+
+@dataclass
+class Findings:
+    """Settings of one tower that change a vector and keep the weights; those that the hash lacks; and needless ones."""
 
     decisive: set[str]
     hidden: set[str]
@@ -43,7 +82,7 @@ class Findings(NamedTuple):
 
 
 class Half:
-    """One tower of a shrunk model with everything that its vectors depend on; the weights are those of `state`."""
+    """One tower of a shrunk model with everything that its vectors depend on."""
 
     def __init__(self, name: str, config: dict[str, Any], part: str, vocabulary: Path | None) -> None:
         given = {key: value for key, value in config.items() if key != "custom_text"}
@@ -77,7 +116,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("vocabularies")
 
 
-found: dict[str, Findings] = {}  # by what a tower's vectors depend on, which many configurations share
+known: dict[str, Findings] = {}  # by what a tower's vectors depend on, which many configurations share
 
 
 def findings(name: str, part: str, directory: Path) -> Findings:
@@ -95,13 +134,13 @@ def findings(name: str, part: str, directory: Path) -> Findings:
     layers = isinstance(config[other].get("layers"), list)
     whole = [part, own, str(vocabulary), family, layers, config.get("quick_gelu"), config.get("custom_text")]
     key = json.dumps(whole, sort_keys=True)
-    if key not in found:
+    if key not in known:
         with torch.no_grad():
-            found[key] = _findings(name, config, part, vocabulary)
-    return found[key]
+            known[key] = compute_findings(name, config, part, vocabulary)
+    return known[key]
 
 
-def _findings(name: str, config: dict[str, Any], part: str, vocabulary: Path | None) -> Findings:
+def compute_findings(name: str, config: dict[str, Any], part: str, vocabulary: Path | None) -> Findings:
     usual = Half(name, config, part, vocabulary)
     shake(usual.clip)
     weights, (features, ids) = usual.clip.state_dict(), usual.vectors()
@@ -132,67 +171,13 @@ def test_a_setting_that_changes_a_vector_changes_the_hash(name: str, directory: 
     assert len({"tokenizer_kwargs"}.union(*(tower.decisive for tower in towers))) >= 3, "the changes are seen"
 
 
-def test_every_preprocessing_of_a_pretrained_model_is_in_the_hash() -> None:
-    """Its settings are those that open_clip keeps beside the names of weights, at a small size."""
-    configs = {
-        json.dumps({**open_clip.transform.PreprocessCfg().__dict__, **tag, "size": 32}, sort_keys=True)
-        for name in NAMES
-        for pretrained in open_clip.list_pretrained_tags_by_model(name)
-        for tag in [_preprocessing(name, pretrained)]
-    }
-    assert len(configs) > 3
-    values: dict[str, list[Any]] = {
-        "size": [24], "mean": [[0.1, 0.5, 0.5]], "std": [[0.5, 0.5, 0.1]], "interpolation": ["bilinear", "bicubic"],
-        "resize_mode": ["shortest", "squash", "longest"], "fill_color": [0, 255], "mode": ["RGB"],
-    }  # fmt: skip
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8))
-    for config in map(json.loads, configs):
-        usual, decisive = Preprocess.from_open_clip(config), set[str]()
-        pixels = usual.normalize(usual(picture)[None])
-        for key, others in values.items():
-            for value in others:
-                changed = Preprocess.from_open_clip(config | {key: value})
-                if not np.array_equal(changed.normalize(changed(picture)[None]), pixels):
-                    decisive.add(key)
-                    assert changed.to_dict() != usual.to_dict(), key
-        assert {"size", "mean", "std", "interpolation", "resize_mode"} <= decisive <= values.keys() - {"mode"}
-
-
-def _preprocessing(name: str, pretrained: str) -> dict[str, Any]:
-    known = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
-    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in known}
-
-
 SIGLIP2, PE_CORE, CLIPA = "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "ViT-L-14-CLIPA"
-WORLDWIDE, XLM = "ViT-L-14-worldwide", "xlm-roberta-base-ViT-B-32"
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
-    """Model directories by name, each with its content hash."""
-    made: dict[str, tuple[Path, str]] = {}
-
-    def model(name: str) -> tuple[Path, str]:
-        if name not in made:
-            path = write_tiny_model(name, tmp_path_factory.mktemp("models") / name)
-            made[name] = path, content_hash(path)
-        return made[name]
-
-    return model
+WORLDWIDE, XLM, PLAIN = "ViT-L-14-worldwide", "xlm-roberta-base-ViT-B-32", "ViT-B-32"
 
 
 def content_hash(model: Path) -> str:
     backbone: Backbone = load_backbone(BackboneSource(str(model)))
     return backbone.content_hash()
-
-
-def changed(model: Path, copy: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> str:
-    """The content hash of a copy with a change in one of its JSON files."""
-    shutil.copytree(model, copy)
-    content = json.loads((copy / file).read_text())
-    change(content)
-    (copy / file).write_text(json.dumps(content))
-    return content_hash(copy)
 
 
 def swap_words(content: dict[str, Any]) -> None:
@@ -201,53 +186,49 @@ def swap_words(content: dict[str, Any]) -> None:
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
 
 
-@pytest.mark.parametrize(
-    ("name", "file", "change"),
-    [
-        (WORLDWIDE, "tokenizer.json", swap_words),
-        (WORLDWIDE, "tokenizer.json", lambda c: c["model"]["vocab"][-1].__setitem__(1, -9.0)),
-        (WORLDWIDE, "tokenizer.json", lambda c: c.update(normalizer={"type": "Lowercase"})),
-        (WORLDWIDE, "tokenizer.json", lambda c: c["pre_tokenizer"].update(prepend_scheme="never")),
-        (SIGLIP2, "tokenizer.json", lambda c: c["model"]["merges"].pop()),
-        (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(byte_fallback=False)),
-        (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(fuse_unk=False)),
-        (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(dropout=0.5)),
-        (SIGLIP2, "tokenizer.json", lambda c: c["added_tokens"][0].update(lstrip=True)),
-        (CLIPA, "tokenizer.json", lambda c: c["model"].update(continuing_subword_prefix="")),
-        (CLIPA, "tokenizer.json", lambda c: c["model"].update(max_input_chars_per_word=3)),
-        (SIGLIP2, "tokenizer_config.json", lambda c: c.update(pad_token="<eos>")),
-        (CLIPA, "tokenizer.json", lambda c: c["normalizer"].update(lowercase=False)),
-        pytest.param(XLM, "xlm-roberta/config.json", lambda c: c.update(num_attention_heads=4), marks=needs("hf")),
-        pytest.param(XLM, "xlm-roberta/config.json", lambda c: c.update(layer_norm_eps=1e-3), marks=needs("hf")),
-        pytest.param(XLM, "xlm-roberta/config.json", lambda c: c.update(is_decoder=True), marks=needs("hf")),
-        (SIGLIP2, MODEL_CONFIG, lambda c: c["model_cfg"]["text_cfg"].update(heads=4)),
-        (PE_CORE, MODEL_CONFIG, lambda c: c["preprocess_cfg"].update(mean=[0.4, 0.5, 0.5])),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_file_beside_the_weights_changes_it(
-    name: str,
-    file: str,
-    change: Callable[[dict[str, Any]], Any],
-    models: Callable[[str], tuple[Path, str]],
-    tmp_path: Path,
-) -> None:
-    path, before = models(name)
-    assert changed(path, tmp_path / "copy", file, change) != before
+def set_config(part: str, **values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["model_cfg"][part].update(values)
 
 
-def test_it_knows_which_tower_has_an_unusual_setting(tmp_path: Path) -> None:
-    path = write_tiny_model("ViT-B-32", tmp_path / "model")
-    with gzip.open(path / "other.txt.gz", "wt") as file:  # other merges
-        file.write("version\n" + "c a\nca t</w>\n" * 2)
+CHANGES: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
+    (WORLDWIDE, "tokenizer.json", swap_words),
+    (WORLDWIDE, "tokenizer.json", lambda c: c["model"]["vocab"][-1].__setitem__(1, -9.0)),
+    (WORLDWIDE, "tokenizer.json", lambda c: c.update(normalizer={"type": "Lowercase"})),
+    (WORLDWIDE, "tokenizer.json", lambda c: c["pre_tokenizer"].update(prepend_scheme="never")),
+    (SIGLIP2, "tokenizer.json", lambda c: c["model"]["merges"].pop()),
+    (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(byte_fallback=False)),
+    (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(fuse_unk=False)),
+    (SIGLIP2, "tokenizer.json", lambda c: c["model"].update(dropout=0.5)),
+    (SIGLIP2, "tokenizer.json", lambda c: c["added_tokens"][0].update(lstrip=True)),
+    (SIGLIP2, "tokenizer_config.json", lambda c: c.update(pad_token="<eos>")),
+    (SIGLIP2, MODEL_CONFIG, lambda c: c["model_cfg"]["text_cfg"].update(heads=4)),
+    (CLIPA, "tokenizer.json", lambda c: c["model"].update(continuing_subword_prefix="")),
+    (CLIPA, "tokenizer.json", lambda c: c["model"].update(max_input_chars_per_word=3)),
+    (CLIPA, "tokenizer.json", lambda c: c["normalizer"].update(lowercase=False)),
+    (XLM, "xlm-roberta/config.json", lambda c: c.update(num_attention_heads=4)),
+    (XLM, "xlm-roberta/config.json", lambda c: c.update(layer_norm_eps=1e-3)),
+    (XLM, "xlm-roberta/config.json", lambda c: c.update(is_decoder=True)),
+    (PE_CORE, MODEL_CONFIG, lambda c: c["preprocess_cfg"].update(mean=[0.4, 0.5, 0.5])),
+    (PLAIN, MODEL_CONFIG, lambda c: c["model_cfg"]["text_cfg"]["tokenizer_kwargs"].update(clean="whitespace")),
+    (PLAIN, MODEL_CONFIG, lambda c: c["model_cfg"]["text_cfg"]["tokenizer_kwargs"].update(bpe_path="other.txt.gz")),
+    (PLAIN, MODEL_CONFIG, lambda c: c["model_cfg"]["text_cfg"].update(act_kwargs={"approximate": "tanh"})),
+    (PLAIN, MODEL_CONFIG, lambda c: c["model_cfg"]["vision_cfg"].update(act_kwargs={"approximate": "tanh"})),
+    (PLAIN, MODEL_CONFIG, lambda c: c["model_cfg"]["vision_cfg"].update(pool_type="avg")),
+]
 
-    def setting(part: str, **values: Any) -> str:
-        copy = tmp_path / f"{part} {values}"
-        return changed(path, copy, MODEL_CONFIG, lambda content: content["model_cfg"][part].update(values))
 
-    settings: list[dict[str, Any]] = [{"act_kwargs": {"approximate": "tanh"}}, {"norm_kwargs": {"eps": 1e-3}}]
-    hashes = {setting(part, **each) for part in ("vision_cfg", "text_cfg") for each in settings}
-    for each in ({"bpe_path": "bpe.txt.gz", "clean": "whitespace"}, {"bpe_path": "other.txt.gz"}):
-        hashes.add(setting("text_cfg", tokenizer_kwargs=each))
-    hashes.add(setting("vision_cfg", pool_type="avg"))
-    assert len(hashes | {content_hash(path)}) == 8
+@pytest.mark.parametrize("name", [WORLDWIDE, SIGLIP2, CLIPA, PE_CORE, PLAIN, pytest.param(XLM, marks=needs("hf"))])
+def test_each_change_of_a_file_beside_the_weights_has_a_hash_of_its_own(name: str, tmp_path: Path) -> None:
+    path = write_tiny_model(name, tmp_path / "model")
+    with gzip.open(path / "other.txt.gz", "wt") as merges:
+        merges.write("version\n" + "c a\nca t</w>\n" * 2)
+    changes = [(path / file, change) for of, file, change in CHANGES if of == name]
+    hashes = {content_hash(path)}
+    for file, change in changes:
+        original = file.read_text()
+        content = json.loads(original)
+        change(content)
+        file.write_text(json.dumps(content))
+        hashes.add(content_hash(path))
+        file.write_text(original)
+    assert len(hashes) == len(changes) + 1

@@ -3,8 +3,9 @@
 import csv
 import os
 import signal
+from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -23,77 +24,107 @@ from dcar_core.training.train import train
 from dcar_core.training.train_state import delete_state
 from dcar_core.util.errors import TrainingError
 from tests.support.commands import Command, run
-from tests.support.paths import TRAIN_PROCESS
 
-T = TypeVar("T")
 Pairs = tuple[Dataset, Dataset]
+# MODEL DATA OUT [PARTS]
+TRAIN = """
+import sys
+from pathlib import Path
+from unittest import mock
+from dcar_core.data import Annotations
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.checkpoint import save_checkpoint
+from dcar_core.model.config import TrainConfig
+from dcar_core.model.dcar import seeded_model
+from dcar_core.model.methods.registry import method
+from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.train import train
+from dcar_core.training.train_state import write_csv
+
+data, out = map(Path, sys.argv[2:4])
+model = seeded_model(load_backbone(BackboneSource(sys.argv[1])), method("dcar"), 0)
+
+def tell(directory, history):
+    write_csv(directory, history)
+    print("epoch", len(history), flush=True)
+
+with mock.patch("dcar_core.training.train.write_csv", tell):
+    splits = (Annotations(data).load(split)[0] for split in ("train", "val"))
+    config = TrainConfig(epochs=6, batch_size=5, lr=5e-3, accumulate=int(sys.argv[4]))
+    train(model, *splits, config, run=out, cache=FeatureCache(out / "features", model.backbone))
+save_checkpoint(model, out)
+"""
 
 
-def train_in_process(*arguments: object) -> str:
-    done = run(TRAIN_PROCESS, *arguments)
+def train_in_process(*arguments: object, parts: int = 1) -> str:
+    done = run("-c", TRAIN, *arguments, parts)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    return dict(load_file(str(path / "trainables.safetensors")))
+    return dict(load_file(path / "trainables.safetensors"))
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("uninterrupted")
-    train_in_process(tiny_model, tiny_data, out, "dcar")
-    return out
+def column(run: Path, name: str) -> list[float]:
+    with (run / "log.csv").open() as lines:
+        return [float(row[name]) for row in csv.DictReader(lines)]
 
 
 @pytest.mark.slow
-def test_killed_training_ends_with_the_same_weights(
-    uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+def test_killed_and_partitioned_training_end_with_the_same_weights(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    process = Command(TRAIN_PROCESS, tiny_model, tiny_data, tmp_path, "dcar")
+    whole, killed, parts = (tmp_path / name for name in ("whole", "killed", "parts"))
+    train_in_process(tiny_model, tiny_data, whole)
+    process = Command("-c", TRAIN, tiny_model, tiny_data, killed, 1)
     for _ in range(3):  # in the middle of the run, wherever it is by then
         assert process.stdout.readline().startswith("epoch")
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     process.communicate()
-    assert (tmp_path / STATE_FILE).is_file()
-    assert not (tmp_path / "trainables.safetensors").exists()
-    went_on = train_in_process(tiny_model, tiny_data, tmp_path, "dcar").splitlines()
-    assert 0 < len(went_on) < 6  # it did not start anew
-    expected, found = weights(uninterrupted), weights(tmp_path)
+    assert (killed / STATE_FILE).is_file()
+    assert not (killed / "trainables.safetensors").exists()
+    went_on = train_in_process(tiny_model, tiny_data, killed).splitlines()
+    assert 0 < len(went_on) < 6, "it did not start anew"
+    assert column(killed, "epoch") == [1, 2, 3, 4, 5, 6]
+    expected, found = weights(whole), weights(killed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    with (tmp_path / "log.csv").open() as lines:
-        assert [row["epoch"] for row in csv.DictReader(lines)] == list("123456")
+    train_in_process(tiny_model, tiny_data, parts, parts=3)  # batches of five and two: some parts are empty
+    found = weights(parts)
+    for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)
+    assert column(parts, "loss") == pytest.approx(column(whole, "loss"), rel=1e-4)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
+    """Interrupt training at these batches, counted from 1 over all runs."""
+    batches = count(1)
+
+    def accumulate(*args: Any, **kwargs: Any) -> float:
+        if next(batches) in at:
+            raise KeyboardInterrupt
+        return accumulate_gradients(*args, **kwargs)
+
+    monkeypatch.setattr(module, "accumulate_gradients", accumulate)
 
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_an_interruption_within_an_epoch_changes_nothing(
     amp: Amp, backbone: Backbone, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after each single batch of the first epochs, with a state saved there."""
-    config = TrainConfig(epochs=2, batch_size=5, lr=5e-3, amp=amp)
+    """Stopped after each single batch, with a state saved there."""
+    config = TrainConfig(epochs=2, batch_size=5, lr=5e-3, amp=amp)  # six batches
     straight = seeded_model(backbone, method("dcar"), 0)
     train(straight, *pairs, config)
     monkeypatch.setattr(module, "SAVE_EVERY_S", -1)
-    done = 0
-
-    def interrupted(*args: Any, **kwargs: Any) -> float:
-        nonlocal done
-        done += 1
-        if done % 2 == 0:
-            raise KeyboardInterrupt
-        return accumulate_gradients(*args, **kwargs)
-
-    monkeypatch.setattr(module, "accumulate_gradients", interrupted)
-    for _ in range(20):
-        model = seeded_model(backbone, method("dcar"), 0)
-        try:
-            found = train(model, *pairs, config, run=tmp_path)
-            break
-        except KeyboardInterrupt:
-            continue
-    assert done == 11  # six batches, five interruptions
+    interrupt(monkeypatch, *range(2, 12, 2))
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            train(seeded_model(backbone, method("dcar"), 0), *pairs, config, run=tmp_path)
+    model = seeded_model(backbone, method("dcar"), 0)
+    found = train(model, *pairs, config, run=tmp_path)
     assert [line["epoch"] for line in found.history] == [1, 2]
     expected = dict(straight.trainables())
     assert all(torch.equal(expected[name], p) for name, p in model.trainables())
@@ -104,22 +135,13 @@ def test_resumed_run_keeps_its_best_epoch(
 ) -> None:
     """The first of three is the best; the run is stopped in the third."""
     seen: list[dict[str, Tensor]] = []
-    batches = 0
 
     def chosen(model: DCAR, *_: object) -> tuple[str, dict[str, float]]:
         seen.append({name: p.detach().clone() for name, p in model.trainables()})
-        score = 50.0 if len(seen) == 1 else 10.0
-        return "none", {"t2i_r1": score, "i2t_r1": score}
-
-    def interrupted(*args: Any, **kwargs: Any) -> float:
-        nonlocal batches
-        batches += 1
-        if batches == 5:
-            raise KeyboardInterrupt
-        return accumulate_gradients(*args, **kwargs)
+        return "none", dict.fromkeys(("t2i_r1", "i2t_r1"), 50.0 if len(seen) == 1 else 10.0)
 
     monkeypatch.setattr(module, "choose_query_weights", chosen)
-    monkeypatch.setattr(module, "accumulate_gradients", interrupted)
+    interrupt(monkeypatch, 5)
     config = TrainConfig(epochs=3, batch_size=6)
     with pytest.raises(KeyboardInterrupt):
         train(seeded_model(backbone, method("coop"), 0), *pairs, config, run=tmp_path)
@@ -129,7 +151,17 @@ def test_resumed_run_keeps_its_best_epoch(
     assert all(torch.equal(seen[0][name], p) for name, p in model.trainables())
 
 
-def test_a_state_of_another_run_is_refused(
+class _Payload:
+    """Unpickled as code, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_state_of_another_run_is_refused_and_runs_no_code(
     backbone: Backbone, retrained: Backbone, pairs: Pairs, tmp_path: Path
 ) -> None:
     def run(name: str = "coop", data: Pairs = pairs, backbone: Backbone = backbone, **settings: float) -> None:
@@ -152,38 +184,7 @@ def test_a_state_of_another_run_is_refused(
     (tmp_path / STATE_FILE).write_bytes(b"not a state")
     with pytest.raises(TrainingError, match="not a training state"):
         run(lr=1e-3)
-
-
-class _Payload:
-    """Unpickled as code, it creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.path,)
-
-
-def test_a_state_runs_no_code(backbone: Backbone, training: Dataset, tmp_path: Path) -> None:
     torch.save({"identity": {}, "extra": _Payload(tmp_path / "ran")}, tmp_path / STATE_FILE)
-    model = seeded_model(backbone, method("coop"), 0)
     with pytest.raises(TrainingError, match=r"not a training state \(UnpicklingError\); delete it"):
-        train(model, training, training, TrainConfig(epochs=1, batch_size=6), run=tmp_path)
+        run(lr=1e-3)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.slow
-def test_parts_learn_what_whole_batches_teach(
-    uninterrupted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """Batches of five and two (12 pairs): some parts are empty."""
-    train_in_process(tiny_model, tiny_data, tmp_path, "dcar", 3)
-    expected, found = weights(uninterrupted), weights(tmp_path)
-    for name in expected:  # Adam turns the rounding of a gradient near zero (the head's bias) into steps of full size
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-3)
-    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=1e-4)
-
-
-def losses(run: Path) -> list[float]:
-    with (run / "log.csv").open() as lines:
-        return [float(row["loss"]) for row in csv.DictReader(lines)]
