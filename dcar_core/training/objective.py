@@ -4,9 +4,7 @@
 
 - InfoNCE compares every pair of the batch with every other, so a batch in parts must not become several small batches.
 - GradCache (Gao et al. 2021): compute the features of all parts, then the gradient of the loss with respect to the
-  features, then backpropagate part by part through the encoders.
-- The other terms are means, to which each part adds its share.
-- The result does not depend on the number of parts. More than one part costs a second forward pass.
+  features, then backpropagate part by part through the encoders. The result does not depend on the number of parts.
 """
 
 from functools import partial
@@ -42,41 +40,48 @@ class MixedPrecision:
 
 
 def accumulate_gradients(
-    model: DCAR,
-    data: PreparedSplit,
-    rows: Rows,
-    *,
-    parts: int = 1,
-    precision: MixedPrecision | None = None,
+    model: DCAR, data: PreparedSplit, rows: Rows, *, parts: int = 1, precision: MixedPrecision | None = None
 ) -> float:
     """Set the trainables' (scaled) gradients of L over the pairs `rows`; return L."""
     precision = precision or MixedPrecision("off", model.backbone.device)
-    filled = [part for part in np.array_split(rows, parts) if len(part)]
-    keeps_graph = len(filled) == 1
+    if parts > 1:
+        return _gradients_in_parts(model, data, rows, np.array_split(rows, min(parts, len(rows))), precision)
+    loss = objective(model, data, rows, precision)
+    torch.autograd.backward(precision.scaler.scale(loss))
+    return float(loss.detach())
+
+
+def objective(model: DCAR, data: PreparedSplit, rows: Rows, precision: MixedPrecision) -> Tensor:
+    """Return L over the pairs `rows`."""
+    with precision.autocast():
+        text, image, others = encode_part(model, data, rows, rows)
+    return batch_terms(model, data, rows, text, image) + others + penalty_term(model)
+
+
+def _gradients_in_parts(
+    model: DCAR, data: PreparedSplit, rows: Rows, parts: list[Rows], precision: MixedPrecision
+) -> float:
+    """Set the gradients by GradCache, which costs a second forward pass; return L."""
 
     def forward(part: Rows) -> tuple[Tensor, Tensor, Tensor]:
         with precision.autocast():
             return encode_part(model, data, part, rows)
 
-    with torch.set_grad_enabled(keeps_graph):
-        outputs = [forward(part) for part in filled]
-    text, image = (torch.cat([output[i].detach() for output in outputs]).requires_grad_() for i in (0, 1))
-    contrastive = batch_terms(model, data, rows, text, image)
-    learned = [] if model.log_scale is None else [model.log_scale]
-    text_grad, image_grad, *scale_grad = torch.autograd.grad(contrastive, (text, image, *learned))
-    start, other_losses = 0, contrastive.new_zeros(())
-    for part, output in zip(filled, outputs, strict=True):
-        own_text, own_image, own_losses = output if keeps_graph else forward(part)
-        own = slice(start, start + len(part))
+    with torch.no_grad():
+        texts, images, _ = zip(*map(forward, parts), strict=True)
+    text, image = torch.cat(texts).requires_grad_(), torch.cat(images).requires_grad_()
+    batch = batch_terms(model, data, rows, text, image) + penalty_term(model)
+    torch.autograd.backward(precision.scaler.scale(batch))
+    assert text.grad is not None
+    assert image.grad is not None
+    total, sizes = batch.detach(), [len(part) for part in parts]
+    for part, text_grad, image_grad in zip(parts, text.grad.split(sizes), image.grad.split(sizes), strict=True):
+        own_text, own_image, others = forward(part)
         # The gradient of this sum equals that of L, because the feature gradients are those of L_con.
-        surrogate = (own_text * text_grad[own]).sum() + (own_image * image_grad[own]).sum() + own_losses
-        precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
-        other_losses, start = other_losses + own_losses.detach(), start + len(part)
-    penalty = penalty_term(model)
-    surrogate = penalty + sum(own * grad for own, grad in zip(learned, scale_grad, strict=True))
-    if surrogate.requires_grad:
-        precision.scaler.scale(surrogate).backward()  # type: ignore[no-untyped-call]
-    return float(contrastive.detach() + other_losses + penalty.detach())
+        surrogate = (own_text * text_grad).sum() + (own_image * image_grad).sum() + precision.scaler.scale(others)
+        torch.autograd.backward(surrogate)
+        total = total + others.detach()
+    return float(total)
 
 
 def batch_terms(model: DCAR, data: PreparedSplit, rows: Rows, text: Tensor, image: Tensor) -> Tensor:

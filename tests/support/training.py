@@ -7,7 +7,7 @@ from dcar_core.data import Dataset
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
-from dcar_core.training.objective import batch_terms, encode_part, penalty_term
+from dcar_core.training.objective import MixedPrecision, objective
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
 from dcar_core.util.arrays import Rows
 
@@ -26,6 +26,5 @@ def move_weights(model: DCAR, data: Dataset) -> tuple[DCAR, PreparedSplit]:
 
 
 def batch_loss(model: DCAR, data: PreparedSplit, rows: Rows) -> Tensor:
-    """Return L over the pairs `rows` in one pass: the reference for `accumulate_gradients`."""
-    text, image, others = encode_part(model, data, rows, rows)
-    return batch_terms(model, data, rows, text, image) + others + penalty_term(model)
+    """Return L over the pairs `rows` in full precision."""
+    return objective(model, data, rows, MixedPrecision("off", model.backbone.device))
