@@ -22,8 +22,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.complete import TextFunctions
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import prepare_split
+from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.train import train
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.bootstrap import Comparison, Scores

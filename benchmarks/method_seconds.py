@@ -19,7 +19,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
-from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.prepared_split import FeatureCache
 from dcar_core.training.train import train
 from index_jobs.rebuild import rebuild
 

@@ -31,8 +31,7 @@ from dcar_core.model.dcar import DCAR, SecondStage
 from dcar_core.model.query_prompts import LATE, PROMPTED, take
 from dcar_core.model.token_weights import blend, image_features, token_text_features
 from dcar_core.model.towers.image import ClassRowInputs
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import FrozenFeatures, PreparedSplit, prepare_split
+from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, PreparedSplit, prepare_split
 from dcar_core.training.validation import (
     RERANKED,
     caption_parts,

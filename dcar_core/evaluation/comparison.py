@@ -28,8 +28,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import NO_BASELINES, method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import FrozenFeatures, report_truncation
+from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
 from dcar_core.training.validation import mean_r1, new_categories
 from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, DivergedError
@@ -117,7 +116,7 @@ def compare(
     read = {**splits, **{f"also {name}": other for name, other in others.items()}}
     on_message(describe_reports(read, reports))
     for part in (splits["test"], *others.values()):  # report broken images before hours of training
-        FrozenFeatures(part, backbone, cache).pixels()
+        _ = FrozenFeatures(part, backbone, cache).pixels
     runner = MethodRunner(backbone, splits, out, config, cache, on_message, others)
     results: Results = {
         "data": data.resolve().name,

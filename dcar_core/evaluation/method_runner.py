@@ -22,11 +22,9 @@ from dcar_core.model.checkpoint import load_checkpoint, save_checkpoint
 from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import find_method
-from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.training.objective import resolve_amp
-from dcar_core.training.prepared_split import prepare_split, split_key
-from dcar_core.training.train import train
-from dcar_core.training.train_state import delete_state
+from dcar_core.training.prepared_split import FeatureCache, digest, prepare_split, split_key
+from dcar_core.training.train import delete_state, train
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.errors import DivergedError
 from dcar_core.util.files import write_json

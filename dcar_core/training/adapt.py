@@ -16,11 +16,9 @@ from dcar_core.model.methods.registry import DEFAULT, default_method
 from dcar_core.model.methods.registry import method as config_of
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.serving.encoder import pick_device
-from dcar_core.training.feature_cache import FeatureCache
 from dcar_core.training.finished import FinishedTraining
-from dcar_core.training.prepared_split import prepare_split, report_truncation
-from dcar_core.training.train import train
-from dcar_core.training.train_state import delete_state
+from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation
+from dcar_core.training.train import delete_state, train
 from dcar_core.training.validation import encode_captions, encode_images, new_categories, rerank
 from dcar_core.util.bootstrap import Comparison, Estimate, Scores
 from dcar_core.util.errors import DivergedError
@@ -68,17 +66,15 @@ class Verdict:
             # "clip-adapter" runs on every model, but learned less than block adapters from any number of captions.
             own = config_of(self.method)
             other = "" if own.adapter.text and own.prompt.length == 0 else "--method clip-adapter, "
-            lower, more = self.config.lr / 4, 2 * self.config.epochs
+            next_steps = f"{other}--lr {self.config.lr / 4:g}, --epochs {2 * self.config.epochs} --patience 0"
             parts.append(
-                f"Next: {other}--lr {lower:g}, --epochs {more} --patience 0, more training pairs, or `dcar evaluate "
-                f"--tune`; until then, `dcar zero-shot` writes a checkpoint of the untouched model."
+                f"Next: {next_steps}, more training pairs, or `dcar evaluate --tune`; until then, `dcar zero-shot` "
+                f"writes a checkpoint of the untouched model."
             )
         if images < FEW_PAIRS:
             what = "pairs" if images == compared.queries else "images"
-            parts.append(
-                f"Caveat: {images} validation {what} decide little; each is {100 / images:.1f} points of R@1. Use at "
-                f"least {FEW_PAIRS}."
-            )
+            share = f"each is {100 / images:.1f} points of R@1"
+            parts.append(f"Caveat: {images} validation {what} decide little; {share}. Use at least {FEW_PAIRS}.")
         return "\n".join(parts)
 
     def _answer(self) -> str:
@@ -89,10 +85,8 @@ class Verdict:
         if not self.is_worth_it:
             return f"No: the untouched model is at least as good, {gain}."
         if not compared.gain.is_certain:
-            return (
-                f"Uncertain: {gain}, but the interval includes 0. Add validation pairs, or train several seeds with "
-                f"`dcar evaluate`."
-            )
+            remedy = "Add validation pairs, or train several seeds with `dcar evaluate`."
+            return f"Uncertain: {gain}, but the interval includes 0. {remedy}"
         return f"Yes: {gain}. These pairs also chose the epoch; `dcar evaluate` measures on the test split."
 
 
@@ -110,24 +104,12 @@ def _describe_wider(images: int, first: Comparison, ten: Comparison) -> str:
 
 
 def adapt(
-    data: Path,
-    source: BackboneSource,
-    out: Path,
-    config: TrainConfig,
-    *,
-    method: str | None = None,
-    loss: LossDirection = "both",
-    images: Path | None = None,
-    skip_broken: bool = False,
-    negatives: str = "auto",
-    taxonomy: Path | None = None,
-    features: Path | None = None,
-    tensorboard: bool = False,
-    restart: bool = False,
-    device: str = "auto",
-    request: Mapping[str, Any] | None = None,
+    data: Path, source: BackboneSource, out: Path, config: TrainConfig,
+    *, method: str | None = None, loss: LossDirection = "both", images: Path | None = None, skip_broken: bool = False,
+    negatives: str = "auto", taxonomy: Path | None = None, features: Path | None = None, tensorboard: bool = False,
+    restart: bool = False, device: str = "auto", request: Mapping[str, Any] | None = None,
     on_data: Callable[[str], None] = lambda description: None,
-) -> FinishedTraining:
+) -> FinishedTraining:  # fmt: skip
     """Adapt a model to a data set, and write its checkpoint to `out`.
 
     Args:
@@ -161,23 +143,16 @@ def adapt(
     cache = FeatureCache(features or out / "features", backbone)
     try:
         result = train(
-            model,
-            splits["train"],
-            splits["val"],
-            config,
-            run=out,
-            cache=cache,
-            tensorboard=tensorboard,
-        )
+            model, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard
+        )  # fmt: skip
     except DivergedError:  # a resumed run would diverge again, and refuse a lower rate
         delete_state(out)
         raise
     verdict = None
     if result.history:  # else there was nothing to learn
         verdict = verdict_of(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
-    done = FinishedTraining(
-        result.epoch, round(result.seconds, 1), "", str(verdict or ""), verdict is None or verdict.is_worth_it
-    )
+    is_worth_it = verdict is None or verdict.is_worth_it
+    done = FinishedTraining(result.epoch, round(result.seconds, 1), "", str(verdict or ""), is_worth_it)
     notes = {**config.to_dict(), "validation": result.best, **asdict(done)}
     if request is not None:
         notes["request"] = {**request, "method": None if chosen.method == default else chosen.method}

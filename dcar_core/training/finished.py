@@ -4,7 +4,7 @@ A checkpoint's config.json notes the request that made it: the options, and the 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +30,25 @@ class FinishedTraining:
 
 
 def describe_request(
-    data: Path,
-    model: str,
-    pretrained: str | None,
-    config: TrainConfig,
-    *,
-    method: str | None,
-    loss: str,
-    images: Path | None,
-    skip_broken: bool,
-    negatives: str,
-    taxonomy: Path | None,
-) -> dict[str, Any]:
+    data: Path, model: str, pretrained: str | None, config: TrainConfig,
+    *, images: Path | None, skip_broken: bool, taxonomy: Path | None, **options: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """Return everything that determines a training, by names that a message can use. Raise DataError for bad data.
 
     Files count by their size and time of change, captions and other texts by their content.
+
+    Args:
+        options: the other options of `adapt` that decide on the result.
     """
     policy: ImagePolicy = "present" if skip_broken else "require"
     splits, _ = Annotations(data, images).load_all(("train", "val"), policy)
     return {
         "model": _name_or_state(model),
         "pretrained": _name_or_state(pretrained),
-        "method": method,
-        "loss": loss,
         "data": hash_json([_describe_split(split) for split in splits.values()])[:16],
         "skip_broken": skip_broken,
-        "negatives": negatives,
         "taxonomy": _name_or_state(str(taxonomy)) if taxonomy else None,
+        **options,
         **config.to_dict(),
     }
 
@@ -80,9 +72,8 @@ def find_finished(out: Path, request: Mapping[str, Any]) -> FinishedTraining | N
         wanted["method"] = None  # it is the default of this model
     if different := [name for name in wanted if found.get(name) != wanted[name]]:
         raise TrainingError(f"{out} holds a checkpoint that was trained with another {', '.join(different)}; {_REMEDY}")
-    return FinishedTraining(
-        notes["epoch"], notes["seconds"], content["fingerprint"], notes["verdict"], notes["is_worth_it"]
-    )
+    noted = {each.name: notes[each.name] for each in fields(FinishedTraining)}
+    return FinishedTraining(**noted | {"fingerprint": content["fingerprint"]})
 
 
 def _describe_split(split: Dataset) -> list[Any]:

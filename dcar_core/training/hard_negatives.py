@@ -1,8 +1,11 @@
-"""A second stage on hard negatives: the adapters of the features learn to order the images nearest to a caption [ours].
+"""Training on hard negatives, the images nearest to each caption, after the epochs [ours].
 
-The towers with their prompts and block adapters stay as the first stage left them, so each caption and each image is
-encoded once, and the stage takes seconds. The validation split then chooses a point between the adapters before and
-after it (WiSE-FT, Wortsman et al. 2022), so recall there never falls.
+The towers with their prompts and block adapters stay as they are, so each caption and each image is encoded once.
+
+- The adapters of the features learn to order the images, in seconds. The validation split then chooses a point between
+  the adapters before and after it (WiSE-FT, Wortsman et al. 2022), so recall there never falls.
+- The second stage (`model.query_prompts`) takes about a minute for thousands of pairs. The validation split then
+  chooses the weight of its score; 0 is one.
 """
 
 import math
@@ -13,12 +16,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from dcar_core.model.dcar import DCAR
+from dcar_core.model.dcar import DCAR, SecondStage
+from dcar_core.model.query_prompts import take
+from dcar_core.model.towers.image import ClassRowInputs
 from dcar_core.training.prepared_split import PreparedSplit
-from dcar_core.training.validation import Recall, mean_r1, tower_features
+from dcar_core.training.validation import (
+    Recall,
+    caption_parts,
+    encode_captions,
+    encode_images,
+    first_images,
+    mean_r1,
+    pixels_of_split,
+    tower_features,
+)
 from dcar_core.util.arrays import Rows
-from dcar_core.util.retrieval_metrics import recall_at_k
+from dcar_core.util.retrieval_metrics import compute_ranks, recall_at_k, recall_of_ranks
 
 Adapters = Sequence[nn.Module]  # of texts, and of images
 
@@ -26,6 +41,10 @@ NEAREST = 30  # images of a caption from which its negatives are drawn
 NEGATIVES = 7
 EPOCHS, BATCH, LEARNING_RATE = 4, 64, 3e-3
 SHARES = (0.5, 0.25, 0.0)  # of the change; the first wins a tie. More than half costs recall on unseen images
+STAGE_EPOCHS, PROMPTS_RATE, LATE_RATE = 6, 1e-3, 3e-3
+WEIGHTS = (0.0, 1.0, 0.5)  # of the second score; the first wins a tie
+MAX_BYTES = 2 * 2**30  # of images in memory: 5,700 for a ViT-B/32. Of more, a random part is learned from
+_IMAGES = 32
 
 
 def tune_on_hard_negatives(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> Recall:
@@ -118,3 +137,63 @@ def interpolate(adapters: Adapters, before: Adapters, after: Adapters, share: fl
     for own, start, end in zip(adapters, before, after, strict=True):
         for parameter, old, new in zip(own.parameters(), start.parameters(), end.parameters(), strict=True):
             parameter.copy_(old + share * (new - old) if share else old)  # `new` may not be finite
+
+
+def train_second_stage(model: DCAR, training: PreparedSplit, validation: PreparedSplit, seed: int) -> None:
+    """Train the second stage in place, and set its weight."""
+    with torch.enable_grad():
+        _learn(model, training, seed)
+    text, image = encode_captions(model, validation), encode_images(model, validation)
+    ranks, first = compute_ranks(text, image, validation.image_of), first_images(model, validation, text, image)
+    recalls = {
+        weight: recall_of_ranks(ranks.reordered(first.rows, first.scores(weight), validation.image_of))
+        for weight in WEIGHTS
+    }
+    best = max(WEIGHTS, key=lambda weight: mean_r1(recalls[weight]))
+    model.config = model.config.with_rerank_weight(best)
+
+
+def _learn(model: DCAR, split: PreparedSplit, seed: int) -> None:
+    """Minimise the cross-entropy of each caption's image among it and hard negatives, by each part of the score."""
+    stage, random, scale = SecondStage(model), np.random.default_rng(seed), model.scale.detach()
+    kept, images = image_parts(stage, split, random)
+    pairs = np.flatnonzero(np.isin(split.image_of, kept))
+    texts, own = caption_parts(stage, split.tokens[pairs]), np.searchsorted(kept, split.image_of[pairs])
+    right, _ = split.right_answers()
+    answers = [np.flatnonzero(np.isin(kept, right[pair])) for pair in pairs]
+    nearest = nearest_wrong_images(texts.vectors, stage.vectors(images), answers)
+    late = [*stage.layers.word.parameters(), *stage.layers.patch.parameters(), stage.layers.late_scale]
+    prompts = [*stage.layers.down.parameters(), *stage.layers.up.parameters()]
+    optimizer = torch.optim.AdamW(
+        [{"params": prompts, "lr": PROMPTS_RATE}, {"params": late, "lr": LATE_RATE}],
+        weight_decay=1e-2,
+    )
+    batches = hard_batches(torch.from_numpy(own).to(nearest.device), nearest, optimizer, STAGE_EPOCHS, random)
+    total = STAGE_EPOCHS * math.ceil(len(own) / BATCH)
+    for rows, shown in tqdm(batches, "training the second stage", total, unit="batch"):
+        repeated = rows[:, None].expand_as(shown).flatten()
+        of_text, of_image = take(texts, repeated), take(images, shown.flatten())
+        prompted = scale * stage.prompted(of_text, of_image).view_as(shown)
+        words = stage.layers.late_scale.exp() * stage.layers.late(of_text, of_image.patches).view_as(shown)
+        target = torch.zeros_like(rows)
+        loss = F.cross_entropy(prompted, target) + F.cross_entropy(words, target)
+        for parameter, gradient in zip(prompts + late, torch.autograd.grad(loss, prompts + late), strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(prompts, 1.0)
+        torch.nn.utils.clip_grad_norm_(late, 1.0)
+        optimizer.step()
+
+
+def image_parts(stage: SecondStage, split: PreparedSplit, random: np.random.Generator) -> tuple[Rows, ClassRowInputs]:
+    """Return the rows of images that fit into MAX_BYTES, sorted, and their parts in half precision."""
+
+    def parts_of(rows: Rows) -> ClassRowInputs:
+        found = stage.images(stage.image_rows(stage.model.backbone.normalized(pixels_of_split(split)[rows])))
+        return ClassRowInputs(*(each.half() for each in found))
+
+    images = int(split.image_of.max()) + 1
+    bytes_each = sum(each.nbytes for each in parts_of(np.arange(1)))
+    kept = np.sort(random.permutation(images)[: max(2, MAX_BYTES // bytes_each)])
+    chunks = np.array_split(kept, range(_IMAGES, len(kept), _IMAGES))
+    read = tqdm(chunks, "images of the second stage", unit=f"x {_IMAGES}", leave=False)
+    return kept, ClassRowInputs(*map(torch.cat, zip(*map(parts_of, read), strict=True)))

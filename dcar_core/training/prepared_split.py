@@ -1,17 +1,29 @@
 """A split prepared for the training loop: images, tokens and the frozen features that the method needs.
 
-A tower without trained parts (both towers of CLIP-Adapter, CoOp's image tower) contributes frozen features only. Its
-images are not even decoded once the features are in the cache.
+- A tower without trained parts (both towers of CLIP-Adapter, CoOp's image tower) contributes frozen features only. Its
+  images are not even decoded once the features are in the cache.
+- A cache keeps decoded images and frozen features on disk, computed once for all runs on a data set. An entry's key
+  covers everything it depends on: the backbone's content hash, the image bytes and the texts. It never goes stale.
+- An entry is one file of NumPy's, written atomically. Concurrent processes write the same bytes. A damaged entry is
+  computed again. Deleting the directory is always safe.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,13 +34,90 @@ from dcar_core.model.config import ReweightConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.token_weights import blend, image_features, pair_weights, token_text_features
 from dcar_core.negatives.words import fold_name
-from dcar_core.training.feature_cache import FeatureCache, digest
 from dcar_core.util.arrays import Mask, Pixels, Rows
 from dcar_core.util.errors import DataError, ImageError, TrainingError
+from dcar_core.util.files import atomic_writer
 from dcar_core.util.machine import available_cores
 
 MAX_NEGATIVES = 8  # of a pair, in training
 IMAGE_BATCH, TEXT_BATCH = 64, 256
+_STALE_AFTER_S = 24 * 3600  # temporary files of a killed run; no entry takes longer to compute
+
+
+def digest(*parts: Any) -> str:
+    """Return the sha256 of JSON-serialisable values, as 32 hex digits."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:32]
+
+
+class FeatureCache:
+    """Outputs of one frozen backbone below `directory`, in a sub-directory for each backbone; None stores nothing."""
+
+    def __init__(self, directory: Path | None, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._directory = directory / self.backbone_hash[:16] if directory is not None else None
+        self._image_hashes: dict[str, dict[str, str]] = {}
+
+    @cached_property
+    def backbone_hash(self) -> str:
+        """The backbone's content hash, computed once because it reads every weight."""
+        return self._backbone.content_hash()
+
+    def image_key(self, data: Dataset) -> str:
+        """Return a hash of the names and bytes of a split's images, read once. Raise DataError if one is missing."""
+        lines = (f"{name} {content}\n" for name, content in self.image_hashes(data).items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+    def image_hashes(self, data: Dataset) -> dict[str, str]:
+        """Return the hash of the bytes of each of a split's images, read once. Raise DataError if one is missing."""
+        names = digest(str(data.root.path), data.images)
+        if names not in self._image_hashes:
+            self._image_hashes[names] = {name: hashlib.sha256(data.read(name)).hexdigest() for name in data.images}
+        return self._image_hashes[names]
+
+    def tensor(self, kind: str, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Load an entry to the backbone's device; compute and store it first if it is missing."""
+        if self._directory is None:
+            return compute()
+
+        def write(file: BinaryIO) -> None:
+            values = compute().cpu().numpy()
+            _allocate(file, values.shape, values.dtype)[:] = values
+
+        values = _read_or_make(self._directory / f"{kind}-{key}.npy", write)
+        return torch.from_numpy(values).to(self._backbone.device)
+
+    def array(self, kind: str, key: str, shape: tuple[int, ...], fill: Callable[[Pixels], None]) -> Pixels:
+        """Load a uint8 array of `shape`, memory-mapped; allocate it and call `fill` first if it is missing."""
+        if self._directory is None:
+            out = np.empty(shape, np.uint8)
+            fill(out)
+            return out
+        path = self._directory / f"{kind}-{key}.npy"
+        pixels: Pixels = _read_or_make(path, lambda file: fill(_allocate(file, shape, np.uint8)), mmap_mode="r")
+        return pixels
+
+
+def _allocate(file: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Map an array of NumPy's format, all on disk: on a full one, a write into mapped memory would kill the process."""
+    out = np.lib.format.open_memmap(file.name, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, Path(file.name).stat().st_size)
+    return out
+
+
+def _read_or_make(path: Path, write: Callable[[BinaryIO], None], mmap_mode: Literal["r"] | None = None) -> Any:
+    """Read an entry; make it first if it is missing, and again if it is damaged."""
+    if path.is_file():
+        with suppress(ValueError, EOFError):
+            return np.load(path, mmap_mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _STALE_AFTER_S:
+                leftover.unlink()
+    with atomic_writer(path, shared=True) as file:
+        write(file)
+    return np.load(path, mmap_mode)
 
 
 @dataclass(frozen=True)
@@ -99,21 +188,20 @@ def prepare_split(
     tokens = backbone.tokenize(captions, model.prompt_tokens)
     has_anchor = for_training and (config.loss.anchor > 0 or model.method.batch_loss is not None)
     has_pair_weights = for_training and config.reweight.train == "pair"
-    candidate_features = candidate_weights = None
-    if for_training and model.category_adapter() is not None:
-        candidate_features, candidate_weights = frozen.candidates(config.loss.alpha)
+    has_candidates = for_training and model.category_adapter() is not None
+    candidates = frozen.candidates(config.loss.alpha) if has_candidates else (None, None)
     return PreparedSplit(
         split_key(data, cache),
         frozen.image_of,
         tokens,
         caption_group,
         _true_pairs(data, groups, frozen.image_of),
-        pixels=None if model.image_is_frozen else frozen.pixels(),
+        pixels=None if model.image_is_frozen else frozen.pixels,
         image_features=frozen.images() if model.image_is_frozen or has_anchor else None,
         text_features=frozen.texts(captions) if model.text_is_frozen or has_anchor else None,
         pair_weights=frozen.pair_weights(tokens, config.reweight) if has_pair_weights else None,
-        candidate_features=candidate_features,
-        candidate_weights=candidate_weights,
+        candidate_features=candidates[0],
+        candidate_weights=candidates[1],
     )
 
 
@@ -168,18 +256,16 @@ class FrozenFeatures:
         row_of = {name: row for row, name in enumerate(self.names)}
         self.image_of = np.array([row_of[sample.image] for sample in data.samples])
         self.image_key = cache.image_key(data)
-        self._pixels: Pixels | None = None
 
+    @cached_property
     def pixels(self) -> Pixels:
-        """Return the decoded images, uint8 (I, 3, S, S)."""
-        if self._pixels is None:
-            size = self.backbone.preprocess.size
-            self._pixels = self.cache.array("pixels", self.image_key, (len(self.names), 3, size, size), self._decode)
-        return self._pixels
+        """The decoded images, uint8 (I, 3, S, S)."""
+        size = self.backbone.preprocess.size
+        return self.cache.array("pixels", self.image_key, (len(self.names), 3, size, size), self._decode)
 
     def images(self) -> Tensor:
         """Return image features (I, E), normalized, without prompts."""
-        return self.cache.tensor("images", self.image_key, lambda: self._encode_images(self.pixels()))
+        return self.cache.tensor("images", self.image_key, lambda: self._encode_images(self.pixels))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return text features (len(texts), E), normalized, without prompts; equal texts are encoded once."""
@@ -257,7 +343,7 @@ class FrozenFeatures:
         for i in tqdm(range(0, len(tokens), size), "token weights", leave=False):
             words, rows = token_text_features(self.backbone, tokens[i : i + size], config), self.image_of[i : i + size]
             # Patch features are computed per batch: an image has dozens of patches, too many to keep.
-            images = pooled[rows] if pooled is not None else encode(self.pixels()[rows])
+            images = pooled[rows] if pooled is not None else encode(self.pixels[rows])
             parts.append(pair_weights(words, images, blank))
         return torch.cat(parts)
 

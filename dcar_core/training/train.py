@@ -5,13 +5,16 @@
 - The best epoch by validation recall is kept (mean of R@1 in both directions, queries encoded from their text alone).
   Validation also decides whether queries use the predicted token weights. The test split is never read.
 - With a run directory, a killed run resumes where it stopped. On the CPU the final weights equal those of an
-  uninterrupted run bit for bit.
+  uninterrupted run bit for bit. Its state loads without executing code (`weights_only`).
+- The learning curve is log.csv, and TensorBoard event files with the extra `tensorboard`.
 """
 
+import io
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +25,20 @@ from torch import Tensor
 from dcar_core.data import Dataset
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.hard_negatives import tune_on_hard_negatives
+from dcar_core.training.finished import STATE_FILE
+from dcar_core.training.hard_negatives import train_second_stage, tune_on_hard_negatives
 from dcar_core.training.objective import MixedPrecision, accumulate_gradients
-from dcar_core.training.prepared_split import PreparedSplit, prepare_split
-from dcar_core.training.second_stage import train_second_stage
-from dcar_core.training.train_state import LOG_FILE, load_state, save_state, tensorboard_log, write_csv
+from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
 from dcar_core.util.console import progress_bar
-from dcar_core.util.errors import DivergedError
+from dcar_core.util.errors import DivergedError, MissingExtraError, TrainingError
+from dcar_core.util.files import csv_text, write_bytes
 
+LOG_FILE = "log.csv"
 SAVE_EVERY_S = 20.0
 MAX_GRADIENT_NORM = 1.0
+_FORMAT: dict[str, Any] = {"state format": 2}
 
 
 @dataclass(frozen=True)
@@ -65,26 +69,16 @@ class _Progress:
     def epoch(self) -> int:
         return len(self.history)
 
-    @property
-    def best(self) -> dict[str, Any]:
-        return self.history[self.best_epoch - 1]
-
 
 def train(
-    model: DCAR,
-    training: Dataset,
-    validation: Dataset,
-    config: TrainConfig,
-    *,
-    run: Path | None = None,
-    cache: FeatureCache | None = None,
-    tensorboard: bool = False,
-) -> TrainResult:
+    model: DCAR, training: Dataset, validation: Dataset, config: TrainConfig,
+    *, run: Path | None = None, cache: FeatureCache | None = None, tensorboard: bool = False,
+) -> TrainResult:  # fmt: skip
     """Train in place. The model ends at its best epoch, in eval mode.
 
     Args:
         run: directory for state.pt, log.csv and tensorboard/; None writes nothing. The caller removes the state with
-            `train_state.delete_state` once the result is saved.
+            `delete_state` once the result is saved.
 
     Raises:
         DataError: an image cannot be read.
@@ -100,12 +94,11 @@ def train(
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
     loop = _TrainingLoop(model, train_split, val_split, config, run)
     board = run / "tensorboard" if run is not None and tensorboard else None
+    label, done = f"training {model.config.method}", loop.finished_steps
     with (
         tensorboard_log(board, loop.progress.epoch) as log,
-        progress_bar(
-            loop.total_steps, f"training {model.config.method}", "batch", initial=loop.finished_steps
-        ) as bar,
-    ):  # fmt: skip
+        progress_bar(loop.total_steps, label, "batch", initial=done) as bar,
+    ):
         while not loop.is_finished:
             loop.run_epoch(on_step=bar.update)
             record = loop.finish_epoch()
@@ -122,12 +115,7 @@ class _TrainingLoop:
     """
 
     def __init__(
-        self,
-        model: DCAR,
-        train_split: PreparedSplit,
-        val_split: PreparedSplit,
-        config: TrainConfig,
-        run: Path | None,
+        self, model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig, run: Path | None
     ) -> None:
         self.model, self.train_split, self.val_split = model, train_split, val_split
         self.config, self.run = config, run
@@ -141,6 +129,7 @@ class _TrainingLoop:
         if run is not None:
             # Everything that determines a run; a state with any other value belongs to another run.
             self.identity = {
+                **_FORMAT,
                 "backbone": model.backbone.content_hash(),
                 "method": model.config.with_query_weights("none").to_dict(),
                 "training data": train_split.key,
@@ -179,7 +168,7 @@ class _TrainingLoop:
         record = {"epoch": at.epoch + 1, "loss": loss, "query": query, **recall, "seconds": seconds}
         at.history.append(record)
         at.step, at.losses = 0, []
-        if at.best_epoch == 0 or mean_r1(recall) > mean_r1(at.best):
+        if at.best_epoch == 0 or mean_r1(recall) > mean_r1(at.history[at.best_epoch - 1]):
             at.best_epoch, self.best_weights = at.epoch, self._copy_trainables()
         self._save()
         if self.run is not None:
@@ -189,9 +178,10 @@ class _TrainingLoop:
     def keep_best_epoch(self) -> TrainResult:
         """Load the weights of the best epoch into the model, train what follows the epochs, and return the result."""
         at, model = self.progress, self.model.eval()
+        best, finish = at.history[at.best_epoch - 1], model.method.finish
         model.load_state_dict(self.best_weights, strict=False)
-        model.config = model.config.with_query_weights(at.best["query"])
-        recall, finish = {name: value for name, value in at.best.items() if "_r" in name}, model.method.finish
+        model.config = model.config.with_query_weights(best["query"])
+        recall = {name: value for name, value in best.items() if "_r" in name}
         if finish is not None and model.changes is not None:
             finish(model.changes, lambda: mean_r1(evaluate(model, self.val_split)))
             recall = evaluate(model, self.val_split)
@@ -205,19 +195,15 @@ class _TrainingLoop:
         for options in self.optimizer.param_groups:
             options["lr"] = self.lr * _lr_factor(self.finished_steps, self.total_steps, self.config.warmup)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(
-            self.model, self.train_split, rows, parts=self.config.accumulate, precision=self.precision
-        )  # fmt: skip
+        parts, precision = self.config.accumulate, self.precision
+        loss = accumulate_gradients(self.model, self.train_split, rows, parts=parts, precision=precision)
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"{self.model.config.method} diverged: the loss is {loss} in epoch {self.progress.epoch + 1}; "
-                f"use a lower --lr"
-            )
-        scaler = self.precision.scaler
-        scaler.unscale_(self.optimizer)
+            what = f"{self.model.config.method} diverged: the loss is {loss} in epoch {self.progress.epoch + 1}"
+            raise DivergedError(f"{what}; use a lower --lr")
+        precision.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
-        scaler.step(self.optimizer)
-        scaler.update()
+        precision.scaler.step(self.optimizer)
+        precision.scaler.update()
         self.progress.losses.append(loss)
         self.progress.step += 1
 
@@ -227,6 +213,7 @@ class _TrainingLoop:
         if self.run is None:
             return
         content = {
+            "identity": self.identity,
             "trainables": {name: p.detach() for name, p in self.model.trainables()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
@@ -234,17 +221,33 @@ class _TrainingLoop:
             "progress": asdict(self.progress),
             "best_weights": self.best_weights,
         }
-        save_state(self.run, self.identity, content)
+        self.run.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()  # torch.save reports a full disk as an internal error, so write the file ourselves
+        torch.save(content, buffer)
+        write_bytes(self.run / STATE_FILE, buffer.getbuffer())
 
     def _restore(self, run: Path) -> None:
-        content = load_state(run, self.identity, self.model.backbone.device)
-        if content is not None:
-            self.model.load_state_dict(content["trainables"], strict=False)
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.precision.scaler.load_state_dict(content["scaler"])
-            torch.set_rng_state(content["random"].cpu())
-            self.progress = _Progress(**{each.name: content["progress"][each.name] for each in fields(_Progress)})
-            self.best_weights = content["best_weights"]
+        """Continue from the state of a run, if there is one. Raise TrainingError if it is of another run."""
+        path = run / STATE_FILE
+        if not path.is_file():
+            return
+        try:
+            content = dict(torch.load(path, map_location=self.model.backbone.device, weights_only=True))
+            found, wanted = content["identity"], self.identity
+        except Exception as error:  # torch raises many types for a file that it did not write
+            raise TrainingError(f"{path} is not a training state ({type(error).__name__}); delete it") from error
+        different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+        if different:
+            raise TrainingError(
+                f"{run} holds an unfinished run with another {', '.join(different)}; finish it with the same command, "
+                f"choose another --out, or discard it with --restart"
+            )
+        self.model.load_state_dict(content["trainables"], strict=False)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.precision.scaler.load_state_dict(content["scaler"])
+        torch.set_rng_state(content["random"].cpu())
+        self.progress = _Progress(**content["progress"])
+        self.best_weights = content["best_weights"]
 
     def _copy_trainables(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.trainables()}
@@ -252,7 +255,37 @@ class _TrainingLoop:
 
 def _lr_factor(step: int, total: int, warmup: float) -> float:
     """Linear warm-up over the share `warmup` of all steps, then a cosine to 0."""
-    warmup_steps = max(1, int(warmup * total))
-    if step < warmup_steps:
+    if step < (warmup_steps := max(1, int(warmup * total))):
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total - warmup_steps)))
+
+
+def delete_state(directory: Path) -> None:
+    (directory / STATE_FILE).unlink(missing_ok=True)
+
+
+def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
+    """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
+    write_bytes(directory / LOG_FILE, csv_text(history[0], *(record.values() for record in history)).encode())
+
+
+@contextmanager
+def tensorboard_log(directory: Path | None, epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Yield a function that writes an epoch's record. Events after `epoch`, left by a killed run, are purged."""
+    if directory is None:
+        yield lambda record: None
+        return
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("a TensorBoard log", "tensorboard") from error
+
+    def write(record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "epoch" and isinstance(value, int | float):
+                group = "validation" if "_r" in name else "training"
+                writer.add_scalar(f"{group}/{name}", value, record["epoch"])
+        writer.flush()
+
+    with SummaryWriter(str(directory), purge_step=epoch + 1) as writer:
+        yield write

@@ -27,8 +27,7 @@ from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import prepare_split
+from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.validation import evaluate
 
 HERE = Path(__file__).parent

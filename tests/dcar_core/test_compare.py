@@ -24,8 +24,7 @@ from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import method
 from dcar_core.negatives import add_negatives, backbone_functions
 from dcar_core.negatives.words import fold_name
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import prepare_split
+from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.training.train import TrainResult, train
 from dcar_core.training.validation import evaluate, new_categories
 from dcar_core.util.bootstrap import Scores

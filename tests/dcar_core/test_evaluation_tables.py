@@ -23,8 +23,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.adapt import Verdict, verdict_of
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import prepare_split
+from dcar_core.training.prepared_split import FeatureCache, prepare_split
 from dcar_core.util.arrays import Floats
 from dcar_core.util.bootstrap import Comparison, Scores
 

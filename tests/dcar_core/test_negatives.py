@@ -24,7 +24,7 @@ from dcar_core.negatives.complete import TextFunctions
 from dcar_core.negatives.lexicon import swap_attributes
 from dcar_core.negatives.taxonomy import letter_features, load_taxonomy, rank_categories
 from dcar_core.negatives.words import article, find_mentions, fold_name, plural, replace_name, singular
-from dcar_core.training.feature_cache import FeatureCache
+from dcar_core.training.prepared_split import FeatureCache
 from dcar_core.util.errors import DataError
 from tests.support.commands import dcar
 from tests.support.files import write_json

@@ -16,8 +16,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.token_weights import blend, pair_weights
 from dcar_core.training import prepared_split as module
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.prepared_split import prepare_split, report_truncation, split_key
+from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation, split_key
 from dcar_core.training.validation import encode_captions, encode_images
 from dcar_core.util.errors import TrainingError
 from tests.support.training import batch_loss, model_and_data, move_weights

@@ -19,11 +19,10 @@ from dcar_core.model.config import MODEL_CONFIG, RerankConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, SecondStage, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.model.towers.prompt_rows import PromptRows
-from dcar_core.training import hard_negatives, second_stage
+from dcar_core.training import hard_negatives
 from dcar_core.training.adapt import adapt
-from dcar_core.training.hard_negatives import tune_on_hard_negatives
+from dcar_core.training.hard_negatives import train_second_stage, tune_on_hard_negatives
 from dcar_core.training.prepared_split import PreparedSplit, prepare_split
-from dcar_core.training.second_stage import train_second_stage
 from dcar_core.training.train import train
 from dcar_core.training.validation import (
     FirstImages,
@@ -168,7 +167,7 @@ def test_training_learns_the_second_stage_alone_and_costs_no_validation_recall(
     start, before = weights(model), evaluate(model, split)
     margins = []
     for epochs in (1, 60):
-        monkeypatch.setattr(second_stage, "EPOCHS", epochs)
+        monkeypatch.setattr(hard_negatives, "STAGE_EPOCHS", epochs)
         model.load_state_dict(start, strict=False)
         train_second_stage(model, split, split, 0)
         assert "training the second stage: 100%" in capsys.readouterr().err
@@ -203,8 +202,8 @@ def test_a_stage_that_costs_or_gains_no_validation_recall_is_turned_off(
         first = first_images(model, split, text, image)
         return replace(first, second=gains * (first.rows == split.image_of[:, None]))
 
-    monkeypatch.setattr(second_stage, "first_images", second)
-    monkeypatch.setattr(second_stage, "mean_r1", lambda recall: recall["t2i_r5"] if gains else 50.0)  # above 0
+    monkeypatch.setattr(hard_negatives, "first_images", second)
+    monkeypatch.setattr(hard_negatives, "mean_r1", lambda recall: recall["t2i_r5"] if gains else 50.0)  # above 0
     model = untrained(backbone)
     split = prepare_split(training, model, for_training=True)
     before = evaluate(model, split)
@@ -220,9 +219,9 @@ def test_images_beyond_the_memory_limit_are_left_out(
     model = seeded_model(backbone, method("query-prompts"), 0).eval()
     split = prepare_split(training, model, for_training=True)
     stage, random = SecondStage(model), np.random.default_rng
-    _, whole = second_stage.image_parts(stage, split, random(0))
-    monkeypatch.setattr(second_stage, "MAX_BYTES", sum(each[:5].nbytes for each in whole))
-    kept, images = second_stage.image_parts(stage, split, random(0))
+    _, whole = hard_negatives.image_parts(stage, split, random(0))
+    monkeypatch.setattr(hard_negatives, "MAX_BYTES", sum(each[:5].nbytes for each in whole))
+    kept, images = hard_negatives.image_parts(stage, split, random(0))
     assert len(kept) == len(images.first) == 5
     torch.testing.assert_close(images.patches, whole.patches[kept])
     train_second_stage(model, split, split, 0)
@@ -279,7 +278,7 @@ def test_a_tower_without_a_class_row_is_trained_without_the_stage(
 def test_training_and_comparison_report_both_stages(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(second_stage, "WEIGHTS", (1.0,))  # whatever validation prefers
+    monkeypatch.setattr(hard_negatives, "WEIGHTS", (1.0,))  # whatever validation prefers
     source, config = BackboneSource(str(tiny_model)), TrainConfig(epochs=1, batch_size=6)
     done = adapt(tiny_data, source, tmp_path / "adapted", config)
     assert done is not None

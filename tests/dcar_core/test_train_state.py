@@ -20,8 +20,7 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.training.objective import accumulate_gradients
-from dcar_core.training.train import train
-from dcar_core.training.train_state import delete_state
+from dcar_core.training.train import delete_state, train
 from dcar_core.util.errors import TrainingError
 from tests.support.commands import Command, run
 
@@ -37,9 +36,7 @@ from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
-from dcar_core.training.feature_cache import FeatureCache
-from dcar_core.training.train import train
-from dcar_core.training.train_state import write_csv
+from dcar_core.training.prepared_split import FeatureCache
 
 data, out = map(Path, sys.argv[2:4])
 model = seeded_model(load_backbone(BackboneSource(sys.argv[1])), method("dcar"), 0)
