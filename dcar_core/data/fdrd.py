@@ -16,7 +16,7 @@ from dcar_core.data.entries import Entry, RowLimit, label_text, make_entry, read
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import has_image_suffix
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import parse_json
 
 _PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
 _FIELDS = ("positive", "negative", "negative_class", "meta_category", "attributes")

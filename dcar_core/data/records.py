@@ -21,7 +21,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import parse_json
 from dcar_core.util.processes import in_own_process
 
 if TYPE_CHECKING:

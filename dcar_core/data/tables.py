@@ -14,7 +14,7 @@ from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, MAX_LINE, read_r
 from dcar_core.data.report import CleaningReport
 from dcar_core.images import TarSpan, has_image_suffix, index_tar
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import parse_json
 
 SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
 _CAPTION_COLUMNS = ("caption", "captions")

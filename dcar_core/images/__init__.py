@@ -19,17 +19,6 @@ from dcar_core.images.formats import (
 )
 
 __all__ = [
-    "ALL_FORMATS",
-    "IMAGE_SUFFIXES",
-    "MAX_PIXELS",
-    "WEB_FORMATS",
-    "ImageFormat",
-    "ImageRoot",
-    "ImageSource",
-    "OpenedImage",
-    "TarSpan",
-    "has_image_suffix",
-    "index_tar",
-    "open_image",
-    "sniff_format",
-]
+    "ALL_FORMATS", "IMAGE_SUFFIXES", "MAX_PIXELS", "WEB_FORMATS", "ImageFormat", "ImageRoot", "ImageSource",
+    "OpenedImage", "TarSpan", "has_image_suffix", "index_tar", "open_image", "sniff_format",
+]  # fmt: skip

@@ -4,6 +4,8 @@
   directly, as `Image.open` applies it, and the size is checked between the header and the pixels.
 - Orientation is applied, and transparency is blended with white, as people see images on a page.
 - A JPEG that is much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size, which skips most of the work.
+- Colours are converted tile by tile: Pillow holds the interpreter lock while NumPy converts, so other threads wait for
+  one tile at most, and memory holds the image and the result, not the steps between them.
 - Files of strangers are decoded in processes with limits: see `workers`.
 """
 
@@ -14,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+import numpy as np
+from PIL import ExifTags, Image, ImageChops, ImageOps, PngImagePlugin
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -24,11 +27,12 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from dcar_core.images.colours import to_rgb
 from dcar_core.images.formats import ALL_FORMATS, ImageFormat, sniff_format
 from dcar_core.util.errors import DcarError, ImageError, ImageFault
 
 MAX_PIXELS = 64_000_000
+TILE_PIXELS = 2**18  # a few milliseconds
+LARGE_PIXELS = 2**22  # above, an image that is needed small is averaged before its colours are converted
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # of a colour profile, too: by default Pillow refuses those of 1 MB
 
 # Pillow's decoder, and bytes per pixel while it decodes, at most: the image, its copies, and the planes of the codec.
@@ -122,7 +126,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
     """
     if isinstance(source, Image.Image):
         require_size(source, max_pixels)
-        return to_rgb(ImageOps.exif_transpose(source), at_least)
+        return _to_rgb(ImageOps.exif_transpose(source), at_least)
     opened = source if isinstance(source, OpenedImage) else OpenedImage(_bytes_of(source))
     require_size(opened, max_pixels)
     image = opened.image
@@ -132,7 +136,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, at_least: i
         elif at_least is not None:
             image.draft(None, (at_least, at_least))
         turn = _TURNS.get(opened.orientation)
-        rgb = to_rgb(image, at_least, is_turned=turn is not None)
+        rgb = _to_rgb(image, at_least, is_turned=turn is not None)
         return rgb if turn is None else rgb.transpose(turn)
 
 
@@ -209,3 +213,68 @@ def _open_heif(file: io.BytesIO) -> ImageFile:
         raise ImageError(reason, ImageFault.MISSING_DECODER) from error
     image: ImageFile = HeifImageFile(file)
     return image
+
+
+def _to_rgb(image: Image.Image, at_least: int | None = None, *, is_turned: bool = False) -> Image.Image:
+    """Return the image in mode RGB.
+
+    Args:
+        at_least: pixels that the shorter side must keep when a large image is averaged; None keeps all pixels.
+        is_turned: whether the caller rotates the result; a plain RGB image is then averaged as well.
+    """
+    width, height = image.size
+    is_large = at_least is not None and width * height > LARGE_PIXELS
+    factor = max(1, min(width, height) // at_least) if is_large and at_least else 1
+    if image.mode == "RGB" and not isinstance(image.info.get("transparency"), tuple):  # the colour that is transparent
+        if factor == 1 or not is_turned:
+            image.load()
+            return image
+        return _convert_tiles(image, factor, lambda tile: tile.reduce(factor))
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return _convert_tiles(image, factor, lambda tile: _from_16_bits(tile).reduce(factor))
+    if image.mode == "F":
+        maxima = (np.nanmax(np.asarray(image.crop(box)), initial=0.0) for box in _tiles(image.size, 1))
+        top = max(1.0, *map(float, maxima))
+        return _convert_tiles(image, factor, lambda tile: _from_floats(tile, top).reduce(factor))
+    if image.mode in {"RGBA", "LA", "PA", "RGBa", "La"} or "transparency" in image.info:
+        return _convert_tiles(image, factor, lambda tile: _over_white(tile.convert("RGBA"), factor))
+    return _convert_tiles(image, factor, lambda tile: tile.convert("RGB").reduce(factor))
+
+
+def _tiles(size: tuple[int, int], factor: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes that cover an image, with sides that the factor divides."""
+    width, height = size
+    across = min(width, max(1, TILE_PIXELS // factor**2) * factor)
+    down = max(1, TILE_PIXELS // (across * factor)) * factor
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            yield left, top, min(left + across, width), min(top + down, height)
+
+
+def _convert_tiles(image: Image.Image, factor: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    width, height = image.size
+    result = Image.new("RGB", (-(-width // factor), -(-height // factor)), None)
+    for box in _tiles(image.size, factor):
+        result.paste(convert(image.crop(box)), (box[0] // factor, box[1] // factor))
+    return result
+
+
+def _from_16_bits(tile: Image.Image) -> Image.Image:
+    values = np.clip(np.asarray(tile, np.int32), 0, 65535)
+    gray = ((values + 128) // 257).astype(np.uint8)  # rounds value / 65535 * 255
+    if (key := tile.info.get("transparency")) is not None:
+        gray[values == key] = 255
+    return Image.fromarray(gray)
+
+
+def _from_floats(tile: Image.Image, top: float) -> Image.Image:
+    gray = np.nan_to_num(np.clip(np.asarray(tile, np.float64) / top, 0, 1)) * 255
+    return Image.fromarray(gray.round().astype(np.uint8))
+
+
+def _over_white(tile: Image.Image, factor: int) -> Image.Image:
+    if factor == 1:
+        return Image.alpha_composite(Image.new("RGBA", tile.size, "white"), tile).convert("RGB")
+    *colours, alpha = tile.convert("RGBa").reduce(factor).split()  # premultiplied: averages are those over white
+    white = ImageChops.invert(alpha)
+    return Image.merge("RGB", [ImageChops.add(colour, white) for colour in colours])

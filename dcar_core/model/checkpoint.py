@@ -21,8 +21,7 @@ from safetensors.numpy import load_file, save
 
 from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
-from dcar_core.util.files import link_or_copy, write_bytes, write_json
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import link_or_copy, parse_json, write_bytes, write_json
 
 if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need it
     from dcar_core.model.backbone import Backbone

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from dcar_core.util.memory import WEIGHTS_FILE
+from dcar_core.util.machine import WEIGHTS_FILE
 
 TrainWeights = Literal["none", "pair"]
 QueryWeights = Literal["none", "predicted"]

@@ -32,7 +32,7 @@ from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
 from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, load_byte_pairs
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
-from dcar_core.util.memory import WEIGHTS_FILE, map_weights, read_shapes
+from dcar_core.util.machine import WEIGHTS_FILE, map_weights, read_shapes
 
 HUB = "hf-hub:"
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dcar_core.data import CleaningReport, Sample
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import parse_json
 
 NameVectors = NDArray[np.floating[Any]]
 NameFeatures = Callable[[Sequence[str]], NameVectors]  # names -> (n, d), L2-normalized

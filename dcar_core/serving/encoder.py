@@ -30,7 +30,7 @@ from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ImageError, MissingExtraError, ModelError, RuntimeUnavailableError, requires_pytorch
 from dcar_core.util.files import default_cache_directory, link_or_copy
-from dcar_core.util.memory import release_pages, trim_heap
+from dcar_core.util.machine import release_pages, trim_heap
 
 if TYPE_CHECKING:
     from dcar_core.model.backbone import Backbone
@@ -190,7 +190,7 @@ class Encoder:
         return self.state.adapt_images(features)
 
     def release(self) -> None:
-        """Release memory that only loading needed and that can be read again from its file; see `util.memory`."""
+        """Release memory that only loading needed and that can be read again from its file; see `util.machine`."""
         places = [self.runtime.directory] if isinstance(self.runtime, OpenVinoRuntime) else []
         if self.backbone is not None:
             source = self.backbone.source

@@ -85,10 +85,10 @@ class _LogFormatter(logging.Formatter):
 
 
 class _Stream:
-    """A standard stream that passes its write errors to a function."""
+    """A standard stream. Write errors of stderr are ignored, such as those of a progress bar on a full disk."""
 
-    def __init__(self, stream: TextIO, on_error: Callable[[TextIO, OSError], None]) -> None:
-        self._stream, self._on_error = stream, on_error
+    def __init__(self, stream: TextIO, is_output: bool) -> None:
+        self._stream, self._is_output = stream, is_output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -102,23 +102,17 @@ class _Stream:
         self._try(self._stream.flush)
 
     def _try(self, operation: Callable[[], object]) -> None:
+        """Raise one clear error for stdout. A pipe without a reader is an ordinary end."""
         try:
             operation()
         except OSError as error:
-            self._on_error(self._stream, error)
-
-
-def _ignore(_: TextIO, __: OSError) -> None:
-    """Lose what is written to stderr, such as a progress bar on a full disk."""
-
-
-def _explain(stream: TextIO, error: OSError) -> None:
-    """Raise one clear error for stdout. A pipe without a reader is an ordinary end."""
-    with contextlib.suppress(OSError):  # Python flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if isinstance(error, BrokenPipeError):
-        raise error
-    raise DcarError(f"the output cannot be written: {error.strerror or error}") from None
+            if not self._is_output:
+                return
+            with contextlib.suppress(OSError):  # Python flushes once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise DcarError(f"the output cannot be written: {error.strerror or error}") from None
 
 
 def _prepare_streams() -> None:
@@ -128,7 +122,7 @@ def _prepare_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    for name, on_error in (("stdout", _explain), ("stderr", _ignore)):
+    for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  # open to the end
@@ -137,7 +131,7 @@ def _prepare_streams() -> None:
         elif not isinstance(stream, _Stream):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-            setattr(sys, name, _Stream(stream, on_error))
+            setattr(sys, name, _Stream(stream, name == "stdout"))
     if sys.getfilesystemencoding().lower() not in ("utf-8", "utf8"):
         sys.stderr.write("WARNING: file names are not read as UTF-8 here; set PYTHONUTF8=1 or LC_ALL=C.UTF-8\n")
 

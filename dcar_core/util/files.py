@@ -1,7 +1,8 @@
-"""Checksums and durable writes.
+"""Checksums, durable writes, and JSON of other programs.
 
 - A file that others may read appears complete or not at all: it is written under a temporary name, flushed to the disk
   and renamed.
+- JSON can contain half of a surrogate pair, as truncated captions of a model often do. UTF-8 cannot: it becomes U+FFFD.
 - Imports only the standard library, so a decoding worker starts quickly.
 """
 
@@ -12,9 +13,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,10 @@ DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, e
 
 _UMASK = os.umask(0o077)  # reading the umask requires setting it
 os.umask(_UMASK)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+# Half of a pair, and what may look like one: an escaped backslash, and a whole pair.
+_HALF = re.compile(r"\\\\|\\u(?i:d[89ab][0-9a-f]{2})\\u(?i:d[c-f][0-9a-f]{2})|(?P<half>\\u(?i:d[89a-f][0-9a-f]{2}))")
 
 
 def default_cache_directory() -> Path:
@@ -142,3 +148,26 @@ def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Replace `path` with a line of JSON for each value, atomically."""
     with atomic_writer(path) as file:
         file.writelines(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n" for value in values)
+
+
+def parse_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return the value of a JSON text.
+
+    Args:
+        make_object: builds an object from its names and values, in order; names may repeat. The default is a dict.
+
+    Raises:
+        ValueError: invalid JSON, an encoding other than Unicode, or nested too deeply.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    try:
+        whole = _HALF.sub(lambda found: r"\ufffd" if found["half"] else found[0], text)
+        return json.loads(whole, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def replace_surrogates(text: str) -> str:
+    """Return the text with U+FFFD in place of characters that UTF-8 cannot hold."""
+    return _SURROGATE.sub("\ufffd", text)

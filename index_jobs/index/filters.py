@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError, list_fields
-from dcar_core.util.json_text import replace_surrogates
+from dcar_core.util.files import replace_surrogates
 from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 
 if TYPE_CHECKING:

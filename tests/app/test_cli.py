@@ -19,7 +19,7 @@ from app.cli.serving import serve_index
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.training.finished import STATE_FILE
 from dcar_core.util.errors import DcarError, ImageError, ModelError, TrainingError
-from dcar_core.util.memory import WEIGHTS_FILE
+from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_file, write_json, write_jsonl
 from tests.support.images import draw

@@ -27,7 +27,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.recommended import DEFAULT, recommended_weights
 from dcar_core.serving.encoder import Encoder
 from dcar_core.util.errors import DataError, HubUnavailableError, ModelError
-from dcar_core.util.memory import WEIGHTS_FILE
+from dcar_core.util.machine import WEIGHTS_FILE
 from index_jobs.index.versions import open_current, read_manifest
 from tests.support.commands import Command
 from tests.support.files import write_tar

@@ -24,7 +24,7 @@ from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.model.towers.image import NativeImage
 from dcar_core.model.towers.text import NativeText
 from dcar_core.util.errors import MissingExtraError, ModelError
-from dcar_core.util.memory import WEIGHTS_FILE
+from dcar_core.util.machine import WEIGHTS_FILE
 from tests.support.files import write_json
 from tests.support.paths import ROOT
 

@@ -31,7 +31,7 @@ from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, Promp
 from dcar_core.model.dcar import DCAR
 from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.errors import CheckpointError, ImageError, ModelError
-from dcar_core.util.memory import WEIGHTS_FILE, release_pages
+from dcar_core.util.machine import WEIGHTS_FILE, release_pages
 
 
 @pytest.fixture(scope="module")

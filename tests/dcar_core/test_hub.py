@@ -21,7 +21,7 @@ from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.hub import fetch, hub_is_reachable
 from dcar_core.util.errors import HubUnavailableError, ModelError
-from dcar_core.util.memory import WEIGHTS_FILE
+from dcar_core.util.machine import WEIGHTS_FILE
 from tests.support.commands import run
 from tests.support.processes import answering
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from dcar_core import Encoder
 from dcar_core.data.image_lookup import ImageFinder
-from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, colours, files, index_tar, open_image, sniff_format
+from dcar_core.images import ImageFormat, ImageRoot, OpenedImage, decoding, files, index_tar, open_image, sniff_format
 from dcar_core.model import preprocess
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.util.errors import DataError, ImageError, ImageFault
@@ -130,7 +130,7 @@ def test_members_that_several_tars_have_are_known_by_their_tar_alone(tmp_path: P
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "I;16", "I;16B", "I", "F"])
 @pytest.mark.parametrize("tile", [2**18, 1000, 50])
 def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(colours, "TILE_PIXELS", tile)
+    monkeypatch.setattr(decoding, "TILE_PIXELS", tile)
     for width, height in ((131, 97), (300, 1), (1, 300)):
         image = deep_or_clear(mode, width, height)
         np.testing.assert_array_equal(np.asarray(open_image(image)), whole(image))
@@ -140,8 +140,8 @@ def test_image_in_tiles_equals_the_one_in_one_piece(mode: str, tile: int, monkey
 def test_large_image_is_averaged_when_reduced(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     image = deep_or_clear(mode, 131, 97)
     assert open_image(image, at_least=10).size == (131, 97)  # not large
-    monkeypatch.setattr(colours, "LARGE_PIXELS", 131 * 97 - 1)
-    monkeypatch.setattr(colours, "TILE_PIXELS", 1000)
+    monkeypatch.setattr(decoding, "LARGE_PIXELS", 131 * 97 - 1)
+    monkeypatch.setattr(decoding, "TILE_PIXELS", 1000)
     for at_least, factor in ((10, 9), (31, 3), (49, 1)):
         found = np.asarray(open_image(image, at_least=at_least)).astype(int)
         averaged = np.asarray(Image.fromarray(whole(image).astype(np.uint8)).reduce(factor))

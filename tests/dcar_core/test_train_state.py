@@ -37,6 +37,7 @@ from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import method
 from dcar_core.training.prepared_split import FeatureCache
+from dcar_core.training.train import train, write_csv
 
 data, out = map(Path, sys.argv[2:4])
 model = seeded_model(load_backbone(BackboneSource(sys.argv[1])), method("dcar"), 0)

@@ -19,7 +19,7 @@ from dcar_core.model.config import MODEL_CONFIG
 from dcar_core.model.text.hub_tokenizer import copy_from_hub
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import write_bytes, write_json
-from dcar_core.util.memory import WEIGHTS_FILE
+from dcar_core.util.machine import WEIGHTS_FILE
 
 _IMAGE = "visual."
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth"})

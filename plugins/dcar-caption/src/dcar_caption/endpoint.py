@@ -11,7 +11,7 @@ import openai
 
 from dcar_caption.command import CaptionOptions
 from dcar_core.util.errors import DataError, DcarError
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import parse_json
 
 REFUSED = "refusal"  # finish reason of a completion that is a refusal
 KEYS = "DCAR_CAPTION_API_KEY, DCAR_JUDGE_API_KEY"

@@ -13,7 +13,7 @@ from dcar_caption.endpoint import REFUSED, Completion
 from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.negatives.words import find_mentions
 from dcar_core.util.errors import DataError
-from dcar_core.util.json_text import parse_json
+from dcar_core.util.files import parse_json
 
 TEMPLATES = [
     "This picture of {dataset} shows: {category}. Write one caption of at most {words} words that contains the words "

@@ -13,7 +13,7 @@ import numpy as np
 from qdrant_client import models
 
 from dcar_core.util.arrays import Rows
-from dcar_core.util.json_text import replace_surrogates
+from dcar_core.util.files import replace_surrogates
 from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
 
 _RANGES = frozenset({"gt", "gte", "lt", "lte"})
