@@ -15,18 +15,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, count
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import parse_json
-from dcar_core.util.processes import in_own_process
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +32,11 @@ IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMAGE_COLUMNS})  # whatever they look like
 LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
 MAX_LINE, MAX_COLUMNS, MAX_ROWS = 16_000_000, 10_000, 100_000_000  # characters of a line; of a file
-MAX_CELLS = 10_000_000  # of a CSV, or two for each of its characters: short rows get a cell for every column
+MAX_CELLS = 10_000_000  # of a CSV, or two for each of its bytes: short rows get a cell for every column
 MAX_PACKED_ROWS = 1_000_000  # of a Parquet file, or 20 for each of its bytes; numbered names take a tenth of one
 MAX_UNPACKED = 512 << 20  # bytes of a Parquet file in memory, or this many times its size:
 MAX_UNPACKED_RATIO = 200
+PARQUET_BATCH = 1024  # rows, so that a batch of long texts does not fill the memory
 REPORTED = 100_000  # rows
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
@@ -152,16 +147,9 @@ def _read_csv_rows(
     name: str, open_file: OpenFile, used_columns: Sequence[str] | None, on_bad_line: OnBadLine
 ) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
-        line = before = cells = size = 0
-
-        def measured() -> Iterator[str]:
-            nonlocal size
-            for text in _lines(name, file):
-                size += len(text)
-                yield text
-
+        line = before = cells = 0
         try:
-            lines = measured()
+            lines = _lines(name, file)
             header = next(lines, "")
             if named := _SIGN_LINE.fullmatch(header):
                 header, before = next(lines, ""), 1
@@ -176,7 +164,7 @@ def _read_csv_rows(
             for row in reader:
                 line = before + reader.line_num
                 cells += len(row)
-                if cells > max(MAX_CELLS, 2 * size):
+                if cells > MAX_CELLS and cells > 2 * file.buffer.tell():
                     reason = f"{cells:,} cells up to here, most of which are left out; write them, or remove columns"
                     raise DataError(f"{name}, line {line}: {reason}")
                 if not any(row.values()):
@@ -248,86 +236,31 @@ _OF_CELL: dict[str, Callable[[str], Any]] = {
 
 
 def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | None) -> Iterator[tuple[int, Record]]:
-    """Yield the rows. A batch has repeated texts in dictionaries, which tells its size without them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     row = unpacked = 0
     with open_file() as source:
         try:
-            metadata, names, size = pq.read_metadata(source), pq.read_schema(source).names, source.seek(0, io.SEEK_END)
-            columns = [column for column in names if _is_used(column, used_columns)]
-            _require_distinct(name, columns)
-            if metadata.num_rows > (most := max(MAX_PACKED_ROWS, 20 * size)):
-                reason = f"{metadata.num_rows:,} rows in {size:,} bytes, at most {most:,}; split it"
-                raise DataError(f"{name} has {reason}")
-            groups = in_own_process(_group_sizes, metadata)  # pyarrow aborts at damaged metadata of a column
-            limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * sum(packed for packed, _ in groups))
-            if (largest := max((unpacked for _, unpacked in groups), default=0)) > limit:
-                raise _too_large(name, largest, limit)
-            leaves = map(metadata.schema.column, range(metadata.num_columns))
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
-            with pq.ParquetFile(source, read_dictionary=texts) as file:
-                each_group = (file.iter_batches(row_groups=[group], columns=columns) for group in range(len(groups)))
-                for batch in chain.from_iterable(each_group):  # a batch of several groups could exceed the limit
-                    unpacked += sum(map(_unpacked_size, batch.columns))
+            size = source.seek(0, io.SEEK_END)
+            with pq.ParquetFile(source) as file:
+                columns = [column for column in file.schema_arrow.names if _is_used(column, used_columns)]
+                _require_distinct(name, columns)
+                if (rows := file.metadata.num_rows) > (most := max(MAX_PACKED_ROWS, 20 * size)):
+                    raise DataError(f"{name} has {rows:,} rows in {size:,} bytes, at most {most:,}; split it")
+                limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * size)
+                for batch in file.iter_batches(PARQUET_BATCH, columns=columns):
+                    unpacked += batch.nbytes
                     if unpacked > limit:
-                        raise _too_large(name, unpacked, limit)
-                    for record in _batch_records(name, batch, row):
-                        row += 1
-                        yield row, record
+                        reason = f"unpacks to {unpacked:,} bytes or more; for a file of its size {limit:,} are read"
+                        raise DataError(f"{name} {reason}; split it")
+                    try:
+                        records = batch.to_pylist()
+                    except (ValueError, OverflowError) as error:  # Python has no year 10000 and no nanoseconds
+                        raise DataError(f"{name}, rows {row + 1:,} to {row + len(batch):,}: {error}") from error
+                    yield from enumerate(records, row + 1)
+                    row += len(batch)
         except pa.ArrowException as error:
             raise DataError(f"{name} is not a parquet file: {error}") from error
-        except BrokenProcessPool:
-            raise DataError(f"{name} is damaged: its metadata cannot be read; write the file again") from None
         except OSError as error:
             raise DataError(f"{name} is damaged, or cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _group_sizes(metadata: "pq.FileMetaData") -> list[tuple[int, int]]:
-    """Return the bytes of each row group, packed and unpacked. A value takes a byte or more, or its fixed width."""
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    widths = [max(1, metadata.schema.column(i).length) for i in range(metadata.num_columns)]
-    return [
-        (
-            sum(column.total_compressed_size for column in columns),
-            sum(
-                max(column.total_uncompressed_size, column.num_values * width)
-                for column, width in zip(columns, widths, strict=True)
-            ),
-        )
-        for columns in ([group.column(i) for i in range(group.num_columns)] for group in groups)
-    ]
-
-
-def _too_large(name: str, size: int, limit: int) -> DataError:
-    return DataError(f"{name} unpacks to {size:,} bytes or more; for a file of its size {limit:,} are read; split it")
-
-
-def _unpacked_size(values: "pa.Array") -> int:
-    """Return the bytes of an array if it repeated its texts in place of references to a dictionary."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if pa.types.is_dictionary(values.type):
-        return int(pc.sum(pc.binary_length(values.dictionary).take(values.indices)).as_py() or 0)
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-        return _unpacked_size(values.flatten())
-    if pa.types.is_map(values.type) and len(values):
-        first, last = values.offsets[0].as_py(), values.offsets[-1].as_py()
-        return sum(_unpacked_size(each[first:last]) for each in (values.keys, values.items))
-    return sum(map(_unpacked_size, values.flatten())) if pa.types.is_struct(values.type) else int(values.nbytes)
-
-
-def _batch_records(name: str, batch: "pa.RecordBatch", rows_before: int) -> list[Record]:
-    try:
-        records: list[Record] = batch.to_pylist()
-        return records
-    except Exception:  # Python has no year 10000 and no nanoseconds; the loop finds the value
-        for column, values in zip(batch.schema.names, batch.columns, strict=True):
-            for row, value in enumerate(values, rows_before + 1):
-                try:
-                    value.as_py()
-                except Exception as error:
-                    raise DataError(f"{name}, row {row}: {column} cannot be read: {error}") from error
-        raise

@@ -225,9 +225,9 @@ def nested(levels: int) -> str:
 
 BAD: list[tuple[str, bytes | str, str]] = [
     ("l.parquet", parquet(path=["a", "b"], day=pa.array([0, 253_402_300_800_000], pa.timestamp("ms"))),
-     r"l\.parquet, row 2: day cannot be read: .*out of range"),
+     r"l\.parquet, rows 1 to 2: .*out of range"),
     ("l.parquet", parquet(path=["a"], text=pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())),
-     r"l\.parquet, row 1: text cannot be read: 'utf-8' codec"),
+     r"l\.parquet, rows 1 to 1: 'utf-8' codec"),
     ("l.jsonl", f'{{"path": "a.png"}}\n{{"path": "b.png", "n": {"9" * 5000}}}', r"l\.jsonl, line 2: not JSON"),
     ("l.jsonl", nested(100_000), r"l\.jsonl, line 1: not JSON"),
     ("l.jsonl", nested(800), r"800\.png.* nested levels|line 1: not JSON"),
