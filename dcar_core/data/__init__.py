@@ -7,8 +7,7 @@ Every folder above `model` may import it; it imports `model`, `images` and `util
 """
 
 from dcar_core.data.load import MISSING_IMAGES, UNUSABLE, Annotations, ImagePolicy, check_dataset
-from dcar_core.data.report import CleaningReport, describe_reports, save_reports
-from dcar_core.data.samples import SPLITS, Dataset, Sample, write_splits
+from dcar_core.data.samples import SPLITS, CleaningReport, Dataset, Sample, describe_reports, save_reports, write_splits
 
 __all__ = [
     "MISSING_IMAGES",

@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from dcar_core.data.entries import Entry
-from dcar_core.data.report import CleaningReport
-from dcar_core.data.samples import Sample
+from dcar_core.data.samples import CleaningReport, Sample
 
 # "This is a photo of banded.The image": CLIP's tokens are the same with a space.
 _GLUED = re.compile(r"(?<=[\w)\"'])\.(?=[A-Z][a-z]|[A-Z] )")

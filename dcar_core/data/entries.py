@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dcar_core.data.report import CleaningReport
+from dcar_core.data.samples import CleaningReport
 from dcar_core.util.errors import DataError
 
 MAX_BAD_ROWS = 0.1  # share of a file's rows
@@ -45,11 +45,8 @@ class RowLimit:
 
     def __init__(self, file: Path, report: CleaningReport) -> None:
         self._file, self._report = file, report
-        self._bad = list[DataError]()
-        self._good = 0
-
-    def skip(self, error: DataError) -> None:
-        self._bad.append(error)
+        self._bad, self._good = list[DataError](), 0
+        self.skip = self._bad.append
 
     @contextmanager
     def row(self) -> Iterator[None]:

@@ -11,10 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import PurePosixPath
 
 from dcar_core.data.entries import Entry
-from dcar_core.data.report import CleaningReport
+from dcar_core.data.samples import CleaningReport
 from dcar_core.images import IMAGE_SUFFIXES, ImageRoot, has_image_suffix, open_image
 from dcar_core.util.errors import ImageError
 
@@ -27,8 +28,6 @@ class ImageFinder:
 
     def __init__(self, root: ImageRoot, shared: Set[str]) -> None:
         self.root, self._shared = root, shared
-        self._folders: set[str] = set()
-        self._by_base: dict[str, list[str]] | None = None
 
     def find(self, image: str, path: str = "") -> str | None:
         """Return the name for `root.read`; None without such an image, or with several in different folders."""
@@ -38,18 +37,31 @@ class ImageFinder:
             for form in unicode_forms(candidate):
                 if form in self.root:
                     return form
-        if self._by_base is None:
-            self._by_base = {}
-            for name in self.root.names():
-                base = PurePosixPath(name)
-                self._by_base.setdefault(base.name, []).append(name)
-                self._by_base.setdefault(base.stem, []).append(name)
-                self._folders.add(base.parent.name)
+        by_base, folders = self._by_base
         annotated = PurePosixPath(path or image)
-        if annotated.name in self._shared or (annotated.parent.name and annotated.parent.name in self._folders):
+        if annotated.name in self._shared or (annotated.parent.name and annotated.parent.name in folders):
             return None
-        matches = self._by_base.get(PurePosixPath(image).name, [])
+        matches = by_base[PurePosixPath(image).name]
         return matches[0] if len(matches) == 1 else None
+
+    def fault(self, name: str) -> str:
+        """Return why an image cannot be decoded, or ""."""
+        try:
+            open_image(self.root.read(name))
+        except ImageError as error:
+            return str(error)
+        return ""
+
+    @cached_property
+    def _by_base(self) -> tuple[defaultdict[str, list[str]], set[str]]:
+        """Names by file name, with and without suffix, and the names of folders."""
+        by_base, folders = defaultdict[str, list[str]](list), set[str]()
+        for name in self.root.names():
+            path = PurePosixPath(name)
+            by_base[path.name].append(name)
+            by_base[path.stem].append(name)
+            folders.add(path.parent.name)
+        return by_base, folders
 
 
 def find_shared_names(entries: Iterable[Entry]) -> frozenset[str]:
@@ -93,23 +105,15 @@ def locate_images(
         if name is None:
             missing[entry.image] = None
             continue
-        if name != entry.image:
-            change = f"{entry.image} as {name}"
-            report.add("images found under a name that differs from the annotated one", names=[change])
+        renamed = [f"{entry.image} as {name}"] if name != entry.image else []
+        report.add("images found under a name that differs from the annotated one", names=renamed)
         found.append(replace(entry, image=name))
-
-    def fault(name: str) -> str:
-        try:
-            open_image(finder.root.read(name))
-        except ImageError as error:
-            return str(error)
-        return ""
-
     names = list(dict.fromkeys(entry.image for entry in found)) if decode else []
     with ThreadPoolExecutor(_THREADS) as pool:
-        broken = {name: why for name, why in zip(names, pool.map(fault, names), strict=True) if why}
+        faults = zip(names, pool.map(finder.fault, names), strict=True)
+        broken = {name: fault for name, fault in faults if fault}
     usable = [entry for entry in found if entry.image not in broken]
-    return usable, list(missing), [f"{name} ({why})" for name, why in broken.items()]
+    return usable, list(missing), [f"{name} ({fault})" for name, fault in broken.items()]
 
 
 def name_without_lookup(entry: Entry, shared: Set[str]) -> str:

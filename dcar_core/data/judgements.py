@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from dcar_core.data.entries import label_text, read_text
+from dcar_core.data.readers import split_lines
 from dcar_core.data.records import RECORD_SUFFIXES, Record, read_records
-from dcar_core.data.tables import split_lines
 from dcar_core.util.errors import DataError
 
 _SHOWN = 20  # faults of a list
@@ -36,7 +36,11 @@ class JudgedList:
         """Add a judgement. Raise DataError, which names the field, if it cannot be used."""
         if "grade" in row and not label_text(row, where, "grade"):
             return
-        text, item, grade = (_filled(row, where, name) for name in ("query", "item_id", "grade"))
+        for name in (name for name in ("query", "item_id", "grade") if not label_text(row, where, name)):
+            has = ", ".join(key for key, cell in row.items() if cell not in (None, "")) or "nothing"
+            hint = "; texts of qrels are in --queries FILE" * (name == "query")
+            raise DataError(f"{where}: field {name!r} is missing or empty; the row has {has}{hint}")
+        text, item, grade = (label_text(row, where, name) for name in ("query", "item_id", "grade"))
         query_id, grade = label_text(row, where, "query_id") or text, grade.removesuffix(".0")
         if grade not in ("0", "1", "2", "3"):
             raise DataError(f"{where}: field 'grade' must be 0, 1, 2 or 3, not {grade[:40]!r}; correct or remove it")
@@ -83,17 +87,8 @@ def read_judgements(files: Sequence[Path], queries: Path | None = None) -> Judge
         rest = [f"{len(faults) - _SHOWN:,} more rows cannot be used"] * (len(faults) > _SHOWN)
         raise DataError("\n".join([*faults[:_SHOWN], *rest]))
     if not judged.texts:
-        names = ", ".join(map(str, files))
-        raise DataError(f"{names} has no judgement: give rows of query, item_id and grade")
+        raise DataError(f"{', '.join(map(str, files))} has no judgement: give rows of query, item_id and grade")
     return judged
-
-
-def _filled(row: Mapping[str, Any], where: str, name: str) -> str:
-    if value := label_text(row, where, name):
-        return value
-    has = ", ".join(key for key, cell in row.items() if cell not in (None, "")) or "nothing"
-    hint = "; texts of qrels are in --queries FILE" * (name == "query")
-    raise DataError(f"{where}: field {name!r} is missing or empty; the row has {has}{hint}")
 
 
 def _read_rows(file: Path, texts: Mapping[str, str], faults: list[str]) -> Iterator[tuple[int, Record]]:

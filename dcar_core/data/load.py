@@ -20,11 +20,9 @@ from typing import Literal
 
 from dcar_core.data.clean import clean_entries
 from dcar_core.data.entries import Entry
-from dcar_core.data.fdrd import read_fdrd
 from dcar_core.data.image_lookup import ImageFinder, find_shared_names, locate_images, name_without_lookup
-from dcar_core.data.report import CleaningReport
-from dcar_core.data.samples import SPLITS, Dataset
-from dcar_core.data.tables import read_table, read_tar
+from dcar_core.data.readers import read_fdrd, read_table, read_tar
+from dcar_core.data.samples import SPLITS, CleaningReport, Dataset
 from dcar_core.images import ImageRoot
 from dcar_core.util.errors import DataError, shorten
 
@@ -58,11 +56,11 @@ class Annotations:
 
     def splits(self) -> list[str]:
         """Return the splits that there are; a val split held out from training counts. Raise DataError for none."""
-        found = {split: entries for split in SPLITS if (entries := self._entries_of(split))}
-        has_val = "val" in found or any(map(_is_held_out, found.get("train", ())))
+        has_val = any(map(_is_held_out, self._entries_of("train")))
+        found = [split for split in SPLITS if self._entries_of(split) or (split == "val" and has_val)]
         if not found:
             raise self._no_pairs(", ".join(SPLITS), [])
-        return [split for split in SPLITS if split in found or (split == "val" and has_val)]
+        return found
 
     def load(self, split: str, image_policy: ImagePolicy = "require") -> tuple[Dataset, CleaningReport]:
         """Return one split of a data set and the report of its cleaning.
@@ -80,8 +78,7 @@ class Annotations:
         if self.path.is_dir():
             unread = [file.name for form in [*_forms(self.path, split)][1:] for file in form]
             report.add("files of annotations that are not read, as another one comes first", names=unread)
-        for note in (note for entry in entries for note in entry.notes):
-            report.add(note)
+        report.counts.update(note for entry in entries for note in entry.notes)
         if image_policy == "ignore":
             found = [replace(entry, image=name_without_lookup(entry, self._shared)) for entry in entries]
         else:
@@ -106,9 +103,9 @@ class Annotations:
 
         Results on these do not carry over to new ones.
         """
-        read = {split: self.load(split, image_policy) for split in splits or self.splits()}
-        datasets = {split: data for split, (data, _) in read.items()}
-        reports = {split: report for split, (_, report) in read.items()}
+        datasets, reports = dict[str, Dataset](), dict[str, CleaningReport]()
+        for split in splits or self.splits():
+            datasets[split], reports[split] = self.load(split, image_policy)
         for earlier, later in combinations(datasets, 2):
             known = set(datasets[earlier].images)
             both = [image for image in datasets[later].images if image in known]
@@ -117,8 +114,8 @@ class Annotations:
 
     def check_images(self, split: str, report: CleaningReport) -> None:
         """Decode the images of a split, and report how they were found, and which ones are missing or broken."""
-        _, missing, broken = locate_images(self._select(split, CleaningReport()), self.finder, report, decode=True)
-        for phrase, names in zip(UNUSABLE, (missing, broken), strict=True):
+        _, *unusable = locate_images(self._select(split, CleaningReport()), self.finder, report, decode=True)
+        for phrase, names in zip(UNUSABLE, unusable, strict=True):
             report.add(phrase, names=names)
 
     @cached_property
@@ -168,20 +165,17 @@ class Annotations:
         files = {name: annotation_files(self.path, name) for name in SPLITS}
         if any(files.values()):
             return files[split]
-        first, *_ = [*_tables(self.path, "metadata"), sorted(self.path.glob("*.tar"))]
-        return first
+        return next(iter(_tables(self.path, "metadata")), sorted(self.path.glob("*.tar")))
 
     def _entries_of(self, split: str, report: CleaningReport | None = None) -> list[Entry]:
         """Return the entries of a split; none if no file holds it."""
         found = list[Entry]()
         for file in self._files(split):
             if file not in self._read_files:
-                file_report = CleaningReport()
-                read = _READERS.get(file.suffix.lower())
-                if read is None:
+                if (read := _READERS.get(file.suffix.lower())) is None:
                     raise DataError(f"{file}: annotations are read from {', '.join(_READERS)} files")
-                entries = list(_with_splits(file, list(read(file, file_report)), file_report))
-                self._read_files[file] = entries, file_report
+                file_report = CleaningReport()
+                self._read_files[file] = _with_splits(file, list(read(file, file_report)), file_report), file_report
             entries, file_report = self._read_files[file]
             found += (entry for entry in entries if entry.split == split)
             if report is not None:
@@ -220,7 +214,7 @@ def annotation_files(path: Path, split: str) -> list[Path]:
     """Return the files of a directory, or the single file, that may hold a split."""
     if path.is_file():
         return [path]
-    first, *_ = [*_forms(path, split), []]
+    first = next(_forms(path, split), [])
     if len(first) > 1 and first[0].suffix == ".json":
         raise DataError(f"{path} has several files for {split} ({shorten([p.name for p in first])}); name one of them")
     return first
@@ -242,8 +236,8 @@ def _tables(path: Path, name: str, suffixes: Sequence[str] = _TABLES) -> list[li
     return [[file] for suffix in suffixes if (file := path / f"{name}{suffix}").is_file()]
 
 
-def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> Iterator[Entry]:
-    """Yield each entry with its split: from the file's name, from its column, or by a hash of the image's name.
+def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> list[Entry]:
+    """Return each entry with its split: from the file's name, from its column, or by a hash of the image's name.
 
     Of absolute names, the folder that all have in common does not count for the hash.
     """
@@ -254,6 +248,7 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> It
     without = [entry for entry in entries if not entry.split]
     if without and len(without) < len(entries) and not named:
         raise DataError(f"{file}: {len(without):,} rows have no split, such as {without[0].image!r}")
+    done = list[Entry]()
     for entry in entries:
         key, notes, split = entry.image.removeprefix(common).lstrip("/"), entry.notes, _split_named(entry.split)
         if split not in {"", named} and named:
@@ -267,7 +262,8 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> It
             notes = (*notes, f"entries of {file.name}, {how}")
         elif not named and split not in SPLITS:
             report.add(f"pairs of the split {entry.split!r}, left out")
-        yield replace(entry, split=named or split, split_key=key, notes=notes)
+        done.append(replace(entry, split=named or split, split_key=key, notes=notes))
+    return done
 
 
 def _split_named(name: str) -> str:

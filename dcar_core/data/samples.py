@@ -1,13 +1,14 @@
-"""One image-caption pair, the pairs of a split, and their writing as JSONL tables that the readers accept."""
+"""Image-caption pairs, the report of their cleaning, and their writing as JSONL tables that the readers accept."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from dcar_core.images import ImageRoot
-from dcar_core.util.errors import DataError, ImageError
-from dcar_core.util.files import write_json_lines
+from dcar_core.util.errors import DataError, ImageError, shorten
+from dcar_core.util.files import write_json, write_json_lines
 
 SPLITS = ("train", "val", "test")
 
@@ -66,10 +67,9 @@ class Dataset:
 
 def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
     """Write a JSONL file for each split, or none if that fails; image names stay relative to the image root."""
-    for pattern in ("*.json", "*.jsonl", "*.csv", "*.parquet", "*.tar"):
-        existing = sorted(directory.glob(pattern))
-        if existing:
-            raise DataError(f"{directory} already holds {existing[0].name}; give --out an empty or a new directory")
+    for existing in directory.glob("*"):
+        if existing.suffix in (".json", ".jsonl", ".csv", ".parquet", ".tar"):
+            raise DataError(f"{directory} already holds {existing.name}; give --out an empty or a new directory")
     directory.mkdir(parents=True, exist_ok=True)
     try:
         for name, data in splits.items():
@@ -79,3 +79,43 @@ def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
         for name in splits:  # the same command would refuse them
             (directory / f"{name}.jsonl").unlink(missing_ok=True)
         raise
+
+
+@dataclass
+class CleaningReport:
+    """Counts of cases by a phrase that states the finding and its treatment, with names of the affected items."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, phrase: str, number: int = 1, *, names: Sequence[str] | None = None) -> None:
+        """Count `number` cases, or one per name; empty names count nothing."""
+        if names is not None:
+            number = len(names)
+        if number:
+            self.counts[phrase] += number
+        if names:
+            self.names.setdefault(phrase, []).extend(names)
+
+    def merge(self, other: "CleaningReport") -> None:
+        self.counts.update(other.counts)
+        for phrase, names in other.names.items():
+            self.names.setdefault(phrase, []).extend(names)
+
+    def __str__(self) -> str:
+        lines = (
+            f"{number:7,} {phrase}" + (f": {shorten(self.names[phrase])}" if phrase in self.names else "")
+            for phrase, number in self.counts.most_common()
+        )
+        return "\n".join(lines) or "nothing to repair"
+
+
+def describe_reports(splits: Mapping[str, object], reports: Mapping[str, CleaningReport]) -> str:
+    return "\n".join(f"{name}: {splits[name]}\n{report}" for name, report in reports.items())
+
+
+def save_reports(reports: Mapping[str, CleaningReport], directory: Path) -> None:
+    """Write {split: {"counts": {phrase: number}, "names": {phrase: [every name]}}} to cleaning.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {name: {"counts": dict(each.counts.most_common()), "names": each.names} for name, each in reports.items()}
+    write_json(directory / "cleaning.json", content)
