@@ -19,8 +19,7 @@ class Entry:
     """One annotated image, before cleaning.
 
     image: its name. path: a longer path, perhaps of another machine, or "".
-    split: "" if the file does not state one; a hash of split_key then decides the split.
-    notes: repairs of the reader, for the report of the entry's split.
+    split: "" if the file does not state one; a hash of split_key then decides the split, and note says so.
     """
 
     image: str
@@ -33,7 +32,7 @@ class Entry:
     negative_categories: tuple[str, ...] = ()
     meta_category: str = ""
     attributes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    note: str = ""
 
 
 class BadRowsError(DataError):

@@ -78,7 +78,7 @@ class Annotations:
         if self.path.is_dir():
             unread = [file.name for form in [*_forms(self.path, split)][1:] for file in form]
             report.add("files of annotations that are not read, as another one comes first", names=unread)
-        report.counts.update(note for entry in entries for note in entry.notes)
+        report.counts.update(entry.note for entry in entries if entry.note)
         if image_policy == "ignore":
             found = [replace(entry, image=name_without_lookup(entry, self._shared)) for entry in entries]
         else:
@@ -248,21 +248,19 @@ def _with_splits(file: Path, entries: list[Entry], report: CleaningReport) -> li
     without = [entry for entry in entries if not entry.split]
     if without and len(without) < len(entries) and not named:
         raise DataError(f"{file}: {len(without):,} rows have no split, such as {without[0].image!r}")
+    hashed = f"entries of {file.name}, which names no splits, split by a hash of the image's name (80/10/10)"
     done = list[Entry]()
     for entry in entries:
-        key, notes, split = entry.image.removeprefix(common).lstrip("/"), entry.notes, _split_named(entry.split)
-        if split not in {"", named} and named:
+        key, split = entry.image.removeprefix(common).lstrip("/"), _split_named(entry.split)
+        if named and split not in {"", named}:
             raise DataError(
                 f"{file} has rows of another split, such as {entry.image!r} ({entry.split}); call the file "
                 f"pairs{file.suffix} for the column to decide, or leave it out"
             )
-        if not split and not named:
-            split = _hashed(key)
-            how = "which names no splits, split by a hash of the image's name (80/10/10)"
-            notes = (*notes, f"entries of {file.name}, {how}")
-        elif not named and split not in SPLITS:
+        note, split = "" if named or split else hashed, named or split or _hashed(key)
+        if split not in SPLITS:
             report.add(f"pairs of the split {entry.split!r}, left out")
-        done.append(replace(entry, split=named or split, split_key=key, notes=notes))
+        done.append(replace(entry, split=split, split_key=key, note=note))
     return done
 
 

@@ -58,30 +58,26 @@ def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
         with limit.row():
             if not isinstance(value, dict):
                 raise DataError(f"{file}, entry {key!r}: must be an object, not a {type(value).__name__}")
-            yield _fdrd_entry(file, key, value)
+            yield _fdrd_entry(f"{file}, entry {key!r}", key, value, report)
     limit.finish()
 
 
-def _fdrd_entry(file: Path, key: str, entry: dict[str, Any]) -> Entry:
-    where, notes = f"{file}, entry {key!r}", []
+def _fdrd_entry(where: str, key: str, entry: dict[str, Any], report: CleaningReport) -> Entry:
     path = str(entry.get("file_path") or "").replace("\\", "/")
     if _PLACEHOLDER.match(path):
-        notes.append("placeholder paths, replaced by the image root")
+        report.add("placeholder paths, replaced by the image root")
         path = path.partition("/")[2]
     elif path.startswith("/") or path[1:3] == ":/":
-        notes.append("absolute paths of another machine, replaced by the image root")
-    name = entry.get("file_name")
-    if not name:
-        name = PurePosixPath(required_text(entry, where, "file_path")).name
-        notes.append("missing file names, taken from the path")
-    if not has_image_suffix(str(name)):
-        notes.append("file names without a suffix")
+        report.add("absolute paths of another machine, replaced by the image root")
+    name = str(entry.get("file_name") or PurePosixPath(required_text(entry, where, "file_path")).name)
+    report.add("missing file names, taken from the path", not entry.get("file_name"))
+    report.add("file names without a suffix", not has_image_suffix(name))
     category = label_text(entry, where, "class_name")
-    if not category:
-        category = category_of_key(key)
-        notes.append("categories derived from the key" if category else "entries without a category")
+    if not category and (category := category_of_key(key)):
+        report.add("categories derived from the key")
+    report.add("entries without a category", not category)
     fields = {field: entry[field] for field in _FIELDS if field in entry}
-    return make_entry(fields, where, str(name), path, ["positive"], category=category, notes=tuple(notes))
+    return make_entry(fields, where, name, path, ["positive"], category=category)
 
 
 def category_of_key(key: str) -> str:
@@ -90,11 +86,9 @@ def category_of_key(key: str) -> str:
     "great_pyrenees_43" -> "great pyrenees", "707-320_1514522" -> "707-320", "1514522" -> "".
     """
     stem = PurePosixPath(key).stem if has_image_suffix(key) else key
-    video = _VIDEO.match(stem)
-    if video:
+    if video := _VIDEO.match(stem):
         return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", video[1])
-    stem = _NUMBER.sub("", stem).removesuffix("_image")
-    return stem.replace("_", " ").strip()
+    return _NUMBER.sub("", stem).removesuffix("_image").replace("_", " ").strip()
 
 
 def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:

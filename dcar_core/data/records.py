@@ -70,21 +70,18 @@ def read_records(
     """
     suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
     rows: Iterator[tuple[int, Record]]
-    if suffix not in RECORD_SUFFIXES:
-        raise DataError(
-            f"{name} is not a table of one of the kinds {', '.join(sorted(RECORD_SUFFIXES))}; save it as such"
-        )
     if suffix == ".jsonl":
         rows = _read_jsonl(name, open_file, on_bad_line)
     elif suffix == ".csv" and infer_types:
         rows = _read_typed_csv(name, open_file, on_bad_line)
     elif suffix == ".csv":
-        rows = (
-            (line, {column: _OF_COLUMN.get(column, str)(cell) for column, cell in row.items()})
-            for line, row in _read_csv_rows(name, open_file, used_columns, on_bad_line)
-        )
-    else:
+        cells = _read_csv_rows(name, open_file, used_columns, on_bad_line)
+        rows = ((n, {column: _OF_COLUMN.get(column, str)(cell) for column, cell in row.items()}) for n, row in cells)
+    elif suffix == ".parquet":
         rows = _read_parquet(name, open_file, used_columns)
+    else:
+        kinds = ", ".join(sorted(RECORD_SUFFIXES))
+        raise DataError(f"{name} is not a table of one of the kinds {kinds}; save it as such")
     try:
         for number, row in enumerate(rows, 1):
             if number > MAX_ROWS:

@@ -1,16 +1,19 @@
-"""Names in captions: find them as whole words, and replace them with correct article, number and spelling.
+"""Names and attributes in captions: found as whole words, and replaced with correct article, number and spelling.
 
 - Case, underscores, hyphens and typographic signs are folded: "A morning_glory" contains "Morning glory"; "catalogue"
   and "cat-like" do not contain "cat".
 - Scripts without spaces between words, such as Chinese and Thai, show no whole words; names are found anywhere in them.
 - Singular and plural forms are found too, and replaced by the same number of the new name.
+- An attribute word (colour, count, material, position, size) is replaced by one that is no near-synonym. Ambiguous
+  words appear in phrases only: "on the left", not "left", which may be a verb. [ours]
 - A preceding "a" or "an" follows the sound of the new word, as far as its spelling shows it.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from random import Random
 
 _GAP = r"[\s_\-\u2010-\u2013]+"
 _APOSTROPHE = "['\u2019\u02bc]"
@@ -61,6 +64,21 @@ _AN = re.compile(r"(hour|honest|honou?r|heir|mp\d)", re.IGNORECASE)
 _SPELLED = frozenset({"FBI", "HDMI", "LED", "MRI", "NBA", "OLED", "RAF", "SOS", "SUV", "UAV", "USB"})
 _VOWELS, _SPOKEN_WITH_A_VOWEL = frozenset("aeiou"), frozenset("AEFHILMNORSX")
 
+# Bars separate groups of near-synonyms.
+LEXICON = (
+    "red crimson scarlet maroon|blue navy azure|green olive|yellow golden|orange|purple violet lavender|pink magenta|"
+    "brown tan beige|black|white cream|gray grey silver",
+    "two|three|four|five|six|seven|eight|nine|ten",  # without "one", because its noun would change number
+    "wooden|metal steel metallic|plastic|leather|stone concrete marble|paper cardboard|woolen woollen knitted|brick|"
+    "ceramic porcelain",
+)
+OPPOSITES = (
+    "on the left|on the right", "to the left|to the right", "left side|right side", "left hand|right hand",
+    "facing left|facing right", "in front of|behind", "above|below", "inside|outside", "indoors|outdoors",
+    "foreground|background", "top of|bottom of", "upper|lower", "large|small", "big|little", "huge|tiny", "tall|short",
+    "long|short", "wide|narrow", "thick|thin",
+)  # fmt: skip
+
 
 def fold_name(name: str) -> str:
     """Fold case, underscores, hyphens, apostrophes, spacing and Unicode forms of a name for comparison."""
@@ -68,13 +86,9 @@ def fold_name(name: str) -> str:
     return " ".join(filter(None, re.split(_GAP, straight)))
 
 
-def find_mentions(caption: str, name: str, longer: Sequence[str] = ()) -> list[tuple[int, int]]:
-    """Return (start, end) of every mention of `name`, except inside one of the `longer` names that contain it."""
-    if not fold_name(name):
-        return []
-    taken = [match.span() for other in longer for match in _pattern(other).finditer(caption)]
-    found = [match.span() for match in _pattern(name).finditer(caption)]
-    return [(low, high) for low, high in found if not any(start <= low and high <= end for start, end in taken)]
+def find_mentions(caption: str, name: str) -> list[tuple[int, int]]:
+    """Return (start, end) of every mention of `name` in a caption."""
+    return [match.span() for match in _pattern(name).finditer(caption)] if fold_name(name) else []
 
 
 def upper_first(text: str) -> str:
@@ -198,3 +212,27 @@ def _written_like(found: str, name: str, new: str) -> str:
     if "-" in found and " " not in found and " " in name.strip() and "-" not in name:
         return "-".join(new.split())
     return new
+
+
+def _choices() -> dict[str, list[str]]:
+    kinds = [[group.split() for group in kind.split("|")] for kind in LEXICON]
+    found = {word: [other[0] for other in kind if other is not row] for kind in kinds for row in kind for word in row}
+    pairs = [pair.split("|") for pair in OPPOSITES]
+    for one, other in (*pairs, *(pair[::-1] for pair in pairs)):
+        found.setdefault(one, []).append(other)
+    return found
+
+
+CHOICES = _choices()
+_EITHER = "|".join(sorted(map(re.escape, CHOICES), key=lambda word: (-len(word), word)))
+_WORDS = re.compile(rf"(?<![\w-])(?:{_EITHER})(?![\w-])", re.IGNORECASE)
+
+
+def swap_attributes(caption: str, kept: Sequence[tuple[int, int]], random: Random) -> Iterator[str]:
+    """Yield variants of the caption with one attribute replaced, in random order; `kept` spans stay unchanged."""
+    places = [m for m in _WORDS.finditer(caption) if not any(m.start() < end and low < m.end() for low, end in kept)]
+    ways = [(match, new) for match in places for new in CHOICES[match[0].lower()]]
+    random.shuffle(ways)
+    for match, new in ways:
+        cased = new.upper() if match[0].isupper() else upper_first(new) if match[0][0].isupper() else new
+        yield splice_phrase(caption, *match.span(), cased)
