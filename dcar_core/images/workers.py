@@ -166,15 +166,14 @@ _deadlines: dict[subprocess.Popen[bytes], float] = {}  # of the processes at wor
 
 @cache
 def _start_clock() -> None:
-    threading.Thread(target=_end_late_processes, name="decode-watch", daemon=True).start()
+    def end_late_processes() -> None:
+        while True:
+            time.sleep(_CHECK_S)
+            for process, deadline in list(_deadlines.items()):
+                if time.monotonic() > deadline:
+                    process.kill()
 
-
-def _end_late_processes() -> None:
-    while True:
-        time.sleep(_CHECK_S)
-        for process, deadline in list(_deadlines.items()):
-            if time.monotonic() > deadline:
-                process.kill()
+    threading.Thread(target=end_late_processes, name="decode-watch", daemon=True).start()
 
 
 def _to_json(convert: Convert, limits: Limits) -> bytes:
@@ -191,8 +190,7 @@ def _from_json(job: bytearray) -> tuple[Convert, Limits]:
 
 def _write(pipe: IO[bytes] | None, *parts: bytes | memoryview) -> None:
     assert pipe is not None
-    for part in parts:
-        pipe.write(part)
+    pipe.writelines(parts)
     pipe.flush()
 
 

@@ -75,7 +75,8 @@ def _gradients_in_parts(
     assert text.grad is not None
     assert image.grad is not None
     total, sizes = batch.detach(), [len(part) for part in parts]
-    for part, text_grad, image_grad in zip(parts, text.grad.split(sizes), image.grad.split(sizes), strict=True):
+    gradients = torch.split(text.grad, sizes), torch.split(image.grad, sizes)
+    for part, text_grad, image_grad in zip(parts, *gradients, strict=True):
         own_text, own_image, others = forward(part)
         # The gradient of this sum equals that of L, because the feature gradients are those of L_con.
         surrogate = (own_text * text_grad).sum() + (own_image * image_grad).sum() + precision.scaler.scale(others)
