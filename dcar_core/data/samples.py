@@ -67,7 +67,7 @@ class Dataset:
 
 def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
     """Write a JSONL file for each split, or none if that fails; image names stay relative to the image root."""
-    for existing in directory.glob("*"):
+    for existing in sorted(directory.glob("*")):
         if existing.suffix in (".json", ".jsonl", ".csv", ".parquet", ".tar"):
             raise DataError(f"{directory} already holds {existing.name}; give --out an empty or a new directory")
     directory.mkdir(parents=True, exist_ok=True)
