@@ -12,6 +12,7 @@ space.
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Backbone(nn.Module):
 
     def content_hash(self) -> str:
         """sha256 over every weight and whatever else decides on vectors, as 64 hex digits."""
-        digest = hashlib.sha256(json.dumps(self.preprocess.to_dict(), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(asdict(self.preprocess), sort_keys=True).encode())
         digest.update(self._settings)
         for name, value in sorted(self.clip.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from dcar_core.model.config import MODEL_CONFIG, AdapterConfig, ModelConfig
+from dcar_core.model.config import MODEL_CONFIG, ModelConfig
 from dcar_core.util.errors import CheckpointError, ModelError
 from dcar_core.util.files import link_or_copy, parse_json, write_bytes, write_json
 
@@ -44,12 +43,11 @@ def compute_fingerprint(backbone_hash: str, config: ModelConfig, trainables: Map
 
     Settings that no vector depends on (the loss, pair weights) are left out.
     """
-    reweight = replace(config.reweight, token_feature="context", image_feature="pooled")  # the defaults, left out
-    serving = {"prompt": config.prompt.to_dict(), "reweight": reweight.to_dict()}
-    if config.adapter != AdapterConfig():
-        serving["adapter"] = config.adapter.to_dict()
-    if config.rerank.blocks:
-        serving["rerank"] = config.rerank.to_dict()
+    reweight = config.reweight
+    serving = [
+        config.prompt.to_dict(), config.adapter.to_dict(), config.rerank.to_dict(),
+        [reweight.query, reweight.low, reweight.high],
+    ]  # fmt: skip
     digest = hashlib.sha256(json.dumps([FORMAT, backbone_hash, serving], sort_keys=True).encode())
     for name in sorted(trainables):
         digest.update(f"{name} {trainables[name].shape}".encode())

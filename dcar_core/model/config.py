@@ -1,9 +1,9 @@
 """Configuration as frozen data with a dict round trip. Nothing here reads the environment."""
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -30,13 +30,8 @@ _Number = float | int  # an integer stays one: fingerprints and the names of run
 
 @dataclass(frozen=True)
 class _Config:
-    _omitted: ClassVar[frozenset[str]] = frozenset()
-
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields; omit options of later versions at their defaults, so that older fingerprints stay."""
-        usual = vars(type(self)())
-        kept = {name: v for name, v in vars(self).items() if name not in self._omitted or v != usual[name]}
-        return {name: v.to_dict() if isinstance(v, _Config) else v for name, v in kept.items()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -63,7 +58,6 @@ class PromptConfig(_Config):
     text: bool = True
     image: bool = True
     values: PromptValues = "learned"
-    _omitted = frozenset({"values"})
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -90,7 +84,6 @@ class ReweightConfig(_Config):
     high: _Number = 2.0
     token_feature: TokenFeature = "context"
     image_feature: ImageFeature = "pooled"
-    _omitted = frozenset({"token_feature", "image_feature"})
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -106,7 +99,6 @@ class AdapterConfig(_Config):
     text: bool = False
     image: bool = False
     blocks: Annotated[int, Field(ge=0, le=4096)] = 0  # a forged config.json must not fill the memory
-    _omitted = frozenset({"blocks"})
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -142,7 +134,6 @@ class LossConfig(_Config):
     temperature: Temperature = "frozen"
     late: Annotated[_Number, Field(ge=0, le=1)] = 0
     hard_negatives: bool = False
-    _omitted = frozenset({"direction", "temperature", "late", "hard_negatives"})
 
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
@@ -176,7 +167,6 @@ class ModelConfig(_Config):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
-    _omitted = frozenset({"rerank"})
 
     @property
     def reranks(self) -> bool:

@@ -8,6 +8,7 @@
 """
 
 import difflib
+import hashlib
 import json
 import logging
 import re
@@ -27,10 +28,9 @@ from torch import nn
 
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, BackboneSource
 from dcar_core.model.hub import cache_only, fetch
-from dcar_core.model.settings_hash import CLIP_VOCABULARY, vector_settings
 from dcar_core.model.text.cleaning import NORMALIZERS
 from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
-from dcar_core.model.text.tokenizer import TextTokenizer, digest_byte_pairs, load_byte_pairs
+from dcar_core.model.text.tokenizer import TextTokenizer, clip_vocabulary, load_byte_pairs, read_vocabulary
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
 from dcar_core.util.machine import WEIGHTS_FILE, map_weights, read_shapes
 
@@ -42,6 +42,13 @@ _MODEL_FIELDS = {
 }  # fmt: skip
 _PREPROCESS_FIELDS = {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
 _TOKENIZER_FIELDS = {"clean", "strip_sep_token", "bpe_path"}
+# Of the configuration of a text encoder of transformers.
+_OF_TRANSFORMERS = (
+    "activation_function", "dense_act_fn", "encoder_attention_heads", "feed_forward_proj", "hidden_act", "is_decoder",
+    "layer_norm_eps", "layer_norm_epsilon", "max_position_embeddings", "model_type", "num_attention_heads",
+    "num_heads", "pad_token_id", "relative_attention_max_distance", "relative_attention_num_buckets",
+    "scale_embedding",
+)  # fmt: skip
 # Of training alone, or identified by content rather than by name.
 _WITHOUT_EFFECT = {
     "patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained", "hf_model_name",
@@ -63,7 +70,7 @@ def load_open_clip(source: BackboneSource, device: str) -> tuple[nn.Module, Text
     """Load a model and its tokenizer; errors as of `backbone.load_backbone`.
 
     Returns:
-        The model in eval mode, its tokenizer, E, and what else decides on vectors: see `settings_hash`.
+        The model in eval mode, its tokenizer, E, and what else decides on vectors: `vector_settings`.
     """
     _require_known(source)
     try:
@@ -81,7 +88,7 @@ def load_open_clip(source: BackboneSource, device: str) -> tuple[nn.Module, Text
         raise _explained(source, error) from error
     if device == "cpu":
         map_weights(clip, source.weights_file)
-    return clip, tokenizer, int(config["embed_dim"]), vector_settings(clip, tower_settings(config), identity)
+    return clip, tokenizer, int(config["embed_dim"]), vector_settings(clip, config, identity)
 
 
 def read_config(source: BackboneSource) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def read_config(source: BackboneSource) -> dict[str, Any]:
     return dict(config)
 
 
-def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, dict[str, Any]]:
+def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[TextTokenizer, str]:
     """Load the tokenizer of a checked configuration, with its identity for the content hash."""
     text = config["text_cfg"]
     settings = text.get("tokenizer_kwargs") or {}
@@ -112,27 +119,38 @@ def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[T
         normalizer = settings.get("clean", "whitespace")
         strip_end = bool(settings.get("strip_sep_token"))
         tokenizer = load_hub_tokenizer(name, directory, limit, normalizer=normalizer, strip_end=strip_end)
-        return tokenizer, {"tokenizer": tokenizer.identity()}
-    normalizer = settings.get("clean", "lower")
-    tokenizer, vocabulary = TextTokenizer.for_clip(), CLIP_VOCABULARY
-    if (file := settings.get("bpe_path")) and directory is not None:
-        tokenizer, vocabulary = load_byte_pairs(directory / file), digest_byte_pairs(directory / file)
-    identity = {
-        "tokenizer": "SimpleTokenizer", "vocabulary": vocabulary, "clean": f"_clean_{normalizer}", "reduction": None,
-    }  # fmt: skip
+        return tokenizer, tokenizer.identity()
+    tokenizer, file, normalizer = TextTokenizer.for_clip(), clip_vocabulary(), settings.get("clean", "lower")
+    if (name := settings.get("bpe_path")) and directory is not None:
+        file = directory / name
+        tokenizer = load_byte_pairs(file)
+    identity = f"{hashlib.sha256(read_vocabulary(file).encode()).hexdigest()} {normalizer}"
     return replace(tokenizer, limit=limit, normalizer=normalizer), identity
 
 
-def tower_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of both towers that differ from open_clip's defaults and decide on vectors."""
+def vector_settings(clip: Any, config: Mapping[str, Any], tokenizer: str) -> bytes:
+    """What decides on vectors beside weights and preprocessing, as bytes for the content hash.
+
+    Args:
+        clip: the model. config: its `model_cfg`; settings that equal open_clip's defaults are left out.
+        tokenizer: its identity.
+    """
     usual = {
-        "vision_cfg": {field.name: field.default for field in fields(CLIPVisionCfg)},
-        "text_cfg": {field.name: field.default for field in fields(CLIPTextCfg)},
+        part: {field.name: field.default for field in fields(kind)}
+        for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg))
     }
-    return {
-        part: {key: v for key, v in config[part].items() if key not in _WITHOUT_EFFECT and v != values[key]}
-        for part, values in usual.items()
+    encoder = getattr(getattr(clip, "text", None), "config", None)
+    described = {
+        "class": type(clip).__name__,
+        "quick_gelu": any(type(module).__name__ == "QuickGELU" for module in clip.modules()),
+        "settings": {
+            part: {key: v for key, v in config[part].items() if key not in _WITHOUT_EFFECT and v != values[key]}
+            for part, values in usual.items()
+        },
+        "tokenizer": tokenizer,
+        "transformers": {name: getattr(encoder, name, None) for name in _OF_TRANSFORMERS},
     }
+    return json.dumps(described, sort_keys=True).encode()
 
 
 def _require_known(source: BackboneSource) -> None:

@@ -67,11 +67,6 @@ class Preprocess:
             config.get("fill_color", 0),
         )  # fmt: skip
 
-    def to_dict(self) -> dict[str, Any]:
-        """Leave out the fields of the fast mode at their defaults, so that older content hashes stay."""
-        usual = {"exact": True, "resizer": "pillow"}
-        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
-
     def fast(self, *, torch: bool = False) -> "Preprocess":
         """Return the fast mode of this preprocessing. torch: resize with PyTorch if that is faster here."""
         return replace(self, exact=False, resizer="torch" if torch and torch_is_fast() else "pillow")

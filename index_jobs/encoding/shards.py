@@ -13,7 +13,7 @@
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -91,7 +91,7 @@ class ShardStore:
         """Name the folder of the shards that an encoder makes of a gallery."""
         batch = options.batch_size
         self.count, self.dim, self.shard_rows = len(gallery), encoder.dim, -(-options.shard_rows // batch) * batch
-        pixels = encoder.preprocess.to_dict()
+        pixels = asdict(encoder.preprocess)
         self._encoder_key = hash_json([FORMAT, encoder.image_key, encoder.runtime.name, pixels, encoder.dim])[:12]
         gallery_key = hash_json([gallery.vectors_signature, self.count, batch, self.shard_rows])[:12]
         self.path = work / f"{self._encoder_key}-{gallery_key}"

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.open_clip_source import builtin_models, load_tokenizer, tower_settings
-from dcar_core.model.settings_hash import vector_settings
+from dcar_core.model.open_clip_source import builtin_models, load_tokenizer, vector_settings
 from tests.support import tiny_clips
 from tests.support.parts import needs
 from tests.support.tiny_clips import VOCABULARY, every_model, image_size, shake, small_timm_models, tiny_config
@@ -89,7 +88,7 @@ class Half:
         self.clip = open_clip.create_model(name, load_weights=False, **json.loads(json.dumps(given))).eval()
         self._part, self._config = part, config
         self._tokenizer, identity = load_tokenizer(config, vocabulary)
-        self.sealed = vector_settings(self.clip, tower_settings(config), identity)
+        self.sealed = vector_settings(self.clip, config, identity)
 
     def vectors(self) -> tuple[Tensor, list[Any]]:
         """Return the features of some inputs, and the token ids of some texts."""

@@ -92,7 +92,7 @@ class TextTokenizer:
     @cache
     def for_clip() -> "TextTokenizer":
         """Use the vocabulary and the context that CLIP was trained with."""
-        return load_byte_pairs(_clip_vocabulary())
+        return load_byte_pairs(clip_vocabulary())
 
     def with_limit(self, limit: int) -> "TextTokenizer":
         return replace(self, limit=limit)
@@ -156,13 +156,14 @@ def count_clip_tokens(texts: Sequence[str]) -> list[int]:
 
 def common_words(count: int) -> list[str]:
     """Return English words of CLIP's vocabulary, at even distances from its most frequent ones to rare ones."""
-    vocabulary, _ = _read_byte_pairs(_clip_vocabulary())
+    vocabulary, _ = _read_byte_pairs(clip_vocabulary())
     words = (token.removesuffix(_WORD_END) for token in vocabulary if token.endswith(_WORD_END))
     found = [word for word in words if 4 <= len(word) <= 12 and word.isascii() and word.isalpha()]
     return found[: _COMMON_WORDS : max(1, _COMMON_WORDS // count)][:count]
 
 
-def _clip_vocabulary() -> Path:
+def clip_vocabulary() -> Path:
+    """The file of CLIP's own byte pairs, in open_clip."""
     spec = find_spec("open_clip")
     assert spec is not None
     assert spec.origin is not None
@@ -183,9 +184,13 @@ def load_byte_pairs(file: Path) -> TextTokenizer:
     return TextTokenizer(tokenizer, _CLIP_CONTEXT, "lower", (ids[_START],), ids[_END])
 
 
-def digest_byte_pairs(file: Path) -> str:
-    """Return the sha256 over the pieces and merges of a vocabulary of CLIP's kind."""
-    return hashlib.sha256(json.dumps([sorted(part.items()) for part in _read_byte_pairs(file)]).encode()).hexdigest()
+def read_vocabulary(file: Path) -> str:
+    """Unpack a vocabulary of CLIP's kind. Raise ModelError if it is too long."""
+    with gzip.open(file, "rt", encoding="utf-8") as opened:
+        text = opened.read(LONGEST_VOCABULARY + 1)
+    if len(text) > LONGEST_VOCABULARY:
+        raise ModelError(f"{file} unpacks to more than {LONGEST_VOCABULARY:,} characters")
+    return text
 
 
 def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], int]]:
@@ -193,11 +198,7 @@ def _read_byte_pairs(file: Path) -> tuple[dict[str, int], dict[tuple[str, ...], 
 
     The pieces are one character per byte, the same with the suffix of a word's end, the merges, SOS and EOT.
     """
-    with gzip.open(file, "rt", encoding="utf-8") as opened:
-        text = opened.read(LONGEST_VOCABULARY + 1)
-    if len(text) > LONGEST_VOCABULARY:
-        raise ModelError(f"{file} unpacks to more than {LONGEST_VOCABULARY:,} characters")
-    lines = text.split("\n")[1:]
+    lines = read_vocabulary(file).split("\n")[1:]
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     signs = [chr(byte) for byte in plain] + [chr(256 + i) for i in range(256 - len(plain))]
     merges = [tuple(line.split()) for line in lines[: _CLIP_VOCABULARY - 2 - 2 * len(signs)]]  # the last may be empty
