@@ -5,10 +5,9 @@
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from dcar_core.model.checkpoint import languages_of
 from dcar_core.model.open_clip_source import builtin_models
@@ -40,19 +39,11 @@ class CatalogueEntry:
 def list_catalogue() -> list[CatalogueEntry]:
     """Describe every built-in model, in open_clip's order."""
     counts = json.loads(PARAMETERS.read_text(encoding="utf-8"))
-    return [_entry(name, config, tags, counts.get(name)) for name, (config, tags) in builtin_models().items()]
-
-
-def _entry(name: str, config: Mapping[str, Any], tags: list[str], parameters: int | None) -> CatalogueEntry:
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    needs = {"timm": "timm_model_name" in vision, "transformers": "hf_model_name" in text}
-    return CatalogueEntry(
-        name=name,
-        level=level_of_config(config),
-        parameters=parameters,
-        languages=languages_of(name),
-        image_size=int(vision.get("image_size", 224)),
-        context_length=int(text.get("context_length", 77)),
-        needs=tuple(library for library, is_needed in needs.items() if is_needed),
-        pretrained=tuple(tags),
-    )
+    found = []
+    for name, (config, tags) in builtin_models().items():
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        needs = ["timm"] * ("timm_model_name" in vision) + ["transformers"] * ("hf_model_name" in text)
+        size, length = int(vision.get("image_size", 224)), int(text.get("context_length", 77))
+        level, languages = level_of_config(config), languages_of(name)
+        found.append(CatalogueEntry(name, level, counts.get(name), languages, size, length, tuple(needs), tuple(tags)))
+    return found

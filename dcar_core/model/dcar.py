@@ -1,15 +1,6 @@
 """The learned parts around the frozen CLIP, and the two encoders that use them.
 
-One class holds DCAR, its ablations and the prompt-learning baselines, since they differ only in which parts exist:
-
-    clip    no prompts                     coop    text prompts
-    dcar    dual prompts, token weights, category adapter in the loss
-    maple   dual prompts in several blocks          clip-adapter    bottlenecks on the features, no prompts
-    dcar+   several blocks of prompts, and bottlenecks in the image tower and on the features
-    block-adapters      these bottlenecks alone; block-adapters+: tuned on hard negatives at the end
-    query-prompts       the same, and a second stage for the first results (`query_prompts`)
-    lora, prolip, flyp, filip       changes of the backbone's own weights (`methods.weight_changes`)
-
+One class holds DCAR, its ablations and the baselines (`methods`), since they differ only in which parts exist.
 A text vector never depends on an image and an image vector never on a text, so a gallery is encoded once.
 """
 
@@ -296,5 +287,5 @@ class SecondStage:
 def seeded_model(backbone: Backbone, config: ModelConfig, seed: int) -> DCAR:
     """Create a model to train, whose initial trainables follow from the seed."""
     torch.manual_seed(seed)
-    create = find_method(config.method).changes
-    return DCAR(backbone, config, None if create is None else create(backbone))
+    changes = find_method(config.method).changes
+    return DCAR(backbone, config, changes and changes(backbone))

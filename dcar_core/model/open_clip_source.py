@@ -29,8 +29,13 @@ from torch import nn
 from dcar_core.model.config import MODEL_CONFIG, RANDOM, BackboneSource
 from dcar_core.model.hub import cache_only, fetch
 from dcar_core.model.text.cleaning import NORMALIZERS
-from dcar_core.model.text.hub_tokenizer import load_hub_tokenizer
-from dcar_core.model.text.tokenizer import TextTokenizer, clip_vocabulary, load_byte_pairs, read_vocabulary
+from dcar_core.model.text.tokenizer import (
+    TextTokenizer,
+    clip_vocabulary,
+    load_byte_pairs,
+    load_hub_tokenizer,
+    read_vocabulary,
+)
 from dcar_core.util.errors import DcarError, MissingExtraError, ModelError, is_panic
 from dcar_core.util.machine import WEIGHTS_FILE, map_weights, read_shapes
 

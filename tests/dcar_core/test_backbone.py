@@ -19,7 +19,7 @@ from dcar_core.model.checkpoint import read_config
 from dcar_core.model.config import MODEL_CONFIG, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
 from dcar_core.model.methods.registry import METHODS, comparable_methods, default_method, method, require_runnable
-from dcar_core.model.text import hub_tokenizer, tokenizer
+from dcar_core.model.text import tokenizer
 from dcar_core.model.text.tokenizer import count_clip_tokens
 from dcar_core.model.towers.image import NativeImage
 from dcar_core.model.towers.text import NativeText
@@ -291,7 +291,7 @@ def test_a_tokenizer_that_panics_is_an_error_of_the_model(tmp_path: Path) -> Non
     words.pre_tokenizer = pre_tokenizers.Split(Regex("(x+x+)+y"), "isolated")
     words.post_processor = processors.TemplateProcessing("<s> $A <s>", special_tokens=[("<s>", 2)])
     words.save(str(tmp_path / "tokenizer.json"))
-    loaded = hub_tokenizer.load_hub_tokenizer("a/name", tmp_path, 77)
+    loaded = tokenizer.load_hub_tokenizer("a/name", tmp_path, 77)
     assert loaded(["a"]).tolist() == [[2, 0, 2]]
     with pytest.raises(ModelError, match=r"the model's tokenizer fails on a text: .*retry-limit"):
         loaded(["x" * 40])

@@ -93,7 +93,7 @@ def test_a_merged_model_has_the_configuration_of_its_text_encoder(
     if not is_local:
         (directory / encoder / "config.json").rename(directory / "config.json")
         files = {file.name: file for file in (*directory.iterdir(), *(directory / encoder).iterdir())}
-        monkeypatch.setattr("dcar_core.model.text.hub_tokenizer.fetch", lambda name, file: files.get(file))
+        monkeypatch.setattr("dcar_core.model.text.tokenizer.fetch", lambda name, file: files.get(file))
         read, original.source = open_clip_source.read_config, BackboneSource("xlm-roberta-base-ViT-B-32", RANDOM)
         of_hub = {original.source: config}
         monkeypatch.setattr(open_clip_source, "read_config", lambda source: of_hub.get(source) or read(source))

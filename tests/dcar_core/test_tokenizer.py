@@ -16,8 +16,7 @@ import torch
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.text.cleaning import clean_text, fix_encoding
-from dcar_core.model.text.hub_tokenizer import copy_from_hub, load_hub_tokenizer
-from dcar_core.model.text.tokenizer import TextTokenizer, count_clip_tokens
+from dcar_core.model.text.tokenizer import TextTokenizer, copy_from_hub, count_clip_tokens, load_hub_tokenizer
 from dcar_core.negatives import LETTER_FUNCTIONS
 from dcar_core.util.errors import ModelError
 from tests.support.parts import needs
@@ -147,7 +146,7 @@ def test_a_copy_from_the_hub_is_the_same_and_its_settings_overrule_the_file(
     hub.mkdir()
     copy.mkdir()
     write_tokenizer("gemma", hub)
-    monkeypatch.setattr("dcar_core.model.text.hub_tokenizer.fetch", lambda name, file: hub / file)
+    monkeypatch.setattr("dcar_core.model.text.tokenizer.fetch", lambda name, file: hub / file)
     copy_from_hub("a/name", copy)
     assert load_hub_tokenizer("a/name", copy, 24).identity() == load_hub_tokenizer("a/name", None, 24).identity()
     content = json.loads((copy / "tokenizer.json").read_text())

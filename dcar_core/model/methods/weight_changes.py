@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.config import MODEL_CONFIG
-from dcar_core.model.text.hub_tokenizer import copy_from_hub
+from dcar_core.model.text.tokenizer import copy_from_hub
 from dcar_core.util.errors import ModelError
 from dcar_core.util.files import write_bytes, write_json
 from dcar_core.util.machine import WEIGHTS_FILE

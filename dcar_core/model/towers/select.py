@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dcar_core.model.text.tokenizer import TextLayout
-from dcar_core.model.towers.hf_text import HfText
 from dcar_core.model.towers.image import ImageTower, NativeImage, TimmImage, WholeImage
-from dcar_core.model.towers.text import CocaText, NativeText, TextTower, WholeText
+from dcar_core.model.towers.text import CocaText, HfText, NativeText, TextTower, WholeText
 
 logger = logging.getLogger(__name__)
 
