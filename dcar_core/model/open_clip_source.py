@@ -125,10 +125,9 @@ def load_tokenizer(config: Mapping[str, Any], directory: Path | None) -> tuple[T
         strip_end = bool(settings.get("strip_sep_token"))
         tokenizer = load_hub_tokenizer(name, directory, limit, normalizer=normalizer, strip_end=strip_end)
         return tokenizer, tokenizer.identity()
-    tokenizer, file, normalizer = TextTokenizer.for_clip(), clip_vocabulary(), settings.get("clean", "lower")
-    if (name := settings.get("bpe_path")) and directory is not None:
-        file = directory / name
-        tokenizer = load_byte_pairs(file)
+    normalizer, own = settings.get("clean", "lower"), settings.get("bpe_path")
+    file = directory / own if own and directory is not None else clip_vocabulary()
+    tokenizer = load_byte_pairs(file) if own else TextTokenizer.for_clip()
     identity = f"{hashlib.sha256(read_vocabulary(file).encode()).hexdigest()} {normalizer}"
     return replace(tokenizer, limit=limit, normalizer=normalizer), identity
 

@@ -95,15 +95,10 @@ def test_anchor_and_head_loss_equal_a_hand_calculation() -> None:
     assert head_loss(weights, weights + 1, torch.zeros_like(real)) == 0  # no words at all
 
 
-def test_options_at_their_defaults_leave_configurations_unchanged() -> None:
-    """Else the identities of earlier runs would change."""
-    config = ModelConfig()
-    assert not {"direction", "temperature", "late"} & config.to_dict()["loss"].keys()
-    assert "values" not in config.to_dict()["prompt"]
-    assert not {"token_feature", "image_feature"} & config.to_dict()["reweight"].keys()
+def test_a_configuration_becomes_a_dict_and_back() -> None:
     for name in ("dcar", "dcar-alone", "dcar-patches", "dcar+"):
         assert ModelConfig.from_dict(method(name).to_dict()) == method(name)
-    one = config.with_loss_direction("image-to-text")
+    one = ModelConfig().with_loss_direction("image-to-text")
     assert ModelConfig.from_dict(one.to_dict()) == one
     with pytest.raises(ValueError, match=r"loss\.direction: Input should be 'both' or 'image-to-text'"):
         ModelConfig.from_dict({"loss": {"direction": "text"}})
