@@ -275,6 +275,9 @@ def test_annotations_that_lack_rows_or_images_describe_the_others(
     assert [row["caption"] for row in rows.values()] == [f"an {name}" for name in sorted(names[1:])] + [""]
     owl = rows[names[0]]
     assert (owl["category"], owl["metadata"]["title"]) == ("owls", "barn owl"), "as its path describes it"
+    write_file(tmp_path / "moved" / "a.png", png())
+    write_jsonl(tmp_path / "moved" / "pairs.jsonl", elsewhere)
+    assert rows_of(scan(tmp_path / "moved"))["a.png"]["caption"] == "", "no split has an image"
     for said in (
         "1 rows of the annotations",
         "line 22: field 'caption' is missing",

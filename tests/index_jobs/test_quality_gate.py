@@ -165,6 +165,8 @@ def test_removed_items_are_not_compared(index: Path, tiny_gallery: Path) -> None
     verdict = gate.compare((whole, encode), (open_current(index), encode), pairs)
     assert (verdict.pool, verdict.pairs) == (23, 23)
     assert verdict.serving == verdict.rebuilt
+    gone = gate.QueryPairs(["a sold lamp"], ["sold"], [0], "captions")
+    assert gate.compare((whole, encode), (whole, encode), gone).reason == "no image of the pairs is in both indexes"
 
 
 def test_missing_served_model_is_an_error_before_encoding(

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from app.cli import main as dcar
 from dcar_core.util.errors import DataError
-from index_jobs.index.versions import current_version
+from index_jobs.index.versions import current_version, open_current
 from index_jobs.rebuild import main
 from index_jobs.spec import BuildOptions
 
@@ -80,7 +80,9 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
 def test_both_forms_have_the_same_help_and_output(
     required: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*required, "--kind", "ivf"]) == 0
+    given = [*required, "--kind", "ivf", "--text-fields", "color, color,"]
+    assert main(given) == 0
+    assert open_current(tmp_path / "index").manifest.spec.text_fields == ("color",)
     out, err = capfd.readouterr()
     summary = json.loads(out)
     assert (summary["version"], summary["count"], summary["reused"], summary["kind"]) == (1, 24, False, "IVF1,Flat")
@@ -90,8 +92,8 @@ def test_both_forms_have_the_same_help_and_output(
         outputs = []
         for options in (
             ["--help"],
-            [*required, "--kind", "ivf", "--text"],
-            [*required, "--kind", "ivf", "--json", "--quiet"],
+            [*given, "--text"],
+            [*given, "--json", "--quiet"],
         ):
             assert run_as(form, *options, monkeypatch=monkeypatch) == 0
             outputs.append(capfd.readouterr().out)
