@@ -3,7 +3,7 @@
     python benchmarks/encode.py                                  ViT-B-32, a minute or two
     python benchmarks/encode.py --pictures 2048 --rounds 4       for a figure to quote
     python benchmarks/encode.py --runtime openvino-bf16          the default of index jobs where it is fastest
-    python benchmarks/encode.py --device cuda --runtime cuda-fp16
+    python benchmarks/encode.py --device cuda --runtime cuda
     python benchmarks/encode.py --memory 100000                  peak memory over 100,000 images, minutes
 
 - The bare encoder is the forward pass of the same runtime over one batch of pixels in memory. It takes turns with the

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from service import ROOT
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from dcar_core.encoder.runtimes import EXPORTED
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import MODEL_CONFIG
@@ -33,7 +34,6 @@ from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import default_method, method
 from dcar_core.model.text.tokenizer import TextLayout
 from dcar_core.model.towers.select import select_towers
-from dcar_core.runtimes.registry import EXPORTED
 from dcar_core.util import machine
 
 MODELS = ("ViT-B-32", "MobileCLIP2-S0", "ViT-B-16-SigLIP2", "PE-Core-T-16-384", "xlm-roberta-base-ViT-B-32")

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dcar_core.encoder.encoder import Encoder, pick_device
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import METHODS, method
-from dcar_core.serving.encoder import Encoder, pick_device
 
 QUERIES = (
     "crying cat",

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from dcar_core import Encoder
 from dcar_core.data import Annotations
+from dcar_core.encoder.runtimes import auto_runtimes
 from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.registry import auto_runtimes
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.processes import in_own_process
 

@@ -24,10 +24,10 @@ import torch
 from PIL import Image
 
 from dcar_core.data import Annotations, Dataset
+from dcar_core.encoder.encoder import pick_device
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import method
-from dcar_core.serving.encoder import pick_device
 from dcar_core.training.objective import MixedPrecision, accumulate_gradients
 from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split
 from dcar_core.util.processes import in_own_process

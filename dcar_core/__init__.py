@@ -6,14 +6,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dcar_core.serving.encoder import Encoder
+    from dcar_core.encoder.encoder import Encoder
 
 __all__ = ["Encoder"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "Encoder":
-        from dcar_core.serving.encoder import Encoder
+        from dcar_core.encoder.encoder import Encoder
 
         return Encoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

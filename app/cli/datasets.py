@@ -58,8 +58,8 @@ def negatives_command(
     splits, reports = Annotations(path).load_all(None, "ignore")
     functions = LETTER_FUNCTIONS
     if model is not None:  # torch takes seconds
+        from dcar_core.encoder.encoder import pick_device
         from dcar_core.model.backbone import BackboneSource, load_backbone
-        from dcar_core.serving.encoder import pick_device
 
         functions = backbone_functions(load_backbone(BackboneSource(model, pretrained), pick_device(device)))
     made = add_negatives(splits, reports, functions, mode=negatives, taxonomy=taxonomy, count=count, seed=seed)

@@ -205,10 +205,10 @@ def evaluate(
     if preset:
         tune, model = True, PAPER_MODEL if model == DEFAULT.name else model
     pretrained = pretrained or recommended_weights(model)
+    from dcar_core.encoder.encoder import pick_device
     from dcar_core.evaluation import all_tables, compare, find_data_sets, paper_tables
     from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.methods.registry import comparable_methods, method
-    from dcar_core.serving.encoder import pick_device
 
     names = list(dict.fromkeys(name.strip() for name in (methods or "").split(",") if name.strip()))
     for name in names:

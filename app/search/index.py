@@ -17,9 +17,9 @@ from app.search.plan import Plan, make_plan, query_vector, row_of
 from app.search.query import Query
 from app.search.results import SearchResponse, answer
 from app.search.snapshots import Snapshot, load_snapshot
+from dcar_core.encoder import export_cache
+from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import OpenedImage
-from dcar_core.serving import encoder_cache
-from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import ImageError
 from index_jobs.index.versions import open_current, open_version, published_index
@@ -55,7 +55,7 @@ class Index:
         index = published_index(path, version)
         if not runtime:
             artifact = open_current(index) if version is None else open_version(index, version)
-            is_cached = encoder_cache.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
+            is_cached = export_cache.has_entry(artifact.checkpoint, artifact.manifest.spec.fingerprint, device)
             runtime = "auto" if is_cached else "torch"
         settings = Settings.model_construct(index=index, device=device, runtime=runtime)  # not of the environment
         return cls(load_snapshot(settings.index, settings, version=version, warm_up=False), settings)

@@ -33,7 +33,7 @@ from app.search.hits import Hits
 from app.search.plan import Plan
 from app.search.rows import row_vectors
 from app.search.snapshots import Snapshot
-from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
+from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DcarError, ImageError, MissingExtraError
 

@@ -6,7 +6,7 @@
 - The event loop only waits. Threads of searches are shared out between callers. Filters have one of their own, so an
   expensive one delays no search without a filter. Images of the gallery have theirs: it may be a slow disk or another
   machine, and no search waits for it.
-- Encoders that share a backbone share its forward passes: see `dcar_core.serving.encoder`.
+- Encoders that share a backbone share its forward passes: see `dcar_core.encoder.encoder`.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ from app.search.query import Crop
 from app.search.snapshots import Snapshot
 from app.service.batching import Batcher, BatchGroup, SharedTasks
 from app.service.embedding_cache import EmbeddingCache, cache_key, rounded
+from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.images import ALL_FORMATS, MAX_PIXELS, ImageFormat
 from dcar_core.images.workers import Convert
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
 from dcar_core.util.machine import available_cores

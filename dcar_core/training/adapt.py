@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dcar_core.data import Annotations, Dataset, describe_reports, save_reports
+from dcar_core.encoder.encoder import pick_device
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import require_own_config, save_checkpoint
 from dcar_core.model.config import LossDirection, TrainConfig
@@ -15,7 +16,6 @@ from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import DEFAULT, default_method
 from dcar_core.model.methods.registry import method as config_of
 from dcar_core.negatives import add_negatives, backbone_functions
-from dcar_core.serving.encoder import pick_device
 from dcar_core.training.finished import FinishedTraining
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation
 from dcar_core.training.train import delete_state, train

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dcar_core import Encoder
-from dcar_core.runtimes.registry import AUTO
+from dcar_core.encoder.runtimes import AUTO
 from dcar_core.util.arrays import Floats
 from dcar_core.util.machine import is_installed
 from index_jobs.encoding.decode import DecodedWindow, map_ahead

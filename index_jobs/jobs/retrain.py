@@ -37,13 +37,13 @@ from dcar_core.data.clean import fold_text
 from dcar_core.data.entries import label_text, required_text, texts_of
 from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, read_records
+from dcar_core.encoder.encoder import Encoder, add_portable_export, has_started_portable, load_exact
+from dcar_core.encoder.export_cache import copy_portable
+from dcar_core.encoder.graphs import adapter_arrays
+from dcar_core.encoder.runtimes import PROBE_TEXTS
 from dcar_core.model.checkpoint import PORTABLE, Trainables, read_config, read_trainables, write_checkpoint
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.dcar import FeatureAdapter
-from dcar_core.runtimes.graphs import adapter_arrays
-from dcar_core.runtimes.registry import PROBE_TEXTS
-from dcar_core.serving.encoder import Encoder, add_portable_export, has_started_portable, load_exact
-from dcar_core.serving.encoder_cache import copy_portable
 from dcar_core.training.hard_negatives import NEAREST, interpolate, learn
 from dcar_core.util.arrays import Floats, Rows
 from dcar_core.util.errors import DataError, GateError

@@ -23,7 +23,7 @@ from app.service import batching
 from app.service.batching import Batcher, BatchGroup, SharedTasks
 from app.service.compute import SharedCompute
 from app.service.embedding_cache import rounded
-from dcar_core.serving.encoder import TextRow
+from dcar_core.encoder.encoder import TextRow
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DataError
 

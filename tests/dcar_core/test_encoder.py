@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from dcar_core import Encoder
+from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.model.backbone import Backbone, BackboneSource, load_backbone
 from dcar_core.model.checkpoint import (
     CONFIG,
@@ -29,7 +30,6 @@ from dcar_core.model.checkpoint import (
 )
 from dcar_core.model.config import AdapterConfig, LossConfig, ModelConfig, PromptConfig, ReweightConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.serving.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.errors import CheckpointError, ImageError, ModelError
 from dcar_core.util.machine import WEIGHTS_FILE, release_pages
 
@@ -241,7 +241,7 @@ def test_mixed_rows_equal_each_encoder_alone(
     image_passes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dcar_core.runtimes.encoder_state.PASS_COST", 10_000)  # so length alone does not split a batch
+    monkeypatch.setattr("dcar_core.encoder.state.PASS_COST", 10_000)  # so length alone does not split a batch
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
     texts = [TextRow(encoders[name], text) for text in TEXTS for name in names]
     images = [ImageRow(encoders[name], each) for each in pixels for name in names]

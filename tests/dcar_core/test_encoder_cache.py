@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dcar_core import Encoder
+from dcar_core.encoder import export_cache
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import copy_checkpoint, save_checkpoint
 from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.serving import encoder_cache
 from tests.support.files import copy_exports
 from tests.support.parts import needs
 
@@ -122,7 +122,7 @@ def test_entry_is_not_used_after_any_change(
         content[40 + int.from_bytes(content[32:40], "little")] ^= 1  # the lowest bit of the first number
         entry.write_bytes(content)
     elif what == "version":
-        monkeypatch.setattr(encoder_cache, "FORMAT", -1)
+        monkeypatch.setattr(export_cache, "FORMAT", -1)
     else:
         entry.unlink()
     assert not is_from_cache(load(checkpoint, cache))
@@ -141,7 +141,7 @@ def test_export_of_other_weights_is_not_used(checkpoint: Path, cache: Path, list
         content = json.loads(manifest.read_text())
         content["files"]["image.bin"] = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest.write_text(json.dumps(content))
-    assert encoder_cache.restore(checkpoint, "openvino", None, cache) is None
+    assert export_cache.restore(checkpoint, "openvino", None, cache) is None
 
 
 def test_unwritable_cache_is_a_warning(checkpoint: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:

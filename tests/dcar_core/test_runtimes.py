@@ -20,13 +20,9 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from dcar_core import Encoder
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
-from dcar_core.model.dcar import DCAR
-from dcar_core.runtimes.encoder_state import FeatureAdapterArrays, group_by_length
-from dcar_core.runtimes.graphs import TorchRuntime, extract_state
-from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime, ensure_export
-from dcar_core.runtimes.registry import (
+from dcar_core.encoder.graphs import TorchRuntime, extract_state
+from dcar_core.encoder.openvino_runtime import OpenVinoRuntime, ensure_export
+from dcar_core.encoder.runtimes import (
     LEAST_COSINE,
     PROBE_TEXTS,
     auto_exports,
@@ -36,6 +32,10 @@ from dcar_core.runtimes.registry import (
     probe_images,
     reference_vectors,
 )
+from dcar_core.encoder.state import FeatureAdapterArrays, group_by_length
+from dcar_core.model.backbone import BackboneSource, load_backbone
+from dcar_core.model.config import AdapterConfig, ModelConfig, PromptConfig
+from dcar_core.model.dcar import DCAR
 from dcar_core.util import machine
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import default_cache_directory
@@ -142,7 +142,7 @@ def test_feature_adapters_leave_no_thread_of_blas_waiting(monkeypatch: pytest.Mo
         (library,) = (each for each in ThreadpoolController().lib_controllers if "numpy" in each.filepath)
         return int(library.num_threads)
 
-    monkeypatch.setattr("dcar_core.runtimes.encoder_state.normalize", noted)
+    monkeypatch.setattr("dcar_core.encoder.state.normalize", noted)
     down, up = np.ones((8, 32), np.float32), np.ones((32, 8), np.float32)
     with threadpool_limits(2, "blas"):
         FeatureAdapterArrays(down, down[:, 0], up, up[:, 0])(np.ones((4, 32), np.float32))
@@ -167,7 +167,7 @@ def test_length_batches_pad_little() -> None:
         ("cpu", True, "flags : sse2 avx2", ["openvino", "torch"]),
         ("cpu", True, None, ["openvino", "torch"]),
         ("cpu", False, "flags : sse2 avx512_bf16", ["torch"]),
-        ("cuda", True, "flags : sse2 avx512_bf16", ["cuda-fp16", "torch"]),
+        ("cuda", True, "flags : sse2 avx512_bf16", ["cuda", "torch"]),
         ("mps", True, "flags : sse2 avx512_bf16", ["torch"]),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_compiled_runtime_needs_a_handful_of_graphs(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["torch", "cuda-fp16"])
+@pytest.mark.parametrize("name", ["torch", "cuda"])
 def test_gpu_gives_the_same_vectors(tiny_checkpoint: Path, tmp_path: Path, name: str) -> None:
     wanted = Encoder.load(tiny_checkpoint, device="cpu")
     given = Encoder.load(tiny_checkpoint, device="cuda", runtime=name, cache=tmp_path)
@@ -275,8 +275,8 @@ def export(cache: Path) -> Path:
     ("name", "says"),
     [
         ("tensorrt", r"no runtime is named 'tensorrt'; there are: auto, torch, "),
-        ("cuda-fp16", "cuda-fp16 needs --device cuda, but the device is cpu"),
-        ("openvino-int8", r"there are: auto, torch, cuda-fp16, openvino-bf16, openvino$"),
+        ("cuda", "cuda needs --device cuda, but the device is cpu"),
+        ("openvino-int8", r"there are: auto, torch, cuda, openvino-bf16, openvino$"),
     ],
 )
 def test_a_runtime_that_cannot_be_used_says_why(name: str, says: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_runtime_that_opens_but_does_not_work_is_replaced(
 @needs("openvino")
 def test_conversion_sends_no_telemetry() -> None:
     code = (
-        "from dcar_core.runtimes.openvino_runtime import library; library()\n"
+        "from dcar_core.encoder.openvino_runtime import library; library()\n"
         "from openvino.tools.ovc import convert_impl, telemetry_utils\n"
         "print(telemetry_utils.tm.__name__, convert_impl.tm.__name__)\n"
     )

@@ -9,13 +9,13 @@ import pytest
 
 from dcar_core import Encoder
 from dcar_core.data import Annotations
+from dcar_core.encoder.openvino_runtime import ensure_export
+from dcar_core.encoder.runtimes import PROBE_TEXTS, open_runtime, probe_images
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import save_checkpoint
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import default_method, method
-from dcar_core.runtimes.openvino_runtime import ensure_export
-from dcar_core.runtimes.registry import PROBE_TEXTS, open_runtime, probe_images
 from dcar_core.training.train import train
 from dcar_core.util import machine
 from index_jobs.rebuild import rebuild

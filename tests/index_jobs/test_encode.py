@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dcar_core import Encoder
+from dcar_core.encoder.graphs import TorchRuntime
 from dcar_core.model.preprocess import Preprocess
-from dcar_core.runtimes.graphs import TorchRuntime
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DataError, ImageFault
 from index_jobs.encoding.decode import DecodedWindow, decode_windows

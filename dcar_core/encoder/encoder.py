@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from dcar_core.encoder import export_cache
+from dcar_core.encoder.openvino_runtime import OpenVinoRuntime, ensure_export
+from dcar_core.encoder.runtimes import check_runtime, load_runtime
+from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts, normalize
 from dcar_core.images import ImageSource
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, is_checkpoint, load_checkpoint, read_config
-from dcar_core.runtimes.encoder_state import EncoderState, Runtime, encode_pixels, encode_texts, normalize
-from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime, ensure_export
-from dcar_core.runtimes.registry import check_runtime, load_runtime
-from dcar_core.serving import encoder_cache
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ImageError, MissingExtraError, ModelError, RuntimeUnavailableError, requires_pytorch
 from dcar_core.util.files import default_cache_directory, link_or_copy
@@ -101,7 +101,7 @@ class Encoder:
             pretrained: weights for a name: a tag (openai, laion2b_s34b_b79k, ..) or a .safetensors / .pt file.
             device: "auto" takes a GPU when there is one; or cpu, cuda, cuda:1, mps.
             exact: preprocess images bit for bit as open_clip does, instead of the fast mode of `Preprocess`.
-            runtime: "auto" (by what is installed and the processor has), or a name of `runtimes.registry.RUNTIMES`.
+            runtime: "auto" (by what is installed and the processor has), or a name of `encoder.runtimes.RUNTIMES`.
             cache: directory of exports; default: the user's cache directory.
             backbone: a loaded one, for a checkpoint made on the same weights to share.
             threads: of the towers; default: PyTorch's own number, or the available cores without it.
@@ -131,20 +131,20 @@ class Encoder:
                 fingerprint = compute_fingerprint(backbone_hash, model.config, {})
             return model.eval(), backbone_hash, fingerprint
 
-        uses_export = is_checkpoint(path) and encoder_cache.may_use_export(device, runtime)
-        if uses_export and (cached := encoder_cache.restore(path, runtime, threads, cache)) is not None:
+        uses_export = is_checkpoint(path) and export_cache.may_use_export(device, runtime)
+        if uses_export and (cached := export_cache.restore(path, runtime, threads, cache)) is not None:
             encoder = cls(cached[0], None, cached[1], exact=exact, load_model=lambda path: load_model(path)[0])
             encoder.add_checkpoint_path(path)
             return encoder
 
         with requires_pytorch(f"loading {source} without a portable export for this runtime"):
-            from dcar_core.runtimes.graphs import extract_state
+            from dcar_core.encoder.graphs import extract_state
 
             model, backbone_hash, fingerprint = load_model(path)
         state = extract_state(model, fingerprint, backbone_hash)
         opened = load_runtime(runtime, state, model, partial(ensure_export, model, backbone_hash, cache))
         if uses_export and isinstance(opened, OpenVinoRuntime):
-            encoder_cache.store(opened.directory, state, model)
+            export_cache.store(opened.directory, state, model)
         return cls(state, model, opened, exact=exact)
 
     def encode_text(self, texts: Sequence[str], batch_size: int = 64) -> Floats:
@@ -239,18 +239,18 @@ def add_portable_export(checkpoint: Path, backbone: "Backbone | None") -> None:
         encoder = Encoder.load(checkpoint, device="cpu", runtime="openvino", backbone=shared)
         assert isinstance(encoder.runtime, OpenVinoRuntime)
         export = encoder.runtime.directory
-        entry = export / encoder_cache.entry_name(encoder.fingerprint)
+        entry = export / export_cache.entry_name(encoder.fingerprint)
         if not entry.is_file():
             raise RuntimeUnavailableError(f"{export} cannot be written")
-        encoder_cache.copy_export(export, portable)
-        link_or_copy(entry, portable / encoder_cache.ENTRY)
+        export_cache.copy_export(export, portable)
+        link_or_copy(entry, portable / export_cache.ENTRY)
     except (RuntimeUnavailableError, MissingExtraError) as error:
         logger.warning("services of this model will need PyTorch: %s", error)
 
 
 def load_exact(checkpoint: Path, device: str) -> Encoder:
     """Load a checkpoint on a runtime in float32: its portable export's, which starts soonest, or else PyTorch's."""
-    if encoder_cache.may_use_export(device, "openvino") and encoder_cache.has_portable(checkpoint):
+    if export_cache.may_use_export(device, "openvino") and export_cache.has_portable(checkpoint):
         with suppress(MissingExtraError, RuntimeUnavailableError):
             return Encoder.load(checkpoint, device=device, runtime="openvino")
     return Encoder.load(checkpoint, device=device)

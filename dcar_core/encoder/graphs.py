@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.dcar import DCAR, FeatureAdapter
 from dcar_core.model.towers.text import NativeText, project_by
-from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
 from dcar_core.util.arrays import Floats
 
 _CHUNK = 4096  # tokens of the vocabulary
@@ -239,7 +239,7 @@ class TorchRuntime(Runtime):
             text.compile(dynamic=True)
             image.compile(dynamic=True)
         runs = (partial(_run, graph, device, dtype) for graph in (text, image))
-        super().__init__("cuda-fp16" if is_half else "torch", *runs)
+        super().__init__("cuda" if is_half else "torch", *runs)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ pixels -------------------------> runtime.image --> normalize --> image adapter 
 - Feature adapters are applied here, outside of any export, in one thread of NumPy's BLAS: further threads would wait
   busily for the next product and take the cores from the towers.
 
-Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `runtimes.graphs`.
+Letters: V tokens of the vocabulary, A an adapter's inner width, S side in pixels; others as in `encoder.graphs`.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcar_core.runtimes.encoder_state import EncoderState, Runtime, encode_pixels, encode_texts
-from dcar_core.runtimes.openvino_runtime import OpenVinoRuntime
+from dcar_core.encoder.openvino_runtime import OpenVinoRuntime
+from dcar_core.encoder.state import EncoderState, Runtime, encode_pixels, encode_texts
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import DcarError, RuntimeUnavailableError
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 EXPORTED = {"openvino-bf16": "bf16", "openvino": "f32"}  # runtimes on an export, and OpenVINO's name of the precision
-RUNTIMES = ("torch", "cuda-fp16", *EXPORTED)
+RUNTIMES = ("torch", "cuda", *EXPORTED)
 LEAST_COSINE = 0.999
 PROBE_TEXTS = (
     "a red sports car seen from behind",
@@ -61,7 +61,7 @@ def auto_exports() -> list[str]:
 def auto_runtimes(device: str) -> list[str]:
     """Return what `auto` tries on a type of device, in this order; docs/explanation/runtimes.md says why."""
     if device == "cuda":
-        return ["cuda-fp16", "torch"]
+        return ["cuda", "torch"]
     return [*(auto_exports() if device == "cpu" and machine.is_installed("openvino") else []), "torch"]
 
 
@@ -99,17 +99,17 @@ def open_runtime(name: str, model: "DCAR", export: Callable[[], Path]) -> Runtim
     export: returns the directory of the model's checked export.
     Raise RuntimeUnavailableError or MissingExtraError if the runtime cannot be used here.
     """
-    from dcar_core.runtimes.graphs import TorchRuntime
+    from dcar_core.encoder.graphs import TorchRuntime
 
     device = model.backbone.device.type
-    needed = {"torch": device, "cuda-fp16": "cuda"}.get(name, "cpu")
+    needed = {"torch": device, "cuda": "cuda"}.get(name, "cpu")
     if device != needed:
         raise RuntimeUnavailableError(f"the runtime {name} needs --device {needed}, but the device is {device}")
     if name in EXPORTED:
         return open_export(name, export())
     key = name, model.backbone
     if (runtime := _open.get(key)) is None:
-        runtime = _open[key] = TorchRuntime(model, is_half=name == "cuda-fp16")
+        runtime = _open[key] = TorchRuntime(model, is_half=name == "cuda")
     return runtime
 
 

@@ -25,13 +25,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from tokenizers import Tokenizer
 
+from dcar_core.encoder import runtimes
+from dcar_core.encoder.openvino_runtime import GRAPHS, check_export
+from dcar_core.encoder.state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
 from dcar_core.model.checkpoint import PORTABLE, compute_fingerprint, read_config, read_trainables
 from dcar_core.model.config import ModelConfig
 from dcar_core.model.preprocess import Preprocess
 from dcar_core.model.text.tokenizer import TextLayout, TextTokenizer
-from dcar_core.runtimes import registry
-from dcar_core.runtimes.encoder_state import EncoderState, FeatureAdapterArrays, Runtime, TextPrompts
-from dcar_core.runtimes.openvino_runtime import GRAPHS, check_export
 from dcar_core.util import machine
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import DcarError, MissingExtraError, RuntimeUnavailableError
@@ -59,7 +59,7 @@ def may_use_export(device: str, runtime: str) -> bool:
     """Return whether `Encoder.load` with these arguments may run an export."""
     may_have_gpu = sys.platform == "darwin" or any(Path(gpu).exists() for gpu in _GPUS)
     on_cpu = device == "cpu" or (device == "auto" and not (may_have_gpu and machine.is_installed("torch")))
-    return on_cpu and runtime in (registry.AUTO, *registry.EXPORTED)
+    return on_cpu and runtime in (runtimes.AUTO, *runtimes.EXPORTED)
 
 
 def entry_name(fingerprint: str) -> str:
@@ -69,7 +69,7 @@ def entry_name(fingerprint: str) -> str:
 def store(export: Path, state: EncoderState, model: "DCAR") -> None:
     """Write an entry for an export whose vectors have been checked; a full disk only makes later starts slower."""
     try:
-        _write(export / entry_name(state.fingerprint), state, registry.reference_vectors(model))
+        _write(export / entry_name(state.fingerprint), state, runtimes.reference_vectors(model))
     except OSError as error:
         logger.warning("the encoder cannot be cached in %s: %s", export, error.strerror or error)
 
@@ -95,7 +95,7 @@ def copy_export(source: Path, target: Path) -> None:
 def has_entry(checkpoint: Path, fingerprint: str, device: str) -> bool:
     """True if `auto` can start without PyTorch. fingerprint: the checkpoint's fingerprint."""
     is_cached = any(default_cache_directory().glob(f"exports/*/{entry_name(fingerprint)}"))
-    return may_use_export(device, registry.AUTO) and (is_cached or has_portable(checkpoint))
+    return may_use_export(device, runtimes.AUTO) and (is_cached or has_portable(checkpoint))
 
 
 def restore(checkpoint: Path, runtime: str, threads: int | None, cache: Path) -> tuple[EncoderState, Runtime] | None:
@@ -132,7 +132,7 @@ def _read(path: Path) -> tuple[Arrays, dict[str, Any]]:
     return arrays, content
 
 
-def _write(path: Path, state: EncoderState, probe: registry.Vectors) -> None:
+def _write(path: Path, state: EncoderState, probe: runtimes.Vectors) -> None:
     arrays: Arrays = {"probe_texts": probe[0], "probe_images": probe[1]}
     content = {"circumstances": {"format": FORMAT, "graphs": GRAPHS}, "state": _pack(state, arrays)}
     arrays["content"] = np.frombuffer(json.dumps(content).encode(), np.uint8)
@@ -152,12 +152,12 @@ def _open(entry: Path, checkpoint: Path, runtime: str, threads: int | None) -> t
         checked = pool.submit(check_export, entry.parent)  # while it is compiled
 
         def opened(name: str) -> Runtime:
-            found = registry.open_export(name, entry.parent, threads)
+            found = runtimes.open_export(name, entry.parent, threads)
             checked.result()
-            registry.check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
+            runtimes.check_vectors(state, found, (arrays["probe_texts"], arrays["probe_images"]))
             return found
 
-        *others, last = registry.auto_exports() if runtime == registry.AUTO else [runtime]
+        *others, last = runtimes.auto_exports() if runtime == runtimes.AUTO else [runtime]
         for name in others:
             with suppress(RuntimeUnavailableError):
                 return state, opened(name)

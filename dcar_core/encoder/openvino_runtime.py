@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from dcar_core.runtimes.encoder_state import Runtime
+from dcar_core.encoder.state import Runtime
 from dcar_core.util.arrays import Floats
 from dcar_core.util.errors import MissingExtraError, RuntimeUnavailableError
 from dcar_core.util.files import apply_umask, sha256_of
 
 if TYPE_CHECKING:
+    from dcar_core.encoder.graphs import ImageGraph, TextGraph
     from dcar_core.model.dcar import DCAR
-    from dcar_core.runtimes.graphs import ImageGraph, TextGraph
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
     Its name has the depths of image and text prompts, such as d4t0, and "a" for adapters of blocks.
     Raise RuntimeUnavailableError if it is corrupted, or cannot be made or written.
     """
-    from dcar_core.runtimes.graphs import graphs_of
+    from dcar_core.encoder.graphs import graphs_of
 
     text, image = graphs_of(model)
     inputs = f"d{image.depth}t{text.depth}" + ("a" if image.has_adapters else "")
@@ -79,7 +79,7 @@ def ensure_export(model: "DCAR", backbone_hash: str, cache: Path) -> Path:
 
 def _export(final: Path, text: "TextGraph", image: "ImageGraph") -> None:
     """Convert and save both graphs, weights in float32."""
-    from dcar_core.runtimes.graphs import tracing
+    from dcar_core.encoder.graphs import tracing
 
     openvino = library()
     aside = Path(tempfile.mkdtemp(prefix=final.name + ".part-", dir=final.parent))
