@@ -106,6 +106,7 @@ def test_folder_without_metadata_uses_its_annotations(tmp_path: Path, caplog: py
         "c.png": ("one", "x"), "d.png": ("", ""), "images/a.png": ("a red car", "car"), "images/b.png": ("", "images"),
     }  # fmt: skip
     assert found["c.png"]["metadata"]["captions"] == ["one", "two"]
+    assert "captions" not in found["images/a.png"]["metadata"]
     write_file(tmp_path / "train.json", b'{"a": 7}')
     assert {row["caption"] for row in rows_of(scan(tmp_path)).values()} == {""}
     assert "captions and categories are not taken from the annotations" in caplog.text
