@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds, and reading a checkpoint does not need
 Trainables = dict[str, NDArray[np.float32]]
 
 CONFIG, WEIGHTS = "config.json", "trainables.safetensors"
-PORTABLE = "portable"  # folder with what runs the model without PyTorch; see `serving.encoder`
+PORTABLE = "portable"  # folder with what runs the model without PyTorch; see `encoder.encoder`
 FORMAT = 1
 _MULTILINGUAL = re.compile("nllb|SigLIP2|i18n|worldwide|xlm|mt5")  # as their publishers state
 
