@@ -35,29 +35,45 @@ class FairThreads(ComputeThreads):
     """Threads that callers, and then their requests, use in turns; `turns` has those that wait and those at work.
 
     Args:
-        each: threads of one caller at a time; all by default.
+        each: turns of one caller at a time; all by default.
         may_start: a condition on a turn, whose item is what `run_item` is given.
+        ahead: turns that begin before a thread is free, so that no thread waits for the event loop between two calls.
     """
 
     def __init__(
-        self, count: int, name: str, each: int | None = None, may_start: Callable[[Turn], bool] = lambda _: True
+        self,
+        count: int,
+        name: str,
+        each: int | None = None,
+        may_start: Callable[[Turn], bool] = lambda _: True,
+        ahead: int = 0,
     ) -> None:
         super().__init__(count, name)
-        self.turns = FairTurns(count, each or count, may_start)
+        self.turns = FairTurns(count + ahead, each or count + ahead, may_start)
 
     async def run(self, call: Callable[..., T], *args: object) -> T:
         return await self.run_item(None, call, *args)
 
     async def run_item(self, item: Any, call: Callable[..., T], *args: object) -> T:
         loop, turn = asyncio.get_running_loop(), await self.turns.begin(item)
+        done: asyncio.Future[T] = loop.create_future()
 
-        def end(_: object) -> None:  # a caller that gives up stops no call that has begun
+        def finish(settle: Callable[[Any], None], outcome: Any) -> None:
+            self.turns.end(turn)
+            if not done.done():  # its caller has given up, which stops no call that has begun
+                settle(outcome)
+
+        def work() -> None:
+            settled: tuple[Callable[[Any], None], Any]
+            try:
+                settled = done.set_result, call(*args)
+            except BaseException as error:
+                settled = done.set_exception, error
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self.turns.end, turn)
+                loop.call_soon_threadsafe(finish, *settled)
 
-        work = self.submit(call, *args)
-        work.add_done_callback(end)
-        return await asyncio.wrap_future(work)
+        self.submit(work)
+        return await done
 
 
 async def run_in_new_thread(call: Callable[..., T], *args: object) -> T:

@@ -50,7 +50,10 @@ class SharedCompute:
         self.metrics = metrics
         self.computations: SharedTasks[tuple[Floats, bool]] = SharedTasks()
         threads = min(4, available_cores())
-        self._threads = {"search": FairThreads(threads, "dcar-search"), "filter": FairThreads(1, "dcar-filter")}
+        self._threads = {
+            "search": FairThreads(threads, "dcar-search", ahead=threads),
+            "filter": FairThreads(1, "dcar-filter"),
+        }
         self.batcher = Batcher(max_batch=settings.batch_size, max_wait_s=settings.batch_wait_ms / 1000, metrics=metrics)
         self.image_threads = ComputeThreads(_IMAGE_THREADS, "dcar-image")
         self.chunk_turn = FairTurns(1, 1).turn  # held while one chunk of many images is in the model's queue
