@@ -100,7 +100,8 @@ async def facets(request: Request, query: Annotated[FilterQuery, QueryParam()]) 
 
     def count(name: str) -> dict[str, Any]:
         others = {field: part for field, part in (query.filter or {}).items() if field != name}
-        allowed, key = (filter_rows(snapshot, others), mask_key(others)) if others else (None, "")
+        key = mask_key(others) if others else ""
+        allowed = filter_rows(snapshot, others, key) if others else None
         counted = count_facets(snapshot, [name], allowed, key, artifact.manifest.spec.group_field)
         return {"name": name, "values": counted[name]}
 

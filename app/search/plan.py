@@ -154,8 +154,8 @@ def make_plan(
         remedy = "Leave `rerank` out, or train a model with `dcar train --method query-prompts`."
         raise UnsupportedQueryError(f"{reason} {remedy}", field="rerank")
     if query.filter:
-        allowed = filter_rows(snapshot, query.filter)
-        return replace(plan, allowed=allowed, filter_key=mask_key(query.filter))
+        key = mask_key(query.filter)
+        return replace(plan, allowed=filter_rows(snapshot, query.filter, key), filter_key=key)
     return plan
 
 

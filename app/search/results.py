@@ -108,7 +108,8 @@ def answer(snapshot: Snapshot, plan: Plan, vector: Floats, compute: Compute | No
     import faiss
 
     faiss.omp_set_num_threads(1)  # of this thread: one query gains nothing, and the encoder needs the cores
-    compute, hits, page = compute or Compute(), None, cached_page(snapshot, plan, vector)
+    compute, hits, key = compute or Compute(), None, plan.page_key(vector)
+    page = None if key is None else snapshot.pages.use(key)
     if page is None:
         with compute.timed("search"):
             hits = find_hits(snapshot, plan, vector)
@@ -119,7 +120,6 @@ def answer(snapshot: Snapshot, plan: Plan, vector: Floats, compute: Compute | No
         if plan.explained:
             with compute.timed("explain"):
                 explain(compute, snapshot, plan, vector, hits, page[0]["results"])
-        key = plan.page_key(vector)
         if key is not None and page[1] <= MAX_PAGE_BYTES:
             snapshot.pages.keep(key, page)
     if not plan.facets:

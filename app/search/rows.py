@@ -32,8 +32,11 @@ def mask_key(filter: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
 
 
-def filter_rows(snapshot: Snapshot, filter: dict[str, Any]) -> RowFilter:
-    """Return the rows that fulfil a filter. Raise InvalidQueryError if it does not fit the index."""
+def filter_rows(snapshot: Snapshot, filter: dict[str, Any], key: str = "") -> RowFilter:
+    """Return the rows that fulfil a filter. Raise InvalidQueryError if it does not fit the index.
+
+    key: the filter's `mask_key`, if it is known.
+    """
     artifact = snapshot.artifact
 
     def find() -> RowFilter:
@@ -43,7 +46,7 @@ def filter_rows(snapshot: Snapshot, filter: dict[str, Any]) -> RowFilter:
         return rows
 
     try:
-        return snapshot.masks.find(mask_key(filter), find)
+        return snapshot.masks.find(key or mask_key(filter), find)
     except filters.FilterError as error:
         raise InvalidQueryError(f"filter.{error.field}", error.message) from None
 
