@@ -1,12 +1,11 @@
 """Intervals of R@1 that resample categories, from the results of `dcar evaluate`.
 
     python benchmarks/category_intervals.py results/twemoji dcar+ lora
-    python benchmarks/category_intervals.py folds/results/0 folds/results/1 query-prompts block-adapters
 
 - `dcar evaluate` resamples images, as if each were independent. The skin tones of an emoji are not: they are found or
   missed together. Here a resample takes whole categories, for data whose test categories are not those of training,
   with one caption for each image.
-- The categories of several results, such as those of `folds.py`, are pooled.
+- The categories of several results are pooled.
 - Prints the R@1 of both methods and their difference, with 95 % intervals and the two-sided p-value.
 """
 

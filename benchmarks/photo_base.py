@@ -20,6 +20,7 @@
 
 import json
 import math
+import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
@@ -29,12 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import open_clip
-import small_clip
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from service import ROOT
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -49,6 +49,7 @@ from dcar_core.training.validation import evaluate
 from dcar_core.util.errors import DcarError
 
 EMOJI = ROOT / "examples" / "emoji"
+VOCABULARY = EMOJI / "base" / "bpe.txt.gz"  # CLIP's most frequent merges
 sys.path.insert(0, str(EMOJI))
 from base_texts import TextEncoder  # noqa: E402
 
@@ -118,8 +119,14 @@ def write_maps(args: Namespace) -> None:
 
 def build_model() -> tuple[open_clip.CLIP, dict]:
     """Return a model with the text tower of the bundled base, and its architecture in open_clip's form."""
-    config = small_clip.model_config(GRID * PATCH)
-    config["vision_cfg"] |= {"width": 256, "patch_size": PATCH}
+    config = {
+        "embed_dim": 256,
+        "vision_cfg": {"image_size": GRID * PATCH, "layers": 6, "width": 256, "head_width": 64, "patch_size": PATCH},
+        "text_cfg": {
+            "context_length": CONTEXT, "vocab_size": 8514, "width": 192, "heads": 3, "layers": 4,
+            "tokenizer_kwargs": {"bpe_path": VOCABULARY.name},
+        },
+    }  # fmt: skip
     text = {key: value for key, value in config["text_cfg"].items() if key != "tokenizer_kwargs"}
     model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text).train()
     model.visual.patch_dropout = open_clip.transformer.PatchDropout(0.5)
@@ -199,12 +206,18 @@ def train(args: Namespace) -> None:
     pixels = torch.from_numpy(np.stack([np.asarray(open_image(file)) for file in files])).permute(0, 3, 1, 2)
     _, group = np.unique([caption.casefold() for caption in captions], return_inverse=True)
     model, config = build_model()
-    encode = TextEncoder(model, open_clip.SimpleTokenizer(bpe_path=str(small_clip.VOCABULARY), context_length=CONTEXT))
+    encode = TextEncoder(model, open_clip.SimpleTokenizer(bpe_path=str(VOCABULARY), context_length=CONTEXT))
     learn_texts(encode, captions, args)
     with torch.no_grad():
         hidden = torch.cat([encode(captions[start : start + BATCH])[0] for start in range(0, len(captions), BATCH)])
     learn_photos(model, pixels, hidden, torch.from_numpy(group), args)
-    small_clip.save(model, base, config, (MEAN,) * 3, (STD,) * 3)
+    weights = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, str(base / "open_clip_model.safetensors"), metadata={"format": "pt"})
+    shape = {"mean": (MEAN,) * 3, "std": (STD,) * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    shape["size"] = [GRID * PATCH] * 2
+    text = json.dumps({"model_cfg": config, "preprocess_cfg": shape}, indent=2)
+    (base / "open_clip_config.json").write_text(text + "\n")
+    shutil.copyfile(VOCABULARY, base / VOCABULARY.name)
 
 
 def within(args: Namespace) -> None:

@@ -1,20 +1,16 @@
 """Measure the service under load over loopback.
 
     python benchmarks/serve.py cached       cached embeddings on one core, in the process and from Redis
-    python benchmarks/serve.py feedback     processor time of a cached search with DCAR_FEEDBACK and without
     python benchmarks/serve.py uncached     unique texts and images at 1, 8, 32, 128 connections, in turns with the
                                             bare encoder in batches of the size that the service formed
-    python benchmarks/serve.py overload     four times as many requests as the service can answer
-    python benchmarks/serve.py mixed        600 requests a second for a minute: texts, known texts, filters and images
     python benchmarks/serve.py changes      PATCH of items: seconds from the request to the first search that shows it
 
-- In `cached` and `overload` the server has core 0 to itself, and another core sends the load. In `uncached`
-  and `mixed` it has every core, as in production. Each figure is the median of `--rounds`.
+- In `cached` the server has core 0 to itself, and another core sends the load. In `uncached` it has every core, as in
+  production. Each figure is the median of `--rounds`.
 - `uncached` and `changes` run on a random ViT-B/32 with 100,000 vectors, or --count; --index takes any other index.
 """
 
 import argparse
-import asyncio
 import io
 import itertools
 import json
@@ -24,21 +20,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import numpy as np
-from load import Requests, Tally, ask, closed_loop, image_request, open_loop, same_answer, text_request, unique_texts
+from load import Requests, Tally, closed_loop, image_request, text_request, unique_texts
 from PIL import Image
-from service import Server, emoji, random_vit, serving
+from service import emoji, random_vit, serving
 
 from tests.support.redis_server import RedisServer
 
 T = TypeVar("T")
 LOAD_CORES = set(range(1, os.cpu_count() or 1)) or {0}
-MIXED_MB = 800  # of memory that a server may take in `mixed`
 
 
 def run(loop: Coroutine[Any, Any, T]) -> T:
@@ -99,28 +93,6 @@ def cached(index: Path, seconds: float, rounds: int) -> None:
                     print(f"{name:30} c={connections}  {median(tallies)}   {cpu * 1e6:.0f} us of CPU each", flush=True)
 
 
-def feedback(index: Path, seconds: float, rounds: int) -> None:
-    """Compare a server with itself while it logs feedback and while it does not; see `feedback_toggle`."""
-    texts = [text_request(text) for text in itertools.islice(unique_texts(1), 500)]
-    asked = itertools.cycle(texts)
-    without, more = list[float](), list[float]()
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as log:
-            costs = Path(log, "costs.json")
-            toggled = {"module": "benchmarks.feedback_toggle", "environment": {"FEEDBACK_COSTS": str(costs)}}
-            with serving(index, cores={0}, threads=1, feedback=log, **toggled) as server:
-                run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=2))  # warms it up
-                warm = len(json.loads(costs.read_text(encoding="utf-8")))
-                run(closed_loop(server.port, lambda: next(asked), connections=4, seconds=seconds))
-                pairs = json.loads(costs.read_text(encoding="utf-8"))[warm + 1 :]
-            without.append(statistics.median(off for off, _ in pairs))
-            differences = sorted(on - off for off, on in pairs)
-            more.append(statistics.mean(differences[len(pairs) // 10 : -(len(pairs) // 10) or None]))
-    cost, base = statistics.mean(more), statistics.mean(without)
-    error = statistics.stdev(more) / len(more) ** 0.5
-    print(f"{base:.0f} us of CPU for a search, {cost:+.1f} (+/- {error:.1f}) with feedback ({cost / base:+.1%})")
-
-
 class Bare:
     """The encoder alone, in the same runtime, on as many cores."""
 
@@ -175,90 +147,6 @@ def uncached(index: Path, seconds: float, rounds: int, settings: dict[str, Any])
         print(f"afterwards {server.memory_mb():.0f} MB", flush=True)
 
 
-def overload(index: Path, seconds: float, rounds: int) -> None:
-    """Measure peak and overload in turns, so other load affects both; then ask again what was answered."""
-    answers = dict[bytes, bytes]()
-    with serving(index, cores={0}, threads=1, cache_size=0) as server:
-        run(closed_loop(server.port, new_texts(1), connections=8, seconds=2))
-        peaks, loads = [], []
-        for i in range(rounds):
-            peaks.append(run(closed_loop(server.port, new_texts(10 + i), connections=32, seconds=seconds)))
-            rate = 4 * peaks[-1].rate
-            loads.append(
-                run(open_loop(server.port, new_texts(100 + i), rate=rate, seconds=seconds, check=answers.__setitem__))
-            )
-        print(f"peak, 32 connections      {median(peaks)}")
-        print(f"4 x that, open loop       {median(loads)}")
-        shares = sorted(load.rate / peak.rate for peak, load in zip(peaks, loads, strict=True))
-        spread = f"{shares[0]:.0%} to {shares[-1]:.0%}"
-        print(f"goodput under overload: {statistics.median(shares):.0%} of the peak, {spread}", flush=True)
-        _compare(server, answers)
-
-
-def _compare(server: Server, answers: dict[bytes, bytes]) -> int:
-    alone = {request: run(ask(server.port, request)) for request in list(answers)[:: 1 + len(answers) // 1000]}
-    wrong = sum(not same_answer(answers[request], body) for request, body in alone.items())
-    print(f"{len(alone)} answers compared with those without load: {wrong} wrong", flush=True)
-    return wrong
-
-
-def mixed(index: Path, seconds: float, rate: float, settings: dict[str, Any]) -> None:
-    """Send of ten requests six new texts, a known one, two filters and an image, at a rate beyond what is possible.
-
-    Exits with 1 if an answer is wrong, lost or 500, or if memory exceeds its goal; other missed goals are printed only,
-    since machines differ.
-    """
-    known = itertools.cycle([text_request(text) for text in itertools.islice(unique_texts(1), 100)])
-    texts, filtered, pictures, number = new_texts(2), unique_texts(3), new_images(), itertools.count()
-
-    def filters() -> bytes:
-        return text_request(
-            next(filtered), filter={"category": {"not": [f"c{next(number) % 50}"]}}, facets=["category"]
-        )
-
-    kinds = itertools.cycle([texts, texts, texts, filters, lambda: next(known), texts, texts, filters, texts, pictures])
-    answers, memory = dict[bytes, bytes](), list[float]()
-
-    async def load(server: Server) -> Tally:
-        async def watch() -> None:
-            while True:
-                memory.append(server.memory_mb())
-                await asyncio.sleep(0.5)
-
-        watching = asyncio.create_task(watch())
-        tally = await open_loop(
-            server.port, lambda: next(kinds)(), rate=rate, seconds=seconds, check=answers.__setitem__
-        )
-        watching.cancel()
-        return tally
-
-    with serving(index, **settings) as server:
-        run(closed_loop(server.port, lambda: next(kinds)(), connections=8, seconds=2))
-        peak = run(closed_loop(server.port, lambda: next(kinds)(), connections=32, seconds=min(10.0, seconds)))
-        print(f"32 connections     {peak}", flush=True)
-        with suppress(PermissionError):  # callers do not wait for the service's processors
-            os.setpriority(os.PRIO_PROCESS, 0, -10)
-        tally = run(load(server))
-        print(f"{rate:3.0f} a second, open loop   {tally}")
-        shares = " and ".join(f"{np.percentile(tally.refused or [0], share) * 1000:.0f}" for share in (50, 99))
-        refused = tally.statuses[503] / sum(tally.statuses.values())
-        print(
-            f"{refused:.0%} refused, p50 and p99 {shares} ms; memory {memory[0]:.0f} MB, at most {max(memory):.0f} MB"
-        )
-        faults = {
-            "wrong": _compare(server, answers),
-            "lost": tally.broken,
-            "failed": tally.statuses[500],
-            "MB": max(memory) > MIXED_MB and round(max(memory)),
-        }
-    goals = {"200s": (tally.percentile(99), 1000), "503s": (np.percentile(tally.refused or [0], 99) * 1000, 100)}
-    for name, (p99, most) in goals.items():
-        if p99 > most:
-            print(f"missed: the p99 of {name} is {p99:.0f} ms, the goal {most}")
-    if any(faults.values()):
-        raise SystemExit("got through: " + ", ".join(f"{count} {name}" for name, count in faults.items() if count))
-
-
 def changes(index: Path, rounds: int) -> None:
     """Change a copy of an index, whose files are hard links."""
     key = "an admin key"
@@ -293,36 +181,26 @@ def _seconds_to_change(client: httpx.Client, field: str, chosen: dict[str, Any],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cached", "feedback", "uncached", "overload", "mixed", "changes"])
+    parser.add_argument("what", choices=["cached", "uncached", "changes"])
     parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder of the indexes")
     parser.add_argument("--index", type=Path, help="serve this index instead")
     parser.add_argument("--count", type=int, default=100_000, help="vectors in the index of `uncached` and `changes`")
-    parser.add_argument("--seconds", type=float, help="default: 60 of `mixed`, otherwise 5")
+    parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=600.0, help="requests a second in `mixed`")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached` and `mixed`"
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the server in `uncached`"
     )
-    given = parser.parse_args()
-    given.seconds = given.seconds or (60.0 if given.what == "mixed" else 5.0)
-    settings = dict(each.split("=", 1) for each in given.set)
-    is_large = given.what in ("uncached", "changes")
-    index = given.index or (random_vit(given.work, given.count) if is_large else emoji(given.work))
-    os.sched_setaffinity(0, LOAD_CORES)
-    if given.what == "cached":
-        cached(index, given.seconds, given.rounds)
-    elif given.what == "feedback":
-        feedback(index, given.seconds, given.rounds)
-    elif given.what in ("uncached", "mixed"):
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-        if given.what == "mixed":
-            mixed(index, given.seconds, given.rate, settings)
-        else:
-            uncached(index, given.seconds, given.rounds, settings)
-    elif given.what == "changes":
-        changes(index, given.rounds)
+    args = parser.parse_args()
+    if args.what == "cached":
+        os.sched_setaffinity(0, LOAD_CORES)
+        cached(args.index or emoji(args.work), args.seconds, args.rounds)
+        return
+    index = args.index or random_vit(args.work, args.count)
+    if args.what == "uncached":
+        uncached(index, args.seconds, args.rounds, dict(pair.split("=", 1) for pair in args.set))
     else:
-        overload(index, given.seconds, given.rounds)
+        os.sched_setaffinity(0, LOAD_CORES)
+        changes(index, args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Do weights of words help a search? Recall with them, with the same ones on other words, and without.
 
     dcar evaluate --data examples/emoji/twemoji --model examples/emoji/base --epochs 5 --amp bfloat16 --out results \\
-        --methods dcar,dcar+,query-prompts
+        --methods dcar,dcar+
     python benchmarks/word_weights.py examples/emoji/twemoji results/runs/*/* --model examples/emoji/base
 
 - DCAR's weights multiply the embeddings of a query. `predicted` ones are of the text alone; `exact` ones are of the
   query's own image, which no search knows. The last line of such a method compares predicted weights with the fall of
   the cosine to the query's image when the token is left out.
-- The late interaction of a second stage is a mean over the tokens. Here it is weighted, for each of the first images
-  alike: by the fall of the cosine without the token (`leave-one-out`), or by how much more similar the token is to the
-  image than to a blank one (`signed`, by the frozen encoders).
 - `shuffled` weights are those of other tokens of the caption. Weights count if they beat these and none.
 - Seeds are averaged. Intervals resample whole categories if training has none of them.
 """
@@ -20,28 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dcar_core.data import SPLITS, Annotations
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.checkpoint import load_checkpoint
-from dcar_core.model.config import ReweightConfig
-from dcar_core.model.dcar import DCAR, SecondStage
-from dcar_core.model.query_prompts import LATE, PROMPTED, take
-from dcar_core.model.token_weights import blend, image_features, token_text_features
-from dcar_core.model.towers.image import ClassRowInputs
+from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, PreparedSplit, prepare_split
 from dcar_core.training.validation import (
-    RERANKED,
-    caption_parts,
     encode_captions,
     encode_images,
     new_categories,
-    pixels_of_split,
 )
 from dcar_core.util.bootstrap import Comparison, Scores
-from dcar_core.util.retrieval_metrics import Ranks, compute_ranks, first_targets
+from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
 
 CHUNK = 32
 Rows = dict[str, Ranks]
@@ -95,53 +84,14 @@ def weighted_queries(model: DCAR, split: PreparedSplit, frozen: FrozenFeatures) 
     return found, f"Spearman {spearman:.2f}, the same first token {100 * top:.0f} %, chance {100 * chance:.0f} %"
 
 
-def weighted_patches(model: DCAR, split: PreparedSplit, frozen: FrozenFeatures, strength: float) -> Rows:
-    """Return the ranks of the second stage with weights of the tokens in late interaction."""
-    stage, backbone, tokens = SecondStage(model), model.backbone, split.tokens
-    text, image = encode_captions(model, split), encode_images(model, split)
-    first, ranks = first_targets(text, image, RERANKED), compute_ranks(text, image, split.image_of)
-    cosines, texts = np.einsum("ne,nke->nk", text, image[first]), caption_parts(stage, tokens)
-    pixels = pixels_of_split(split)
-    chunks = (backbone.normalized(pixels[start : start + CHUNK]) for start in range(0, len(pixels), CHUNK))
-    images = ClassRowInputs(*map(torch.cat, zip(*(stage.images(stage.image_rows(x)) for x in chunks), strict=True)))
-    prompted, best = torch.empty(first.shape), torch.empty(*first.shape, tokens.shape[1])
-    for row, shown in enumerate(torch.from_numpy(first)):
-        pair = take(texts, torch.full_like(shown, row)), take(images, shown)
-        prompted[row], best[row] = stage.prompted(*pair), stage.layers.best_patches(pair[0], pair[1].patches)
-    mask = texts.mask[:, None].expand_as(best)  # [N, k, n]
-    fall = torch.from_numpy(text)[:, None] - without_each_token(model, tokens)
-    config = ReweightConfig(strength=strength, low=0.01, high=100.0)
-    blank = F.normalize(
-        image_features(backbone, backbone.normalized(backbone.preprocess.blank()[None]), config), dim=-1
-    )
-    words = F.normalize(token_text_features(backbone, tokens, config), dim=-1)
-    raw = {
-        "leave-one-out": torch.einsum("nte,nke->nkt", fall, torch.from_numpy(image[first])),
-        "signed": torch.einsum("nte,nke->nkt", words, frozen.images()[first] - blank),
-    }
-    weights = {"uniform": torch.ones_like(best)}
-    for name, values in raw.items():
-        factors = blend(values.clamp(min=0).flatten(0, 1), mask.flatten(0, 1), config).view_as(best)
-        weights |= {name: factors, f"{name}, shuffled": shuffled(factors, texts.mask)}
-    found = {"by vectors": ranks}
-    late = {name: (factors * best * mask).sum(-1) / (factors * mask).sum(-1) for name, factors in weights.items()}
-    for name, values in {"without late interaction": torch.zeros_like(prompted), **late}.items():
-        second = (PROMPTED * prompted + LATE * values) * (model.config.rerank.weight or 1.0)
-        found[name] = ranks.reordered(first, cosines + second.numpy(), split.image_of)
-    return found
-
-
 @torch.inference_mode()
 def main() -> None:
-    """Print a table for each method with weights or a second stage."""
+    """Print a table for each method with weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="several of a method are its seeds")
     parser.add_argument("--model", required=True, help="the model that they share")
     parser.add_argument("--split", default="val", choices=SPLITS, help="default: %(default)s")
-    parser.add_argument(
-        "--strength", type=float, default=1.0, help="of weights of late interaction, beside uniform ones"
-    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     splits, _ = Annotations(args.data).load_all(("train", args.split))
@@ -155,13 +105,11 @@ def main() -> None:
         if model.head is not None:
             found, agreement = weighted_queries(model, split, frozen)
             print(f"{model.config.method}, {directory.name}: {agreement}")
-        elif model.config.rerank.blocks:
-            found = weighted_patches(model, split, frozen, args.strength)
         for name, ranks in found.items():
             own = Scores.of_ranks(ranks, split.image_of)
             hits[model.config.method].setdefault(name, []).append(own if groups is None else own.grouped(groups))
     for method, rows in hits.items():
-        base = "uniform" if "uniform" in rows else "no weights"
+        base = "no weights"
         print(f"\n| {method}, {len(rows[base])} seeds | text-to-image R@1 | over {base} |\n| --- | --- | --- |")
         for name, runs in rows.items():
             found = Comparison.of(Scores.mean(runs), Scores.mean(rows[base]))

@@ -32,11 +32,8 @@ EMOJI, DOMAINS = ROOT / "examples" / "emoji", ("twemoji", "openmoji")
 TABLES = {  # commands, and patterns of what they print
     "training_cost.py --model {model} --methods clip-adapter --pairs 8 --batch-size 4":
         r"\| clip-adapter \| 2,144 \|",  # two bottlenecks of 32 -> 16 -> 32
-    "query_time.py --model {model} --methods dcar --rounds 1":
-        r"(\n\| .*){12}",  # a head, a line, and four queries and images alone and in batches
     "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4 --work {work}":
         r"\| reference \| .*\n\| torch \| \d+ \(.*\n\n4 captions, 4 images, ",
-    "models.py --models tiny --runtimes torch --pictures 8 --work {work}": r"\n\| tiny \| torch \| \d+ \| \d+ ms \| ",
     "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1 --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
     "method_seconds.py --data {data} --model {model} --methods clip-adapter,lora --epochs 1":
         r"\n\| clip-adapter \| .+? \| 0 \|.*\| shared \|\n\| lora \| .+? \| 24 \|.*\| own \|",
@@ -102,22 +99,7 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
     assert (asked.grades(np.roll(asked.queries, 1)) < 1).any()
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_folds_share_no_emoji_and_no_image(domain: str) -> None:
-    first, second = importlib.import_module("folds").folds(EMOJI / domain)
-    for splits in (first, second):
-        parts = [splits[name] for name in ("train", "val", "test")]
-        contents = [{part.read(image) for image in part.images} for part in parts]
-        for groups in ([part.categories for part in parts], contents):
-            assert sum(map(len, groups)) == len(frozenset().union(*groups))
-        assert len(splits["test"]) == len(splits["test"].images) > 1000
-    assert {*first["test"].images, *second["test"].images} == {
-        image for part in first.values() for image in part.images
-    }
-    assert len(first["test"]) + len(second["test"]) == {"twemoji": 2357, "openmoji": 2233}[domain]
-
-
-def test_the_categories_of_folds_are_pooled(tmp_path: Path, main: Callable[..., str]) -> None:
+def test_the_categories_of_several_results_are_pooled(tmp_path: Path, main: Callable[..., str]) -> None:
     for fold, category in enumerate(("dog", "cat")):
         found = {"pairs": 1 + 2 * fold, "t2i_r1": 100 * (1 - fold), "i2t_r1": 50.0}
         runs = {"methods": {name: {"runs": [{"categories": {category: found}}]} for name in "ab"}}
@@ -164,40 +146,15 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
     assert not torch.equal(moved[0], weights[0])
     torch.testing.assert_close(moved.sort().values, weights.sort().values)
     torch.testing.assert_close(moved * ~mask[:, None], weights * ~mask[:, None])
-    for name in ("dcar", "query-prompts"):
-        model = seeded_model(backbone, method(name), 0).eval()
-        tokens = backbone.tokenize(["a red dog", "dog"], model.prompt_tokens)
-        shorter = model.encode_query(backbone.tokenize(["a dog"], model.prompt_tokens))
-        torch.testing.assert_close(script.without_each_token(model, tokens)[0, backbone.layout.start + 1], shorter[0])
-        save_checkpoint(model, tmp_path / name)
-    printed = main("word_weights", tiny_data, tmp_path / "dcar", tmp_path / "query-prompts", "--model", tiny_model)
+    model = seeded_model(backbone, method("dcar"), 0).eval()
+    tokens = backbone.tokenize(["a red dog", "dog"], model.prompt_tokens)
+    shorter = model.encode_query(backbone.tokenize(["a dog"], model.prompt_tokens))
+    torch.testing.assert_close(script.without_each_token(model, tokens)[0, backbone.layout.start + 1], shorter[0])
+    save_checkpoint(model, tmp_path / "dcar")
+    printed = main("word_weights", tiny_data, tmp_path / "dcar", "--model", tiny_model)
     assert printed.startswith("dcar, dcar: Spearman ")
-    assert [line.split(" | ")[0] for line in printed.splitlines() if line.endswith(") |")] == [
-        f"| {name}" for name in (
-            "no weights", "predicted", "predicted, shuffled", "predicted, inverted", "exact", "exact, shuffled",
-            "by vectors", "without late interaction", "uniform", "leave-one-out", "leave-one-out, shuffled", "signed",
-            "signed, shuffled",
-        )
-    ]  # fmt: skip
-
-
-def test_a_third_style_is_matched_by_names(tmp_path: Path) -> None:
-    script, data = importlib.import_module("third_style"), "emojibase-data/en"
-    icons = {"grinning-face": {"body": "<a/>"}, "Crying_Cat": {"body": "<b/>", "width": 32}, "x": {"body": "<c/>"}}
-    contents = {
-        "@iconify-json/emojione-v1/icons.json": {"width": 64, "height": 64, "icons": icons},
-        "@iconify-json/twemoji/chars.json": {"1f600": "grinning-face"},
-        f"{data}/data.json": [{"label": "frowning face", "hexcode": "2639-FE0F"}],
-    }
-    shortcodes = {"1F63F": ["cat", "crying_cat"], "2639": "y"}
-    contents |= {f"{data}/shortcodes/{name}.json": shortcodes for name in script.SHORTCODES}
-    for name, content in contents.items():
-        write_json(tmp_path / name, content)
-    assert script.names_of_emoji(tmp_path)["frowningface"] == "2639"
-    found = script.drawings(tmp_path)
-    assert {code: svg.partition("viewBox=")[2] for code, svg in found.items()} == {
-        "1f600": '"0 0 64 64"><a/></svg>', "1f63f": '"0 0 32 64"><b/></svg>',
-    }  # fmt: skip
+    names = ("no weights", "predicted", "predicted, shuffled", "predicted, inverted", "exact", "exact, shuffled")
+    assert [line.split(" | ")[0] for line in printed.splitlines() if line.endswith(") |")] == [f"| {n}" for n in names]
 
 
 async def test_responses_after_an_open_loop_are_not_in_its_rate() -> None:
