@@ -172,11 +172,6 @@ def evaluate(
         float | None, Option(min=0, max=100, help="Weight of L_anchor. Default: the method's own.")
     ] = None,
     temperature: Annotated[Temperature | None, Option(help="learned: the losses learn CLIP's temperature.")] = None,
-    shots: Annotated[str, Option(help="Also train on these numbers of pairs per category: 1,2,4,8,16.")] = "",
-    unseen_categories: Annotated[
-        float, Option(min=0, max=0.9, help="Share of the categories to leave out of training and validation.")
-    ] = 0.0,
-    also: Annotated[list[Path] | None, Option(help="Another data set to measure on; may be repeated.")] = None,
     tune: Annotated[bool, Option(help="Choose the learning rate of each method on validation, seed 0.")] = False,
     grid: Annotated[str, Option(help="Learning rates that --tune tries.")] = DEFAULT_GRID,
     patience: options.Patience = 5,
@@ -197,7 +192,7 @@ def evaluate(
 ) -> None:
     """Train and test several methods with several seeds, and the untouched model; recommend one in the last line.
 
-    It prints tables, and writes results.* and recall.svg to --out.
+    It prints tables, and writes results.md, results.json and recall.svg to --out.
 
     Finished runs are not repeated, so the same command resumes, and another method or seed costs only its own runs.
     """
@@ -237,9 +232,9 @@ def evaluate(
     for directory, place in places.items():
         result = results[place.name] = compare(
             backbone, place, names, seeds, directory, config, images=images, skip_broken=skip_broken,
-            negatives=negatives, taxonomy=taxonomy, loss=loss, shots=sorted({*_numbers("--shots", shots, int)}),
+            negatives=negatives, taxonomy=taxonomy, loss=loss,
             controls={"prompts": prompts, "anchor": anchor, "temperature": temperature},
-            unseen_categories=unseen_categories, also=also or (), tune=tune, grid=rates, features=features,
+            tune=tune, grid=rates, features=features,
             on_message=lambda line: typer.echo(line, err=True),
         )  # fmt: skip
         typer.echo(all_tables(result))

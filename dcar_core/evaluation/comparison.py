@@ -8,28 +8,25 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, replace
-from functools import partial
+from dataclasses import astuple
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset, ImagePolicy, describe_reports, save_reports
+from dcar_core.data import SPLITS, Annotations, CleaningReport, Dataset, describe_reports, save_reports
 from dcar_core.evaluation.analysis import serving_cost
 from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.plot import plot_recall
-from dcar_core.evaluation.subsets import hold_out_categories, recall_by_familiarity, take_shots
-from dcar_core.evaluation.tables import Results, best_method, results_csv, results_markdown, spread, summarise
+from dcar_core.evaluation.tables import Results, best_method, results_markdown, spread, summarise
 from dcar_core.model.backbone import Backbone
 from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import NO_BASELINES, method
 from dcar_core.negatives import add_negatives, backbone_functions
-from dcar_core.negatives.words import fold_name
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, report_truncation
-from dcar_core.training.validation import mean_r1, new_categories
+from dcar_core.training.validation import new_categories
 from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, DivergedError
 from dcar_core.util.files import write_json
@@ -52,24 +49,17 @@ def compare(
     taxonomy: Path | None = None,
     loss: LossDirection = "both",
     controls: Mapping[str, Any] | None = None,
-    shots: Sequence[int] = (),
-    unseen_categories: float = 0.0,
-    also: Sequence[Path] = (),
     tune: bool = False,
     grid: Sequence[float] = GRID,
     features: Path | None = None,
     on_message: Callable[[str], None] = lambda line: None,
 ) -> Results:
-    """Train and test every method with every seed; write results.json, .csv, .md and recall.svg to `out`.
+    """Train and test every method with every seed; write results.json, results.md and recall.svg to `out`.
 
     Args:
         negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
         controls: arguments of `ModelConfig.with_controls`, for every method alike.
-        shots: also train on this many pairs of each category, for curves of mean R@1.
-        unseen_categories: share of the categories that only the test split keeps; R@1 is also given for its categories
-            with and without training pairs.
-        also: other data sets on whose test split each trained model is measured.
         tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
         on_message: called with what was found in the data, and with one line before each training.
@@ -88,56 +78,32 @@ def compare(
         raise DataError("no method was given; try --methods clip,coop,dcar")
     for each in configs.values():  # before hours of training
         DCAR(backbone, each)  # raises if the towers cannot run it
-    image_policy: ImagePolicy = "skip" if skip_broken else "require"
-    splits, reports = Annotations(data, images).load_all(SPLITS, image_policy)
-    held_out = frozenset[str]()
-    if unseen_categories:
-        splits, held_out = hold_out_categories(splits, unseen_categories)
-    others: dict[str, Dataset] = {}
-    for directory in also:
-        name = directory.resolve().name
-        if name in others:
-            raise DataError("two data sets of --also have the same name; rename one of their directories")
-        others[name], reports[f"also {name}"] = Annotations(directory).load("test", image_policy)
-    complete = partial(
-        add_negatives, functions=backbone_functions(backbone), mode=negatives, taxonomy=taxonomy, held_out=held_out
-    )
-    all_pairs, splits = splits["train"], complete(splits, reports)
-    if shots:
-        take_shots(all_pairs, 1, 0)  # raises before the first training if no pair has a category
-
-    def choose_pairs(shots: int, seed: int) -> Dataset:  # negatives come from the chosen pairs, too
-        return complete({"train": take_shots(all_pairs, shots, seed)}, {"train": CleaningReport()})["train"]
-
+    splits, reports = Annotations(data, images).load_all(SPLITS, "skip" if skip_broken else "require")
+    splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
     report_truncation(splits, reports, backbone, max(each.prompt.length for each in configs.values()))
     cache = FeatureCache(features or out / "features", backbone)
     _note_copies(splits, reports, cache)
     save_reports(reports, out)
-    read = {**splits, **{f"also {name}": other for name, other in others.items()}}
-    on_message(describe_reports(read, reports))
-    for part in (splits["test"], *others.values()):  # report broken images before hours of training
-        _ = FrozenFeatures(part, backbone, cache).pixels
-    runner = MethodRunner(backbone, splits, out, config, cache, on_message, others)
+    on_message(describe_reports(splits, reports))
+    _ = FrozenFeatures(splits["test"], backbone, cache).pixels  # report broken images before hours of training
+    runner = MethodRunner(backbone, splits, out, config, cache, on_message)
     results: Results = {
         "data": data.resolve().name,
-        "pairs": {name: len(split) for name, split in read.items()},
+        "pairs": {name: len(split) for name, split in splits.items()},
         "cleaning": {name: dict(report.counts) for name, report in reports.items()},
         "backbone": Path(backbone.source.model).name,
         "training": config.to_dict(),
         "loss": loss,
         "controls": controls,
         "grid": list(grid) if tune else None,
-        "unseen_categories": len(held_out),
         "test_images": len(splits["test"].images),
-        "shots": {},
         "methods": {},
         "diverged": {},
     }
     scores, group_of = dict[str, list[Scores]](), new_categories(splits["train"], splits["test"])
     for name, chosen in configs.items():
         try:
-            tested = _run_method(runner, chosen, seeds, grid if tune else (), bool(held_out))
-            few = _run_shots(runner, chosen, tested[name]["runs"], shots, choose_pairs)
+            tested = _run_method(runner, chosen, seeds, grid if tune else ())
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)
@@ -147,12 +113,10 @@ def compare(
             found = (Scores(np.array(queries), np.array(sums)) for queries, sums in runs)
             scores[label] = [run if group_of is None else run.grouped(group_of) for run in found]
         results["methods"] |= tested
-        results["shots"] |= {label: few if label == name else {} for label in tested}
     if not results["methods"]:
         raise DivergedError("; ".join(results["diverged"].values()))
     add_significance(results, scores)
     write_json(out / "results.json", results)
-    (out / "results.csv").write_text(results_csv(results), encoding="utf-8")
     plot = plot_recall(results, out / "recall.svg")
     (out / "results.md").write_text(results_markdown(results, plot), encoding="utf-8")
     return results
@@ -230,12 +194,9 @@ def _note_copies(splits: Mapping[str, Dataset], reports: Mapping[str, CleaningRe
 
 
 def _run_method(
-    runner: MethodRunner, config: ModelConfig, seeds: int, grid: Sequence[float], by_familiarity: bool
+    runner: MethodRunner, config: ModelConfig, seeds: int, grid: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
     """Tune, train and test one method. Raise DivergedError if a run diverges.
-
-    Args:
-        by_familiarity: also give R@1 on categories with and without training pairs.
 
     Returns:
         Its results, by its name; and those with its second stage, if it has one, with WITH_RERANK behind.
@@ -244,10 +205,6 @@ def _run_method(
     has_trainables = any(True for _ in model.trainables())
     lr, tuning = runner.tune(config, grid) if grid and has_trainables else (runner.config.lr, None)
     runs = [runner.test(config, seed, lr) for seed in range(seeds if has_trainables else 1)]  # zero-shot has no seed
-    if by_familiarity:
-        trained = {fold_name(sample.category) for sample in runner.splits["train"].samples}
-        for run in runs:
-            run["measures"] |= recall_by_familiarity(run["categories"], trained)
     labelled = {config.method: runs}
     if "reranked" in runs[0]:
         labelled[config.method + WITH_RERANK] = [run | run.pop("reranked") for run in runs]
@@ -268,25 +225,3 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         **summarise([run["test"] for run in runs]),
         "runs": runs,
     }
-
-
-def _run_shots(
-    runner: MethodRunner,
-    config: ModelConfig,
-    runs: Sequence[dict[str, Any]],
-    shots: Sequence[int],
-    choose_pairs: Callable[[int, int], Dataset],
-) -> dict[str, dict[str, float]]:
-    """Return mean R@1 after training on few pairs per category, as mean and deviation over seeds, by their number.
-
-    runs: those on all pairs, whose seeds and learning rate are used again. Zero-shot has one result for every number.
-    choose_pairs: returns the training pairs for a number and a seed.
-    """
-
-    def test(count: int, run: dict[str, Any]) -> dict[str, float]:
-        if not run["trainable"]:
-            return dict(run["test"])
-        few = replace(runner, splits={**runner.splits, "train": choose_pairs(count, run["seed"])})
-        return dict(few.test(config, run["seed"], run["lr"])["test"])
-
-    return {str(count): spread([mean_r1(test(count, run)) for run in runs]) for count in shots}

@@ -10,7 +10,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ class MethodRunner:
     """Trains and tests methods on one data set.
 
     splits: train, val and test. on_message: called with one line before each training.
-    others: test splits of other data sets, by a name.
     """
 
     backbone: Backbone
@@ -44,7 +43,6 @@ class MethodRunner:
     config: TrainConfig
     cache: FeatureCache
     on_message: Callable[[str], None] = lambda line: None
-    others: Mapping[str, Dataset] = field(default_factory=dict)
 
     def train(self, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
         """Return the record of a training run, training first if there is none. Only validation is read.
@@ -84,23 +82,14 @@ class MethodRunner:
     def test(self, method: ModelConfig, seed: int, lr: float) -> dict[str, Any]:
         """Return the record of a run with its results on the test split, read once. Raise DivergedError as `train`."""
         record, directory = self.train(method, seed, lr), self.directory(method, seed, lr)
-        files = {directory / "test.json": self.splits["test"]}
-        for name, other in self.others.items():
-            files[directory / f"also-{name}-{split_key(other, self.cache)[:8]}.json"] = other
-        missing = {file: data for file, data in files.items() if not file.is_file()}
-        if missing:
+        results_file, data = directory / "test.json", self.splits["test"]
+        if not results_file.is_file():
             is_merged = find_method(method.method).changes is not None  # another backbone, with other features
             shared = None if is_merged else self.backbone
             model, _ = load_checkpoint(directory, device=str(self.backbone.device), backbone=shared)
             cache = FeatureCache(None, model.backbone) if is_merged else self.cache
-            for file, data in missing.items():
-                split = prepare_split(data, model, for_training=False, cache=cache)
-                write_json(file, analyse(model, data, split))
-        test, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-        for name, found in zip(self.others, others, strict=True):
-            for direction, column in (("text-to-image", "t2i_r1"), ("image-to-text", "i2t_r1")):
-                test["measures"][f"{name} {direction} R@1"] = found["test"][column]
-        return {**record, **test}
+            write_json(results_file, analyse(model, data, prepare_split(data, model, for_training=False, cache=cache)))
+        return {**record, **json.loads(results_file.read_text(encoding="utf-8"))}
 
     def tune(self, method: ModelConfig, grid: Sequence[float]) -> tuple[float, dict[str, float | None]]:
         """Return the learning rate with the best validation recall at seed 0.

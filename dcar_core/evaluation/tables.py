@@ -1,4 +1,4 @@
-"""Results as tables, in Markdown for results.md and the terminal, and results.csv.
+"""Results as tables, in Markdown for results.md and the terminal.
 
 All figures are percentages. In every table, the headings come first.
 """
@@ -10,7 +10,6 @@ import numpy as np
 
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.bootstrap import Estimate
-from dcar_core.util.files import csv_text
 
 COLUMNS = ("t2i_r1", "t2i_r5", "t2i_r10", "i2t_r1", "i2t_r5", "i2t_r10")
 HEADINGS = ("text-to-image R@1", "R@5", "R@10", "image-to-text R@1", "R@5", "R@10", "above swapped captions")
@@ -26,10 +25,7 @@ _BOOTSTRAP_NOTE = (
     "hits averaged over seeds; the baseline is the best one on validation. It measures the error of the test queries, "
     "the spread above that of training."
 )
-_MEASURES_NOTE = (
-    "nDCG@10 counts every image that a caption describes, and every caption of an image, as right. R@1 of seen and "
-    "unseen categories is that of their test pairs among all test images."
-)
+_MEASURES_NOTE = "nDCG@10 counts every image that a caption describes, and every caption of an image, as right."
 
 Results = dict[str, Any]
 Rows = list[list[str]]
@@ -37,7 +33,7 @@ Rows = list[list[str]]
 
 def all_tables(results: Results) -> str:
     """Return the tables of methods as Markdown, for a terminal, below a line with their unit."""
-    tables = (recall_rows, significance_rows, measures_rows, shots_rows, settings_rows)
+    tables = (recall_rows, significance_rows, measures_rows, settings_rows)
     unit = f"Percent{_pool_of(results)}; {_spread_of(results)}."
     return "\n".join([unit, *(markdown(rows) for t in tables if (rows := t(results)))])
 
@@ -60,7 +56,6 @@ def results_markdown(results: Results, plot: str) -> str:
         ("Recall", notes, recall_rows(results)),
         ("Significance", [_BOOTSTRAP_NOTE], significance_rows(results)),
         ("Other measures", [_MEASURES_NOTE], measures_rows(results)),
-        ("Few pairs", ["Mean R@1 after training on this number of pairs of each category."], shots_rows(results)),
         ("Settings and cost", [], settings_rows(results)),
         ("Data", [], [["split", "cases", "finding"], *cleaned]),
         (f"Weakest categories of {best}", [], category_rows(results, best)),
@@ -102,18 +97,6 @@ def measures_rows(results: Results) -> Rows:
     return [["method", *names]] + [
         [name, *_cells(method, map(method["measures"].get, names))] for name, method in methods.items()
     ]
-
-
-def shots_rows(results: Results) -> Rows:
-    """Return mean R@1 after training on few pairs per category, the last column on all; nothing if not measured."""
-    counts = list(next(iter(results["shots"].values()), {}))
-    if not counts:
-        return []
-    rows = [["method", *counts, "all"]]
-    for name, method in results["methods"].items():
-        whole = spread([mean_r1(run["test"]) for run in method["runs"]])
-        rows.append([name, *_cells(method, [*(results["shots"][name].get(count) for count in counts), whole])])
-    return rows
 
 
 def settings_rows(results: Results) -> Rows:
@@ -163,19 +146,6 @@ def mean_categories(results: Results, name: str) -> dict[str, dict[str, float]]:
         | {"pairs": first["pairs"]}
         for category, first in runs[0].items()
     }
-
-
-def results_csv(results: Results) -> str:
-    """Return results.csv: one line for each run."""
-    names, end = ["method", "seed", "lr", "trainable", "query_weights", "epoch", "seconds"], "hard_negative_accuracy"
-    rows = []
-    for name, method in results["methods"].items():
-        for run in method["runs"]:
-            lr = "" if method["lr"] is None else run["lr"]
-            values = run | {"method": name, "lr": lr, "query_weights": run["query"]}
-            figures = [*(run["test"][column] for column in COLUMNS), run[end]]
-            rows.append([values[each] for each in names] + ["" if each is None else f"{each:.3f}" for each in figures])
-    return csv_text([*names, *COLUMNS, end], *rows)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -10,7 +10,7 @@
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain, zip_longest
@@ -161,7 +161,6 @@ def add_negatives(
     *,
     mode: str = "auto",
     taxonomy: Path | None = None,
-    held_out: Collection[str] = (),
     count: int = COUNT,
     seed: int = 0,
 ) -> dict[str, Dataset]:
@@ -173,7 +172,6 @@ def add_negatives(
     Args:
         functions: the features rank categories; the tokens tell which negatives read alike.
         taxonomy: a file with meta-categories; see docs/reference/data-formats.md.
-        held_out: folded names of categories that only negatives of the test split may name.
         count: maximum negatives per pair.
         seed: selects among the possible attribute swaps.
 
@@ -192,8 +190,6 @@ def add_negatives(
         if rows:
             samples = [*data.samples, *(splits["train"].samples if "train" in splits and name != "train" else ())]
             ranked = rank_categories(samples, tree, functions.features, reports[name])
-            if name != "test":
-                ranked = {key: [o for o in near if fold_name(o) not in held_out] for key, near in ranked.items()}
             generator = NegativeGenerator(data.samples, ranked, functions.tokens, count=count, seed=seed)
             data = _completed(data, rows, generator, reports[name])
         elif tree is not None:
