@@ -5,7 +5,6 @@
 - `dcar evaluate` resamples images, as if each were independent. The skin tones of an emoji are not: they are found or
   missed together. Here a resample takes whole categories, for data whose test categories are not those of training,
   with one caption for each image.
-- The categories of several results are pooled.
 - Prints the R@1 of both methods and their difference, with 95 % intervals and the two-sided p-value.
 """
 
@@ -22,16 +21,13 @@ from dcar_core.training.validation import mean_r1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="directories of `dcar evaluate --out`")
+    parser.add_argument("results", type=Path, help="the directory of `dcar evaluate --out`")
     parser.add_argument("method")
     parser.add_argument("other")
     parser.add_argument("--measure", choices=("t2i_r1", "i2t_r1"), help="default: the mean of both")
     args = parser.parse_args()
-    model, other = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
-    for directory in args.results:
-        results = json.loads((directory / "results.json").read_text())
-        model |= mean_categories(results, args.method)
-        other |= mean_categories(results, args.other)
+    results = json.loads((args.results / "results.json").read_text())
+    model, other = mean_categories(results, args.method), mean_categories(results, args.other)
     recall = itemgetter(args.measure) if args.measure else mean_r1
     pairs = np.array([each["pairs"] for each in model.values()])
     hits = [np.array([recall(found[name]) for name in model]) * pairs / 100 for found in (model, other)]

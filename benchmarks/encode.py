@@ -10,13 +10,11 @@
   job in rounds, so other load affects both. The ratio is the figure to quote; rates depend on the machine.
 - The job is all of `dcar index build` up to the vectors: scan, read, decode, resize, encode, and write checksummed
   shards.
-- Processor time is compared as well: on a shared machine it varies less than wall time.
 - ViT-B-32 has random weights, which cost as much as trained ones. Images are JPEGs of 500 x 375 pixels, drawn here.
 - The rate at which the device multiplies bfloat16 matrices, and the operations of an image, tell what a perfect job
   would reach.
-- Memory is that of the job and its worker processes together, sampled over time; a small encoder leaves the most to the
-  rest. 256 images are drawn; the others are hard links to them. The size of the gallery's table is printed separately,
-  since only the table may grow with the gallery.
+- Memory is the peak of the job and of its largest worker, over hard links to 256 images with a small encoder. The size
+  of the gallery's table is printed separately, since only the table may grow with the gallery.
 """
 
 import argparse
@@ -24,11 +22,9 @@ import io
 import itertools
 import json
 import os
+import resource
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +42,6 @@ from index_jobs.gallery.scan import scan
 from index_jobs.spec import BuildOptions
 
 DRAWN = 256
-SHARD_ROWS = 1024
 BASE = Path(__file__).resolve().parents[1] / "examples" / "emoji" / "base"
 
 
@@ -91,25 +86,14 @@ def random_model(folder: Path, name: str) -> Path:
     return folder
 
 
-class Clock:
-    """Wall seconds, and processor seconds of this process and its finished children."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), sum(os.times()[:4])
-
-    def stop(self) -> np.ndarray:
-        """Return (wall, processor) seconds since the start."""
-        return np.array([time.perf_counter() - self.wall, sum(os.times()[:4]) - self.cpu])
-
-
-def bare(encoder: Encoder, batch: int, batches: int) -> np.ndarray:
+def bare(encoder: Encoder, batch: int, batches: int) -> float:
     """Return seconds per image of the forward pass alone, over pixels in memory."""
     side = encoder.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, side, side), np.uint8)
-    clock = Clock()
+    began = time.perf_counter()
     for _ in range(batches):
         encoder.encode_pixels(pixels)
-    return clock.stop() / (batch * batches)
+    return (time.perf_counter() - began) / (batch * batches)
 
 
 def throughput(arguments: argparse.Namespace, folder: Path) -> None:
@@ -120,32 +104,22 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
     batches = -(-arguments.pictures // arguments.batch_size)
     bare(encoder, arguments.batch_size, 1)
     ratios, rates = [], []
+    options = BuildOptions(
+        workers=arguments.workers, batch_size=arguments.batch_size, device=arguments.device, progress=False
+    )
     for number in range(arguments.rounds):
-        before = bare(encoder, arguments.batch_size, -(-batches // 2))
-        clock = Clock()
-        encoded = encode_gallery(
-            scan(source),
-            [encoder],
-            folder / f"work{number}",
-            BuildOptions(
-                workers=arguments.workers, batch_size=arguments.batch_size, device=arguments.device, progress=False
-            ),
-        )
-        job = clock.stop() / len(encoded)
+        before, began = bare(encoder, arguments.batch_size, -(-batches // 2)), time.perf_counter()
+        encoded = encode_gallery(scan(source), [encoder], folder / f"work{number}", options)
+        job = (time.perf_counter() - began) / len(encoded)
         alone = (before + bare(encoder, arguments.batch_size, -(-batches // 2))) / 2
         ratios.append(alone / job)
-        rates.append(1 / job[0])
-        print(
-            f"round {number + 1}: bare {1 / alone[0]:6.1f}/s, {alone[1] * 1e3:6.1f} ms of processor   "
-            f"job {1 / job[0]:6.1f}/s, {job[1] * 1e3:6.1f} ms   ratio {ratios[-1][0]:.3f}, {ratios[-1][1]:.3f}",
-            flush=True,
-        )
+        rates.append(1 / job)
+        print(f"round {number + 1}: bare {1 / alone:6.1f}/s, job {1 / job:6.1f}/s, ratio {ratios[-1]:.3f}", flush=True)
     sizes = np.mean([path.stat().st_size for path in itertools.islice(source.rglob("*.jpg"), DRAWN)])
     workers = worker_count(arguments.workers, arguments.pictures) or "threads"
     cores = f"{torch.get_num_threads()} cores, workers: {workers}"
     print(f"{arguments.model} by {arguments.runtime}, {cores}, JPEGs of {sizes / 1000:.0f} KB")
-    wall, cpu = np.mean(ratios, 0)
-    print(f"the job reaches {wall:.1%} of the bare encoder's images per second; by processor time, {cpu:.1%}")
+    print(f"the job reaches {np.mean(ratios):.1%} of the bare encoder's images per second")
     operations, most = image_operations(encoder), matrix_rate(arguments.device)
     print(f"{arguments.device} multiplies bfloat16 matrices with {most / 1e12:.2f} TFLOP/s; an image takes "
           f"{operations / 1e9:.1f} GFLOP, so the job uses {np.mean(rates) * operations / most:.1%} of it")  # fmt: skip
@@ -173,75 +147,16 @@ def matrix_rate(device: str) -> float:
     return best
 
 
-def resident(pid: int) -> int:
-    """Return the bytes that a process and its children have in memory, without pages that mirror a file."""
-    total, pids = 0, [pid]
-    for process in pids:
-        try:
-            status = Path(f"/proc/{process}/status").read_text()
-            threads = list(Path(f"/proc/{process}/task").iterdir())
-            pids += [int(child) for t in threads for child in (t / "children").read_text().split()]
-        except OSError:
-            continue
-        total += 1024 * sum(
-            int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem"))
-        )
-    return total
-
-
-@contextmanager
-def sampled(shards: Path, samples: list[tuple[int, int]]) -> Iterator[None]:
-    """Sample the memory twice a second: (encoded images, bytes)."""
-    ended = threading.Event()
-
-    def sample() -> None:
-        while True:
-            done = sum(1 for _ in shards.glob("*/*.json")) * SHARD_ROWS
-            samples.append((done, resident(os.getpid())))
-            if ended.wait(0.5):
-                break
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def memory(arguments: argparse.Namespace, folder: Path) -> None:
-    source, work, count = gallery(folder / "pictures", arguments.memory, (160, 120)), folder / "work", arguments.memory
-    encoder = Encoder.load(BASE)
-    encoder.encode_pixels(np.zeros((arguments.batch_size, 3, 48, 48), np.uint8))
-    before, start = resident(os.getpid()), time.perf_counter()
-    samples: list[tuple[int, int]] = []
-    with sampled(work, samples):
-        scanned = scan(source)
-        table = scanned.table.nbytes
-        print(f"scanned {count:,} pictures in {time.perf_counter() - start:.1f} s; the table takes {_mib(table)}, "
-              f"{table / count:.0f} bytes a picture; the process {_mib(resident(os.getpid()))}, {_mib(before)} before",
-              flush=True)  # fmt: skip
-        encoded = encode_gallery(
-            scanned,
-            [encoder],
-            work,
-            BuildOptions(
-                workers=arguments.workers, batch_size=arguments.batch_size, shard_rows=SHARD_ROWS, progress=False
-            ),
-        )
-    for tenth in range(10):
-        low, high = tenth * count // 10, (tenth + 1) * count // 10
-        if part := [size for done, size in samples if low <= done < high]:
-            print(f"pictures {low:8,} to {high:8,}: peak {_mib(max(part))}")
-    first = max((size for done, size in samples if done < count // 10), default=0)
-    whole = max(size for _, size in samples)
-    print(f"encoded {len(encoded):,} pictures, {len(encoded) / encoded.seconds:.0f}/s; peak {_mib(whole)} in all, "
-          f"{_mib(first)} over the first tenth")  # fmt: skip
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.0f} MiB"
+    source, count = gallery(folder / "pictures", arguments.memory, (160, 120)), arguments.memory
+    scanned = scan(source)
+    size = scanned.table.nbytes
+    print(f"scanned {count:,} pictures; the table takes {size / 2**20:.0f} MiB, {size / count:.0f} bytes a picture")
+    options = BuildOptions(workers=arguments.workers, batch_size=arguments.batch_size, progress=False)
+    encoded = encode_gallery(scanned, [Encoder.load(BASE)], folder / "work", options)
+    own, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    rate = len(encoded) / encoded.seconds
+    print(f"encoded {len(encoded):,} pictures, {rate:.0f}/s; peak {own:.0f} MiB, {worker:.0f} MiB in a worker")
 
 
 def main() -> None:

@@ -45,21 +45,3 @@ def many_extents(items: int) -> bytes:
     located = b"".join(struct.pack(">HHH", item, 0, 65_535) for item in range(items))
     iloc = box(b"iloc", bytes(6) + struct.pack(">H", items) + located)
     return FTYP + box(b"meta", bytes(4) + iloc + box(b"free", bytes(130_000 - len(iloc))))
-
-
-def many_tracks(count: int) -> bytes:
-    """Return an AVIF whose tracks all begin at the same stream of 99,990 units."""
-    offset = box(b"stco", bytes(4) + struct.pack(">II", 1, len(FTYP) + 8))
-    return FTYP + box(b"mdat", b"\x12\0" * 99_990) + box(b"moov", offset * count)
-
-
-def two_kinds(side: int) -> bytes:
-    """Return an AVIF of side x side that declares 16 x 16, and whose item has a second kind in a box to be skipped."""
-    data = encoded("AVIF", side)
-    start, entry, declared = (data.index(name) for name in (b"meta", b"infe", b"ispe"))
-    end = start - 4 + int.from_bytes(data[start - 4 : start])
-    other = box(b"free", box(b"infe", data[entry + 4 : entry + 10] + b"\0\0none"))
-    index = data[start : declared + 8] + struct.pack(">II", 16, 16) + data[declared + 16 : end]
-    place = data.index(b"mdat") + 4
-    index = index.replace(struct.pack(">I", place), struct.pack(">I", place + len(other)))
-    return data[: start - 4] + struct.pack(">I", end - start + 4 + len(other)) + index + other + data[end:]

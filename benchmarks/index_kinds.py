@@ -4,15 +4,13 @@ r"""Compare index kinds: build time, memory, latency and recall, printed as a Ma
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m         an hour or more
     python benchmarks/index_kinds.py --count 1000000 --out kinds-1m --kind hnsw      one kind; --out keeps the others
     python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --peers    your own, with other libraries beside
-    python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --count 10000000 --filters --updates \
-        --target 0.99 --target 0.95
+    python benchmarks/index_kinds.py --vectors V.npy --queries Q.npy --count 10000000 --filters
 
 - Each kind is built, tuned and written by the code of `dcar index build`, then opened as the service does in a process
   of its own, which measures latency (one query at a time, on one core), recall and memory.
 - `index_material.py` describes the vectors. Synthetic clusters flatter inverted lists, whose centres they resemble;
   `gloss_vectors.py` makes real vectors, and `dcar index build` measures on your own.
 - Peers are tuned and measured as our kinds are. Their memory is that of an index that is read, ours is memory-mapped.
-- An update adds a segment, built as `dcar index add` does but of vectors that are ready, and removes rows by number.
 - `auto` builds everything that it tries, so its build time is the sum.
 """
 
@@ -43,15 +41,12 @@ from index_jobs.engines.faiss.kinds import choose_kinds, machine_memory
 from index_jobs.engines.faiss.tuning import SearchParameters, tune
 from index_jobs.engines.measure import NEIGHBOURS, Benchmark
 from index_jobs.engines.protocol import HeldOutQueries
-from index_jobs.index.index_version import IndexVersion, Segment, write_rows
-from index_jobs.index.manifest import Manifest
 from index_jobs.row_filter import RowFilter
 from index_jobs.spec import IndexSpec
 
 KINDS = ("flat", "SQ8", "hnsw", "ivf", "ivf-pq-fp16", "ivf-pq", "pq", "auto")
 QUERIES, TIMED = 1000, 500
 LONGEST_S = 30  # of queries, for slow kinds
-NOISE = 0.002  # of a recall over so many queries
 PERCENTS = (1, 10, 90)  # of the rows that a filter allows
 Result = dict[str, Any]  # a row of the table
 
@@ -109,15 +104,13 @@ def own_memory() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 
-def try_out(result: Result, material: Material, filters: bool, updates: bool) -> None:
+def try_out(result: Result, material: Material, filters: bool) -> None:
     """Measure a built index in a process of its own, with the parameters of every target."""
     path = material.index(result["kind"])
     task = {"path": str(path), "kind": result["kind"], "count": material.count, "dim": material.dim}
     task |= {"truth": str(material.truth)}
     if filters and result["kind"] not in PEERS:
         task |= {"filters": {percent: str(material.filtered(percent)) for percent in PERCENTS}}
-    if updates and result["kind"] not in PEERS:
-        task |= {"added": str(material.added), "updated": str(material.updated)}
     result["measured"] = []
     for target, parameters in result["tuned"]:
         found = in_own_process(measure, task | {"parameters": parameters})
@@ -148,24 +141,7 @@ def measure(task: dict[str, Any]) -> Result:
         rows = RowFilter.of_mask(allowed_rows(task["count"], percent))
         filtered = timed(lambda query, rows=rows: index.search(query, NEIGHBOURS, rows), queries, np.load(exact))
         found[f"of_{percent}"] = f"{filtered['p50_ms']} ms, {filtered['recall_at_10']}"
-    if "added" in task:
-        found |= measure_update(index, np.load(task["added"]), path.parent, queries, np.load(task["updated"]))
     return found
-
-
-def measure_update(index: FaissIndex, added: Floats, folder: Path, queries: Floats, truth: Rows) -> Result:
-    """Add vectors as a segment of their own, remove one percent of the rows, and search."""
-    start = time.perf_counter()
-    choices = choose_kinds("auto", *added.shape)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        file, removed = Path(temporary) / "added.faiss", np.flatnonzero(~allowed_rows(index.count, 99))
-        build_index(file, lambda: blocks(added), *added.shape, choices)
-        write_rows(Path(temporary) / "removed.npy", removed)
-        segments = [Segment(vectors, None, "", ()) for vectors in (index, FaissIndex.open(file))]
-        updated = IndexVersion(folder, Manifest(spec=IndexSpec(), dim=index.dim), segments, removed)
-        seconds = time.perf_counter() - start
-        found = timed(lambda query: updated.search(query, NEIGHBOURS), queries, truth)
-    return {"update_s": round(seconds, 2), "updated": f"{found['p50_ms']} ms, {found['recall_at_10']}"}
 
 
 def timed(search: Callable[[Floats], Any], queries: Floats, truth: Rows) -> Result:
@@ -191,17 +167,16 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def show(results: list[Result], material: Material, memory: int) -> None:
+def show(results: list[Result], material: Material) -> None:
     """Print the table of docs/benchmarks.md, and the choice of `auto`."""
     kind, source = ("vectors", f", from {material.name}") if material.files else ("clustered vectors", "")
     about = f"{material.count:,} {kind} of {material.dim}{source}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [result | measured for result in results for measured in result["measured"]]
     filters = {f"of_{percent}": f"{percent} % allowed" for percent in PERCENTS}
-    updates = {"update_s": "update s", "updated": "1 % added, 1 % removed"}
     columns = {
         "built_s": "build s", "cpu_s": "processor s", "peak_mb": "peak MB", "file_mb": "file MB",
-        "resident_mb": "resident MB", "p50_ms": "p50 ms", "p99_ms": "p99 ms", **filters, **updates,
+        "resident_mb": "resident MB", "p50_ms": "p50 ms", "p99_ms": "p99 ms", **filters,
         "recall_at_10": "recall@10",
     }  # fmt: skip
     figures = {key: name for key, name in columns.items() if any(key in row for row in rows)}
@@ -213,14 +188,7 @@ def show(results: list[Result], material: Material, memory: int) -> None:
         cells = [f"`{r['kind']}`", f"`{r['factory']}`", r["target"], searched, *(r.get(key, "") for key in figures)]
         print("|", " | ".join(map(str, cells)), "|")
     if auto := next((r for r in rows if r["kind"] == "auto"), None):
-        enough = auto["target"] - NOISE
-        fits = [r for r in rows if r["recall_at_10"] >= enough and r["file_mb"] * 1e6 <= memory]
-        best = min(fits, key=lambda r: float(r["p50_ms"]), default=None)
-        print(f"\n`auto` takes `{auto['factory']}`: {auto['reason']}.", end=" ")
-        if best:
-            print(f"Of those that reach {auto['target']} and fit, `{best['kind']}` is fastest: {best['p50_ms']} ms.")
-        else:
-            print(f"None reaches {auto['target']} here.")
+        print(f"\n`auto` takes `{auto['factory']}`: {auto['reason']}.")
 
 
 def main() -> None:
@@ -239,7 +207,6 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help=f"as well, where installed: {', '.join(PEERS)}")
     parser.add_argument("--target", type=float, action="append", help="recall; may be repeated, the highest first")
     parser.add_argument("--filters", action="store_true", help="search among 1, 10 and 90 percent of the rows as well")
-    parser.add_argument("--updates", action="store_true", help="add and remove one percent, and search then as well")
     parser.add_argument("--memory", type=float, default=0, help="GiB that auto may use (default: half of all)")
     parser.add_argument(
         "--out", type=Path, help="keep vectors and results here for later kinds (default: discard them)"
@@ -265,8 +232,6 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
     vectors, queries = material.prepare()
     for percent in PERCENTS if given.filters else ():
         material.prepare_filter(vectors, percent)
-    if given.updates:
-        material.prepare_update(vectors)
     notes = out / f"results-{material.mark}.json"
     results: dict[str, Result] = json.loads(notes.read_text()) if notes.exists() else {}
     memory = int(given.memory * 2**30) or machine_memory() // 2
@@ -277,9 +242,9 @@ def run(given: argparse.Namespace, material: Material, out: Path) -> None:
             targets = given.target or [IndexSpec.target_recall]
             results[kind] = make(kind, material.index(kind), vectors, queries, memory, targets)
         notes.write_text(json.dumps(results, indent=2))
-        try_out(results[kind], material, given.filters, given.updates)
+        try_out(results[kind], material, given.filters)
         notes.write_text(json.dumps(results, indent=2))
-    show([result for result in results.values() if "measured" in result], material, memory)
+    show([result for result in results.values() if "measured" in result], material)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from dcar_core.util.arrays import Blocks, Floats, Mask, Rows
+from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.engines.measure import find_neighbours
 from index_jobs.engines.protocol import HeldOutQueries
 
@@ -73,14 +72,6 @@ class Material:
     def filtered(self, percent: int) -> Path:
         return self.out / f"truth-{self.mark}-{percent}.npy"
 
-    @property
-    def added(self) -> Path:
-        return self.out / f"added-{self.mark}.npy"
-
-    @property
-    def updated(self) -> Path:
-        return self.out / f"truth-{self.mark}-updated.npy"
-
     def index(self, kind: str) -> Path:
         return self.out / f"{kind}-{self.mark}.faiss"
 
@@ -105,29 +96,15 @@ class Material:
 
     def prepare_filter(self, vectors: Floats, percent: int) -> None:
         """Write the exact neighbours among a part of the rows."""
-        if not self.filtered(percent).exists():
-            self._write_truth(self.filtered(percent), lambda: blocks(vectors), allowed_rows(self.count, percent))
+        allowed = allowed_rows(self.count, percent)
 
-    def prepare_update(self, vectors: Floats) -> None:
-        """Write one percent more vectors, and the exact neighbours with them and without the removed rows."""
-        if self.updated.exists():
-            return
-        added = np.concatenate(list(grown(vectors, self.count + max(1, self.count // 100), self.count)))
-        np.save(self.added, added)
-        allowed = np.append(allowed_rows(self.count, 99), np.ones(len(added), np.bool_))
-        self._write_truth(self.updated, lambda: chain(blocks(vectors), blocks(added)), allowed)
-
-    def _write_truth(self, path: Path, drawn: Blocks, allowed: Mask) -> None:
         def selected() -> Iterator[Floats]:
-            start = 0
-            for block in drawn():
-                yield block[allowed[start : start + len(block)]]
-                start += len(block)
+            for start, block in zip(range(0, self.count, BLOCK), blocks(vectors), strict=True):
+                yield block[allowed[start : start + BLOCK]]
 
         with np.load(self.truth) as file:
-            queries = held_out(file["queries"][:FILTERED_QUERIES])
-        found = find_neighbours(selected, queries).rows
-        np.save(path, np.where(found < 0, -1, np.flatnonzero(allowed)[found]))
+            rows = find_neighbours(selected, held_out(file["queries"][:FILTERED_QUERIES])).rows
+        np.save(self.filtered(percent), np.where(rows < 0, -1, np.flatnonzero(allowed)[rows]))
 
     def _draw(self) -> tuple[Iterator[Floats], Floats]:
         if self.files:
@@ -139,9 +116,9 @@ class Material:
         return drawn, clusters.draw(2 * self.queries, seed=2**31 - 1)
 
 
-def grown(vectors: Floats, count: int, first_row: int = 0) -> Iterator[Floats]:
-    """Yield blocks of `count` vectors from a row on: those given, then moved copies of them."""
-    for start in range(first_row, count, BLOCK):
+def grown(vectors: Floats, count: int) -> Iterator[Floats]:
+    """Yield blocks of `count` vectors: those given, then moved copies of them."""
+    for start in range(0, count, BLOCK):
         rows = np.arange(start, min(start + BLOCK, count))
         block = np.array(vectors[rows % len(vectors)])
         first, second = np.random.default_rng([13, start]).integers(len(vectors), size=(2, len(rows)))

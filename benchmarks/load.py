@@ -1,8 +1,7 @@
-"""HTTP load over loopback, in closed loops (each caller waits for its response) and open loops (a fixed rate).
+"""HTTP load over loopback in closed loops: each caller waits for its response.
 
 - A small asyncio client with keep-alive, which must cost less than the service under test.
-- Latency is measured from the first byte written to the whole response. An open loop measures from the time at which a
-  request was due, so waiting for a free connection counts.
+- Latency is measured from the first byte written to the whole response.
 """
 
 import asyncio
@@ -11,7 +10,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +18,6 @@ import numpy as np
 
 Requests = Callable[[], bytes]
 Check = Callable[[bytes, bytes], None]  # of a request and the body of its 200
-MOST = 1000  # requests of an open loop at a time
 TOLERANCE = 0.005  # of a score in bfloat16, which depends on the other queries of a batch
 IDLE_S = 5.0  # after which a connection is not used again; the service ends it after 10
 address = ContextVar("address", default="127.0.0.1")  # from which requests are sent
@@ -28,7 +25,7 @@ address = ContextVar("address", default="127.0.0.1")  # from which requests are 
 
 @dataclass
 class Tally:
-    """Results of a load. `seconds` is its duration, and `late` the number of 200s that came after it."""
+    """Results of a load. `seconds` is its duration."""
 
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -36,12 +33,11 @@ class Tally:
     refused: list[float] = field(default_factory=list)  # latencies of 503s
     broken: int = 0  # connections that ended without a response
     seconds: float = 0.0
-    late: int = 0
 
     @property
     def rate(self) -> float:
-        """200s per second, without the late ones."""
-        return (len(self.good) - self.late) / self.seconds
+        """200s per second."""
+        return len(self.good) / self.seconds
 
     def percentile(self, share: float) -> float:
         """Return a percentile of the latencies of 200s, in ms."""
@@ -119,8 +115,9 @@ async def connect(port: int) -> _Connection:
 
 
 async def _once(
-    port: int, connection: _Connection | None, request: bytes, tally: Tally, due: float, check: Check | None = None
+    port: int, connection: _Connection | None, request: bytes, tally: Tally, check: Check | None
 ) -> _Connection | None:
+    began = time.perf_counter()
     try:
         if connection is None or not connection.alive:
             connection = await connect(port)
@@ -129,7 +126,7 @@ async def _once(
         tally.broken += 1
         print(f"broken: {error!r}", flush=True)
         return None
-    took = time.perf_counter() - due
+    took = time.perf_counter() - began
     tally.statuses[status] += 1
     tally.latencies.append(took)
     if status == 200:
@@ -165,7 +162,7 @@ async def closed_loop(
     async def caller() -> None:
         connection: _Connection | None = None
         while time.perf_counter() - began < seconds:
-            connection = await _once(port, connection, requests(), tally, time.perf_counter(), check)
+            connection = await _once(port, connection, requests(), tally, check)
             if pause_s:
                 await asyncio.sleep(pause_s)
         if connection is not None:
@@ -173,40 +170,6 @@ async def closed_loop(
 
     await asyncio.gather(*(caller() for _ in range(connections)))
     tally.seconds = time.perf_counter() - began
-    return tally
-
-
-async def open_loop(port: int, requests: Requests, *, rate: float, seconds: float, check: Check | None = None) -> Tally:
-    """Send a fixed rate of requests whether earlier ones are finished or not; at most `MOST` run at a time."""
-    tally = Tally()
-    idle: list[_Connection] = []
-    running: set[asyncio.Task[None]] = set()
-    free = asyncio.Semaphore(MOST)
-    began = time.perf_counter()
-
-    async def one(due: float) -> None:
-        connection = await _once(port, idle.pop() if idle else None, requests(), tally, due, check)
-        if connection is not None and connection.alive:
-            idle.append(connection)
-        free.release()
-
-    for i in range(int(rate * seconds)):
-        due = began + i / rate
-        if (early := due - time.perf_counter()) > 0:
-            await asyncio.sleep(early)
-        await free.acquire()
-        task = asyncio.create_task(one(due))
-        running.add(task)
-        task.add_done_callback(running.discard)
-    await asyncio.sleep(began + seconds - time.perf_counter())
-    tally.seconds = time.perf_counter() - began
-    in_time = len(tally.good)
-    if running:
-        await asyncio.wait(running, timeout=30)
-    tally.late = len(tally.good) - in_time
-    for connection in idle:
-        with suppress(OSError):
-            connection.transport.close()
     return tally
 
 

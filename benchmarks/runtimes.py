@@ -4,17 +4,13 @@
 
 - The reference is PyTorch in float32, eager, texts padded to the whole context, 32 at a time. Figures are medians.
 - Each runtime has a process of its own, so that memory is its own and a crash costs one row. cosine: the lowest.
-- The default model is a ViT-B/32 with random weights. Captions are those of the bundled emoji, the first of each.
-  Images are 500 x 400 JPEGs of about 40 KB, drawn from the bundled gallery, each on a background of its own.
+- The default model is a ViT-B/32 with random weights. Captions are those of the bundled emoji; images are drawn JPEGs.
 """
 
 import argparse
-import io
-import json
 import resource
 import statistics
 import sys
-import tarfile
 import timeit
 from collections.abc import Callable
 from functools import partial
@@ -23,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from encode import picture
 from service import ROOT, vit_checkpoint
-from tqdm import tqdm
 
 from dcar_core import Encoder
 from dcar_core.data import Annotations
@@ -40,35 +35,11 @@ BATCH = 32
 REFERENCE = "reference"
 
 
-def catalogue(work: Path, count: int) -> Path:
-    """Write `count` captioned JPEGs to measure with; made once."""
-    out = work / f"photos-{count}"
-    if (out / "pairs.jsonl").exists():
-        return out
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    pairs = list(json.loads((EXAMPLE / "test.json").read_text()).values())
-    chosen = np.random.default_rng(0).permutation(len(pairs))[:count]
-    with tarfile.open(EXAMPLE / "gallery.tar") as tar:
-        for pair in tqdm([pairs[i] for i in chosen], "drawing pictures", unit="img"):
-            name = f"{Path(pair['file_name']).stem}.jpg"
-            photo(tar.extractfile(pair["file_name"]).read(), seed=len(rows)).save(out / name, "JPEG", quality=88)
-            texts = pair["positive"]
-            caption = texts if isinstance(texts, str) else texts[0]
-            rows.append({"image": name, "caption": caption, "category": pair["class_name"], "split": "test"})
-    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return out
-
-
-def photo(picture: bytes, seed: int) -> Image.Image:
-    """Return a gallery image, enlarged, on a textured background: as much detail for the JPEG decoder as in a photo."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize(SIZE, Image.Resampling.BICUBIC)
-    grain = rng.normal(0, 5, (SIZE[1], SIZE[0], 1))
-    ground = Image.fromarray(np.clip(np.asarray(coarse, np.float32) + grain, 0, 255).astype(np.uint8))
-    front = Image.open(io.BytesIO(picture)).convert("RGBA").resize((320, 320), Image.Resampling.BICUBIC)
-    ground.paste(front, (int(rng.integers(0, 180)), int(rng.integers(0, 80))), front)
-    return ground
+def captioned(data: Path | None, count: int) -> tuple[list[str], list[bytes]]:
+    """Return captions and image files of a test split, or those of the bundled emoji and drawn photos."""
+    test = Annotations(data or EXAMPLE).load("test", "present")[0]
+    captions = list({sample.image: sample.caption for sample in reversed(test.samples)}.values())[:count]
+    return captions, [test.read(name) if data else picture(row, SIZE) for row, name in enumerate(test.images[:BATCH])]
 
 
 def measure(
@@ -122,9 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = args.checkpoint or str(vit_checkpoint(args.work))
     load = partial(Encoder.load, checkpoint, device=args.device, cache=args.work / "runtimes")
-    encoder, data = load(), Annotations(args.data or catalogue(args.work, args.pictures)).load("test", "present")[0]
-    texts = [sample.caption for sample in data.samples[: args.pictures]]
-    pixels = np.stack([encoder.preprocess(data.read(name)) for name in data.images[:BATCH]])
+    encoder, (texts, files) = load(), captioned(args.data, args.pictures)
+    pixels = np.stack([encoder.preprocess(file) for file in files[: args.pictures]])
     reference, expected = in_own_process(measure, load, REFERENCE, texts, pixels)
     print("| runtime | texts/s | one text | images/s | memory | cosine text, image |")
     print("| --- | --- | --- | --- | --- | --- |")

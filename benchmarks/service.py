@@ -25,73 +25,21 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class MemoryGroup:
-    """A control group of Linux with a limit of memory, as a container has; entering it needs root.
-
-    path: None if this process may not make one; memory is then not limited.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.path: Path | None = None
-        for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-            group = Path(root, f"dcar-{os.getpid()}")
-            with suppress(OSError):
-                group.mkdir()
-                if (group / limit).exists():
-                    (group / limit).write_text(str(limit_bytes))
-                    self.path = group
-                    return
-                group.rmdir()
-
-    def enter(self) -> None:
-        """Move this process into the group."""
-        if self.path is not None:
-            (self.path / "cgroup.procs").write_text("0")
-
-    def report(self) -> tuple[float, int]:
-        """Return the peak in MB, file pages included, and the number of processes ended for lack of memory."""
-        if self.path is None:
-            return float("nan"), 0
-        read = {name: (self.path / name) for name in ("memory.max_usage_in_bytes", "memory.peak")}
-        peak = next((int(file.read_text()) for file in read.values() if file.exists()), 0)
-        events = [self.path / name for name in ("memory.oom_control", "memory.events")]
-        lines = [line.split() for file in events if file.exists() for line in file.read_text().splitlines()]
-        return peak / 1e6, sum(int(count) for name, count in lines if name == "oom_kill")
-
-    def close(self) -> None:
-        """Remove the group, once its processes have ended."""
-        if self.path is not None:
-            self.path.rmdir()
-
-
 class Server:
-    """A `dcar serve` process on some cores and in a group, with settings as in DCAR_*."""
+    """A `dcar serve` process on some cores, with settings as in DCAR_*."""
 
-    def __init__(
-        self,
-        index: Path,
-        *,
-        cores: set[int] | None = None,
-        group: MemoryGroup | None = None,
-        module: str = "app.cli",
-        environment: dict[str, str] | None = None,
-        **settings: Any,
-    ) -> None:
-        """Start it. module: what is run, and environment: more variables for it."""
+    def __init__(self, index: Path, *, cores: set[int] | None = None, **settings: Any) -> None:
+        """Start it, and wait until it is ready."""
         self.port = free_port()
-        given = {f"DCAR_{name.upper()}": str(value) for name, value in settings.items()}
-        given = (
-            {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)} | given | (environment or {})
-        )
-        command = [sys.executable, "-m", module, "serve", "--index", str(index), "--port", str(self.port)]
+        environment = {"DCAR_LOG_LEVEL": "warning", "DCAR_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+        environment |= {f"DCAR_{name.upper()}": str(value) for name, value in settings.items()}
+        command = [sys.executable, "-m", "app.cli", "serve", "--index", str(index), "--port", str(self.port)]
 
         def prepare() -> None:
             if cores:
                 os.sched_setaffinity(0, cores)
-            if group:
-                group.enter()
 
-        self._start = lambda: subprocess.Popen(command, env=os.environ | given, preexec_fn=prepare)
+        self._start = lambda: subprocess.Popen(command, env=os.environ | environment, preexec_fn=prepare)
         self.start()
 
     def start(self) -> None:

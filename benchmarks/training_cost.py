@@ -7,8 +7,6 @@
 - On a CPU, seconds are processor time on one thread, which other load distorts least; `--wall` measures wall-clock
   time, as on a GPU.
 - `--batches` batches are timed and extrapolated to an epoch of `--pairs`.
-- Preparation (decoding, frozen features, token weights) is timed with an empty cache and with a full one. For methods
-  with a frozen tower, a batch is also timed without cached features of that tower.
 """
 
 import argparse
@@ -16,14 +14,13 @@ import json
 import resource
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dcar_core.data import Annotations, Dataset
+from dcar_core.data import Annotations
 from dcar_core.encoder.encoder import pick_device
 from dcar_core.model.backbone import BackboneSource, load_backbone
 from dcar_core.model.dcar import DCAR, seeded_model
@@ -34,10 +31,7 @@ from dcar_core.util.processes import in_own_process
 
 METHODS = "clip-adapter,coop,dual,dcar,maple,dcar+,block-adapters"
 WORDS = ("red", "blue", "small", "striped", "shiny", "old", "metal", "round", "with", "a", "and", "on", "near", "the")
-HEADS = (
-    "method", "trainable", "s per batch", "s per epoch", "peak MB", "preparation, s", "again with the cache, s",
-    "s per batch without the cache",
-)  # fmt: skip
+HEADS = ("method", "trainable", "s per batch", "s per epoch", "peak MB")
 
 clock = time.perf_counter
 
@@ -68,12 +62,6 @@ def seconds_per_batch(model: DCAR, data: PreparedSplit, args: argparse.Namespace
     return float(np.median(times[1:]))
 
 
-def timed_prepare(training: Dataset, model: DCAR, cache: FeatureCache) -> tuple[PreparedSplit, float]:
-    """Return the prepared split and the seconds it took."""
-    started = clock()
-    return prepare_split(training, model, for_training=True, cache=cache), clock() - started
-
-
 def prepare_process(args: argparse.Namespace) -> None:
     """Set the number of threads, and the processor's time as the clock of a CPU."""
     global clock
@@ -83,30 +71,22 @@ def prepare_process(args: argparse.Namespace) -> None:
         clock = time.process_time
 
 
-def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float | str | None]:
+def measure(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Measure one method in this process."""
     prepare_process(args)
     backbone = load_backbone(BackboneSource(args.model, args.pretrained), pick_device(args.device))
     model = seeded_model(backbone, method(name), 0).train()
     training = Annotations(folder).load("train")[0]
-    cache = folder / f"features-{name}"
-    data, cold = timed_prepare(training, model, FeatureCache(cache, backbone))
-    data, warm = timed_prepare(training, model, FeatureCache(cache, backbone))
+    data = prepare_split(training, model, for_training=True, cache=FeatureCache(None, backbone))
     batch = seconds_per_batch(model, data, args)
     peak = (
         torch.cuda.max_memory_allocated()
         if backbone.device.type == "cuda"
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     ) / 1e6
-    uncached = None
-    if model.image_is_frozen:
-        pixels = np.stack([backbone.preprocess(training.read(s.image)) for s in training.samples[: args.batch_size]])
-        small = replace(data, image_of=data.image_of[: args.batch_size], pixels=pixels, image_features=None)
-        uncached = seconds_per_batch(model, replace(small, text_features=None) if model.text_is_frozen else small, args)
     trainable = sum(p.numel() for _, p in model.trainables() if p.requires_grad)
     return {
-        "method": name, "trainable": trainable, "batch": batch, "epoch": batch * args.pairs / args.batch_size,
-        "peak": peak, "cold": cold, "warm": warm, "uncached": uncached,
+        "trainable": trainable, "batch": batch, "epoch": batch * args.pairs / args.batch_size, "peak": peak,
     }  # fmt: skip
 
 
@@ -127,15 +107,14 @@ def main() -> None:
     prepare_process(args)
     generated = min(args.pairs, 2 * args.batch_size)
     print(f"{args.model}, {pick_device(args.device)}, {torch.get_num_threads()} threads, batches of {args.batch_size}; "
-          f"an epoch of {args.pairs:,} pairs; preparation of {generated} pairs\n")  # fmt: skip
+          f"an epoch of {args.pairs:,} pairs\n")  # fmt: skip
     print(f"| {' | '.join(HEADS)} |\n{'| --- ' * len(HEADS)}|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), generated)
         for name in args.methods.split(","):
             m = in_own_process(measure, name, Path(folder), args)
-            uncached = "-" if m["uncached"] is None else f"{m['uncached']:.3g}"
-            print(f"| {name} | {m['trainable']:,} | {m['batch']:.3g} | {m['epoch']:.3g} | {m['peak']:.0f} | "
-                  f"{m['cold']:.1f} | {m['warm']:.1f} | {uncached} |", flush=True)  # fmt: skip
+            print(f"| {name} | {m['trainable']:,} | {m['batch']:.3g} | {m['epoch']:.3g} | {m['peak']:.0f} |",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

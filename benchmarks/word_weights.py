@@ -5,8 +5,7 @@
     python benchmarks/word_weights.py examples/emoji/twemoji results/runs/*/* --model examples/emoji/base
 
 - DCAR's weights multiply the embeddings of a query. `predicted` ones are of the text alone; `exact` ones are of the
-  query's own image, which no search knows. The last line of such a method compares predicted weights with the fall of
-  the cosine to the query's image when the token is left out.
+  query's own image, which no search knows.
 - `shuffled` weights are those of other tokens of the caption. Weights count if they beat these and none.
 - Seeds are averaged. Intervals resample whole categories if training has none of them.
 """
@@ -25,7 +24,6 @@ from dcar_core.model.checkpoint import load_checkpoint
 from dcar_core.model.dcar import DCAR
 from dcar_core.training.prepared_split import FeatureCache, FrozenFeatures, PreparedSplit, prepare_split
 from dcar_core.training.validation import (
-    encode_captions,
     encode_images,
     new_categories,
 )
@@ -45,23 +43,8 @@ def shuffled(weights: Tensor, mask: Tensor) -> Tensor:
     return moved
 
 
-def without_each_token(model: DCAR, tokens: Tensor) -> Tensor:
-    """Encode captions (N, n) without each of their tokens: (N, n, E), zeros at other positions."""
-    mask, padding = (
-        model.backbone.layout.caption_mask(tokens),
-        torch.full_like(tokens[:, :1], model.backbone.layout.pad_id),
-    )
-    found = torch.zeros(*tokens.shape, model.backbone.embed_dim)
-    for place in range(tokens.shape[1]):
-        rows = mask[:, place].nonzero()[:, 0]
-        if len(rows):
-            shorter = torch.cat([tokens[:, :place], tokens[:, place + 1 :], padding], 1)[rows]
-            found[rows, place] = torch.cat([model.encode_query(part) for part in shorter.split(CHUNK)])
-    return found
-
-
-def weighted_queries(model: DCAR, split: PreparedSplit, frozen: FrozenFeatures) -> tuple[Rows, str]:
-    """Return the ranks with weights of the queries' tokens, and how the predicted ones agree with their effect."""
+def weighted_queries(model: DCAR, split: PreparedSplit, frozen: FrozenFeatures) -> Rows:
+    """Return the ranks with weights of the queries' tokens."""
     tokens, image, config = split.tokens, encode_images(model, split), model.config.reweight
     mask = model.backbone.layout.caption_mask(tokens)
     predicted, exact = model.predicted_weights(tokens), frozen.pair_weights(tokens, config)
@@ -76,12 +59,7 @@ def weighted_queries(model: DCAR, split: PreparedSplit, frozen: FrozenFeatures) 
         parts = zip(tokens.split(CHUNK), factors.split(CHUNK), strict=True)
         text = torch.cat([model.encode_text(*part) for part in parts]).numpy()
         found[name] = compute_ranks(text, image, split.image_of)
-    own, text = torch.from_numpy(image[split.image_of]), torch.from_numpy(encode_captions(model, split))
-    falls = torch.einsum("nte,ne->nt", text[:, None] - without_each_token(model, tokens), own)
-    pairs = [(a[m].numpy(), b[m].numpy()) for a, b, m in zip(predicted, falls, mask, strict=True) if m.sum() > 2]
-    spearman = np.mean([np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1] for a, b in pairs])
-    top, chance = np.mean([(a.argmax() == b.argmax(), 1 / len(a)) for a, b in pairs], axis=0)
-    return found, f"Spearman {spearman:.2f}, the same first token {100 * top:.0f} %, chance {100 * chance:.0f} %"
+    return found
 
 
 @torch.inference_mode()
@@ -103,8 +81,7 @@ def main() -> None:
         split = prepare_split(data, model.eval(), for_training=False)
         found: Rows = {}
         if model.head is not None:
-            found, agreement = weighted_queries(model, split, frozen)
-            print(f"{model.config.method}, {directory.name}: {agreement}")
+            found = weighted_queries(model, split, frozen)
         for name, ranks in found.items():
             own = Scores.of_ranks(ranks, split.image_of)
             hits[model.config.method].setdefault(name, []).append(own if groups is None else own.grouped(groups))

@@ -1,6 +1,5 @@
 """The benchmark scripts run, on a tiny CLIP; their figures are for a quiet machine."""
 
-import asyncio
 import importlib
 import json
 import re
@@ -35,8 +34,6 @@ TABLES = {  # commands, and patterns of what they print
     "runtimes.py --checkpoint {work}/tiny-checkpoint --runtimes torch --pictures 4 --work {work}":
         r"\| reference \| .*\n\| torch \| \d+ \(.*\n\n4 captions, 4 images, ",
     "caption_counts.py {data} --model {model} --methods clip-adapter --seeds 1 --counts 10": r"\n\| 0 \|.*\n\| 10 \|",
-    "method_seconds.py --data {data} --model {model} --methods clip-adapter,lora --epochs 1":
-        r"\n\| clip-adapter \| .+? \| 0 \|.*\| shared \|\n\| lora \| .+? \| 24 \|.*\| own \|",
 }  # fmt: skip
 
 
@@ -99,14 +96,13 @@ def test_attribute_queries_are_of_images_without_a_copy(domain: str) -> None:
     assert (asked.grades(np.roll(asked.queries, 1)) < 1).any()
 
 
-def test_the_categories_of_several_results_are_pooled(tmp_path: Path, main: Callable[..., str]) -> None:
-    for fold, category in enumerate(("dog", "cat")):
-        found = {"pairs": 1 + 2 * fold, "t2i_r1": 100 * (1 - fold), "i2t_r1": 50.0}
-        runs = {"methods": {name: {"runs": [{"categories": {category: found}}]} for name in "ab"}}
-        write_json(tmp_path / str(fold) / "results.json", runs)
+def test_categories_are_resampled(tmp_path: Path, main: Callable[..., str]) -> None:
+    found = {
+        name: {"pairs": 1 + 2 * i, "t2i_r1": 100 * (1 - i), "i2t_r1": 50.0} for i, name in enumerate(("dog", "cat"))
+    }
+    write_json(tmp_path / "results.json", {"methods": {name: {"runs": [{"categories": found}]} for name in "ab"}})
     for options, value in (((), "37.5"), (("--measure", "t2i_r1"), "25.0")):
-        printed = main("category_intervals", tmp_path / "0", tmp_path / "1", "a", "b", *options)
-        assert printed.startswith(f"a: {value} (")
+        assert main("category_intervals", tmp_path, "a", "b", *options).startswith(f"a: {value} (")
 
 
 def test_the_grade_is_the_share_of_facts_that_hold(
@@ -147,36 +143,10 @@ def test_weights_of_words_are_compared_with_shuffled_ones(
     torch.testing.assert_close(moved.sort().values, weights.sort().values)
     torch.testing.assert_close(moved * ~mask[:, None], weights * ~mask[:, None])
     model = seeded_model(backbone, method("dcar"), 0).eval()
-    tokens = backbone.tokenize(["a red dog", "dog"], model.prompt_tokens)
-    shorter = model.encode_query(backbone.tokenize(["a dog"], model.prompt_tokens))
-    torch.testing.assert_close(script.without_each_token(model, tokens)[0, backbone.layout.start + 1], shorter[0])
     save_checkpoint(model, tmp_path / "dcar")
     printed = main("word_weights", tiny_data, tmp_path / "dcar", "--model", tiny_model)
-    assert printed.startswith("dcar, dcar: Spearman ")
     names = ("no weights", "predicted", "predicted, shuffled", "predicted, inverted", "exact", "exact, shuffled")
     assert [line.split(" | ")[0] for line in printed.splitlines() if line.endswith(") |")] == [f"| {n}" for n in names]
-
-
-async def test_responses_after_an_open_loop_are_not_in_its_rate() -> None:
-    ended, closed = asyncio.Event(), asyncio.Event()
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async for line in reader:
-            if line == b"late\n":
-                await ended.wait()
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-        writer.close()
-        closed.set()
-
-    requests = iter([b"early\n", b"late\n"])
-    server = await asyncio.start_server(answer, "127.0.0.1")
-    port = server.sockets[0].getsockname()[1]
-    asyncio.get_running_loop().call_later(0.8, ended.set)
-    tally = await importlib.import_module("load").open_loop(port, lambda: next(requests), rate=4, seconds=0.5)
-    await closed.wait()
-    server.close()
-    assert len(tally.good) == 2
-    assert tally.rate * tally.seconds == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -192,7 +162,7 @@ def test_the_loop_of_clicks_ends_with_hits_by_week(tiny_model: Path, tiny_galler
     hits = json.loads(last)
     assert [*hits] == ["on", "off", "honest", "clicks", "captions"]
     assert all(len(weeks) == 2 and all(0 <= hit <= 100 for hit in weeks) for weeks in hits.values())
-    assert [line.partition(" ")[0] for line in said[1:]] == ["hostile", "propensities:", "a"]
+    assert [line.partition(" ")[0] for line in said[1:]] == ["hostile", "a"]
     assert done.stderr.count("hostile, week ") == 8
 
 
@@ -222,11 +192,10 @@ def test_a_clip_for_photos_learns_from_other_categories_than_it_is_measured_on(t
         (script, f"maps --data {tiny_data} --cnn {cnn} --out {bed}"),
         (script, f"train --encoder {encoder} --wordnet {tmp_path} --out {bed} --text-steps 1 --epochs 1"),
         ("app.cli", f"evaluate {data} --model {bed / 'base'} --methods clip --negatives off --out {results}"),
-        (script, f"within {data} --results {results}"),
     ):
         done = commands.run(program, *arguments.split())
         assert done.returncode == 0, done.stderr
-    assert re.search(r"\n\| clip \| \S+( \| [\d.]+){4} \|", done.stdout), done.stdout
+    assert "| clip |" in done.stdout
     known, own = ((bed / f"{name}.jsonl").read_text() for name in ("known", tiny_data.name))
     categories = [set(re.findall(r'"category": "(.*?)"', rows)) for rows in (known, own)]
     assert all(categories), categories
