@@ -140,7 +140,7 @@ def main() -> None:
             program, environment = install(folder)
         environment["DCAR_RUNTIME_CACHE"] = f"{temporary}/runtimes"  # a new user has measured no runtime
         model = f"--model {random_model(folder / args.model, args.model).name} " if args.model else ""
-        quickstart = f"dcar quickstart photos {model}--port {port} --no-open"
+        quickstart = f"dcar quickstart photos {model}--port {port}"
         with serving(quickstart, port, folder, program, environment):
             search(port, args.query)
 

@@ -1,9 +1,10 @@
 """What was asked for in a build: `IndexSpec`, which a version's manifest stores, and `BuildOptions`, how the job runs.
 
-A field declared by `option` is an option of `dcar index build`; its help describes it. `jobs.cli` makes the command.
+A field declared by `option` is an option of `dcar index build`; its help describes it.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,19 @@ from dcar_core.util.options import option
 
 KEEP_WRITES = 5  # versions that changes over HTTP or by a watch keep of theirs
 _SHARE = {"metavar": "SHARE", "min": 0, "max": 1}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as "800MiB"; a bare number is bytes, and less than a megabyte is refused."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1_000_000:
+        raise ValueError(f"{text!r} is not a size of a megabyte or more; give one such as 800MiB or 4GiB")
+    return size
+
+
+def parse_names(text: str) -> list[str]:
+    return sorted({name.strip() for name in text.split(",") if name.strip()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +57,7 @@ class IndexSpec:
         "Memory that the index may take, such as 800MiB or 4GiB. Building it also holds a sample of the vectors. "
         "Default: half of the machine's or container's memory.",
         metavar="SIZE",
+        parser=parse_size,
     )
     target_recall: float = option(0.99, "Recall at 10, against exact search, to tune parameters to.", **_SHARE)
     text_fields: tuple[str, ...] | None = option(
@@ -50,6 +65,7 @@ class IndexSpec:
         "Metadata fields whose words hybrid searches look up, separated by commas. Default: every field with text. Id, "
         "caption and category are always looked up.",
         metavar="NAMES",
+        parser=parse_names,
     )
     group_field: str = option("", "Metadata field that names the product: searches return each once.", metavar="NAME")
     max_failed: float = option(0.05, "Share of images that may be unreadable; failed.jsonl lists them.", **_SHARE)
@@ -59,6 +75,7 @@ class IndexSpec:
         "Encoder runtime: auto (by what is installed and the processor), torch, openvino-bf16, and others of "
         "docs/how-to/choose-a-runtime.md.",
         envvar="DCAR_RUNTIME",
+        command_default="auto",
     )
 
     def __post_init__(self) -> None:

@@ -1,20 +1,52 @@
-"""Options that several commands share."""
+"""The command line's groups, and options that several commands share."""
 
 import json
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 
-from dcar_core.model.config import LossDirection
+from dcar_core.model.recommended import DEFAULT
+from dcar_core.util.options import for_typer, option
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "emoji"
 
+app = typer.Typer(
+    name="dcar",
+    help="Image-text retrieval that knows fine-grained differences.\n\n"
+    "Adapt CLIP to your catalogue (train), turn its images into an index (index build), and search it from the "
+    "command line (search) or as a service (serve). `dcar demo` shows all of it on a bundled example.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-def example(*lines: str) -> str:
-    """Return the epilog of a command's help: example command lines."""
-    return "\b\n" + "\n".join([f"Example{'s' if len(lines) > 1 else ''}:", *(f"  {line}" for line in lines)])
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"dcar {metadata.version('dcar')}")
+        raise typer.Exit
+
+
+def _every_command(
+    *, version: bool = option(False, "Show the version and exit.", callback=_print_version, is_eager=True)
+) -> None:
+    pass
+
+
+app.callback()(for_typer(_every_command))
+
+
+def group(name: str, parent: typer.Typer = app, help: str | None = None) -> typer.Typer:
+    """Return the group of commands of that name, new if there is none."""
+    for known in parent.registered_groups:
+        if known.name == name and known.typer_instance:
+            return known.typer_instance
+    made = typer.Typer(help=help, no_args_is_help=True)
+    parent.add_typer(made, name=name)
+    return made
 
 
 def published_index(location: str) -> Path:
@@ -25,61 +57,25 @@ def published_index(location: str) -> Path:
 
 
 def parse_filter(text: str) -> dict[str, Any]:
-    """Return a filter given as JSON.
-
-    Raises:
-        typer.BadParameter: the text is no JSON object.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"""a filter is JSON, such as '{{"category": "shoes"}}': {error}""") from None
+    value = json.loads(text)
     if not isinstance(value, dict):
-        raise typer.BadParameter("a filter is a JSON object of fields and conditions")
+        raise ValueError("a filter is a JSON object of fields and conditions")
     return value
 
 
-Data = Annotated[Path, Option(help="Directory with train.json, ..., or a table; see docs/reference/data-formats.md.")]
-ModelName = Annotated[str, Option("--model", help="An open_clip model such as ViT-B-16-SigLIP, or a directory.")]
-Pretrained = Annotated[
-    str | None,
-    Option(
-        help="Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar models --recommend`."
-    ),
-]
-Images = Annotated[Path | None, Option(help="Root folder of the images. Default: the folder of the annotations.")]
-SkipBroken = Annotated[bool, Option("--skip-broken", help="Leave out images that are missing or broken.")]
-Negatives = Annotated[
-    str,
-    Option(
-        help="Generate negative captions: auto (if most pairs of a split have none), missing (for pairs without any), "
-        "all (also replacing existing ones), off."
-    ),
-]
-Taxonomy = Annotated[Path | None, Option(help="JSON of similar categories; see docs/reference/data-formats.md.")]
-Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Loss = Annotated[LossDirection, Option(help="Contrastive loss: in both directions, or image-to-text only.")]
-Epochs = Annotated[int, Option(min=1, help="Maximum number of epochs.")]
-BatchSize = Annotated[int, Option(min=2, help="Pairs per training step.")]
-Patience = Annotated[
-    int, Option(min=0, help="Epochs without better validation recall before training stops; 0: never.")
-]
-Accumulate = Annotated[int, Option(min=1, help="Split a batch into parts, for a small device; the result is the same.")]
-Amp = Annotated[str, Option(help="Mixed precision: auto (if a GPU supports it), off, bfloat16 or float16.")]
-Features = Annotated[
-    Path | None,
-    Option(
-        envvar="DCAR_FEATURES", help="Cache of frozen features, which several runs can share. Default: OUT/features."
-    ),
-]
-LearningRate = Annotated[float, Option("--lr", min=0, help="Learning rate.")]
-IndexDir = Annotated[
-    Path, Option("--index", parser=published_index, metavar="DIR", help="Directory or URL of a published index.")
-]
-Filter = Annotated[
-    dict[str, Any] | None,
-    Option(
-        parser=parse_filter, metavar="JSON", help='Only items that match a filter, such as \'{"category": "shoes"}\'.'
-    ),
-]
-Out = Annotated[Path, Option(help="Directory to write to; created if missing.")]
+INDEX = option(help="Directory or URL of a published index.", parser=published_index, metavar="DIR")
+OUT = option(help="Directory to write to; created if missing.")
+MODEL = option(DEFAULT.name, "An open_clip model such as ViT-B-16-SigLIP, or a directory.")
+PRETRAINED = option(
+    None, "Weights of a named model: a tag, or a .safetensors or .pt file. Default: as `dcar models --recommend`."
+)
+IMAGES = option(None, "Root folder of the images. Default: the folder of the annotations.")
+NEGATIVES = (
+    "Generate negative captions: auto (if most pairs of a split have none), missing (for pairs without any), all (also "
+    "replacing existing ones), off."
+)
+TAXONOMY = option(None, "JSON of similar categories; see docs/reference/data-formats.md.")
+DEVICE = option("auto", "auto, cpu, cuda, cuda:1 or mps.")
+FILTER = option(
+    None, 'Only items that match a filter, such as \'{"category": "shoes"}\'.', parser=parse_filter, metavar="JSON"
+)

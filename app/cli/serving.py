@@ -1,35 +1,40 @@
-"""`dcar serve`, `dcar search` and `dcar demo`."""
+"""`dcar serve`, `dcar search`, `dcar key`, and two that index and serve at once: `dcar demo` and `dcar quickstart`."""
 
 import gc
+import hashlib
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
-from typer import Argument, Option
 
-from app.cli.options import EXAMPLES, Device, Filter, IndexDir, example
-from dcar_core.util.console import dump_json, show_progress
-from dcar_core.util.errors import DcarError, ImageError, ImageFault
+from app.cli import options
+from app.cli.options import EXAMPLES, app
+from dcar_core.model.recommended import recommended_weights
+from dcar_core.util.console import show_progress
+from dcar_core.util.errors import DataError, DcarError, HubUnavailableError, ImageError, ImageFault
 from dcar_core.util.files import require_writable
-from index_jobs.jobs.cli import Runtime
+from dcar_core.util.options import command, option, with_options
+from index_jobs.spec import IndexSpec
 
-commands = typer.Typer()
+HOST = option("127.0.0.1", "Address to listen on.")
+PORT = option(8000, "Port to listen on.", min=1, max=65535)
+_STANDS_IN = "This model knows emoji, not photos. Run dcar quickstart again with a connection to the model hub, for {}."
 
 
-@commands.command(
-    epilog=example("dcar serve --index index --port 8000", "dcar serve --index shoes --collection bags=bags-index")
-)
+@command(app, "serve", "dcar serve --index index --port 8000", "dcar serve --index shoes --collection bags=bags-index")
 def serve(
-    index: Annotated[Path | None, Option(help="Directory or URL of a published index [DCAR_INDEX].")] = None,
-    host: Annotated[str | None, Option(help="Address to listen on [DCAR_HOST].")] = None,
-    port: Annotated[int | None, Option(min=0, max=65535, help="Port; 0 chooses a free one [DCAR_PORT].")] = None,
-    workers: Annotated[int | None, Option(min=1, help="Processes that serve the port [DCAR_WORKERS].")] = None,
-    runtime: Annotated[str | None, Option(help="Encoder runtime, such as auto or torch [DCAR_RUNTIME].")] = None,
-    collection: Annotated[
-        list[str] | None, Option(metavar="NAME=DIR", help="Another index, under /collections/NAME/; may be repeated.")
-    ] = None,
+    *,
+    index: Path | None = option(None, "Directory or URL of a published index [DCAR_INDEX]."),
+    host: str | None = option(None, "Address to listen on [DCAR_HOST]."),
+    port: int | None = option(None, "Port; 0 chooses a free one [DCAR_PORT].", min=0, max=65535),
+    workers: int | None = option(None, "Processes that serve the port [DCAR_WORKERS].", min=1),
+    runtime: str | None = option(None, "Encoder runtime, such as auto or torch [DCAR_RUNTIME]."),
+    collection: list[str] | None = option(
+        None, "Another index, under /collections/NAME/; may be repeated.", metavar="NAME=DIR"
+    ),
 ) -> None:
     """Serve an index over HTTP, with a search page at / and the API's documentation at /docs.
 
@@ -44,26 +49,27 @@ def serve(
     serve_index(index=index, host=host, port=port, workers=workers, runtime=runtime, collections=collections or None)
 
 
-@commands.command(
-    epilog=example(
-        'dcar search "red sports car" --index index -k 5',
-        """dcar search photo.jpg --index index --filter '{"category": "shoes"}' --json""",
-        """dcar search "red shoe" --index index --option more_like=4f1c0a --option fold=0.9""",
-    )
+@command(
+    app,
+    "search",
+    'dcar search "red sports car" --index index -k 5',
+    """dcar search photo.jpg --index index --filter '{"category": "shoes"}' --json""",
+    """dcar search "red shoe" --index index --option more_like=4f1c0a --option fold=0.9""",
 )
 def search(
-    query: Annotated[str, Argument(help="Words, or the path of an image.")],
-    index: IndexDir,
-    image: Annotated[Path | None, Option(help="An image to combine with the words.")] = None,
-    k: Annotated[int, Option("-k", min=1, max=1000, help="Number of results.")] = 10,
-    without: Annotated[str, Option(help="Words for content that results should not show.")] = "",
-    hybrid: Annotated[bool, Option("--hybrid", help="Look up the words in ids, texts and metadata as well.")] = False,
-    filter: Filter = None,
-    option: Annotated[
-        list[str] | None, Option(metavar="NAME=VALUE", help="Any other search option of the HTTP API; may be repeated.")
-    ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
-    device: Device = "auto",
+    query: str = option(help="Words, or the path of an image."),
+    *,
+    index: Path = options.INDEX,
+    image: Path | None = option(None, "An image to combine with the words."),
+    k: int = option(10, "Number of results.", flags=("-k",), min=1, max=1000),
+    without: str = option("", "Words for content that results should not show."),
+    hybrid: bool = option(False, "Look up the words in ids, texts and metadata as well."),
+    filter: dict[str, Any] | None = options.FILTER,
+    option: list[str] | None = option(
+        None, "Any other search option of the HTTP API; may be repeated.", metavar="NAME=VALUE"
+    ),
+    as_json: bool = option(False, "Print one JSON object.", flags=("--json",)),
+    device: str = options.DEVICE,
 ) -> None:
     """Search an index once, without a service.
 
@@ -79,32 +85,51 @@ def search(
     from app.search import Index
     from app.search.query import parse_fields
 
-    given = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
-    fields = given | parse_fields(_pairs("--option", "NAME=VALUE, such as fold=0.9", option))
+    fields = {"k": k, "without": without, "hybrid": hybrid, "filter": filter}
+    fields |= parse_fields(_pairs("--option", "NAME=VALUE, such as fold=0.9", option))
     opened = Index.open(index, device=device)
     body, shown = opened.search(query, image=image, **fields), list[dict[str, object]]()
     for result in body["results"]:
         metadata = opened.metadata(result["id"])
         shown.append({**result, **{name: metadata.get(name, "") for name in ("title", "file_name")}})
     if as_json:
-        typer.echo(dump_json({**body, "results": shown}))
+        typer.echo(json.dumps({**body, "results": shown}, ensure_ascii=False))
         return
     if not shown:
         typer.echo("nothing found: no item fulfils the filter and reaches min_score", err=True)
     elif body["nothing_fits"]:
         typer.echo("nothing fits well; these are the nearest", err=True)
-    for each in shown:
-        name = f"{each['title']} ({each['file_name']})" if each["title"] else each["file_name"]
-        typer.echo(f"{each['rank']:3}  {each['score']:.3f}  {each['id']:24}  {each['caption'] or name}")
+    for row in shown:
+        name = f"{row['title']} ({row['file_name']})" if row["title"] else row["file_name"]
+        typer.echo(f"{row['rank']:3}  {row['score']:.3f}  {row['id']:24}  {row['caption'] or name}")
 
 
-@commands.command(epilog=example("dcar demo", "dcar demo --port 9000 --domain openmoji"))
+@command(app, "key", "dcar key webshop")
+def key(name: str = option(help="Name of the key's owner, which appears in the log.")) -> None:
+    """Create an API key. The service stores its hash only: add the last line of the output to DCAR_API_KEYS.
+
+    For DCAR_ADMIN_KEY, write sha256: in place of the name.
+    """
+    from app.core.keys import key_hash, new_key, parse_keys
+
+    secret = new_key()
+    line = f"{name}:{key_hash(secret)}"
+    try:
+        parse_keys(line)
+    except ValueError:
+        raise DcarError(f"the name {name!r} is not allowed: use 1 to 64 letters, digits, dots, dashes") from None
+    typer.echo(f"for {name}, shown this once: {secret}\n{line}")
+
+
+@command(app, "demo", "dcar demo", "dcar demo --port 9000 --domain openmoji")
+@with_options(IndexSpec, "runtime")
 def demo(
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    domain: Annotated[str, Option(help="Default collection: twemoji or openmoji.")] = "twemoji",
-    data: Annotated[Path, Option(help="Directory for the demo's indexes.")] = Path("data"),
-    runtime: Runtime = "auto",
+    *,
+    host: str = HOST,
+    port: int = PORT,
+    domain: str = option("twemoji", "Default collection: twemoji or openmoji."),
+    data: Path = option(Path("data"), "Directory for the demo's indexes."),
+    **build: Any,
 ) -> None:
     """Index the bundled emoji galleries (once) and serve them as collections over one backbone.
 
@@ -122,50 +147,118 @@ def demo(
         raise DcarError(f"no bundled domain is named {domain!r}; there are: {available}")
     listen(host, port).close()  # report a taken port before minutes are spent on indexes
     require_writable(data)
-    others = [name for name in domains if name != domain]
-    sources = {name: (EXAMPLES / name, EXAMPLES / name / "checkpoint") for name in (domain, *others)}
-    sources[f"{domain}-clip"] = EXAMPLES / domain, bundled_checkpoint(data / "zero-shot")
-    others.append(f"{domain}-clip")
+    clip = f"{domain}-clip"
+    names = [domain, *(name for name in domains if name != domain), clip]
     typer.echo()
-    for number, (name, (gallery, checkpoint)) in enumerate(sources.items(), 1):
-        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, runtime=runtime)
+    for number, name in enumerate(names, 1):
+        gallery = EXAMPLES / name.removesuffix("-clip")
+        checkpoint = bundled_checkpoint(data / "zero-shot") if name == clip else gallery / "checkpoint"
+        summary = rebuild(gallery, checkpoint, data / "index" / name, validation=gallery, **build)
         state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
-        typer.echo(f"{number} of {len(sources)}: {summary.count:,} {name} images, {state}")
-    typer.echo(_hints(base_url(host, port), others))
+        typer.echo(f"{number} of {len(names)}: {summary.count:,} {name} images, {state}")
+    url, body = base_url(host, port), """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
+    typer.echo(f"Try:\n  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={clip}&words=0")
+    for prefix in ("", *(f"/collections/{name}" for name in names[1:])):
+        typer.echo(f"  by text     curl -s {url}{prefix}/search/text {body}")
+    typer.echo(
+        f"  by image    curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\nStop with Ctrl-C.\n"
+    )
     sys.stdout.flush()
-    collections = {name: data / "index" / name for name in others}
-    index = data / "index" / domain
-    serve_index(index=index, collections=collections, host=host, port=port, runtime=runtime)
+    indexes = {name: data / "index" / name for name in names}
+    serve_index(index=indexes.pop(domain), collections=indexes, host=host, port=port, **build)
+
+
+@command(app, "quickstart", "dcar quickstart photos", "dcar quickstart photos --model ViT-L-14 --port 9000")
+@with_options(IndexSpec, "runtime")
+def quickstart(
+    gallery: Path = option(help="Folder of images, an uncompressed tar, or a list."),
+    *,
+    model: str = options.MODEL,
+    pretrained: str | None = options.PRETRAINED,
+    host: str = HOST,
+    port: int = PORT,
+    data: Path = option(Path("data"), "Directory for the checkpoint and the index."),
+    **build: Any,
+) -> None:
+    """Index a folder of images with an unadapted model, and serve it with a search page.
+
+    Without a metadata file, file names become titles and sub-folders become categories. The bundled model takes over if
+    the model hub cannot be reached and has the weights. An interrupted run resumes with the same command.
+    """
+    typer.echo(f"looking for images in {gallery}", err=True)
+    show_progress()
+    from app.server import base_url, listen
+    from index_jobs.gallery.scan import scan
+    from index_jobs.rebuild import rebuild
+
+    listen(host, port).close()
+    place = gallery.absolute()
+    if not place.exists():
+        raise DataError(f"there is no gallery {gallery}; name a folder of images")
+    require_writable(data)
+    scanned = scan(place)  # report its faults before weights are fetched
+    typer.echo(f"1 of 3: model {model}")
+    checkpoint = _unadapted(model, pretrained or recommended_weights(model), data / "zero-shot")
+    typer.echo(f"2 of 3: index {gallery}")
+    out = data / "quickstart" / _short_hash(str(place)) / (place.stem or "gallery")
+    build |= {"max_failed": 1.0, "max_vanished": 1.0}  # broken images are counted below, deleted ones are meant to be
+    summary = rebuild(scanned, checkpoint, out, **build)
+    state = "already indexed" if summary.reused else f"indexed in {summary.seconds:.0f} s"
+    typer.echo("\n".join([f"{summary.count:,} images, {state}", *summary.notes()]))
+    typer.echo(
+        f"3 of 3: serve {base_url(host, port)}/\n"
+        f"Stop with Ctrl-C. `dcar index watch {out}` follows the gallery; docs/tutorial.md adapts the model."
+    )
+    sys.stdout.flush()
+    serve_index(index=out, host=host, port=port, runtime=build["runtime"])
+
+
+def _unadapted(model: str, pretrained: str | None, folder: Path) -> Path:
+    """Return a checkpoint of the unadapted model, or of the bundled one if the weights cannot be fetched.
+
+    That of local files is always written again, since the files may have changed.
+    """
+    from dcar_core.model.backbone import BackboneSource, load_backbone
+    from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
+
+    source = BackboneSource(model, pretrained)
+    is_local = source.directory is not None or source.weights_file.is_file()
+    out = folder / _short_hash(f"{model} {pretrained}")
+    if is_checkpoint(out) and not is_local:
+        return out
+    try:
+        save_zero_shot(load_backbone(source), out)
+    except HubUnavailableError:
+        if not EXAMPLES.is_dir():
+            raise
+        note = _STANDS_IN.format(model)
+        typer.echo(f"the model hub cannot be reached, so the bundled model is used. {note}")
+        return bundled_checkpoint(folder / "bundled", note)
+    return out
 
 
 def bundled_checkpoint(out: Path, note: str = "") -> Path:
     """Return a checkpoint of the unadapted bundled model, which is written once."""
+    from dcar_core.model.backbone import BackboneSource, load_backbone
     from dcar_core.model.checkpoint import is_checkpoint, save_zero_shot
 
     if not is_checkpoint(out):
-        from dcar_core.model.backbone import BackboneSource, load_backbone
-
         save_zero_shot(load_backbone(BackboneSource(str(EXAMPLES / "base"))), out, note)
     return out
 
 
-def _hints(url: str, others: list[str]) -> str:
-    body = """-H 'content-type: application/json' -d '{"query": "crying cat", "k": 3}'"""
-    prefixes = ["", *(f"/collections/{name}" for name in others)]
-    texts = "".join(f"  by text     curl -s {url}{prefix}/search/text {body}\n" for prefix in prefixes)
-    image = f"  by image    curl -s {url}/search/image -F file=@{EXAMPLES / 'query.png'} -F k=3\n"
-    pages = f"  the page    {url}/\n  beside CLIP {url}/#q=woman+running+dark+skin&beside={others[-1]}&words=0\n"
-    return f"Try:\n{pages}{texts}{image}Stop with Ctrl-C.\n"
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _pairs(option: str, form: str, values: list[str] | None) -> list[tuple[str, str]]:
+def _pairs(name: str, form: str, texts: list[str] | None) -> list[tuple[str, str]]:
     """Return the names and values of an option that may be repeated."""
     pairs = []
-    for each in values or []:
-        name, sign, value = each.partition("=")
-        if not (name and sign):
-            raise DcarError(f"{option} is {form}, not {each!r}")
-        pairs.append((name, value))
+    for text in texts or []:
+        key, sign, value = text.partition("=")
+        if not (key and sign):
+            raise DcarError(f"{name} is {form}, not {text!r}")
+        pairs.append((key, value))
     return pairs
 
 

@@ -1,7 +1,7 @@
 """Comparison of several methods with several seeds on one data set.
 
 - Choices are made on validation; each run reads the test split once, at its end.
-- With `tune`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
+- With a `grid`, every method gets the same budget: the same learning rates with seed 0, judged by validation recall.
 - Intervals are those of the paired bootstrap over queries. The scores of a method's seeds are averaged by query first.
   Of test categories that training has not, whole categories are resampled.
 """
@@ -21,7 +21,7 @@ from dcar_core.evaluation.method_runner import MethodRunner
 from dcar_core.evaluation.plot import plot_recall
 from dcar_core.evaluation.tables import Results, best_method, results_markdown, spread, summarise
 from dcar_core.model.backbone import Backbone
-from dcar_core.model.config import GRID, LossDirection, ModelConfig, TrainConfig
+from dcar_core.model.config import LossDirection, ModelConfig, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import NO_BASELINES, method
 from dcar_core.negatives import add_negatives, backbone_functions
@@ -49,8 +49,7 @@ def compare(
     taxonomy: Path | None = None,
     loss: LossDirection = "both",
     controls: Mapping[str, Any] | None = None,
-    tune: bool = False,
-    grid: Sequence[float] = GRID,
+    grid: Sequence[float] = (),
     features: Path | None = None,
     on_message: Callable[[str], None] = lambda line: None,
 ) -> Results:
@@ -60,7 +59,7 @@ def compare(
         negatives, taxonomy: see `negatives.add_negatives`.
         loss: directions of the contrastive loss, for every method alike.
         controls: arguments of `ModelConfig.with_controls`, for every method alike.
-        tune: choose each method's learning rate from `grid` on validation; otherwise all use `config.lr`.
+        grid: learning rates to choose each method's from, on validation; without any, all use `config.lr`.
         features: directory of frozen features, shared with other runs on this data; `out`/features by default.
         on_message: called with what was found in the data, and with one line before each training.
 
@@ -95,7 +94,7 @@ def compare(
         "training": config.to_dict(),
         "loss": loss,
         "controls": controls,
-        "grid": list(grid) if tune else None,
+        "grid": list(grid),
         "test_images": len(splits["test"].images),
         "methods": {},
         "diverged": {},
@@ -103,7 +102,7 @@ def compare(
     scores, group_of = dict[str, list[Scores]](), new_categories(splits["train"], splits["test"])
     for name, chosen in configs.items():
         try:
-            tested = _run_method(runner, chosen, seeds, grid if tune else ())
+            tested = _run_method(runner, chosen, seeds, grid)
         except DivergedError as error:  # keep the results of the other methods
             on_message(f"{name} is left out: {error}")
             results["diverged"][name] = str(error)

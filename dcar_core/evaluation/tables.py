@@ -101,7 +101,7 @@ def measures_rows(results: Results) -> Rows:
 
 def settings_rows(results: Results) -> Rows:
     """Return, for each method, its parameters, cost of serving, seconds, and tuned learning rate."""
-    grid = [f"{lr:g}" for lr in results["grid"] or ()]
+    grid = [f"{lr:g}" for lr in results["grid"]]
     rows = [["method", "trainable", "bytes per domain", "backbone", "gallery after training"]]
     rows[0] += ["seconds per run", "learning rate", *(f"validation R@1 at {lr}" for lr in grid)]
     for name, method in results["methods"].items():

@@ -1,16 +1,92 @@
-"""Fields of the dataclasses that commands take their options as."""
+"""Commands made of functions whose parameters, or the fields of a dataclass, are declared by `option`.
 
-from dataclasses import MISSING, field
-from typing import Any
+- A keyword-only parameter is an option of the command, any other one an argument. Its type is that of the option.
+- False becomes a flag; True also has a --no form. A list may be repeated.
+- The function's docstring is the help. The number that it returns is the exit status.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    import typer
+
+Function = TypeVar("Function", bound=Callable[..., int | None])
 
 
-def option(default: Any = MISSING, help: str = "", *, kw_only: Any = MISSING, **declared: Any) -> Any:
-    """Return a dataclass field that is an option of a command.
+def option(default: Any = MISSING, help: str = "", **declared: Any) -> Any:
+    """Return the default of a parameter, or a dataclass field, that is an option or an argument of a command.
 
     Args:
-        default: MISSING for an option that must be given.
-        kw_only: False for an argument, which is given without a name.
-        declared: min and max of a number, metavar, envvar, parser of a text, and flags in place of the name's own,
-            such as ("-k",).
+        default: MISSING for one that must be given.
+        declared: min and max of a number, metavar, envvar, a parser of the text that raises ValueError, and flags in
+            place of the name's own, such as ("-k",). command_default: its default, if not that of the field.
     """
-    return field(default=default, kw_only=kw_only, metadata={"help": help, **declared})
+    return field(default=default, metadata={"help": help, **declared})
+
+
+def with_options(options: type, *names: str) -> Callable[[Function], Function]:
+    """Return a decorator that declares fields of a dataclass, all or those named, in place of `**options`."""
+    types = get_type_hints(options)
+    added = [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each, annotation=types[each.name])
+        for each in fields(options)
+        if each.metadata and (not names or each.name in names)
+    ]
+
+    def declare(function: Function) -> Function:
+        *own, rest = _parameters(function)
+        vars(function)["__signature__"] = inspect.Signature([*own, *added, rest])
+        return function
+
+    return declare
+
+
+def command(group: "typer.Typer", name: str, *examples: str, epilog: str = "") -> Callable[[Function], Function]:
+    """Return a decorator that adds a function to a group of commands. examples: command lines below the help."""
+    if examples:
+        epilog = "\n  ".join([f"\b\nExample{'s' * (len(examples) > 1)}:", *examples]) + epilog
+
+    def add(function: Function) -> Function:
+        group.command(name, help=inspect.getdoc(function), epilog=epilog)(for_typer(function))
+        return function
+
+    return add
+
+
+def for_typer(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Return the function with its parameters declared as typer reads them."""
+    import typer
+
+    def run(**values: Any) -> None:
+        if status := function(**values):
+            raise typer.Exit(status)
+
+    declared = [_declare(each) for each in _parameters(function) if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    vars(run)["__signature__"] = inspect.Signature(declared)
+    return run
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    types = get_type_hints(function)
+    parameters = inspect.signature(function).parameters
+    return [each.replace(annotation=types.get(name, each.annotation)) for name, each in parameters.items()]
+
+
+def _declare(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return the parameter that typer reads."""
+    import typer
+
+    settings = dict(parameter.default.metadata)
+    default = settings.pop("command_default", parameter.default.default)
+    flags = settings.pop("flags", (f"--{parameter.name.replace('_', '-')}",) if default is False else ())
+    declare = typer.Option if parameter.kind is inspect.Parameter.KEYWORD_ONLY else typer.Argument
+    type_ = str if "parser" in settings else parameter.annotation
+    return inspect.Parameter(
+        parameter.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[type_, declare(*flags, **settings)],
+    )

@@ -175,7 +175,7 @@ def test_tuning_has_equal_budgets_and_reads_validation_only(
 
     monkeypatch.setattr("dcar_core.evaluation.method_runner.train", noted)
     grid, names = (1e-4, 1e-2, 1e30), ["dual", "clip-adapter"]
-    results = compare(backbone, tiny_data, names, 2, tmp_path, QUICK, tune=True, grid=grid, on_message=messages.append)
+    results = compare(backbone, tiny_data, names, 2, tmp_path, QUICK, grid=grid, on_message=messages.append)
     assert len(trainings(messages)) == 2 * (len(grid) + 1)  # the tuned run of seed 0 is reused
     assert not list(tmp_path.rglob("state.pt"))  # finished runs leave no state
     for name in names:

@@ -55,7 +55,7 @@ def example_results() -> dict[str, Any]:
         }.items()
     }  # fmt: skip
     return {
-        "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": None, "methods": methods,
+        "data": "d", "backbone": "b", "pairs": {"train": 3, "val": 2, "test": 1}, "grid": [], "methods": methods,
         "training": {"epochs": 1, "batch_size": 2}, "diverged": {}, "baseline": None, "loss": "both", "controls": {},
         "cleaning": {"train": {"captions are doubled": 2}},
     }  # fmt: skip

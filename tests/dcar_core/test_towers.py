@@ -1,6 +1,5 @@
 """The towers of every open_clip configuration, shrunk, and the catalogue of built-in models."""
 
-import json
 import runpy
 from collections import Counter
 from collections.abc import Callable
@@ -129,21 +128,18 @@ def models(*given: str) -> str:
 
 
 def test_the_command_filters_and_recommends() -> None:
-    lines = models("mobileclip2", "--level", "full").splitlines()
-    assert [line.split()[:6] for line in lines] == [
-        ["MobileCLIP2-B", "full", "150", "M", "224", "px"], ["MobileCLIP2-L-14", "full", "428", "M", "224", "px"],
-    ]  # fmt: skip
-    assert all(line.endswith("tokens  English  timm  dfndr2b") for line in lines)
+    line = next(line for line in models("mobileclip2").splitlines() if line.startswith("MobileCLIP2-B "))
+    assert line.split() == [
+        "MobileCLIP2-B",
+        "full",
+        *["150", "M", "224", "px", "77", "tokens", "English", "timm", "dfndr2b"],
+    ]
     lines = models("--recommend").splitlines()
     assert [line.split()[0] for line in lines[1:]] == [each.name for each in RECOMMENDED]
     assert lines[1].split()[1:6] == ["39.3", "%,", "66.8", "%", "604"]
-    (found,) = json.loads(models("quickgelu", "--recommend", "--json"))
-    chosen = ("ViT-B-32-quickgelu", "openai", 30.4, "full")
-    assert (found["name"], found["pretrained"], found["coco"], found["level"]) == chosen
-    levels = {entry["name"]: entry["level"] for entry in json.loads(models("--json"))}
+    assert len(models("quickgelu", "--recommend").splitlines()) == 2
+    levels = {line.split()[0]: line.split()[1] for line in models().splitlines()}
     assert levels == {name: entry.level for name, entry in entries().items()}
-    assert json.loads(models("--level", "features", "--json")) == []
-    assert CliRunner().invoke(app, ["models", "--level", "half"]).exit_code == 2
     with pytest.raises(ModelError):
         models("no such model")
 

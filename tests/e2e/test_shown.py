@@ -119,8 +119,7 @@ class Reader:
         if line.startswith(("dcar train", "dcar evaluate")):
             line += f" {TRAIN if line.startswith('dcar train') else EVALUATE}"
         if line.startswith("dcar quickstart"):
-            self._monkeypatch.setattr("app.cli.quickstart.serve_index", lambda **flags: None)
-            line += " --no-open"
+            self._monkeypatch.setattr("app.cli.serving.serve_index", lambda **flags: None)
         if line.startswith(("dcar train", "dcar evaluate", "dcar zero-shot", "dcar quickstart")):
             line += f" --model {self._model}"
         done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dcar_core.util.options import option
+from dcar_core.util.options import option, with_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,15 @@ class CaptionOptions:
     restart: bool = option(False, "Discard earlier responses.")
 
 
-def caption(options: CaptionOptions) -> int:
+@with_options(CaptionOptions)
+def caption(**options: Any) -> int:
     """Caption images with a vision model, and write annotations for training.
 
     Keys come from the environment: DCAR_CAPTION_API_KEY, and DCAR_JUDGE_API_KEY for a judge at another endpoint. An
     interrupted run resumes with the same command and repeats no request.
-
-    Example:
-      dcar data caption --images photos --out photos/pairs.json --url http://127.0.0.1:8000/v1 --model MODEL
     """
     from dcar_caption.run import caption_images
 
-    run = caption_images(options)
+    run = caption_images(CaptionOptions(**options))
     print(run.summary())
     return int(bool(run.failed) or not run.accepted)
