@@ -1,4 +1,4 @@
-"""Who may use the page, and how: with a key, without barriers, behind a proxy; its weight and its documentation."""
+"""Who may use the page, and how: with a key, without barriers, behind a proxy, while the service is busy."""
 
 from pathlib import Path
 
@@ -70,48 +70,6 @@ def test_key_is_asked_for_and_kept_in_the_tab_alone(page: Page, locked: str, ind
         assert all("401" in message for message in page.errors())
 
 
-def test_picture_of_an_item_is_not_replaced_by_that_of_the_one_before(page: Page, locked: str) -> None:
-    """Responses come when the test answers them, and retries when it calls them."""
-    by_hand = f"sessionStorage.setItem('dcar.key', '{ALICE}'); [window.asks, window.retries] = [[], []];" + """
-        const later = window.setTimeout;
-        window.setTimeout = (call, wait) => (wait > 500 ? window.retries.push(call) : later(call, wait));
-    """ + fetching("""
-        if (path.includes('size=1280')) {
-            const {signal, ...unending} = options;
-            return new Promise((done) => window.asks.push(async (refused) => {
-                done(refused ? new Response('', {status: 429}) : await whole(path, unending));
-                await (await whole(path, unending)).blob(); // the page has read its own by then
-            }));
-        }
-    """)  # fmt: skip
-    shown = "const image = document.getElementById('detail-image'); return image.naturalWidth ? image.src : ''"
-
-    def asked(number: int) -> None:
-        until(lambda: page.js("return asks.length") == number)
-
-    with page.script(by_hand):
-        page.open(locked, 24)
-        page.detail()
-        asked(1)
-        page.click("#next")
-        asked(2)
-        page.js("asks[1]()")
-        second = until(lambda: page.js(shown))
-        page.later("asks[0]().then(arguments[0])")
-        assert until(lambda: page.js(shown)) == second
-        page.click("#next")
-        asked(3)
-        page.js("asks[2](true)")
-        until(lambda: page.js("return retries.length") == 1)
-        page.click("#next")
-        asked(4)
-        page.js("retries[0]()")
-        asked(4)  # the picture of the item before is not requested again
-        page.js("asks[3]()")
-        until(lambda: page.js(shown))
-    page.js("sessionStorage.clear()")
-
-
 def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path, indexes: dict[str, Path]) -> None:
     documented = httpx.get(f"{site}/openapi.json").json()["paths"].values()
     page.open(f"{site}/docs")
@@ -133,3 +91,32 @@ def test_documentation_sends_requests(page: Page, site: str, tiny_gallery: Path,
         for button in (".try-out__btn", ".execute"):
             page.appears(f".opblock {button}").click()
         page.says(".live-responses-table", '"status": "ok"')
+
+
+def test_page_waits_for_a_service_that_is_busy_or_loads_an_index(page: Page, site: str, many: str) -> None:
+    fails_twice = """
+        const later = window.setTimeout, shown = new Promise((done) => window.seen = done);
+        window.setTimeout = (call, wait) => later(call, wait < 500 ? wait : 0);
+    """ + fetching("""
+        if (path === 'collections' && ++asked < 3) return new Response('{"detail": "Too busy."}', {status: 503});
+        if (path === 'collections') await shown;
+    """)  # fmt: skip
+    loads_once = fetching("""
+        if (path === 'ui/catalogue' && asked === 1) return new Response('{"detail": "It is loaded."}', {status: 503});
+        if (path === 'collections' && ++asked === 1) {
+            const {collections: [one]} = await (await whole(path)).json();
+            return Response.json({collections: [{...one, index_version: null}]});
+        }
+    """)
+    with page.script(fails_twice):
+        page.open(f"{many}/#q=red&in=circles")
+        until(lambda: page.text("#error") == "Too busy.")
+        page.js("window.seen()")
+        page.settled(6)
+        assert not page.has("#error")
+    with page.script(loads_once):
+        page.open(f"{site}/#q=red")
+        until(lambda: page.text("#error") == "It is loaded.")
+        page.settled(24)
+        assert not page.has("#error")
+        until(lambda: page.all("#facets button"))

@@ -10,7 +10,7 @@ import pytest
 from app.feedback.store import EventRow, QueryRow, read_log
 from tests.support.feedback_log import write_log
 from tests.support.page import Page, served, until
-from tests.support.service import ADMIN, ADMIN_ONLY, ALICE, KEYS
+from tests.support.service import ADMIN, ADMIN_ONLY
 
 pytestmark = pytest.mark.browser
 
@@ -89,14 +89,3 @@ def test_the_figures_of_the_log_are_shown(both: Page, indexes: dict[str, Path], 
         page.click("#forget-key")
         page.appears("#key")
     page.errors()  # the browser logs refused keys
-
-
-def test_insights_say_how_to_turn_feedback_on(page: Page, indexes: dict[str, Path]) -> None:
-    with served(indexes["shapes"], **KEYS) as address:
-        page.open(f"{address}/ui/insights")
-        page.appears("#key")
-        page.type("#api-key", ALICE)
-        page.type("#key", ADMIN + "\n")
-        page.says("#error", "DCAR_FEEDBACK")
-    page.js("sessionStorage.clear()")
-    page.errors()  # the browser logs refused keys, and 404
