@@ -27,7 +27,7 @@ def export(
     item_cap: int = option(100, "Maximum queries that count per item.", min=1),
     judge: list[str] | None = option(None, "Count only this client's judgements; may be repeated."),
 ) -> None:
-    """Write training pairs (OUT/pairs.jsonl) and judged lists (judgements.csv, qrels.txt).
+    """Write training pairs (OUT/pairs.jsonl) and a judged list (OUT/judgements.csv).
 
     Position bias is corrected by inverse propensity, which a position-based click model estimates from items that
     a query showed at several positions. OUT/report.json counts what was left out.
@@ -59,40 +59,36 @@ def forget(
     app,
     "judge",
     "dcar judge judgements.csv --index index --against 1",
-    "dcar judge qrels.txt --queries queries.tsv --index index --run run.txt",
+    "dcar judge judgements.csv --index index --run run.csv",
 )
 def judge(
-    judgements: list[Path] = option(help="Tables of query, item_id, grade (0 to 3 or empty), or TREC qrels."),
+    judgements: list[Path] = option(help="Tables of query, item_id, grade (0 to 3 or empty)."),
     *,
     index: Path = options.INDEX,
     version: int | None = option(None, "Version of the index. Default: the current one.", min=1),
     against: str | None = option(None, "Compare with a version, or another index."),
-    queries: Path | None = option(None, "Queries of qrels: lines of id, tab, text."),
     hybrid: bool = option(False, "Look up the words of the queries as well."),
-    run: Path | None = option(None, "Write the results: as a TREC run, or all with grades as .csv."),
-    qrels: Path | None = option(None, "Write the judgements as TREC qrels."),
+    run: Path | None = option(None, "Write the results with their grades as CSV."),
     device: str = options.DEVICE,
 ) -> None:
     """Measure an index by judged queries, or compare two: nDCG@10, MRR@10 and recall@10, overall and by class.
 
     Brackets hold 95 % intervals over the queries, paired in a comparison. Results without a judgement count as 0.
     """
-    from app.feedback.judge import Run, describe, write_run
+    from app.feedback.judge import Run, describe, runs_csv
     from dcar_core.data.judgements import read_judgements
     from dcar_core.util.files import require_writable, write_bytes
 
-    for path in filter(None, (run, qrels)):
-        require_writable(path.parent)
-    judged = read_judgements(judgements, queries)
+    if run is not None:
+        require_writable(run.parent)
+    judged = read_judgements(judgements)
     opened = [_open(index, version, device)]
     if against is not None:
         number = int(against) if against.isdecimal() else None
         opened.append(_open(index if number else Path(against), number, device))
     runs = [Run.of(searched, name, judged, hybrid=hybrid) for searched, name in opened]
-    texts = {run: write_run(runs, as_csv=run is not None and run.suffix == ".csv"), qrels: judged.to_qrels()}
-    for target, text in texts.items():
-        if target is not None:
-            write_bytes(target, text.encode())
+    if run is not None:
+        write_bytes(run, runs_csv(runs).encode())
     typer.echo(describe(runs))
 
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from app.feedback.click_model import estimate
 from app.feedback.store import EventRow, QueryRow, read_log
-from dcar_core.data.judgements import trec_id
 from dcar_core.images import index_tar
 from dcar_core.util.errors import DcarError
 from dcar_core.util.files import csv_text, write_bytes, write_json, write_json_lines
@@ -116,7 +115,7 @@ class _Log:
 
 
 def export(folder: Path, artifact: IndexVersion, collection: str, out: Path, options: Options) -> Report:
-    """Write pairs.jsonl, judgements.csv, qrels.txt, queries.tsv and report.json.
+    """Write pairs.jsonl, judgements.csv and report.json.
 
     Raises:
         DcarError: the log cannot be read, has no search of the collection, or `out` holds pairs already.
@@ -318,9 +317,5 @@ def _judged(evidence: Evidence, log: _Log, options: Options, report: Report) -> 
 def _write_judged(out: Path, judged: list[tuple[str, str, int, str, int]]) -> None:
     numbers = {text: f"q{number}" for number, text in enumerate(dict.fromkeys(each[0] for each in judged), 1)}
     header = ("query_id", "query", "item_id", "grade", "source", "clients")
-    for name, content in (
-        ("judgements.csv", csv_text(header, *((numbers[each[0]], *each) for each in judged))),
-        ("qrels.txt", "".join(f"{numbers[text]} 0 {trec_id(item)} {grade}\n" for text, item, grade, *_ in judged)),
-        ("queries.tsv", "".join(f"{number}\t{text}\n" for text, number in numbers.items())),
-    ):
-        write_bytes(out / name, content.encode())
+    content = csv_text(header, *((numbers[row[0]], *row) for row in judged))
+    write_bytes(out / "judgements.csv", content.encode())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from app.search import Index
 from app.search.query import normalize
-from dcar_core.data.judgements import JudgedList, trec_id
+from dcar_core.data.judgements import JudgedList
 from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError, shorten
 from dcar_core.util.files import csv_text
@@ -103,14 +103,7 @@ def _conclude(names: Sequence[str], compared: Comparison) -> str:
     return f"Neither is certainly better: {better} is above {other} by {by}."
 
 
-def write_run(runs: Sequence[Run], *, as_csv: bool) -> str:
-    """Return the results of all runs with their grades, or of the first one as a TREC run.
-
-    Scores there are by rank, so that tools keep the order.
-    """
-    if as_csv:
-        cells = [(q, run.judged.texts[q], run.name, *rest) for run in runs for q, *rest in run.rows]
-        return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *cells)
-    tag = "-".join(runs[0].name.split())
-    lines = (f"{trec_id(q)} Q0 {trec_id(item)} {rank} {DEPTH + 1 - rank} {tag}\n" for q, rank, item, _ in runs[0].rows)
-    return "".join(lines)
+def runs_csv(runs: Sequence[Run]) -> str:
+    """Return the results of all runs with their grades."""
+    cells = [(q, run.judged.texts[q], run.name, *rest) for run in runs for q, *rest in run.rows]
+    return csv_text(["query_id", "query", "index", "rank", "item_id", "grade"], *cells)

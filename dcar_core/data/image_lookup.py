@@ -1,4 +1,4 @@
-"""Lookup of an entry's image, and the check whether it can be decoded.
+"""Lookup of annotated images, and the check whether they can be decoded.
 
 - A name is tried as it is, with image suffixes, then by the last parts of its path, the longest first, so that
   /elsewhere/DATA/pets/images/a.jpg is found as images/a.jpg.
@@ -8,14 +8,11 @@
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from dcar_core.data.entries import Entry
-from dcar_core.data.samples import CleaningReport
 from dcar_core.images import IMAGE_SUFFIXES, ImageRoot, has_image_suffix, open_image
 from dcar_core.util.errors import ImageError
 
@@ -29,23 +26,27 @@ class ImageFinder:
     def __init__(self, root: ImageRoot, shared: Set[str]) -> None:
         self.root, self._shared = root, shared
 
-    def find(self, image: str, path: str = "") -> str | None:
+    def find(self, image: str) -> str | None:
         """Return the name for `root.read`; None without such an image, or with several in different folders."""
-        for candidate in _candidates(image, path):
-            if candidate in self._shared and candidate != (path or image):
+        for candidate in _candidates(image):
+            if candidate in self._shared and candidate != image:
                 continue  # ambiguous without its folder
             for form in unicode_forms(candidate):
                 if form in self.root:
                     return form
         by_base, folders = self._by_base
-        annotated = PurePosixPath(path or image)
-        if annotated.name in self._shared or (annotated.parent.name and annotated.parent.name in folders):
+        path = PurePosixPath(image)
+        if path.name in self._shared or (path.parent.name and path.parent.name in folders):
             return None
-        matches = by_base[PurePosixPath(image).name]
+        matches = by_base[path.name]
         return matches[0] if len(matches) == 1 else None
 
-    def fault(self, name: str) -> str:
-        """Return why an image cannot be decoded, or ""."""
+    def faults(self, names: Sequence[str]) -> dict[str, str]:
+        """Decode images, and return why each broken one cannot be."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return {name: fault for name, fault in zip(names, pool.map(self._fault, names), strict=True) if fault}
+
+    def _fault(self, name: str) -> str:
         try:
             open_image(self.root.read(name))
         except ImageError as error:
@@ -64,13 +65,14 @@ class ImageFinder:
         return by_base, folders
 
 
-def find_shared_names(entries: Iterable[Entry]) -> frozenset[str]:
+def find_shared_names(images: Iterable[str]) -> frozenset[str]:
     """Return file names that occur in different folders; a/b.jpg and b.jpg may be one image."""
-    places = defaultdict[str, set[tuple[str, ...]]](set)
-    for entry in entries:
-        parts = PurePosixPath(entry.path or entry.image).parts
-        places[parts[-1] if parts else ""].add(parts)
-    return frozenset(name for name, paths in places.items() if any(max(paths, key=len)[-len(p) :] != p for p in paths))
+    paths_of = defaultdict[str, set[tuple[str, ...]]](set)
+    for parts in (PurePosixPath(image).parts for image in images):
+        paths_of["".join(parts[-1:])].add(parts)
+    return frozenset(
+        name for name, paths in paths_of.items() if any(max(paths, key=len)[-len(p) :] != p for p in paths)
+    )
 
 
 def unicode_forms(name: str) -> Iterable[str]:
@@ -80,50 +82,15 @@ def unicode_forms(name: str) -> Iterable[str]:
     return dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
 
 
-def _candidates(image: str, path: str) -> Iterator[str]:
-    if image and not image.startswith("/"):
-        yield image
-    if not has_image_suffix(image):
-        yield from (image + suffix for suffix in (PurePosixPath(path).suffix, *_SUFFIXES) if suffix)
-    parts = PurePosixPath(path or image).parts
-    if parts:
-        yield path or image
-        yield from ("/".join(parts[start:]) for start in range(1, len(parts)))
+def _candidates(image: str) -> Iterator[str]:
+    parts = PurePosixPath(image).parts
+    for name in (image, *("/".join(parts[start:]) for start in range(1, len(parts)))):
+        yield name
+        if not has_image_suffix(name):
+            yield from (name + suffix for suffix in _SUFFIXES)
 
 
-def locate_images(
-    entries: Iterable[Entry], finder: ImageFinder, report: CleaningReport, *, decode: bool
-) -> tuple[list[Entry], list[str], list[str]]:
-    """Look up every entry's image; with `decode`, also decode it.
-
-    Returns:
-        Entries with a usable image, names of missing images, and "name (reason)" of broken ones.
-    """
-    found, missing = list[Entry](), dict[str, None]()
-    for entry in entries:
-        name = finder.find(entry.image, entry.path)
-        if name is None:
-            missing[entry.image] = None
-            continue
-        renamed = [f"{entry.image} as {name}"] if name != entry.image else []
-        report.add("images found under a name that differs from the annotated one", names=renamed)
-        found.append(replace(entry, image=name))
-    names = list(dict.fromkeys(entry.image for entry in found)) if decode else []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        faults = zip(names, pool.map(finder.fault, names), strict=True)
-        broken = {name: fault for name, fault in faults if fault}
-    usable = [entry for entry in found if entry.image not in broken]
-    return usable, list(missing), [f"{name} ({fault})" for name, fault in broken.items()]
-
-
-def name_without_lookup(entry: Entry, shared: Set[str]) -> str:
-    """Return the name of an image that is not looked up.
-
-    It has the suffix of its path if it lacks one, and is the whole path if others share the name.
-    """
-    path = PurePosixPath(entry.path)
-    if path.name in shared:
-        return entry.path
-    if has_image_suffix(entry.image) or not has_image_suffix(entry.path):
-        return PurePosixPath(entry.image).name if entry.image.startswith("/") else entry.image
-    return entry.image + path.suffix
+def name_without_lookup(image: str, shared: Set[str]) -> str:
+    """Return the name of an image that is not looked up: of an absolute path the last part, unless others share it."""
+    path = PurePosixPath(image)
+    return path.name if path.is_absolute() and path.name not in shared else image

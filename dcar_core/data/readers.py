@@ -1,83 +1,129 @@
 """Readers of annotations: FDRD's JSON, tables (JSONL, CSV, Parquet) and webdataset tars with captions.
 
-docs/reference/data-formats.md has the formats.
-
-- FDRD's JSON is key -> {"file_name", "file_path", "positive", "negative": [...], "class_name"?}. Older files give
-  absolute paths of another machine, names without a suffix and four negatives. Newer files (`inter_*`) give the
-  placeholder YOUR_IMAGE_PATH, names with a suffix, class names and no negatives.
-- Tar members that share a key are one sample: 0001.jpg with 0001.txt (one caption per line) or 0001.json (a row), and
-  0001.cls (a category).
+docs/reference/data-formats.md has the formats. Every reader yields rows with the columns of a table; each caption of a
+row is a `Sample`, before cleaning.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from dcar_core.data.entries import Entry, RowLimit, label_text, make_entry, read_text, required_text
-from dcar_core.data.records import IMAGE_COLUMNS, LIST_COLUMNS, MAX_LINE, read_records
-from dcar_core.data.samples import CleaningReport
+from dcar_core.data.records import (
+    IMAGE_COLUMNS,
+    LIST_COLUMNS,
+    MAX_LINE,
+    OnBadLine,
+    is_texts,
+    label_text,
+    read_records,
+    required_text,
+    texts_of,
+)
+from dcar_core.data.samples import CleaningReport, Sample
 from dcar_core.images import TarSpan, has_image_suffix, index_tar
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import parse_json
 
+Rows = Iterator[tuple[str, Mapping[str, Any]]]  # the place of each row, for messages, and its fields
+
+MAX_BAD_ROWS = 0.1  # share of a file's rows
+SKIPPED_ROWS = "rows that cannot be used, left out"
 SIDECARS = ("json", "cls", "txt")  # of webdataset, in the order in which they are read
 _CAPTION_COLUMNS = ("caption", "captions")
 _LABEL_COLUMNS = ("category", "class_name", "meta_category")
 USED_COLUMNS = (*IMAGE_COLUMNS, *LIST_COLUMNS, *_LABEL_COLUMNS, "caption", "split", "attributes")
-_PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?", re.IGNORECASE)
-_FIELDS = ("positive", "negative", "negative_class", "meta_category", "attributes")
+# FDRD's fields, and the columns of tables
+_FDRD = {
+    "positive": "caption", "class_name": "class_name", "negative": "negatives", "negative_class": "negative_categories",
+    "meta_category": "meta_category", "attributes": "attributes",
+}  # fmt: skip
+_PLACEHOLDER = re.compile(r"^<?(YOUR|PATH_TO|MY)\w*PATH\w*>?/?", re.IGNORECASE)
 _NUMBER = re.compile(r"[_\-/ ]*\d+$")
 _VIDEO = re.compile(r"^v_(\w+)_g\d+_c\d+$")  # UCF101's frames
 
 
-class _Object(dict[str, Any]):
-    """A JSON object that keeps repeated keys in `pairs`."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        self.pairs = pairs
+class BadRowsError(DataError):
+    """Too many rows of an annotation file cannot be used, but some can."""
 
 
-def read_fdrd(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    """Yield the entries of one file; a repeated key gives two. Raise DataError if too many of them are bad."""
+def read_annotations(file: Path, report: CleaningReport) -> list[tuple[str, Sample]]:
+    """Return the pairs of a file, each with the split that its row states, or "". Bad rows are skipped and reported.
+
+    Raises:
+        DataError: the file cannot be parsed, or none of its rows can be used.
+        BadRowsError: more than MAX_BAD_ROWS of its rows cannot be used.
+    """
+    if (read := _READERS.get(file.suffix.lower())) is None:
+        raise DataError(f"{file}: annotations are read from {', '.join(_READERS)} files")
+    faults, good, pairs = list[DataError](), 0, list[tuple[str, Sample]]()
+    for where, row in read(file, report, faults.append):
+        try:
+            pairs += _pairs_of(row, where)
+            good += 1
+        except DataError as error:
+            faults.append(error)
+    rows = good + len(faults)
+    if len(faults) > MAX_BAD_ROWS * rows:
+        counts = f"{len(faults):,} of {rows:,} rows cannot be used"
+        kind = BadRowsError if good else DataError
+        raise kind(f"{faults[0]} ({counts}; at most {MAX_BAD_ROWS:.0%} may be left out)")
+    report.add(SKIPPED_ROWS, names=[str(error).removeprefix(f"{file}, ") for error in faults])
+    return pairs
+
+
+def _pairs_of(row: Mapping[str, Any], where: str) -> list[tuple[str, Sample]]:
+    """Return the split and the pair of each caption; an empty caption is left to the cleaning."""
+    for names in (IMAGE_COLUMNS, _CAPTION_COLUMNS):
+        if row.keys().isdisjoint(names):
+            raise DataError(f"{where}: no field {' or '.join(names)}; it has {', '.join(map(str, row)) or 'none'}")
+    image = required_text({"image": next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)}, where, "image")
+    texts = (texts_of(row, where, name) for name in _CAPTION_COLUMNS)
+    captions = next((filled for filled in texts if any(map(str.strip, filled))), ("",))
+    negatives, categories = (texts_of(row, where, name) for name in ("negatives", "negative_categories"))
+    if categories and len(categories) != len(negatives):
+        raise DataError(f"{where}: {len(negatives)} negatives have {len(categories)} categories; give each its own")
+    attributes = row.get("attributes")  # galleries use it in many ways
+    sample = Sample(
+        image.replace("\\", "/").removeprefix("./"),
+        "",
+        label_text(row, where, "category", "class_name"),
+        label_text(row, where, "meta_category"),
+        negatives,
+        categories,
+        tuple(attributes) if is_texts(attributes) else (),
+    )
+    split = label_text(row, where, "split").strip()
+    return [(split, replace(sample, caption=caption)) for caption in captions]
+
+
+def _read_fdrd(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
+    """Yield the entries of one file of FDRD's form; a repeated key gives two.
+
+    Older files give absolute paths of another machine and names without a suffix, newer ones the placeholder
+    YOUR_IMAGE_PATH.
+    """
     try:
-        content = parse_json(read_text(file), _Object)
+        content = parse_json(file.read_text(encoding="utf-8-sig"), tuple)  # an object becomes its names and values
     except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, _Object):
+        raise DataError(f"{file} is not JSON in UTF-8: {error}") from error
+    if not isinstance(content, tuple):
         raise DataError(f"{file} must hold an object, key -> entry, not a {type(content).__name__}")
-    if isinstance(content.get("images"), list):
-        raise DataError(
-            f"{file} has the form of COCO or of Karpathy's splits, which is not read; docs/how-to/prepare-data.md "
-            f"shows how to write it as pairs.jsonl"
-        )
-    report.add("keys that occur twice, both entries kept", len(content.pairs) - len(content))
-    limit = RowLimit(file, report)
-    for key, value in content.pairs:
-        with limit.row():
-            if not isinstance(value, dict):
-                raise DataError(f"{file}, entry {key!r}: must be an object, not a {type(value).__name__}")
-            yield _fdrd_entry(f"{file}, entry {key!r}", key, value, report)
-    limit.finish()
-
-
-def _fdrd_entry(where: str, key: str, entry: dict[str, Any], report: CleaningReport) -> Entry:
-    path = str(entry.get("file_path") or "").replace("\\", "/")
-    if _PLACEHOLDER.match(path):
-        report.add("placeholder paths, replaced by the image root")
-        path = path.partition("/")[2]
-    elif path.startswith("/") or path[1:3] == ":/":
-        report.add("absolute paths of another machine, replaced by the image root")
-    name = str(entry.get("file_name") or PurePosixPath(required_text(entry, where, "file_path")).name)
-    report.add("missing file names, taken from the path", not entry.get("file_name"))
-    report.add("file names without a suffix", not has_image_suffix(name))
-    category = label_text(entry, where, "class_name")
-    if not category and (category := category_of_key(key)):
-        report.add("categories derived from the key")
-    report.add("entries without a category", not category)
-    fields = {field: entry[field] for field in _FIELDS if field in entry}
-    return make_entry(fields, where, name, path, ["positive"], category=category)
+    for key, value in content:
+        where = f"{file}, entry {key!r}"
+        if not isinstance(value, tuple):
+            on_fault(DataError(f"{where}: must be an object; docs/how-to/prepare-data.md shows how to convert COCO"))
+            continue
+        entry = dict(value)
+        name, path = (str(entry.get(field) or "").replace("\\", "/") for field in ("file_name", "file_path"))
+        path = PurePosixPath(_PLACEHOLDER.sub("", path))
+        is_same = not name or path.name in {PurePosixPath(name).name, PurePosixPath(name).name + path.suffix}
+        row = {column: entry[field] for field, column in _FDRD.items() if field in entry}
+        if not entry.get("class_name") and (category := category_of_key(key)):
+            row["class_name"] = category
+            report.add("categories derived from the key")
+        yield where, row | {"image": str(path) if path.name and is_same else name}
 
 
 def category_of_key(key: str) -> str:
@@ -91,77 +137,37 @@ def category_of_key(key: str) -> str:
     return _NUMBER.sub("", stem).removesuffix("_image").replace("_", " ").strip()
 
 
-def read_table(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    """Yield the rows of a .jsonl, .csv or .parquet file. A bad row is skipped and reported.
-
-    Rows of a Parquet file or of a gallery's metadata may lack a caption; cleaning counts them.
-
-    Raises:
-        DataError: the file cannot be parsed, has no column of images or of captions, holds the images themselves, or
-            too many bad rows.
-    """
-    limit, suffix = RowLimit(file, report), file.suffix.lower()
-    may_lack_caption = suffix == ".parquet" or file.stem == "metadata"
-    needed = (IMAGE_COLUMNS,) if may_lack_caption else (IMAGE_COLUMNS, _CAPTION_COLUMNS)
-    records = read_records(str(file), lambda: file.open("rb"), used_columns=USED_COLUMNS, on_bad_line=limit.skip)
-    for number, row in records:
-        for columns in needed if suffix != ".jsonl" else ():
-            if set(columns).isdisjoint(row):
-                names = row.keys() if suffix == ".csv" else _parquet_columns(file)  # a row has the used columns only
-                has = ", ".join(names) or "none"
-                raise DataError(f"{file} has no column {' or '.join(columns)}, which every row needs; it has {has}")
-        image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
-        if suffix == ".parquet" and isinstance(image, dict | bytes):
-            raise DataError(f"{file} holds the images themselves; write them to files, or into a webdataset tar")
-        with limit.row():
-            if may_lack_caption and all(row.get(name) is None for name in _CAPTION_COLUMNS):
-                row["caption"] = ""
-            yield _row_entry(row, f"{file}, {'row' if suffix == '.parquet' else 'line'} {number}", image)
-    limit.finish()
+def _read_table(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
+    """Yield the rows of a .jsonl, .csv or .parquet file; those of a gallery's metadata may lack a caption."""
+    unit = "row" if file.suffix.lower() == ".parquet" else "line"
+    for number, row in read_records(str(file), lambda: file.open("rb"), on_bad_line=on_fault):
+        yield f"{file}, {unit} {number}", {"caption": ""} | row if file.stem == "metadata" else row
 
 
-def _parquet_columns(file: Path) -> list[str]:
-    import pyarrow.parquet as pq
-
-    names: list[str] = pq.read_schema(file).names
-    return names
-
-
-def _row_entry(row: Mapping[str, Any], where: str, image: object) -> Entry:
-    name = required_text({"image": image}, where, "image").replace("\\", "/").removeprefix("./")
-    path = name if name.startswith("/") or name[1:3] == ":/" else ""
-    return make_entry(row, where, name, path, _CAPTION_COLUMNS, split=label_text(row, where, "split").strip())
-
-
-def read_tar(file: Path, report: CleaningReport) -> Iterator[Entry]:
-    """Yield the samples of one webdataset shard, whose images are named "shard.tar/member"."""
+def _read_tar(file: Path, report: CleaningReport, on_fault: OnBadLine) -> Rows:
+    """Yield the samples of one webdataset shard: members that share a key. Images are named "shard.tar/member"."""
     spans = index_tar(file)
     samples: dict[str, dict[str, str]] = {}
     for name in spans:
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = name
-    limit = RowLimit(file, report)
-    for key, members in samples.items():
-        images = [(extension, name) for extension, name in members.items() if has_image_suffix(f"x.{extension}")]
-        # "1.jpg" is the image of a sample that also has "1.depth.png" or "1.mask.png"
-        image = min(images, key=lambda each: each[0].count("."))[1] if images else None
-        if len(images) > 1:
-            report.add("tar samples with several images, one of which was taken", names=[str(image)])
-        if image is None:
-            report.add("tar samples without an image, left out", names=[f"{file.name}/{key}"])
-            continue
-        with limit.row():
-            row, where = dict[str, Any](), f"{file}, sample {key!r}"
-            with file.open("rb") as tar:
-                for extension in (each for each in SIDECARS if each in members):
-                    if extension != "cls" or not label_text(row, where, "category", "class_name"):
-                        row |= read_sidecar(where, extension, tar, spans[members[extension]])
-            if row.keys().isdisjoint(_CAPTION_COLUMNS):
-                report.add("tar samples without a caption, left out", names=[f"{file.name}/{key}"])
+        samples.setdefault(f"{folder}/{stem}", {})[extension.lower()] = name
+    with file.open("rb") as tar:
+        for key, members in samples.items():
+            # "1.jpg" is the image of a sample that also has "1.depth.png" or "1.mask.png"
+            images = [(extension.count("."), name) for extension, name in members.items() if has_image_suffix(name)]
+            if not images:
+                report.add("tar samples without an image, left out", names=[f"{file.name}{key}"])
                 continue
-            yield _row_entry(row, where, f"{file.name}/{image}")
-    limit.finish()
+            row, where = {"caption": ""}, f"{file}, sample {key.lstrip('/')!r}"
+            try:
+                for extension in (extension for extension in SIDECARS if extension in members):
+                    if extension != "cls" or not (row.get("category") or row.get("class_name")):
+                        row |= read_sidecar(where, extension, tar, spans[members[extension]])
+            except DataError as error:
+                on_fault(error)
+                continue
+            yield where, row | {"file_name": f"{file.name}/{min(images)[1]}"}
 
 
 def read_sidecar(where: str, extension: str, tar: BinaryIO, span: TarSpan) -> dict[str, Any]:
@@ -173,8 +179,8 @@ def read_sidecar(where: str, extension: str, tar: BinaryIO, span: TarSpan) -> di
         text = tar.read(span.size).decode("utf-8-sig").strip()
         if extension == "cls":
             return {"category": text}
-        if extension == "txt":
-            captions = [line.strip() for line in split_lines(text) if line.strip()]
+        if extension == "txt":  # `str.splitlines` also splits at characters that may occur in a caption
+            captions = [line.strip() for line in re.split(r"[\r\n]+", text)]
             return {"caption": captions if len(captions) > 1 else text}
         row = parse_json(text)
     except ValueError as error:
@@ -184,6 +190,6 @@ def read_sidecar(where: str, extension: str, tar: BinaryIO, span: TarSpan) -> di
     return row
 
 
-def split_lines(text: str) -> list[str]:
-    """Split a text at line ends. `str.splitlines` also splits at characters that may occur in a caption."""
-    return re.split(r"\r\n|\r|\n", text)
+_READERS: dict[str, Callable[[Path, CleaningReport, OnBadLine], Rows]] = {
+    ".json": _read_fdrd, ".jsonl": _read_table, ".csv": _read_table, ".parquet": _read_table, ".tar": _read_tar,
+}  # fmt: skip

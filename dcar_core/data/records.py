@@ -5,24 +5,21 @@ docs/reference/data-formats.md has the rules of columns, delimiters and types.
 - CSV cells are text. With `infer_types`, a column in which every filled cell is a number becomes numbers, likewise true
   and false, and JSON lists of texts; an empty cell is a missing value.
 - A line that cannot be read is an error, or is passed to `on_bad_line` and skipped.
-- Lines, columns, rows and the unpacked size of a Parquet file are bounded, so that no small file fills the memory.
 """
 
 import csv
 import io
-import logging
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeGuard
 
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import parse_json
-
-logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 OpenFile = Callable[[], BinaryIO]
@@ -30,18 +27,13 @@ OnBadLine = Callable[[DataError], None]
 RECORD_SUFFIXES = frozenset({".jsonl", ".csv", ".parquet"})
 IMAGE_COLUMNS = ("file_name", "image", "path")  # the first that a row fills
 TEXT_COLUMNS = frozenset({"id", "caption", "category", "class_name", "url", *IMAGE_COLUMNS})  # whatever they look like
-LIST_COLUMNS = frozenset({"captions", "negatives", "negative", "negative_categories", "negative_class"})
-MAX_LINE, MAX_COLUMNS, MAX_ROWS = 16_000_000, 10_000, 100_000_000  # characters of a line; of a file
-MAX_CELLS = 10_000_000  # of a CSV, or two for each of its bytes: short rows get a cell for every column
+LIST_COLUMNS = frozenset({"captions", "negatives", "negative_categories"})
+MAX_LINE = 16_000_000  # characters
 MAX_PACKED_ROWS = 1_000_000  # of a Parquet file, or 20 for each of its bytes; numbered names take a tenth of one
-MAX_UNPACKED = 512 << 20  # bytes of a Parquet file in memory, or this many times its size:
-MAX_UNPACKED_RATIO = 200
 PARQUET_BATCH = 1024  # rows, so that a batch of long texts does not fill the memory
-REPORTED = 100_000  # rows
 _KNOWN_COLUMNS = TEXT_COLUMNS | LIST_COLUMNS | {"split", "meta_category", "attributes"}
 # Numbers as programs write them; "007", "+1" and "1_000" are codes.
 _INT = re.compile(r"0|-?[1-9][0-9]{0,18}")
-_SIGN_LINE = re.compile(r"\"?sep=(.)\"?[\r\n]*")  # before the header, for Excel
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]+)?(e[+-][0-9]{2,3})?")
 
 
@@ -50,45 +42,32 @@ def _raise(error: DataError) -> None:
 
 
 def read_records(
-    name: str,
-    open_file: OpenFile,
-    *,
-    infer_types: bool = False,
-    used_columns: Sequence[str] | None = None,
-    on_bad_line: OnBadLine = _raise,
+    name: str, open_file: OpenFile, *, infer_types: bool = False, on_bad_line: OnBadLine = _raise
 ) -> Iterator[tuple[int, Record]]:
     """Yield (number, record); the number is the line of a text file or the row of a parquet file, from 1.
 
     Args:
         name: the path or URL for messages; its suffix decides the format.
         open_file: opens the file; called twice for a CSV with `infer_types`.
-        used_columns: those to read of a parquet file, and that must not occur twice; None for all.
         on_bad_line: receives the error of a line that is skipped; by default it is raised.
 
     Raises:
-        DataError: the file cannot be parsed, or exceeds a bound. The message names the line.
+        DataError: the file cannot be parsed. The message names the line.
     """
     suffix = PurePosixPath(name.partition("?")[0]).suffix.lower()
-    rows: Iterator[tuple[int, Record]]
-    if suffix == ".jsonl":
-        rows = _read_jsonl(name, open_file, on_bad_line)
-    elif suffix == ".csv" and infer_types:
-        rows = _read_typed_csv(name, open_file, on_bad_line)
-    elif suffix == ".csv":
-        cells = _read_csv_rows(name, open_file, used_columns, on_bad_line)
-        rows = ((n, {column: _OF_COLUMN.get(column, str)(cell) for column, cell in row.items()}) for n, row in cells)
-    elif suffix == ".parquet":
-        rows = _read_parquet(name, open_file, used_columns)
-    else:
-        kinds = ", ".join(sorted(RECORD_SUFFIXES))
-        raise DataError(f"{name} is not a table of one of the kinds {kinds}; save it as such")
     try:
-        for number, row in enumerate(rows, 1):
-            if number > MAX_ROWS:
-                raise DataError(f"{name} has more than {MAX_ROWS:,} rows; split it")
-            if number % REPORTED == 0:
-                logger.info("reading %s: %s rows so far", name, f"{number:,}")
-            yield row
+        if suffix == ".jsonl":
+            yield from _read_jsonl(name, open_file, on_bad_line)
+        elif suffix == ".csv" and infer_types:
+            yield from _read_typed_csv(name, open_file, on_bad_line)
+        elif suffix == ".csv":
+            for line, row in _read_csv_rows(name, open_file, on_bad_line):
+                yield line, {column: _OF_COLUMN.get(column, str)(cell) for column, cell in row.items()}
+        elif suffix == ".parquet":
+            yield from _read_parquet(name, open_file)
+        else:
+            kinds = ", ".join(sorted(RECORD_SUFFIXES))
+            raise DataError(f"{name} is not a table of one of the kinds {kinds}; save it as such")
     except UnicodeDecodeError as error:
         hint = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
         raise DataError(f"{name} is not UTF-8 ({error.reason}); {hint}") from error
@@ -125,14 +104,14 @@ def _read_typed_csv(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> I
     """Read the file twice: only the last row decides the type of a column."""
     types = dict.fromkeys(TEXT_COLUMNS, "text") | {"captions": "texts"}
     fixed = frozenset(types)
-    for _, row in _read_csv_rows(name, open_file, None, lambda _: None):
+    for _, row in _read_csv_rows(name, open_file, lambda _: None):
         for column, cell in row.items():
             if cell and column not in fixed:
-                known, found = types.get(column), _type_of_cell(cell)
-                if known not in (None, found):  # a column that has cells of two types
-                    found = "float" if {known, found} == {"int", "float"} else "text"
-                types[column] = found
-    for line, row in _read_csv_rows(name, open_file, None, on_bad_line):
+                known, kind = types.get(column), _type_of_cell(cell)
+                if known not in (None, kind):  # a column that has cells of two types
+                    kind = "float" if {known, kind} == {"int", "float"} else "text"
+                types[column] = kind
+    for line, row in _read_csv_rows(name, open_file, on_bad_line):
         try:
             values = {column: _OF_CELL[types[column]](cell) for column, cell in row.items() if cell}
         except (KeyError, ValueError):
@@ -140,30 +119,21 @@ def _read_typed_csv(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> I
         yield line, {column: "" if column in TEXT_COLUMNS else None for column in row} | values
 
 
-def _read_csv_rows(
-    name: str, open_file: OpenFile, used_columns: Sequence[str] | None, on_bad_line: OnBadLine
-) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_csv_rows(name: str, open_file: OpenFile, on_bad_line: OnBadLine) -> Iterator[tuple[int, dict[str, str]]]:
     with io.TextIOWrapper(open_file(), encoding="utf-8-sig", newline="") as file:
-        line = before = cells = 0
+        line = 0
         try:
             lines = _lines(name, file)
             header = next(lines, "")
-            if named := _SIGN_LINE.fullmatch(header):
-                header, before = next(lines, ""), 1
             delimiter = next((sign for sign in ",;\t" if sign in header), ",")
-            delimiter = named[1] if named else delimiter
             # Strict: otherwise a quote that is never closed takes the following rows into its cell.
             reader = csv.DictReader(
                 chain([header], lines), restval="", strict=True, delimiter=delimiter, skipinitialspace=True
             )
-            reader.fieldnames = _column_names(name, reader.fieldnames or (), used_columns)
-            line = before + reader.line_num
+            reader.fieldnames = _column_names(name, reader.fieldnames or ())
+            line = reader.line_num
             for row in reader:
-                line = before + reader.line_num
-                cells += len(row)
-                if cells > MAX_CELLS and cells > 2 * file.buffer.tell():
-                    reason = f"{cells:,} cells up to here, most of which are left out; write them, or remove columns"
-                    raise DataError(f"{name}, line {line}: {reason}")
+                line = reader.line_num
                 if not any(row.values()):
                     continue
                 if None in row:
@@ -177,19 +147,13 @@ def _read_csv_rows(
             raise DataError(f"{name}, line {line + 1} is not CSV: {error}; {hint}") from error
 
 
-def _column_names(name: str, header: Sequence[str], used_columns: Sequence[str] | None) -> list[str]:
+def _column_names(name: str, header: Sequence[str]) -> list[str]:
     """Return the names without blanks around them; known ones in lower case, unless the header has that name too."""
     names = [column.strip() for column in header]
-    if len(names) > MAX_COLUMNS:
-        raise DataError(f"{name} has {len(names):,} columns; at most {MAX_COLUMNS:,} are read")
     free = _KNOWN_COLUMNS - set(names)
     columns = [low if (low := column.lower()) in free else column for column in names]
-    _require_distinct(name, [column for column in columns if column and _is_used(column, used_columns)])
+    _require_distinct(name, [column for column in columns if column])
     return columns
-
-
-def _is_used(column: str, used_columns: Sequence[str] | None) -> bool:
-    return used_columns is None or column in used_columns
 
 
 def _require_distinct(name: str, columns: Sequence[str]) -> None:
@@ -204,23 +168,18 @@ def _type_of_cell(cell: str) -> str:
         return "float"
     if cell.casefold() in {"true", "false"}:
         return "bool"
-    values = _json_list(cell)
-    return "texts" if values is not None and all(isinstance(value, str) for value in values) else "text"
+    return "texts" if is_texts(_json_list(cell)) else "text"
 
 
-def texts_of_cell(cell: str | None) -> list[Any] | None:
+def texts_of_cell(cell: str) -> list[Any]:
     """Return the texts of a CSV cell: a JSON list, whatever is in it, or texts with bars between them."""
-    if not cell or not cell.strip():
-        return None
     values = _json_list(cell)
     return [part.strip() for part in cell.split("|") if part.strip()] if values is None else values
 
 
 def _json_list(cell: str) -> list[Any] | None:
-    if not cell.lstrip().startswith("["):
-        return None
     try:
-        values = parse_json(cell)
+        values = parse_json(cell) if cell.lstrip().startswith("[") else None
     except ValueError:
         return None
     return values if isinstance(values, list) else None
@@ -232,32 +191,60 @@ _OF_CELL: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
-def _read_parquet(name: str, open_file: OpenFile, used_columns: Sequence[str] | None) -> Iterator[tuple[int, Record]]:
+def _read_parquet(name: str, open_file: OpenFile) -> Iterator[tuple[int, Record]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    row = unpacked = 0
+    row = 0
     with open_file() as source:
         try:
             size = source.seek(0, io.SEEK_END)
             with pq.ParquetFile(source) as file:
-                columns = [column for column in file.schema_arrow.names if _is_used(column, used_columns)]
-                _require_distinct(name, columns)
+                _require_distinct(name, file.schema_arrow.names)
                 if (rows := file.metadata.num_rows) > (most := max(MAX_PACKED_ROWS, 20 * size)):
                     raise DataError(f"{name} has {rows:,} rows in {size:,} bytes, at most {most:,}; split it")
-                limit = max(MAX_UNPACKED, MAX_UNPACKED_RATIO * size)
-                for batch in file.iter_batches(PARQUET_BATCH, columns=columns):
-                    unpacked += batch.nbytes
-                    if unpacked > limit:
-                        reason = f"unpacks to {unpacked:,} bytes or more; for a file of its size {limit:,} are read"
-                        raise DataError(f"{name} {reason}; split it")
-                    try:
-                        records = batch.to_pylist()
-                    except (ValueError, OverflowError) as error:  # Python has no year 10000 and no nanoseconds
-                        raise DataError(f"{name}, rows {row + 1:,} to {row + len(batch):,}: {error}") from error
-                    yield from enumerate(records, row + 1)
+                for batch in file.iter_batches(PARQUET_BATCH):
+                    yield from enumerate(batch.to_pylist(), row + 1)
                     row += len(batch)
-        except pa.ArrowException as error:
-            raise DataError(f"{name} is not a parquet file: {error}") from error
-        except OSError as error:
-            raise DataError(f"{name} is damaged, or cannot be read: {' '.join(str(error).split())}") from error
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # Python has no year 10000
+            reason = " ".join(str(error).split())
+            raise DataError(f"{name} is damaged or no Parquet file, after row {row:,}: {reason}") from error
+
+
+def required_text(row: Mapping[str, Any], where: str, name: str) -> str:
+    """Return a field that must hold text. Raise DataError if it is missing, empty, or not text."""
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{where}: field {name!r} is missing or empty")
+    if not isinstance(value, str):
+        raise _wrong(where, name, "text", value)
+    return value
+
+
+def label_text(row: Mapping[str, Any], where: str, *names: str) -> str:
+    """Return the first filled field as text, such as the number 0, or "". Raise DataError for anything else."""
+    for name in names:
+        value = row.get(name)
+        if isinstance(value, list | tuple | dict | bytes):
+            raise _wrong(where, name, "one text", value)
+        if value is not None and value == value and str(value).strip():
+            return str(value)
+    return ""
+
+
+def texts_of(row: Mapping[str, Any], where: str, name: str) -> tuple[str, ...]:
+    """Return the texts of a field with nothing, one text, or a list of texts. Raise DataError for anything else."""
+    value = row.get(name)
+    if value is None or isinstance(value, str):
+        return (value,) if value else ()
+    if is_texts(value):
+        return tuple(value)
+    raise _wrong(where, name, "text or a list of texts", value)
+
+
+def is_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _wrong(where: str, name: str, wanted: str, value: object) -> DataError:
+    return DataError(f"{where}: field {name!r} must be {wanted}, not {json.dumps(value, default=str)[:60]}")

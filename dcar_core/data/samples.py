@@ -66,19 +66,13 @@ class Dataset:
 
 
 def write_splits(splits: Mapping[str, Dataset], directory: Path) -> None:
-    """Write a JSONL file for each split, or none if that fails; image names stay relative to the image root."""
-    for existing in sorted(directory.glob("*")):
-        if existing.suffix in (".json", ".jsonl", ".csv", ".parquet", ".tar"):
-            raise DataError(f"{directory} already holds {existing.name}; give --out an empty or a new directory")
+    """Write a JSONL file for each split to a new or empty directory; image names stay relative to the image root."""
+    if directory.is_dir() and (existing := sorted(directory.iterdir())):
+        raise DataError(f"{directory} already holds {existing[0].name}; give --out an empty or a new directory")
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        for name, data in splits.items():
-            rows = ({name: value for name, value in vars(sample).items() if value} for sample in data.samples)
-            write_json_lines(directory / f"{name}.jsonl", rows)
-    except BaseException:
-        for name in splits:  # the same command would refuse them
-            (directory / f"{name}.jsonl").unlink(missing_ok=True)
-        raise
+    for name, data in splits.items():
+        rows = ({field: value for field, value in vars(sample).items() if value} for sample in data.samples)
+        write_json_lines(directory / f"{name}.jsonl", rows)
 
 
 @dataclass
@@ -117,5 +111,7 @@ def describe_reports(splits: Mapping[str, object], reports: Mapping[str, Cleanin
 def save_reports(reports: Mapping[str, CleaningReport], directory: Path) -> None:
     """Write {split: {"counts": {phrase: number}, "names": {phrase: [every name]}}} to cleaning.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    content = {name: {"counts": dict(each.counts.most_common()), "names": each.names} for name, each in reports.items()}
+    content = {
+        split: {"counts": dict(report.counts.most_common()), "names": report.names} for split, report in reports.items()
+    }
     write_json(directory / "cleaning.json", content)

@@ -13,10 +13,9 @@ from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from dcar_core.data.entries import SKIPPED_ROWS, BadRowsError
 from dcar_core.data.image_lookup import unicode_forms
 from dcar_core.data.load import MISSING_IMAGES, Annotations, NoPairsError, annotation_files
-from dcar_core.data.readers import SIDECARS, USED_COLUMNS, read_sidecar
+from dcar_core.data.readers import SIDECARS, SKIPPED_ROWS, USED_COLUMNS, BadRowsError, read_sidecar
 from dcar_core.data.records import IMAGE_COLUMNS, RECORD_SUFFIXES, Record, read_records
 from dcar_core.data.samples import SPLITS
 from dcar_core.images import TarSpan

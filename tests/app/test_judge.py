@@ -64,15 +64,20 @@ def test_batches_of_texts_search_as_one_text_does(built_index: Path) -> None:
 def test_two_versions_are_compared_as_trec_eval_measures_them(versions: Path, tmp_path: Path) -> None:
     tools = importlib.import_module("ir_measures")
     table = write(tmp_path / "list.csv", [*ROWS])
-    qrels, tables = tmp_path / "qrels.txt", {}
+    qrels = [tools.Qrel(query, item, grade) for query, _, item, grade, _ in ROWS]
+    tables = {}
     for number in (1, 2):
-        run = tmp_path / f"run{number}.txt"
-        done = dcar("judge", table, "--index", versions, "--version", number, "--run", run, "--qrels", qrels)
+        run = tmp_path / f"run{number}.csv"
+        done = dcar("judge", table, "--index", versions, "--version", number, "--run", run)
         assert done.returncode == 0, done.stderr
         (measured,) = re.findall(rf"\| all, 3 \| {versions} version {number} \| (.*) \|", done.stdout)
         tables[number] = [float(cell.split(" ")[0]) for cell in measured.split(" | ")]
         wanted = [tools.nDCG @ 10, tools.RR @ 10, tools.R @ 10]
-        found = tools.calc_aggregate(wanted, tools.read_trec_qrels(str(qrels)), tools.read_trec_run(str(run)))
+        with run.open() as file:
+            ranked = [
+                tools.ScoredDoc(row["query_id"], row["item_id"], -int(row["rank"])) for row in csv.DictReader(file)
+            ]
+        found = tools.calc_aggregate(wanted, qrels, ranked)
         assert tables[number] == pytest.approx([100 * found[measure] for measure in wanted], abs=0.051)
         end = f"{versions} version {number} has {tables[number][0]:.1f} points of nDCG@10 over 3 queries."
         assert done.stdout.splitlines()[-1] == end

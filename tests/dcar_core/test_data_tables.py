@@ -20,7 +20,7 @@ ROWS: list[dict[str, Any]] = [
     {"file_name": f"{n}.png", "caption": f"image {n}", "category": "even" if n % 2 == 0 else "odd"} for n in range(40)
 ]
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
-COCO = "the form of COCO or of Karpathy's splits, which is not read"
+COCO = r"entry 'images': must be an object; docs/how-to/prepare-data\.md shows how to convert COCO"
 HEAD = "image,caption\n"
 
 
@@ -51,9 +51,8 @@ def test_webdataset_tars_hold_pairs(tmp_path: Path) -> None:
     ]
     assert (data.samples[2].category, data.samples[2].negatives) == ("square", ("blue",)), "the name, not its number"
     assert data.read(data.samples[2].image) == image
-    assert report.names["tar samples without a caption, left out"] == ["train-0000.tar/1"]
+    assert report.names["captions that are empty or missing, left out"] == ["train-0000.tar/1.png"]
     assert report.names["tar samples without an image, left out"] == ["train-0000.tar/2"]
-    assert report.names["tar samples with several images, one of which was taken"] == ["0.png"]
     (validation,) = Annotations(tmp_path).load("val")[0].samples
     assert (validation.caption, validation.category) == ("for validation", "square")
     assert len(Annotations(tmp_path / "val.tar").load("val")[0]) == 1
@@ -104,16 +103,15 @@ def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("train.json", "[]", "must hold an object"),
-        ("train.json", "{", "is not JSON"),
+        ("train.json", "{", "is not JSON in UTF-8"),
         ("train.json", '{"k": 3}', "entry 'k': must be an object"),
-        ("train.json", '{"k": {"file_name": "a.png"}}', "entry 'k': field 'positive' is missing"),
-        ("train.json", '{"k": {"positive": "a"}}', "entry 'k': field 'file_path' is missing"),
-        ("train.json", '{"k": {"file_name": "a.png", "positive": {"a": 1}}}', "'positive' must be text or a list of"),
+        ("train.json", '{"k": {"file_name": "a.png"}}', "entry 'k': no field caption or captions"),
+        ("train.json", '{"k": {"positive": "a"}}', "entry 'k': field 'image' is missing"),
+        ("train.json", '{"k": {"file_name": "a.png", "positive": {"a": 1}}}', "'caption' must be text or a list of"),
         ("train.json", "{}", "has no train pairs in train.json; it needs pairs"),
         ("train.json", '{"k": {"file_name": "a.png", "positive": " "}}', "no train pairs that can be used"),
-        ("train.json", "\udcff", "is not UTF-8"),
+        ("train.json", "\udcff", "is not JSON in UTF-8"),
         ("train.json", '{"images": [{"filename": "1.jpg"}]}', COCO),
-        ("train.json", '{"annotations": [], "images": []}', COCO),
         ("train.json", DEEP, r"train\.json.*nested too deeply"),
         ("train.jsonl", DEEP, r"train\.jsonl.*nested too deeply"),
         (
@@ -123,22 +121,22 @@ def test_fields_of_other_kinds_are_read_or_left_out(tmp_path: Path) -> None:
         ),
         ("pairs.jsonl", '{"image": "a.png", "caption": "a"}\n{', r"line 2: not JSON"),
         ("pairs.jsonl", "[1]", r"line 1: must be an object"),
-        ("pairs.jsonl", '{"caption": "a"}', r"line 1: field 'image' is missing"),
+        ("pairs.jsonl", '{"caption": "a"}', r"line 1: no field file_name or image or path; it has caption"),
         ("pairs.jsonl", '{"image": 12, "caption": "a"}', "field 'image' must be text, not 12"),
-        ("pairs.jsonl", '{"image": "a.png"}', r"line 1: field 'caption' is missing"),
+        ("pairs.jsonl", '{"image": "a.png"}', r"line 1: no field caption or captions; it has image"),
         (
             "pairs.jsonl",
             '{"image": "a.png", "caption": "a", "category": ["a"]}',
             r"'category' must be one text, not \[",
         ),
-        ("pairs.csv", "image,caption,split\na.png,a,train\nb.png,b,\n", r"1 rows have no split, such as 'b\.png'"),
+        ("pairs.csv", "image,caption,split\na.png,a,train\nb.png,b,\n", r"1 pairs have no split, such as 'b\.png'"),
         ("pairs.csv", "image,caption,split\na.png,one, two,train\n", r"line 2: more cells than the header"),
         ("train.csv", HEAD + 'a.png,"a red owl\nb.png,"a ""green"" owl"\n', r"line 2 is not CSV: .* quote not closed"),
         ("train.csv", HEAD + 'a.png,red\nb.png,"a blue owl\nc.png,green\n', r"line 3 is not CSV: .* quote not closed"),
         ("train.csv", HEAD + 'a.png,"a ""red"" owl"\nb.png,"a" blue owl\n', r"line 3 is not CSV"),
         ("train.csv", "image,caption,caption\na.png,x,y\n", "two columns named 'caption'"),
-        ("train.csv", "Picture,Text\na.png,a\n", r"has no column file_name or image or path, .*; it has Picture, Text"),
-        ("train.csv", "image,text\na.png,an\n", r"has no column caption or captions, .*; it has image, text"),
+        ("train.csv", "Picture,Text\na.png,a\n", "no field file_name or image or path; it has Picture, Text"),
+        ("train.csv", "image,text\na.png,an\n", "no field caption or captions; it has image, text"),
         ("notes.txt", "a", r"needs pairs\.csv"),
         ("cars_test.json", '{"a": {"file_name": "a", "positive": "a"}}', "has no train pairs; it has test"),
     ],
@@ -163,9 +161,8 @@ def test_directory_without_annotations_is_an_error(tmp_path: Path) -> None:
         Annotations(tmp_path / "a.xml").load("val")
 
 
-def test_csv_columns_that_are_not_read_and_empty_rows_do_not_count(tmp_path: Path) -> None:
+def test_csv_signs_names_and_empty_rows(tmp_path: Path) -> None:
     for content in (
-        "image,caption,note,note\na.png,x,y,z\n",
         "image;caption;split\na.png;x;train\n",
         "path,caption,split\na.png,x,train\n",
         "image,caption,split\na.png,x,train\n,,\n,,\n",
@@ -179,15 +176,15 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     pq.write_table(good, file)
     damaged = file.read_bytes()
     for content, message in (
-        (b"not parquet", r"train\.parquet is not a parquet file"),
-        (damaged[:4] + b"\xff" * 36 + damaged[40:], r"train\.parquet is damaged, or cannot be read: .+"),
+        (b"not parquet", r"train\.parquet is damaged or no Parquet file"),
+        (damaged[:4] + b"\xff" * 36 + damaged[40:], r"train\.parquet is damaged or no Parquet file, after row 0: .+"),
         (
             pa.table([["a.png"], ["a"], ["b"]], ["image", "caption", "caption"]),
             "has two columns named 'caption'; rename",
         ),
-        ({"caption": ["a"]}, "no column file_name or image or path, which every row needs; it has caption"),
-        ({"img": ["a.png"], "text": ["a"]}, "path, which every row needs; it has img, text"),
-        ({"image": [{"bytes": b"x", "path": "a.png"}], "caption": ["a"]}, r"holds the images themselves; write them"),
+        ({"caption": ["a"]}, "no field file_name or image or path; it has caption"),
+        ({"img": ["a.png"], "text": ["a"]}, "path; it has img, text"),
+        ({"image": [{"bytes": b"x", "path": "a.png"}], "caption": ["a"]}, "field 'image' must be text, not"),
         (
             {"image": ["a.png"], "caption": ["a"], "category": [b"cat"]},
             "row 1: field 'category' must be one text, not \"b'cat'\"",
@@ -208,7 +205,7 @@ def test_a_bad_row_is_left_out_and_named(tmp_path: Path) -> None:
     splits, reports = Annotations(tmp_path).load_all(None, "ignore")
     assert sum(map(len, splits.values())) == 40
     first, second = reports["train"].names["rows that cannot be used, left out"]
-    assert first.startswith("line 41: field 'caption' is missing")
+    assert first.startswith("line 41: no field caption")
     assert second.startswith("line 42: not JSON")
 
 
@@ -216,41 +213,15 @@ def count(file: Path) -> int:
     return sum(1 for _ in read_records(str(file), lambda: file.open("rb"), infer_types=True))
 
 
-def test_text_files_without_bounds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line, columns = "x" * (records.MAX_LINE + 1), ",".join(f"c{number}" for number in range(200_000))
-    for name, content, message in (
-        ("l.jsonl", '{"image": "a.png"}\n' + line, r"l\.jsonl, line 2: longer than 16,000,000 characters"),
-        ("l.csv", "image,caption\n" + line, r"l\.csv, line 2: longer than 16,000,000 characters"),
-        ("l.csv", f"image,{columns}\na.png\n", "has 200,001 columns; at most 10,000 are read"),
-    ):
+def test_files_without_bounds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "x" * (records.MAX_LINE + 1)
+    for name, content in (("l.jsonl", '{"image": "a.png"}\n' + line), ("l.csv", "image,caption\n" + line)):
         (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=rf"{name}, line 2: longer than 16,000,000 characters"):
             count(tmp_path / name)
-    monkeypatch.setattr(records, "MAX_CELLS", 100_000)
-    header = "image," + ",".join(f"c{number}" for number in range(999))
-    (tmp_path / "l.csv").write_text(header + f"\na.png{',' * 999}" * 1000)
-    assert count(tmp_path / "l.csv") == 1000
-    for row in ("a.png", " "):
-        (tmp_path / "l.csv").write_text(header + f"\n{row}" * 1000)
-        with pytest.raises(DataError, match=r"l\.csv, line 102: 101,000 cells up to here, most of which are left out"):
-            count(tmp_path / "l.csv")
-    monkeypatch.setattr(records, "MAX_ROWS", 2)
-    (tmp_path / "l.csv").write_text("image\na.png\nb.png\n")
-    assert count(tmp_path / "l.csv") == 2
-    (tmp_path / "l.csv").write_text("image\na.png\nb.png\nc.png\n")
-    with pytest.raises(DataError, match="more than 2 rows; split it"):
-        count(tmp_path / "l.csv")
-
-
-def test_a_parquet_file_with_too_many_rows_for_its_size_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
     file = tmp_path / "list.parquet"
     pq.write_table(pa.table({"image": ["a.png"] * 100_000}), file)
-    monkeypatch.setattr(records, "REPORTED", 40_000)
-    with caplog.at_level("INFO"):
-        assert count(file) == 100_000
-    assert caplog.messages == [f"reading {file}: {number},000 rows so far" for number in (40, 80)]
+    assert count(file) == 100_000
     monkeypatch.setattr(records, "MAX_PACKED_ROWS", 50_000)
     with pytest.raises(DataError, match=r"list\.parquet has 100,000 rows in [\d,]+ bytes, at most 50,000"):
         count(file)
@@ -258,37 +229,11 @@ def test_a_parquet_file_with_too_many_rows_for_its_size_is_refused(
     assert count(file) == 100_000
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        pa.array(["x" * 50_000] * 1000),
-        pa.array([["x" * 50_000]] * 1000),
-        pa.array([{"text": "x" * 50_000}] * 1000),
-        pa.array([None, *[[("text", "x" * 50_000)]] * 999], pa.map_(pa.string(), pa.string())),
-        pa.array([b"x" * 50_000] * 1000, pa.binary(50_000)),
-        pa.array([str(number).zfill(50_000) for number in range(1000)]),
-    ],
-    ids=["texts", "lists", "objects", "maps", "bytes", "different texts"],
-)
-def test_a_parquet_file_that_unpacks_to_far_more_is_refused(
-    column: pa.Array, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "list.parquet"
-    pq.write_table(pa.table({"image": ["a.png"] * 1000, "caption": column}), file, compression="zstd")
-    assert file.stat().st_size < 100_000
-    assert count(file) == 1000
-    monkeypatch.setattr(records, "MAX_UNPACKED", 40 << 20)
-    with pytest.raises(DataError, match=r"list\.parquet unpacks to [\d,]+ bytes or more; .* 41,943,040 are read"):
-        count(file)
-    pq.write_table(pa.table({"caption": column}), file, compression="zstd", row_group_size=400)
-    with pytest.raises(DataError, match=r"list\.parquet unpacks to [\d,]+ bytes or more; .* 41,943,040 are read"):
-        count(file)
-
-
 def test_the_check_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:
     rows = [
         {"image": "red.png", "caption": "a red square", "split": "train", "category": "square"},
-        {"image": "cut.png", "caption": "a square that goes " + "on and " * 80 + "on", "split": "train"},
+        {"image": "red.png", "caption": "a square that goes " + "on and " * 80 + "on", "split": "train"},
+        {"image": "cut.png", "caption": "a square", "split": "train"},
         {"image": "gone.png", "caption": "a square nobody has", "split": "train", "category": "square"},
     ]
     write_jsonl(tmp_path / "pairs.jsonl", *rows)
@@ -298,12 +243,12 @@ def test_the_check_names_every_fault(tiny_data: Path, tmp_path: Path) -> None:
     done = dcar("data", "check", tmp_path, "--images", tmp_path / "photos")
     assert done.returncode == 1
     for line in (
-        "train: 3 pairs, 3 images, 1 category",
+        "train: 2 pairs, 1 images, 1 category",
         " 1 pairs without a category",
         " 1 splits with one category only",
         " 1 captions longer than the context's 77 tokens, cut",
-        r" 1 images missing: gone\.png",
-        r" 1 images broken: cut\.png \(",
+        r" 1 images missing, left out: gone\.png",
+        r" 1 images broken, left out: cut\.png \(",
     ):
         assert re.search(line, done.stdout), line
     assert "2 images cannot be used: set --images" in done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcar_core.data.judgements import JudgedList, read_judgements, trec_id
+from dcar_core.data.judgements import JudgedList, read_judgements
 from dcar_core.util import retrieval_metrics
 from dcar_core.util.bootstrap import Comparison, Scores
 from dcar_core.util.errors import DataError
@@ -193,7 +193,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_tables_and_qrels_hold_the_same_list(tmp_path: Path) -> None:
+def test_tables_hold_the_same_list(tmp_path: Path) -> None:
     rows = [
         ("q1", "red shoe", "a b.png", 3, "word"),
         ("q1", "red shoe", "1%20.png", 0, "word"),
@@ -207,11 +207,6 @@ def test_tables_and_qrels_hold_the_same_list(tmp_path: Path) -> None:
     assert judged.classes == {"q1": "word"}
     lines = "".join(json.dumps(dict(zip(names, row, strict=True)) | {"source": "clicks"}) + "\n" for row in rows)
     assert read_judgements([write(tmp_path / "list.jsonl", lines)]) == judged
-    qrels = write(tmp_path / "qrels.txt", judged.to_qrels())
-    assert qrels.read_text() == "q1 0 a%20b.png 3\nq1 0 1%2520.png 0\nq%202 0 c 1\n"
-    texts = "".join(f"{trec_id(query_id)}\t{text}\n" for query_id, text in judged.texts.items())
-    found = read_judgements([qrels], write(tmp_path / "queries.tsv", texts))
-    assert (found.texts, found.grades, found.classes) == (judged.texts, judged.grades, {})
 
 
 def test_lists_are_joined_and_rows_with_an_empty_grade_do_not_count(tmp_path: Path) -> None:
@@ -230,8 +225,7 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         read_judgements([table])
     assert [line.removeprefix(f"{table}, ") for line in str(caught.value).splitlines()] == [
         "line 2: field 'grade' must be 0, 1, 2 or 3, not '4'; correct or remove it",
-        "line 3: field 'query' is missing or empty; the row has query_id, item_id, grade; "
-        "texts of qrels are in --queries FILE",
+        "line 3: field 'query' is missing or empty; the row has query_id, item_id, grade",
         "line 4: field 'item_id' is missing or empty; the row has query_id, query, grade",
         "line 5: field 'grade' must be 0, 1, 2 or 3, not '?'; correct or remove it",
         "line 7: field 'grade' is 2, but 'c' had 1 for this query; remove one",
@@ -243,20 +237,7 @@ def test_every_bad_row_is_told_with_its_line_and_field(tmp_path: Path) -> None:
         read_judgements([many])
 
 
-def test_bad_qrels_and_empty_lists_say_what_to_do(tmp_path: Path) -> None:
-    queries = write(tmp_path / "queries.tsv", "q1\tred\nq2 blue\n")
-    qrels = write(tmp_path / "qrels.txt", "q1 0 a 1\n\nq1 a 1\nq2 0 a 1\nq1 0 b -1\nq1 Q0 c 1 9.5 run\n")
-    with pytest.raises(DataError) as caught:
-        read_judgements([qrels], queries)
-    hint = "texts of qrels are in --queries FILE"
-    assert [line.partition(", ")[2] for line in str(caught.value).splitlines()] == [
-        "line 3: field 'grade' is missing or empty; the row has query_id, query, item_id",
-        f"line 4: field 'query' is missing or empty; the row has query_id, item_id, grade; {hint}",
-        "line 5: field 'grade' must be 0, 1, 2 or 3, not '-1'; correct or remove it",
-        "line 6: field 'grade' must be 0, 1, 2 or 3, not '1 9.5 run'; correct or remove it",
-    ]
-    with pytest.raises(DataError, match=hint):
-        read_judgements([qrels])
+def test_empty_lists_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: field 'grade' is missing or empty; the row has query, item_id"):
         read_judgements([write(tmp_path / "other.csv", "query,item_id,rating\nred,a,\n")])
     with pytest.raises(DataError, match="has no judgement"):

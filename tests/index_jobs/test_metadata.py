@@ -180,8 +180,6 @@ LISTS: dict[str, tuple[str, bytes | str, list[dict[str, Any]]]] = {
     "a name in capitals beside its own": (
         "l.csv", "ID,id,path,Url\nx,y,1.png,here\n", [{"ID": "x", "id": "y", "location": "1.png", "url": "here"}],
     ),
-    "a line that names the sign": ("l.csv", "sep=;\r\npath;a, b\r\na.png;9\r\n", [{"location": "a.png", "a, b": 9}]),
-    "the same in quotes": ("l.csv", '"sep=;"\r\npath;a, b\r\na.png;9\r\n', [{"location": "a.png", "a, b": 9}]),
     "blanks around cells": (
         "l.csv", "path , caption , brand , n\na.png , red , Acme , 9 \n",
         [{"location": "a.png", "caption": "red", "brand": "Acme", "n": 9}],
@@ -226,9 +224,9 @@ def nested(levels: int) -> str:
 
 BAD: list[tuple[str, bytes | str, str]] = [
     ("l.parquet", parquet(path=["a", "b"], day=pa.array([0, 253_402_300_800_000], pa.timestamp("ms"))),
-     r"l\.parquet, rows 1 to 2: .*out of range"),
+     r"l\.parquet is damaged .*out of range"),
     ("l.parquet", parquet(path=["a"], text=pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())),
-     r"l\.parquet, rows 1 to 1: 'utf-8' codec"),
+     r"l\.parquet is damaged .*'utf-8' codec"),
     ("l.jsonl", f'{{"path": "a.png"}}\n{{"path": "b.png", "n": {"9" * 5000}}}', r"l\.jsonl, line 2: not JSON"),
     ("l.jsonl", nested(100_000), r"l\.jsonl, line 1: not JSON"),
     ("l.jsonl", nested(800), r"800\.png.* nested levels|line 1: not JSON"),
@@ -239,7 +237,7 @@ BAD: list[tuple[str, bytes | str, str]] = [
      r"the caption of a\.png has 10,001 characters, at most 10,000"),
     ("l.csv", f"path,n\na.png,1\nb.png,{'9' * 200_000}", r"l\.csv, line 3 is not CSV"),
     ("l.csv", "pathx;y, z\na.png;b\n", r"no column .*; it has pathx;y, z"),
-    ("l.csv", "sep=;\npath;size\na.png;9;9\n", r"line 3: more cells .* quote a text that has ';'"),
+    ("l.csv", "path;size\na.png;9;9\n", r"line 2: more cells .* quote a text that has ';'"),
     *(("l.csv", "path;caption\na.png;Früh\n".encode(each), r"is not UTF-8 .*; save it as UTF-8 \(in Excel: Save As, ")
       for each in ("cp1252", "utf-16")),
     *(("t.tar", tar_bytes({"a.png": png(), "a.json": b'{"n": ' + text + b"}"}),
@@ -249,9 +247,9 @@ BAD: list[tuple[str, bytes | str, str]] = [
      r"t\.tar, a\.txt: its \.txt has 16,000,002 bytes; at most 16,000,000 are read"),
     ("metadata.jsonl", "", r"metadata\.jsonl has no rows; fill or remove it"),
     ("metadata.csv", "file_name,caption\n", r"metadata\.csv has no rows; fill or remove it"),
-    ("pairs.csv", "image,text\na.png,a\n", r"has no column caption or captions, .*; it has image, text"),
+    ("pairs.csv", "image,text\na.png,a\n", r"no field caption or captions; it has image, text"),
     ("pairs.jsonl", jsonl(*({"image": "a.png", "caption": "a"},) * 4, {"image": "x.jpg"}, {"caption": "nothing"}),
-     r"line 5: field 'caption' is missing.*2 of 6 rows cannot be used; at most 10%"),
+     r"line 5: no field caption .*2 of 6 rows cannot be used; at most 10%"),
 ]  # fmt: skip
 
 
@@ -281,7 +279,7 @@ def test_annotations_that_lack_rows_or_images_describe_the_others(
     assert rows_of(scan(tmp_path / "moved"))["a.png"]["caption"] == "", "no split has an image"
     for said in (
         "1 rows of the annotations",
-        "line 22: field 'caption' is missing",
+        "line 22: no field caption",
         "has no val pairs that can be used",
     ):
         assert said in caplog.text
