@@ -150,7 +150,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     from dcar_core.model.checkpoint import copy_checkpoint
     from index_jobs.engines.protocol import NewIndex, load_engine
     from index_jobs.gallery.scan import scan
-    from index_jobs.index import publish
+    from index_jobs.index import versions
     from index_jobs.index.items import SIZE_COLUMNS, Items, write_items
     from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
     from index_jobs.index.manifest import CHECKPOINT, ITEMS, LEXICAL, Manifest
@@ -168,7 +168,7 @@ def made_index(out: Path, checkpoint: Path, draw: "Callable[[], Floats]", captio
     table = gallery.table
     for name in SIZE_COLUMNS:
         table = table.append_column(name, pa.nulls(count, pa.int32()))
-    with publish.new_version(out) as new:
+    with versions.new_version(out) as new:
         folder = new.folder
         copy_checkpoint(checkpoint, folder / CHECKPOINT)
         encoder = Encoder.load(folder / CHECKPOINT, device="cpu")

@@ -11,7 +11,7 @@ from app.cli import options
 from app.cli.options import group
 from dcar_core.util.errors import ArtifactError
 from dcar_core.util.options import command, option, with_options
-from index_jobs.index.location import index_path, location_of
+from index_jobs.index.storage import index_path, location_of
 from index_jobs.rebuild import add_build_command
 from index_jobs.spec import KEEP_WRITES, BuildOptions, IndexSpec
 
@@ -35,7 +35,7 @@ def list_versions(
     """List the versions, newest first; * marks the one that is served."""
     from index_jobs.index import versions
 
-    current = versions.pull(index, history=True, files=False)
+    current = versions.pull_history(index)
     manifests = versions.list_versions(index)
     if not manifests:
         versions.require_index(index)  # raises with the command to run
@@ -64,7 +64,7 @@ def items(index: Path = FILLED_INDEX, *, filter: dict[str, Any] | None = options
 @command(commands, "verify", "dcar index verify index")
 def verify(index: Path = INDEX) -> None:
     """Check every file of every version against its checksum."""
-    from index_jobs.index.publish import verify_index
+    from index_jobs.index.versions import verify_index
 
     for manifest in verify_index(index):
         typer.echo(f"version {manifest.version}: {len(manifest.files)} files are as published")
@@ -77,9 +77,9 @@ def rollback(
     to: int | None = option(None, "Version. Default: the one that the current version replaced."),
 ) -> None:
     """Make an earlier version the current one."""
-    from index_jobs.index import publish
+    from index_jobs.index import versions
 
-    typer.echo(f"{location_of(index)}: version {publish.rollback(index, to)} is current")
+    typer.echo(f"{location_of(index)}: version {versions.rollback(index, to)} is current")
 
 
 @command(commands, "add", "dcar index add index --gallery new-photos")

@@ -131,7 +131,7 @@ def retrain(
     INDEX/retrain.json has the comparison. Exit status 6: not published.
     """
     started = time.perf_counter()
-    from index_jobs.index.location import location_of
+    from index_jobs.index.storage import location_of
     from index_jobs.index.versions import open_current
     from index_jobs.jobs.retrain import describe_rest
     from index_jobs.jobs.retrain import retrain as run

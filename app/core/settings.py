@@ -19,7 +19,7 @@ from app.core.rate_limit import parse_rate
 from app.core.redis import connect
 from dcar_core.images.formats import WEB_FORMATS, ImageFormat
 from dcar_core.util.errors import DcarError
-from index_jobs.index.location import index_path
+from index_jobs.index.storage import index_path
 from index_jobs.spec import KEEP_WRITES
 
 DEFAULT_K = 10

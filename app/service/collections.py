@@ -27,8 +27,8 @@ from app.search.errors import CollectionNotFoundError, UnavailableError, without
 from app.search.snapshots import Snapshot, is_published, load_snapshot
 from dcar_core.util.errors import ArtifactError, DcarError
 from index_jobs.index.created import list_collections
-from index_jobs.index.location import location_of, store_of
-from index_jobs.index.versions import current_version, pull, repair, require_index
+from index_jobs.index.storage import location_of, store_of
+from index_jobs.index.versions import current_version, pull, require_index
 
 logger = logging.getLogger(__name__)
 
@@ -129,17 +129,11 @@ class ServedIndex:
             return snapshot is not None
 
     def _load_new(self, loaded: list[Snapshot]) -> Snapshot | None:
-        """Load the published version unless it is live. Damaged files of an object store's are brought anew."""
+        """Load the published version unless it is live."""
         is_empty = self.is_created and current_version(self.index) is None
         version = self._tried_version = 0 if is_empty else require_index(self.index).version
         if self.live is not None and is_published(self.live, self.index, version):
             return None
-        try:
-            return load_snapshot(self.index, self._collections.settings, loaded, is_empty)
-        except Exception:
-            if store_of(self.index) is None:
-                raise
-        repair(self.index, version)
         return load_snapshot(self.index, self._collections.settings, loaded, is_empty)
 
     async def _pull(self) -> DcarError | None:

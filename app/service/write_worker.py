@@ -27,7 +27,7 @@ from app.service.collections import Collections, ServedIndex
 from dcar_core.util import files
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.index.jobs import JobKind, JobQueue
-from index_jobs.index.location import store_of
+from index_jobs.index.storage import store_of
 from index_jobs.jobs.apply import apply_waiting
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import numpy as np
 from dcar_core.util.errors import DataError
 from dcar_core.util.files import canonical_json
 from index_jobs.checks import MAX_METADATA_BYTES, MAX_METADATA_LEVELS, is_too_deep
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import Items, fit_one_field, type_of
 from index_jobs.index.lexical.lexical_index import item_texts, replace_texts
@@ -82,13 +82,13 @@ class Draft:
         texts = {"caption": item.caption, "category": item.category}
         return item.metadata | {name: text for name, text in texts.items() if text}
 
-    def publish(self, new: publish.NewVersion, change: str, *, keep: int, origin: str = "") -> Manifest:
+    def publish(self, new: versions.NewVersion, change: str, *, keep: int, origin: str = "") -> Manifest:
         """Publish a version with the changes."""
         current, manifest = self._artifact, self._artifact.manifest
         names = [ITEMS, *(f"{addition.folder}/{ITEMS}" for addition in manifest.additions)]
         start, texts = 0, dict[int, str]()
         new.link(current)
-        for name, items in zip(names, (segment.items for segment in current.segments), strict=True):
+        for name, items in zip(names, (part.items for part in current.parts), strict=True):
             rows = np.array([row for row in sorted(self.records) if start <= row < start + len(items)], np.int64)
             if len(rows):
                 records = {row - start: self.records[row] for row in rows.tolist()}
@@ -128,7 +128,7 @@ def change_metadata(
         ArtifactError: nothing is published.
         LockedError: another job is writing.
     """
-    with publish.report_os_errors(index), publish.new_version(index) as new:
+    with versions.report_os_errors(index), versions.new_version(index) as new:
         current = open_current(index)
         draft, unknown, known = Draft(current), list[str](), 0
         for item_id, fields in changes:

@@ -15,8 +15,6 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.files import fsync_path, fsync_tree, write_json
 from dcar_core.util.processes import hold_lock
@@ -35,7 +33,7 @@ _DROP_S = 2.0
 def empty_artifact(index: Path, fingerprint: str, dim: int) -> IndexVersion:
     """Return version 0 of a created collection, without rows; its model has this fingerprint and vectors (dim,)."""
     manifest = Manifest(spec=IndexSpec(fingerprint=fingerprint), dim=dim, kind="Flat")
-    return IndexVersion(index, manifest, [], np.empty(0, np.int64))
+    return IndexVersion(index, manifest, [])
 
 
 def list_collections(folder: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,8 @@ import pyarrow.compute as pc
 from dcar_core.util.arrays import Mask, Rows
 from dcar_core.util.errors import DataError, list_fields
 from dcar_core.util.files import replace_surrogates
+from index_jobs.index.index_version import IndexVersion
 from index_jobs.row_filter import EMPTY_IS_MISSING, RowFilter
-
-if TYPE_CHECKING:
-    from index_jobs.index.index_version import IndexVersion
 
 _RANGES = {"gt": "greater", "gte": "greater_equal", "lt": "less", "lte": "less_equal"}
 _OR = "$or"
@@ -47,7 +45,7 @@ class FilterError(DataError):
         self.message = message
 
 
-def match_rows(artifact: "IndexVersion", filter: Mapping[str, Any]) -> Mask:
+def match_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> Mask:
     """Return the live items that meet every condition, bool (rows,).
 
     Raises:
@@ -57,27 +55,16 @@ def match_rows(artifact: "IndexVersion", filter: Mapping[str, Any]) -> Mask:
     return _match_all(artifact, filter)
 
 
-def filter_rows(artifact: "IndexVersion", filter: Mapping[str, Any]) -> RowFilter:
+def filter_rows(artifact: IndexVersion, filter: Mapping[str, Any]) -> RowFilter:
     """Return the live items that meet every condition. The mask is made by `match_rows` when it is first read.
 
     Raise FilterError if no item has such a field, or a condition does not fit it.
     """
     _require_few(filter, 0)
     changed = artifact.changed
-    included = changed[_match_all(_Chosen(artifact, changed), filter)]
+    included = changed[_match_all(artifact, filter, changed)]
     excluded = np.union1d(changed, artifact.removed)
     return RowFilter(lambda: match_rows(artifact, filter), filter, excluded, included)
-
-
-class _Chosen:
-    """Some rows of an artifact, ascending."""
-
-    def __init__(self, artifact: "IndexVersion", rows: Rows) -> None:
-        self._artifact, self._rows = artifact, rows
-        self.fields, self.rows, self.live = artifact.fields, len(rows), ~np.isin(rows, artifact.removed)
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        return self._artifact.column(name, self._rows)
 
 
 def match_column(column: pa.ChunkedArray, condition: Any, field: str) -> Mask:
@@ -125,24 +112,19 @@ def _condition_fields(filter: Mapping[str, Any]) -> Iterator[str]:
             yield field
 
 
-def _match_all(artifact: "IndexVersion | _Chosen", filter: Mapping[str, Any]) -> Mask:
-    mask = artifact.live.copy()
+def _match_all(artifact: IndexVersion, filter: Mapping[str, Any], rows: Rows | None = None) -> Mask:
+    """Return which rows meet every condition; of all rows, or of some, ascending."""
+    mask = artifact.live.copy() if rows is None else artifact.live[rows]
     for field, condition in filter.items():
         if field == _OR:
-            mask &= _match_any(artifact, condition)
+            parts = condition if isinstance(condition, list) else []
+            if not parts or not all(isinstance(part, dict) for part in parts):
+                raise FilterError(_OR, "takes a list of filters; one of them must hold")
+            mask &= np.logical_or.reduce([_match_all(artifact, part, rows) for part in parts])
             continue
         if field not in artifact.fields:
             raise FilterError(field, f"no item has this field; there are: {list_fields(artifact.fields)}")
-        mask &= match_column(artifact.column(field), condition, field)
-    return mask
-
-
-def _match_any(artifact: "IndexVersion | _Chosen", filters: Any) -> Mask:
-    if not isinstance(filters, list) or not filters or not all(isinstance(part, dict) for part in filters):
-        raise FilterError(_OR, "takes a list of filters; one of them must hold")
-    mask = np.zeros(artifact.rows, np.bool_)
-    for part in filters:
-        mask |= _match_all(artifact, part)
+        mask &= match_column(artifact.column(field, rows), condition, field)
     return mask
 
 

@@ -2,11 +2,10 @@
 
 - A version never changes after publication, so readers need no lock. A removed version stays usable while it is open,
   on systems that keep open files, as Linux and macOS do.
-- A built version is one segment. Later additions are segments of their own, and removed items are a list of rows, so an
-  update shares all other files with the previous version.
-- Rows are numbered through all segments. A removed row keeps its number and is never found, by a search or by its id.
-- Opening checks that every file has its full length; `storage.read_files` also compares its hash.
-- Many threads may share a version.
+- A version has parts: what was built, and later additions. Removed items are a list of rows, so an update shares all
+  other files with the previous version.
+- Rows are numbered through all parts. A removed row keeps its number and is never found, by a search or by its id.
+- Opening checks that every file has its full length; `storage.verify` also compares its hash.
 """
 
 import errno
@@ -20,9 +19,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -36,13 +34,12 @@ from index_jobs.gallery.storage import LOCAL_SCHEMES, REMOTE_SCHEMES, WHOLE_FILE
 from index_jobs.index.items import Items, common_type, take_rows, typed_array
 from index_jobs.index.lexical.fusion import spread_rows
 from index_jobs.index.lexical.lexical_index import LexicalIndex
-from index_jobs.index.location import location_of
 from index_jobs.index.manifest import CHANGED, CHECKPOINT, ITEMS, LEXICAL, REMOVED, Manifest
+from index_jobs.index.storage import location_of
 from index_jobs.row_filter import NO_ROWS, RowFilter
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
-_CACHED_BYTES = 2048  # of the texts of one; longer ones are read again
 _SAMPLE = 16  # images whose presence stands for the gallery's
 
 
@@ -126,10 +123,13 @@ class ImageAccess:
         return str(resolved)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Vectors, their items, the base of the items' relative image locations, and the folders of absolute ones."""
+class Part(NamedTuple):
+    """What was built, or an addition.
 
+    rows: their numbers in the version. root: the base of relative image locations. roots: the folders of absolute ones.
+    """
+
+    rows: range
     vectors: VectorIndex
     items: Items
     root: str
@@ -137,56 +137,51 @@ class Segment:
 
 
 class IndexVersion:
-    """One opened version.
+    """One opened version. Many threads may share it.
 
-    index: the directory. rows: their number, removed ones included; row numbers are 0..rows - 1. removed: rows whose
-    item was removed. changed: rows whose fields differ from those that the engine stored with the vectors, ascending.
-    image_access: limits on the images that are read; None for no limit. known: rows of items of recent searches, by id.
+    index: the directory. rows: their number, removed ones included. removed: rows whose item was removed. changed: rows
+    whose fields differ from those that the engine stored with the vectors; both ascend. image_access: limits on the
+    images that are read; None for no limit.
     """
 
     def __init__(
-        self, index: Path, manifest: Manifest, segments: Sequence[Segment], removed: Rows, changed: Rows = NO_ROWS,
+        self, index: Path, manifest: Manifest, parts: Sequence[Part], removed: Rows = NO_ROWS, changed: Rows = NO_ROWS,
         image_access: ImageAccess | None = None,
     ) -> None:  # fmt: skip
         """Take the opened parts of a version; `open` opens them."""
-        self.index, self.manifest, self.segments, self.image_access = index, manifest, segments, image_access
-        self.removed, self.changed, self._items, self.known = removed, changed, dict[int, Item](), dict[str, int]()
-        stops = np.cumsum([0, *(segment.vectors.count for segment in segments)]).tolist()
-        self._spans, self.rows = [range(*span) for span in pairwise(stops)], stops[-1]
+        self.index, self.manifest, self.parts, self.image_access = index, manifest, parts, image_access
+        self.removed, self.changed, self._items = removed, changed, dict[int, Item]()
+        self.rows = parts[-1].rows.stop if parts else 0
 
     @classmethod
     def open(cls, index: Path, manifest: Manifest, image_access: ImageAccess | None = None) -> "IndexVersion":
         """Open a version of an index directory; see `index_jobs.index.versions`.
 
         Raises:
-            ArtifactError: a file is missing, too short or unreadable, or the files do not fit together.
+            ArtifactError: a file is missing, too short or unreadable.
         """
         _check_sizes(index, manifest)
         try:
             engine = load_engine(manifest.spec.engine)
         except DataError as error:
             raise ArtifactError(f"{index} cannot be opened: {error}") from None
-        built = engine.open(manifest.paths(index), gpu=manifest.gpu)
         own = str(index.absolute())  # of images that were put
-        segments = [Segment(built, Items(manifest.path(index, ITEMS)), manifest.root or own, manifest.roots)]
-        for addition in manifest.additions:
-            vectors = engine.open(manifest.paths(index, f"{addition.folder}/"))
-            items = Items(manifest.path(index, f"{addition.folder}/{ITEMS}"))
-            segments.append(Segment(vectors, items, own, addition.roots))
-        added = [addition.count for addition in manifest.additions]
-        total, name = manifest.rows, f"version {manifest.version} of {location_of(index)}"
-        for segment, count in zip(segments, [total - sum(added), *added], strict=True):
-            actual = (segment.vectors.count, len(segment.items), segment.vectors.dim)
-            if actual != (count, count, manifest.dim):
-                raise ArtifactError(
-                    f"{name} does not fit together: {actual[0]} vectors of {actual[2]} and {actual[1]} items, but the "
-                    f"manifest says {count} of {manifest.dim}; roll back, or rebuild the index"
-                )
-        removed = read_rows(manifest.path(index, REMOVED), total) if manifest.removed else NO_ROWS
-        if len(removed) != manifest.removed:
-            raise ArtifactError(f"{REMOVED} of {name} does not fit the manifest; roll back, or rebuild the index")
-        changed = read_rows(manifest.path(index, CHANGED), total) if CHANGED in manifest.files else NO_ROWS
-        return cls(index, manifest, segments, removed, changed, image_access)
+        places = [("", manifest.root or own, manifest.roots)]
+        places += [(f"{addition.folder}/", own, addition.roots) for addition in manifest.additions]
+        parts, start = list[Part](), 0
+        for prefix, root, roots in places:
+            vectors = engine.open(manifest.paths(index, prefix), gpu=manifest.gpu and not prefix)
+            items = Items(manifest.path(index, f"{prefix}{ITEMS}"))
+            parts.append(Part(range(start, start + len(items)), vectors, items, root, roots))
+            start += len(items)
+        fits = all((part.vectors.count, part.vectors.dim) == (len(part.rows), manifest.dim) for part in parts)
+        if start != manifest.rows or not fits:
+            name = f"version {manifest.version} of {location_of(index)}"
+            raise ArtifactError(f"the files of {name} do not fit together; roll back, or rebuild the index")
+        removed, changed = (
+            read_rows(manifest.path(index, name)) if name in manifest.files else NO_ROWS for name in (REMOVED, CHANGED)
+        )
+        return cls(index, manifest, parts, removed, changed, image_access)
 
     @cached_property
     def live(self) -> Mask:
@@ -258,19 +253,19 @@ class IndexVersion:
             raise ArtifactError(f"the index has vectors of {self.manifest.dim}, but the queries are {vectors.shape}")
         if rows is None and len(self.removed):
             rows = self.live_rows
-        if len(self.segments) == 1:
-            return self.segments[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
+        if len(self.parts) == 1:
+            return self.parts[0].vectors.search(vectors, k, rows, is_narrow=is_narrow)
         scores, found = [np.empty((len(vectors), 0), np.float32)], [np.empty((len(vectors), 0), np.int64)]
-        for segment, span in zip(self.segments, self._spans, strict=True):
-            part = None if rows is None else rows.part(span)
-            segment_scores, positions = segment.vectors.search(vectors, k, part, is_narrow=is_narrow)
-            scores.append(segment_scores)
-            found.append(np.where(positions >= 0, positions + span.start, -1))
+        for part in self.parts:
+            chosen = None if rows is None else rows.part(part.rows)
+            part_scores, positions = part.vectors.search(vectors, k, chosen, is_narrow=is_narrow)
+            scores.append(part_scores)
+            found.append(np.where(positions >= 0, positions + part.rows.start, -1))
         return merge_top_k(scores, found, k)
 
     def find_store_fault(self) -> str | None:
         """Ask the engine whether it can be searched. Return why not, or None."""
-        return next(filter(None, (segment.vectors.find_fault() for segment in self.segments)), None)
+        return next(filter(None, (part.vectors.find_fault() for part in self.parts)), None)
 
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
@@ -282,36 +277,39 @@ class IndexVersion:
         for row in rows[(rows < 0) | (rows >= self.rows)][:1]:
             self.locate(int(row))  # raises
         vectors = np.empty((len(rows), self.manifest.dim), np.float32)
-        for segment, span in zip(self.segments, self._spans, strict=True):
-            inside = (rows >= span.start) & (rows < span.stop)
+        for part in self.parts:
+            inside = (rows >= part.rows.start) & (rows < part.rows.stop)
             if inside.any():
-                vectors[inside] = segment.vectors.vectors(rows[inside] - span.start)
+                vectors[inside] = part.vectors.vectors(rows[inside] - part.rows.start)
         return vectors
 
-    def locate(self, row: int) -> tuple[Segment, int]:
-        """Return the segment of a row, and its number there. Raise IndexError if the row is unknown or removed."""
+    def locate(self, row: int) -> tuple[Part, int]:
+        """Return the part of a row, and its number there. Raise IndexError if the row is unknown or removed."""
         if self._is_removed(row):
             raise IndexError(f"row {row} was removed")
-        for segment, span in zip(self.segments, self._spans, strict=True):
-            if span.start <= row < span.stop:
-                return segment, row - span.start
+        for part in self.parts:
+            if row in part.rows:
+                return part, row - part.rows.start
         raise IndexError(f"row {row} is not in 0..{self.rows - 1}")
 
     def row_of(self, item_id: str) -> int | None:
-        """Return the live row of an id, or None; newer segments first, since an item may have been replaced."""
-        if (known := self.known.get(item_id)) is not None:
-            return known
-        for segment, span in zip(reversed(self.segments), reversed(self._spans), strict=True):
-            row = segment.items.row_of(item_id)
-            if row is not None and not self._is_removed(row + span.start):
-                return int(row + span.start)
+        """Return the live row of an id, or None; newer parts first, since an item may have been replaced."""
+        for part in reversed(self.parts):
+            position = part.items.row_of(item_id)
+            if position is not None and not self._is_removed(row := position + part.rows.start):
+                return row
         return None
+
+    def live_table(self, *names: str) -> pa.Table:
+        """Return columns of the live items' table; see `Items.table`."""
+        tables = [part.items.table().select(names) for part in self.parts]
+        return pa.concat_tables(tables).filter(pa.array(self.live))
 
     @cached_property
     def _types(self) -> dict[str, pa.DataType]:
         types = dict[str, pa.DataType]()
-        for segment in self.segments:
-            for name, field_type in segment.items.fields.items():
+        for part in self.parts:
+            for name, field_type in part.items.fields.items():
                 types[name] = common_type(types.get(name, field_type), field_type)
         return types
 
@@ -323,13 +321,12 @@ class IndexVersion:
     def column(self, name: str, rows: Rows | None = None) -> pa.ChunkedArray:
         """Return one field of every row, or of some, ascending; null where an item lacks it.
 
-        Raise DataError if no segment has the field.
+        Raise DataError if no item has the field.
         """
         if name not in self._types:
             raise DataError(f"no item has the field {name!r}; there are: {list_fields(self.fields)}")
-        target = self._types[name]
-        chunks = list[pa.Array]()
-        for items, span in zip((segment.items for segment in self.segments), self._spans, strict=True):
+        target, chunks = self._types[name], list[pa.Array]()
+        for span, _, items, *_ in self.parts:
             table = pa.table({name: items.column(name) if name in items.fields else pa.nulls(len(items), target)})
             if rows is not None:
                 table = take_rows(table, rows[(rows >= span.start) & (rows < span.stop)] - span.start)
@@ -338,33 +335,25 @@ class IndexVersion:
         return pa.chunked_array(chunks, target)
 
     def item(self, row: int) -> Item:
-        """Return one item; recent short ones are cached. Raise IndexError if the row is unknown or removed."""
+        """Return one item; recent ones are cached. Raise IndexError if the row is unknown or removed."""
         if (cached := self._items.get(row)) is not None:
             return cached
-        segment, position = self.locate(row)
-        cells = [segment.items.cell(position, column) for column in _ITEM_COLUMNS]
-        item = Item(*[*cells, segment.items.scalar(position, "metadata")])
-        if item.text_bytes > _CACHED_BYTES:
-            return item
+        part, position = self.locate(row)
+        cells = [part.items.cell(position, column) for column in _ITEM_COLUMNS]
+        item = Item(*[*cells, part.items.scalar(position, "metadata")])
         if len(self._items) >= _CACHED_ITEMS:
             self._items.clear()
-            self.known.clear()
-        self._items[row], self.known[item.id] = item, row
+        self._items[row] = item
         return item
 
     def image_location(self, row: int) -> tuple[str, int]:
         """Return the file of a row's image, and the offset in it."""
-        segment, position = self.locate(row)
-        location = join_location(segment.root, segment.items.cell(position, "location"))
-        return location, segment.items.cell(position, "offset")
+        part, position = self.locate(row)
+        location = join_location(part.root, part.items.cell(position, "location"))
+        return location, part.items.cell(position, "offset")
 
     def image_bytes(self, row: int) -> bytes:
-        """Return the file of the row's image.
-
-        Raises:
-            IndexError: the row does not exist.
-            ArtifactError: the image cannot be read.
-        """
+        """Return the file of the row's image. Raise IndexError for no row, ArtifactError if it cannot be read."""
         try:
             file, size = open_image(*self._location_parts(row))
             with file:
@@ -377,48 +366,38 @@ class IndexVersion:
 
     def _location_parts(self, row: int) -> tuple[str, str, int, int]:
         """Return root, location, offset and size of the row's image; OSError if it may not be read."""
-        segment, position = self.locate(row)
-        location, offset, size = (segment.items.cell(position, column) for column in ("location", "offset", "size"))
+        part, position = self.locate(row)
+        location, offset, size = (part.items.cell(position, column) for column in ("location", "offset", "size"))
         if self.image_access is not None:
-            location = self.image_access.resolve(segment.root, location, offset, size, segment.roots)
-        return segment.root, location, offset, size
+            location = self.image_access.resolve(part.root, location, offset, size, part.roots)
+        return part.root, location, offset, size
 
     def find_gallery_fault(self) -> str | None:
-        """Return a reason if local images are gone, such as after a move; else None.
-
-        They count as gone if more than half of a sample is missing, or if one is missing and so is the whole folder of
-        its gallery.
-        """
+        """Return a reason if more than half of a sample of local images are gone, such as after a move; else None."""
         count = self.manifest.count
         sample = self._nth_live(np.linspace(0, count - 1, min(count, _SAMPLE), dtype=np.int64))
         sampled = [self.image_location(row)[0] for row in sample.tolist()]
         paths = [path for path in sampled if not is_url(path)]
         missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
-        if 2 * len(missing) > len(paths):
-            return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
-        gone = [root for root in self.manifest.folders if not is_url(root) and not os.path.exists(root)]  # noqa: PTH110
-        lost = next((path for path in missing if path.startswith(tuple(f"{root}/" for root in gone))), None)
-        return f"a folder of the gallery is gone, with images such as {lost}" if lost else None
+        if 2 * len(missing) <= len(paths):
+            return None
+        return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
 
     def image_key(self, row: int) -> str:
         """Return 32 hexadecimal digits that change with the location, size and time of the row's image file.
 
-        The image of a row with a URL counts as new with each version of the index.
-
-        Raises:
-            IndexError: the row does not exist.
-            ArtifactError: the image may not be read, or its file is missing.
+        The image of a row with a URL counts as new with each version of the index. Errors are those of `image_bytes`.
         """
         try:
             root, location, offset, size = self._location_parts(row)
-            joined, version = join_location(root, location), f"version {self.manifest.version}"
+            joined, state = join_location(root, location), f"version {self.manifest.version}"
             if not is_url(joined):
                 status = Path(joined).stat()
-                version = f"{status.st_mtime_ns}-{status.st_size}"
+                state = f"{status.st_mtime_ns}-{status.st_size}"
         except OSError as error:
             raise ArtifactError(f"the image of row {row} cannot be read: {error.strerror or error}") from error
-        key = f"{root}\0{location}\0{offset}\0{size}\0{version}"
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        key = repr((root, location, offset, size, state))
+        return hashlib.blake2b(key.encode(errors="replace"), digest_size=16).hexdigest()
 
     def require(self, fingerprint: str) -> None:
         """Raise FingerprintError, which names the command to run, for an encoder that did not encode this index."""
@@ -439,15 +418,14 @@ def link_files(paths: Mapping[str, Path], folder: Path) -> None:
 
 
 def _check_sizes(index: Path, manifest: Manifest) -> None:
-    remedy = f"in version {manifest.version}; roll back, or rebuild the index"
     for name, info in manifest.files.items():
         path = index / info.key
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise ArtifactError(f"{path} is missing, which is {name} {remedy}") from None
+        size = path.stat().st_size if path.is_file() else None
         if size != info.size:
-            raise ArtifactError(f"{path} has {size:,} bytes, not {info.size:,}; it is {name} {remedy}")
+            state = "is missing" if size is None else f"has {size:,} bytes, not {info.size:,}"
+            raise ArtifactError(
+                f"{path} {state}: {name} of version {manifest.version}; roll back, or rebuild the index"
+            )
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -455,13 +433,10 @@ def write_rows(path: Path, rows: Rows) -> None:
         np.save(file, rows.astype(np.int64), allow_pickle=False)
 
 
-def read_rows(path: Path, total: int) -> Rows:
-    """Read row numbers below a total. Raise ArtifactError if the file is damaged."""
+def read_rows(path: Path) -> Rows:
+    """Read row numbers. Raise ArtifactError if the file is damaged."""
     try:
         rows: Rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
-    rows = rows.reshape(-1).astype(np.int64)
-    if len(rows) and not 0 <= rows.min() <= rows.max() < total:
-        raise ArtifactError(f"{path} does not fit the manifest; roll back, or rebuild the index")
+        raise ArtifactError(f"{path} cannot be read: {error}; roll back, or rebuild the index") from error
     return rows

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from dcar_core.util.errors import ArtifactError
@@ -238,8 +237,7 @@ class JobQueue:
     def _shown_images(self) -> set[str]:
         shown = set[str]()
         for artifact in (open_version(self.index, number) for number in version_numbers(self.index)):
-            tables = [segment.items.table().select(["location"]) for segment in artifact.segments]
-            locations = pa.concat_tables(tables).filter(pa.array(artifact.live))["location"]
+            locations = artifact.live_table("location")["location"]
             shown.update(each["name"] for each in pc.drop_null(pc.extract_regex(locations, _IMAGE)).to_pylist())
         return shown
 

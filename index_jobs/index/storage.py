@@ -1,28 +1,48 @@
-"""Where an index is stored: `Storage`, of which a directory is one, and a store of objects (`object_store`) another.
+"""Where an index is stored: a directory, or a URL of an object store, of which a directory of the cache is the mirror.
 
 INDEX/CURRENT             the version that is served, and the sha256 of its manifest; see `Current`
 INDEX/versions/<n>.json   the manifest of a version, created once; it names files by their hashes
 INDEX/blobs/<sha256>      the contents of files, written once, which versions share
 
-- A version is published by putting the blobs that are missing, then its manifest, then CURRENT. A job that is killed at
-  any point leaves CURRENT at a complete version.
-- In a store, a blob that no version names is collected a day after it was written, since a version that is being
-  published may name it. A publisher writes unnamed blobs older than half a day again. A directory has one writer.
+Imports nothing heavy, so that command lines and settings are checked at once.
 """
 
 import hashlib
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from dcar_core.util.errors import ArtifactError, LockedError
-from dcar_core.util.files import atomic_writer, write_bytes
-from index_jobs.index.manifest import BLOBS, CURRENT, VERSIONS, Current, FileInfo, Manifest
+from dcar_core.util.errors import (
+    ArtifactError,
+    DataError,
+    DcarError,
+    LockedError,
+    MissingExtraError,
+    StoreUnavailableError,
+)
+from dcar_core.util.files import atomic_writer, default_cache_directory, write_bytes
+from index_jobs.index.manifest import BLOBS, CURRENT, VERSIONS, FileInfo, Manifest
 
-GRACE_S = 24 * 3600
+GRACE_S = 24 * 3600  # an unnamed blob of a store may belong to a version that is being published
 _BLOCK = 2**20  # bytes of a file that are read at a time
+_URL_FILE = "store.url"  # in the mirror of an object store
+_URL = re.compile(r"(s3a?|gs|az|abfss?):/{1,2}(.+)", re.IGNORECASE)  # pathlib makes one slash of two
+_OTHER_URL = re.compile(r"[a-z][a-z0-9+.-]+:(/|$)", re.IGNORECASE)
+PART_BYTES = 8 * 2**20  # of a blob of a store
+_MAX_PARTS = 5_000  # of an upload; stores allow 10,000
+_UPLOADS = 4  # parts of a blob that are sent at a time; each may take as long as a silent store is waited for
+CLIENT: Any = {
+    "connect_timeout": "5s",
+    "read_timeout": "60s",  # of a silent store
+    "timeout": "24h",  # of a slow line
+    "allow_http": True,  # of an endpoint that is configured so
+}
+RETRIES: Any = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
 
 
 class Stored(NamedTuple):
@@ -59,19 +79,9 @@ class Storage(Protocol):
             where = f"{self.name}/{info.key}"
             raise ArtifactError(f"{where} is corrupted: its checksum differs; roll back, or delete it and build again")
 
-    def removing(self) -> set[int]:
-        """Return the versions that CURRENT names as removed, and that are still there."""
-        try:
-            return self._numbers() & Current.parse(self.read(CURRENT), self.name).removed
-        except ArtifactError:
-            return set()
-
     def versions(self) -> list[int]:
-        """Return the other versions, ascending."""
-        return sorted(self._numbers() - self.removing())
-
-    def _numbers(self) -> set[int]:
-        return {int(name[:-5]) for name in self.entries(VERSIONS) if re.fullmatch(r"\d{1,18}\.json", name)}
+        """Return the numbers of all versions, ascending."""
+        return sorted(int(name[:-5]) for name in self.entries(VERSIONS) if re.fullmatch(r"\d{1,18}\.json", name))
 
     def lost_race(self) -> LockedError:
         return LockedError(f"another job has published to {self.name} meanwhile; run the same command again")
@@ -122,12 +132,157 @@ class Directory(Storage):
 
     def entries(self, folder: str) -> dict[str, Stored]:
         path = self.path / folder
-        files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else []
-        return {each.name: Stored(each.stat().st_size) for each in files}
+        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else []
+        return {file.name: Stored(file.stat().st_size) for file in files}
 
     def delete(self, keys: Collection[str]) -> None:
         for key in keys:
             (self.path / key).unlink(missing_ok=True)
+
+
+class ObjectStore(Storage):
+    """An index at a URL, through obstore. Writers share no lock: CURRENT is replaced if it is unchanged (If-Match)."""
+
+    def __init__(self, url: str) -> None:
+        from obstore.store import from_url
+
+        self.name = url
+        with self._report():
+            self.objects: Any = from_url(url, client_options=CLIENT, retry_config=RETRIES)
+
+    def read(self, key: str) -> bytes | None:
+        return self._find(key)[0]
+
+    def create(self, key: str, data: bytes) -> None:
+        self._write(key, data, "create")
+
+    def swap(self, before: bytes | None, data: bytes) -> None:
+        current, mode = self._find(CURRENT)
+        if current != before:
+            raise self.lost_race()
+        self._write(CURRENT, data, mode)
+
+    def put(self, info: FileInfo, parts: Iterable[bytes]) -> None:
+        size = max(PART_BYTES, info.size // _MAX_PARTS)
+        content = parts if info.size > size else b"".join(parts)
+        with self._report():
+            self.objects.put(info.key, content, chunk_size=size, max_concurrency=_UPLOADS)
+
+    def parts(self, info: FileInfo) -> Iterator[bytes]:
+        with self._report():
+            yield from map(bytes, self.objects.get(info.key).stream(PART_BYTES))
+
+    def entries(self, folder: str) -> dict[str, Stored]:
+        with self._report():
+            objects = [item for chunk in self.objects.list(f"{folder}/") for item in chunk]
+        return {
+            item["path"].rpartition("/")[2]: Stored(item["size"], item["last_modified"].timestamp()) for item in objects
+        }
+
+    def delete(self, keys: Collection[str]) -> None:
+        with self._report():
+            self.objects.delete([*keys])
+
+    def _find(self, key: str) -> tuple[bytes | None, Any]:
+        """Return an object, and the condition under which `_write` replaces it."""
+        with self._report():
+            try:
+                item = self.objects.get(key)
+                state = {name: item.meta.get(name) for name in ("e_tag", "version")}
+                return bytes(item.bytes()), {name: value for name, value in state.items() if value}
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise
+                return None, "create"
+
+    def _write(self, key: str, data: bytes, mode: Any) -> None:
+        """Write an object on a condition. Raise LockedError if it does not hold.
+
+        A store that writes but does not respond refuses the next attempt, so what it has then decides.
+        """
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+        with self._report():
+            try:
+                self.objects.put(key, data, mode=mode)
+            except BaseError as error:
+                with suppress(BaseError, FileNotFoundError):
+                    if bytes(self.objects.get(key).bytes()) == data:
+                        return
+                if isinstance(error, (AlreadyExistsError, PreconditionError)):
+                    raise self.lost_race() from error
+                raise
+
+    @contextmanager
+    def _report(self) -> Iterator[None]:
+        """Raise ArtifactError, one line for people, in place of an error of the store."""
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{self.name} lacks an object: {_first_line(error)}") from error
+        except BaseError as error:
+            raise StoreUnavailableError(f"{self.name} is not available: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return what a store has responded, without the times of attempts, which differ each time."""
+    line = str(error).partition("\n")[0].rpartition(" - ")[2].partition(": <?xml")[0][:300]
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    return f"{line} ({code[1]})" if code else line
+
+
+def index_path(location: str | Path) -> Path:
+    """Return the directory of an index: a path as it is, or the mirror of a URL, which is created.
+
+    Raises:
+        DataError: the URL names no index.
+        MissingExtraError: obstore is not installed.
+        DcarError: the cache cannot be written.
+    """
+    match = _URL.fullmatch(str(location).rstrip("/"))
+    if match is None and not _OTHER_URL.match(str(location)):
+        return Path(location)
+    scheme, key = (match[1].lower(), match[2]) if match else ("", "")
+    parts = key.split("/")
+    if ":" in parts[0] or re.search("[?#]", key):
+        raise DataError("the URL of an index has neither credentials, which come from the environment, nor ? or #")
+    if any(part in ("", ".", "..") for part in parts):
+        raise DataError(f"{location} is not the URL of an index, such as s3://bucket/index")
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("an index in object storage", "objectstore") from error
+    mirror = default_cache_directory() / "indexes" / scheme / key
+    try:
+        mirror.mkdir(parents=True, exist_ok=True)
+        write_bytes(mirror / _URL_FILE, f"{scheme}://{key}\n".encode(), shared=True)
+    except OSError as error:
+        reason = f"{mirror} cannot be written: {error.strerror}"
+        raise DcarError(f"{reason}; name another cache by DCAR_RUNTIME_CACHE") from None
+    return mirror
+
+
+def location_of(index: Path) -> str:
+    """Return what messages call an index: its URL, or its path as given."""
+    url = index / _URL_FILE
+    return url.read_text().strip() if url.is_file() else str(index)
+
+
+def index_name(index: Path) -> str:
+    """Return the name of an index, the same on every machine that publishes it: its URL, or its absolute path."""
+    return location_of(index.absolute())
+
+
+def store_of(index: Path) -> ObjectStore | None:
+    """Return the object store that a directory mirrors; None for any other index."""
+    return _open(index) if (index / _URL_FILE).is_file() else None
+
+
+@cache
+def _open(mirror: Path) -> ObjectStore:
+    return ObjectStore(location_of(mirror))
 
 
 def copy_blobs(source: Storage, target: Storage, infos: Iterable[FileInfo], named: Collection[str]) -> None:
@@ -138,25 +293,20 @@ def copy_blobs(source: Storage, target: Storage, infos: Iterable[FileInfo], name
     """
     stored, safe = target.entries(BLOBS), time.time() - GRACE_S / 2
     for info in dict.fromkeys(infos):
-        found = stored.get(info.sha256, Stored(-1))
-        if found.size != info.size or (found.written < safe and info.sha256 not in named):
+        blob = stored.get(info.sha256, Stored(-1))
+        if blob.size != info.size or (blob.written < safe and info.sha256 not in named):
             target.put(info, source.get(info))
 
 
-def read_files(storage: Storage, manifest: Manifest, known: set[FileInfo]) -> Iterator[int]:
-    """Read all files of a version but those that are known to be whole, and yield the length of each part.
+def verify(storage: Storage, manifest: Manifest, known: set[FileInfo]) -> None:
+    """Read all files of a version but those that are known to be whole, which become known.
 
-    Raise ArtifactError for the first that is missing or differs from its hash. Whole ones are added to `known`.
+    Raise ArtifactError for the first that is missing or differs from its hash.
     """
     for name, info in manifest.files.items():
         try:
-            yield from map(len, () if info in known else storage.get(info))
+            for _ in () if info in known else storage.get(info):
+                pass
         except ArtifactError as error:
             raise type(error)(f"{name} of version {manifest.version}: {error}") from error
         known.add(info)
-
-
-def verify(storage: Storage, manifest: Manifest, known: set[FileInfo] | None = None) -> None:
-    """Read the files as `read_files` does."""
-    for _ in read_files(storage, manifest, set() if known is None else known):
-        pass

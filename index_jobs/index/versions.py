@@ -1,28 +1,63 @@
-"""Published versions of an index directory: list and open them, and bring those of an object store.
+"""Published versions of an index: list, open, publish and roll back, and bring those of an object store.
 
-An index in a store has a mirror: an index directory in the cache, on which jobs and services run. It has the blobs of
-the versions that this machine uses. A blob appears once its hash has been compared, and CURRENT once its version is
-complete; a killed pull continues. Several processes may share a mirror: one at a time follows the store.
+- A version is published by putting the missing blobs, then its manifest, then CURRENT. A job that is killed at any
+  point leaves CURRENT at a complete version.
+- A lock admits one writer at a time on a machine. Writers of a store share no lock: the first to replace CURRENT wins,
+  and the others get LockedError, since their versions were compared with the one that it replaced, or made of it.
+- An index in a store has a mirror: an index directory in the cache with the versions that this machine uses. A blob
+  appears there once its hash has been compared, and CURRENT once its version is complete.
 """
 
 import hashlib
 import logging
 import os
+import shutil
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
-from dcar_core.util.errors import ArtifactError, LockedError
+from dcar_core.util.errors import ArtifactError, DcarError, LockedError
+from dcar_core.util.files import fsync_path, sha256_of
 from dcar_core.util.processes import hold_lock
-from index_jobs.index.index_version import ImageAccess, IndexVersion
-from index_jobs.index.location import index_path, location_of, store_of
-from index_jobs.index.manifest import BLOBS, CURRENT, VERSIONS, Current, Manifest, manifest_key
-from index_jobs.index.storage import GRACE_S, Directory, Storage, copy_blobs
+from index_jobs.engines.protocol import load_engine
+from index_jobs.index.index_version import ImageAccess, IndexVersion, link_files, read_rows
+from index_jobs.index.manifest import (
+    BLOBS,
+    CHANGED,
+    CURRENT,
+    REMOVED,
+    VERSIONS,
+    Current,
+    FileInfo,
+    Manifest,
+    manifest_key,
+    utc_now,
+)  # fmt: skip
+from index_jobs.index.storage import (
+    GRACE_S,
+    Directory,
+    Storage,
+    copy_blobs,
+    index_name,
+    index_path,
+    location_of,
+    store_of,
+    verify,
+)  # fmt: skip
+from index_jobs.row_filter import NO_ROWS
+from index_jobs.spec import BuildOptions
 
 logger = logging.getLogger(__name__)
 
+ADDED_ROWS = 20_000  # compared one by one in every search, in addition to the built index
+_MAX_ADDITIONS, _ADDED_SHARE, _HIDDEN_SHARE = 8, 0.2, 0.2  # beyond these, a rebuild is recommended
+_NAMED_ROWS = 20_000  # also beyond this many rows that each search names to an engine
 _LOCK, _PULL_LOCK = ".lock", ".pull.lock"
 _KEPT = 3  # versions on the disk of a replica: those that were in use last
 
@@ -43,26 +78,9 @@ def current_version(index: Path) -> int | None:
     return current.version if current else None
 
 
-def current_version_or_none(index: Path) -> int | None:
-    """Return the version that CURRENT names, None also if CURRENT is damaged; for callers that repair it."""
-    try:
-        return current_version(index)
-    except ArtifactError as error:
-        logger.warning("%s", error)
-        return None
-
-
 def require_index(index: Path) -> Current:
     """Return what CURRENT says. Raise ArtifactError, which names the command to run, if there is none."""
-    current, name = read_current(index), location_of(index)
-    if current is None and version_numbers(index):
-        raise ArtifactError(f"{name} has versions but no CURRENT; `dcar index rollback {name}` restores the newest")
-    if current is None:
-        raise ArtifactError(
-            f"{name} holds no published index; make one with "
-            f"`dcar index build --gallery PATH --checkpoint DIR --out {name}`"
-        )
-    return current
+    return Current.parse(Directory(index).read(CURRENT), location_of(index))
 
 
 def open_current(index: Path, access: ImageAccess | None = None) -> IndexVersion:
@@ -71,15 +89,13 @@ def open_current(index: Path, access: ImageAccess | None = None) -> IndexVersion
     Raises:
         ArtifactError: nothing is published, or the version is incomplete.
     """
-    current = require_index(index)
     while True:
+        current = require_index(index)
         try:
             return open_version(index, current.version, access)
         except ArtifactError:  # a writer may have published another version and removed this one in the meantime
-            newest = read_current(index)
-            if newest is None or newest == current:
+            if read_current(index) == current:
                 raise
-            current = newest
 
 
 def open_version(index: Path, version: int, access: ImageAccess | None = None) -> IndexVersion:
@@ -112,6 +128,34 @@ def list_versions(index: Path) -> list[Manifest]:
     return manifests
 
 
+def verify_index(index: Path) -> list[Manifest]:
+    """Compare every file of every version with its hash, in the store of a mirror, and return the manifests.
+
+    Raise ArtifactError at the first fault found.
+    """
+    pull_history(index)
+    storage, known = store_of(index) or Directory(index), set[FileInfo]()
+    read_manifest(index, Current.parse(storage.read(CURRENT), location_of(index)).version)
+    manifests = [read_manifest(index, number) for number in version_numbers(index)]
+    for manifest in manifests:
+        verify(storage, manifest, known)
+    return manifests
+
+
+@contextmanager
+def report_os_errors(index: Path) -> Iterator[None]:
+    """Raise DcarError, one line for people, in place of an OSError such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename2 or error.filename  # of two names, the second was to be written
+        reason = f"{error.strerror or error}{f' ({path})' if path else ''}"
+        raise DcarError(
+            f"the index {index} cannot be written: {reason}; published versions are unchanged, run the same command "
+            f"again to resume"
+        ) from error
+
+
 def hold_writer_lock(index: Path) -> AbstractContextManager[None]:
     """Admit one writer; the system releases the lock when it dies. Raise LockedError if there is another one."""
     index.mkdir(parents=True, exist_ok=True)
@@ -120,92 +164,273 @@ def hold_writer_lock(index: Path) -> AbstractContextManager[None]:
 
 
 def collect_blobs(storage: Storage, index: Path) -> None:
-    """Delete the blobs of a storage that no version of an index names, with the writer's lock."""
+    """Delete the blobs of a storage that no version of an index names, with the writer's lock.
+
+    In a store they stay for a day, since a version that is being published may name them. Its publisher writes unnamed
+    blobs older than half a day again.
+    """
     entries, oldest = storage.entries(BLOBS), time.time() - GRACE_S  # before the manifests, which are written first
     manifests = list_versions(index)
     if len(manifests) < len(version_numbers(index)):
         return  # who knows which blobs an unreadable one names
     named = {info.sha256 for manifest in manifests for info in manifest.files.values()}
-    # A killed pull leaves temporary files such as .HASH.tmp.
-    unnamed = [
-        name
-        for name, each in entries.items()
-        if name.removeprefix(".").removesuffix(".tmp") not in named and each.written < oldest
-    ]
-    storage.delete([f"{BLOBS}/{name}" for name in unnamed])
+    hashes = {name: name.removeprefix(".").removesuffix(".tmp") for name in entries}  # a killed pull leaves .HASH.tmp
+    old = [name for name, blob in entries.items() if hashes[name] not in named and blob.written < oldest]
+    storage.delete([f"{BLOBS}/{name}" for name in old])
 
 
-def pull(index: Path, version: int | None = None, *, history: bool = False, files: bool = True) -> int | None:
-    """Bring the published version to a mirror, or another one, and return its number. Other indexes stay as they are.
+@contextmanager
+def new_version(index: Path) -> Iterator["NewVersion"]:
+    """Lock the index for this writer, and yield a version to write, in an empty folder."""
+    with hold_writer_lock(index):
+        pull(index, history=True)
+        new = NewVersion(index)
+        new.clean()
+        new.folder.mkdir(parents=True)
+        try:
+            yield new
+        finally:
+            new.clean()
+
+
+class NewVersion:
+    """A version that is being written.
+
+    folder: where its files are written, by their names. A link to a blob stands for a file of another version. index:
+    the directory. number: of the version.
+    """
+
+    def __init__(self, index: Path) -> None:
+        self.index, self.folder, self._base = index, index / BLOBS / ".new", Directory(index).read(CURRENT)
+        self._replaced = _parsed(self._base, index)
+        self.number = max([*version_numbers(index), self._replaced or 0]) + 1
+
+    def clean(self) -> None:
+        """Remove the folder, and blobs that no version names."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        collect_blobs(Directory(self.index), self.index)
+
+    def link(self, version: IndexVersion, prefix: str = "", without: tuple[str, ...] = ()) -> None:
+        """Take over the files of a published version whose names begin with a prefix, and not with others."""
+        paths = version.manifest.paths(self.index, prefix)
+        link_files({prefix + name: path for name, path in paths.items() if not name.startswith(without)}, self.folder)
+
+    def prepare(self, manifest: Manifest) -> IndexVersion:
+        """Put the files as blobs, flush and read them back, and return the opened version.
+
+        Args:
+            manifest: its version, time, files and the reasons for a rebuild are filled in here.
+
+        Raises:
+            ArtifactError: the version does not open, or does not read back as it was written.
+            OSError: the disk is full or cannot be written.
+        """
+        files, known = dict[str, FileInfo](), set[FileInfo]()
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_dir() or path.suffix == ".lock":  # tantivy may hold its locks for a moment after it has written
+                continue
+            is_link = path.is_symlink()
+            info = FileInfo(path.stat().st_size, path.readlink().name if is_link else sha256_of(path))
+            files[path.relative_to(self.folder).as_posix()] = info
+            if is_link:
+                known.add(info)
+            else:
+                fsync_path(path)
+                path.replace(blob := self.index / info.key)
+                path.unlink(missing_ok=True)  # it may have been a link to the same inode
+                path.symlink_to(blob.absolute())
+        fsync_path(self.index / BLOBS)
+        hidden = [read_rows(self.folder / name) for name in (REMOVED, CHANGED) if name in files]
+        manifest = replace(
+            manifest, version=self.number, created=utc_now(), files=files, replaced=self._replaced,
+            rebuild="; ".join(_rebuild_reasons(manifest, len(reduce(np.union1d, hidden, NO_ROWS)))),
+        )  # fmt: skip
+        version = IndexVersion.open(self.index, manifest)
+        verify(Directory(self.index), manifest, known)
+        return version
+
+    def publish(self, manifest: Manifest, *, keep: int = BuildOptions.keep) -> Manifest:
+        """Prepare and commit the version."""
+        return self.commit(self.prepare(manifest).manifest, keep=keep)
+
+    def commit(self, manifest: Manifest, *, keep: int = BuildOptions.keep) -> Manifest:
+        """Make a prepared version the current one, and remove the oldest.
+
+        Args:
+            keep: versions to keep of its own history, builds or changes: the new one and the one that it replaces
+                first, then the newest. Changes that are older than every build that is kept go with the builds.
+        """
+        index, local, store = self.index, Directory(self.index), store_of(self.index)
+        manifests = {each.version: each for each in [*list_versions(index), manifest]}
+        displaced = _displaced(manifest, version_numbers(index), manifests, keep)
+        if store is not None:
+            base = manifests[manifest.replaced].files if manifest.replaced in manifests else {}
+            copy_blobs(local, store, manifest.files.values(), [info.sha256 for info in base.values()])
+        storage, key = store or local, manifest_key(manifest.version)
+        storage.create(key, manifest.to_bytes())
+        if store is not None:
+            local.write(key, manifest.to_bytes())
+        try:
+            current = _point(index, self._base, manifest.version)
+        except LockedError:
+            storage.delete([key])
+            raise
+        kept = {*manifests} - (displaced - {manifest.replaced})  # services search it until they have loaded the new one
+        _sync(index, manifest.version, manifests, kept)
+        try:
+            if storage.read(CURRENT) == current:  # nobody has rolled back to one of them meanwhile
+                for place in (storage, local):
+                    place.delete([manifest_key(number) for number in displaced])
+                collect_blobs(storage, index)
+        except ArtifactError as error:  # left to the next writer
+            logger.warning("old versions are kept: %s", error)
+        return manifest
+
+
+def _displaced(new: Manifest, numbers: Sequence[int], manifests: Mapping[int, Manifest], keep: int) -> set[int]:
+    """Return the versions that a new one displaces; see `NewVersion.commit`."""
+    written = {number for number, manifest in manifests.items() if manifest.origin}
+    protected = {new.version, new.replaced} if keep > 1 else {new.version}
+    ranked = sorted({*numbers, new.version}, key=lambda number: (number in protected, number), reverse=True)
+    own = [number for number in ranked if (number in written) == bool(new.origin)]
+    oldest = 0 if new.origin else min(own[:keep])
+    return {*own[keep:], *(number for number in written - protected if number < oldest)}
+
+
+def _rebuild_reasons(manifest: Manifest, hidden: int) -> Iterator[str]:
+    """Yield why a rebuild is recommended. hidden: rows that are removed, or changed since an engine stored them."""
+    rows, added, limit = manifest.rows, sum(each.count for each in manifest.additions), _HIDDEN_SHARE * manifest.rows
+    if len(manifest.additions) >= _MAX_ADDITIONS:
+        yield f"every search goes through {len(manifest.additions)} additions"
+    if added > max(_ADDED_SHARE * (rows - added), ADDED_ROWS):
+        yield f"{added:,} of {rows:,} items are outside the built index"
+    if hidden > (limit if manifest.spec.is_local else min(limit, _NAMED_ROWS)):
+        yield f"{hidden:,} of {rows:,} rows are removed or changed, which every search excludes"
+
+
+def rollback(index: Path, to: int | None = None) -> int:
+    """Make an earlier version current and return its number.
+
+    Args:
+        to: the version; None for the one that the current version replaced, or the newest before it if that is gone, or
+            the newest of all if CURRENT is lost or damaged.
+
+    Raises:
+        ArtifactError: the version does not exist or is incomplete; CURRENT is then unchanged.
+        LockedError: another writer is at work.
+        DcarError: CURRENT cannot be written.
+    """
+    pull(index, history=True)
+    if not version_numbers(index):
+        raise ArtifactError(f"{location_of(index)} holds no published index")
+    with report_os_errors(index), hold_writer_lock(index):
+        base = Directory(index).read(CURRENT)
+        if to is None:
+            current = _parsed(base, index)
+            earlier = [number for number in version_numbers(index) if current is None or number < current]
+            if not earlier:
+                raise ArtifactError(f"{location_of(index)} has no version earlier than {current} to roll back to")
+            replaced = [manifest.replaced for manifest in list_versions(index) if manifest.version == current]
+            to = replaced[0] if replaced and replaced[0] in earlier else earlier[-1]
+        read_manifest(index, to)
+        pull_version(index, to)
+        verify(Directory(index), open_version(index, to).manifest, set())
+        _point(index, base, to)
+        manifests = {manifest.version: manifest for manifest in list_versions(index)}
+        _sync(index, to, manifests, manifests)
+    return to
+
+
+def _parsed(current: bytes | None, index: Path) -> int | None:
+    """Return the version that CURRENT names; None if it is missing or damaged."""
+    with suppress(ArtifactError):
+        return Current.parse(current, location_of(index)).version
+    return None
+
+
+def _point(index: Path, base: bytes | None, version: int) -> bytes:
+    """Let CURRENT name a version, first in the store. Raise LockedError if it is not as before."""
+    data, local = Current(version, sha256_of(index / manifest_key(version))).to_bytes(), Directory(index)
+    if (store := store_of(index)) is not None:
+        store.swap(base, data)
+        local.write(CURRENT, data)
+    else:
+        local.swap(base, data)
+    return data
+
+
+def _sync(index: Path, version: int, manifests: Mapping[int, Manifest], kept: Iterable[int]) -> None:
+    """Let the engines of all versions follow CURRENT, and drop what those that are kept do not name."""
+    parts = {
+        number: [
+            manifests[number].paths(index, prefix)
+            for prefix in ("", *(f"{added.folder}/" for added in manifests[number].additions))
+        ]
+        for number in kept
+    }
+    for engine in sorted({manifest.spec.engine for manifest in manifests.values()}):
+        load_engine(engine).sync(index_name(index), version, parts)
+
+
+def published_index(location: str | Path, version: int | None = None) -> Path:
+    """Return the directory of an index, as `index_path` does, with its published version, or another, on this disk."""
+    index = index_path(location)
+    pull(index) if version is None else pull_version(index, version)
+    return index
+
+
+def pull(index: Path, *, history: bool = False) -> None:
+    """Bring the published version to a mirror. Other indexes stay as they are.
 
     Args:
         history: bring the manifests of all versions as well, as jobs need, and remove versions that the store lacks.
             There may be no published version yet, or a broken one.
-        files: bring more than manifests, and then CURRENT.
     """
     if (store := store_of(index)) is None:
-        with suppress(ArtifactError):  # who reads the index says why
-            return current_version(index) if version is None else version
-        return None
+        return
     mirror = Directory(index)
     with FileLock(index / _PULL_LOCK):
-        if version is not None:
-            _pull_version(store, mirror, version)
-            return version
         while True:
             data = store.read(CURRENT)
             if history:
                 _pull_history(store, mirror)
             try:
                 current = Current.parse(data, store.name)
-                if files:
-                    _pull_version(store, mirror, current.version, current.sha256)
-                break
+                _pull_version(store, mirror, current.version, current.sha256)
             except ArtifactError as error:
                 if store.read(CURRENT) != data:  # another writer has removed the version meanwhile
                     continue
                 if not history:
                     raise
-                current = None
                 if data:
                     logger.warning("the published version cannot be used: %s", str(error).partition("\n")[0])
-                break
-        if files and data is None:
+            break
+        if data is None:
             mirror.delete([CURRENT])
-        elif files and data != mirror.read(CURRENT):
-            mirror.write(CURRENT, data or b"")
+        elif data != mirror.read(CURRENT):
+            mirror.write(CURRENT, data)
     if not history:
         _trim(index)
-    return current.version if current else None
 
 
-def published_index(location: str | Path, version: int | None = None) -> Path:
-    """Return the directory of an index, as `index_path` does, with its published version, or another, on this disk."""
-    index = index_path(location)
-    pull(index, version)
-    return index
+def pull_version(index: Path, version: int) -> None:
+    """Bring a version to a mirror."""
+    if (store := store_of(index)) is not None:
+        with FileLock(index / _PULL_LOCK):
+            _pull_version(store, Directory(index), version)
 
 
-def repair(index: Path, version: int) -> None:
-    """Bring blobs of a version anew that differ from their hashes."""
-    store, mirror = store_of(index), Directory(index)
-    assert store is not None
-    with FileLock(index / _PULL_LOCK):
-        for info in Manifest.parse(mirror.read(manifest_key(version)) or b"", manifest_key(version)).files.values():
-            try:
-                for _ in mirror.get(info):
-                    pass
-            except ArtifactError as error:
-                logger.warning("bringing a file anew: %s", error)
-                mirror.put(info, store.get(info))
+def pull_history(index: Path) -> int | None:
+    """Bring all manifests to a mirror, without other files. Return the published version; None without a usable one."""
+    if (store := store_of(index)) is not None:
+        with FileLock(index / _PULL_LOCK):
+            _pull_history(store, Directory(index))
+    return _parsed((store or Directory(index)).read(CURRENT), index)
 
 
 def _pull_history(store: Storage, mirror: Directory) -> None:
-    stored = store.versions()
-    manifests = {manifest_key(number): store.read(manifest_key(number)) for number in stored}
-    for number in mirror.versions():
-        if manifests.get(manifest_key(number)) is None:
-            mirror.delete([manifest_key(number)])
+    manifests = {manifest_key(number): store.read(manifest_key(number)) for number in store.versions()}
+    mirror.delete([key for key in map(manifest_key, mirror.versions()) if manifests.get(key) is None])
     for key, data in manifests.items():
         if data is not None and data != mirror.read(key):  # None: since the list, its writer has lost a race
             mirror.write(key, data)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from dcar_core.util.errors import DataError, DcarError
 from dcar_core.util.files import write_json_lines
 from index_jobs.gallery.scan import Gallery, scan
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.changes import Draft
 from index_jobs.index.filters import match_rows
 from index_jobs.index.index_version import IndexVersion
@@ -51,7 +51,7 @@ def apply_waiting(index: Path, *, images: bool = True, **options: Any) -> int:
         DcarError: nothing can be published now, as with a full disk; the jobs wait.
     """
     queue, count, options = JobQueue(index), 0, {"keep": KEEP_WRITES, **options, "origin": OVER_HTTP}
-    with publish.report_os_errors(index), queue.lock():
+    with versions.report_os_errors(index), queue.lock():
         while (jobs := queue.next_batch()) and (images or not (jobs[0].kind == "put" or jobs[0].starts)):
             queue.show_progress(jobs)
             try:
@@ -86,7 +86,7 @@ def _patch(queue: JobQueue, jobs: Sequence[Job], options: dict[str, Any]) -> _Re
     if open_published(queue.index) is None:
         return None, [{"changed": 0, "unknown": [item["id"] for item in job.items][:_MAX_LISTED]} for job in jobs]
     outcomes = list[dict[str, Any]]()
-    with publish.new_version(queue.index) as new:
+    with versions.new_version(queue.index) as new:
         current = open_current(queue.index)
         draft, version = Draft(current), current.manifest.version
         for job in jobs:
@@ -181,7 +181,7 @@ def open_published(index: Path) -> IndexVersion | None:
     if (index / CHECKPOINT).is_dir() and current_version(index) is None:
         if not version_numbers(index):
             return None
-        publish.rollback(index)  # killed just before the end of the first publication
+        versions.rollback(index)  # killed just before the end of the first publication
     return open_current(index)
 
 

@@ -49,12 +49,12 @@ from index_jobs.encoding.shards import ShardStore
 from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import Gallery, scan
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.items import BUILT_IN_FIELDS, FieldTypes, Items, field_names, take_rows, write_items
 from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.index.location import index_name, index_path, location_of
 from index_jobs.index.manifest import CHECKPOINT, CURRENT, DUPLICATES, FAILED, ITEMS, LEXICAL, Manifest, counted
+from index_jobs.index.storage import index_name, index_path, location_of
 from index_jobs.index.versions import open_current, pull
 from index_jobs.jobs import gate
 from index_jobs.jobs.summary import RebuildSummary, RejectedError
@@ -89,7 +89,7 @@ def rebuild(
     """
     out = index_path(out)
     settings = BuildOptions.of(options)
-    with publish.report_os_errors(out):
+    with versions.report_os_errors(out):
         pull(out, history=True)
         build = _Build(settings, checkpoint, out)
         if not isinstance(gallery, Gallery):
@@ -149,7 +149,7 @@ class _Build:
     def run(self) -> RebuildSummary:
         """Build and publish a version."""
         out, options, gallery = self.out, self.options, self.gallery
-        with publish.new_version(out) as new:
+        with versions.new_version(out) as new:
             _require_fields(gallery, self.spec)  # before a model is loaded
             copy_checkpoint(self.checkpoint, copy := new.folder / CHECKPOINT, options.model)
             logger.info("%s images; loading the model", f"{len(gallery):,}")
@@ -256,7 +256,7 @@ class _Build:
         ids = self.served.column("id").filter(self.served.live)
         positions = pc.fill_null(pc.index_in(table["id"], ids), -1).to_numpy()
         is_kept = positions >= 0
-        before = np.concatenate([_hash_rows(segment.items.table()) for segment in self.served.segments])
+        before = np.concatenate([_hash_rows(part.items.table()) for part in self.served.parts])
         changed = before[rows[positions[is_kept]]] != _hash_rows(table)[is_kept]
         removed = len(rows) - int(is_kept.sum())
         return {"added": int((~is_kept).sum()), "removed": removed, "changed": int(changed.sum())}
@@ -343,7 +343,7 @@ class _Build:
             return encode_on_ray(self.gallery, self.encoder, checkpoint, self.work, self.options)
         return encode_gallery(self.gallery, replicas, self.work, self.options)
 
-    def _add_portable_export(self, new: publish.NewVersion) -> None:
+    def _add_portable_export(self, new: versions.NewVersion) -> None:
         """Add what serves the model without PyTorch, if OpenVINO is installed, or take over that of the served version.
 
         A model that comes with an export keeps it.
@@ -358,7 +358,7 @@ class _Build:
         else:
             add_portable_export(copy, self.encoder.backbone)
 
-    def _write(self, new: publish.NewVersion, encoded: EncodedGallery) -> Manifest:
+    def _write(self, new: versions.NewVersion, encoded: EncodedGallery) -> Manifest:
         """Write vectors, items and failures, and return their manifest."""
         gallery, spec, encoder, folder = self.gallery, self.spec, self.encoder, new.folder
         engine = load_engine(spec.engine)

@@ -50,7 +50,7 @@ from dcar_core.util.files import hash_json, write_json
 from dcar_core.util.retrieval_metrics import TIE_TOLERANCE
 from index_jobs.gallery.scan import Gallery
 from index_jobs.gallery.storage import WHOLE_FILE, open_location
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import CHECKPOINT, counted
 from index_jobs.index.versions import open_current
@@ -159,7 +159,7 @@ def retrain(
         GateError: the candidate is not published; `retrain.json` in the index has its figures.
     """
     judged = read_judgements([judgements]) if judgements else None
-    with publish.report_os_errors(index), publish.new_version(index) as new:
+    with versions.report_os_errors(index), versions.new_version(index) as new:
         run = Retraining(index, open_current(index), device, time.perf_counter() if started is None else started)
         summary = run.compare(files, validation, judged, margin)
         if summary.published:
@@ -323,7 +323,7 @@ class Retraining:
         elif self.cutoff:
             if "pairs" in self.cutoff:
                 logger.warning("the cut-off came from validation pairs, and now from common words; give --validation")
-            found = gate.calibrate_by_words(served.segments[0].vectors, self.after.encode_text)
+            found = gate.calibrate_by_words(served.parts[0].vectors, self.after.encode_text)
             self.cutoff = found.get("cutoff", self.cutoff)
         self._lap("gate")
         failed = next((name for name, verdict in verdicts.items() if not verdict.passed), "held-out pairs")
@@ -432,7 +432,7 @@ class Retraining:
         is_better = (verdict.difference or {})["value"] > 0
         return replace(verdict, passed=is_better and of_clicks >= -margin)
 
-    def publish(self, new: publish.NewVersion, summary: RetrainSummary) -> int:
+    def publish(self, new: versions.NewVersion, summary: RetrainSummary) -> int:
         """Publish the served version with the tuned model, and return its number."""
         served, adapter, made = self.served, self.after.adapter, new.folder / CHECKPOINT
         content = read_config(served.checkpoint)

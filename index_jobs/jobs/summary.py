@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcar_core.util.errors import GateError
-from index_jobs.index.location import index_path
 from index_jobs.index.manifest import DUPLICATES, FAILED
+from index_jobs.index.storage import index_path
 
 
 @dataclass(frozen=True, kw_only=True)

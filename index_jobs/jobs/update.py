@@ -28,14 +28,13 @@ from index_jobs.engines.measure import caption_queries
 from index_jobs.engines.protocol import NewIndex, load_engine
 from index_jobs.gallery.scan import SCHEMA, Gallery, absolute_locations, scan
 from index_jobs.gallery.storage import join_location
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion, write_rows
 from index_jobs.index.items import COLUMNS, FieldTypes, Items, fit_one_field, take_rows, write_items
 from index_jobs.index.lexical.lexical_index import item_texts, write_lexical
-from index_jobs.index.location import index_name
 from index_jobs.index.manifest import CHANGED, FAILED, ITEMS, LEXICAL, REMOVED, Addition, Manifest, counted
-from index_jobs.index.publish import NewVersion
-from index_jobs.index.versions import open_current
+from index_jobs.index.storage import index_name
+from index_jobs.index.versions import NewVersion, open_current
 from index_jobs.spec import BuildOptions
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def remove(
         LockedError: another job is writing.
         DcarError: the disk is full or cannot be written; published versions are unchanged.
     """
-    with publish.report_os_errors(index), publish.new_version(index) as new:
+    with versions.report_os_errors(index), versions.new_version(index) as new:
         current = open_current(index)
         rows = _rows_of(current, ids, missing_ok=missing_ok)
         manifest = current.manifest
@@ -85,7 +84,7 @@ def remove(
 
 def live_gallery(served: IndexVersion) -> Gallery:
     """Return the live items of a version as a gallery, with absolute locations."""
-    table = pa.concat_tables([absolute_locations(each.items.table(), each.root) for each in served.segments])
+    table = pa.concat_tables([absolute_locations(each.items.table(), each.root) for each in served.parts])
     names = served.column("file_name") if "file_name" in served.fields else table["location"]
     more = {"name": names.cast(pa.string()), "mtime_ns": pa.array(np.zeros(len(table), np.int64))}
     for name, column in more.items():
@@ -117,7 +116,7 @@ def add(
         ArtifactError, LockedError, DcarError: as by `remove`.
     """
     scanned = gallery if isinstance(gallery, Gallery) else scan(gallery)
-    with publish.report_os_errors(index), publish.new_version(index) as new:
+    with versions.report_os_errors(index), versions.new_version(index) as new:
         current = open_current(index)
         ids = scanned.table["id"].to_pylist()
         existing = [item_id for item_id in ids if current.row_of(item_id) is not None]
@@ -169,7 +168,7 @@ def _write_addition(
     manifest, gallery = current.manifest, encoded.gallery
     kept, size = len(manifest.additions), len(encoded)
     for addition in reversed(manifest.additions):
-        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, publish.ADDED_ROWS - size):
+        if addition.kind != "Flat" or addition.count > min(_MERGE_RATIO * size, versions.ADDED_ROWS - size):
             break
         kept, size = kept - 1, size + addition.count
     merged, name = manifest.additions[kept:], f"added-{new.number}"
@@ -243,8 +242,7 @@ def _publish(
 
 def _warn_of_indexed_files(current: IndexVersion, gallery: Gallery, index: Path) -> None:
     """Warn of images whose files live items of other ids have."""
-    tables = [segment.items.table().select(["id", "location"]) for segment in current.segments]
-    live = pa.concat_tables(tables).filter(pa.array(current.live))
+    live = current.live_table("id", "location")
     locations = absolute_locations(gallery.table, gallery.root)["location"]
     below_root = pc.replace_substring_regex(locations, f"^{re.escape(current.manifest.root)}/", "")
     is_new = pc.invert(pc.is_in(gallery.table["id"], live["id"]))

@@ -14,7 +14,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from fastapi import FastAPI
 
-from index_jobs.index.publish import rollback
+from index_jobs.index.versions import rollback
 from tests.support.load import searching
 from tests.support.nginx import behind_nginx
 from tests.support.parts import needs

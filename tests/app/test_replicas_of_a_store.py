@@ -10,13 +10,12 @@ import pytest
 from app.core.settings import Settings
 from app.service.write_worker import require_writable
 from dcar_core.util.errors import DcarError
-from index_jobs.index.location import index_path, store_of
-from index_jobs.index.publish import rollback
-from index_jobs.index.versions import published_index
+from index_jobs.index.storage import index_path, store_of
+from index_jobs.index.versions import rollback
 from tests.support.object_store import ACCESS, Machines, ObjectStore
 from tests.support.parts import needs
 from tests.support.service import ADMIN, ADMIN_ONLY, WORDS, opened, until, until_ready
-from tests.support.versions import file_of, publish_copy
+from tests.support.versions import publish_copy
 from tests.support.writes import ADMINS
 
 
@@ -50,10 +49,8 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
         publish_copy(machines["builder"], source=built_index)
         await until_ready(starting, status="ready", index_version=1)
     assert "s3://bucket/shop/index holds no published index; make one with" in str(failures[0])
-    monkeypatch.setattr(
-        "index_jobs.index.object_store.CLIENT", {"timeout": "2s", "allow_http": True}
-    )  # of replicas alone
-    monkeypatch.setattr("index_jobs.index.object_store.RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("index_jobs.index.storage.CLIENT", {"timeout": "2s", "allow_http": True})  # of replicas alone
+    monkeypatch.setattr("index_jobs.index.storage.RETRIES", {"max_retries": 0})
     replica = machines["replica"]
     async with opened(replica, poll_s=0.05, **ADMIN_ONLY) as client:
         found = (await client.post("/search/text", json=WORDS)).json()
@@ -79,20 +76,6 @@ async def test_replica_follows_the_store_and_serves_on_without_it(
     async with opened(replica, poll_s=0.05) as restarted:
         await until_ready(restarted, status="degraded", index_version=3)
         assert (await restarted.post("/search/text", json=WORDS)).json()["results"] == found["results"]
-
-
-@needs("seaweedfs")
-async def test_file_that_is_damaged_on_the_disk_is_brought_anew(built_index: Path, machines: Machines) -> None:
-    publish_copy(machines["builder"], source=built_index)
-    published_index(replica := machines["replica"])
-    damaged, whole = file_of(replica, "items.arrow"), file_of(built_index, "items.arrow").read_bytes()
-    damaged.write_bytes(whole[:64] + bytes(len(whole) - 64))
-    failures = list[DcarError]()
-    async with opened(replica, ready=False, on_start_failure=failures.append, poll_s=0.05) as client:
-        await until(lambda: damaged.read_bytes() == whole)
-        await until_ready(client, status="ready", index_version=1)
-        assert (await client.post("/search/text", json=WORDS)).status_code == 200
-    assert failures == []
 
 
 @needs("object-store")

@@ -10,8 +10,7 @@ import pytest
 from dcar_client.models import ReloadResponse
 
 from app.search.snapshots import load_snapshot
-from index_jobs.index.publish import rollback
-from index_jobs.index.versions import version_numbers
+from index_jobs.index.versions import rollback, version_numbers
 from index_jobs.jobs.update import remove
 from index_jobs.rebuild import rebuild
 from tests.support.images import png

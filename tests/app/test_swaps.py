@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from index_jobs.index.publish import rollback
+from index_jobs.index.versions import rollback
 from index_jobs.rebuild import rebuild
 from tests.support.images import png
 from tests.support.service import ADMIN_ONLY, opened

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from dcar_core.util.files import default_cache_directory
-from index_jobs.index.publish import verify_index
-from index_jobs.index.versions import open_current
+from index_jobs.index.versions import open_current, verify_index
 from tests.support.commands import UNREAD, dcar, run
 from tests.support.paths import ROOT
 

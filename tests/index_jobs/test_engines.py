@@ -15,9 +15,8 @@ from index_jobs.engines.protocol import load_engine
 from index_jobs.index.changes import change_metadata
 from index_jobs.index.filters import filter_rows, match_rows
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.location import index_name
-from index_jobs.index.publish import rollback, verify_index
-from index_jobs.index.versions import open_current
+from index_jobs.index.storage import index_name
+from index_jobs.index.versions import open_current, rollback, verify_index
 from index_jobs.jobs.update import add, remove
 from index_jobs.row_filter import RowFilter
 from tests.support import array_engine
@@ -117,7 +116,7 @@ def test_rebuild_is_recommended_once_searches_name_many_rows(installed: Any, bui
     ids = [open_current(index).item(row).id for row in range(5)]
     assert change_metadata(index, [(each, {"price": 1}) for each in ids[:4]], "a test").rebuild == ""
     assert remove(index, ids[3:4]).rebuild == ""
-    reason = "of 24 rows are removed or changed, and named in every search"
+    reason = "of 24 rows are removed or changed, which every search excludes"
     assert change_metadata(index, [(ids[4], {"price": 1})], "a test").rebuild == f"5 {reason}"
     assert build(engine="array=memory").version == 5
     assert open_current(index).manifest.rebuild == ""

@@ -50,7 +50,7 @@ def test_a_wrong_text_offset_is_an_error_not_a_crash(index: Path, offset: int) -
 
 
 def test_a_wrong_row_number_or_name_of_items_is_an_error(index: Path, tmp_path: Path) -> None:
-    by_id = [open_current(index).segments[0].items.cell(row, "by_id") for row in range(3)]
+    by_id = [open_current(index).parts[0].items.cell(row, "by_id") for row in range(3)]
     right, wrong = (numbers(by_id[0], row, by_id[2], kind=np.int64) for row in (by_id[1], 5_000_000))
     manifest = read_manifest(index, 1)
     patch(index, "items.arrow", right, wrong)

@@ -11,12 +11,11 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.util.errors import DcarError, LockedError
 from index_jobs.gallery.scan import Gallery
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.changes import Draft
 from index_jobs.index.created import create_collection, drop_collection, list_collections
 from index_jobs.index.jobs import JobQueue
-from index_jobs.index.publish import verify_index
-from index_jobs.index.versions import current_version, list_versions, open_current
+from index_jobs.index.versions import current_version, list_versions, open_current, verify_index
 from index_jobs.jobs import apply
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add
@@ -170,7 +169,7 @@ def test_two_processes_never_apply_the_same_jobs(index: Path) -> None:
         done = dcar("index", "apply", index, "--device", "cpu")
         assert (done.returncode, current_version(index)) == (LockedError.exit_code, 1)
         assert "another process applies" in done.stderr
-    with publish.new_version(index), pytest.raises(LockedError):
+    with versions.new_version(index), pytest.raises(LockedError):
         apply_waiting(index)
     assert dcar("index", "apply", index, "--device", "cpu").stdout.endswith("1 jobs applied\n")
 

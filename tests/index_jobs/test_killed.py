@@ -19,10 +19,16 @@ import pytest
 
 from index_jobs.index.changes import change_metadata
 from index_jobs.index.jobs import JobQueue
-from index_jobs.index.location import index_path, store_of
-from index_jobs.index.object_store import ObjectStore
-from index_jobs.index.publish import new_version, rollback, verify_index
-from index_jobs.index.versions import current_version, list_versions, open_current, pull
+from index_jobs.index.storage import ObjectStore, index_path, store_of
+from index_jobs.index.versions import (
+    current_version,
+    list_versions,
+    new_version,
+    open_current,
+    pull,
+    rollback,
+    verify_index,
+)
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild

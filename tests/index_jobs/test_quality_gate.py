@@ -23,8 +23,9 @@ from index_jobs.engines.faiss.index import FaissIndex
 from index_jobs.engines.measure import caption_queries
 from index_jobs.gallery.scan import Gallery, scan
 from index_jobs.index.lexical import fusion
-from index_jobs.index.lexical.fusion import DEFAULT_WEIGHT, choose_weight, hybrid_gains, text_bonus
+from index_jobs.index.lexical.fusion import choose_weight, hybrid_gains, text_bonus
 from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
+from index_jobs.index.manifest import DEFAULT_WEIGHT
 from index_jobs.index.versions import current_version, open_current, version_numbers
 from index_jobs.jobs import gate
 from index_jobs.jobs.cutoff import compute_cutoff, cutoff_of_words

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from dcar_core.util.errors import MissingExtraError
-from index_jobs.index.publish import verify_index
-from index_jobs.index.versions import open_current
+from index_jobs.index.versions import open_current, verify_index
 from index_jobs.rebuild import rebuild
 from tests.support.commands import Command
 from tests.support.files import write_file

@@ -24,8 +24,7 @@ from dcar_core.model.methods.registry import method
 from dcar_core.util.errors import DataError, DcarError
 from index_jobs.encoding.shards import ShardStore
 from index_jobs.gallery.scan import scan
-from index_jobs.index.publish import verify_index
-from index_jobs.index.versions import current_version, open_current, version_numbers
+from index_jobs.index.versions import current_version, open_current, verify_index, version_numbers
 from tests.support.commands import Command, run
 from tests.support.files import write_file, write_jsonl
 from tests.support.images import draw

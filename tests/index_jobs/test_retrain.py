@@ -14,10 +14,9 @@ import pytest
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import copy_checkpoint
 from dcar_core.util.errors import DataError, GateError
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.index_version import IndexVersion
-from index_jobs.index.publish import verify_index
-from index_jobs.index.versions import current_version, open_current, open_version, version_numbers
+from index_jobs.index.versions import current_version, open_current, open_version, verify_index, version_numbers
 from index_jobs.jobs import retrain as module
 from index_jobs.jobs.retrain import REPORT, ItemPairs, Retraining, read_pairs, retrain
 from index_jobs.jobs.update import add, live_gallery, remove
@@ -166,7 +165,7 @@ def test_a_killed_retraining_changes_nothing_and_is_repeated_alike(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish.NewVersion, "commit", kill)
+        patch.setattr(versions.NewVersion, "commit", kill)
         with pytest.raises(KeyboardInterrupt):
             retrain(index, [pairs], margin=1, device="cpu")
     assert (current_version(index), (index / REPORT).exists()) == (1, False)

@@ -20,13 +20,20 @@ from dcar_core import Encoder
 from dcar_core.util.errors import ArtifactError, DataError, FingerprintError, LockedError
 from index_jobs.engines.faiss import index as faiss_index
 from index_jobs.gallery.metadata import read_changes
-from index_jobs.index import publish
+from index_jobs.index import versions
 from index_jobs.index.changes import change_metadata
 from index_jobs.index.filters import filter_rows, match_rows
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import ITEMS
-from index_jobs.index.publish import rollback, verify_index
-from index_jobs.index.versions import current_version, list_versions, open_current, open_version, version_numbers
+from index_jobs.index.versions import (
+    current_version,
+    list_versions,
+    open_current,
+    open_version,
+    rollback,
+    verify_index,
+    version_numbers,
+)
 from index_jobs.jobs import update as updates
 from index_jobs.jobs.apply import apply_waiting
 from index_jobs.jobs.update import add, live_gallery, remove
@@ -98,7 +105,7 @@ def test_any_sequence_of_changes_leaves_the_items_that_dictionaries_have(
             """Run a job that ends before it publishes, and once more."""
             served = current_version(self.index)
             with pytest.MonkeyPatch.context() as killed:
-                killed.setattr(publish.NewVersion, "commit", die)
+                killed.setattr(versions.NewVersion, "commit", die)
                 with pytest.raises(KeyboardInterrupt):
                     job(items)
             assert current_version(self.index) == served
@@ -316,7 +323,7 @@ def test_manifest_recommends_a_rebuild(
     names = ids(index)
     assert remove(index, names[:4]).rebuild == ""
     assert remove(index, names[4:5]).rebuild.startswith("5 of 24 rows are removed")
-    monkeypatch.setattr(publish, "ADDED_ROWS", 3)
+    monkeypatch.setattr(versions, "ADDED_ROWS", 3)
     more = write_images(tmp_path / "more", "pink", "cyan", "lime", "navy", "teal", "gold")
     assert "6 of 30 items are outside the built index" in add(index, more, progress=False).rebuild
     monkeypatch.undo()
@@ -363,7 +370,7 @@ def test_unchanged_files_are_shared_and_damage_to_others_is_found(index: Path, t
         with pytest.raises(ArtifactError, match=name):
             verify_index(index)
         path.unlink()
-        with pytest.raises(ArtifactError, match=f"is missing, which is {name} in version 3"):
+        with pytest.raises(ArtifactError, match=f"is missing: {name} of version 3"):
             open_version(index, 3)
         path.write_bytes(content)
     verify_index(index)

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcar_core.util.arrays import Floats, Rows
+from index_jobs.index.manifest import DEFAULT_WEIGHT
 
 if TYPE_CHECKING:
     from index_jobs.engines.protocol import ScoredRows
     from index_jobs.index.lexical.lexical_index import LexicalIndex
     from index_jobs.row_filter import RowFilter
 
-DEFAULT_WEIGHT = 0.7  # chosen on short queries of the bundled example
 WEIGHTS = (0.3, 0.5, DEFAULT_WEIGHT, 0.9)
 _SPREADS = 3.0  # standard deviations of cosines that a full match is worth at equal weights
 _LEAST_REST = 1e-4  # in place of 1 - w for a weight of 1; cosines then order equal matches only

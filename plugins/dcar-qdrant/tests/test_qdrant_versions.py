@@ -21,9 +21,8 @@ from dcar_qdrant import connection, engine, index
 from dcar_qdrant.connection import connect
 from dcar_qdrant.engine import QdrantEngine, collection_prefix
 from dcar_qdrant.index import QdrantIndex, QdrantLocation
-from index_jobs.index.location import index_name
-from index_jobs.index.publish import rollback, verify_index
-from index_jobs.index.versions import current_version, open_current, read_manifest
+from index_jobs.index.storage import index_name
+from index_jobs.index.versions import current_version, open_current, read_manifest, rollback, verify_index
 from index_jobs.jobs.update import add, remove
 from tests.support.galleries import write_images
 from tests.support.object_store import Machines, ObjectStore
@@ -77,7 +76,7 @@ def test_collections_and_alias_follow_versions_rollback_and_updates(
     present, aliased = collections(url, index)
     assert (len(present), aliased) == (3, [names[0]]), "an addition is a collection, and shares the built one"
     add(index, write_images(tmp_path / "others", "brown", shape="circle"), progress=False)
-    assert len(open_current(index).segments) == 2, "small additions are merged"
+    assert len(open_current(index).parts) == 2, "small additions are merged"
     build(checkpoint=other_checkpoint, engine=f"qdrant={url}", margin=1, keep=1)
     assert len(collections(url, index)[0]) == 3, "services may still search the replaced version and its addition"
     assert len(verify_index(index)) == 1
