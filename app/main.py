@@ -27,7 +27,6 @@ from app.http.access import Access
 from app.http.body_limit import BodyLimit
 from app.http.envelope import Envelope
 from app.service.collections import Collections, ServedIndex
-from app.service.embedding_cache import EmbeddingCache
 from app.service.retriever import Retriever
 from app.service.write_worker import WriteWorker
 from dcar_core.util.errors import DcarError
@@ -57,7 +56,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
         app.state.collections, app.state.retriever, app.state.writer = collections, retriever, writer
         folder = settings.feedback_folder
         feedback = app.state.feedback = FeedbackLog(folder, settings, metrics) if folder else None
-        _add_gauges(metrics, collections, retriever.compute.cache, rates)
+        _add_gauges(metrics, collections, rates)
         async with AsyncExitStack() as stack:  # closes the last one first
             if end_tracing is not None:  # uvicorn re-raises the signal after this, which ends the process
                 stack.push_async_callback(asyncio.to_thread, end_tracing)
@@ -107,7 +106,7 @@ def create_app(settings: Settings, *, on_start_failure: Callable[[DcarError], No
     return app
 
 
-def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCache, rates: RateLimiter | None) -> None:
+def _add_gauges(metrics: Metrics, collections: Collections, rates: RateLimiter | None) -> None:
     """Register gauges of the served indexes and of Redis; they are read at each scrape."""
 
     def of_manifest(read: Callable[[Manifest], float | None]) -> Callable[[ServedIndex], float | None]:
@@ -129,14 +128,13 @@ def _add_gauges(metrics: Metrics, collections: Collections, cache: EmbeddingCach
 
     for name, (description, read) in gauges.items():
         metrics.add_gauge(name, description, "collection", partial(values, read))
-    if cache.is_shared:
-        breakers = {"read": cache.read_breaker, "write": cache.write_breaker}
-        breakers |= {} if rates is None else {"count": rates.breaker}
+    if rates is not None:
+        breaker = rates.breaker
         metrics.add_gauge(
             "dcar_redis_breaker_open",
             "1 while Redis is not used because it failed, up to a minute after the last request for it.",
             "use",
-            lambda: [(use, float(breaker.is_known_open)) for use, breaker in breakers.items()],
+            lambda: [("count", float(breaker.is_known_open))],
         )
 
 

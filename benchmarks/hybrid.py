@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from app.search.hits import best_rows
-from app.search.plan import Plan
+from app.search.query import Plan
 from index_jobs.index.manifest import DEFAULT_WEIGHT
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
@@ -40,7 +40,7 @@ def measure_quality(index: Path, queries: Path, weights: list[float]) -> None:
     for weight in weights:
         scores = np.full((len(read), len(items)), -np.inf, np.float32)
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
-            best = best_rows(artifact, Plan(text=text, words_weight=weight), vector, 10, None)[0].rows.tolist()
+            best = best_rows(artifact, Plan(text=text, words_weight=weight), vector, 10, None).rows.tolist()
             scores[number, best] = -np.arange(len(best))
         means = 100 * evaluate_queries.measure(scores, read).mean(0)
         name = {0.0: "vectors alone", 1.0: "words alone"}.get(weight, f"{weight:g}")

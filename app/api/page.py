@@ -24,8 +24,8 @@ from app.api.responses import JsonResponse, not_modified
 from app.api.routing import Routes, snapshot_of, state_of
 from app.core.problems import Problem
 from app.http.access import Policy
-from app.search.facets import count_facets, count_values
-from app.search.rows import filter_rows, mask_key
+from app.search.results import count_facets, count_values
+from app.search.snapshots import filter_rows, mask_key
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.row_filter import EMPTY_IS_MISSING
 

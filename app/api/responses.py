@@ -16,9 +16,9 @@ from app.api.openapi import FieldError
 from app.api.routing import collection_of, state_of
 from app.core.problems import field_problem
 from app.http.body_limit import LongResponse
-from app.search.plan import MAX_TEXT_BYTES
+from app.search.query import MAX_TEXT_BYTES
 from app.search.results import SearchResponse, image_url, public_metadata
-from app.search.rows import ResultGroup
+from app.search.snapshots import ResultGroup
 from app.service.collections import Collections
 from dcar_core.images import sniff_format
 from index_jobs.index.index_version import Item
@@ -220,11 +220,11 @@ class HealthResponse(TypedDict):
 
 
 class ReadinessResponse(TypedDict):
-    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, or
-    images of a gallery are missing; `reason` says which.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served;
+    `reason` says why.
 
     index_version and count, the number of items, belong to the default collection. model_note: what to know about a
-    model, such as one that stands in. opening: created collections that wait to be opened; with a key for all.
+    model, such as one that stands in.
     """
 
     status: str
@@ -232,7 +232,6 @@ class ReadinessResponse(TypedDict):
     count: int
     reason: str | None
     model_note: str | None
-    opening: int | None
 
 
 class ReloadResponse(TypedDict):

@@ -24,12 +24,10 @@ from app.core.problems import Problem, field_problem
 from app.core.threads import run_in_new_thread
 from app.http.access import OPEN, PART_BYTES, Policy, out_of_scope
 from app.search.errors import BatchQueryError, UnavailableError
-from app.search.plan import row_of
-from app.search.query import Query
+from app.search.query import Query, row_of
 from app.search.results import SearchResponse
-from app.search.rows import ResultGroup, filter_rows, group_field
-from app.search.snapshots import Snapshot
-from app.service.batching import SharedTasks
+from app.search.snapshots import ResultGroup, Snapshot, filter_rows, group_field
+from app.service.encoding import SharedTasks
 from dcar_core.images.decoding import ThumbnailFormat
 from dcar_core.util.errors import DcarError, ImageError
 from index_jobs.index.index_version import Item
@@ -156,7 +154,7 @@ async def picture(
 async def item(request: Request, item_id: ItemId) -> Response:
     """Return an item with all its metadata."""
     snapshot = await snapshot_of(request)
-    found = await state_of(request).retriever.compute.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
+    found = await state_of(request).retriever.run("search", snapshot.artifact.item, row_of(snapshot, item_id))
     return JsonResponse({"index_version": snapshot.version, **responses.gallery_item(items_path(request), found)})
 
 
@@ -171,7 +169,7 @@ async def embeddings(request: Request) -> Response:
     name = query.model or collections.default
     if not may_read(request, name):
         raise out_of_scope()
-    snapshot = await collections.open(query.model, "model")
+    snapshot = collections.open(query.model, "model")
     encoder = snapshot.encoder
     if query.dimensions not in (None, encoder.dim):
         raise field_problem("dimensions", f"must be {encoder.dim} for this model, not {query.dimensions}")
@@ -216,7 +214,7 @@ async def model(request: Request, collection: str) -> Response:
     """Return one of the collections that embed, in the shape of OpenAI's API."""
     if not may_read(request, collection):
         raise out_of_scope()
-    return JsonResponse(_model(collection, await state_of(request).collections.open(collection, "model")))
+    return JsonResponse(_model(collection, state_of(request).collections.open(collection, "model")))
 
 
 def _model(name: str, live: Snapshot) -> dict[str, Any]:
@@ -248,7 +246,6 @@ async def readyz(request: Request) -> Response:
     if (fault := state_of(request).retriever.fault) is not None:
         raise UnavailableError(fault)
     live, reason = collections[None].require(), collections.reason
-    reason = reason or await collections.gallery_fault()
     if reason is not None and not may_see_all:
         reason = "A key for all collections opens the reason."
     body: responses.ReadinessResponse = {
@@ -257,7 +254,6 @@ async def readyz(request: Request) -> Response:
         "count": live.artifact.manifest.count,
         "reason": reason,
         "model_note": next((each.model_note for each in collections.loaded if each.model_note), None),
-        "opening": collections.opening if may_see_all else None,
     }
     return JsonResponse(body)
 

@@ -139,7 +139,7 @@ def collection_of(request: Request) -> str | None:
 
 async def snapshot_of(request: Request) -> Snapshot:
     """Return the live version of the collection named in the path; errors are those of `Collections.open`."""
-    return await state_of(request).collections.open(collection_of(request))
+    return state_of(request).collections.open(collection_of(request))
 
 
 def may_read(request: Request, collection: str) -> bool:

@@ -25,8 +25,7 @@ from app.core.settings import COLLECTION_NAME
 from app.core.threads import run_in_new_thread
 from app.http.access import Policy, out_of_scope
 from app.search.errors import CollectionNotFoundError, ItemNotFoundError
-from app.search.rows import filter_rows
-from app.search.snapshots import Snapshot
+from app.search.snapshots import Snapshot, filter_rows
 from app.service.collections import Collections
 from dcar_core.util.errors import ImageError, LockedError
 from dcar_core.util.files import canonical_json
@@ -145,7 +144,7 @@ async def put_collection(
             raise out_of_scope()
         if sum(served.is_created for _, served in collections) >= state_of(request).settings.max_collections:
             raise Problem(409, "No more collections can be created; drop one, or raise DCAR_MAX_COLLECTIONS.")
-        source = (await collections.open(model, "model")).artifact
+        source = collections.open(model, "model").artifact
         async with _storing("collection", collections, model):
             await run_in_new_thread(create_collection, folder, name, source.checkpoint)
         await collections.sync()
@@ -184,7 +183,7 @@ async def _put(request: Request, snapshot: Snapshot, items: list[PutItem], stric
     places, state = {f"items.{number}": item for number, item in enumerate(items)}, state_of(request)
     given = {f"{place}.metadata": item.metadata for place, item in places.items()}
     new = _new_fields(snapshot.artifact, given, strict)
-    dropped = await state.retriever.compute.run("search", _dropped_fields, snapshot.artifact, items)
+    dropped = await state.retriever.run("search", _dropped_fields, snapshot.artifact, items)
     files = await state.fetcher.read(request.scope, {place: item.image for place, item in places.items()})
     for place in places:
         try:
@@ -205,7 +204,7 @@ async def _change(
     if (chosen.ids is None) == (chosen.filter is None):
         raise field_problem("ids", "give either ids or a filter")
     if (filter := chosen.filter) is not None:
-        mask = await state_of(request).retriever.compute.run("search", lambda: filter_rows(snapshot, filter).mask)
+        mask = await state_of(request).retriever.run("search", lambda: filter_rows(snapshot, filter).mask)
         notes["items"] = int(np.count_nonzero(mask))
     items = [{"id": each} for each in dict.fromkeys(chosen.ids or ())]
     count, each = notes.get("items", len(items)), len(canonical_json(fields))

@@ -25,6 +25,7 @@ class Turn:
     future: asyncio.Future[Any]
     caller: str = field(default_factory=current_caller.get)
     request: str | None = field(default_factory=request_id.get)
+    arrived: float = field(default_factory=monotonic)
     started: float = 0.0
 
 

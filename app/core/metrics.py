@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from dcar_core.util.errors import MissingExtraError
 
-Stage = Literal["cache", "decode", "queue", "encode", "search", "rerank", "explain"]
+Stage = Literal["decode", "queue", "encode", "search"]
 PendingKind = Literal["searches", "pictures"]
 ReadGauge = Callable[[], Iterable[tuple[str, float]]]  # (label, value) pairs
 
@@ -60,8 +60,7 @@ class Metrics:
         def counter(name: str, description: str, *labels: str) -> Counter:
             return Counter(name, description, labels, registry=registry)
 
-        self.lookups = counter("dcar_cache_lookups_total", "Lookups of cached embeddings.", "level", "outcome")
-        self.writes = counter("dcar_cache_writes_total", "Embeddings written to Redis.", "outcome")
+        self.lookups = counter("dcar_cache_lookups_total", "Lookups of cached embeddings.", "outcome")
         self.refused = counter("dcar_refused_total", "Requests refused to protect the service.", "reason")
         self.errors = counter("dcar_errors_total", "Unforeseen errors.")
         self.task_failures = counter("dcar_task_failures_total", "Failures of background tasks.", "task")

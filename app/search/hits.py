@@ -15,15 +15,22 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from app.search.errors import UnsupportedQueryError
-from app.search.plan import Plan
-from app.search.rows import GroupField, first_places, group_field, is_exact_index, row_vectors, sort_order
-from app.search.snapshots import Snapshot
+from app.search.query import Plan
+from app.search.snapshots import (
+    GroupField,
+    Snapshot,
+    first_places,
+    group_field,
+    is_exact_index,
+    row_vectors,
+    sort_places,
+)
 from dcar_core.util.arrays import Floats, Mask, Rows
 from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.lexical.fusion import text_bonus
@@ -44,74 +51,59 @@ _NEAR_SPELLING = 0.4  # the same where no item has the words
 _TEXT_ROWS = 512  # rows of a query's words up to which the cosines of all are computed
 _COMMON_TEXT_ROWS = 256  # rows of more common words whose cosines are computed
 _COMMON_WIDTH = 64  # least number of cosines that common words are looked up among
+_NO_SCORES: Floats = np.empty(0, np.float32)
 
 
-class Candidates(NamedTuple):
-    """Rows that may be the best, in any order. Their rank scores order the results."""
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """Rows that may answer a query, in any order, and then those of a plan in order, up to the next page.
 
-    rows: Rows  # int64 (m,)
-    cosines: Floats  # (m,)
-    text_scores: Floats  # (m,), 0 without words
-    rank_scores: Floats  # (m,)
+    Attributes:
+        rows: int64 (m,). cosines: (m,). text_scores: (m,), 0 without words.
+        rank_scores: (m,), which order the results.
+        unseen: the highest rank score that any other row may have; -inf if there is none. unseen_cosine: its cosine.
+        likely, possible: scores of a hit of these levels, compared as responses round them. Without a cut-off, and for
+            a query that is not by text alone, every hit is possible.
+        contained: text score of a likely hit.
+        nothing_fits: True if no hit is likely.
+        folded: rows of the near-duplicates of each hit; empty unless the plan folds them.
+        matched: all rows that fit a sorted query; None without `sort`. count: their number, or that of their groups.
+        is_exact: False if more rows may fit a sorted query.
+        rerank_scores: of the hits that were scored again, by their rows.
+    """
 
-    def joined(self, other: "Candidates") -> "Candidates":
-        pairs: Any = zip(self, other, strict=True)
-        return Candidates(*map(np.concatenate, pairs))
+    rows: Rows = field(default_factory=lambda: NO_ROWS)
+    cosines: Floats = field(default_factory=lambda: _NO_SCORES)
+    text_scores: Floats = field(default_factory=lambda: _NO_SCORES)
+    rank_scores: Floats = field(default_factory=lambda: _NO_SCORES)
+    unseen: float = -math.inf
+    unseen_cosine: float = -math.inf
+    likely: float = math.inf
+    possible: float = -math.inf
+    contained: float = math.inf
+    nothing_fits: bool = False
+    folded: list[Rows] = field(default_factory=list)
+    matched: Rows | None = None
+    count: int | None = None
+    is_exact: bool = True
+    rerank_scores: Mapping[int, float] = field(default_factory=dict)
 
-    def take(self, places: Any) -> "Candidates":
-        return Candidates(*(part[places] for part in self))
+    def take(self, places: Any) -> "Hits":
+        """Return the hits at these places: numbers, a mask or a slice."""
+        arrays = (part[places] for part in (self.rows, self.cosines, self.text_scores, self.rank_scores))
+        rows, cosines, text_scores, rank_scores = arrays
+        return replace(self, rows=rows, cosines=cosines, text_scores=text_scores, rank_scores=rank_scores)
 
     def reach(self, score: float) -> Mask:
         """Return which cosines reach a score, as responses round them: bool (m,)."""
         reached: Mask = self.cosines.astype(np.float64).round(6) >= score
         return reached
 
-
-NOTHING = Candidates(NO_ROWS, *np.empty((3, 0), np.float32))
-
-
-class Unseen(NamedTuple):
-    """The highest scores that any other row may have; -inf if there is none."""
-
-    rank_score: float
-    cosine: float
-
-
-class Levels(NamedTuple):
-    """What the level of a hit follows from. Scores are compared as responses round them."""
-
-    likely: float = math.inf  # score of a likely hit
-    possible: float = -math.inf  # score of a possible one
-    contained: float = math.inf  # text score of a likely one
-
-    def level_of(self, score: float, text_score: float) -> Level:
-        if (rounded := round(score, 6)) >= self.likely or text_score >= self.contained:
+    def level(self, place: int) -> Level:
+        score = round(self.cosines[place].item(), 6)
+        if score >= self.likely or self.text_scores[place] >= self.contained:
             return "likely"
-        return "possible" if rounded >= self.possible else "unlikely"
-
-
-@dataclass(frozen=True, slots=True)
-class Hits:
-    """The hits of a plan in order, up to the next page.
-
-    Attributes:
-        found: rows and their scores.
-        folded: rows of the near-duplicates of each hit; empty unless the plan folds them.
-        levels: None without a cut-off, and for a query that is not by text alone; then every hit is possible.
-        nothing_fits: True if no hit is likely.
-        matched: all rows that fit a sorted query; None without `sort`. count: their number, or that of their groups.
-        is_exact: False if more rows may fit a sorted query.
-        rerank_scores: of the hits that were scored again, by their rows.
-    """
-
-    found: Candidates
-    folded: list[Rows]
-    levels: Levels | None
-    nothing_fits: bool
-    matched: Rows | None = None
-    count: int | None = None
-    is_exact: bool = True
-    rerank_scores: Mapping[int, float] = field(default_factory=dict)
+        return "possible" if score >= self.possible else "unlikely"
 
 
 def find_hits(snapshot: Snapshot, plan: Plan, vector: Floats) -> Hits:
@@ -120,23 +112,21 @@ def find_hits(snapshot: Snapshot, plan: Plan, vector: Floats) -> Hits:
     Raises:
         SearchError: the index keeps no vectors or words, or a field cannot group.
     """
-    if not snapshot.artifact.rows:
-        return Hits(NOTHING, [], None, nothing_fits=False, matched=NO_ROWS, count=0 if plan.sort else None)
+    artifact = snapshot.artifact
+    if not artifact.rows:
+        return Hits(matched=NO_ROWS, count=0 if plan.sort else None)
     groups = group_field(snapshot, plan.group_by) if plan.group_by else None
     if plan.sort:
         return _sorted_hits(snapshot, plan, vector, groups)
     if groups is None:
-        found, folded = best_rows(snapshot.artifact, plan, vector, plan.depth, plan.allowed)
+        hits = best_rows(artifact, plan, vector, plan.depth, plan.allowed)
     else:
-        found, folded = best_of_groups(snapshot.artifact, plan, vector, groups), []
-    levels = find_levels(snapshot.artifact, plan, float(found.cosines.max()) if len(found.rows) else math.inf)
-    return Hits(found, folded, levels, _nothing_fits(levels, found))
+        hits = best_of_groups(artifact, plan, vector, groups)
+    return _judged(artifact, plan, hits, float(hits.cosines.max()) if len(hits.rows) else math.inf)
 
 
-def best_rows(
-    artifact: IndexVersion, plan: Plan, vector: Floats, count: int, allowed: RowFilter | None
-) -> tuple[Candidates, list[Rows]]:
-    """Return the `count` best rows of a plan among the allowed ones, and the near-duplicates of each if it folds them.
+def best_rows(artifact: IndexVersion, plan: Plan, vector: Floats, count: int, allowed: RowFilter | None) -> Hits:
+    """Return the `count` best rows of a plan among the allowed ones; it may fold their near-duplicates.
 
     Raises:
         UnsupportedQueryError: `fold` or `hybrid` needs vectors or words, and the index keeps none.
@@ -146,58 +136,61 @@ def best_rows(
     width = min(count + 1 + len(plan.excluded), total)
     while True:
         if plan.words_weight:
-            found, unseen = hybrid_candidates(artifact, plan, vector, width, allowed)
+            best = hybrid_candidates(artifact, plan, vector, width, allowed)
         else:
-            found, unseen = vector_candidates(artifact, vector, width, allowed)
-        best = found.take(np.lexsort((found.rows, -found.rank_scores)))
+            best = vector_candidates(artifact, vector, width, allowed)
+        best = best.take(np.lexsort((best.rows, -best.rank_scores)))
         if plan.excluded:
             best = best.take(~np.isin(best.rows, plan.excluded))
         if plan.min_score is not None:
             best = best.take(best.reach(plan.min_score))
-        if plan.fold is None:
-            best, folded = best.take(slice(count)), list[Rows]()
-        else:
-            best, folded = fold_rows(artifact, best, plan.fold, count)
-        if width >= widest or unseen.rank_score == -np.inf or unseen.cosine < lowest:
-            return best, folded
-        if len(best.rows) >= count and best.rank_scores[-1] > unseen.rank_score:  # no missing row ties with the last
-            return best, folded
+        best = best.take(slice(count)) if plan.fold is None else fold_rows(artifact, best, plan.fold, count)
+        if width >= widest or best.unseen == -np.inf or best.unseen_cosine < lowest:
+            return best
+        if len(best.rows) >= count and best.rank_scores[-1] > best.unseen:  # no missing row ties with the last
+            return best
         width = min(2 * width, total)
 
 
-def best_of_groups(artifact: IndexVersion, plan: Plan, vector: Floats, groups: GroupField) -> Candidates:
+def best_of_groups(artifact: IndexVersion, plan: Plan, vector: Floats, groups: GroupField) -> Hits:
     """Return the best row of each of the best groups, up to the next page.
 
     The search goes on among rows of other groups until there are enough.
     """
-    allowed, best = plan.allowed, NOTHING
+    allowed, parts, missing = plan.allowed, list[Hits](), plan.depth
     if plan.excluded:
         allowed = groups.outside(groups.codes[list(plan.excluded)], allowed)
     remaining = allowed
-    while (missing := plan.depth - len(best.rows)) > 0:
-        found, _ = best_rows(artifact, plan, vector, _ROWS_PER_GROUP * missing, remaining)
-        found = found.take(first_places(groups.codes[found.rows]))
-        if not len(found.rows):
+    while missing > 0:
+        best = best_rows(artifact, plan, vector, _ROWS_PER_GROUP * missing, remaining)
+        best = best.take(first_places(groups.codes[best.rows])[:missing])
+        parts.append(best)
+        missing -= len(best.rows)
+        if not len(best.rows):
             break
-        best = best.joined(found)
-        remaining = groups.outside(groups.codes[best.rows], allowed)
-    return best.take(slice(plan.depth))
+        remaining = groups.outside(groups.codes[best.rows], remaining)
+    return Hits(
+        np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.cosines for part in parts]),
+        np.concatenate([part.text_scores for part in parts]),
+        np.concatenate([part.rank_scores for part in parts]),
+    )
 
 
 def vector_candidates(
     artifact: IndexVersion, vector: Floats, width: int, allowed: RowFilter | None, *, is_narrow: bool = False
-) -> tuple[Candidates, Unseen]:
+) -> Hits:
     """Return the `width` rows with the highest cosines."""
     scores, rows = artifact.search(vector[None], width, allowed, is_narrow=is_narrow)  # [1, width], [1, width]
     last = float(scores[0, -1]) if rows[0, -1] >= 0 else -np.inf
-    found = rows[0] >= 0
-    cosines = scores[0][found]
-    return Candidates(rows[0][found], cosines, np.zeros_like(cosines), cosines), Unseen(last, last)
+    is_row = rows[0] >= 0
+    cosines = scores[0][is_row]
+    return Hits(rows[0][is_row], cosines, np.zeros_like(cosines), cosines, last, last)
 
 
 def hybrid_candidates(
     artifact: IndexVersion, plan: Plan, vector: Floats, width: int, allowed: RowFilter | None
-) -> tuple[Candidates, Unseen]:
+) -> Hits:
     """Return the `width` or more rows with the highest cosines, and those with the highest text scores.
 
     - A rank score is cosine + bonus * text score; see `index_jobs.index.lexical.fusion`. Every candidate of one list
@@ -217,25 +210,25 @@ def hybrid_candidates(
     if not is_text_complete:
         wide = 1 << (max(width, _COMMON_WIDTH) - 1).bit_length()
         width = min(2 * _COMMON_WIDTH if is_narrow else wide, artifact.rows)
-    near, unseen = vector_candidates(artifact, vector, width, allowed, is_narrow=is_narrow)
+    near = vector_candidates(artifact, vector, width, allowed, is_narrow=is_narrow)
     is_same = near.rows[:, None] == text_rows  # [near, text]
     near_scores = is_same @ text_scores if is_text_complete else lexical.score(plan.text, near.rows)
+    near = replace(near, text_scores=near_scores, unseen=near.unseen if is_text_complete else -np.inf)
     is_far = ~is_same.any(0)
-    far = text_rows[is_far], text_scores[is_far]
-    found = _with_words(artifact, plan, vector, (near.rows, near.cosines, near_scores), far)
-    return found, unseen if is_text_complete else unseen._replace(rank_score=-np.inf)
+    return _with_words(artifact, plan, vector, near, text_rows[is_far], text_scores[is_far])
 
 
 def _with_words(
-    artifact: IndexVersion, plan: Plan, vector: Floats, near: tuple[Rows, Floats, Floats], far: tuple[Rows, Floats]
-) -> Candidates:
-    """Return candidates of near rows, with cosines and text scores, and of far rows, with text scores."""
-    (rows, cosines, text_scores), (far_rows, far_scores) = near, far
+    artifact: IndexVersion, plan: Plan, vector: Floats, near: Hits, far_rows: Rows, far_scores: Floats
+) -> Hits:
+    """Return near rows, with cosines and text scores, and far rows, with text scores; and their rank scores."""
+    rows, cosines, text_scores = near.rows, near.cosines, near.text_scores
     if len(far_rows):
         rows, text_scores = np.concatenate((rows, far_rows)), np.concatenate((text_scores, far_scores))
         cosines = np.concatenate((cosines, row_vectors(artifact, far_rows) @ vector))
     bonus: Any = np.float32(text_bonus(artifact.sample_vectors, vector, plan.words_weight))
-    return Candidates(rows, cosines, text_scores, cosines + bonus * text_scores)
+    scores = cosines + bonus * text_scores
+    return replace(near, rows=rows, cosines=cosines, text_scores=text_scores, rank_scores=scores)
 
 
 def _require_words(artifact: IndexVersion) -> LexicalIndex:
@@ -251,8 +244,8 @@ def _word_mask(artifact: IndexVersion, allowed: RowFilter | None) -> Mask | None
     return allowed.mask
 
 
-def fold_rows(artifact: IndexVersion, ranked: Candidates, fold: float, count: int) -> tuple[Candidates, list[Rows]]:
-    """Return the first `count` rows that differ, and the near-duplicates that are most similar to each."""
+def fold_rows(artifact: IndexVersion, ranked: Hits, fold: float, count: int) -> Hits:
+    """Return the first `count` rows that differ; near-duplicates fold into the one that they are most similar to."""
     threshold, end = fold - _ROUNDING, len(ranked.rows)
     vectors = row_vectors(artifact, ranked.rows) if end else np.empty((0, 0), np.float32)  # [m, E]
     closest = np.full(end, -np.inf, np.float32)  # similarity of each row to a shown row before it
@@ -270,8 +263,8 @@ def fold_rows(artifact: IndexVersion, ranked: Candidates, fold: float, count: in
                 end = 1 + int(np.flatnonzero(closest >= threshold).max(initial=-1))
         place += 1
     shown = shown[:count]
-    owned = (np.flatnonzero(owners[:end] == first) for first in shown)
-    return ranked.take(shown), [ranked.rows[each[each != first]] for first, each in zip(shown, owned, strict=True)]
+    owned = ((first, np.flatnonzero(owners[:end] == first)) for first in shown)
+    return replace(ranked.take(shown), folded=[ranked.rows[places[places != first]] for first, places in owned])
 
 
 def _sorted_hits(snapshot: Snapshot, plan: Plan, vector: Floats, groups: GroupField | None) -> Hits:
@@ -280,44 +273,42 @@ def _sorted_hits(snapshot: Snapshot, plan: Plan, vector: Floats, groups: GroupFi
     The count is exact unless there are more than `MAX_SORTED`, or an approximate index may have missed some.
     """
     artifact, excluded = snapshot.artifact, np.array(plan.excluded, np.int64)
-    found, levels, is_complete = _fitting(artifact, plan, vector)
-    keys, excluded = (rows if groups is None else groups.codes[rows] for rows in (found.rows, excluded))
-    found = found.take(~np.isin(keys, excluded))
-    found = found.take(np.lexsort((found.rows, -found.rank_scores, sort_order(snapshot, plan.sort).places[found.rows])))
-    matched = found.rows
+    hits = _fitting(artifact, plan, vector)
+    keys, excluded = (rows if groups is None else groups.codes[rows] for rows in (hits.rows, excluded))
+    hits = hits.take(~np.isin(keys, excluded))
+    hits = hits.take(np.lexsort((hits.rows, -hits.rank_scores, sort_places(snapshot, plan.sort)[hits.rows])))
+    matched = hits.rows
     if groups is not None:
-        found = found.take(first_places(groups.codes[found.rows]))
-    count, nothing_fits, folded = len(found.rows), _nothing_fits(levels, found), list[Rows]()
+        hits = hits.take(first_places(groups.codes[matched]))
+    hits = replace(_with_verdict(hits), matched=matched, count=len(hits.rows))
     if plan.fold is not None:
-        found, folded = fold_rows(artifact, found, plan.fold, plan.depth)
-    found, is_exact = found.take(slice(plan.depth)), is_complete and is_exact_index(artifact)
-    return Hits(found, folded, levels, nothing_fits, matched, count, is_exact)
+        hits = fold_rows(artifact, hits, plan.fold, plan.depth)
+    return hits.take(slice(plan.depth))
 
 
-def _fitting(artifact: IndexVersion, plan: Plan, vector: Floats) -> tuple[Candidates, Levels | None, bool]:
-    """Return all rows that fit a plan, the levels of its query, and False if there may be more."""
+def _fitting(artifact: IndexVersion, plan: Plan, vector: Floats) -> Hits:
+    """Return all rows that fit a plan, and their levels."""
     lowest = plan.min_score
     if lowest is None:
         lowest = artifact.manifest.cutoff.get("min_score", np.inf) if plan.is_judged else np.inf
     for width in (1,) if lowest == np.inf else (FIRST_WIDTH, MAX_SORTED):
-        found, unseen = vector_candidates(artifact, vector, min(width, artifact.rows), plan.allowed)
-        is_reached = found.reach(lowest)
-        is_complete = width >= artifact.rows or unseen.rank_score == -np.inf or not is_reached.all()
+        near = vector_candidates(artifact, vector, min(width, artifact.rows), plan.allowed)
+        is_reached = near.reach(lowest)
+        is_complete = width >= artifact.rows or near.unseen == -np.inf or not is_reached.all()
         if is_complete:
             break
-    levels = find_levels(artifact, plan, float(found.cosines.max(initial=-np.inf)))
-    near = found.take(is_reached)
-    if not plan.words_weight:
-        return near, levels, is_complete
-    lexical, rows, scores = _require_words(artifact), NO_ROWS, np.empty(0, np.float32)
-    if plan.min_score is None:
-        contained = contained_share(artifact, plan.text)[0] if levels is None else levels.contained
-        scores, rows = lexical.search(plan.text, MAX_SORTED, _word_mask(artifact, plan.allowed))
-        is_complete &= len(rows) < MAX_SORTED or bool(scores[-1] < contained)
-        is_added = (scores >= contained) & ~np.isin(rows, near.rows)
-        rows, scores = rows[is_added], scores[is_added]
-    known = near.rows, near.cosines, lexical.score(plan.text, near.rows)
-    return _with_words(artifact, plan, vector, known, (rows, scores)), levels, is_complete
+    hits = _judged(artifact, plan, near, float(near.cosines.max(initial=-np.inf))).take(is_reached)
+    if plan.words_weight:
+        lexical, rows, scores = _require_words(artifact), NO_ROWS, _NO_SCORES
+        if plan.min_score is None:
+            contained = hits.contained if hits.likely < np.inf else contained_share(artifact, plan.text)[0]
+            scores, rows = lexical.search(plan.text, MAX_SORTED, _word_mask(artifact, plan.allowed))
+            is_complete &= len(rows) < MAX_SORTED or bool(scores[-1] < contained)
+            is_added = (scores >= contained) & ~np.isin(rows, hits.rows)
+            rows, scores = rows[is_added], scores[is_added]
+        known = replace(hits, text_scores=lexical.score(plan.text, hits.rows))
+        hits = _with_words(artifact, plan, vector, known, rows, scores)
+    return replace(hits, is_exact=is_complete and is_exact_index(artifact))
 
 
 def contained_share(artifact: IndexVersion, text: str) -> tuple[float, bool]:
@@ -326,22 +317,18 @@ def contained_share(artifact: IndexVersion, text: str) -> tuple[float, bool]:
     return _CONTAINED if is_familiar else _NEAR_SPELLING, is_familiar
 
 
-def find_levels(artifact: IndexVersion, plan: Plan, best: float) -> Levels | None:
-    """Return the levels of a query whose best score is `best`.
-
-    Without a cut-off, and for a query that is not by text alone, there are none, and every result is possible.
-    """
+def _judged(artifact: IndexVersion, plan: Plan, hits: Hits, best: float) -> Hits:
+    """Set the levels of a query whose best score is `best`, if there is a cut-off for it."""
     cutoff: float | None = artifact.manifest.cutoff.get("min_score")
     if cutoff is None or not plan.is_judged:
-        return None
-    strong: float = artifact.manifest.cutoff.get("strong_score", -math.inf)
+        return hits
+    likely, contained, strong = cutoff, _CONTAINED, artifact.manifest.cutoff.get("strong_score", -math.inf)
     if best < strong:
         contained, is_familiar = contained_share(artifact, plan.text)
-        return Levels(cutoff if is_familiar else strong, cutoff, contained)
-    return Levels(cutoff, cutoff, _CONTAINED)
+        likely = cutoff if is_familiar else strong
+    return _with_verdict(replace(hits, likely=likely, possible=cutoff, contained=contained))
 
 
-def _nothing_fits(levels: Levels | None, found: Candidates) -> bool:
-    if levels is None:
-        return False
-    return not (found.reach(levels.likely) | (found.text_scores >= levels.contained)).any()
+def _with_verdict(hits: Hits) -> Hits:
+    is_likely = hits.reach(hits.likely) | (hits.text_scores >= hits.contained)
+    return replace(hits, nothing_fits=hits.likely < math.inf and not is_likely.any())

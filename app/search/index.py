@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from app.core.settings import Settings
 from app.search.errors import InvalidQueryError
-from app.search.plan import Plan, make_plan, query_vector, row_of
-from app.search.query import Query
+from app.search.query import Crop, Plan, Query, make_plan, query_vector, row_of
 from app.search.results import SearchResponse, answer
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core.encoder import export_cache
@@ -75,8 +74,9 @@ class Index:
         started = time.perf_counter()
         checked = _validated({"query": query, **options})
         plan = make_plan(self.snapshot, checked, self._settings, has_image=image is not None)
-        texts = self._encode([text for _, text in plan.texts])
-        return self._answer(plan, query_vector(self.snapshot, plan, texts, self._encode_image(image, plan)), started)
+        vectors = self._encode([text for _, text in plan.texts])
+        vectors += [] if image is None else [self._encode_image(image, checked.crop)]
+        return self._answer(plan, query_vector(self.snapshot, plan, vectors), started)
 
     def search_each(self, queries: Sequence[str], **options: Any) -> Iterator[SearchResponse]:
         """Yield the results of each text, as `search` finds them; the texts are encoded in batches."""
@@ -86,8 +86,8 @@ class Index:
             vectors = iter(self._encode([text for plan in plans for _, text in plan.texts]))
             for plan in plans:
                 started = time.perf_counter()
-                texts = [next(vectors) for _ in plan.texts]
-                yield self._answer(plan, query_vector(self.snapshot, plan, texts), started)
+                own = [next(vectors) for _ in plan.texts]
+                yield self._answer(plan, query_vector(self.snapshot, plan, own), started)
 
     def metadata(self, item_id: str) -> dict[str, Any]:
         """Return the metadata of an item. Raise ItemNotFoundError if no item has this id."""
@@ -100,13 +100,11 @@ class Index:
     def _encode(self, texts: Sequence[str]) -> list[Floats]:
         return list(encode_text_rows([TextRow(self.snapshot.encoder, text) for text in texts])) if texts else []
 
-    def _encode_image(self, image: str | Path | bytes | None, plan: Plan) -> Floats | None:
-        if image is None:
-            return None
+    def _encode_image(self, image: str | Path | bytes, crop: Crop | None) -> Floats:
         preprocess = self.snapshot.preprocess
         try:
             opened = OpenedImage(image if isinstance(image, bytes) else Path(image).read_bytes())
-            pixels = preprocess.finish(preprocess.decoder(plan.crop.box if plan.crop else None)(opened))
+            pixels = preprocess.finish(preprocess.decoder(crop.box if crop else None)(opened))
         except (OSError, ImageError) as error:
             if isinstance(image, bytes):
                 raise

@@ -11,7 +11,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import (
@@ -27,12 +27,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from app.core.metrics import Stage
 from app.search.errors import UnavailableError, UnsupportedQueryError, without_directories
 from app.search.hits import Hits
-from app.search.plan import Plan
-from app.search.rows import row_vectors
-from app.search.snapshots import Snapshot
+from app.search.query import Plan
+from app.search.snapshots import Snapshot, row_vectors
 from dcar_core.encoder.encoder import ImageRow, TextRow, encode_image_rows, encode_text_rows
 from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, DcarError, ImageError, MissingExtraError
@@ -74,21 +72,17 @@ class ResultExplanation(TypedDict):
 class Compute:
     """The work of re-ranking and explaining, done at once in the calling thread. The service has another."""
 
-    def timed(self, stage: Stage) -> AbstractContextManager[None]:
-        """Measure a stage of the search."""
-        return nullcontext()
-
-    def model(self, call: Callable[..., T], *args: Any) -> T:
+    def model(self, call: Callable[..., Any], *args: Any) -> Any:
         """Return what a call of the model returns, for a few texts or images."""
         return call(*args)
 
     def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
         """Return the images that are still in the gallery, by row and in their order."""
-        found: dict[int, Pixels] = {}
+        images: dict[int, Pixels] = {}
         for row in rows:
             with suppress(ArtifactError, ImageError, OSError):
-                found[row] = snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row))
-        return found
+                images[row] = snapshot.encoder.preprocess(snapshot.artifact.image_bytes(row))
+        return images
 
 
 def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits:
@@ -98,7 +92,7 @@ def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits
         UnsupportedQueryError: every image is missing, or PyTorch is not installed.
         UnavailableError: the full model cannot be loaded.
     """
-    rows = hits.found.rows[: plan.rerank_depth].tolist()
+    rows = hits.rows[: plan.rerank_depth].tolist()
     if not rows:
         return hits
     stage = _second_stage(snapshot)
@@ -107,12 +101,13 @@ def rerank(compute: Compute, snapshot: Snapshot, plan: Plan, hits: Hits) -> Hits
         raise UnsupportedQueryError(_NO_IMAGES)
     second = _in_chunks(compute, lambda chunk: stage.query_scores(plan.text, np.stack(chunk)), [*features.values()])
     added = dict(zip(features, map(float, second), strict=True))
-    cosines = hits.found.cosines.tolist()
-    scores = {row: cosine + added[row] for row, cosine in zip(rows, cosines, strict=False) if row in added}
+    scores = {
+        row: cosine + added[row] for row, cosine in zip(rows, hits.cosines.tolist(), strict=False) if row in added
+    }
     first = sorted(range(len(rows)), key=lambda place: -scores.get(rows[place], -math.inf))
-    order = [*first, *range(len(rows), len(cosines))]
+    order = [*first, *range(len(rows), len(hits.rows))]
     folded = [hits.folded[place] for place in order] if hits.folded else []
-    return replace(hits, found=hits.found.take(order), folded=folded, rerank_scores=scores)
+    return replace(hits.take(order), folded=folded, rerank_scores=scores)
 
 
 def explain(compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits, page: Sequence[Any]) -> None:
@@ -120,7 +115,7 @@ def explain(compute: Compute, snapshot: Snapshot, plan: Plan, vector: Floats, hi
 
     Raise UnsupportedQueryError if every image is missing.
     """
-    rows = hits.found.rows[plan.offset : plan.end][: plan.explained].tolist()
+    rows = hits.rows[plan.offset : plan.end][: plan.explained].tolist()
     effects = _word_effects(compute, snapshot, plan.text, rows)
     for result, row, words in zip(page, rows, effects, strict=False):  # one by one: other queries get their turn
         relevance = _relevance(compute, snapshot, vector, row)

@@ -1,21 +1,29 @@
-"""Queries.
+"""Queries, and plans: a query that is checked against a version of an index.
 
 - A query is a pydantic model: JSON bodies, forms and Python callers are checked by the same rules, and its texts are
-  normalized once.
-- Limits that are settings (characters, k, ...) apply where the settings are given as the context of the validation.
+  normalized once. Limits that are settings apply where these are given as the context of the validation.
+- A plan has all that the search needs. Its filter has become rows, and its ids have become row numbers.
+- The vector of a query is the weighted sum of its parts; only the ratios of the weights matter.
 """
 
+import math
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationInfo, model_validator
 from pydantic_core import from_json, to_json
 
-from app.core.settings import DEFAULT_K
+from app.core.settings import DEFAULT_K, Settings
+from app.search.errors import InvalidQueryError, ItemNotFoundError, UnsupportedQueryError
+from app.search.snapshots import Snapshot, filter_rows, mask_key, row_vectors
 from dcar_core.model.text.cleaning import strip_control_tokens
+from dcar_core.util.arrays import Floats
+from dcar_core.util.errors import list_fields
+from index_jobs.row_filter import RowFilter
 
 Weight = Annotated[float, Field(strict=True, ge=0, le=100, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=1024)]
@@ -44,6 +52,9 @@ _OMITTED_IF_EMPTY = _LIST_FIELDS | {"filter", "weights", "crop"}
 _MAX_BITS = 1000  # of a number; the time to print one grows with the square of its length
 _MAX_FILTER_BYTES = 64 * 2**10  # as JSON; the body of a text search holds no more
 _CROP_ROUNDING = 1e-6  # fractions from a page may add up to a little more than 1
+MAX_TEXT_BYTES = 16 * 2**20  # of the items on a page; a page of the largest items takes 14 MiB
+_MIN_LENGTH = 1e-4  # of the sum of parts, relative to the sum of their weights; below it the direction is noise
+_MAX_CACHED_DEPTH = 50  # results up to the end of a page that is cached
 _JOINERS = frozenset({0x200C, 0x200D, *range(0xE0020, 0xE0080)})  # invisible, but meaningful in emoji and some scripts
 
 
@@ -87,9 +98,7 @@ def _check_offset(offset: int, info: ValidationInfo) -> int:
 def check_filter(filter: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
     if info.context is None or not filter:
         return filter
-    sizes = accumulate(len(part) if isinstance(part, str | list | dict) else 1 for part in checked_parts(filter))
-    # most that are too long need not become JSON again
-    if any(size > _MAX_FILTER_BYTES for size in sizes) or len(to_json(filter)) > _MAX_FILTER_BYTES:
+    if all(True for _ in checked_parts(filter)) and len(to_json(filter)) > _MAX_FILTER_BYTES:
         raise ValueError(f"takes at most {_MAX_FILTER_BYTES // 2**10} KiB as JSON")
     return filter
 
@@ -214,3 +223,204 @@ def parse_fields(texts: Iterable[tuple[str, str]]) -> dict[str, Any]:
         else:
             fields[name] = value
     return fields
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to search for, checked against a version of an index.
+
+    Attributes:
+        texts: normalized texts that are encoded, with their weights; those that are subtracted have negative ones.
+        image_weight: of the image that belongs to the query.
+        examples: rows of items whose mean vector is a part of the query, with their weights.
+        text: of the query. words_weight: weight of its words, 0 if they are not looked up.
+        allowed: rows that fulfil the filter; None for all. filter_key: names the filter, "" for none.
+        excluded: rows that are left out.
+        min_score: lowest cosine, compared with scores as responses round them.
+        group_by: field whose values are returned once each; "" for none.
+        sort, fold, facets, fields: as of the query.
+        offset, end: places of the page's first result, and of the one after its last. next_offset: `end`, or None if
+            no further page may be requested.
+        rerank_depth, explained: number of first results to score again, and of those on the page to explain.
+        is_judged: True if the calibrated cut-off applies: to queries by text alone.
+        items_path: URL path of the items. max_bytes: of the texts of the page's items.
+    """
+
+    texts: Sequence[tuple[float, str]] = ()
+    image_weight: float = 0.0
+    examples: Sequence[tuple[float, list[int]]] = ()
+    text: str = ""
+    words_weight: float = 0.0
+    allowed: RowFilter | None = None
+    filter_key: str = ""
+    excluded: tuple[int, ...] = ()
+    min_score: float | None = None
+    group_by: str = ""
+    sort: str = ""
+    fold: float | None = None
+    facets: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    offset: int = 0
+    end: int = 10
+    next_offset: int | None = None
+    rerank_depth: int = 0
+    explained: int = 0
+    is_judged: bool = False
+    items_path: str = "/items"
+    max_bytes: int = MAX_TEXT_BYTES
+
+    @property
+    def depth(self) -> int:
+        """Number of results to rank: one more than the page needs shows whether there is a next one."""
+        return max(self.end + 1, self.rerank_depth)
+
+    def page_key(self, vector: Floats) -> Hashable:
+        """Return the key of the page in `Snapshot.pages`; None for one that is not cached."""
+        special = self.filter_key, self.group_by, self.sort, self.facets, self.rerank_depth, self.explained
+        if any(special) or self.fold is not None or self.end > _MAX_CACHED_DEPTH:
+            return None
+        page = self.offset, self.end, self.fields, self.items_path
+        return vector.tobytes(), self.text, self.words_weight, self.excluded, self.min_score, self.is_judged, page
+
+
+def make_plan(
+    snapshot: Snapshot,
+    query: Query,
+    settings: Settings,
+    *,
+    has_image: bool = False,
+    items_path: str = "/items",
+    max_bytes: int = MAX_TEXT_BYTES,
+) -> Plan:
+    """Check a query against a snapshot. A collection without items has any field, but no item.
+
+    Args:
+        has_image: an image belongs to the query.
+        items_path: URL path of the items.
+        max_bytes: of the texts of the page's items.
+
+    Raises:
+        SearchError: a field does not fit the index, or the rest of the query.
+    """
+    if not (query.query or query.more_like or has_image):
+        subtracted = "less_like" if query.less_like else "without" if query.without else None
+        if subtracted:
+            raise InvalidQueryError(subtracted, "needs a query or more_like to subtract from")
+        raise InvalidQueryError("query", "must not be empty")
+    if query.rerank and not query.query:
+        raise InvalidQueryError("rerank", "needs a text query, with which it scores the images")
+    if query.crop is not None and not has_image:
+        raise InvalidQueryError("crop", "needs an image; leave it out")
+    more_rows = [row_of(snapshot, item_id, "more_like") for item_id in query.more_like]
+    less_rows = [row_of(snapshot, item_id, "less_like") for item_id in query.less_like]
+    weights, end = query.weights, query.offset + query.k
+    texts = ((weights.text, query.query), (-weights.without, query.without))
+    plan = Plan(
+        texts=[(weight, text) for weight, text in texts if text],
+        image_weight=weights.image,
+        min_score=None if query.min_score == "auto" else query.min_score,
+        sort=query.sort,
+        facets=query.facets,
+        offset=query.offset,
+        end=end,
+        items_path=items_path,
+        max_bytes=max_bytes,
+    )
+    if not snapshot.artifact.rows:
+        return plan
+    known = snapshot.artifact.fields if query.fields else {}
+    for name in query.fields:
+        if name not in known and name != "*":
+            raise InvalidQueryError("fields", f"no item has {name[:80]!r}; available: {list_fields(known)}")
+    manifest = snapshot.artifact.manifest
+    words_weight = manifest.words_weight if query.hybrid is True else float(query.hybrid)
+    if words_weight and not query.query:
+        raise InvalidQueryError("hybrid", "needs a text query, whose words it looks up")
+    if query.rerank and (words_weight or query.sort):
+        field = "hybrid" if words_weight else "sort"
+        raise InvalidQueryError(field, "cannot be combined with rerank, which orders results by scores of its own")
+    if query.fold is not None and query.group_by:
+        raise InvalidQueryError("group_by", "cannot be combined with fold")
+    if query.rerank and not snapshot.encoder.state.reranks:
+        reason = "This model cannot re-rank: it has no second stage, or validation turned it off."
+        remedy = "Leave `rerank` out, or train a model with `dcar train --method query-prompts`."
+        raise UnsupportedQueryError(f"{reason} {remedy}", field="rerank")
+    is_judged = not (has_image or query.without or more_rows or less_rows)
+    if query.sort:
+        require_sortable(snapshot, query.sort)
+    has_cutoff = is_judged and snapshot.min_score is not None
+    needs_cutoff = query.min_score == "auto" or (query.sort and query.min_score is None and not words_weight)
+    if needs_cutoff and not has_cutoff:
+        field, remedy = ("min_score", "") if query.min_score == "auto" else ("sort", ", or hybrid")
+        if not is_judged:
+            raise InvalidQueryError(
+                field, f"no cut-off is known for queries other than by text; give min_score{remedy}"
+            )
+        message = "This index was built without --validation and has no calibrated cut-off; "
+        raise UnsupportedQueryError(f"{message}give min_score as a number{remedy}.", field=field)
+    key = mask_key(query.filter) if query.filter else ""
+    return replace(
+        plan,
+        examples=[(weight, rows) for weight, rows in ((weights.more, more_rows), (-weights.less, less_rows)) if rows],
+        text=query.query,
+        words_weight=words_weight,
+        allowed=filter_rows(snapshot, query.filter, key) if query.filter else None,
+        filter_key=key,
+        excluded=tuple(sorted({*more_rows, *less_rows})),
+        min_score=snapshot.min_score if query.min_score == "auto" else query.min_score,
+        group_by=manifest.spec.group_field if query.group_by is None and query.fold is None else query.group_by or "",
+        fold=query.fold,
+        fields=query.fields,
+        next_offset=end if end + query.k <= settings.max_window else None,
+        rerank_depth=settings.rerank_depth if query.rerank else 0,
+        explained=settings.explain_results if query.explain else 0,
+        is_judged=is_judged,
+    )
+
+
+def require_sortable(snapshot: Snapshot, sort: str) -> None:
+    """Raise InvalidQueryError unless items have the field of a `sort`, with one value each."""
+    name, fields = sort.removeprefix("-"), snapshot.artifact.fields
+    if name not in fields:
+        raise InvalidQueryError("sort", f"no item has {name[:80]!r}; available: {list_fields(fields)}")
+    if fields[name].startswith("list"):
+        raise InvalidQueryError("sort", f"{name!r} has several values per item; name a field with one")
+
+
+def row_of(snapshot: Snapshot, item_id: str, field: str = "id") -> int:
+    """Return the row of an item, which `field` of the query names. Raise ItemNotFoundError if no item has this id."""
+    row = snapshot.artifact.row_of(item_id)
+    if row is None:
+        raise ItemNotFoundError(item_id, field)
+    return row
+
+
+def query_vector(snapshot: Snapshot, plan: Plan, vectors: Sequence[Floats]) -> Floats:
+    """Return the unit vector (E,) of a query.
+
+    Args:
+        vectors: (E,), of the plan's texts, and then of the image that belongs to the query.
+
+    Raises:
+        InvalidQueryError: all weights are 0, or the parts cancel out.
+    """
+    if plan.is_judged and plan.texts[0][0]:  # a text alone
+        return vectors[0]
+    weights = [*(weight for weight, _ in plan.texts), plan.image_weight]
+    parts = [*zip(weights, vectors, strict=False)]
+    return compose(
+        [*parts, *((weight, row_vectors(snapshot.artifact, rows).mean(0)) for weight, rows in plan.examples)]
+    )
+
+
+def compose(parts: Sequence[tuple[float, Floats]]) -> Floats:
+    """Return the sum of vectors (E,) by their weights, of unit length. Weights of what is subtracted are negative."""
+    scale = max((abs(weight) for weight, _ in parts), default=0.0)
+    if scale == 0:
+        raise InvalidQueryError("weights", "at least one part of the query must have a weight above 0")
+    weights = [weight / scale for weight, _ in parts]  # tiny weights would underflow
+    total = sum(weight * vector for weight, (_, vector) in zip(weights, parts, strict=True))
+    length = math.sqrt(np.dot(total, total))
+    if length < _MIN_LENGTH * sum(map(abs, weights)):
+        raise InvalidQueryError("weights", "the parts of this query cancel each other out; change their weights")
+    return np.asarray(total / length, np.float32)

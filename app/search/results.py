@@ -1,9 +1,14 @@
 """Results as they are sent: hits become dicts, whose types document the API and are the source of truth for clients.
 
-A field that the query did not ask for is absent, not null.
+- A field that the query did not ask for is absent, not null.
+- Facets tell how often each value of a field occurs among the rows that a query allows. A number with many values is
+  counted in ranges of about equal size, a list once for each of its values, and a row without a value not at all. Each
+  value can be used as a condition of a filter.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from typing import (
     Annotated,
     Any,
@@ -11,20 +16,27 @@ from typing import (
 )
 from urllib.parse import quote
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.search.errors import InvalidQueryError
-from app.search.facets import FacetValue, facets_of
-from app.search.hits import Hits, Level, Levels, find_hits
+from app.search.hits import Hits, Level, find_hits, vector_candidates
 from app.search.pair_scoring import Compute, ResultExplanation, explain, rerank
-from app.search.plan import Plan
-from app.search.rows import ResultGroup, group_field
-from app.search.snapshots import Snapshot
-from dcar_core.util.arrays import Floats
-from index_jobs.index.index_version import Item
+from app.search.query import Plan
+from app.search.snapshots import GroupField, ResultGroup, Snapshot, field_values, group_field, is_exact_index
+from dcar_core.util.arrays import Floats, Mask, Rows
+from index_jobs.index.index_version import IndexVersion, Item
+from index_jobs.row_filter import RowFilter
 
 MAX_PAGE_BYTES = 64 * 2**10  # of the texts of a page that is cached
+MAX_VALUES = 100  # of one facet; the most frequent
+MAX_SCORED = 10_000  # rows whose values are counted with a min_score
+MAX_CACHED_BYTES = 256 * 2**10  # of one facet; its values may be long texts
+_SINGLE_NUMBERS = 20  # different numbers up to which each is counted
+_RANGES = 10
 _ABSOLUTE = re.compile(r"/|\\|file:|[A-Za-z]:[/\\]")
 
 
@@ -55,6 +67,13 @@ class Result(TypedDict):
     group: NotRequired[ResultGroup]
     folded: NotRequired[list[str]]
     explanation: NotRequired[ResultExplanation]
+
+
+class FacetValue(TypedDict):
+    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+
+    value: Annotated[Any, Field(examples=["cat face"])]
+    count: Annotated[int, Field(examples=[9])]
 
 
 class SearchResponse(TypedDict):
@@ -90,13 +109,13 @@ Page = tuple[SearchResponse, int]  # and the bytes of the texts in it
 
 
 def cached_page(snapshot: Snapshot, plan: Plan, vector: Floats) -> Page | None:
-    """Return a page that was made before, without facets."""
+    """Return a page that was made before."""
     key = plan.page_key(vector)
     return None if key is None else snapshot.pages.use(key)
 
 
 def answer(snapshot: Snapshot, plan: Plan, vector: Floats, compute: Compute | None = None) -> Page:
-    """Return a page of results.
+    """Return a page of results, and cache it.
 
     Args:
         vector: of the query, (E,); see `query_vector`.
@@ -108,40 +127,29 @@ def answer(snapshot: Snapshot, plan: Plan, vector: Floats, compute: Compute | No
     import faiss
 
     faiss.omp_set_num_threads(1)  # of this thread: one query gains nothing, and the encoder needs the cores
-    compute, hits, key = compute or Compute(), None, plan.page_key(vector)
-    page = None if key is None else snapshot.pages.use(key)
-    if page is None:
-        with compute.timed("search"):
-            hits = find_hits(snapshot, plan, vector)
-        if plan.rerank_depth > plan.offset:
-            with compute.timed("rerank"):
-                hits = rerank(compute, snapshot, plan, hits)
-        page = make_page(snapshot, plan, hits)
-        if plan.explained:
-            with compute.timed("explain"):
-                explain(compute, snapshot, plan, vector, hits, page[0]["results"])
-        if key is not None and page[1] <= MAX_PAGE_BYTES:
-            snapshot.pages.keep(key, page)
-    if not plan.facets:
-        return page
-    facets, is_exact = facets_of(snapshot, plan, vector, hits)
-    body: SearchResponse = {**page[0], "facets": facets}
-    if not is_exact:
-        body["facets_approximate"] = True
-    return body, page[1] + sum(len(str(each["value"])) for facet in facets.values() for each in facet)
+    compute = compute or Compute()
+    hits = find_hits(snapshot, plan, vector)
+    if plan.rerank_depth > plan.offset:
+        hits = rerank(compute, snapshot, plan, hits)
+    page = make_page(snapshot, plan, vector, hits)
+    if plan.explained:
+        explain(compute, snapshot, plan, vector, hits, page[0]["results"])
+    if page[1] <= MAX_PAGE_BYTES and (key := plan.page_key(vector)) is not None:
+        snapshot.pages.keep(key, page)
+    return page
 
 
-def make_page(snapshot: Snapshot, plan: Plan, hits: Hits) -> Page:
+def make_page(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> Page:
     """Return the page of a plan's hits. Raise InvalidQueryError if its texts take more than the plan's `max_bytes`."""
-    item, places = snapshot.artifact.item, range(plan.offset, min(plan.end, len(hits.found.rows)))
-    rows = hits.found.rows[plan.offset : plan.end].tolist()
+    item, places = snapshot.artifact.item, range(plan.offset, min(plan.end, len(hits.rows)))
+    rows = hits.rows[plan.offset : plan.end].tolist()
     items = [item(row) for row in rows]
-    size = sum(each.text_bytes + (each.metadata_bytes if plan.fields else 0) for each in items)
+    size = sum(item.text_bytes + (item.metadata_bytes if plan.fields else 0) for item in items)
     if size > plan.max_bytes:
         message = f"the texts and metadata take more than {plan.max_bytes // 2**10:,} KiB; "
         raise InvalidQueryError("k", message + "request fewer results at a time, or leave `fields` out")
+    results = [_result(plan, hits, place, item) for place, item in zip(places, items, strict=True)]
     groups = group_field(snapshot, plan.group_by).shown(rows, plan.allowed) if plan.group_by else []
-    results = [_result(plan, hits, place, each) for place, each in zip(places, items, strict=True)]
     for result, group in zip(results, groups, strict=False):
         result["group"] = group
     for result, place in zip(results, places if hits.folded else (), strict=False):
@@ -155,27 +163,31 @@ def make_page(snapshot: Snapshot, plan: Plan, hits: Hits) -> Page:
         "nothing_fits": hits.nothing_fits,
         "results": results,
     }
-    if plan.next_offset is not None and len(hits.found.rows) > plan.end:
+    if plan.next_offset is not None and len(hits.rows) > plan.end:
         body["next_offset"] = plan.next_offset
     if plan.min_score is not None:
         body["min_score"] = plan.min_score
-    if hits.levels is not None:
-        body["cutoff"] = hits.levels.likely
+    if hits.likely < math.inf:
+        body["cutoff"] = hits.likely
     if hits.count is not None:
         body["count"] = hits.count
         if not hits.is_exact:
             body["count_approximate"] = True
+    if plan.facets:
+        body["facets"], is_exact = facets_of(snapshot, plan, vector, hits)
+        size += sum(len(str(entry["value"])) for facet in body["facets"].values() for entry in facet)
+        if not is_exact:
+            body["facets_approximate"] = True
     return body, size
 
 
 def _result(plan: Plan, hits: Hits, place: int, item: Item) -> Result:
     """Return the result at a place of the hits. Scores have six digits."""
-    row, score, text_score, _ = (part[place].item() for part in hits.found)
     result: Result = {
         "rank": place + 1,
         "id": item.id,
-        "score": round(score, 6),
-        "level": (hits.levels or Levels()).level_of(score, text_score),
+        "score": round(hits.cosines[place].item(), 6),
+        "level": hits.level(place),
         "caption": item.caption,
         "category": item.category,
         "image_url": image_url(plan.items_path, item.id),
@@ -187,9 +199,9 @@ def _result(plan: Plan, hits: Hits, place: int, item: Item) -> Result:
         wanted = metadata if "*" in plan.fields else plan.fields
         result["metadata"] = {name: metadata[name] for name in wanted if name in metadata}
     if plan.words_weight:
-        result["text_score"] = round(text_score, 6)
-    if row in hits.rerank_scores:
-        result["rerank_score"] = round(hits.rerank_scores[row], 6)
+        result["text_score"] = round(hits.text_scores[place].item(), 6)
+    if (score := hits.rerank_scores.get(hits.rows[place].item())) is not None:
+        result["rerank_score"] = round(score, 6)
     return result
 
 
@@ -200,8 +212,98 @@ def image_url(items_path: str, item_id: str) -> str:
 def public_metadata(item: Item) -> dict[str, Any]:
     """Return the metadata of an item. An absolute `file_name`, as in a list of files, is cut to its last part."""
     metadata = item.metadata
-    place = metadata.get("file_name")
-    if not isinstance(place, str) or not _ABSOLUTE.match(place):
+    path = metadata.get("file_name")
+    if not isinstance(path, str) or not _ABSOLUTE.match(path):
         return metadata
-    name = re.split(r"[/\\]", place)[-1]
-    return {field: name if value == place else value for field, value in metadata.items()}
+    name = re.split(r"[/\\]", path)[-1]
+    return {field: name if value == path else value for field, value in metadata.items()}
+
+
+def facets_of(snapshot: Snapshot, plan: Plan, vector: Floats, hits: Hits) -> tuple[dict[str, list[FacetValue]], bool]:
+    """Return the facets of a plan, and False if they are approximate.
+
+    With a `min_score`, those of the best `MAX_SCORED` rows count that reach it, as the index finds them.
+    """
+    artifact = snapshot.artifact
+    if not artifact.rows:
+        return {name: [] for name in plan.facets}, True
+    if hits.matched is not None:
+        rows, is_exact = hits.matched, hits.is_exact
+    elif plan.min_score is None:
+        return count_facets(snapshot, plan.facets, plan.allowed, plan.filter_key, plan.group_by), True
+    else:
+        near = vector_candidates(artifact, vector, min(MAX_SCORED, artifact.rows), plan.allowed)
+        rows = near.rows[near.reach(plan.min_score)]
+        is_exact = len(rows) < MAX_SCORED and is_exact_index(artifact)
+    mask = np.zeros(artifact.rows, np.bool_)
+    mask[rows] = True
+    groups = group_field(snapshot, plan.group_by) if plan.group_by else None
+    return {name: count_values(artifact, name, mask, groups) for name in plan.facets}, is_exact
+
+
+def count_facets(
+    snapshot: Snapshot, names: Sequence[str], allowed: RowFilter | None, filter_key: str, group_by: str
+) -> dict[str, list[FacetValue]]:
+    """Return the facets of the allowed rows, None for all. They are cached by `filter_key`, the filter's `mask_key`.
+
+    Raises:
+        InvalidQueryError: there is no such field.
+    """
+    groups = group_field(snapshot, group_by) if group_by else None
+    mask, facets = snapshot.artifact.live if allowed is None else allowed.mask, dict[str, list[FacetValue]]()
+    for name in names:
+        key = name, filter_key, group_by
+        facet = snapshot.facets.use(key)
+        if facet is None:
+            facet = count_values(snapshot.artifact, name, mask, groups)
+            if 4 * len(str(facet)) <= MAX_CACHED_BYTES:
+                snapshot.facets.keep(key, facet)
+        facets[name] = facet
+    return facets
+
+
+def count_values(
+    artifact: IndexVersion, name: str, mask: Mask, groups: GroupField | None = None, limit: int = MAX_VALUES
+) -> list[FacetValue]:
+    """Return the values of a field with their counts, the most frequent first; ranges in their order.
+
+    Args:
+        mask: rows that are counted, bool (rows,).
+        groups: count groups instead of rows.
+    """
+    rows = np.flatnonzero(mask)
+    chosen = field_values(artifact, name, "facets").filter(pa.array(mask))
+    is_list = pa.types.is_list(chosen.type)
+    if is_list:
+        rows = rows[pc.list_parent_indices(chosen).to_numpy()]
+        chosen = pc.list_flatten(chosen)
+    present = pc.is_valid(chosen).to_numpy(zero_copy_only=False)
+    chosen, rows = chosen.drop_null(), rows[present]
+    owners = rows if groups is None else groups.codes[rows]
+    if is_list or groups is not None:  # a list may repeat a value, and a group has several rows
+        pairs = pa.table({"value": chosen, "owner": owners}).group_by(["value", "owner"]).aggregate([])
+        chosen, owners = pairs["value"], pairs["owner"].to_numpy()
+    if pa.types.is_floating(chosen.type) or pa.types.is_integer(chosen.type):
+        numbers = chosen.to_numpy()
+        is_finite = np.isfinite(numbers)
+        if len(np.unique(numbers[is_finite])) > _SINGLE_NUMBERS:
+            return _count_ranges(numbers[is_finite], owners[is_finite])
+    counted = pc.value_counts(chosen)
+    if len(counted) > limit:  # of texts, perhaps millions
+        table = pa.table({"count": counted.field("counts"), "text": counted.field("values")})
+        counted = counted.take(pc.select_k_unstable(table, limit, [("count", "descending"), ("text", "ascending")]))
+    facet = [FacetValue(value=entry["values"], count=entry["counts"]) for entry in counted.to_pylist()]
+    return sorted(facet, key=lambda entry: (-entry["count"], str(entry["value"])))
+
+
+def _count_ranges(numbers: Any, owners: Rows) -> list[FacetValue]:
+    """Return ranges between deciles, with the number of different owners in each; the last one includes its end."""
+    edges = np.unique(np.quantile(numbers, np.linspace(0, 1, _RANGES + 1), method="nearest"))
+    places = np.minimum(np.searchsorted(edges, numbers, "right"), len(edges) - 1) - 1
+    keys = np.sort(owners * len(edges) + places)  # np.unique takes many times longer
+    counts = np.bincount(keys[np.diff(keys, prepend=-1) > 0] % len(edges), minlength=len(edges) - 1)
+    facet: list[FacetValue] = []
+    for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
+        end = "lte" if high == edges[-1] else "lt"
+        facet.append(FacetValue(value={"gte": low, end: high}, count=count))
+    return facet

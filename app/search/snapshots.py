@@ -1,37 +1,46 @@
-"""One version of an index, ready to search, together with its encoder.
+"""One version of an index, ready to search, together with its encoder, and what all rows of it have in common.
 
 - A request takes one `Snapshot` and keeps it to its end, so all of its results are from one version.
 - An encoder in memory is shared by every version of the same fingerprint, and a backbone by every encoder on it.
+- The masks of filters, the groups that share a value, and the orders of fields are cached. A group is for example the
+  images of one product; a row without a value is a group of its own.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from app.core.settings import Settings
+from app.search.errors import InvalidQueryError, UnsupportedQueryError
 from dcar_core import Encoder
 from dcar_core.model.checkpoint import languages_of, read_config
-from dcar_core.model.preprocess import Preprocess
-from dcar_core.util.arrays import Floats
-from dcar_core.util.errors import DcarError, requires_pytorch
+from dcar_core.util.arrays import Floats, Rows
+from dcar_core.util.errors import ArtifactError, DataError, DcarError, StoreUnavailableError, requires_pytorch
+from index_jobs.index import filters
 from index_jobs.index.created import empty_artifact
 from index_jobs.index.index_version import ImageAccess, IndexVersion
 from index_jobs.index.manifest import CHECKPOINT
 from index_jobs.index.versions import open_current, open_version, read_manifest
-from index_jobs.row_filter import RowFilter
+from index_jobs.row_filter import EMPTY_IS_MISSING, NO_ROWS, RowFilter
 
 MAX_PAGES = 1000  # about 8 kB each
 MAX_MASKS = 16
 MAX_MASK_BYTES = 64 * 2**20  # of all of them, a byte an item each
-_MAX_GROUPS = 8
-_MAX_GROUP_BYTES = 512 * 2**20  # of all of them, at most 16 bytes an item each
+_MAX_COLUMNS = 16
+_MAX_COLUMN_BYTES = 768 * 2**20  # of all of them, at most 16 bytes an item each
 _MAX_FACETS = 64
-_MAX_ORDERS = 8
-_MAX_ORDER_BYTES = 256 * 2**20  # of all of them, 12 bytes an item each
+_MAX_VALUE_BYTES = 256  # of a group
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -67,36 +76,34 @@ class Recent(dict[K, V]):
                 self.pop(old, None)
 
 
-@dataclass(frozen=True)
 class Snapshot:
     """One version of an index and its encoder.
 
     Attributes:
         preprocess: the encoder's, with the pixel limit of this service.
         backbone: SHA-256 of the backbone.
-        pages: cached pages of results, by `Plan.page_key`.
-        masks: cached rows of filters, by `rows.mask_key`.
-        groups: cached `GroupField`s of `app.search.rows`, by the name of the field.
-        orders: cached `SortOrder`s of `app.search.rows`, by the `sort` of queries.
-        facets: cached counts of values; see `app.search.facets`.
-        image_features: cached features for re-ranking by row; re-ranking, which fills it, sets its size.
         model_note: what users should know about the model, "" for nothing. languages: see `checkpoint.languages_of`.
+        pages: cached pages of results, by `Plan.page_key`.
+        masks: cached rows of filters, by `mask_key`.
+        columns: cached groups and orders of all rows, by their fields.
+        facets: cached counts of values; see `app.search.results`.
+        image_features: cached features for re-ranking by row; re-ranking, which fills it, sets its size.
         page_facts: cached facts that only the search page needs; see `app.api.page`.
     """
 
-    encoder: Encoder
-    artifact: IndexVersion
-    preprocess: Preprocess
-    backbone: str
-    pages: Recent[Hashable, Any]
-    masks: Recent[str, RowFilter]
-    groups: Recent[str, Any]
-    orders: Recent[str, Any]
-    facets: Recent[tuple[str, str, str], list[Any]] = field(default_factory=lambda: Recent(_MAX_FACETS))
-    image_features: Recent[int, Floats] = field(default_factory=lambda: Recent(0))
-    model_note: str = ""
-    languages: str = ""
-    page_facts: Recent[str, list[Any]] = field(default_factory=lambda: Recent(2))
+    def __init__(self, encoder: Encoder, artifact: IndexVersion, config: Mapping[str, Any], settings: Settings) -> None:
+        self.encoder, self.artifact = encoder, artifact
+        self.preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
+        self.backbone: str = config["backbone"]["sha256"]
+        self.model_note = str(config.get("training", {}).get("note", ""))
+        self.languages = languages_of(config["backbone"]["model"])
+        rows = max(1, artifact.rows)
+        self.pages = Recent[Hashable, Any](min(settings.cache_size, MAX_PAGES))
+        self.masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
+        self.columns = Recent[Hashable, Any](max(1, min(_MAX_COLUMNS, _MAX_COLUMN_BYTES // (16 * rows))))
+        self.facets = Recent[tuple[str, str, str], list[Any]](_MAX_FACETS)
+        self.image_features = Recent[int, Floats](0)
+        self.page_facts = Recent[str, list[Any]](2)
 
     @property
     def version(self) -> int:
@@ -143,32 +150,23 @@ def load_snapshot(
     checkpoint = artifact.checkpoint if artifact else index / CHECKPOINT
     config = read_config(checkpoint)
     fingerprint = artifact.manifest.spec.fingerprint if artifact else config.get("fingerprint")
-    backbone = config["backbone"]["sha256"]
-    encoder = next((each.encoder for each in loaded if each.encoder.fingerprint == fingerprint), None)
+    encoder = next((other.encoder for other in loaded if other.encoder.fingerprint == fingerprint), None)
     if encoder is None:
+        same = (other.encoder.backbone for other in loaded if other.backbone == config["backbone"]["sha256"])
         encoder = Encoder.load(
             checkpoint,
             device=settings.device,
             runtime=settings.runtime,
             cache=settings.runtime_cache,
-            backbone=next((s.encoder.backbone for s in loaded if s.backbone == backbone and s.encoder.backbone), None),
+            backbone=next(filter(None, same), None),
             threads=settings.threads,
         )
     artifact = artifact or empty_artifact(index, encoder.fingerprint, encoder.dim)
     artifact.require(encoder.fingerprint)
     encoder.add_checkpoint_path(checkpoint)  # old versions are deleted together with their checkpoints
-    preprocess = replace(encoder.preprocess, max_pixels=settings.max_pixels)
-    rows = max(1, artifact.rows)
-    masks = Recent[str, RowFilter](max(1, min(MAX_MASKS, MAX_MASK_BYTES // rows)))
-    groups = Recent[str, Any](max(1, min(_MAX_GROUPS, _MAX_GROUP_BYTES // (16 * rows))))
-    orders = Recent[str, Any](max(1, min(_MAX_ORDERS, _MAX_ORDER_BYTES // (12 * rows))))
-    pages = Recent[Hashable, Any](min(settings.cache_size, MAX_PAGES))
-    snapshot = Snapshot(
-        encoder, artifact, preprocess, backbone, pages, masks, groups, orders,
-        model_note=str(config.get("training", {}).get("note", "")), languages=languages_of(config["backbone"]["model"]),
-    )  # fmt: skip
+    snapshot = Snapshot(encoder, artifact, config, settings)
     if warm_up:
-        _warm_up(snapshot, is_shared=any(each.encoder is encoder for each in loaded))
+        _warm_up(snapshot, is_shared=any(other.encoder is encoder for other in loaded))
     return snapshot
 
 
@@ -199,3 +197,160 @@ def is_published(live: Snapshot, index: Path, version: int) -> bool:
         return read_manifest(index, version) == live.artifact.manifest
     except DcarError:
         return True  # what is published is broken, the live version is not
+
+
+def mask_key(filter: dict[str, Any]) -> str:
+    """Return the key of a filter in `Snapshot.masks`."""
+    return hashlib.sha256(json.dumps(filter, sort_keys=True).encode()).hexdigest()
+
+
+def filter_rows(snapshot: Snapshot, filter: dict[str, Any], key: str = "") -> RowFilter:
+    """Return the rows that fulfil a filter. Raise InvalidQueryError if it does not fit the index.
+
+    key: the filter's `mask_key`, if it is known.
+    """
+    artifact = snapshot.artifact
+
+    def find() -> RowFilter:
+        rows = filters.filter_rows(artifact, filter)
+        if artifact.manifest.spec.is_local:  # every search reads the mask: make it here
+            _ = rows.mask
+        return rows
+
+    try:
+        return snapshot.masks.find(key or mask_key(filter), find)
+    except filters.FilterError as error:
+        raise InvalidQueryError(f"filter.{error.field}", error.message) from None
+
+
+def row_vectors(artifact: IndexVersion, rows: Rows | list[int]) -> Floats:
+    """Return the stored vectors, float32 (m, E). Raise UnsupportedQueryError if this kind of index keeps none."""
+    try:
+        return artifact.vectors(np.asarray(rows, np.int64))
+    except StoreUnavailableError:
+        raise
+    except ArtifactError as error:
+        message = f"This query needs the vectors of items, and the index does not keep them: {error}"
+        raise UnsupportedQueryError(message) from None
+
+
+def is_exact_index(artifact: IndexVersion) -> bool:
+    """Return True if searches find every row that reaches a score."""
+    return {artifact.manifest.kind, *(addition.kind for addition in artifact.manifest.additions)} == {"Flat"}
+
+
+def field_values(artifact: IndexVersion, name: str, option: str, rows: Rows | None = None) -> pa.ChunkedArray:
+    """Return a field of every row, or of some, ascending; null where an item has none.
+
+    An empty caption or category counts as missing. Raise InvalidQueryError if there is no such field; `option` is the
+    part of the query that names it.
+    """
+    try:
+        column = artifact.column(name, rows)
+    except DataError as error:
+        raise InvalidQueryError(option, str(error)) from None
+    return pc.if_else(pc.equal(column, ""), None, column) if name in EMPTY_IS_MISSING else column
+
+
+class ResultGroup(TypedDict):
+    """The value of `group_by` that a result stands for. count: number of its items that fulfil the filter."""
+
+    value: Annotated[Any, Field(examples=["WX-300"])]
+    count: Annotated[int, Field(examples=[5])]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupField:
+    """The groups of all rows. Their values are read when they are shown.
+
+    Attributes:
+        codes: number of each row's group, int64 (rows,).
+        counts: number of live rows of each group that has a value; rows without one have higher numbers.
+    """
+
+    artifact: IndexVersion
+    name: str
+    codes: Rows
+    counts: Rows
+
+    def shown(self, rows: list[int], allowed: RowFilter | None) -> list[ResultGroup]:
+        """Return the value of each row's group, None without one, and its number of allowed rows, None for all."""
+        counts = self.counts
+        if allowed is not None:
+            counts = np.bincount(self.codes[allowed.mask], minlength=len(counts))
+        different = np.unique(np.array(rows, np.int64))
+        shown = field_values(self.artifact, self.name, "group_by", different).to_pylist()
+        values = dict(zip(different.tolist(), shown, strict=True))
+        return [
+            {"value": values[row], "count": int(counts[code]) if code < len(self.counts) else 1}
+            for row, code in zip(rows, self.codes[rows].tolist(), strict=True)
+        ]
+
+    def outside(self, codes: Rows, allowed: RowFilter | None) -> RowFilter:
+        """Return the allowed rows, None for all rows, that are in none of the numbered groups."""
+        return (allowed or self.artifact.live_rows).without(np.flatnonzero(np.isin(self.codes, codes)))
+
+
+def first_places(codes: Rows) -> Rows:
+    """Return the place of the first row of each group, ascending, from the group of each row."""
+    _, places = np.unique(codes, return_index=True)
+    return np.sort(places)
+
+
+def group_field(snapshot: Snapshot, name: str) -> GroupField:
+    """Return a field's groups. Raise InvalidQueryError if no item has it, or if it holds lists or long texts."""
+
+    def read() -> GroupField:
+        artifact = snapshot.artifact
+        kind = field_values(artifact, name, "group_by", NO_ROWS).type
+        if pa.types.is_list(kind):
+            raise InvalidQueryError("group_by", f"{name!r} has several values per item; name a field with one")
+        column = artifact.column(name)
+        if pa.types.is_string(kind) and (pc.max(pc.binary_length(column)).as_py() or 0) > _MAX_VALUE_BYTES:
+            message = f"{name!r} has values of over {_MAX_VALUE_BYTES:,} bytes; name another field"
+            raise InvalidQueryError("group_by", message)
+        is_missing = pc.equal(column, "").fill_null(True) if name in EMPTY_IS_MISSING else column.is_null()
+        encoded = column.dictionary_encode().combine_chunks()
+        codes = encoded.indices.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+        count, alone = int(codes.max(initial=-1)) + 1, np.flatnonzero(is_missing.to_numpy())
+        codes[alone] = count + alone
+        return GroupField(artifact, name, codes, np.bincount(codes[artifact.live], minlength=count)[:count])
+
+    groups: GroupField = snapshot.columns.find(("groups", name), read)
+    return groups
+
+
+def sort_places(snapshot: Snapshot, sort: str) -> NDArray[np.int32]:
+    """Return the place of each row in the order of a field, int32 (rows,); rows of equal value share one.
+
+    Texts are in order regardless of case; "" is missing. Rows without a value come last in both directions.
+    """
+
+    def read() -> NDArray[np.int32]:
+        column = field_values(snapshot.artifact, sort.removeprefix("-"), "sort")
+        if pa.types.is_string(column.type):
+            column = pc.if_else(pc.equal(column, ""), None, pc.utf8_lower(column))
+        elif pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), None, column)
+        ranks = pc.rank(column, "descending" if sort.startswith("-") else "ascending", tiebreaker="dense")
+        return ranks.to_numpy().astype(np.int32)  # type: ignore[no-any-return]
+
+    places: NDArray[np.int32] = snapshot.columns.find(("places", sort), read)
+    return places
+
+
+def list_rows(snapshot: Snapshot, filter: dict[str, Any] | None, sort: str, group_by: str) -> Rows:
+    """Return the rows of a listing: those that fulfil a filter, in the order of a field or of the index.
+
+    Args:
+        group_by: list the first row of each group; "" for every row.
+    """
+    allowed = filter_rows(snapshot, filter) if filter else snapshot.artifact.live_rows
+    if sort:
+        rows: Rows = snapshot.columns.find(("rows", sort), lambda: sort_places(snapshot, sort).argsort(kind="stable"))
+        rows = rows[allowed.mask[rows]]
+    else:
+        rows = np.flatnonzero(allowed.mask)
+    if group_by and len(rows):
+        rows = rows[first_places(group_field(snapshot, group_by).codes[rows])]
+    return rows

@@ -1,36 +1,40 @@
 """The searches of the service: the steps of `app.search`, within limits on the work in progress.
 
 - At most `max_pending` searches are in progress; more are refused at once. Each search has a deadline, and cancelled
-  work is skipped.
-- Images of items have the same limits. Their thumbnails are made by the processes that decode images, and the last ones
-  used are kept in memory.
+  work is skipped. Images of items have the same limits; their thumbnails are made by the processes that decode images.
+- The event loop only waits. Callers take turns in the threads of searches. What looks at all items, such as a filter,
+  has a thread of its own, so it delays no other search.
 """
 
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from app.core.metrics import Metrics
+from app.core.metrics import Metrics, PendingKind
+from app.core.rate_limit import current_caller
 from app.core.settings import Settings
-from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError
-from app.search.plan import MAX_TEXT_BYTES, Plan, make_plan, query_vector, require_sortable, row_of
-from app.search.query import Query
+from app.core.threads import FairThreads, run_in_new_thread
+from app.search.errors import BatchQueryError, ImageUnavailableError, SearchError, UnavailableError
+from app.search.pair_scoring import Compute
+from app.search.query import MAX_TEXT_BYTES, Query, make_plan, query_vector, require_sortable, row_of
 from app.search.results import Page, answer, cached_page
-from app.search.rows import list_rows, mask_key
-from app.search.snapshots import Recent, Snapshot
-from app.service.batching import Admission
-from app.service.compute import Place, SharedCompute
+from app.search.snapshots import Recent, Snapshot, list_rows, mask_key
+from app.service.encoding import QueryEncoder
 from dcar_core.images import sniff_format
 from dcar_core.images.decoding import ThumbnailFormat, make_thumbnail
-from dcar_core.util.arrays import Floats
+from dcar_core.util.arrays import Floats, Pixels
 from dcar_core.util.errors import ArtifactError, ImageError, ImageFault
+from dcar_core.util.machine import available_cores
 from index_jobs.index.index_version import Item
 
 T = TypeVar("T")
+Place = Literal["search", "filter"]  # kinds of blocking work
 
 _THUMBNAIL_BYTES = 64 * 2**20
 
@@ -52,23 +56,65 @@ class Retriever:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
-        self._admission = Admission(settings, metrics)
-        self.compute = SharedCompute(settings, metrics)
-        self.start, self.close = self.compute.start, self.compute.close
-        self.require_room = self._admission.require_room
-        self.image_threads = self.compute.image_threads
+        self.encoder = QueryEncoder(settings, metrics)
+        threads = min(4, available_cores())
+        self._threads: dict[Place, FairThreads] = {
+            "search": FairThreads(threads, "dcar-search", ahead=threads),
+            "filter": FairThreads(1, "dcar-filter"),
+        }
         self._thumbnails = RecentBytes(_THUMBNAIL_BYTES)
+        self._pending = Counter[tuple[PendingKind, str]]()  # of each caller
+        self.start = self.encoder.start
+
+    async def close(self) -> None:
+        await self.encoder.close()
+        self._threads["search"].shutdown()
+        self._threads["filter"].shutdown(wait=False, cancel_futures=True)
 
     @property
     def fault(self) -> str | None:
         """Why no search works; None if they do."""
-        return self.compute.batcher.fault
+        return self.encoder.batcher.fault
+
+    def require_room(self, count: int = 1, kind: PendingKind = "searches") -> None:
+        """Raise UnavailableError unless the caller may have so much more work in progress."""
+        most, own = self._settings.max_pending, self._pending[kind, current_caller.get()]
+        share = max(most // 2, min(most, self._settings.max_queries))  # of one caller
+        total = sum(pending for (other, _), pending in self._pending.items() if other == kind)
+        if total + count > most or own + count > share:
+            self._metrics.refused.labels("queue_full").inc()
+            raise UnavailableError("The service is busy.", retry_after_s=1)
+
+    @asynccontextmanager
+    async def _admitted(self, count: int = 1, kind: PendingKind = "searches") -> AsyncIterator[None]:
+        """Count work in progress. Raise UnavailableError if there is too much of it, or if it takes too long."""
+        self.require_room(count, kind)
+        own = kind, current_caller.get()
+        self._pending[own] += count
+        self._metrics.pending[kind].inc(count)
+        deadline = asyncio.timeout(self._settings.deadline_ms / 1000)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self._metrics.refused.labels("late").inc()
+            raise UnavailableError("The search took too long and was cancelled.", retry_after_s=1) from None
+        finally:
+            self._pending[own] -= count
+            self._pending += Counter()  # forgets who has none
+            self._metrics.pending[kind].dec(count)
+
+    async def run(self, place: Place, call: Callable[..., T], *args: Any) -> T:
+        """Return what a call returns that blocks."""
+        return await self._threads[place].run(call, *args)
 
     async def search(
         self, snapshot: Snapshot, query: Query, image: bytes | None = None, items_path: str = "/items"
     ) -> Page:
         """Return the results of a query; see `app.search`."""
-        async with self._admission():
+        async with self._admitted():
             return await self._search(snapshot, query, image, items_path, MAX_TEXT_BYTES)
 
     async def search_batch(
@@ -83,44 +129,49 @@ class Retriever:
             async with slots:
                 return await self._search(snapshot, query, image, items_path, max_bytes)
 
-        async with self._admission(len(queries)):
+        async with self._admitted(len(queries)):
             outcomes = await asyncio.gather(*(search(*each) for each in queries), return_exceptions=True)
         return _all_or_error(outcomes)
 
     async def _search(
         self, snapshot: Snapshot, query: Query, image: bytes | None, items_path: str, max_bytes: int
     ) -> Page:
-        started, compute = time.perf_counter(), self.compute
+        started, encoder = time.perf_counter(), self.encoder
         make = partial(make_plan, has_image=image is not None, items_path=items_path, max_bytes=max_bytes)
         if query.filter and snapshot.masks.use(mask_key(query.filter)) is None:  # all items are looked at
-            plan = await compute.run("filter", make, snapshot, query, self._settings)
+            plan = await self.run("filter", make, snapshot, query, self._settings)
         else:
             plan = make(snapshot, query, self._settings)
-        embeddings = await compute.texts(snapshot, [text for _, text in plan.texts])
-        is_cached, picture = all(cached for _, cached in embeddings), None
+        texts = [encoder.text(snapshot, text) for _, text in plan.texts]
+        embedded = [await texts[0]] if len(texts) == 1 else await asyncio.gather(*texts)  # which takes longer
         if image is not None:
-            picture, is_picture_cached = await compute.image(snapshot, image, plan.crop)
-            is_cached &= is_picture_cached
-        parts = snapshot, plan, [vector for vector, _ in embeddings], picture
-        vector = await compute.run("search", query_vector, *parts) if plan.examples else query_vector(*parts)
-        page = None if plan.facets else cached_page(snapshot, plan, vector)
+            embedded = [*embedded, await encoder.image(snapshot, image, query.crop)]
+        compose = partial(query_vector, snapshot, plan, [vector for vector, _ in embedded])
+        vector = await self.run("search", compose) if plan.examples else compose()
+        page = cached_page(snapshot, plan, vector)
         if page is None:
-            page = await self._answer(snapshot, plan, vector)
+            make_page = partial(answer, snapshot, plan, vector)
+            with self._metrics.timed("search"):
+                if plan.explained or plan.rerank_depth:
+                    page = await self._run_beside_model(make_page)
+                else:  # sorts and facets may take long
+                    page = await self.run("filter" if plan.sort or plan.facets else "search", make_page)
+        is_cached = bool(embedded) and all(was_cached for _, was_cached in embedded)
         milliseconds = round((time.perf_counter() - started) * 1000, 2)
-        is_cached &= bool(query.query or image)
         return {**page[0], "took_ms": milliseconds, "cached": is_cached}, page[1]
 
-    async def _answer(self, snapshot: Snapshot, plan: Plan, vector: Floats) -> Page:
-        if plan.explained or plan.rerank_depth:
-            return await self.compute.run_beside_model(partial(answer, snapshot, plan, vector))
-        place: Place = "filter" if plan.sort or plan.facets else "search"  # which may take long
-        with self._metrics.timed("search"):
-            return await self.compute.run(place, answer, snapshot, plan, vector)
+    async def _run_beside_model(self, call: Callable[[Compute], T]) -> T:
+        """Return what a call returns that has the model work more than once, in a thread of its own."""
+        compute = _WaitingCompute(self.encoder)
+        try:
+            return await run_in_new_thread(copy_context().run, call, compute)
+        finally:
+            compute.is_cancelled = True
 
     async def embed(self, snapshot: Snapshot, inputs: Sequence[str | bytes]) -> list[Floats]:
         """Return the vectors (E,) of normalized texts and image files. Raise BatchQueryError if one has none."""
-        async with self._admission(len(inputs)):
-            embed = self.compute
+        async with self._admitted(len(inputs)):
+            embed = self.encoder
             outcomes = await asyncio.gather(
                 *(embed.text(snapshot, x) if isinstance(x, str) else embed.image(snapshot, x) for x in inputs),
                 return_exceptions=True,
@@ -128,32 +179,25 @@ class Retriever:
         return [vector for vector, _ in _all_or_error(outcomes)]
 
     async def items(
-        self,
-        snapshot: Snapshot,
-        filter: dict[str, Any] | None,
-        offset: int,
-        count: int,
-        sort: str = "",
-        group_by: str | None = None,
+        self, snapshot: Snapshot, filter: dict[str, Any] | None, offset: int, count: int, sort: str, group_by: str
     ) -> tuple[int, list[Item]]:
         """Return the number of items that fulfil a filter, the first one of each group, and a page of them.
 
         Args:
             sort: as of a query; "" for the order of the index.
-            group_by: "" for every item, None for the index's own field.
+            group_by: "" for every item.
         """
         if not snapshot.artifact.rows:
             return 0, []
         if sort:
             require_sortable(snapshot, sort)
-        name = snapshot.artifact.manifest.spec.group_field if group_by is None else group_by
 
         def list_items() -> tuple[int, list[Item]]:
-            rows = list_rows(snapshot, filter, sort, name)
+            rows = list_rows(snapshot, filter, sort, group_by)
             return len(rows), [snapshot.artifact.item(int(row)) for row in rows[offset : offset + count]]
 
-        async with self._admission():
-            return await self.compute.run("filter" if sort or filter else "search", list_items)
+        async with self._admitted():
+            return await self.run("filter" if sort or filter else "search", list_items)
 
     async def image(self, snapshot: Snapshot, item_id: str) -> tuple[str, bytes]:
         """Return a hash of an item's image, and its file. Raise ItemNotFoundError or ImageUnavailableError."""
@@ -164,16 +208,16 @@ class Retriever:
             return hashlib.blake2b(data, digest_size=16).hexdigest(), data
 
         with suppress(ArtifactError, OSError):
-            async with self._admission(kind="pictures"):
-                digest, data = await self.image_threads.run(read)
+            async with self._admitted(kind="pictures"):
+                digest, data = await self.encoder.image_threads.run(read)
                 if sniff_format(data) is not None:
                     return digest, data
         raise ImageUnavailableError
 
     async def check_image(self, snapshot: Snapshot, data: bytes) -> None:
         """Raise ImageError if an image may not become an item's, by the limits of queries and of index jobs."""
-        async with self._admission(kind="pictures"):
-            await self.compute.decode(data, snapshot.encoder.preprocess.decoder(), is_query=True)
+        async with self._admitted(kind="pictures"):
+            await self.encoder.decode(data, snapshot.encoder.preprocess.decoder(), is_query=True)
 
     async def thumbnail(
         self, snapshot: Snapshot, item_id: str, side: int, thumbnail_format: ThumbnailFormat
@@ -185,30 +229,46 @@ class Retriever:
         Args:
             side: pixels that its longer side has at most.
         """
-        row, artifact = row_of(snapshot, item_id), snapshot.artifact
-
+        row, artifact, threads = row_of(snapshot, item_id), snapshot.artifact, self.encoder.image_threads
         try:
-            async with self._admission(kind="pictures"):
-                name = f"{await self.image_threads.run(artifact.image_key, row)}_{side}.{thumbnail_format}"
-                data = self._thumbnails.use(name)
-                if data is None:
-                    source = await self.image_threads.run(artifact.image_bytes, row)
+            async with self._admitted(kind="pictures"):
+                name = f"{await threads.run(artifact.image_key, row)}_{side}.{thumbnail_format}"
+                if (data := self._thumbnails.use(name)) is None:
+                    data = await threads.run(artifact.image_bytes, row)
+                    make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
                     try:
-                        make = partial(make_thumbnail, side=side, thumbnail_format=thumbnail_format)
-                        data = await self.compute.decode(source, make)
+                        data = await self.encoder.decode(data, make)
                         self._thumbnails.keep(name, data)
                     except ImageError as error:
                         if error.fault != ImageFault.TOO_LARGE:
                             raise
-                        data = source
                 return name, data
         except (ArtifactError, ImageError, OSError):
             raise ImageUnavailableError from None
 
     async def examine(self, call: Callable[..., T], *args: Any) -> T:
         """Call a function that looks at all rows of a snapshot; one is called at a time."""
-        async with self._admission():
-            return await self.compute.run("filter", call, *args)
+        async with self._admitted():
+            return await self.run("filter", call, *args)
+
+
+class _WaitingCompute(Compute):
+    """The `Compute` of a thread, which waits for the model's queue. Once cancelled, it raises CancelledError."""
+
+    def __init__(self, encoder: QueryEncoder) -> None:
+        self._encoder, self._loop, self.is_cancelled = encoder, asyncio.get_running_loop(), False
+
+    def model(self, call: Callable[..., Any], *args: Any) -> Any:
+        return self._wait(self._encoder.call(call, *args))
+
+    def gallery_pixels(self, snapshot: Snapshot, rows: Sequence[int]) -> dict[int, Pixels]:
+        return self._wait(self._encoder.gallery_pixels(snapshot, rows))
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        if self.is_cancelled:
+            work.close()
+            raise asyncio.CancelledError
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 def _all_or_error(outcomes: Sequence[T | BaseException]) -> list[T]:

@@ -14,9 +14,9 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from app.core.metrics import Metrics
 from app.core.settings import Settings
@@ -32,11 +32,7 @@ from index_jobs.jobs.apply import apply_waiting
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-P = ParamSpec("P")
-
 RETRY_S = 5.0
-STATUS_S = 10.0  # longest wait for the status of a job
 _POLL_S = 30.0  # between looks for jobs that another process has stored
 _STOP_S = 5.0
 _PRIORITY = 5  # as of nice; at 10, jobs hardly progress beside other busy processes
@@ -111,7 +107,7 @@ class WriteWorker:
     async def status(self, collections: Sequence[str], job: str) -> dict[str, Any] | None:
         """Return the status of a job in some collections; None if there is none. The disk may be unavailable."""
         for name, served in self._named(collections):
-            if (status := await self._read(JobQueue(served.index).status, job)) is not None:
+            if (status := await self._disk.run(JobQueue(served.index).status, job)) is not None:
                 return await self._shown(name, served, status)
         return None
 
@@ -120,7 +116,7 @@ class WriteWorker:
         found = [
             (name, served, status)
             for name, served in self._named(collections)
-            for status in await self._read(JobQueue(served.index).newest, limit)
+            for status in await self._disk.run(JobQueue(served.index).newest, limit)
         ]
         newest = sorted(found, key=lambda each: each[2]["accepted"], reverse=True)[:limit]
         return [await self._shown(*each) for each in newest]
@@ -130,15 +126,7 @@ class WriteWorker:
 
     async def has_put(self, collection: str, item_id: str) -> bool:
         """Return True if a waiting job of a collection puts this item."""
-        return await self._read(JobQueue(self._collections[collection].index).has_put, item_id)
-
-    async def _read(self, call: Callable[P, T], *given: P.args, **options: P.kwargs) -> T:
-        """Call a function in a thread. Raise UnavailableError if it waits too long for a disk."""
-        try:
-            async with asyncio.timeout(STATUS_S):
-                return await self._disk.run(partial(call, *given, **options))
-        except TimeoutError:
-            raise UnavailableError("The disk of the jobs does not respond.", retry_after_s=5) from None
+        return await self._disk.run(JobQueue(self._collections[collection].index).has_put, item_id)
 
     async def _shown(self, name: str, served: ServedIndex, status: dict[str, Any]) -> dict[str, Any]:
         """Return the status of a job as callers see it. The items of one that is done are found from then on."""

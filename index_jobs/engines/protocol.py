@@ -87,10 +87,6 @@ class VectorIndex(ABC):
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind."""
 
-    def find_fault(self) -> str | None:
-        """Return why searches fail at present, or None. A service that is asked whether it is ready calls this."""
-        return None
-
 
 class Engine(ABC):
     """Stores the vectors of versions and searches them. It is made with the URI of its name, "" without.

@@ -40,7 +40,6 @@ from index_jobs.row_filter import NO_ROWS, RowFilter
 
 _ITEM_COLUMNS = ("id", "caption", "category", "width", "height")
 _CACHED_ITEMS = 4096  # some 2 MB of objects
-_SAMPLE = 16  # images whose presence stands for the gallery's
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,10 +262,6 @@ class IndexVersion:
             found.append(np.where(positions >= 0, positions + part.rows.start, -1))
         return merge_top_k(scores, found, k)
 
-    def find_store_fault(self) -> str | None:
-        """Ask the engine whether it can be searched. Return why not, or None."""
-        return next(filter(None, (part.vectors.find_fault() for part in self.parts)), None)
-
     def vectors(self, rows: Rows) -> Floats:
         """Return the vectors of rows int64 (m,): float32 (m, E), normalized; approximate for a compressing kind.
 
@@ -371,17 +366,6 @@ class IndexVersion:
         if self.image_access is not None:
             location = self.image_access.resolve(part.root, location, offset, size, part.roots)
         return part.root, location, offset, size
-
-    def find_gallery_fault(self) -> str | None:
-        """Return a reason if more than half of a sample of local images are gone, such as after a move; else None."""
-        count = self.manifest.count
-        sample = self._nth_live(np.linspace(0, count - 1, min(count, _SAMPLE), dtype=np.int64))
-        sampled = [self.image_location(row)[0] for row in sample.tolist()]
-        paths = [path for path in sampled if not is_url(path)]
-        missing = [path for path in paths if not os.path.exists(path)]  # noqa: PTH110
-        if 2 * len(missing) <= len(paths):
-            return None
-        return f"{len(missing)} of {len(paths)} sampled images are not in the gallery, such as {missing[0]}"
 
     def image_key(self, row: int) -> str:
         """Return 32 hexadecimal digits that change with the location, size and time of the row's image file.

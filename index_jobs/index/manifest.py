@@ -129,12 +129,6 @@ class Manifest:
         return not self.additions and not self.removed and not self.changed
 
     @property
-    def folders(self) -> list[str]:
-        """Folders and URLs that hold the images."""
-        added = [root for addition in self.additions for root in addition.roots]
-        return list(dict.fromkeys(root for root in (self.root, *self.roots, *added) if root))
-
-    @property
     def words_weight(self) -> float:
         """The weight of the words in hybrid searches that name none."""
         return DEFAULT_WEIGHT if self.hybrid_weight is None else self.hybrid_weight

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from app.search.errors import InvalidQueryError
-from app.search.plan import compose
+from app.search.query import compose
 from dcar_core.util.arrays import Floats
 
 EAST, NORTH = np.eye(4, dtype=np.float32)[:2]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from dcar_client.models import EmbeddingsResponse
 
-from app.service.embedding_cache import rounded
 from dcar_core import Encoder
 from tests.support.images import png
 from tests.support.responses import assert_openai_error, assert_problem
@@ -22,13 +21,13 @@ async def test_texts_and_images_have_the_vectors_of_searches(
 ) -> None:
     (tmp_path / "red.png").write_bytes(png("red"))
     texts = encoder.encode_text(["a red circle", "cafe"])
-    image = rounded(encoder.encode_images([tmp_path / "red.png"])[0])
+    image = encoder.encode_images([tmp_path / "red.png"])[0]
     given: list[Any] = ["  a red  circle", {"image": IMAGE}, "cafe", {"image": f"data:image/png;base64,{IMAGE}"}]
     response = await started.post("/v1/embeddings", json={"input": given, "user": "someone"})
     found = EmbeddingsResponse.model_validate(response.json())
     assert (found.object, found.model, found.fingerprint) == ("list", "index", encoder.fingerprint)
     assert [each.index for each in found.data] == [0, 1, 2, 3]
-    expected = np.array([rounded(texts[0]), image, rounded(texts[1]), image])
+    expected = np.array([texts[0], image, texts[1], image])
     np.testing.assert_allclose(np.array([each.embedding for each in found.data], np.float64), expected, atol=1e-6)
     body = {"input": "cafe", "encoding_format": "base64", "model": "index", "dimensions": encoder.dim}
     (packed,) = (await started.post("/v1/embeddings", json=body)).json()["data"]

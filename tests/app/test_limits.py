@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from app.search.rows import mask_key
+from app.search.snapshots import mask_key
 from index_jobs.index import filters
 from index_jobs.index.index_version import IndexVersion
 from tests.support.images import png
@@ -114,7 +114,7 @@ async def test_caches_of_a_version_are_bounded_in_bytes(
 ) -> None:
     if not is_small:
         monkeypatch.setattr("app.search.snapshots.MAX_MASK_BYTES", 2 * 24)
-        monkeypatch.setattr("app.search.facets.MAX_CACHED_BYTES", 10)
+        monkeypatch.setattr("app.search.results.MAX_CACHED_BYTES", 10)
         monkeypatch.setattr("app.search.results.MAX_PAGE_BYTES", 100)
     async with opened(built_index) as client:
         snapshot = client.app.state.collections[None].live

@@ -8,14 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from app.search.facets import count_values, facets_of
-from app.search.hits import Candidates, best_of_groups, best_rows, find_hits, fold_rows
-from app.search.plan import Plan
-from app.search.rows import first_places, group_field, list_rows
-from app.search.snapshots import Recent
+from app.search.hits import Hits, best_of_groups, best_rows, find_hits, fold_rows
+from app.search.query import Plan
+from app.search.results import count_values, facets_of
+from app.search.snapshots import Recent, group_field, list_rows
 from index_jobs.index.lexical.fusion import text_bonus
 from index_jobs.index.lexical.lexical_index import LexicalIndex, write_lexical
 from index_jobs.row_filter import RowFilter
@@ -35,17 +33,17 @@ def test_folding_equals_folding_row_by_row(seed: int) -> None:
     order, fold = rng.permutation(rows).tolist(), float(rng.integers(1, 14))
     expected = [*fold_row_by_row(vectors, order, fold).items()]
     for count in {1, 2, len(expected) // 2 + 1, len(expected), len(expected) + 1, 2 * rows}:
-        ranked, near = fold_rows(artifact, candidates(order), fold, count)
-        assert [*zip(ranked.rows.tolist(), map(list, near), strict=True)] == expected[:count], count
-    assert fold_rows(artifact, candidates([]), fold, 3)[1] == []
+        hits = fold_rows(artifact, in_order(order), fold, count)
+        assert [*zip(hits.rows.tolist(), map(list, hits.folded), strict=True)] == expected[:count], count
+    assert fold_rows(artifact, in_order([]), fold, 3).folded == []
 
 
-def candidates(rows: list[int]) -> Candidates:
-    return Candidates(np.array(rows, np.int64), *np.zeros((3, len(rows)), np.float32))
+def in_order(rows: list[int]) -> Hits:
+    return Hits(np.array(rows, np.int64), *np.zeros((3, len(rows)), np.float32))
 
 
 def ranked(artifact: Any, vector: np.ndarray, plan: Plan, count: int, allowed: RowFilter | None = None) -> list[int]:
-    rows: list[int] = best_rows(artifact, plan, vector, count, allowed)[0].rows.tolist()
+    rows: list[int] = best_rows(artifact, plan, vector, count, allowed).rows.tolist()
     return rows
 
 
@@ -103,15 +101,15 @@ def test_identical_vectors_fold_at_a_threshold_of_one(copies: tuple[Any, np.ndar
     """The product of a float32 vector with itself may be slightly below 1."""
     artifact, vector = copies
     assert not np.all((artifact.all**2).sum(1) >= 1)
-    found, near = best_rows(artifact, Plan(fold=1.0), vector, 300, None)
-    assert sorted(map(len, near))[-2:] == [39, 59]
-    assert len(found.rows) == 300 - 98
+    hits = best_rows(artifact, Plan(fold=1.0), vector, 300, None)
+    assert sorted(map(len, hits.folded))[-2:] == [39, 59]
+    assert len(hits.rows) == 300 - 98
 
 
 def test_a_displayed_score_works_as_min_score(copies: tuple[Any, np.ndarray]) -> None:
     artifact, vector = copies
-    found, _ = best_rows(artifact, PLAIN, vector, 300, None)
-    for number, score in enumerate(found.cosines.tolist()[:150], 1):
+    hits = best_rows(artifact, PLAIN, vector, 300, None)
+    for number, score in enumerate(hits.cosines.tolist()[:150], 1):
         assert len(ranked(artifact, vector, Plan(min_score=round(score, 6)), 300)) >= number
 
 
@@ -163,7 +161,7 @@ def test_search_for_other_products_is_as_narrow_as_without_items(names: list[str
 
     artifact.search = recording
     plan = Plan(end=9, excluded=(7,), group_by="product")
-    found = [values[row] for row in find_hits(snapshot_of(artifact), plan, vectors[7]).found.rows]
+    found = [values[row] for row in find_hits(snapshot_of(artifact), plan, vectors[7]).rows]
     assert len(found) == (0 if names == ["a"] else 10)
     assert "a" not in found
     assert max(widths) < 100
@@ -176,31 +174,7 @@ def test_one_huge_group_does_not_hide_the_others() -> None:
     values = ["huge"] * 2950 + [f"p{number}" for number in range(50)]
     plan = Plan(end=9, group_by="product")
     hits = find_hits(snapshot_of(ArtifactStub(vectors, product=values)), plan, vectors[0])
-    assert len({values[row] for row in hits.found.rows}) == 10
-
-
-@pytest.mark.parametrize("name", ["product", "caption"])
-def test_groups_of_long_values_are_those_of_short_ones_and_take_little_memory(name: str) -> None:
-    rng, count, size = np.random.default_rng(0), 300, 4000
-    missing = None if name == "product" else ""
-    short = [f"p{number}" if number else missing for number in (rng.zipf(1.5, count) % 90).tolist()]
-    long = [value and value.ljust(size, "x") for value in short]
-    columns = [dict[str, Any]({name: values}) for values in (short, long)]
-    artifacts = [ArtifactStub(unit(rng, count, 16), **each) for each in columns]
-    before, pool = pa.default_memory_pool(), pa.system_memory_pool()
-    at_first = pool.max_memory()
-    try:
-        pa.set_memory_pool(pool)
-        expected, groups = (group_field(snapshot_of(artifact), name) for artifact in artifacts)
-    finally:
-        pa.set_memory_pool(before)
-    assert pool.max_memory() < at_first + 20 * size
-    every = np.arange(count)
-    assert first_places(groups.codes).tolist() == first_places(expected.codes).tolist()
-    for allowed in (None, RowFilter.of_mask(rng.random(count) < 0.5)):
-        found, others = groups.shown([*every], allowed), expected.shown([*every], allowed)
-        assert [each["count"] for each in found] == [each["count"] for each in others]
-        assert [each["value"] for each in found] == [value or None for value in long]
+    assert len({values[row] for row in hits.rows}) == 10
 
 
 def test_cache_keeps_the_entries_that_were_used_last() -> None:
@@ -252,12 +226,11 @@ def test_facets_of_graphs_are_approximate_in_additions_too() -> None:
         first, *added = [SimpleNamespace(kind=kind) for kind in kinds]
         artifact.manifest = SimpleNamespace(kind=first.kind, additions=added)
         plan = Plan(facets=("name",), min_score=0.0)
-        _, is_exact = facets_of(snapshot_of(artifact), plan, unit(rng, 8), None)
+        _, is_exact = facets_of(snapshot_of(artifact), plan, unit(rng, 8), Hits())
         assert is_exact == ("HNSW24" not in kinds), kinds
 
 
 @pytest.mark.parametrize(("sort", "expected"), [("price", [3, 0, 4, 1, 2]), ("-price", [0, 4, 3, 1, 2])])
 def test_numbers_that_are_none_are_sorted_last(sort: str, expected: list[int]) -> None:
     snapshot = snapshot_of(ArtifactStub(np.ones((5, 2), np.float32), price=[2.0, math.nan, None, -1.0, 2.0]))
-    snapshot.orders = Recent(8)
     assert list_rows(snapshot, None, sort, "").tolist() == expected

@@ -1,46 +1,91 @@
-"""Each kind of Redis URL against a real server: TLS, a password, a socket."""
+"""Redis, in which processes count together: each kind of URL, a server that fails, and nonsense."""
 
 import asyncio
+import signal
 import subprocess
-from collections.abc import Iterable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from pydantic import SecretStr
 
-from app.core.metrics import Metrics
-from app.core.redis import connect
-from app.core.settings import Settings
-from app.service.embedding_cache import EmbeddingCache, rounded
+from app.core.rate_limit import RateLimiter
+from app.core.redis import CircuitBreaker, connect
 from tests.support.parts import needs
 from tests.support.redis_server import RedisServer
-from tests.support.service import until
+from tests.support.responses import scrape
+from tests.support.service import opened
 
-VECTOR = np.linspace(-1, 1, 32, dtype=np.float32)
 pytestmark = pytest.mark.redis
 
 
-async def assert_cached(url: str, seconds: float = 10) -> None:
-    """Assert that embeddings written through this URL are read back, and then many at once."""
-    settings = Settings.model_construct(cache_size=0, redis_url=SecretStr(url), redis_timeout_ms=2000)
-    cache = EmbeddingCache(settings, Metrics())
-
-    async def are_cached(keys: Iterable[str]) -> bool:
-        found = await asyncio.gather(*(cache.get(key, 32) for key in keys))
-        return all(vector is not None and np.array_equal(vector, rounded(VECTOR)) for vector in found)
-
+async def assert_shared(url: str) -> None:
+    """Assert that two processes count together through this URL."""
+    limiters = [RateLimiter("2/minute", redis_url=url, timeout_s=2) for _ in range(2)]
     try:
-        for count in (1, 100):
-            keys = [f"{key} of {count}" for key in range(count)]
-            for key in keys:
-                cache.put(key, VECTOR)
-            await until(partial(are_cached, keys), seconds)
-        assert not cache.read_breaker.is_open
-        assert not cache.write_breaker.is_open
+        waits = [await limiter.charge("alice") for limiter in (*limiters, *limiters)]
+        assert [wait > 0 for wait in waits] == [False, False, True, True]
     finally:
-        await cache.close()
+        for limiter in limiters:
+            await limiter.close()
+
+
+async def test_the_circuit_breaker_opens_after_failures_and_allows_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("app.core.redis.time", SimpleNamespace(monotonic=lambda: now))
+    breaker = CircuitBreaker("the cache")
+    for _ in range(3):
+        assert breaker.allows()
+        async with breaker.attempt(1):
+            raise OSError("x")
+    assert not breaker.allows()
+    now = 5.1
+    assert breaker.allows(), "one trial"
+    assert not breaker.allows(), "and no stampede"
+    async with breaker.attempt(1):
+        pass
+    assert breaker.allows()
+
+
+@pytest.mark.parametrize("fault", ["missing", "hanging"])
+async def test_a_faulty_redis_fails_no_search_and_costs_little(
+    built_index: Path, fault: str, request: pytest.FixtureRequest
+) -> None:
+    server = request.getfixturevalue("redis_server") if fault == "hanging" else None
+    url = server.url if server else "redis://127.0.0.1:1/0"
+    async with opened(built_index, redis_url=url, rate_limit="1000/minute") as client:
+        if server is not None:
+            server.send_signal(signal.SIGSTOP)
+        try:
+            for _ in range(6):
+                assert (await client.post("/search/text", json={"query": "red"})).status_code == 200
+            assert (await scrape(client))["dcar_redis_breaker_open", (("use", "count"),)] == 1
+        finally:
+            if server is not None:
+                server.send_signal(signal.SIGCONT)
+
+
+NONSENSE = [b"*1\r\n" * 20_000, b"%1\r\n*1\r\n+a\r\n+b\r\n", b"$x\r\n", b":1\r\n", b"html\r\n", b""]
+
+
+@pytest.mark.parametrize("reply", NONSENSE)
+async def test_an_invalid_or_no_redis_reply_fails_no_count(reply: bytes) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while await reader.readline():
+                writer.write(reply)
+                await writer.drain()
+                await reader.read(4096)
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    for options in ("", "?protocol=2", "?socket_timeout=60&socket_connect_timeout=60"):  # the service has its own
+        rates = RateLimiter("2/minute", redis_url=f"redis://127.0.0.1:{port}/0{options}", timeout_s=0.1)
+        async with asyncio.timeout(20):
+            assert min([await rates.charge("alice") for _ in range(3)]) >= 0
+            await rates.close()
+    server.close()
 
 
 def certificates(folder: Path) -> tuple[Path, Path]:
@@ -58,15 +103,15 @@ async def test_a_tls_server_is_used_and_its_certificate_checked(tmp_path: Path) 
     key, certificate = certificates(tmp_path)
     options = ("--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-auth-clients", "no")
     with RedisServer(*options) as server:
-        await assert_cached(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
-        with pytest.raises(AssertionError, match="it did not happen in time"):  # an unknown certificate authority
-            await assert_cached(f"rediss://127.0.0.1:{server.port}/0", seconds=0)
+        await assert_shared(f"rediss://127.0.0.1:{server.port}/0?ssl_ca_certs={certificate}")
+        with pytest.raises(AssertionError):  # an unknown certificate authority
+            await assert_shared(f"rediss://127.0.0.1:{server.port}/0")
 
 
 async def test_a_password_a_database_and_a_socket_are_used(tmp_path: Path) -> None:
     with RedisServer("--requirepass", "pass/word", "--unixsocket", str(tmp_path / "redis.sock")) as server:
-        await assert_cached(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
-        await assert_cached(f"unix://:pass%2Fword@{tmp_path}/redis.sock")
+        await assert_shared(f"redis://:pass%2Fword@127.0.0.1:{server.port}/3")
+        await assert_shared(f"unix://:pass%2Fword@{tmp_path}/redis.sock")
 
 
 @pytest.mark.parametrize(

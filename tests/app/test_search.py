@@ -15,7 +15,7 @@ from app.api.responses import JsonResponse
 from app.core.settings import Settings
 from app.search import results
 from app.search.hits import Hits, find_hits
-from app.search.plan import Plan
+from app.search.query import Plan
 from app.search.snapshots import Snapshot, load_snapshot
 from dcar_core import Encoder
 from dcar_core.util.errors import FingerprintError, StoreUnavailableError
@@ -185,7 +185,7 @@ async def test_readiness_names_the_version(started: ServiceClient) -> None:
     ready = (await started.get("/readyz")).json()
     ReadinessResponse.model_validate(ready, strict=True)
     assert ready == {
-        "status": "ready", "index_version": 1, "count": 24, "reason": None, "model_note": None, "opening": 0,
+        "status": "ready", "index_version": 1, "count": 24, "reason": None, "model_note": None,
     }  # fmt: skip
 
 

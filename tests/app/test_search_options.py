@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from app.cli import app
 from app.search import Index
-from app.service.embedding_cache import rounded
 from index_jobs.jobs.update import add, remove
 from index_jobs.rebuild import rebuild
 from tests.support.files import write_jsonl
@@ -194,7 +193,7 @@ def test_combined_options_give_the_results_of_the_oracle(searched: tuple[Index, 
 
 async def test_the_service_answers_the_table_as_the_oracle(catalogue: Path) -> None:
     async with opened(catalogue, poll_s=0) as http:
-        oracle = Oracle(http.app.state.collections[None].live, rounded)
+        oracle = Oracle(http.app.state.collections[None].live)
         for row in TABLE:
             options = oracle.prepare(row)
             plain, image = {**options}, options.get("image")
@@ -394,7 +393,7 @@ async def test_levels_follow_from_the_calibration_of_the_build(
 ) -> None:
     rebuild(tiny_data, tiny_checkpoint, tmp_path / "index", workers=0, progress=False, validation=tiny_data)
     async with opened(tmp_path / "index") as http:
-        oracle = Oracle(http.app.state.collections[None].live, rounded)
+        oracle = Oracle(http.app.state.collections[None].live)
         (collection,) = (await http.get("/collections")).json()["collections"]
         assert collection["min_score"] == oracle.artifact.manifest.cutoff["min_score"]
         for more in ({}, {"min_score": "auto"}):
@@ -406,7 +405,7 @@ async def test_levels_follow_from_the_calibration_of_the_build(
 
 async def test_long_metadata_are_bounded_in_responses(built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     query = {"query": "red", "k": 20, "fields": ["*"]}
-    batch = {"queries": [query, {"query": "blue", "facets": ["category"]}]}
+    batch = {"queries": [query, {"query": "blue"}]}
     async with opened(built_index) as http:
         whole = (await http.post("/search/text", json=query)).json()["results"]
         monkeypatch.setattr("app.api.responses.QUICK_BYTES", 0)  # made in a thread
@@ -439,7 +438,7 @@ async def test_counts_of_the_best_rows_alone_are_approximate(
         best = [
             each["id"] for each in (await http.post("/search/text", json={"query": "red", "k": 5})).json()["results"]
         ]
-        for name in ("facets.MAX_SCORED", "hits.MAX_SORTED"):
+        for name in ("results.MAX_SCORED", "hits.MAX_SORTED"):
             monkeypatch.setattr(f"app.search.{name}", 5)
         monkeypatch.setattr("app.search.hits.FIRST_WIDTH", 2)
         query = {"query": "red", "min_score": -1.0, "facets": ["color"]}

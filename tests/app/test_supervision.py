@@ -1,15 +1,12 @@
 """Background tasks that fail are restarted, which readiness and metrics show; threads end with their work."""
 
 import asyncio
-import os
-import threading
 from pathlib import Path
 
 import pytest
 
 from app.core.metrics import Metrics
 from app.core.supervision import stop, supervise
-from index_jobs.index.index_version import IndexVersion
 from index_jobs.index.manifest import Current
 from index_jobs.index.versions import current_version
 from tests.support.responses import scrape
@@ -72,39 +69,3 @@ async def test_a_version_that_does_not_exist_degrades_readiness_without_a_path(i
             point(index, 1)
             await until_ready(client, status="ready")
         assert ready["reason"].startswith("index has no version 7")
-
-
-async def test_a_gallery_that_is_gone_degrades_readiness(built_index: Path, gallery: Path, tmp_path: Path) -> None:
-    async with opened(built_index, poll_s=0.02) as client:
-        await until_ready(client, status="ready")
-        gallery.rename(tmp_path / "unmounted")
-        ready = (await client.get("/readyz")).json()
-        assert ready["status"] == "degraded"
-        assert "sampled images are not in the gallery" in ready["reason"]
-        assert str(tmp_path) not in ready["reason"]
-        (tmp_path / "unmounted").rename(gallery)
-        await until_ready(client, status="ready")
-
-
-async def test_a_hung_gallery_degrades_readiness_and_holds_up_nothing_else(
-    built_index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate, looks = threading.Event(), list[threading.Thread]()
-
-    def hang(_: IndexVersion) -> None:
-        looks.append(threading.current_thread())
-        assert gate.wait(20)
-
-    monkeypatch.setattr(IndexVersion, "find_gallery_fault", hang)
-    monkeypatch.setattr("app.service.collections.LOOK_S", 0.05)
-    async with opened(built_index, poll_s=0) as client:
-        probes = await asyncio.gather(*(client.get("/readyz") for _ in range(os.cpu_count() or 1) for _ in range(8)))
-        assert {(each.json()["status"], each.json()["reason"]) for each in probes} == {
-            ("degraded", "the gallery does not respond")
-        }
-        batch = client.post("/search/batch", json={"queries": [{"query": "red"}]})
-        assert (await asyncio.wait_for(batch, 10)).status_code == 200
-        assert len(looks) == 1
-        assert looks[0].name.startswith("dcar-"), "the process can end without it"
-        gate.set()
-        await until_ready(client, status="ready")

@@ -21,7 +21,6 @@ from index_jobs.jobs.update import add, remove
 from index_jobs.row_filter import RowFilter
 from tests.support import array_engine
 from tests.support.galleries import write_images
-from tests.support.service import opened, until_ready
 from tests.support.versions import Build
 
 
@@ -69,18 +68,6 @@ def test_an_engine_that_is_left_is_told_so(installed: Any, build: Build) -> None
     build(engine="array=b", keep=1)
     build(keep=1)
     assert [(uri, version) for uri, _, version in installed.synced] == [("a", 1), ("a", 2), ("b", 2), ("b", 3)]
-
-
-async def test_a_store_that_fails_degrades_the_service(
-    installed: Any, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build(engine="array=memory")
-    async with opened(tmp_path / "index", poll_s=0.02) as client:
-        await until_ready(client, status="ready")
-        monkeypatch.setattr(sys.modules["array_engine"].ArrayIndex, "find_fault", lambda _: "the store is lost")
-        assert (await until_ready(client, status="degraded"))["reason"] == "the store is lost"
-        monkeypatch.undo()
-        await until_ready(client, status="ready")
 
 
 def as_stored(built: IndexVersion, rows: RowFilter) -> list[int]:

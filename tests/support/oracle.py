@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -79,13 +79,9 @@ def gap(values: np.ndarray, place: int) -> float:
 
 
 class Oracle:
-    """All rows of a version, and plain computations over them.
+    """All rows of a version, and plain computations over them."""
 
-    embedded: what the caller does to embeddings of texts and images; the service rounds them.
-    """
-
-    def __init__(self, snapshot: Snapshot, embedded: Callable[[Any], Any] = np.asarray) -> None:
-        self.embedded = embedded
+    def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot, self.artifact, self.encoder = snapshot, snapshot.artifact, snapshot.encoder
         self.live: list[int] = np.flatnonzero(self.artifact.live).tolist()
         self.vectors = np.zeros((self.artifact.rows, self.encoder.dim), np.float32)
@@ -115,7 +111,7 @@ class Oracle:
     def vector(self, query: Query, image: bytes | None) -> np.ndarray:
         weights, total = query.weights, np.zeros(self.vectors.shape[1])
         for weight, text in ((weights.text, query.query), (-weights.without, query.without)):
-            total += weight * self.embedded(self.encoder.encode_text([text])[0]) if text else 0
+            total += weight * self.encoder.encode_text([text])[0] if text else 0
         for weight, ids in ((weights.more, query.more_like), (-weights.less, query.less_like)):
             total += weight * self.vectors[[self.row_of[each] for each in ids]].mean(0) if ids else 0
         if image is not None:
@@ -123,7 +119,7 @@ class Oracle:
             if query.crop is not None:
                 x, y, width, height = np.multiply(query.crop.box, picture.size * 2).round().tolist()
                 picture = picture.crop((x, y, x + width, y + height))
-            total += weights.image * self.embedded(self.encoder.encode_images([picture])[0])
+            total += weights.image * self.encoder.encode_images([picture])[0]
         return np.asarray(total / np.linalg.norm(total), np.float32)
 
     def level(self, query: Query, best: float, *, is_text: bool) -> tuple[float, float, float] | None:

@@ -50,7 +50,7 @@ class ArtifactStub:
 
 
 def snapshot_of(artifact: Any) -> Any:
-    return SimpleNamespace(artifact=artifact, groups=Recent[str, Any](8))
+    return SimpleNamespace(artifact=artifact, columns=Recent[Any, Any](8))
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -100,5 +100,4 @@ def test_one_slow_search_stops_no_other(index: Path, server: QdrantServer, monke
             time.sleep(0.05)
         goes_on.set()
     assert isinstance(slow.exception(), StoreUnavailableError)
-    assert artifact.find_store_fault() is None
     assert artifact.search(vectors[:1], 1)[1].tolist() == [[0]]

@@ -78,13 +78,6 @@ class ResultGroup(Model):
     count: int
 
 
-class FacetValue(Model):
-    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
-
-    value: Any
-    count: int
-
-
 class Result(Model):
     """One result. score: cosine of query and item, at most 1.
 
@@ -112,6 +105,13 @@ class Result(Model):
     group: ResultGroup | None = None
     folded: List[str] | None = None
     explanation: ResultExplanation | None = None
+
+
+class FacetValue(Model):
+    """A value of a field, and the number of items that have it; for numbers perhaps a range, {"gte": 1, "lt": 5}."""
+
+    value: Any
+    count: int
 
 
 class SearchResponse(Model):
@@ -295,11 +295,11 @@ class HealthResponse(Model):
 
 
 class ReadinessResponse(Model):
-    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served, or
-    images of a gallery are missing; `reason` says which.
+    """ready: searches work in every open collection. degraded: they work, but a newer version cannot be served;
+    `reason` says why.
 
     index_version and count, the number of items, belong to the default collection. model_note: what to know about a
-    model, such as one that stands in. opening: created collections that wait to be opened; with a key for all.
+    model, such as one that stands in.
     """
 
     status: str
@@ -307,7 +307,6 @@ class ReadinessResponse(Model):
     count: int
     reason: str | None
     model_note: str | None
-    opening: int | None
 
 
 class ReloadResponse(Model):

@@ -103,19 +103,6 @@ class QdrantIndex(VectorIndex):
                 scores[number, : len(hits)] = [hit.score for hit in hits]
         return scores, found
 
-    def find_fault(self) -> str | None:
-        """As `VectorIndex.find_fault`."""
-        stored = 0
-        try:
-            for is_exact in (False, True):  # an exact count reads every id
-                ask = partial(self._client.count, self._name, exact=is_exact, timeout=connection.READ_SECONDS)
-                stored = self._read(ask).count
-                if stored >= self.count:
-                    return None
-        except StoreUnavailableError as error:
-            return str(error)
-        return self._count_fault(stored)
-
     def vectors(self, rows: Rows) -> Floats:
         """As `VectorIndex.vectors`."""
         vectors = np.empty((len(rows), self.dim), np.float32)
