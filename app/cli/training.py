@@ -73,40 +73,31 @@ def train(
         "for features.",
     ),
     seed: int = option(0, "Seed of the run.", min=0),
-    tensorboard: bool = option(False, "Also write OUT/tensorboard (extra: tensorboard)."),
     restart: bool = option(False, "Train from the start: discard an interrupted or a finished run."),
     **training: Any,
 ) -> int:
     """Adapt CLIP to a domain: learn adapters or prompts of a few MB, keep the best epoch by validation recall.
 
     The last lines compare the adapted model with the untouched one. Exit status 3: the untouched model is at least as
-    good; the checkpoint is still written. An interrupted run resumes with the same command; a finished one ends at
-    once. The checkpoint of another training is not replaced without --restart.
+    good; the checkpoint is still written. An interrupted run resumes with the same command; a finished one is
+    not repeated. The checkpoint of another training is not replaced without --restart.
     """
-    from dcar_core.training.finished import describe_request, find_finished
-
     chosen = Training(**training)
-    out, source, config = chosen.out, chosen.source, chosen.config(seed)
-    require_writable(out)
+    require_writable(chosen.out)
     if method is not None:
         from dcar_core.model.methods.registry import method as config_of
 
         config_of(method)  # refuses an unknown name
-    given = {"method": method, **chosen.pick("loss", "images", "skip_broken", "negatives", "taxonomy")}
-    request = describe_request(chosen.data, source.model, source.pretrained, config, **given)
-    done, state, hint = (
-        None if restart else find_finished(out, request),
-        "already trained: ",
-        "; --restart trains again",
-    )
-    if done is None:
-        from dcar_core.training.adapt import adapt
+    from dcar_core.training.adapt import adapt
 
-        done, state, hint = adapt(
-            chosen.data, source, out, config, features=chosen.features, tensorboard=tensorboard, restart=restart,
-            device=chosen.device, request=request, on_data=lambda text: typer.echo(text, err=True), **given,
-        ), "", ""  # fmt: skip
-    typer.echo(f"{out}: {state}epoch {done.epoch}, {done.seconds:.0f} s, fingerprint {done.fingerprint[:12]}{hint}")
+    done = adapt(
+        chosen.data, chosen.source, chosen.out, chosen.config(seed), method=method, restart=restart,
+        on_data=lambda text: typer.echo(text, err=True),
+        **chosen.pick("features", "device", "loss", "images", "skip_broken", "negatives", "taxonomy"),
+    )  # fmt: skip
+    state, hint = ("already trained: ", "; --restart trains again") if done.is_repeated else ("", "")
+    line = f"{state}epoch {done.epoch}, {done.seconds:.0f} s, fingerprint {done.fingerprint[:12]}{hint}"
+    typer.echo(f"{chosen.out}: {line}")
     if done.verdict:
         typer.echo(done.verdict)
     return 0 if done.is_worth_it else UNTOUCHED_IS_AS_GOOD

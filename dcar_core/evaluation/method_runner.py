@@ -23,11 +23,11 @@ from dcar_core.model.config import ModelConfig, TrainConfig
 from dcar_core.model.dcar import seeded_model
 from dcar_core.model.methods.registry import find_method
 from dcar_core.training.objective import resolve_amp
-from dcar_core.training.prepared_split import FeatureCache, digest, prepare_split, split_key
+from dcar_core.training.prepared_split import FeatureCache, prepare_split, split_key
 from dcar_core.training.train import delete_state, train
 from dcar_core.training.validation import mean_r1
 from dcar_core.util.errors import DivergedError
-from dcar_core.util.files import write_json
+from dcar_core.util.files import hash_json, write_json
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class MethodRunner:
     def directory(self, method: ModelConfig, seed: int, lr: float) -> Path:
         amp = resolve_amp(self.config.amp, self.backbone.device)  # runs on a CPU differ from runs on a GPU
         config = replace(self.config, seed=seed, lr=lr, amp=amp)
-        key = digest(self.cache.backbone_hash, method.to_dict(), config.to_dict(), self._split_keys)[:8]
+        key = hash_json([self.cache.backbone_hash, method.to_dict(), config.to_dict(), self._split_keys])[:8]
         return self.out / "runs" / method.method / f"seed{seed}-lr{lr:g}-{key}"
 
     @cached_property

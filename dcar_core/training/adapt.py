@@ -1,7 +1,8 @@
 """A whole training, as `dcar train` does it: data, negatives, the loop, a checkpoint, and a verdict."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,36 @@ import numpy as np
 
 from dcar_core.data import Annotations, Dataset, describe_reports, save_reports
 from dcar_core.encoder.encoder import pick_device
-from dcar_core.model.backbone import BackboneSource, load_backbone
-from dcar_core.model.checkpoint import require_own_config, save_checkpoint
-from dcar_core.model.config import LossDirection, TrainConfig
+from dcar_core.model.backbone import load_backbone
+from dcar_core.model.checkpoint import is_checkpoint, read_config, require_own_config, save_checkpoint
+from dcar_core.model.config import BackboneSource, LossDirection, TrainConfig
 from dcar_core.model.dcar import DCAR, seeded_model
 from dcar_core.model.methods.registry import DEFAULT, default_method
 from dcar_core.model.methods.registry import method as config_of
 from dcar_core.negatives import add_negatives, backbone_functions
-from dcar_core.training.finished import FinishedTraining
 from dcar_core.training.prepared_split import FeatureCache, prepare_split, report_truncation
-from dcar_core.training.train import delete_state, train
+from dcar_core.training.train import STATE_FILE, delete_state, describe_run, different_names, train
 from dcar_core.training.validation import encode_captions, encode_images, new_categories, rerank
 from dcar_core.util.bootstrap import Comparison, Estimate, Scores
-from dcar_core.util.errors import DivergedError
+from dcar_core.util.errors import DivergedError, TrainingError
 from dcar_core.util.retrieval_metrics import Ranks, compute_ranks
 
 FEW_PAIRS = 100  # validation pairs of fewer images get a caveat
+
+
+@dataclass(frozen=True)
+class FinishedTraining:
+    """The outcome of a training. verdict: its lines, "" for a method that learns nothing.
+
+    is_repeated: the checkpoint was there already, made by the same command.
+    """
+
+    epoch: int
+    seconds: float
+    fingerprint: str
+    verdict: str
+    is_worth_it: bool
+    is_repeated: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,20 +121,17 @@ def _describe_wider(images: int, first: Comparison, ten: Comparison) -> str:
 def adapt(
     data: Path, source: BackboneSource, out: Path, config: TrainConfig,
     *, method: str | None = None, loss: LossDirection = "both", images: Path | None = None, skip_broken: bool = False,
-    negatives: str = "auto", taxonomy: Path | None = None, features: Path | None = None, tensorboard: bool = False,
-    restart: bool = False, device: str = "auto", request: Mapping[str, Any] | None = None,
-    on_data: Callable[[str], None] = lambda description: None,
+    negatives: str = "auto", taxonomy: Path | None = None, features: Path | None = None, restart: bool = False,
+    device: str = "auto", on_data: Callable[[str], None] = lambda description: None,
 ) -> FinishedTraining:  # fmt: skip
-    """Adapt a model to a data set, and write its checkpoint to `out`.
+    """Adapt a model to a data set, and write its checkpoint to `out`; return it if it is there already.
 
     Args:
         method: a name of `methods.registry`; default: by the model's level.
         images: directory of the images, if not that of the data. skip_broken: leave out images that cannot be read.
         negatives, taxonomy: as `add_negatives` takes them.
         features: directory of cached features; default: in `out`.
-        restart: discard the state of an interrupted run. A finished checkpoint in `out` is replaced in any case;
-            `finished.find_finished` recognises one.
-        request: what `finished.describe_request` returned; it is noted in the checkpoint.
+        restart: discard the checkpoint in `out` and the state of an interrupted run.
         on_data: called with a description of the splits before the training starts.
 
     Raises:
@@ -130,9 +142,12 @@ def adapt(
     splits, reports = Annotations(data, images).load_all(("train", "val"), "skip" if skip_broken else "require")
     backbone = load_backbone(source, pick_device(device))
     default = default_method(backbone)
-    chosen = config_of(method or default).with_loss_direction(loss)
-    model = seeded_model(backbone, chosen, config.seed)
+    model = seeded_model(backbone, config_of(method or default).with_loss_direction(loss), config.seed)
     splits = add_negatives(splits, reports, backbone_functions(backbone), mode=negatives, taxonomy=taxonomy)
+    cache = FeatureCache(features or out / "features", backbone)
+    identity = json.loads(json.dumps(describe_run(model, splits["train"], splits["val"], config, cache)))
+    if not restart and (finished := _find_finished(out, identity)):
+        return finished
     report_truncation(splits, reports, backbone, model.prompt_tokens)
     on_data(describe_reports(splits, reports))
     if method is None and default != DEFAULT:
@@ -140,11 +155,8 @@ def adapt(
     save_reports(reports, out)
     if restart:
         delete_state(out)
-    cache = FeatureCache(features or out / "features", backbone)
     try:
-        result = train(
-            model, splits["train"], splits["val"], config, run=out, cache=cache, tensorboard=tensorboard
-        )  # fmt: skip
+        result = train(model, splits["train"], splits["val"], config, run=out, cache=cache)
     except DivergedError:  # a resumed run would diverge again, and refuse a lower rate
         delete_state(out)
         raise
@@ -153,13 +165,28 @@ def adapt(
         verdict = verdict_of(model, seeded_model(backbone, config_of("clip"), config.seed), splits, cache, config)
     is_worth_it = verdict is None or verdict.is_worth_it
     done = FinishedTraining(result.epoch, round(result.seconds, 1), "", str(verdict or ""), is_worth_it)
-    notes = {**config.to_dict(), "validation": result.best, **asdict(done)}
-    if request is not None:
-        notes["request"] = {**request, "method": None if chosen.method == default else chosen.method}
+    notes = {**config.to_dict(), "validation": result.best, **asdict(done), "identity": identity}
     fingerprint = save_checkpoint(model, out, training=notes)
     if result.history:  # another method's unfinished run stays
         delete_state(out)
     return replace(done, fingerprint=fingerprint)
+
+
+def _find_finished(out: Path, identity: Mapping[str, Any]) -> FinishedTraining | None:
+    """Return the training in `out` if it is the same; None if there is none, or one is to be resumed.
+
+    Raises:
+        TrainingError: the checkpoint in `out` is of another training.
+    """
+    if not is_checkpoint(out) or (out / STATE_FILE).is_file():
+        return None
+    content = read_config(out)
+    notes = content.get("training", {})
+    if different := different_names(notes.get("identity") or {"command": ""}, identity):
+        remedy = "choose another --out, or replace it with --restart"
+        raise TrainingError(f"{out} holds a checkpoint that was trained with another {different}; {remedy}")
+    known = {field.name: notes[field.name] for field in fields(FinishedTraining)}
+    return FinishedTraining(**known | {"fingerprint": content["fingerprint"], "is_repeated": True})
 
 
 def verdict_of(

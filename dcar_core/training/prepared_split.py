@@ -4,26 +4,20 @@
   images are not even decoded once the features are in the cache.
 - A cache keeps decoded images and frozen features on disk, computed once for all runs on a data set. An entry's key
   covers everything it depends on: the backbone's content hash, the image bytes and the texts. It never goes stale.
-- An entry is one file of NumPy's, written atomically. Concurrent processes write the same bytes. A damaged entry is
-  computed again. Deleting the directory is always safe.
+- An entry is one file of NumPy's, written atomically. Deleting the directory is always safe.
 """
 
 import hashlib
-import json
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,40 +30,25 @@ from dcar_core.model.token_weights import blend, image_features, pair_weights, t
 from dcar_core.negatives.words import fold_name
 from dcar_core.util.arrays import Mask, Pixels, Rows
 from dcar_core.util.errors import DataError, ImageError, TrainingError
-from dcar_core.util.files import atomic_writer
+from dcar_core.util.files import atomic_writer, hash_json
 from dcar_core.util.machine import available_cores
 
 MAX_NEGATIVES = 8  # of a pair, in training
 IMAGE_BATCH, TEXT_BATCH = 64, 256
-_STALE_AFTER_S = 24 * 3600  # temporary files of a killed run; no entry takes longer to compute
-
-
-def digest(*parts: Any) -> str:
-    """Return the sha256 of JSON-serialisable values, as 32 hex digits."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 class FeatureCache:
     """Outputs of one frozen backbone below `directory`, in a sub-directory for each backbone; None stores nothing."""
 
     def __init__(self, directory: Path | None, backbone: Backbone) -> None:
-        self._backbone = backbone
+        self.backbone_hash = backbone.content_hash()
+        self._device = backbone.device
         self._directory = directory / self.backbone_hash[:16] if directory is not None else None
         self._image_hashes: dict[str, dict[str, str]] = {}
 
-    @cached_property
-    def backbone_hash(self) -> str:
-        """The backbone's content hash, computed once because it reads every weight."""
-        return self._backbone.content_hash()
-
-    def image_key(self, data: Dataset) -> str:
-        """Return a hash of the names and bytes of a split's images, read once. Raise DataError if one is missing."""
-        lines = (f"{name} {content}\n" for name, content in self.image_hashes(data).items())
-        return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
-
     def image_hashes(self, data: Dataset) -> dict[str, str]:
         """Return the hash of the bytes of each of a split's images, read once. Raise DataError if one is missing."""
-        names = digest(str(data.root.path), data.images)
+        names = hash_json([str(data.root.path), data.images])
         if names not in self._image_hashes:
             self._image_hashes[names] = {name: hashlib.sha256(data.read(name)).hexdigest() for name in data.images}
         return self._image_hashes[names]
@@ -78,53 +57,35 @@ class FeatureCache:
         """Load an entry to the backbone's device; compute and store it first if it is missing."""
         if self._directory is None:
             return compute()
+        path = self._directory / f"{kind}-{key}.npy"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_writer(path, shared=True) as file:
+                np.save(file, compute().cpu().numpy())
+        return torch.from_numpy(np.load(path)).to(self._device)
 
-        def write(file: BinaryIO) -> None:
-            values = compute().cpu().numpy()
-            _allocate(file, values.shape, values.dtype)[:] = values
-
-        values = _read_or_make(self._directory / f"{kind}-{key}.npy", write)
-        return torch.from_numpy(values).to(self._backbone.device)
-
-    def array(self, kind: str, key: str, shape: tuple[int, ...], fill: Callable[[Pixels], None]) -> Pixels:
-        """Load a uint8 array of `shape`, memory-mapped; allocate it and call `fill` first if it is missing."""
+    def pixels(self, key: str, shape: tuple[int, ...], decode: Callable[[], Iterator[Pixels]]) -> Pixels:
+        """Load a uint8 array of `shape`, memory-mapped; store what `decode` yields, row by row, if it is missing."""
         if self._directory is None:
             out = np.empty(shape, np.uint8)
-            fill(out)
+            for row, image in enumerate(decode()):
+                out[row] = image
             return out
-        path = self._directory / f"{kind}-{key}.npy"
-        pixels: Pixels = _read_or_make(path, lambda file: fill(_allocate(file, shape, np.uint8)), mmap_mode="r")
+        path = self._directory / f"pixels-{key}.npy"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            with atomic_writer(path, shared=True) as file:
+                np.lib.format.write_array_header_2_0(file, header)
+                file.writelines(image.tobytes() for image in decode())
+        pixels: Pixels = np.load(path, "r")
         return pixels
-
-
-def _allocate(file: BinaryIO, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Map an array of NumPy's format, all on disk: on a full one, a write into mapped memory would kill the process."""
-    out = np.lib.format.open_memmap(file.name, mode="w+", dtype=dtype, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, Path(file.name).stat().st_size)
-    return out
-
-
-def _read_or_make(path: Path, write: Callable[[BinaryIO], None], mmap_mode: Literal["r"] | None = None) -> Any:
-    """Read an entry; make it first if it is missing, and again if it is damaged."""
-    if path.is_file():
-        with suppress(ValueError, EOFError):
-            return np.load(path, mmap_mode)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(".*.tmp"):
-        with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _STALE_AFTER_S:
-                leftover.unlink()
-    with atomic_writer(path, shared=True) as file:
-        write(file)
-    return np.load(path, mmap_mode)
 
 
 @dataclass(frozen=True)
 class PreparedSplit:
     """A split of N pairs and I images.
 
-    key: hash of the images and texts.
     image_of: (N,), the row of each pair's image.
     tokens: int64 (N, n), with room for the prompts.
     caption_group: int64 (N,), equal for captions that read the same.
@@ -136,7 +97,6 @@ class PreparedSplit:
     candidate_weights: (N, 1 + M) category-matching weights of the candidates, 0 for padding; or None.
     """
 
-    key: str
     image_of: Rows
     tokens: Tensor
     caption_group: NDArray[np.int64]
@@ -191,7 +151,6 @@ def prepare_split(
     has_candidates = for_training and model.category_adapter() is not None
     candidates = frozen.candidates(config.loss.alpha) if has_candidates else (None, None)
     return PreparedSplit(
-        split_key(data, cache),
         frozen.image_of,
         tokens,
         caption_group,
@@ -207,8 +166,7 @@ def prepare_split(
 
 def split_key(data: Dataset, cache: FeatureCache) -> str:
     """Return a hash of images and texts, equal for splits that train the same. Raise DataError if one is missing."""
-    texts = [[s.image, s.caption, s.category, s.negatives, s.negative_categories, s.attributes] for s in data.samples]
-    return digest(cache.image_key(data), texts)
+    return hash_json([cache.image_hashes(data), [[*vars(sample).values()] for sample in data.samples]])
 
 
 def report_truncation(
@@ -255,13 +213,13 @@ class FrozenFeatures:
         self.names = data.images
         row_of = {name: row for row, name in enumerate(self.names)}
         self.image_of = np.array([row_of[sample.image] for sample in data.samples])
-        self.image_key = cache.image_key(data)
+        self.image_key = hash_json([*cache.image_hashes(data).items()])  # their order counts
 
     @cached_property
     def pixels(self) -> Pixels:
         """The decoded images, uint8 (I, 3, S, S)."""
         size = self.backbone.preprocess.size
-        return self.cache.array("pixels", self.image_key, (len(self.names), 3, size, size), self._decode)
+        return self.cache.pixels(self.image_key, (len(self.names), 3, size, size), self._decode)
 
     def images(self) -> Tensor:
         """Return image features (I, E), normalized, without prompts."""
@@ -271,14 +229,14 @@ class FrozenFeatures:
         """Return text features (len(texts), E), normalized, without prompts; equal texts are encoded once."""
         unique = list(dict.fromkeys(texts))
         row_of = {text: row for row, text in enumerate(unique)}
-        features = self.cache.tensor("texts", digest(unique), lambda: self._encode_texts(unique))
+        features = self.cache.tensor("texts", hash_json(unique), lambda: self._encode_texts(unique))
         return features[torch.tensor([row_of[text] for text in texts], device=features.device)]
 
     def pair_weights(self, tokens: Tensor, config: ReweightConfig) -> Tensor:
         """Return token factors (N, n) of the captions, each from its own image."""
         texts = [s.caption for s in self.data.samples]
         features = config.token_feature, config.image_feature
-        key = digest(self.image_key, texts, self.image_of.tolist(), tokens.shape[1], *features)
+        key = hash_json([self.image_key, texts, self.image_of.tolist(), tokens.shape[1], *features])
         raw = self.cache.tensor("weights", key, lambda: self._raw_weights(tokens, config))
         return blend(raw, self.backbone.layout.caption_mask(tokens), config)
 
@@ -297,19 +255,17 @@ class FrozenFeatures:
             weights[rows, 1 + columns] = 1 + alpha * torch.tensor(is_other, device=device).float()
         return features, weights
 
-    def _decode(self, out: Pixels) -> None:
-        def decode(row: int) -> None:
-            name = self.names[row]
+    def _decode(self) -> Iterator[Pixels]:
+        def decode(name: str) -> Pixels:
             try:
-                out[row] = self.backbone.preprocess(self.data.read(name))
+                return self.backbone.preprocess(self.data.read(name))
             except ImageError as error:
                 message = f"{self.data.split}: {name}: {error}; replace the image, or leave it out with --skip-broken"
                 raise DataError(message) from error
 
         with ThreadPoolExecutor(min(8, available_cores())) as pool:  # Pillow releases the GIL while it decodes
-            rows = range(len(self.names))
-            for _ in tqdm(pool.map(decode, rows), f"reading {self.data.split} images", len(rows), leave=False):
-                pass
+            images = pool.map(decode, self.names)
+            yield from tqdm(images, f"reading {self.data.split} images", len(self.names), leave=False)
 
     @torch.no_grad()
     def _encode_images(self, pixels: Pixels) -> Tensor:

@@ -4,17 +4,15 @@
 
 - The best epoch by validation recall is kept (mean of R@1 in both directions, queries encoded from their text alone).
   Validation also decides whether queries use the predicted token weights. The test split is never read.
-- With a run directory, a killed run resumes where it stopped. On the CPU the final weights equal those of an
+- With a run directory, a killed run resumes after its last whole epoch. On the CPU the final weights equal those of an
   uninterrupted run bit for bit. Its state loads without executing code (`weights_only`).
-- The learning curve is log.csv, and TensorBoard event files with the extra `tensorboard`.
 """
 
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +23,18 @@ from torch import Tensor
 from dcar_core.data import Dataset
 from dcar_core.model.config import TrainConfig
 from dcar_core.model.dcar import DCAR
-from dcar_core.training.finished import STATE_FILE
 from dcar_core.training.hard_negatives import train_second_stage, tune_on_hard_negatives
-from dcar_core.training.objective import MixedPrecision, accumulate_gradients
-from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split
+from dcar_core.training.objective import MixedPrecision, accumulate_gradients, resolve_amp
+from dcar_core.training.prepared_split import FeatureCache, PreparedSplit, prepare_split, split_key
 from dcar_core.training.validation import Recall, choose_query_weights, evaluate, mean_r1
 from dcar_core.util.arrays import Rows
 from dcar_core.util.console import progress_bar
-from dcar_core.util.errors import DivergedError, MissingExtraError, TrainingError
+from dcar_core.util.errors import DivergedError, TrainingError
 from dcar_core.util.files import csv_text, write_bytes
 
 LOG_FILE = "log.csv"
-SAVE_EVERY_S = 20.0
+STATE_FILE = "state.pt"  # of an unfinished run
 MAX_GRADIENT_NORM = 1.0
-_FORMAT: dict[str, Any] = {"state format": 2}
 
 
 @dataclass(frozen=True)
@@ -51,34 +47,15 @@ class TrainResult:
     history: list[dict[str, Any]]
 
 
-@dataclass
-class _Progress:
-    """The position of a run.
-
-    history: one record for each finished epoch. best_epoch: the number of the best one.
-    step, losses: finished batches of the current epoch.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def epoch(self) -> int:
-        return len(self.history)
-
-
 def train(
     model: DCAR, training: Dataset, validation: Dataset, config: TrainConfig,
-    *, run: Path | None = None, cache: FeatureCache | None = None, tensorboard: bool = False,
+    *, run: Path | None = None, cache: FeatureCache | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train in place. The model ends at its best epoch, in eval mode.
 
     Args:
-        run: directory for state.pt, log.csv and tensorboard/; None writes nothing. The caller removes the state with
-            `delete_state` once the result is saved.
+        run: directory for state.pt and log.csv; None writes nothing. The caller removes the state with `delete_state`
+            once the result is saved.
 
     Raises:
         DataError: an image cannot be read.
@@ -86,99 +63,102 @@ def train(
         TrainingError: `run` holds the state of another run.
     """
     torch.manual_seed(config.seed)
+    cache = cache or FeatureCache(None, model.backbone)
     train_split = prepare_split(training, model, for_training=True, cache=cache)
     val_split = prepare_split(validation, model, for_training=False, cache=cache)
     if not any(p.requires_grad for _, p in model.trainables()):  # zero-shot CLIP
         if run is not None:
             (run / LOG_FILE).unlink(missing_ok=True)  # left by another method
         return TrainResult(evaluate(model, val_split), 0, 0.0, [])
-    loop = _TrainingLoop(model, train_split, val_split, config, run)
-    board = run / "tensorboard" if run is not None and tensorboard else None
-    label, done = f"training {model.config.method}", loop.finished_steps
-    with (
-        tensorboard_log(board, loop.progress.epoch) as log,
-        progress_bar(loop.total_steps, label, "batch", initial=done) as bar,
-    ):
-        while not loop.is_finished:
-            loop.run_epoch(on_step=bar.update)
-            record = loop.finish_epoch()
-            log(record)
+    loop = _TrainingLoop(model, train_split, val_split, config)
+    identity = describe_run(model, training, validation, config, cache) if run is not None else {}
+    if run is not None and (run / STATE_FILE).is_file():
+        loop.restore(run, identity)
+    label, steps = f"training {model.config.method}", loop.batches * config.epochs
+    with progress_bar(steps, label, "batch", initial=loop.batches * loop.epoch) as bar:
+        while loop.epoch < config.epochs and not 0 < config.patience <= loop.epoch - loop.best_epoch:
+            loop.run_epoch(bar.update)
+            if run is not None:
+                loop.save(run, identity)
+                write_csv(run, loop.history)
+            record = loop.history[-1]
             bar.set_postfix(loss=f"{record['loss']:.3f}", val_r1=f"{mean_r1(record):.1f}")
     return loop.keep_best_epoch()
 
 
-class _TrainingLoop:
-    """Epochs of optimisation steps, validation after each, and the state from which a run resumes.
+def describe_run(
+    model: DCAR, training: Dataset, validation: Dataset, config: TrainConfig, cache: FeatureCache
+) -> dict[str, Any]:
+    """Return everything that determines a run, by names that a message can use. Raise DataError for a missing image."""
+    return {
+        "backbone": cache.backbone_hash,
+        "method": model.config.with_query_weights("none").to_dict(),
+        "training data": split_key(training, cache),
+        "validation data": split_key(validation, cache),
+        **replace(config, amp=resolve_amp(config.amp, model.backbone.device)).to_dict(),
+    }
 
-    The state holds everything that the next step depends on. The order of an epoch's pairs follows from the seed and
-    the epoch alone.
+
+def different_names(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the names by which two runs differ, "" for equal ones."""
+    return ", ".join(key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key))
+
+
+class _TrainingLoop:
+    """Epochs of optimisation steps with validation after each, and the state from which a run resumes.
+
+    The order of an epoch's pairs follows from the seed and the epoch alone.
+
+    history: one record for each finished epoch. best_epoch: the number of the best one.
     """
 
-    def __init__(
-        self, model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig, run: Path | None
-    ) -> None:
-        self.model, self.train_split, self.val_split = model, train_split, val_split
-        self.config, self.run = config, run
+    def __init__(self, model: DCAR, train_split: PreparedSplit, val_split: PreparedSplit, config: TrainConfig) -> None:
+        self.model, self.train_split, self.val_split, self.config = model, train_split, val_split, config
         self.parameters = [p for _, p in model.trainables() if p.requires_grad]
         self.lr = config.lr * model.method.lr_factor
         self.optimizer = torch.optim.AdamW(self.parameters, lr=self.lr, weight_decay=config.weight_decay)
         self.precision = MixedPrecision(config.amp, model.backbone.device)
         self.batches = math.ceil(len(train_split) / config.batch_size)
-        self.total_steps = self.batches * config.epochs
-        self.progress, self.best_weights = _Progress(), self._copy_trainables()
-        if run is not None:
-            # Everything that determines a run; a state with any other value belongs to another run.
-            self.identity = {
-                **_FORMAT,
-                "backbone": model.backbone.content_hash(),
-                "method": model.config.with_query_weights("none").to_dict(),
-                "training data": train_split.key,
-                "validation data": val_split.key,
-                **replace(config, amp=self.precision.name).to_dict(),
-            }
-            self._restore(run)
-        self.saved = time.monotonic()
-        self.started = self.saved - self.progress.seconds
+        self.history, self.best_epoch, self.best_weights = list[dict[str, Any]](), 0, self._copy_trainables()
+        self.started = time.monotonic()
 
     @property
-    def finished_steps(self) -> int:
-        """Steps of this run so far, those before a restart included."""
-        return self.progress.epoch * self.batches + self.progress.step
-
-    @property
-    def is_finished(self) -> bool:
-        """True after the last epoch, or after `patience` epochs without a better one."""
-        at, config = self.progress, self.config
-        return at.epoch >= config.epochs or 0 < config.patience <= at.epoch - at.best_epoch
+    def epoch(self) -> int:
+        return len(self.history)
 
     def run_epoch(self, on_step: Callable[[], object]) -> None:
-        """Run the remaining steps of the current epoch."""
+        """Train and validate, and keep the best weights. Raise DivergedError if the loss or a vector is not finite."""
         self.model.train()
-        order = np.random.default_rng([self.config.seed, self.progress.epoch + 1]).permutation(len(self.train_split))
-        for rows in np.array_split(order, self.batches)[self.progress.step :]:
-            self._step(np.sort(rows))
+        order = np.random.default_rng([self.config.seed, self.epoch + 1]).permutation(len(self.train_split))
+        losses = list[float]()
+        for batch, rows in enumerate(np.array_split(order, self.batches), self.epoch * self.batches):
+            losses.append(self._step(np.sort(rows), batch))
             on_step()
-            if time.monotonic() - self.saved > SAVE_EVERY_S:
-                self._save()
-
-    def finish_epoch(self) -> dict[str, Any]:
-        """Validate, keep the best weights, and return the record. Raise DivergedError if a vector is not finite."""
         query, recall = choose_query_weights(self.model, self.val_split)
-        at, seconds, loss = self.progress, time.monotonic() - self.started, float(np.mean(self.progress.losses))
-        record = {"epoch": at.epoch + 1, "loss": loss, "query": query, **recall, "seconds": seconds}
-        at.history.append(record)
-        at.step, at.losses = 0, []
-        if at.best_epoch == 0 or mean_r1(recall) > mean_r1(at.history[at.best_epoch - 1]):
-            at.best_epoch, self.best_weights = at.epoch, self._copy_trainables()
-        self._save()
-        if self.run is not None:
-            write_csv(self.run, at.history)
-        return record
+        seconds, loss = time.monotonic() - self.started, float(np.mean(losses))
+        self.history.append({"epoch": self.epoch + 1, "loss": loss, "query": query, **recall, "seconds": seconds})
+        if self.best_epoch == 0 or mean_r1(recall) > mean_r1(self.history[self.best_epoch - 1]):
+            self.best_epoch, self.best_weights = self.epoch, self._copy_trainables()
+
+    def _step(self, rows: Rows, batch: int) -> float:
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.lr * _lr_factor(batch, self.batches * self.config.epochs, self.config.warmup)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts, scaler = self.config.accumulate, self.precision.scaler
+        loss = accumulate_gradients(self.model, self.train_split, rows, parts=parts, precision=self.precision)
+        if not math.isfinite(loss):
+            what = f"{self.model.config.method} diverged: the loss is {loss} in epoch {self.epoch + 1}"
+            raise DivergedError(f"{what}; use a lower --lr")
+        scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
+        scaler.step(self.optimizer)
+        scaler.update()
+        return loss
 
     def keep_best_epoch(self) -> TrainResult:
         """Load the weights of the best epoch into the model, train what follows the epochs, and return the result."""
-        at, model = self.progress, self.model.eval()
-        best, finish = at.history[at.best_epoch - 1], model.method.finish
+        model = self.model.eval()
+        best, finish = self.history[self.best_epoch - 1], model.method.finish
         model.load_state_dict(self.best_weights, strict=False)
         model.config = model.config.with_query_weights(best["query"])
         recall = {name: value for name, value in best.items() if "_r" in name}
@@ -189,65 +169,43 @@ class _TrainingLoop:
             recall = tune_on_hard_negatives(model, self.train_split, self.val_split, self.config.seed)
         if model.query_prompts is not None:
             train_second_stage(model, self.train_split, self.val_split, self.config.seed)
-        return TrainResult(recall, at.best_epoch, time.monotonic() - self.started, at.history)
+        return TrainResult(recall, self.best_epoch, time.monotonic() - self.started, self.history)
 
-    def _step(self, rows: Rows) -> None:
-        for options in self.optimizer.param_groups:
-            options["lr"] = self.lr * _lr_factor(self.finished_steps, self.total_steps, self.config.warmup)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts, precision = self.config.accumulate, self.precision
-        loss = accumulate_gradients(self.model, self.train_split, rows, parts=parts, precision=precision)
-        if not math.isfinite(loss):
-            what = f"{self.model.config.method} diverged: the loss is {loss} in epoch {self.progress.epoch + 1}"
-            raise DivergedError(f"{what}; use a lower --lr")
-        precision.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRADIENT_NORM)
-        precision.scaler.step(self.optimizer)
-        precision.scaler.update()
-        self.progress.losses.append(loss)
-        self.progress.step += 1
-
-    def _save(self) -> None:
-        self.saved = time.monotonic()
-        self.progress.seconds = self.saved - self.started
-        if self.run is None:
-            return
+    def save(self, run: Path, identity: Mapping[str, Any]) -> None:
         content = {
-            "identity": self.identity,
+            "identity": identity,
             "trainables": {name: p.detach() for name, p in self.model.trainables()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "random": torch.get_rng_state(),
-            "progress": asdict(self.progress),
+            "history": self.history,
+            "best_epoch": self.best_epoch,
             "best_weights": self.best_weights,
         }
-        self.run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()  # torch.save reports a full disk as an internal error, so write the file ourselves
         torch.save(content, buffer)
-        write_bytes(self.run / STATE_FILE, buffer.getbuffer())
+        write_bytes(run / STATE_FILE, buffer.getbuffer())
 
-    def _restore(self, run: Path) -> None:
-        """Continue from the state of a run, if there is one. Raise TrainingError if it is of another run."""
+    def restore(self, run: Path, identity: Mapping[str, Any]) -> None:
+        """Continue from the state of a run. Raise TrainingError if it is of another run."""
         path = run / STATE_FILE
-        if not path.is_file():
-            return
         try:
             content = dict(torch.load(path, map_location=self.model.backbone.device, weights_only=True))
-            found, wanted = content["identity"], self.identity
+            different = different_names(content["identity"], identity)
         except Exception as error:  # torch raises many types for a file that it did not write
             raise TrainingError(f"{path} is not a training state ({type(error).__name__}); delete it") from error
-        different = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
         if different:
             raise TrainingError(
-                f"{run} holds an unfinished run with another {', '.join(different)}; finish it with the same command, "
-                f"choose another --out, or discard it with --restart"
+                f"{run} holds an unfinished run with another {different}; finish it with the same command, choose "
+                f"another --out, or discard it with --restart"
             )
         self.model.load_state_dict(content["trainables"], strict=False)
         self.optimizer.load_state_dict(content["optimizer"])
         self.precision.scaler.load_state_dict(content["scaler"])
         torch.set_rng_state(content["random"].cpu())
-        self.progress = _Progress(**content["progress"])
-        self.best_weights = content["best_weights"]
+        self.history, self.best_epoch = content["history"], content["best_epoch"]
+        self.best_weights, self.started = content["best_weights"], time.monotonic() - self.history[-1]["seconds"]
 
     def _copy_trainables(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.model.trainables()}
@@ -267,25 +225,3 @@ def delete_state(directory: Path) -> None:
 def write_csv(directory: Path, history: Sequence[dict[str, Any]]) -> None:
     """Write log.csv with one row an epoch. The file is rewritten each time, so a resumed run has no duplicate rows."""
     write_bytes(directory / LOG_FILE, csv_text(history[0], *(record.values() for record in history)).encode())
-
-
-@contextmanager
-def tensorboard_log(directory: Path | None, epoch: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Yield a function that writes an epoch's record. Events after `epoch`, left by a killed run, are purged."""
-    if directory is None:
-        yield lambda record: None
-        return
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("a TensorBoard log", "tensorboard") from error
-
-    def write(record: Mapping[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "epoch" and isinstance(value, int | float):
-                group = "validation" if "_r" in name else "training"
-                writer.add_scalar(f"{group}/{name}", value, record["epoch"])
-        writer.flush()
-
-    with SummaryWriter(str(directory), purge_step=epoch + 1) as writer:
-        yield write

